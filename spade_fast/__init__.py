@@ -1,0 +1,21 @@
+"""SPADE (spatially-adaptive normalisation, Park et al. 2019), fast: the same parameters, the same numbers.
+
+`SPADE` and `SPADEResnetBlock` replace the published layers, `spade_modulate` is the fused operation beneath them, and
+`backends()` says which kernels run here and why not the others. `spade_fast.reference` is the plain PyTorch of it all.
+"""
+
+from .kernels import BackendStatus, backends, use_backend
+from .nn import SPADE, SPADEResBlk, SPADEResnetBlock
+from .ops import plane_moments, spade_modulate
+
+__version__ = "0.1.0"
+__all__ = [
+    "SPADE",
+    "SPADEResBlk",
+    "SPADEResnetBlock",
+    "BackendStatus",
+    "backends",
+    "plane_moments",
+    "spade_modulate",
+    "use_backend",
+]

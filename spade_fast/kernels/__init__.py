@@ -1,0 +1,71 @@
+"""The four kernels of the modulation, once for each backend, and the choice between them.
+
+A backend is a module with the four functions that `torch_backend.py` describes and `why_not(x, gamma)`, which answers both
+"can it run?" and "why not?".
+"""
+
+import os
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import torch
+
+from . import cpu_backend, torch_backend
+
+BEST_FIRST = (cpu_backend, torch_backend)
+NAMES = tuple(backend.NAME for backend in BEST_FIRST)
+
+
+class BackendStatus(NamedTuple):
+    """One line of `backends()`."""
+
+    name: str
+    runs: bool
+    reason: str  # why it does not run; empty where it does
+
+
+def backends(x=None, gamma=None):
+    """Which backends run here, best first, and why not for each that does not: a list of BackendStatus.
+
+    With x (and γ), whether they run on these very tensors. `spade_modulate` uses the first that runs, unless one is forced.
+    """
+    reasons = {backend.NAME: backend.why_not(x, gamma) for backend in BEST_FIRST}
+    return [BackendStatus(name, reason is None, reason or "") for name, reason in reasons.items()]
+
+
+def _checked(name, source):
+    if name is not None and name not in NAMES:
+        raise ValueError(f"{source} is {name!r}, it should be one of {', '.join(NAMES)}")
+    return name
+
+
+_forced = _checked(os.environ.get("SPADE_FAST_BACKEND") or None, "SPADE_FAST_BACKEND")
+
+
+@contextmanager
+def use_backend(name):
+    """Inside `with use_backend("torch"):` only this backend is used; where it cannot run, that is a RuntimeError.
+
+    The environment variable SPADE_FAST_BACKEND, read when the package is imported, does the same for a whole process.
+    None gives the choice back.
+    """
+    global _forced
+    before, _forced = _forced, _checked(name, "name")
+    try:
+        yield
+    finally:
+        _forced = before
+
+
+def select(x, gamma=None):
+    """The backend that x and γ go to: the forced one, else the best that runs."""
+    if torch.compiler.is_exporting():
+        return torch_backend  # an exported graph must run without this package
+    for backend in BEST_FIRST:
+        if _forced not in (None, backend.NAME):
+            continue
+        reason = backend.why_not(x, gamma)
+        if reason is None:
+            return backend
+        if _forced is not None:
+            raise RuntimeError(f"the backend {_forced} is asked for but cannot run: {reason}")

@@ -1,0 +1,30 @@
+"""The four kernels compiled for the CPU (csrc/cpu), reached as operators. What their arguments are: `torch_backend.py`."""
+
+import torch
+
+from . import operators
+
+try:
+    from .. import _cpu as library  # importing it registers its kernels
+    failure = None
+except ImportError as error:
+    library, failure = None, f"the library spade_fast._cpu is not there: {error}"
+
+NAME = "cpu"
+
+plane_moments = torch.ops.spade_fast.plane_moments.default
+apply = torch.ops.spade_fast.apply.default
+backward_sums = torch.ops.spade_fast.backward_sums.default
+backward_input = torch.ops.spade_fast.backward_input.default
+
+if failure is None and (missing := operators.without_kernel("CPU")):
+    failure = f"not compiled for the CPU yet: {', '.join(missing)}"
+
+
+def why_not(x=None, gamma=None):
+    """Why these kernels cannot run (on x and γ), or None."""
+    if failure is not None:
+        return failure
+    if x is not None and x.device.type != "cpu":
+        return f"x is on {x.device}, these kernels run on the CPU"
+    return None

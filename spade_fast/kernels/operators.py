@@ -1,0 +1,53 @@
+"""The four kernels as PyTorch operators: schemas, fakes, and plain PyTorch where no compiled kernel is registered.
+
+Compiled backends register their kernels for these (csrc/cpu for CPU, csrc/cuda for CUDA); with nothing compiled the operators
+still exist and can be checked. What the arguments are is said in `torch_backend.py`.
+"""
+
+import torch
+
+from . import torch_backend
+
+SCHEMAS = {
+    "plane_moments": "(Tensor x) -> Tensor",
+    "apply": "(Tensor x, Tensor planes, Tensor gamma, Tensor beta, str? activation, float negative_slope, bool keep_signs)"
+    " -> (Tensor, Tensor)",
+    "backward_sums": "(Tensor dy, Tensor x, Tensor planes, Tensor gamma, Tensor? beta, Tensor signs, str? activation,"
+    " float negative_slope) -> (Tensor, Tensor, Tensor)",
+    "backward_input": "(Tensor dy, Tensor x, Tensor planes, Tensor gamma, Tensor? beta, Tensor signs, Tensor terms,"
+    " str? activation, float negative_slope) -> Tensor",
+}
+
+
+def fake_plane_moments(x):
+    return x.new_empty(2, *x.shape[:2], dtype=torch_backend.sum_dtype(x.dtype))
+
+
+def fake_apply(x, planes, gamma, beta, activation, negative_slope, keep_signs):
+    y = torch.empty_like(x, dtype=torch.promote_types(x.dtype, gamma.dtype))
+    if not keep_signs or activation not in torch_backend.KEEPS_SIGNS:
+        return y, x.new_empty(0, dtype=torch.uint8)
+    batch, channels, pixels = x.flatten(2).shape
+    rows = (pixels, channels) if torch_backend.is_channels_last(x) else (channels, pixels)
+    return y, x.new_empty(batch, rows[0], (rows[1] + 7) // 8, dtype=torch.uint8)
+
+
+def fake_backward_sums(dy, x, planes, gamma, beta, signs, activation, negative_slope):
+    dgamma = torch.empty_like(x, dtype=gamma.dtype)
+    dbeta = gamma.new_empty(0) if activation is None else torch.empty_like(x, dtype=gamma.dtype)
+    return dgamma, dbeta, planes.new_empty(2, *x.shape[:2])
+
+
+def fake_backward_input(dy, x, planes, gamma, beta, signs, terms, activation, negative_slope):
+    return torch.empty_like(x)
+
+
+for name, schema in SCHEMAS.items():
+    torch.library.define(f"spade_fast::{name}", schema, tags=[torch.Tag.pt2_compliant_tag])
+    torch.library.impl(f"spade_fast::{name}", "CompositeExplicitAutograd", getattr(torch_backend, name))
+    torch.library.register_fake(f"spade_fast::{name}", globals()[f"fake_{name}"])
+
+
+def without_kernel(dispatch_key):
+    """The operators that have no compiled kernel for a device ("CPU", "CUDA")."""
+    return [name for name in SCHEMAS if not torch._C._dispatch_has_kernel_for_dispatch_key(f"spade_fast::{name}", dispatch_key)]

@@ -1,0 +1,128 @@
+"""The four kernels in plain PyTorch: any device, any layout, and what torch.export, ONNX and second derivatives go through.
+
+Every backend has these four functions. Between them go rows of numbers of each plane (n, c), in float32, or in float64
+where x is float64:
+
+    moments [2, N, C]   mean, sum of squared deviations
+    planes  [3, N, C]   shift, scale, offset: x̂ = (x − shift)·scale + offset
+    sums    [2, N, C]   Σq, Σq·(x − shift) over the plane, with q = g·(1 + γ)
+    terms   [2, N, C]   slope, constant: what the normalisation adds to dx, slope·(x − shift) + constant
+
+x, γ, β, y, dy: [N, C, *spatial]. g is dy times the activation's derivative, so dβ = g and dγ = g·x̂.
+`signs` holds one bit for each element of y, all that the derivative of ReLU and leaky ReLU needs: bytes [N, C, ⌈S/8⌉], or
+[N, S, ⌈C/8⌉] where a pixel's channels lie together; bit b of byte j is element 8j + b of its row. SiLU needs β instead. `operators.py` declares the same four as operators for the compiled backends.
+"""
+
+import torch
+import torch.nn.functional as F
+
+NAME = "torch"
+KEEPS_SIGNS = ("relu", "leaky_relu")
+
+
+def why_not(x=None, gamma=None):
+    """Plain PyTorch runs everywhere."""
+    return None
+
+
+def sum_dtype(dtype):
+    """What sums over elements of `dtype` are held in."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def is_channels_last(x):
+    """Whether a pixel's channels lie together: the layout of x in any number of dimensions, not of size-1 look-alikes."""
+    return not x.is_contiguous() and x.stride(1) == 1
+
+
+def plane_moments(x):
+    pixels = x.flatten(2).to(sum_dtype(x.dtype))
+    if x.numel() == 0:
+        return pixels.new_zeros(2, *x.shape[:2])
+    variance, mean = torch.var_mean(pixels, dim=2, correction=0)
+    return torch.stack([mean, variance * pixels.shape[2]])
+
+
+def apply(x, planes, gamma, beta, activation, negative_slope, keep_signs):
+    """y in the dtype that x and γ promote to, in x's memory layout; signs, of size 0 unless wanted and needed."""
+    normalised = _normalise(x, planes, gamma)
+    y = normalised.mul_(_one_plus(gamma, normalised)).add_(beta)
+    signs = x.new_empty(0, dtype=torch.uint8)
+    if keep_signs and activation == "leaky_relu":
+        signs = _pack(y > 0, is_channels_last(x))
+    elif keep_signs and activation == "relu":
+        signs = _pack(~(y <= 0), is_channels_last(x))  # at NaN PyTorch's ReLU passes the gradient on
+    if activation == "relu":
+        y = F.relu_(y)
+    elif activation == "leaky_relu":
+        y = F.leaky_relu_(y, negative_slope)
+    elif activation == "silu":
+        y = F.silu(y)
+    return y.to(torch.promote_types(x.dtype, gamma.dtype)), signs
+
+
+def backward_sums(dy, x, planes, gamma, beta, signs, activation, negative_slope):
+    """dγ, dβ and sums. dβ has size 0 where there is no activation: it is dy itself."""
+    normalised = _normalise(x, planes, gamma)
+    g = through_activation(dy, normalised, gamma, beta, signs, activation, negative_slope)
+    q = _one_plus(gamma, normalised).mul_(g)
+    dgamma = normalised.mul_(g).to(gamma.dtype)
+    pixels = tuple(range(2, x.dim()))
+    sums = torch.stack([q.sum(pixels), q.mul_(x - _per_plane(planes, x)[0]).sum(pixels)]).to(planes.dtype)
+    return dgamma, gamma.new_empty(0) if activation is None else g.to(gamma.dtype), sums
+
+
+def backward_input(dy, x, planes, gamma, beta, signs, terms, activation, negative_slope):
+    """dx = scale·q + slope·(x − shift) + constant, in x's dtype and memory layout."""
+    normalised = _normalise(x, planes, gamma)
+    g = through_activation(dy, normalised, gamma, beta, signs, activation, negative_slope)
+    shift, scale, _ = _per_plane(planes, x)
+    slope, constant = _per_plane(terms, x)
+    dx = normalised.copy_(x).sub_(shift).mul_(slope).add_(constant)
+    return dx.addcmul_(g, _one_plus(gamma, normalised).mul_(scale)).to(x.dtype)
+
+
+def through_activation(dy, normalised, gamma, beta, signs, activation, negative_slope):
+    """g: dy times the activation's derivative, in the dtype of x̂."""
+    dy = dy.to(normalised.dtype)
+    if activation is None:
+        return dy
+    if activation == "silu":
+        y = normalised * _one_plus(gamma, normalised) + beta
+        sigmoid = torch.sigmoid(y)
+        return dy * (sigmoid * (1 + y * (1 - sigmoid)))
+    positive = _unpack(signs, dy.shape, is_channels_last(normalised))
+    return torch.where(positive, dy, dy * negative_slope if activation == "leaky_relu" else 0)
+
+
+def _one_plus(gamma, normalised):
+    """1 + γ in the dtype of x̂: in γ's own, the sum would be rounded to half precision."""
+    return 1 + gamma.to(normalised.dtype)
+
+
+def _per_plane(numbers, x):
+    """[k, N, C] to k tensors that broadcast against x."""
+    return numbers.reshape(*numbers.shape, *[1] * (x.dim() - 2)).unbind(0)
+
+
+def _normalise(x, planes, gamma):
+    """x̂, in the dtype of the sums over x and γ. x comes first in every product: the first operand decides the layout."""
+    shift, scale, offset = _per_plane(planes, x)
+    x = x.to(torch.promote_types(planes.dtype, gamma.dtype))
+    return (x - shift).mul_(scale).add_(offset)
+
+
+def _pack(bits, channels_last):
+    rows = bits.flatten(2)
+    rows = rows.transpose(1, 2) if channels_last else rows
+    rows = F.pad(rows, (0, -rows.shape[2] % 8)).contiguous()
+    # Eight 0/1 bytes, read as one integer, times this: the top byte of the product has their eight bits, first byte lowest.
+    return ((rows.view(torch.int64) * 0x0102040810204080) >> 56).to(torch.uint8)
+
+
+def _unpack(signs, shape, channels_last):
+    spread = signs.to(torch.int64) * 0x0101010101010101
+    eights = torch.tensor([1 << bit for bit in range(8)], dtype=torch.uint8, device=signs.device).view(torch.int64)
+    rows = (spread & eights).view(torch.uint8).bool()
+    rows = rows[:, :, : shape[1]].transpose(1, 2) if channels_last else rows[:, :, : shape[2:].numel()]
+    return rows.reshape(shape)

@@ -1,0 +1,80 @@
+"""The residual block of the SPADE generators."""
+
+import torch.nn as nn
+
+from ..ops.modulate import plane_moments
+from .config import parse_config
+from .spade import CONVOLUTIONS, SPADE, resize
+
+
+class SPADEResnetBlock(nn.Module):
+    """x + conv_1(a(norm_1(conv_0(a(norm_0(x)))))), a = leaky ReLU of slope 0.2; where fin ≠ fout conv_s(norm_s(x)) replaces x.
+
+    The wiring and the state_dict keys are those of the published code (Park et al. 2019, figure 4); the signature is that of
+    the face models that share it. norm_0 and norm_s share one pass over x for its moments.
+
+    Args:
+        fin, fout: channels of x and of the result; between the two convolutions there are min(fin, fout).
+        norm_G: `[spectral]spade[spectral][instance|batch|syncbatch|group][KxK]`; "spectral" puts torch.nn.utils.spectral_norm
+            on the block's convolutions.
+        label_nc: channels of the condition.
+        use_se: adds a squeeze-and-excitation layer on the residual branch.
+        dilation: of conv_0 and conv_1.
+        nhidden: hidden channels of each SPADE.
+        spatial_dims: 1, 2 or 3.
+    """
+
+    def __init__(self, fin, fout, norm_G, label_nc, use_se=False, dilation=1, *, nhidden=128, spatial_dims=2):
+        super().__init__()
+        config = parse_config(norm_G, "norm_G")
+        if spatial_dims not in CONVOLUTIONS:
+            raise ValueError(f"spatial_dims is {spatial_dims!r}, it should be 1, 2 or 3")
+        fmiddle = min(fin, fout)
+
+        def convolution(*arguments, **settings):
+            module = CONVOLUTIONS[spatial_dims](*arguments, **settings)
+            return nn.utils.spectral_norm(module) if config.spectral else module
+
+        def norm(channels):
+            return SPADE(channels, label_nc, nhidden, config.kernel_size, config.norm, spatial_dims=spatial_dims)
+
+        self.learned_shortcut = fin != fout
+        self.conv_0 = convolution(fin, fmiddle, 3, padding=dilation, dilation=dilation)
+        self.conv_1 = convolution(fmiddle, fout, 3, padding=dilation, dilation=dilation)
+        if self.learned_shortcut:
+            self.conv_s = convolution(fin, fout, 1, bias=False)
+        self.norm_0 = norm(fin)
+        self.norm_1 = norm(fmiddle)
+        if self.learned_shortcut:
+            self.norm_s = norm(fin)
+        self.se = SqueezeExcitation(fout) if use_se else nn.Identity()
+
+    def forward(self, x, segmap):
+        """x [N, fin, *spatial] and segmap [N, label_nc, *any] to [N, fout, *spatial]. Errors: those of SPADE.forward."""
+        self.norm_0.check(x, segmap)
+        segmap = resize(segmap, x.shape[2:])
+        moments = plane_moments(x) if self.learned_shortcut and self.norm_0.measures and self.norm_s.measures else None
+        shortcut = self.conv_s(self.norm_s(x, segmap, moments=moments)) if self.learned_shortcut else x
+        dx = self.conv_0(self.norm_0(x, segmap, activation="leaky_relu", moments=moments))
+        dx = self.conv_1(self.norm_1(dx, segmap, activation="leaky_relu"))
+        return shortcut + self.se(dx)
+
+
+class SPADEResBlk(SPADEResnetBlock):
+    """The block by its shorter name: instance norm, 3×3 convolutions, no spectral norm."""
+
+    def __init__(self, fin, fout, label_nc):
+        super().__init__(fin, fout, "spadeinstance3x3", label_nc)
+
+
+class SqueezeExcitation(nn.Module):
+    """x · sigmoid(W_2 relu(W_1 mean(x))) with the mean over space and a sixteenth of the channels between (Hu et al. 2018)."""
+
+    def __init__(self, channels):
+        super().__init__()
+        squeezed = max(channels // 16, 1)
+        self.fc = nn.Sequential(nn.Linear(channels, squeezed), nn.ReLU(), nn.Linear(squeezed, channels), nn.Sigmoid())
+
+    def forward(self, x):
+        scale = self.fc(x.flatten(2).mean(-1))
+        return x * scale.reshape(*scale.shape, *[1] * (x.dim() - 2))

@@ -1,0 +1,166 @@
+"""The SPADE layer: a condition becomes γ and β by convolutions, and they modulate the normalised x."""
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from ..ops.modulate import spade_modulate
+from .config import parse_config
+
+CONVOLUTIONS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
+INSTANCE_NORMS = {1: nn.InstanceNorm1d, 2: nn.InstanceNorm2d, 3: nn.InstanceNorm3d}
+BATCH_NORMS = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
+KINDS = {
+    **{module: "instance" for module in INSTANCE_NORMS.values()},
+    **{module: "batch" for module in BATCH_NORMS.values()},
+    nn.SyncBatchNorm: "syncbatch",
+    nn.GroupNorm: "group",
+}
+
+
+class SPADE(nn.Module):
+    """Spatially-adaptive normalisation (Park et al. 2019, equation 1), with the state_dict keys of the published code.
+
+        h = relu(mlp_shared(segmap));  y = norm(x) · (1 + mlp_gamma(h)) + mlp_beta(h)
+
+    Args:
+        norm_nc: channels C of x.
+        label_nc: channels of the condition.
+        nhidden: channels of h.
+        kernel_size: of all three convolutions, odd; zeros are padded.
+        norm: "instance", "batch", "syncbatch", "group", or a module whose output is modulated.
+        num_groups: for norm="group".
+        affine: whether the norm has a weight and a bias of its own.
+        eps, momentum: of the norm.
+        spatial_dims: 1, 2 or 3.
+    """
+
+    def __init__(self, norm_nc, label_nc, nhidden=128, kernel_size=3, norm="instance", *, num_groups=32, affine=False,
+                 eps=1e-5, momentum=0.1, spatial_dims=2):
+        super().__init__()
+        for name, number in {"norm_nc": norm_nc, "label_nc": label_nc, "nhidden": nhidden}.items():
+            if not isinstance(number, int) or number < 1:
+                raise ValueError(f"{name} is {number!r}, it should be a positive whole number")
+        if not isinstance(kernel_size, int) or kernel_size < 1 or kernel_size % 2 == 0:
+            raise ValueError(f"kernel_size is {kernel_size!r}, it should be an odd whole number")
+        if spatial_dims not in CONVOLUTIONS:
+            raise ValueError(f"spatial_dims is {spatial_dims!r}, it should be 1, 2 or 3")
+        if norm == "instance":
+            norm = INSTANCE_NORMS[spatial_dims](norm_nc, eps=eps, affine=affine)
+        elif norm == "batch":
+            norm = BATCH_NORMS[spatial_dims](norm_nc, eps=eps, momentum=momentum, affine=affine)
+        elif norm == "syncbatch":
+            norm = nn.SyncBatchNorm(norm_nc, eps=eps, momentum=momentum, affine=affine)
+        elif norm == "group":
+            norm = nn.GroupNorm(num_groups, norm_nc, eps=eps, affine=affine)
+        elif not isinstance(norm, nn.Module):
+            raise ValueError(f"norm is {norm!r}, it should be 'instance', 'batch', 'syncbatch', 'group' or an nn.Module")
+        convolution = CONVOLUTIONS[spatial_dims]
+        padding = kernel_size // 2
+        self.norm_nc, self.label_nc, self.spatial_dims = norm_nc, label_nc, spatial_dims
+        self.param_free_norm = norm
+        self.mlp_shared = nn.Sequential(convolution(label_nc, nhidden, kernel_size, padding=padding), nn.ReLU())
+        self.mlp_gamma = convolution(nhidden, norm_nc, kernel_size, padding=padding)
+        self.mlp_beta = convolution(nhidden, norm_nc, kernel_size, padding=padding)
+
+    @classmethod
+    def from_config(cls, config_text, norm_nc, label_nc, nhidden=128, **settings):
+        """SPADE("spadesyncbatch3x3", …) of the published code. settings: SPADE's keyword arguments."""
+        config = parse_config(config_text, "config_text")
+        if config.spectral:
+            raise ValueError(f"config_text is {config_text!r}: 'spectral' is for a block's convolutions, SPADE has none with it")
+        return cls(norm_nc, label_nc, nhidden, config.kernel_size, config.norm, **settings)
+
+    def forward(self, x, segmap, *, activation=None, negative_slope=0.2, moments=None):
+        """y of x's shape.
+
+        Args:
+            x: [N, norm_nc, *spatial].
+            segmap: [N, label_nc, *any], the condition; resized to x by nearest neighbour.
+            activation: None, "relu", "leaky_relu" or "silu", applied to y in the same pass.
+            negative_slope: of leaky ReLU.
+            moments: `plane_moments(x)`, where several layers normalise one x.
+
+        Raises:
+            ValueError, TypeError: an argument is not as said above; the message names it.
+        """
+        self.check(x, segmap)
+        hidden = self.mlp_shared(resize(segmap, x.shape[2:]))
+        gamma, beta = convolve_jointly((self.mlp_gamma, self.mlp_beta), hidden)
+        if not is_known(self.param_free_norm):
+            x, moments = self.param_free_norm(x), None
+        norm = self._norm_arguments()
+        return spade_modulate(x, gamma, beta, **norm, activation=activation, negative_slope=negative_slope, moments=moments)
+
+    @property
+    def measures(self):
+        """Whether x is normalised with its own moments, by a norm that `moments` may be given for."""
+        norm = self.param_free_norm
+        return is_known(norm) and (norm.training or getattr(norm, "running_mean", None) is None)
+
+    def _norm_arguments(self):
+        """What `spade_modulate` is to be told of the norm, which is read anew each time: it may have been exchanged."""
+        norm = self.param_free_norm
+        if not is_known(norm):
+            return {"norm": None}
+        kind = KINDS[type(norm)]
+        arguments = {"norm": kind, "eps": norm.eps, "weight": norm.weight, "bias": norm.bias}
+        if kind == "group":
+            arguments["num_groups"] = norm.num_groups
+        if kind in ("batch", "syncbatch"):
+            arguments |= {"training": self.measures, "running_mean": norm.running_mean, "running_var": norm.running_var}
+            arguments["momentum"] = norm.momentum
+            if norm.training and norm.num_batches_tracked is not None:
+                norm.num_batches_tracked.add_(1)
+                if norm.momentum is None:  # a cumulative average
+                    arguments["momentum"] = 1.0 / float(norm.num_batches_tracked)
+        if kind == "syncbatch":
+            arguments["process_group"] = norm.process_group
+        return arguments
+
+    def check(self, x, segmap):
+        """Raises what is wrong with x or segmap, by name."""
+        for name, tensor, channels in (("x", x, self.norm_nc), ("segmap", segmap, self.label_nc)):
+            if not isinstance(tensor, torch.Tensor):
+                raise TypeError(f"{name} is a {type(tensor).__name__}, it should be a torch.Tensor")
+            if not tensor.is_floating_point():
+                raise TypeError(f"{name} has dtype {tensor.dtype}, it should be a floating-point tensor")
+            if tensor.dim() != self.spatial_dims + 2 or tensor.shape[1] != channels:
+                spatial = ", ".join("DHW"[-self.spatial_dims :])
+                raise ValueError(f"{name} has shape {list(tensor.shape)}, it should be [N, {channels}, {spatial}]")
+        weight = self.mlp_shared[0].weight
+        for name, tensor in {"segmap": segmap, "the layer's weight": weight}.items():
+            if tensor.device != x.device:
+                raise ValueError(f"{name} is on {tensor.device}, it should be on x's device, {x.device}")
+        if segmap.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
+            raise TypeError(f"segmap has dtype {segmap.dtype}, it should be the weights', {weight.dtype}")
+        if segmap.shape[0] != x.shape[0]:
+            raise ValueError(f"segmap has a batch of {segmap.shape[0]}, it should be x's, {x.shape[0]}")
+
+    def extra_repr(self):
+        return f"{self.norm_nc}, {self.label_nc}"
+
+
+def resize(segmap, size):
+    """segmap at x's size, by nearest neighbour; the same tensor where it has it already."""
+    return segmap if segmap.shape[2:] == size else F.interpolate(segmap, size=tuple(size), mode="nearest")
+
+
+def convolve_jointly(convolutions, x):
+    """The outputs of equal convolutions of one x, from one convolution; their weights stay parameters of their own."""
+    if not all(is_plain(module, CONVOLUTIONS.values()) and module.bias is not None for module in convolutions):
+        return [module(x) for module in convolutions]
+    weight = torch.cat([module.weight for module in convolutions])
+    bias = torch.cat([module.bias for module in convolutions])
+    joint = convolutions[0]._conv_forward(x, weight, bias)
+    return joint.split([module.out_channels for module in convolutions], dim=1)
+
+
+def is_known(norm):
+    """Whether `spade_modulate` can do what this module does."""
+    return is_plain(norm, KINDS) and not (KINDS[type(norm)] == "instance" and norm.track_running_stats)
+
+
+def is_plain(module, types):
+    """Whether a module is just what its type says, with no hook (such as spectral_norm's) that must run when it is called."""
+    return type(module) in types and not module._forward_pre_hooks and not module._forward_hooks

@@ -1,0 +1,69 @@
+"""The checks of `spade_modulate`: each names the argument, what it is and what it should be, before any kernel runs."""
+
+import torch
+
+from ..kernels import torch_backend
+
+NORMS = ("instance", "batch", "syncbatch", "group", None)
+ACTIVATIONS = (None, "relu", "leaky_relu", "silu")
+
+
+def check_modulate(x, gamma, beta, *, norm, num_groups, weight, bias, running_mean, running_var, training, activation, moments):
+    for name, tensor in {"x": x, "gamma": gamma, "beta": beta}.items():
+        if not isinstance(tensor, torch.Tensor):
+            raise TypeError(f"{name} is a {type(tensor).__name__}, it should be a torch.Tensor")
+        if not tensor.is_floating_point():
+            raise TypeError(f"{name} has dtype {tensor.dtype}, it should be a floating-point tensor")
+    if not 3 <= x.dim() <= 5:
+        raise ValueError(f"x has shape {list(x.shape)}, it should be [N, C, *spatial] with one to three spatial dimensions")
+    for name, tensor in {"gamma": gamma, "beta": beta}.items():
+        if tensor.shape != x.shape:
+            raise ValueError(f"{name} has shape {list(tensor.shape)}, it should be x's, {list(x.shape)}")
+        if tensor.device != x.device:
+            raise ValueError(f"{name} is on {tensor.device}, it should be on x's device, {x.device}")
+    if beta.dtype != gamma.dtype:
+        raise TypeError(f"beta has dtype {beta.dtype}, it should be gamma's, {gamma.dtype}")
+    if norm not in NORMS:
+        raise ValueError(f"norm is {norm!r}, it should be one of {NORMS}")
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"activation is {activation!r}, it should be one of {ACTIVATIONS}")
+    per_channel = {"weight": weight, "bias": bias, "running_mean": running_mean, "running_var": running_var}
+    for name, tensor in per_channel.items():
+        _check_channels(name, tensor, x)
+    _check_norm(x, norm, num_groups, running_mean, running_var, training)
+    if moments is not None and moments.shape != (2, *x.shape[:2]):
+        raise ValueError(f"moments has shape {list(moments.shape)}, it should be [2, N, C], {[2, *x.shape[:2]]}")
+
+
+def _check_channels(name, tensor, x):
+    if tensor is None:
+        return
+    if not isinstance(tensor, torch.Tensor):
+        raise TypeError(f"{name} is a {type(tensor).__name__}, it should be a torch.Tensor or None")
+    if tensor.shape != (x.shape[1],):
+        raise ValueError(f"{name} has shape {list(tensor.shape)}, it should be [C], [{x.shape[1]}]")
+    if tensor.device != x.device:
+        raise ValueError(f"{name} is on {tensor.device}, it should be on x's device, {x.device}")
+    if not tensor.is_floating_point():
+        raise TypeError(f"{name} has dtype {tensor.dtype}, it should be a floating-point tensor")
+
+
+def _check_norm(x, norm, num_groups, running_mean, running_var, training):
+    batch, channels = x.shape[:2]
+    pixels = x.shape[2:].numel()
+    if (running_mean is None) != (running_var is None):
+        raise ValueError("running_mean and running_var should be given both or neither")
+    if running_mean is not None and norm not in ("batch", "syncbatch"):
+        raise ValueError(f"running_mean is given, it should be None for norm={norm!r}, which keeps no running statistics")
+    if running_mean is None and norm in ("batch", "syncbatch") and not training:
+        raise ValueError(f"running_mean is None, it should be a tensor [C] for norm={norm!r} with training=False")
+    # What follows are torch's own rules and words: one value has no deviation.
+    if norm == "instance" and pixels == 1:
+        raise ValueError(f"Expected more than 1 spatial element when training, got input size {x.shape}")
+    if norm == "batch" and training and batch * pixels == 1:
+        raise ValueError(f"Expected more than 1 value per channel when training, got input size {x.shape}")
+    if norm == "group":
+        if not isinstance(num_groups, int) or num_groups < 1 or channels % num_groups:
+            raise ValueError(f"num_groups is {num_groups!r}, it should be a positive number that divides C, {channels}")
+        if batch * channels // num_groups * pixels == 1:
+            raise ValueError(f"Expected more than 1 value per channel when training, got input size {list(x.shape)}")

@@ -1,0 +1,124 @@
+"""The norms, on [N, C] numbers: kernels never see one.
+
+Forward, a norm pools the moments of the planes that share their statistics: a plane alone (instance), a channel's planes over
+the batch (batch) and over all processes (syncbatch), or those of a group's channels (group). Backward, it pools their sums in
+the same way. With d = x − mean, r = 1/sqrt(variance + eps), w the affine weight, M the elements of a pool, q = g·(1 + γ):
+
+    dx = r·w·q − r·Σ(w·q)/M − d·r³·Σ(w·q·d)/M        summed over the pool
+    dweight = Σ r·q·d,  dbias = Σ q                  summed over all planes of a channel
+
+The rows of numbers (moments, planes, sums, terms) are those of `kernels/torch_backend.py`.
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+
+
+class Norm(NamedTuple):
+    """Which norm, with its settings."""
+
+    kind: str | None  # "instance", "batch", "syncbatch", "group", or None: x is modulated as it is
+    num_groups: int | None = None
+    training: bool = True
+    momentum: float = 0.1
+    eps: float = 1e-5
+    process_group: object = None
+
+    @property
+    def measures(self):
+        """Whether x is normalised with its own moments, rather than with running statistics or not at all."""
+        return self.kind in ("instance", "group") or (self.kind in ("batch", "syncbatch") and self.training)
+
+    @property
+    def processes(self):
+        """How many processes share their statistics."""
+        if self.kind != "syncbatch" or not self.training or not dist.is_available() or not dist.is_initialized():
+            return 1
+        return dist.get_world_size(self.process_group)
+
+
+class Statistics(NamedTuple):
+    """What x is normalised with, [N or 1, C]: mean and r = 1/sqrt(variance + eps); M, the elements behind each."""
+
+    mean: torch.Tensor
+    inverse_deviation: torch.Tensor
+    count: int | torch.Tensor
+
+
+def measure(norm, moments, count, running_mean=None, running_var=None):
+    """Statistics from the moments of planes of `count` elements; running statistics, [C], are brought up to date in place."""
+    mean, squares = moments
+    parts = {"instance": 1, "group": mean.shape[1] // (norm.num_groups or 1)}.get(norm.kind, mean.shape[0])
+    total = count * parts
+    # Squared deviations combine exactly (Chan et al., 1979); E[x²] − E[x]² would lose them where the mean is large.
+    pooled_mean = _pool(norm, mean) / max(parts, 1)
+    pooled_squares = _pool(norm, squares + count * (mean - pooled_mean).square())
+    if norm.processes > 1:
+        pooled_mean, pooled_squares, total = _pool_processes(norm, pooled_mean, pooled_squares, total)
+    variance = pooled_squares / (total if norm.processes > 1 else max(total, 1))
+    if running_mean is not None and (norm.processes > 1 or total > 0):
+        with torch.no_grad():
+            unbiased = pooled_squares / (total - 1)
+            running_mean.lerp_(pooled_mean[0].to(running_mean.dtype), norm.momentum)
+            running_var.lerp_(unbiased[0].to(running_var.dtype), norm.momentum)
+    return Statistics(pooled_mean, torch.rsqrt(variance + norm.eps), total)
+
+
+def given(running_mean, running_var, eps, dtype):
+    """Statistics from running statistics, [C]."""
+    return Statistics(running_mean.to(dtype)[None], torch.rsqrt(running_var.to(dtype)[None] + eps), 1)
+
+
+def identity(channels, dtype, device):
+    """Statistics that leave x as it is."""
+    mean = torch.zeros(1, channels, dtype=dtype, device=device)
+    return Statistics(mean, torch.ones_like(mean), 1)
+
+
+def planes(statistics, shape, weight=None, bias=None):
+    """Shift, scale and offset of each plane, [3, N, C], shape being (N, C): x̂ = (x − shift)·scale + offset."""
+    mean, scale, _ = statistics
+    offset = torch.zeros_like(mean) if bias is None else bias.to(mean.dtype)
+    if weight is not None:
+        scale = scale * weight.to(scale.dtype)
+    return torch.stack([number.expand(shape) for number in (mean, scale, offset)])
+
+
+def backward(norm, statistics, sums, weight=None):
+    """From the planes' sums [2, N, C]: the terms of dx [2, N, C], dweight [C], dbias [C]."""
+    _, inverse_deviation, count = statistics
+    q, q_deviation = sums
+    dweight, dbias = (q_deviation * inverse_deviation).sum(0), q.sum(0)
+    if not norm.measures:
+        return torch.zeros_like(sums), dweight, dbias
+    pooled = _pool(norm, sums if weight is None else sums * weight.to(sums.dtype))
+    if norm.processes > 1:
+        dist.all_reduce(pooled, group=norm.process_group)
+    q, q_deviation = pooled * inverse_deviation / (count if norm.processes > 1 else max(count, 1))
+    slope = -q_deviation * inverse_deviation * inverse_deviation
+    return torch.stack([slope.expand(sums.shape[1:]), -q.expand(sums.shape[1:])]), dweight, dbias
+
+
+def _pool(norm, numbers):
+    """The sum over each pool, [..., N, C] to [..., N or 1, C], repeated for all of a group's channels."""
+    if norm.kind == "group":
+        groups = numbers.unflatten(-1, (norm.num_groups, -1))
+        return groups.sum(-1, keepdim=True).expand_as(groups).flatten(-2)
+    if norm.kind == "instance":
+        return numbers
+    return numbers.sum(-2, keepdim=True)
+
+
+def _pool_processes(norm, mean, squares, count):
+    """The same from each process's pool, in one collective; the processes may hold batches of different sizes."""
+    channels = mean.shape[1]
+    own = torch.cat([mean[0], squares[0], mean.new_tensor([count])])
+    everyone = own.new_empty(norm.processes, own.numel())
+    dist.all_gather_into_tensor(everyone, own, group=norm.process_group)
+    means, squares, counts = everyone.split([channels, channels, 1], dim=1)
+    total = counts.sum()
+    pooled_mean = (means * (counts / total)).sum(0, keepdim=True)
+    pooled_squares = (squares + counts * (means - pooled_mean).square()).sum(0, keepdim=True)
+    return pooled_mean, pooled_squares, total

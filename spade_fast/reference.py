@@ -1,0 +1,156 @@
+"""SPADE and its networks in plain PyTorch: short, obvious, in any dtype.
+
+This file is the truth of every test (in float64) and the eager side of every benchmark. It imports nothing of the project,
+and nothing of the project but tests and benchmarks imports it. Names, shapes and wiring are those of the published networks
+(Park et al., "Semantic Image Synthesis with Spatially-Adaptive Normalization", CVPR 2019).
+"""
+
+import re
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+CONVOLUTIONS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
+INSTANCE_NORMS = {1: nn.InstanceNorm1d, 2: nn.InstanceNorm2d, 3: nn.InstanceNorm3d}
+BATCH_NORMS = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
+
+
+def spade_modulate(x, gamma, beta, *, norm="instance", num_groups=None, weight=None, bias=None, running_mean=None,
+                   running_var=None, training=True, momentum=0.1, eps=1e-5, activation=None, negative_slope=0.2):
+    """y = activation(normalised(x) · (1 + γ) + β): equation 1 of the paper, with the activation that follows it."""
+    if norm == "instance":
+        normalised = F.instance_norm(x, weight=weight, bias=bias, eps=eps)
+    elif norm in ("batch", "syncbatch"):
+        normalised = F.batch_norm(x, running_mean, running_var, weight, bias, training, momentum, eps)
+    elif norm == "group":
+        normalised = F.group_norm(x, num_groups, weight, bias, eps)
+    else:
+        normalised = x
+    y = normalised * (1 + gamma) + beta
+    if activation == "relu":
+        return F.relu(y)
+    if activation == "leaky_relu":
+        return F.leaky_relu(y, negative_slope)
+    if activation == "silu":
+        return F.silu(y)
+    return y
+
+
+class SPADE(nn.Module):
+    """The layer: x [N, norm_nc, *spatial] and segmap [N, label_nc, *any] to y of x's shape."""
+
+    def __init__(self, norm_nc, label_nc, nhidden=128, kernel_size=3, norm="instance", *, num_groups=32, affine=False,
+                 eps=1e-5, momentum=0.1, spatial_dims=2):
+        super().__init__()
+        conv = CONVOLUTIONS[spatial_dims]
+        if norm == "instance":
+            self.param_free_norm = INSTANCE_NORMS[spatial_dims](norm_nc, eps=eps, affine=affine)
+        elif norm == "batch":
+            self.param_free_norm = BATCH_NORMS[spatial_dims](norm_nc, eps=eps, momentum=momentum, affine=affine)
+        elif norm == "syncbatch":
+            self.param_free_norm = nn.SyncBatchNorm(norm_nc, eps=eps, momentum=momentum, affine=affine)
+        elif norm == "group":
+            self.param_free_norm = nn.GroupNorm(num_groups, norm_nc, eps=eps, affine=affine)
+        else:
+            self.param_free_norm = norm
+        padding = kernel_size // 2
+        self.mlp_shared = nn.Sequential(conv(label_nc, nhidden, kernel_size, padding=padding), nn.ReLU())
+        self.mlp_gamma = conv(nhidden, norm_nc, kernel_size, padding=padding)
+        self.mlp_beta = conv(nhidden, norm_nc, kernel_size, padding=padding)
+
+    def forward(self, x, segmap):
+        hidden = self.mlp_shared(F.interpolate(segmap, size=x.shape[2:], mode="nearest"))
+        return self.param_free_norm(x) * (1 + self.mlp_gamma(hidden)) + self.mlp_beta(hidden)
+
+
+class SqueezeExcitation(nn.Module):
+    """x · sigmoid(W_2 relu(W_1 mean(x))), mean over space (Hu et al., CVPR 2018, with their reduction of 16)."""
+
+    def __init__(self, channels):
+        super().__init__()
+        squeezed = max(channels // 16, 1)
+        self.fc = nn.Sequential(nn.Linear(channels, squeezed), nn.ReLU(), nn.Linear(squeezed, channels), nn.Sigmoid())
+
+    def forward(self, x):
+        scale = self.fc(x.flatten(2).mean(-1))
+        return x * scale.reshape(*scale.shape, *[1] * (x.dim() - 2))
+
+
+class SPADEResnetBlock(nn.Module):
+    """Two SPADEs and 3-convolutions beside a shortcut, which has a SPADE and a 1-convolution where fin ≠ fout."""
+
+    def __init__(self, fin, fout, norm_G, label_nc, use_se=False, dilation=1, *, nhidden=128, spatial_dims=2):
+        super().__init__()
+        conv = CONVOLUTIONS[spatial_dims]
+        fmiddle = min(fin, fout)
+        self.learned_shortcut = fin != fout
+        self.conv_0 = conv(fin, fmiddle, 3, padding=dilation, dilation=dilation)
+        self.conv_1 = conv(fmiddle, fout, 3, padding=dilation, dilation=dilation)
+        if self.learned_shortcut:
+            self.conv_s = conv(fin, fout, 1, bias=False)
+        if "spectral" in norm_G:
+            for name, module in list(self.named_children()):
+                setattr(self, name, nn.utils.spectral_norm(module))
+        norm = re.fullmatch(r"spade(\D*).*", norm_G.replace("spectral", ""))[1] or "instance"
+        kernel_size = int((re.search(r"\d+", norm_G) or "3")[0])
+        arguments = (label_nc, nhidden, kernel_size, norm)
+        self.norm_0 = SPADE(fin, *arguments, spatial_dims=spatial_dims)
+        self.norm_1 = SPADE(fmiddle, *arguments, spatial_dims=spatial_dims)
+        if self.learned_shortcut:
+            self.norm_s = SPADE(fin, *arguments, spatial_dims=spatial_dims)
+        self.se = SqueezeExcitation(fout) if use_se else nn.Identity()
+
+    def forward(self, x, segmap):
+        shortcut = self.conv_s(self.norm_s(x, segmap)) if self.learned_shortcut else x
+        dx = self.conv_0(F.leaky_relu(self.norm_0(x, segmap), 0.2))
+        dx = self.conv_1(F.leaky_relu(self.norm_1(dx, segmap), 0.2))
+        return shortcut + self.se(dx)
+
+
+class SPADEGenerator(nn.Module):
+    """The published generator's wiring; `block(fin, fout, norm_G, label_nc)` makes its residual blocks.
+
+    segmap [N, label_nc, H, W], z [N, 256] (with use_vae only) to an image [N, 3, crop_size / aspect_ratio, crop_size].
+    """
+
+    def __init__(self, label_nc, ngf=64, *, crop_size=256, aspect_ratio=1.0, num_upsampling_layers="normal", use_vae=False,
+                 z_dim=256, norm_G="spectralspadesyncbatch3x3", block=SPADEResnetBlock):
+        super().__init__()
+        self.doublings = {"normal": 5, "more": 6, "most": 7}[num_upsampling_layers]
+        width = crop_size // 2**self.doublings
+        self.start = (round(width / aspect_ratio), width)
+        self.use_vae = use_vae
+        if use_vae:
+            self.fc = nn.Linear(z_dim, 16 * ngf * self.start[0] * self.start[1])
+        else:
+            self.fc = nn.Conv2d(label_nc, 16 * ngf, 3, padding=1)
+        self.head_0 = block(16 * ngf, 16 * ngf, norm_G, label_nc)
+        self.G_middle_0 = block(16 * ngf, 16 * ngf, norm_G, label_nc)
+        self.G_middle_1 = block(16 * ngf, 16 * ngf, norm_G, label_nc)
+        self.up_0 = block(16 * ngf, 8 * ngf, norm_G, label_nc)
+        self.up_1 = block(8 * ngf, 4 * ngf, norm_G, label_nc)
+        self.up_2 = block(4 * ngf, 2 * ngf, norm_G, label_nc)
+        self.up_3 = block(2 * ngf, ngf, norm_G, label_nc)
+        if self.doublings == 7:
+            self.up_4 = block(ngf, ngf // 2, norm_G, label_nc)
+        self.conv_img = nn.Conv2d(ngf // 2 if self.doublings == 7 else ngf, 3, 3, padding=1)
+
+    def forward(self, segmap, z=None):
+        def up(x):
+            return F.interpolate(x, scale_factor=2, mode="nearest")
+
+        if self.use_vae:
+            x = self.fc(z).reshape(segmap.shape[0], -1, *self.start)
+        else:
+            x = self.fc(F.interpolate(segmap, size=self.start, mode="nearest"))
+        x = up(self.head_0(x, segmap))
+        x = self.G_middle_0(x, segmap)
+        if self.doublings > 5:
+            x = up(x)
+        x = self.G_middle_1(x, segmap)
+        for up_block in (self.up_0, self.up_1, self.up_2, self.up_3):
+            x = up_block(up(x), segmap)
+        if self.doublings == 7:
+            x = self.up_4(up(x), segmap)
+        return torch.tanh(self.conv_img(F.leaky_relu(x, 0.2)))
