@@ -14,7 +14,7 @@ SCHEMAS = {
     " -> (Tensor, Tensor)",
     "backward_sums": "(Tensor dy, Tensor x, Tensor planes, Tensor gamma, Tensor? beta, Tensor signs, str? activation,"
     " float negative_slope) -> (Tensor, Tensor, Tensor)",
-    "backward_input": "(Tensor dy, Tensor x, Tensor planes, Tensor gamma, Tensor? beta, Tensor signs, Tensor terms,"
+    "backward_input": "(Tensor dy, Tensor x, Tensor planes, Tensor gamma, Tensor? beta, Tensor signs, Tensor? terms,"
     " str? activation, float negative_slope) -> Tensor",
 }
 

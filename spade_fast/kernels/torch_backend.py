@@ -6,7 +6,7 @@ where x is float64:
     moments [2, N, C]   mean, sum of squared deviations
     planes  [3, N, C]   shift, scale, offset: x̂ = (x − shift)·scale + offset
     sums    [2, N, C]   Σq, Σq·(x − shift) over the plane, with q = g·(1 + γ)
-    terms   [2, N, C]   slope, constant: what the normalisation adds to dx, slope·(x − shift) + constant
+    terms   [2, N, C]   slope, constant: what reaches dx through the statistics, slope·(x − shift) + constant
 
 x, γ, β, y, dy: [N, C, *spatial]. g is dy times the activation's derivative, so dβ = g and dγ = g·x̂.
 `signs` holds one bit for each element of y, all that the derivative of ReLU and leaky ReLU needs: bytes [N, C, ⌈S/8⌉], or
@@ -39,8 +39,11 @@ def plane_moments(x):
     pixels = x.flatten(2).to(sum_dtype(x.dtype))
     if x.numel() == 0:
         return pixels.new_zeros(2, *x.shape[:2])
-    variance, mean = torch.var_mean(pixels, dim=2, correction=0)
-    return torch.stack([mean, variance * pixels.shape[2]])
+    mean = pixels.mean(2, keepdim=True)
+    deviations = pixels - mean
+    correction = deviations.mean(2, keepdim=True)  # the mean was rounded, most where it is large
+    squares = deviations.square().sum(2) - pixels.shape[2] * correction.square().squeeze(2)
+    return torch.stack([(mean + correction).squeeze(2), squares])
 
 
 def apply(x, planes, gamma, beta, activation, negative_slope, keep_signs):
@@ -64,7 +67,7 @@ def apply(x, planes, gamma, beta, activation, negative_slope, keep_signs):
 def backward_sums(dy, x, planes, gamma, beta, signs, activation, negative_slope):
     """dγ, dβ and sums. dβ has size 0 where there is no activation: it is dy itself."""
     normalised = _normalise(x, planes, gamma)
-    g = through_activation(dy, normalised, gamma, beta, signs, activation, negative_slope)
+    g = through_activation(dy, x, normalised, gamma, beta, signs, activation, negative_slope)
     q = _one_plus(gamma, normalised).mul_(g)
     dgamma = normalised.mul_(g).to(gamma.dtype)
     pixels = tuple(range(2, x.dim()))
@@ -73,16 +76,18 @@ def backward_sums(dy, x, planes, gamma, beta, signs, activation, negative_slope)
 
 
 def backward_input(dy, x, planes, gamma, beta, signs, terms, activation, negative_slope):
-    """dx = scale·q + slope·(x − shift) + constant, in x's dtype and memory layout."""
+    """dx = scale·q + slope·(x − shift) + constant, in x's dtype and memory layout; terms None: just scale·q."""
     normalised = _normalise(x, planes, gamma)
-    g = through_activation(dy, normalised, gamma, beta, signs, activation, negative_slope)
+    g = through_activation(dy, x, normalised, gamma, beta, signs, activation, negative_slope)
     shift, scale, _ = _per_plane(planes, x)
+    scale_q = _one_plus(gamma, normalised).mul_(scale).mul_(g)
+    if terms is None:
+        return normalised.copy_(scale_q).to(x.dtype)
     slope, constant = _per_plane(terms, x)
-    dx = normalised.copy_(x).sub_(shift).mul_(slope).add_(constant)
-    return dx.addcmul_(g, _one_plus(gamma, normalised).mul_(scale)).to(x.dtype)
+    return normalised.copy_(x).sub_(shift).mul_(slope).add_(constant).add_(scale_q).to(x.dtype)
 
 
-def through_activation(dy, normalised, gamma, beta, signs, activation, negative_slope):
+def through_activation(dy, x, normalised, gamma, beta, signs, activation, negative_slope):
     """g: dy times the activation's derivative, in the dtype of x̂."""
     dy = dy.to(normalised.dtype)
     if activation is None:
@@ -91,7 +96,7 @@ def through_activation(dy, normalised, gamma, beta, signs, activation, negative_
         y = normalised * _one_plus(gamma, normalised) + beta
         sigmoid = torch.sigmoid(y)
         return dy * (sigmoid * (1 + y * (1 - sigmoid)))
-    positive = _unpack(signs, dy.shape, is_channels_last(normalised))
+    positive = _unpack(signs, dy.shape, is_channels_last(x))
     return torch.where(positive, dy, dy * negative_slope if activation == "leaky_relu" else 0)
 
 
@@ -116,6 +121,8 @@ def _pack(bits, channels_last):
     rows = bits.flatten(2)
     rows = rows.transpose(1, 2) if channels_last else rows
     rows = F.pad(rows, (0, -rows.shape[2] % 8)).contiguous()
+    if rows.numel() == 0:
+        return rows[:, :, : rows.shape[2] // 8].to(torch.uint8)
     # Eight 0/1 bytes, read as one integer, times this: the top byte of the product has their eight bits, first byte lowest.
     return ((rows.view(torch.int64) * 0x0102040810204080) >> 56).to(torch.uint8)
 

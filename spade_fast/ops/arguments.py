@@ -30,7 +30,7 @@ def check_modulate(x, gamma, beta, *, norm, num_groups, weight, bias, running_me
     per_channel = {"weight": weight, "bias": bias, "running_mean": running_mean, "running_var": running_var}
     for name, tensor in per_channel.items():
         _check_channels(name, tensor, x)
-    _check_norm(x, norm, num_groups, running_mean, running_var, training)
+    _check_norm(x, norm, num_groups, weight, bias, running_mean, running_var, training)
     if moments is not None and moments.shape != (2, *x.shape[:2]):
         raise ValueError(f"moments has shape {list(moments.shape)}, it should be [2, N, C], {[2, *x.shape[:2]]}")
 
@@ -48,7 +48,7 @@ def _check_channels(name, tensor, x):
         raise TypeError(f"{name} has dtype {tensor.dtype}, it should be a floating-point tensor")
 
 
-def _check_norm(x, norm, num_groups, running_mean, running_var, training):
+def _check_norm(x, norm, num_groups, weight, bias, running_mean, running_var, training):
     batch, channels = x.shape[:2]
     pixels = x.shape[2:].numel()
     if (running_mean is None) != (running_var is None):
@@ -57,6 +57,8 @@ def _check_norm(x, norm, num_groups, running_mean, running_var, training):
         raise ValueError(f"running_mean is given, it should be None for norm={norm!r}, which keeps no running statistics")
     if running_mean is None and norm in ("batch", "syncbatch") and not training:
         raise ValueError(f"running_mean is None, it should be a tensor [C] for norm={norm!r} with training=False")
+    if norm is None and (weight is not None or bias is not None):
+        raise ValueError("weight and bias are the norm's own, they should be None for norm=None")
     # What follows are torch's own rules and words: one value has no deviation.
     if norm == "instance" and pixels == 1:
         raise ValueError(f"Expected more than 1 spatial element when training, got input size {x.shape}")

@@ -107,7 +107,7 @@ def _differentiable_backward(ctx, dy, x, gamma, beta, weight, bias, statistics, 
         raise RuntimeError("second derivatives of norm='syncbatch' over several processes are not supported")
     activation = (ctx.activation, ctx.negative_slope)
     if signs.numel():  # the activation is linear on either side of zero, and which side is known
-        dy = torch_backend.through_activation(dy, x.to(statistics.mean.dtype), gamma, beta, signs, *activation)
+        dy = torch_backend.through_activation(dy, x, x.to(statistics.mean.dtype), gamma, beta, signs, *activation)
         activation = (None, 0.0)
     # Aliases, since autograd.grad would also follow a path from γ back to x where γ was made from x.
     beta = torch.zeros_like(gamma, requires_grad=True) if beta is None else beta

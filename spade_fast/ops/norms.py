@@ -87,12 +87,12 @@ def planes(statistics, shape, weight=None, bias=None):
 
 
 def backward(norm, statistics, sums, weight=None):
-    """From the planes' sums [2, N, C]: the terms of dx [2, N, C], dweight [C], dbias [C]."""
+    """From the planes' sums [2, N, C]: the terms of dx [2, N, C], None where x was not measured; dweight [C], dbias [C]."""
     _, inverse_deviation, count = statistics
     q, q_deviation = sums
     dweight, dbias = (q_deviation * inverse_deviation).sum(0), q.sum(0)
     if not norm.measures:
-        return torch.zeros_like(sums), dweight, dbias
+        return None, dweight, dbias
     pooled = _pool(norm, sums if weight is None else sums * weight.to(sums.dtype))
     if norm.processes > 1:
         dist.all_reduce(pooled, group=norm.process_group)

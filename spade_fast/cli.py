@@ -1,0 +1,54 @@
+"""The command `spade-fast`."""
+
+import platform
+from importlib import metadata
+
+import torch
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from . import __version__, backends
+from .kernels import cpu_backend
+
+app = typer.Typer(help="The SPADE layer, fast.", no_args_is_help=True, add_completion=False)
+
+
+@app.callback()
+def commands():
+    """The SPADE layer, fast."""  # typer drops a lone command's name without this callback
+
+
+@app.command()
+def info():
+    """Which backends run here and why not the others, versions, CPU features, devices."""
+    console = Console()
+    table = Table("backend", "runs", "why not", title="Backends, best first")
+    for status in backends():
+        table.add_row(status.name, "yes" if status.runs else "no", status.reason)
+    console.print(table)
+    table = Table("", "", title="This machine", show_header=False)
+    for name, fact in facts().items():
+        table.add_row(name, fact)
+    console.print(table)
+
+
+def facts():
+    """What `info` says of the machine: name to text."""
+    found = {"spade_fast": __version__, "Python": platform.python_version(), "torch": torch.__version__}
+    for package in ("triton", "numpy"):
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            found[package] = "not installed"
+    found["torch's CUDA"] = torch.version.cuda or "none: this torch is built for the CPU"
+    instruction_sets = cpu_backend.library.instruction_sets() if cpu_backend.library else ["unknown: spade_fast._cpu is not there"]
+    found["processor"] = f"{platform.machine()}, {torch.get_num_threads()} threads"
+    found["instruction sets"] = ", ".join(instruction_sets)
+    for index in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(index)
+        capability = f"sm_{properties.major}{properties.minor}"
+        found[f"cuda:{index}"] = f"{properties.name}, {capability}, {properties.total_memory / 2**30:.0f} GiB"
+    if torch.cuda.device_count() == 0:
+        found["GPUs"] = "none"
+    return found

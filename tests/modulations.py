@@ -1,0 +1,86 @@
+"""Inputs for `spade_modulate` and the comparison of its every output with the float64 reference and with eager PyTorch."""
+
+import torch
+
+import spade_fast
+from spade_fast import reference
+from spade_fast.agreement import excess
+
+
+def contiguous(x):
+    return x.contiguous()
+
+
+def channels_last(x):
+    return x.movedim(1, -1).contiguous().movedim(-1, 1)
+
+
+def sliced(x):
+    """The same numbers inside a larger tensor, at an odd offset in every dimension."""
+    larger = x.new_full([size + 2 for size in x.shape], float("nan"))
+    inner = larger[tuple(slice(1, -1) for _ in x.shape)]
+    return inner.copy_(x)
+
+
+def sliced_channels(x):
+    """The first channels of a channels-last tensor that has more."""
+    return channels_last(torch.cat([x, torch.full_like(x, float("nan"))], dim=1))[:, : x.shape[1]]
+
+
+def transposed(x):
+    """The last dimension is not the innermost."""
+    return x.transpose(-1, 2).contiguous().transpose(-1, 2)
+
+
+def misaligned(x):
+    """Contiguous, from an address that is no multiple of anything but the element's size."""
+    return torch.cat([x.new_zeros(1), x.flatten()])[1:].view(x.shape)
+
+
+LAYOUTS = [contiguous, channels_last, sliced, sliced_channels, transposed, misaligned]
+
+
+def sample(shape, norm="instance", activation=None, *, dtype=torch.float32, gamma_dtype=None, layout=contiguous,
+           gamma_layout=None, dy_layout=contiguous, affine=False, training=True, mean=0.0, num_groups=2, device="cpu"):
+    """Arguments of spade_modulate by name, and dy, in the dtypes and layouts that are asked for."""
+    gamma_dtype, gamma_layout = gamma_dtype or dtype, gamma_layout or layout
+    x = layout((torch.randn(shape) + mean).to(device, dtype))
+    gamma, beta = (gamma_layout(torch.randn(shape).to(device, gamma_dtype)) for _ in range(2))
+    arguments = {"x": x, "gamma": gamma, "beta": beta, "norm": norm, "activation": activation, "training": training}
+    if norm == "group":
+        arguments["num_groups"] = num_groups
+    if affine:
+        arguments |= {name: (torch.randn(shape[1]) + 1).to(device, dtype) for name in ("weight", "bias")}
+    if norm in ("batch", "syncbatch"):
+        arguments["running_mean"] = torch.randn(shape[1]).to(device, dtype)
+        arguments["running_var"] = (torch.rand(shape[1]) + 0.5).to(device, dtype)
+    dy = dy_layout(torch.randn(shape).to(device, torch.promote_types(dtype, gamma_dtype)))
+    return arguments, dy
+
+
+def results(modulate, arguments, dy, dtype=None):
+    """y, the gradient of every tensor, and the running statistics, by name."""
+    def copy(value):
+        return value.detach().to(dtype or value.dtype) if isinstance(value, torch.Tensor) else value
+
+    given = {name: copy(value) for name, value in arguments.items()}
+    running = {name: given[name].clone() for name in ("running_mean", "running_var") if name in given}
+    given |= running
+    wanted = {name: given[name].requires_grad_() for name in ("x", "gamma", "beta", "weight", "bias") if name in given}
+    x, gamma, beta = given.pop("x"), given.pop("gamma"), given.pop("beta")
+    y = modulate(x, gamma, beta, **given)
+    gradients = torch.autograd.grad(y, list(wanted.values()), dy.to(y.dtype))
+    return {"y": y.detach()} | {f"d{name}": gradient for name, gradient in zip(wanted, gradients)} | running
+
+
+def disagreements(arguments, dy, truth_arguments=None):
+    """What does not agree with the reference, by name, with its excess: empty where all is well.
+
+    truth_arguments: where other arguments have the same result in exact arithmetic, and a more exact one in float64.
+    """
+    eps = max(torch.finfo(value.dtype).eps for value in arguments.values() if isinstance(value, torch.Tensor))
+    ours = results(spade_fast.spade_modulate, arguments, dy)
+    eager = results(reference.spade_modulate, arguments, dy)
+    truth = results(reference.spade_modulate, truth_arguments or arguments, dy, torch.float64)
+    found = {name: excess(ours[name], eager[name], truth[name], eps=eps) for name in truth}
+    return {name: number for name, number in found.items() if number > 1}
