@@ -116,7 +116,7 @@ def _pool_processes(norm, mean, squares, count):
     channels = mean.shape[1]
     own = torch.cat([mean[0], squares[0], mean.new_tensor([count])])
     everyone = own.new_empty(norm.processes, own.numel())
-    dist.all_gather_into_tensor(everyone, own, group=norm.process_group)
+    dist.all_gather(list(everyone.unbind(0)), own, group=norm.process_group)
     means, squares, counts = everyone.split([channels, channels, 1], dim=1)
     total = counts.sum()
     pooled_mean = (means * (counts / total)).sum(0, keepdim=True)

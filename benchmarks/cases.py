@@ -1,0 +1,209 @@
+"""What is measured: the modulation, the residual blocks and the generator, each beside its rivals and its floor.
+
+A problem has variants, functions that each compute the same thing once and return it by name, and a truth in float64. The floor
+is what the same network costs with plain instance norm and leaky ReLU in place of every SPADE: the least that anyone can hope for.
+"""
+
+import copy
+from dataclasses import dataclass
+from typing import Callable
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+import spade_fast
+from spade_fast import reference
+
+from . import layouts
+
+FORWARD, BACKWARD = "forward", "forward+backward"
+# (channels, size) of the 18 SPADEs of the published COCO generator at 256², and of LivePortrait's decoder.
+COCO_SHAPES = [(1024, 8), (1024, 16), (1024, 32), (512, 32), (512, 64), (256, 64), (256, 128), (128, 128), (128, 256), (64, 256)]
+LIVEPORTRAIT_SHAPES = [(512, 64), (512, 128), (256, 128), (256, 256), (64, 256)]
+# (fin, fout, size) of the COCO generator's blocks.
+COCO_BLOCKS = [(1024, 1024, 8), (1024, 1024, 16), (1024, 512, 32), (512, 256, 64), (256, 128, 128), (128, 64, 256)]
+COCO_NORM = "spectralspadesyncbatch3x3"
+
+
+@dataclass
+class Problem:
+    """One row group of the table."""
+
+    name: str
+    mode: str  # FORWARD or BACKWARD
+    variants: dict[str, Callable]  # "eager" among them; those called "floor…" compute something else and are not checked
+    truth: Callable
+    jittered: Callable  # eager, from inputs that differ by a rounding
+
+
+@dataclass
+class Settings:
+    """What the command line says."""
+
+    device: str = "cpu"
+    dtype: torch.dtype = torch.float32
+    quick: bool = False
+    labels: str | None = None
+    instances: str | None = None
+
+
+def modulate(settings):
+    """spade_modulate on the shapes of the published generators, both memory layouts, with the leaky ReLU that follows."""
+    shapes = [(64, 32)] if settings.quick else dict.fromkeys(COCO_SHAPES + LIVEPORTRAIT_SHAPES)
+    for channels, size in shapes:
+        for layout in (torch.contiguous_format, torch.channels_last):
+            for mode in (FORWARD, BACKWARD):
+                yield _modulate_problem(settings, channels, size, layout, mode)
+
+
+def _modulate_problem(settings, channels, size, layout, mode):
+    def tensor():
+        values = torch.randn(1, channels, size, size, device=settings.device).to(settings.dtype)
+        return values.to(memory_format=layout).requires_grad_(mode == BACKWARD)
+
+    inputs, dy = {"x": tensor(), "gamma": tensor(), "beta": tensor()}, tensor().detach()
+
+    def floor(x, gamma, beta, activation):
+        return F.leaky_relu(F.instance_norm(x), 0.2)
+
+    def variant(function, inputs, dy, names=("x", "gamma", "beta")):
+        def run():
+            y = function(**inputs, activation="leaky_relu")
+            return _outputs(y, {name: inputs[name] for name in names}, dy, mode)
+
+        return run
+
+    exact = {name: value.detach().double().requires_grad_(mode == BACKWARD) for name, value in inputs.items()}
+    return Problem(
+        f"{channels} × {size}² {'channels-last' if layout is torch.channels_last else 'contiguous'}",
+        mode,
+        {
+            "eager": variant(reference.spade_modulate, inputs, dy),
+            "torch.compile": variant(_compiled(reference.spade_modulate), inputs, dy),
+            "spade_fast": variant(spade_fast.spade_modulate, inputs, dy),
+            "floor": variant(floor, inputs, dy, ["x"]),
+        },
+        variant(reference.spade_modulate, exact, dy.double()),
+        lambda: variant(reference.spade_modulate, {name: jitter(value) for name, value in inputs.items()}, dy)(),
+    )
+
+
+def block(settings):
+    """The residual blocks of the published COCO generator, with a COCO-Stuff layout at 256² as their condition."""
+    for fin, fout, size in [(128, 64, 64)] if settings.quick else COCO_BLOCKS:
+        for mode in (FORWARD, BACKWARD):
+            def make(block_type, fin=fin, fout=fout):
+                return block_type(fin, fout, COCO_NORM, 184)
+
+            x, dy = torch.randn(1, fin, size, size), torch.randn(1, fout, size, size)
+            yield _network_problem(settings, f"{fin} → {fout} at {size}²", mode, make, (x,), dy)
+
+
+def generator(settings):
+    """The published COCO generator at 256², wired as published, from each kind of block."""
+    ngf, size = (8, 64) if settings.quick else (64, 256)
+
+    def make(block_type):
+        return reference.SPADEGenerator(184, ngf, crop_size=size, norm_G=COCO_NORM, block=block_type)
+
+    for mode in (FORWARD, BACKWARD):
+        yield _network_problem(settings, f"COCO {size}²", mode, make, (), torch.randn(1, 3, size, size))
+
+
+def _network_problem(settings, name, mode, make, inputs, dy):
+    """make(block_type) makes the network; it is called with the inputs and the condition."""
+    torch.manual_seed(0)
+    eager, ours = settle(make(reference.SPADEResnetBlock)), make(spade_fast.SPADEResnetBlock)
+    ours.load_state_dict(eager.state_dict())
+    exact = copy.deepcopy(eager).double()
+    *arguments, dy = (tensor.to(settings.device, settings.dtype) for tensor in (*inputs, condition(settings), dy))
+
+    def variant(network, arguments, layout=torch.contiguous_format, compile=False):
+        network = _set_mode(network.to(settings.device, memory_format=layout), mode)
+        arguments = [tensor.contiguous(memory_format=layout) for tensor in arguments]
+        wanted = dict(network.named_parameters())
+        if mode == BACKWARD and len(arguments) > 1:  # x, in a network that has one before it
+            arguments[0] = wanted["x"] = arguments[0].requires_grad_()
+        forward = _compiled(network) if compile else network
+        return lambda: _outputs(forward(*arguments), wanted, dy.to(arguments[-1].dtype), mode)
+
+    eager, ours = eager.to(settings.dtype), ours.to(settings.dtype)
+    floor = settle(make(FloorBlock)).to(settings.dtype)
+    return Problem(
+        name,
+        mode,
+        {
+            "eager": variant(eager, arguments),
+            "torch.compile": variant(copy.deepcopy(eager), arguments, compile=True),
+            "spade_fast": variant(ours, arguments),
+            "floor, contiguous": variant(floor, arguments),
+            "floor, channels-last": variant(copy.deepcopy(floor), arguments, torch.channels_last),
+        },
+        variant(exact, [tensor.double() for tensor in arguments]),
+        lambda: variant(eager, [jitter(tensor) for tensor in arguments])(),
+    )
+
+
+def condition(settings):
+    """One scene's condition, [1, 184, 256, 256] (or 64²): the first of the folder that was named, else a drawn one."""
+    if settings.labels is None:
+        labels, instances = layouts.draw_scene(0)
+    else:
+        labels, instances = layouts.load_scenes(settings.labels, settings.instances)[0]
+        instances = torch.zeros(labels.shape).numpy() if instances is None else instances
+    return layouts.condition(labels, instances, (64, 64) if settings.quick else (256, 256))
+
+
+class FloorBlock(reference.SPADEResnetBlock):
+    """The block with F.instance_norm and leaky ReLU where the SPADEs are: same convolutions, no condition."""
+
+    def __init__(self, fin, fout, norm_G, label_nc):
+        super().__init__(fin, fout, norm_G, label_nc)
+        del self.norm_0, self.norm_1
+        if self.learned_shortcut:
+            del self.norm_s
+
+    def forward(self, x, segmap):
+        shortcut = self.conv_s(F.instance_norm(x)) if self.learned_shortcut else x
+        dx = self.conv_0(F.leaky_relu(F.instance_norm(x), 0.2))
+        return shortcut + self.conv_1(F.leaky_relu(F.instance_norm(dx), 0.2))
+
+
+def jitter(x):
+    """x with elements off by a rounding, or not."""
+    rounding = torch.finfo(x.dtype).eps * (torch.rand_like(x) - 0.5)
+    return (x.detach() * (1 + rounding)).requires_grad_(x.requires_grad)
+
+
+@torch.no_grad()
+def settle(network):
+    """Lets spectral norm's power iteration converge, as it has in any trained network: σ of random vectors is about zero."""
+    for module in network.modules():
+        for _ in range(20 if hasattr(module, "weight_orig") else 0):
+            module(torch.zeros(1, module.in_channels, 1, 1))
+    return network
+
+
+def _set_mode(network, mode):
+    """Inference, or training but for spectral norm's power iteration: torch.compile gets its gradient wrong (torch 2.13)."""
+    network.train(mode == BACKWARD)
+    for name, module in network.named_modules():
+        if isinstance(module, nn.Conv2d):
+            module.eval()
+    return network
+
+
+def _compiled(function):
+    return torch.compile(function, fullgraph=True, dynamic=False)
+
+
+def _outputs(y, wanted, dy, mode):
+    """y, and with BACKWARD the gradients of what is wanted, by name."""
+    if mode == FORWARD:
+        return {"y": y}
+    gradients = torch.autograd.grad(y, list(wanted.values()), dy)
+    return {"y": y.detach()} | {f"d{name}": gradient for name, gradient in zip(wanted, gradients)}
+
+
+CASES = {"modulate": modulate, "block": block, "generator": generator}

@@ -1,0 +1,91 @@
+"""The command line of the suite: `python -m benchmarks`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from rich.console import Console
+from rich.progress import Progress
+
+from . import layouts as scenes
+from . import report
+from .cases import CASES, Settings
+from .measure import measure
+
+app = typer.Typer(help="How fast spade_fast is beside eager PyTorch, torch.compile and plain instance norm, and whether it "
+                  "computes the same.", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
+
+
+@app.command("list")
+def list_cases():
+    """The cases that `run` takes."""
+    for name, case in CASES.items():
+        typer.echo(f"{name:12} {case.__doc__}")
+
+
+@app.command()
+def run(
+    names: Annotated[list[str], typer.Argument(metavar="NAME...", help=f"Of: {', '.join(CASES)}.")],
+    quick: Annotated[bool, typer.Option("--quick", help="One small problem of each, about a minute.")] = False,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    dtype: Annotated[str, typer.Option(help=f"{', '.join(DTYPES)}.")] = "float32",
+    labels: Annotated[Path | None, typer.Option(help="Folder of PNGs of COCO-Stuff classes; a drawn scene without.")] = None,
+    instances: Annotated[Path | None, typer.Option(help="Folder of PNGs of instance numbers, named as the labels.")] = None,
+    json: Annotated[Path | None, typer.Option(help="Write everything that was measured to this file.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Draw a chart to this file.")] = None,
+):
+    """Check, then time, the cases; print a table. Exits with 1 where a row does not match."""
+    settings = Settings(check_device(device), choose("--dtype", dtype, DTYPES), quick, labels, instances)
+    chosen = {name: choose("NAME", name, CASES) for name in names}
+    for option, path in (("--json", json), ("--plot", plot)):
+        if path is not None and not path.absolute().parent.is_dir():
+            raise typer.BadParameter(f"{path} should be in a folder that exists", param_hint=option)
+    rows, console = [], Console()
+    if not console.is_terminal:
+        console.width = 100  # a log or a file has no width of its own
+    with Progress(console=console, transient=True) as progress:
+        for name, case in chosen.items():
+            task = progress.add_task(name, total=None)
+            for problem in case(settings):
+                progress.update(task, description=f"{name} {problem.name} {problem.mode}")
+                rows += measure(name, problem, settings.device, 2 if quick else 10, lambda: progress.advance(task))
+                torch.compiler.reset()
+                del problem
+    console.print(report.table(rows))
+    for row in rows:
+        if row.failure:
+            console.print(f"{row.case} {row.problem} {row.mode}, {row.variant} failed: {row.failure}", markup=False)
+    for key, value in report.environment(settings).items():
+        console.print(f"{key}: {value}", highlight=False, markup=False)
+    if json is not None:
+        report.save_json(json, settings, rows)
+    if plot is not None:
+        report.save_chart(plot, settings, rows)
+    if not all(row.matches for row in rows):
+        raise typer.Exit(1)
+
+
+@app.command()
+def layouts(
+    folder: Annotated[Path, typer.Argument(help="Where label/ and instance/ are made.")],
+    count: Annotated[int, typer.Option(min=1, help="How many scenes.")] = 13,
+):
+    """Draw label and instance PNGs that measure like real scenes, for `run --labels --instances`."""
+    label_folder, instance_folder = scenes.save_scenes(folder, count)
+    typer.echo(f"--labels {label_folder} --instances {instance_folder}")
+
+
+def choose(parameter, name, choices):
+    if name not in choices:
+        raise typer.BadParameter(f"{name!r} should be one of {', '.join(choices)}", param_hint=parameter)
+    return choices[name]
+
+
+def check_device(name):
+    try:
+        torch.empty(1, device=name)
+    except (RuntimeError, AssertionError) as error:
+        raise typer.BadParameter(f"{name!r} cannot be used: {str(error).splitlines()[0]}", param_hint="--device") from None
+    return name

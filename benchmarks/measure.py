@@ -1,0 +1,162 @@
+"""How it is measured: first whether a variant is right, then its time, interleaved with the others, and its peak memory."""
+
+import json
+import os
+import statistics
+import sys
+import tempfile
+import time
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from spade_fast.agreement import excess
+
+from .cases import FORWARD
+
+# How far from the truth a variant may be, as a fraction of what the rule of agreement allows. Inductor's convolutions sum in
+# another order than eager's, which the rule measures by: up to 2.3 was seen in float32. What is wrong is off by thousands.
+LIMITS = {"spade_fast": 1, "eager": 1, "torch.compile": 4}
+
+JITTERED_RUNS = 7  # of eager, to see how much a rounding matters (agreement.py)
+
+
+@dataclass
+class Row:
+    """One variant of one problem. Times in seconds, memory in bytes."""
+
+    case: str
+    problem: str
+    mode: str
+    variant: str
+    excess: float | None = None  # the error as a fraction of what is allowed (agreement.py); None: nothing to compare with
+    failure: str | None = None  # what it died of
+    times: list[float] = field(default_factory=list)
+    ratio: tuple[float, float, float] | None = None  # eager's time over this one's: quartiles over the rounds
+    overhead: float | None = None  # this one's median over the floor's
+    peak_memory: int | None = None
+
+    @property
+    def matches(self):
+        return self.failure is None and (self.excess is None or self.excess <= LIMITS[self.variant])
+
+    @property
+    def median(self):
+        return statistics.median(self.times) if self.times else None
+
+    @property
+    def spread(self):
+        """Half the distance between the quartiles, as a fraction of the median."""
+        low, middle, high = quartiles(self.times)
+        return (high - low) / 2 / middle
+
+
+def quartiles(values):
+    return statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else [values[0]] * 3
+
+
+def measure(case, problem, device, seconds, advance=lambda: None):
+    """The problem's rows. A variant that does not match the truth is not timed. `advance` is called after each step."""
+    context = torch.no_grad if problem.mode == FORWARD else torch.enable_grad
+    with context():
+        rows = check(case, problem)
+        advance()
+        runs = {name: run for name, run in problem.variants.items() if rows[name].matches}
+        time_interleaved(rows, runs, device, seconds)
+        advance()
+        for name, run in runs.items():
+            rows[name].peak_memory = peak_memory(run, device)
+        advance()
+    floors = [row.median for name, row in rows.items() if name.startswith("floor") and row.times]
+    for row in rows.values():
+        if row.times and rows["eager"].times:
+            row.ratio = tuple(quartiles([eager / own for eager, own in zip(rows["eager"].times, row.times)]))
+        if row.times and floors:
+            row.overhead = row.median / min(floors)
+    return list(rows.values())
+
+
+def check(case, problem):
+    """A row for each variant that says whether it computes what it should."""
+    rows = {name: Row(case, problem.name, problem.mode, name) for name in problem.variants}
+    truth, eagers = problem.truth(), [problem.variants["eager"](), *(problem.jittered() for _ in range(JITTERED_RUNS))]
+    scales = gradient_scales(truth)
+    for name, run in problem.variants.items():
+        if name.startswith("floor"):
+            continue
+        try:
+            found = run()
+        except Exception as error:  # a rival may fail in any way, and the others are measured all the same
+            rows[name].failure = f"{type(error).__name__}: {error}".split("\n")[0]
+            continue
+        rows[name].excess = max(excess(found[key], [eager[key] for eager in eagers], truth[key], scales[key]) for key in truth)
+    return rows
+
+
+def gradient_scales(truth):
+    """max|truth| of each tensor; for a bias that of its weight where it is more, since before a norm its gradient is zero."""
+    scales = {key: value.abs().max().item() for key, value in truth.items()}
+    for key in truth:
+        weight = key.removesuffix("bias") + "weight"
+        if key.endswith("bias"):
+            scales[key] = max(scales[key], scales.get(weight, 0.0), scales.get(f"{weight}_orig", 0.0))
+    return scales
+
+
+def time_interleaved(rows, runs, device, seconds):
+    """Rounds of one call each, every round beginning with another variant, for about so many seconds and at least five rounds."""
+    for run in runs.values():
+        run()
+    names, began, rounds = list(runs), time.perf_counter(), 0
+    while rounds < 5 or time.perf_counter() - began < seconds:
+        for position in range(len(names)):
+            name = names[(position + rounds) % len(names)]
+            synchronize(device)
+            start = time.perf_counter()
+            result = runs[name]()
+            synchronize(device)
+            rows[name].times.append(time.perf_counter() - start)
+            del result
+        rounds += 1
+
+
+def synchronize(device):
+    if torch.device(device).type == "cuda":
+        torch.cuda.synchronize()
+
+
+def peak_memory(run, device):
+    """The most that PyTorch has allocated at any moment of one run beyond what was allocated before, in bytes."""
+    if torch.device(device).type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        run()
+        return torch.cuda.max_memory_allocated() - before
+    with silent_stderr(), torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        result = run()
+        del result
+    with tempfile.TemporaryDirectory() as folder:
+        trace = Path(folder, "trace.json")
+        profile.export_chrome_trace(str(trace))
+        events = [event for event in json.loads(trace.read_text())["traceEvents"] if event.get("name") == "[memory]"]
+    allocated = peak = 0
+    for event in sorted(events, key=lambda event: event["ts"]):
+        allocated += event["args"]["Bytes"]
+        peak = max(peak, allocated)
+    return peak
+
+
+@contextmanager
+def silent_stderr():
+    """The profiler's C++ code writes its starts and stops to stderr itself, where no Python setting reaches it."""
+    sys.stderr.flush()
+    stderr, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    try:
+        yield
+    finally:
+        os.dup2(stderr, 2)
+        os.close(nowhere)
+        os.close(stderr)

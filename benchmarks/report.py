@@ -1,0 +1,111 @@
+"""What is shown: a table, a JSON file, a chart."""
+
+import dataclasses
+import json
+import platform
+import subprocess
+from datetime import datetime, timezone
+
+import torch
+from rich.table import Table
+
+import spade_fast
+
+
+def table(rows):
+    """A rich table of measured rows: a section for each problem."""
+    result = Table(caption="match: error as a fraction of what is allowed. ratio: eager's time over this, round by round. "
+                   "overhead: this time over that of plain instance norm.")
+    result.add_column("variant")
+    for name in ("match", "time", "spread", "ratio (quartiles)", "overhead", "memory"):
+        result.add_column(name, justify="right")
+    before = None
+    for row in rows:
+        problem = (row.case, row.problem, row.mode)
+        if problem != before:
+            result.add_section()
+            result.add_row(f"[bold]{row.case} {row.problem}\n{row.mode}")
+        result.add_row(row.variant, match(row), *numbers(row))
+        before = problem
+    return result
+
+
+def match(row):
+    """Whether the row is right, and how far it is from wrong: its error as a fraction of what is allowed."""
+    if row.failure:
+        return "[red]failed"
+    if row.excess is None:
+        return "[dim]floor"
+    return f"[green]yes[/] {row.excess:.2f}" if row.matches else f"[red]NO[/] {row.excess:.3g}"
+
+
+def numbers(row):
+    """A row's figures as text; none for a row that does not match."""
+    if not row.times:
+        return [""] * 5
+    ratio = f"{row.ratio[1]:.2f} ({row.ratio[0]:.2f}–{row.ratio[2]:.2f})" if row.ratio else ""
+    overhead = f"{row.overhead:.2f}" if row.overhead else ""
+    return [f"{row.median * 1e3:.2f} ms", f"± {row.spread * 100:.0f}%", ratio, overhead, f"{row.peak_memory / 2**20:.1f} MiB"]
+
+
+def environment(settings):
+    """What a reader must know to repeat the numbers."""
+    cuda = torch.device(settings.device).type == "cuda"
+    commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True).stdout.strip()
+    return {
+        "device": torch.cuda.get_device_name() if cuda else f"CPU {processor()}, {torch.get_num_threads()} threads",
+        "dtype": str(settings.dtype).removeprefix("torch."),
+        "torch": torch.__version__,
+        "spade_fast": spade_fast.__version__,
+        "commit": commit or "unknown",
+        "backends": {status.name: status.reason or "runs" for status in spade_fast.backends()},
+        "date": datetime.now(timezone.utc).date().isoformat(),
+    }
+
+
+def processor():
+    """The processor's name where the system tells it."""
+    try:
+        lines = open("/proc/cpuinfo").read().splitlines()
+        return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.machine()
+
+
+def save_json(path, settings, rows):
+    """Everything that was measured, each single time included."""
+    content = {"environment": environment(settings), "rows": [dataclasses.asdict(row) for row in rows]}
+    with open(path, "w") as file:
+        json.dump(content, file, indent=1)
+
+
+def save_chart(path, settings, rows):
+    """Bars of time over the floor's time, a group for each problem, as a PNG (or what the path's ending says)."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    shown = [row for row in rows if row.overhead and not row.variant.startswith("floor")]
+    groups = list(dict.fromkeys((row.case, row.problem, row.mode) for row in shown))
+    colours = {"eager": "#9aa5b1", "torch.compile": "#e0a458", "spade_fast": "#2a6f97"}
+    figure, axes = plt.subplots(figsize=(9, 1.2 + 0.75 * len(groups)), layout="constrained")
+    labelled = set()
+    for row in shown:
+        group = groups.index((row.case, row.problem, row.mode))
+        place = group + 0.26 * (list(colours).index(row.variant) - 1)
+        label = None if row.variant in labelled else {"eager": "eager PyTorch"}.get(row.variant, row.variant)
+        labelled.add(row.variant)
+        axes.barh(place, row.overhead, 0.24, color=colours[row.variant], label=label)
+        axes.text(row.overhead, place, f" {row.overhead:.2f}   {row.median * 1e3:.3g} ms", va="center", fontsize=8)
+    axes.axvline(1, color="black", linewidth=1, linestyle="--", label="floor: plain instance norm")
+    axes.set_yticks(range(len(groups)), [f"{case} {problem}\n{mode}" for case, problem, mode in groups])
+    axes.invert_yaxis()
+    axes.set_xlim(0, 1.25 * max(row.overhead for row in shown))
+    axes.set_xlabel("time ÷ time of the same network with plain instance norm in place of SPADE (less is better)")
+    facts = environment(settings)
+    axes.set_title(f"{facts['device']}, {facts['dtype']}, torch {facts['torch']}", fontsize=10)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(loc="lower right", frameon=False)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)

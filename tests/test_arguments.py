@@ -1,0 +1,126 @@
+"""Bad input: a ValueError or TypeError that names the argument, what it is and what it should be."""
+
+import pytest
+import torch
+import torch.nn as nn
+
+import spade_fast
+
+X = torch.randn(2, 4, 5, 6)
+
+
+def modulate(x=X, gamma=X, beta=X, **settings):
+    return spade_fast.spade_modulate(x, gamma, beta, **settings)
+
+
+@pytest.mark.parametrize(
+    "arguments,error,words",
+    [
+        ({"x": X.int()}, TypeError, ["x has dtype torch.int32", "floating-point"]),
+        ({"x": X.numpy()}, TypeError, ["x is a ndarray", "torch.Tensor"]),
+        ({"x": torch.randn(4, 5)}, ValueError, ["x has shape [4, 5]", "[N, C, *spatial]"]),
+        ({"x": torch.randn(1, 1, 1, 1, 1, 2)}, ValueError, ["x has shape", "one to three"]),
+        ({"gamma": X.cfloat()}, TypeError, ["gamma has dtype torch.complex64"]),
+        ({"gamma": X[:, :3]}, ValueError, ["gamma has shape [2, 3, 5, 6]", "[2, 4, 5, 6]"]),
+        ({"beta": X[:1]}, ValueError, ["beta has shape [1, 4, 5, 6]", "[2, 4, 5, 6]"]),
+        ({"beta": X.double()}, TypeError, ["beta has dtype torch.float64", "torch.float32"]),
+        ({"gamma": X.to("meta")}, ValueError, ["gamma is on meta", "cpu"]),
+        ({"norm": "layer"}, ValueError, ["norm is 'layer'", "instance", "batch"]),
+        ({"activation": "gelu"}, ValueError, ["activation is 'gelu'", "leaky_relu"]),
+        ({"norm": "group"}, ValueError, ["num_groups is None", "divides C, 4"]),
+        ({"norm": "group", "num_groups": 3}, ValueError, ["num_groups is 3", "divides C, 4"]),
+        ({"weight": torch.ones(5)}, ValueError, ["weight has shape [5]", "[4]"]),
+        ({"bias": [1, 2, 3, 4]}, TypeError, ["bias is a list"]),
+        ({"weight": torch.ones(4).int()}, TypeError, ["weight has dtype torch.int32"]),
+        ({"norm": None, "weight": torch.ones(4)}, ValueError, ["weight", "None for norm=None"]),
+        ({"running_mean": torch.ones(4)}, ValueError, ["running_mean and running_var", "both or neither"]),
+        ({"running_mean": torch.ones(4), "running_var": torch.ones(4)}, ValueError, ["running_mean", "norm='instance'"]),
+        ({"norm": "batch", "training": False}, ValueError, ["running_mean is None", "training=False"]),
+        ({"moments": torch.ones(2, 4)}, ValueError, ["moments has shape [2, 4]", "[2, 2, 4]"]),
+    ],
+)
+def test_spade_modulate(arguments, error, words):
+    with pytest.raises(error) as raised:
+        modulate(**arguments)
+    assert all(word in str(raised.value) for word in words), str(raised.value)
+
+
+def test_running_statistics_are_untouched_by_a_call_that_fails():
+    running_mean, running_var = torch.zeros(4), torch.ones(4)
+    with pytest.raises(ValueError):
+        modulate(norm="batch", beta=X[:1], running_mean=running_mean, running_var=running_var)
+    assert not running_mean.any() and (running_var == 1).all()
+
+
+SEGMAP = torch.randn(2, 3, 9, 9)
+
+
+@pytest.mark.parametrize(
+    "x,segmap,error,words",
+    [
+        (X, SEGMAP[:, :2], ValueError, ["segmap has shape [2, 2, 9, 9]", "[N, 3, H, W]"]),
+        (X[:, :2], SEGMAP, ValueError, ["x has shape [2, 2, 5, 6]", "[N, 4, H, W]"]),
+        (X, SEGMAP[0], ValueError, ["segmap has shape [3, 9, 9]"]),
+        (X, SEGMAP[:1], ValueError, ["segmap has a batch of 1", "2"]),
+        (X, SEGMAP.long(), TypeError, ["segmap has dtype torch.int64"]),
+        (X, SEGMAP.double(), TypeError, ["segmap has dtype torch.float64", "torch.float32"]),
+        (X, SEGMAP.to("meta"), ValueError, ["segmap is on meta", "cpu"]),
+        (X.to("meta"), SEGMAP, ValueError, ["is on cpu", "meta"]),
+        (X, SEGMAP.numpy(), TypeError, ["segmap is a ndarray"]),
+    ],
+)
+def test_layer_and_block(x, segmap, error, words):
+    for module in (spade_fast.SPADE(4, 3, 8), spade_fast.SPADEResnetBlock(4, 6, "spadeinstance", 3, nhidden=8)):
+        with pytest.raises(error) as raised:
+            module(x, segmap)
+        assert all(word in str(raised.value) for word in words), str(raised.value)
+
+
+@pytest.mark.parametrize(
+    "arguments,words",
+    [
+        ({"norm_nc": 0}, ["norm_nc is 0"]),
+        ({"label_nc": 3.5}, ["label_nc is 3.5"]),
+        ({"kernel_size": 4}, ["kernel_size is 4", "odd"]),
+        ({"norm": "layer"}, ["norm is 'layer'", "nn.Module"]),
+        ({"spatial_dims": 4}, ["spatial_dims is 4", "1, 2 or 3"]),
+        ({"norm": "group", "num_groups": 3}, ["num_channels", "divisible by num_groups"]),
+    ],
+)
+def test_spade_constructor(arguments, words):
+    with pytest.raises(ValueError) as raised:
+        spade_fast.SPADE(**{"norm_nc": 4, "label_nc": 3} | arguments)
+    assert all(word in str(raised.value) for word in words), str(raised.value)
+
+
+@pytest.mark.parametrize("text", ["", "spectral", "spadeinstance4x4", "spadeinstance3x5", "spadelayer3x3", "instance3x3",
+                                  "spectralspadespectralspade", "Spade", "spade3", "spadeinstance3x3 ", None, 3])
+def test_norm_g_that_is_not_the_grammar(text):
+    with pytest.raises(ValueError, match=r"norm_G is .*\[spectral\]spade\[spectral\]\[instance\|batch"):
+        spade_fast.SPADEResnetBlock(4, 4, text, 3)
+    with pytest.raises(ValueError, match="config_text is"):
+        spade_fast.SPADE.from_config(text, 4, 3)
+
+
+@pytest.mark.parametrize("text,spectral,norm,kernel_size", [
+    ("spade", False, nn.InstanceNorm2d, 3),
+    ("spadespectralinstance", True, nn.InstanceNorm2d, 3),
+    ("spectralspadesyncbatch3x3", True, nn.SyncBatchNorm, 3),
+    ("spectralspadebatch5x5", True, nn.BatchNorm2d, 5),
+    ("spadegroup1x1", False, nn.GroupNorm, 1),
+    ("spade7x7", False, nn.InstanceNorm2d, 7),
+    ("spectralspade", True, nn.InstanceNorm2d, 3),
+])
+def test_norm_g(text, spectral, norm, kernel_size):
+    block = spade_fast.SPADEResnetBlock(32, 64, text, 3, nhidden=8)
+    assert type(block.norm_s.param_free_norm) is norm
+    assert block.norm_0.mlp_beta.kernel_size == (kernel_size, kernel_size)
+    assert all(hasattr(conv, "weight_orig") == spectral for conv in (block.conv_0, block.conv_1, block.conv_s))
+    if not spectral:
+        layer = spade_fast.SPADE.from_config(text, 32, 3)
+        assert type(layer.param_free_norm) is norm and layer.mlp_shared[0].kernel_size == (kernel_size, kernel_size)
+
+
+def test_the_layer_has_no_spectral_norm_to_configure():
+    with pytest.raises(ValueError, match="'spectral' is for a block's convolutions"):
+        spade_fast.SPADE.from_config("spectralspadeinstance3x3", 4, 3)

@@ -1,0 +1,108 @@
+"""Which backend runs, and why not another: the choice, the environment variable, missing parts, `spade-fast info`."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+import spade_fast
+from spade_fast import kernels
+from spade_fast.cli import app
+from spade_fast.kernels import cpu_backend, torch_backend
+
+
+def python(code, **environment):
+    """What a fresh Python prints, and what it says when it fails."""
+    run = subprocess.run([sys.executable, "-c", code], env=os.environ | environment, capture_output=True, text=True)
+    return run.stdout, run.stderr
+
+
+def test_every_backend_says_whether_it_runs_and_why_not():
+    statuses = spade_fast.backends()
+    assert [status.name for status in statuses] == ["cpu", "torch"]
+    assert all(status.runs == (status.reason == "") for status in statuses)
+    assert statuses[-1].runs
+
+
+def test_the_answer_for_a_tensor():
+    on_meta = {status.name: status for status in spade_fast.backends(torch.randn(1, 2, 3, 3, device="meta"))}
+    assert not on_meta["cpu"].runs and on_meta["torch"].runs
+
+
+def test_the_first_that_runs_is_chosen(monkeypatch):
+    x = torch.randn(2, 3, 4, 4)
+    monkeypatch.setattr(cpu_backend, "why_not", lambda x=None, gamma=None: None)
+    assert kernels.select(x) is cpu_backend
+    monkeypatch.setattr(cpu_backend, "why_not", lambda x=None, gamma=None: "a reason")
+    assert kernels.select(x) is torch_backend
+
+
+def test_a_backend_that_cannot_run_is_an_error_when_it_is_asked_for(monkeypatch):
+    monkeypatch.setattr(cpu_backend, "why_not", lambda x=None, gamma=None: "it is Sunday")
+    x = torch.randn(2, 3, 4, 4)
+    with spade_fast.use_backend("cpu"), pytest.raises(RuntimeError, match="cpu is asked for but cannot run: it is Sunday"):
+        spade_fast.spade_modulate(x, x, x)
+    spade_fast.spade_modulate(x, x, x)
+
+
+def test_use_backend_ends_with_its_block():
+    with pytest.raises(KeyError), spade_fast.use_backend("torch"):
+        assert kernels._forced == "torch"
+        with spade_fast.use_backend(None):
+            assert kernels._forced is None
+        assert kernels._forced == "torch"
+        raise KeyError
+    assert kernels._forced is None
+    with pytest.raises(ValueError, match="name is 'gpu', it should be one of cpu, torch"):
+        spade_fast.use_backend("gpu").__enter__()
+
+
+def test_backward_uses_the_backend_of_forward(monkeypatch):
+    x = torch.randn(2, 3, 4, 4, requires_grad=True)
+    with spade_fast.use_backend("torch"):
+        y = spade_fast.spade_modulate(x, x, x)
+    monkeypatch.setattr(kernels, "select", None)
+    y.sum().backward()
+    assert x.grad.isfinite().all()
+
+
+def test_the_environment_variable():
+    code = "import spade_fast; print(spade_fast.kernels._forced)"
+    assert python(code, SPADE_FAST_BACKEND="torch")[0].strip() == "torch"
+    assert python(code, SPADE_FAST_BACKEND="")[0].strip() == "None"
+    assert "SPADE_FAST_BACKEND is 'gpu', it should be one of cpu, torch" in python(code, SPADE_FAST_BACKEND="gpu")[1]
+
+
+MISSING = """
+import sys
+sys.modules["{module}"] = None  # as if it were not installed, or could not be loaded
+import torch, spade_fast
+x = torch.randn(2, 3, 4, 4, requires_grad=True)
+spade_fast.spade_modulate(x, x, x, activation="relu").sum().backward()
+print(x.grad.isfinite().all().item(), *spade_fast.backends(), sep="\\n")
+"""
+
+
+@pytest.mark.parametrize("module", ["spade_fast._cpu", "triton"])
+def test_the_package_works_on_what_is_left(module):
+    output, error = python(MISSING.format(module=module))
+    assert output.startswith("True\n"), error
+    if module == "spade_fast._cpu":
+        assert "the library spade_fast._cpu is not there" in output
+
+
+def test_info():
+    result = CliRunner().invoke(app, ["info"])
+    assert result.exit_code == 0
+    for word in ("torch", torch.__version__, "cpu", "instruction sets", "base", spade_fast.__version__, "GPUs"):
+        assert word in result.output
+
+
+def test_python_without_assertions():
+    assert python("import spade_fast, torch; x = torch.randn(2, 3, 4, 4); print(spade_fast.spade_modulate(x, x, x).shape)")[0]
+    run = subprocess.run([sys.executable, "-O", "-c", "import torch, spade_fast; x = torch.randn(2, 3, 4, 4);"
+                          "spade_fast.spade_modulate(x, x[:1], x)"], capture_output=True, text=True)
+    assert "ValueError: gamma has shape" in run.stderr

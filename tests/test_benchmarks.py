@@ -1,0 +1,114 @@
+"""The benchmark suite: what it draws, what it measures, and that it gives no speed to a wrong result."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from typer.testing import CliRunner
+
+from benchmarks import cases, cli, layouts, measure
+from benchmarks.cases import BACKWARD, FORWARD, Problem, Settings
+from spade_fast import reference
+
+
+def invoke(*arguments):
+    return CliRunner().invoke(cli.app, [str(argument) for argument in arguments])
+
+
+def toy(settings):
+    """A problem of a millisecond, one of whose rivals is wrong and one of which fails."""
+    x = torch.randn(1000)
+
+    def fail():
+        raise RuntimeError("no such luck")
+
+    variants = {"eager": lambda: {"y": x.exp()}, "spade_fast": lambda: {"y": x.exp() + 1e-3}, "torch.compile": fail,
+                "floor": lambda: {"y": x}}
+    yield Problem("toy", FORWARD, variants, lambda: {"y": x.double().exp()}, lambda: {"y": x.exp()})
+
+
+def test_what_is_wrong_gets_no_speed(monkeypatch, tmp_path):
+    monkeypatch.setitem(cli.CASES, "toy", toy)
+    result = invoke("run", "toy", "--quick", "--json", tmp_path / "out.json", "--plot", tmp_path / "out.png")
+    assert result.exit_code == 1
+    assert "NO" in result.output and "no such luck" in result.output
+    rows = {row["variant"]: row for row in json.loads((tmp_path / "out.json").read_text())["rows"]}
+    assert rows["eager"]["times"] and rows["floor"]["times"] and rows["eager"]["peak_memory"] == 4000
+    assert not rows["spade_fast"]["times"] and rows["spade_fast"]["excess"] > 1
+    assert not rows["torch.compile"]["times"] and "no such luck" in rows["torch.compile"]["failure"]
+    with Image.open(tmp_path / "out.png") as picture:
+        assert picture.width > 1000
+
+
+@pytest.mark.parametrize("case", ["modulate", "block", "generator"])
+def test_every_quick_case_matches_but_for_the_compiler(case):
+    for problem in cases.CASES[case](Settings(quick=True)):
+        del problem.variants["torch.compile"]
+        rows = measure.measure(case, problem, "cpu", 0)
+        assert {row.variant for row in rows if row.matches} == problem.variants.keys()
+        assert all(len(row.times) >= 5 and row.peak_memory > 0 for row in rows)
+        assert min(row.overhead for row in rows if row.variant.startswith("floor")) == 1
+        if problem.mode == BACKWARD and case != "modulate":
+            assert "dhead_0.norm_0.mlp_gamma.weight" in problem.truth() or "dnorm_0.mlp_gamma.weight" in problem.truth()
+
+
+def test_full_cases_are_the_published_shapes():
+    assert next(cases.modulate(Settings())).name.startswith("1024 × 8²")
+    with torch.device("meta"):
+        shapes = []
+        generator = reference.SPADEGenerator(184, norm_G="spectralspadeinstance3x3")
+        for module in generator.modules():
+            if isinstance(module, reference.SPADE):
+                module.register_forward_pre_hook(lambda module, inputs: shapes.append((inputs[0].shape[1], inputs[0].shape[2])))
+        generator(torch.randn(1, 184, 256, 256))
+    assert set(shapes) == set(cases.COCO_SHAPES)
+
+
+def test_list_and_bad_options(tmp_path):
+    assert all(name in invoke("list").output for name in cases.CASES)
+    for arguments, words in [
+        (["run", "nothing"], "'nothing' should be one of modulate"),
+        (["run", "block", "--dtype", "int8"], "'int8' should be one of float32"),
+        (["run", "block", "--device", "cuda:99"], "cannot be used"),
+        (["run", "block", "--json", tmp_path / "no" / "such.json"], "folder that exists"),
+    ]:
+        result = invoke(*arguments)
+        assert result.exit_code == 2 and words in " ".join(result.output.replace("│", " ").split()), result.output
+
+
+def test_layouts_are_drawn_and_read_back(tmp_path):
+    result = invoke("layouts", tmp_path, "--count", 2)
+    assert result.exit_code == 0 and "--labels" in result.output
+    scenes = layouts.load_scenes(tmp_path / "label", tmp_path / "instance")
+    for seed, scene in enumerate(scenes):
+        assert all(np.array_equal(read, drawn) for read, drawn in zip(scene, layouts.draw_scene(seed)))
+    assert len(scenes) == 2
+
+
+def test_the_condition_is_one_hot_with_edges():
+    labels = np.array([[0, 0, 1], [255, 2, 1]])
+    instances = np.array([[5, 5, 5], [7, 5, 5]])
+    condition = layouts.condition(labels, instances, (2, 3), num_classes=3)
+    assert condition.shape == (1, 5, 2, 3) and condition.dtype == torch.float32
+    assert torch.equal(condition[0, :4].argmax(0), torch.tensor([[0, 0, 1], [3, 2, 1]]))
+    assert torch.equal(condition[0, :4].sum(0), torch.ones(2, 3))
+    assert torch.equal(condition[0, 4], torch.tensor([[1.0, 0, 0], [1, 1, 0]]))
+
+
+def test_scenes_that_cannot_be_read(tmp_path):
+    (tmp_path / "label").mkdir()
+    with pytest.raises(FileNotFoundError, match="label_folder is .* should be a folder with PNGs"):
+        layouts.load_scenes(tmp_path / "label")
+    Image.fromarray(np.zeros((4, 5), np.uint8)).save(tmp_path / "label" / "0.png")
+    with pytest.raises(FileNotFoundError, match="is missing"):
+        layouts.load_scenes(tmp_path / "label", tmp_path)
+    Image.fromarray(np.zeros((4, 6), np.uint8)).save(tmp_path / "0.png")
+    with pytest.raises(ValueError, match=r"is \[4, 6\], it should be \[4, 5\]"):
+        layouts.load_scenes(tmp_path / "label", tmp_path)
+    Image.fromarray(np.zeros((4, 5, 3), np.uint8)).save(tmp_path / "label" / "0.png")
+    with pytest.raises(ValueError, match="mode RGB"):
+        layouts.load_scenes(tmp_path / "label")
+    with pytest.raises(ValueError, match="labels has a 9, it should have 0 to 3, or 255"):
+        layouts.condition(np.array([[0, 9]]), None, (1, 2), num_classes=4)

@@ -1,0 +1,258 @@
+"""SPADE and its residual block against the reference modules, with the same weights."""
+
+import copy
+import io
+import pickle
+
+import pytest
+import torch
+import torch.nn as nn
+
+import spade_fast
+from spade_fast import reference
+from spade_fast.agreement import excess
+from spade_fast.nn.spade import resize
+
+pytestmark = pytest.mark.usefixtures("backend")
+
+
+def numbers(module, x, segmap, dy):
+    """y, the gradients of x, the condition and all parameters, and the buffers afterwards, by name."""
+    x, segmap = (tensor.detach().clone().requires_grad_() for tensor in (x, segmap))
+    y = module(x, segmap)
+    parameters = dict(module.named_parameters())
+    gradients = torch.autograd.grad(y, [x, segmap, *parameters.values()], dy)
+    named = {f"d{name}": gradient for name, gradient in zip(["x", "segmap", *parameters], gradients)}
+    buffers = {name: buffer.clone() for name, buffer in module.named_buffers() if buffer.is_floating_point()}
+    return {"y": y.detach(), **named, **buffers}
+
+
+def assert_same(ours, eager, x_shape, segmap_shape, fout=None, dtype=torch.float32, steps=2):
+    """By the project's rule, in every output, gradient and buffer, over some steps in train mode and one in eval mode."""
+    ours, eager = ours.to(dtype), eager.to(dtype)
+    eager.load_state_dict(ours.state_dict())
+    truth = copy.deepcopy(eager).double()
+    for step in range(steps + 1):
+        for module in (ours, eager, truth):
+            module.train(step < steps)
+        x, segmap = torch.randn(x_shape, dtype=dtype), torch.randn(segmap_shape, dtype=dtype)
+        dy = torch.randn(x_shape[0], fout or x_shape[1], *x_shape[2:], dtype=dtype)
+        found, yardstick = numbers(ours, x, segmap, dy), numbers(eager, x, segmap, dy)
+        true = numbers(truth, x.double(), segmap.double(), dy.double())
+        for name in true:
+            scale = true[name].abs().max().item()
+            if name.endswith("bias"):  # before an instance norm its gradient is zero in exact arithmetic
+                weight = name.removesuffix("bias") + "weight"
+                scale = max(scale, true[weight if weight in true else weight + "_orig"].abs().max().item())
+            assert excess(found[name], yardstick[name], true[name], scale) <= 1, (step, name)
+
+
+@pytest.mark.parametrize("affine", [False, True])
+@pytest.mark.parametrize("norm", ["instance", "batch", "syncbatch", "group"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+def test_layer(norm, affine, dtype):
+    layers = (module.SPADE(6, 5, 8, norm=norm, affine=affine, num_groups=3) for module in (spade_fast, reference))
+    assert_same(*layers, (2, 6, 8, 7), (2, 5, 16, 9), dtype=dtype)
+
+
+@pytest.mark.parametrize("spatial", [(9,), (6, 5), (4, 3, 5)])
+@pytest.mark.parametrize("norm", ["instance", "batch", "group"])
+@pytest.mark.parametrize("kernel_size", [1, 3, 5])
+def test_layer_in_one_to_three_dimensions(spatial, norm, kernel_size):
+    settings = {"norm": norm, "num_groups": 2, "spatial_dims": len(spatial)}
+    layers = (module.SPADE(4, 3, 6, kernel_size, **settings) for module in (spade_fast, reference))
+    assert_same(*layers, (2, 4, *spatial), (2, 3, *(2 * size + 1 for size in spatial)))
+
+
+@pytest.mark.parametrize("size", [(8, 7), (16, 14), (24, 7), (16, 15), (3, 20), (1, 1)])
+def test_the_condition_may_have_any_size(size):
+    assert_same(spade_fast.SPADE(4, 3, 6), reference.SPADE(4, 3, 6), (2, 4, 8, 7), (2, 3, *size))
+
+
+@pytest.mark.parametrize("norm", [
+    nn.InstanceNorm2d(4, affine=True),
+    nn.InstanceNorm2d(4, track_running_stats=True),
+    nn.BatchNorm2d(4, momentum=None),
+    nn.BatchNorm2d(4, track_running_stats=False),
+    nn.GroupNorm(2, 4),
+    nn.LocalResponseNorm(2),
+    nn.Identity(),
+    nn.Sequential(nn.BatchNorm2d(4), nn.Tanh()),
+], ids=repr)
+def test_a_norm_of_ones_own(norm):
+    layers = (module.SPADE(4, 3, 6, norm=copy.deepcopy(norm)) for module in (spade_fast, reference))
+    assert_same(*layers, (2, 4, 5, 6), (2, 3, 5, 6), steps=3)
+
+
+@pytest.mark.parametrize("size", [(8, 6), (16, 18), (8, 13), (4, 3), (5, 7), (80, 6)])
+def test_resize_takes_torchs_pixels(size):
+    segmap = torch.arange(2 * 3 * size[0] * size[1]).float().reshape(2, 3, *size)
+    expected = nn.functional.interpolate(segmap, size=(8, 6), mode="nearest")
+    assert torch.equal(resize(segmap, torch.Size((8, 6))), expected)
+
+
+def test_settings_of_the_norm_are_read_when_they_are_used():
+    ours, eager = (module.SPADE(4, 3, 6, norm="batch", eps=0.3, momentum=0.6) for module in (spade_fast, reference))
+    assert_same(ours, eager, (2, 4, 5, 6), (2, 3, 5, 6))
+    for layer in (ours, eager):
+        layer.param_free_norm.eps, layer.param_free_norm.momentum = 0.7, 0.2
+    assert_same(ours, eager, (2, 4, 5, 6), (2, 3, 5, 6))
+    ours, eager = (nn.SyncBatchNorm.convert_sync_batchnorm(layer) for layer in (ours, eager))
+    assert type(ours.param_free_norm) is nn.SyncBatchNorm
+    assert_same(ours, eager, (2, 4, 5, 6), (2, 3, 5, 6))
+
+
+def test_hooks_on_the_parts_are_called():
+    ours, eager = spade_fast.SPADE(4, 3, 6), reference.SPADE(4, 3, 6)
+    for layer in (ours, eager):
+        nn.utils.spectral_norm(layer.mlp_gamma)
+        nn.utils.parametrizations.weight_norm(layer.mlp_beta)
+        layer.param_free_norm.register_forward_hook(lambda module, inputs, output: output * 2)
+    eager.load_state_dict(ours.state_dict())
+    for part in ("mlp_gamma", "mlp_beta"):
+        getattr(eager, part).eval(), getattr(ours, part).eval()
+    x, segmap = torch.randn(2, 4, 5, 6), torch.randn(2, 3, 5, 6)
+    assert torch.allclose(ours(x, segmap), eager(x, segmap), atol=1e-5)
+
+
+def test_activation_of_the_layer():
+    layer = spade_fast.SPADE(4, 3, 6)
+    x, segmap = torch.randn(2, 4, 5, 6), torch.randn(2, 3, 5, 6)
+    expected = nn.functional.leaky_relu(layer(x, segmap), 0.3)
+    assert torch.allclose(layer(x, segmap, activation="leaky_relu", negative_slope=0.3), expected)
+
+
+@pytest.mark.parametrize("norm_G", ["spadeinstance3x3", "spectralspadesyncbatch3x3", "spadespectralinstance", "spadebatch5x5", "spade"])
+@pytest.mark.parametrize("fin,fout", [(6, 6), (8, 4), (4, 8)])
+@pytest.mark.parametrize("dilation", [1, 2])
+def test_block(norm_G, fin, fout, dilation):
+    blocks = (module.SPADEResnetBlock(fin, fout, norm_G, 3, dilation=dilation, nhidden=6) for module in (spade_fast, reference))
+    assert_same(*blocks, (2, fin, 8, 7), (2, 3, 16, 14), fout)
+
+
+@pytest.mark.parametrize("spatial", [(9,), (6, 7), (4, 3, 5)])
+def test_block_with_squeeze_and_excitation(spatial):
+    arguments = (32, 64, "spadeinstance3x3", 3, True)
+    blocks = (module.SPADEResnetBlock(*arguments, nhidden=6, spatial_dims=len(spatial)) for module in (spade_fast, reference))
+    assert_same(*blocks, (2, 32, *spatial), (2, 3, *spatial), 64)
+
+
+def test_block_with_group_norm():
+    blocks = (module.SPADEResnetBlock(64, 32, "spadegroup", 3, nhidden=6) for module in (spade_fast, reference))
+    assert_same(*blocks, (2, 64, 5, 4), (2, 3, 5, 4), 32)
+
+
+@pytest.mark.parametrize("spatial", [(9,), (4, 3, 5)])
+def test_block_in_one_and_three_dimensions(spatial):
+    arguments = (6, 4, "spectralspadebatch3x3", 3)
+    blocks = (module.SPADEResnetBlock(*arguments, nhidden=6, spatial_dims=len(spatial)) for module in (spade_fast, reference))
+    assert_same(*blocks, (2, 6, *spatial), (2, 3, *spatial), 4)
+
+
+def test_block_in_float64_is_the_reference():
+    blocks = (module.SPADEResnetBlock(6, 4, "spadebatch3x3", 3, nhidden=6) for module in (spade_fast, reference))
+    assert_same(*blocks, (2, 6, 8, 8), (2, 3, 8, 8), 4, dtype=torch.float64)
+
+
+def test_block_by_its_shorter_name():
+    ours, eager = spade_fast.SPADEResBlk(6, 4, 3), reference.SPADEResnetBlock(6, 4, "spadeinstance3x3", 3)
+    assert_same(ours, eager, (2, 6, 5, 4), (2, 3, 5, 4), 4)
+
+
+def test_norm_0_and_norm_s_share_one_pass_of_moments(monkeypatch):
+    from spade_fast.kernels import torch_backend
+
+    calls = []
+    measure = torch_backend.plane_moments
+    monkeypatch.setattr(torch_backend, "plane_moments", lambda x: calls.append(x.shape) or measure(x))
+    block = spade_fast.SPADEResnetBlock(8, 4, "spadebatch3x3", 3)
+    block(torch.randn(2, 8, 5, 5), torch.randn(2, 3, 5, 5))
+    assert calls == [(2, 8, 5, 5), (2, 4, 5, 5)]
+    assert torch.equal(block.norm_0.param_free_norm.running_mean, block.norm_s.param_free_norm.running_mean)
+    assert block.norm_s.param_free_norm.running_mean.any()
+    calls.clear()
+    block.eval()(torch.randn(2, 8, 5, 5), torch.randn(2, 3, 5, 5))
+    assert calls == []
+
+
+def test_gamma_and_beta_come_from_one_convolution(monkeypatch):
+    calls = []
+    convolve = nn.Conv2d._conv_forward
+    monkeypatch.setattr(nn.Conv2d, "_conv_forward", lambda *arguments: calls.append(arguments[2].shape[0]) or convolve(*arguments))
+    spade_fast.SPADE(4, 3, 6)(torch.randn(2, 4, 5, 6), torch.randn(2, 3, 5, 6))
+    assert calls == [6, 8]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("x_dtype", [None, torch.float32])
+def test_autocast(dtype, x_dtype):
+    ours, eager = spade_fast.SPADEResnetBlock(6, 4, "spadebatch3x3", 3), reference.SPADEResnetBlock(6, 4, "spadebatch3x3", 3)
+    eager.load_state_dict(ours.state_dict())
+    truth = copy.deepcopy(eager).double()
+    x, segmap, dy = torch.randn(2, 6, 8, 8), torch.randn(2, 3, 8, 8), torch.randn(2, 4, 8, 8)
+    x = x.to(x_dtype or dtype)
+    with torch.autocast("cpu", dtype):
+        found, yardstick = numbers(ours, x, segmap, dy.to(dtype)), numbers(eager, x, segmap, dy.to(dtype))
+    true = numbers(truth, x.double(), segmap.double(), dy.to(dtype).double())
+    for name in ("y", "dx", "dconv_0.weight", "dnorm_0.mlp_gamma.weight", "dnorm_s.mlp_shared.0.weight"):
+        assert excess(found[name], yardstick[name], true[name], eps=torch.finfo(dtype).eps) <= 1, name
+
+
+def test_channels_last_in_channels_last_out():
+    block = spade_fast.SPADEResnetBlock(16, 8, "spadeinstance3x3", 3).to(memory_format=torch.channels_last)
+    x, segmap = (torch.randn(2, c, 8, 8).to(memory_format=torch.channels_last) for c in (16, 3))
+    assert block.norm_0(x, segmap).is_contiguous(memory_format=torch.channels_last)
+    assert block(x, segmap).is_contiguous(memory_format=torch.channels_last)
+
+
+def test_inference_mode():
+    layer = spade_fast.SPADE(4, 3, 6, norm="batch")
+    x, segmap = torch.randn(2, 4, 5, 6), torch.randn(2, 3, 5, 6)
+    for training in (True, False):
+        layer.train(training)
+        expected = copy.deepcopy(layer)(x, segmap)
+        with torch.inference_mode():
+            y = copy.deepcopy(layer)(x, segmap)
+        assert y.is_inference() and torch.equal(y, expected)
+
+
+def test_deepcopy_pickle_and_state_dict():
+    block = spade_fast.SPADEResnetBlock(6, 4, "spectralspadebatch3x3", 3, True, nhidden=6)
+    x, segmap = torch.randn(2, 6, 5, 4), torch.randn(2, 3, 5, 4)
+    with torch.no_grad():
+        block(x, segmap)
+    block.eval()
+    file = io.BytesIO()
+    torch.save(block.state_dict(), file)
+    file.seek(0)
+    loaded = spade_fast.SPADEResnetBlock(6, 4, "spectralspadebatch3x3", 3, True, nhidden=6).eval()
+    loaded.load_state_dict(torch.load(file, weights_only=True))
+    for copied in (copy.deepcopy(block), pickle.loads(pickle.dumps(block)), loaded):
+        assert torch.equal(copied(x, segmap), block(x, segmap))
+
+
+@pytest.mark.parametrize("norm_G", ["spectralspadesyncbatch3x3", "spadeinstance3x3"])
+@pytest.mark.parametrize("fin,fout", [(6, 6), (8, 4)])
+def test_keys_and_the_order_of_parameters_are_the_references(norm_G, fin, fout):
+    ours, eager = (module.SPADEResnetBlock(fin, fout, norm_G, 3) for module in (spade_fast, reference))
+    assert list(ours.state_dict()) == list(eager.state_dict())
+    assert [name for name, _ in ours.named_parameters()] == [name for name, _ in eager.named_parameters()]  # optimizers count them
+    restored = reference.SPADEResnetBlock(fin, fout, norm_G, 3)
+    restored.load_state_dict(ours.state_dict())
+    again = spade_fast.SPADEResnetBlock(fin, fout, norm_G, 3)
+    again.load_state_dict(restored.state_dict())
+    assert all(torch.equal(tensor, again.state_dict()[name]) for name, tensor in ours.state_dict().items())
+
+
+def test_an_optimizer_step_moves_both_alike():
+    ours, eager = (module.SPADEResnetBlock(6, 4, "spectralspadebatch3x3", 3).double() for module in (spade_fast, reference))
+    eager.load_state_dict(ours.state_dict())
+    optimizers = [torch.optim.Adam(block.parameters(), 1e-2) for block in (ours, eager)]
+    for _ in range(3):
+        x, segmap = torch.randn(2, 6, 8, 8).double(), torch.randn(2, 3, 8, 8).double()
+        for block, optimizer in zip((ours, eager), optimizers):
+            optimizer.zero_grad()
+            block(x, segmap).square().mean().backward()
+            optimizer.step()
+    for (name, tensor), other in zip(ours.state_dict().items(), eager.state_dict().values()):
+        assert torch.allclose(tensor, other, rtol=1e-6), name

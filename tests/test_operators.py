@@ -1,0 +1,86 @@
+"""The four operators themselves: schemas, fakes, and the compiled kernels that exist."""
+
+import pytest
+import torch
+from modulations import LAYOUTS, channels_last, contiguous, sample
+from torch.library import opcheck
+
+from spade_fast.kernels import cpu_backend, torch_backend
+from spade_fast.ops import norms
+
+needs_library = pytest.mark.skipif(cpu_backend.library is None, reason=str(cpu_backend.failure))
+
+
+def operands(shape, activation, dtype=torch.float32, layout=contiguous, affine=True):
+    """What the four kernels get for this sample: x, planes, γ, β, dy, signs, terms."""
+    arguments, dy = sample(shape, "instance", activation, dtype=dtype, layout=layout, dy_layout=layout, affine=affine)
+    x, gamma, beta = arguments["x"], arguments["gamma"], arguments["beta"]
+    statistics = norms.measure(norms.Norm("instance"), torch_backend.plane_moments(x), x.shape[2:].numel())
+    planes = norms.planes(statistics, x.shape[:2], arguments["weight"], arguments["bias"])
+    _, signs = torch_backend.apply(x, planes, gamma, beta, activation, 0.2, True)
+    return x, planes, gamma, beta, dy, signs, torch.randn_like(planes[:2])
+
+
+@pytest.mark.parametrize("layout", [contiguous, channels_last])
+@pytest.mark.parametrize("activation", [None, "leaky_relu", "silu"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", [(2, 5, 3, 4), (1, 9, 7)])
+def test_opcheck(layout, activation, dtype, shape):
+    ops = torch.ops.spade_fast
+    x, planes, gamma, beta, dy, signs, terms = operands(shape, activation, dtype, layout)
+    kept_beta = beta if activation == "silu" else None
+    opcheck(ops.plane_moments, (x,))
+    opcheck(ops.apply, (x, planes, gamma, beta, activation, 0.2, True))
+    opcheck(ops.apply, (x, planes, gamma, beta, activation, 0.2, False))
+    opcheck(ops.backward_sums, (dy, x, planes, gamma, kept_beta, signs, activation, 0.2))
+    opcheck(ops.backward_input, (dy, x, planes, gamma, kept_beta, signs, terms, activation, 0.2))
+    opcheck(ops.backward_input, (dy, x, planes, gamma, kept_beta, signs, None, activation, 0.2))
+
+
+@pytest.mark.parametrize("layout", [contiguous, channels_last])
+def test_signs_are_the_bits_that_the_documentation_says(layout):
+    x, planes, gamma, beta, _, signs, _ = operands((2, 5, 3, 4), "leaky_relu", layout=layout)
+    y, _ = torch_backend.apply(x, planes, gamma, beta, None, 0.0, False)
+    rows = y.flatten(2) if layout is contiguous else y.flatten(2).transpose(1, 2)
+    assert signs.shape == (*rows.shape[:2], (rows.shape[2] + 7) // 8)
+    for element in range(rows.shape[2]):
+        bit = signs[:, :, element // 8] >> (element % 8) & 1
+        assert torch.equal(bit.bool(), rows[:, :, element] > 0)
+
+
+@needs_library
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("shape", [(2, 5, 3, 7), (3, 70, 5000), (2, 65, 67, 64), (2, 3, 4, 5, 6), (1, 1, 2, 1), (0, 3, 4, 4), (2, 3, 0, 4)])
+def test_compiled_plane_moments(layout, dtype, shape):
+    x = layout(torch.randn(shape).to(dtype) + 1000)
+    mean, squares = torch.ops.spade_fast.plane_moments(x)
+    true_mean, true_squares = torch_backend.plane_moments(x.double())
+    eps = torch.finfo(torch.promote_types(dtype, torch.float32)).eps
+    assert mean.dtype == torch.promote_types(dtype, torch.float32)
+    # Combined in double precision: a rounding of the result, or in float64 one for each run of the plane.
+    assert torch.allclose(mean.double(), true_mean, rtol=16 * eps if dtype == torch.float64 else eps, atol=0)
+    assert torch.allclose(squares.double(), true_squares, rtol=64 * eps, atol=0)  # float32 sums of up to 2048 terms
+
+
+@needs_library
+@pytest.mark.parametrize("layout", [contiguous, channels_last])
+def test_the_number_of_threads_does_not_change_a_bit(layout):
+    x = layout(torch.randn(2, 70, 65, 66))
+    before = torch.get_num_threads()
+    try:
+        found = []
+        for threads in (1, 2, 7):
+            torch.set_num_threads(threads)
+            found.append(torch.ops.spade_fast.plane_moments(x))
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
+
+
+def test_nan_goes_where_it_belongs():
+    x = torch.randn(2, 3, 4, 5)
+    x[1, 2, 3, 4] = float("nan")
+    for moments in (torch.ops.spade_fast.plane_moments(x), torch_backend.plane_moments(x)):
+        assert torch.equal(moments[0].isnan().nonzero(), torch.tensor([[1, 2]]))
+        assert torch.equal(moments[1].isnan().nonzero(), torch.tensor([[1, 2]]))

@@ -1,0 +1,66 @@
+"""syncbatch over two processes equals batch norm over the whole batch in one."""
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+import spade_fast
+from spade_fast import reference
+
+BATCHES = {"equal": (2, 2), "unequal": (1, 3), "one empty": (4, 0), "one value": (1, 1)}
+
+
+def data(total):
+    generator = torch.Generator().manual_seed(1)
+    size = (total, 4, 1, 1) if total == 2 else (total, 4, 5, 6)
+    x, dy = (torch.randn(size, generator=generator, dtype=torch.float64) for _ in range(2))
+    segmap = torch.randn(total, 3, *size[2:], generator=generator, dtype=torch.float64)
+    return x + 100, segmap, dy
+
+
+def layer(module):
+    torch.manual_seed(0)
+    return module.SPADE(4, 3, 6, norm="syncbatch", affine=True).double()
+
+
+def numbers(layer, x, segmap, dy):
+    x.requires_grad_()
+    y = layer(x, segmap)
+    gradients = torch.autograd.grad(y, [x, *layer.parameters()], dy)
+    running = [layer.param_free_norm.running_mean, layer.param_free_norm.running_var]
+    return {"by sample": [y.detach(), gradients[0]], "by process": list(gradients[1:]), "running": running}
+
+
+def process(rank, batches, rendezvous, results):
+    dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=len(batches))
+    mine = slice(sum(batches[:rank]), sum(batches[: rank + 1]))
+    found = numbers(layer(spade_fast), *(tensor[mine].clone() for tensor in data(sum(batches))))
+    torch.save(found, f"{results}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("batches", BATCHES.values(), ids=BATCHES)
+def test_two_processes_are_one(batches, tmp_path):
+    mp.spawn(process, (batches, tmp_path / "rendezvous", tmp_path), nprocs=2)
+    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    whole = numbers(layer(reference), *data(sum(batches)))
+    for *parts, expected in zip(first["by sample"], second["by sample"], whole["by sample"]):
+        assert torch.allclose(torch.cat(parts), expected, rtol=1e-9, atol=1e-10)
+    for *parts, expected in zip(first["by process"], second["by process"], whole["by process"]):
+        assert torch.allclose(parts[0] + parts[1], expected, rtol=1e-9, atol=1e-10)
+    for *parts, expected in zip(first["running"], second["running"], whole["running"]):
+        assert torch.equal(parts[0], parts[1]) and torch.allclose(parts[0], expected, rtol=1e-12)
+
+
+def second_derivative(rank, rendezvous):
+    dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=2)
+    x, segmap, _ = (tensor[:2] for tensor in data(4))
+    y = layer(spade_fast)(x.requires_grad_(), segmap)
+    with pytest.raises(RuntimeError, match="second derivatives of norm='syncbatch' over several processes"):
+        torch.autograd.grad(y.sum(), x, create_graph=True)
+    dist.destroy_process_group()
+
+
+def test_second_derivatives_over_two_processes_are_an_error(tmp_path):
+    mp.spawn(second_derivative, (tmp_path / "rendezvous",), nprocs=2)
