@@ -17,8 +17,9 @@ from spade_fast.agreement import excess
 from .cases import FORWARD
 
 # How far from the truth a variant may be, as a fraction of what the rule of agreement allows. Inductor's convolutions sum in
-# another order than eager's, which the rule measures by: up to 2.3 was seen in float32. What is wrong is off by thousands.
-LIMITS = {"spade_fast": 1, "eager": 1, "torch.compile": 4}
+# another order than eager's, which the rule measures by: in float32 up to 2.3 was seen, and 9 where a leaky ReLU's sign differs
+# for it. What is wrong is off by hundreds.
+LIMITS = {"spade_fast": 1, "eager": 1, "torch.compile": 16}
 
 JITTERED_RUNS = 7  # of eager, to see how much a rounding matters (agreement.py)
 

@@ -86,7 +86,8 @@ class SPADE(nn.Module):
         """
         self.check(x, segmap)
         hidden = self.mlp_shared(resize(segmap, x.shape[2:]))
-        gamma, beta = convolve_jointly((self.mlp_gamma, self.mlp_beta), hidden)
+        convolve = convolve_jointly if hidden.is_cuda else convolve_apart  # on a CPU nothing is gained, and copying costs
+        gamma, beta = convolve((self.mlp_gamma, self.mlp_beta), hidden)
         if not is_known(self.param_free_norm):
             x, moments = self.param_free_norm(x), None
         norm = self._norm_arguments()
@@ -152,11 +153,16 @@ def resize(segmap, size):
 def convolve_jointly(convolutions, x):
     """The outputs of equal convolutions of one x, from one convolution; their weights stay parameters of their own."""
     if not all(is_plain(module, CONVOLUTIONS.values()) and module.bias is not None for module in convolutions):
-        return [module(x) for module in convolutions]
+        return convolve_apart(convolutions, x)
     weight = torch.cat([module.weight for module in convolutions])
     bias = torch.cat([module.bias for module in convolutions])
     joint = convolutions[0]._conv_forward(x, weight, bias)
     return joint.split([module.out_channels for module in convolutions], dim=1)
+
+
+def convolve_apart(convolutions, x):
+    """The outputs of convolutions of one x."""
+    return [module(x) for module in convolutions]
 
 
 def is_known(norm):
