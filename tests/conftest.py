@@ -5,7 +5,7 @@ import torch
 
 import spade_fast
 
-BACKENDS = ["torch"]  # a new backend joins the whole suite here
+BACKENDS = ["cpu", "torch"]  # a new backend joins the whole suite here
 
 
 @pytest.fixture(params=BACKENDS)

@@ -1,4 +1,4 @@
-// What every CPU kernel asks of its tensors: element types, memory layouts, sizes.
+// What the CPU kernels ask of their tensors: memory layouts, rows, element types, and the work as tasks and blocks.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -7,22 +7,19 @@
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
 
+#include <algorithm>
 #include <cstdint>
-#include <type_traits>
+#include <optional>
+#include <string>
 #include <vector>
+
+#include "activations.h"
+#include "vector.h"
 
 namespace spade_fast {
 
-using torch::headeronly::BFloat16;
-using torch::headeronly::Half;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
-
-// What sums over elements of T are held in.
-template <typename T>
-using sum_type = std::conditional_t<std::is_same_v<T, double>, double, float>;
-
-inline ScalarType sum_dtype(ScalarType dtype) { return dtype == ScalarType::Double ? ScalarType::Double : ScalarType::Float; }
 
 // Calls f with a value of the C++ type of dtype.
 template <typename F>
@@ -36,7 +33,30 @@ void dispatch(ScalarType dtype, F&& f) {
   }
 }
 
-// How x [N, C, *spatial] lies in memory: planes one after the other, or pixels with all their channels.
+inline ScalarType promoted(ScalarType one, ScalarType other) {
+  if (one == other) return one;
+  return one == ScalarType::Double || other == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+}
+
+inline ScalarType sum_dtype(ScalarType dtype) { return promoted(dtype, ScalarType::Float); }
+
+// Calls f with a value of the type that sums over elements of dtype are held in.
+template <typename F>
+void dispatch_sum(ScalarType dtype, F&& f) {
+  if (sum_dtype(dtype) == ScalarType::Double) return f(double());
+  f(float());
+}
+
+inline Activation activation_named(const std::optional<std::string>& name) {
+  if (!name) return Activation::none;
+  if (*name == "relu") return Activation::relu;
+  if (*name == "leaky_relu") return Activation::leaky_relu;
+  if (*name == "silu") return Activation::silu;
+  STD_TORCH_CHECK(false, "spade_fast: activation is ", *name, ", it should be None, relu, leaky_relu or silu");
+}
+
+// How x [N, C, *spatial] lies in memory: planes one after the other, or pixels with all their channels. A row is what lies
+// together: the pixels of a plane, or the channels of a pixel.
 enum class Layout { contiguous, channels_last };
 
 // As `is_channels_last` in torch_backend.py.
@@ -44,33 +64,210 @@ inline Layout layout_of(const Tensor& x) {
   return !x.is_contiguous() && x.stride(1) == 1 ? Layout::channels_last : Layout::contiguous;
 }
 
-inline int64_t pixels_of(const Tensor& x) {
-  int64_t pixels = 1;
-  for (int64_t dim = 2; dim < x.dim(); ++dim) pixels *= x.size(dim);
-  return pixels;
-}
-
-// Whether x has no gaps in this layout.
-inline bool is_dense(const Tensor& x, Layout layout) {
-  if (layout == Layout::contiguous) return x.is_contiguous();
-  int64_t expected = x.size(1);
+// The distance from row to row, if all rows of an image lie alike and have no gaps inside, else nothing. A pixel's channels may be
+// the first of more (half of a joint γ‖β), and so may an image's planes.
+inline std::optional<int64_t> row_distance(const Tensor& x, Layout layout) {
+  const bool contiguous = layout == Layout::contiguous;
+  if (!contiguous && x.size(1) != 1 && x.stride(1) != 1) return std::nullopt;
+  int64_t distance = contiguous ? 1 : x.size(1), pixels = 1;
   for (int64_t dim = x.dim() - 1; dim >= 2; --dim) {
-    if (x.size(dim) != 1 && x.stride(dim) != expected) return false;
-    expected *= x.size(dim);
+    if (x.size(dim) == 1) continue;
+    if (!contiguous && pixels == 1) distance = x.stride(dim);  // from pixel to pixel, whatever it is
+    if (x.stride(dim) != distance * pixels) return std::nullopt;
+    pixels *= x.size(dim);
   }
-  return x.size(0) == 1 || x.stride(0) == expected;
+  return contiguous ? x.stride(1) : distance;
 }
 
-// x itself where it has no gaps, else a copy in the same layout.
-inline Tensor dense(const Tensor& x, Layout layout) {
-  if (is_dense(x, layout)) return x;
+// x itself where its rows lie alike, else a copy without gaps in the same layout.
+inline Tensor with_rows(const Tensor& x, Layout layout) {
+  if (row_distance(x, layout)) return x;
   if (layout == Layout::contiguous) return torch::stable::contiguous(x);
-  // Channels last in any number of dimensions: contiguous with the channels behind, seen from the front again.
-  Tensor y = x;
+  Tensor y = x;  // contiguous with the channels behind, seen from the front again
   for (int64_t dim = 1; dim + 1 < x.dim(); ++dim) y = torch::stable::transpose(y, dim, dim + 1);
   y = torch::stable::contiguous(y);
   for (int64_t dim = x.dim() - 2; dim >= 1; --dim) y = torch::stable::transpose(y, dim, dim + 1);
   return y;
 }
+
+// An uninitialised tensor of x's shape without gaps in this layout, for a kernel to write.
+inline Tensor new_output(const Tensor& x, Layout layout, ScalarType dtype) {
+  std::vector<int64_t> sizes(x.sizes().begin(), x.sizes().end());
+  if (layout == Layout::contiguous) return torch::stable::new_empty(x, sizes, dtype);
+  std::rotate(sizes.begin() + 1, sizes.begin() + 2, sizes.end());
+  Tensor y = torch::stable::new_empty(x, sizes, dtype);
+  for (int64_t dim = x.dim() - 2; dim >= 1; --dim) y = torch::stable::transpose(y, dim, dim + 1);
+  return y;
+}
+
+// What a kernel wrote, with the strides of empty_like(x).
+inline Tensor finished(const Tensor& y, const Tensor& x, Layout layout) {
+  if (layout == Layout::channels_last || x.is_contiguous()) return y;
+  Tensor like = torch::stable::empty_like(x);
+  if (like.is_contiguous()) return y;
+  if (like.scalar_type() != y.scalar_type()) like = torch::stable::to(like, y.scalar_type());
+  return torch::stable::copy_(like, y);
+}
+
+// A tensor's rows, read as Sums a block at a time: the elements themselves where they are Sums already, else widened.
+template <typename Sum>
+class Source {
+ public:
+  Source(const Tensor& x, Layout layout)
+      : owner_(with_rows(x, layout)),
+        data_(static_cast<const char*>(owner_.const_data_ptr())),
+        dtype_(owner_.scalar_type()),
+        size_(owner_.element_size()),
+        image_(owner_.stride(0)),
+        row_(*row_distance(owner_, layout)) {}
+
+  // `count` elements of row `row` of image n, from `start` on; `buffer` holds them where they must be widened.
+  const Sum* read(int64_t n, int64_t row, int64_t start, int64_t count, Sum* buffer) const {
+    const char* from = data_ + (n * image_ + row * row_ + start) * size_;
+    if (size_ == sizeof(Sum)) return reinterpret_cast<const Sum*>(from);
+    dispatch(dtype_, [&](auto element) {
+      vectorised<Widen<decltype(element), Sum>>(count, reinterpret_cast<const decltype(element)*>(from), buffer);
+    });
+    return buffer;
+  }
+
+ private:
+  Tensor owner_;
+  const char* data_;
+  ScalarType dtype_;
+  int64_t size_, image_, row_;
+};
+
+// A tensor's rows, written as Sums a block at a time: `place` says where to, `write` rounds what is not there yet.
+template <typename Sum>
+class Target {
+ public:
+  Target(const Tensor& y, Layout layout)
+      : data_(static_cast<char*>(y.mutable_data_ptr())),
+        dtype_(y.scalar_type()),
+        size_(y.element_size()),
+        image_(y.stride(0)),
+        row_(*row_distance(y, layout)) {}
+
+  Sum* place(int64_t n, int64_t row, int64_t start, Sum* buffer) const {
+    return size_ == sizeof(Sum) ? reinterpret_cast<Sum*>(address(n, row, start)) : buffer;
+  }
+
+  void write(int64_t n, int64_t row, int64_t start, int64_t count, const Sum* values) const {
+    if (size_ == sizeof(Sum)) return;
+    dispatch(dtype_, [&](auto element) {
+      vectorised<Narrow<Sum, decltype(element)>>(count, values, reinterpret_cast<decltype(element)*>(address(n, row, start)));
+    });
+  }
+
+ private:
+  char* address(int64_t n, int64_t row, int64_t start) const { return data_ + (n * image_ + row * row_ + start) * size_; }
+
+  char* data_;
+  ScalarType dtype_;
+  int64_t size_, image_, row_;
+};
+
+// The work on x: tasks of about 32768 elements, whatever the number of threads, so that sums never depend on it. A task is a part
+// of a plane, or a band of an image's pixels where their channels lie together.
+struct Tasks {
+  static constexpr int64_t kTask = 32768;
+
+  Layout layout;
+  int64_t batch, channels, pixels;
+  int64_t step;   // pixels of a task
+  int64_t parts;  // tasks of a plane or of an image
+
+  Tasks(const Tensor& x, Layout layout) : layout(layout), batch(x.size(0)), channels(x.size(1)), pixels(1) {
+    for (int64_t dim = 2; dim < x.dim(); ++dim) pixels *= x.size(dim);
+    step = layout == Layout::contiguous ? kTask : std::max<int64_t>(1, kTask / std::max<int64_t>(1, channels));
+    parts = (pixels + step - 1) / step;
+  }
+
+  int64_t count() const { return batch * parts * (layout == Layout::contiguous ? channels : 1); }
+  int64_t rows() const { return layout == Layout::contiguous ? channels : pixels; }
+  int64_t length() const { return layout == Layout::contiguous ? pixels : channels; }
+
+  // Runs f(task) for every task, in parallel.
+  template <typename F>
+  void for_each(const F& f) const {
+    const int64_t elements = std::min(step, pixels) * (layout == Layout::contiguous ? 1 : channels);
+    const int64_t grain = std::max<int64_t>(1, kTask / std::max<int64_t>(1, elements));
+    torch::stable::parallel_for(0, count(), grain, [&](int64_t begin, int64_t end) {
+      for (int64_t task = begin; task < end; ++task) f(task);
+    });
+  }
+
+  // Calls f(n, row, start, count, number) for every block of a task. `number` is where the block's planes have their numbers in
+  // an array [N, C]: one for all of it (contiguous), or one for each element, side by side (channels last).
+  template <typename F>
+  void for_each_block(int64_t task, const F& f) const {
+    const bool contiguous = layout == Layout::contiguous;
+    const int64_t first = task % parts * step, last = std::min(first + step, pixels), image_or_plane = task / parts;
+    if (contiguous) {
+      for (int64_t start = first; start < last; start += kBlock) {
+        f(image_or_plane / channels, image_or_plane % channels, start, std::min(kBlock, last - start), image_or_plane);
+      }
+      return;
+    }
+    for (int64_t pixel = first; pixel < last; ++pixel) {
+      for (int64_t start = 0; start < channels; start += kBlock) {
+        f(image_or_plane, pixel, start, std::min(kBlock, channels - start), image_or_plane * channels + start);
+      }
+    }
+  }
+};
+
+// A number of each plane (n, c), as a block sees it: the same all along a row of pixels, or one for each channel.
+template <typename Sum>
+struct Uniform {
+  Sum value;
+  ALWAYS_INLINE Sum operator[](int64_t) const { return value; }
+};
+
+template <typename Sum>
+struct PerChannel {
+  const Sum* values;
+  ALWAYS_INLINE Sum operator[](int64_t i) const { return values[i]; }
+};
+
+// Rows of numbers [k, N, C], in Sum: planes (shift, scale, offset) or terms (slope, constant).
+template <typename Sum>
+class Numbers {
+ public:
+  explicit Numbers(const Tensor& given)
+      : owner_(torch::stable::contiguous(torch::stable::to(given, sum_scalar()))),
+        data_(owner_.template const_data_ptr<Sum>()),
+        planes_(given.size(1) * given.size(2)) {}
+
+  Uniform<Sum> uniform(int64_t which, int64_t number) const { return {data_[which * planes_ + number]}; }
+  PerChannel<Sum> per_channel(int64_t which, int64_t number) const { return {data_ + which * planes_ + number}; }
+
+ private:
+  static ScalarType sum_scalar() { return sizeof(Sum) == 8 ? ScalarType::Double : ScalarType::Float; }
+
+  Tensor owner_;
+  const Sum* data_;
+  int64_t planes_;
+};
+
+// The rows of bits that `signs` [N, rows, bytes] holds; none where its size is 0.
+class Signs {
+ public:
+  explicit Signs(const Tensor& signs) {
+    if (signs.dim() != 3) return;
+    data_ = signs.mutable_data_ptr<uint8_t>();
+    image_ = signs.stride(0);
+    row_ = signs.stride(1);
+  }
+
+  uint8_t* at(int64_t n, int64_t row, int64_t start) const {
+    return data_ == nullptr ? nullptr : data_ + n * image_ + row * row_ + start / 8;
+  }
+
+ private:
+  uint8_t* data_ = nullptr;
+  int64_t image_ = 0, row_ = 0;
+};
 
 }  // namespace spade_fast

@@ -1,0 +1,105 @@
+// One loop body for every instruction set: base, AVX2 and AVX-512, chosen at run time.
+//
+// All arithmetic is in Sum, float or double; elements of other types are widened when they are read and rounded when they are
+// written, a block at a time. A kernel is a type with a static `run(arguments…)`, always inlined. `vectorised<Kernel>(arguments…)` calls it from a wrapper
+// that is compiled for the instruction set in use, so that the compiler vectorises the one body for each of them. A body calls
+// always-inlined functions only and holds no lambda, which would be compiled for the base alone.
+#pragma once
+
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Half.h>
+
+#include <cstdint>
+#include <cstring>
+
+#define ALWAYS_INLINE inline __attribute__((always_inline))
+
+namespace spade_fast {
+
+using torch::headeronly::BFloat16;
+using torch::headeronly::Half;
+
+enum class InstructionSet { base, avx2, avx512 };
+
+// The one in use: the best that this processor has, unless another was asked for. Defined in module.cpp.
+InstructionSet instruction_set();
+
+#if defined(__x86_64__)
+#define SPADE_FAST_AVX2 "avx2,fma,f16c,bmi,bmi2,lzcnt,movbe,popcnt"
+template <typename Kernel, typename... Arguments>
+__attribute__((target(SPADE_FAST_AVX2 ",avx512f,avx512bw,avx512cd,avx512dq,avx512vl,prefer-vector-width=512")))
+void run_avx512(const Arguments&... arguments) { Kernel::run(arguments...); }
+template <typename Kernel, typename... Arguments>
+__attribute__((target(SPADE_FAST_AVX2)))
+void run_avx2(const Arguments&... arguments) { Kernel::run(arguments...); }
+#endif
+
+template <typename Kernel, typename... Arguments>
+void run_base(const Arguments&... arguments) { Kernel::run(arguments...); }
+
+template <typename Kernel, typename... Arguments>
+void vectorised(const Arguments&... arguments) {
+#if defined(__x86_64__)
+  if (instruction_set() == InstructionSet::avx512) return run_avx512<Kernel>(arguments...);
+  if (instruction_set() == InstructionSet::avx2) return run_avx2<Kernel>(arguments...);
+#endif
+  run_base<Kernel>(arguments...);
+}
+
+constexpr int64_t kBlock = 256;  // elements that a kernel works on at a time: its intermediate numbers stay in the nearest cache
+
+template <typename To, typename From>
+ALWAYS_INLINE To bit_cast(From from) {
+  static_assert(sizeof(To) == sizeof(From));
+  To to;
+  std::memcpy(&to, &from, sizeof(To));
+  return to;
+}
+
+// Loads widen and stores round to nearest even, by bits: the compiler vectorises that where it would not call a conversion.
+ALWAYS_INLINE float load(const float& x) { return x; }
+ALWAYS_INLINE double load(const double& x) { return x; }
+ALWAYS_INLINE float load(const BFloat16& x) { return bit_cast<float>(static_cast<uint32_t>(x.x) << 16); }
+ALWAYS_INLINE float load(const Half& x) {
+  const uint32_t sign = static_cast<uint32_t>(x.x & 0x8000) << 16, magnitude = x.x & 0x7fff;
+  // Subnormal numbers are multiples of 2⁻²⁴; the exponents of the others are 112 less than a float's; above are infinity, NaN.
+  const uint32_t subnormal = bit_cast<uint32_t>(static_cast<float>(static_cast<int32_t>(magnitude)) * 0x1p-24f);
+  const uint32_t normal = (magnitude << 13) + (magnitude < 0x7c00 ? 112u << 23 : 224u << 23);
+  return bit_cast<float>(sign | (magnitude < 0x0400 ? subnormal : normal));
+}
+
+ALWAYS_INLINE void store(float& y, float value) { y = value; }
+ALWAYS_INLINE void store(double& y, double value) { y = value; }
+ALWAYS_INLINE void store(BFloat16& y, float value) {
+  const uint32_t bits = bit_cast<uint32_t>(value);
+  const uint32_t rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+  y.x = static_cast<uint16_t>(value != value ? 0x7fc0 : rounded);
+}
+ALWAYS_INLINE void store(Half& y, float value) {
+  const uint32_t bits = bit_cast<uint32_t>(value), magnitude = bits & 0x7fffffff;
+  const uint32_t normal = (magnitude + 0xfff + (magnitude >> 13 & 1) - (112u << 23)) >> 13;
+  const uint32_t subnormal = bit_cast<uint32_t>(bit_cast<float>(magnitude) + 0.5f) - 0x3f000000;
+  uint32_t half = magnitude < 0x38800000 ? subnormal : normal;
+  half = magnitude >= 0x477ff000 ? 0x7c00 : half;
+  half = magnitude > 0x7f800000 ? 0x7e00 : half;
+  y.x = static_cast<uint16_t>((bits >> 16 & 0x8000) | half);
+}
+
+// to[i] = from[i], for whole blocks.
+template <typename From, typename Sum>
+struct Widen {
+  static ALWAYS_INLINE void run(int64_t count, const From* from, Sum* to) {
+#pragma omp simd
+    for (int64_t i = 0; i < count; ++i) to[i] = load(from[i]);
+  }
+};
+
+template <typename Sum, typename To>
+struct Narrow {
+  static ALWAYS_INLINE void run(int64_t count, const Sum* from, To* to) {
+#pragma omp simd
+    for (int64_t i = 0; i < count; ++i) store(to[i], from[i]);
+  }
+};
+
+}  // namespace spade_fast
