@@ -13,7 +13,7 @@ NORMS = ["instance", "batch", "syncbatch", "group", None]
 ACTIVATIONS = [None, "relu", "leaky_relu", "silu"]
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 
-pytestmark = pytest.mark.usefixtures("backend")
+pytestmark = pytest.mark.usefixtures("backend_and_instruction_set")
 
 
 @pytest.mark.parametrize("layout", [contiguous, channels_last])
@@ -192,10 +192,25 @@ def test_moments_given_are_moments_used():
     assert not torch.equal(spade_fast.spade_modulate(**arguments), plain["y"])
 
 
-def test_two_runs_give_the_same_bits():
-    arguments, dy = sample((2, 9, 33, 31), "instance", "leaky_relu")
-    first, second = (results(spade_fast.spade_modulate, arguments, dy) for _ in range(2))
-    assert all(torch.equal(first[name], second[name]) for name in first)
+@pytest.mark.parametrize("layout", [contiguous, channels_last])
+def test_every_run_gives_the_same_bits_on_any_number_of_threads(layout, backend_and_instruction_set):
+    arguments, dy = sample((2, 70, 65, 66), "batch", "leaky_relu", layout=layout)
+    threads_before, found = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 2, 7) if backend_and_instruction_set != "torch" else (2, 2):
+            torch.set_num_threads(threads)
+            found.append(results(spade_fast.spade_modulate, arguments, dy))
+    finally:
+        torch.set_num_threads(threads_before)
+    for other in found[1:]:
+        assert all(torch.equal(found[0][name], other[name]) for name in other)
+
+
+@pytest.mark.parametrize("layout", [contiguous, channels_last])
+@pytest.mark.parametrize("shape", [(1, 3, 300, 301), (2, 600, 9, 11)])
+def test_several_tasks_to_a_plane_and_several_blocks_to_a_row(layout, shape):
+    arguments, dy = sample(shape, "instance", "leaky_relu", layout=layout)
+    assert not disagreements(arguments, dy)
 
 
 @pytest.mark.parametrize("activation,floats,bits", [(None, 2, 0), ("relu", 2, 1), ("leaky_relu", 2, 1), ("silu", 3, 0)])

@@ -63,21 +63,6 @@ def test_compiled_plane_moments(layout, dtype, shape):
     assert torch.allclose(squares.double(), true_squares, rtol=64 * eps, atol=0)  # float32 sums of up to 2048 terms
 
 
-@needs_library
-@pytest.mark.parametrize("layout", [contiguous, channels_last])
-def test_the_number_of_threads_does_not_change_a_bit(layout):
-    x = layout(torch.randn(2, 70, 65, 66))
-    before = torch.get_num_threads()
-    try:
-        found = []
-        for threads in (1, 2, 7):
-            torch.set_num_threads(threads)
-            found.append(torch.ops.spade_fast.plane_moments(x))
-    finally:
-        torch.set_num_threads(before)
-    assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
-
-
 def test_nan_goes_where_it_belongs():
     x = torch.randn(2, 3, 4, 5)
     x[1, 2, 3, 4] = float("nan")

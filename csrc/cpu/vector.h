@@ -28,17 +28,17 @@ InstructionSet instruction_set();
 #define SPADE_FAST_AVX2 "avx2,fma,f16c,bmi,bmi2,lzcnt,movbe,popcnt"
 template <typename Kernel, typename... Arguments>
 __attribute__((target(SPADE_FAST_AVX2 ",avx512f,avx512bw,avx512cd,avx512dq,avx512vl,prefer-vector-width=512")))
-void run_avx512(const Arguments&... arguments) { Kernel::run(arguments...); }
+void run_avx512(Arguments... arguments) { Kernel::run(arguments...); }
 template <typename Kernel, typename... Arguments>
 __attribute__((target(SPADE_FAST_AVX2)))
-void run_avx2(const Arguments&... arguments) { Kernel::run(arguments...); }
+void run_avx2(Arguments... arguments) { Kernel::run(arguments...); }
 #endif
 
 template <typename Kernel, typename... Arguments>
-void run_base(const Arguments&... arguments) { Kernel::run(arguments...); }
+void run_base(Arguments... arguments) { Kernel::run(arguments...); }
 
 template <typename Kernel, typename... Arguments>
-void vectorised(const Arguments&... arguments) {
+void vectorised(Arguments... arguments) {
 #if defined(__x86_64__)
   if (instruction_set() == InstructionSet::avx512) return run_avx512<Kernel>(arguments...);
   if (instruction_set() == InstructionSet::avx2) return run_avx2<Kernel>(arguments...);
