@@ -21,7 +21,7 @@ from .cases import FORWARD
 # for it. What is wrong is off by hundreds.
 LIMITS = {"spade_fast": 1, "eager": 1, "torch.compile": 16}
 
-JITTERED_RUNS = 7  # of eager, to see how much a rounding matters (agreement.py)
+JITTERED_RUNS = 5  # of eager, to see how much a rounding matters (agreement.py)
 
 
 @dataclass
