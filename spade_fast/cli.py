@@ -42,9 +42,11 @@ def facts():
         except metadata.PackageNotFoundError:
             found[package] = "not installed"
     found["torch's CUDA"] = torch.version.cuda or "none: this torch is built for the CPU"
-    instruction_sets = cpu_backend.library.instruction_sets() if cpu_backend.library else ["unknown: spade_fast._cpu is not there"]
     found["processor"] = f"{platform.machine()}, {torch.get_num_threads()} threads"
-    found["instruction sets"] = ", ".join(instruction_sets)
+    library = cpu_backend.library
+    found["instruction sets"] = "unknown: spade_fast._cpu is not there"
+    if library is not None:
+        found["instruction sets"] = f"{', '.join(library.instruction_sets())}; {library.instruction_set()} is used"
     for index in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(index)
         capability = f"sm_{properties.major}{properties.minor}"

@@ -17,6 +17,7 @@ def modulate(x=X, gamma=X, beta=X, **settings):
     "arguments,error,words",
     [
         ({"x": X.int()}, TypeError, ["x has dtype torch.int32", "floating-point"]),
+        ({"x": X.to(torch.float8_e4m3fn)}, TypeError, ["x has dtype torch.float8_e4m3fn", "16, 32 or 64 bits"]),
         ({"x": X.numpy()}, TypeError, ["x is a ndarray", "torch.Tensor"]),
         ({"x": torch.randn(4, 5)}, ValueError, ["x has shape [4, 5]", "[N, C, *spatial]"]),
         ({"x": torch.randn(1, 1, 1, 1, 1, 2)}, ValueError, ["x has shape", "one to three"]),

@@ -94,6 +94,12 @@ def test_the_package_works_on_what_is_left(module):
         assert "the library spade_fast._cpu is not there" in output
 
 
+def test_the_instruction_set():
+    code = "import spade_fast._cpu as library; print(library.instruction_set())"
+    assert python(code, SPADE_FAST_ISA="base")[0].strip() == "base"
+    assert "SPADE_FAST_ISA is sse9, it should be base, avx2 or avx512" in python(code, SPADE_FAST_ISA="sse9")[1]
+
+
 def test_info():
     result = CliRunner().invoke(app, ["info"])
     assert result.exit_code == 0

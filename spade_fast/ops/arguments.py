@@ -2,9 +2,8 @@
 
 import torch
 
-from ..kernels import torch_backend
-
 NORMS = ("instance", "batch", "syncbatch", "group", None)
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 ACTIVATIONS = (None, "relu", "leaky_relu", "silu")
 
 
@@ -12,8 +11,8 @@ def check_modulate(x, gamma, beta, *, norm, num_groups, weight, bias, running_me
     for name, tensor in {"x": x, "gamma": gamma, "beta": beta}.items():
         if not isinstance(tensor, torch.Tensor):
             raise TypeError(f"{name} is a {type(tensor).__name__}, it should be a torch.Tensor")
-        if not tensor.is_floating_point():
-            raise TypeError(f"{name} has dtype {tensor.dtype}, it should be a floating-point tensor")
+        if tensor.dtype not in DTYPES:
+            raise TypeError(f"{name} has dtype {tensor.dtype}, it should be a floating-point tensor of 16, 32 or 64 bits")
     if not 3 <= x.dim() <= 5:
         raise ValueError(f"x has shape {list(x.shape)}, it should be [N, C, *spatial] with one to three spatial dimensions")
     for name, tensor in {"gamma": gamma, "beta": beta}.items():
