@@ -14,14 +14,15 @@ import torch
 
 from spade_fast.agreement import excess
 
-from .cases import FORWARD
+from .cases import BACKWARD, FORWARD
 
-# How far from the truth a variant may be, as a fraction of what the rule of agreement allows. Inductor's convolutions sum in
-# another order than eager's, which the rule measures by: in float32 up to 2.3 was seen, and 9 where a leaky ReLU's sign differs
-# for it. What is wrong is off by hundreds.
-LIMITS = {"spade_fast": 1, "eager": 1, "torch.compile": 16}
+# How far from the truth a variant may be, as a fraction of what the rule of agreement allows, forward and in gradients too. In the
+# gradients of a deep network a leaky ReLU whose sign differs can hit a place that it hit in none of eager's runs: 1.6 was seen in one
+# run of the generator. Inductor's convolutions moreover sum in another order than eager's: 2.3 was seen, and 9 with such a sign.
+# What is wrong is off by hundreds; the tests compare gradients in float64, where no sign differs, to 1e-12.
+LIMITS = {"eager": (1, 1), "spade_fast": (1, 4), "torch.compile": (4, 16)}
 
-JITTERED_RUNS = 5  # of eager, to see how much a rounding matters (agreement.py)
+JITTERED_RUNS = 7  # of eager, to see how much a rounding matters (agreement.py)
 
 
 @dataclass
@@ -41,7 +42,7 @@ class Row:
 
     @property
     def matches(self):
-        return self.failure is None and (self.excess is None or self.excess <= LIMITS[self.variant])
+        return self.failure is None and (self.excess is None or self.excess <= LIMITS[self.variant][self.mode == BACKWARD])
 
     @property
     def median(self):

@@ -97,7 +97,7 @@ def save_chart(path, settings, rows):
         label = None if row.variant in labelled else {"eager": "eager PyTorch"}.get(row.variant, row.variant)
         labelled.add(row.variant)
         axes.barh(place, row.overhead, 0.24, color=colours[row.variant], label=label)
-        axes.text(row.overhead, place, f" {row.overhead:.2f}   {row.median * 1e3:.3g} ms", va="center", fontsize=8)
+        axes.text(row.overhead, place, f" {row.overhead:.2f}   {row.median * 1e3:.0f} ms", va="center", fontsize=8)
     axes.axvline(1, color="black", linewidth=1, linestyle="--", label="floor: plain instance norm")
     axes.set_yticks(range(len(groups)), [f"{case} {problem}\n{mode}" for case, problem, mode in groups])
     axes.invert_yaxis()

@@ -46,6 +46,13 @@ def test_spade_modulate(arguments, error, words):
     assert all(word in str(raised.value) for word in words), str(raised.value)
 
 
+def test_plane_moments():
+    with pytest.raises(TypeError, match="x has dtype torch.int32"):
+        spade_fast.plane_moments(X.int())
+    with pytest.raises(ValueError, match="x has shape"):
+        spade_fast.plane_moments(X[0, 0])
+
+
 def test_running_statistics_are_untouched_by_a_call_that_fails():
     running_mean, running_var = torch.zeros(4), torch.ones(4)
     with pytest.raises(ValueError):

@@ -1,9 +1,9 @@
 // One loop body for every instruction set: base, AVX2 and AVX-512, chosen at run time.
 //
 // All arithmetic is in Sum, float or double; elements of other types are widened when they are read and rounded when they are
-// written, a block at a time. A kernel is a type with a static `run(arguments…)`, always inlined. `vectorised<Kernel>(arguments…)` calls it from a wrapper
-// that is compiled for the instruction set in use, so that the compiler vectorises the one body for each of them. A body calls
-// always-inlined functions only and holds no lambda, which would be compiled for the base alone.
+// written, a block at a time. A kernel is a type with a static `run(arguments…)`, always inlined; `vectorised<Kernel>(arguments…)`
+// calls it from a wrapper that is compiled for the instruction set in use, so that the compiler vectorises the one body for each of
+// them. A body calls always-inlined functions only and holds no lambda, which would be compiled for the base alone.
 #pragma once
 
 #include <torch/headeronly/util/BFloat16.h>

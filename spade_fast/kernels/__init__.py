@@ -44,7 +44,7 @@ _forced = _checked(os.environ.get("SPADE_FAST_BACKEND") or None, "SPADE_FAST_BAC
 
 @contextmanager
 def use_backend(name):
-    """Inside `with use_backend("torch"):` only this backend is used; where it cannot run, that is a RuntimeError.
+    """Inside `with use_backend("torch"):` the whole process uses this backend only; where it cannot run, that is a RuntimeError.
 
     The environment variable SPADE_FAST_BACKEND, read when the package is imported, does the same for a whole process.
     None gives the choice back.

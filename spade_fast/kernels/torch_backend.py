@@ -10,7 +10,8 @@ where x is float64:
 
 x, γ, β, y, dy: [N, C, *spatial]. g is dy times the activation's derivative, so dβ = g and dγ = g·x̂.
 `signs` holds one bit for each element of y, all that the derivative of ReLU and leaky ReLU needs: bytes [N, C, ⌈S/8⌉], or
-[N, S, ⌈C/8⌉] where a pixel's channels lie together; bit b of byte j is element 8j + b of its row. SiLU needs β instead. `operators.py` declares the same four as operators for the compiled backends.
+[N, S, ⌈C/8⌉] where a pixel's channels lie together; bit b of byte j is element 8j + b of its row. SiLU needs β instead.
+`operators.py` declares the same four as operators for the compiled backends.
 """
 
 import torch

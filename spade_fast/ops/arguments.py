@@ -7,14 +7,16 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 ACTIVATIONS = (None, "relu", "leaky_relu", "silu")
 
 
-def check_modulate(x, gamma, beta, *, norm, num_groups, weight, bias, running_mean, running_var, training, activation, moments):
-    for name, tensor in {"x": x, "gamma": gamma, "beta": beta}.items():
-        if not isinstance(tensor, torch.Tensor):
-            raise TypeError(f"{name} is a {type(tensor).__name__}, it should be a torch.Tensor")
-        if tensor.dtype not in DTYPES:
-            raise TypeError(f"{name} has dtype {tensor.dtype}, it should be a floating-point tensor of 16, 32 or 64 bits")
+def check_x(x):
+    _check_tensor("x", x)
     if not 3 <= x.dim() <= 5:
         raise ValueError(f"x has shape {list(x.shape)}, it should be [N, C, *spatial] with one to three spatial dimensions")
+
+
+def check_modulate(x, gamma, beta, *, norm, num_groups, weight, bias, running_mean, running_var, training, activation, moments):
+    check_x(x)
+    _check_tensor("gamma", gamma)
+    _check_tensor("beta", beta)
     for name, tensor in {"gamma": gamma, "beta": beta}.items():
         if tensor.shape != x.shape:
             raise ValueError(f"{name} has shape {list(tensor.shape)}, it should be x's, {list(x.shape)}")
@@ -30,21 +32,27 @@ def check_modulate(x, gamma, beta, *, norm, num_groups, weight, bias, running_me
     for name, tensor in per_channel.items():
         _check_channels(name, tensor, x)
     _check_norm(x, norm, num_groups, weight, bias, running_mean, running_var, training)
-    if moments is not None and moments.shape != (2, *x.shape[:2]):
-        raise ValueError(f"moments has shape {list(moments.shape)}, it should be [2, N, C], {[2, *x.shape[:2]]}")
+    if moments is not None:
+        _check_tensor("moments", moments)
+        if moments.shape != (2, *x.shape[:2]):
+            raise ValueError(f"moments has shape {list(moments.shape)}, it should be [2, N, C], {[2, *x.shape[:2]]}")
+
+
+def _check_tensor(name, tensor):
+    if not isinstance(tensor, torch.Tensor):
+        raise TypeError(f"{name} is a {type(tensor).__name__}, it should be a torch.Tensor")
+    if tensor.dtype not in DTYPES:
+        raise TypeError(f"{name} has dtype {tensor.dtype}, it should be a floating-point tensor of 16, 32 or 64 bits")
 
 
 def _check_channels(name, tensor, x):
     if tensor is None:
         return
-    if not isinstance(tensor, torch.Tensor):
-        raise TypeError(f"{name} is a {type(tensor).__name__}, it should be a torch.Tensor or None")
+    _check_tensor(name, tensor)
     if tensor.shape != (x.shape[1],):
         raise ValueError(f"{name} has shape {list(tensor.shape)}, it should be [C], [{x.shape[1]}]")
     if tensor.device != x.device:
         raise ValueError(f"{name} is on {tensor.device}, it should be on x's device, {x.device}")
-    if not tensor.is_floating_point():
-        raise TypeError(f"{name} has dtype {tensor.dtype}, it should be a floating-point tensor")
 
 
 def _check_norm(x, norm, num_groups, weight, bias, running_mean, running_var, training):

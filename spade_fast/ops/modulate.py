@@ -8,7 +8,7 @@ import torch
 from .. import kernels
 from ..kernels import torch_backend
 from . import norms
-from .arguments import check_modulate
+from .arguments import check_modulate, check_x
 
 
 def spade_modulate(x, gamma, beta, *, norm="instance", num_groups=None, weight=None, bias=None, running_mean=None,
@@ -61,8 +61,9 @@ def plane_moments(x):
     """Mean and sum of squared deviations of each plane of x [N, C, *spatial]: [2, N, C], float32, or float64 where x is.
 
     For `spade_modulate(..., moments=...)`, where several modulations share one x. Not differentiable by itself: each
-    modulation's backward accounts for the statistics it was given.
+    modulation's backward accounts for the statistics it was given. Errors: TypeError or ValueError for an x that is not so.
     """
+    check_x(x)
     with torch.no_grad():
         return kernels.select(x).plane_moments(x)
 
