@@ -42,6 +42,7 @@ def run(
     for option, path in (("--json", json), ("--plot", plot)):
         if path is not None and not path.absolute().parent.is_dir():
             raise typer.BadParameter(f"{path} should be in a folder that exists", param_hint=option)
+    facts = report.environment(settings)  # of the code that is measured: the commit may be another by the end
     rows, console = [], Console()
     if not console.is_terminal:
         console.width = 100  # a log or a file has no width of its own
@@ -57,12 +58,12 @@ def run(
     for row in rows:
         if row.failure:
             console.print(f"{row.case} {row.problem} {row.mode}, {row.variant} failed: {row.failure}", markup=False)
-    for key, value in report.environment(settings).items():
+    for key, value in facts.items():
         console.print(f"{key}: {value}", highlight=False, markup=False)
     if json is not None:
-        report.save_json(json, settings, rows)
+        report.save_json(json, facts, rows)
     if plot is not None:
-        report.save_chart(plot, settings, rows)
+        report.save_chart(plot, facts, rows)
     if not all(row.matches for row in rows):
         raise typer.Exit(1)
 

@@ -72,14 +72,14 @@ def processor():
         return platform.machine()
 
 
-def save_json(path, settings, rows):
-    """Everything that was measured, each single time included."""
-    content = {"environment": environment(settings), "rows": [dataclasses.asdict(row) for row in rows]}
+def save_json(path, facts, rows):
+    """Everything that was measured, each single time included; facts: the environment when it began."""
+    content = {"environment": facts, "rows": [dataclasses.asdict(row) for row in rows]}
     with open(path, "w") as file:
         json.dump(content, file, indent=1)
 
 
-def save_chart(path, settings, rows):
+def save_chart(path, facts, rows):
     """Bars of time over the floor's time, a group for each problem, as a PNG (or what the path's ending says)."""
     import matplotlib
 
@@ -103,7 +103,6 @@ def save_chart(path, settings, rows):
     axes.invert_yaxis()
     axes.set_xlim(0, 1.25 * max(row.overhead for row in shown))
     axes.set_xlabel("time ÷ time of the same network with plain instance norm in place of SPADE (less is better)")
-    facts = environment(settings)
     axes.set_title(f"{facts['device']}, {facts['dtype']}, torch {facts['torch']}", fontsize=10)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(loc="lower right", frameon=False)
