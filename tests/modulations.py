@@ -41,12 +41,20 @@ LAYOUTS = [contiguous, channels_last, sliced, sliced_channels, transposed, misal
 
 
 def sample(shape, norm="instance", activation=None, *, dtype=torch.float32, gamma_dtype=None, layout=contiguous,
-           gamma_layout=None, dy_layout=contiguous, affine=False, training=True, mean=0.0, num_groups=2, device="cpu"):
-    """Arguments of spade_modulate by name, and dy, in the dtypes and layouts that are asked for."""
+           gamma_layout=None, dy_layout=contiguous, affine=False, training=True, mean=0.0, num_groups=2, rows=None, device="cpu"):
+    """Arguments of spade_modulate by name, and dy, in the dtypes and layouts that are asked for.
+
+    rows: γ and β are the halves of a table of so many rows, the last of which no pixel has.
+    """
     gamma_dtype, gamma_layout = gamma_dtype or dtype, gamma_layout or layout
     x = layout((torch.randn(shape) + mean).to(device, dtype))
-    gamma, beta = (gamma_layout(torch.randn(shape).to(device, gamma_dtype)) for _ in range(2))
-    arguments = {"x": x, "gamma": gamma, "beta": beta, "norm": norm, "activation": activation, "training": training}
+    if rows is None:
+        gamma, beta = (gamma_layout(torch.randn(shape).to(device, gamma_dtype)) for _ in range(2))
+        index = {}
+    else:
+        gamma, beta = torch.randn(rows, 2 * shape[1]).to(device, gamma_dtype).chunk(2, dim=1)
+        index = {"index": torch.randint(max(1, rows - 1), (shape[0], *shape[2:]), device=device)}
+    arguments = index | {"x": x, "gamma": gamma, "beta": beta, "norm": norm, "activation": activation, "training": training}
     if norm == "group":
         arguments["num_groups"] = num_groups
     if affine:
@@ -61,7 +69,9 @@ def sample(shape, norm="instance", activation=None, *, dtype=torch.float32, gamm
 def results(modulate, arguments, dy, dtype=None):
     """y, the gradient of every tensor, and the running statistics, by name."""
     def copy(value):
-        return value.detach().to(dtype or value.dtype) if isinstance(value, torch.Tensor) else value
+        if not isinstance(value, torch.Tensor) or not value.is_floating_point():
+            return value
+        return value.detach().to(dtype or value.dtype)
 
     given = {name: copy(value) for name, value in arguments.items()}
     running = {name: given[name].clone() for name in ("running_mean", "running_var") if name in given}
@@ -73,14 +83,21 @@ def results(modulate, arguments, dy, dtype=None):
     return {"y": y.detach()} | {f"d{name}": gradient for name, gradient in zip(wanted, gradients)} | running
 
 
+def eager_modulate(x, gamma, beta, *, index=None, **settings):
+    """The reference, which knows no tables."""
+    if index is not None:
+        gamma, beta = (rows[index].movedim(-1, 1) for rows in (gamma, beta))
+    return reference.spade_modulate(x, gamma, beta, **settings)
+
+
 def disagreements(arguments, dy, truth_arguments=None):
     """What does not agree with the reference, by name, with its excess: empty where all is well.
 
     truth_arguments: where other arguments have the same result in exact arithmetic, and a more exact one in float64.
     """
-    eps = max(torch.finfo(value.dtype).eps for value in arguments.values() if isinstance(value, torch.Tensor))
+    eps = max(torch.finfo(arguments[name].dtype).eps for name in ("x", "gamma"))
     ours = results(spade_fast.spade_modulate, arguments, dy)
-    eager = results(reference.spade_modulate, arguments, dy)
-    truth = results(reference.spade_modulate, truth_arguments or arguments, dy, torch.float64)
+    eager = results(eager_modulate, arguments, dy)
+    truth = results(eager_modulate, truth_arguments or arguments, dy, torch.float64)
     found = {name: excess(ours[name], eager[name], truth[name], eps=eps) for name in truth}
     return {name: number for name, number in found.items() if number > 1}

@@ -7,6 +7,8 @@ import torch.nn as nn
 import spade_fast
 
 X = torch.randn(2, 4, 5, 6)
+INDEX = torch.zeros(2, 5, 6, dtype=torch.int64)
+TABLE = {"gamma": torch.ones(3, 4), "beta": torch.ones(3, 4)}
 
 
 def modulate(x=X, gamma=X, beta=X, **settings):
@@ -37,6 +39,15 @@ def modulate(x=X, gamma=X, beta=X, **settings):
         ({"running_mean": torch.ones(4)}, ValueError, ["running_mean and running_var", "both or neither"]),
         ({"running_mean": torch.ones(4), "running_var": torch.ones(4)}, ValueError, ["running_mean", "norm='instance'"]),
         ({"norm": "batch", "training": False}, ValueError, ["running_mean is None", "training=False"]),
+        ({"index": [0]}, TypeError, ["index is a list", "torch.Tensor"]),
+        ({"index": X[:, 0], **TABLE}, TypeError, ["index has dtype torch.float32", "whole numbers"]),
+        ({"index": INDEX[:, 1:], **TABLE}, ValueError, ["index has shape [2, 4, 6]", "[2, 5, 6]"]),
+        ({"index": INDEX.to("meta"), **TABLE}, ValueError, ["index is on meta", "cpu"]),
+        ({"index": INDEX + 3, **TABLE}, ValueError, ["index has numbers from 3 to 3", "0 to 2"]),
+        ({"index": INDEX - 1, **TABLE}, ValueError, ["index has numbers from -1 to -1", "0 to 2"]),
+        ({"index": INDEX}, ValueError, ["gamma has shape [2, 4, 5, 6]", "[K, 4]"]),
+        ({"index": INDEX, "gamma": torch.ones(3, 5)}, ValueError, ["gamma has shape [3, 5]", "[K, 4]"]),
+        ({"index": INDEX, "gamma": torch.ones(3, 4), "beta": torch.ones(2, 4)}, ValueError, ["beta has shape [2, 4]", "[3, 4]"]),
         ({"moments": torch.ones(2, 4)}, ValueError, ["moments has shape [2, 4]", "[2, 2, 4]"]),
     ],
 )

@@ -17,13 +17,13 @@ def fresh_compiler():
 
 
 @pytest.mark.parametrize("layout", [contiguous, channels_last])
-@pytest.mark.parametrize("norm", ["instance", "batch", "group", None])
+@pytest.mark.parametrize("norm,rows", [("instance", None), ("batch", None), ("group", None), (None, None), ("instance", 7)])
 @pytest.mark.parametrize("activation", ["leaky_relu", "silu"])
-def test_forward_and_backward_with_changing_batch(norm, activation, layout):
+def test_forward_and_backward_with_changing_batch(norm, activation, layout, rows):
     counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(spade_fast.spade_modulate, fullgraph=True, backend=counter)
     for batch in (2, 3, 5, 4):
-        arguments, dy = sample((batch, 4, 5, 6), norm, activation, layout=layout, affine=norm is not None)
+        arguments, dy = sample((batch, 4, 5, 6), norm, activation, layout=layout, affine=norm is not None, rows=rows)
         found, expected = (results(modulate, arguments, dy) for modulate in (compiled, spade_fast.spade_modulate))
         for name in expected:
             assert torch.allclose(found[name], expected[name], rtol=1e-4, atol=1e-5), (batch, name)

@@ -11,36 +11,39 @@ from spade_fast.ops import norms
 needs_library = pytest.mark.skipif(cpu_backend.library is None, reason=str(cpu_backend.failure))
 
 
-def operands(shape, activation, dtype=torch.float32, layout=contiguous, affine=True):
-    """What the four kernels get for this sample: x, planes, γ, β, dy, signs, terms."""
-    arguments, dy = sample(shape, "instance", activation, dtype=dtype, layout=layout, dy_layout=layout, affine=affine)
+def operands(shape, activation, dtype=torch.float32, layout=contiguous, affine=True, rows=None):
+    """What the four kernels get for this sample: x, planes, γ, β, index, order, dy, signs, terms."""
+    arguments, dy = sample(shape, "instance", activation, dtype=dtype, layout=layout, dy_layout=layout, affine=affine, rows=rows)
     x, gamma, beta = arguments["x"], arguments["gamma"], arguments["beta"]
     statistics = norms.measure(norms.Norm("instance"), torch_backend.plane_moments(x), x.shape[2:].numel())
     planes = norms.planes(statistics, x.shape[:2], arguments["weight"], arguments["bias"])
-    _, signs = torch_backend.apply(x, planes, gamma, beta, activation, 0.2, True)
-    return x, planes, gamma, beta, dy, signs, torch.randn_like(planes[:2])
+    index = arguments["index"].int() if rows else None
+    order = torch_backend.sort_pixels(index) if rows else None
+    _, signs = torch_backend.apply(x, planes, gamma, beta, index, activation, 0.2, True)
+    return x, planes, gamma, beta, index, order, dy, signs, torch.randn_like(planes[:2])
 
 
 @pytest.mark.parametrize("layout", [contiguous, channels_last])
 @pytest.mark.parametrize("activation", [None, "leaky_relu", "silu"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("shape", [(2, 5, 3, 4), (1, 9, 7)])
-def test_opcheck(layout, activation, dtype, shape):
+@pytest.mark.parametrize("rows", [None, 7])
+def test_opcheck(layout, activation, dtype, shape, rows):
     ops = torch.ops.spade_fast
-    x, planes, gamma, beta, dy, signs, terms = operands(shape, activation, dtype, layout)
+    x, planes, gamma, beta, index, order, dy, signs, terms = operands(shape, activation, dtype, layout, rows=rows)
     kept_beta = beta if activation == "silu" else None
     opcheck(ops.plane_moments, (x,))
-    opcheck(ops.apply, (x, planes, gamma, beta, activation, 0.2, True))
-    opcheck(ops.apply, (x, planes, gamma, beta, activation, 0.2, False))
-    opcheck(ops.backward_sums, (dy, x, planes, gamma, kept_beta, signs, activation, 0.2))
-    opcheck(ops.backward_input, (dy, x, planes, gamma, kept_beta, signs, terms, activation, 0.2))
-    opcheck(ops.backward_input, (dy, x, planes, gamma, kept_beta, signs, None, activation, 0.2))
+    opcheck(ops.apply, (x, planes, gamma, beta, index, activation, 0.2, True))
+    opcheck(ops.apply, (x, planes, gamma, beta, index, activation, 0.2, False))
+    opcheck(ops.backward_sums, (dy, x, planes, gamma, kept_beta, index, order, signs, activation, 0.2))
+    opcheck(ops.backward_input, (dy, x, planes, gamma, kept_beta, index, signs, terms, activation, 0.2))
+    opcheck(ops.backward_input, (dy, x, planes, gamma, kept_beta, index, signs, None, activation, 0.2))
 
 
 @pytest.mark.parametrize("layout", [contiguous, channels_last])
 def test_signs_are_the_bits_that_the_documentation_says(layout):
-    x, planes, gamma, beta, _, signs, _ = operands((2, 5, 3, 4), "leaky_relu", layout=layout)
-    y, _ = torch_backend.apply(x, planes, gamma, beta, None, 0.0, False)
+    x, planes, gamma, beta, _, _, _, signs, _ = operands((2, 5, 3, 4), "leaky_relu", layout=layout)
+    y, _ = torch_backend.apply(x, planes, gamma, beta, None, None, 0.0, False)
     rows = y.flatten(2) if layout is contiguous else y.flatten(2).transpose(1, 2)
     assert signs.shape == (*rows.shape[:2], (rows.shape[2] + 7) // 8)
     for element in range(rows.shape[2]):

@@ -1,6 +1,6 @@
 // apply on the CPU: y = act(x̂·(1 + γ) + β), and the signs that the activation's derivative needs.
 //
-// Each element of x, γ and β is read once and each of y written once.
+// Each element of x, γ and β is read once and each of y written once; with an index γ and β are looked up in their table.
 
 #include <tuple>
 
@@ -48,7 +48,8 @@ void apply_all(const Tasks& tasks, const Source<Sum>& x, const Source<Sum>& gamm
 }
 
 std::tuple<Tensor, Tensor> apply(const Tensor& x, const Tensor& planes, const Tensor& gamma, const Tensor& beta,
-                                 std::optional<std::string> activation_name, double negative_slope, bool keep_signs) {
+                                 std::optional<Tensor> index, std::optional<std::string> activation_name, double negative_slope,
+                                 bool keep_signs) {
   const Layout layout = layout_of(x);
   const Tasks tasks(x, layout);
   const Activation activation = activation_named(activation_name);
@@ -59,8 +60,8 @@ std::tuple<Tensor, Tensor> apply(const Tensor& x, const Tensor& planes, const Te
   const Tensor signs = torch::stable::new_empty(x, sizes, ScalarType::Byte);
   dispatch_sum(y.scalar_type(), [&](auto zero) {
     using Sum = decltype(zero);
-    apply_all<Sum>(tasks, Source<Sum>(x, layout), Source<Sum>(gamma, layout), Source<Sum>(beta, layout), Numbers<Sum>(planes),
-                   activation, static_cast<Sum>(negative_slope), Target<Sum>(y, layout), Signs(signs));
+    apply_all<Sum>(tasks, Source<Sum>(x, layout), Source<Sum>(gamma, layout, index), Source<Sum>(beta, layout, index),
+                   Numbers<Sum>(planes), activation, static_cast<Sum>(negative_slope), Target<Sum>(y, layout), Signs(signs));
   });
   return {finished(y, x, layout), signs};
 }

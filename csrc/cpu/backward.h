@@ -30,11 +30,11 @@ struct BackwardSources {
 
   // beta: for SiLU; without it γ is read in its place, and not used.
   BackwardSources(const Tensor& dy, const Tensor& x, const Tensor& planes, const Tensor& gamma, const std::optional<Tensor>& beta,
-                  const Tensor& signs, Activation activation, double negative_slope, Layout layout)
+                  const std::optional<Tensor>& index, const Tensor& signs, Activation activation, double negative_slope, Layout layout)
       : dy(dy, layout),
         x(x, layout),
-        gamma(gamma, layout),
-        beta(beta ? *beta : gamma, layout),
+        gamma(gamma, layout, index),
+        beta(beta ? *beta : gamma, layout, index),
         planes(planes),
         signs(signs),
         activation(activation),

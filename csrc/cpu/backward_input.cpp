@@ -52,14 +52,15 @@ void input_all(const Tasks& tasks, const BackwardSources<Sum>& sources, const Nu
 }
 
 Tensor backward_input(const Tensor& dy, const Tensor& x, const Tensor& planes, const Tensor& gamma, std::optional<Tensor> beta,
-                      const Tensor& signs, std::optional<Tensor> terms, std::optional<std::string> activation_name,
-                      double negative_slope) {
+                      std::optional<Tensor> index, const Tensor& signs, std::optional<Tensor> terms,
+                      std::optional<std::string> activation_name, double negative_slope) {
   const Layout layout = layout_of(x);
   const Tasks tasks(x, layout);
   const Tensor dx = new_output(x, layout, x.scalar_type());
   dispatch_sum(promoted(x.scalar_type(), gamma.scalar_type()), [&](auto zero) {
     using Sum = decltype(zero);
-    const BackwardSources<Sum> sources(dy, x, planes, gamma, beta, signs, activation_named(activation_name), negative_slope, layout);
+    const BackwardSources<Sum> sources(dy, x, planes, gamma, beta, index, signs, activation_named(activation_name), negative_slope,
+                                       layout);
     input_all<Sum>(tasks, sources, Numbers<Sum>(terms ? *terms : planes), terms.has_value(), Target<Sum>(dx, layout));
   });
   return finished(dx, x, layout);

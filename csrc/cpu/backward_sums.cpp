@@ -5,7 +5,7 @@
 
 #include <tuple>
 
-#include "backward.h"
+#include "table_sums.h"
 
 namespace spade_fast {
 namespace {
@@ -95,31 +95,69 @@ void combine(const Tasks& tasks, const Sum* found, Sum* sums) {
   }
 }
 
+// Σq and Σq·(x − shift), [2, N, C], as `planes` are held.
+template <typename Sum>
+Tensor as_planes(const std::vector<Sum>& sums, const Tasks& tasks, const Tensor& planes) {
+  const Tensor result = torch::stable::new_empty(planes, {2, tasks.batch, tasks.channels}, planes.scalar_type());
+  dispatch_sum(planes.scalar_type(), [&](auto zero) {
+    std::copy(sums.begin(), sums.end(), result.mutable_data_ptr<decltype(zero)>());
+  });
+  return result;
+}
+
+template <typename Sum>
+std::tuple<Tensor, Tensor, Tensor> dense_sums(const Tasks& tasks, const BackwardSources<Sum>& sources, const Tensor& x,
+                                              const Tensor& planes, ScalarType dtype) {
+  const bool has_activation = sources.activation != Activation::none;
+  const int64_t width = tasks.layout == Layout::contiguous ? 1 : tasks.channels;
+  const Tensor dgamma = new_output(x, tasks.layout, dtype);
+  const Tensor dbeta = has_activation ? new_output(x, tasks.layout, dtype) : torch::stable::new_empty(x, {0}, dtype);
+  std::optional<Target<Sum>> dbeta_target;
+  if (has_activation) dbeta_target.emplace(dbeta, tasks.layout);
+  std::vector<Sum> found(tasks.count() * 2 * width, Sum(0)), sums(2 * tasks.batch * tasks.channels);
+  sum_all<Sum>(tasks, sources, Target<Sum>(dgamma, tasks.layout), dbeta_target, width, found.data());
+  combine(tasks, found.data(), sums.data());
+  return {finished(dgamma, x, tasks.layout), has_activation ? finished(dbeta, x, tasks.layout) : dbeta,
+          as_planes(sums, tasks, planes)};
+}
+
+template <typename Sum>
+std::tuple<Tensor, Tensor, Tensor> table_sums(const Tasks& tasks, const BackwardSources<Sum>& sources, const Tensor& gamma,
+                                              const Tensor& index, const Tensor& order, const Tensor& planes) {
+  const bool contiguous = tasks.layout == Layout::contiguous;
+  const SortedPixels sorted(torch::stable::contiguous(index), torch::stable::contiguous(order), tasks.pixels);
+  const int64_t rows = gamma.size(0);
+  const std::vector<int64_t> sizes = contiguous ? std::vector<int64_t>{tasks.channels, rows} : std::vector<int64_t>{rows, tasks.channels};
+  Tensor dgamma = torch::stable::new_zeros(gamma, sizes, kScalarType<Sum>), dbeta = torch::stable::new_zeros(gamma, sizes, kScalarType<Sum>);
+  Sum *dgamma_data = dgamma.template mutable_data_ptr<Sum>(), *dbeta_data = dbeta.template mutable_data_ptr<Sum>();
+  std::vector<Sum> sums(2 * tasks.batch * tasks.channels);
+  if (contiguous) {
+    sum_table_by_planes(tasks, sources, sorted, rows, dgamma_data, dbeta_data, sums.data());
+    dgamma = torch::stable::transpose(dgamma, 0, 1), dbeta = torch::stable::transpose(dbeta, 0, 1);
+  } else {
+    std::vector<Sum> found(tasks.count() * 2 * tasks.channels, Sum(0));
+    sum_table_by_pixels(tasks, sources, sorted, dgamma_data, dbeta_data, found.data());
+    combine(tasks, found.data(), sums.data());
+  }
+  const auto finish = [&](const Tensor& x) { return torch::stable::contiguous(torch::stable::to(x, gamma.scalar_type())); };
+  return {finish(dgamma), finish(dbeta), as_planes(sums, tasks, planes)};
+}
+
 std::tuple<Tensor, Tensor, Tensor> backward_sums(const Tensor& dy, const Tensor& x, const Tensor& planes, const Tensor& gamma,
-                                                 std::optional<Tensor> beta, const Tensor& signs,
-                                                 std::optional<std::string> activation_name, double negative_slope) {
+                                                 std::optional<Tensor> beta, std::optional<Tensor> index, std::optional<Tensor> order,
+                                                 const Tensor& signs, std::optional<std::string> activation_name,
+                                                 double negative_slope) {
   const Layout layout = layout_of(x);
   const Tasks tasks(x, layout);
-  const Activation activation = activation_named(activation_name);
-  const ScalarType dtype = gamma.scalar_type();
-  const int64_t width = layout == Layout::contiguous ? 1 : tasks.channels;
-  const Tensor dgamma = new_output(x, layout, dtype);
-  const Tensor dbeta = activation_name ? new_output(x, layout, dtype) : torch::stable::new_empty(gamma, {0}, dtype);
-  const Tensor sums = torch::stable::new_empty(x, {2, tasks.batch, tasks.channels}, planes.scalar_type());
-  dispatch_sum(promoted(x.scalar_type(), dtype), [&](auto zero) {
+  std::tuple<Tensor, Tensor, Tensor> found;
+  dispatch_sum(promoted(x.scalar_type(), gamma.scalar_type()), [&](auto zero) {
     using Sum = decltype(zero);
-    const BackwardSources<Sum> sources(dy, x, planes, gamma, beta, signs, activation, negative_slope, layout);
-    std::optional<Target<Sum>> dbeta_target;
-    if (activation_name) dbeta_target.emplace(dbeta, layout);
-    std::vector<Sum> found(tasks.count() * 2 * width, Sum(0));
-    sum_all<Sum>(tasks, sources, Target<Sum>(dgamma, layout), dbeta_target, width, found.data());
-    dispatch_sum(planes.scalar_type(), [&](auto plane_zero) {
-      std::vector<Sum> combined(2 * tasks.batch * tasks.channels);
-      combine(tasks, found.data(), combined.data());
-      std::copy(combined.begin(), combined.end(), sums.mutable_data_ptr<decltype(plane_zero)>());
-    });
+    const BackwardSources<Sum> sources(dy, x, planes, gamma, beta, index, signs, activation_named(activation_name), negative_slope,
+                                       layout);
+    found = index ? table_sums(tasks, sources, gamma, *index, *order, planes)
+                  : dense_sums(tasks, sources, x, planes, gamma.scalar_type());
   });
-  return {finished(dgamma, x, layout), activation_name ? finished(dbeta, x, layout) : dbeta, sums};
+  return found;
 }
 
 }  // namespace

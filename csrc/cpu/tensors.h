@@ -1,6 +1,10 @@
 // What the CPU kernels ask of their tensors: memory layouts, rows, element types, and the work as tasks and blocks.
 #pragma once
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -90,12 +94,25 @@ inline Tensor with_rows(const Tensor& x, Layout layout) {
   return y;
 }
 
+// An uninitialised tensor. A large one is fresh from the system each time, and the first touch of its 4 KiB pages costs three times
+// what the kernels do with them: huge pages cost next to nothing.
+inline Tensor new_tensor(const Tensor& like, const std::vector<int64_t>& sizes, ScalarType dtype) {
+  Tensor x = torch::stable::new_empty(like, sizes, dtype);
+#if defined(MADV_HUGEPAGE)
+  constexpr uintptr_t kHugePage = 2 << 20;
+  const uintptr_t start = reinterpret_cast<uintptr_t>(x.data_ptr()), end = start + x.numel() * x.element_size();
+  const uintptr_t first = (start + kHugePage - 1) / kHugePage * kHugePage, last = end / kHugePage * kHugePage;
+  if (first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);  // advice: nothing is lost if it fails
+#endif
+  return x;
+}
+
 // An uninitialised tensor of x's shape without gaps in this layout, for a kernel to write.
 inline Tensor new_output(const Tensor& x, Layout layout, ScalarType dtype) {
   std::vector<int64_t> sizes(x.sizes().begin(), x.sizes().end());
-  if (layout == Layout::contiguous) return torch::stable::new_empty(x, sizes, dtype);
+  if (layout == Layout::contiguous) return new_tensor(x, sizes, dtype);
   std::rotate(sizes.begin() + 1, sizes.begin() + 2, sizes.end());
-  Tensor y = torch::stable::new_empty(x, sizes, dtype);
+  Tensor y = new_tensor(x, sizes, dtype);
   for (int64_t dim = x.dim() - 2; dim >= 1; --dim) y = torch::stable::transpose(y, dim, dim + 1);
   return y;
 }
@@ -109,20 +126,44 @@ inline Tensor finished(const Tensor& y, const Tensor& x, Layout layout) {
   return torch::stable::copy_(like, y);
 }
 
-// A tensor's rows, read as Sums a block at a time: the elements themselves where they are Sums already, else widened.
+template <typename Sum>
+constexpr ScalarType kScalarType = sizeof(Sum) == 8 ? ScalarType::Double : ScalarType::Float;
+
+template <typename Sum>
+struct Gather {
+  static ALWAYS_INLINE void run(int64_t count, const Sum* from, const int32_t* index, Sum* to) {
+#pragma omp simd
+    for (int64_t i = 0; i < count; ++i) to[i] = from[index[i]];
+  }
+};
+
+// A tensor's rows, read as Sums a block at a time: the elements themselves where they are Sums already, else widened. With an index
+// [N, *spatial] the tensor is a table [K, C], and each pixel's channels are the row of it that the index names.
 template <typename Sum>
 class Source {
  public:
-  Source(const Tensor& x, Layout layout)
-      : owner_(with_rows(x, layout)),
+  Source(const Tensor& x, Layout layout, const std::optional<Tensor>& index = std::nullopt)
+      : owner_(index ? table(x, layout) : with_rows(x, layout)),
+        layout_(layout),
         data_(static_cast<const char*>(owner_.const_data_ptr())),
         dtype_(owner_.scalar_type()),
         size_(owner_.element_size()),
         image_(owner_.stride(0)),
-        row_(*row_distance(owner_, layout)) {}
+        row_(index ? owner_.stride(0) : *row_distance(owner_, layout)) {
+    if (!index) return;
+    index_owner_.emplace(torch::stable::contiguous(*index));
+    index_ = index_owner_->template const_data_ptr<int32_t>();
+    pixels_ = index->size(0) == 0 ? 0 : index->numel() / index->size(0);
+  }
 
-  // `count` elements of row `row` of image n, from `start` on; `buffer` holds them where they must be widened.
+  // `count` elements of row `row` of image n, from `start` on; `buffer` holds them where they do not lie together as Sums.
   const Sum* read(int64_t n, int64_t row, int64_t start, int64_t count, Sum* buffer) const {
+    if (index_ != nullptr) {
+      const Sum* values = reinterpret_cast<const Sum*>(data_);
+      if (layout_ == Layout::channels_last) return values + index_[n * pixels_ + row] * row_ + start;
+      vectorised<Gather<Sum>>(count, values + row * row_, index_ + n * pixels_ + start, buffer);
+      return buffer;
+    }
     const char* from = data_ + (n * image_ + row * row_ + start) * size_;
     if (size_ == sizeof(Sum)) return reinterpret_cast<const Sum*>(from);
     dispatch(dtype_, [&](auto element) {
@@ -131,11 +172,24 @@ class Source {
     return buffer;
   }
 
+  // What the rows of a table hold for channel c, [K], where planes are read.
+  const Sum* plane_of_table(int64_t c) const { return reinterpret_cast<const Sum*>(data_) + c * row_; }
+
  private:
+  // As Sums, for it is small; [C, K] for planes, each of which then reads from a row that stays in the cache.
+  static Tensor table(const Tensor& x, Layout layout) {
+    const Tensor rows = torch::stable::to(x, kScalarType<Sum>);
+    if (layout == Layout::contiguous) return torch::stable::contiguous(torch::stable::transpose(rows, 0, 1));
+    return rows.stride(1) == 1 ? rows : torch::stable::contiguous(rows);
+  }
+
   Tensor owner_;
+  std::optional<Tensor> index_owner_;
+  Layout layout_;
   const char* data_;
+  const int32_t* index_ = nullptr;
   ScalarType dtype_;
-  int64_t size_, image_, row_;
+  int64_t size_, image_, row_, pixels_ = 0;
 };
 
 // A tensor's rows, written as Sums a block at a time: `place` says where to, `write` rounds what is not there yet.
@@ -168,10 +222,10 @@ class Target {
   int64_t size_, image_, row_;
 };
 
-// The work on x: tasks of about 32768 elements, whatever the number of threads, so that sums never depend on it. A task is a part
-// of a plane, or a band of an image's pixels where their channels lie together.
+// The work on x: tasks of at most 32768 elements or so, whatever the number of threads, so that sums never depend on it. A task is a
+// part of a plane, or where a pixel's channels lie together a band of an image's pixels, not too many for one float32 sum.
 struct Tasks {
-  static constexpr int64_t kTask = 32768;
+  static constexpr int64_t kTask = 32768, kBand = 256;
 
   Layout layout;
   int64_t batch, channels, pixels;
@@ -180,7 +234,7 @@ struct Tasks {
 
   Tasks(const Tensor& x, Layout layout) : layout(layout), batch(x.size(0)), channels(x.size(1)), pixels(1) {
     for (int64_t dim = 2; dim < x.dim(); ++dim) pixels *= x.size(dim);
-    step = layout == Layout::contiguous ? kTask : std::max<int64_t>(1, kTask / std::max<int64_t>(1, channels));
+    step = layout == Layout::contiguous ? kTask : std::clamp<int64_t>(kTask / std::max<int64_t>(1, channels), 1, kBand);
     parts = (pixels + step - 1) / step;
   }
 
@@ -188,12 +242,17 @@ struct Tasks {
   int64_t rows() const { return layout == Layout::contiguous ? channels : pixels; }
   int64_t length() const { return layout == Layout::contiguous ? pixels : channels; }
 
-  // Runs f(task) for every task, in parallel.
+  // Runs f(task) for every task, or for those from first to last, in parallel.
   template <typename F>
   void for_each(const F& f) const {
+    for_each(0, count(), f);
+  }
+
+  template <typename F>
+  void for_each(int64_t first, int64_t last, const F& f) const {
     const int64_t elements = std::min(step, pixels) * (layout == Layout::contiguous ? 1 : channels);
     const int64_t grain = std::max<int64_t>(1, kTask / std::max<int64_t>(1, elements));
-    torch::stable::parallel_for(0, count(), grain, [&](int64_t begin, int64_t end) {
+    torch::stable::parallel_for(first, last, grain, [&](int64_t begin, int64_t end) {
       for (int64_t task = begin; task < end; ++task) f(task);
     });
   }
@@ -236,7 +295,7 @@ template <typename Sum>
 class Numbers {
  public:
   explicit Numbers(const Tensor& given)
-      : owner_(torch::stable::contiguous(torch::stable::to(given, sum_scalar()))),
+      : owner_(torch::stable::contiguous(torch::stable::to(given, kScalarType<Sum>))),
         data_(owner_.template const_data_ptr<Sum>()),
         planes_(given.size(1) * given.size(2)) {}
 
@@ -244,8 +303,6 @@ class Numbers {
   PerChannel<Sum> per_channel(int64_t which, int64_t number) const { return {data_ + which * planes_ + number}; }
 
  private:
-  static ScalarType sum_scalar() { return sizeof(Sum) == 8 ? ScalarType::Double : ScalarType::Float; }
-
   Tensor owner_;
   const Sum* data_;
   int64_t planes_;

@@ -10,11 +10,11 @@ from . import torch_backend
 
 SCHEMAS = {
     "plane_moments": "(Tensor x) -> Tensor",
-    "apply": "(Tensor x, Tensor planes, Tensor gamma, Tensor beta, str? activation, float negative_slope, bool keep_signs)"
-    " -> (Tensor, Tensor)",
-    "backward_sums": "(Tensor dy, Tensor x, Tensor planes, Tensor gamma, Tensor? beta, Tensor signs, str? activation,"
-    " float negative_slope) -> (Tensor, Tensor, Tensor)",
-    "backward_input": "(Tensor dy, Tensor x, Tensor planes, Tensor gamma, Tensor? beta, Tensor signs, Tensor? terms,"
+    "apply": "(Tensor x, Tensor planes, Tensor gamma, Tensor beta, Tensor? index, str? activation, float negative_slope,"
+    " bool keep_signs) -> (Tensor, Tensor)",
+    "backward_sums": "(Tensor dy, Tensor x, Tensor planes, Tensor gamma, Tensor? beta, Tensor? index, Tensor? order, Tensor signs,"
+    " str? activation, float negative_slope) -> (Tensor, Tensor, Tensor)",
+    "backward_input": "(Tensor dy, Tensor x, Tensor planes, Tensor gamma, Tensor? beta, Tensor? index, Tensor signs, Tensor? terms,"
     " str? activation, float negative_slope) -> Tensor",
 }
 
@@ -23,7 +23,7 @@ def fake_plane_moments(x):
     return x.new_empty(2, *x.shape[:2], dtype=torch_backend.sum_dtype(x.dtype))
 
 
-def fake_apply(x, planes, gamma, beta, activation, negative_slope, keep_signs):
+def fake_apply(x, planes, gamma, beta, index, activation, negative_slope, keep_signs):
     y = torch.empty_like(x, dtype=torch.promote_types(x.dtype, gamma.dtype))
     if not keep_signs or activation not in torch_backend.KEEPS_SIGNS:
         return y, x.new_empty(0, dtype=torch.uint8)
@@ -32,13 +32,15 @@ def fake_apply(x, planes, gamma, beta, activation, negative_slope, keep_signs):
     return y, x.new_empty(batch, rows[0], (rows[1] + 7) // 8, dtype=torch.uint8)
 
 
-def fake_backward_sums(dy, x, planes, gamma, beta, signs, activation, negative_slope):
+def fake_backward_sums(dy, x, planes, gamma, beta, index, order, signs, activation, negative_slope):
+    if index is not None:
+        return gamma.new_empty(gamma.shape), gamma.new_empty(gamma.shape), planes.new_empty(2, *x.shape[:2])
     dgamma = torch.empty_like(x, dtype=gamma.dtype)
     dbeta = gamma.new_empty(0) if activation is None else torch.empty_like(x, dtype=gamma.dtype)
     return dgamma, dbeta, planes.new_empty(2, *x.shape[:2])
 
 
-def fake_backward_input(dy, x, planes, gamma, beta, signs, terms, activation, negative_slope):
+def fake_backward_input(dy, x, planes, gamma, beta, index, signs, terms, activation, negative_slope):
     return torch.empty_like(x)
 
 

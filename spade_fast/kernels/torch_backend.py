@@ -8,7 +8,9 @@ where x is float64:
     sums    [2, N, C]   Σq, Σq·(x − shift) over the plane, with q = g·(1 + γ)
     terms   [2, N, C]   slope, constant: what reaches dx through the statistics, slope·(x − shift) + constant
 
-x, γ, β, y, dy: [N, C, *spatial]. g is dy times the activation's derivative, so dβ = g and dγ = g·x̂.
+x, γ, β, y, dy: [N, C, *spatial]. g is dy times the activation's derivative, so dβ = g and dγ = g·x̂. With an index [N, *spatial],
+int32, γ and β are the rows of a table, [K, C], that it names for each pixel; `order` [N, S], int32, lists each image's pixels sorted
+by it.
 `signs` holds one bit for each element of y, all that the derivative of ReLU and leaky ReLU needs: bytes [N, C, ⌈S/8⌉], or
 [N, S, ⌈C/8⌉] where a pixel's channels lie together; bit b of byte j is element 8j + b of its row. SiLU needs β instead.
 `operators.py` declares the same four as operators for the compiled backends.
@@ -47,8 +49,21 @@ def plane_moments(x):
     return torch.stack([(mean + correction).squeeze(2), squares])
 
 
-def apply(x, planes, gamma, beta, activation, negative_slope, keep_signs):
+def look_up(rows, index):
+    """Rows of a table [K, C] as a tensor [N, C, *spatial]; what is not a table stays as it is."""
+    if index is None or rows is None:
+        return rows
+    return rows.index_select(0, index.flatten()).unflatten(0, index.shape).movedim(-1, 1)
+
+
+def sort_pixels(index):
+    """`order` for an index."""
+    return index.flatten(1).argsort(stable=True).to(torch.int32)
+
+
+def apply(x, planes, gamma, beta, index, activation, negative_slope, keep_signs):
     """y in the dtype that x and γ promote to, in x's memory layout; signs, of size 0 unless wanted and needed."""
+    gamma, beta = look_up(gamma, index), look_up(beta, index)
     normalised = _normalise(x, planes, gamma)
     y = normalised.mul_(_one_plus(gamma, normalised)).add_(beta)
     signs = x.new_empty(0, dtype=torch.uint8)
@@ -65,19 +80,23 @@ def apply(x, planes, gamma, beta, activation, negative_slope, keep_signs):
     return y.to(torch.promote_types(x.dtype, gamma.dtype)), signs
 
 
-def backward_sums(dy, x, planes, gamma, beta, signs, activation, negative_slope):
-    """dγ, dβ and sums. dβ has size 0 where there is no activation: it is dy itself."""
+def backward_sums(dy, x, planes, gamma, beta, index, order, signs, activation, negative_slope):
+    """dγ, dβ and sums. dβ has size 0 where there is neither activation nor index: it is dy itself."""
+    table, gamma, beta = gamma, look_up(gamma, index), look_up(beta, index)
     normalised = _normalise(x, planes, gamma)
     g = through_activation(dy, x, normalised, gamma, beta, signs, activation, negative_slope)
     q = _one_plus(gamma, normalised).mul_(g)
-    dgamma = normalised.mul_(g).to(gamma.dtype)
+    dgamma = normalised.mul_(g)
     pixels = tuple(range(2, x.dim()))
     sums = torch.stack([q.sum(pixels), q.mul_(x - _per_plane(planes, x)[0]).sum(pixels)]).to(planes.dtype)
-    return dgamma, gamma.new_empty(0) if activation is None else g.to(gamma.dtype), sums
+    if index is not None:
+        return _sum_rows(dgamma, index, table), _sum_rows(g, index, table), sums
+    return dgamma.to(gamma.dtype), gamma.new_empty(0) if activation is None else g.to(gamma.dtype), sums
 
 
-def backward_input(dy, x, planes, gamma, beta, signs, terms, activation, negative_slope):
+def backward_input(dy, x, planes, gamma, beta, index, signs, terms, activation, negative_slope):
     """dx = scale·q + slope·(x − shift) + constant, in x's dtype and memory layout; terms None: just scale·q."""
+    gamma, beta = look_up(gamma, index), look_up(beta, index)
     normalised = _normalise(x, planes, gamma)
     g = through_activation(dy, x, normalised, gamma, beta, signs, activation, negative_slope)
     shift, scale, _ = _per_plane(planes, x)
@@ -99,6 +118,14 @@ def through_activation(dy, x, normalised, gamma, beta, signs, activation, negati
         return dy * (sigmoid * (1 + y * (1 - sigmoid)))
     positive = _unpack(signs, dy.shape, is_channels_last(x))
     return torch.where(positive, dy, dy * negative_slope if activation == "leaky_relu" else 0)
+
+
+def _sum_rows(x, index, table):
+    """x [N, C, *spatial] summed over the pixels that each row of the table is named for, always in the same order."""
+    windows, order = index.flatten().sort(stable=True)
+    first_pixels = torch.searchsorted(windows, torch.arange(len(table) + 1, device=x.device))
+    pixels = x.movedim(1, -1).flatten(0, -2)[order]
+    return torch.segment_reduce(pixels, "sum", offsets=first_pixels, axis=0, unsafe=True, initial=0).to(table.dtype)
 
 
 def _one_plus(gamma, normalised):

@@ -4,6 +4,7 @@ import torch
 
 NORMS = ("instance", "batch", "syncbatch", "group", None)
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 ACTIVATIONS = (None, "relu", "leaky_relu", "silu")
 
 
@@ -13,17 +14,24 @@ def check_x(x):
         raise ValueError(f"x has shape {list(x.shape)}, it should be [N, C, *spatial] with one to three spatial dimensions")
 
 
-def check_modulate(x, gamma, beta, *, norm, num_groups, weight, bias, running_mean, running_var, training, activation, moments):
+def check_modulate(x, gamma, beta, index, *, norm, num_groups, weight, bias, running_mean, running_var, training, activation, moments):
     check_x(x)
+    if index is not None and not isinstance(index, torch.Tensor):
+        raise TypeError(f"index is a {type(index).__name__}, it should be a torch.Tensor")
     _check_tensor("gamma", gamma)
     _check_tensor("beta", beta)
     for name, tensor in {"gamma": gamma, "beta": beta}.items():
-        if tensor.shape != x.shape:
+        if index is None and tensor.shape != x.shape:
             raise ValueError(f"{name} has shape {list(tensor.shape)}, it should be x's, {list(x.shape)}")
+        if index is not None and (tensor.dim() != 2 or tensor.shape[1] != x.shape[1] or len(tensor) != len(gamma)):
+            rows = "K" if name == "gamma" else len(gamma)
+            raise ValueError(f"{name} has shape {list(tensor.shape)}, with an index it should be a table, [{rows}, {x.shape[1]}]")
         if tensor.device != x.device:
             raise ValueError(f"{name} is on {tensor.device}, it should be on x's device, {x.device}")
     if beta.dtype != gamma.dtype:
         raise TypeError(f"beta has dtype {beta.dtype}, it should be gamma's, {gamma.dtype}")
+    if index is not None:
+        _check_index(index, x, len(gamma))
     if norm not in NORMS:
         raise ValueError(f"norm is {norm!r}, it should be one of {NORMS}")
     if activation not in ACTIVATIONS:
@@ -43,6 +51,20 @@ def _check_tensor(name, tensor):
         raise TypeError(f"{name} is a {type(tensor).__name__}, it should be a torch.Tensor")
     if tensor.dtype not in DTYPES:
         raise TypeError(f"{name} has dtype {tensor.dtype}, it should be a floating-point tensor of 16, 32 or 64 bits")
+
+
+def _check_index(index, x, rows):
+    if index.dtype not in INTEGERS:
+        raise TypeError(f"index has dtype {index.dtype}, it should be a tensor of whole numbers")
+    expected = (x.shape[0], *x.shape[2:])
+    if index.shape != expected:
+        raise ValueError(f"index has shape {list(index.shape)}, it should be [N, *spatial], {list(expected)}")
+    if index.device != x.device:
+        raise ValueError(f"index is on {index.device}, it should be on x's device, {x.device}")
+    if index.is_cpu and index.numel() and not torch.compiler.is_compiling():
+        least, most = index.aminmax()
+        if least < 0 or most >= rows:
+            raise ValueError(f"index has numbers from {least} to {most}, they should be rows of the table, 0 to {rows - 1}")
 
 
 def _check_channels(name, tensor, x):

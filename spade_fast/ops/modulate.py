@@ -11,7 +11,7 @@ from . import norms
 from .arguments import check_modulate, check_x
 
 
-def spade_modulate(x, gamma, beta, *, norm="instance", num_groups=None, weight=None, bias=None, running_mean=None,
+def spade_modulate(x, gamma, beta, *, index=None, norm="instance", num_groups=None, weight=None, bias=None, running_mean=None,
                    running_var=None, training=True, momentum=0.1, eps=1e-5, process_group=None, activation=None,
                    negative_slope=0.2, moments=None):
     """Normalise x, modulate it by γ and β, and apply an activation (Park et al. 2019, equation 1).
@@ -19,6 +19,8 @@ def spade_modulate(x, gamma, beta, *, norm="instance", num_groups=None, weight=N
     Args:
         x: [N, C, *spatial], one to three spatial dimensions; float16, bfloat16, float32 or float64; any strides.
         gamma, beta: γ and β, of x's shape and device, in one dtype, which may be another than x's.
+        index: [N, *spatial], whole numbers: then γ and β are the rows of a table, [K, C], and index says which row each pixel has.
+            On a CPU it is checked for numbers outside of the table.
         norm: "instance", "batch", "syncbatch", "group", or None: x is modulated as it is.
         num_groups: groups of channels, for norm="group".
         weight, bias: [C], the norm's own affine parameters, before the modulation.
@@ -38,10 +40,11 @@ def spade_modulate(x, gamma, beta, *, norm="instance", num_groups=None, weight=N
         ValueError, TypeError: an argument is not as said above; the message names it.
         RuntimeError: the backend that was asked for cannot run.
     """
-    check_modulate(x, gamma, beta, norm=norm, num_groups=num_groups, weight=weight, bias=bias, running_mean=running_mean,
+    check_modulate(x, gamma, beta, index, norm=norm, num_groups=num_groups, weight=weight, bias=bias, running_mean=running_mean,
                    running_var=running_var, training=training, activation=activation, moments=moments)
     norm = norms.Norm(norm, num_groups, training, momentum, eps, process_group)
     backend = kernels.select(x, gamma)
+    index = None if index is None else index.to(torch.int32)
     with torch.no_grad():
         if norm.measures:
             moments = backend.plane_moments(x) if moments is None else moments
@@ -52,9 +55,9 @@ def spade_modulate(x, gamma, beta, *, norm="instance", num_groups=None, weight=N
             statistics = norms.given(running_mean, running_var, eps, torch_backend.sum_dtype(x.dtype))
     differentiable = (x, gamma, beta, weight, bias)
     if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in differentiable):
-        return Modulate.apply(*differentiable, *statistics, norm, activation, negative_slope, backend)
+        return Modulate.apply(*differentiable, index, *statistics, norm, activation, negative_slope, backend)
     planes = norms.planes(statistics, x.shape[:2], weight, bias)
-    return backend.apply(x, planes, gamma, beta, activation, negative_slope, False)[0]
+    return backend.apply(x, planes, gamma, beta, index, activation, negative_slope, False)[0]
 
 
 def plane_moments(x):
@@ -72,43 +75,44 @@ class Modulate(torch.autograd.Function):
     """Keeps x, γ and, for the activation's derivative, one bit an element (ReLU, leaky ReLU) or β (SiLU)."""
 
     @staticmethod
-    def forward(ctx, x, gamma, beta, weight, bias, mean, inverse_deviation, count, norm, activation, negative_slope, backend):
+    def forward(ctx, x, gamma, beta, weight, bias, index, mean, inverse_deviation, count, norm, activation, negative_slope, backend):
         statistics = norms.Statistics(mean, inverse_deviation, count)
         planes = norms.planes(statistics, x.shape[:2], weight, bias)
-        y, signs = backend.apply(x, planes, gamma, beta, activation, negative_slope, True)
+        y, signs = backend.apply(x, planes, gamma, beta, index, activation, negative_slope, True)
         kept_beta = beta if activation == "silu" else None
-        ctx.save_for_backward(x, gamma, kept_beta, weight, bias, mean, inverse_deviation, planes, signs)
+        ctx.save_for_backward(x, gamma, kept_beta, weight, bias, index, mean, inverse_deviation, planes, signs)
         ctx.count, ctx.norm, ctx.backend = count, norm, backend
         ctx.activation, ctx.negative_slope = activation, negative_slope
         return y
 
     @staticmethod
     def backward(ctx, dy):
-        x, gamma, beta, weight, bias, mean, inverse_deviation, planes, signs = ctx.saved_tensors
+        x, gamma, beta, weight, bias, index, mean, inverse_deviation, planes, signs = ctx.saved_tensors
         statistics = norms.Statistics(mean, inverse_deviation, ctx.count)
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            gradients = _differentiable_backward(ctx, dy, x, gamma, beta, weight, bias, statistics, signs)
-            return *gradients, *[None] * 7
+            gradients = _differentiable_backward(ctx, dy, x, gamma, beta, weight, bias, index, statistics, signs)
+            return *gradients, *[None] * 8
         activation = (ctx.activation, ctx.negative_slope)
-        dgamma, dbeta, sums = ctx.backend.backward_sums(dy, x, planes, gamma, beta, signs, *activation)
+        order = None if index is None else torch_backend.sort_pixels(index)
+        dgamma, dbeta, sums = ctx.backend.backward_sums(dy, x, planes, gamma, beta, index, order, signs, *activation)
         terms, dweight, dbias = norms.backward(ctx.norm, statistics, sums, weight)
         dx = None
         if ctx.needs_input_grad[0]:
-            dx = ctx.backend.backward_input(dy, x, planes, gamma, beta, signs, terms, *activation)
-        if ctx.activation is None:
+            dx = ctx.backend.backward_input(dy, x, planes, gamma, beta, index, signs, terms, *activation)
+        if ctx.activation is None and index is None:
             dbeta = dy.to(gamma.dtype)  # with no activation dβ is dy itself
         dweight = None if weight is None else dweight.to(weight.dtype)
         dbias = None if bias is None else dbias.to(bias.dtype)
-        return dx, dgamma, dbeta, dweight, dbias, *[None] * 7
+        return dx, dgamma, dbeta, dweight, dbias, *[None] * 8
 
 
-def _differentiable_backward(ctx, dy, x, gamma, beta, weight, bias, statistics, signs):
+def _differentiable_backward(ctx, dy, x, gamma, beta, weight, bias, index, statistics, signs):
     """The same gradients through plain PyTorch, for second derivatives (create_graph=True)."""
     if ctx.norm.processes > 1:
         raise RuntimeError("second derivatives of norm='syncbatch' over several processes are not supported")
     activation = (ctx.activation, ctx.negative_slope)
     if signs.numel():  # the activation is linear on either side of zero, and which side is known
-        dy = torch_backend.through_activation(dy, x, x.to(statistics.mean.dtype), gamma, beta, signs, *activation)
+        dy = torch_backend.through_activation(dy, x, x.to(statistics.mean.dtype), None, None, signs, *activation)
         activation = (None, 0.0)
     # Aliases, since autograd.grad would also follow a path from γ back to x where γ was made from x.
     beta = torch.zeros_like(gamma, requires_grad=True) if beta is None else beta
@@ -117,7 +121,7 @@ def _differentiable_backward(ctx, dy, x, gamma, beta, weight, bias, statistics, 
     if ctx.norm.measures:
         statistics = norms.measure(ctx.norm, torch_backend.plane_moments(x), x.shape[2:].numel())
     planes = norms.planes(statistics, x.shape[:2], weight, bias)
-    y, _ = torch_backend.apply(x, planes, gamma, beta, *activation, False)
+    y, _ = torch_backend.apply(x, planes, gamma, beta, index, *activation, False)
     wanted = [tensor for tensor in inputs if tensor is not None and tensor.requires_grad]
     gradients = iter(torch.autograd.grad(y, wanted, dy.to(y.dtype), create_graph=True))
     return [next(gradients) if tensor is not None and tensor.requires_grad else None for tensor in inputs]

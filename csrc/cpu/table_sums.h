@@ -1,0 +1,164 @@
+// backward_sums where γ and β are rows of a table: the gradients of its rows, and the sums of every plane, which come free from them.
+//
+// `order` lists each image's pixels sorted by window, so that every row's gradient is a sum over neighbours in that list: no atomics,
+// and the same bits whatever the number of threads. With D = Σ g·(x − shift) and Σ g over a window's pixels in one image,
+//
+//     dβ = Σ g,  dγ = D·scale + Σ g·offset,  Σq = Σ g·(1 + γ),  Σq·(x − shift) = D·(1 + γ)      summed over images, or over windows
+//
+// The images come one after the other, for they may share windows.
+#pragma once
+
+#include "backward.h"
+
+namespace spade_fast {
+
+// A pixel's channels, added to the sums of its window.
+template <typename Sum>
+struct AddGradient {
+  static ALWAYS_INLINE void run(int64_t count, const Sum* dy, const Sum* x, const Sum* gamma, const Sum* beta, const uint8_t* signs,
+                                PerChannel<Sum> shift, PerChannel<Sum> scale, PerChannel<Sum> offset, Activation activation,
+                                Sum negative_slope, Sum* g_sums, Sum* g_deviation_sums) {
+    Sum g[kBlock], deviation[kBlock];
+    gradient(count, dy, x, gamma, beta, signs, shift, scale, offset, activation, negative_slope, g, deviation);
+#pragma omp simd
+    for (int64_t i = 0; i < count; ++i) {
+      g_sums[i] += g[i];
+      g_deviation_sums[i] += g[i] * deviation[i];
+    }
+  }
+};
+
+// A window's sums, added to its row's gradients and to the planes' sums.
+template <typename Sum>
+struct FinishWindow {
+  static ALWAYS_INLINE void run(int64_t count, const Sum* g_sums, const Sum* g_deviation_sums, const Sum* gamma,
+                                PerChannel<Sum> scale, PerChannel<Sum> offset, Sum* dgamma, Sum* dbeta, Sum* q_sums,
+                                Sum* q_deviation_sums) {
+#pragma omp simd
+    for (int64_t i = 0; i < count; ++i) {
+      dgamma[i] += g_deviation_sums[i] * scale[i] + g_sums[i] * offset[i];
+      dbeta[i] += g_sums[i];
+      q_sums[i] += g_sums[i] * (1 + gamma[i]);
+      q_deviation_sums[i] += g_deviation_sums[i] * (1 + gamma[i]);
+    }
+  }
+};
+
+// g and g·(x − shift) of a block of a plane.
+template <typename Sum>
+struct KeepGradient {
+  static ALWAYS_INLINE void run(int64_t count, const Sum* dy, const Sum* x, const Sum* gamma, const Sum* beta, const uint8_t* signs,
+                                Uniform<Sum> shift, Uniform<Sum> scale, Uniform<Sum> offset, Activation activation,
+                                Sum negative_slope, Sum* g, Sum* g_deviation) {
+    Sum deviation[kBlock];
+    gradient(count, dy, x, gamma, beta, signs, shift, scale, offset, activation, negative_slope, g, deviation);
+#pragma omp simd
+    for (int64_t i = 0; i < count; ++i) g_deviation[i] = g[i] * deviation[i];
+  }
+};
+
+// The pixels of all images sorted by window, and the window of each: both [N, S].
+struct SortedPixels {
+  const int32_t* order;
+  std::vector<int32_t> windows;
+
+  SortedPixels(const Tensor& index, const Tensor& order, int64_t pixels) : order(order.const_data_ptr<int32_t>()), windows(index.numel()) {
+    const int32_t* index_data = index.const_data_ptr<int32_t>();
+    for (int64_t i = 0; i < index.numel(); ++i) windows[i] = index_data[i / pixels * pixels + this->order[i]];
+  }
+};
+
+// Pixels with their channels together. dgamma and dbeta are [K, C], found [tasks, 2, C]; all begin as zeros.
+template <typename Sum>
+void sum_table_by_pixels(const Tasks& tasks, const BackwardSources<Sum>& sources, const SortedPixels& sorted, Sum* dgamma, Sum* dbeta,
+                         Sum* found) {
+  const int64_t channels = tasks.channels;
+  // A task's first and last window may go on in its neighbours: they come to rows of the task's own, and are added up afterwards.
+  struct Border {
+    int64_t window = -1;
+    std::vector<Sum> dgamma, dbeta;
+  };
+  for (int64_t n = 0; n < tasks.batch; ++n) {
+    std::vector<Border> borders(2 * tasks.parts);
+    const int32_t* order = sorted.order + n * tasks.pixels;
+    const int32_t* windows = sorted.windows.data() + n * tasks.pixels;
+    tasks.for_each(n * tasks.parts, (n + 1) * tasks.parts, [&](int64_t task) {
+      Sum* sums = found + 2 * channels * task;
+      const int64_t part = task % tasks.parts, first = part * tasks.step, last = std::min(first + tasks.step, tasks.pixels);
+      for (int64_t begin = first, end; begin < last; begin = end) {
+        const int64_t window = windows[begin];
+        for (end = begin + 1; end < last && windows[end] == window;) ++end;
+        Sum *row_dgamma = dgamma + window * channels, *row_dbeta = dbeta + window * channels;
+        if (begin == first || end == last) {
+          Border& border = borders[2 * part + (begin != first)];
+          border = {window, std::vector<Sum>(channels), std::vector<Sum>(channels)};
+          row_dgamma = border.dgamma.data(), row_dbeta = border.dbeta.data();
+        }
+        for (int64_t c = 0; c < channels; c += kBlock) {
+          const int64_t count = std::min(kBlock, channels - c), number = n * channels + c;
+          const auto shift = sources.planes.per_channel(0, number), scale = sources.planes.per_channel(1, number),
+                     offset = sources.planes.per_channel(2, number);
+          Sum g_sums[kBlock] = {}, g_deviation_sums[kBlock] = {};
+          for (int64_t i = begin; i < end; ++i) {
+            sources.read(n, order[i], c, count, [&](auto... elements) {
+              vectorised<AddGradient<Sum>>(count, elements..., shift, scale, offset, sources.activation, sources.negative_slope,
+                                           g_sums, g_deviation_sums);
+            });
+          }
+          vectorised<FinishWindow<Sum>>(count, g_sums, g_deviation_sums, sources.gamma.read(n, order[begin], c, count, nullptr),
+                                        scale, offset, row_dgamma + c, row_dbeta + c, sums + c, sums + channels + c);
+        }
+      }
+    });
+    for (const Border& border : borders) {
+      for (int64_t c = 0; border.window >= 0 && c < channels; ++c) {
+        dgamma[border.window * channels + c] += border.dgamma[c];
+        dbeta[border.window * channels + c] += border.dbeta[c];
+      }
+    }
+  }
+}
+
+// Planes. dgamma and dbeta are [C, K], zeros to begin with; sums is [2, N, C].
+template <typename Sum>
+void sum_table_by_planes(const Tasks& tasks, const BackwardSources<Sum>& sources, const SortedPixels& sorted, int64_t rows, Sum* dgamma,
+                         Sum* dbeta, Sum* sums) {
+  const int64_t pixels = tasks.pixels, planes = tasks.batch * tasks.channels;
+  torch::stable::parallel_for(0, tasks.channels, 1, [&](int64_t first, int64_t last) {
+    std::vector<Sum> g(pixels), g_deviation(pixels);
+    for (int64_t c = first; c < last; ++c) {
+      const Sum* gamma = sources.gamma.plane_of_table(c);
+      for (int64_t n = 0; n < tasks.batch; ++n) {
+        const int64_t number = n * tasks.channels + c;
+        const auto shift = sources.planes.uniform(0, number), scale = sources.planes.uniform(1, number),
+                   offset = sources.planes.uniform(2, number);
+        for (int64_t start = 0; start < pixels; start += kBlock) {
+          const int64_t count = std::min(kBlock, pixels - start);
+          sources.read(n, c, start, count, [&](auto... elements) {
+            vectorised<KeepGradient<Sum>>(count, elements..., shift, scale, offset, sources.activation, sources.negative_slope,
+                                          g.data() + start, g_deviation.data() + start);
+          });
+        }
+        double q_sum = 0, q_deviation_sum = 0;
+        const int32_t* order = sorted.order + n * pixels;
+        const int32_t* windows = sorted.windows.data() + n * pixels;
+        for (int64_t i = 0; i < pixels;) {
+          const int64_t window = windows[i];
+          double g_sum = 0, g_deviation_sum = 0;
+          for (; i < pixels && windows[i] == window; ++i) {
+            g_sum += g[order[i]];
+            g_deviation_sum += g_deviation[order[i]];
+          }
+          dgamma[c * rows + window] += static_cast<Sum>(g_deviation_sum * scale.value + g_sum * offset.value);
+          dbeta[c * rows + window] += static_cast<Sum>(g_sum);
+          q_sum += g_sum * (1.0 + gamma[window]);
+          q_deviation_sum += g_deviation_sum * (1.0 + gamma[window]);
+        }
+        sums[number] = static_cast<Sum>(q_sum);
+        sums[planes + number] = static_cast<Sum>(q_deviation_sum);
+      }
+    }
+  });
+}
+
+}  // namespace spade_fast
