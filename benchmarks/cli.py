@@ -29,6 +29,8 @@ def list_cases():
 def run(
     names: Annotated[list[str], typer.Argument(metavar="NAME...", help=f"Of: {', '.join(CASES)}.")],
     quick: Annotated[bool, typer.Option("--quick", help="One small problem of each, about a minute.")] = False,
+    only: Annotated[str, typer.Option(metavar="TEXT", help="Problems whose name has this in it, such as '128 × 256²'.")] = "",
+    seconds: Annotated[float, typer.Option(min=0, help="How long the rounds of one problem take.")] = 10,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     dtype: Annotated[str, typer.Option(help=f"{', '.join(DTYPES)}.")] = "float32",
     labels: Annotated[Path | None, typer.Option(help="Folder of PNGs of COCO-Stuff classes; a drawn scene without.")] = None,
@@ -50,10 +52,14 @@ def run(
         for name, case in chosen.items():
             task = progress.add_task(name, total=None)
             for problem in case(settings):
+                if only not in problem.name:
+                    continue
                 progress.update(task, description=f"{name} {problem.name} {problem.mode}")
-                rows += measure(name, problem, settings.device, 2 if quick else 10, lambda: progress.advance(task))
+                rows += measure(name, problem, settings.device, min(seconds, 2) if quick else seconds, lambda: progress.advance(task))
                 torch.compiler.reset()
                 del problem
+    if not rows:
+        raise typer.BadParameter(f"no problem has {only!r} in its name", param_hint="--only")
     console.print(report.table(rows))
     for row in rows:
         if row.failure:

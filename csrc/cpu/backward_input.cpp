@@ -1,4 +1,4 @@
-// backward_input on the CPU: dx = scale·q + slope·(x − shift) + constant, q = g·(1 + γ); without terms dx = scale·q.
+// backward_input on the CPU: dx = scale·q + constant + slope·(x − shift), q = g·(1 + γ); without terms dx = scale·q.
 //
 // dy, x, γ and a bit (or β) of each element are read once, and each of dx is written once.
 
@@ -10,7 +10,7 @@ namespace {
 template <typename Sum, typename Number>
 struct BackwardInputBlock {
   static ALWAYS_INLINE void run(int64_t count, const Sum* dy, const Sum* x, const Sum* gamma, const Sum* beta, const uint8_t* signs,
-                                Number shift, Number scale, Number offset, Number slope, Number constant, bool has_terms,
+                                Number shift, Number scale, Number offset, Number constant, Number slope, bool has_terms,
                                 Activation activation, Sum negative_slope, Sum* dx) {
     Sum g[kBlock], deviation[kBlock];
     gradient(count, dy, x, gamma, beta, signs, shift, scale, offset, activation, negative_slope, g, deviation);

@@ -290,7 +290,7 @@ struct PerChannel {
   ALWAYS_INLINE Sum operator[](int64_t i) const { return values[i]; }
 };
 
-// Rows of numbers [k, N, C], in Sum: planes (shift, scale, offset) or terms (slope, constant).
+// Rows of numbers [k, N, C], in Sum: planes (shift, scale, offset) or terms (constant, slope).
 template <typename Sum>
 class Numbers {
  public:

@@ -6,7 +6,7 @@ where x is float64:
     moments [2, N, C]   mean, sum of squared deviations
     planes  [3, N, C]   shift, scale, offset: x̂ = (x − shift)·scale + offset
     sums    [2, N, C]   Σq, Σq·(x − shift) over the plane, with q = g·(1 + γ)
-    terms   [2, N, C]   slope, constant: what reaches dx through the statistics, slope·(x − shift) + constant
+    terms   [2, N, C]   constant, slope: what reaches dx through the statistics, constant + slope·(x − shift)
 
 x, γ, β, y, dy: [N, C, *spatial]. g is dy times the activation's derivative, so dβ = g and dγ = g·x̂. With an index [N, *spatial],
 int32, γ and β are the rows of a table, [K, C], that it names for each pixel; `order` [N, S], int32, lists each image's pixels sorted
@@ -95,7 +95,7 @@ def backward_sums(dy, x, planes, gamma, beta, index, order, signs, activation, n
 
 
 def backward_input(dy, x, planes, gamma, beta, index, signs, terms, activation, negative_slope):
-    """dx = scale·q + slope·(x − shift) + constant, in x's dtype and memory layout; terms None: just scale·q."""
+    """dx = scale·q + constant + slope·(x − shift), in x's dtype and memory layout; terms None: just scale·q."""
     gamma, beta = look_up(gamma, index), look_up(beta, index)
     normalised = _normalise(x, planes, gamma)
     g = through_activation(dy, x, normalised, gamma, beta, signs, activation, negative_slope)
@@ -103,7 +103,7 @@ def backward_input(dy, x, planes, gamma, beta, index, signs, terms, activation, 
     scale_q = _one_plus(gamma, normalised).mul_(scale).mul_(g)
     if terms is None:
         return normalised.copy_(scale_q).to(x.dtype)
-    slope, constant = _per_plane(terms, x)
+    constant, slope = _per_plane(terms, x)
     return normalised.copy_(x).sub_(shift).mul_(slope).add_(constant).add_(scale_q).to(x.dtype)
 
 

@@ -95,15 +95,13 @@ class Modulate(torch.autograd.Function):
         activation = (ctx.activation, ctx.negative_slope)
         order = None if index is None else torch_backend.sort_pixels(index)
         dgamma, dbeta, sums = ctx.backend.backward_sums(dy, x, planes, gamma, beta, index, order, signs, *activation)
-        terms, dweight, dbias = norms.backward(ctx.norm, statistics, sums, weight)
+        terms = norms.backward(ctx.norm, statistics, sums, weight)
         dx = None
         if ctx.needs_input_grad[0]:
             dx = ctx.backend.backward_input(dy, x, planes, gamma, beta, index, signs, terms, *activation)
         if ctx.activation is None and index is None:
             dbeta = dy.to(gamma.dtype)  # with no activation dβ is dy itself
-        dweight = None if weight is None else dweight.to(weight.dtype)
-        dbias = None if bias is None else dbias.to(bias.dtype)
-        return dx, dgamma, dbeta, dweight, dbias, *[None] * 8
+        return dx, dgamma, dbeta, *norms.backward_affine(statistics, sums, weight, bias), *[None] * 8
 
 
 def _differentiable_backward(ctx, dy, x, gamma, beta, weight, bias, index, statistics, signs):

@@ -52,9 +52,11 @@ def measure(norm, moments, count, running_mean=None, running_var=None):
     mean, squares = moments
     parts = {"instance": 1, "group": mean.shape[1] // (norm.num_groups or 1)}.get(norm.kind, mean.shape[0])
     total = count * parts
-    # Squared deviations combine exactly (Chan et al., 1979); E[x²] − E[x]² would lose them where the mean is large.
-    pooled_mean = _pool(norm, mean) / max(parts, 1)
-    pooled_squares = _pool(norm, squares + count * (mean - pooled_mean).square())
+    if norm.kind == "instance":
+        pooled_mean, pooled_squares = mean, squares
+    else:  # squared deviations combine exactly (Chan et al., 1979); E[x²] − E[x]² would lose them where the mean is large
+        pooled_mean = _pool(norm, mean) / max(parts, 1)
+        pooled_squares = _pool(norm, squares + count * (mean - pooled_mean).square())
     if norm.processes > 1:
         pooled_mean, pooled_squares, total = _pool_processes(norm, pooled_mean, pooled_squares, total)
     variance = pooled_squares / (total if norm.processes > 1 else max(total, 1))
@@ -80,25 +82,30 @@ def identity(channels, dtype, device):
 def planes(statistics, shape, weight=None, bias=None):
     """Shift, scale and offset of each plane, [3, N, C], shape being (N, C): x̂ = (x − shift)·scale + offset."""
     mean, scale, _ = statistics
-    offset = torch.zeros_like(mean) if bias is None else bias.to(mean.dtype)
+    offset = torch.zeros_like(mean) if bias is None else bias.to(mean.dtype).expand_as(mean)
     if weight is not None:
         scale = scale * weight.to(scale.dtype)
-    return torch.stack([number.expand(shape) for number in (mean, scale, offset)])
+    return torch.stack([mean, scale, offset]).expand(3, *shape)
+
+
+def backward_affine(statistics, sums, weight, bias):
+    """From the planes' sums [2, N, C]: dweight and dbias, [C], None where there is no weight or bias."""
+    q, q_deviation = sums
+    dweight = None if weight is None else (q_deviation * statistics.inverse_deviation).sum(0).to(weight.dtype)
+    return dweight, None if bias is None else q.sum(0).to(bias.dtype)
 
 
 def backward(norm, statistics, sums, weight=None):
-    """From the planes' sums [2, N, C]: the terms of dx [2, N, C], None where x was not measured; dweight [C], dbias [C]."""
-    _, inverse_deviation, count = statistics
-    q, q_deviation = sums
-    dweight, dbias = (q_deviation * inverse_deviation).sum(0), q.sum(0)
+    """From the planes' sums [2, N, C]: the terms of dx [2, N, C], None where x was not measured."""
     if not norm.measures:
-        return None, dweight, dbias
+        return None
+    _, inverse_deviation, count = statistics
     pooled = _pool(norm, sums if weight is None else sums * weight.to(sums.dtype))
     if norm.processes > 1:
         dist.all_reduce(pooled, group=norm.process_group)
-    q, q_deviation = pooled * inverse_deviation / (count if norm.processes > 1 else max(count, 1))
-    slope = -q_deviation * inverse_deviation * inverse_deviation
-    return torch.stack([slope.expand(sums.shape[1:]), -q.expand(sums.shape[1:])]), dweight, dbias
+    terms = pooled * inverse_deviation / -(count if norm.processes > 1 else max(count, 1))
+    terms[1].mul_(inverse_deviation).mul_(inverse_deviation)
+    return terms.expand(sums.shape)
 
 
 def _pool(norm, numbers):
