@@ -22,6 +22,7 @@ from .cases import BACKWARD, FORWARD
 # What is wrong is off by hundreds; the tests compare gradients in float64, where no sign differs, to 1e-12.
 LIMITS = {"eager": (1, 1), "spade_fast": (1, 4), "torch.compile": (4, 16)}
 
+MOST_ROUNDS = 200  # of timing: more tell nothing new of small problems
 JITTERED_RUNS = 7  # of eager, to see how much a rounding matters (agreement.py)
 
 
@@ -108,11 +109,11 @@ def gradient_scales(truth):
 
 
 def time_interleaved(rows, runs, device, seconds):
-    """Rounds of one call each, every round beginning with another variant, for about so many seconds and at least five rounds."""
+    """Rounds of one call each, every round beginning with another variant, for about so many seconds: 5 to MOST_ROUNDS of them."""
     for run in runs.values():
         run()
     names, began, rounds = list(runs), time.perf_counter(), 0
-    while rounds < 5 or time.perf_counter() - began < seconds:
+    while rounds < 5 or (rounds < MOST_ROUNDS and time.perf_counter() - began < seconds):
         for position in range(len(names)):
             name = names[(position + rounds) % len(names)]
             synchronize(device)

@@ -125,10 +125,12 @@ template <typename Sum>
 std::tuple<Tensor, Tensor, Tensor> table_sums(const Tasks& tasks, const BackwardSources<Sum>& sources, const Tensor& gamma,
                                               const Tensor& index, const Tensor& order, const Tensor& planes) {
   const bool contiguous = tasks.layout == Layout::contiguous;
-  const SortedPixels sorted(torch::stable::contiguous(index), torch::stable::contiguous(order), tasks.pixels);
+  const SortedPixels sorted(index, order, tasks.pixels);
   const int64_t rows = gamma.size(0);
-  const std::vector<int64_t> sizes = contiguous ? std::vector<int64_t>{tasks.channels, rows} : std::vector<int64_t>{rows, tasks.channels};
-  Tensor dgamma = torch::stable::new_zeros(gamma, sizes, kScalarType<Sum>), dbeta = torch::stable::new_zeros(gamma, sizes, kScalarType<Sum>);
+  std::vector<int64_t> sizes = {rows, tasks.channels};
+  if (contiguous) std::swap(sizes[0], sizes[1]);
+  Tensor dgamma = torch::stable::new_zeros(gamma, sizes, kScalarType<Sum>);
+  Tensor dbeta = torch::stable::new_zeros(gamma, sizes, kScalarType<Sum>);
   Sum *dgamma_data = dgamma.template mutable_data_ptr<Sum>(), *dbeta_data = dbeta.template mutable_data_ptr<Sum>();
   std::vector<Sum> sums(2 * tasks.batch * tasks.channels);
   if (contiguous) {

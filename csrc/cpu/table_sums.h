@@ -59,12 +59,15 @@ struct KeepGradient {
 
 // The pixels of all images sorted by window, and the window of each: both [N, S].
 struct SortedPixels {
+  Tensor owner;
   const int32_t* order;
   std::vector<int32_t> windows;
 
-  SortedPixels(const Tensor& index, const Tensor& order, int64_t pixels) : order(order.const_data_ptr<int32_t>()), windows(index.numel()) {
-    const int32_t* index_data = index.const_data_ptr<int32_t>();
-    for (int64_t i = 0; i < index.numel(); ++i) windows[i] = index_data[i / pixels * pixels + this->order[i]];
+  SortedPixels(const Tensor& index, const Tensor& given_order, int64_t pixels)
+      : owner(torch::stable::contiguous(given_order)), order(owner.const_data_ptr<int32_t>()), windows(index.numel()) {
+    const Tensor index_owner = torch::stable::contiguous(index);
+    const int32_t* window = index_owner.const_data_ptr<int32_t>();
+    for (int64_t i = 0; i < index.numel(); ++i) windows[i] = window[i / pixels * pixels + order[i]];
   }
 };
 
