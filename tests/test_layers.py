@@ -44,8 +44,8 @@ def assert_same(ours, eager, x_shape, segmap_shape, fout=None, dtype=torch.float
             if name.endswith("bias"):  # before an instance norm its gradient is zero in exact arithmetic
                 weight = name.removesuffix("bias") + "weight"
                 scale = max(scale, true[weight if weight in true else weight + "_orig"].abs().max().item())
-            if name.endswith("running_mean"):  # means nearly cancel: they are rounded as x is, whose deviation is about 1
-                scale = max(scale, 1.0)
+            if name.endswith("running_mean"):  # means nearly cancel: rounded as x is, of deviation 1, times the momentum
+                scale = max(scale, 0.1)
             assert excess(found[name], yardstick[name], true[name], scale) <= 1, (step, name)
 
 
