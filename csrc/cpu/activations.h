@@ -32,21 +32,18 @@ ALWAYS_INLINE float exponential(float x) {
 }
 ALWAYS_INLINE double exponential(double x) { return std::exp(x); }
 
-// y[i] = act(values[i]).
+// values[i] = act(values[i]).
 template <typename Sum>
-ALWAYS_INLINE void activate(int64_t count, Activation activation, Sum negative_slope, const Sum* values, Sum* y) {
+ALWAYS_INLINE void activate(int64_t count, Activation activation, Sum negative_slope, Sum* values) {
   if (activation == Activation::relu) {
 #pragma omp simd
-    for (int64_t i = 0; i < count; ++i) y[i] = values[i] <= 0 ? Sum(0) : values[i];  // NaN stays
+    for (int64_t i = 0; i < count; ++i) values[i] = values[i] <= 0 ? Sum(0) : values[i];  // NaN stays
   } else if (activation == Activation::leaky_relu) {
 #pragma omp simd
-    for (int64_t i = 0; i < count; ++i) y[i] = values[i] > 0 ? values[i] : values[i] * negative_slope;
+    for (int64_t i = 0; i < count; ++i) values[i] = values[i] > 0 ? values[i] : values[i] * negative_slope;
   } else if (activation == Activation::silu) {
 #pragma omp simd
-    for (int64_t i = 0; i < count; ++i) y[i] = values[i] / (1 + exponential(-values[i]));
-  } else {
-#pragma omp simd
-    for (int64_t i = 0; i < count; ++i) y[i] = values[i];
+    for (int64_t i = 0; i < count; ++i) values[i] = values[i] / (1 + exponential(-values[i]));
   }
 }
 

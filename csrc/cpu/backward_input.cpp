@@ -2,18 +2,18 @@
 //
 // dy, x, γ and a bit (or β) of each element are read once, and each of dx is written once.
 
-#include "backward.h"
+#include "gradient.h"
 
 namespace spade_fast {
 namespace {
 
 template <typename Sum, typename Number>
 struct BackwardInputBlock {
-  static ALWAYS_INLINE void run(int64_t count, const Sum* dy, const Sum* x, const Sum* gamma, const Sum* beta, const uint8_t* signs,
-                                Number shift, Number scale, Number offset, Number constant, Number slope, bool has_terms,
-                                Activation activation, Sum negative_slope, Sum* dx) {
-    Sum g[kBlock], deviation[kBlock];
-    gradient(count, dy, x, gamma, beta, signs, shift, scale, offset, activation, negative_slope, g, deviation);
+  static ALWAYS_INLINE void run(int64_t count, BackwardBlock<Sum> block, Number shift, Number scale, Number offset, Number constant,
+                                Number slope, bool has_terms, Activation activation, Sum negative_slope, Place<Sum> place) {
+    Sum buffer[kBlock], g[kBlock], deviation[kBlock], dx[kBlock];
+    const Sum* gamma = block.gamma.read(count, buffer);
+    gradient(count, block, gamma, shift, scale, offset, activation, negative_slope, g, deviation);
     if (has_terms) {
 #pragma omp simd
       for (int64_t i = 0; i < count; ++i) dx[i] = scale[i] * (g[i] * (1 + gamma[i])) + (slope[i] * deviation[i] + constant[i]);
@@ -21,52 +21,54 @@ struct BackwardInputBlock {
 #pragma omp simd
       for (int64_t i = 0; i < count; ++i) dx[i] = scale[i] * (g[i] * (1 + gamma[i]));
     }
+    place.write(count, dx);
   }
 };
 
+}  // namespace
+
 template <typename Sum>
-void input_all(const Tasks& tasks, const BackwardSources<Sum>& sources, const Numbers<Sum>& terms, bool has_terms,
-               const Target<Sum>& dx) {
-  tasks.for_each([&](int64_t task) {
-    Sum buffer[kBlock];
-    tasks.for_each_block(task, [&](int64_t n, int64_t row, int64_t start, int64_t count, int64_t number) {
-      Sum* block_dx = dx.place(n, row, start, buffer);
-      sources.read(n, row, start, count, [&](auto... elements) {
-        const auto run = [&](auto... numbers) {
-          using Number = std::common_type_t<decltype(numbers)...>;
-          vectorised<BackwardInputBlock<Sum, Number>>(count, elements..., numbers..., has_terms, sources.activation,
-                                                      sources.negative_slope, block_dx);
-        };
-        const Numbers<Sum>& planes = sources.planes;
-        if (tasks.layout == Layout::contiguous) {
-          run(planes.uniform(0, number), planes.uniform(1, number), planes.uniform(2, number), terms.uniform(0, number),
-              terms.uniform(1, number));
-        } else {
-          run(planes.per_channel(0, number), planes.per_channel(1, number), planes.per_channel(2, number),
-              terms.per_channel(0, number), terms.per_channel(1, number));
-        }
-      });
-      dx.write(n, row, start, count, block_dx);
-    });
+void input_task(const Tasks& tasks, int64_t task, const Modulation<Sum>& m, const Source<Sum>& dy,
+                const std::optional<Numbers<Sum>>& given_terms, const Target<Sum>& dx) {
+  const Numbers<Sum>& terms = given_terms ? *given_terms : m.planes;  // something that can be read, and is not used
+  tasks.for_each_block(task, [&](int64_t n, int64_t row, int64_t start, int64_t count, int64_t number) {
+    const auto run = [&](auto shift, auto scale, auto offset, auto constant, auto slope) {
+      vectorised<BackwardInputBlock<Sum, decltype(shift)>>(count, backward_block(m, dy, n, row, start), shift, scale, offset, constant,
+                                                           slope, given_terms.has_value(), m.activation, m.negative_slope,
+                                                           dx.at(n, row, start));
+    };
+    if (tasks.layout == Layout::contiguous) {
+      run(m.planes.uniform(0, number), m.planes.uniform(1, number), m.planes.uniform(2, number), terms.uniform(0, number),
+          terms.uniform(1, number));
+    } else {
+      run(m.planes.per_channel(0, number), m.planes.per_channel(1, number), m.planes.per_channel(2, number),
+          terms.per_channel(0, number), terms.per_channel(1, number));
+    }
   });
 }
 
+template void input_task(const Tasks&, int64_t, const Modulation<float>&, const Source<float>&, const std::optional<Numbers<float>>&,
+                         const Target<float>&);
+template void input_task(const Tasks&, int64_t, const Modulation<double>&, const Source<double>&,
+                         const std::optional<Numbers<double>>&, const Target<double>&);
+
 Tensor backward_input(const Tensor& dy, const Tensor& x, const Tensor& planes, const Tensor& gamma, std::optional<Tensor> beta,
                       std::optional<Tensor> index, const Tensor& signs, std::optional<Tensor> terms,
-                      std::optional<std::string> activation_name, double negative_slope) {
+                      std::optional<std::string> activation, double negative_slope) {
   const Layout layout = layout_of(x);
   const Tasks tasks(x, layout);
   const Tensor dx = new_output(x, layout, x.scalar_type());
   dispatch_sum(promoted(x.scalar_type(), gamma.scalar_type()), [&](auto zero) {
     using Sum = decltype(zero);
-    const BackwardSources<Sum> sources(dy, x, planes, gamma, beta, index, signs, activation_named(activation_name), negative_slope,
-                                       layout);
-    input_all<Sum>(tasks, sources, Numbers<Sum>(terms ? *terms : planes), terms.has_value(), Target<Sum>(dx, layout));
+    const Modulation<Sum> modulation(x, planes, gamma, beta, index, activation_named(activation), negative_slope, signs, layout);
+    const Source<Sum> source(dy, layout);
+    std::optional<Numbers<Sum>> numbers;
+    if (terms) numbers.emplace(*terms);
+    const Target<Sum> target(dx, layout);
+    tasks.for_each([&](int64_t task) { input_task(tasks, task, modulation, source, numbers, target); });
   });
   return finished(dx, x, layout);
 }
-
-}  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(spade_fast, CPU, library) {
   library.impl("backward_input", TORCH_BOX(&backward_input));

@@ -3,8 +3,6 @@
 // dy, x, γ and a bit (or β) of each element are read once. The tasks' sums are added up in double precision, always in the same
 // order, so that the number of threads does not change a bit.
 
-#include <tuple>
-
 #include "table_sums.h"
 
 namespace spade_fast {
@@ -12,17 +10,14 @@ namespace {
 
 template <typename Sum, typename Number>
 struct BackwardSumsBlock {
-  // Adds to sums of one plane (a block of its pixels), or to those of each channel (a block of a pixel's channels). dbeta may be
-  // null.
-  static ALWAYS_INLINE void run(int64_t count, const Sum* dy, const Sum* x, const Sum* gamma, const Sum* beta, const uint8_t* signs,
-                                Number shift, Number scale, Number offset, Activation activation, Sum negative_slope, Sum* dgamma,
-                                Sum* dbeta, Sum* q_sums, Sum* q_deviation_sums) {
-    Sum g[kBlock], deviation[kBlock];
-    gradient(count, dy, x, gamma, beta, signs, shift, scale, offset, activation, negative_slope, g, deviation);
-    if (dbeta != nullptr) {
-#pragma omp simd
-      for (int64_t i = 0; i < count; ++i) dbeta[i] = g[i];
-    }
+  // Adds to sums of one plane (a block of its pixels), or to those of each channel (a block of a pixel's channels).
+  static ALWAYS_INLINE void run(int64_t count, BackwardBlock<Sum> block, Number shift, Number scale, Number offset,
+                                Activation activation, Sum negative_slope, Place<Sum> dgamma_place, Place<Sum> dbeta_place,
+                                Sum* q_sums, Sum* q_deviation_sums) {
+    Sum buffer[kBlock], g[kBlock], deviation[kBlock], dgamma[kBlock];
+    const Sum* gamma = block.gamma.read(count, buffer);
+    gradient(count, block, gamma, shift, scale, offset, activation, negative_slope, g, deviation);
+    if (dbeta_place.data != nullptr) dbeta_place.write(count, g);
     if constexpr (std::is_same_v<Number, Uniform<Sum>>) {
       Sum q_sum = 0, q_deviation_sum = 0;
 #pragma omp simd reduction(+ : q_sum, q_deviation_sum)
@@ -43,57 +38,61 @@ struct BackwardSumsBlock {
         q_deviation_sums[i] += q * deviation[i];
       }
     }
+    dgamma_place.write(count, dgamma);
   }
 };
 
-// What each task found, [2, width]: width is 1 for a part of a plane, C for a band of pixels.
+}  // namespace
+
+std::tuple<Tensor, Tensor> new_dense_gradients(const Tensor& x, Layout layout, Activation activation, ScalarType dtype) {
+  return {new_output(x, layout, dtype),
+          activation == Activation::none ? torch::stable::new_empty(x, {0}, dtype) : new_output(x, layout, dtype)};
+}
+
 template <typename Sum>
-void sum_all(const Tasks& tasks, const BackwardSources<Sum>& sources, const Target<Sum>& dgamma,
-             const std::optional<Target<Sum>>& dbeta, int64_t width, Sum* found) {
-  tasks.for_each([&](int64_t task) {
-    Sum* sums = found + 2 * width * task;
-    Sum buffers[2][kBlock];
-    tasks.for_each_block(task, [&](int64_t n, int64_t row, int64_t start, int64_t count, int64_t number) {
-      Sum* block_dgamma = dgamma.place(n, row, start, buffers[0]);
-      Sum* block_dbeta = dbeta ? dbeta->place(n, row, start, buffers[1]) : nullptr;
-      const int64_t place = width == 1 ? 0 : start;
-      sources.read(n, row, start, count, [&](auto... elements) {
-        const auto run = [&](auto... numbers) {
-          using Number = std::common_type_t<decltype(numbers)...>;
-          vectorised<BackwardSumsBlock<Sum, Number>>(count, elements..., numbers..., sources.activation, sources.negative_slope,
-                                                     block_dgamma, block_dbeta, sums + place, sums + width + place);
-        };
-        const Numbers<Sum>& planes = sources.planes;
-        if (tasks.layout == Layout::contiguous) {
-          run(planes.uniform(0, number), planes.uniform(1, number), planes.uniform(2, number));
-        } else {
-          run(planes.per_channel(0, number), planes.per_channel(1, number), planes.per_channel(2, number));
-        }
-      });
-      dgamma.write(n, row, start, count, block_dgamma);
-      if (dbeta) dbeta->write(n, row, start, count, block_dbeta);
-    });
+void sums_task(const Tasks& tasks, int64_t task, const Modulation<Sum>& m, const Source<Sum>& dy, const Target<Sum>& dgamma,
+               const Target<Sum>& dbeta, Sum* found) {
+  const int64_t width = tasks.width();
+  tasks.for_each_block(task, [&](int64_t n, int64_t row, int64_t start, int64_t count, int64_t number) {
+    Sum* sums = found + (tasks.layout == Layout::contiguous ? 0 : start);
+    const auto run = [&](auto shift, auto scale, auto offset) {
+      vectorised<BackwardSumsBlock<Sum, decltype(shift)>>(count, backward_block(m, dy, n, row, start), shift, scale, offset,
+                                                          m.activation, m.negative_slope, dgamma.at(n, row, start),
+                                                          dbeta.at(n, row, start), sums, sums + width);
+    };
+    if (tasks.layout == Layout::contiguous) {
+      run(m.planes.uniform(0, number), m.planes.uniform(1, number), m.planes.uniform(2, number));
+    } else {
+      run(m.planes.per_channel(0, number), m.planes.per_channel(1, number), m.planes.per_channel(2, number));
+    }
   });
 }
 
-// Adds up what the tasks found to [2, N, C].
+template void sums_task(const Tasks&, int64_t, const Modulation<float>&, const Source<float>&, const Target<float>&,
+                        const Target<float>&, float*);
+template void sums_task(const Tasks&, int64_t, const Modulation<double>&, const Source<double>&, const Target<double>&,
+                        const Target<double>&, double*);
+
 template <typename Sum>
-void combine(const Tasks& tasks, const Sum* found, Sum* sums) {
-  const bool contiguous = tasks.layout == Layout::contiguous;
-  std::vector<double> total(tasks.channels);
-  for (int64_t which = 0; which < 2; ++which) {
-    for (int64_t n = 0; n < tasks.batch; ++n) {
-      std::fill(total.begin(), total.end(), 0.0);
-      for (int64_t part = 0; part < tasks.parts; ++part) {
-        for (int64_t c = 0; c < tasks.channels; ++c) {
-          total[c] += contiguous ? found[((n * tasks.channels + c) * tasks.parts + part) * 2 + which]
-                                 : found[((n * tasks.parts + part) * 2 + which) * tasks.channels + c];
-        }
-      }
-      std::copy(total.begin(), total.end(), sums + (which * tasks.batch + n) * tasks.channels);
-    }
+void combine_sums(const Tasks& tasks, int64_t unit, const Sum* found, Sum* sums) {
+  const int64_t width = tasks.width();
+  if (tasks.parts == 1) {
+    std::copy_n(found, width, sums + unit * width);
+    std::copy_n(found + width, width, sums + tasks.planes() + unit * width);
+    return;
   }
+  std::vector<double> total(2 * width);
+  for (int64_t part = 0; part < tasks.parts; ++part) {
+    for (int64_t i = 0; i < 2 * width; ++i) total[i] += found[2 * width * part + i];
+  }
+  std::copy_n(total.begin(), width, sums + unit * width);
+  std::copy_n(total.begin() + width, width, sums + tasks.planes() + unit * width);
 }
+
+template void combine_sums(const Tasks&, int64_t, const float*, float*);
+template void combine_sums(const Tasks&, int64_t, const double*, double*);
+
+namespace {
 
 // Σq and Σq·(x − shift), [2, N, C], as `planes` are held.
 template <typename Sum>
@@ -106,63 +105,60 @@ Tensor as_planes(const std::vector<Sum>& sums, const Tasks& tasks, const Tensor&
 }
 
 template <typename Sum>
-std::tuple<Tensor, Tensor, Tensor> dense_sums(const Tasks& tasks, const BackwardSources<Sum>& sources, const Tensor& x,
-                                              const Tensor& planes, ScalarType dtype) {
-  const bool has_activation = sources.activation != Activation::none;
-  const int64_t width = tasks.layout == Layout::contiguous ? 1 : tasks.channels;
-  const Tensor dgamma = new_output(x, tasks.layout, dtype);
-  const Tensor dbeta = has_activation ? new_output(x, tasks.layout, dtype) : torch::stable::new_empty(x, {0}, dtype);
-  std::optional<Target<Sum>> dbeta_target;
-  if (has_activation) dbeta_target.emplace(dbeta, tasks.layout);
-  std::vector<Sum> found(tasks.count() * 2 * width, Sum(0)), sums(2 * tasks.batch * tasks.channels);
-  sum_all<Sum>(tasks, sources, Target<Sum>(dgamma, tasks.layout), dbeta_target, width, found.data());
-  combine(tasks, found.data(), sums.data());
-  return {finished(dgamma, x, tasks.layout), has_activation ? finished(dbeta, x, tasks.layout) : dbeta,
-          as_planes(sums, tasks, planes)};
+std::tuple<Tensor, Tensor, Tensor> dense_sums(const Tasks& tasks, const Modulation<Sum>& modulation, const Source<Sum>& dy,
+                                              const Tensor& x, const Tensor& planes, ScalarType dtype) {
+  const auto [dgamma, dbeta] = new_dense_gradients(x, tasks.layout, modulation.activation, dtype);
+  const Target<Sum> dgamma_target(dgamma, tasks.layout), dbeta_target(dbeta, tasks.layout);
+  const int64_t width = 2 * tasks.width();
+  std::vector<Sum> found(width * tasks.count()), sums(2 * tasks.planes());
+  tasks.for_each([&](int64_t task) {
+    sums_task(tasks, task, modulation, dy, dgamma_target, dbeta_target, &found[width * task]);
+  });
+  for (int64_t unit = 0; unit < tasks.units(); ++unit) combine_sums(tasks, unit, &found[width * unit * tasks.parts], sums.data());
+  return {finished(dgamma, x, tasks.layout), finished(dbeta, x, tasks.layout), as_planes(sums, tasks, planes)};
 }
 
 template <typename Sum>
-std::tuple<Tensor, Tensor, Tensor> table_sums(const Tasks& tasks, const BackwardSources<Sum>& sources, const Tensor& gamma,
-                                              const Tensor& index, const Tensor& order, const Tensor& planes) {
+std::tuple<Tensor, Tensor, Tensor> table_sums(const Tasks& tasks, const Modulation<Sum>& modulation, const Source<Sum>& dy,
+                                              const Tensor& gamma, const Tensor& index, const Tensor& order, const Tensor& planes) {
   const bool contiguous = tasks.layout == Layout::contiguous;
   const SortedPixels sorted(index, order, tasks.pixels);
-  const int64_t rows = gamma.size(0);
+  const int64_t rows = gamma.size(0), width = 2 * tasks.channels;
   std::vector<int64_t> sizes = {rows, tasks.channels};
   if (contiguous) std::swap(sizes[0], sizes[1]);
   Tensor dgamma = torch::stable::new_zeros(gamma, sizes, kScalarType<Sum>);
   Tensor dbeta = torch::stable::new_zeros(gamma, sizes, kScalarType<Sum>);
   Sum *dgamma_data = dgamma.template mutable_data_ptr<Sum>(), *dbeta_data = dbeta.template mutable_data_ptr<Sum>();
-  std::vector<Sum> sums(2 * tasks.batch * tasks.channels);
+  std::vector<Sum> sums(2 * tasks.planes());
   if (contiguous) {
-    sum_table_by_planes(tasks, sources, sorted, rows, dgamma_data, dbeta_data, sums.data());
+    sum_table_by_planes(tasks, modulation, dy, sorted, rows, dgamma_data, dbeta_data, sums.data());
     dgamma = torch::stable::transpose(dgamma, 0, 1), dbeta = torch::stable::transpose(dbeta, 0, 1);
   } else {
-    std::vector<Sum> found(tasks.count() * 2 * tasks.channels, Sum(0));
-    sum_table_by_pixels(tasks, sources, sorted, dgamma_data, dbeta_data, found.data());
-    combine(tasks, found.data(), sums.data());
+    std::vector<Sum> found(width * tasks.count());
+    sum_table_by_pixels(tasks, modulation, dy, sorted, dgamma_data, dbeta_data, found.data());
+    for (int64_t n = 0; n < tasks.batch; ++n) combine_sums(tasks, n, &found[width * n * tasks.parts], sums.data());
   }
   const auto finish = [&](const Tensor& x) { return torch::stable::contiguous(torch::stable::to(x, gamma.scalar_type())); };
   return {finish(dgamma), finish(dbeta), as_planes(sums, tasks, planes)};
 }
 
+}  // namespace
+
 std::tuple<Tensor, Tensor, Tensor> backward_sums(const Tensor& dy, const Tensor& x, const Tensor& planes, const Tensor& gamma,
                                                  std::optional<Tensor> beta, std::optional<Tensor> index, std::optional<Tensor> order,
-                                                 const Tensor& signs, std::optional<std::string> activation_name,
-                                                 double negative_slope) {
+                                                 const Tensor& signs, std::optional<std::string> activation, double negative_slope) {
   const Layout layout = layout_of(x);
   const Tasks tasks(x, layout);
   std::tuple<Tensor, Tensor, Tensor> found;
   dispatch_sum(promoted(x.scalar_type(), gamma.scalar_type()), [&](auto zero) {
     using Sum = decltype(zero);
-    const BackwardSources<Sum> sources(dy, x, planes, gamma, beta, index, signs, activation_named(activation_name), negative_slope,
-                                       layout);
-    found = index ? table_sums(tasks, sources, gamma, *index, *order, planes)
-                  : dense_sums(tasks, sources, x, planes, gamma.scalar_type());
+    const Modulation<Sum> modulation(x, planes, gamma, beta, index, activation_named(activation), negative_slope, signs, layout);
+    const Source<Sum> source(dy, layout);
+    found = index ? table_sums(tasks, modulation, source, gamma, *index, *order, planes)
+                  : dense_sums(tasks, modulation, source, x, planes, gamma.scalar_type());
   });
   return found;
 }
-
-}  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(spade_fast, CPU, library) {
   library.impl("backward_sums", TORCH_BOX(&backward_sums));

@@ -6,7 +6,7 @@
 
 #include <memory>
 
-#include "tensors.h"
+#include "kernels.h"
 
 namespace spade_fast {
 namespace {
@@ -29,7 +29,9 @@ struct Combine {
 // A run of pixels of one plane.
 template <typename Sum>
 struct MeasureRun {
-  static ALWAYS_INLINE void run(int64_t count, const Sum* x, double count_before, double* mean, double* squares) {
+  static ALWAYS_INLINE void run(int64_t count, Elements<Sum> elements, double count_before, double* mean, double* squares) {
+    Sum buffer[kBlock];
+    const Sum* x = elements.read(count, buffer);
     Sum sum = 0;
 #pragma omp simd reduction(+ : sum)
     for (int64_t i = 0; i < count; ++i) sum += x[i];
@@ -48,12 +50,14 @@ struct MeasureRun {
 };
 
 // A pixel's channels, added to the sums of its band; then, with the means, its deviations and their squares. One pixel at a time,
-// since the compiler does not vectorise over channels inside a loop over pixels.
+// since the compiler does not vectorise over channels inside a loop over pixels. The first leaves them as Sums for the second.
 template <typename Sum>
 struct AddPixel {
-  static ALWAYS_INLINE void run(int64_t channels, const Sum* x, Sum* sums) {
+  static ALWAYS_INLINE const Sum* run(int64_t channels, Elements<Sum> elements, Sum* buffer, Sum* sums) {
+    const Sum* x = elements.read(channels, buffer);
 #pragma omp simd
     for (int64_t c = 0; c < channels; ++c) sums[c] += x[c];
+    return x;
   }
 };
 
@@ -86,71 +90,74 @@ struct FinishPixels {
   }
 };
 
-// Some channels of some pixels, whose rows are given.
-template <typename Sum>
-void measure_pixels(int64_t channels, int64_t pixels, const Sum* const* rows, double count_before, double* mean, double* squares) {
-  Sum rounded_mean[kBlock], deviation_sums[kBlock], square_sums[kBlock];
-  for (Sum* sums : {rounded_mean, deviation_sums, square_sums}) std::fill_n(sums, channels, Sum(0));
-  for (int64_t i = 0; i < pixels; ++i) vectorised<AddPixel<Sum>>(channels, rows[i], rounded_mean);
-  for (int64_t c = 0; c < channels; ++c) rounded_mean[c] /= static_cast<Sum>(pixels);
-  for (int64_t i = 0; i < pixels; ++i) vectorised<AddDeviations<Sum>>(channels, rows[i], rounded_mean, deviation_sums, square_sums);
-  vectorised<FinishPixels<Sum>>(channels, static_cast<double>(pixels), rounded_mean, deviation_sums, square_sums, count_before, mean,
-                                squares);
-}
-
 constexpr int64_t kPixels = 64;  // pixels whose channels are measured at a time
 
-// Each task's moments: found[task] is [2, width], mean and squares, of a part of a plane (width 1) or of an image's band (width C).
+}  // namespace
+
 template <typename Sum>
-void measure_all(const Tasks& tasks, const Source<Sum>& x, int64_t width, double* found) {
-  tasks.for_each([&](int64_t task) {
-    double* mean = found + 2 * width * task;
-    double* squares = mean + width;
-    if (tasks.layout == Layout::contiguous) {
-      Sum buffer[kBlock];
-      int64_t done = 0;
-      tasks.for_each_block(task, [&](int64_t n, int64_t row, int64_t start, int64_t count, int64_t) {
-        vectorised<MeasureRun<Sum>>(count, x.read(n, row, start, count, buffer), static_cast<double>(done), mean, squares);
-        done += count;
-      });
-      return;
-    }
-    const std::unique_ptr<Sum[]> buffer(new Sum[kPixels * kBlock]);  // not filled with zeros, as a vector would be
-    const Sum* rows[kPixels];
-    const int64_t n = task / tasks.parts, first = task % tasks.parts * tasks.step, last = std::min(first + tasks.step, tasks.pixels);
-    for (int64_t c = 0; c < tasks.channels; c += kBlock) {
-      const int64_t channels = std::min(kBlock, tasks.channels - c);
-      for (int64_t start = first; start < last; start += kPixels) {
-        const int64_t pixels = std::min(kPixels, last - start);
-        for (int64_t i = 0; i < pixels; ++i) rows[i] = x.read(n, start + i, c, channels, buffer.get() + i * kBlock);
-        measure_pixels(channels, pixels, rows, static_cast<double>(start - first), mean + c, squares + c);
+void measure_task(const Tasks& tasks, int64_t task, const Source<Sum>& x, double* found) {
+  double *mean = found, *squares = found + tasks.width();
+  if (tasks.layout == Layout::contiguous) {
+    double done = 0;
+    tasks.for_each_block(task, [&](int64_t n, int64_t row, int64_t start, int64_t count, int64_t) {
+      vectorised<MeasureRun<Sum>>(count, x.at(n, row, start), done, mean, squares);
+      done += count;
+    });
+    return;
+  }
+  const std::unique_ptr<Sum[]> buffer(new Sum[kPixels * kBlock]);  // not filled with zeros, as a vector would be
+  const Sum* rows[kPixels];
+  const int64_t n = task / tasks.parts, first = task % tasks.parts * tasks.step, last = std::min(first + tasks.step, tasks.pixels);
+  for (int64_t c = 0; c < tasks.channels; c += kBlock) {
+    const int64_t channels = std::min(kBlock, tasks.channels - c);
+    for (int64_t start = first; start < last; start += kPixels) {
+      const int64_t pixels = std::min(kPixels, last - start);
+      Sum rounded_mean[kBlock], deviation_sums[kBlock], square_sums[kBlock];
+      for (Sum* sums : {rounded_mean, deviation_sums, square_sums}) std::fill_n(sums, channels, Sum(0));
+      for (int64_t i = 0; i < pixels; ++i) {
+        rows[i] = vectorised<AddPixel<Sum>>(channels, x.at(n, start + i, c), buffer.get() + i * kBlock, rounded_mean);
       }
+      for (int64_t i = 0; i < channels; ++i) rounded_mean[i] /= static_cast<Sum>(pixels);
+      for (int64_t i = 0; i < pixels; ++i) {
+        vectorised<AddDeviations<Sum>>(channels, rows[i], rounded_mean, deviation_sums, square_sums);
+      }
+      vectorised<FinishPixels<Sum>>(channels, static_cast<double>(pixels), rounded_mean, deviation_sums, square_sums,
+                                    static_cast<double>(start - first), mean + c, squares + c);
     }
-  });
+  }
 }
+
+template void measure_task(const Tasks&, int64_t, const Source<float>&, double*);
+template void measure_task(const Tasks&, int64_t, const Source<double>&, double*);
+
+void combine_moments(const Tasks& tasks, double* found) {
+  const int64_t width = tasks.width();
+  for (int64_t part = 1; part < tasks.parts; ++part) {
+    const double before = part * tasks.step, count = std::min(tasks.step, tasks.pixels - part * tasks.step);
+    const double* part_mean = found + 2 * width * part;
+    vectorised<Combine>(width, before, count, part_mean, part_mean + width, found, found + width);
+  }
+}
+
+namespace {
 
 Tensor plane_moments(const Tensor& x) {
   const Layout layout = layout_of(x);
   const Tasks tasks(x, layout);
-  const int64_t width = layout == Layout::contiguous ? 1 : tasks.channels;
-  const int64_t images_or_planes = tasks.batch * tasks.channels / std::max<int64_t>(1, width);
+  const int64_t width = tasks.width();
   std::vector<double> found(2 * width * tasks.count());
-  std::vector<double> total(2 * width);
   const Tensor moments = torch::stable::new_empty(x, {2, tasks.batch, tasks.channels}, sum_dtype(x.scalar_type()));
   dispatch_sum(x.scalar_type(), [&](auto zero) {
     using Sum = decltype(zero);
-    measure_all<Sum>(tasks, Source<Sum>(x, layout), width, found.data());
+    const Source<Sum> source(x, layout);
+    tasks.for_each([&](int64_t task) { measure_task(tasks, task, source, &found[2 * width * task]); });
     Sum* mean = moments.mutable_data_ptr<Sum>();
-    Sum* squares = mean + tasks.batch * tasks.channels;
-    for (int64_t i = 0; i < images_or_planes; ++i) {
-      std::fill(total.begin(), total.end(), 0.0);
-      for (int64_t part = 0; part < tasks.parts; ++part) {
-        const double before = part * tasks.step, count = std::min(tasks.step, tasks.pixels - part * tasks.step);
-        const double* part_mean = &found[2 * width * (i * tasks.parts + part)];
-        vectorised<Combine>(width, before, count, part_mean, part_mean + width, total.data(), total.data() + width);
-      }
-      std::copy_n(total.begin(), width, mean + i * width);
-      std::copy_n(total.begin() + width, width, squares + i * width);
+    Sum* squares = mean + tasks.planes();
+    for (int64_t unit = 0; unit < tasks.units(); ++unit) {
+      double* unit_moments = &found[2 * width * unit * tasks.parts];
+      combine_moments(tasks, unit_moments);
+      std::copy_n(unit_moments, width, mean + unit * width);
+      std::copy_n(unit_moments + width, width, squares + unit * width);
     }
   });
   return moments;

@@ -8,18 +8,18 @@
 // The images come one after the other, for they may share windows.
 #pragma once
 
-#include "backward.h"
+#include "gradient.h"
 
 namespace spade_fast {
 
 // A pixel's channels, added to the sums of its window.
 template <typename Sum>
 struct AddGradient {
-  static ALWAYS_INLINE void run(int64_t count, const Sum* dy, const Sum* x, const Sum* gamma, const Sum* beta, const uint8_t* signs,
-                                PerChannel<Sum> shift, PerChannel<Sum> scale, PerChannel<Sum> offset, Activation activation,
-                                Sum negative_slope, Sum* g_sums, Sum* g_deviation_sums) {
+  static ALWAYS_INLINE void run(int64_t count, BackwardBlock<Sum> block, PerChannel<Sum> shift, PerChannel<Sum> scale,
+                                PerChannel<Sum> offset, Activation activation, Sum negative_slope, Sum* g_sums,
+                                Sum* g_deviation_sums) {
     Sum g[kBlock], deviation[kBlock];
-    gradient(count, dy, x, gamma, beta, signs, shift, scale, offset, activation, negative_slope, g, deviation);
+    gradient(count, block, static_cast<const Sum*>(block.gamma.data), shift, scale, offset, activation, negative_slope, g, deviation);
 #pragma omp simd
     for (int64_t i = 0; i < count; ++i) {
       g_sums[i] += g[i];
@@ -31,9 +31,11 @@ struct AddGradient {
 // A window's sums, added to its row's gradients and to the planes' sums.
 template <typename Sum>
 struct FinishWindow {
-  static ALWAYS_INLINE void run(int64_t count, const Sum* g_sums, const Sum* g_deviation_sums, const Sum* gamma,
+  static ALWAYS_INLINE void run(int64_t count, const Sum* g_sums, const Sum* g_deviation_sums, Elements<Sum> gamma_elements,
                                 PerChannel<Sum> scale, PerChannel<Sum> offset, Sum* dgamma, Sum* dbeta, Sum* q_sums,
                                 Sum* q_deviation_sums) {
+    Sum buffer[kBlock];
+    const Sum* gamma = gamma_elements.read(count, buffer);
 #pragma omp simd
     for (int64_t i = 0; i < count; ++i) {
       dgamma[i] += g_deviation_sums[i] * scale[i] + g_sums[i] * offset[i];
@@ -47,11 +49,11 @@ struct FinishWindow {
 // g and g·(x − shift) of a block of a plane.
 template <typename Sum>
 struct KeepGradient {
-  static ALWAYS_INLINE void run(int64_t count, const Sum* dy, const Sum* x, const Sum* gamma, const Sum* beta, const uint8_t* signs,
-                                Uniform<Sum> shift, Uniform<Sum> scale, Uniform<Sum> offset, Activation activation,
-                                Sum negative_slope, Sum* g, Sum* g_deviation) {
-    Sum deviation[kBlock];
-    gradient(count, dy, x, gamma, beta, signs, shift, scale, offset, activation, negative_slope, g, deviation);
+  static ALWAYS_INLINE void run(int64_t count, BackwardBlock<Sum> block, Uniform<Sum> shift, Uniform<Sum> scale, Uniform<Sum> offset,
+                                Activation activation, Sum negative_slope, Sum* g, Sum* g_deviation) {
+    Sum buffer[kBlock], deviation[kBlock];
+    const Sum* gamma = activation == Activation::silu ? block.gamma.read(count, buffer) : nullptr;
+    gradient(count, block, gamma, shift, scale, offset, activation, negative_slope, g, deviation);
 #pragma omp simd
     for (int64_t i = 0; i < count; ++i) g_deviation[i] = g[i] * deviation[i];
   }
@@ -73,7 +75,7 @@ struct SortedPixels {
 
 // Pixels with their channels together. dgamma and dbeta are [K, C], found [tasks, 2, C]; all begin as zeros.
 template <typename Sum>
-void sum_table_by_pixels(const Tasks& tasks, const BackwardSources<Sum>& sources, const SortedPixels& sorted, Sum* dgamma, Sum* dbeta,
+void sum_table_by_pixels(const Tasks& tasks, const Modulation<Sum>& m, const Source<Sum>& dy, const SortedPixels& sorted, Sum* dgamma, Sum* dbeta,
                          Sum* found) {
   const int64_t channels = tasks.channels;
   // A task's first and last window may go on in its neighbours: they come to rows of the task's own, and are added up afterwards.
@@ -99,17 +101,15 @@ void sum_table_by_pixels(const Tasks& tasks, const BackwardSources<Sum>& sources
         }
         for (int64_t c = 0; c < channels; c += kBlock) {
           const int64_t count = std::min(kBlock, channels - c), number = n * channels + c;
-          const auto shift = sources.planes.per_channel(0, number), scale = sources.planes.per_channel(1, number),
-                     offset = sources.planes.per_channel(2, number);
+          const auto shift = m.planes.per_channel(0, number), scale = m.planes.per_channel(1, number),
+                     offset = m.planes.per_channel(2, number);
           Sum g_sums[kBlock] = {}, g_deviation_sums[kBlock] = {};
           for (int64_t i = begin; i < end; ++i) {
-            sources.read(n, order[i], c, count, [&](auto... elements) {
-              vectorised<AddGradient<Sum>>(count, elements..., shift, scale, offset, sources.activation, sources.negative_slope,
-                                           g_sums, g_deviation_sums);
-            });
+            vectorised<AddGradient<Sum>>(count, backward_block(m, dy, n, order[i], c), shift, scale, offset, m.activation,
+                                         m.negative_slope, g_sums, g_deviation_sums);
           }
-          vectorised<FinishWindow<Sum>>(count, g_sums, g_deviation_sums, sources.gamma.read(n, order[begin], c, count, nullptr),
-                                        scale, offset, row_dgamma + c, row_dbeta + c, sums + c, sums + channels + c);
+          vectorised<FinishWindow<Sum>>(count, g_sums, g_deviation_sums, m.gamma.at(n, order[begin], c), scale, offset,
+                                        row_dgamma + c, row_dbeta + c, sums + c, sums + channels + c);
         }
       }
     });
@@ -124,23 +124,21 @@ void sum_table_by_pixels(const Tasks& tasks, const BackwardSources<Sum>& sources
 
 // Planes. dgamma and dbeta are [C, K], zeros to begin with; sums is [2, N, C].
 template <typename Sum>
-void sum_table_by_planes(const Tasks& tasks, const BackwardSources<Sum>& sources, const SortedPixels& sorted, int64_t rows, Sum* dgamma,
+void sum_table_by_planes(const Tasks& tasks, const Modulation<Sum>& m, const Source<Sum>& dy, const SortedPixels& sorted, int64_t rows, Sum* dgamma,
                          Sum* dbeta, Sum* sums) {
   const int64_t pixels = tasks.pixels, planes = tasks.batch * tasks.channels;
   torch::stable::parallel_for(0, tasks.channels, 1, [&](int64_t first, int64_t last) {
     std::vector<Sum> g(pixels), g_deviation(pixels);
     for (int64_t c = first; c < last; ++c) {
-      const Sum* gamma = sources.gamma.plane_of_table(c);
+      const Sum* gamma = m.gamma.plane_of_table(c);
       for (int64_t n = 0; n < tasks.batch; ++n) {
         const int64_t number = n * tasks.channels + c;
-        const auto shift = sources.planes.uniform(0, number), scale = sources.planes.uniform(1, number),
-                   offset = sources.planes.uniform(2, number);
+        const auto shift = m.planes.uniform(0, number), scale = m.planes.uniform(1, number),
+                   offset = m.planes.uniform(2, number);
         for (int64_t start = 0; start < pixels; start += kBlock) {
           const int64_t count = std::min(kBlock, pixels - start);
-          sources.read(n, c, start, count, [&](auto... elements) {
-            vectorised<KeepGradient<Sum>>(count, elements..., shift, scale, offset, sources.activation, sources.negative_slope,
-                                          g.data() + start, g_deviation.data() + start);
-          });
+          vectorised<KeepGradient<Sum>>(count, backward_block(m, dy, n, c, start), shift, scale, offset, m.activation,
+                                        m.negative_slope, g.data() + start, g_deviation.data() + start);
         }
         double q_sum = 0, q_deviation_sum = 0;
         const int32_t* order = sorted.order + n * pixels;

@@ -1,4 +1,4 @@
-// What the CPU kernels ask of their tensors: memory layouts, rows, element types, and the work as tasks and blocks.
+// What the CPU kernels ask of their tensors: element types, memory layouts, rows, and the numbers of each plane.
 #pragma once
 
 #if defined(__linux__)
@@ -8,7 +8,6 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
 
 #include <algorithm>
@@ -18,24 +17,11 @@
 #include <vector>
 
 #include "activations.h"
-#include "vector.h"
+#include "elements.h"
 
 namespace spade_fast {
 
-using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
-
-// Calls f with a value of the C++ type of dtype.
-template <typename F>
-void dispatch(ScalarType dtype, F&& f) {
-  switch (dtype) {
-    case ScalarType::Float: return f(float());
-    case ScalarType::Double: return f(double());
-    case ScalarType::BFloat16: return f(BFloat16());
-    case ScalarType::Half: return f(Half());
-    default: STD_TORCH_CHECK(false, "spade_fast: dtype should be float32, float64, bfloat16 or float16");
-  }
-}
 
 inline ScalarType promoted(ScalarType one, ScalarType other) {
   if (one == other) return one;
@@ -43,6 +29,9 @@ inline ScalarType promoted(ScalarType one, ScalarType other) {
 }
 
 inline ScalarType sum_dtype(ScalarType dtype) { return promoted(dtype, ScalarType::Float); }
+
+template <typename Sum>
+constexpr ScalarType kScalarType = sizeof(Sum) == 8 ? ScalarType::Double : ScalarType::Float;
 
 // Calls f with a value of the type that sums over elements of dtype are held in.
 template <typename F>
@@ -117,28 +106,17 @@ inline Tensor new_output(const Tensor& x, Layout layout, ScalarType dtype) {
   return y;
 }
 
-// What a kernel wrote, with the strides of empty_like(x).
+// What a kernel wrote, with the strides of empty_like(x); a tensor of size 0 that stands for none stays one.
 inline Tensor finished(const Tensor& y, const Tensor& x, Layout layout) {
-  if (layout == Layout::channels_last || x.is_contiguous()) return y;
+  if (layout == Layout::channels_last || x.is_contiguous() || y.dim() != x.dim()) return y;
   Tensor like = torch::stable::empty_like(x);
   if (like.is_contiguous()) return y;
   if (like.scalar_type() != y.scalar_type()) like = torch::stable::to(like, y.scalar_type());
   return torch::stable::copy_(like, y);
 }
 
-template <typename Sum>
-constexpr ScalarType kScalarType = sizeof(Sum) == 8 ? ScalarType::Double : ScalarType::Float;
-
-template <typename Sum>
-struct Gather {
-  static ALWAYS_INLINE void run(int64_t count, const Sum* from, const int32_t* index, Sum* to) {
-#pragma omp simd
-    for (int64_t i = 0; i < count; ++i) to[i] = from[index[i]];
-  }
-};
-
-// A tensor's rows, read as Sums a block at a time: the elements themselves where they are Sums already, else widened. With an index
-// [N, *spatial] the tensor is a table [K, C], and each pixel's channels are the row of it that the index names.
+// A tensor's rows, to read. With an index [N, *spatial] the tensor is a table [K, C], and each pixel's channels are the row of it
+// that the index names.
 template <typename Sum>
 class Source {
  public:
@@ -146,30 +124,24 @@ class Source {
       : owner_(index ? table(x, layout) : with_rows(x, layout)),
         layout_(layout),
         data_(static_cast<const char*>(owner_.const_data_ptr())),
-        dtype_(owner_.scalar_type()),
+        type_(owner_.scalar_type()),
         size_(owner_.element_size()),
         image_(owner_.stride(0)),
         row_(index ? owner_.stride(0) : *row_distance(owner_, layout)) {
+    STD_TORCH_CHECK(type_ == ScalarType::Float || type_ == ScalarType::Double || type_ == ScalarType::BFloat16 ||
+                    type_ == ScalarType::Half, "spade_fast: dtype should be float32, float64, bfloat16 or float16");
     if (!index) return;
     index_owner_.emplace(torch::stable::contiguous(*index));
     index_ = index_owner_->template const_data_ptr<int32_t>();
     pixels_ = index->size(0) == 0 ? 0 : index->numel() / index->size(0);
   }
 
-  // `count` elements of row `row` of image n, from `start` on; `buffer` holds them where they do not lie together as Sums.
-  const Sum* read(int64_t n, int64_t row, int64_t start, int64_t count, Sum* buffer) const {
-    if (index_ != nullptr) {
-      const Sum* values = reinterpret_cast<const Sum*>(data_);
-      if (layout_ == Layout::channels_last) return values + index_[n * pixels_ + row] * row_ + start;
-      vectorised<Gather<Sum>>(count, values + row * row_, index_ + n * pixels_ + start, buffer);
-      return buffer;
-    }
-    const char* from = data_ + (n * image_ + row * row_ + start) * size_;
-    if (size_ == sizeof(Sum)) return reinterpret_cast<const Sum*>(from);
-    dispatch(dtype_, [&](auto element) {
-      vectorised<Widen<decltype(element), Sum>>(count, reinterpret_cast<const decltype(element)*>(from), buffer);
-    });
-    return buffer;
+  // The elements of row `row` of image n, from `start` on.
+  Elements<Sum> at(int64_t n, int64_t row, int64_t start) const {
+    if (index_ == nullptr) return {data_ + (n * image_ + row * row_ + start) * size_, type_, nullptr};
+    const Sum* values = reinterpret_cast<const Sum*>(data_);
+    if (layout_ == Layout::contiguous) return {values + row * row_, type_, index_ + n * pixels_ + start};
+    return {values + index_[n * pixels_ + row] * row_ + start, type_, nullptr};
   }
 
   // What the rows of a table hold for channel c, [K], where planes are read.
@@ -188,93 +160,30 @@ class Source {
   Layout layout_;
   const char* data_;
   const int32_t* index_ = nullptr;
-  ScalarType dtype_;
+  ScalarType type_;
   int64_t size_, image_, row_, pixels_ = 0;
 };
 
-// A tensor's rows, written as Sums a block at a time: `place` says where to, `write` rounds what is not there yet.
+// A tensor's rows, to write; one of size 0 that stands for none has no places.
 template <typename Sum>
 class Target {
  public:
-  Target(const Tensor& y, Layout layout)
-      : data_(static_cast<char*>(y.mutable_data_ptr())),
-        dtype_(y.scalar_type()),
-        size_(y.element_size()),
-        image_(y.stride(0)),
-        row_(*row_distance(y, layout)) {}
-
-  Sum* place(int64_t n, int64_t row, int64_t start, Sum* buffer) const {
-    return size_ == sizeof(Sum) ? reinterpret_cast<Sum*>(address(n, row, start)) : buffer;
+  Target(const Tensor& y, Layout layout) : type_(y.scalar_type()), size_(y.element_size()) {
+    if (y.dim() < 3) return;
+    data_ = static_cast<char*>(y.mutable_data_ptr());
+    image_ = y.stride(0);
+    row_ = *row_distance(y, layout);
   }
 
-  void write(int64_t n, int64_t row, int64_t start, int64_t count, const Sum* values) const {
-    if (size_ == sizeof(Sum)) return;
-    dispatch(dtype_, [&](auto element) {
-      vectorised<Narrow<Sum, decltype(element)>>(count, values, reinterpret_cast<decltype(element)*>(address(n, row, start)));
-    });
+  Place<Sum> at(int64_t n, int64_t row, int64_t start) const {
+    return {data_ == nullptr ? nullptr : data_ + (n * image_ + row * row_ + start) * size_, type_};
   }
 
  private:
-  char* address(int64_t n, int64_t row, int64_t start) const { return data_ + (n * image_ + row * row_ + start) * size_; }
-
-  char* data_;
-  ScalarType dtype_;
-  int64_t size_, image_, row_;
-};
-
-// The work on x: tasks of at most 32768 elements or so, whatever the number of threads, so that sums never depend on it. A task is a
-// part of a plane, or where a pixel's channels lie together a band of an image's pixels, not too many for one float32 sum.
-struct Tasks {
-  static constexpr int64_t kTask = 32768, kBand = 256;
-
-  Layout layout;
-  int64_t batch, channels, pixels;
-  int64_t step;   // pixels of a task
-  int64_t parts;  // tasks of a plane or of an image
-
-  Tasks(const Tensor& x, Layout layout) : layout(layout), batch(x.size(0)), channels(x.size(1)), pixels(1) {
-    for (int64_t dim = 2; dim < x.dim(); ++dim) pixels *= x.size(dim);
-    step = layout == Layout::contiguous ? kTask : std::clamp<int64_t>(kTask / std::max<int64_t>(1, channels), 1, kBand);
-    parts = (pixels + step - 1) / step;
-  }
-
-  int64_t count() const { return batch * parts * (layout == Layout::contiguous ? channels : 1); }
-  int64_t rows() const { return layout == Layout::contiguous ? channels : pixels; }
-  int64_t length() const { return layout == Layout::contiguous ? pixels : channels; }
-
-  // Runs f(task) for every task, or for those from first to last, in parallel.
-  template <typename F>
-  void for_each(const F& f) const {
-    for_each(0, count(), f);
-  }
-
-  template <typename F>
-  void for_each(int64_t first, int64_t last, const F& f) const {
-    const int64_t elements = std::min(step, pixels) * (layout == Layout::contiguous ? 1 : channels);
-    const int64_t grain = std::max<int64_t>(1, kTask / std::max<int64_t>(1, elements));
-    torch::stable::parallel_for(first, last, grain, [&](int64_t begin, int64_t end) {
-      for (int64_t task = begin; task < end; ++task) f(task);
-    });
-  }
-
-  // Calls f(n, row, start, count, number) for every block of a task. `number` is where the block's planes have their numbers in
-  // an array [N, C]: one for all of it (contiguous), or one for each element, side by side (channels last).
-  template <typename F>
-  void for_each_block(int64_t task, const F& f) const {
-    const bool contiguous = layout == Layout::contiguous;
-    const int64_t first = task % parts * step, last = std::min(first + step, pixels), image_or_plane = task / parts;
-    if (contiguous) {
-      for (int64_t start = first; start < last; start += kBlock) {
-        f(image_or_plane / channels, image_or_plane % channels, start, std::min(kBlock, last - start), image_or_plane);
-      }
-      return;
-    }
-    for (int64_t pixel = first; pixel < last; ++pixel) {
-      for (int64_t start = 0; start < channels; start += kBlock) {
-        f(image_or_plane, pixel, start, std::min(kBlock, channels - start), image_or_plane * channels + start);
-      }
-    }
-  }
+  ScalarType type_;
+  int64_t size_;
+  char* data_ = nullptr;
+  int64_t image_ = 0, row_ = 0;
 };
 
 // A number of each plane (n, c), as a block sees it: the same all along a row of pixels, or one for each channel.

@@ -1,7 +1,6 @@
 // One loop body for every instruction set: base, AVX2 and AVX-512, chosen at run time.
 //
-// All arithmetic is in Sum, float or double; elements of other types are widened when they are read and rounded when they are
-// written, a block at a time. A kernel is a type with a static `run(arguments…)`, always inlined; `vectorised<Kernel>(arguments…)`
+// All arithmetic is in Sum, float or double (elements.h says how others are read and written). A kernel is a type with a static `run(arguments…)`, always inlined; `vectorised<Kernel>(arguments…)`
 // calls it from a wrapper that is compiled for the instruction set in use, so that the compiler vectorises the one body for each of
 // them. A body calls always-inlined functions only and holds no lambda, which would be compiled for the base alone.
 #pragma once
@@ -28,22 +27,22 @@ InstructionSet instruction_set();
 #define SPADE_FAST_AVX2 "avx2,fma,f16c,bmi,bmi2,lzcnt,movbe,popcnt"
 template <typename Kernel, typename... Arguments>
 __attribute__((target(SPADE_FAST_AVX2 ",avx512f,avx512bw,avx512cd,avx512dq,avx512vl,prefer-vector-width=512")))
-void run_avx512(Arguments... arguments) { Kernel::run(arguments...); }
+auto run_avx512(Arguments... arguments) { return Kernel::run(arguments...); }
 template <typename Kernel, typename... Arguments>
 __attribute__((target(SPADE_FAST_AVX2)))
-void run_avx2(Arguments... arguments) { Kernel::run(arguments...); }
+auto run_avx2(Arguments... arguments) { return Kernel::run(arguments...); }
 #endif
 
 template <typename Kernel, typename... Arguments>
-void run_base(Arguments... arguments) { Kernel::run(arguments...); }
+auto run_base(Arguments... arguments) { return Kernel::run(arguments...); }
 
 template <typename Kernel, typename... Arguments>
-void vectorised(Arguments... arguments) {
+auto vectorised(Arguments... arguments) {
 #if defined(__x86_64__)
   if (instruction_set() == InstructionSet::avx512) return run_avx512<Kernel>(arguments...);
   if (instruction_set() == InstructionSet::avx2) return run_avx2<Kernel>(arguments...);
 #endif
-  run_base<Kernel>(arguments...);
+  return run_base<Kernel>(arguments...);
 }
 
 constexpr int64_t kBlock = 256;  // elements that a kernel works on at a time: its intermediate numbers stay in the nearest cache
@@ -84,22 +83,5 @@ ALWAYS_INLINE void store(Half& y, float value) {
   half = magnitude > 0x7f800000 ? 0x7e00 : half;
   y.x = static_cast<uint16_t>((bits >> 16 & 0x8000) | half);
 }
-
-// to[i] = from[i], for whole blocks.
-template <typename From, typename Sum>
-struct Widen {
-  static ALWAYS_INLINE void run(int64_t count, const From* from, Sum* to) {
-#pragma omp simd
-    for (int64_t i = 0; i < count; ++i) to[i] = load(from[i]);
-  }
-};
-
-template <typename Sum, typename To>
-struct Narrow {
-  static ALWAYS_INLINE void run(int64_t count, const Sum* from, To* to) {
-#pragma omp simd
-    for (int64_t i = 0; i < count; ++i) store(to[i], from[i]);
-  }
-};
 
 }  // namespace spade_fast

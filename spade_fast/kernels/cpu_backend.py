@@ -1,4 +1,4 @@
-"""The four kernels compiled for the CPU (csrc/cpu), reached as operators. What their arguments are: `torch_backend.py`."""
+"""The kernels compiled for the CPU (csrc/cpu), reached as operators. What their arguments are: `torch_backend.py`."""
 
 import torch
 
@@ -16,6 +16,8 @@ plane_moments = torch.ops.spade_fast.plane_moments.default
 apply = torch.ops.spade_fast.apply.default
 backward_sums = torch.ops.spade_fast.backward_sums.default
 backward_input = torch.ops.spade_fast.backward_input.default
+instance_forward = torch.ops.spade_fast.instance_forward.default
+instance_backward = torch.ops.spade_fast.instance_backward.default
 
 if failure is None and (missing := operators.without_kernel("CPU")):
     failure = f"not compiled for the CPU yet: {', '.join(missing)}"

@@ -1,4 +1,4 @@
-"""The four kernels as PyTorch operators: schemas, fakes, and plain PyTorch where no compiled kernel is registered.
+"""The kernels as PyTorch operators: schemas, fakes, and plain PyTorch where no compiled kernel is registered.
 
 Compiled backends register their kernels for these (csrc/cpu for CPU, csrc/cuda for CUDA); with nothing compiled the operators
 still exist and can be checked. What the arguments are is said in `torch_backend.py`.
@@ -16,6 +16,10 @@ SCHEMAS = {
     " str? activation, float negative_slope) -> (Tensor, Tensor, Tensor)",
     "backward_input": "(Tensor dy, Tensor x, Tensor planes, Tensor gamma, Tensor? beta, Tensor? index, Tensor signs, Tensor? terms,"
     " str? activation, float negative_slope) -> Tensor",
+    "instance_forward": "(Tensor x, Tensor gamma, Tensor beta, Tensor? index, float eps, str? activation, float negative_slope,"
+    " bool keep_signs) -> (Tensor, Tensor, Tensor)",
+    "instance_backward": "(Tensor dy, Tensor x, Tensor planes, Tensor gamma, Tensor? beta, Tensor? index, Tensor? order,"
+    " Tensor signs, str? activation, float negative_slope) -> (Tensor, Tensor, Tensor)",
 }
 
 
@@ -42,6 +46,16 @@ def fake_backward_sums(dy, x, planes, gamma, beta, index, order, signs, activati
 
 def fake_backward_input(dy, x, planes, gamma, beta, index, signs, terms, activation, negative_slope):
     return torch.empty_like(x)
+
+
+def fake_instance_forward(x, gamma, beta, index, eps, activation, negative_slope, keep_signs):
+    planes = x.new_empty(3, *x.shape[:2], dtype=torch_backend.sum_dtype(x.dtype))
+    return *fake_apply(x, planes, gamma, beta, index, activation, negative_slope, keep_signs), planes
+
+
+def fake_instance_backward(dy, x, planes, gamma, beta, index, order, signs, activation, negative_slope):
+    dgamma, dbeta, _ = fake_backward_sums(dy, x, planes, gamma, beta, index, order, signs, activation, negative_slope)
+    return dgamma, dbeta, torch.empty_like(x)
 
 
 for name, schema in SCHEMAS.items():

@@ -1,6 +1,6 @@
-"""The four kernels in plain PyTorch: any device, any layout, and what torch.export, ONNX and second derivatives go through.
+"""The kernels in plain PyTorch: any device, any layout, and what torch.export, ONNX and second derivatives go through.
 
-Every backend has these four functions. Between them go rows of numbers of each plane (n, c), in float32, or in float64
+Every backend has these functions: four kernels, and two that do for instance norm what takes two of them for the others. Between them go rows of numbers of each plane (n, c), in float32, or in float64
 where x is float64:
 
     moments [2, N, C]   mean, sum of squared deviations
@@ -13,7 +13,7 @@ int32, γ and β are the rows of a table, [K, C], that it names for each pixel; 
 by it.
 `signs` holds one bit for each element of y, all that the derivative of ReLU and leaky ReLU needs: bytes [N, C, ⌈S/8⌉], or
 [N, S, ⌈C/8⌉] where a pixel's channels lie together; bit b of byte j is element 8j + b of its row. SiLU needs β instead.
-`operators.py` declares the same four as operators for the compiled backends.
+`operators.py` declares the same as operators for the compiled backends.
 """
 
 import torch
@@ -105,6 +105,23 @@ def backward_input(dy, x, planes, gamma, beta, index, signs, terms, activation, 
         return normalised.copy_(scale_q).to(x.dtype)
     constant, slope = _per_plane(terms, x)
     return normalised.copy_(x).sub_(shift).mul_(slope).add_(constant).add_(scale_q).to(x.dtype)
+
+
+def instance_forward(x, gamma, beta, index, eps, activation, negative_slope, keep_signs):
+    """plane_moments and apply for instance norm: y, signs, and the planes that they were made with."""
+    mean, squares = plane_moments(x)
+    inverse_deviation = torch.rsqrt(squares / max(x.shape[2:].numel(), 1) + eps)
+    planes = torch.stack([mean, inverse_deviation, torch.zeros_like(mean)])
+    return *apply(x, planes, gamma, beta, index, activation, negative_slope, keep_signs), planes
+
+
+def instance_backward(dy, x, planes, gamma, beta, index, order, signs, activation, negative_slope):
+    """backward_sums and backward_input for instance norm: dγ, dβ (of size 0 where it is dy itself) and dx."""
+    dgamma, dbeta, sums = backward_sums(dy, x, planes, gamma, beta, index, order, signs, activation, negative_slope)
+    scale = planes[1]
+    terms = sums * (scale / -max(x.shape[2:].numel(), 1))
+    terms[1].mul_(scale).mul_(scale)
+    return dgamma, dbeta, backward_input(dy, x, planes, gamma, beta, index, signs, terms, activation, negative_slope)
 
 
 def through_activation(dy, x, normalised, gamma, beta, signs, activation, negative_slope):
