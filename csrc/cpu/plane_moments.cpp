@@ -45,6 +45,10 @@ struct MeasureRun {
     }
     const double correction = static_cast<double>(deviation_sum) / count;  // of the mean's rounding
     const double run_mean = rounded_mean + correction, run_squares = square_sum - correction * deviation_sum;
+    if (count_before == 0) {  // small planes: no need to divide
+      *mean = run_mean, *squares = run_squares;
+      return;
+    }
     Combine::run(1, count_before, count, &run_mean, &run_squares, mean, squares);
   }
 };

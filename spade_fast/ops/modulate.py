@@ -42,9 +42,15 @@ def spade_modulate(x, gamma, beta, *, index=None, norm="instance", num_groups=No
     """
     check_modulate(x, gamma, beta, index, norm=norm, num_groups=num_groups, weight=weight, bias=bias, running_mean=running_mean,
                    running_var=running_var, training=training, activation=activation, moments=moments)
-    norm = norms.Norm(norm, num_groups, training, momentum, eps, process_group)
     backend = kernels.select(x, gamma)
     index = None if index is None else index.to(torch.int32)
+    differentiable = (x, gamma, beta, weight, bias)
+    differentiates = torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in differentiable)
+    if norm == "instance" and weight is None and bias is None and moments is None:
+        if differentiates:
+            return ModulateInstance.apply(x, gamma, beta, index, eps, activation, negative_slope, backend)
+        return backend.instance_forward(x, gamma, beta, index, eps, activation, negative_slope, False)[0]
+    norm = norms.Norm(norm, num_groups, training, momentum, eps, process_group)
     with torch.no_grad():
         if norm.measures:
             moments = backend.plane_moments(x) if moments is None else moments
@@ -53,8 +59,7 @@ def spade_modulate(x, gamma, beta, *, index=None, norm="instance", num_groups=No
             statistics = norms.identity(x.shape[1], torch_backend.sum_dtype(x.dtype), x.device)
         else:
             statistics = norms.given(running_mean, running_var, eps, torch_backend.sum_dtype(x.dtype))
-    differentiable = (x, gamma, beta, weight, bias)
-    if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in differentiable):
+    if differentiates:
         return Modulate.apply(*differentiable, index, *statistics, norm, activation, negative_slope, backend)
     planes = norms.planes(statistics, x.shape[:2], weight, bias)
     return backend.apply(x, planes, gamma, beta, index, activation, negative_slope, False)[0]
@@ -104,13 +109,38 @@ class Modulate(torch.autograd.Function):
         return dx, dgamma, dbeta, *norms.backward_affine(statistics, sums, weight, bias), *[None] * 8
 
 
+class ModulateInstance(torch.autograd.Function):
+    """The same for instance norm without parameters of its own, most SPADEs' norm: one operator each way."""
+
+    @staticmethod
+    def forward(ctx, x, gamma, beta, index, eps, activation, negative_slope, backend):
+        y, signs, planes = backend.instance_forward(x, gamma, beta, index, eps, activation, negative_slope, True)
+        ctx.save_for_backward(x, gamma, beta if activation == "silu" else None, index, planes, signs)
+        ctx.norm, ctx.backend = norms.Norm("instance", eps=eps), backend
+        ctx.activation, ctx.negative_slope = activation, negative_slope
+        return y
+
+    @staticmethod
+    def backward(ctx, dy):
+        x, gamma, beta, index, planes, signs = ctx.saved_tensors
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            dx, dgamma, dbeta, _, _ = _differentiable_backward(ctx, dy, x, gamma, beta, None, None, index, None, signs)
+        else:
+            order = None if index is None else torch_backend.sort_pixels(index)
+            dgamma, dbeta, dx = ctx.backend.instance_backward(dy, x, planes, gamma, beta, index, order, signs, ctx.activation,
+                                                              ctx.negative_slope)
+            if ctx.activation is None and index is None:
+                dbeta = dy.to(gamma.dtype)
+        return dx, dgamma, dbeta, *[None] * 5
+
+
 def _differentiable_backward(ctx, dy, x, gamma, beta, weight, bias, index, statistics, signs):
     """The same gradients through plain PyTorch, for second derivatives (create_graph=True)."""
     if ctx.norm.processes > 1:
         raise RuntimeError("second derivatives of norm='syncbatch' over several processes are not supported")
     activation = (ctx.activation, ctx.negative_slope)
     if signs.numel():  # the activation is linear on either side of zero, and which side is known
-        dy = torch_backend.through_activation(dy, x, x.to(statistics.mean.dtype), None, None, signs, *activation)
+        dy = torch_backend.through_activation(dy, x, x.to(torch_backend.sum_dtype(x.dtype)), None, None, signs, *activation)
         activation = (None, 0.0)
     # Aliases, since autograd.grad would also follow a path from γ back to x where γ was made from x.
     beta = torch.zeros_like(gamma, requires_grad=True) if beta is None else beta
