@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pybind11
 import torch
+from pybind11.setup_helpers import ParallelCompile
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 from torch.utils.cpp_extension import include_paths, library_paths
@@ -33,6 +34,8 @@ class BuildAndReport(build_ext):
             built = Path(self.get_ext_fullpath(extension.name)).exists()
             print(f"    {extension.name:16} {'built' if built else 'NOT BUILT: the compiler says why above'}")
 
+
+ParallelCompile("MAX_JOBS").install()  # as many compilers at once as it says, or as there are cores
 
 setup(
     ext_modules=[

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import platform
 import subprocess
 from datetime import datetime, timezone
@@ -58,6 +59,7 @@ def environment(settings):
         "torch": torch.__version__,
         "spade_fast": spade_fast.__version__,
         "commit": commit or "unknown",
+        "allocator": {name: value for name, value in os.environ.items() if name.startswith("MALLOC_")} or "as the system has it",
         "backends": {status.name: status.reason or "runs" for status in spade_fast.backends()},
         "date": datetime.now(timezone.utc).date().isoformat(),
     }

@@ -203,8 +203,9 @@ def test_moments_given_are_moments_used():
 
 @pytest.mark.parametrize("rows", [None, 7])
 @pytest.mark.parametrize("layout", [contiguous, channels_last])
-def test_every_run_gives_the_same_bits_on_any_number_of_threads(layout, rows, backend_and_instruction_set):
-    arguments, dy = sample((2, 70, 65, 66), "batch", "leaky_relu", layout=layout, rows=rows)
+@pytest.mark.parametrize("norm", ["instance", "batch"])
+def test_every_run_gives_the_same_bits_on_any_number_of_threads(norm, layout, rows, backend_and_instruction_set):
+    arguments, dy = sample((2, 70, 65, 66), norm, "leaky_relu", layout=layout, rows=rows)
     threads_before, found = torch.get_num_threads(), []
     try:
         for threads in (1, 2, 2, 7) if backend_and_instruction_set != "torch" else (2, 2):
@@ -221,6 +222,13 @@ def test_every_run_gives_the_same_bits_on_any_number_of_threads(layout, rows, ba
 @pytest.mark.parametrize("shape", [(1, 3, 300, 301), (2, 600, 9, 11)])
 def test_several_tasks_to_a_plane_and_several_blocks_to_a_row(layout, shape, rows):
     arguments, dy = sample(shape, "instance", "leaky_relu", layout=layout, rows=rows)
+    assert not disagreements(arguments, dy)
+
+
+@pytest.mark.parametrize("layout", [contiguous, channels_last])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_outputs_so_large_that_they_are_written_past_the_caches(layout, dtype):
+    arguments, dy = sample((2, 3, 1201, 701), "instance", "leaky_relu", layout=layout, dtype=dtype)
     assert not disagreements(arguments, dy)
 
 

@@ -1,4 +1,4 @@
-"""The four operators themselves: schemas, fakes, and the compiled kernels that exist."""
+"""The operators themselves: schemas, fakes, and the compiled kernels that exist."""
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ needs_library = pytest.mark.skipif(cpu_backend.library is None, reason=str(cpu_b
 
 
 def operands(shape, activation, dtype=torch.float32, layout=contiguous, affine=True, rows=None):
-    """What the four kernels get for this sample: x, planes, γ, β, index, order, dy, signs, terms."""
+    """What the kernels get for this sample: x, planes, γ, β, index, order, dy, signs, terms."""
     arguments, dy = sample(shape, "instance", activation, dtype=dtype, layout=layout, dy_layout=layout, affine=affine, rows=rows)
     x, gamma, beta = arguments["x"], arguments["gamma"], arguments["beta"]
     statistics = norms.measure(norms.Norm("instance"), torch_backend.plane_moments(x), x.shape[2:].numel())
@@ -38,6 +38,8 @@ def test_opcheck(layout, activation, dtype, shape, rows):
     opcheck(ops.backward_sums, (dy, x, planes, gamma, kept_beta, index, order, signs, activation, 0.2))
     opcheck(ops.backward_input, (dy, x, planes, gamma, kept_beta, index, signs, terms, activation, 0.2))
     opcheck(ops.backward_input, (dy, x, planes, gamma, kept_beta, index, signs, None, activation, 0.2))
+    opcheck(ops.instance_forward, (x, gamma, beta, index, 1e-5, activation, 0.2, True))
+    opcheck(ops.instance_backward, (dy, x, planes, gamma, kept_beta, index, order, signs, activation, 0.2))
 
 
 @pytest.mark.parametrize("layout", [contiguous, channels_last])

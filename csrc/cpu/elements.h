@@ -3,6 +3,10 @@
 
 #include <torch/headeronly/core/ScalarType.h>
 
+#if defined(__x86_64__)
+#include <xmmintrin.h>
+#endif
+
 #include "vector.h"
 
 namespace spade_fast {
@@ -51,22 +55,54 @@ struct Elements {
   }
 };
 
+// Copies past the caches: for what is too large to be found there again. The lines that it overwrites need not be read first, so
+// that a stream to memory costs half. Other cores see it after `finish_stream`.
+ALWAYS_INLINE void stream(int64_t bytes, const void* from, void* to) {
+  const char* source = static_cast<const char*>(from);
+  char* target = static_cast<char*>(to);
+#if defined(__x86_64__)
+  const int64_t to_alignment = -reinterpret_cast<intptr_t>(target) & 15, head = to_alignment < bytes ? to_alignment : bytes;
+  std::memcpy(target, source, head);
+  source += head, target += head, bytes -= head;
+  for (; bytes >= 16; source += 16, target += 16, bytes -= 16) {
+    _mm_stream_ps(reinterpret_cast<float*>(target), _mm_loadu_ps(reinterpret_cast<const float*>(source)));
+  }
+#endif
+  std::memcpy(target, source, bytes);
+}
+
+inline void finish_stream() {
+#if defined(__x86_64__)
+  _mm_sfence();
+#endif
+}
+
 // Where elements are to be written.
 template <typename Sum>
 struct Place {
   void* data;
   ScalarType type;
+  bool streams;
 
   ALWAYS_INLINE void write(int64_t count, const Sum* values) const {
     if (type == ScalarType::BFloat16) {
-      narrow<BFloat16>(count, values, data);
+      write_as<BFloat16>(count, values);
     } else if (type == ScalarType::Half) {
-      narrow<Half>(count, values, data);
+      write_as<Half>(count, values);
     } else if (sizeof(Sum) == 8 && type == ScalarType::Float) {
-      narrow<float>(count, values, data);
+      write_as<float>(count, values);
     } else {
-      narrow<Sum>(count, values, data);
+      write_as<Sum>(count, values);
     }
+  }
+
+ private:
+  template <typename Element>
+  ALWAYS_INLINE void write_as(int64_t count, const Sum* values) const {
+    if (!streams) return narrow<Element>(count, values, data);
+    Element rounded[kBlock];
+    narrow<Element>(count, values, rounded);
+    stream(count * sizeof(Element), rounded, data);
   }
 };
 

@@ -82,6 +82,7 @@ struct Tasks {
     const int64_t grain = std::max<int64_t>(1, kTask / std::max<int64_t>(1, elements));
     torch::stable::parallel_for(first, last, grain, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) f(i);
+      finish_stream();
     });
   }
 };

@@ -173,17 +173,21 @@ class Target {
     data_ = static_cast<char*>(y.mutable_data_ptr());
     image_ = y.stride(0);
     row_ = *row_distance(y, layout);
+    streams_ = y.numel() * size_ >= kStreamed;
   }
 
   Place<Sum> at(int64_t n, int64_t row, int64_t start) const {
-    return {data_ == nullptr ? nullptr : data_ + (n * image_ + row * row_ + start) * size_, type_};
+    return {data_ == nullptr ? nullptr : data_ + (n * image_ + row * row_ + start) * size_, type_, streams_};
   }
 
  private:
+  static constexpr int64_t kStreamed = 8 << 20;  // bytes: more than a core's share of the caches
+
   ScalarType type_;
   int64_t size_;
   char* data_ = nullptr;
   int64_t image_ = 0, row_ = 0;
+  bool streams_ = false;
 };
 
 // A number of each plane (n, c), as a block sees it: the same all along a row of pixels, or one for each channel.

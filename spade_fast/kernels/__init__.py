@@ -1,6 +1,6 @@
-"""The four kernels of the modulation, once for each backend, and the choice between them.
+"""The kernels of the modulation, once for each backend, and the choice between them.
 
-A backend is a module with the four functions that `torch_backend.py` describes and `why_not(x, gamma)`, which answers both
+A backend is a module with the functions that `torch_backend.py` describes and `why_not(x, gamma)`, which answers both
 "can it run?" and "why not?".
 """
 
