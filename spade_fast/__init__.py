@@ -5,6 +5,7 @@
 """
 
 from .kernels import BackendStatus, backends, use_backend
+from .layout import SemanticLayout
 from .nn import SPADE, SPADEResBlk, SPADEResnetBlock
 from .ops import plane_moments, spade_modulate
 
@@ -13,6 +14,7 @@ __all__ = [
     "SPADE",
     "SPADEResBlk",
     "SPADEResnetBlock",
+    "SemanticLayout",
     "BackendStatus",
     "backends",
     "plane_moments",

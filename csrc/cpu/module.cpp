@@ -1,17 +1,61 @@
 // The Python module spade_fast._cpu. Importing it registers the CPU kernels; itself it holds what concerns the host alone.
 
+#include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
 #include <atomic>
 #include <cstdlib>
 #include <string>
+#include <tuple>
+#include <utility>
 #include <vector>
 
 #include "vector.h"
+#include "windows.h"
 
 namespace spade_fast {
 namespace {
+
+using Numbers = pybind11::array_t<int32_t, pybind11::array::c_style>;
+
+Numbers as_array(const std::vector<int32_t>& values, std::vector<int64_t> shape) { return Numbers(std::move(shape), values.data()); }
+
+std::tuple<Numbers, Numbers> number_windows_of(const Numbers& map, int64_t kernel_size, uint64_t hash_mask) {
+  const std::vector<int64_t> shape(map.shape(), map.shape() + map.ndim());
+  const int32_t* data = map.data();
+  Numbered found;
+  {
+    const pybind11::gil_scoped_release release;
+    found = number_windows(data, shape, kernel_size, hash_mask);
+  }
+  return {as_array(found.numbers, shape), as_array(found.contents, {found.windows, found.taps})};
+}
+
+std::tuple<Numbers, Numbers, Numbers, Numbers> window_sums_of(const Numbers& contents, int64_t rows) {
+  const int64_t windows = contents.shape(0), taps = contents.shape(1);
+  const int32_t* data = contents.data();
+  std::vector<int32_t> found[4];
+  {
+    const pybind11::gil_scoped_release release;
+    window_sums(data, windows, taps, rows, found);
+  }
+  const auto array = [](const std::vector<int32_t>& values) { return as_array(values, {static_cast<int64_t>(values.size())}); };
+  return {array(found[0]), array(found[1]), array(found[2]), array(found[3])};
+}
+
+Numbers sort_pixels_of(const Numbers& index, int64_t bound) {
+  const int64_t images = index.shape(0), pixels = index.shape(1);
+  Numbers order({images, pixels});
+  const int32_t* from = index.data();
+  int32_t* to = order.mutable_data();
+  {
+    const pybind11::gil_scoped_release release;
+    std::vector<int32_t> starts;
+    for (int64_t n = 0; n < images; ++n) sort_by_number(from + n * pixels, pixels, bound, &starts, to + n * pixels);
+  }
+  return order;
+}
 
 constexpr const char* kNames[] = {"base", "avx2", "avx512"};
 
@@ -58,5 +102,9 @@ PYBIND11_MODULE(_cpu, module) {
              "The instruction sets, among those that the kernels know, that this processor runs; the best first.");
   module.def("instruction_set", [] { return kNames[static_cast<int>(instruction_set())]; },
              "The one that the kernels use: the best, or what the environment variable SPADE_FAST_ISA says at import.");
+  module.def("number_windows", &number_windows_of, "The windows of a map [N, *spatial]: their numbers, and what each sees.",
+             pybind11::arg("map"), pybind11::arg("kernel_size"), pybind11::arg("hash_mask") = ~uint64_t{0});
+  module.def("window_sums", &window_sums_of, "What windows of so many rows see, as lists for sums over rows.");
+  module.def("sort_pixels", &sort_pixels_of, "The pixels of each image [N, pixels], sorted by numbers below a bound.");
   module.def("use_instruction_set", [](const std::string& name) { in_use = named(name); }, "Makes the kernels use this one.");
 }

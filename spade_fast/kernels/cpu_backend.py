@@ -30,3 +30,16 @@ def why_not(x=None, gamma=None):
     if x is not None and x.device.type != "cpu":
         return f"x is on {x.device}, these kernels run on the CPU"
     return None
+
+
+def number_windows(codes, kernel_size):
+    return tuple(map(torch.from_numpy, library.number_windows(codes.numpy(), kernel_size)))
+
+
+def window_sums(contents, rows):
+    return tuple(map(torch.from_numpy, library.window_sums(contents.numpy(), rows)))
+
+
+def sort_pixels(index):
+    bound = int(index.max()) + 1 if index.numel() else 0
+    return torch.from_numpy(library.sort_pixels(index.flatten(1).numpy(), bound))

@@ -16,6 +16,8 @@ by it.
 `operators.py` declares the same as operators for the compiled backends.
 """
 
+import itertools
+
 import torch
 import torch.nn.functional as F
 
@@ -57,8 +59,48 @@ def look_up(rows, index):
 
 
 def sort_pixels(index):
-    """`order` for an index."""
+    """`order` for an index: [N, *spatial] to [N, pixels]."""
     return index.flatten(1).argsort(stable=True).to(torch.int32)
+
+
+def number_windows(codes, kernel_size):
+    """The distinct windows of kernel_size taps per axis of codes [N, *spatial], int32 and not negative.
+
+    Returns their numbers, int32 [N, *spatial], and what they see, int32 [windows, taps], −1 beyond the border.
+    """
+    half, numbers = kernel_size // 2, codes.long() + 1
+    for dim in range(1, codes.dim()):  # runs along one axis, then runs of those along the next: two numbers at a time
+        length, taps = codes.shape[dim], _pad(numbers, dim, half)
+        numbers = taps.narrow(dim, 0, length)
+        for tap in range(1, kernel_size):
+            bound = taps.max() + 1 if taps.numel() else 1
+            numbers = _renumber(numbers * bound + taps.narrow(dim, tap, length))
+        numbers = _renumber(numbers) + 1
+    numbers = (numbers - 1).to(torch.int32)
+    windows, first_places = numbers.flatten().sort(stable=True)
+    first_places = first_places[torch.searchsorted(windows, torch.arange(int(windows[-1]) + 1 if len(windows) else 0, device=codes.device))]
+    padded = codes
+    for dim in range(1, codes.dim()):
+        padded = _pad(padded + 1, dim, half) - 1
+    contents = []
+    for shifts in itertools.product(range(kernel_size), repeat=codes.dim() - 1):
+        shifted = padded
+        for dim, shift in enumerate(shifts, start=1):
+            shifted = shifted.narrow(dim, shift, codes.shape[dim])
+        contents.append(shifted.flatten()[first_places])
+    return numbers, torch.stack(contents, dim=1)
+
+
+def window_sums(contents, rows):
+    """What windows of so many rows see, [windows, taps], as lists for sums over them: `layout.Sums` says what they are."""
+    windows, taps = contents.shape
+    seen = contents >= 0
+    flat = (contents.long() * taps + torch.arange(taps, device=contents.device))[seen]
+    offsets = F.pad(seen.sum(1).cumsum(0), (1, 0))
+    by_row, places = flat.sort(stable=True)
+    back_offsets = torch.searchsorted(by_row, torch.arange(rows * taps + 1, device=contents.device))
+    back_rows = seen.nonzero()[:, 0][places]
+    return tuple(tensor.to(torch.int32) for tensor in (offsets, flat, back_offsets, back_rows))
 
 
 def apply(x, planes, gamma, beta, index, activation, negative_slope, keep_signs):
@@ -178,3 +220,16 @@ def _unpack(signs, shape, channels_last):
     rows = (spread & eights).view(torch.uint8).bool()
     rows = rows[:, :, : shape[1]].transpose(1, 2) if channels_last else rows[:, :, : shape[2:].numel()]
     return rows.reshape(shape)
+
+
+def _pad(numbers, dim, width):
+    """Zeros before and after, along a dimension."""
+    shape = list(numbers.shape)
+    shape[dim] = width
+    zeros = numbers.new_zeros(shape)
+    return torch.cat([zeros, numbers, zeros], dim=dim)
+
+
+def _renumber(numbers):
+    """The same differences between fewer numbers, from 0 on."""
+    return numbers.unique(return_inverse=True)[1]

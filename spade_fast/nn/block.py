@@ -2,6 +2,7 @@
 
 import torch.nn as nn
 
+from ..layout import SemanticLayout
 from ..ops.modulate import plane_moments
 from .config import parse_config
 from .spade import CONVOLUTIONS, SPADE, resize
@@ -50,9 +51,9 @@ class SPADEResnetBlock(nn.Module):
         self.se = SqueezeExcitation(fout) if use_se else nn.Identity()
 
     def forward(self, x, segmap):
-        """x [N, fin, *spatial] and segmap [N, label_nc, *any] to [N, fout, *spatial]. Errors: those of SPADE.forward."""
+        """x [N, fin, *spatial] and segmap [N, label_nc, *any] or a SemanticLayout to [N, fout, *spatial]. Errors: those of SPADE.forward."""
         self.norm_0.check(x, segmap)
-        segmap = resize(segmap, x.shape[2:])
+        segmap = segmap if isinstance(segmap, SemanticLayout) else resize(segmap, x.shape[2:])
         moments = plane_moments(x) if self.learned_shortcut and self.norm_0.measures and self.norm_s.measures else None
         shortcut = self.conv_s(self.norm_s(x, segmap, moments=moments)) if self.learned_shortcut else x
         dx = self.conv_0(self.norm_0(x, segmap, activation="leaky_relu", moments=moments))

@@ -4,6 +4,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from ..layout import SemanticLayout
+from ..ops.convolve_windows import convolve_windows
 from ..ops.modulate import spade_modulate
 from .config import parse_config
 
@@ -76,7 +78,7 @@ class SPADE(nn.Module):
 
         Args:
             x: [N, norm_nc, *spatial].
-            segmap: [N, label_nc, *any], the condition; resized to x by nearest neighbour.
+            segmap: [N, label_nc, *any], the condition, or a SemanticLayout of it; resized to x by nearest neighbour.
             activation: None, "relu", "leaky_relu" or "silu", applied to y in the same pass.
             negative_slope: of leaky ReLU.
             moments: `plane_moments(x)`, where several layers normalise one x.
@@ -85,13 +87,29 @@ class SPADE(nn.Module):
             ValueError, TypeError: an argument is not as said above; the message names it.
         """
         self.check(x, segmap)
-        hidden = self.mlp_shared(resize(segmap, x.shape[2:]))
-        convolve = convolve_jointly if hidden.is_cuda else convolve_apart  # on a CPU nothing is gained, and copying costs
-        gamma, beta = convolve((self.mlp_gamma, self.mlp_beta), hidden)
+        if isinstance(segmap, SemanticLayout):
+            gamma, beta, lookup = self._from_windows(segmap, x)
+        else:
+            gamma, beta, lookup = *self._from_pixels(segmap, x), {}
         if not is_known(self.param_free_norm):
             x, moments = self.param_free_norm(x), None
         norm = self._norm_arguments()
-        return spade_modulate(x, gamma, beta, **norm, activation=activation, negative_slope=negative_slope, moments=moments)
+        return spade_modulate(x, gamma, beta, **lookup, **norm, activation=activation, negative_slope=negative_slope, moments=moments)
+
+    def _from_pixels(self, segmap, x):
+        """γ and β of every pixel, of x's shape."""
+        hidden = self.mlp_shared(resize(segmap, x.shape[2:]))
+        convolve = convolve_jointly if hidden.is_cuda else convolve_apart  # on a CPU nothing is gained, and copying costs
+        return convolve((self.mlp_gamma, self.mlp_beta), hidden)
+
+    def _from_windows(self, layout, x):
+        """γ and β of every distinct window, [K, C], and how a pixel finds its own."""
+        shared, activation = self.mlp_shared
+        windows = layout.windows(x.shape[2:], shared.kernel_size[0])
+        hidden = activation(convolve_windows(layout.palette, shared.weight, shared.bias, windows.hidden))
+        gamma, beta = (convolve_windows(hidden, module.weight, module.bias, windows.table) for module in (self.mlp_gamma, self.mlp_beta))
+        dtype = dtype_of_convolution(x, shared.weight)
+        return gamma.to(dtype), beta.to(dtype), {"index": windows.index, "order": windows.order}
 
     @property
     def measures(self):
@@ -121,7 +139,9 @@ class SPADE(nn.Module):
 
     def check(self, x, segmap):
         """Raises what is wrong with x or segmap, by name."""
-        for name, tensor, channels in (("x", x, self.norm_nc), ("segmap", segmap, self.label_nc)):
+        weight = self.mlp_shared[0].weight
+        is_layout = isinstance(segmap, SemanticLayout)
+        for name, tensor, channels in (("x", x, self.norm_nc), ("segmap", segmap, self.label_nc))[: 1 if is_layout else 2]:
             if not isinstance(tensor, torch.Tensor):
                 raise TypeError(f"{name} is a {type(tensor).__name__}, it should be a torch.Tensor")
             if not tensor.is_floating_point():
@@ -129,14 +149,17 @@ class SPADE(nn.Module):
             if tensor.dim() != self.spatial_dims + 2 or tensor.shape[1] != channels:
                 spatial = ", ".join("DHW"[-self.spatial_dims :])
                 raise ValueError(f"{name} has shape {list(tensor.shape)}, it should be [N, {channels}, {spatial}]")
-        weight = self.mlp_shared[0].weight
+        if is_layout and segmap.codes.dim() - 1 != self.spatial_dims:
+            raise ValueError(f"segmap has {segmap.codes.dim() - 1} dimensions, it should have {self.spatial_dims}")
+        if is_layout and segmap.label_nc != self.label_nc:
+            raise ValueError(f"segmap has {segmap.label_nc} channels, it should have {self.label_nc}")
         for name, tensor in {"segmap": segmap, "the layer's weight": weight}.items():
             if tensor.device != x.device:
                 raise ValueError(f"{name} is on {tensor.device}, it should be on x's device, {x.device}")
-        if segmap.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
+        if not is_layout and segmap.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
             raise TypeError(f"segmap has dtype {segmap.dtype}, it should be the weights', {weight.dtype}")
-        if segmap.shape[0] != x.shape[0]:
-            raise ValueError(f"segmap has a batch of {segmap.shape[0]}, it should be x's, {x.shape[0]}")
+        if len(segmap) != x.shape[0]:
+            raise ValueError(f"segmap has a batch of {len(segmap)}, it should be x's, {x.shape[0]}")
 
     def extra_repr(self):
         return f"{self.norm_nc}, {self.label_nc}"
@@ -148,6 +171,12 @@ def resize(segmap, size):
         steps = [slice(None, None, given // wanted) for given, wanted in zip(segmap.shape[2:], size)]
         return segmap[(slice(None), slice(None), *steps)]
     return F.interpolate(segmap, size=tuple(size), mode="nearest")
+
+
+def dtype_of_convolution(x, weight):
+    """Of a convolution's output for this weight, beside x."""
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
 
 
 def convolve_jointly(convolutions, x):

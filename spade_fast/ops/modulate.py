@@ -11,7 +11,7 @@ from . import norms
 from .arguments import check_modulate, check_x
 
 
-def spade_modulate(x, gamma, beta, *, index=None, norm="instance", num_groups=None, weight=None, bias=None, running_mean=None,
+def spade_modulate(x, gamma, beta, *, index=None, order=None, norm="instance", num_groups=None, weight=None, bias=None, running_mean=None,
                    running_var=None, training=True, momentum=0.1, eps=1e-5, process_group=None, activation=None,
                    negative_slope=0.2, moments=None):
     """Normalise x, modulate it by γ and β, and apply an activation (Park et al. 2019, equation 1).
@@ -21,6 +21,7 @@ def spade_modulate(x, gamma, beta, *, index=None, norm="instance", num_groups=No
         gamma, beta: γ and β, of x's shape and device, in one dtype, which may be another than x's.
         index: [N, *spatial], whole numbers: then γ and β are the rows of a table, [K, C], and index says which row each pixel has.
             On a CPU it is checked for numbers outside of the table.
+        order: [N, pixels], int32: each image's pixels sorted by index, for backward, where that is known already.
         norm: "instance", "batch", "syncbatch", "group", or None: x is modulated as it is.
         num_groups: groups of channels, for norm="group".
         weight, bias: [C], the norm's own affine parameters, before the modulation.
@@ -48,7 +49,7 @@ def spade_modulate(x, gamma, beta, *, index=None, norm="instance", num_groups=No
     differentiates = torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in differentiable)
     if norm == "instance" and weight is None and bias is None and moments is None:
         if differentiates:
-            return ModulateInstance.apply(x, gamma, beta, index, eps, activation, negative_slope, backend)
+            return ModulateInstance.apply(x, gamma, beta, index, order, eps, activation, negative_slope, backend)
         return backend.instance_forward(x, gamma, beta, index, eps, activation, negative_slope, False)[0]
     norm = norms.Norm(norm, num_groups, training, momentum, eps, process_group)
     with torch.no_grad():
@@ -60,7 +61,7 @@ def spade_modulate(x, gamma, beta, *, index=None, norm="instance", num_groups=No
         else:
             statistics = norms.given(running_mean, running_var, eps, torch_backend.sum_dtype(x.dtype))
     if differentiates:
-        return Modulate.apply(*differentiable, index, *statistics, norm, activation, negative_slope, backend)
+        return Modulate.apply(*differentiable, index, order, *statistics, norm, activation, negative_slope, backend)
     planes = norms.planes(statistics, x.shape[:2], weight, bias)
     return backend.apply(x, planes, gamma, beta, index, activation, negative_slope, False)[0]
 
@@ -80,25 +81,25 @@ class Modulate(torch.autograd.Function):
     """Keeps x, γ and, for the activation's derivative, one bit an element (ReLU, leaky ReLU) or β (SiLU)."""
 
     @staticmethod
-    def forward(ctx, x, gamma, beta, weight, bias, index, mean, inverse_deviation, count, norm, activation, negative_slope, backend):
+    def forward(ctx, x, gamma, beta, weight, bias, index, order, mean, inverse_deviation, count, norm, activation, negative_slope, backend):
         statistics = norms.Statistics(mean, inverse_deviation, count)
         planes = norms.planes(statistics, x.shape[:2], weight, bias)
         y, signs = backend.apply(x, planes, gamma, beta, index, activation, negative_slope, True)
         kept_beta = beta if activation == "silu" else None
-        ctx.save_for_backward(x, gamma, kept_beta, weight, bias, index, mean, inverse_deviation, planes, signs)
+        ctx.save_for_backward(x, gamma, kept_beta, weight, bias, index, order, mean, inverse_deviation, planes, signs)
         ctx.count, ctx.norm, ctx.backend = count, norm, backend
         ctx.activation, ctx.negative_slope = activation, negative_slope
         return y
 
     @staticmethod
     def backward(ctx, dy):
-        x, gamma, beta, weight, bias, index, mean, inverse_deviation, planes, signs = ctx.saved_tensors
+        x, gamma, beta, weight, bias, index, order, mean, inverse_deviation, planes, signs = ctx.saved_tensors
         statistics = norms.Statistics(mean, inverse_deviation, ctx.count)
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             gradients = _differentiable_backward(ctx, dy, x, gamma, beta, weight, bias, index, statistics, signs)
-            return *gradients, *[None] * 8
+            return *gradients, *[None] * 9
         activation = (ctx.activation, ctx.negative_slope)
-        order = None if index is None else torch_backend.sort_pixels(index)
+        order = torch_backend.sort_pixels(index) if order is None and index is not None else order
         dgamma, dbeta, sums = ctx.backend.backward_sums(dy, x, planes, gamma, beta, index, order, signs, *activation)
         terms = norms.backward(ctx.norm, statistics, sums, weight)
         dx = None
@@ -106,32 +107,32 @@ class Modulate(torch.autograd.Function):
             dx = ctx.backend.backward_input(dy, x, planes, gamma, beta, index, signs, terms, *activation)
         if ctx.activation is None and index is None:
             dbeta = dy.to(gamma.dtype)  # with no activation dβ is dy itself
-        return dx, dgamma, dbeta, *norms.backward_affine(statistics, sums, weight, bias), *[None] * 8
+        return dx, dgamma, dbeta, *norms.backward_affine(statistics, sums, weight, bias), *[None] * 9
 
 
 class ModulateInstance(torch.autograd.Function):
     """The same for instance norm without parameters of its own, most SPADEs' norm: one operator each way."""
 
     @staticmethod
-    def forward(ctx, x, gamma, beta, index, eps, activation, negative_slope, backend):
+    def forward(ctx, x, gamma, beta, index, order, eps, activation, negative_slope, backend):
         y, signs, planes = backend.instance_forward(x, gamma, beta, index, eps, activation, negative_slope, True)
-        ctx.save_for_backward(x, gamma, beta if activation == "silu" else None, index, planes, signs)
+        ctx.save_for_backward(x, gamma, beta if activation == "silu" else None, index, order, planes, signs)
         ctx.norm, ctx.backend = norms.Norm("instance", eps=eps), backend
         ctx.activation, ctx.negative_slope = activation, negative_slope
         return y
 
     @staticmethod
     def backward(ctx, dy):
-        x, gamma, beta, index, planes, signs = ctx.saved_tensors
+        x, gamma, beta, index, order, planes, signs = ctx.saved_tensors
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             dx, dgamma, dbeta, _, _ = _differentiable_backward(ctx, dy, x, gamma, beta, None, None, index, None, signs)
         else:
-            order = None if index is None else torch_backend.sort_pixels(index)
+            order = torch_backend.sort_pixels(index) if order is None and index is not None else order
             dgamma, dbeta, dx = ctx.backend.instance_backward(dy, x, planes, gamma, beta, index, order, signs, ctx.activation,
                                                               ctx.negative_slope)
             if ctx.activation is None and index is None:
                 dbeta = dy.to(gamma.dtype)
-        return dx, dgamma, dbeta, *[None] * 5
+        return dx, dgamma, dbeta, *[None] * 6
 
 
 def _differentiable_backward(ctx, dy, x, gamma, beta, weight, bias, index, statistics, signs):

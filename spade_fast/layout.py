@@ -1,0 +1,213 @@
+"""A semantic layout as small whole numbers, and its distinct windows: what makes γ and β cheap on label maps.
+
+γ and β at a pixel depend on the condition in a small window around it alone, and a layout has few distinct windows. So each one
+is computed once, and looked up: the same function, sums in another order. A condition [N, label_nc, *spatial] is held as codes,
+and a palette: the condition's vector for each code. The condition itself is never made.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from . import kernels
+
+
+class Sums(NamedTuple):
+    """What windows see, as sums of rows: sum i is over rows[offsets[i]:offsets[i + 1]], each row · taps + tap.
+
+    And the other way round, for backward: row · taps + tap is in the sums back_rows[back_offsets[…]:back_offsets[… + 1]].
+    All int32, on the layout's device; a tap beyond the border sees nothing, and is left out.
+    """
+
+    offsets: torch.Tensor
+    rows: torch.Tensor
+    back_offsets: torch.Tensor
+    back_rows: torch.Tensor
+
+
+class Windows(NamedTuple):
+    """The distinct windows of a layout at one size, for convolutions of one kernel size.
+
+    hidden: the windows of codes that the first convolution sees, K1 of them, as sums of the palette's rows.
+    table: the windows of those that γ and β see, K2 of them, as sums of hidden rows.
+    index: [N, *size], which of the K2 each pixel has; order: [N, pixels], each image's pixels sorted by it. Both int32.
+    """
+
+    hidden: Sums
+    table: Sums
+    index: torch.Tensor
+    order: torch.Tensor
+
+    @property
+    def count(self):
+        """K2, the rows of γ and β."""
+        return len(self.table.offsets) - 1
+
+
+class SemanticLayout:
+    """A batch of semantic layouts: codes [N, *spatial], int32, and a palette [P, label_nc] of the vectors that they stand for.
+
+    Made by `from_labels` or `from_segmap`. Wherever the project takes a condition [N, label_nc, *spatial], it takes this.
+    """
+
+    def __init__(self, codes, palette):
+        if codes.dtype != torch.int32 or codes.dim() < 2 or codes.dim() > 4:
+            raise ValueError(f"codes is {codes.dtype} {list(codes.shape)}, it should be int32 [N, *spatial] with 1 to 3 dimensions")
+        if palette.dim() != 2 or not palette.is_floating_point():
+            raise ValueError(f"palette is {palette.dtype} {list(palette.shape)}, it should be floating-point [P, label_nc]")
+        if palette.device != codes.device:
+            raise ValueError(f"palette is on {palette.device}, it should be on the codes' device, {codes.device}")
+        self.codes, self.palette = codes, palette
+        self._windows = {}
+
+    @classmethod
+    def from_labels(cls, labels, num_classes, instances=None, dont_care=None):
+        """The one-hot layout of a label map, with the instance-edge channel of the published preprocessing.
+
+        Args:
+            labels: whole numbers [N, *spatial], torch or NumPy, 0 to num_classes − 1, and `dont_care`.
+            num_classes: classes, without "don't care".
+            instances: whole numbers of the same shape: one channel more is 1 where a direct neighbour has another number.
+            dont_care: a label that becomes one more class, num_classes.
+
+        Raises:
+            ValueError, TypeError: an argument is not so; of a label out of range, which, how many and where the first one is.
+        """
+        labels = _whole_numbers("labels", labels)
+        channels = num_classes + (dont_care is not None)
+        codes = labels.long()
+        if dont_care is not None:
+            codes = torch.where(codes == dont_care, num_classes, codes)
+        _check_range(labels, codes, channels, num_classes, dont_care)
+        if instances is not None:
+            instances = _whole_numbers("instances", instances)
+            if instances.shape != labels.shape:
+                raise ValueError(f"instances has shape {list(instances.shape)}, it should be that of labels, {list(labels.shape)}")
+            codes = codes + channels * instance_edges(instances)
+        present = torch.bincount(codes.flatten(), minlength=1).nonzero().squeeze(1)
+        palette = F.one_hot(present % channels, channels).float()
+        if instances is not None:
+            palette = torch.cat([palette, (present // channels)[:, None].float()], dim=1)
+        compact = torch.zeros(int(present[-1]) + 1 if len(present) else 1, dtype=torch.int32, device=codes.device)
+        compact[present] = torch.arange(len(present), dtype=torch.int32, device=codes.device)
+        return cls(compact[codes], palette)
+
+    def to_segmap(self, dtype=torch.float32):
+        """The condition [N, label_nc, *spatial] itself."""
+        return self.palette.to(dtype)[self.codes.long()].movedim(-1, 1).contiguous()
+
+    def windows(self, size, kernel_size):
+        """The Windows at this size, *spatial, for convolutions of this kernel size. Made once, then kept."""
+        key = (tuple(size), kernel_size)
+        if key not in self._windows:
+            if len(key[0]) != self.codes.dim() - 1:
+                raise ValueError(f"size is {key[0]}, it should have the layout's {self.codes.dim() - 1} dimensions")
+            if kernel_size % 2 == 0 or not 1 <= kernel_size <= 7:
+                raise ValueError(f"kernel_size is {kernel_size}, it should be 1, 3, 5 or 7")
+            self._windows[key] = number(resize_codes(self.codes, key[0]), kernel_size, len(self.palette))
+        return self._windows[key]
+
+    def prepare(self, sizes, kernel_size):
+        """Makes the windows of these sizes ahead, in a data loader's worker for instance. Returns the layout."""
+        for size in sizes:
+            self.windows(size, kernel_size)
+        return self
+
+    def to(self, device):
+        """The layout with all its windows on this device; itself where it is there."""
+        if torch.device(device) == self.codes.device:
+            return self
+        return self._mapped(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pin_memory(self):
+        """The layout with all its windows in pinned memory, for a data loader."""
+        return self._mapped(torch.Tensor.pin_memory)
+
+    def _mapped(self, function):
+        layout = SemanticLayout(function(self.codes), function(self.palette))
+        for key, windows in self._windows.items():
+            sums = (Sums(*map(function, part)) for part in windows[:2])
+            layout._windows[key] = Windows(*sums, function(windows.index), function(windows.order))
+        return layout
+
+    def stats(self):
+        """Distinct windows per pixel, by (size, kernel size), of those sizes that have been needed: (K1, K2) over pixels."""
+        return {
+            key: tuple((len(sums.offsets) - 1) / max(1, windows.index.numel()) for sums in (windows.hidden, windows.table))
+            for key, windows in self._windows.items()
+        }
+
+    @property
+    def device(self):
+        return self.codes.device
+
+    @property
+    def label_nc(self):
+        return self.palette.shape[1]
+
+    def __len__(self):
+        return len(self.codes)
+
+    def __repr__(self):
+        size = " × ".join(map(str, self.codes.shape[1:]))
+        return f"SemanticLayout({len(self)} of {size}, {len(self.palette)} codes for {self.label_nc} channels, on {self.device})"
+
+
+def number(codes, kernel_size, num_codes):
+    """The Windows of codes [N, *size]."""
+    backend = kernels.select(codes)
+    first, hidden = backend.number_windows(codes, kernel_size)
+    index, table = backend.number_windows(first, kernel_size)
+    hidden_sums = Sums(*backend.window_sums(hidden, num_codes))
+    return Windows(hidden_sums, Sums(*backend.window_sums(table, len(hidden))), index, backend.sort_pixels(index))
+
+
+def resize_codes(codes, size):
+    """codes [N, *spatial] at another size, by the pixels that `F.interpolate(mode="nearest")` takes of a float32 condition."""
+    for dim, (given, wanted) in enumerate(zip(codes.shape[1:], size), start=1):
+        if given == wanted:
+            continue
+        if wanted > 0 and given % wanted == 0:
+            codes = codes[(slice(None),) * dim + (slice(None, None, given // wanted),)]
+        else:
+            pixels = torch.arange(given, dtype=torch.float32, device=codes.device)
+            pixels = F.interpolate(pixels[None, None], size=wanted, mode="nearest")[0, 0]
+            codes = codes.index_select(dim, pixels.long())
+    return codes.contiguous()
+
+
+def instance_edges(instances):
+    """1 where a direct neighbour along any axis has another instance number, else 0: [N, *spatial] as long."""
+    edges = torch.zeros_like(instances, dtype=torch.bool)
+    for dim in range(1, instances.dim()):
+        length = instances.shape[dim]
+        before, after = edges.narrow(dim, 0, max(0, length - 1)), edges.narrow(dim, min(1, length), max(0, length - 1))
+        differ = instances.narrow(dim, 0, max(0, length - 1)) != instances.narrow(dim, min(1, length), max(0, length - 1))
+        before |= differ
+        after |= differ
+    return edges.long()
+
+
+def _whole_numbers(name, values):
+    """values as a tensor of whole numbers [N, *spatial]."""
+    values = torch.from_numpy(np.ascontiguousarray(values)) if isinstance(values, np.ndarray) else values
+    if not isinstance(values, torch.Tensor):
+        raise TypeError(f"{name} is a {type(values).__name__}, it should be a torch.Tensor or a numpy.ndarray")
+    if values.is_floating_point() or values.is_complex() or values.dtype == torch.bool:
+        raise TypeError(f"{name} has dtype {values.dtype}, it should hold whole numbers")
+    if not 2 <= values.dim() <= 4:
+        raise ValueError(f"{name} has shape {list(values.shape)}, it should be [N, *spatial] with 1 to 3 spatial dimensions")
+    return values
+
+
+def _check_range(labels, codes, channels, num_classes, dont_care):
+    wrong = (codes < 0) | (codes >= channels)
+    if not wrong.any():
+        return
+    place = wrong.nonzero()[0].tolist()
+    value = labels[tuple(place)].item()
+    allowed = f"0 to {num_classes - 1}" + ("" if dont_care is None else f", or {dont_care} for don't care")
+    raise ValueError(f"labels has a {value} in {int((labels == value).sum())} pixels, first at {place}; it should have {allowed}"
+                     f" ({int(wrong.sum())} pixels are out of range)")

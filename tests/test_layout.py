@@ -1,0 +1,158 @@
+"""SemanticLayout: from labels, back to the condition, its windows, and every error."""
+
+import itertools
+import pickle
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+import spade_fast
+from spade_fast import SemanticLayout
+from spade_fast.kernels import cpu_backend, torch_backend
+from spade_fast.layout import resize_codes
+
+pytestmark = pytest.mark.usefixtures("backend")
+
+
+def patches(shape, classes, seed=0):
+    """Labels that are constant over patches, with some noise."""
+    generator = torch.Generator().manual_seed(seed)
+    coarse = torch.randint(classes, (shape[0], 1, *(max(1, size // 4) for size in shape[1:])), generator=generator)
+    labels = F.interpolate(coarse.float(), size=shape[1:], mode="nearest")[:, 0].long()
+    noise = torch.rand(shape, generator=generator) < 0.03
+    return torch.where(noise, torch.randint(classes, shape, generator=generator), labels)
+
+
+def contents_of(codes, kernel_size):
+    """Each place's window, [N, *spatial, taps], −1 beyond the border: what numbering must tell apart."""
+    half, axes = kernel_size // 2, codes.dim() - 1
+    padded = F.pad(codes, (half, half) * axes, value=-1)
+    for axis in range(1, axes + 1):
+        padded = padded.unfold(axis, kernel_size, 1)
+    return padded.reshape(*codes.shape, -1)
+
+
+SHAPES = [(2, 17), (1, 1), (2, 9, 14), (1, 1, 6), (3, 4, 1), (2, 5, 4, 6), (1, 40, 33)]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("kernel_size", [1, 3, 5, 7])
+@pytest.mark.parametrize("classes", [1, 3, 300])
+def test_windows_have_the_same_number_just_where_they_are_the_same(shape, kernel_size, classes):
+    codes = patches(shape, classes).int()
+    numbers, contents = spade_fast.kernels.select(codes).number_windows(codes, kernel_size)
+    assert numbers.dtype == contents.dtype == torch.int32
+    assert torch.equal(contents[numbers.long()], contents_of(codes, kernel_size))  # equal numbers: equal windows
+    assert len(contents.unique(dim=0)) == len(contents)  # different numbers: different windows
+    assert torch.equal(numbers.unique(), torch.arange(len(contents), dtype=torch.int32))  # and each occurs
+
+
+@pytest.mark.skipif(cpu_backend.library is None, reason=str(cpu_backend.failure))
+@pytest.mark.parametrize("hash_mask", [0, 1, 255])
+def test_colliding_hashes_change_nothing(hash_mask):
+    codes = patches((2, 20, 20), 5).int()
+    plain = cpu_backend.number_windows(codes, 3)
+    collided = [torch.from_numpy(array) for array in cpu_backend.library.number_windows(codes.numpy(), 3, hash_mask)]
+    assert torch.equal(plain[0], collided[0]) and torch.equal(plain[1], collided[1])
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("kernel_size", [1, 3])
+def test_sums_list_what_each_window_sees_and_where_each_row_is_seen(shape, kernel_size):
+    codes = patches(shape, 4).int()
+    backend = spade_fast.kernels.select(codes)
+    _, contents = backend.number_windows(codes, kernel_size)
+    windows, taps = contents.shape
+    offsets, rows, back_offsets, back_rows = (tensor.tolist() for tensor in backend.window_sums(contents, 4))
+    assert len(offsets) == windows + 1 and len(back_offsets) == 4 * taps + 1
+    for window in range(windows):
+        seen = [row * taps + tap for tap, row in enumerate(contents[window].tolist()) if row >= 0]
+        assert rows[offsets[window] : offsets[window + 1]] == seen
+    for row, tap in itertools.product(range(4), range(taps)):
+        seen = (contents[:, tap] == row).nonzero()[:, 0].tolist()
+        assert back_rows[back_offsets[row * taps + tap] : back_offsets[row * taps + tap + 1]] == seen
+
+
+@pytest.mark.parametrize("given", [1, 2, 7, 16, 33])
+def test_codes_are_resized_as_interpolate_does(given):
+    codes = torch.arange(given, dtype=torch.int32)[None]
+    for wanted in range(1, 41):
+        expected = F.interpolate(codes[None].float(), size=wanted, mode="nearest")[0].int()
+        assert torch.equal(resize_codes(codes, (wanted,)), expected)
+
+
+@pytest.mark.parametrize("dont_care", [None, 255])
+@pytest.mark.parametrize("shape", [(2, 13), (2, 9, 14), (1, 4, 5, 6)])
+@pytest.mark.parametrize("has_instances", [False, True])
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int64])
+def test_from_labels_and_back(shape, dont_care, has_instances, dtype):
+    labels = patches(shape, 6)
+    if dont_care is not None:
+        labels[labels == 5] = dont_care
+    instances = patches(shape, 3, seed=1) if has_instances else None
+    layout = SemanticLayout.from_labels(labels.to(dtype), 6, instances, dont_care)
+    classes = torch.where(labels == 255, 6, labels)
+    expected = [F.one_hot(classes, 6 + (dont_care is not None)).movedim(-1, 1).float()]
+    if has_instances:
+        edges = torch.zeros(shape, dtype=torch.bool)
+        for dim, step in itertools.product(range(1, len(shape)), (-1, 1)):
+            shifted = instances.roll(step, dim)
+            shifted.select(dim, 0 if step == 1 else -1).copy_(instances.select(dim, 0 if step == 1 else -1))
+            edges |= shifted != instances
+        expected.append(edges[:, None].float())
+    expected = torch.cat(expected, dim=1)
+    assert layout.label_nc == expected.shape[1] and len(layout) == shape[0]
+    assert torch.equal(layout.to_segmap(), expected)
+    assert torch.equal(SemanticLayout.from_labels(labels.numpy(), 6, instances, dont_care).codes, layout.codes)
+
+
+def test_a_layout_survives_pickling_with_its_windows():
+    layout = SemanticLayout.from_labels(patches((2, 16, 16), 5), 5).prepare([(8, 8), (16, 16)], 3)
+    copy = pickle.loads(pickle.dumps(layout))
+    assert torch.equal(copy.codes, layout.codes) and copy.stats() == layout.stats() != {}
+    for ours, theirs in zip(copy.windows((8, 8), 3), layout.windows((8, 8), 3)):
+        assert all(torch.equal(*pair) for pair in zip(ours, theirs))
+    assert repr(layout) == "SemanticLayout(2 of 16 × 16, 5 codes for 5 channels, on cpu)"
+
+
+@pytest.mark.parametrize("labels,settings,message", [
+    (torch.tensor([[0, 1, 7, 7]]), {}, r"labels has a 7 in 2 pixels, first at \[0, 2\]; it should have 0 to 4 \(2 pixels are out"),
+    (torch.tensor([[0, -1]]), {}, r"labels has a -1 in 1 pixels, first at \[0, 1\]"),
+    (torch.tensor([[0, 7]]), {"dont_care": 255}, "should have 0 to 4, or 255 for don't care"),
+    (torch.zeros(1, 4), {}, "labels has dtype torch.float32, it should hold whole numbers"),
+    (torch.zeros(1, 4, dtype=torch.complex64), {}, "labels has dtype torch.complex64"),
+    (np.zeros((1, 4), dtype=np.float32), {}, "labels has dtype torch.float32"),
+    ([[1]], {}, "labels is a list, it should be a torch.Tensor or a numpy.ndarray"),
+    (torch.zeros(4, dtype=torch.long), {}, r"labels has shape \[4\], it should be \[N, \*spatial\]"),
+    (torch.zeros(1, 4, dtype=torch.long), {"instances": torch.zeros(1, 5, dtype=torch.long)}, r"instances has shape \[1, 5\], it should"),
+])
+def test_bad_labels(labels, settings, message):
+    with pytest.raises((ValueError, TypeError), match=message):
+        SemanticLayout.from_labels(labels, 5, **settings)
+
+
+def test_bad_layouts_and_sizes():
+    codes, palette = torch.zeros(1, 4, 4, dtype=torch.int32), torch.zeros(1, 3)
+    for arguments, message in [((codes.long(), palette), "codes is torch.int64"), ((codes[0, 0], palette), r"int32 \[4\], it should be"),
+                               ((codes, palette[0]), "palette is"), ((codes, palette.long()), "palette is torch.int64")]:
+        with pytest.raises(ValueError, match=message):
+            SemanticLayout(*arguments)
+    layout = SemanticLayout(codes, palette)
+    for arguments, message in [(((4,), 3), "size is"), (((4, 4), 2), "kernel_size is 2"), (((4, 4), 9), "kernel_size is 9")]:
+        with pytest.raises(ValueError, match=message):
+            layout.windows(*arguments)
+
+
+@pytest.mark.parametrize("shape", [(0, 4, 4), (2, 0, 4)])
+def test_an_empty_map(shape):
+    layout = SemanticLayout.from_labels(torch.zeros(shape, dtype=torch.long), 3)
+    assert layout.to_segmap().shape == (shape[0], 3, *shape[1:])
+    assert layout.windows(shape[1:], 3).count == 0
+
+
+def test_both_ways_of_numbering_find_the_same_windows():
+    codes = patches((2, 30, 21), 7).int()
+    counts = {len(backend.number_windows(codes, 3)[1]) for backend in (torch_backend, cpu_backend) if backend.why_not(codes) is None}
+    assert len(counts) == 1

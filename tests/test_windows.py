@@ -1,0 +1,130 @@
+"""SPADE over the distinct windows of a layout: the same numbers as over its dense condition, forward and backward."""
+
+import pytest
+import torch
+from modulations import channels_last, contiguous
+from test_layout import patches
+
+import spade_fast
+from spade_fast import SPADE, SemanticLayout, SPADEResnetBlock, reference
+from spade_fast.agreement import excess
+
+pytestmark = pytest.mark.usefixtures("backend")
+
+
+def relative(ours, truth):
+    """Norm-wise."""
+    return ((ours - truth).norm() / truth.norm().clamp_min(1e-300)).item()
+
+
+def compare(spade, layout, x, activation=None):
+    """The largest relative error of y and every gradient in float64, against the reference with the dense condition."""
+    spade, x = spade.double(), x.double()
+    settings = dict(spatial_dims=spade.spatial_dims, kernel_size=spade.mlp_gamma.kernel_size[0])
+    norm = "batch" if "running_mean" in dict(spade.param_free_norm.named_buffers()) else "instance"
+    dense = reference.SPADE(spade.norm_nc, spade.label_nc, spade.mlp_gamma.in_channels, norm=norm, **settings).double()
+    dense.load_state_dict(spade.state_dict())
+    found = []
+    for module, condition in ((spade, layout), (dense, layout.to_segmap(torch.float64))):
+        own_x = x.clone().requires_grad_()
+        y = module(own_x, condition)
+        dy = torch.sin(torch.arange(y.numel(), dtype=torch.float64)).view(y.shape)
+        gradients = torch.autograd.grad(y, [own_x, *module.parameters()], dy)
+        found.append([y.detach(), *gradients])
+    names = ["y", "x", *(name for name, _ in spade.named_parameters())]
+    return {name: relative(*pair) for name, *pair in zip(names, *found)}
+
+
+@pytest.mark.parametrize("shape,size", [((2, 17), (17,)), ((2, 16, 12), (16, 12)), ((2, 16, 12), (8, 6)), ((1, 9, 14), (13, 7)),
+                                        ((3, 5, 5), (10, 10)), ((2, 6, 4, 5), (3, 4, 5)), ((1, 1, 1), (2, 3))])
+@pytest.mark.parametrize("kernel_size", [1, 3, 5, 7])
+@pytest.mark.parametrize("norm", ["instance", "batch"])
+@pytest.mark.parametrize("classes", [1, 4, 300])
+def test_exact_in_float64(shape, size, kernel_size, norm, classes):
+    torch.manual_seed(0)
+    layout = SemanticLayout.from_labels(patches(shape, classes), classes, patches(shape, 2, seed=1))
+    spade = SPADE(5, classes + 1, 6, kernel_size, norm, spatial_dims=len(size))
+    errors = compare(spade, layout, torch.randn(shape[0], 5, *size))
+    assert max(errors.values()) < 1e-12, errors
+
+
+def test_exact_where_every_window_is_distinct():
+    layout = SemanticLayout.from_labels(torch.randperm(400).view(1, 20, 20), 400)
+    assert layout.windows((20, 20), 3).count == 400
+    errors = compare(SPADE(8, 400, 16), layout, torch.randn(1, 8, 20, 20))
+    assert max(errors.values()) < 1e-12, errors
+
+
+@pytest.mark.parametrize("layout_of_x", [contiguous, channels_last])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_the_other_dtypes(dtype, layout_of_x):
+    torch.manual_seed(0)
+    layout = SemanticLayout.from_labels(patches((2, 32, 32), 5), 5)
+    spade, eager = SPADE(24, 5, 16).to(dtype), reference.SPADE(24, 5, 16).to(dtype)
+    eager.load_state_dict(spade.state_dict())
+    truth = reference.SPADE(24, 5, 16).double()
+    truth.load_state_dict(spade.state_dict())
+    x, dy = layout_of_x(torch.randn(2, 24, 32, 32).to(dtype)), torch.randn(2, 24, 32, 32).to(dtype)
+    found = []
+    for module, condition in ((spade, layout), (eager, layout.to_segmap(dtype)), (truth, layout.to_segmap(torch.float64))):
+        own_x = x.to(module.mlp_gamma.weight.dtype).requires_grad_()
+        y = module(own_x, condition)
+        assert y.dtype == own_x.dtype
+        found.append([y.detach(), *torch.autograd.grad(y, [own_x, *module.parameters()], dy.to(y.dtype))])
+    names = ["y", "x", *(name for name, _ in spade.named_parameters())]
+    errors = {name: excess(ours, theirs, true, eps=torch.finfo(dtype).eps) for name, ours, theirs, true in zip(names, *found)}
+    assert max(errors.values()) <= 1, errors
+
+
+def test_two_backward_passes_give_the_same_bits():
+    layout = SemanticLayout.from_labels(patches((2, 40, 40), 9), 9)
+    spade, x = SPADE(16, 9, 32), torch.randn(2, 16, 40, 40)
+    first, second = (torch.autograd.grad(spade(x, layout).square().sum(), list(spade.parameters())) for _ in range(2))
+    assert all(torch.equal(*pair) for pair in zip(first, second))
+
+
+def test_the_palettes_gradient():
+    layout = SemanticLayout.from_labels(patches((2, 12, 12), 5), 5)
+    palette = layout.palette.double().requires_grad_()
+    spade, x = SPADE(4, 5, 8).double(), torch.randn(2, 4, 12, 12, dtype=torch.float64)
+    ours, = torch.autograd.grad(spade(x, SemanticLayout(layout.codes, palette)).square().sum(), palette)
+    dense = palette[layout.codes.long()].movedim(-1, 1)
+    theirs, = torch.autograd.grad(spade(x, dense).square().sum(), palette)
+    assert relative(ours, theirs) < 1e-12
+
+
+def test_second_derivatives():
+    layout = SemanticLayout.from_labels(patches((1, 6, 6), 3), 3)
+    spade, x = SPADE(3, 3, 4).double(), torch.randn(1, 3, 6, 6, dtype=torch.float64, requires_grad=True)
+
+    def penalty(condition):
+        gradient, = torch.autograd.grad(spade(x, condition).square().sum(), x, create_graph=True)
+        return torch.autograd.grad(gradient.square().sum(), [x, *spade.parameters()])
+
+    for ours, theirs in zip(penalty(layout), penalty(layout.to_segmap(torch.float64))):
+        assert torch.allclose(ours, theirs, rtol=1e-8, atol=1e-8)
+
+
+@pytest.mark.parametrize("norm_G", ["spectralspadesyncbatch3x3", "spadeinstance5x5", "spadegroup1x1"])
+@pytest.mark.parametrize("fin,fout", [(32, 32), (64, 32)])
+def test_a_block(norm_G, fin, fout):
+    torch.manual_seed(0)
+    layout = SemanticLayout.from_labels(patches((2, 16, 16), 5), 5, dont_care=255)
+    block, x = SPADEResnetBlock(fin, fout, norm_G, 6, nhidden=8).double().eval(), torch.randn(2, fin, 8, 8, dtype=torch.float64)
+    found = []
+    for condition in (layout, layout.to_segmap(torch.float64)):
+        y = block(x, condition)
+        found.append([y, *torch.autograd.grad(y.square().sum(), list(block.parameters()))])
+    for ours, theirs in zip(*found):
+        assert torch.allclose(ours, theirs, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("change,message", [
+    (lambda layout: SemanticLayout(layout.codes[:1], layout.palette), "segmap has a batch of 1, it should be x's, 2"),
+    (lambda layout: SemanticLayout(layout.codes, layout.palette[:, :4]), "segmap has 4 channels, it should have 5"),
+    (lambda layout: SemanticLayout(layout.codes[:, 0], layout.palette), "segmap has 1 dimensions, it should have 2"),
+])
+def test_layouts_that_do_not_fit(change, message):
+    layout = SemanticLayout.from_labels(patches((2, 8, 8), 5), 5)
+    with pytest.raises(ValueError, match=message):
+        SPADE(3, 5)(torch.randn(2, 3, 8, 8), change(layout))
