@@ -8,6 +8,7 @@ import copy
 from dataclasses import dataclass
 from typing import Callable
 
+import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -46,6 +47,7 @@ class Settings:
     quick: bool = False
     labels: str | None = None
     instances: str | None = None
+    scenes: int = 1
 
 
 def modulate(settings):
@@ -91,13 +93,14 @@ def _modulate_problem(settings, channels, size, layout, mode):
 
 def block(settings):
     """The residual blocks of the published COCO generator, with a COCO-Stuff layout at 256² as their condition."""
+    segmap = next(conditions(settings))
     for fin, fout, size in [(128, 64, 64)] if settings.quick else COCO_BLOCKS:
         for mode in (FORWARD, BACKWARD):
             def make(block_type, fin=fin, fout=fout):
                 return block_type(fin, fout, COCO_NORM, 184)
 
             x, dy = torch.randn(1, fin, size, size), torch.randn(1, fout, size, size)
-            yield _network_problem(settings, f"{fin} → {fout} at {size}²", mode, make, (x,), dy)
+            yield _network_problem(settings, f"{fin} → {fout} at {size}²", mode, make, (x,), dy, segmap)
 
 
 def generator(settings):
@@ -107,26 +110,32 @@ def generator(settings):
     def make(block_type):
         return reference.SPADEGenerator(184, ngf, crop_size=size, norm_G=COCO_NORM, block=block_type)
 
-    for mode in (FORWARD, BACKWARD):
-        yield _network_problem(settings, f"COCO {size}²", mode, make, (), torch.randn(1, 3, size, size))
+    for number, segmap in enumerate(conditions(settings)):
+        for mode in (FORWARD, BACKWARD):
+            dy = torch.randn(1, 3, size, size)
+            yield _network_problem(settings, f"COCO {size}² scene {number}", mode, make, (), dy, segmap)
 
 
-def _network_problem(settings, name, mode, make, inputs, dy):
+def _network_problem(settings, name, mode, make, inputs, dy, segmap):
     """make(block_type) makes the network; it is called with the inputs and the condition."""
     torch.manual_seed(0)
     eager, ours = settle(make(reference.SPADEResnetBlock)), make(spade_fast.SPADEResnetBlock)
     ours.load_state_dict(eager.state_dict())
     exact = copy.deepcopy(eager).double()
-    *arguments, dy = (tensor.to(settings.device, settings.dtype) for tensor in (*inputs, condition(settings), dy))
+    *arguments, dy = (tensor.to(settings.device, settings.dtype) for tensor in (*inputs, segmap, dy))
 
-    def variant(network, arguments, layout=torch.contiguous_format, compile=False):
+    def variant(network, arguments, layout=torch.contiguous_format, compile=False, fresh=False):
         network = _set_mode(network.to(settings.device, memory_format=layout), mode)
-        arguments = [tensor.contiguous(memory_format=layout) for tensor in arguments]
+        *arguments, segmap = [tensor.contiguous(memory_format=layout) for tensor in arguments]
         wanted = dict(network.named_parameters())
-        if mode == BACKWARD and len(arguments) > 1:  # x, in a network that has one before it
+        if mode == BACKWARD and arguments:  # x, in a network that has one before it
             arguments[0] = wanted["x"] = arguments[0].requires_grad_()
         forward = _compiled(network) if compile else network
-        return lambda: _outputs(forward(*arguments), wanted, dy.to(arguments[-1].dtype), mode)
+
+        def run():  # a view is another tensor each time: finding its windows is part of what is measured, as for a new layout
+            return _outputs(forward(*arguments, segmap.view_as(segmap) if fresh else segmap), wanted, dy.to(segmap.dtype), mode)
+
+        return run
 
     eager, ours = eager.to(settings.dtype), ours.to(settings.dtype)
     floor = settle(make(FloorBlock)).to(settings.dtype)
@@ -136,7 +145,7 @@ def _network_problem(settings, name, mode, make, inputs, dy):
         {
             "eager": variant(eager, arguments),
             "torch.compile": variant(copy.deepcopy(eager), arguments, compile=True),
-            "spade_fast": variant(ours, arguments),
+            "spade_fast": variant(ours, arguments, fresh=True),
             "floor, contiguous": variant(floor, arguments),
             "floor, channels-last": variant(copy.deepcopy(floor), arguments, torch.channels_last),
         },
@@ -145,14 +154,16 @@ def _network_problem(settings, name, mode, make, inputs, dy):
     )
 
 
-def condition(settings):
-    """One scene's condition, [1, 184, 256, 256] (or 64²): the first of the folder that was named, else a drawn one."""
+def conditions(settings):
+    """Of the first scenes of the folder that was named, else of the drawn ones, the condition [1, 184, 256, 256] (or 64²)."""
     if settings.labels is None:
-        labels, instances = layouts.draw_scene(0)
+        scenes = map(layouts.draw_scene, range(settings.scenes))
     else:
-        labels, instances = layouts.load_scenes(settings.labels, settings.instances)[0]
-        instances = torch.zeros(labels.shape).numpy() if instances is None else instances
-    return layouts.condition(labels, instances, (64, 64) if settings.quick else (256, 256))
+        scenes = layouts.load_scenes(settings.labels, settings.instances)[: settings.scenes]
+    for labels, instances in scenes:
+        instances = np.zeros_like(labels) if instances is None else instances
+        labels, instances = layouts.resized(labels, instances, (64, 64) if settings.quick else (256, 256))
+        yield layouts.condition(labels, instances)
 
 
 class FloorBlock(reference.SPADEResnetBlock):

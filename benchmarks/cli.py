@@ -35,11 +35,12 @@ def run(
     dtype: Annotated[str, typer.Option(help=f"{', '.join(DTYPES)}.")] = "float32",
     labels: Annotated[Path | None, typer.Option(help="Folder of PNGs of COCO-Stuff classes; a drawn scene without.")] = None,
     instances: Annotated[Path | None, typer.Option(help="Folder of PNGs of instance numbers, named as the labels.")] = None,
+    scenes: Annotated[int, typer.Option(min=1, help="How many scenes the generator is measured on.")] = 1,
     json: Annotated[Path | None, typer.Option(help="Write everything that was measured to this file.")] = None,
     plot: Annotated[Path | None, typer.Option(help="Draw a chart to this file.")] = None,
 ):
     """Check, then time, the cases; print a table. Exits with 1 where a row does not match."""
-    settings = Settings(check_device(device), choose("--dtype", dtype, DTYPES), quick, labels, instances)
+    settings = Settings(check_device(device), choose("--dtype", dtype, DTYPES), quick, labels, instances, scenes)
     chosen = {name: choose("NAME", name, CASES) for name in names}
     for option, path in (("--json", json), ("--plot", plot)):
         if path is not None and not path.absolute().parent.is_dir():

@@ -175,31 +175,28 @@ def _read(path):
         return np.array(image)
 
 
-def condition(labels, instances, size, num_classes=182, dont_care=255):
+def resized(labels, instances, size):
+    """labels and instances (or None) at another size, (height, width): every pixel takes its nearest one's number."""
+    return tuple(None if values is None else np.array(Image.fromarray(values.astype(np.int32)).resize(size[::-1], Image.NEAREST))
+                 for values in (labels, instances))
+
+
+def condition(labels, instances, num_classes=182, dont_care=255):
     """What SPADE is conditioned on, prepared the published way.
 
     Args:
         labels: integers [height, width], 0 to num_classes - 1, and `dont_care`, which becomes class num_classes.
         instances: integers [height, width], or None.
-        size: (height, width) of the result; every pixel takes its nearest one's numbers.
 
-    Returns a float32 tensor [1, channels, *size]: one-hot in num_classes + 1 channels; with instances one channel more, 1 where
-    any of the four neighbours has another instance number.
+    Returns a float32 tensor [1, channels, height, width]: one-hot in num_classes + 1 channels; with instances one channel more, 1
+    where any of the four neighbours has another instance number.
     """
     for value in np.unique(labels):
         if value != dont_care and not 0 <= value < num_classes:
             raise ValueError(f"labels has a {value}, it should have 0 to {num_classes - 1}, or {dont_care} for don't care")
-    labels = _resize(labels, size)
-    labels[labels == dont_care] = num_classes
-    channels = labels == np.arange(num_classes + 1)[:, None, None]
+    channels = np.where(labels == dont_care, num_classes, labels) == np.arange(num_classes + 1)[:, None, None]
     if instances is not None:
-        middle = _resize(instances, size)
-        padded = np.pad(middle, 1, mode="edge")
+        padded = np.pad(instances, 1, mode="edge")
         neighbours = np.stack([padded[:-2, 1:-1], padded[2:, 1:-1], padded[1:-1, :-2], padded[1:-1, 2:]])
-        channels = np.concatenate([channels, (neighbours != middle).any(0, keepdims=True)])
+        channels = np.concatenate([channels, (neighbours != instances).any(0, keepdims=True)])
     return torch.from_numpy(channels).float()[None]
-
-
-def _resize(values, size):
-    height, width = size
-    return np.array(Image.fromarray(values.astype(np.int32)).resize((width, height), Image.NEAREST))

@@ -6,7 +6,7 @@
 
 from .kernels import BackendStatus, backends, use_backend
 from .layout import SemanticLayout
-from .nn import SPADE, SPADEResBlk, SPADEResnetBlock
+from .nn import SPADE, SPADEResBlk, SPADEResnetBlock, window_mode
 from .ops import plane_moments, spade_modulate
 
 __version__ = "0.1.0"
@@ -20,4 +20,5 @@ __all__ = [
     "plane_moments",
     "spade_modulate",
     "use_backend",
+    "window_mode",
 ]

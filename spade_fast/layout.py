@@ -41,6 +41,11 @@ class Windows(NamedTuple):
     order: torch.Tensor
 
     @property
+    def hidden_count(self):
+        """K1, the rows of the hidden map."""
+        return len(self.hidden.offsets) - 1
+
+    @property
     def count(self):
         """K2, the rows of γ and β."""
         return len(self.table.offsets) - 1
@@ -94,9 +99,29 @@ class SemanticLayout:
         compact[present] = torch.arange(len(present), dtype=torch.int32, device=codes.device)
         return cls(compact[codes], palette)
 
+    @classmethod
+    def from_segmap(cls, segmap):
+        """The layout of any condition [N, label_nc, *spatial] that is piecewise constant: one-hot, multi-hot, edges, noise per image.
+
+        Its vectors are compared bit for bit. None where they are so many that looking them up would not pay, as in dense features.
+        """
+        if not isinstance(segmap, torch.Tensor) or not segmap.is_floating_point() or not 3 <= segmap.dim() <= 5:
+            raise ValueError("segmap should be a floating-point tensor [N, label_nc, *spatial] with 1 to 3 spatial dimensions")
+        segmap = segmap.detach()
+        found = kernels.select(segmap).find_codes(segmap)
+        if found is None:
+            return None
+        codes, places = found
+        pixels = max(1, segmap.shape[2:].numel())
+        return cls(codes, segmap.flatten(2)[places // pixels, :, places % pixels])
+
     def to_segmap(self, dtype=torch.float32):
         """The condition [N, label_nc, *spatial] itself."""
         return self.palette.to(dtype)[self.codes.long()].movedim(-1, 1).contiguous()
+
+    def resize(self, size):
+        """The layout at another size, by nearest neighbour."""
+        return SemanticLayout(resize_codes(self.codes, size), self.palette)
 
     def windows(self, size, kernel_size):
         """The Windows at this size, *spatial, for convolutions of this kernel size. Made once, then kept."""
@@ -135,9 +160,14 @@ class SemanticLayout:
     def stats(self):
         """Distinct windows per pixel, by (size, kernel size), of those sizes that have been needed: (K1, K2) over pixels."""
         return {
-            key: tuple((len(sums.offsets) - 1) / max(1, windows.index.numel()) for sums in (windows.hidden, windows.table))
+            key: (windows.hidden_count / max(1, windows.index.numel()), windows.count / max(1, windows.index.numel()))
             for key, windows in self._windows.items()
         }
+
+    def equal(self, other):
+        """Whether other is a layout of the same codes and palette."""
+        return (isinstance(other, SemanticLayout) and torch.equal(self.codes, other.codes)
+                and self.palette.dtype == other.palette.dtype and torch.equal(self.palette, other.palette))
 
     @property
     def device(self):

@@ -90,11 +90,12 @@ def test_layouts_are_drawn_and_read_back(tmp_path):
 def test_the_condition_is_one_hot_with_edges():
     labels = np.array([[0, 0, 1], [255, 2, 1]])
     instances = np.array([[5, 5, 5], [7, 5, 5]])
-    condition = layouts.condition(labels, instances, (2, 3), num_classes=3)
+    condition = layouts.condition(labels, instances, num_classes=3)
     assert condition.shape == (1, 5, 2, 3) and condition.dtype == torch.float32
     assert torch.equal(condition[0, :4].argmax(0), torch.tensor([[0, 0, 1], [3, 2, 1]]))
     assert torch.equal(condition[0, :4].sum(0), torch.ones(2, 3))
     assert torch.equal(condition[0, 4], torch.tensor([[1.0, 0, 0], [1, 1, 0]]))
+    assert [size.shape for size in layouts.resized(labels, instances, (4, 6))] == [(4, 6), (4, 6)]
 
 
 def test_scenes_that_cannot_be_read(tmp_path):
@@ -111,4 +112,4 @@ def test_scenes_that_cannot_be_read(tmp_path):
     with pytest.raises(ValueError, match="mode RGB"):
         layouts.load_scenes(tmp_path / "label")
     with pytest.raises(ValueError, match="labels has a 9, it should have 0 to 3, or 255"):
-        layouts.condition(np.array([[0, 9]]), None, (1, 2), num_classes=4)
+        layouts.condition(np.array([[0, 9]]), None, num_classes=4)

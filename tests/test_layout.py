@@ -108,6 +108,36 @@ def test_from_labels_and_back(shape, dont_care, has_instances, dtype):
     assert torch.equal(SemanticLayout.from_labels(labels.numpy(), 6, instances, dont_care).codes, layout.codes)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("shape", [(2, 40), (2, 17, 31), (1, 4, 5, 6)])
+def test_from_segmap_finds_what_is_piecewise_constant(shape, dtype):
+    labels = patches(shape, 9)
+    multi_hot = torch.randint(2, (9, 13)).to(dtype)
+    multi_hot[0, 0], multi_hot[1, 0], multi_hot[2, 0] = -0.0, 0.0, float("nan")  # told apart by their bits
+    per_image = torch.randn(shape[0], 4, *[1] * len(shape[1:])).to(dtype).expand(shape[0], 4, *shape[1:])
+    segmap = torch.cat([multi_hot[labels].movedim(-1, 1), per_image], dim=1)
+    for given in (segmap, segmap.movedim(1, -1).contiguous().movedim(-1, 1), torch.cat([segmap, segmap], -1)[..., : shape[-1]]):
+        layout = SemanticLayout.from_segmap(given)
+        assert layout.palette.dtype == dtype and len(layout.palette) <= 9 * shape[0]
+        assert torch.equal(layout.to_segmap(dtype).view(torch.uint8), segmap.contiguous().view(torch.uint8))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_from_segmap_of_dense_features_is_none(dtype):
+    assert SemanticLayout.from_segmap(torch.randn(2, 16, 40, 40).to(dtype)) is None
+    mixed = torch.zeros(1, 3, 64, 64)
+    mixed[:, :, 32:] = torch.randn(3, 32, 64)
+    assert SemanticLayout.from_segmap(mixed.to(dtype)) is None
+
+
+def test_from_segmap_of_nothing_and_of_what_is_no_condition():
+    assert SemanticLayout.from_segmap(torch.zeros(0, 3, 4, 4)).to_segmap().shape == (0, 3, 4, 4)
+    assert SemanticLayout.from_segmap(torch.zeros(2, 3, 0, 4)).to_segmap().shape == (2, 3, 0, 4)
+    for wrong in (torch.zeros(3, 4), torch.zeros(1, 3, 4, dtype=torch.long), [1]):
+        with pytest.raises(ValueError, match="segmap should be a floating-point tensor"):
+            SemanticLayout.from_segmap(wrong)
+
+
 def test_a_layout_survives_pickling_with_its_windows():
     layout = SemanticLayout.from_labels(patches((2, 16, 16), 5), 5).prepare([(8, 8), (16, 16)], 3)
     copy = pickle.loads(pickle.dumps(layout))

@@ -119,6 +119,72 @@ def test_a_block(norm_G, fin, fout):
         assert torch.allclose(ours, theirs, rtol=1e-10, atol=1e-10)
 
 
+def windows_used(monkeypatch):
+    """A list that grows by every table that a SPADE computes from now on."""
+    used = []
+    from_windows = SPADE._from_windows
+    monkeypatch.setattr(SPADE, "_from_windows", lambda *arguments: used.append(True) or from_windows(*arguments))
+    return used
+
+
+def one_hot(shape=(1, 64, 64), classes=5):
+    return SemanticLayout.from_labels(patches(shape, classes), classes).to_segmap()
+
+
+def test_a_dense_condition_is_looked_at_once_and_again_when_it_has_changed(monkeypatch):
+    used, looked = windows_used(monkeypatch), []
+    from_segmap = SemanticLayout.from_segmap
+    monkeypatch.setattr(SemanticLayout, "from_segmap", lambda segmap: looked.append(True) or from_segmap(segmap))
+    spade, x, segmap = SPADE(32, 5), torch.randn(1, 32, 64, 64), one_hot()
+    with torch.no_grad():
+        for _ in range(3):
+            spade(x, segmap)
+        assert (len(used), len(looked)) == (3, 1)
+        segmap[:, :, :32] = segmap[:, :, 32:].flip(1)
+        changed = spade(x, segmap)
+        assert (len(used), len(looked)) == (4, 2)
+        with spade_fast.window_mode("never"):
+            assert torch.allclose(spade(x, segmap), changed, atol=1e-4)
+        assert (len(used), len(looked)) == (4, 2)
+        segmap.normal_()
+        spade(x, segmap)
+        spade(x, segmap)
+    assert (len(used), len(looked)) == (4, 3)
+
+
+def test_inference_tensors_have_no_version_and_are_right_all_the_same(monkeypatch):
+    used = windows_used(monkeypatch)
+    spade, x = SPADE(32, 5), torch.randn(1, 32, 64, 64)
+    with torch.inference_mode():
+        segmap = one_hot().clone()
+        first, again = spade(x, segmap), spade(x, segmap)
+        segmap[:, :, :32] = segmap[:, :, 32:].flip(1)
+        changed = spade(x, segmap)
+        with spade_fast.window_mode("never"):
+            assert torch.allclose(spade(x, segmap), changed, atol=1e-4)
+    assert torch.equal(first, again) and not torch.allclose(first, changed, atol=1e-2) and len(used) == 3
+
+
+def test_a_condition_that_needs_a_gradient_gets_it(monkeypatch):
+    used = windows_used(monkeypatch)
+    segmap = one_hot().requires_grad_()
+    SPADE(32, 5)(torch.randn(1, 32, 64, 64), segmap).sum().backward()
+    assert segmap.grad is not None and not used
+
+
+def test_window_mode(monkeypatch):
+    used = windows_used(monkeypatch)
+    spade, x, layout = SPADE(64, 3), torch.randn(1, 64, 20, 20), SemanticLayout.from_labels(torch.randint(3, (1, 20, 20)), 3)
+    results = []
+    for mode, expected in (("auto", 0), ("always", 1), ("never", 1)):  # windows of noise do not pay
+        with spade_fast.window_mode(mode):
+            results.append(spade(x, layout))
+        assert len(used) == expected
+    assert all(torch.allclose(result, results[0], atol=1e-4) for result in results)
+    with pytest.raises(ValueError, match="mode is 'sometimes', it should be one of auto, always, never"):
+        spade_fast.window_mode("sometimes").__enter__()
+
+
 @pytest.mark.parametrize("change,message", [
     (lambda layout: SemanticLayout(layout.codes[:1], layout.palette), "segmap has a batch of 1, it should be x's, 2"),
     (lambda layout: SemanticLayout(layout.codes, layout.palette[:, :4]), "segmap has 4 channels, it should have 5"),

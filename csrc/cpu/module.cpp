@@ -6,11 +6,13 @@
 
 #include <atomic>
 #include <cstdlib>
+#include <optional>
 #include <string>
 #include <tuple>
 #include <utility>
 #include <vector>
 
+#include "codes.h"
 #include "vector.h"
 #include "windows.h"
 
@@ -87,6 +89,23 @@ std::vector<std::string> instruction_sets() {
 
 std::atomic<InstructionSet> in_use{InstructionSet::base};
 
+// Of a contiguous condition [N, L, *spatial] as numbers of its element size: codes and places, or nothing where there are too many.
+std::optional<std::tuple<Numbers, pybind11::array_t<int64_t>>> find_codes_of(const pybind11::array& segmap) {
+  std::vector<int64_t> shape(segmap.shape(), segmap.shape() + segmap.ndim());
+  const int64_t batch = shape[0], channels = shape[1];
+  shape.erase(shape.begin() + 1);
+  Numbers codes(shape);
+  int32_t* data = codes.mutable_data();
+  std::vector<int64_t> places;
+  bool found = true;
+  if (codes.size() > 0) {
+    const pybind11::gil_scoped_release release;
+    found = find_codes(segmap.data(), segmap.itemsize(), batch, channels, codes.size() / batch, data, &places);
+  }
+  if (!found) return std::nullopt;
+  return std::make_tuple(codes, pybind11::array_t<int64_t>(places.size(), places.data()));
+}
+
 }  // namespace
 
 InstructionSet instruction_set() { return in_use.load(std::memory_order_relaxed); }
@@ -102,6 +121,7 @@ PYBIND11_MODULE(_cpu, module) {
              "The instruction sets, among those that the kernels know, that this processor runs; the best first.");
   module.def("instruction_set", [] { return kNames[static_cast<int>(instruction_set())]; },
              "The one that the kernels use: the best, or what the environment variable SPADE_FAST_ISA says at import.");
+  module.def("find_codes", &find_codes_of, "The codes of a condition, and the first place of each; None where it has too many.");
   module.def("number_windows", &number_windows_of, "The windows of a map [N, *spatial]: their numbers, and what each sees.",
              pybind11::arg("map"), pybind11::arg("kernel_size"), pybind11::arg("hash_mask") = ~uint64_t{0});
   module.def("window_sums", &window_sums_of, "What windows of so many rows see, as lists for sums over rows.");

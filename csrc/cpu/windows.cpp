@@ -2,66 +2,30 @@
 //
 // A window of k taps per axis is numbered axis by axis: first every run of k neighbours along the first axis, then every run of k of
 // those numbers along the second, and so on. Two windows are equal just where their runs are equal in every step, so that k numbers
-// at a time are compared, never kᵈ. A hash finds the run that a new one may be equal to, and the comparison decides.
+// at a time are compared, never kᵈ.
 
 #include "windows.h"
 
 #include <algorithm>
-#include <cstdint>
 #include <stdexcept>
-#include <vector>
+
+#include "distinct.h"
 
 namespace spade_fast {
 namespace {
 
 constexpr int32_t kOutside = -1;  // what a tap sees beyond the map's border: equal to nothing in it
 
-// The distinct runs of k numbers seen so far, each with its own number: 0, 1, … in the order of their first appearance.
-class Runs {
- public:
-  Runs(int64_t k, uint64_t hash_mask) : k_(k), hash_mask_(hash_mask), slots_(1024, kOutside) {}
-
-  // The number of this run, and whether it is new.
-  std::pair<int32_t, bool> number(const int32_t* run) {
-    uint64_t hash = 0;
-    for (int64_t t = 0; t < k_; ++t) hash = (hash ^ static_cast<uint32_t>(run[t])) * 0x9e3779b97f4a7c15u, hash ^= hash >> 29;
-    hash &= hash_mask_;
-    uint64_t slot = hash & (slots_.size() - 1);
-    for (; slots_[slot] != kOutside; slot = (slot + 1) & (slots_.size() - 1)) {
-      const int32_t found = slots_[slot];
-      if (hashes_[found] == hash && std::equal(run, run + k_, &runs_[found * k_])) return {found, false};
-    }
-    const int32_t number = static_cast<int32_t>(hashes_.size());
-    slots_[slot] = number;
-    hashes_.push_back(hash);
-    runs_.insert(runs_.end(), run, run + k_);
-    if (hashes_.size() * 2 > slots_.size()) grow();
-    return {number, true};
-  }
-
-  int32_t count() const { return static_cast<int32_t>(hashes_.size()); }
-
- private:
-  void grow() {
-    slots_.assign(slots_.size() * 4, kOutside);
-    for (int32_t number = 0; number < count(); ++number) {
-      uint64_t slot = hashes_[number] & (slots_.size() - 1);
-      while (slots_[slot] != kOutside) slot = (slot + 1) & (slots_.size() - 1);
-      slots_[slot] = number;
-    }
-  }
-
-  int64_t k_;
-  uint64_t hash_mask_;
-  std::vector<int32_t> slots_;    // numbers, or kOutside where free; a power of two of them, at most half taken
-  std::vector<uint64_t> hashes_;  // by number
-  std::vector<int32_t> runs_;     // by number, k each
-};
+uint64_t hash_run(int64_t k, const int32_t* run) {
+  uint64_t hash = 0;
+  for (int64_t t = 0; t < k; ++t) hash = (hash ^ static_cast<uint32_t>(run[t])) * 0x9e3779b97f4a7c15u, hash ^= hash >> 29;
+  return hash;
+}
 
 // Numbers the runs of k along an axis of a map [outer, length, inner]; `firsts` gets the first place of each number.
 void number_axis(const int32_t* map, int64_t outer, int64_t length, int64_t inner, int64_t k, uint64_t hash_mask, int32_t* numbers,
                  std::vector<int64_t>* firsts) {
-  Runs runs(k, hash_mask);
+  Distinct<int32_t> runs(k, hash_mask);
   firsts->clear();
   const int64_t line = inner == 1 ? length : inner, lines = inner == 1 ? 1 : length;  // a line: elements that lie together
   const std::vector<int32_t> nothing(line, kOutside);
@@ -86,7 +50,7 @@ void number_axis(const int32_t* map, int64_t outer, int64_t length, int64_t inne
       for (int64_t i = 0; i < line; ++i) {
         if (i == 0 || differs[i]) {
           for (int64_t t = 0; t < k; ++t) run[t] = taps[t][i];
-          const auto [found, is_new] = runs.number(run.data());
+          const auto [found, is_new] = runs.number(run.data(), hash_run(k, run.data()));
           if (is_new) firsts->push_back(start + i);
           number = found;
         }

@@ -32,6 +32,12 @@ def why_not(x=None, gamma=None):
     return None
 
 
+def find_codes(segmap):
+    bits = segmap.contiguous().view({8: torch.int64, 4: torch.int32, 2: torch.int16}[segmap.element_size()])
+    found = library.find_codes(bits.numpy())
+    return None if found is None else tuple(map(torch.from_numpy, found))
+
+
 def number_windows(codes, kernel_size):
     return tuple(map(torch.from_numpy, library.number_windows(codes.numpy(), kernel_size)))
 

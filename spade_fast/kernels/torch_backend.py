@@ -63,6 +63,25 @@ def sort_pixels(index):
     return index.flatten(1).argsort(stable=True).to(torch.int32)
 
 
+def find_codes(segmap):
+    """The distinct vectors of a condition's pixels, bit for bit: codes, int32 [N, *spatial], and the first of all N · pixels places
+    that has each. None where they are so many that it is no layout: more than 128 and a quarter of the pixels.
+    """
+    bits = segmap.view({8: torch.int64, 4: torch.int32, 2: torch.int16}[segmap.element_size()]).flatten(2)
+    hashes = bits.new_zeros(bits.shape[0], bits.shape[2], dtype=torch.int64)
+    for channel in bits.unbind(1):
+        hashes = hashes * 0x5851F42D4C957F2D + channel
+    distinct, codes = hashes.flatten().unique(return_inverse=True)
+    if len(distinct) > 128 + codes.numel() // 4:
+        return None
+    by_code, places = codes.sort(stable=True)
+    places = places[torch.searchsorted(by_code, torch.arange(len(distinct), device=codes.device))]
+    for channel in bits.unbind(1):  # two vectors may have one hash
+        if not torch.equal(channel.flatten()[places][codes], channel.flatten()):
+            return None
+    return codes.to(torch.int32).view(segmap.shape[0], *segmap.shape[2:]), places
+
+
 def number_windows(codes, kernel_size):
     """The distinct windows of kernel_size taps per axis of codes [N, *spatial], int32 and not negative.
 

@@ -2,5 +2,6 @@
 
 from .block import SPADEResBlk, SPADEResnetBlock
 from .spade import SPADE
+from .windows import window_mode
 
-__all__ = ["SPADE", "SPADEResBlk", "SPADEResnetBlock"]
+__all__ = ["SPADE", "SPADEResBlk", "SPADEResnetBlock", "window_mode"]

@@ -8,6 +8,7 @@ from ..layout import SemanticLayout
 from ..ops.convolve_windows import convolve_windows
 from ..ops.modulate import spade_modulate
 from .config import parse_config
+from .windows import find_layout, pays
 
 CONVOLUTIONS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 INSTANCE_NORMS = {1: nn.InstanceNorm1d, 2: nn.InstanceNorm2d, 3: nn.InstanceNorm3d}
@@ -87,8 +88,9 @@ class SPADE(nn.Module):
             ValueError, TypeError: an argument is not as said above; the message names it.
         """
         self.check(x, segmap)
-        if isinstance(segmap, SemanticLayout):
-            gamma, beta, lookup = self._from_windows(segmap, x)
+        layout = find_layout(segmap)
+        if layout is not None and pays(layout, x.shape[2:], self):
+            gamma, beta, lookup = self._from_windows(layout, x)
         else:
             gamma, beta, lookup = *self._from_pixels(segmap, x), {}
         if not is_known(self.param_free_norm):
@@ -98,6 +100,8 @@ class SPADE(nn.Module):
 
     def _from_pixels(self, segmap, x):
         """γ and β of every pixel, of x's shape."""
+        if isinstance(segmap, SemanticLayout):
+            segmap = segmap.resize(x.shape[2:]).to_segmap(self.mlp_shared[0].weight.dtype)
         hidden = self.mlp_shared(resize(segmap, x.shape[2:]))
         convolve = convolve_jointly if hidden.is_cuda else convolve_apart  # on a CPU nothing is gained, and copying costs
         return convolve((self.mlp_gamma, self.mlp_beta), hidden)

@@ -1,0 +1,71 @@
+"""Whether a SPADE computes γ and β at every pixel, or at every distinct window of a layout: what its condition allows, and what pays."""
+
+import threading
+from contextlib import contextmanager
+
+import torch
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from ..layout import SemanticLayout
+
+MODES = ("auto", "always", "never")
+# What an addition of rows costs beside a multiply-add of a matrix product or convolution: measured on CPUs, where memory limits it.
+COST_OF_ADDITION = 8
+
+_thread = threading.local()
+_found = WeakTensorKeyDictionary()  # what `find_layout` found of each condition
+
+
+@contextmanager
+def window_mode(mode):
+    """Inside `with window_mode("never"):` this thread's SPADEs compute γ and β at every pixel; "always": wherever there is a layout, at
+    every distinct window; "auto", as without: where that takes less time. The results are the same.
+    """
+    if mode not in MODES:
+        raise ValueError(f"mode is {mode!r}, it should be one of {', '.join(MODES)}")
+    before, _thread.mode = current_mode(), mode
+    try:
+        yield
+    finally:
+        _thread.mode = before
+
+
+def current_mode():
+    return getattr(_thread, "mode", "auto")
+
+
+def find_layout(segmap):
+    """The SemanticLayout of a condition, or None where it is none, or where nothing may depend on its values.
+
+    A tensor is looked at once, and again when its version says that it was changed in place. (Changes that PyTorch cannot see, through
+    `.data` or NumPy, it cannot see.) Inference tensors have no version: they are looked at each time, and the windows are kept.
+    """
+    if isinstance(segmap, SemanticLayout):
+        return segmap
+    if torch.compiler.is_compiling() or type(segmap) is not torch.Tensor or current_mode() == "never":
+        return None
+    if segmap.requires_grad or (segmap.is_cuda and torch.cuda.is_current_stream_capturing()):
+        return None
+    state = (None if segmap.is_inference() else segmap._version, segmap.data_ptr(), segmap.shape, segmap.stride())
+    before = _found.get(segmap)
+    if before is not None and before[0] == state and state[0] is not None:
+        return before[1]
+    layout = SemanticLayout.from_segmap(segmap)
+    if layout is not None and before is not None and layout.equal(before[1]):
+        layout = before[1]  # with its windows
+    _found[segmap] = (state, layout)
+    return layout
+
+
+def pays(layout, size, spade):
+    """Whether this SPADE should compute γ and β at the distinct windows of this size."""
+    mode = current_mode()
+    if mode != "auto":
+        return mode == "always"
+    shared = spade.mlp_shared[0]
+    windows = layout.windows(size, shared.kernel_size[0])
+    taps, hidden, outputs = shared.weight[0, 0].numel(), spade.mlp_gamma.in_channels, 2 * spade.norm_nc
+    at_pixels = windows.index.numel() * taps * hidden * (spade.label_nc + outputs)
+    products = taps * hidden * (len(layout.palette) * spade.label_nc + windows.hidden_count * outputs)
+    additions = taps * (windows.hidden_count * hidden + windows.count * outputs)
+    return products + COST_OF_ADDITION * additions < at_pixels
