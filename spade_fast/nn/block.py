@@ -5,7 +5,7 @@ import torch.nn as nn
 from ..ops.modulate import plane_moments
 from .config import parse_config
 from .spade import CONVOLUTIONS, SPADE, resize
-from .windows import find_layout
+from .windows import beside_windows, find_layout
 
 
 class SPADEResnetBlock(nn.Module):
@@ -54,7 +54,7 @@ class SPADEResnetBlock(nn.Module):
         """x [N, fin, *spatial] and segmap [N, label_nc, *any] or a SemanticLayout to [N, fout, *spatial]. Errors: those of SPADE.forward."""
         self.norm_0.check(x, segmap)
         layout = find_layout(segmap)
-        segmap = resize(segmap, x.shape[2:]) if layout is None else layout
+        x, segmap = (x, resize(segmap, x.shape[2:])) if layout is None else (beside_windows(x), layout)
         moments = plane_moments(x) if self.learned_shortcut and self.norm_0.measures and self.norm_s.measures else None
         shortcut = self.conv_s(self.norm_s(x, segmap, moments=moments)) if self.learned_shortcut else x
         dx = self.conv_0(self.norm_0(x, segmap, activation="leaky_relu", moments=moments))

@@ -8,7 +8,7 @@ from ..layout import SemanticLayout
 from ..ops.convolve_windows import convolve_windows
 from ..ops.modulate import spade_modulate
 from .config import parse_config
-from .windows import find_layout, pays
+from .windows import beside_windows, find_layout, pays
 
 CONVOLUTIONS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 INSTANCE_NORMS = {1: nn.InstanceNorm1d, 2: nn.InstanceNorm2d, 3: nn.InstanceNorm3d}
@@ -75,7 +75,7 @@ class SPADE(nn.Module):
         return cls(norm_nc, label_nc, nhidden, config.kernel_size, config.norm, **settings)
 
     def forward(self, x, segmap, *, activation=None, negative_slope=0.2, moments=None):
-        """y of x's shape.
+        """y of x's shape; of its memory layout too, but channels-last where the condition has a layout.
 
         Args:
             x: [N, norm_nc, *spatial].
@@ -89,6 +89,7 @@ class SPADE(nn.Module):
         """
         self.check(x, segmap)
         layout = find_layout(segmap)
+        x = x if layout is None else beside_windows(x)
         if layout is not None and pays(layout, x.shape[2:], self):
             gamma, beta, lookup = self._from_windows(layout, x)
         else:

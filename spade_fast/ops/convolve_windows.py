@@ -14,10 +14,11 @@ PRODUCT_BYTES = 4 << 20  # of a block of the product: it stays in the cache unti
 def convolve_windows(rows, weight, bias, sums):
     """rows [R, in] convolved with weight [out, in, *kernel] and bias [out] at the windows of a `layout.Sums`: [windows, out].
 
-    float32, or float64 where the weight is; differentiable in rows, weight and bias, twice.
+    In float32, or float64 where the weight is, whatever autocast says; differentiable in rows, weight and bias, twice.
     """
     dtype = torch.promote_types(weight.dtype, torch.float32)
-    return ConvolveWindows.apply(rows.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype), *sums)
+    with torch.autocast(rows.device.type, enabled=False):
+        return ConvolveWindows.apply(rows.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype), *sums)
 
 
 class ConvolveWindows(torch.autograd.Function):
@@ -27,7 +28,7 @@ class ConvolveWindows(torch.autograd.Function):
         offsets, listed, _, _ = sums
         result = rows.new_empty(len(offsets) - 1, len(weight))
         for channels in _blocks(rows, weight):
-            product = rows @ _by_tap(weight[channels]).t()
+            product = _product(rows, _by_tap(weight[channels]))
             result[:, channels] = _sum_rows(product.view(-1, len(weight[channels])), listed, offsets)
         return result if bias is None else result.add_(bias)
 
@@ -41,11 +42,41 @@ class ConvolveWindows(torch.autograd.Function):
         weight_gradient = torch.empty_like(weight)
         for channels in _blocks(rows, weight):
             product_gradient = _sum_rows(gradient[:, channels].contiguous(), back_rows, back_offsets).view(len(rows), -1)
-            by_tap = (product_gradient.t() @ rows).view(-1, len(weight[channels]), rows.shape[1])
+            block_gradient, by_tap = _product_backward(product_gradient, rows, _by_tap(weight[channels]), rows_gradient is not None)
+            by_tap = by_tap.view(-1, len(weight[channels]), rows.shape[1])
             weight_gradient[channels] = by_tap.permute(1, 2, 0).reshape(weight[channels].shape)
             if rows_gradient is not None:
-                rows_gradient.addmm_(product_gradient, _by_tap(weight[channels]))
+                rows_gradient += block_gradient
         return rows_gradient, weight_gradient, None if bias is None else gradient.sum(0), *[None] * 4
+
+
+def _product(rows, matrix):
+    """rows · matrixᵀ. On a CPU as a convolution of one tap: oneDNN's is up to twice as fast as MKL's matrix product (on AMD's)."""
+    if not _convolves(rows):
+        return rows @ matrix.t()
+    return _from_pixels(F.conv2d(_as_pixels(rows), matrix[:, :, None, None]))
+
+
+def _product_backward(gradient, rows, matrix, wants_rows):
+    """The gradients of rows (None where not wanted) and of the matrix."""
+    if not _convolves(rows):
+        return gradient @ matrix if wants_rows else None, gradient.t() @ rows
+    found = torch.ops.aten.convolution_backward(_as_pixels(gradient), _as_pixels(rows), matrix[:, :, None, None], None, [1, 1], [0, 0],
+                                                [1, 1], False, [0, 0], 1, [wants_rows, True, False])
+    return _from_pixels(found[0]) if wants_rows else None, found[1][:, :, 0, 0]
+
+
+def _convolves(rows):
+    return rows.device.type == "cpu" and rows.dtype == torch.float32 and rows.numel() > 0
+
+
+def _as_pixels(rows):
+    """rows [R, D] as one channels-last image of R pixels with D channels."""
+    return rows.t()[None, :, :, None]
+
+
+def _from_pixels(image):
+    return image[0, :, :, 0].t().contiguous()
 
 
 def _blocks(rows, weight):
