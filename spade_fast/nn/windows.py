@@ -11,6 +11,7 @@ from ..layout import SemanticLayout
 MODES = ("auto", "always", "never")
 # What an addition of rows costs beside a multiply-add of a matrix product or convolution: measured on CPUs, where memory limits it.
 COST_OF_ADDITION = 8
+FEW_PIXELS = 4096
 
 _thread = threading.local()
 _found = WeakTensorKeyDictionary()  # what `find_layout` found of each condition
@@ -58,9 +59,13 @@ def find_layout(segmap):
 
 
 def beside_windows(x):
-    """x with each pixel's channels together, where they meet a row of the table: the layout that windows are fastest in."""
+    """x with each pixel's channels together, where they meet a row of the table: the layout that windows are fastest in.
+
+    Not where there are few pixels: the convolutions that follow copy their weights to x's layout, which then costs more.
+    """
     formats = {4: torch.channels_last, 5: torch.channels_last_3d}
-    return x.contiguous(memory_format=formats[x.dim()]) if x.dim() in formats else x
+    pays = x.dim() in formats and x[:, 0].numel() >= FEW_PIXELS
+    return x.contiguous(memory_format=formats[x.dim()]) if pays else x
 
 
 def pays(layout, size, spade):

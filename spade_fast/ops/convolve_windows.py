@@ -67,7 +67,7 @@ def _product_backward(gradient, rows, matrix, wants_rows):
 
 
 def _convolves(rows):
-    return rows.device.type == "cpu" and rows.dtype == torch.float32 and rows.numel() > 0
+    return rows.device.type == "cpu" and rows.dtype == torch.float32 and rows.numel() > 20480  # PyTorch gives oneDNN no less
 
 
 def _as_pixels(rows):
