@@ -163,8 +163,9 @@ class SPADE(nn.Module):
                 raise ValueError(f"{name} is on {tensor.device}, it should be on x's device, {x.device}")
         if not is_layout and segmap.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
             raise TypeError(f"segmap has dtype {segmap.dtype}, it should be the weights', {weight.dtype}")
-        if len(segmap) != x.shape[0]:
-            raise ValueError(f"segmap has a batch of {len(segmap)}, it should be x's, {x.shape[0]}")
+        batch = len(segmap) if is_layout else segmap.shape[0]
+        if batch != x.shape[0]:
+            raise ValueError(f"segmap has a batch of {batch}, it should be x's, {x.shape[0]}")
 
     def extra_repr(self):
         return f"{self.norm_nc}, {self.label_nc}"
