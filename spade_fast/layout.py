@@ -13,6 +13,8 @@ import torch.nn.functional as F
 
 from . import kernels
 
+LARGEST_KERNEL = 7  # taps per axis of a window
+
 
 class Sums(NamedTuple):
     """What windows see, as sums of rows: sum i is over rows[offsets[i]:offsets[i + 1]], each row · taps + tap.
@@ -115,6 +117,26 @@ class SemanticLayout:
         pixels = max(1, segmap.shape[2:].numel())
         return cls(codes, segmap.flatten(2)[places // pixels, :, places % pixels])
 
+    @classmethod
+    def stack(cls, layouts):
+        """One batch of several layouts, in their order: a data loader's `collate_fn`. Windows that all of them have are kept.
+
+        Errors: ValueError where they differ in size, channels, dtype or device.
+        """
+        layouts = list(layouts)
+        kinds = {(layout.codes.shape[1:], layout.label_nc, layout.palette.dtype, layout.device) for layout in layouts}
+        if len(kinds) != 1:
+            raise ValueError("layouts should be one or more of one size, with the same channels, dtype and device;"
+                             f" they are {', '.join(map(repr, layouts)) or 'none'}")
+        stack = cls(_side_by_side([(layout.codes, len(layout.palette)) for layout in layouts]),
+                    torch.cat([layout.palette for layout in layouts]))
+        for key in set.intersection(*(set(layout._windows) for layout in layouts)):
+            parts = [layout._windows[key] for layout in layouts]
+            index = _side_by_side([(part.index, part.count) for part in parts])
+            hidden, table = (_stack_sums([part[which] for part in parts]) for which in range(2))
+            stack._windows[key] = Windows(hidden, table, index, torch.cat([part.order for part in parts]))
+        return stack
+
     def to_segmap(self, dtype=torch.float32):
         """The condition [N, label_nc, *spatial] itself."""
         return self.palette.to(dtype)[self.codes.long()].movedim(-1, 1).contiguous()
@@ -129,8 +151,8 @@ class SemanticLayout:
         if key not in self._windows:
             if len(key[0]) != self.codes.dim() - 1:
                 raise ValueError(f"size is {key[0]}, it should have the layout's {self.codes.dim() - 1} dimensions")
-            if kernel_size % 2 == 0 or not 1 <= kernel_size <= 7:
-                raise ValueError(f"kernel_size is {kernel_size}, it should be 1, 3, 5 or 7")
+            if kernel_size % 2 == 0 or not 1 <= kernel_size <= LARGEST_KERNEL:
+                raise ValueError(f"kernel_size is {kernel_size}, it should be odd, from 1 to {LARGEST_KERNEL}")
             self._windows[key] = number(resize_codes(self.codes, key[0]), kernel_size, len(self.palette))
         return self._windows[key]
 
@@ -192,6 +214,25 @@ def number(codes, kernel_size, num_codes):
     index, table = backend.number_windows(first, kernel_size)
     hidden_sums = Sums(*backend.window_sums(hidden, num_codes))
     return Windows(hidden_sums, Sums(*backend.window_sums(table, len(hidden))), index, backend.sort_pixels(index))
+
+
+def _side_by_side(parts):
+    """Several tensors of numbers in one: (numbers, bound) each, those of every part above those of the parts before."""
+    bounds = [bound for _, bound in parts]
+    return torch.cat([numbers + sum(bounds[:number]) for number, (numbers, _) in enumerate(parts)])
+
+
+def _stack_sums(parts):
+    """The Sums of several layouts' windows in one: no window and no row is shared."""
+    def offsets(lists):
+        return _side_by_side([(starts[min(number, 1) :], int(starts[-1])) for number, starts in enumerate(lists)])
+
+    return Sums(
+        offsets([part.offsets for part in parts]),
+        _side_by_side([(part.rows, len(part.back_offsets) - 1) for part in parts]),
+        offsets([part.back_offsets for part in parts]),
+        _side_by_side([(part.back_rows, len(part.offsets) - 1) for part in parts]),
+    )
 
 
 def resize_codes(codes, size):

@@ -12,6 +12,7 @@ import spade_fast
 from spade_fast import SemanticLayout
 from spade_fast.kernels import cpu_backend, torch_backend
 from spade_fast.layout import resize_codes
+from spade_fast.ops.convolve_windows import convolve_windows
 
 pytestmark = pytest.mark.usefixtures("backend")
 
@@ -145,6 +146,35 @@ def test_a_layout_survives_pickling_with_its_windows():
     for ours, theirs in zip(copy.windows((8, 8), 3), layout.windows((8, 8), 3)):
         assert all(torch.equal(*pair) for pair in zip(ours, theirs))
     assert repr(layout) == "SemanticLayout(2 of 16 × 16, 5 codes for 5 channels, on cpu)"
+
+
+def test_a_stack_is_the_batch_of_all_and_keeps_their_windows():
+    layouts = [SemanticLayout.from_labels(patches((n, 12, 9), 5, seed=n), 7).prepare([(12, 9), (6, 5)], 3) for n in (1, 2, 1)]
+    layouts[0].windows((3, 3), 3)  # the others have not got it
+    stack = SemanticLayout.stack(layouts)
+    assert torch.equal(stack.to_segmap(), torch.cat([layout.to_segmap() for layout in layouts]))
+    assert set(stack._windows) == {((12, 9), 3), ((6, 5), 3)}
+    fresh = SemanticLayout(stack.codes, stack.palette)
+    rows = torch.randn(len(stack.palette), 4, dtype=torch.float64)
+    for size in ((12, 9), (6, 5)):
+        found = []
+        for layout in (stack, fresh):  # numbered otherwise, but every pixel sees the same
+            windows, maps = layout.windows(size, 3), rows
+            for sums in windows[:2]:
+                weight = torch.arange(4 * 4 * 9, dtype=torch.float64).view(4, 4, 3, 3).cos().requires_grad_()
+                maps = convolve_windows(maps, weight, None, sums)
+            pixels = maps[windows.index.long()]
+            gradient, = torch.autograd.grad(pixels.square().sum(), weight)
+            found.append((pixels, gradient))
+            assert windows.index.flatten(1).gather(1, windows.order.long()).diff().min() >= 0
+        assert all(torch.allclose(*pair) for pair in zip(*found))
+
+
+def test_layouts_that_do_not_stack():
+    one, other = (SemanticLayout.from_labels(patches((1, size, 8), 5), 5) for size in (8, 9))
+    for layouts in ([one, other], []):
+        with pytest.raises(ValueError, match="layouts should be one or more of one size"):
+            SemanticLayout.stack(layouts)
 
 
 @pytest.mark.parametrize("labels,settings,message", [

@@ -172,6 +172,25 @@ def test_a_condition_that_needs_a_gradient_gets_it(monkeypatch):
     assert segmap.grad is not None and not used
 
 
+@pytest.mark.parametrize("change", [
+    lambda spade: torch.nn.utils.spectral_norm(spade.mlp_gamma),
+    lambda spade: torch.nn.utils.parametrizations.weight_norm(spade.mlp_shared[0]),
+    lambda spade: spade.mlp_beta.register_forward_hook(lambda module, inputs, y: 2 * y),
+    lambda spade: setattr(spade.mlp_gamma, "padding_mode", "circular") or setattr(spade.mlp_gamma, "_reversed_padding_repeated_twice", [1] * 4),
+    lambda spade: setattr(spade.mlp_shared[0], "dilation", (2, 2)) or setattr(spade.mlp_shared[0], "padding", (2, 2)),
+    lambda spade: spade.mlp_shared.append(torch.nn.Tanh()),
+])
+def test_convolutions_that_are_no_longer_the_layers_own(monkeypatch, change):
+    used = windows_used(monkeypatch)
+    spade, x, segmap = SPADE(32, 5).eval(), torch.randn(1, 32, 64, 64), one_hot()
+    change(spade)
+    with torch.no_grad(), spade_fast.window_mode("always"):
+        changed = spade(x, segmap)
+    hidden = spade.mlp_shared(segmap)
+    expected = reference.spade_modulate(x, spade.mlp_gamma(hidden), spade.mlp_beta(hidden))
+    assert not used and torch.allclose(changed, expected, atol=1e-4)
+
+
 def test_window_mode(monkeypatch):
     used = windows_used(monkeypatch)
     spade, x, layout = SPADE(64, 3), torch.randn(1, 64, 20, 20), SemanticLayout.from_labels(torch.randint(3, (1, 20, 20)), 3)

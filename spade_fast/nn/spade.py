@@ -4,7 +4,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from ..layout import SemanticLayout
+from ..layout import LARGEST_KERNEL, SemanticLayout
 from ..ops.convolve_windows import convolve_windows
 from ..ops.modulate import spade_modulate
 from .config import parse_config
@@ -90,7 +90,7 @@ class SPADE(nn.Module):
         self.check(x, segmap)
         layout = find_layout(segmap)
         x = x if layout is None else beside_windows(x)
-        if layout is not None and pays(layout, x.shape[2:], self):
+        if layout is not None and self._sees_windows() and pays(layout, x.shape[2:], self):
             gamma, beta, lookup = self._from_windows(layout, x)
         else:
             gamma, beta, lookup = *self._from_pixels(segmap, x), {}
@@ -98,6 +98,17 @@ class SPADE(nn.Module):
             x, moments = self.param_free_norm(x), None
         norm = self._norm_arguments()
         return spade_modulate(x, gamma, beta, **lookup, **norm, activation=activation, negative_slope=negative_slope, moments=moments)
+
+    def _sees_windows(self):
+        """Whether the convolutions are still those of __init__: nothing else than their weights decides γ and β."""
+        size = self.mlp_gamma.kernel_size[0] if len(self.mlp_shared) == 2 else 0
+        settings = {"kernel_size": size, "padding": size // 2, "stride": 1, "dilation": 1}
+        convolutions = (self.mlp_shared[0], self.mlp_gamma, self.mlp_beta)
+        return 1 <= size <= LARGEST_KERNEL and all(
+            is_plain(module, CONVOLUTIONS.values()) and module.groups == 1 and module.padding_mode == "zeros"
+            and all(set(getattr(module, name)) == {setting} for name, setting in settings.items())
+            for module in convolutions
+        )
 
     def _from_pixels(self, segmap, x):
         """γ and β of every pixel, of x's shape."""
@@ -146,7 +157,8 @@ class SPADE(nn.Module):
         """Raises what is wrong with x or segmap, by name."""
         weight = self.mlp_shared[0].weight
         is_layout = isinstance(segmap, SemanticLayout)
-        for name, tensor, channels in (("x", x, self.norm_nc), ("segmap", segmap, self.label_nc))[: 1 if is_layout else 2]:
+        tensors = {"x": (x, self.norm_nc)} | ({} if is_layout else {"segmap": (segmap, self.label_nc)})
+        for name, (tensor, channels) in tensors.items():
             if not isinstance(tensor, torch.Tensor):
                 raise TypeError(f"{name} is a {type(tensor).__name__}, it should be a torch.Tensor")
             if not tensor.is_floating_point():
