@@ -84,7 +84,7 @@ def measure(case, problem, device, seconds, advance=lambda: None):
 def check(case, problem):
     """A row for each variant that says whether it computes what it should."""
     rows = {name: Row(case, problem.name, problem.mode, name) for name in problem.variants}
-    truth, eagers = problem.truth(), [problem.variants["eager"](), *(problem.jittered() for _ in range(JITTERED_RUNS))]
+    truth, eagers = problem.truth(), [problem.variants["eager"](), *(problem.jittered(number) for number in range(JITTERED_RUNS))]
     scales = gradient_scales(truth)
     for name, run in problem.variants.items():
         if name.startswith("floor"):

@@ -212,6 +212,8 @@ def number(codes, kernel_size, num_codes):
     backend = kernels.select(codes)
     first, hidden = backend.number_windows(codes, kernel_size)
     index, table = backend.number_windows(first, kernel_size)
+    if max(num_codes, len(hidden)) * hidden.shape[1] >= 2**31:
+        raise ValueError(f"codes has {len(hidden)} distinct windows of {hidden.shape[1]} taps, together they should be below 2**31")
     hidden_sums = Sums(*backend.window_sums(hidden, num_codes))
     return Windows(hidden_sums, Sums(*backend.window_sums(table, len(hidden))), index, backend.sort_pixels(index))
 
