@@ -26,7 +26,7 @@ def toy(settings):
 
     variants = {"eager": lambda: {"y": x.exp()}, "spade_fast": lambda: {"y": x.exp() + 1e-3}, "torch.compile": fail,
                 "floor": lambda: {"y": x}}
-    yield Problem("toy", FORWARD, variants, lambda: {"y": x.double().exp()}, lambda: {"y": x.exp()})
+    yield Problem("toy", FORWARD, variants, lambda: {"y": x.double().exp()}, lambda number: {"y": x.exp()})
 
 
 def test_what_is_wrong_gets_no_speed(monkeypatch, tmp_path):
