@@ -96,11 +96,13 @@ std::optional<std::tuple<Numbers, pybind11::array_t<int64_t>>> find_codes_of(con
   shape.erase(shape.begin() + 1);
   Numbers codes(shape);
   int32_t* data = codes.mutable_data();
+  const void* elements = segmap.data();
+  const int64_t element_size = segmap.itemsize(), pixels = batch > 0 ? codes.size() / batch : 0;
   std::vector<int64_t> places;
-  bool found = true;
-  if (codes.size() > 0) {
+  bool found;
+  {
     const pybind11::gil_scoped_release release;
-    found = find_codes(segmap.data(), segmap.itemsize(), batch, channels, codes.size() / batch, data, &places);
+    found = find_codes(elements, element_size, batch, channels, pixels, data, &places);
   }
   if (!found) return std::nullopt;
   return std::make_tuple(codes, pybind11::array_t<int64_t>(places.size(), places.data()));
