@@ -75,10 +75,11 @@ def processor():
 
 
 def save_json(path, facts, rows):
-    """Everything that was measured, each single time included; facts: the environment when it began."""
-    content = {"environment": facts, "rows": [dataclasses.asdict(row) for row in rows]}
+    """Everything that was measured, each single time included, a line for each row; facts: the environment when it began."""
+    records = [dataclasses.asdict(row) | {"times": [round(time, 7) for time in row.times]} for row in rows]
+    lines = ",\n".join(map(json.dumps, records))
     with open(path, "w") as file:
-        json.dump(content, file, indent=1)
+        file.write(f'{{"environment": {json.dumps(facts)},\n"rows": [\n{lines}]}}\n')
 
 
 def save_chart(path, facts, rows):
