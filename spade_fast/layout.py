@@ -102,6 +102,7 @@ class SemanticLayout:
         return cls(compact[codes], palette)
 
     @classmethod
+    @torch.inference_mode(False)  # what is found in inference may be used in training
     def from_segmap(cls, segmap):
         """The layout of any condition [N, label_nc, *spatial] that is piecewise constant: one-hot, multi-hot, edges, noise per image.
 
@@ -207,6 +208,7 @@ class SemanticLayout:
         return f"SemanticLayout({len(self)} of {size}, {len(self.palette)} codes for {self.label_nc} channels, on {self.device})"
 
 
+@torch.inference_mode(False)  # as above
 def number(codes, kernel_size, num_codes):
     """The Windows of codes [N, *size]."""
     backend = kernels.select(codes)

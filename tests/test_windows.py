@@ -165,6 +165,17 @@ def test_inference_tensors_have_no_version_and_are_right_all_the_same(monkeypatc
     assert torch.equal(first, again) and not torch.allclose(first, changed, atol=1e-2) and len(used) == 3
 
 
+@pytest.mark.parametrize("as_layout", [False, True])
+def test_what_was_found_in_inference_is_used_in_training(monkeypatch, as_layout):
+    used = windows_used(monkeypatch)
+    spade, x, condition = SPADE(32, 5), torch.randn(1, 32, 64, 64), one_hot()
+    condition = SemanticLayout.from_segmap(condition) if as_layout else condition
+    with torch.inference_mode():
+        spade(x, condition)
+    spade(x, condition).sum().backward()
+    assert len(used) == 2 and spade.mlp_shared[0].weight.grad is not None
+
+
 def test_a_condition_that_needs_a_gradient_gets_it(monkeypatch):
     used = windows_used(monkeypatch)
     segmap = one_hot().requires_grad_()

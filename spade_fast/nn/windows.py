@@ -9,9 +9,9 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from ..layout import SemanticLayout
 
 MODES = ("auto", "always", "never")
-# What an addition of rows costs beside a multiply-add of a matrix product or convolution: measured on CPUs, where memory limits it.
+# What an addition of rows costs beside a multiply-add of a matrix product or convolution: an estimate, for memory limits it.
 COST_OF_ADDITION = 8
-FEW_PIXELS = 4096
+FEW_PIXELS = 4096  # below, x keeps its memory layout
 
 _thread = threading.local()
 _found = WeakTensorKeyDictionary()  # what `find_layout` found of each condition
