@@ -22,6 +22,16 @@ def use_instruction_set(name):
         cpu_backend.library.use_instruction_set(before)
 
 
+@contextlib.contextmanager
+def use_threads(number):
+    before = torch.get_num_threads()
+    torch.set_num_threads(number)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 @pytest.fixture(params=BACKENDS)
 def backend(request):
     with spade_fast.use_backend(request.param):

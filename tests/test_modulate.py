@@ -4,6 +4,7 @@ import itertools
 
 import pytest
 import torch
+from conftest import use_threads
 from modulations import LAYOUTS, channels_last, contiguous, disagreements, eager_modulate, results, sample, sliced, transposed
 
 import spade_fast
@@ -206,13 +207,10 @@ def test_moments_given_are_moments_used():
 @pytest.mark.parametrize("norm", ["instance", "batch"])
 def test_every_run_gives_the_same_bits_on_any_number_of_threads(norm, layout, rows, backend_and_instruction_set):
     arguments, dy = sample((2, 70, 65, 66), norm, "leaky_relu", layout=layout, rows=rows)
-    threads_before, found = torch.get_num_threads(), []
-    try:
-        for threads in (1, 2, 2, 7) if backend_and_instruction_set != "torch" else (2, 2):
-            torch.set_num_threads(threads)
+    found = []
+    for threads in (1, 2, 2, 7) if backend_and_instruction_set != "torch" else (2, 2):
+        with use_threads(threads):
             found.append(results(spade_fast.spade_modulate, arguments, dy))
-    finally:
-        torch.set_num_threads(threads_before)
     for other in found[1:]:
         assert all(torch.equal(found[0][name], other[name]) for name in other)
 

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from conftest import INSTRUCTION_SETS, use_instruction_set
 from modulations import LAYOUTS, channels_last, contiguous, sample
 from torch.library import opcheck
 
@@ -51,6 +52,45 @@ def test_signs_are_the_bits_that_the_documentation_says(layout):
     for element in range(rows.shape[2]):
         bit = signs[:, :, element // 8] >> (element % 8) & 1
         assert torch.equal(bit.bool(), rows[:, :, element] > 0)
+
+
+def convolution(shape, kernel, rows, windows):
+    """rows, weight, bias, the lists of windows that see up to all of their taps, the lists the other way round, and a gradient."""
+    out, given = shape
+    weight = torch.randn(out, given, *kernel, dtype=torch.float64)
+    taps = weight[0, 0].numel()
+    lists = torch_backend.window_sums(torch.randint(-1, rows, (windows, taps)), rows)
+    bias, gradient = torch.randn(out, dtype=torch.float64), torch.randn(windows, out, dtype=torch.float64)
+    return torch.randn(rows, given, dtype=torch.float64), weight, bias, lists[:2], lists[2:], gradient
+
+
+CONVOLUTIONS = [((1, 1), (1,), 1, 1), ((5, 3), (3, 3), 7, 20), ((16, 16), (3,), 40, 9), ((70, 33), (3, 3, 3), 31, 50),
+                ((33, 128), (5, 5), 300, 400), ((48, 7), (7,), 8, 0)]
+
+
+@pytest.mark.parametrize("instruction_set", INSTRUCTION_SETS)
+@pytest.mark.parametrize("sizes", CONVOLUTIONS, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_compiled_convolution_at_windows(sizes, dtype, instruction_set):
+    rows, weight, bias, lists, back_lists, gradient = convolution(*sizes)
+    ops, tolerance = torch.ops.spade_fast, 16 * torch.finfo(dtype).eps
+    calls = [("convolve_windows", (rows, weight, bias, *lists)), ("convolve_windows", (rows, weight, None, *lists)),
+             ("convolve_windows_weight", (gradient, rows, weight, *back_lists)),
+             ("convolve_windows_rows", (gradient, weight, *back_lists))]
+    for name, arguments in calls:
+        truth = getattr(torch_backend, name)(*arguments)
+        own = [value.to(dtype) if value is not None and value.is_floating_point() else value for value in arguments]
+        with use_instruction_set(instruction_set):
+            found = getattr(ops, name)(*own)
+        assert found.dtype == dtype and found.shape == truth.shape and found.is_contiguous()
+        assert (found - truth).norm() <= tolerance * truth.norm(), name
+
+
+def test_opcheck_of_the_convolution_at_windows():
+    rows, weight, bias, lists, back_lists, gradient = convolution((5, 3), (3, 3), 7, 20)
+    opcheck(torch.ops.spade_fast.convolve_windows, (rows, weight, bias, *lists))
+    opcheck(torch.ops.spade_fast.convolve_windows_weight, (gradient, rows, weight, *back_lists))
+    opcheck(torch.ops.spade_fast.convolve_windows_rows, (gradient, weight, *back_lists))
 
 
 @needs_library

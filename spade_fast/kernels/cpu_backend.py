@@ -18,6 +18,9 @@ backward_sums = torch.ops.spade_fast.backward_sums.default
 backward_input = torch.ops.spade_fast.backward_input.default
 instance_forward = torch.ops.spade_fast.instance_forward.default
 instance_backward = torch.ops.spade_fast.instance_backward.default
+convolve_windows = torch.ops.spade_fast.convolve_windows.default
+convolve_windows_weight = torch.ops.spade_fast.convolve_windows_weight.default
+convolve_windows_rows = torch.ops.spade_fast.convolve_windows_rows.default
 
 if failure is None and (missing := operators.without_kernel("CPU")):
     failure = f"not compiled for the CPU yet: {', '.join(missing)}"

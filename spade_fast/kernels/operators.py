@@ -20,6 +20,9 @@ SCHEMAS = {
     " bool keep_signs) -> (Tensor, Tensor, Tensor)",
     "instance_backward": "(Tensor dy, Tensor x, Tensor planes, Tensor gamma, Tensor? beta, Tensor? index, Tensor? order,"
     " Tensor signs, str? activation, float negative_slope) -> (Tensor, Tensor, Tensor)",
+    "convolve_windows": "(Tensor rows, Tensor weight, Tensor? bias, Tensor offsets, Tensor listed) -> Tensor",
+    "convolve_windows_weight": "(Tensor gradient, Tensor rows, Tensor weight, Tensor back_offsets, Tensor back_listed) -> Tensor",
+    "convolve_windows_rows": "(Tensor gradient, Tensor weight, Tensor back_offsets, Tensor back_listed) -> Tensor",
 }
 
 
@@ -56,6 +59,18 @@ def fake_instance_forward(x, gamma, beta, index, eps, activation, negative_slope
 def fake_instance_backward(dy, x, planes, gamma, beta, index, order, signs, activation, negative_slope):
     dgamma, dbeta, _ = fake_backward_sums(dy, x, planes, gamma, beta, index, order, signs, activation, negative_slope)
     return dgamma, dbeta, torch.empty_like(x)
+
+
+def fake_convolve_windows(rows, weight, bias, offsets, listed):
+    return rows.new_empty(offsets.shape[0] - 1, weight.shape[0])
+
+
+def fake_convolve_windows_weight(gradient, rows, weight, back_offsets, back_listed):
+    return weight.new_empty(weight.shape)
+
+
+def fake_convolve_windows_rows(gradient, weight, back_offsets, back_listed):
+    return gradient.new_empty((back_offsets.shape[0] - 1) // weight.shape[2:].numel(), weight.shape[1])
 
 
 for name, schema in SCHEMAS.items():

@@ -1,7 +1,7 @@
 """The kernels in plain PyTorch: any device, any layout, and what torch.export, ONNX and second derivatives go through.
 
-Every backend has these functions: four kernels, for instance norm two that each do the work of two, and those that find and number
-what `layout.py` holds. Between the kernels go rows of numbers of each plane (n, c), in float32, or in float64 where x is float64:
+Every backend has these functions: four kernels of the modulation, for instance norm two that each do the work of two; the convolution
+at distinct windows with its two gradients; and those that find and number what `layout.py` holds. Between the kernels go rows of numbers of each plane (n, c), in float32, or in float64 where x is float64:
 
     moments [2, N, C]   mean, sum of squared deviations
     planes  [3, N, C]   shift, scale, offset: x̂ = (x − shift)·scale + offset
@@ -23,6 +23,7 @@ import torch.nn.functional as F
 
 NAME = "torch"
 KEEPS_SIGNS = ("relu", "leaky_relu")
+CHANNELS = 64  # of a convolution's output at a time: all of its products at once are never held
 
 
 def why_not(x=None, gamma=None):
@@ -125,6 +126,34 @@ def window_sums(contents, rows):
     return tuple(tensor.to(torch.int32) for tensor in (offsets, flat, back_offsets, back_rows))
 
 
+def convolve_windows(rows, weight, bias, offsets, listed):
+    """rows [R, in] convolved with weight [out, in, *kernel] and bias [out] at the windows of a `layout.Sums`: [windows, out]."""
+    results = []
+    for part in weight.split(CHANNELS):
+        products = rows @ part.flatten(2).permute(2, 0, 1).reshape(-1, part.shape[1]).t()
+        results.append(_sum_listed(products.view(-1, len(part)), offsets, listed))
+    return torch.cat(results, dim=1) if bias is None else torch.cat(results, dim=1).add_(bias)
+
+
+def convolve_windows_weight(gradient, rows, weight, back_offsets, back_listed):
+    """The weight's gradient from that of the results, [windows, out]."""
+    parts = []
+    for part in gradient.split(CHANNELS, dim=1):
+        products = _sum_listed(part, back_offsets, back_listed).view(len(rows), -1)
+        parts.append((products.t() @ rows).view(-1, part.shape[1], rows.shape[1]).permute(1, 2, 0))
+    return torch.cat(parts).reshape(weight.shape)
+
+
+def convolve_windows_rows(gradient, weight, back_offsets, back_listed):
+    """The gradient of the rows from that of the results, [windows, out]."""
+    parts = []
+    for part, part_weight in zip(gradient.split(CHANNELS, dim=1), weight.split(CHANNELS)):
+        by_tap = part_weight.flatten(2).permute(2, 0, 1)
+        products = _sum_listed(part, back_offsets, back_listed).view(-1, by_tap.shape[0] * by_tap.shape[1])
+        parts.append(products @ by_tap.reshape(-1, weight.shape[1]))
+    return sum(parts[1:], start=parts[0])
+
+
 def apply(x, planes, gamma, beta, index, activation, negative_slope, keep_signs):
     """y in the dtype that x and γ promote to, in x's memory layout; signs, of size 0 unless wanted and needed."""
     gamma, beta = look_up(gamma, index), look_up(beta, index)
@@ -199,6 +228,11 @@ def through_activation(dy, x, normalised, gamma, beta, signs, activation, negati
         return dy * (sigmoid * (1 + y * (1 - sigmoid)))
     positive = _unpack(signs, dy.shape, is_channels_last(x))
     return torch.where(positive, dy, dy * negative_slope if activation == "leaky_relu" else 0)
+
+
+def _sum_listed(x, offsets, listed):
+    """x [R, D] to [len(offsets) − 1, D]: sum i is over x[listed[offsets[i]:offsets[i + 1]]], in that order."""
+    return F.embedding_bag(listed, x.contiguous(), offsets, mode="sum", include_last_offset=True)
 
 
 def _sum_rows(x, index, table):

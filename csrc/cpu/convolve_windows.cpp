@@ -1,0 +1,234 @@
+// A convolution at the distinct windows of a map alone, on the CPU: its results, and the gradients of its weight and rows.
+//
+// Result i is bias + Σ weight[:, :, t] · rows[r] over the (r, t) that window i sees. All products weight[:, :, t] · rows[r] are made
+// for one unit of output channels at a time, stay in the cache, and are summed there. Every sum is in one order, whatever the number
+// of threads. Which (r, t) a window sees, and which windows see an (r, t), are lists of numbers r · taps + t: `layout.Sums`.
+
+#include <memory>
+
+#include "matrix.h"
+#include "tensors.h"
+
+namespace spade_fast {
+namespace {
+
+// Sum i is over numbers[offsets[i]] to numbers[offsets[i + 1] − 1].
+struct Lists {
+  Tensor offsets_owner, numbers_owner;
+  const int32_t *offsets, *numbers;
+  int64_t count;
+
+  Lists(const Tensor& given_offsets, const Tensor& given_numbers)
+      : offsets_owner(torch::stable::contiguous(given_offsets)),
+        numbers_owner(torch::stable::contiguous(given_numbers)),
+        offsets(offsets_owner.const_data_ptr<int32_t>()),
+        numbers(numbers_owner.const_data_ptr<int32_t>()),
+        count(given_offsets.numel() - 1) {}
+};
+
+// Of the sums first to last − 1 a unit of columns each: sum i goes to `to + (i − first) · to_row`, and begins with `begin`.
+template <typename Sum, int kBytes>
+struct SumListed : Vectors<Sum, kBytes> {
+  using typename Vectors<Sum, kBytes>::Vector;
+  using Vectors<Sum, kBytes>::at, Vectors<Sum, kBytes>::kOfUnit;
+
+  static ALWAYS_INLINE void run(int64_t first, int64_t last, const int32_t* offsets, const int32_t* numbers, const Sum* begin,
+                                const Sum* from, int64_t from_row, Sum* to, int64_t to_row) {
+    for (int64_t i = first; i < last; ++i, to += to_row) {
+      Vector sums[kOfUnit];
+#pragma GCC unroll 4
+      for (int v = 0; v < kOfUnit; ++v) sums[v] = at(begin, v);
+      for (int32_t place = offsets[i]; place < offsets[i + 1]; ++place) {
+        const Sum* row = from + numbers[place] * from_row;
+#pragma GCC unroll 4
+        for (int v = 0; v < kOfUnit; ++v) sums[v] += at(row, v);
+      }
+#pragma GCC unroll 4
+      for (int v = 0; v < kOfUnit; ++v) at(to, v) = sums[v];
+    }
+  }
+};
+
+// from [unit, columns], of which the first `rows` rows are there, to [columns, unit], the others zero; and the other way round.
+template <typename Sum>
+struct ToColumns {
+  static ALWAYS_INLINE void run(int64_t rows, int64_t columns, const Sum* from, Sum* to) {
+    for (int64_t column = 0; column < columns; ++column) {
+      for (int64_t row = 0; row < kUnit<Sum>; ++row) to[column * kUnit<Sum> + row] = row < rows ? from[row * columns + column] : 0;
+    }
+  }
+};
+
+template <typename Sum>
+struct FromColumns {
+  static ALWAYS_INLINE void run(int64_t rows, int64_t columns, const Sum* from, Sum* to) {
+    for (int64_t row = 0; row < rows; ++row) {
+      for (int64_t column = 0; column < columns; ++column) to[row * columns + column] = from[column * kUnit<Sum> + row];
+    }
+  }
+};
+
+template <typename Sum>
+std::unique_ptr<Sum[]> scratch(int64_t size) { return std::unique_ptr<Sum[]>(new Sum[size]); }
+
+// The sizes of a convolution, with output channels in units of which the last may be filled up.
+template <typename Sum>
+struct Sizes {
+  int64_t rows, in, out, taps, blocks;
+
+  Sizes(const Tensor& weight, int64_t rows) : rows(rows), in(weight.size(1)), out(weight.size(0)), taps(1), blocks(units<Sum>(out)) {
+    for (int64_t dim = 2; dim < weight.dim(); ++dim) taps *= weight.size(dim);
+  }
+
+  int64_t columns() const { return taps * kUnit<Sum>; }
+  int64_t first(int64_t block) const { return block * kUnit<Sum>; }
+  int64_t channels(int64_t block) const { return std::min(kUnit<Sum>, out - first(block)); }
+};
+
+// x [rows, columns] with zeros after each row, up to whole units.
+template <typename Sum>
+Tensor in_units(const Tensor& x) {
+  const int64_t rows = x.size(0), columns = x.size(1), width = units<Sum>(columns) * kUnit<Sum>;
+  const Tensor given = torch::stable::contiguous(x);
+  if (width == columns) return given;
+  const Tensor filled = torch::stable::new_zeros(x, {rows, width});
+  const Sum* from = given.const_data_ptr<Sum>();
+  Sum* to = filled.mutable_data_ptr<Sum>();
+  for (int64_t row = 0; row < rows; ++row) std::copy_n(from + row * columns, columns, to + row * width);
+  return filled;
+}
+
+// x [rows, whole units] without the columns that fill up its last unit.
+Tensor without_filling(Tensor x, int64_t columns) {
+  return x.size(1) == columns ? x : torch::stable::contiguous(torch::stable::narrow(x, 1, 0, columns));
+}
+
+template <typename Sum>
+Tensor convolve(const Tensor& given_rows, const Tensor& given_weight, const std::optional<Tensor>& given_bias, const Lists& lists) {
+  const Sizes<Sum> sizes(given_weight, given_rows.size(0));
+  const Tensor rows = torch::stable::contiguous(given_rows), weight = torch::stable::contiguous(given_weight);
+  const Tensor result = new_tensor(rows, {lists.count, sizes.blocks * kUnit<Sum>}, rows.scalar_type());
+  std::vector<Sum> bias(sizes.blocks * kUnit<Sum>);
+  if (given_bias) std::copy_n(torch::stable::contiguous(*given_bias).const_data_ptr<Sum>(), sizes.out, bias.begin());
+  const Sum *rows_data = rows.const_data_ptr<Sum>(), *weight_data = weight.const_data_ptr<Sum>();
+  Sum* result_data = result.mutable_data_ptr<Sum>();
+  torch::stable::parallel_for(0, sizes.blocks, 1, [&](int64_t begin, int64_t end) {
+    const auto matrix = scratch<Sum>(sizes.in * sizes.columns()), products = scratch<Sum>(sizes.rows * sizes.columns());
+    for (int64_t block = begin; block < end; ++block) {
+      const int64_t first = sizes.first(block);
+      vectorised<ToColumns<Sum>>(sizes.channels(block), sizes.in * sizes.taps, weight_data + first * sizes.in * sizes.taps, matrix.get());
+      in_vectors<MatrixProduct, Sum>(sizes.rows, sizes.in, sizes.taps, Strided<Sum>{rows_data, sizes.in, 1}, matrix.get(), sizes.columns(), products.get(),
+                          sizes.columns(), false);
+      in_vectors<SumListed, Sum>(int64_t{0}, lists.count, lists.offsets, lists.numbers, static_cast<const Sum*>(&bias[first]),
+                                 static_cast<const Sum*>(products.get()), kUnit<Sum>, result_data + first, sizes.blocks * kUnit<Sum>);
+    }
+  });
+  return without_filling(result, sizes.out);
+}
+
+// Of rows first to last − 1, for a block of output channels, the gradients of their products: [rows, taps, unit].
+template <typename Sum>
+void product_gradients(const Sizes<Sum>& sizes, const Lists& lists, const Sum* gradient, int64_t block, int64_t first, int64_t last,
+                       Sum* products) {
+  static constexpr Sum zeros[kUnit<Sum>] = {};
+  in_vectors<SumListed, Sum>(first * sizes.taps, last * sizes.taps, lists.offsets, lists.numbers, static_cast<const Sum*>(zeros),
+                             gradient + sizes.first(block), sizes.blocks * kUnit<Sum>, products, kUnit<Sum>);
+}
+
+template <typename Sum>
+Tensor weight_gradient(const Tensor& given_gradient, const Tensor& given_rows, const Tensor& weight, const Lists& lists) {
+  constexpr int64_t kRows = 256;  // at a time: their products' gradients stay in the cache
+  const Sizes<Sum> sizes(weight, given_rows.size(0));
+  const Tensor gradient = in_units<Sum>(given_gradient), rows = torch::stable::contiguous(given_rows);
+  const std::vector<int64_t> shape(weight.sizes().begin(), weight.sizes().end());
+  const Tensor result = new_tensor(gradient, shape, gradient.scalar_type());
+  const Sum *gradient_data = gradient.const_data_ptr<Sum>(), *rows_data = rows.const_data_ptr<Sum>();
+  Sum* result_data = result.mutable_data_ptr<Sum>();
+  torch::stable::parallel_for(0, sizes.blocks, 1, [&](int64_t begin, int64_t end) {
+    const auto matrix = scratch<Sum>(sizes.in * sizes.columns()), products = scratch<Sum>(kRows * sizes.columns());
+    for (int64_t block = begin; block < end; ++block) {
+      std::fill_n(matrix.get(), sizes.in * sizes.columns(), Sum(0));
+      for (int64_t first = 0; first < sizes.rows; first += kRows) {
+        const int64_t last = std::min(first + kRows, sizes.rows);
+        product_gradients(sizes, lists, gradient_data, block, first, last, products.get());
+        in_vectors<MatrixProduct, Sum>(sizes.in, last - first, sizes.taps, Strided<Sum>{rows_data + first * sizes.in, 1, sizes.in}, products.get(),
+                            sizes.columns(), matrix.get(), sizes.columns(), true);
+      }
+      vectorised<FromColumns<Sum>>(sizes.channels(block), sizes.in * sizes.taps, static_cast<const Sum*>(matrix.get()),
+                                   result_data + sizes.first(block) * sizes.in * sizes.taps);
+    }
+  });
+  return result;
+}
+
+template <typename Sum>
+Tensor rows_gradient(const Tensor& given_gradient, const Tensor& given_weight, const Lists& lists) {
+  constexpr int64_t kRows = 32;  // at a time: the weight is read once for them
+  Sizes<Sum> sizes(given_weight, 0);
+  sizes.rows = lists.count / sizes.taps;
+  const Tensor gradient = in_units<Sum>(given_gradient), weight = torch::stable::contiguous(given_weight);
+  const int64_t width = units<Sum>(sizes.in) * kUnit<Sum>;
+  const Tensor result = torch::stable::new_zeros(gradient, {sizes.rows, width});
+  const Sum *gradient_data = gradient.const_data_ptr<Sum>(), *weight_data = weight.const_data_ptr<Sum>();
+  Sum* result_data = result.mutable_data_ptr<Sum>();
+  const auto matrices = scratch<Sum>(sizes.blocks * sizes.columns() * width);  // of each block, [taps, unit, in]
+  torch::stable::parallel_for(0, sizes.blocks, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t block = begin; block < end; ++block) {
+      Sum* matrix = matrices.get() + block * sizes.columns() * width;
+      std::fill_n(matrix, sizes.columns() * width, Sum(0));
+      for (int64_t channel = 0; channel < sizes.channels(block); ++channel) {
+        const Sum* from = weight_data + (sizes.first(block) + channel) * sizes.in * sizes.taps;
+        for (int64_t tap = 0; tap < sizes.taps; ++tap) {
+          Sum* to = matrix + (tap * kUnit<Sum> + channel) * width;
+          for (int64_t i = 0; i < sizes.in; ++i) to[i] = from[i * sizes.taps + tap];
+        }
+      }
+    }
+  });
+  torch::stable::parallel_for(0, (sizes.rows + kRows - 1) / kRows, 1, [&](int64_t begin, int64_t end) {
+    const auto products = scratch<Sum>(kRows * sizes.columns());
+    for (int64_t part = begin; part < end; ++part) {
+      const int64_t first = part * kRows, last = std::min(first + kRows, sizes.rows);
+      for (int64_t block = 0; block < sizes.blocks; ++block) {
+        product_gradients(sizes, lists, gradient_data, block, first, last, products.get());
+        in_vectors<MatrixProduct, Sum>(last - first, sizes.columns(), width / kUnit<Sum>, Strided<Sum>{products.get(), sizes.columns(), 1},
+                            matrices.get() + block * sizes.columns() * width, width, result_data + first * width, width, true);
+      }
+    }
+  });
+  return without_filling(result, sizes.in);
+}
+
+Tensor convolve_windows(const Tensor& rows, const Tensor& weight, std::optional<Tensor> bias, const Tensor& offsets,
+                        const Tensor& numbers) {
+  std::optional<Tensor> result;
+  dispatch_sum(rows.scalar_type(), [&](auto zero) { result = convolve<decltype(zero)>(rows, weight, bias, Lists(offsets, numbers)); });
+  return *result;
+}
+
+Tensor convolve_windows_weight(const Tensor& gradient, const Tensor& rows, const Tensor& weight, const Tensor& offsets,
+                               const Tensor& numbers) {
+  std::optional<Tensor> result;
+  dispatch_sum(rows.scalar_type(), [&](auto zero) {
+    result = weight_gradient<decltype(zero)>(gradient, rows, weight, Lists(offsets, numbers));
+  });
+  return *result;
+}
+
+Tensor convolve_windows_rows(const Tensor& gradient, const Tensor& weight, const Tensor& offsets, const Tensor& numbers) {
+  std::optional<Tensor> result;
+  dispatch_sum(weight.scalar_type(), [&](auto zero) {
+    result = rows_gradient<decltype(zero)>(gradient, weight, Lists(offsets, numbers));
+  });
+  return *result;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(spade_fast, CPU, library) {
+  library.impl("convolve_windows", TORCH_BOX(&convolve_windows));
+  library.impl("convolve_windows_weight", TORCH_BOX(&convolve_windows_weight));
+  library.impl("convolve_windows_rows", TORCH_BOX(&convolve_windows_rows));
+}
+
+}  // namespace spade_fast
