@@ -6,7 +6,7 @@
 
 from .kernels import BackendStatus, backends, use_backend
 from .layout import SemanticLayout
-from .nn import SPADE, SPADEResBlk, SPADEResnetBlock, window_mode
+from .nn import SPADE, SPADEResBlk, SPADEResnetBlock, frozen, window_mode
 from .ops import plane_moments, spade_modulate
 
 __version__ = "0.1.0"
@@ -17,6 +17,7 @@ __all__ = [
     "SemanticLayout",
     "BackendStatus",
     "backends",
+    "frozen",
     "plane_moments",
     "spade_modulate",
     "use_backend",

@@ -8,6 +8,7 @@ from ..layout import LARGEST_KERNEL, SemanticLayout
 from ..ops.convolve_windows import convolve_windows
 from ..ops.modulate import spade_modulate
 from .config import parse_config
+from .frozen import kept_tables
 from .windows import beside_windows, find_layout, pays
 
 CONVOLUTIONS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
@@ -120,12 +121,19 @@ class SPADE(nn.Module):
 
     def _from_windows(self, layout, x):
         """γ and β of every distinct window, [K, C], and how a pixel finds its own."""
+        windows = layout.windows(x.shape[2:], self.mlp_gamma.kernel_size[0])
+        dtype, kept = dtype_of_convolution(x, self.mlp_gamma.weight), kept_tables(self)
+        if kept is None:
+            gamma, beta = self._table(layout, windows, dtype)
+        else:
+            gamma, beta = kept.get(layout, (self, x.shape[2:], dtype), lambda: self._table(layout, windows, dtype))
+        return gamma, beta, {"index": windows.index, "order": windows.order}
+
+    def _table(self, layout, windows, dtype):
         shared, activation = self.mlp_shared
-        windows = layout.windows(x.shape[2:], shared.kernel_size[0])
         hidden = activation(convolve_windows(layout.palette, shared.weight, shared.bias, windows.hidden))
-        gamma, beta = (convolve_windows(hidden, module.weight, module.bias, windows.table) for module in (self.mlp_gamma, self.mlp_beta))
-        dtype = dtype_of_convolution(x, shared.weight)
-        return gamma.to(dtype), beta.to(dtype), {"index": windows.index, "order": windows.order}
+        return [convolve_windows(hidden, module.weight, module.bias, windows.table).to(dtype)
+                for module in (self.mlp_gamma, self.mlp_beta)]
 
     @property
     def measures(self):

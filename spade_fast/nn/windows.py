@@ -7,6 +7,7 @@ import torch
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..layout import SemanticLayout
+from .frozen import kept_tables
 
 MODES = ("auto", "always", "never")
 # What an addition of rows costs beside a multiply-add of a matrix product or convolution: an estimate, for memory limits it.
@@ -73,6 +74,8 @@ def pays(layout, size, spade):
     mode = current_mode()
     if mode != "auto":
         return mode == "always"
+    if kept_tables(spade) is not None:
+        return True  # once for many forward passes
     shared = spade.mlp_shared[0]
     windows = layout.windows(size, shared.kernel_size[0])
     taps, hidden, outputs = shared.weight[0, 0].numel(), spade.mlp_gamma.in_channels, 2 * spade.norm_nc
