@@ -12,6 +12,7 @@ from . import layouts as scenes
 from . import report
 from .cases import CASES, Settings
 from .measure import measure
+from .picture import save_picture
 
 app = typer.Typer(help="How fast spade_fast is beside eager PyTorch, torch.compile and plain instance norm, and whether it "
                   "computes the same.", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
@@ -83,6 +84,29 @@ def layouts(
     """Draw label and instance PNGs that measure like real scenes, for `run --labels --instances`."""
     label_folder, instance_folder = scenes.save_scenes(folder, count)
     typer.echo(f"--labels {label_folder} --instances {instance_folder}")
+
+
+@app.command()
+def picture(
+    file: Annotated[Path, typer.Argument(help="The PNG that is drawn.")],
+    labels: Annotated[Path | None, typer.Option(help="Folder of PNGs of COCO-Stuff classes; a drawn scene without.")] = None,
+    instances: Annotated[Path | None, typer.Option(help="Folder of PNGs of instance numbers, named as the labels.")] = None,
+    scene: Annotated[int, typer.Option(min=0, help="Which of the scenes, from 0 on.")] = 0,
+    size: Annotated[int, typer.Option(min=16, help="Height and width that the scene is brought to.")] = 256,
+):
+    """Draw why windows make γ and β cheap: a label map, some of its windows, and the few pixels that are computed."""
+    if not file.absolute().parent.is_dir():
+        raise typer.BadParameter(f"{file} should be in a folder that exists", param_hint="FILE")
+    if labels is None and instances is not None:
+        raise typer.BadParameter("it should come with --labels", param_hint="--instances")
+    if labels is None:
+        chosen = scenes.draw_scene(scene)
+    else:
+        given = scenes.load_scenes(labels, instances)
+        if scene >= len(given):
+            raise typer.BadParameter(f"{scene} should be below {len(given)}, the number of scenes in {labels}", param_hint="--scene")
+        chosen = given[scene]
+    save_picture(file, *chosen, size)
 
 
 def choose(parameter, name, choices):

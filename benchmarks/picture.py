@@ -10,8 +10,9 @@ from . import layouts
 COLOURS = ("#8fc1e3", "#f6c177", "#a3d9a5", "#eb9a94", "#c3aee0", "#f2e394", "#8fd6cf", "#f4b6d2", "#c8b195", "#b5bd6b", "#9fa8da")
 UNLABELLED, INK = "#e6e6e6", "#202020"
 CLASSES = 182  # of COCO-Stuff; the one after the last is "don't care"
-REACH = 2  # what two 3 × 3 convolutions see of a pixel's neighbours, on each side of it
-PLACES, APART = 4, 20  # how many places of a window are framed, and how many pixels lie between two frames
+WINDOW = 5  # what two 3 × 3 convolutions see: as many rows and columns, with the pixel in the middle
+REACH = WINDOW // 2
+PLACES = 4  # of each window, that are framed
 
 
 def save_picture(path, labels, instances=None, size=256):
@@ -34,29 +35,31 @@ def save_picture(path, labels, instances=None, size=256):
     colours = code_colours(layout)[layout.codes[0].numpy()]
     windows = choose_windows(index, labels)
 
-    figure = plt.figure(figsize=(9, 3.8), facecolor="white")
+    figure = plt.figure(figsize=(9, 3.5), facecolor="white")
     # 512 pixels wide and high, so that each of 256 × 256 is a square of the same size.
-    panels = [figure.add_axes((left / 1800, 148 / 760, 512 / 1800, 512 / 760)) for left in (36, 644, 1252)]
+    panels = [figure.add_axes((left / 1800, 124 / 700, 512 / 1800, 512 / 700)) for left in (36, 644, 1252)]
     panels[0].imshow(colours, interpolation="nearest")
-    frame_places(panels[0], windows)
+    frame_places(panels[0], windows, size)
     show_windows(panels[1], windows, colours)
     first = np.unique(index, return_index=True)[1]
     computed = 0.3 * colours + 0.7
     computed.reshape(-1, 3)[first] = matplotlib.colors.to_rgb(INK)
     panels[2].imshow(computed, interpolation="nearest")
 
-    edges = "" if instances is None else " Darker: edges of instances."
+    edges = "" if instances is None else "\nDarker: edges of instances."
     texts = (
         (f"Labels, {size} × {size}",
-         f"γ and β at a pixel depend on nothing but\nthe 5 × 5 labels around it. Some of these\nwindows are framed.{edges}"),
+         f"γ and β at a pixel depend only on the 5 × 5\nlabels around it. Some windows are framed.{edges}"),
         ("The framed windows, enlarged",
-         f"The same window gives the same γ and β,\nwherever it lies: once is enough for the\n{len(windows['A']):,} pixels that see A."),
+         "The same window gives the same γ and β,\nwherever it lies: computed once, they serve\n"
+         f"all {len(windows['A']):,} pixels that see A."),
         ("The pixels that are computed",
-         f"One for each distinct window, black here:\n{len(first):,} of {index.size:,}. All the others look\nup what was computed for their window."),
+         f"One for each distinct window, black here:\n{len(first):,} of {index.size:,}. All the others look up\n"
+         "the γ and β of their window."),
     )
     for panel, (title, text) in zip(panels, texts):
         panel.set(xticks=[], yticks=[])
-        panel.set_title(title, fontsize=10, weight="bold", color=INK)
+        panel.set_title(title, loc="left", fontsize=10, weight="bold", color=INK)
         panel.text(0, -0.03, text, transform=panel.transAxes, va="top", fontsize=8, linespacing=1.3, color=INK)
     figure.savefig(path, dpi=200)
     plt.close(figure)
@@ -75,59 +78,56 @@ def code_colours(layout):
 
 
 def choose_windows(index, labels):
-    """The most frequent window, the two most frequent ones on other borders each, and a rare one.
+    """The most frequent window, the most frequent ones on two borders, and a rare one where many labels meet.
 
-    Returns a dictionary of letters and of the places that see the window, rows and columns, int [count, 2].
+    Returns a dictionary of letters, and for each the first row and column of every place of the window, int [count, 2].
     """
-    inside = index[REACH:-REACH, REACH:-REACH]
-    numbers, counts = np.unique(inside, return_counts=True)
-    numbers = numbers[np.argsort(-counts, kind="stable")]
-    chosen, kinds = [numbers[0]], [1]
-    for number in numbers[1:]:
-        kind = set(around(labels, np.argwhere(inside == number)[0] + REACH).flat)
-        if len(chosen) < 3 and len(kind) > 1 and kind not in kinds:
-            chosen.append(number)
-            kinds.append(kind)
-    if numbers[-1] not in chosen:
-        chosen.append(numbers[-1])
-    return {letter: np.argwhere(inside == number) + REACH for letter, number in zip("ABCD", chosen)}
+    inside = index[REACH:-REACH, REACH:-REACH]  # nothing beyond the picture's border has to be drawn
+    _, first, counts = np.unique(inside, return_index=True, return_counts=True)
+    kinds = [frozenset(around(labels, divmod(place, inside.shape[1])).flat) for place in first]
+    order = np.argsort(-counts, kind="stable")
+    best = {}
+    for number in order:
+        best.setdefault(kinds[number], number)
+    borders = [number for kind, number in best.items() if len(kind) > 1]
+    rare = max(order, key=lambda number: (-counts[number], len(kinds[number])))
+    chosen = dict.fromkeys([order[0], *borders[:2], rare])  # in a plain map some are the same
+    return {letter: np.argwhere(inside == inside.flat[first[number]]) for letter, number in zip("ABCD", chosen)}
 
 
 def around(values, place):
-    """What the window of a pixel sees of values [height, width, ...]."""
+    """What a window sees of values [height, width, ...]; place: its first row and column."""
     row, column = place
-    return values[row - REACH : row + REACH + 1, column - REACH : column + REACH + 1]
+    return values[row : row + WINDOW, column : column + WINDOW]
 
 
-def frame_places(axes, windows):
-    """Frames a few places of each window, with its letter, where there is room: the rarest window's first."""
+def frame_places(axes, windows, size):
+    """Frames a few places of each window, with its letter, where there is room: first of the rare window, which has no choice."""
     from matplotlib.patches import Rectangle
+    from matplotlib.patheffects import withStroke
 
-    size = int(axes.get_xlim()[1] + 0.5)
     framed = []
     for letter, places in reversed(windows.items()):
         for number in range(PLACES):
-            distances = [np.hypot(*(places - place).T) for place in framed]
-            room = np.min([places.min(1), (size - places).min(1), *distances], axis=0)
-            if number and room.max() < APART * size / 256:
+            border = np.minimum(places, size - WINDOW - places).min(1)  # it may be nearer than other frames are
+            room = np.min([3 * border, *(np.hypot(*(places - other).T) for other in framed)], axis=0)
+            if number and room.max() < WINDOW + 0.06 * size:  # a frame and its letter
                 break
             row, column = place = places[room.argmax()]
             framed.append(place)
             for colour, width in ("white", 2.4), (INK, 1):
-                axes.add_patch(Rectangle((column - REACH - 0.5, row - REACH - 0.5), 2 * REACH + 1, 2 * REACH + 1,
-                                         fill=False, edgecolor=colour, linewidth=width))
-            axes.annotate(letter, (column + REACH + 0.5, row), (2, 0), textcoords="offset points", va="center", fontsize=8,
-                          weight="bold", color=INK)
+                axes.add_patch(Rectangle((column - 0.5, row - 0.5), WINDOW, WINDOW, fill=False, edgecolor=colour, linewidth=width))
+            axes.annotate(letter, (column + WINDOW - 0.5, row + REACH), (2.5, 0), textcoords="offset points", va="center_baseline",
+                          fontsize=8, weight="bold", color=INK, path_effects=[withStroke(linewidth=2, foreground="white")])
 
 
 def show_windows(axes, windows, colours):
-    """The windows as large squares, two by two, and how many pixels see each."""
+    """The windows as large squares, two by two, with their letters and how many pixels see each."""
+    axes.axis("off")
     for number, (letter, places) in enumerate(windows.items()):
-        across, down = number % 2 * 1.12, number // 2 * 1.12
-        tile = axes.inset_axes((across / 2.0, 0.56 - down / 2, 0.44, 0.44))
+        tile = axes.inset_axes((0.54 * (number % 2), 0.59 - 0.52 * (number // 2), 0.41, 0.41))
         tile.imshow(around(colours, places[0]))
-        tile.set(xticks=np.arange(0.5, 4), yticks=np.arange(0.5, 4), xticklabels=[], yticklabels=[])
+        tile.set(xticks=np.arange(0.5, WINDOW - 1), yticks=np.arange(0.5, WINDOW - 1), xticklabels=[], yticklabels=[])
         tile.grid(color="white", linewidth=1)
         tile.tick_params(length=0)
-        tile.set_xlabel(f"{letter}: {len(places):,} pixel{'s'[: len(places) - 1]}", fontsize=8, color=INK, labelpad=2)
-    axes.axis("off")
+        tile.set_xlabel(f"$\\bf{{{letter}}}$: {len(places):,} pixel{'s' if len(places) > 1 else ''}", fontsize=8, color=INK, labelpad=3)

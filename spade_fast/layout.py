@@ -5,6 +5,7 @@ is computed once, and looked up: the same function, sums in another order. A con
 and a palette: the condition's vector for each code. The condition itself is never made.
 """
 
+import sys
 from typing import NamedTuple
 
 import numpy as np
@@ -150,6 +151,8 @@ class SemanticLayout:
         """The Windows at this size, *spatial, for convolutions of this kernel size. Made once, then kept."""
         key = (tuple(size), kernel_size)
         if key not in self._windows:
+            if torch.compiler.is_compiling():
+                raise ValueError(f"the layout has no windows of size {key[0]} yet: prepare([{key[0]}], {kernel_size}) before the compiled call")
             if len(key[0]) != self.codes.dim() - 1:
                 raise ValueError(f"size is {key[0]}, it should have the layout's {self.codes.dim() - 1} dimensions")
             if kernel_size % 2 == 0 or not 1 <= kernel_size <= LARGEST_KERNEL:
@@ -158,9 +161,15 @@ class SemanticLayout:
         return self._windows[key]
 
     def prepare(self, sizes, kernel_size):
-        """Makes the windows of these sizes ahead, in a data loader's worker for instance. Returns the layout."""
+        """Makes the windows of these sizes ahead, in a data loader's worker for instance. Returns the layout.
+
+        A compiled network needs that, in the process that calls it: then one compilation does for all layouts.
+        """
         for size in sizes:
-            self.windows(size, kernel_size)
+            windows = self.windows(size, kernel_size)
+            if "torch._dynamo" in sys.modules:  # else nothing has been compiled, and importing it takes more than a second
+                for tensor in (self.palette, *windows.hidden, *windows.table):
+                    torch._dynamo.decorators.mark_unbacked(tensor, 0)  # each layout has another number of rows
         return self
 
     def to(self, device):

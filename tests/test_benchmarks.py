@@ -113,3 +113,15 @@ def test_scenes_that_cannot_be_read(tmp_path):
         layouts.load_scenes(tmp_path / "label")
     with pytest.raises(ValueError, match="labels has a 9, it should have 0 to 3, or 255"):
         layouts.condition(np.array([[0, 9]]), None, num_classes=4)
+
+
+def test_the_picture_is_drawn(tmp_path):
+    folder, _ = layouts.save_scenes(tmp_path, 1)
+    for name, options in [("drawn.png", []), ("read.png", ["--labels", folder])]:
+        result = invoke("picture", tmp_path / name, "--size", 32, *options)
+        assert result.exit_code == 0, result.output
+        with Image.open(tmp_path / name) as picture:
+            assert picture.format == "PNG" and picture.width == 1800 and 600 < picture.height < 900
+    result = invoke("picture", tmp_path / "none.png", "--labels", folder, "--scene", 1)
+    assert result.exit_code == 2 and "--scene" in result.output and "1 should be below 1" in result.output
+    assert not (tmp_path / "none.png").exists()

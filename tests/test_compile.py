@@ -4,9 +4,10 @@ import pytest
 import torch
 import torch._dynamo.testing
 from modulations import channels_last, contiguous, results, sample
+from test_layout import patches
 
 import spade_fast
-from spade_fast import reference
+from spade_fast import SemanticLayout, reference
 
 pytestmark = pytest.mark.usefixtures("backend")
 
@@ -75,3 +76,43 @@ def test_bad_input_is_the_same_error_when_compiled():
     x = torch.randn(2, 4, 5, 6)
     with pytest.raises(ValueError, match="gamma has shape"):
         compiled(x, x[:, :3], x)
+
+
+class SmallGenerator(torch.nn.Module):
+    """Blocks at three sizes, one of them with 1×1 convolutions: where a layout has one class, that sees a single window."""
+
+    def __init__(self, classes):
+        super().__init__()
+        self.blocks = torch.nn.ModuleList(spade_fast.SPADEResnetBlock(4, 4, norm_G, classes, nhidden=6)
+                                          for norm_G in ("spadeinstance3x3", "spadebatch1x1", "spadeinstance3x3"))
+
+    def forward(self, z, condition):
+        for block in self.blocks:
+            z = torch.nn.functional.interpolate(block(z, condition), scale_factor=2)
+        return z
+
+
+@pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
+def test_a_generator_over_many_layouts_is_compiled_once(compiler, backend):
+    if (compiler, backend) == ("inductor", "torch"):
+        pytest.skip("a minute, and nothing that the other three do not show")
+    model = SmallGenerator(6).double()
+    counter = torch._dynamo.testing.CompileCounterWithBackend(compiler)
+    compiled = torch.compile(model, fullgraph=True, backend=counter)
+    for seed, classes in enumerate((6, 6, 1, 2, 3)):
+        layout = SemanticLayout.from_labels(patches((2, 32, 32), classes, seed), 6)
+        layout.prepare([(4, 4), (16, 16)], 3).prepare([(8, 8)], 1)
+        z, found = torch.randn(2, 4, 4, 4, dtype=torch.float64, requires_grad=True), []
+        for network in (compiled, model):
+            with spade_fast.window_mode("always"):
+                y = network(z, layout)
+            found.append([y, *torch.autograd.grad(y.square().sum(), [z, *model.parameters()])])
+        assert all(torch.allclose(*pair, rtol=1e-9, atol=1e-9) for pair in zip(*found)), classes
+    assert layout.windows((8, 8), 1).count == 3 and counter.frame_count == 1
+
+
+def test_a_layout_that_is_not_prepared():
+    layout = SemanticLayout.from_labels(patches((1, 16, 16), 3), 3)
+    compiled = torch.compile(spade_fast.SPADE(4, 3, 4), fullgraph=True, backend="eager")
+    with pytest.raises(Exception, match=r"no windows of size \(8, 8\) yet: prepare\(\[\(8, 8\)\], 3\) before the compiled call"):
+        compiled(torch.randn(1, 4, 8, 8), layout)

@@ -70,7 +70,9 @@ def beside_windows(x):
 
 
 def pays(layout, size, spade):
-    """Whether this SPADE should compute γ and β at the distinct windows of this size."""
+    """Whether this SPADE should compute γ and β at the distinct windows of this size. A compiled graph does: it may not depend on them."""
+    if torch.compiler.is_compiling():
+        return True
     mode = current_mode()
     if mode != "auto":
         return mode == "always"
