@@ -147,6 +147,37 @@ class SemanticLayout:
         """The layout at another size, by nearest neighbour."""
         return SemanticLayout(resize_codes(self.codes, size), self.palette)
 
+    def avg_pool(self, kernel_size, stride=None, padding=0, count_include_pad=True):
+        """The layout of `F.avg_pool2d(condition, …)` (or 1d, 3d): each distinct window of codes becomes a code, its mean a vector.
+
+        Args:
+            kernel_size: taps per axis, up to 7.
+            stride: from window to window, kernel_size where None.
+            padding: zeros around the condition, less than half of kernel_size.
+            count_include_pad: whether those zeros count in the mean.
+
+        Errors: ValueError where an argument is not so, or the layout is smaller than a window.
+        """
+        stride = kernel_size if stride is None else stride
+        if not 1 <= kernel_size <= LARGEST_KERNEL or stride < 1 or not 0 <= 2 * padding < kernel_size:
+            raise ValueError(f"kernel_size is {kernel_size}, stride {stride}, padding {padding}: they should be 1 to {LARGEST_KERNEL},"
+                             " 1 or more, and less than half of kernel_size")
+        size = [(length + 2 * padding - kernel_size) // stride + 1 for length in self.codes.shape[1:]]
+        if min(size) < 1:
+            raise ValueError(f"the layout is {list(self.codes.shape[1:])}, it should be no smaller than kernel_size, {kernel_size}")
+        odd = kernel_size | 1  # windows have a middle: an even kernel's are those of one more, without the last taps
+        numbers, contents = kernels.select(self.codes).number_windows(self.codes, odd)
+        for dim, length in enumerate(size, start=1):
+            numbers = numbers.narrow(dim, odd // 2 - padding, (length - 1) * stride + 1)
+            numbers = numbers[(slice(None),) * dim + (slice(None, None, stride),)]
+        present, codes = numbers.unique(return_inverse=True)
+        dims = len(size)
+        contents = contents[present.long()].view(-1, *[odd] * dims)[(slice(None), *[slice(kernel_size)] * dims)].flatten(1)
+        vectors = torch.cat([self.palette, self.palette.new_zeros(1, self.label_nc)])  # −1, beyond the border, is the last
+        sums = sum(vectors[contents[:, tap].long()] for tap in range(contents.shape[1]))
+        counts = contents.shape[1] if count_include_pad else (contents >= 0).sum(1, keepdim=True).to(sums.dtype)
+        return SemanticLayout(codes.to(torch.int32), sums / counts)
+
     def windows(self, size, kernel_size):
         """The Windows at this size, *spatial, for convolutions of this kernel size. Made once, then kept."""
         key = (tuple(size), kernel_size)

@@ -216,3 +216,34 @@ def test_both_ways_of_numbering_find_the_same_windows():
     codes = patches((2, 30, 21), 7).int()
     counts = {len(backend.number_windows(codes, 3)[1]) for backend in (torch_backend, cpu_backend) if backend.why_not(codes) is None}
     assert len(counts) == 1
+
+
+@pytest.mark.parametrize("shape", [(2, 17), (2, 16, 13), (1, 7, 8, 9)])
+@pytest.mark.parametrize("kernel_size,stride,padding", [(3, 2, 1), (2, None, 0), (1, 1, 0), (4, 3, 1), (7, 1, 3), (5, 2, 0)])
+@pytest.mark.parametrize("count_include_pad", [True, False])
+def test_avg_pool(shape, kernel_size, stride, padding, count_include_pad):
+    layout = SemanticLayout.from_labels(patches(shape, 5), 5, patches(shape, 3, seed=1))
+    pool = (F.avg_pool1d, F.avg_pool2d, F.avg_pool3d)[len(shape) - 2]
+    pooled = layout.avg_pool(kernel_size, stride, padding, count_include_pad)
+    expected = pool(layout.to_segmap(), kernel_size, stride, padding, False, count_include_pad)
+    assert torch.allclose(pooled.to_segmap(), expected, atol=1e-7) and pooled.label_nc == 6
+    assert len(pooled.palette) <= pooled.codes.numel()
+
+
+def test_avg_pool_is_differentiable_in_the_palette():
+    layout = SemanticLayout.from_labels(patches((2, 8, 8), 5), 5)
+    palette = layout.palette.double().requires_grad_()
+    found = SemanticLayout(layout.codes, palette).avg_pool(3, 2, 1, False).to_segmap(torch.float64)
+    expected = F.avg_pool2d(palette[layout.codes.long()].movedim(-1, 1), 3, 2, 1, False, False)
+    ours, = torch.autograd.grad(found.square().sum(), palette)
+    theirs, = torch.autograd.grad(expected.square().sum(), palette)
+    assert torch.allclose(ours, theirs, rtol=1e-12)
+
+
+@pytest.mark.parametrize("arguments,message", [
+    ((8,), "kernel_size is 8, stride 8, padding 0"), ((3, 0), "stride 0"), ((3, 1, 2), "padding 2"),
+    ((7,), r"the layout is \[4, 9\], it should be no smaller than kernel_size, 7"),
+])
+def test_avg_pool_that_cannot_be(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        SemanticLayout.from_labels(torch.zeros(1, 4, 9, dtype=torch.long), 2).avg_pool(*arguments)
