@@ -14,7 +14,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import spade_fast
-from spade_fast import reference
+from spade_fast import SemanticLayout, reference
 
 from . import layouts
 
@@ -88,6 +88,54 @@ def _modulate_problem(settings, channels, size, layout, mode):
         },
         variant(reference.spade_modulate, exact, dy.double()),
         lambda number: variant(reference.spade_modulate, {name: jitter(value) for name, value in inputs.items()}, dy)(),
+    )
+
+
+def layer(settings):
+    """One SPADE at every pixel, at every distinct window, and as it chooses: where windows pay, and what finding out costs."""
+    shapes = [(64, 32)] if settings.quick else [(1024, 8), (1024, 16), (1024, 32), (512, 32), (512, 64), (256, 128), (64, 256)]
+    scene = SemanticLayout.from_segmap(next(conditions(settings)))
+    for channels, size in shapes:
+        pixels = (1, size, size)
+        noise = SemanticLayout.from_labels(torch.randint(183, pixels), 183, torch.randint(2, pixels)).to_segmap()
+        scene_here = scene.resize(pixels[1:]).to_segmap()
+        for name, segmap in {"scene": scene_here, "noise": noise, "dense features": torch.randn(1, 184, size, size)}.items():
+            for mode in (FORWARD, BACKWARD):
+                yield _layer_problem(settings, channels, size, name, segmap, mode)
+
+
+def _layer_problem(settings, channels, size, name, segmap, mode):
+    torch.manual_seed(0)
+    eager, ours = reference.SPADE(channels, 184), spade_fast.SPADE(channels, 184)
+    ours.load_state_dict(eager.state_dict())
+    exact = copy.deepcopy(eager).double()
+    x, dy = torch.randn(1, channels, size, size), torch.randn(1, channels, size, size)
+    x, dy, segmap = (tensor.to(settings.device, settings.dtype) for tensor in (x, dy, segmap))
+
+    def variant(module, x, segmap, windows="auto", fresh=False):
+        module = module.to(settings.device)
+        x = x.detach().requires_grad_(mode == BACKWARD)
+
+        def run():  # a view is another tensor each time: nothing is known of it
+            with spade_fast.window_mode(windows):
+                y = module(x, segmap.view_as(segmap) if fresh else segmap)
+            return _outputs(y, {"x": x} | dict(module.named_parameters()), dy.to(x.dtype), mode)
+
+        return run
+
+    eager, ours = eager.to(settings.dtype), ours.to(settings.dtype)
+    return Problem(
+        f"{channels} at {size}², {name}",
+        mode,
+        {
+            "eager": variant(eager, x, segmap),
+            "spade_fast, pixels": variant(ours, x, segmap, "never"),
+            "spade_fast, windows": variant(ours, x, segmap, "always"),
+            "spade_fast, by itself": variant(ours, x, segmap),
+            "spade_fast, new condition": variant(ours, x, segmap, fresh=True),
+        },
+        variant(exact, x.double(), segmap.double()),
+        lambda number: variant(eager, jitter(x), jitter(segmap))(),
     )
 
 
@@ -223,4 +271,4 @@ def _outputs(y, wanted, dy, mode):
     return {"y": y.detach()} | {f"d{name}": gradient for name, gradient in zip(wanted, gradients)}
 
 
-CASES = {"modulate": modulate, "block": block, "generator": generator}
+CASES = {"modulate": modulate, "layer": layer, "block": block, "generator": generator}

@@ -43,7 +43,7 @@ class Row:
 
     @property
     def matches(self):
-        return self.failure is None and (self.excess is None or self.excess <= LIMITS[self.variant][self.mode == BACKWARD])
+        return self.failure is None and (self.excess is None or self.excess <= LIMITS[self.variant.split(",")[0]][self.mode == BACKWARD])
 
     @property
     def median(self):

@@ -52,9 +52,8 @@ bool find(const Bits* segmap, int64_t batch, int64_t channels, int64_t pixels, i
         const auto [number, is_new] = vectors.number(vector.data(), block_hashes[i]);
         if (is_new) places->push_back(n * pixels + start + i);
         code = number;
+        if (vectors.count() > kFewCodes + (n * pixels + start + i) / kPixelsPerCode) return false;
       }
-      const int64_t seen = n * pixels + start + count;
-      if (vectors.count() > kFewCodes + seen / kPixelsPerCode) return false;
     }
   }
   return true;

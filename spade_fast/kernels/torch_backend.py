@@ -66,17 +66,17 @@ def sort_pixels(index):
 
 def find_codes(segmap):
     """The distinct vectors of a condition's pixels, bit for bit: codes, int32 [N, *spatial], and the first of all N · pixels places
-    that has each. None where they are so many that it is no layout: more than 128 and a quarter of the pixels.
+    that has each. None where they are so many that it is no layout: more than 64 and a quarter of the pixels.
     """
     bits = segmap.view({8: torch.int64, 4: torch.int32, 2: torch.int16}[segmap.element_size()]).flatten(2)
     sample = bits[:1, :, :: max(1, bits.shape[2] // 1024)]  # enough to tell dense features at once
-    if sample.numel() > 0 and sample[0].unique(dim=1).shape[1] > 128 + sample.shape[2] // 4:
+    if sample.numel() > 0 and sample[0].unique(dim=1).shape[1] > 64 + sample.shape[2] // 4:
         return None
     hashes = bits.new_zeros(bits.shape[0], bits.shape[2], dtype=torch.int64)
     for channel in bits.unbind(1):
         hashes = hashes * 0x5851F42D4C957F2D + channel
     distinct, codes = hashes.flatten().unique(return_inverse=True)
-    if len(distinct) > 128 + codes.numel() // 4:
+    if len(distinct) > 64 + codes.numel() // 4:
         return None
     by_code, places = codes.sort(stable=True)
     places = places[torch.searchsorted(by_code, torch.arange(len(distinct), device=codes.device))]

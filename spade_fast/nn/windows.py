@@ -10,8 +10,9 @@ from ..layout import SemanticLayout
 from .frozen import kept_tables
 
 MODES = ("auto", "always", "never")
-# What an addition of rows costs beside a multiply-add of a matrix product or convolution: an estimate, for memory limits it.
-COST_OF_ADDITION = 8
+# Beside a multiply-add, as `python -m benchmarks run layer` shows on a CPU: an addition of rows, which memory limits; what a
+# convolution spends on bringing one weight into its own order; and what windows cost more than their count, mostly in backward.
+COST_OF_ADDITION, COST_OF_WEIGHT, COST_OF_WINDOWS = 8, 100, 1.25
 FEW_PIXELS = 4096  # below, x keeps its memory layout
 
 _thread = threading.local()
@@ -81,7 +82,7 @@ def pays(layout, size, spade):
     shared = spade.mlp_shared[0]
     windows = layout.windows(size, shared.kernel_size[0])
     taps, hidden, outputs = shared.weight[0, 0].numel(), spade.mlp_gamma.in_channels, 2 * spade.norm_nc
-    at_pixels = windows.index.numel() * taps * hidden * (spade.label_nc + outputs)
+    at_pixels = taps * hidden * (windows.index.numel() * (spade.label_nc + outputs) + COST_OF_WEIGHT * outputs)
     products = taps * hidden * (len(layout.palette) * spade.label_nc + windows.hidden_count * outputs)
     additions = taps * (windows.hidden_count * hidden + windows.count * outputs)
-    return products + COST_OF_ADDITION * additions < at_pixels
+    return COST_OF_WINDOWS * (products + COST_OF_ADDITION * additions) < at_pixels
