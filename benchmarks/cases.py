@@ -5,7 +5,7 @@ is what the same network costs with plain instance norm and leaky ReLU in place 
 """
 
 import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Callable
 
 import numpy as np
@@ -36,6 +36,8 @@ class Problem:
     variants: dict[str, Callable]  # "eager" among them; those called "floor…" compute something else and are not checked
     truth: Callable
     jittered: Callable  # eager, from inputs that differ by a rounding, for the number of the run
+    scenes: list = field(default_factory=lambda: [None])  # each round measures the next one, each is checked
+    scene: int = 0  # which of them the functions compute now
 
 
 @dataclass
@@ -141,14 +143,14 @@ def _layer_problem(settings, channels, size, name, segmap, mode):
 
 def block(settings):
     """The residual blocks of the published COCO generator, with a COCO-Stuff layout at 256² as their condition."""
-    segmap = next(conditions(settings))
+    segmaps = list(conditions(settings))
     for fin, fout, size in [(128, 64, 64)] if settings.quick else COCO_BLOCKS:
         for mode in (FORWARD, BACKWARD):
             def make(block_type, fin=fin, fout=fout):
                 return block_type(fin, fout, COCO_NORM, 184)
 
             x, dy = torch.randn(1, fin, size, size), torch.randn(1, fout, size, size)
-            yield _network_problem(settings, f"{fin} → {fout} at {size}²", mode, make, (x,), dy, segmap)
+            yield _network_problem(settings, f"{fin} → {fout} at {size}²", mode, make, (x,), dy, segmaps)
 
 
 def generator(settings):
@@ -158,29 +160,31 @@ def generator(settings):
     def make(block_type):
         return reference.SPADEGenerator(184, ngf, crop_size=size, norm_G=COCO_NORM, block=block_type)
 
-    for number, segmap in enumerate(conditions(settings)):
-        for mode in (FORWARD, BACKWARD):
-            dy = torch.randn(1, 3, size, size)
-            yield _network_problem(settings, f"COCO {size}² scene {number}", mode, make, (), dy, segmap)
+    segmaps = list(conditions(settings))
+    for mode in (FORWARD, BACKWARD):
+        yield _network_problem(settings, f"COCO {size}²", mode, make, (), torch.randn(1, 3, size, size), segmaps)
 
 
-def _network_problem(settings, name, mode, make, inputs, dy, segmap):
-    """make(block_type) makes the network; it is called with the inputs and the condition."""
+def _network_problem(settings, name, mode, make, inputs, dy, segmaps):
+    """make(block_type) makes the network; it is called with the inputs and the condition of each scene in turn."""
     torch.manual_seed(0)
     eager, ours = settle(make(reference.SPADEResnetBlock)), make(spade_fast.SPADEResnetBlock)
     ours.load_state_dict(eager.state_dict())
     exact = copy.deepcopy(eager).double()
-    *arguments, dy = (tensor.to(settings.device, settings.dtype) for tensor in (*inputs, segmap, dy))
+    *arguments, dy = (tensor.to(settings.device, settings.dtype) for tensor in (*inputs, dy))
+    segmaps = [segmap.to(settings.device, settings.dtype) for segmap in segmaps]
+    name += f", {len(segmaps)} scenes" if len(segmaps) > 1 else ""
 
-    def variant(network, arguments, layout=torch.contiguous_format, compile=False, fresh=False):
+    def variant(network, arguments, segmaps, layout=torch.contiguous_format, compile=False, fresh=False):
         network = _set_mode(network.to(settings.device, memory_format=layout), mode)
-        *arguments, segmap = [tensor.contiguous(memory_format=layout) for tensor in arguments]
+        arguments, segmaps = ([tensor.contiguous(memory_format=layout) for tensor in tensors] for tensors in (arguments, segmaps))
         wanted = dict(network.named_parameters())
         if mode == BACKWARD and arguments:  # x, in a network that has one before it
             arguments[0] = wanted["x"] = arguments[0].requires_grad_()
         forward = _compiled(network) if compile else network
 
         def run():  # a view is another tensor each time: finding its windows is part of what is measured, as for a new layout
+            segmap = segmaps[problem.scene % len(segmaps)]
             return _outputs(forward(*arguments, segmap.view_as(segmap) if fresh else segmap), wanted, dy.to(segmap.dtype), mode)
 
         return run
@@ -188,24 +192,26 @@ def _network_problem(settings, name, mode, make, inputs, dy, segmap):
     eager, ours = eager.to(settings.dtype), ours.to(settings.dtype)
     floor = settle(make(FloorBlock)).to(settings.dtype)
     eager_channels_last = copy.deepcopy(eager)
+    variants = {
+        "eager": variant(eager, arguments, segmaps),
+        "torch.compile": variant(copy.deepcopy(eager), arguments, segmaps, compile=True),
+        "spade_fast": variant(ours, arguments, segmaps, fresh=True),
+    }
+    if mode == FORWARD:
+        again = copy.deepcopy(ours)
+        spade_fast.frozen(again, max_bytes=8 << 30).__enter__()  # to the end of the process
+        variants["spade_fast, frozen"] = variant(again, arguments, segmaps)
+    variants["floor, contiguous"] = variant(floor, arguments, segmaps)
+    variants["floor, channels-last"] = variant(copy.deepcopy(floor), arguments, segmaps, torch.channels_last)
 
     def jittered(number):  # every other time in channels-last, where PyTorch's convolutions have five times the rounding error
         network, layout = [(eager, torch.contiguous_format), (eager_channels_last, torch.channels_last)][number % 2]
-        return variant(network, [jitter(tensor) for tensor in arguments], layout)()
+        segmap = segmaps[problem.scene % len(segmaps)]
+        return variant(network, [jitter(tensor) for tensor in arguments], [jitter(segmap)], layout)()
 
-    return Problem(
-        name,
-        mode,
-        {
-            "eager": variant(eager, arguments),
-            "torch.compile": variant(copy.deepcopy(eager), arguments, compile=True),
-            "spade_fast": variant(ours, arguments, fresh=True),
-            "floor, contiguous": variant(floor, arguments),
-            "floor, channels-last": variant(copy.deepcopy(floor), arguments, torch.channels_last),
-        },
-        variant(exact, [tensor.double() for tensor in arguments]),
-        jittered,
-    )
+    truth = variant(exact, [tensor.double() for tensor in arguments], [segmap.double() for segmap in segmaps])
+    problem = Problem(name, mode, variants, truth, jittered, segmaps)
+    return problem
 
 
 def conditions(settings):

@@ -8,7 +8,7 @@ import typer
 from rich.console import Console
 from rich.progress import Progress
 
-from . import layouts as scenes
+from . import layouts as drawn
 from . import report
 from .cases import CASES, Settings
 from .measure import measure
@@ -36,11 +36,12 @@ def run(
     dtype: Annotated[str, typer.Option(help=f"{', '.join(DTYPES)}.")] = "float32",
     labels: Annotated[Path | None, typer.Option(help="Folder of PNGs of COCO-Stuff classes; a drawn scene without.")] = None,
     instances: Annotated[Path | None, typer.Option(help="Folder of PNGs of instance numbers, named as the labels.")] = None,
-    scenes: Annotated[int, typer.Option(min=1, help="How many scenes the generator is measured on.")] = 1,
+    scenes: Annotated[int, typer.Option(min=1, help="How many scenes networks are measured on, a round on each in turn.")] = 1,
     json: Annotated[Path | None, typer.Option(help="Write everything that was measured to this file.")] = None,
     plot: Annotated[Path | None, typer.Option(help="Draw a chart to this file.")] = None,
 ):
     """Check, then time, the cases; print a table. Exits with 1 where a row does not match."""
+    check_scenes(labels, instances, scenes)
     settings = Settings(check_device(device), choose("--dtype", dtype, DTYPES), quick, labels, instances, scenes)
     chosen = {name: choose("NAME", name, CASES) for name in names}
     for option, path in (("--json", json), ("--plot", plot)):
@@ -82,7 +83,7 @@ def layouts(
     count: Annotated[int, typer.Option(min=1, help="How many scenes.")] = 13,
 ):
     """Draw label and instance PNGs that measure like real scenes, for `run --labels --instances`."""
-    label_folder, instance_folder = scenes.save_scenes(folder, count)
+    label_folder, instance_folder = drawn.save_scenes(folder, count)
     typer.echo(f"--labels {label_folder} --instances {instance_folder}")
 
 
@@ -97,22 +98,21 @@ def picture(
     """Draw why windows make γ and β cheap: a label map, some of its windows, and the few pixels that are computed."""
     if not file.absolute().parent.is_dir():
         raise typer.BadParameter(f"{file} should be in a folder that exists", param_hint="FILE")
-    if labels is None and instances is not None:
-        raise typer.BadParameter("it should come with --labels", param_hint="--instances")
-    if labels is None:
-        chosen = scenes.draw_scene(scene)
-    else:
-        given = scenes.load_scenes(labels, instances)
-        if scene >= len(given):
-            raise typer.BadParameter(f"{scene} should be below {len(given)}, the number of scenes in {labels}", param_hint="--scene")
-        chosen = given[scene]
-    save_picture(file, *chosen, size)
+    check_scenes(labels, instances, scene + 1)
+    save_picture(file, *(drawn.draw_scene(scene) if labels is None else drawn.load_scenes(labels, instances)[scene]), size)
 
 
 def choose(parameter, name, choices):
     if name not in choices:
         raise typer.BadParameter(f"{name!r} should be one of {', '.join(choices)}", param_hint=parameter)
     return choices[name]
+
+
+def check_scenes(labels, instances, count):
+    if labels is None and instances is not None:
+        raise typer.BadParameter("it should come with --labels", param_hint="--instances")
+    if labels is not None and (there := len(list(labels.glob("*.png")))) < count:
+        raise typer.BadParameter(f"{labels} has {there} PNGs, it should have {count}", param_hint="--labels")
 
 
 def check_device(name):

@@ -64,10 +64,9 @@ def measure(case, problem, device, seconds, advance=lambda: None):
     """The problem's rows. A variant that does not match the truth is not timed. `advance` is called after each step."""
     context = torch.no_grad if problem.mode == FORWARD else torch.enable_grad
     with context():
-        rows = check(case, problem)
-        advance()
+        rows = check(case, problem, advance)
         runs = {name: run for name, run in problem.variants.items() if rows[name].matches}
-        time_interleaved(rows, runs, device, seconds)
+        time_interleaved(rows, runs, problem, device, seconds)
         advance()
         for name, run in runs.items():
             rows[name].peak_memory = peak_memory(run, device)
@@ -81,20 +80,25 @@ def measure(case, problem, device, seconds, advance=lambda: None):
     return list(rows.values())
 
 
-def check(case, problem):
-    """A row for each variant that says whether it computes what it should."""
+def check(case, problem, advance=lambda: None):
+    """A row for each variant that says whether it computes what it should, for every scene."""
     rows = {name: Row(case, problem.name, problem.mode, name) for name in problem.variants}
-    truth, eagers = problem.truth(), [problem.variants["eager"](), *(problem.jittered(number) for number in range(JITTERED_RUNS))]
-    scales = gradient_scales(truth)
-    for name, run in problem.variants.items():
-        if name.startswith("floor"):
-            continue
-        try:
-            found = run()
-        except Exception as error:  # a rival may fail in any way, and the others are measured all the same
-            rows[name].failure = f"{type(error).__name__}: {error}".split("\n")[0]
-            continue
-        rows[name].excess = max(excess(found[key], [eager[key] for eager in eagers], truth[key], scales[key]) for key in truth)
+    jittered_runs = max(2, JITTERED_RUNS // len(problem.scenes))
+    for problem.scene in range(len(problem.scenes)):
+        truth, eagers = problem.truth(), [problem.variants["eager"](), *map(problem.jittered, range(1, 1 + jittered_runs))]
+        scales = gradient_scales(truth)
+        for name, run in problem.variants.items():
+            row = rows[name]
+            if name.startswith("floor") or row.failure:
+                continue
+            try:
+                found = run()
+            except Exception as error:  # a rival may fail in any way, and the others are measured all the same
+                row.failure = f"{type(error).__name__}: {error}".split("\n")[0]
+                continue
+            row.excess = max([excess(found[key], [eager[key] for eager in eagers], truth[key], scales[key]) for key in truth]
+                             + ([] if row.excess is None else [row.excess]))
+        advance()
     return rows
 
 
@@ -108,12 +112,14 @@ def gradient_scales(truth):
     return scales
 
 
-def time_interleaved(rows, runs, device, seconds):
-    """Rounds of one call each, every round beginning with another variant, for about so many seconds: 5 to MOST_ROUNDS of them."""
+def time_interleaved(rows, runs, problem, device, seconds):
+    """Rounds of one call each, every round beginning with another variant, for about so many seconds: 5 to MOST_ROUNDS of them, and
+    all scenes."""
     for run in runs.values():
         run()
     names, began, rounds = list(runs), time.perf_counter(), 0
-    while rounds < 5 or (rounds < MOST_ROUNDS and time.perf_counter() - began < seconds):
+    while rounds < max(5, len(problem.scenes)) or (rounds < MOST_ROUNDS and time.perf_counter() - began < seconds):
+        problem.scene = rounds % len(problem.scenes)
         for position in range(len(names)):
             name = names[(position + rounds) % len(names)]
             synchronize(device)

@@ -82,32 +82,50 @@ def save_json(path, facts, rows):
         file.write(f'{{"environment": {json.dumps(facts)},\n"rows": [\n{lines}]}}\n')
 
 
+COLOURS = {
+    "eager": "#9aa5b1",
+    "torch.compile": "#e0a458",
+    "spade_fast": "#2a6f97",
+    "spade_fast, frozen": "#89c2d9",
+    "spade_fast, pixels": "#c9d6df",
+    "spade_fast, windows": "#89c2d9",
+    "spade_fast, by itself": "#2a6f97",
+    "spade_fast, new condition": "#014f86",
+}
+
+
 def save_chart(path, facts, rows):
-    """Bars of time over the floor's time, a group for each problem, as a PNG (or what the path's ending says)."""
+    """Bars of time over the floor's (or where there is no floor, over eager's), a group for each problem, as a PNG (or what the path's
+    ending says)."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    shown = [row for row in rows if row.overhead and not row.variant.startswith("floor")]
+    floors = any(row.overhead for row in rows)
+    shown = [row for row in rows if (row.overhead if floors else row.ratio) and not row.variant.startswith("floor")]
     groups = list(dict.fromkeys((row.case, row.problem, row.mode) for row in shown))
-    colours = {"eager": "#9aa5b1", "torch.compile": "#e0a458", "spade_fast": "#2a6f97"}
-    figure, axes = plt.subplots(figsize=(9, 1.2 + 0.75 * len(groups)), layout="constrained")
+    variants = [variant for variant in COLOURS if any(row.variant == variant for row in shown)]
+    height = 0.9 / len(variants)
+    figure, axes = plt.subplots(figsize=(9, 1.2 + 0.22 * len(variants) * len(groups)), layout="constrained")
+    lengths = [row.overhead if floors else 1 / row.ratio[1] for row in shown]
     labelled = set()
-    for row in shown:
+    for row, length in zip(shown, lengths):
         group = groups.index((row.case, row.problem, row.mode))
-        place = group + 0.26 * (list(colours).index(row.variant) - 1)
+        place = group + height * (variants.index(row.variant) - (len(variants) - 1) / 2)
         label = None if row.variant in labelled else {"eager": "eager PyTorch"}.get(row.variant, row.variant)
         labelled.add(row.variant)
-        axes.barh(place, row.overhead, 0.24, color=colours[row.variant], label=label)
-        axes.text(row.overhead, place, f" {row.overhead:.2f}   {row.median * 1e3:.0f} ms", va="center", fontsize=8)
-    axes.axvline(1, color="black", linewidth=1, linestyle="--", label="floor: plain instance norm")
+        axes.barh(place, length, 0.92 * height, color=COLOURS[row.variant], label=label)
+        axes.text(length, place, f" {length:.2f}   {row.median * 1e3:.3g} ms", va="center", fontsize=8)
+    axes.axvline(1, color="black", linewidth=1, linestyle="--", label="floor: plain instance norm" if floors else None)
     axes.set_yticks(range(len(groups)), [f"{case} {problem}\n{mode}" for case, problem, mode in groups])
     axes.invert_yaxis()
-    axes.set_xlim(0, 1.25 * max(row.overhead for row in shown))
-    axes.set_xlabel("time ÷ time of the same network with plain instance norm in place of SPADE (less is better)")
+    axes.set_xlim(0, 1.25 * max(lengths))
+    compared = "of the same network with plain instance norm in place of SPADE" if floors else "of eager PyTorch"
+    axes.set_xlabel(f"time ÷ time {compared} (less is better)")
     axes.set_title(f"{facts['device']}, {facts['dtype']}, torch {facts['torch']}", fontsize=10)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(loc="lower right", frameon=False)
+    handles, labels = axes.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False, fontsize=9)
     figure.savefig(path, dpi=150)
     plt.close(figure)

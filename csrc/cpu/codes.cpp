@@ -28,9 +28,20 @@ struct HashChannel {
   }
 };
 
+bool too_many(int64_t codes, int64_t pixels) { return codes > kFewCodes + pixels / kPixelsPerCode; }
+
+// Whether the first channel's first pixels alone have too many values: so dense features are told at once.
+template <typename Bits>
+bool is_dense(const Bits* segmap, int64_t count) {
+  std::vector<Bits> values(segmap, segmap + count);
+  std::sort(values.begin(), values.end());
+  return too_many(std::unique(values.begin(), values.end()) - values.begin(), count);
+}
+
 template <typename Bits>
 bool find(const Bits* segmap, int64_t batch, int64_t channels, int64_t pixels, int32_t* codes, std::vector<int64_t>* places) {
   constexpr int64_t kBlockPixels = 256;
+  if (batch * channels > 0 && is_dense(segmap, std::min(kBlockPixels, pixels))) return false;
   Distinct<Bits> vectors(channels);
   std::vector<Bits> vector(channels);
   for (int64_t n = 0; n < batch; ++n) {
@@ -52,7 +63,7 @@ bool find(const Bits* segmap, int64_t batch, int64_t channels, int64_t pixels, i
         const auto [number, is_new] = vectors.number(vector.data(), block_hashes[i]);
         if (is_new) places->push_back(n * pixels + start + i);
         code = number;
-        if (vectors.count() > kFewCodes + (n * pixels + start + i) / kPixelsPerCode) return false;
+        if (too_many(vectors.count(), n * pixels + start + i)) return false;
       }
     }
   }
