@@ -196,7 +196,9 @@ def test_bad_labels(labels, settings, message):
 def test_bad_layouts_and_sizes():
     codes, palette = torch.zeros(1, 4, 4, dtype=torch.int32), torch.zeros(1, 3)
     for arguments, message in [((codes.long(), palette), "codes is torch.int64"), ((codes[0, 0], palette), r"int32 \[4\], it should be"),
-                               ((codes, palette[0]), "palette is"), ((codes, palette.long()), "palette is torch.int64")]:
+                               ((codes, palette[0]), "palette is"), ((codes, palette.long()), "palette is torch.int64"),
+                               ((codes + 1, palette), "codes has numbers from 1 to 1, they should be rows of the palette, 0 to 0"),
+                               ((codes - 1, palette), "codes has numbers from -1 to -1")]:
         with pytest.raises(ValueError, match=message):
             SemanticLayout(*arguments)
     layout = SemanticLayout(codes, palette)

@@ -1,5 +1,7 @@
 """SPADE over the distinct windows of a layout: the same numbers as over its dense condition, forward and backward."""
 
+import threading
+
 import pytest
 import torch
 from conftest import use_threads
@@ -10,6 +12,7 @@ import spade_fast
 from benchmarks import layouts
 from spade_fast import SPADE, SemanticLayout, SPADEResnetBlock, reference
 from spade_fast.agreement import excess
+from spade_fast.nn.windows import current_mode
 
 pytestmark = pytest.mark.usefixtures("backend")
 
@@ -228,7 +231,18 @@ def test_window_mode(monkeypatch):
         assert len(used) == expected
     assert all(torch.allclose(result, results[0], atol=1e-4) for result in results)
     with pytest.raises(ValueError, match="mode is 'sometimes', it should be one of auto, always, never"):
-        spade_fast.window_mode("sometimes").__enter__()
+        spade_fast.window_mode("sometimes")
+
+
+def test_window_mode_as_a_setting_of_the_thread():
+    modes = [current_mode()]
+    with spade_fast.window_mode("always"):
+        spade_fast.window_mode("never")
+        modes.append(current_mode())
+        thread = threading.Thread(target=lambda: modes.append(current_mode()))
+        thread.start()
+        thread.join()
+    assert [*modes, current_mode()] == ["auto", "never", "auto", "auto"]
 
 
 @pytest.mark.parametrize("change,message", [

@@ -68,6 +68,17 @@ struct FromColumns {
   }
 };
 
+// A unit of columns of from, of which the first `columns` are there, to [rows, unit], the others zero.
+template <typename Sum>
+struct TakeUnit {
+  static ALWAYS_INLINE void run(int64_t rows, int64_t columns, const Sum* from, int64_t from_row, Sum* to) {
+    for (int64_t row = 0; row < rows; ++row, from += from_row, to += kUnit<Sum>) {
+#pragma omp simd
+      for (int64_t c = 0; c < kUnit<Sum>; ++c) to[c] = c < columns ? from[c] : 0;
+    }
+  }
+};
+
 template <typename Sum>
 std::unique_ptr<Sum[]> scratch(int64_t size) { return std::unique_ptr<Sum[]>(new Sum[size]); }
 
@@ -84,19 +95,6 @@ struct Sizes {
   int64_t first(int64_t block) const { return block * kUnit<Sum>; }
   int64_t channels(int64_t block) const { return std::min(kUnit<Sum>, out - first(block)); }
 };
-
-// x [rows, columns] with zeros after each row, up to whole units.
-template <typename Sum>
-Tensor in_units(const Tensor& x) {
-  const int64_t rows = x.size(0), columns = x.size(1), width = units<Sum>(columns) * kUnit<Sum>;
-  const Tensor given = torch::stable::contiguous(x);
-  if (width == columns) return given;
-  const Tensor filled = torch::stable::new_zeros(x, {rows, width});
-  const Sum* from = given.const_data_ptr<Sum>();
-  Sum* to = filled.mutable_data_ptr<Sum>();
-  for (int64_t row = 0; row < rows; ++row) std::copy_n(from + row * columns, columns, to + row * width);
-  return filled;
-}
 
 // x [rows, whole units] without the columns that fill up its last unit.
 Tensor without_filling(Tensor x, int64_t columns) {
@@ -126,33 +124,35 @@ Tensor convolve(const Tensor& given_rows, const Tensor& given_weight, const std:
   return without_filling(result, sizes.out);
 }
 
-// Of rows first to last − 1, for a block of output channels, the gradients of their products: [rows, taps, unit].
+// Of rows first to last − 1 the gradients of their products, [rows, taps, unit], from the gradient of a unit of channels, [windows, unit].
 template <typename Sum>
-void product_gradients(const Sizes<Sum>& sizes, const Lists& lists, const Sum* gradient, int64_t block, int64_t first, int64_t last,
-                       Sum* products) {
+void product_gradients(const Sizes<Sum>& sizes, const Lists& lists, const Sum* gradient, int64_t first, int64_t last, Sum* products) {
   static constexpr Sum zeros[kUnit<Sum>] = {};
   in_vectors<SumListed, Sum>(first * sizes.taps, last * sizes.taps, lists.offsets, lists.numbers, static_cast<const Sum*>(zeros),
-                             gradient + sizes.first(block), sizes.blocks * kUnit<Sum>, products, kUnit<Sum>);
+                             gradient, kUnit<Sum>, products, kUnit<Sum>);
 }
 
 template <typename Sum>
 Tensor weight_gradient(const Tensor& given_gradient, const Tensor& given_rows, const Tensor& weight, const Lists& lists) {
   constexpr int64_t kRows = 256;  // at a time: their products' gradients stay in the cache
   const Sizes<Sum> sizes(weight, given_rows.size(0));
-  const Tensor gradient = in_units<Sum>(given_gradient), rows = torch::stable::contiguous(given_rows);
+  const Tensor gradient = torch::stable::contiguous(given_gradient), rows = torch::stable::contiguous(given_rows);
   const std::vector<int64_t> shape(weight.sizes().begin(), weight.sizes().end());
   const Tensor result = new_tensor(gradient, shape, gradient.scalar_type());
   const Sum *gradient_data = gradient.const_data_ptr<Sum>(), *rows_data = rows.const_data_ptr<Sum>();
   Sum* result_data = result.mutable_data_ptr<Sum>();
+  const int64_t windows = gradient.size(0);
   torch::stable::parallel_for(0, sizes.blocks, 1, [&](int64_t begin, int64_t end) {
-    const auto matrix = scratch<Sum>(sizes.in * sizes.columns()), products = scratch<Sum>(kRows * sizes.columns());
+    const auto own = scratch<Sum>(windows * kUnit<Sum>), products = scratch<Sum>(kRows * sizes.columns());
+    const auto matrix = scratch<Sum>(sizes.in * sizes.columns());
     for (int64_t block = begin; block < end; ++block) {
+      vectorised<TakeUnit<Sum>>(windows, sizes.channels(block), gradient_data + sizes.first(block), sizes.out, own.get());
       std::fill_n(matrix.get(), sizes.in * sizes.columns(), Sum(0));
       for (int64_t first = 0; first < sizes.rows; first += kRows) {
         const int64_t last = std::min(first + kRows, sizes.rows);
-        product_gradients(sizes, lists, gradient_data, block, first, last, products.get());
-        in_vectors<MatrixProduct, Sum>(sizes.in, last - first, sizes.taps, Strided<Sum>{rows_data + first * sizes.in, 1, sizes.in}, products.get(),
-                            sizes.columns(), matrix.get(), sizes.columns(), true);
+        product_gradients<Sum>(sizes, lists, own.get(), first, last, products.get());
+        in_vectors<MatrixProduct, Sum>(sizes.in, last - first, sizes.taps, Strided<Sum>{rows_data + first * sizes.in, 1, sizes.in},
+                                       static_cast<const Sum*>(products.get()), sizes.columns(), matrix.get(), sizes.columns(), true);
       }
       vectorised<FromColumns<Sum>>(sizes.channels(block), sizes.in * sizes.taps, static_cast<const Sum*>(matrix.get()),
                                    result_data + sizes.first(block) * sizes.in * sizes.taps);
@@ -161,28 +161,35 @@ Tensor weight_gradient(const Tensor& given_gradient, const Tensor& given_rows, c
   return result;
 }
 
+// The weight of a block of output channels as [taps, unit, width], zeros where there is no channel.
+template <typename Sum>
+void take_weight(const Sizes<Sum>& sizes, const Sum* weight, int64_t block, int64_t width, Sum* to) {
+  std::fill_n(to, sizes.columns() * width, Sum(0));
+  for (int64_t channel = 0; channel < sizes.channels(block); ++channel) {
+    const Sum* from = weight + (sizes.first(block) + channel) * sizes.in * sizes.taps;
+    for (int64_t tap = 0; tap < sizes.taps; ++tap) {
+      Sum* row = to + (tap * kUnit<Sum> + channel) * width;
+      for (int64_t i = 0; i < sizes.in; ++i) row[i] = from[i * sizes.taps + tap];
+    }
+  }
+}
+
 template <typename Sum>
 Tensor rows_gradient(const Tensor& given_gradient, const Tensor& given_weight, const Lists& lists) {
   constexpr int64_t kRows = 32;  // at a time: the weight is read once for them
   Sizes<Sum> sizes(given_weight, 0);
   sizes.rows = lists.count / sizes.taps;
-  const Tensor gradient = in_units<Sum>(given_gradient), weight = torch::stable::contiguous(given_weight);
-  const int64_t width = units<Sum>(sizes.in) * kUnit<Sum>;
+  const Tensor gradient = torch::stable::contiguous(given_gradient), weight = torch::stable::contiguous(given_weight);
+  const int64_t windows = gradient.size(0), width = units<Sum>(sizes.in) * kUnit<Sum>, block_size = sizes.columns() * width;
   const Tensor result = torch::stable::new_zeros(gradient, {sizes.rows, width});
   const Sum *gradient_data = gradient.const_data_ptr<Sum>(), *weight_data = weight.const_data_ptr<Sum>();
   Sum* result_data = result.mutable_data_ptr<Sum>();
-  const auto matrices = scratch<Sum>(sizes.blocks * sizes.columns() * width);  // of each block, [taps, unit, in]
+  const auto gradients = scratch<Sum>(sizes.blocks * windows * kUnit<Sum>), weights = scratch<Sum>(sizes.blocks * block_size);
   torch::stable::parallel_for(0, sizes.blocks, 1, [&](int64_t begin, int64_t end) {
     for (int64_t block = begin; block < end; ++block) {
-      Sum* matrix = matrices.get() + block * sizes.columns() * width;
-      std::fill_n(matrix, sizes.columns() * width, Sum(0));
-      for (int64_t channel = 0; channel < sizes.channels(block); ++channel) {
-        const Sum* from = weight_data + (sizes.first(block) + channel) * sizes.in * sizes.taps;
-        for (int64_t tap = 0; tap < sizes.taps; ++tap) {
-          Sum* to = matrix + (tap * kUnit<Sum> + channel) * width;
-          for (int64_t i = 0; i < sizes.in; ++i) to[i] = from[i * sizes.taps + tap];
-        }
-      }
+      vectorised<TakeUnit<Sum>>(windows, sizes.channels(block), gradient_data + sizes.first(block), sizes.out,
+                                gradients.get() + block * windows * kUnit<Sum>);
+      take_weight(sizes, weight_data, block, width, weights.get() + block * block_size);
     }
   });
   torch::stable::parallel_for(0, (sizes.rows + kRows - 1) / kRows, 1, [&](int64_t begin, int64_t end) {
@@ -190,9 +197,10 @@ Tensor rows_gradient(const Tensor& given_gradient, const Tensor& given_weight, c
     for (int64_t part = begin; part < end; ++part) {
       const int64_t first = part * kRows, last = std::min(first + kRows, sizes.rows);
       for (int64_t block = 0; block < sizes.blocks; ++block) {
-        product_gradients(sizes, lists, gradient_data, block, first, last, products.get());
+        product_gradients<Sum>(sizes, lists, gradients.get() + block * windows * kUnit<Sum>, first, last, products.get());
         in_vectors<MatrixProduct, Sum>(last - first, sizes.columns(), width / kUnit<Sum>, Strided<Sum>{products.get(), sizes.columns(), 1},
-                            matrices.get() + block * sizes.columns() * width, width, result_data + first * width, width, true);
+                                       static_cast<const Sum*>(weights.get() + block * block_size), width, result_data + first * width,
+                                       width, true);
       }
     }
   });

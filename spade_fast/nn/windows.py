@@ -1,7 +1,6 @@
 """Whether a SPADE computes γ and β at every pixel, or at every distinct window of a layout: what its condition allows, and what pays."""
 
 import threading
-from contextlib import contextmanager
 
 import torch
 from torch.utils.weak import WeakTensorKeyDictionary
@@ -19,18 +18,23 @@ _thread = threading.local()
 _found = WeakTensorKeyDictionary()  # what `find_layout` found of each condition
 
 
-@contextmanager
-def window_mode(mode):
-    """Inside `with window_mode("never"):` this thread's SPADEs compute γ and β at every pixel; "always": wherever there is a layout, at
-    every distinct window; "auto", as without: where that takes less time. The results are the same.
+class window_mode:
+    """What this thread's SPADEs do with a layout: "never" computes γ and β at every pixel, "always" at every distinct window, "auto", as
+    without, where that takes less time. The results are the same.
+
+    `with window_mode("never"):` holds inside, `window_mode("never")` alone from then on.
     """
-    if mode not in MODES:
-        raise ValueError(f"mode is {mode!r}, it should be one of {', '.join(MODES)}")
-    before, _thread.mode = current_mode(), mode
-    try:
-        yield
-    finally:
-        _thread.mode = before
+
+    def __init__(self, mode):
+        if mode not in MODES:
+            raise ValueError(f"mode is {mode!r}, it should be one of {', '.join(MODES)}")
+        self._before, _thread.mode = current_mode(), mode
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exception):
+        _thread.mode = self._before
 
 
 def current_mode():
