@@ -36,6 +36,7 @@ class Problem:
     variants: dict[str, Callable]  # "eager" among them; those called "floor…" compute something else and are not checked
     truth: Callable
     jittered: Callable  # eager, from inputs that differ by a rounding, for the number of the run
+    in_double: Callable | None = None  # ours in float64, where no rounding hides a mistake
     scenes: list = field(default_factory=lambda: [None])  # each round measures the next one, each is checked
     scene: int = 0  # which of them the functions compute now
 
@@ -175,15 +176,18 @@ def _network_problem(settings, name, mode, make, inputs, dy, segmaps):
     segmaps = [segmap.to(settings.device, settings.dtype) for segmap in segmaps]
     name += f", {len(segmaps)} scenes" if len(segmaps) > 1 else ""
 
-    def variant(network, arguments, segmaps, layout=torch.contiguous_format, compile=False, fresh=False):
+    def variant(network, arguments, segmaps, layout=torch.contiguous_format, compile=False, fresh=False, frozen=False):
         network = _set_mode(network.to(settings.device, memory_format=layout), mode)
         arguments, segmaps = ([tensor.contiguous(memory_format=layout) for tensor in tensors] for tensors in (arguments, segmaps))
         wanted = dict(network.named_parameters())
         if mode == BACKWARD and arguments:  # x, in a network that has one before it
             arguments[0] = wanted["x"] = arguments[0].requires_grad_()
         forward = _compiled(network) if compile else network
+        tables = spade_fast.frozen(network, max_bytes=8 << 30) if frozen else None
+        if frozen:
+            tables.__enter__()  # until nothing refers to it
 
-        def run():  # a view is another tensor each time: finding its windows is part of what is measured, as for a new layout
+        def run(tables=tables):  # a view is another tensor each time: finding its windows is part of what is measured, as for a new layout
             segmap = segmaps[problem.scene % len(segmaps)]
             return _outputs(forward(*arguments, segmap.view_as(segmap) if fresh else segmap), wanted, dy.to(segmap.dtype), mode)
 
@@ -198,9 +202,7 @@ def _network_problem(settings, name, mode, make, inputs, dy, segmaps):
         "spade_fast": variant(ours, arguments, segmaps, fresh=True),
     }
     if mode == FORWARD:
-        again = copy.deepcopy(ours)
-        spade_fast.frozen(again, max_bytes=8 << 30).__enter__()  # to the end of the process
-        variants["spade_fast, frozen"] = variant(again, arguments, segmaps)
+        variants["spade_fast, frozen"] = variant(copy.deepcopy(ours), arguments, segmaps, frozen=True)
     variants["floor, contiguous"] = variant(floor, arguments, segmaps)
     variants["floor, channels-last"] = variant(copy.deepcopy(floor), arguments, segmaps, torch.channels_last)
 
@@ -209,8 +211,8 @@ def _network_problem(settings, name, mode, make, inputs, dy, segmaps):
         segmap = segmaps[problem.scene % len(segmaps)]
         return variant(network, [jitter(tensor) for tensor in arguments], [jitter(segmap)], layout)()
 
-    truth = variant(exact, [tensor.double() for tensor in arguments], [segmap.double() for segmap in segmaps])
-    problem = Problem(name, mode, variants, truth, jittered, segmaps)
+    in_double = ([tensor.double() for tensor in arguments], [segmap.double() for segmap in segmaps])
+    problem = Problem(name, mode, variants, variant(exact, *in_double), jittered, variant(copy.deepcopy(ours).double(), *in_double), segmaps)
     return problem
 
 

@@ -17,10 +17,11 @@ from spade_fast.agreement import excess
 from .cases import BACKWARD, FORWARD
 
 # How far from the truth a variant may be, as a fraction of what the rule of agreement allows, forward and in gradients too. In the
-# gradients of a deep network a leaky ReLU whose sign differs can hit a place that it hit in none of eager's runs: 1.6 was seen in one
-# run of the generator. Inductor's convolutions moreover sum in another order than eager's: 2.3 was seen, and 9 with such a sign.
-# What is wrong is off by hundreds; the tests compare gradients in float64, where no sign differs, to 1e-12.
-LIMITS = {"eager": (1, 1), "spade_fast": (1, 4), "torch.compile": (4, 16)}
+# gradients of a deep network a leaky ReLU whose sign differs can hit a place that it hit in none of eager's few runs: 4.7 was seen in
+# 13 scenes of the generator. What is wrong is off by hundreds; and ours must be right in float64 besides, where no sign differs.
+# Inductor's convolutions moreover sum in another order than eager's: 2.3 was seen forward, and 11.6 with such a sign.
+LIMITS = {"eager": (1, 1), "spade_fast": (1, 16), "torch.compile": (4, 16)}
+LIMIT_IN_DOUBLE = 1e-9  # of the largest element
 
 MOST_ROUNDS = 200  # of timing: more tell nothing new of small problems
 JITTERED_RUNS = 7  # of eager, to see how much a rounding matters (agreement.py)
@@ -35,6 +36,7 @@ class Row:
     mode: str
     variant: str
     excess: float | None = None  # the error as a fraction of what is allowed (agreement.py); None: nothing to compare with
+    error_in_double: float | None = None  # of ours in float64, as a fraction of the largest element
     failure: str | None = None  # what it died of
     times: list[float] = field(default_factory=list)
     ratio: tuple[float, float, float] | None = None  # eager's time over this one's: quartiles over the rounds
@@ -43,7 +45,8 @@ class Row:
 
     @property
     def matches(self):
-        return self.failure is None and (self.excess is None or self.excess <= LIMITS[self.variant.split(",")[0]][self.mode == BACKWARD])
+        limit = LIMITS.get(self.variant.split(",")[0], (1, 1))[self.mode == BACKWARD]
+        return self.failure is None and (self.excess or 0) <= limit and (self.error_in_double or 0) <= LIMIT_IN_DOUBLE
 
     @property
     def median(self):
@@ -87,8 +90,12 @@ def check(case, problem, advance=lambda: None):
     for problem.scene in range(len(problem.scenes)):
         truth, eagers = problem.truth(), [problem.variants["eager"](), *map(problem.jittered, range(1, 1 + jittered_runs))]
         scales = gradient_scales(truth)
+        found = problem.in_double() if problem.in_double else {}
+        errors = [((found[key] - truth[key]).abs().max() / scales[key]).nan_to_num(torch.inf).item() for key in found]
         for name, run in problem.variants.items():
             row = rows[name]
+            if name.startswith("spade_fast") and errors:
+                row.error_in_double = max(row.error_in_double or 0, *errors)
             if name.startswith("floor") or row.failure:
                 continue
             try:

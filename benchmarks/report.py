@@ -12,6 +12,8 @@ from rich.table import Table
 
 import spade_fast
 
+from .measure import LIMIT_IN_DOUBLE
+
 
 def table(rows):
     """A rich table of measured rows: a section for each problem."""
@@ -37,6 +39,8 @@ def match(row):
         return "[red]failed"
     if row.excess is None:
         return "[dim]floor"
+    if row.error_in_double and row.error_in_double > LIMIT_IN_DOUBLE:
+        return f"[red]NO[/] {row.error_in_double:.1e} in float64"
     return f"[green]yes[/] {row.excess:.2f}" if row.matches else f"[red]NO[/] {row.excess:.3g}"
 
 
