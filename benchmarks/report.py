@@ -120,8 +120,11 @@ def save_chart(path, facts, rows):
         label = None if row.variant in labelled else {"eager": "eager PyTorch"}.get(row.variant, row.variant)
         labelled.add(row.variant)
         axes.barh(place, length, 0.92 * height, color=COLOURS[row.variant], label=label)
-        axes.text(length, place, f" {length:.2f}   {row.median * 1e3:.3g} ms", va="center", fontsize=8)
-    axes.axvline(1, color="black", linewidth=1, linestyle="--", label="floor: plain instance norm" if floors else None)
+        milliseconds = row.median * 1e3
+        text = f"{length:.2f}   {milliseconds:.{0 if milliseconds >= 100 else 2}f} ms"
+        axes.annotate(text, (length, place), (4, 0), textcoords="offset points", va="center", fontsize=8,
+                      bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.5})
+    axes.axvline(1, color="black", linewidth=1, linestyle="--", zorder=0, label="floor: plain instance norm" if floors else None)
     axes.set_yticks(range(len(groups)), [f"{case} {problem}\n{mode}" for case, problem, mode in groups])
     axes.invert_yaxis()
     axes.set_xlim(0, 1.25 * max(lengths))
@@ -130,6 +133,8 @@ def save_chart(path, facts, rows):
     axes.set_title(f"{facts['device']}, {facts['dtype']}, torch {facts['torch']}", fontsize=10)
     axes.spines[["top", "right"]].set_visible(False)
     handles, labels = axes.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False, fontsize=9)
+    order = sorted(range(len(labels)), key=lambda number: labels[number].startswith("floor"))
+    figure.legend([handles[number] for number in order], [labels[number] for number in order], loc="outside lower center", ncols=5,
+                  frameon=False, fontsize=9)
     figure.savefig(path, dpi=150)
     plt.close(figure)

@@ -69,6 +69,14 @@ def test_exact_where_every_window_is_distinct():
     assert max(errors.values()) < 1e-12, errors
 
 
+def test_an_empty_batch():
+    spade, layout = SPADE(4, 2), SemanticLayout.from_labels(torch.zeros(0, 8, 8, dtype=torch.long), 2)
+    with spade_fast.window_mode("always"):
+        y = spade(torch.randn(0, 4, 8, 8), layout)
+    y.sum().backward()
+    assert y.shape == (0, 4, 8, 8) and all(parameter.grad.eq(0).all() for parameter in spade.parameters())
+
+
 @pytest.mark.parametrize("layout_of_x", [contiguous, channels_last])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_the_other_dtypes(dtype, layout_of_x):

@@ -137,10 +137,10 @@ def convolve_windows(rows, weight, bias, offsets, listed):
 
 def convolve_windows_weight(gradient, rows, weight, back_offsets, back_listed):
     """The weight's gradient from that of the results, [windows, out]."""
-    parts = []
+    parts, taps = [], weight.shape[2:].numel()
     for part in gradient.split(CHANNELS, dim=1):
-        products = _sum_listed(part, back_offsets, back_listed).view(len(rows), -1)
-        parts.append((products.t() @ rows).view(-1, part.shape[1], rows.shape[1]).permute(1, 2, 0))
+        products = _sum_listed(part, back_offsets, back_listed).view(len(rows), taps * part.shape[1])
+        parts.append((products.t() @ rows).view(taps, part.shape[1], rows.shape[1]).permute(1, 2, 0))
     return torch.cat(parts).reshape(weight.shape)
 
 

@@ -64,27 +64,27 @@ class Tables:
 
     def get(self, layout, key, compute):
         """The tensors that compute() gave for this layout and key before, or gives now."""
-        found = self._of(layout).get(key)
+        with self._lock:
+            found = self._of(layout).get(key)
         if found is None:
             found = compute()
-            self._keep(layout, key, found)
+            with self._lock:
+                self._keep(layout, key, found)
         return found
 
     def _of(self, layout):
-        with self._lock:
-            own = self._layouts.setdefault(layout, {})
-            self._layouts.move_to_end(layout)
+        own = self._layouts.setdefault(layout, {})
+        self._layouts.move_to_end(layout)
         return own
 
     def _keep(self, layout, key, tensors):
         size, own = sum(tensor.nbytes for tensor in tensors), self._of(layout)
-        with self._lock:
-            while self.bytes + size > self.max_bytes and next(iter(self._layouts)) is not layout:
-                _, dropped = self._layouts.popitem(last=False)
-                self.bytes -= sum(tensor.nbytes for kept in dropped.values() for tensor in kept)
-            if self.bytes + size <= self.max_bytes and key not in own:
-                own[key] = tensors
-                self.bytes += size
+        while self.bytes + size > self.max_bytes and next(iter(self._layouts)) is not layout:
+            _, dropped = self._layouts.popitem(last=False)
+            self.bytes -= sum(tensor.nbytes for kept in dropped.values() for tensor in kept)
+        if self.bytes + size <= self.max_bytes and key not in own:
+            own[key] = tensors
+            self.bytes += size
 
     def clear(self):
         self._layouts.clear()
