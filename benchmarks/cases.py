@@ -185,9 +185,10 @@ def _network_problem(settings, name, mode, make, inputs, dy, segmaps):
         forward = _compiled(network) if compile else network
         tables = spade_fast.frozen(network, max_bytes=8 << 30) if frozen else None
         if frozen:
-            tables.__enter__()  # until nothing refers to it
+            tables.__enter__()  # until nothing refers to it: run does
 
-        def run(tables=tables):  # a view is another tensor each time: finding its windows is part of what is measured, as for a new layout
+        def run(tables=tables):
+            # A view is another tensor each time: finding its windows is part of what is measured, as for a new layout.
             segmap = segmaps[problem.scene % len(segmaps)]
             return _outputs(forward(*arguments, segmap.view_as(segmap) if fresh else segmap), wanted, dy.to(segmap.dtype), mode)
 
@@ -212,7 +213,8 @@ def _network_problem(settings, name, mode, make, inputs, dy, segmaps):
         return variant(network, [jitter(tensor) for tensor in arguments], [jitter(segmap)], layout)()
 
     in_double = ([tensor.double() for tensor in arguments], [segmap.double() for segmap in segmaps])
-    problem = Problem(name, mode, variants, variant(exact, *in_double), jittered, variant(copy.deepcopy(ours).double(), *in_double), segmaps)
+    ours_in_double = variant(copy.deepcopy(ours).double(), *in_double)
+    problem = Problem(name, mode, variants, variant(exact, *in_double), jittered, ours_in_double, segmaps)
     return problem
 
 

@@ -67,7 +67,7 @@ class SemanticLayout:
             raise ValueError(f"palette is {palette.dtype} {list(palette.shape)}, it should be floating-point [P, label_nc]")
         if palette.device != codes.device:
             raise ValueError(f"palette is on {palette.device}, it should be on the codes' device, {codes.device}")
-        if codes.is_cpu and codes.numel():
+        if codes.is_cpu and codes.numel() and not torch.compiler.is_compiling():
             least, most = codes.aminmax()
             if least < 0 or most >= len(palette):
                 raise ValueError(f"codes has numbers from {least} to {most}, they should be rows of the palette, 0 to {len(palette) - 1}")

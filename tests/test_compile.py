@@ -111,6 +111,14 @@ def test_a_generator_over_many_layouts_is_compiled_once(compiler, backend):
     assert layout.windows((8, 8), 1).count == 3 and counter.frame_count == 1
 
 
+def test_a_layout_whose_windows_do_not_decide():
+    spade, layout = spade_fast.SPADE(4, 3, 4), SemanticLayout.from_labels(patches((1, 16, 16), 3), 3)
+    torch.nn.utils.parametrizations.weight_norm(spade.mlp_gamma)  # no longer a plain convolution: pixels are computed
+    x = torch.randn(1, 4, 8, 8)
+    compiled = torch.compile(spade, fullgraph=True, backend="aot_eager")
+    assert torch.allclose(compiled(x, layout), spade(x, layout), atol=1e-5)
+
+
 def test_a_layout_that_is_not_prepared():
     layout = SemanticLayout.from_labels(patches((1, 16, 16), 3), 3)
     compiled = torch.compile(spade_fast.SPADE(4, 3, 4), fullgraph=True, backend="eager")

@@ -115,8 +115,8 @@ Tensor convolve(const Tensor& given_rows, const Tensor& given_weight, const std:
     for (int64_t block = begin; block < end; ++block) {
       const int64_t first = sizes.first(block);
       vectorised<ToColumns<Sum>>(sizes.channels(block), sizes.in * sizes.taps, weight_data + first * sizes.in * sizes.taps, matrix.get());
-      in_vectors<MatrixProduct, Sum>(sizes.rows, sizes.in, sizes.taps, Strided<Sum>{rows_data, sizes.in, 1}, matrix.get(), sizes.columns(), products.get(),
-                          sizes.columns(), false);
+      in_vectors<MatrixProduct, Sum>(sizes.rows, sizes.in, sizes.taps, Strided<Sum>{rows_data, sizes.in, 1},
+                                     static_cast<const Sum*>(matrix.get()), sizes.columns(), products.get(), sizes.columns(), false);
       in_vectors<SumListed, Sum>(int64_t{0}, lists.count, lists.offsets, lists.numbers, static_cast<const Sum*>(&bias[first]),
                                  static_cast<const Sum*>(products.get()), kUnit<Sum>, result_data + first, sizes.blocks * kUnit<Sum>);
     }

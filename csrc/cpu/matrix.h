@@ -14,7 +14,7 @@ constexpr int64_t kUnit = 64 / sizeof(Sum);
 template <typename Sum>
 constexpr int64_t units(int64_t columns) { return (columns + kUnit<Sum> - 1) / kUnit<Sum>; }
 
-// A vector of kBytes, at any address. v[i] is the vector i of those at data.
+// A vector of kBytes, at any address; at(data, v) is number v of those from data on.
 template <typename Sum, int kBytes>
 struct Vectors {
   typedef Sum Vector __attribute__((vector_size(kBytes), aligned(alignof(Sum)), may_alias));

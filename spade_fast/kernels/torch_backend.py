@@ -1,7 +1,8 @@
 """The kernels in plain PyTorch: any device, any layout, and what torch.export, ONNX and second derivatives go through.
 
 Every backend has these functions: four kernels of the modulation, for instance norm two that each do the work of two; the convolution
-at distinct windows with its two gradients; and those that find and number what `layout.py` holds. Between the kernels go rows of numbers of each plane (n, c), in float32, or in float64 where x is float64:
+at distinct windows with its two gradients; and those that find and number what `layout.py` holds. Between the kernels of the modulation
+go rows of numbers of each plane (n, c), in float32, or in float64 where x is float64:
 
     moments [2, N, C]   mean, sum of squared deviations
     planes  [3, N, C]   shift, scale, offset: x̂ = (x − shift)·scale + offset
