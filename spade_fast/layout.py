@@ -107,7 +107,6 @@ class SemanticLayout:
         return cls(compact[codes], palette)
 
     @classmethod
-    @torch.inference_mode(False)  # what is found in inference may be used in training
     def from_segmap(cls, segmap):
         """The layout of any condition [N, label_nc, *spatial] that is piecewise constant: one-hot, multi-hot, edges, noise per image.
 
@@ -115,6 +114,9 @@ class SemanticLayout:
         """
         if not isinstance(segmap, torch.Tensor) or not segmap.is_floating_point() or not 3 <= segmap.dim() <= 5:
             raise ValueError("segmap should be a floating-point tensor [N, label_nc, *spatial] with 1 to 3 spatial dimensions")
+        if torch.is_inference_mode_enabled():
+            with torch.inference_mode(False):  # what is found in inference may be used in training
+                return cls.from_segmap(segmap)
         segmap = segmap.detach()
         found = kernels.select(segmap).find_codes(segmap)
         if found is None:

@@ -12,6 +12,7 @@ import spade_fast
 from spade_fast import reference
 from spade_fast.agreement import excess
 from spade_fast.nn.spade import resize
+from spade_fast.nn.spectral import convolve
 
 pytestmark = pytest.mark.usefixtures("backend")
 
@@ -149,6 +150,57 @@ def test_block_in_one_and_three_dimensions(spatial):
     arguments = (6, 4, "spectralspadebatch3x3", 3)
     blocks = (module.SPADEResnetBlock(*arguments, nhidden=6, spatial_dims=len(spatial)) for module in (spade_fast, reference))
     assert_same(*blocks, (2, 6, *spatial), (2, 3, *spatial), 4)
+
+
+@pytest.mark.parametrize("spatial", [(8,), (4, 5), (2, 3, 4)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_block_whose_x_is_smaller_than_its_spectral_weights(spatial, dtype):
+    arguments = (24, 20, "spectralspadebatch3x3", 3)
+    blocks = [module.SPADEResnetBlock(*arguments, nhidden=6, spatial_dims=len(spatial)) for module in (spade_fast, reference)]
+    assert_same(*blocks, (2, 24, *spatial), (2, 3, *spatial), 20, dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("size,divides_x", [(4, True), (16, False)])
+def test_spectral_norm_divides_the_smaller_of_x_and_weight(dtype, size, divides_x):
+    ours = nn.utils.spectral_norm(nn.Conv2d(24, 20, 3, padding=1))
+    left, _, right = torch.linalg.svd(ours.weight_orig.detach().flatten(1))
+    ours.weight_u, ours.weight_v = left[:, 0].clone(), right[0].clone()  # from random vectors σ may be about zero
+    ours, stale = ours.to(dtype), ours.weight
+    eager = copy.deepcopy(ours)
+    truth = copy.deepcopy(eager).double()
+    x, dy = torch.randn(1, 24, size, size, dtype=dtype).requires_grad_(), torch.randn(1, 20, size, size, dtype=dtype)
+
+    def numbers(forward, module, x, dy):
+        y = forward(module, x)
+        names = ["x", *dict(module.named_parameters())]
+        gradients = torch.autograd.grad(y, [x, *module.parameters()], dy)
+        return {"y": y.detach(), "u": module.weight_u} | dict(zip(names, gradients))
+
+    found, yardstick = numbers(convolve, ours, x, dy), numbers(nn.Module.__call__, eager, x, dy)
+    true = numbers(nn.Module.__call__, truth, x.detach().double().requires_grad_(), dy.double())
+    for name in true:
+        assert excess(found[name], yardstick[name], true[name]) <= 1, name
+    assert (ours.weight is stale) == divides_x
+
+
+def test_hooks_beside_spectral_norm_are_called():
+    block, calls = spade_fast.SPADEResnetBlock(24, 20, "spectralspadebatch3x3", 3), []
+    block.conv_0.register_forward_hook(lambda *arguments: calls.append("forward"))
+    block.conv_1.register_full_backward_hook(lambda *arguments: calls.append("backward"))
+    block(torch.randn(2, 24, 2, 2), torch.randn(2, 3, 2, 2)).sum().backward()
+    assert calls == ["forward", "backward"]
+
+
+def test_two_forwards_before_a_backward_through_spectral_norm():
+    ours, eager = (module.SPADEResnetBlock(24, 20, "spectralspadebatch3x3", 3).double() for module in (spade_fast, reference))
+    eager.load_state_dict(ours.state_dict())
+    x, segmap = torch.randn(2, 2, 24, 3, 3).double(), torch.randn(2, 3, 3, 3).double()
+    for block in (ours, eager):
+        (block(x[0], segmap).square().sum() + block(x[1], segmap).square().sum()).backward()
+    largest = max(parameter.grad.abs().max() for parameter in eager.parameters())
+    for (name, parameter), other in zip(ours.named_parameters(), eager.parameters()):
+        assert torch.allclose(parameter.grad, other.grad, rtol=1e-9, atol=1e-12 * largest), name
 
 
 def test_block_in_float64_is_the_reference():

@@ -5,6 +5,7 @@ import torch.nn as nn
 from ..ops.modulate import plane_moments
 from .config import parse_config
 from .spade import CONVOLUTIONS, SPADE, resize
+from .spectral import convolve
 from .windows import beside_windows, find_layout
 
 
@@ -17,7 +18,7 @@ class SPADEResnetBlock(nn.Module):
     Args:
         fin, fout: channels of x and of the result; between the two convolutions there are min(fin, fout).
         norm_G: `[spectral]spade[spectral][instance|batch|syncbatch|group][KxK]`; "spectral" puts torch.nn.utils.spectral_norm
-            on the block's convolutions.
+            on the block's convolutions (whose weights are then not divided where dividing x is cheaper: `spectral.py`).
         label_nc: channels of the condition.
         use_se: adds a squeeze-and-excitation layer on the residual branch.
         dilation: of conv_0 and conv_1.
@@ -56,9 +57,9 @@ class SPADEResnetBlock(nn.Module):
         layout = find_layout(segmap)
         x, segmap = (x, resize(segmap, x.shape[2:])) if layout is None else (beside_windows(x), layout)
         moments = plane_moments(x) if self.learned_shortcut and self.norm_0.measures and self.norm_s.measures else None
-        shortcut = self.conv_s(self.norm_s(x, segmap, moments=moments)) if self.learned_shortcut else x
-        dx = self.conv_0(self.norm_0(x, segmap, activation="leaky_relu", moments=moments))
-        dx = self.conv_1(self.norm_1(dx, segmap, activation="leaky_relu"))
+        shortcut = convolve(self.conv_s, self.norm_s(x, segmap, moments=moments)) if self.learned_shortcut else x
+        dx = convolve(self.conv_0, self.norm_0(x, segmap, activation="leaky_relu", moments=moments))
+        dx = convolve(self.conv_1, self.norm_1(dx, segmap, activation="leaky_relu"))
         return shortcut + self.se(dx)
 
 

@@ -227,4 +227,10 @@ def is_known(norm):
 
 def is_plain(module, types):
     """Whether a module is just what its type says, with no hook (such as spectral_norm's) that must run when it is called."""
-    return type(module) in types and not module._forward_pre_hooks and not module._forward_hooks
+    return type(module) in types and not hooks(module)
+
+
+def hooks(module):
+    """Everything that runs when a module is called, beside its forward."""
+    kinds = (module._forward_pre_hooks, module._forward_hooks, module._backward_pre_hooks, module._backward_hooks)
+    return [hook for kind in kinds for hook in kind.values()]

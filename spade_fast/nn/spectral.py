@@ -1,0 +1,31 @@
+"""Convolutions under `torch.nn.utils.spectral_norm`, without a pass over their weights for the division by σ."""
+
+import torch
+import torch.nn.functional as F
+from torch.nn.utils.spectral_norm import SpectralNorm
+
+from .spade import CONVOLUTIONS, hooks
+
+
+def convolve(convolution, x):
+    """convolution(x); where spectral norm has its weight W divided by σ, and x is the smaller of the two, x is divided instead.
+
+    conv(x, W / σ) = conv(x / σ, W), and the gradients follow. `convolution.weight`, which spectral norm sets, is then left as it was.
+    """
+    norms = [hook for hook in hooks(convolution) if isinstance(hook, SpectralNorm) and hook.name == "weight"]
+    understood = type(convolution) in CONVOLUTIONS.values() and len(norms) == len(hooks(convolution)) == 1
+    if not understood or x.numel() >= convolution.weight_orig.numel():
+        return convolution(x)
+    return convolution._conv_forward(x / largest_singular_value(convolution, *norms), convolution.weight_orig, convolution.bias)
+
+
+def largest_singular_value(module, norm):
+    """σ = u · W v, after the power iterations that training makes: what `SpectralNorm.compute_weight` divides by."""
+    matrix, u, v = norm.reshape_weight_to_matrix(module.weight_orig), module.weight_u, module.weight_v
+    if module.training:
+        with torch.no_grad():
+            for _ in range(norm.n_power_iterations):  # in place: they are buffers, which replicas of the module share
+                F.normalize(torch.mv(matrix.t(), u), dim=0, eps=norm.eps, out=v)
+                F.normalize(torch.mv(matrix, v), dim=0, eps=norm.eps, out=u)
+        u, v = u.clone(), v.clone()  # of a second forward before the first one's backward
+    return torch.dot(u, torch.mv(matrix, v))
