@@ -39,6 +39,7 @@ class Problem:
     in_double: Callable | None = None  # ours in float64, where no rounding hides a mistake
     scenes: list = field(default_factory=lambda: [None])  # each round measures the next one, each is checked
     scene: int = 0  # which of them the functions compute now
+    least_bytes: int | None = None  # that the operation has to read and write, every input and output once
 
 
 @dataclass
@@ -51,6 +52,7 @@ class Settings:
     labels: str | None = None
     instances: str | None = None
     scenes: int = 1
+    batch: int = 1  # of `modulate`
 
 
 def modulate(settings):
@@ -64,7 +66,7 @@ def modulate(settings):
 
 def _modulate_problem(settings, channels, size, layout, mode):
     def tensor():
-        values = torch.randn(1, channels, size, size, device=settings.device).to(settings.dtype)
+        values = torch.randn(settings.batch, channels, size, size, device=settings.device).to(settings.dtype)
         return values.to(memory_format=layout).requires_grad_(mode == BACKWARD)
 
     inputs, dy = {"x": tensor(), "gamma": tensor(), "beta": tensor()}, tensor().detach()
@@ -80,6 +82,9 @@ def _modulate_problem(settings, channels, size, layout, mode):
         return run
 
     exact = {name: value.detach().double().requires_grad_(mode == BACKWARD) for name, value in inputs.items()}
+    # Forward reads x, γ, β and writes y; backward reads dy, x, γ and writes dx, dγ, dβ; both have a bit an element for the leaky ReLU.
+    streams, bits = (4, 0) if mode == FORWARD else (10, 2)
+    least_bytes = dy.numel() * streams * dy.element_size() + dy.numel() * bits // 8
     return Problem(
         f"{channels} × {size}² {'channels-last' if layout is torch.channels_last else 'contiguous'}",
         mode,
@@ -91,6 +96,7 @@ def _modulate_problem(settings, channels, size, layout, mode):
         },
         variant(reference.spade_modulate, exact, dy.double()),
         lambda number: variant(reference.spade_modulate, {name: jitter(value) for name, value in inputs.items()}, dy)(),
+        least_bytes=least_bytes,
     )
 
 

@@ -1,5 +1,7 @@
 """The command line of the suite: `python -m benchmarks`."""
 
+import dataclasses
+import json as notation
 from pathlib import Path
 from typing import Annotated
 
@@ -8,7 +10,9 @@ import typer
 from rich.console import Console
 from rich.progress import Progress
 
+from . import gpu as on_gpu
 from . import layouts as drawn
+from . import proofs as compiled
 from . import report
 from .cases import CASES, Settings
 from .measure import measure
@@ -36,13 +40,14 @@ def run(
     dtype: Annotated[str, typer.Option(help=f"{', '.join(DTYPES)}.")] = "float32",
     labels: Annotated[Path | None, typer.Option(help="Folder of PNGs of COCO-Stuff classes; a drawn scene without.")] = None,
     instances: Annotated[Path | None, typer.Option(help="Folder of PNGs of instance numbers, named as the labels.")] = None,
+    batch: Annotated[int, typer.Option(min=1, help="Batch of the operation alone.")] = 1,
     scenes: Annotated[int, typer.Option(min=1, help="How many scenes networks are measured on, a round on each in turn.")] = 1,
     json: Annotated[Path | None, typer.Option(help="Write everything that was measured to this file.")] = None,
     plot: Annotated[Path | None, typer.Option(help="Draw a chart to this file.")] = None,
 ):
     """Check, then time, the cases; print a table. Exits with 1 where a row does not match."""
     check_scenes(labels, instances, scenes)
-    settings = Settings(check_device(device), choose("--dtype", dtype, DTYPES), quick, labels, instances, scenes)
+    settings = Settings(check_device(device), choose("--dtype", dtype, DTYPES), quick, labels, instances, scenes, batch)
     chosen = {name: choose("NAME", name, CASES) for name in names}
     for option, path in (("--json", json), ("--plot", plot)):
         if path is not None and not path.absolute().parent.is_dir():
@@ -74,6 +79,48 @@ def run(
     if plot is not None:
         report.save_chart(plot, facts, rows)
     if not all(row.matches for row in rows):
+        raise typer.Exit(1)
+
+
+@app.command()
+def proofs(
+    capability: Annotated[list[int], typer.Option(help="Of GPUs, such as 90.")] = list(compiled.CAPABILITIES),
+    dtype: Annotated[list[str], typer.Option(help=f"Of: {'; '.join(compiled.DTYPES)}.")] = list(compiled.DTYPES),
+    activation: Annotated[list[str], typer.Option(help=f"Of: {', '.join(compiled.ACTIVATIONS)}.")] = list(compiled.ACTIVATIONS),
+    json: Annotated[Path | None, typer.Option(help="Write everything that was found to this file.")] = None,
+):
+    """Compile every configuration of the Triton kernels, with no GPU, and read what came of it. Exits with 1 where one is not as it should be.
+
+    Options that name configurations may be given several times.
+    """
+    for option, names, choices in (("--dtype", dtype, compiled.DTYPES), ("--activation", activation, compiled.ACTIVATIONS)):
+        for name in names:
+            choose(option, name, choices)
+    found = compiled.prove(capability, dtype, activation)
+    Console(width=120).print(compiled.table(found))
+    if json is not None:
+        json.write_text(notation.dumps([dataclasses.asdict(proof) for proof in found]))
+    for proof in found:
+        for failure in proof.failures:
+            typer.echo(f"{proof}: {failure}")
+    if any(proof.failures for proof in found):
+        raise typer.Exit(1)
+
+
+@app.command()
+def gpu(
+    out: Annotated[Path, typer.Option(help="Folder for what is found.")] = Path("gpu-results"),
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be done.")] = False,
+):
+    """Build, test, sanitize and measure on the GPU of this machine, in under nine minutes. Exits with 1 where a stage failed, with 2 without a GPU."""
+    if dry_run:
+        typer.echo(on_gpu.plan())
+        return
+    if not torch.cuda.is_available():
+        typer.echo(f"there is no CUDA GPU here (torch {torch.__version__}); --dry-run says what would be done", err=True)
+        raise typer.Exit(2)
+    out.mkdir(parents=True, exist_ok=True)
+    if not on_gpu.run(out.absolute(), say=typer.echo):
         raise typer.Exit(1)
 
 

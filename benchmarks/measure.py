@@ -23,6 +23,7 @@ from .cases import BACKWARD, FORWARD
 LIMITS = {"eager": (1, 1), "spade_fast": (1, 16), "torch.compile": (4, 16)}
 LIMIT_IN_DOUBLE = 1e-9  # of the largest element
 
+FLUSHED_BYTES = 256 << 20  # more than any L2 cache
 MOST_ROUNDS = 200  # of timing: more tell nothing new of small problems
 JITTERED_RUNS = 7  # of eager, to see how much a rounding matters (agreement.py)
 
@@ -42,6 +43,8 @@ class Row:
     ratio: tuple[float, float, float] | None = None  # eager's time over this one's: quartiles over the rounds
     overhead: float | None = None  # this one's median over the floor's
     peak_memory: int | None = None
+    least_bytes: int | None = None  # that it has to read and write
+    bandwidth: float | None = None  # those bytes over the median time, as a fraction of a copy's
 
     @property
     def matches(self):
@@ -74,6 +77,11 @@ def measure(case, problem, device, seconds, advance=lambda: None):
         for name, run in runs.items():
             rows[name].peak_memory = peak_memory(run, device)
         advance()
+    if problem.least_bytes and torch.device(device).type == "cuda":
+        bandwidth = copy_bandwidth(device)
+        for row in rows.values():
+            if row.times and not row.variant.startswith("floor"):
+                row.least_bytes, row.bandwidth = problem.least_bytes, problem.least_bytes / row.median / bandwidth
     floors = [row.median for name, row in rows.items() if name.startswith("floor") and row.times]
     for row in rows.values():
         if row.times and rows["eager"].times:
@@ -129,18 +137,32 @@ def time_interleaved(rows, runs, problem, device, seconds):
         problem.scene = rounds % len(problem.scenes)
         for position in range(len(names)):
             name = names[(position + rounds) % len(names)]
-            synchronize(device)
-            start = time.perf_counter()
-            result = runs[name]()
-            synchronize(device)
-            rows[name].times.append(time.perf_counter() - start)
-            del result
+            rows[name].times.append(timed(runs[name], device))
         rounds += 1
 
 
-def synchronize(device):
-    if torch.device(device).type == "cuda":
-        torch.cuda.synchronize()
+def timed(run, device):
+    """Seconds of one call; on a GPU between its events, from a cold L2 cache, and without the host's time as far as it keeps ahead."""
+    if torch.device(device).type != "cuda":
+        start = time.perf_counter()
+        result = run()
+        took = time.perf_counter() - start
+        del result
+        return took
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.empty(FLUSHED_BYTES, dtype=torch.uint8, device=device).zero_()
+    begin.record()
+    run()
+    end.record()
+    end.synchronize()
+    return begin.elapsed_time(end) / 1e3
+
+
+def copy_bandwidth(device):
+    """Bytes a second, read and written, of a large copy on a GPU: what memory gives."""
+    x = torch.randn(1 << 28, device=device)
+    y = torch.empty_like(x)
+    return 2 * x.numel() * x.element_size() / statistics.median(timed(lambda: y.copy_(x), device) for _ in range(21))
 
 
 def peak_memory(run, device):

@@ -18,9 +18,11 @@ from .measure import LIMIT_IN_DOUBLE
 def table(rows):
     """A rich table of measured rows: a section for each problem."""
     result = Table(caption="match: error as a fraction of what is allowed. ratio: eager's time over this, round by round. "
-                   "overhead: this time over that of plain instance norm.")
+                   "overhead: this time over that of plain instance norm. of a copy: the bytes that it has to move over this "
+                   "time, of what a copy moves.")
     result.add_column("variant")
-    for name in ("match", "time", "spread", "ratio (quartiles)", "overhead", "memory"):
+    names = ["match", "time", "spread", "ratio (quartiles)", "overhead", "memory"] + ["of a copy"] * any(row.bandwidth for row in rows)
+    for name in names:
         result.add_column(name, justify="right")
     before = None
     for row in rows:
@@ -47,10 +49,11 @@ def match(row):
 def numbers(row):
     """A row's figures as text; none for a row that does not match."""
     if not row.times:
-        return [""] * 5
+        return []
     ratio = f"{row.ratio[1]:.2f} ({row.ratio[0]:.2f}–{row.ratio[2]:.2f})" if row.ratio else ""
     overhead = f"{row.overhead:.2f}" if row.overhead else ""
-    return [f"{row.median * 1e3:.2f} ms", f"± {row.spread * 100:.0f}%", ratio, overhead, f"{row.peak_memory / 2**20:.1f} MiB"]
+    return [f"{row.median * 1e3:.2f} ms", f"± {row.spread * 100:.0f}%", ratio, overhead, f"{row.peak_memory / 2**20:.1f} MiB",
+            *([f"{row.bandwidth:.0%}"] if row.bandwidth else [])]
 
 
 def environment(settings):

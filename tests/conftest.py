@@ -1,14 +1,21 @@
 """What every test shares: the backends that the suite runs on, and fixed random numbers."""
 
 import contextlib
+import importlib.util
+import os
 
 import pytest
 import torch
 
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # before the kernels are defined: without a GPU they run in the interpreter
+
 import spade_fast
 from spade_fast.kernels import cpu_backend
 
-BACKENDS = ["cpu", "torch"]  # a new backend joins the whole suite here
+BACKENDS = {"cpu": "cpu", "triton": "cuda" if torch.cuda.is_available() else "cpu", "torch": "cpu"}  # and where its tensors are
+if importlib.util.find_spec("triton") is None:
+    del BACKENDS["triton"]
 INSTRUCTION_SETS = cpu_backend.library.instruction_sets() if cpu_backend.library else []
 
 
@@ -34,7 +41,9 @@ def use_threads(number):
 
 @pytest.fixture(params=BACKENDS)
 def backend(request):
-    with spade_fast.use_backend(request.param):
+    """A backend of the whole suite; what a test makes is made where it runs."""
+    leave_out_what_is_too_large(request, request.param)
+    with spade_fast.use_backend(request.param), tensors_on(BACKENDS[request.param]):
         yield request.param
 
 
@@ -42,8 +51,34 @@ def backend(request):
 def backend_and_instruction_set(request):
     """The backends, and the CPU's once more for each lesser instruction set that it has."""
     name, *instruction_set = request.param.split()
-    with spade_fast.use_backend(name), use_instruction_set(*instruction_set) if instruction_set else contextlib.nullcontext():
+    leave_out_what_is_too_large(request, name)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(spade_fast.use_backend(name))
+        stack.enter_context(tensors_on(BACKENDS[name]))
+        if instruction_set:
+            stack.enter_context(use_instruction_set(*instruction_set))
         yield request.param
+
+
+def tensors_on(device):
+    """Inside, tensors are made on this device; where that is the CPU, without the context's own overhead."""
+    return contextlib.nullcontext() if device == "cpu" else torch.device(device)
+
+
+def leave_out_what_is_too_large(request, name):
+    if name == "triton" and BACKENDS[name] == "cpu" and request.node.get_closest_marker("large"):
+        pytest.skip("so many elements take Triton's interpreter minutes; test_triton.py has the same in small")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_pyfunc_call(pyfuncitem):
+    """A backend without float64 is not tested in float64."""
+    try:
+        return (yield)
+    except RuntimeError as error:
+        if "cannot run: x or gamma is float64" not in str(error):
+            raise
+        pytest.skip(str(error))
 
 
 @pytest.fixture(autouse=True)

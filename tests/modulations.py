@@ -41,28 +41,28 @@ LAYOUTS = [contiguous, channels_last, sliced, sliced_channels, transposed, misal
 
 
 def sample(shape, norm="instance", activation=None, *, dtype=torch.float32, gamma_dtype=None, layout=contiguous,
-           gamma_layout=None, dy_layout=contiguous, affine=False, training=True, mean=0.0, num_groups=2, rows=None, device="cpu"):
+           gamma_layout=None, dy_layout=contiguous, affine=False, training=True, mean=0.0, num_groups=2, rows=None):
     """Arguments of spade_modulate by name, and dy, in the dtypes and layouts that are asked for.
 
     rows: γ and β are the halves of a table of so many rows, the last of which no pixel has.
     """
     gamma_dtype, gamma_layout = gamma_dtype or dtype, gamma_layout or layout
-    x = layout((torch.randn(shape) + mean).to(device, dtype))
+    x = layout((torch.randn(shape) + mean).to(dtype))
     if rows is None:
-        gamma, beta = (gamma_layout(torch.randn(shape).to(device, gamma_dtype)) for _ in range(2))
+        gamma, beta = (gamma_layout(torch.randn(shape).to(gamma_dtype)) for _ in range(2))
         index = {}
     else:
-        gamma, beta = torch.randn(rows, 2 * shape[1]).to(device, gamma_dtype).chunk(2, dim=1)
-        index = {"index": torch.randint(max(1, rows - 1), (shape[0], *shape[2:]), device=device)}
+        gamma, beta = torch.randn(rows, 2 * shape[1]).to(gamma_dtype).chunk(2, dim=1)
+        index = {"index": torch.randint(max(1, rows - 1), (shape[0], *shape[2:]))}
     arguments = index | {"x": x, "gamma": gamma, "beta": beta, "norm": norm, "activation": activation, "training": training}
     if norm == "group":
         arguments["num_groups"] = num_groups
     if affine:
-        arguments |= {name: (torch.randn(shape[1]) + 1).to(device, dtype) for name in ("weight", "bias")}
+        arguments |= {name: (torch.randn(shape[1]) + 1).to(dtype) for name in ("weight", "bias")}
     if norm in ("batch", "syncbatch"):
-        arguments["running_mean"] = torch.randn(shape[1]).to(device, dtype)
-        arguments["running_var"] = (torch.rand(shape[1]) + 0.5).to(device, dtype)
-    dy = dy_layout(torch.randn(shape).to(device, torch.promote_types(dtype, gamma_dtype)))
+        arguments["running_mean"] = torch.randn(shape[1]).to(dtype)
+        arguments["running_var"] = (torch.rand(shape[1]) + 0.5).to(dtype)
+    dy = dy_layout(torch.randn(shape).to(torch.promote_types(dtype, gamma_dtype)))
     return arguments, dy
 
 

@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 import spade_fast
 from spade_fast import kernels
 from spade_fast.cli import app
-from spade_fast.kernels import cpu_backend, torch_backend
+from spade_fast.kernels import cpu_backend, torch_backend, triton_backend
 
 
 def python(code, **environment):
@@ -22,7 +22,7 @@ def python(code, **environment):
 
 def test_every_backend_says_whether_it_runs_and_why_not():
     statuses = spade_fast.backends()
-    assert [status.name for status in statuses] == ["cpu", "torch"]
+    assert [status.name for status in statuses] == ["cpu", "triton", "torch"]
     assert all(status.runs == (status.reason == "") for status in statuses)
     assert statuses[-1].runs
 
@@ -36,7 +36,8 @@ def test_the_first_that_runs_is_chosen(monkeypatch):
     x = torch.randn(2, 3, 4, 4)
     monkeypatch.setattr(cpu_backend, "why_not", lambda x=None, gamma=None: None)
     assert kernels.select(x) is cpu_backend
-    monkeypatch.setattr(cpu_backend, "why_not", lambda x=None, gamma=None: "a reason")
+    for backend in (cpu_backend, triton_backend):
+        monkeypatch.setattr(backend, "why_not", lambda x=None, gamma=None: "a reason")
     assert kernels.select(x) is torch_backend
 
 
@@ -56,7 +57,7 @@ def test_use_backend_ends_with_its_block():
         assert kernels._forced == "torch"
         raise KeyError
     assert kernels._forced is None
-    with pytest.raises(ValueError, match="name is 'gpu', it should be one of cpu, torch"):
+    with pytest.raises(ValueError, match="name is 'gpu', it should be one of cpu, triton, torch"):
         spade_fast.use_backend("gpu").__enter__()
 
 
@@ -73,7 +74,7 @@ def test_the_environment_variable():
     code = "import spade_fast; print(spade_fast.kernels._forced)"
     assert python(code, SPADE_FAST_BACKEND="torch")[0].strip() == "torch"
     assert python(code, SPADE_FAST_BACKEND="")[0].strip() == "None"
-    assert "SPADE_FAST_BACKEND is 'gpu', it should be one of cpu, torch" in python(code, SPADE_FAST_BACKEND="gpu")[1]
+    assert "SPADE_FAST_BACKEND is 'gpu', it should be one of cpu, triton, torch" in python(code, SPADE_FAST_BACKEND="gpu")[1]
 
 
 MISSING = """

@@ -202,6 +202,7 @@ def test_moments_given_are_moments_used():
     assert not torch.equal(spade_fast.spade_modulate(**arguments), plain["y"])
 
 
+@pytest.mark.large
 @pytest.mark.parametrize("rows", [None, 7])
 @pytest.mark.parametrize("layout", [contiguous, channels_last])
 @pytest.mark.parametrize("norm", ["instance", "batch"])
@@ -215,6 +216,7 @@ def test_every_run_gives_the_same_bits_on_any_number_of_threads(norm, layout, ro
         assert all(torch.equal(found[0][name], other[name]) for name in other)
 
 
+@pytest.mark.large
 @pytest.mark.parametrize("rows", [None, 7])
 @pytest.mark.parametrize("layout", [contiguous, channels_last])
 @pytest.mark.parametrize("shape", [(1, 3, 300, 301), (2, 600, 9, 11)])
@@ -223,6 +225,7 @@ def test_several_tasks_to_a_plane_and_several_blocks_to_a_row(layout, shape, row
     assert not disagreements(arguments, dy)
 
 
+@pytest.mark.large
 @pytest.mark.parametrize("layout", [contiguous, channels_last])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_outputs_so_large_that_they_are_written_past_the_caches(layout, dtype):

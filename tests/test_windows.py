@@ -98,6 +98,7 @@ def test_the_other_dtypes(dtype, layout_of_x):
     assert max(errors.values()) <= 1, errors
 
 
+@pytest.mark.large
 def test_every_run_gives_the_same_bits_on_any_number_of_threads(backend):
     layout = SemanticLayout.from_labels(patches((2, 40, 40), 9), 9)
     spade, x, found = SPADE(70, 9, 40), torch.randn(2, 70, 40, 40, requires_grad=True), []

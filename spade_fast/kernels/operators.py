@@ -73,10 +73,16 @@ def fake_convolve_windows_rows(gradient, weight, back_offsets, back_listed):
     return gradient.new_empty((back_offsets.shape[0] - 1) // weight.shape[2:].numel(), weight.shape[1])
 
 
-for name, schema in SCHEMAS.items():
-    torch.library.define(f"spade_fast::{name}", schema, tags=[torch.Tag.pt2_compliant_tag])
+def declare(namespace, names):
+    """Makes these operators exist in a namespace: each set of kernels for one device has its own."""
+    for name in names:
+        torch.library.define(f"{namespace}::{name}", SCHEMAS[name], tags=[torch.Tag.pt2_compliant_tag])
+        torch.library.register_fake(f"{namespace}::{name}", globals()[f"fake_{name}"])
+
+
+declare("spade_fast", SCHEMAS)
+for name in SCHEMAS:
     torch.library.impl(f"spade_fast::{name}", "CompositeExplicitAutograd", getattr(torch_backend, name))
-    torch.library.register_fake(f"spade_fast::{name}", globals()[f"fake_{name}"])
 
 
 def without_kernel(dispatch_key):

@@ -57,7 +57,7 @@ def look_up(rows, index):
     """Rows of a table [K, C] as a tensor [N, C, *spatial]; what is not a table stays as it is."""
     if index is None or rows is None:
         return rows
-    return rows.index_select(0, index.flatten()).unflatten(0, index.shape).movedim(-1, 1)
+    return rows.index_select(0, index.flatten()).view(*index.shape, rows.shape[1]).movedim(-1, 1)
 
 
 def sort_pixels(index):

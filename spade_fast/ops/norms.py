@@ -111,7 +111,7 @@ def backward(norm, statistics, sums, weight=None):
 def _pool(norm, numbers):
     """The sum over each pool, [..., N, C] to [..., N or 1, C], repeated for all of a group's channels."""
     if norm.kind == "group":
-        groups = numbers.unflatten(-1, (norm.num_groups, -1))
+        groups = numbers.reshape(*numbers.shape[:-1], norm.num_groups, numbers.shape[-1] // norm.num_groups)
         return groups.sum(-1, keepdim=True).expand_as(groups).flatten(-2)
     if norm.kind == "instance":
         return numbers

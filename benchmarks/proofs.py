@@ -1,0 +1,198 @@
+"""What can be proved of the Triton kernels without a GPU: every configuration is compiled, and what came of it is read.
+
+The package's own functions are called, on small tensors of the CPU, with a driver that says that there is a GPU; what they would
+launch is compiled and noted instead. So what is proved is what is shipped: tiles, warps, and what is known of each argument.
+"""
+
+import collections
+import dataclasses
+import functools
+import itertools
+import multiprocessing
+import os
+import re
+import subprocess
+import tempfile
+from pathlib import Path
+
+import torch
+from rich.table import Table
+
+CAPABILITIES = (80, 90, 100)
+DTYPES = {"float32": (torch.float32, torch.float32), "bfloat16": (torch.bfloat16, torch.bfloat16),
+          "float16": (torch.float16, torch.float16), "float32, γ bfloat16": (torch.float32, torch.bfloat16)}
+ACTIVATIONS = {"none": None, "leaky_relu": "leaky_relu", "silu": "silu"}  # relu is compiled as leaky_relu is
+ALIGNED_SIZES = ((32, 32), (64, 64), (128, 128))  # of 128 channels: the last takes two passes in backward, all with a table do
+ODD_SIZES = ((5, 9), (45, 45), (91, 89))  # of 35 channels; nearly the largest planes that one pass holds
+ROWS = 100  # of a table
+
+
+@dataclasses.dataclass(frozen=True)
+class Proof:
+    """One kernel as one configuration compiles it."""
+
+    kernel: str
+    dtype: str
+    layout: str
+    modulation: str  # dense or table
+    activation: str | None
+    aligned: bool
+    capability: int
+    registers: int
+    stack: int  # bytes of spilled registers and of arrays that are not in registers
+    shared: int  # bytes
+    loads: dict  # how many instructions of each width, in bytes
+    stores: dict
+    double: int  # instructions in double precision
+
+    @property
+    def failures(self):
+        """What should not be."""
+        found = []
+        if self.stack:
+            found.append(f"{self.stack} bytes of registers are spilled")
+        if self.double:
+            found.append(f"{self.double} instructions in double precision")
+        if self.aligned and self.streams and 16 not in self.loads:
+            found.append("no 16-byte loads")
+        if self.aligned and self.streams and self.kernel != "sum_pieces_kernel" and 2 in self.loads:
+            found.append("half-precision numbers are loaded one by one")
+        return found
+
+    @property
+    def streams(self):
+        """Whether the kernel goes through memory in order; sums over the pixels of a row of a table do so by channels alone."""
+        return self.kernel not in PER_PLANE and (self.kernel != "sum_pieces_kernel" or self.layout == "channels-last")
+
+
+PER_PLANE = ("combine_moments_kernel", "combine_sums_kernel", "find_pieces_kernel", "list_pieces_kernel", "sum_planes_kernel", "sum_rows_kernel")
+
+
+def prove(capabilities=CAPABILITIES, dtypes=DTYPES, activations=ACTIVATIONS, processes=None):
+    """The proofs of these configurations, by name: a process for each capability and dtype."""
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        raise RuntimeError("TRITON_INTERPRET is 1: kernels that are interpreted are not compiled")
+    tasks = list(itertools.product(capabilities, dtypes))
+    with multiprocessing.get_context("spawn").Pool(processes or os.cpu_count()) as pool:
+        found = pool.starmap(functools.partial(_prove, activations=[ACTIVATIONS[name] for name in activations]), tasks, chunksize=1)
+    return [proof for proofs in found for proof in proofs]
+
+
+def _prove(capability, dtype, activations):
+    torch.set_num_threads(1)
+    proofs = {}
+    for layout, modulation, activation in itertools.product(("contiguous", "channels-last"), ("dense", "table"), activations):
+        for channels, sizes, aligned in ((128, ALIGNED_SIZES, True), (35, ODD_SIZES, False)):
+            for size in sizes:
+                with _compiling(capability) as launched:
+                    _call_everything(channels, size, *DTYPES[dtype], layout == "channels-last", modulation == "table", activation)
+                for kernel, compiled in launched:
+                    if compiled.hash not in proofs:
+                        proofs[compiled.hash] = Proof(kernel, dtype, layout, modulation, activation, aligned, capability,
+                                                      **_read(compiled))
+    return list(proofs.values())
+
+
+def _call_everything(channels, size, dtype, gamma_dtype, last, table, activation):
+    """Every function of the backend, on one shape."""
+    from spade_fast.kernels import torch_backend, triton_kernels
+
+    def tensor(dtype):
+        x = torch.empty(2, *size, channels, dtype=dtype).movedim(-1, 1) if last else torch.empty(2, channels, *size, dtype=dtype)
+        return x
+
+    x, dy, index, order = tensor(dtype), tensor(torch.promote_types(dtype, gamma_dtype)), None, None
+    if table:
+        gamma, beta = torch.empty(ROWS, 2 * channels, dtype=gamma_dtype).chunk(2, dim=1)
+        index = torch.zeros(2, *size, dtype=torch.int32)
+        order = torch_backend.sort_pixels(index)
+    else:
+        gamma, beta = tensor(gamma_dtype), tensor(gamma_dtype)
+    kept_beta = beta if activation == "silu" else None
+    planes = torch.empty(3, 2, channels)
+    modulation, settings = (planes, gamma, kept_beta, index), (activation, 0.2)
+    triton_kernels.plane_moments(x)
+    _, signs = triton_kernels.apply(x, planes, gamma, beta, index, *settings, True)
+    triton_kernels.instance_forward(x, gamma, beta, index, 1e-5, *settings, True)
+    triton_kernels.instance_forward(x, gamma, beta, index, 1e-5, *settings, False)
+    triton_kernels.backward_sums(dy, x, *modulation, order, signs, *settings)
+    triton_kernels.backward_input(dy, x, *modulation, signs, planes[:2], *settings)
+    triton_kernels.backward_input(dy, x, *modulation, signs, None, *settings)
+    triton_kernels.instance_backward(dy, x, *modulation, order, signs, *settings)
+
+
+class _compiling:
+    """Inside, Triton believes in a GPU, and what would be launched is compiled and listed instead, by name."""
+
+    def __init__(self, capability):
+        from triton.backends.compiler import GPUTarget
+
+        self.capability, self.target = capability, GPUTarget("cuda", capability, 32)
+
+    def get_current_device(self):
+        return self.capability
+
+    def get_current_stream(self, device):
+        return 0
+
+    def get_current_target(self):
+        return self.target
+
+    def __enter__(self):
+        from triton.runtime import driver
+        from triton.runtime.jit import JITFunction
+
+        self.run, launched = JITFunction.run, []
+
+        def compile_only(function, *arguments, grid, warmup, **settings):
+            launched.append((function.fn.__name__, self.run(function, *arguments, grid=grid, warmup=True, **settings)))
+
+        driver.set_active(self)
+        JITFunction.run = compile_only
+        return launched
+
+    def __exit__(self, *exception):
+        from triton.runtime.jit import JITFunction
+
+        JITFunction.run = self.run
+
+
+def _read(compiled):
+    """Registers and memory of a compiled kernel from its machine code; widths and types from its PTX, where they stand as they stay."""
+    import triton
+
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        listing = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True)
+    usage = {name: int(number) for name, number in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", listing.stdout + listing.stderr)}
+    widths = {"ld": collections.Counter(), "st": collections.Counter()}
+    for instruction, vector, bits in re.findall(r"\b(ld|st)\.global[.\w]*?(?:\.v(\d))?\.[busf](\d+)", compiled.asm["ptx"]):
+        widths[instruction][int(vector or 1) * int(bits) // 8] += 1
+    return {
+        "registers": usage["REG"],
+        "stack": usage["STACK"] + usage["LOCAL"],
+        "shared": compiled.metadata.shared,
+        "loads": dict(widths["ld"]),
+        "stores": dict(widths["st"]),
+        "double": len(re.findall(r"\.f64\b", compiled.asm["ptx"])),
+    }
+
+
+def table(proofs):
+    """The worst of each kernel over activations and capabilities, a line for each dtype, layout and kind of modulation."""
+    result = Table(caption="registers, stack and shared memory: the most. loads and stores: bytes at a time in sizes divisible by 16.")
+    for name in ("kernel", "dtype", "layout", "γ and β"):
+        result.add_column(name)
+    for name in ("registers", "stack", "shared", "loads", "stores", "double"):
+        result.add_column(name, justify="right")
+    groups = {}
+    for proof in proofs:
+        groups.setdefault((proof.kernel, proof.dtype, proof.layout, proof.modulation), []).append(proof)
+    for key, group in sorted(groups.items()):
+        most = [str(max(getattr(proof, name) for proof in group)) for name in ("registers", "stack", "shared")]
+        widths = [", ".join(map(str, sorted({width for proof in group if proof.aligned for width in getattr(proof, name)}, reverse=True)))
+                  for name in ("loads", "stores")]
+        result.add_row(key[0].removesuffix("_kernel"), *key[1:], *most, *widths, str(max(proof.double for proof in group)))
+    return result

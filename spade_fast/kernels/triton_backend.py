@@ -1,0 +1,57 @@
+"""The kernels in Triton (triton_kernels/), reached as operators of their own. What their arguments are: `torch_backend.py`.
+
+They run on CUDA GPUs; on a CPU, slowly, in Triton's interpreter: that is for tests, and TRITON_INTERPRET=1 asks for it.
+"""
+
+import importlib.util
+import os
+
+import torch
+
+from . import operators, torch_backend
+
+NAME = "triton"
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+KERNELS = ("plane_moments", "apply", "backward_sums", "backward_input", "instance_forward", "instance_backward")
+
+
+def _kernel(name):
+    def run(*arguments):
+        from . import triton_kernels
+
+        return getattr(triton_kernels, name)(*arguments)
+
+    return run
+
+
+operators.declare("spade_fast_triton", KERNELS)
+for name in KERNELS:
+    for key in ("CUDA", "CPU") if INTERPRETED else ("CUDA",):
+        torch.library.impl(f"spade_fast_triton::{name}", key, _kernel(name))
+
+plane_moments = torch.ops.spade_fast_triton.plane_moments.default
+apply = torch.ops.spade_fast_triton.apply.default
+backward_sums = torch.ops.spade_fast_triton.backward_sums.default
+backward_input = torch.ops.spade_fast_triton.backward_input.default
+instance_forward = torch.ops.spade_fast_triton.instance_forward.default
+instance_backward = torch.ops.spade_fast_triton.instance_backward.default
+# Matrix products and sums of listed rows, for which PyTorch has kernels; numbering, which sorts.
+convolve_windows = torch_backend.convolve_windows
+convolve_windows_weight = torch_backend.convolve_windows_weight
+convolve_windows_rows = torch_backend.convolve_windows_rows
+find_codes, number_windows = torch_backend.find_codes, torch_backend.number_windows
+window_sums, sort_pixels = torch_backend.window_sums, torch_backend.sort_pixels
+
+
+def why_not(x=None, gamma=None):
+    """Why these kernels cannot run (on x and γ), or None."""
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed"
+    devices = ("cuda", "cpu") if INTERPRETED else ("cuda",)
+    if x is None:
+        return None if INTERPRETED or torch.cuda.is_available() else "there is no CUDA GPU here"
+    if x.device.type not in devices:
+        return f"x is on {x.device}, these kernels run on {' and '.join(devices)}"
+    if torch.float64 in (x.dtype, None if gamma is None else gamma.dtype):
+        return "x or gamma is float64, these kernels compute in float32"
+    return None

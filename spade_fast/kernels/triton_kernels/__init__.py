@@ -1,0 +1,9 @@
+"""The kernels in Triton, one per file. `triton_backend.py` imports them when they are first called: importing Triton takes a while."""
+
+from .apply import apply
+from .backward_input import backward_input
+from .backward_sums import backward_sums
+from .instance import instance_backward, instance_forward
+from .plane_moments import plane_moments
+
+__all__ = ["apply", "backward_input", "backward_sums", "instance_backward", "instance_forward", "plane_moments"]

@@ -1,0 +1,50 @@
+"""y = activation((1 + γ)·x̂ + β) of one tile to a program, with x̂ from numbers of each plane."""
+
+import torch
+import triton
+import triton.language as tl
+
+from ..torch_backend import KEEPS_SIGNS, is_channels_last
+from . import plan
+from .tile import (
+    activate, channels_from, empty_rows, like, look_up, modulation_rows, per_plane, pixels_from, place, row_of, rows_of, store_signs, tile,
+)
+
+
+@triton.jit
+def apply_kernel(x, planes, gamma, beta, index, y, signs, images, channels, pixels, negative_slope, ACTIVATION: tl.constexpr,
+                 LAST: tl.constexpr, PIXELS: tl.constexpr, CHANNELS: tl.constexpr):
+    image, first_channel, first_pixel = tile(channels, pixels, LAST, PIXELS, CHANNELS)
+    channel = channels_from(first_channel, LAST, CHANNELS)
+    pixel = pixels_from(first_pixel, LAST, PIXELS)
+    inside = (channel < channels) & (pixel < pixels)
+    row = row_of(index, image, pixel, pixels)
+    normalised = tl.load(place(x, image, channel, pixel, LAST), inside, 0.0).to(tl.float32)
+    normalised = (normalised - per_plane(planes, 0, images, image, channels, channel)) * per_plane(planes, 1, images, image, channels, channel)
+    normalised += per_plane(planes, 2, images, image, channels, channel)
+    modulated = normalised * (1 + look_up(gamma, row, image, channel, pixel, inside, LAST))
+    modulated += look_up(beta, row, image, channel, pixel, inside, LAST)
+    tl.store(place(y, image, channel, pixel, LAST), activate(modulated, negative_slope, ACTIVATION), inside)
+    if signs is not None:
+        store_signs(signs, modulated, inside, image, first_channel, first_pixel, channels, pixels, ACTIVATION, LAST, PIXELS, CHANNELS)
+
+
+def apply(x, planes, gamma, beta, index, activation, negative_slope, keep_signs):
+    last = is_channels_last(x)
+    images, channels, pixels = x.flatten(2).shape
+    y = empty_rows(x, last, torch.promote_types(x.dtype, gamma.dtype))
+    signs = empty_signs(x, activation) if keep_signs else x.new_empty(0, dtype=torch.uint8)
+    grid, settings = plan.tiles(images, channels, pixels, last, index is not None)
+    apply_kernel[grid](rows_of(x, last), planes.contiguous(), modulation_rows(gamma, last, index), modulation_rows(beta, last, index),
+                       None if index is None else index.contiguous(), y, signs if signs.numel() else None, images, channels, pixels,
+                       negative_slope, ACTIVATION=activation, LAST=last, **settings)
+    return like(y, x), signs
+
+
+def empty_signs(x, activation):
+    """Where the signs of y go, of size 0 where the activation needs none."""
+    if activation not in KEEPS_SIGNS:
+        return x.new_empty(0, dtype=torch.uint8)
+    images, channels, pixels = x.flatten(2).shape
+    rows, elements = (pixels, channels) if is_channels_last(x) else (channels, pixels)
+    return x.new_empty(images, rows, (elements + 7) // 8, dtype=torch.uint8)

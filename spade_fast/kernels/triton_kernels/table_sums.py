@@ -1,0 +1,165 @@
+"""dγ and dβ of a table: for each of its rows the sums over the pixels that have it, always in the same order.
+
+Pixels sorted by their row are cut into pieces of one row and at most PIECE pixels. Each piece is summed by a program, then each row's
+pieces are. With d = x − shift a piece has Σg and Σg·d, whence dβ = Σg and dγ = scale·Σg·d + offset·Σg, and for the planes, with the
+row's γ, Σq = (1 + γ)·Σg and Σq·d = (1 + γ)·Σg·d: no other pass over x.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from ..torch_backend import is_channels_last
+from . import plan
+from .tile import (
+    channels_from, look_up, modulation_rows, per_plane, pixels_from, place, rows_of, store_part, sum_pixels, through_activation, zeros,
+)
+
+PIECE = 256  # pixels
+
+
+@triton.jit
+def find_pieces_kernel(index, order, begins, images, pixels, PIECE: tl.constexpr, BLOCK: tl.constexpr):
+    """1 where a piece begins among the sorted pixels of all images, else 0."""
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = at < images * pixels
+    image, position = at // pixels, at % pixels
+    row = tl.load(index + (image * pixels + tl.load(order + at, inside, 0)), inside, 0)
+    before = inside & (position > 0)
+    row_before = tl.load(index + (image * pixels + tl.load(order + at - 1, before, 0)), before, -1)
+    tl.store(begins + at, ((row != row_before) | (position % PIECE == 0)).to(tl.int32), inside)
+
+
+@triton.jit
+def list_pieces_kernel(index, order, pieces, firsts, ranges, images, pixels, rows, PIECE: tl.constexpr, BLOCK: tl.constexpr):
+    """The first place of each piece, and after the last the end; of each row in each image, its first piece and the one after its last."""
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = at < images * pixels
+    image, position = at // pixels, at % pixels
+    row = tl.load(index + (image * pixels + tl.load(order + at, inside, 0)), inside, 0)
+    before, after = inside & (position > 0), inside & (position < pixels - 1)
+    row_before = tl.load(index + (image * pixels + tl.load(order + at - 1, before, 0)), before, -1)
+    row_after = tl.load(index + (image * pixels + tl.load(order + at + 1, after, 0)), after, -1)
+    piece = tl.load(pieces + at, inside, 0) - 1
+    begins, ends = inside & (row != row_before), inside & (row != row_after)
+    tl.store(firsts + piece, at.to(tl.int32), begins | (inside & (position % PIECE == 0)))
+    tl.store(firsts + piece + 1, at.to(tl.int32) + 1, ends & (at == images * pixels - 1))
+    tl.store(ranges + 2 * (image * rows + row), piece, begins)
+    tl.store(ranges + 2 * (image * rows + row) + 1, piece + 1, ends)
+
+
+@triton.jit
+def sum_pieces_kernel(dy, x, planes, gamma, beta, index, order, signs, pieces, firsts, found, images, channels, pixels, capacity,
+                      negative_slope, ACTIVATION: tl.constexpr, LAST: tl.constexpr, PIXELS: tl.constexpr, CHANNELS: tl.constexpr):
+    """Σg and Σg·d of a piece, for some channels: found [2, pieces, C]."""
+    channel_blocks = tl.cdiv(channels, CHANNELS)
+    piece = tl.program_id(0) // channel_blocks
+    if piece < tl.load(pieces + images * pixels - 1):
+        channel = channels_from(tl.program_id(0) % channel_blocks * CHANNELS, LAST, CHANNELS)
+        begin, end = tl.load(firsts + piece), tl.load(firsts + piece + 1)
+        image = (begin // pixels).to(tl.int64)
+        row = tl.load(index + (image * pixels + tl.load(order + begin)))
+        shift = per_plane(planes, 0, images, image, channels, channel)
+        sum_g, sum_g_deviation = zeros(LAST, PIXELS, CHANNELS), zeros(LAST, PIXELS, CHANNELS)
+        for first in range(begin, end, PIXELS):
+            position = pixels_from(first, LAST, PIXELS)
+            inside = (position < end) & (channel < channels)
+            pixel = tl.load(order + position, position < end, 0)
+            deviation = tl.load(place(x, image, channel, pixel, LAST), inside, 0.0).to(tl.float32) - shift
+            g = tl.load(place(dy, image, channel, pixel, LAST), inside, 0.0).to(tl.float32)
+            y = None
+            if ACTIVATION == "silu":
+                y = deviation * per_plane(planes, 1, images, image, channels, channel)
+                y += per_plane(planes, 2, images, image, channels, channel)
+                y = y * (1 + look_up(gamma, row, image, channel, pixel, channel < channels, LAST))
+                y += look_up(beta, row, image, channel, pixel, channel < channels, LAST)
+            g = through_activation(g, signs, y, image, channel, pixel, channels, pixels, inside, negative_slope, ACTIVATION, LAST)
+            sum_g += tl.where(inside, g, 0.0)
+            sum_g_deviation += tl.where(inside, g * deviation, 0.0)
+        places = found + (piece.to(tl.int64) * channels + channel)
+        tl.store(places, sum_pixels(sum_g, LAST), channel < channels)
+        tl.store(places + capacity * channels, sum_pixels(sum_g_deviation, LAST), channel < channels)
+
+
+@triton.jit
+def sum_rows_kernel(found, ranges, planes, dgamma, dbeta, images, channels, rows, capacity, CHANNELS: tl.constexpr):
+    """dγ and dβ of a row of the table, for some channels, from its pieces."""
+    channel_blocks = tl.cdiv(channels, CHANNELS)
+    row = tl.program_id(0) // channel_blocks
+    channel = tl.program_id(0) % channel_blocks * CHANNELS + tl.arange(0, CHANNELS)
+    inside = channel < channels
+    sum_g, sum_g_normalised = tl.zeros([CHANNELS], tl.float32), tl.zeros([CHANNELS], tl.float32)
+    for image in range(images):
+        scale = tl.load(planes + (images + image) * channels + channel, inside, 0.0)
+        offset = tl.load(planes + (2 * images + image) * channels + channel, inside, 0.0)
+        range_of_row = ranges + 2 * (image * rows + row)
+        for piece in range(tl.load(range_of_row).to(tl.int64), tl.load(range_of_row + 1).to(tl.int64)):
+            places = found + (piece * channels + channel)
+            g, g_deviation = tl.load(places, inside, 0.0), tl.load(places + capacity * channels, inside, 0.0)
+            sum_g += g
+            sum_g_normalised += scale * g_deviation + offset * g
+    places = row.to(tl.int64) * channels + channel
+    tl.store(dgamma + places, sum_g_normalised, inside)
+    tl.store(dbeta + places, sum_g, inside)
+
+
+@triton.jit
+def sum_planes_kernel(found, gamma, index, order, pieces, firsts, parts, images, channels, pixels, capacity, PIECES: tl.constexpr,
+                      CHANNELS: tl.constexpr):
+    """Σq and Σq·d of some planes, over this program's split of their image's pieces."""
+    channel_blocks = tl.cdiv(channels, CHANNELS)
+    image = (tl.program_id(0) // channel_blocks).to(tl.int64)
+    channel = tl.program_id(0) % channel_blocks * CHANNELS + tl.arange(0, CHANNELS)[None, :]
+    first_piece = tl.load(pieces + image * pixels) - 1
+    count = tl.load(pieces + ((image + 1) * pixels - 1)) - first_piece
+    split_pieces = tl.cdiv(tl.cdiv(count, PIECES), tl.num_programs(1)) * PIECES
+    begin = first_piece + tl.program_id(1) * split_pieces
+    end = tl.minimum(begin + split_pieces, first_piece + count)
+    sum_q, sum_q_deviation = tl.zeros([PIECES, CHANNELS], tl.float32), tl.zeros([PIECES, CHANNELS], tl.float32)
+    for first in range(begin, end, PIECES):
+        piece = first + tl.arange(0, PIECES)[:, None]
+        inside = (piece < end) & (channel < channels)
+        place_of_first = tl.load(order + tl.load(firsts + piece, piece < end, 0), piece < end, 0)
+        row = tl.load(index + (image * pixels + place_of_first), piece < end, 0)
+        one_plus = 1 + look_up(gamma, row, image, channel, None, inside, False)
+        places = found + (piece.to(tl.int64) * channels + channel)
+        sum_q += tl.where(inside, one_plus * tl.load(places, inside, 0.0), 0.0)
+        sum_q_deviation += tl.where(inside, one_plus * tl.load(places + capacity * channels, inside, 0.0), 0.0)
+    sum_q, sum_q_deviation = tl.sum(sum_q, axis=0, keep_dims=True), tl.sum(sum_q_deviation, axis=0, keep_dims=True)
+    store_part(parts, 0, 2, sum_q, images, image, channels, channel)
+    store_part(parts, 1, 2, sum_q_deviation, images, image, channels, channel)
+
+
+def table_gradients(dy, x, planes, gamma, beta, index, order, signs, activation, negative_slope):
+    """dγ and dβ [K, C], and parts [splits, 2, N, C] of the planes' sums."""
+    last = is_channels_last(x)
+    images, channels, pixels = x.flatten(2).shape
+    rows, places = gamma.shape[0], images * pixels
+    index, order, planes = index.contiguous(), order.contiguous(), planes.contiguous()
+    gamma_rows, beta_rows = (None if rows is None else modulation_rows(rows, last, index) for rows in (gamma, beta))
+    dgamma, dbeta = gamma.new_empty(rows, channels), gamma.new_empty(rows, channels)
+    if places == 0:
+        return dgamma.zero_(), dbeta.zero_(), x.new_zeros(1, 2, images, channels, dtype=torch.float32)
+    # Pieces are numbered by counting where they begin; how many there are stays on the device.
+    capacity = min(places, images * rows + triton.cdiv(places, PIECE) + images)
+    pieces = torch.empty(places, dtype=torch.int32, device=x.device)
+    grid = (triton.cdiv(places, plan.TILE),)
+    find_pieces_kernel[grid](index, order, pieces, images, pixels, PIECE=PIECE, BLOCK=plan.TILE)
+    pieces = pieces.cumsum(0, dtype=torch.int32)
+    firsts = torch.empty(capacity + 1, dtype=torch.int32, device=x.device)
+    ranges = torch.zeros(images, rows, 2, dtype=torch.int32, device=x.device)
+    list_pieces_kernel[grid](index, order, pieces, firsts, ranges, images, pixels, rows, PIECE=PIECE, BLOCK=plan.TILE)
+    found = torch.empty(2, capacity, channels, dtype=torch.float32, device=x.device)
+    tile_pixels, tile_channels = plan.piece_tile(channels)
+    blocks = triton.cdiv(channels, tile_channels)
+    sum_pieces_kernel[(capacity * blocks,)](
+        rows_of(dy, last), rows_of(x, last), planes, gamma_rows, beta_rows, index, order, signs if signs.numel() else None, pieces, firsts,
+        found, images, channels, pixels, capacity, negative_slope, ACTIVATION=activation, LAST=last, PIXELS=tile_pixels,
+        CHANNELS=tile_channels, num_warps=4)
+    sum_rows_kernel[(rows * blocks,)](found, ranges, planes, dgamma, dbeta, images, channels, rows, capacity, CHANNELS=tile_channels,
+                                      num_warps=1)
+    splits = plan.splits(images * blocks, capacity // images, tile_pixels, x.device)
+    parts = x.new_empty(splits, 2, images, channels, dtype=torch.float32)
+    sum_planes_kernel[(images * blocks, splits)](found, gamma_rows, index, order, pieces, firsts, parts, images, channels, pixels, capacity,
+                                                 PIECES=tile_pixels, CHANNELS=tile_channels, num_warps=4)
+    return dgamma, dbeta, parts

@@ -1,0 +1,84 @@
+"""What is Triton's own: how it divides its work, made small enough for the interpreter; and what its compiler makes of each kernel."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import BACKENDS
+from modulations import channels_last, contiguous, disagreements, results, sample, sliced, sliced_channels
+
+import spade_fast
+from spade_fast.kernels import triton_backend
+
+pytestmark = pytest.mark.skipif("triton" not in BACKENDS, reason="Triton is not installed")
+
+
+@pytest.fixture
+def small_tiles(monkeypatch):
+    """So that small planes have several tiles and splits, do not fit in one pass, and rows of a table have several pieces."""
+    from spade_fast.kernels.triton_kernels import plan, table_sums
+
+    monkeypatch.setattr(plan, "TILE", 32)
+    monkeypatch.setattr(plan, "TABLE_TILE", (16, 8))
+    monkeypatch.setattr(plan, "PIECE_TILE", (8, 16))
+    monkeypatch.setattr(plan, "ONE_PASS", 0)
+    monkeypatch.setattr(table_sums, "PIECE", 16)
+    with spade_fast.use_backend("triton"), torch.device(BACKENDS["triton"]):
+        yield
+
+
+@pytest.mark.parametrize("rows", [None, 5])
+@pytest.mark.parametrize("layout", [contiguous, channels_last, sliced, sliced_channels])
+@pytest.mark.parametrize("norm,activation", [("instance", "leaky_relu"), ("group", None), ("batch", "silu")])
+def test_several_tiles_splits_and_pieces(norm, activation, layout, rows, small_tiles):
+    arguments, dy = sample((2, 10, 7, 9), norm, activation, layout=layout, affine=norm != "instance", rows=rows)
+    assert not disagreements(arguments, dy)
+
+
+@pytest.mark.parametrize("rows", [None, 5])
+@pytest.mark.parametrize("layout", [contiguous, channels_last])
+def test_two_runs_give_the_same_bits(layout, rows, small_tiles):
+    arguments, dy = sample((2, 10, 7, 9), "instance", "leaky_relu", layout=layout, rows=rows)
+    one, other = (results(spade_fast.spade_modulate, arguments, dy) for _ in range(2))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.mark.parametrize("layout", [contiguous, channels_last])
+def test_mean_1000_in_several_splits(layout, small_tiles):
+    arguments, dy = sample((1, 4, 21, 17), "instance", "leaky_relu", layout=layout, mean=1000.0)
+    assert not disagreements(arguments, dy, arguments | {"x": arguments["x"].double() - 1000})
+
+
+@pytest.mark.parametrize("layout", [contiguous, channels_last])
+def test_a_table_whose_rows_no_pixel_has_or_all_have(layout, small_tiles):
+    arguments, dy = sample((2, 9, 8, 9), "instance", "relu", layout=layout, rows=40)
+    arguments["index"] = torch.full_like(arguments["index"], 39)
+    assert not disagreements(arguments, dy)
+
+
+def test_float64_says_why_not():
+    x = torch.randn(2, 3, 4, 4, dtype=torch.float64, device=BACKENDS["triton"])
+    assert "float64" in triton_backend.why_not(x)
+    with spade_fast.use_backend("triton"), pytest.raises(RuntimeError, match="triton is asked for but cannot run: x or gamma is float64"):
+        spade_fast.spade_modulate(x, x, x)
+
+
+@pytest.mark.parametrize("capabilities,dtypes,activations", [
+    ([90], ["float32", "bfloat16"], ["none", "leaky_relu", "silu"]),
+    ([90], ["float16", "float32, γ bfloat16"], ["leaky_relu"]),
+    ([80, 100], ["bfloat16"], ["leaky_relu"]),
+])
+def test_kernels_compile_without_spills_or_doubles_and_with_wide_loads(capabilities, dtypes, activations, tmp_path):
+    """`python -m benchmarks proofs` without these options proves every configuration, in some minutes more."""
+    chosen = {"--capability": map(str, capabilities), "--dtype": dtypes, "--activation": activations}
+    options = [part for option, values in chosen.items() for value in values for part in (option, value)]
+    run = subprocess.run([sys.executable, "-m", "benchmarks", "proofs", *options, "--json", str(tmp_path / "proofs.json")],
+                         env=os.environ | {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}, capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-3000:]
+    proofs = json.loads((tmp_path / "proofs.json").read_text())
+    assert {proof["capability"] for proof in proofs} == set(capabilities) and {proof["dtype"] for proof in proofs} == set(dtypes)
+    kernels = {"apply", "plane_moments", "backward_sums", "backward_input", "forward", "backward", "sum_pieces", "sum_rows", "sum_planes"}
+    assert {f"{name}_kernel" for name in kernels} <= {proof["kernel"] for proof in proofs}
