@@ -2,6 +2,7 @@
 
 import dataclasses
 import json as notation
+import shutil
 from pathlib import Path
 from typing import Annotated
 
@@ -10,6 +11,7 @@ import typer
 from rich.console import Console
 from rich.progress import Progress
 
+from . import cuda_proofs
 from . import gpu as on_gpu
 from . import layouts as drawn
 from . import proofs as compiled
@@ -97,14 +99,20 @@ def proofs(
         for name in names:
             choose(option, name, choices)
     found = compiled.prove(capability, dtype, activation)
-    Console(width=120).print(compiled.table(found))
     if json is not None:
         json.write_text(notation.dumps([dataclasses.asdict(proof) for proof in found]))
-    for proof in found:
-        for failure in proof.failures:
-            typer.echo(f"{proof}: {failure}")
-    if any(proof.failures for proof in found):
-        raise typer.Exit(1)
+    conclude(compiled, found)
+
+
+@app.command("cuda-proofs")
+def prove_cuda(
+    capability: Annotated[list[int], typer.Option(help="Of GPUs, such as 90; may be given several times.")] = list(compiled.CAPABILITIES),
+):
+    """Compile the CUDA kernels with nvcc, with no GPU, and read what came of them. Exits with 1 where one is not as it should be."""
+    if shutil.which("nvcc") is None:
+        typer.echo("there is no nvcc on PATH", err=True)
+        raise typer.Exit(2)
+    conclude(cuda_proofs, cuda_proofs.prove(capability))
 
 
 @app.command()
@@ -147,6 +155,16 @@ def picture(
         raise typer.BadParameter(f"{file} should be in a folder that exists", param_hint="FILE")
     check_scenes(labels, instances, scene + 1)
     save_picture(file, *(drawn.draw_scene(scene) if labels is None else drawn.load_scenes(labels, instances)[scene]), size)
+
+
+def conclude(module, proofs):
+    """Prints the table of proofs, and what is not as it should be."""
+    Console(width=120).print(module.table(proofs))
+    failures = [f"{proof}: {failure}" for proof in proofs for failure in proof.failures]
+    for failure in failures:
+        typer.echo(failure)
+    if failures:
+        raise typer.Exit(1)
 
 
 def choose(parameter, name, choices):

@@ -38,7 +38,7 @@ STAGES = [
     Stage("build", "the compiled libraries, in place", [sys.executable, "setup.py", "build_ext", "--inplace"], 90),
     Stage("info", "which backends run, and why not the others", [sys.executable, "-c", "from spade_fast.cli import app; app(['info'])"], 20),
     Stage("tests", "the suite on the backends that run on a GPU",
-          [*PYTEST, "-k", "triton", "tests/test_modulate.py", "tests/test_layers.py", "tests/test_windows.py"], 150),
+          [*PYTEST, "-k", "triton or cuda", "tests/test_modulate.py", "tests/test_layers.py", "tests/test_windows.py"], 150),
     Stage("memcheck", "every kernel once: accesses outside of tensors",
           ["compute-sanitizer", "--tool", "memcheck", "--error-exitcode", "1", *EXERCISE], 45, "compute-sanitizer"),
     Stage("racecheck", "every kernel once: races in shared memory",
@@ -104,7 +104,7 @@ def exercise():
     """Every kernel once, in both layouts, dense and with a table, on sizes that fit no tile: for the sanitizer."""
     import spade_fast
 
-    for backend in ("triton",):
+    for backend in ("cuda", "triton"):
         for table in (False, True):
             for size in ((9, 7), (70, 71)):  # in one pass and in two
                 for last in (False, True):

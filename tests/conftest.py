@@ -11,11 +11,13 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before the kernels are defined: without a GPU they run in the interpreter
 
 import spade_fast
-from spade_fast.kernels import cpu_backend
+from spade_fast.kernels import cpu_backend, cuda_backend
 
 BACKENDS = {"cpu": "cpu", "triton": "cuda" if torch.cuda.is_available() else "cpu", "torch": "cpu"}  # and where its tensors are
 if importlib.util.find_spec("triton") is None:
     del BACKENDS["triton"]
+if cuda_backend.why_not() is None:
+    BACKENDS["cuda"] = "cuda"
 INSTRUCTION_SETS = cpu_backend.library.instruction_sets() if cpu_backend.library else []
 
 

@@ -22,7 +22,7 @@ def python(code, **environment):
 
 def test_every_backend_says_whether_it_runs_and_why_not():
     statuses = spade_fast.backends()
-    assert [status.name for status in statuses] == ["cpu", "triton", "torch"]
+    assert [status.name for status in statuses] == ["cuda", "cpu", "triton", "torch"]
     assert all(status.runs == (status.reason == "") for status in statuses)
     assert statuses[-1].runs
 
@@ -57,7 +57,7 @@ def test_use_backend_ends_with_its_block():
         assert kernels._forced == "torch"
         raise KeyError
     assert kernels._forced is None
-    with pytest.raises(ValueError, match="name is 'gpu', it should be one of cpu, triton, torch"):
+    with pytest.raises(ValueError, match="name is 'gpu', it should be one of cuda, cpu, triton, torch"):
         spade_fast.use_backend("gpu").__enter__()
 
 
@@ -74,7 +74,7 @@ def test_the_environment_variable():
     code = "import spade_fast; print(spade_fast.kernels._forced)"
     assert python(code, SPADE_FAST_BACKEND="torch")[0].strip() == "torch"
     assert python(code, SPADE_FAST_BACKEND="")[0].strip() == "None"
-    assert "SPADE_FAST_BACKEND is 'gpu', it should be one of cpu, triton, torch" in python(code, SPADE_FAST_BACKEND="gpu")[1]
+    assert "SPADE_FAST_BACKEND is 'gpu', it should be one of cuda, cpu, triton, torch" in python(code, SPADE_FAST_BACKEND="gpu")[1]
 
 
 MISSING = """

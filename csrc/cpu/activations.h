@@ -4,15 +4,10 @@
 #include <cmath>
 #include <cstring>
 
+#include "../common/activation.h"
 #include "vector.h"
 
 namespace spade_fast {
-
-enum class Activation { none, relu, leaky_relu, silu };
-
-inline bool keeps_signs(Activation activation) {
-  return activation == Activation::relu || activation == Activation::leaky_relu;
-}
 
 // exp(x), to about two roundings; NaN for NaN.
 ALWAYS_INLINE float exponential(float x) {

@@ -1,34 +1,14 @@
-// What the CPU kernels ask of their tensors: element types, memory layouts, rows, and the numbers of each plane.
+// What the CPU kernels read and write: the rows of tensors and tables, the numbers of each plane, and signs.
 #pragma once
 
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
-
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/util/Exception.h>
-
-#include <algorithm>
 #include <cstdint>
 #include <optional>
-#include <string>
-#include <vector>
 
+#include "../common/tensors.h"
 #include "activations.h"
 #include "elements.h"
 
 namespace spade_fast {
-
-using torch::stable::Tensor;
-
-inline ScalarType promoted(ScalarType one, ScalarType other) {
-  if (one == other) return one;
-  return one == ScalarType::Double || other == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
-}
-
-inline ScalarType sum_dtype(ScalarType dtype) { return promoted(dtype, ScalarType::Float); }
 
 template <typename Sum>
 constexpr ScalarType kScalarType = sizeof(Sum) == 8 ? ScalarType::Double : ScalarType::Float;
@@ -38,81 +18,6 @@ template <typename F>
 void dispatch_sum(ScalarType dtype, F&& f) {
   if (sum_dtype(dtype) == ScalarType::Double) return f(double());
   f(float());
-}
-
-inline Activation activation_named(const std::optional<std::string>& name) {
-  if (!name) return Activation::none;
-  if (*name == "relu") return Activation::relu;
-  if (*name == "leaky_relu") return Activation::leaky_relu;
-  if (*name == "silu") return Activation::silu;
-  STD_TORCH_CHECK(false, "spade_fast: activation is ", *name, ", it should be None, relu, leaky_relu or silu");
-}
-
-// How x [N, C, *spatial] lies in memory: planes one after the other, or pixels with all their channels. A row is what lies
-// together: the pixels of a plane, or the channels of a pixel.
-enum class Layout { contiguous, channels_last };
-
-// As `is_channels_last` in torch_backend.py.
-inline Layout layout_of(const Tensor& x) {
-  return !x.is_contiguous() && x.stride(1) == 1 ? Layout::channels_last : Layout::contiguous;
-}
-
-// The distance from row to row, if all rows of an image lie alike and have no gaps inside, else nothing. A pixel's channels may be
-// the first of more (half of a joint γ‖β), and so may an image's planes.
-inline std::optional<int64_t> row_distance(const Tensor& x, Layout layout) {
-  const bool contiguous = layout == Layout::contiguous;
-  if (!contiguous && x.size(1) != 1 && x.stride(1) != 1) return std::nullopt;
-  int64_t distance = contiguous ? 1 : x.size(1), pixels = 1;
-  for (int64_t dim = x.dim() - 1; dim >= 2; --dim) {
-    if (x.size(dim) == 1) continue;
-    if (!contiguous && pixels == 1) distance = x.stride(dim);  // from pixel to pixel, whatever it is
-    if (x.stride(dim) != distance * pixels) return std::nullopt;
-    pixels *= x.size(dim);
-  }
-  return contiguous ? x.stride(1) : distance;
-}
-
-// x itself where its rows lie alike, else a copy without gaps in the same layout.
-inline Tensor with_rows(const Tensor& x, Layout layout) {
-  if (row_distance(x, layout)) return x;
-  if (layout == Layout::contiguous) return torch::stable::contiguous(x);
-  Tensor y = x;  // contiguous with the channels behind, seen from the front again
-  for (int64_t dim = 1; dim + 1 < x.dim(); ++dim) y = torch::stable::transpose(y, dim, dim + 1);
-  y = torch::stable::contiguous(y);
-  for (int64_t dim = x.dim() - 2; dim >= 1; --dim) y = torch::stable::transpose(y, dim, dim + 1);
-  return y;
-}
-
-// An uninitialised tensor. A large one is fresh from the system each time, and the first touch of its 4 KiB pages costs three times
-// what the kernels do with them: huge pages cost next to nothing.
-inline Tensor new_tensor(const Tensor& like, const std::vector<int64_t>& sizes, ScalarType dtype) {
-  Tensor x = torch::stable::new_empty(like, sizes, dtype);
-#if defined(MADV_HUGEPAGE)
-  constexpr uintptr_t kHugePage = 2 << 20;
-  const uintptr_t start = reinterpret_cast<uintptr_t>(x.data_ptr()), end = start + x.numel() * x.element_size();
-  const uintptr_t first = (start + kHugePage - 1) / kHugePage * kHugePage, last = end / kHugePage * kHugePage;
-  if (first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);  // advice: nothing is lost if it fails
-#endif
-  return x;
-}
-
-// An uninitialised tensor of x's shape without gaps in this layout, for a kernel to write.
-inline Tensor new_output(const Tensor& x, Layout layout, ScalarType dtype) {
-  std::vector<int64_t> sizes(x.sizes().begin(), x.sizes().end());
-  if (layout == Layout::contiguous) return new_tensor(x, sizes, dtype);
-  std::rotate(sizes.begin() + 1, sizes.begin() + 2, sizes.end());
-  Tensor y = new_tensor(x, sizes, dtype);
-  for (int64_t dim = x.dim() - 2; dim >= 1; --dim) y = torch::stable::transpose(y, dim, dim + 1);
-  return y;
-}
-
-// What a kernel wrote, with the strides of empty_like(x); a tensor of size 0 that stands for none stays one.
-inline Tensor finished(const Tensor& y, const Tensor& x, Layout layout) {
-  if (layout == Layout::channels_last || x.is_contiguous() || y.dim() != x.dim()) return y;
-  Tensor like = torch::stable::empty_like(x);
-  if (like.is_contiguous()) return y;
-  if (like.scalar_type() != y.scalar_type()) like = torch::stable::to(like, y.scalar_type());
-  return torch::stable::copy_(like, y);
 }
 
 // A tensor's rows, to read. With an index [N, *spatial] the tensor is a table [K, C], and each pixel's channels are the row of it

@@ -10,9 +10,9 @@ from typing import NamedTuple
 
 import torch
 
-from . import cpu_backend, torch_backend, triton_backend
+from . import cpu_backend, cuda_backend, torch_backend, triton_backend
 
-BEST_FIRST = (cpu_backend, triton_backend, torch_backend)
+BEST_FIRST = (cuda_backend, cpu_backend, triton_backend, torch_backend)
 NAMES = tuple(backend.NAME for backend in BEST_FIRST)
 
 

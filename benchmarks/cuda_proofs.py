@@ -1,0 +1,104 @@
+"""What can be proved of the CUDA kernels without a GPU: nvcc compiles them, and says what became of them; their machine code is read."""
+
+import collections
+import dataclasses
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from rich.table import Table
+
+from .proofs import CAPABILITIES
+
+SOURCES = Path(__file__).parent.parent / "csrc" / "cuda"
+WIDTHS = {"U8": 1, "S8": 1, "U16": 2, "S16": 2, "64": 8, "128": 16}  # bytes, by what an instruction's name has in it; else 4
+STREAMS = {"apply_kernel", "backward_input_kernel", "backward_kernel", "backward_sums_kernel", "forward_kernel", "plane_moments_kernel"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Proof:
+    """One kernel as it is compiled for one GPU."""
+
+    kernel: str
+    vector: int | None  # elements of a thread at a time
+    layout: str | None
+    capability: int
+    registers: int
+    stack: int  # bytes
+    spilled: int  # bytes
+    shared: int  # bytes, besides what a launch asks for
+    loads: dict  # how many instructions of each width, in bytes
+    stores: dict
+    double: int  # instructions in double precision
+
+    @property
+    def failures(self):
+        """What should not be."""
+        found = []
+        if self.spilled or self.stack:
+            found.append(f"{self.spilled} bytes of registers are spilled, {self.stack} bytes of stack")
+        if self.double:
+            found.append(f"{self.double} instructions in double precision")
+        if self.kernel in STREAMS and 16 not in self.loads:
+            found.append("no 16-byte loads")
+        if self.kernel in STREAMS - {"plane_moments_kernel"} and 16 not in self.stores:
+            found.append("no 16-byte stores")
+        return found
+
+
+def prove(capabilities=CAPABILITIES, processes=None):
+    """The proofs of every kernel for these GPUs."""
+    tasks = [(source, capability) for source in sorted(SOURCES.glob("*.cu")) for capability in capabilities]
+    with ThreadPoolExecutor(processes or os.cpu_count()) as pool:
+        return [proof for proofs in pool.map(lambda task: _prove(*task), tasks) for proof in proofs]
+
+
+def _prove(source, capability):
+    with tempfile.TemporaryDirectory() as folder:
+        cubin = Path(folder) / "kernels.cubin"
+        nvcc = [shutil.which("nvcc"), "-std=c++17", "-O3", f"-arch=sm_{capability}", "-cubin", "-Xptxas=-v", source, "-o", cubin]
+        said = subprocess.run(nvcc, capture_output=True, text=True, check=True).stderr
+        listing = subprocess.run([_cuobjdump(), "-sass", cubin], capture_output=True, text=True, check=True).stdout
+    code = {name: text for name, text in re.findall(r"Function : (\S+)\n(.*?)(?=Function : |\Z)", listing, re.DOTALL)}
+    pattern = (r"Function properties for (\S+)\n\s+(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads\n"
+               r".*?Used (\d+) registers([^\n]*)")
+    proofs = []
+    for name, stack, stored, loaded, registers, rest in re.findall(pattern, said, re.DOTALL):
+        kernel, vector, last = re.search(r"\d([a-z_]+_kernel)(?:ILi(\d)ELb(\d)E)?", name).groups()
+        shared = re.search(r"(\d+) bytes smem", rest)
+        widths = {"LDG": collections.Counter(), "STG": collections.Counter()}
+        # What is copied to shared memory goes through memory as what is loaded does.
+        for instruction, modifiers in re.findall(r"\b(LDG|STG|LDGSTS)\.E([.\w]*)", code[name]):
+            width = next((WIDTHS[word] for word in modifiers.split(".") if word in WIDTHS), 4)
+            widths[instruction.replace("LDGSTS", "LDG")][width] += 1
+        proofs.append(Proof(kernel, int(vector) if vector else None, {"0": "contiguous", "1": "channels-last"}.get(last), capability,
+                            int(registers), int(stack), int(stored) + int(loaded), int(shared[1]) if shared else 0, dict(widths["LDG"]),
+                            dict(widths["STG"]), len(re.findall(r"\b(?:DADD|DMUL|DFMA|DSETP|DMNMX)\b|\.F64\b", code[name]))))
+    return proofs
+
+
+def _cuobjdump():
+    """CUDA's, or the one that comes with Triton."""
+    if (found := shutil.which("cuobjdump")) is not None:
+        return found
+    triton = importlib.util.find_spec("triton")
+    return Path(triton.origin).parent / "backends" / "nvidia" / "bin" / "cuobjdump" if triton else "cuobjdump"
+
+
+def table(proofs):
+    """A line for each kernel and GPU."""
+    result = Table(caption="loads and stores: bytes at a time.")
+    for name in ("kernel", "V", "layout"):
+        result.add_column(name)
+    for name in ("sm", "registers", "spilled", "shared", "loads", "stores", "double"):
+        result.add_column(name, justify="right")
+    for proof in sorted(proofs, key=lambda proof: (proof.kernel, str(proof.vector), str(proof.layout), proof.capability)):
+        widths = [", ".join(map(str, sorted(found, reverse=True))) for found in (proof.loads, proof.stores)]
+        result.add_row(proof.kernel.removesuffix("_kernel"), str(proof.vector or ""), proof.layout or "", str(proof.capability),
+                       str(proof.registers), str(proof.spilled), str(proof.shared), *widths, str(proof.double))
+    return result

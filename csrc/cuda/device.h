@@ -1,0 +1,62 @@
+// What the kernels ask of CUDA besides the language: launches, shared memory, asynchronous copies, conversions.
+// Tests put a host in its place (tests/cuda_on_host.h).
+#pragma once
+
+#include <cstdint>
+
+#ifndef SPADE_FAST_ON_HOST
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+#include <stdexcept>
+#include <string>
+
+namespace spade_fast {
+
+using Stream = cudaStream_t;
+
+inline void check(cudaError_t error) {
+  if (error != cudaSuccess) throw std::runtime_error(std::string("spade_fast: CUDA says: ") + cudaGetErrorString(error));
+}
+
+inline int device_attribute(cudaDeviceAttr attribute) {
+  int device, value;
+  check(cudaGetDevice(&device));
+  check(cudaDeviceGetAttribute(&value, attribute, device));
+  return value;
+}
+
+inline int64_t most_shared_memory() { return device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin); }
+inline int64_t processors() { return device_attribute(cudaDevAttrMultiProcessorCount); }
+
+#ifdef __CUDACC__
+// Blocks in one dimension; none are nothing to do.
+template <typename... Parameters, typename... Arguments>
+void launch(void (*kernel)(Parameters...), int64_t blocks, dim3 threads, int64_t shared, Stream stream, Arguments... arguments) {
+  if (blocks == 0) return;
+  if (blocks > INT32_MAX) throw std::runtime_error("spade_fast: x has more planes and pixels than one grid has blocks");
+  if (shared > 48 << 10) check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared)));
+  kernel<<<static_cast<unsigned>(blocks), threads, shared, stream>>>(arguments...);
+  check(cudaGetLastError());
+}
+
+__device__ inline char* shared_memory() {
+  extern __shared__ __align__(16) char memory[];
+  return memory;
+}
+
+// 16 bytes, both addresses multiples of that.
+__device__ inline void copy_async(void* shared, const void* global) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(static_cast<unsigned>(__cvta_generic_to_shared(shared))), "l"(global)
+               : "memory");
+}
+__device__ inline void wait_for_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
+
+__device__ inline float from_half(uint32_t bits) { return __half2float(__ushort_as_half(static_cast<uint16_t>(bits))); }
+__device__ inline uint32_t to_half(float value) { return __half_as_ushort(__float2half_rn(value)); }
+__device__ inline uint32_t to_bfloat16(float value) { return __bfloat16_as_ushort(__float2bfloat16_rn(value)); }
+#endif
+
+}  // namespace spade_fast
+#endif

@@ -1,0 +1,67 @@
+// The kernels, as operators.cpp calls them; each is in the file of its name.
+#pragma once
+
+#include <type_traits>
+
+#include "plan.h"
+
+namespace spade_fast {
+
+// How to launch: V elements of a thread at a time, channels last or not.
+struct Settings {
+  Stream stream;
+  int vector;
+  bool last;
+};
+
+// Calls f with both as constants.
+template <typename F>
+void specialised(const Settings& settings, F&& f) {
+  const auto with_last = [&](auto vector) { settings.last ? f(vector, std::true_type()) : f(vector, std::false_type()); };
+  settings.vector == 8 ? with_last(std::integral_constant<int, 8>()) : with_last(std::integral_constant<int, 4>());
+}
+
+template <typename... Parameters, typename... Arguments>
+void launch(void (*kernel)(Parameters...), const Settings& settings, const Division& d, int64_t shared, Arguments... arguments) {
+  launch(kernel, d.blocks(), dim3(d.columns, d.lanes), shared, settings.stream, arguments...);
+}
+
+constexpr int64_t kMomentParts = 3;  // numbers of a plane in the parts of moments
+constexpr int64_t kSumParts = 2;     // and in those of sums
+
+// Parts [splits, 3, N, C] of the planes' moments.
+void plane_moments(const Settings& settings, const Operands& o, const Division& d, float* parts);
+// From those to moments [2, N, C], or where they are not wanted to instance norm's planes [3, N, C].
+void combine_moments(const Settings& settings, const Operands& o, const Division& d, const float* parts, float eps, float* moments,
+                     float* planes);
+void apply(const Settings& settings, const Operands& o, const Division& d, const Rows& y);
+// dγ, dβ, and parts [splits, 2, N, C] of the planes' sums.
+void backward_sums(const Settings& settings, const Operands& o, const Division& d, const Rows& dgamma, const Rows& dbeta, float* parts);
+// From parts to sums [2, N, C], or where they are not wanted to instance norm's terms [2, N, C].
+void combine_sums(const Settings& settings, const Operands& o, int64_t splits, const float* parts, float* sums, float* terms);
+// terms may be null.
+void backward_input(const Settings& settings, const Operands& o, const Division& d, const float* terms, const Rows& dx);
+void instance_forward(const Settings& settings, const Operands& o, const Division& d, float eps, const Rows& y, float* planes);
+void instance_backward(const Settings& settings, const Operands& o, const Division& d, const Rows& dgamma, const Rows& dbeta,
+                       const Rows& dx);
+
+// The pieces that the sorted pixels of all images are cut into, so many at most. All of it is found on the device.
+struct Pieces {
+  const int32_t* order;
+  int64_t rows, most;
+  int32_t* counts;  // [blocks of places]: pieces that begin in each; then before each
+  int64_t* firsts;  // [most + 1]: the place of a piece's first pixel, and after the last the end
+  int32_t* piece_rows;  // [most]: the row of each
+  int32_t* image_firsts;  // [N + 1]: the first piece of each image, and the end
+  int32_t* ranges;  // [N, rows, 2], zeros: each row's first piece, and the one after its last
+  float* found;  // [2, most, C]: Σg and Σg·(x − shift) of each
+};
+
+constexpr int64_t kPlaces = 1024;  // of a block that looks for pieces
+constexpr int64_t kPiece = 256;    // pixels
+
+// dγ and dβ [rows, C] of a table, and parts [splits, 2, N, C] of the planes' sums.
+void table_sums(const Settings& settings, const Operands& o, const Pieces& pieces, int64_t splits, const Rows& dgamma, const Rows& dbeta,
+                float* parts);
+
+}  // namespace spade_fast

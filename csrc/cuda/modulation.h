@@ -1,0 +1,155 @@
+// What is done to V elements: modulation and activation, and the gradient that comes back through them.
+#pragma once
+
+#include "walk.h"
+
+namespace spade_fast {
+
+struct Modulation {
+  Raw gamma, beta;
+};
+
+// γ and, where it is wanted, β of these elements: from where x has its own, or from the row of the table that each pixel has.
+template <int V, bool kLast>
+__device__ Modulation load_modulation(const Operands& o, const Place& place, bool wants_beta) {
+  Modulation found = {};
+  const Span span = place.span;
+  if (kLast || o.index == nullptr) {
+    int64_t row = place.row;
+    if (o.index != nullptr) row = span.count > 0 ? __ldg(o.index + place.image * o.shape.pixels + row) : 0;
+    found.gamma = load<V>(o.gamma.at(place.image, row, place.start), o.gamma.type, span);
+    if (wants_beta) found.beta = load<V>(o.beta.at(place.image, row, place.start), o.beta.type, span);
+    return found;
+  }
+  const int32_t* rows = o.index + place.image * o.shape.pixels + place.start;
+#pragma unroll
+  for (int k = 0; k < V; ++k) {
+    if (k >= span.count) continue;
+    const int64_t row = __ldg(rows + k * span.step);
+    set<V>(&found.gamma, k, o.gamma.type, o.gamma.at(0, row, place.row));
+    if (wants_beta) set<V>(&found.beta, k, o.beta.type, o.beta.at(0, row, place.row));
+  }
+  return found;
+}
+
+template <bool kLast>
+__device__ uint8_t* signs_of_row(const Operands& o, const Place& place) {
+  const int64_t rows = kLast ? o.shape.pixels : o.shape.channels, length = kLast ? o.shape.channels : o.shape.pixels;
+  return o.signs + (place.image * rows + place.row) * ((length + 7) / 8);
+}
+
+// The bits of these elements, for the derivative. All threads of a warp come here together, those with no elements too.
+template <int V, bool kLast>
+__device__ void store_signs(const Operands& o, const Place& place, const float (&y)[V]) {
+  const bool keeps_nan = o.activation == Activation::relu;  // PyTorch's ReLU passes the gradient on there
+  uint32_t bits = 0;
+#pragma unroll
+  for (int k = 0; k < V; ++k) {
+    if (k < place.span.count && (keeps_nan ? !(y[k] <= 0) : y[k] > 0)) bits |= 1u << k;
+  }
+  uint8_t* row = signs_of_row<kLast>(o, place);
+  if (place.span.step == 1) {
+    if (V == 4) bits |= __shfl_xor_sync(~0u, bits, 1) << 4;  // the neighbour's are the byte's other half
+    if (place.span.count > 0 && place.start % 8 == 0) row[place.start / 8] = static_cast<uint8_t>(bits);
+    return;
+  }
+  const int lane = threadIdx.x;
+  uint32_t byte = 0;
+#pragma unroll
+  for (int k = 0; k < V; ++k) {
+    const uint32_t word = __ballot_sync(~0u, bits >> k & 1);
+    if (lane / 4 == k) byte = word >> lane % 4 * 8;
+  }
+  const int64_t at = (place.start - lane) / 8 + lane;
+  if (lane < 4 * V && at < (o.shape.pixels + 7) / 8) row[at] = static_cast<uint8_t>(byte);
+}
+
+template <int V, bool kLast>
+__device__ uint32_t load_signs(const Operands& o, const Place& place) {
+  if ((o.activation != Activation::relu && o.activation != Activation::leaky_relu) || place.span.count == 0) return 0;
+  const uint8_t* byte = signs_of_row<kLast>(o, place) + place.start / 8;
+  const int shift = place.start % 8;
+  if (place.span.step == 1) return __ldg(byte) >> shift;
+  uint32_t bits = 0;
+#pragma unroll
+  for (int k = 0; k < V; ++k) {
+    if (k < place.span.count) bits |= (__ldg(byte + 4 * k) >> shift & 1u) << k;
+  }
+  return bits;
+}
+
+// y = act(x̂·(1 + γ) + β), from x̂.
+template <int V, bool kLast>
+__device__ void modulate(const Operands& o, const Place& place, float (&values)[V], const Modulation& modulation, const Rows& y) {
+  float gamma[V], beta[V];
+  unpack<V>(modulation.gamma, o.gamma.type, gamma);
+  unpack<V>(modulation.beta, o.beta.type, beta);
+#pragma unroll
+  for (int k = 0; k < V; ++k) values[k] = values[k] * (1 + gamma[k]) + beta[k];
+  if (o.signs != nullptr) store_signs<V, kLast>(o, place, values);
+  if (o.activation == Activation::relu) {
+#pragma unroll
+    for (int k = 0; k < V; ++k) values[k] = values[k] <= 0 ? 0.0f : values[k];  // NaN stays
+  } else if (o.activation == Activation::leaky_relu) {
+#pragma unroll
+    for (int k = 0; k < V; ++k) values[k] = values[k] > 0 ? values[k] : values[k] * o.negative_slope;
+  } else if (o.activation == Activation::silu) {
+#pragma unroll
+    for (int k = 0; k < V; ++k) values[k] = values[k] / (1 + expf(-values[k]));
+  }
+  store<V>(place.in(y), y.type, place.span, values);
+}
+
+template <int V>
+struct Gradient {
+  float deviation[V], g[V], one_plus[V];  // x − shift, dy through the activation, 1 + γ
+};
+
+template <int V, typename Number>
+__device__ Gradient<V> gradient(const Operands& o, const Raw& x, const Raw& dy, const Modulation& modulation, uint32_t signs,
+                                const Number& shift, const Number& scale, const Number& offset) {
+  Gradient<V> found;
+  unpack<V>(x, o.x.type, found.deviation);
+  unpack<V>(dy, o.dy.type, found.g);
+  unpack<V>(modulation.gamma, o.gamma.type, found.one_plus);
+#pragma unroll
+  for (int k = 0; k < V; ++k) {
+    found.deviation[k] -= shift[k];
+    found.one_plus[k] += 1;
+  }
+  if (o.activation == Activation::relu || o.activation == Activation::leaky_relu) {
+    const float slope = o.negative_slope;
+#pragma unroll
+    for (int k = 0; k < V; ++k) {
+      if (!(signs >> k & 1)) found.g[k] = o.activation == Activation::relu ? 0.0f : found.g[k] * slope;
+    }
+  } else if (o.activation == Activation::silu) {
+    float beta[V];
+    unpack<V>(modulation.beta, o.beta.type, beta);
+#pragma unroll
+    for (int k = 0; k < V; ++k) {
+      const float y = (found.deviation[k] * scale[k] + offset[k]) * found.one_plus[k] + beta[k];
+      const float sigmoid = 1 / (1 + expf(-y));
+      found.g[k] *= sigmoid * (1 + y * (1 - sigmoid));
+    }
+  }
+  return found;
+}
+
+// dγ = g·x̂ and dβ = g, which is not written where it is dy itself; adds q = g·(1 + γ) and q·(x − shift) to sums.
+template <int V, typename Number>
+__device__ void store_gradient(const Place& place, const Gradient<V>& found, const Number& scale, const Number& offset, const Rows& dgamma,
+                               const Rows& dbeta, float (&q_sum)[V], float (&q_deviation_sum)[V]) {
+  if (dbeta.data != nullptr) store<V>(place.in(dbeta), dbeta.type, place.span, found.g);
+  float product[V];
+#pragma unroll
+  for (int k = 0; k < V; ++k) {
+    product[k] = found.g[k] * (found.deviation[k] * scale[k] + offset[k]);
+    const float q = k < place.span.count ? found.g[k] * found.one_plus[k] : 0.0f;
+    q_sum[k] += q;
+    q_deviation_sum[k] += k < place.span.count ? q * found.deviation[k] : 0.0f;
+  }
+  store<V>(place.in(dgamma), dgamma.type, place.span, product);
+}
+
+}  // namespace spade_fast

@@ -1,0 +1,300 @@
+// The operators of operators.py for CUDA: from tensors to what the kernels are given.
+
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/accelerator.h>
+
+#include <limits>
+#include <tuple>
+
+#include "../common/tensors.h"
+#include "kernels.h"
+
+#ifndef SPADE_FAST_NAMESPACE
+#define SPADE_FAST_NAMESPACE spade_fast
+#define SPADE_FAST_DISPATCH_KEY CUDA
+#endif
+
+namespace spade_fast {
+namespace {
+
+#ifndef SPADE_FAST_ON_HOST
+// Makes x's device the current one for as long as this lives.
+class OnDevice {
+ public:
+  explicit OnDevice(const Tensor& x) : guard_(x.get_device_index()) {
+    check(cudaSetDevice(x.get_device_index()));  // for this library's own copy of the CUDA runtime
+    void* stream;
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(x.get_device_index(), &stream));
+    stream_ = static_cast<Stream>(stream);
+  }
+
+  Stream stream() const { return stream_; }
+
+ private:
+  torch::stable::accelerator::DeviceGuard guard_;
+  Stream stream_;
+};
+#endif
+
+Type type_of(const Tensor& x, const char* name) {
+  switch (x.scalar_type()) {
+    case ScalarType::Float: return Type::float32;
+    case ScalarType::BFloat16: return Type::bfloat16;
+    case ScalarType::Half: return Type::float16;
+    default: STD_TORCH_CHECK(false, "spade_fast: ", name, " should be float32, bfloat16 or float16: sums are held in float32");
+  }
+}
+
+// One call of an operator: its tensors as the kernels see them, and how to launch those. Copies that had to be made live as long.
+class Call {
+ public:
+  explicit Call(const Tensor& x)
+      : on_device_(x), x_(x), layout_(layout_of(x)), last_(layout_ == Layout::channels_last) {
+    operands.shape = {x.size(0), x.size(1), 1};
+    for (int64_t dim = 2; dim < x.dim(); ++dim) operands.shape.pixels *= x.size(dim);
+    operands.vector = !last_ || x.size(1) % 4 == 0;  // numbers of channels are read by four
+    operands.x = read(x, "x");
+  }
+
+  void modulate(const Tensor& gamma, const std::optional<Tensor>& beta, const std::optional<Tensor>& index,
+                const std::optional<std::string>& activation, double negative_slope) {
+    operands.activation = activation_named(activation);
+    operands.negative_slope = static_cast<float>(negative_slope);
+    if (index) operands.index = kept(torch::stable::contiguous(*index)).const_data_ptr<int32_t>();
+    const auto read_modulation = [&](const Tensor& rows, const char* name) { return index ? read_table(rows, name) : read(rows, name); };
+    operands.gamma = read_modulation(gamma, "gamma");
+    if (beta) operands.beta = read_modulation(*beta, "beta");
+    STD_TORCH_CHECK(beta || operands.activation != Activation::silu, "spade_fast: beta is None, silu's derivative needs it");
+  }
+
+  void backward(const Tensor& dy, const Tensor& signs) {
+    operands.dy = read(dy, "dy");
+    if (signs.numel() > 0) operands.signs = const_cast<uint8_t*>(kept(torch::stable::contiguous(signs)).const_data_ptr<uint8_t>());
+    STD_TORCH_CHECK(signs.numel() > 0 || dy.numel() == 0 || !keeps_signs(operands.activation), "spade_fast: signs are missing");
+  }
+
+  // Numbers of each plane, [k, N, C].
+  const float* numbers(const Tensor& given) {
+    const Tensor& numbers = kept(torch::stable::contiguous(torch::stable::to(given, ScalarType::Float)));
+    aligned(numbers.const_data_ptr(), 0);
+    return numbers.const_data_ptr<float>();
+  }
+
+  Tensor new_signs(bool keep_signs) {
+    const auto [images, channels, pixels] = operands.shape;
+    if (!keep_signs || !keeps_signs(operands.activation)) return torch::stable::new_empty(x_, {0}, ScalarType::Byte);
+    const int64_t rows = last_ ? pixels : channels, length = last_ ? channels : pixels;
+    const Tensor signs = torch::stable::new_empty(x_, {images, rows, (length + 7) / 8}, ScalarType::Byte);
+    operands.signs = signs.mutable_data_ptr<uint8_t>();
+    return signs;
+  }
+
+  // Of x's shape, to be written; one of size 0 stands for none.
+  Tensor output(ScalarType dtype, bool exists = true) {
+    return exists ? new_output(x_, layout_, dtype) : torch::stable::new_empty(x_, {0}, dtype);
+  }
+  Rows written(const Tensor& y) { return y.dim() == x_.dim() ? read(y, "y") : Rows{}; }
+  Tensor finished(const Tensor& y) const { return spade_fast::finished(y, x_, layout_); }
+
+  Tensor workspace(int64_t size, ScalarType dtype = ScalarType::Float) { return kept(torch::stable::new_empty(x_, {size}, dtype)); }
+  Tensor per_plane(int64_t numbers) const {
+    return torch::stable::new_empty(x_, {numbers, operands.shape.images, operands.shape.channels}, ScalarType::Float);
+  }
+  int64_t planes() const { return operands.shape.images * operands.shape.channels; }
+
+  // How the kernels run, once all tensors are known.
+  Settings settings() const { return {on_device_.stream(), narrow_ ? 8 : 4, last_}; }
+  Division sweep() const { return spade_fast::sweep(operands.shape, settings().vector, last_, processors()); }
+  Division tiles() const { return spade_fast::tiles(operands.shape, settings().vector, last_, operands.index != nullptr, processors()); }
+  std::optional<Division> one_pass(int64_t held) const {
+    return spade_fast::one_pass(operands.shape, settings().vector, last_, held, most_shared_memory(), processors());
+  }
+
+  Operands operands = {};
+
+ private:
+  Rows read(const Tensor& x, const char* name) {
+    const Type type = type_of(x, name);
+    const Tensor& rows = kept(with_rows(x, layout_));
+    return noted({static_cast<char*>(const_cast<void*>(rows.const_data_ptr())), rows.stride(0), *row_distance(rows, layout_), type});
+  }
+
+  Rows read_table(const Tensor& table, const char* name) {
+    const Type type = type_of(table, name);
+    const Tensor& rows = kept(table.stride(1) == 1 ? table : torch::stable::contiguous(table));
+    return noted({static_cast<char*>(const_cast<void*>(rows.const_data_ptr())), 0, rows.stride(0), type});
+  }
+
+  Rows noted(const Rows& rows) {
+    const int64_t size = rows.type == Type::float32 ? 4 : 2;
+    narrow_ = narrow_ && size == 2;
+    aligned(rows.data, (rows.image | rows.row) * size);
+    return rows;
+  }
+
+  void aligned(const void* data, int64_t distances) {
+    operands.vector = operands.vector && (reinterpret_cast<uintptr_t>(data) | distances) % 16 == 0;
+  }
+
+  const Tensor& kept(Tensor x) { return *kept_.insert(kept_.end(), std::move(x)); }
+
+  OnDevice on_device_;
+  Tensor x_;
+  Layout layout_;
+  bool last_, narrow_ = true;
+  std::vector<Tensor> kept_;
+};
+
+// Instance norm's planes [3, N, C] where planes are given, else moments [2, N, C].
+void measure(Call& call, double eps, float* moments, float* planes) {
+  const Division d = call.sweep();
+  float* parts = call.workspace(kMomentParts * d.splits * call.planes()).mutable_data_ptr<float>();
+  plane_moments(call.settings(), call.operands, d, parts);
+  combine_moments(call.settings(), call.operands, d, parts, static_cast<float>(eps), moments, planes);
+}
+
+Tensor plane_moments_of(const Tensor& x) {
+  Call call(x);
+  const Tensor moments = call.per_plane(2);
+  measure(call, 0, moments.mutable_data_ptr<float>(), nullptr);
+  return moments;
+}
+
+std::tuple<Tensor, Tensor> apply_to(const Tensor& x, const Tensor& planes, const Tensor& gamma, const Tensor& beta,
+                                    std::optional<Tensor> index, std::optional<std::string> activation, double negative_slope,
+                                    bool keep_signs) {
+  Call call(x);
+  call.modulate(gamma, beta, index, activation, negative_slope);
+  call.operands.planes = call.numbers(planes);
+  const Tensor y = call.output(promoted(x.scalar_type(), gamma.scalar_type())), signs = call.new_signs(keep_signs);
+  const Rows rows = call.written(y);
+  apply(call.settings(), call.operands, call.tiles(), rows);
+  return {call.finished(y), signs};
+}
+
+// dγ and dβ, and the sums [2, N, C], or instance norm's terms where sums are not wanted.
+std::tuple<Tensor, Tensor> sum_dense(Call& call, ScalarType dtype, float* sums, float* terms) {
+  const Tensor dgamma = call.output(dtype), dbeta = call.output(dtype, call.operands.activation != Activation::none);
+  const Rows dgamma_rows = call.written(dgamma), dbeta_rows = call.written(dbeta);
+  const Division d = call.sweep();
+  float* parts = call.workspace(kSumParts * d.splits * call.planes()).mutable_data_ptr<float>();
+  backward_sums(call.settings(), call.operands, d, dgamma_rows, dbeta_rows, parts);
+  combine_sums(call.settings(), call.operands, d.splits, parts, sums, terms);
+  return {call.finished(dgamma), call.finished(dbeta)};
+}
+
+std::tuple<Tensor, Tensor> sum_table(Call& call, const Tensor& gamma, const Tensor& order, float* sums, float* terms) {
+  const auto [images, channels, pixels] = call.operands.shape;
+  const int64_t places = images * pixels, rows = gamma.size(0);
+  const Type type = type_of(gamma, "gamma");
+  const Tensor dgamma = torch::stable::new_empty(gamma, {rows, channels}), dbeta = torch::stable::new_empty(gamma, {rows, channels});
+  const Rows dgamma_rows = {static_cast<char*>(dgamma.data_ptr()), 0, channels, type};
+  const Rows dbeta_rows = {static_cast<char*>(dbeta.data_ptr()), 0, channels, type};
+  Pieces pieces = {};
+  const Tensor order_of_all = torch::stable::contiguous(order);
+  pieces.order = order_of_all.const_data_ptr<int32_t>();
+  pieces.rows = rows;
+  pieces.most = std::min(places, images * rows + divide_up(pixels, kPiece) * images);
+  const auto whole_numbers = [&](int64_t size) { return call.workspace(size, ScalarType::Int).mutable_data_ptr<int32_t>(); };
+  pieces.counts = whole_numbers(divide_up(places, kPlaces));
+  pieces.firsts = call.workspace(pieces.most + 1, ScalarType::Long).mutable_data_ptr<int64_t>();
+  pieces.piece_rows = whole_numbers(pieces.most);
+  const Tensor image_firsts = torch::stable::new_zeros(gamma, {images + 1}, ScalarType::Int);
+  const Tensor ranges = torch::stable::new_zeros(gamma, {images, rows, 2}, ScalarType::Int);
+  pieces.image_firsts = image_firsts.mutable_data_ptr<int32_t>();
+  pieces.ranges = ranges.mutable_data_ptr<int32_t>();
+  pieces.found = call.workspace(2 * pieces.most * channels).mutable_data_ptr<float>();
+  const int64_t wanted = kBlocks * processors() / std::max<int64_t>(1, images * divide_up(channels, 32));
+  const int64_t splits = std::clamp<int64_t>(wanted, 1, std::max<int64_t>(1, pieces.most / std::max<int64_t>(1, images) / 32));
+  float* parts = call.workspace(kSumParts * splits * call.planes()).mutable_data_ptr<float>();
+  table_sums(call.settings(), call.operands, pieces, splits, dgamma_rows, dbeta_rows, parts);
+  combine_sums(call.settings(), call.operands, splits, parts, sums, terms);
+  return {dgamma, dbeta};
+}
+
+std::tuple<Tensor, Tensor, Tensor> backward_sums_of(const Tensor& dy, const Tensor& x, const Tensor& planes, const Tensor& gamma,
+                                                    std::optional<Tensor> beta, std::optional<Tensor> index,
+                                                    std::optional<Tensor> order, const Tensor& signs,
+                                                    std::optional<std::string> activation, double negative_slope) {
+  Call call(x);
+  call.modulate(gamma, beta, index, activation, negative_slope);
+  call.backward(dy, signs);
+  call.operands.planes = call.numbers(planes);
+  STD_TORCH_CHECK(!index || order, "spade_fast: order is None, with an index it should be the sorted pixels, [N, pixels]");
+  const Tensor sums = call.per_plane(2);
+  float* data = sums.mutable_data_ptr<float>();
+  const auto [dgamma, dbeta] = index ? sum_table(call, gamma, *order, data, nullptr) : sum_dense(call, gamma.scalar_type(), data, nullptr);
+  return {dgamma, dbeta, sums};
+}
+
+Tensor backward_input_of(const Tensor& dy, const Tensor& x, const Tensor& planes, const Tensor& gamma, std::optional<Tensor> beta,
+                         std::optional<Tensor> index, const Tensor& signs, std::optional<Tensor> terms,
+                         std::optional<std::string> activation, double negative_slope) {
+  Call call(x);
+  call.modulate(gamma, beta, index, activation, negative_slope);
+  call.backward(dy, signs);
+  call.operands.planes = call.numbers(planes);
+  const float* term_data = terms ? call.numbers(*terms) : nullptr;
+  const Tensor dx = call.output(x.scalar_type());
+  const Rows rows = call.written(dx);
+  backward_input(call.settings(), call.operands, call.tiles(), term_data, rows);
+  return call.finished(dx);
+}
+
+std::tuple<Tensor, Tensor, Tensor> instance_forward_of(const Tensor& x, const Tensor& gamma, const Tensor& beta,
+                                                       std::optional<Tensor> index, double eps, std::optional<std::string> activation,
+                                                       double negative_slope, bool keep_signs) {
+  Call call(x);
+  call.modulate(gamma, beta, index, activation, negative_slope);
+  const Tensor y = call.output(promoted(x.scalar_type(), gamma.scalar_type())), signs = call.new_signs(keep_signs);
+  const Tensor planes = call.per_plane(3);
+  float* data = planes.mutable_data_ptr<float>();
+  call.operands.planes = call.numbers(planes);
+  const Rows rows = call.written(y);
+  if (const auto d = call.one_pass(1)) {
+    instance_forward(call.settings(), call.operands, *d, static_cast<float>(eps), rows, data);
+  } else {
+    measure(call, eps, nullptr, data);
+    apply(call.settings(), call.operands, call.tiles(), rows);
+  }
+  return {call.finished(y), signs, planes};
+}
+
+std::tuple<Tensor, Tensor, Tensor> instance_backward_of(const Tensor& dy, const Tensor& x, const Tensor& planes, const Tensor& gamma,
+                                                        std::optional<Tensor> beta, std::optional<Tensor> index,
+                                                        std::optional<Tensor> order, const Tensor& signs,
+                                                        std::optional<std::string> activation, double negative_slope) {
+  Call call(x);
+  call.modulate(gamma, beta, index, activation, negative_slope);
+  call.backward(dy, signs);
+  call.operands.planes = call.numbers(planes);
+  STD_TORCH_CHECK(!index || order, "spade_fast: order is None, with an index it should be the sorted pixels, [N, pixels]");
+  const Tensor dx = call.output(x.scalar_type());
+  const Rows rows = call.written(dx);
+  const std::optional<Division> d = index ? std::nullopt : call.one_pass(2);
+  if (d) {
+    const Tensor dgamma = call.output(gamma.scalar_type());
+    const Tensor dbeta = call.output(gamma.scalar_type(), call.operands.activation != Activation::none);
+    const Rows dgamma_rows = call.written(dgamma), dbeta_rows = call.written(dbeta);
+    instance_backward(call.settings(), call.operands, *d, dgamma_rows, dbeta_rows, rows);
+    return {call.finished(dgamma), call.finished(dbeta), call.finished(dx)};
+  }
+  const Tensor terms = call.per_plane(2);
+  float* data = terms.mutable_data_ptr<float>();
+  const auto [dgamma, dbeta] = index ? sum_table(call, gamma, *order, nullptr, data) : sum_dense(call, gamma.scalar_type(), nullptr, data);
+  backward_input(call.settings(), call.operands, call.tiles(), data, rows);
+  return {dgamma, dbeta, call.finished(dx)};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(SPADE_FAST_NAMESPACE, SPADE_FAST_DISPATCH_KEY, library) {
+  library.impl("plane_moments", TORCH_BOX(&plane_moments_of));
+  library.impl("apply", TORCH_BOX(&apply_to));
+  library.impl("backward_sums", TORCH_BOX(&backward_sums_of));
+  library.impl("backward_input", TORCH_BOX(&backward_input_of));
+  library.impl("instance_forward", TORCH_BOX(&instance_forward_of));
+  library.impl("instance_backward", TORCH_BOX(&instance_backward_of));
+}
+
+}  // namespace spade_fast

@@ -1,0 +1,58 @@
+"""The kernels compiled for CUDA GPUs (csrc/cuda), reached as operators. What their arguments are: `torch_backend.py`."""
+
+from pathlib import Path
+
+import torch
+
+from . import operators, torch_backend
+
+NAME = "cuda"
+KERNELS = ("plane_moments", "apply", "backward_sums", "backward_input", "instance_forward", "instance_backward")
+CAPABILITY = 8  # copies to shared memory that go on beside the computation
+
+plane_moments = torch.ops.spade_fast.plane_moments.default
+apply = torch.ops.spade_fast.apply.default
+backward_sums = torch.ops.spade_fast.backward_sums.default
+backward_input = torch.ops.spade_fast.backward_input.default
+instance_forward = torch.ops.spade_fast.instance_forward.default
+instance_backward = torch.ops.spade_fast.instance_backward.default
+# Matrix products and sums of listed rows, for which PyTorch has kernels; numbering, which sorts.
+convolve_windows = torch_backend.convolve_windows
+convolve_windows_weight = torch_backend.convolve_windows_weight
+convolve_windows_rows = torch_backend.convolve_windows_rows
+find_codes, number_windows = torch_backend.find_codes, torch_backend.number_windows
+window_sums, sort_pixels = torch_backend.window_sums, torch_backend.sort_pixels
+
+
+def _load():
+    """Loads the library, which registers its kernels; why it cannot be, or None."""
+    if torch.version.cuda is None:
+        return "this PyTorch is built without CUDA"
+    found = sorted(Path(__file__).parent.parent.glob("_cuda.*"))
+    if not found:
+        return "the library spade_fast._cuda is not there: it was not built"
+    try:
+        torch.ops.load_library(found[0])
+    except OSError as error:
+        return f"the library spade_fast._cuda cannot be loaded: {error}"
+    missing = set(KERNELS) & set(operators.without_kernel("CUDA"))
+    return f"not compiled for CUDA: {', '.join(sorted(missing))}" if missing else None
+
+
+failure = _load()
+
+
+def why_not(x=None, gamma=None):
+    """Why these kernels cannot run (on x and γ), or None."""
+    if failure is not None:
+        return failure
+    if not torch.cuda.is_available():
+        return "there is no CUDA GPU here"
+    if x is not None and x.device.type != "cuda":
+        return f"x is on {x.device}, these kernels run on CUDA GPUs"
+    properties = torch.cuda.get_device_properties(None if x is None else x.device)
+    if properties.major < CAPABILITY:
+        return f"the GPU has compute capability {properties.major}.{properties.minor}, these kernels need {CAPABILITY}.0"
+    if x is not None and torch.float64 in (x.dtype, None if gamma is None else gamma.dtype):
+        return "x or gamma is float64, these kernels compute in float32"
+    return None
