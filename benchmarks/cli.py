@@ -11,11 +11,10 @@ import typer
 from rich.console import Console
 from rich.progress import Progress
 
-from . import cuda_proofs
+from . import cuda_proofs, report
 from . import gpu as on_gpu
 from . import layouts as drawn
 from . import proofs as compiled
-from . import report
 from .cases import CASES, Settings
 from .measure import measure
 from .picture import save_picture
@@ -68,6 +67,8 @@ def run(
                 rows += measure(name, problem, settings.device, min(seconds, 2) if quick else seconds, lambda: progress.advance(task))
                 torch.compiler.reset()
                 del problem
+                if json is not None:
+                    report.save_json(json, facts, rows)  # each time: what is stopped has not measured in vain
     if not rows:
         raise typer.BadParameter(f"no problem has {only!r} in its name", param_hint="--only")
     console.print(report.table(rows))
@@ -76,8 +77,6 @@ def run(
             console.print(f"{row.case} {row.problem} {row.mode}, {row.variant} failed: {row.failure}", markup=False)
     for key, value in facts.items():
         console.print(f"{key}: {value}", highlight=False, markup=False)
-    if json is not None:
-        report.save_json(json, facts, rows)
     if plot is not None:
         report.save_chart(plot, facts, rows)
     if not all(row.matches for row in rows):
@@ -91,7 +90,7 @@ def proofs(
     activation: Annotated[list[str], typer.Option(help=f"Of: {', '.join(compiled.ACTIVATIONS)}.")] = list(compiled.ACTIVATIONS),
     json: Annotated[Path | None, typer.Option(help="Write everything that was found to this file.")] = None,
 ):
-    """Compile every configuration of the Triton kernels, with no GPU, and read what came of it. Exits with 1 where one is not as it should be.
+    """Compile every configuration of the Triton kernels, with no GPU, and read what came of it. Exits with 1 where something is wrong.
 
     Options that name configurations may be given several times.
     """
@@ -108,7 +107,7 @@ def proofs(
 def prove_cuda(
     capability: Annotated[list[int], typer.Option(help="Of GPUs, such as 90; may be given several times.")] = list(compiled.CAPABILITIES),
 ):
-    """Compile the CUDA kernels with nvcc, with no GPU, and read what came of them. Exits with 1 where one is not as it should be."""
+    """Compile the CUDA kernels with nvcc, with no GPU, and read what came of them. Exits with 1 where something is wrong."""
     if shutil.which("nvcc") is None:
         typer.echo("there is no nvcc on PATH", err=True)
         raise typer.Exit(2)
@@ -120,7 +119,10 @@ def gpu(
     out: Annotated[Path, typer.Option(help="Folder for what is found.")] = Path("gpu-results"),
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be done.")] = False,
 ):
-    """Build, test, sanitize and measure on the GPU of this machine, in under nine minutes. Exits with 1 where a stage failed, with 2 without a GPU."""
+    """Build, test, sanitize and measure on this machine's GPU, in under nine minutes.
+
+    Exits with 1 where a stage failed, with 2 without a GPU.
+    """
     if dry_run:
         typer.echo(on_gpu.plan())
         return

@@ -65,7 +65,8 @@ class Proof:
         return self.kernel not in PER_PLANE and (self.kernel != "sum_pieces_kernel" or self.layout == "channels-last")
 
 
-PER_PLANE = ("combine_moments_kernel", "combine_sums_kernel", "find_pieces_kernel", "list_pieces_kernel", "sum_planes_kernel", "sum_rows_kernel")
+PER_PLANE = ("combine_moments_kernel", "combine_sums_kernel", "find_pieces_kernel", "list_pieces_kernel", "sum_planes_kernel",
+             "sum_rows_kernel")
 
 
 def prove(capabilities=CAPABILITIES, dtypes=DTYPES, activations=ACTIVATIONS, processes=None):

@@ -85,8 +85,9 @@ def save_json(path, facts, rows):
     """Everything that was measured, each single time included, a line for each row; facts: the environment when it began."""
     records = [dataclasses.asdict(row) | {"times": [round(time, 7) for time in row.times]} for row in rows]
     lines = ",\n".join(map(json.dumps, records))
-    with open(path, "w") as file:
-        file.write(f'{{"environment": {json.dumps(facts)},\n"rows": [\n{lines}]}}\n')
+    unfinished = path.with_name(f"{path.name}.unfinished")
+    unfinished.write_text(f'{{"environment": {json.dumps(facts)},\n"rows": [\n{lines}]}}\n')
+    unfinished.replace(path)
 
 
 COLOURS = {

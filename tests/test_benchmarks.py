@@ -1,6 +1,8 @@
 """The benchmark suite: what it draws, what it measures, and that it gives no speed to a wrong result."""
 
+import dataclasses
 import json
+import sys
 
 import numpy as np
 import pytest
@@ -8,7 +10,7 @@ import torch
 from PIL import Image
 from typer.testing import CliRunner
 
-from benchmarks import cases, cli, layouts, measure
+from benchmarks import cases, cli, gpu, layouts, measure
 from benchmarks.cases import BACKWARD, FORWARD, Problem, Settings
 from spade_fast import reference
 
@@ -125,3 +127,35 @@ def test_the_picture_is_drawn(tmp_path):
     result = invoke("picture", tmp_path / "none.png", "--labels", folder, "--scene", 1)
     assert result.exit_code == 2 and "has 1 PNGs, it should have 2" in " ".join(result.output.replace("│", "").split())
     assert not (tmp_path / "none.png").exists()
+
+
+def test_what_the_gpu_command_would_do():
+    result = invoke("gpu", "--dry-run")
+    assert result.exit_code == 0
+    for stage in gpu.STAGES:
+        assert f"{stage.name:18} at most {stage.seconds:3} s" in result.output
+    assert gpu.TOTAL < 9 * 60
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_the_gpu_command_without_a_gpu(tmp_path):
+    result = invoke("gpu", "--out", tmp_path / "out")
+    assert result.exit_code == 2 and "there is no CUDA GPU here" in result.output
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_stage_that_fails_or_hangs_takes_nothing_from_the_others(tmp_path):
+    def stage(name, code, seconds=60, needs=None):
+        return gpu.Stage(name, "", [sys.executable, "-c", code], seconds, needs)
+
+    stages = [stage("fails", "print('before'); raise SystemExit(3)"), stage("hangs", "import time; time.sleep(60)", 1),
+              stage("writes", "open(r'{out}/result', 'w').write('here')"), stage("lacks", "", needs="no-such-program"),
+              stage("late", "")]
+    stages[-1] = dataclasses.replace(stages[-1], seconds=0)
+    said = []
+    assert not gpu.run(tmp_path, stages, say=said.append)
+    outcomes = {entry["name"]: entry["outcome"] for entry in json.loads((tmp_path / "gpu.json").read_text())["stages"]}
+    assert outcomes == {"fails": "failed with 3", "hangs": "stopped after 1 s", "writes": "passed",
+                        "lacks": "left out: no-such-program is not there", "late": "left out: no time is left"}
+    assert (tmp_path / "result").read_text() == "here" and "before" in (tmp_path / "log.txt").read_text() and len(said) == 5
+    assert gpu.run(tmp_path, [stages[2], stages[3]], say=said.append)

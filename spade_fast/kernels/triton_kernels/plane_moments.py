@@ -11,7 +11,8 @@ from .tile import channels_from, pixels_from, place, rows_of, store_part, sum_pi
 
 
 @triton.jit
-def plane_moments_kernel(x, parts, images, channels, pixels, split_pixels, LAST: tl.constexpr, PIXELS: tl.constexpr, CHANNELS: tl.constexpr):
+def plane_moments_kernel(x, parts, images, channels, pixels, split_pixels, LAST: tl.constexpr, PIXELS: tl.constexpr,
+                         CHANNELS: tl.constexpr):
     channel_blocks = tl.cdiv(channels, CHANNELS)
     image = (tl.program_id(0) // channel_blocks).to(tl.int64)
     channel = channels_from(tl.program_id(0) % channel_blocks * CHANNELS, LAST, CHANNELS)

@@ -37,8 +37,9 @@ def modulation_rows(gamma, last, index):
 def empty_rows(x, last, dtype):
     """Rows of x's shape to be written to."""
     images, channels, pixels = x.flatten(2).shape
-    flat = x.new_empty(images, pixels, channels, dtype=dtype).transpose(1, 2) if last else x.new_empty(images, channels, pixels, dtype=dtype)
-    return Rows(flat, channels * pixels, channels if last else pixels)
+    shape = (images, pixels, channels) if last else (images, channels, pixels)
+    flat = x.new_empty(shape, dtype=dtype)
+    return Rows(flat.transpose(1, 2) if last else flat, channels * pixels, shape[2])
 
 
 def like(rows, x):
