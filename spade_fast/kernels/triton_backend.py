@@ -19,7 +19,8 @@ def _kernel(name):
     def run(*arguments):
         from . import triton_kernels
 
-        return getattr(triton_kernels, name)(*arguments)
+        with torch.cuda.device_of(arguments[0]):  # Triton launches on the current device
+            return getattr(triton_kernels, name)(*arguments)
 
     return run
 

@@ -6,7 +6,7 @@ import torch
 import triton
 
 TILE = 1024  # elements: eight to a thread, 16 bytes of half precision
-TABLE_TILE = (32, 64)  # pixels and channels: the rows of a table lie by channels, and are read whole lines at a time
+TABLE_TILE = (16, 64)  # pixels and channels: the rows of a table lie by channels, and are read whole lines at a time
 PIECE_TILE = (8, 128)
 ONE_PASS = 16384  # elements that a program can hold without spilling, half as many where each has an address of its own
 
