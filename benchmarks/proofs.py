@@ -61,12 +61,13 @@ class Proof:
 
     @property
     def streams(self):
-        """Whether the kernel goes through memory in order; sums over the pixels of a row of a table do so by channels alone."""
-        return self.kernel not in PER_PLANE and (self.kernel != "sum_pieces_kernel" or self.layout == "channels-last")
+        """Whether the kernel goes through memory in order."""
+        return self.kernel not in OUT_OF_ORDER and IN_ORDER.get(self.kernel, self.layout) == self.layout
 
 
-PER_PLANE = ("combine_moments_kernel", "combine_sums_kernel", "find_pieces_kernel", "list_pieces_kernel", "sum_planes_kernel",
-             "sum_rows_kernel")
+IN_ORDER = {"sum_pieces_kernel": "channels-last", "hash_kernel": "contiguous"}  # in this layout alone
+OUT_OF_ORDER = ("combine_moments_kernel", "combine_sums_kernel", "find_pieces_kernel", "list_pieces_kernel", "sum_planes_kernel",
+                "sum_rows_kernel", "differ_kernel")
 
 
 def prove(capabilities=CAPABILITIES, dtypes=DTYPES, activations=ACTIVATIONS, processes=None):
@@ -96,7 +97,7 @@ def _prove(capability, dtype, activations):
 
 def _call_everything(channels, size, dtype, gamma_dtype, last, table, activation):
     """Every function of the backend, on one shape."""
-    from spade_fast.kernels import torch_backend, triton_kernels
+    from spade_fast.kernels import numbering, triton_kernels
 
     def tensor(dtype):
         x = torch.empty(2, *size, channels, dtype=dtype).movedim(-1, 1) if last else torch.empty(2, channels, *size, dtype=dtype)
@@ -106,7 +107,7 @@ def _call_everything(channels, size, dtype, gamma_dtype, last, table, activation
     if table:
         gamma, beta = torch.empty(ROWS, 2 * channels, dtype=gamma_dtype).chunk(2, dim=1)
         index = torch.zeros(2, *size, dtype=torch.int32)
-        order = torch_backend.sort_pixels(index)
+        order = numbering.sort_pixels(index)
     else:
         gamma, beta = tensor(gamma_dtype), tensor(gamma_dtype)
     kept_beta = beta if activation == "silu" else None
@@ -120,6 +121,8 @@ def _call_everything(channels, size, dtype, gamma_dtype, last, table, activation
     triton_kernels.backward_input(dy, x, *modulation, signs, planes[:2], *settings)
     triton_kernels.backward_input(dy, x, *modulation, signs, None, *settings)
     triton_kernels.instance_backward(dy, x, *modulation, order, signs, *settings)
+    bits = x.view(numbering.BITS[x.element_size()]).flatten(2)
+    triton_kernels.vectors_differ(bits, triton_kernels.hash_vectors(bits, numbering.multiplier(0)).flatten())
 
 
 class _compiling:

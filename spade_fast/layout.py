@@ -257,13 +257,8 @@ class SemanticLayout:
 @torch.inference_mode(False)  # as above
 def number(codes, kernel_size, num_codes):
     """The Windows of codes [N, *size]."""
-    backend = kernels.select(codes)
-    first, hidden = backend.number_windows(codes, kernel_size)
-    index, table = backend.number_windows(first, kernel_size)
-    if max(num_codes, len(hidden)) * hidden.shape[1] >= 2**31:
-        raise ValueError(f"codes has {len(hidden)} distinct windows of {hidden.shape[1]} taps, together they should be below 2**31")
-    hidden_sums = Sums(*backend.window_sums(hidden, num_codes))
-    return Windows(hidden_sums, Sums(*backend.window_sums(table, len(hidden))), index, backend.sort_pixels(index))
+    hidden, table, index, order = kernels.select(codes).find_windows(codes, kernel_size, num_codes)
+    return Windows(Sums(*hidden), Sums(*table), index, order)
 
 
 def _side_by_side(parts):

@@ -6,7 +6,7 @@ from conftest import INSTRUCTION_SETS, use_instruction_set
 from modulations import LAYOUTS, channels_last, contiguous, sample
 from torch.library import opcheck
 
-from spade_fast.kernels import cpu_backend, torch_backend
+from spade_fast.kernels import cpu_backend, numbering, torch_backend
 from spade_fast.ops import norms
 
 needs_library = pytest.mark.skipif(cpu_backend.library is None, reason=str(cpu_backend.failure))
@@ -59,7 +59,8 @@ def convolution(shape, kernel, rows, windows):
     out, given = shape
     weight = torch.randn(out, given, *kernel, dtype=torch.float64)
     taps = weight[0, 0].numel()
-    lists = torch_backend.window_sums(torch.randint(-1, rows, (windows, taps)), rows)
+    contents = torch.randint(-1, rows, (windows, taps), dtype=torch.int32)
+    lists = numbering.list_windows(contents, rows, int((contents >= 0).sum()))
     bias, gradient = torch.randn(out, dtype=torch.float64), torch.randn(windows, out, dtype=torch.float64)
     return torch.randn(rows, given, dtype=torch.float64), weight, bias, lists[:2], lists[2:], gradient
 

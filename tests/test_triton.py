@@ -11,7 +11,7 @@ from conftest import BACKENDS
 from modulations import channels_last, contiguous, disagreements, results, sample, sliced, sliced_channels
 
 import spade_fast
-from spade_fast.kernels import triton_backend
+from spade_fast.kernels import numbering, triton_backend
 
 pytestmark = pytest.mark.skipif("triton" not in BACKENDS, reason="Triton is not installed")
 
@@ -59,6 +59,24 @@ def test_a_table_whose_rows_no_pixel_has_or_all_have(layout, small_tiles):
     assert not disagreements(arguments, dy)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("layout", [contiguous, channels_last, sliced])
+def test_hashes_of_vectors_and_their_comparison(layout, dtype, small_tiles):
+    """As in plain PyTorch, to the bit."""
+    from spade_fast.kernels.triton_kernels import hash_vectors, vectors_differ
+
+    segmap = layout(torch.randint(3, (2, 5, 7, 9)).to(dtype))
+    bits, factor = segmap.view(numbering.BITS[segmap.element_size()]).flatten(2), numbering.multiplier(3)
+    assert torch.equal(hash_vectors(bits, factor), numbering.hash_vectors(bits, factor))
+    itself = torch.arange(2 * 63)
+    assert not vectors_differ(bits, itself)
+    for place in (0, 40, 125):
+        other = itself.clone()
+        other[place] = (place + 1) % 126
+        assert vectors_differ(bits, other) == numbering.vectors_differ(bits, other)
+    assert not vectors_differ(bits[:0], itself[:0]) and hash_vectors(bits[:0], factor).shape == (0, 63)
+
+
 def test_float64_says_why_not():
     x = torch.randn(2, 3, 4, 4, dtype=torch.float64, device=BACKENDS["triton"])
     assert "float64" in triton_backend.why_not(x)
@@ -80,5 +98,6 @@ def test_kernels_compile_without_spills_or_doubles_and_with_wide_loads(capabilit
     assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-3000:]
     proofs = json.loads((tmp_path / "proofs.json").read_text())
     assert {proof["capability"] for proof in proofs} == set(capabilities) and {proof["dtype"] for proof in proofs} == set(dtypes)
-    kernels = {"apply", "plane_moments", "backward_sums", "backward_input", "forward", "backward", "sum_pieces", "sum_rows", "sum_planes"}
+    kernels = {"apply", "plane_moments", "backward_sums", "backward_input", "forward", "backward", "sum_pieces", "sum_rows", "sum_planes",
+               "hash", "differ"}
     assert {f"{name}_kernel" for name in kernels} <= {proof["kernel"] for proof in proofs}

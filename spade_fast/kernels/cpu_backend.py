@@ -2,7 +2,7 @@
 
 import torch
 
-from . import operators
+from . import numbering, operators
 
 try:
     from .. import _cpu as library  # importing it registers its kernels
@@ -45,8 +45,12 @@ def number_windows(codes, kernel_size):
     return tuple(map(torch.from_numpy, library.number_windows(codes.numpy(), kernel_size)))
 
 
-def window_sums(contents, rows):
-    return tuple(map(torch.from_numpy, library.window_sums(contents.numpy(), rows)))
+def find_windows(codes, kernel_size, num_codes):
+    first, hidden = number_windows(codes, kernel_size)
+    index, table = number_windows(first, kernel_size)
+    numbering.check_windows(hidden, num_codes)
+    lists = (library.window_sums(contents.numpy(), rows) for contents, rows in ((hidden, num_codes), (table, len(hidden))))
+    return *(tuple(map(torch.from_numpy, numbers)) for numbers in lists), index, sort_pixels(index)
 
 
 def sort_pixels(index):

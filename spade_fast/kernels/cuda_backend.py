@@ -4,7 +4,7 @@ from pathlib import Path
 
 import torch
 
-from . import operators, torch_backend
+from . import numbering, operators, torch_backend, triton_backend
 
 NAME = "cuda"
 KERNELS = ("plane_moments", "apply", "backward_sums", "backward_input", "instance_forward", "instance_backward")
@@ -20,8 +20,12 @@ instance_backward = torch.ops.spade_fast.instance_backward.default
 convolve_windows = torch_backend.convolve_windows
 convolve_windows_weight = torch_backend.convolve_windows_weight
 convolve_windows_rows = torch_backend.convolve_windows_rows
-find_codes, number_windows = torch_backend.find_codes, torch_backend.number_windows
-window_sums, sort_pixels = torch_backend.window_sums, torch_backend.sort_pixels
+find_windows, number_windows, sort_pixels = numbering.find_windows, numbering.number_windows, numbering.sort_pixels
+
+
+def find_codes(segmap):
+    """By Triton's kernels where it is installed: each reads the condition once, plain PyTorch goes through it channel by channel."""
+    return (numbering if triton_backend.why_not(segmap) else triton_backend).find_codes(segmap)
 
 
 def _load():

@@ -17,14 +17,17 @@ by it.
 `operators.py` declares the same as operators for the compiled backends.
 """
 
-import itertools
-
 import torch
 import torch.nn.functional as F
 
+from . import numbering
+
 NAME = "torch"
 KEEPS_SIGNS = ("relu", "leaky_relu")
-CHANNELS = 64  # of a convolution's output at a time: all of its products at once are never held
+PRODUCTS = 2**23  # of a convolution at windows, at a time: they stay in a GPU's cache, and all at once are never held
+
+find_codes, find_windows = numbering.find_codes, numbering.find_windows
+number_windows, sort_pixels = numbering.number_windows, numbering.sort_pixels
 
 
 def why_not(x=None, gamma=None):
@@ -60,77 +63,10 @@ def look_up(rows, index):
     return rows.index_select(0, index.flatten()).view(*index.shape, rows.shape[1]).movedim(-1, 1)
 
 
-def sort_pixels(index):
-    """`order` for an index: [N, *spatial] to [N, pixels]."""
-    return index.flatten(1).argsort(stable=True).to(torch.int32)
-
-
-def find_codes(segmap):
-    """The distinct vectors of a condition's pixels, bit for bit: codes, int32 [N, *spatial], and the first of all N · pixels places
-    that has each. None where they are so many that it is no layout: more than 64 and a quarter of the pixels.
-    """
-    bits = segmap.view({8: torch.int64, 4: torch.int32, 2: torch.int16}[segmap.element_size()]).flatten(2)
-    sample = bits[:1, :, :: max(1, bits.shape[2] // 1024)]  # enough to tell dense features at once
-    if sample.numel() > 0 and sample[0].unique(dim=1).shape[1] > 64 + sample.shape[2] // 4:
-        return None
-    hashes = bits.new_zeros(bits.shape[0], bits.shape[2], dtype=torch.int64)
-    for channel in bits.unbind(1):
-        hashes = hashes * 0x5851F42D4C957F2D + channel
-    distinct, codes = hashes.flatten().unique(return_inverse=True)
-    if len(distinct) > 64 + codes.numel() // 4:
-        return None
-    by_code, places = codes.sort(stable=True)
-    places = places[torch.searchsorted(by_code, torch.arange(len(distinct), device=codes.device))]
-    for channel in bits.unbind(1):  # two vectors may have one hash
-        if not torch.equal(channel.flatten()[places][codes], channel.flatten()):
-            return None
-    return codes.to(torch.int32).view(segmap.shape[0], *segmap.shape[2:]), places
-
-
-def number_windows(codes, kernel_size):
-    """The distinct windows of kernel_size taps per axis of codes [N, *spatial], int32 and not negative.
-
-    Returns their numbers, int32 [N, *spatial], and what they see, int32 [windows, taps], −1 beyond the border.
-    """
-    half, numbers = kernel_size // 2, codes.long() + 1
-    for dim in range(1, codes.dim()):  # runs along one axis, then runs of those along the next: two numbers at a time
-        length, taps = codes.shape[dim], _pad(numbers, dim, half)
-        numbers = taps.narrow(dim, 0, length)
-        for tap in range(1, kernel_size):
-            bound = taps.max() + 1 if taps.numel() else 1
-            numbers = _renumber(numbers * bound + taps.narrow(dim, tap, length))
-        numbers = _renumber(numbers) + 1
-    numbers = (numbers - 1).to(torch.int32)
-    windows, first_places = numbers.flatten().sort(stable=True)
-    first_places = first_places[torch.searchsorted(windows, torch.arange(int(windows[-1]) + 1 if len(windows) else 0, device=codes.device))]
-    padded = codes
-    for dim in range(1, codes.dim()):
-        padded = _pad(padded + 1, dim, half) - 1
-    contents = []
-    for shifts in itertools.product(range(kernel_size), repeat=codes.dim() - 1):
-        shifted = padded
-        for dim, shift in enumerate(shifts, start=1):
-            shifted = shifted.narrow(dim, shift, codes.shape[dim])
-        contents.append(shifted.flatten()[first_places])
-    return numbers, torch.stack(contents, dim=1)
-
-
-def window_sums(contents, rows):
-    """What windows of so many rows see, [windows, taps], as lists for sums over them: `layout.Sums` says what they are."""
-    windows, taps = contents.shape
-    seen = contents >= 0
-    flat = (contents.long() * taps + torch.arange(taps, device=contents.device))[seen]
-    offsets = F.pad(seen.sum(1).cumsum(0), (1, 0))
-    by_row, places = flat.sort(stable=True)
-    back_offsets = torch.searchsorted(by_row, torch.arange(rows * taps + 1, device=contents.device))
-    back_rows = seen.nonzero()[:, 0][places]
-    return tuple(tensor.to(torch.int32) for tensor in (offsets, flat, back_offsets, back_rows))
-
-
 def convolve_windows(rows, weight, bias, offsets, listed):
     """rows [R, in] convolved with weight [out, in, *kernel] and bias [out] at the windows of a `layout.Sums`: [windows, out]."""
     results = []
-    for part in weight.split(CHANNELS):
+    for part in weight.split(_channels_at_a_time(len(rows), weight)):
         products = rows @ part.flatten(2).permute(2, 0, 1).reshape(-1, part.shape[1]).t()
         results.append(_sum_listed(products.view(-1, len(part)), offsets, listed))
     return torch.cat(results, dim=1) if bias is None else torch.cat(results, dim=1).add_(bias)
@@ -139,7 +75,7 @@ def convolve_windows(rows, weight, bias, offsets, listed):
 def convolve_windows_weight(gradient, rows, weight, back_offsets, back_listed):
     """The weight's gradient from that of the results, [windows, out]."""
     parts, taps = [], weight.shape[2:].numel()
-    for part in gradient.split(CHANNELS, dim=1):
+    for part in gradient.split(_channels_at_a_time(len(rows), weight), dim=1):
         products = _sum_listed(part, back_offsets, back_listed).view(len(rows), taps * part.shape[1])
         parts.append((products.t() @ rows).view(taps, part.shape[1], rows.shape[1]).permute(1, 2, 0))
     return torch.cat(parts).reshape(weight.shape)
@@ -147,8 +83,8 @@ def convolve_windows_weight(gradient, rows, weight, back_offsets, back_listed):
 
 def convolve_windows_rows(gradient, weight, back_offsets, back_listed):
     """The gradient of the rows from that of the results, [windows, out]."""
-    parts = []
-    for part, part_weight in zip(gradient.split(CHANNELS, dim=1), weight.split(CHANNELS)):
+    parts, channels = [], _channels_at_a_time(len(back_offsets) // weight.shape[2:].numel(), weight)
+    for part, part_weight in zip(gradient.split(channels, dim=1), weight.split(channels)):
         by_tap = part_weight.flatten(2).permute(2, 0, 1)
         products = _sum_listed(part, back_offsets, back_listed).view(-1, by_tap.shape[0] * by_tap.shape[1])
         parts.append(products @ by_tap.reshape(-1, weight.shape[1]))
@@ -231,6 +167,11 @@ def through_activation(dy, x, normalised, gamma, beta, signs, activation, negati
     return torch.where(positive, dy, dy * negative_slope if activation == "leaky_relu" else 0)
 
 
+def _channels_at_a_time(rows, weight):
+    """How many of a convolution's output channels have no more than PRODUCTS products with so many rows; a few at least."""
+    return max(16, PRODUCTS // max(1, rows * weight.shape[2:].numel()))
+
+
 def _sum_listed(x, offsets, listed):
     """x [R, D] to [len(offsets) − 1, D]: sum i is over x[listed[offsets[i]:offsets[i + 1]]], in that order."""
     return F.embedding_bag(listed, x.contiguous(), offsets, mode="sum", include_last_offset=True)
@@ -277,16 +218,3 @@ def _unpack(signs, shape, channels_last):
     rows = (spread & eights).view(torch.uint8).bool()
     rows = rows[:, :, : shape[1]].transpose(1, 2) if channels_last else rows[:, :, : shape[2:].numel()]
     return rows.reshape(shape)
-
-
-def _pad(numbers, dim, width):
-    """Zeros before and after, along a dimension."""
-    shape = list(numbers.shape)
-    shape[dim] = width
-    zeros = numbers.new_zeros(shape)
-    return torch.cat([zeros, numbers, zeros], dim=dim)
-
-
-def _renumber(numbers):
-    """The same differences between fewer numbers, from 0 on."""
-    return numbers.unique(return_inverse=True)[1]

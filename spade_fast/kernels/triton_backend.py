@@ -8,7 +8,7 @@ import os
 
 import torch
 
-from . import operators, torch_backend
+from . import numbering, operators, torch_backend
 
 NAME = "triton"
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -40,8 +40,8 @@ instance_backward = torch.ops.spade_fast_triton.instance_backward.default
 convolve_windows = torch_backend.convolve_windows
 convolve_windows_weight = torch_backend.convolve_windows_weight
 convolve_windows_rows = torch_backend.convolve_windows_rows
-find_codes, number_windows = torch_backend.find_codes, torch_backend.number_windows
-window_sums, sort_pixels = torch_backend.window_sums, torch_backend.sort_pixels
+find_windows, number_windows, sort_pixels = numbering.find_windows, numbering.number_windows, numbering.sort_pixels
+find_codes = _kernel("find_codes")
 
 
 def why_not(x=None, gamma=None):

@@ -32,6 +32,11 @@ def tiles(images, channels, pixels, last, table):
     return (programs,), {"PIXELS": tile_pixels, "CHANNELS": tile_channels, "num_warps": warps}
 
 
+def blocks(pixels):
+    """Grid and settings of a kernel in which each program has a tile's number of pixels."""
+    return (triton.cdiv(pixels, TILE),), {"BLOCK": TILE, "num_warps": 4}
+
+
 def sweeps(images, channels, pixels, last, device):
     """Grid and settings of a kernel in which each program goes through a part of some planes, tile by tile."""
     tile_pixels, tile_channels = tile_of(channels, pixels, last, False)

@@ -1,0 +1,219 @@
+"""What `layout.py` holds of a condition, found in plain PyTorch, on the device where the condition is.
+
+Equal things are found by sorting hashes of 64 bits. Every thing is then compared with the first that has its hash, and where
+two differ, all is hashed anew: hashes decide nothing. Numbers go by first appearance, as the CPU's do. The host waits for the device
+once, to learn the sizes of what is made (and, for a condition, once before, to tell dense features early).
+"""
+
+import itertools
+import random
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+
+SAMPLE = 1024  # pixels that tell dense features
+CHANNELS = 16  # of a condition, that are hashed or compared at a time
+BITS = {8: torch.int64, 4: torch.int32, 2: torch.int16}
+
+
+def find_codes(segmap):
+    """The distinct vectors of a condition's pixels, bit for bit: codes, int32 [N, *spatial], and the first of all N · pixels places
+    that has each. None where they are so many that it is no layout: more than 64 and a quarter of the pixels.
+    """
+    return find_codes_by(segmap, hash_vectors, vectors_differ)
+
+
+def find_codes_by(segmap, hash_vectors, vectors_differ):
+    """The same with other ways to do the two passes over the condition."""
+    bits = segmap.view(BITS[segmap.element_size()]).flatten(2)
+    if _are_dense(bits, hash_vectors):
+        return None
+    for attempt in itertools.count():
+        firsts = _first_equal(hash_vectors(bits, multiplier(attempt)).flatten())
+        ranks = _count_firsts(firsts)
+        count, collided = _read(_last(ranks), vectors_differ(bits, firsts))
+        if _are_many(count, firsts.numel()):
+            return None
+        if not collided:
+            return _numbers(firsts, ranks).view(segmap.shape[0], *segmap.shape[2:]), _first_places(ranks, count)
+
+
+def hash_vectors(bits, multiplier):
+    """A number for each pixel of bits [N, channels, pixels], whole numbers: [N, pixels], int64."""
+    hashes = bits.new_zeros(bits.shape[0], bits.shape[2], dtype=torch.int64)
+    for channel in bits.unbind(1):
+        hashes = torch.add(channel, hashes, alpha=multiplier)
+    return hashes
+
+
+def vectors_differ(bits, firsts):
+    """Whether any pixel's vector is another than that of the place that `firsts`, [N · pixels], names for it."""
+    differ = firsts.new_zeros((), dtype=torch.bool)
+    for part in bits.split(CHANNELS, dim=1):
+        vectors = part.movedim(1, 2).flatten(0, 1)
+        differ = differ | (vectors[firsts] != vectors).any()
+    return differ
+
+
+def number_windows(codes, kernel_size):
+    """The distinct windows of kernel_size taps per axis of codes [N, *spatial], int32 and not negative.
+
+    Returns their numbers, int32 [N, *spatial], and what they see, int32 [windows, taps], −1 beyond the border.
+    """
+    (numbers, contents, _), = _number(codes, kernel_size, 1)
+    return numbers, contents
+
+
+def find_windows(codes, kernel_size, num_codes):
+    """The windows of codes, and the windows of those: two of `list_windows`, `index` and `order`, as `layout.Windows` has them."""
+    (_, hidden, seen_codes), (index, table, seen_windows) = _number(codes, kernel_size, 2)
+    check_windows(hidden, num_codes)
+    return list_windows(hidden, num_codes, seen_codes), list_windows(table, len(hidden), seen_windows), index, sort_pixels(index)
+
+
+def check_windows(hidden, num_codes):
+    """Raises where lists would need numbers beyond int32."""
+    windows, taps = hidden.shape
+    if max(num_codes, windows) * taps >= 2**31:
+        raise ValueError(f"codes has {windows} distinct windows of {taps} taps, together they should be below 2**31")
+
+
+def list_windows(contents, rows, seen):
+    """What windows of so many rows see, [windows, taps], as lists for sums over them: `layout.Sums` says what they are.
+
+    seen: how many taps of all windows are within the border.
+    """
+    windows, taps = contents.shape
+    inside = (contents >= 0).flatten()
+    numbers = (contents * taps + torch.arange(taps, dtype=torch.int32, device=contents.device)).flatten()
+    # Each goes to its place in the list; what is beyond the border, to one place too many at its end.
+    places = torch.where(inside, inside.cumsum(0) - 1, seen)
+    listed = numbers.new_empty(seen + 1).scatter_(0, places, numbers)[:seen]
+    window_of = torch.arange(windows, dtype=torch.int32, device=contents.device).repeat_interleave(taps)
+    window_of = numbers.new_empty(seen + 1).scatter_(0, places, window_of)[:seen]
+    offsets = F.pad(inside.view(windows, taps).sum(1).cumsum(0), (1, 0)).to(torch.int32)
+    by_row, order = listed.sort(stable=True)
+    back_offsets = torch.searchsorted(by_row, torch.arange(rows * taps + 1, dtype=torch.int32, device=contents.device), out_int32=True)
+    return offsets, listed, back_offsets, window_of[order]
+
+
+def sort_pixels(index):
+    """`order` for an index: [N, *spatial] to [N, pixels]."""
+    rows = index.flatten(1)
+    images = torch.arange(len(rows), device=index.device)[:, None]
+    places = (rows + (images << 32)).flatten().argsort(stable=True).view(rows.shape)
+    return (places - images * rows.shape[1]).to(torch.int32)
+
+
+class _Level(NamedTuple):
+    """Windows that are numbered, before the host knows how many there are."""
+
+    numbers: torch.Tensor
+    taps: torch.Tensor  # [N, *spatial, *kernel]: what each place's window sees
+    ranks: torch.Tensor  # [places]: how many windows appear up to each place
+    sizes: tuple  # windows, taps within the border of all of them, whether two have one hash
+
+
+def _number(codes, kernel_size, levels):
+    """The windows of codes, the windows of those, and so on: of each level numbers, contents and how many taps see something."""
+    if codes.numel() == 0:
+        return [(codes, codes.new_empty(0, kernel_size ** (codes.dim() - 1)), 0)] * levels
+    for attempt in itertools.count():
+        found, numbers = [], codes
+        for _ in range(levels):
+            found.append(_number_level(numbers, kernel_size, attempt))
+            numbers = found[-1].numbers
+        sizes = _read(*(size for level in found for size in level.sizes))
+        sizes = [sizes[first : first + 3] for first in range(0, 3 * levels, 3)]
+        if not any(collided for _, _, collided in sizes):
+            return [(level.numbers, _contents(level, count), seen) for level, (count, seen, _) in zip(found, sizes)]
+
+
+def _number_level(codes, kernel_size, attempt):
+    half, axes = kernel_size // 2, codes.dim() - 1
+    padded = F.pad(codes, (half, half) * axes, value=-1)
+    taps, hashes = padded, padded.long()
+    for dim in range(1, axes + 1):
+        taps = taps.unfold(dim, kernel_size, 1)
+        factor, runs, hashes = multiplier(attempt, dim), hashes.unfold(dim, kernel_size, 1).unbind(-1), 0
+        for run in runs:
+            hashes = torch.add(run, hashes, alpha=factor)
+    firsts = _first_equal(hashes.flatten())
+    ranks = _count_firsts(firsts)
+    differ = (taps[_positions(firsts, codes.shape)].view(taps.shape) != taps).any()
+    seen = _taps_inside(codes, kernel_size).expand(codes.shape).flatten()
+    seen = torch.where(ranks.diff(prepend=ranks.new_zeros(1)) > 0, seen, 0).sum()
+    return _Level(_numbers(firsts, ranks).view(codes.shape), taps, ranks, (_last(ranks), seen, differ))
+
+
+def _contents(level, count):
+    places = _first_places(level.ranks, count)
+    return level.taps[_positions(places, level.numbers.shape)].flatten(1)
+
+
+def _taps_inside(codes, kernel_size):
+    """How many taps of the window at each place are within the border: [*spatial]."""
+    taps, half = torch.ones((), dtype=torch.int64, device=codes.device), kernel_size // 2
+    for length in codes.shape[1:]:
+        position = torch.arange(length, device=codes.device)
+        taps = taps[..., None] * (position.clamp(max=half) + 1 + position.flip(0).clamp(max=half))
+    return taps
+
+
+def multiplier(attempt, axis=0):
+    """Of a hash: large and odd, another for each attempt and axis."""
+    return random.Random(f"{attempt} {axis}").getrandbits(62) | 1
+
+
+def _first_equal(keys):
+    """For each place of keys [places] the first place that has the same."""
+    if len(keys) == 0:
+        return keys
+    in_order, places = keys.sort(stable=True)
+    is_equal = in_order[1:] == in_order[:-1]
+    begins = F.pad(torch.arange(1, len(keys), device=keys.device).masked_fill(is_equal, 0), (1, 0)).cummax(0).values
+    return torch.empty_like(places).scatter_(0, places, places[begins])
+
+
+def _count_firsts(firsts):
+    """How many places up to each are the first of theirs."""
+    return (firsts == torch.arange(len(firsts), device=firsts.device)).cumsum(0)
+
+
+def _numbers(firsts, ranks):
+    """What is equal gets a number by its first appearance."""
+    return (ranks[firsts] - 1).to(torch.int32)
+
+
+def _first_places(ranks, count):
+    """Where each number appears first."""
+    return torch.searchsorted(ranks, torch.arange(1, count + 1, device=ranks.device))
+
+
+def _positions(places, shape):
+    """Places of a map as one index for each of its dimensions."""
+    positions = []
+    for length in reversed(shape):
+        positions.append(places % length)
+        places = places // length
+    return tuple(reversed(positions))
+
+
+def _are_dense(bits, hash_vectors):
+    """Whether some of the first image's pixels tell already that it is no layout."""
+    sample = bits[:1, :, :: max(1, bits.shape[2] // SAMPLE)]
+    return sample.numel() > 0 and _are_many(len(hash_vectors(sample, multiplier(0)).unique()), sample.shape[2])
+
+
+def _are_many(codes, pixels):
+    return codes > 64 + pixels // 4
+
+
+def _last(ranks):
+    return ranks[-1] if len(ranks) else ranks.sum()
+
+
+def _read(*numbers):
+    """Numbers from the device: the host waits for them."""
+    return torch.stack([number.to(torch.int64) for number in numbers]).tolist()

@@ -1,0 +1,108 @@
+"""Numbering in plain PyTorch, which GPUs use: the numbers of the CPU's library, whatever hashes collide, with one synchronisation."""
+
+import pytest
+import torch
+from conftest import BACKENDS, tensors_on
+from test_layout import SHAPES, patches
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from spade_fast.kernels import cpu_backend, numbering
+
+DEVICE = "cuda" if "cuda" in BACKENDS.values() else "cpu"
+HAS_LIBRARY = pytest.mark.skipif(cpu_backend.library is None, reason=str(cpu_backend.failure))
+
+
+class NothingWaits(TorchDispatchMode):
+    """Inside, operators that let a GPU's host wait for it are errors; `_read` is the one that may."""
+
+    WAITS = {"_local_scalar_dense", "nonzero", "masked_select", "equal", "_unique2", "unique_dim", "unique_consecutive", "repeat_interleave.Tensor",
+             "bincount"}
+
+    def __torch_dispatch__(self, operator, types, arguments=(), settings=None):
+        name = operator._schema.name.removeprefix("aten::")
+        full_name = f"{name}.{operator._overloadname}"
+        assert not {name, full_name} & self.WAITS, f"{full_name} waits for the device"
+        if name in ("index", "index_put"):
+            assert all(index is None or index.dtype != torch.bool for index in arguments[1]), f"{full_name} with a mask waits for the device"
+        return operator(*arguments, **settings or {})
+
+
+@pytest.fixture
+def reads(monkeypatch):
+    """Grows by each time that the host waits; nothing else may."""
+    found, read = [], numbering._read
+
+    def counted(*numbers):
+        found.append(len(numbers))
+        with torch.utils._python_dispatch._disable_current_modes():
+            return read(*numbers)
+
+    monkeypatch.setattr(numbering, "_read", counted)
+    with NothingWaits(), tensors_on(DEVICE):
+        yield found
+
+
+def test_the_guard_sees_what_waits():
+    for waits in (lambda x: x.nonzero(), lambda x: x[x > 0], lambda x: int(x[0]), lambda x: x.unique(), lambda x: bool((x == 0).all())):
+        with pytest.raises(AssertionError, match="waits for the device"), NothingWaits():
+            waits(torch.arange(3))
+
+
+@HAS_LIBRARY
+@pytest.mark.parametrize("shape", [*SHAPES, (0, 4, 4), (2, 0, 4)])
+@pytest.mark.parametrize("kernel_size", [1, 3, 5])
+@pytest.mark.parametrize("classes", [1, 4, 300])
+def test_the_same_numbers_and_lists_as_the_librarys(shape, kernel_size, classes):
+    codes = patches(shape, classes).int() if 0 not in shape else torch.zeros(shape, dtype=torch.int32)
+    *ours, index, order = numbering.find_windows(codes.to(DEVICE), kernel_size, classes)
+    *theirs, library_index, library_order = cpu_backend.find_windows(codes, kernel_size, classes)
+    for one, other in zip([*ours[0], *ours[1], index, order], [*theirs[0], *theirs[1], library_index, library_order]):
+        assert one.dtype == torch.int32 and torch.equal(one.cpu(), other)
+
+
+@HAS_LIBRARY
+@pytest.mark.parametrize("shape", [(2, 3, 17), (1, 1, 1, 1), (2, 5, 9, 14), (1, 20, 4, 5, 6), (2, 0, 4, 4), (0, 3, 4, 4), (2, 3, 0, 4)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_the_same_codes_as_the_librarys(shape, dtype):
+    palette = torch.randn(6, shape[1]).to(dtype)
+    segmap = palette[patches((shape[0], *shape[2:]), 6) if 0 not in (shape[0], *shape[2:]) else torch.zeros(shape[0], *shape[2:]).long()]
+    segmap = segmap.movedim(-1, 1)
+    ours, theirs = numbering.find_codes(segmap.to(DEVICE)), cpu_backend.find_codes(segmap)
+    for one, other in zip(ours, theirs):
+        assert one.dtype == other.dtype and torch.equal(one.cpu(), other)
+
+
+def test_windows_with_one_synchronisation(reads):
+    codes = patches((2, 40, 33), 7).int().to(DEVICE)
+    numbering.find_windows(codes, 3, 7)
+    assert len(reads) == 1
+
+
+def test_codes_with_one_synchronisation_beside_the_look_for_dense_features(reads, monkeypatch):
+    monkeypatch.setattr(numbering, "_are_dense", lambda bits, hash_vectors: False)
+    segmap = torch.eye(7, device=DEVICE)[patches((2, 40, 33), 7).to(DEVICE)].movedim(-1, 1)
+    assert numbering.find_codes(segmap) is not None
+    assert len(reads) == 1
+
+
+def test_colliding_hashes_are_found_and_change_nothing(monkeypatch):
+    codes = patches((2, 30, 21), 7).int().to(DEVICE)
+    segmap = torch.eye(7, device=DEVICE)[codes.long()].movedim(-1, 1)
+    plain, attempts, multiplier = [numbering.find_windows(codes, 3, 7), numbering.find_codes(segmap)], [], numbering.multiplier
+
+    def collides(attempt, axis=0):
+        attempts.append(attempt)
+        return 0 if attempt < 2 else multiplier(attempt, axis)  # then a hash is the last tap's code
+
+    monkeypatch.setattr(numbering, "multiplier", collides)
+    collided = [numbering.find_windows(codes, 3, 7), numbering.find_codes(segmap)]
+    assert max(attempts) == 2
+    flat = [[*windows[0], *windows[1], *windows[2:], *vectors] for windows, vectors in (plain, collided)]
+    assert all(torch.equal(*pair) for pair in zip(*flat))
+
+
+def test_dense_features_are_none():
+    assert numbering.find_codes(torch.randn(2, 5, 40, 40, device=DEVICE)) is None
+    late = torch.zeros(1, 3, 64, 64, device=DEVICE)  # where the sample does not see it
+    late[:, :, 32:] = torch.randn(1, 3, 32, 64)
+    assert numbering.find_codes(late) is None
