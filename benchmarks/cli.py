@@ -15,6 +15,7 @@ from . import cuda_proofs, report
 from . import gpu as on_gpu
 from . import layouts as drawn
 from . import proofs as compiled
+from . import summary as committed
 from .cases import CASES, Settings
 from .measure import measure
 from .picture import save_picture
@@ -132,6 +133,12 @@ def gpu(
     out.mkdir(parents=True, exist_ok=True)
     if not on_gpu.run(out.absolute(), say=typer.echo):
         raise typer.Exit(1)
+
+
+@app.command()
+def summary():
+    """The README's table of what was measured and committed, in Markdown."""
+    typer.echo(committed.summary())
 
 
 @app.command()

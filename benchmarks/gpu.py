@@ -42,11 +42,14 @@ STAGES = [
           [sys.executable, "-c", "from spade_fast.cli import app; app(['info'])"], 20),
     Stage("tests of cuda", "the suite on the CUDA kernels",
           [*PYTEST, "-k", "cuda", "tests/test_modulate.py", "tests/test_layers.py", "tests/test_windows.py"], 90),
+    Stage("tests of layouts", "numbering on the GPU, and steps that are captured in CUDA graphs",
+          [*PYTEST, "tests/test_numbering.py", "tests/test_graphs.py", "tests/test_layout.py"], 45),
     Stage("tests of triton", "those of its own and some of the suite's on the Triton kernels: each configuration is compiled first",
           [*PYTEST, "-k", "triton and (tiles or bits or training_and_affine or layouts_that_differ or the_other_dtypes)",
            "tests/test_triton.py", "tests/test_modulate.py", "tests/test_windows.py"], 110),
     *(Stage(f"modulate {dtype}", "the operation alone, on the published shapes at batch 16",
-            [*ON_GPU, "modulate", "--batch", "16", "--dtype", dtype, "--seconds", "0.2", "--json", f"{{out}}/modulate-{dtype}.json"], seconds)
+            [*ON_GPU, "modulate", "--batch", "16", "--dtype", dtype, "--seconds", "0.2", "--json", f"{{out}}/modulate-{dtype}.json"],
+            seconds)
       for dtype, seconds in (("bfloat16", 110), ("float32", 60))),
     Stage("generator", "the published generator at 256²",
           [*ON_GPU, "generator", "--dtype", "bfloat16", "--seconds", "5", "--json", "{out}/generator-bfloat16.json"], 80),

@@ -189,7 +189,8 @@ class SemanticLayout:
         key = (tuple(size), kernel_size)
         if key not in self._windows:
             if torch.compiler.is_compiling():
-                raise ValueError(f"the layout has no windows of size {key[0]} yet: prepare([{key[0]}], {kernel_size}) before the compiled call")
+                raise ValueError(f"the layout has no windows of size {key[0]} yet: prepare([{key[0]}], {kernel_size}) before the compiled"
+                                 " call")
             if len(key[0]) != self.codes.dim() - 1:
                 raise ValueError(f"size is {key[0]}, it should have the layout's {self.codes.dim() - 1} dimensions")
             if kernel_size % 2 == 0 or not 1 <= kernel_size <= LARGEST_KERNEL:

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ import torch
 from PIL import Image
 from typer.testing import CliRunner
 
-from benchmarks import cases, cli, gpu, layouts, measure
+from benchmarks import cases, cli, gpu, layouts, measure, summary
 from benchmarks.cases import BACKWARD, FORWARD, Problem, Settings
 from spade_fast import reference
 
@@ -127,6 +128,23 @@ def test_the_picture_is_drawn(tmp_path):
     result = invoke("picture", tmp_path / "none.png", "--labels", folder, "--scene", 1)
     assert result.exit_code == 2 and "has 1 PNGs, it should have 2" in " ".join(result.output.replace("│", "").split())
     assert not (tmp_path / "none.png").exists()
+
+
+def test_the_readme_has_the_table_of_what_was_measured():
+    assert summary.summary() in (Path(__file__).parent.parent / "README.md").read_text()
+
+
+def test_the_table_of_what_was_measured(tmp_path):
+    assert summary.summary(tmp_path).count("not measured yet") == len(summary.WANTED)
+    (tmp_path / "gpu").mkdir()
+    row = {"case": "generator", "problem": "COCO", "mode": "forward", "overhead": None}
+    rows = [row | {"variant": "eager", "times": [0.004, 0.0021, 0.001], "ratio": [1, 1, 1]},
+            row | {"variant": "torch.compile", "times": [], "ratio": None},
+            row | {"variant": "spade_fast", "times": [0.0123], "ratio": [1.9, 2, 2.1], "overhead": 1.234}]
+    measured = {"environment": {"device": "NVIDIA H100", "dtype": "bfloat16"}, "rows": rows}
+    (tmp_path / "gpu" / "generator.json").write_text(json.dumps(measured))
+    (tmp_path / "gpu" / "gpu.json").write_text(json.dumps({"environment": {"device": "NVIDIA H100"}, "stages": []}))
+    assert "| NVIDIA H100 | generator COCO, bfloat16, forward | 2.10 | – | 12.3 | 2.00 | 1.23 |" in summary.summary(tmp_path).splitlines()
 
 
 def test_what_the_gpu_command_would_do():

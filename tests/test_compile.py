@@ -23,7 +23,7 @@ def fresh_compiler():
 def test_forward_and_backward_with_changing_batch(norm, activation, layout, rows):
     counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(spade_fast.spade_modulate, fullgraph=True, backend=counter)
-    for batch in (2, 3, 5, 4):
+    for batch in (2, 3, 5):
         arguments, dy = sample((batch, 4, 5, 6), norm, activation, layout=layout, affine=norm is not None, rows=rows)
         found, expected = (results(modulate, arguments, dy) for modulate in (compiled, spade_fast.spade_modulate))
         for name in expected:

@@ -150,7 +150,7 @@ def test_momentum_eps_and_slope_are_used():
 @pytest.mark.parametrize("norm", NORMS)
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("training", [False, True])
-def test_gradients_and_second_derivatives_in_float64(norm, activation, training, rows):
+def test_gradients_and_second_derivatives_in_float64(norm, activation, training, rows, backend_and_instruction_set):
     arguments, _ = sample((2, 4, 2, 3), norm, activation, dtype=torch.float64, training=training, affine=norm is not None, rows=rows)
     names = [name for name in ("x", "gamma", "beta", "weight", "bias") if name in arguments]
 
@@ -160,7 +160,8 @@ def test_gradients_and_second_derivatives_in_float64(norm, activation, training,
 
     tensors = [arguments[name].requires_grad_() for name in names]
     assert torch.autograd.gradcheck(modulate, tensors)
-    assert torch.autograd.gradgradcheck(modulate, tensors)
+    if backend_and_instruction_set == "cpu":  # they go through plain PyTorch whatever the backend
+        assert torch.autograd.gradgradcheck(modulate, tensors)
 
 
 def test_second_derivative_where_gamma_comes_from_x():

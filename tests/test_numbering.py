@@ -15,15 +15,15 @@ HAS_LIBRARY = pytest.mark.skipif(cpu_backend.library is None, reason=str(cpu_bac
 class NothingWaits(TorchDispatchMode):
     """Inside, operators that let a GPU's host wait for it are errors; `_read` is the one that may."""
 
-    WAITS = {"_local_scalar_dense", "nonzero", "masked_select", "equal", "_unique2", "unique_dim", "unique_consecutive", "repeat_interleave.Tensor",
-             "bincount"}
+    WAITS = {"_local_scalar_dense", "nonzero", "masked_select", "equal", "_unique2", "unique_dim", "unique_consecutive",
+             "repeat_interleave.Tensor", "bincount"}
 
     def __torch_dispatch__(self, operator, types, arguments=(), settings=None):
         name = operator._schema.name.removeprefix("aten::")
         full_name = f"{name}.{operator._overloadname}"
         assert not {name, full_name} & self.WAITS, f"{full_name} waits for the device"
-        if name in ("index", "index_put"):
-            assert all(index is None or index.dtype != torch.bool for index in arguments[1]), f"{full_name} with a mask waits for the device"
+        indices = arguments[1] if name in ("index", "index_put") else ()
+        assert all(index is None or index.dtype != torch.bool for index in indices), f"{full_name} with a mask waits for the device"
         return operator(*arguments, **settings or {})
 
 
@@ -99,6 +99,15 @@ def test_colliding_hashes_are_found_and_change_nothing(monkeypatch):
     assert max(attempts) == 2
     flat = [[*windows[0], *windows[1], *windows[2:], *vectors] for windows, vectors in (plain, collided)]
     assert all(torch.equal(*pair) for pair in zip(*flat))
+
+
+@HAS_LIBRARY
+@pytest.mark.parametrize("hash_mask", [0, 1, 255])
+def test_colliding_hashes_change_nothing_in_the_library(hash_mask):
+    codes = patches((2, 20, 20), 5).int()
+    plain = cpu_backend.number_windows(codes, 3)
+    collided = [torch.from_numpy(array) for array in cpu_backend.library.number_windows(codes.numpy(), 3, hash_mask)]
+    assert torch.equal(plain[0], collided[0]) and torch.equal(plain[1], collided[1])
 
 
 def test_dense_features_are_none():

@@ -81,12 +81,12 @@ def test_an_empty_batch():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_the_other_dtypes(dtype, layout_of_x):
     torch.manual_seed(0)
-    layout = SemanticLayout.from_labels(patches((2, 32, 32), 5), 5)
+    layout = SemanticLayout.from_labels(patches((2, 12, 12), 5), 5)
     spade, eager = SPADE(24, 5, 16).to(dtype), reference.SPADE(24, 5, 16).to(dtype)
     eager.load_state_dict(spade.state_dict())
     truth = reference.SPADE(24, 5, 16).double()
     truth.load_state_dict(spade.state_dict())
-    x, dy = layout_of_x(torch.randn(2, 24, 32, 32).to(dtype)), torch.randn(2, 24, 32, 32).to(dtype)
+    x, dy = layout_of_x(torch.randn(2, 24, 12, 12).to(dtype)), torch.randn(2, 24, 12, 12).to(dtype)
     found = []
     for module, condition in ((spade, layout), (eager, layout.to_segmap(dtype)), (truth, layout.to_segmap(torch.float64))):
         own_x = x.to(module.mlp_gamma.weight.dtype).requires_grad_()
@@ -159,6 +159,7 @@ def one_hot(shape=(1, 64, 64), classes=5):
     return SemanticLayout.from_labels(patches(shape, classes), classes).to_segmap()
 
 
+@pytest.mark.large
 def test_a_dense_condition_is_looked_at_once_and_again_when_it_has_changed(monkeypatch):
     used, looked = windows_used(monkeypatch), []
     from_segmap = SemanticLayout.from_segmap
@@ -180,6 +181,7 @@ def test_a_dense_condition_is_looked_at_once_and_again_when_it_has_changed(monke
     assert (len(used), len(looked)) == (4, 3)
 
 
+@pytest.mark.large
 def test_inference_tensors_have_no_version_and_are_right_all_the_same(monkeypatch):
     used = windows_used(monkeypatch)
     spade, x = SPADE(32, 5), torch.randn(1, 32, 64, 64)
@@ -193,6 +195,7 @@ def test_inference_tensors_have_no_version_and_are_right_all_the_same(monkeypatc
     assert torch.equal(first, again) and not torch.allclose(first, changed, atol=1e-2) and len(used) == 3
 
 
+@pytest.mark.large
 @pytest.mark.parametrize("as_layout", [False, True])
 def test_what_was_found_in_inference_is_used_in_training(monkeypatch, as_layout):
     used = windows_used(monkeypatch)
@@ -204,6 +207,7 @@ def test_what_was_found_in_inference_is_used_in_training(monkeypatch, as_layout)
     assert len(used) == 2 and spade.mlp_shared[0].weight.grad is not None
 
 
+@pytest.mark.large
 def test_a_condition_that_needs_a_gradient_gets_it(monkeypatch):
     used = windows_used(monkeypatch)
     segmap = one_hot().requires_grad_()
@@ -211,11 +215,13 @@ def test_a_condition_that_needs_a_gradient_gets_it(monkeypatch):
     assert segmap.grad is not None and not used
 
 
+@pytest.mark.large
 @pytest.mark.parametrize("change", [
     lambda spade: torch.nn.utils.spectral_norm(spade.mlp_gamma),
     lambda spade: torch.nn.utils.parametrizations.weight_norm(spade.mlp_shared[0]),
     lambda spade: spade.mlp_beta.register_forward_hook(lambda module, inputs, y: 2 * y),
-    lambda spade: setattr(spade.mlp_gamma, "padding_mode", "circular") or setattr(spade.mlp_gamma, "_reversed_padding_repeated_twice", [1] * 4),
+    lambda spade: (setattr(spade.mlp_gamma, "padding_mode", "circular"),
+                   setattr(spade.mlp_gamma, "_reversed_padding_repeated_twice", [1] * 4)),
     lambda spade: setattr(spade.mlp_shared[0], "dilation", (2, 2)) or setattr(spade.mlp_shared[0], "padding", (2, 2)),
     lambda spade: spade.mlp_shared.append(torch.nn.Tanh()),
 ])

@@ -67,8 +67,9 @@ class Call {
     STD_TORCH_CHECK(beta || operands.activation != Activation::silu, "spade_fast: beta is None, silu's derivative needs it");
   }
 
-  void backward(const Tensor& dy, const Tensor& signs) {
+  void backward(const Tensor& dy, const Tensor& signs, const Tensor& planes) {
     operands.dy = read(dy, "dy");
+    operands.planes = numbers(planes);
     if (signs.numel() > 0) operands.signs = const_cast<uint8_t*>(kept(torch::stable::contiguous(signs)).const_data_ptr<uint8_t>());
     STD_TORCH_CHECK(signs.numel() > 0 || dy.numel() == 0 || !keeps_signs(operands.activation), "spade_fast: signs are missing");
   }
@@ -172,7 +173,6 @@ std::tuple<Tensor, Tensor> apply_to(const Tensor& x, const Tensor& planes, const
   return {call.finished(y), signs};
 }
 
-// dγ and dβ, and the sums [2, N, C], or instance norm's terms where sums are not wanted.
 std::tuple<Tensor, Tensor> sum_dense(Call& call, ScalarType dtype, float* sums, float* terms) {
   const Tensor dgamma = call.output(dtype), dbeta = call.output(dtype, call.operands.activation != Activation::none);
   const Rows dgamma_rows = call.written(dgamma), dbeta_rows = call.written(dbeta);
@@ -212,18 +212,24 @@ std::tuple<Tensor, Tensor> sum_table(Call& call, const Tensor& gamma, const Tens
   return {dgamma, dbeta};
 }
 
+// dγ and dβ, and the sums [2, N, C], or instance norm's terms where sums are not wanted.
+std::tuple<Tensor, Tensor> sum_gradients(Call& call, const Tensor& gamma, const std::optional<Tensor>& index,
+                                         const std::optional<Tensor>& order, float* sums, float* terms) {
+  if (!index) return sum_dense(call, gamma.scalar_type(), sums, terms);
+  STD_TORCH_CHECK(order, "spade_fast: order is None, with an index it should be the sorted pixels, [N, pixels]");
+  return sum_table(call, gamma, *order, sums, terms);
+}
+
 std::tuple<Tensor, Tensor, Tensor> backward_sums_of(const Tensor& dy, const Tensor& x, const Tensor& planes, const Tensor& gamma,
                                                     std::optional<Tensor> beta, std::optional<Tensor> index,
                                                     std::optional<Tensor> order, const Tensor& signs,
                                                     std::optional<std::string> activation, double negative_slope) {
   Call call(x);
   call.modulate(gamma, beta, index, activation, negative_slope);
-  call.backward(dy, signs);
-  call.operands.planes = call.numbers(planes);
-  STD_TORCH_CHECK(!index || order, "spade_fast: order is None, with an index it should be the sorted pixels, [N, pixels]");
+  call.backward(dy, signs, planes);
   const Tensor sums = call.per_plane(2);
   float* data = sums.mutable_data_ptr<float>();
-  const auto [dgamma, dbeta] = index ? sum_table(call, gamma, *order, data, nullptr) : sum_dense(call, gamma.scalar_type(), data, nullptr);
+  const auto [dgamma, dbeta] = sum_gradients(call, gamma, index, order, data, nullptr);
   return {dgamma, dbeta, sums};
 }
 
@@ -232,8 +238,7 @@ Tensor backward_input_of(const Tensor& dy, const Tensor& x, const Tensor& planes
                          std::optional<std::string> activation, double negative_slope) {
   Call call(x);
   call.modulate(gamma, beta, index, activation, negative_slope);
-  call.backward(dy, signs);
-  call.operands.planes = call.numbers(planes);
+  call.backward(dy, signs, planes);
   const float* term_data = terms ? call.numbers(*terms) : nullptr;
   const Tensor dx = call.output(x.scalar_type());
   const Rows rows = call.written(dx);
@@ -266,9 +271,7 @@ std::tuple<Tensor, Tensor, Tensor> instance_backward_of(const Tensor& dy, const 
                                                         std::optional<std::string> activation, double negative_slope) {
   Call call(x);
   call.modulate(gamma, beta, index, activation, negative_slope);
-  call.backward(dy, signs);
-  call.operands.planes = call.numbers(planes);
-  STD_TORCH_CHECK(!index || order, "spade_fast: order is None, with an index it should be the sorted pixels, [N, pixels]");
+  call.backward(dy, signs, planes);
   const Tensor dx = call.output(x.scalar_type());
   const Rows rows = call.written(dx);
   const std::optional<Division> d = index ? std::nullopt : call.one_pass(2);
@@ -281,7 +284,7 @@ std::tuple<Tensor, Tensor, Tensor> instance_backward_of(const Tensor& dy, const 
   }
   const Tensor terms = call.per_plane(2);
   float* data = terms.mutable_data_ptr<float>();
-  const auto [dgamma, dbeta] = index ? sum_table(call, gamma, *order, nullptr, data) : sum_dense(call, gamma.scalar_type(), nullptr, data);
+  const auto [dgamma, dbeta] = sum_gradients(call, gamma, index, order, nullptr, data);
   backward_input(call.settings(), call.operands, call.tiles(), data, rows);
   return {dgamma, dbeta, call.finished(dx)};
 }

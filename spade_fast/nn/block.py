@@ -52,7 +52,7 @@ class SPADEResnetBlock(nn.Module):
         self.se = SqueezeExcitation(fout) if use_se else nn.Identity()
 
     def forward(self, x, segmap):
-        """x [N, fin, *spatial] and segmap [N, label_nc, *any] or a SemanticLayout to [N, fout, *spatial]. Errors: those of SPADE.forward."""
+        """x [N, fin, *spatial] and segmap [N, label_nc, *any], or a SemanticLayout, to [N, fout, *spatial]. Errors: SPADE.forward's."""
         self.norm_0.check(x, segmap)
         layout = find_layout(segmap)
         x, segmap = (x, resize(segmap, x.shape[2:])) if layout is None else (beside_windows(x), layout)

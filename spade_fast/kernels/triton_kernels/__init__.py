@@ -7,5 +7,5 @@ from .instance import instance_backward, instance_forward
 from .plane_moments import plane_moments
 from .vectors import find_codes, hash_vectors, vectors_differ
 
-__all__ = ["apply", "backward_input", "backward_sums", "find_codes", "hash_vectors", "instance_backward", "instance_forward", "plane_moments",
-           "vectors_differ"]
+__all__ = ["apply", "backward_input", "backward_sums", "find_codes", "hash_vectors", "instance_backward", "instance_forward",
+           "plane_moments", "vectors_differ"]
