@@ -4,6 +4,7 @@
 `backends()` says which kernels run here and why not the others. `spade_fast.reference` is the plain PyTorch of it all.
 """
 
+from .convert import convert, revert
 from .kernels import BackendStatus, backends, use_backend
 from .layout import SemanticLayout
 from .nn import SPADE, SPADEResBlk, SPADEResnetBlock, frozen, window_mode
@@ -17,8 +18,10 @@ __all__ = [
     "SemanticLayout",
     "BackendStatus",
     "backends",
+    "convert",
     "frozen",
     "plane_moments",
+    "revert",
     "spade_modulate",
     "use_backend",
     "window_mode",

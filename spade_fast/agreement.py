@@ -32,14 +32,16 @@ def excess(ours, eager, truth, scale=None, eps=None):
         return float("inf")
     eps = torch.finfo(ours.dtype).eps if eps is None else eps
     ours, truth, *eagers = (tensor.double() for tensor in (ours, truth, *eagers))
-    special = ~truth.isfinite() & ~eagers[0].isfinite()  # where only one is, the dtype overflows
-    if not torch.equal(_kind(ours[special]), _kind(eagers[0][special])):
-        return float("inf")
     finite = truth.isfinite() & eagers[0].isfinite()
-    error, *yardsticks = (_distance(tensor[finite], truth[finite]) for tensor in (ours, *eagers))
+    if not finite.all():
+        special = ~truth.isfinite() & ~eagers[0].isfinite()  # where only one is, the dtype overflows
+        if not torch.equal(_kind(ours[special]), _kind(eagers[0][special])):
+            return float("inf")
+        ours, truth, *eagers = (tensor[finite] for tensor in (ours, truth, *eagers))
+    error, *yardsticks = (_distance(tensor, truth) for tensor in (ours, *eagers))
     if error == 0:
         return 0.0
-    scale = _distance(truth[finite], torch.zeros((), device=truth.device)) if scale is None else scale
+    scale = _distance(truth, torch.zeros((), device=truth.device)) if scale is None else scale
     if eps == torch.finfo(torch.float64).eps:
         allowed = 1e-12 * scale
     else:

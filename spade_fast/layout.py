@@ -53,6 +53,20 @@ class Windows(NamedTuple):
         """K2, the rows of γ and β."""
         return len(self.table.offsets) - 1
 
+    @property
+    def index_of_images(self):
+        """index, where each image has rows of its own for its windows: image n has those from n · K2 on."""
+        images = torch.arange(len(self.index), dtype=torch.int32, device=self.index.device)
+        return self.index + images.view(-1, *[1] * (self.index.dim() - 1)) * self.count
+
+    @property
+    def shares(self):
+        """How much of each image each window takes, [N, K2], float64: one over the pixels, for each that has it."""
+        pixels = self.index.flatten(1).long()
+        shares = torch.zeros(len(pixels), self.count, dtype=torch.float64, device=pixels.device)
+        return shares.scatter_add_(1, pixels, torch.ones((), dtype=torch.float64, device=pixels.device).expand_as(pixels)).div_(
+            max(1, pixels.shape[1]))
+
 
 class SemanticLayout:
     """A batch of semantic layouts: codes [N, *spatial], int32, and a palette [P, label_nc] of the vectors that they stand for.

@@ -9,13 +9,14 @@ from test_layout import patches
 
 import spade_fast
 from spade_fast import SPADE, SemanticLayout, SPADEResnetBlock
+from spade_fast.nn import spade
 
 
 @pytest.fixture
 def computed(monkeypatch):
     """A list that grows by every table that is computed."""
-    tables, compute = [], SPADE._table
-    monkeypatch.setattr(SPADE, "_table", lambda *arguments: tables.append(True) or compute(*arguments))
+    tables, compute = [], spade.compute_table
+    monkeypatch.setattr(spade, "compute_table", lambda *arguments: tables.append(True) or compute(*arguments))
     return tables
 
 

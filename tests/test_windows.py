@@ -223,7 +223,7 @@ def test_a_condition_that_needs_a_gradient_gets_it(monkeypatch):
     lambda spade: (setattr(spade.mlp_gamma, "padding_mode", "circular"),
                    setattr(spade.mlp_gamma, "_reversed_padding_repeated_twice", [1] * 4)),
     lambda spade: setattr(spade.mlp_shared[0], "dilation", (2, 2)) or setattr(spade.mlp_shared[0], "padding", (2, 2)),
-    lambda spade: spade.mlp_shared.append(torch.nn.Tanh()),
+    lambda spade: spade.mlp_shared.append(torch.nn.Softmax2d()),
 ])
 def test_convolutions_that_are_no_longer_the_layers_own(monkeypatch, change):
     used = windows_used(monkeypatch)

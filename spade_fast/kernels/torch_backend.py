@@ -169,6 +169,8 @@ def through_activation(dy, x, normalised, gamma, beta, signs, activation, negati
 
 def _channels_at_a_time(rows, weight):
     """How many of a convolution's output channels have no more than PRODUCTS products with so many rows; a few at least."""
+    if torch.compiler.is_compiling():
+        return 64  # a graph may not depend on the number of rows
     return max(16, PRODUCTS // max(1, rows * weight.shape[2:].numel()))
 
 

@@ -9,7 +9,36 @@ from .spectral import convolve
 from .windows import beside_windows, find_layout
 
 
-class SPADEResnetBlock(nn.Module):
+ACTIVATIONS = {nn.LeakyReLU: "leaky_relu", nn.ReLU: "relu", nn.SiLU: "silu"}
+
+
+class ResidualBlock:
+    """What a module does as the residual block, whatever its class: it has norm_0, norm_1, conv_0, conv_1, and norm_s and conv_s or neither.
+
+    Its activation is leaky ReLU of slope 0.2, or the one that it has as a module.
+    """
+
+    def forward(self, x, segmap):
+        """x [N, fin, *spatial] and segmap [N, label_nc, *any], or a SemanticLayout, to [N, fout, *spatial]. Errors: SPADE.forward's."""
+        self.norm_0.check(x, segmap)
+        layout = find_layout(segmap)
+        x, segmap = (x, resize(segmap, x.shape[2:])) if layout is None else (beside_windows(x), layout)
+        has_shortcut, settings = "norm_s" in self._modules, self.activation_settings()
+        moments = plane_moments(x) if has_shortcut and self.norm_0.measures and self.norm_s.measures else None
+        shortcut = convolve(self.conv_s, self.norm_s(x, segmap, moments=moments)) if has_shortcut else x
+        dx = convolve(self.conv_0, self.norm_0(x, segmap, moments=moments, **settings))
+        dx = convolve(self.conv_1, self.norm_1(dx, segmap, **settings))
+        return shortcut + (self.se(dx) if "se" in self._modules else dx)
+
+    def activation_settings(self):
+        """The activation as arguments of a SPADE."""
+        for module in self.children():
+            if type(module) in ACTIVATIONS:
+                return {"activation": ACTIVATIONS[type(module)], "negative_slope": getattr(module, "negative_slope", 0.2)}
+        return {"activation": "leaky_relu", "negative_slope": 0.2}
+
+
+class SPADEResnetBlock(ResidualBlock, nn.Module):
     """x + conv_1(a(norm_1(conv_0(a(norm_0(x)))))), a = leaky ReLU of slope 0.2; where fin ≠ fout conv_s(norm_s(x)) replaces x.
 
     The wiring and the state_dict keys are those of the published code (Park et al. 2019, figure 4); the signature is that of
@@ -50,17 +79,6 @@ class SPADEResnetBlock(nn.Module):
         if self.learned_shortcut:
             self.norm_s = norm(fin)
         self.se = SqueezeExcitation(fout) if use_se else nn.Identity()
-
-    def forward(self, x, segmap):
-        """x [N, fin, *spatial] and segmap [N, label_nc, *any], or a SemanticLayout, to [N, fout, *spatial]. Errors: SPADE.forward's."""
-        self.norm_0.check(x, segmap)
-        layout = find_layout(segmap)
-        x, segmap = (x, resize(segmap, x.shape[2:])) if layout is None else (beside_windows(x), layout)
-        moments = plane_moments(x) if self.learned_shortcut and self.norm_0.measures and self.norm_s.measures else None
-        shortcut = convolve(self.conv_s, self.norm_s(x, segmap, moments=moments)) if self.learned_shortcut else x
-        dx = convolve(self.conv_0, self.norm_0(x, segmap, activation="leaky_relu", moments=moments))
-        dx = convolve(self.conv_1, self.norm_1(dx, segmap, activation="leaky_relu"))
-        return shortcut + self.se(dx)
 
 
 class SPADEResBlk(SPADEResnetBlock):

@@ -27,9 +27,9 @@ def frozen(model, max_bytes=1 << 30):
         ValueError: the model has no SPADE.
         RuntimeError: at the end, if a weight is not what it was at the beginning: results may have been those of the old weights.
     """
-    from .spade import SPADE
+    from .spade import SpatiallyAdaptive
 
-    layers = {name: module for name, module in model.named_modules() if isinstance(module, SPADE)}
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, SpatiallyAdaptive)}
     if not layers:
         raise ValueError(f"model is a {type(model).__name__} without any SPADE, it should have one")
     tables, around = Tables(max_bytes), {layer: _kept.get(layer) for layer in layers.values()}
@@ -96,7 +96,7 @@ def fingerprints(layers):
     """Of each weight that decides γ and β, by name: where it is, how often it was written to, and the sum of its bits."""
     found = {}
     for name, layer in layers.items():
-        for part in ("mlp_shared", "mlp_gamma", "mlp_beta"):
+        for part in (layer.form.shared, layer.form.gamma, layer.form.beta):
             for weight_name, weight in getattr(layer, part).named_parameters():
                 bits = weight.view({8: torch.int64, 4: torch.int32, 2: torch.int16}[weight.element_size()])
                 state = (weight.data_ptr(), None if weight.is_inference() else weight._version, weight.shape, weight.dtype)

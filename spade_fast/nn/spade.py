@@ -1,5 +1,7 @@
 """The SPADE layer: a condition becomes γ and β by convolutions, and they modulate the normalised x."""
 
+from typing import NamedTuple
+
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -20,9 +22,163 @@ KINDS = {
     nn.SyncBatchNorm: "syncbatch",
     nn.GroupNorm: "group",
 }
+POINTWISE = (nn.ReLU, nn.LeakyReLU, nn.SiLU, nn.GELU, nn.ELU, nn.Tanh, nn.Sigmoid, nn.Identity)
 
 
-class SPADE(nn.Module):
+class Form(NamedTuple):
+    """The names of the sub-modules that a layer has for SPADE's parts, and its sizes."""
+
+    norm: str
+    shared: str
+    gamma: str
+    beta: str
+    norm_nc: int
+    label_nc: int
+    spatial_dims: int
+
+
+class Convolutions(NamedTuple):
+    """What decides the γ and β of a window: three convolutions, what follows the first, and norms of γ's and β's own."""
+
+    shared: nn.Module
+    activations: list
+    gamma: nn.Module
+    beta: nn.Module
+    gamma_norm: nn.Module | None
+    beta_norm: nn.Module | None
+
+    @property
+    def normalise(self):
+        """Whether γ or β is normalised over each image: then images with one window have two rows for it."""
+        return self.gamma_norm is not None or self.beta_norm is not None
+
+
+class SpatiallyAdaptive:
+    """What a module does as a SPADE, whatever its class: `form` names its parts.
+
+        h = shared(segmap);  y = norm(x) · (1 + gamma(h)) + beta(h)
+    """
+
+    form: Form
+
+    def forward(self, x, segmap, *, activation=None, negative_slope=0.2, moments=None):
+        """y of x's shape; of its memory layout too, but channels-last where the condition has a layout.
+
+        Args:
+            x: [N, norm_nc, *spatial].
+            segmap: [N, label_nc, *any], the condition, or a SemanticLayout of it; resized to x by nearest neighbour.
+            activation: None, "relu", "leaky_relu" or "silu", applied to y in the same pass.
+            negative_slope: of leaky ReLU.
+            moments: `plane_moments(x)`, where several layers normalise one x.
+
+        Raises:
+            ValueError, TypeError: an argument is not as said above; the message names it.
+        """
+        self.check(x, segmap)
+        layout = find_layout(segmap)
+        x = x if layout is None else beside_windows(x)
+        convolutions = None if layout is None else self.convolutions()
+        if convolutions is not None and pays(layout, x.shape[2:], self, convolutions):
+            gamma, beta, lookup = self._from_windows(layout, x, convolutions)
+        else:
+            gamma, beta, lookup = *self._from_pixels(segmap, x), {}
+        norm = self.part("norm")
+        if not is_known(norm):
+            x, moments = norm(x), None
+        norm = self._norm_arguments()
+        return spade_modulate(x, gamma, beta, **lookup, **norm, activation=activation, negative_slope=negative_slope, moments=moments)
+
+    def part(self, name):
+        """The module of this name in `form`."""
+        return self.get_submodule(getattr(self.form, name))
+
+    def convolutions(self):
+        """What decides γ and β, or None where that is more than a window's codes and the weights of plain convolutions."""
+        shared, *activations = leaves(self.part("shared"))
+        (gamma, *gamma_norms), (beta, *beta_norms) = leaves(self.part("gamma")), leaves(self.part("beta"))
+        size = gamma.kernel_size[0] if isinstance(gamma, tuple(CONVOLUTIONS.values())) else 0
+        if not (1 <= size <= LARGEST_KERNEL and all(sees_windows(module, size) for module in (shared, gamma, beta))):
+            return None
+        if not all(is_plain(module, POINTWISE) for module in activations) or len(gamma_norms) > 1 or len(beta_norms) > 1:
+            return None
+        own_norms = [*gamma_norms, *beta_norms]
+        if not all(is_plain(module, INSTANCE_NORMS.values()) and not module.track_running_stats for module in own_norms):
+            return None
+        return Convolutions(shared, activations, gamma, beta, *(norms[0] if norms else None for norms in (gamma_norms, beta_norms)))
+
+    def _from_pixels(self, segmap, x):
+        """γ and β of every pixel, of x's shape."""
+        if isinstance(segmap, SemanticLayout):
+            segmap = segmap.resize(x.shape[2:]).to_segmap(next(self.part("shared").parameters()).dtype)
+        hidden = self.part("shared")(resize(segmap, x.shape[2:]))
+        convolve = convolve_jointly if hidden.is_cuda else convolve_apart  # on a CPU nothing is gained, and copying costs
+        return convolve((self.part("gamma"), self.part("beta")), hidden)
+
+    def _from_windows(self, layout, x, convolutions):
+        """γ and β of every distinct window, [K, C], and how a pixel finds its own."""
+        windows = layout.windows(x.shape[2:], convolutions.gamma.kernel_size[0])
+        dtype, kept = dtype_of_convolution(x, convolutions.gamma.weight), kept_tables(self)
+        if kept is None:
+            gamma, beta = compute_table(layout, windows, convolutions, dtype)
+        else:
+            gamma, beta = kept.get(layout, (self, x.shape[2:], dtype), lambda: compute_table(layout, windows, convolutions, dtype))
+        index = windows.index_of_images if convolutions.normalise else windows.index
+        return gamma, beta, {"index": index, "order": windows.order}
+
+    @property
+    def measures(self):
+        """Whether x is normalised with its own moments, by a norm that `moments` may be given for."""
+        norm = self.part("norm")
+        return is_known(norm) and (norm.training or getattr(norm, "running_mean", None) is None)
+
+    def _norm_arguments(self):
+        """What `spade_modulate` is to be told of the norm, which is read anew each time: it may have been exchanged."""
+        norm = self.part("norm")
+        if not is_known(norm):
+            return {"norm": None}
+        kind = KINDS[type(norm)]
+        arguments = {"norm": kind, "eps": norm.eps, "weight": norm.weight, "bias": norm.bias}
+        if kind == "group":
+            arguments["num_groups"] = norm.num_groups
+        if kind in ("batch", "syncbatch"):
+            arguments |= {"training": self.measures, "running_mean": norm.running_mean, "running_var": norm.running_var}
+            arguments["momentum"] = norm.momentum
+            if norm.training and norm.num_batches_tracked is not None:
+                norm.num_batches_tracked.add_(1)
+                if norm.momentum is None:  # a cumulative average
+                    arguments["momentum"] = 1.0 / float(norm.num_batches_tracked)
+        if kind == "syncbatch":
+            arguments["process_group"] = norm.process_group
+        return arguments
+
+    def check(self, x, segmap):
+        """Raises what is wrong with x or segmap, by name."""
+        weight = next(self.part("shared").parameters())
+        is_layout = isinstance(segmap, SemanticLayout)
+        tensors = {"x": (x, self.form.norm_nc)} | ({} if is_layout else {"segmap": (segmap, self.form.label_nc)})
+        for name, (tensor, channels) in tensors.items():
+            if not isinstance(tensor, torch.Tensor):
+                raise TypeError(f"{name} is a {type(tensor).__name__}, it should be a torch.Tensor")
+            if not tensor.is_floating_point():
+                raise TypeError(f"{name} has dtype {tensor.dtype}, it should be a floating-point tensor")
+            if tensor.dim() != self.form.spatial_dims + 2 or tensor.shape[1] != channels:
+                spatial = ", ".join("DHW"[-self.form.spatial_dims :])
+                raise ValueError(f"{name} has shape {list(tensor.shape)}, it should be [N, {channels}, {spatial}]")
+        if is_layout and segmap.codes.dim() - 1 != self.form.spatial_dims:
+            raise ValueError(f"segmap has {segmap.codes.dim() - 1} dimensions, it should have {self.form.spatial_dims}")
+        if is_layout and segmap.label_nc != self.form.label_nc:
+            raise ValueError(f"segmap has {segmap.label_nc} channels, it should have {self.form.label_nc}")
+        for name, tensor in {"segmap": segmap, "the layer's weight": weight}.items():
+            if tensor.device != x.device:
+                raise ValueError(f"{name} is on {tensor.device}, it should be on x's device, {x.device}")
+        if not is_layout and segmap.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
+            raise TypeError(f"segmap has dtype {segmap.dtype}, it should be the weights', {weight.dtype}")
+        batch = len(segmap) if is_layout else segmap.shape[0]
+        if batch != x.shape[0]:
+            raise ValueError(f"segmap has a batch of {batch}, it should be x's, {x.shape[0]}")
+
+
+class SPADE(SpatiallyAdaptive, nn.Module):
     """Spatially-adaptive normalisation (Park et al. 2019, equation 1), with the state_dict keys of the published code.
 
         h = relu(mlp_shared(segmap));  y = norm(x) · (1 + mlp_gamma(h)) + mlp_beta(h)
@@ -62,6 +218,7 @@ class SPADE(nn.Module):
         convolution = CONVOLUTIONS[spatial_dims]
         padding = kernel_size // 2
         self.norm_nc, self.label_nc, self.spatial_dims = norm_nc, label_nc, spatial_dims
+        self.form = Form("param_free_norm", "mlp_shared", "mlp_gamma", "mlp_beta", norm_nc, label_nc, spatial_dims)
         self.param_free_norm = norm
         self.mlp_shared = nn.Sequential(convolution(label_nc, nhidden, kernel_size, padding=padding), nn.ReLU())
         self.mlp_gamma = convolution(nhidden, norm_nc, kernel_size, padding=padding)
@@ -75,120 +232,48 @@ class SPADE(nn.Module):
             raise ValueError(f"config_text is {config_text!r}: 'spectral' is for a block's convolutions, SPADE has none with it")
         return cls(norm_nc, label_nc, nhidden, config.kernel_size, config.norm, **settings)
 
-    def forward(self, x, segmap, *, activation=None, negative_slope=0.2, moments=None):
-        """y of x's shape; of its memory layout too, but channels-last where the condition has a layout.
-
-        Args:
-            x: [N, norm_nc, *spatial].
-            segmap: [N, label_nc, *any], the condition, or a SemanticLayout of it; resized to x by nearest neighbour.
-            activation: None, "relu", "leaky_relu" or "silu", applied to y in the same pass.
-            negative_slope: of leaky ReLU.
-            moments: `plane_moments(x)`, where several layers normalise one x.
-
-        Raises:
-            ValueError, TypeError: an argument is not as said above; the message names it.
-        """
-        self.check(x, segmap)
-        layout = find_layout(segmap)
-        x = x if layout is None else beside_windows(x)
-        if layout is not None and self._sees_windows() and pays(layout, x.shape[2:], self):
-            gamma, beta, lookup = self._from_windows(layout, x)
-        else:
-            gamma, beta, lookup = *self._from_pixels(segmap, x), {}
-        if not is_known(self.param_free_norm):
-            x, moments = self.param_free_norm(x), None
-        norm = self._norm_arguments()
-        return spade_modulate(x, gamma, beta, **lookup, **norm, activation=activation, negative_slope=negative_slope, moments=moments)
-
-    def _sees_windows(self):
-        """Whether the convolutions are still those of __init__: nothing else than their weights decides γ and β."""
-        size = self.mlp_gamma.kernel_size[0] if len(self.mlp_shared) == 2 else 0
-        settings = {"kernel_size": size, "padding": size // 2, "stride": 1, "dilation": 1}
-        convolutions = (self.mlp_shared[0], self.mlp_gamma, self.mlp_beta)
-        return 1 <= size <= LARGEST_KERNEL and all(
-            is_plain(module, CONVOLUTIONS.values()) and module.groups == 1 and module.padding_mode == "zeros"
-            and all(set(getattr(module, name)) == {setting} for name, setting in settings.items())
-            for module in convolutions
-        )
-
-    def _from_pixels(self, segmap, x):
-        """γ and β of every pixel, of x's shape."""
-        if isinstance(segmap, SemanticLayout):
-            segmap = segmap.resize(x.shape[2:]).to_segmap(self.mlp_shared[0].weight.dtype)
-        hidden = self.mlp_shared(resize(segmap, x.shape[2:]))
-        convolve = convolve_jointly if hidden.is_cuda else convolve_apart  # on a CPU nothing is gained, and copying costs
-        return convolve((self.mlp_gamma, self.mlp_beta), hidden)
-
-    def _from_windows(self, layout, x):
-        """γ and β of every distinct window, [K, C], and how a pixel finds its own."""
-        windows = layout.windows(x.shape[2:], self.mlp_gamma.kernel_size[0])
-        dtype, kept = dtype_of_convolution(x, self.mlp_gamma.weight), kept_tables(self)
-        if kept is None:
-            gamma, beta = self._table(layout, windows, dtype)
-        else:
-            gamma, beta = kept.get(layout, (self, x.shape[2:], dtype), lambda: self._table(layout, windows, dtype))
-        return gamma, beta, {"index": windows.index, "order": windows.order}
-
-    def _table(self, layout, windows, dtype):
-        shared, activation = self.mlp_shared
-        hidden = activation(convolve_windows(layout.palette, shared.weight, shared.bias, windows.hidden))
-        return [convolve_windows(hidden, module.weight, module.bias, windows.table).to(dtype)
-                for module in (self.mlp_gamma, self.mlp_beta)]
-
-    @property
-    def measures(self):
-        """Whether x is normalised with its own moments, by a norm that `moments` may be given for."""
-        norm = self.param_free_norm
-        return is_known(norm) and (norm.training or getattr(norm, "running_mean", None) is None)
-
-    def _norm_arguments(self):
-        """What `spade_modulate` is to be told of the norm, which is read anew each time: it may have been exchanged."""
-        norm = self.param_free_norm
-        if not is_known(norm):
-            return {"norm": None}
-        kind = KINDS[type(norm)]
-        arguments = {"norm": kind, "eps": norm.eps, "weight": norm.weight, "bias": norm.bias}
-        if kind == "group":
-            arguments["num_groups"] = norm.num_groups
-        if kind in ("batch", "syncbatch"):
-            arguments |= {"training": self.measures, "running_mean": norm.running_mean, "running_var": norm.running_var}
-            arguments["momentum"] = norm.momentum
-            if norm.training and norm.num_batches_tracked is not None:
-                norm.num_batches_tracked.add_(1)
-                if norm.momentum is None:  # a cumulative average
-                    arguments["momentum"] = 1.0 / float(norm.num_batches_tracked)
-        if kind == "syncbatch":
-            arguments["process_group"] = norm.process_group
-        return arguments
-
-    def check(self, x, segmap):
-        """Raises what is wrong with x or segmap, by name."""
-        weight = self.mlp_shared[0].weight
-        is_layout = isinstance(segmap, SemanticLayout)
-        tensors = {"x": (x, self.norm_nc)} | ({} if is_layout else {"segmap": (segmap, self.label_nc)})
-        for name, (tensor, channels) in tensors.items():
-            if not isinstance(tensor, torch.Tensor):
-                raise TypeError(f"{name} is a {type(tensor).__name__}, it should be a torch.Tensor")
-            if not tensor.is_floating_point():
-                raise TypeError(f"{name} has dtype {tensor.dtype}, it should be a floating-point tensor")
-            if tensor.dim() != self.spatial_dims + 2 or tensor.shape[1] != channels:
-                spatial = ", ".join("DHW"[-self.spatial_dims :])
-                raise ValueError(f"{name} has shape {list(tensor.shape)}, it should be [N, {channels}, {spatial}]")
-        if is_layout and segmap.codes.dim() - 1 != self.spatial_dims:
-            raise ValueError(f"segmap has {segmap.codes.dim() - 1} dimensions, it should have {self.spatial_dims}")
-        if is_layout and segmap.label_nc != self.label_nc:
-            raise ValueError(f"segmap has {segmap.label_nc} channels, it should have {self.label_nc}")
-        for name, tensor in {"segmap": segmap, "the layer's weight": weight}.items():
-            if tensor.device != x.device:
-                raise ValueError(f"{name} is on {tensor.device}, it should be on x's device, {x.device}")
-        if not is_layout and segmap.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
-            raise TypeError(f"segmap has dtype {segmap.dtype}, it should be the weights', {weight.dtype}")
-        batch = len(segmap) if is_layout else segmap.shape[0]
-        if batch != x.shape[0]:
-            raise ValueError(f"segmap has a batch of {batch}, it should be x's, {x.shape[0]}")
-
     def extra_repr(self):
         return f"{self.norm_nc}, {self.label_nc}"
+
+
+def leaves(module):
+    """The modules that a module is, one after the other: those of a Sequential, and of the Sequentials in it."""
+    if not isinstance(module, nn.Sequential) or type(module).forward is not nn.Sequential.forward or hooks(module):
+        return [module]
+    return [leaf for child in module for leaf in leaves(child)]
+
+
+def sees_windows(module, size):
+    """Whether a module is a convolution with so many taps per axis, around each pixel, of the map with zeros around it."""
+    settings = {"kernel_size": size, "padding": size // 2, "stride": 1, "dilation": 1}
+    return (is_plain(module, CONVOLUTIONS.values()) and module.groups == 1 and module.padding_mode == "zeros"
+            and all(set(getattr(module, name)) == {setting} for name, setting in settings.items()))
+
+
+def compute_table(layout, windows, convolutions, dtype):
+    """γ and β of the distinct windows, [K, C]; where they have norms of their own, of those of each image, [N·K, C]."""
+    shared, activations, *rest = convolutions
+    hidden = convolve_windows(layout.palette, shared.weight, shared.bias, windows.hidden)
+    for activation in activations:
+        hidden = activation(hidden)
+    rows = [convolve_windows(hidden, module.weight, module.bias, windows.table) for module in rest[:2]]
+    if convolutions.normalise:
+        rows = [normalise_over_images(table, windows, norm) for table, norm in zip(rows, rest[2:])]
+    return [table.to(dtype) for table in rows]
+
+
+def normalise_over_images(table, windows, norm):
+    """A table [K, C] as instance norm makes it of each image, [N·K, C]: a row counts as often as the image has its window."""
+    images, count = len(windows.index), windows.count
+    if norm is None:
+        return table.repeat(images, 1)
+    share = windows.shares.to(table.dtype)
+    deviations = table - (share @ table)[:, None]
+    variance = torch.einsum("nk,nkc->nc", share, deviations.square())
+    table = deviations * torch.rsqrt(variance + norm.eps)[:, None]
+    if norm.affine:
+        table = table * norm.weight + norm.bias
+    return table.view(images * count, -1)
 
 
 def resize(segmap, size):
@@ -207,7 +292,9 @@ def dtype_of_convolution(x, weight):
 
 def convolve_jointly(convolutions, x):
     """The outputs of equal convolutions of one x, from one convolution; their weights stay parameters of their own."""
-    if not all(is_plain(module, CONVOLUTIONS.values()) and module.bias is not None for module in convolutions):
+    settings = ("kernel_size", "padding", "stride", "dilation", "groups", "padding_mode")
+    if not (all(is_plain(module, CONVOLUTIONS.values()) and module.bias is not None for module in convolutions)
+            and all(len({getattr(module, name) for module in convolutions}) == 1 for name in settings)):
         return convolve_apart(convolutions, x)
     weight = torch.cat([module.weight for module in convolutions])
     bias = torch.cat([module.bias for module in convolutions])

@@ -74,7 +74,7 @@ def beside_windows(x):
     return x.contiguous(memory_format=formats[x.dim()]) if pays else x
 
 
-def pays(layout, size, spade):
+def pays(layout, size, spade, convolutions):
     """Whether this SPADE should compute γ and β at the distinct windows of this size. A compiled graph does: it may not depend on them."""
     if torch.compiler.is_compiling():
         return True
@@ -83,10 +83,10 @@ def pays(layout, size, spade):
         return mode == "always"
     if kept_tables(spade) is not None:
         return True  # once for many forward passes
-    shared = spade.mlp_shared[0]
-    windows = layout.windows(size, shared.kernel_size[0])
-    taps, hidden, outputs = shared.weight[0, 0].numel(), spade.mlp_gamma.in_channels, 2 * spade.norm_nc
-    at_pixels = taps * hidden * (windows.index.numel() * (spade.label_nc + outputs) + COST_OF_WEIGHT * outputs)
-    products = taps * hidden * (len(layout.palette) * spade.label_nc + windows.hidden_count * outputs)
+    shared, gamma = convolutions.shared, convolutions.gamma
+    windows = layout.windows(size, gamma.kernel_size[0])
+    taps, hidden, outputs = gamma.weight[0, 0].numel(), gamma.in_channels, 2 * gamma.out_channels
+    at_pixels = taps * hidden * (windows.index.numel() * (shared.in_channels + outputs) + COST_OF_WEIGHT * outputs)
+    products = taps * hidden * (len(layout.palette) * shared.in_channels + windows.hidden_count * outputs)
     additions = taps * (windows.hidden_count * hidden + windows.count * outputs)
     return COST_OF_WINDOWS * (products + COST_OF_ADDITION * additions) < at_pixels

@@ -1,0 +1,250 @@
+"""`convert`: layers of every family, in place, with the same numbers; look-alikes are left as they were."""
+
+import copy
+import io
+import threading
+
+import pytest
+import torch
+import torch.nn as nn
+from families import CHANNELS, LABELS, LOOKALIKES, SPADES, Block, Layer, OtherBlock
+from test_layout import patches
+
+import spade_fast
+from spade_fast import SPADE, SemanticLayout, reference
+from spade_fast.convert import Fast
+
+
+class Network(nn.Module):
+    """Two layers and a block, whatever their class."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.first, self.block, self.last = layer(), Block(layer, fout=4), nn.Conv2d(4, 3, 1)
+
+    def forward(self, x, segmap):
+        return self.last(self.block(torch.relu(self.first(x, segmap)), segmap))
+
+
+def inputs(labels=True, batch=2, size=(10, 9)):
+    x = torch.randn(batch, CHANNELS, *size, dtype=torch.float64)
+    layout = SemanticLayout.from_labels(patches((batch, 20, 18), LABELS), LABELS)
+    return x, layout.to_segmap(torch.float64) if labels else torch.randn(batch, LABELS, 20, 18, dtype=torch.float64)
+
+
+def outcome(model, x, segmap):
+    """y, every gradient and every buffer, by name."""
+    x = x.clone().requires_grad_()
+    y = model(x, segmap)
+    wanted = {"x": x, **dict(model.named_parameters())}
+    gradients = torch.autograd.grad(y, list(wanted.values()), torch.sin(torch.arange(y.numel(), dtype=y.dtype)).view(y.shape))
+    return {"y": y.detach(), **dict(zip(wanted, gradients)), **{name: buffer.clone() for name, buffer in model.named_buffers()}}
+
+
+def agree(ours, theirs, tolerance=1e-10):
+    largest = max(tensor.double().norm() for tensor in theirs.values())
+    assert ours.keys() == theirs.keys()
+    for name in theirs:
+        assert (ours[name].double() - theirs[name].double()).norm() <= tolerance * max(theirs[name].double().norm(), 1e-3 * largest), name
+
+
+@pytest.mark.parametrize("family", SPADES)
+@pytest.mark.parametrize("mode", ["auto", "always"])
+@pytest.mark.parametrize("labels", [False, True])
+def test_the_same_numbers_in_train_and_eval_and_after_steps(family, mode, labels):
+    torch.manual_seed(0)
+    model = Network(SPADES[family]).double()
+    own = copy.deepcopy(model)
+    report = spade_fast.convert(model)
+    assert report.converted == len(report) == 5, report
+    steps = [torch.optim.Adam(network.parameters(), 0.01) for network in (model, own)]
+    x, segmap = inputs(labels)
+    with spade_fast.window_mode(mode):
+        for train in (True, False, True):
+            for network in (model, own):
+                network.train(train)
+            agree(outcome(model, x, segmap), outcome(own, x, segmap))
+        for _ in range(3):
+            for network, step in zip((model, own), steps):
+                step.zero_grad()
+                network(x, segmap).square().mean().backward()
+                step.step()
+        agree(outcome(model, x, segmap), outcome(own, x, segmap), 1e-8)
+
+
+@pytest.mark.parametrize("family", LOOKALIKES)
+def test_lookalikes_are_left_as_they_were(family):
+    layer, reason = LOOKALIKES[family]
+    model = nn.Sequential(layer())
+    report = spade_fast.convert(model)
+    assert len(report) == 1 and not report.converted and reason in report[0].reason, report
+    assert type(model[0]) is layer
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("family", ["official, batch", "SDM", "leaky hidden"])
+def test_models_in_other_dtypes_are_proved_too(family, dtype):
+    assert spade_fast.convert(Network(SPADES[family]).to(dtype)).converted == 5
+    assert not spade_fast.convert(LOOKALIKES["HiFaceGAN"][0]().to(dtype)).converted
+
+
+def test_a_layer_without_a_probe_is_taken_by_its_word():
+    assert spade_fast.convert(LOOKALIKES["HiFaceGAN"][0](), probe=False).converted == 1
+
+
+@pytest.mark.parametrize("train", [False, True])
+def test_nothing_but_the_class_changes(train):
+    torch.manual_seed(0)
+    model = Network(SPADES["official, batch"]).train(train)
+    model.first.mlp_gamma.weight = model.block.norm_0.mlp_gamma.weight  # tied
+    calls = []
+    model.first.register_forward_hook(lambda module, arguments, y: calls.append(module))
+    before = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers())}
+    values, state, random = {name: tensor.clone() for name, tensor in before.items()}, model.state_dict(), torch.get_rng_state()
+    attributes = {name: dict(module.__dict__) for name, module in model.named_modules()}
+    assert spade_fast.convert(model).converted == 5
+    after = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers())}
+    assert before.keys() == after.keys() and all(before[name] is after[name] for name in before)
+    assert all(torch.equal(values[name], after[name]) for name in values) and all(tensor.grad is None for tensor in model.parameters())
+    assert list(model.state_dict()) == list(state) and torch.equal(random, torch.get_rng_state()) and not calls
+    for name, module in model.named_modules():
+        own = {key: value for key, value in module.__dict__.items() if key != "form"}
+        assert own.keys() == attributes[name].keys() and all(own[key] is attributes[name][key] for key in own), name
+    assert isinstance(model.first, Layer) and isinstance(model.block, Block)
+    x, segmap = inputs()
+    model(x.float(), segmap.float())
+    assert calls == [model.first]
+    assert "FastLayer" in repr(model)
+
+
+def test_reverting():
+    model = Network(Layer)
+    spade_fast.convert(model)
+    assert spade_fast.revert(model) == 5
+    assert type(model.first) is Layer and type(model.block) is Block and "form" not in model.first.__dict__
+    assert spade_fast.revert(model) == 0 and spade_fast.convert(model).converted == 5
+
+
+def test_converting_twice():
+    model = Network(Layer)
+    spade_fast.convert(model)
+    kinds = [type(module) for module in model.modules()]
+    report = spade_fast.convert(model)
+    assert [type(module) for module in model.modules()] == kinds and all("fast already" in entry.reason for entry in report)
+
+
+def test_our_own_layers_are_fast_already():
+    report = spade_fast.convert(nn.Sequential(SPADE(4, 3), spade_fast.SPADEResnetBlock(4, 4, "spadebatch3x3", 3)))
+    assert len(report) == 4 and not report.converted
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: saved_and_loaded(model)])
+def test_copies(copied):
+    model = Network(SPADES["official, batch"]).double()
+    spade_fast.convert(model)
+    x, segmap = inputs()
+    with torch.no_grad():  # spectral norm leaves a weight behind that PyTorch cannot copy where it has a gradient
+        model(x, segmap)
+    model.eval().requires_grad_(False)
+    twin = copied(model)
+    assert isinstance(twin.first, Fast) and isinstance(twin.block, Fast) and type(twin.first) is type(model.first)
+    assert torch.equal(twin(x, segmap), model(x, segmap))
+    assert spade_fast.revert(twin) == 5 and isinstance(model.first, Fast)
+
+
+def saved_and_loaded(model):
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+def test_a_condition_by_its_own_name():
+    block = Block(Layer)
+    x, segmap = (tensor.float() for tensor in inputs())
+    expected = block.eval()(x=x, seg=segmap)
+    assert spade_fast.convert(block).converted == 3
+    assert torch.allclose(block(x, seg=segmap), expected, atol=1e-5)
+    assert torch.allclose(block(x=x, seg=segmap), expected, atol=1e-5)
+    assert block.norm_0(x, segmap=segmap).shape == x.shape
+
+
+def test_a_layout_goes_where_the_condition_went():
+    model = Network(Layer).double().eval()
+    layout = SemanticLayout.from_labels(patches((2, 20, 18), LABELS), LABELS)
+    x, segmap = inputs()
+    expected = model(x, segmap)
+    spade_fast.convert(model)
+    with spade_fast.window_mode("always"):
+        assert torch.allclose(model(x, layout), expected, rtol=1e-10)
+    with torch.no_grad(), spade_fast.frozen(model) as tables:
+        assert torch.allclose(model(x, layout), expected, rtol=1e-10) and tables.bytes > 0
+
+
+@pytest.mark.parametrize("blocks,expected", [(True, 3), (False, 2)])
+def test_blocks_are_optional(blocks, expected):
+    assert spade_fast.convert(Block(Layer), blocks=blocks).converted == expected
+
+
+def test_a_block_that_computes_something_else():
+    block = OtherBlock(Layer)
+    report = spade_fast.convert(block)
+    assert report.converted == 2 and report[0].recognised_as == "residual block 8 → 8" and "y is" in report[0].reason
+    assert type(block) is OtherBlock
+
+
+def test_no_spade_at_all():
+    report = spade_fast.convert(nn.Sequential(nn.Conv2d(3, 3, 3), nn.ReLU()))
+    assert not report and "No SPADE was found" in str(report)
+
+
+def test_the_report_as_a_table():
+    text = str(spade_fast.convert(nn.ModuleDict({"good": Layer(), "bad": LOOKALIKES["HiFaceGAN"][0]()})))
+    for part in ("good", "bad", "HiFaceGAN", "SPADE(8, 5, 6), InstanceNorm2d", "yes", "no", "windows of labels, else pixels"):
+        assert part in text
+
+
+def test_models_that_cannot_be_converted():
+    scripted = torch.jit.trace(nn.Conv2d(1, 1, 1), torch.randn(1, 1, 2, 2))
+    for model, message in ((scripted, "model is scripted"), (torch.compile(Layer()), "model is compiled"), (Layer, "model is a type")):
+        with pytest.raises(TypeError, match=message):
+            spade_fast.convert(model)
+
+
+@pytest.mark.parametrize("labels", [False, True])
+def test_compiled_without_graph_breaks(labels):
+    torch._dynamo.reset()
+    model, tensors = Network(Layer).double().eval(), inputs(labels)
+    expected = model(*tensors)
+    spade_fast.convert(model)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    assert torch.allclose(compiled(*tensors), expected, rtol=1e-10, atol=1e-12)
+
+
+def test_threads_call_one_model_at_once():
+    model = Network(Layer).double().eval()
+    spade_fast.convert(model)
+    x, segmap = inputs()
+    expected, found = model(x, segmap), []
+    threads = [threading.Thread(target=lambda: found.append(model(x, segmap.clone()))) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(found) == 4 and all(torch.allclose(y, expected, rtol=1e-12) for y in found)
+
+
+def test_the_published_generator():
+    torch.manual_seed(0)
+    generator = reference.SPADEGenerator(LABELS, 4, crop_size=64, norm_G="spectralspadebatch3x3").double()
+    own = copy.deepcopy(generator)
+    report = spade_fast.convert(generator)
+    assert report.converted == len(report) == 25
+    segmap = SemanticLayout.from_labels(patches((2, 64, 64), LABELS), LABELS).to_segmap(torch.float64)
+    found = []
+    for network in (generator, own):
+        y = network(segmap)
+        gradients = torch.autograd.grad(y.square().sum(), list(network.parameters()))
+        names = [name for name, _ in network.named_parameters()]
+        found.append({"y": y.detach(), **dict(zip(names, gradients)), **dict(network.named_buffers())})
+    agree(*found)
