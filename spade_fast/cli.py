@@ -2,6 +2,7 @@
 
 import platform
 from importlib import metadata
+from typing import Annotated
 
 import torch
 import typer
@@ -9,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from . import __version__, backends
+from . import check as checking
 from .kernels import cpu_backend
 
 app = typer.Typer(help="The SPADE layer, fast.", no_args_is_help=True, add_completion=False)
@@ -31,6 +33,30 @@ def info():
     for name, fact in facts().items():
         table.add_row(name, fact)
     console.print(table)
+
+
+@app.command()
+def check(
+    name: Annotated[str, typer.Argument(metavar="MODULE:FUNCTION", help="Returns (model, arguments); MODULE as for import.")],
+    seconds: Annotated[float, typer.Option(min=0, help="How long the two are timed for.")] = 10,
+):
+    """Convert a model, compare outputs and gradients with its own, and time both. Exits with 1 where they differ."""
+    try:
+        model, arguments = checking.load(name)
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint="MODULE:FUNCTION") from None
+    result, console = checking.check(model, arguments, seconds), Console()
+    console.print(result.report)
+    table = Table("", "relative error in float64", title="Beside the model's own")
+    for what, error in result.errors.items():
+        table.add_row(what, f"[{'green' if error <= checking.AGREES else 'red'}]{error:.1e}")
+    console.print(table)
+    table = Table("", "its own", "converted", "times as fast", title="Time of a call")
+    for mode, (own, fast) in result.seconds.items():
+        table.add_row(mode, f"{own * 1e3:.1f} ms", f"{fast * 1e3:.1f} ms", f"{own / fast:.2f}" if result.agrees else "[red]differs")
+    console.print(table)
+    if not result.agrees:
+        raise typer.Exit(1)
 
 
 def facts():
