@@ -4,6 +4,7 @@ A problem has variants, functions that each compute the same thing once and retu
 is what the same network costs with plain instance norm and leaky ReLU in place of every SPADE: the least that anyone can hope for.
 """
 
+import contextlib
 import copy
 from dataclasses import dataclass, field
 from typing import Callable
@@ -172,6 +173,91 @@ def generator(settings):
         yield _network_problem(settings, f"COCO {size}²", mode, make, (), torch.randn(1, 3, size, size), segmaps)
 
 
+def converted(settings):
+    """Models of others, and what `spade_fast.convert` makes of them: the published generator, MONAI's for volumes and its diffusion."""
+    segmaps = list(conditions(settings))
+    generator = settle(reference.SPADEGenerator(184, 8 if settings.quick else 64, crop_size=segmaps[0].shape[-1], norm_G=COCO_NORM))
+    for mode in (FORWARD, BACKWARD):
+        yield _converted_problem(settings, f"COCO {segmaps[0].shape[-1]}²", mode, generator, segmaps)
+    nets, schedulers = _monai()
+    size, channels, steps = (32, (8, 16), 2) if settings.quick else (96, (16, 32, 64), 50)
+    torch.manual_seed(0)
+    volumes = [SemanticLayout.from_labels(layouts.draw_volume(number, size)[None], 8).to_segmap() for number in range(settings.scenes)]
+    network, z = nets.SPADENet(3, 1, 1, 8, [size] * 3, list(channels), 16, False), (torch.randn(1, 16),)
+    for mode in (FORWARD, BACKWARD):
+        yield _converted_problem(settings, f"MONAI SPADENet {size}³", mode, network, volumes, lambda model, segmap, z: model(segmap, z), z)
+
+    scheduler = schedulers.DDIMScheduler(num_train_timesteps=1000)
+    scheduler.set_timesteps(steps)
+
+    def sample(model, segmap, image):
+        for step in scheduler.timesteps.to(image.device):
+            image, _ = scheduler.step(model(image, step[None], segmap), step, image)
+        return image
+
+    size, channels = (16, (8, 16)) if settings.quick else (64, (64, 128, 256))
+    labels = [torch.as_tensor(layouts.resized(*layouts.draw_scene(number), (size, size))[0])[None].long() % 8
+              for number in range(settings.scenes)]
+    segmaps = [SemanticLayout.from_labels(label, 8).to_segmap() for label in labels]
+    network = nets.SPADEDiffusionModelUNet(2, 3, 3, 8, (2,) * len(channels), channels, (*[False] * (len(channels) - 1), True),
+                                           norm_num_groups=8, num_head_channels=channels[-1] // 4)
+    for parameter in network.parameters():
+        if not parameter.any():  # its last convolutions begin with zeros
+            nn.init.normal_(parameter, std=0.01)
+    yield _converted_problem(settings, f"MONAI diffusion UNet {size}², {steps} steps", FORWARD, network, segmaps, sample,
+                             (torch.randn(1, 3, size, size),), frozen=True)
+
+
+def _monai():
+    try:
+        from monai.networks import nets, schedulers
+    except ImportError as error:
+        raise ModuleNotFoundError(f"the case converted needs MONAI: pip install monai einops ({error})") from error
+    return nets, schedulers
+
+
+def _converted_problem(settings, name, mode, network, segmaps, call=lambda model, segmap: model(segmap), inputs=(), frozen=False):
+    """call(model, segmap, *inputs) is what is measured, of each scene's segmap in turn; frozen: tables are kept inside of each call."""
+    network = _set_mode(network, mode)
+    ours, exact = copy.deepcopy(network), copy.deepcopy(network).double()
+    spade_fast.convert(ours)
+    *inputs, = (tensor.to(settings.device, settings.dtype) for tensor in inputs)
+    segmaps = [segmap.to(settings.device, settings.dtype) for segmap in segmaps]
+    name += f", {len(segmaps)} scenes" if len(segmaps) > 1 else ""
+
+    def variant(model, segmaps, inputs, compile=False, freeze=False):
+        model = model.to(settings.device)
+        wanted, forward = dict(model.named_parameters()), torch.compile(model, dynamic=False) if compile else model
+        dy = None
+
+        def run():
+            nonlocal dy
+            segmap = segmaps[problem.scene % len(segmaps)]
+            with spade_fast.frozen(model) if freeze else contextlib.nullcontext():
+                y = call(forward, segmap.view_as(segmap), *inputs)  # a view is another tensor each time: nothing is known of it
+            y = y[0] if isinstance(y, tuple) else y
+            dy = torch.cos(torch.arange(y.numel(), device=y.device)).view(y.shape) if dy is None else dy
+            return _outputs(y, wanted, dy.to(y.dtype), mode)
+
+        return run
+
+    network, ours = network.to(settings.dtype), ours.to(settings.dtype)
+    variants = {
+        "eager": variant(network, segmaps, inputs),
+        "torch.compile": variant(copy.deepcopy(network), segmaps, inputs, compile=True),
+        "spade_fast": variant(ours, segmaps, inputs, freeze=frozen),
+    }
+    in_double = [segmap.double() for segmap in segmaps], [tensor.double() for tensor in inputs]
+
+    def jittered(number):
+        segmap = segmaps[problem.scene % len(segmaps)]
+        return variant(network, [jitter(segmap)], [jitter(tensor) for tensor in inputs])()
+
+    ours_in_double = variant(copy.deepcopy(ours).double(), *in_double, freeze=frozen)
+    problem = Problem(name, mode, variants, variant(exact, *in_double), jittered, ours_in_double, segmaps)
+    return problem
+
+
 def _network_problem(settings, name, mode, make, inputs, dy, segmaps):
     """make(block_type) makes the network; it is called with the inputs and the condition of each scene in turn."""
     torch.manual_seed(0)
@@ -287,4 +373,4 @@ def _outputs(y, wanted, dy, mode):
     return {"y": y.detach()} | {f"d{name}": gradient for name, gradient in zip(wanted, gradients)}
 
 
-CASES = {"modulate": modulate, "layer": layer, "block": block, "generator": generator}
+CASES = {"modulate": modulate, "layer": layer, "block": block, "generator": generator, "converted": converted}

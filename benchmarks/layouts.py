@@ -200,3 +200,14 @@ def condition(labels, instances, num_classes=182, dont_care=255):
         neighbours = np.stack([padded[:-2, 1:-1], padded[2:, 1:-1], padded[1:-1, :-2], padded[1:-1, 2:]])
         channels = np.concatenate([channels, (neighbours != instances).any(0, keepdims=True)])
     return torch.from_numpy(channels).float()[None]
+
+
+def draw_volume(seed, size, classes=8):
+    """Labels [size, size, size] of ellipsoids one over the other, as organs in a scan."""
+    random = torch.Generator().manual_seed(seed)
+    grid = torch.stack(torch.meshgrid(*[torch.linspace(-1, 1, size)] * 3, indexing="ij"))
+    labels = torch.zeros(size, size, size, dtype=torch.long)
+    for label in range(1, classes):
+        middle, radius = (torch.rand(3, 1, 1, 1, generator=random) * width + least for width, least in ((0.8, -0.4), (0.35, 0.15)))
+        labels[((grid - middle) / radius).square().sum(0) < 1] = label
+    return labels

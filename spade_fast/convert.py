@@ -166,7 +166,7 @@ def how(module):
     weight = next(module.parameters())
     backend = kernels.select(weight).NAME
     if isinstance(module, FastBlock):
-        return f"activation in the same pass, moments shared; {backend}"
+        return f"with its activations; {backend}"
     return f"{'windows of labels, else pixels' if module.convolutions() else 'pixels'}; {backend}"
 
 

@@ -13,7 +13,7 @@ ACTIVATIONS = {nn.LeakyReLU: "leaky_relu", nn.ReLU: "relu", nn.SiLU: "silu"}
 
 
 class ResidualBlock:
-    """What a module does as the residual block, whatever its class: it has norm_0, norm_1, conv_0, conv_1, and norm_s and conv_s or neither.
+    """What a module does as the residual block, whatever its class: it has norm_0, norm_1, conv_0, conv_1; norm_s and conv_s or neither.
 
     Its activation is leaky ReLU of slope 0.2, or the one that it has as a module.
     """
