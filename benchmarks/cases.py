@@ -179,6 +179,10 @@ def converted(settings):
     generator = settle(reference.SPADEGenerator(184, 8 if settings.quick else 64, crop_size=segmaps[0].shape[-1], norm_G=COCO_NORM))
     for mode in (FORWARD, BACKWARD):
         yield _converted_problem(settings, f"COCO {segmaps[0].shape[-1]}²", mode, generator, segmaps)
+    decoder = settle(FaceDecoder(*((16, 8, 8) if settings.quick else (512, 256, 64))))
+    features = [torch.randn(1, decoder.fc.in_channels, *[8 if settings.quick else 64] * 2) for _ in range(settings.scenes)]
+    for mode in (FORWARD, BACKWARD):
+        yield _converted_problem(settings, "LivePortrait's decoder", mode, decoder, features)
     nets, schedulers = _monai()
     size, channels, steps = (32, (8, 16), 2) if settings.quick else (96, (16, 32, 64), 50)
     torch.manual_seed(0)
@@ -320,6 +324,23 @@ def conditions(settings):
         instances = np.zeros_like(labels) if instances is None else instances
         labels, instances = layouts.resized(labels, instances, (64, 64) if settings.quick else (256, 256))
         yield layouts.condition(labels, instances)
+
+
+class FaceDecoder(nn.Module):
+    """LivePortrait's decoder in its shapes: features [N, 256, 64, 64], which are the condition of every SPADE too, to an image at 512²."""
+
+    def __init__(self, wide, middle, narrow):
+        super().__init__()
+        self.fc = nn.Conv2d(wide // 2, wide, 3, padding=1)
+        pairs = [(wide, wide)] * 6 + [(wide, middle), (middle, narrow)]
+        self.blocks = nn.ModuleList(reference.SPADEResnetBlock(*pair, "spadespectralinstance3x3", wide // 2) for pair in pairs)
+        self.conv_img = nn.Conv2d(narrow, 12, 3, padding=1)
+
+    def forward(self, features):
+        x = self.fc(features)
+        for number, block in enumerate(self.blocks):
+            x = block(x if number < 6 else F.interpolate(x, scale_factor=2), features)
+        return torch.sigmoid(F.pixel_shuffle(self.conv_img(F.leaky_relu(x, 0.2)), 2))
 
 
 class FloorBlock(reference.SPADEResnetBlock):

@@ -6,6 +6,7 @@ tensors its outputs, gradients and buffers must be those of its own forward, in 
 """
 
 import functools
+import inspect
 from typing import NamedTuple
 
 import torch
@@ -97,7 +98,7 @@ def revert(model):
     found = [module for module in model.modules() if isinstance(module, Fast)]
     for module in found:
         module.__class__ = module.own_class
-        module.__dict__.pop("form", None)
+        module.__dict__.pop("spade_form", None)
     return len(found)
 
 
@@ -126,7 +127,7 @@ class FastBlock(ResidualBlock, Fast):
 @functools.cache
 def fast_class(kind, own_class):
     """The class that is own_class but for forward."""
-    names = own_class.forward.__code__.co_varnames[1:3]
+    names = tuple(inspect.signature(own_class.forward).parameters)[1:3]
     return type(own_class)(own_class.__name__, (kind, own_class), {"kind": kind, "own_class": own_class, "argument_names": names})
 
 
@@ -143,6 +144,10 @@ def _convert(name, module, kind, recognise, inputs, probe):
     if isinstance(module, (SpatiallyAdaptive, ResidualBlock)):
         return entry("spade_fast's", isinstance(module, Fast), "it is fast already")
     try:
+        if "forward" in module.__dict__:
+            raise Unlike("its forward was replaced on this very module")
+        if any(tensor.is_meta for tensor in module.parameters()):
+            raise Unlike("its parameters are on the meta device, they have no values")
         form, recognised_as = recognise(module)
     except Unlike as unlike:
         return entry("", False, str(unlike))
@@ -158,7 +163,7 @@ def _convert(name, module, kind, recognise, inputs, probe):
 def make_fast(module, kind, form):
     module.__class__ = fast_class(kind, type(module))
     if form is not None:
-        module.form = form
+        module.spade_form = form
 
 
 def how(module):
@@ -230,11 +235,11 @@ def looks_like_block(module):
 
 
 def recognise_block(module):
-    return None, f"residual block {module.norm_0.form.norm_nc} → {module.norm_1.form.norm_nc}"
+    return None, f"residual block {module.norm_0.spade_form.norm_nc} → {module.norm_1.spade_form.norm_nc}"
 
 
 def block_inputs(module, form):
-    return spade_inputs(module.norm_0, module.norm_0.form)
+    return spade_inputs(module.norm_0, module.norm_0.spade_form)
 
 
 def prove(module, kind, form, inputs):
@@ -261,7 +266,7 @@ class Parameters:
 
     def __call__(self, dtype):
         if dtype not in self.of_dtype:
-            self.of_dtype[dtype] = {id(own): nn.Parameter(own.detach().to(dtype), own.requires_grad) for own in self.own}
+            self.of_dtype[dtype] = {id(own): nn.Parameter(own.detach().to(dtype, copy=own.is_inference()), own.requires_grad) for own in self.own}
         return self.of_dtype[dtype]
 
 

@@ -108,7 +108,7 @@ def test_nothing_but_the_class_changes(train):
     assert all(torch.equal(values[name], after[name]) for name in values) and all(tensor.grad is None for tensor in model.parameters())
     assert list(model.state_dict()) == list(state) and torch.equal(random, torch.get_rng_state()) and not calls
     for name, module in model.named_modules():
-        own = {key: value for key, value in module.__dict__.items() if key != "form"}
+        own = {key: value for key, value in module.__dict__.items() if key != "spade_form"}
         assert own.keys() == attributes[name].keys() and all(own[key] is attributes[name][key] for key in own), name
     assert isinstance(model.first, Layer) and isinstance(model.block, Block)
     x, segmap = inputs()
@@ -121,7 +121,7 @@ def test_reverting():
     model = Network(Layer)
     spade_fast.convert(model)
     assert spade_fast.revert(model) == 5
-    assert type(model.first) is Layer and type(model.block) is Block and "form" not in model.first.__dict__
+    assert type(model.first) is Layer and type(model.block) is Block and "spade_form" not in model.first.__dict__
     assert spade_fast.revert(model) == 0 and spade_fast.convert(model).converted == 5
 
 
@@ -248,3 +248,31 @@ def test_the_published_generator():
         names = [name for name, _ in network.named_parameters()]
         found.append({"y": y.detach(), **dict(zip(names, gradients)), **dict(network.named_buffers())})
     agree(*found)
+
+
+def test_a_forward_that_was_replaced_and_parameters_without_values():
+    model = nn.ModuleDict({"replaced": Layer(), "meta": Layer().to("meta")})
+    model["replaced"].forward = lambda x, segmap: x
+    assert [entry.reason for entry in spade_fast.convert(model)] == ["its forward was replaced on this very module",
+                                                                     "its parameters are on the meta device, they have no values"]
+
+
+def test_parameters_from_inference_mode():
+    with torch.inference_mode():
+        model = Network(Layer)
+        assert spade_fast.convert(model).converted == 5
+
+
+def test_in_distributed_data_parallel(tmp_path):
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        model = Network(SPADES["official, batch"]).double()
+        own = copy.deepcopy(model)
+        parallel = nn.parallel.DistributedDataParallel(model)
+        assert spade_fast.convert(parallel).converted == 5
+        x, segmap = inputs()
+        for network in (parallel, own):
+            network(x, segmap).square().sum().backward()
+        agree(*({name: parameter.grad for name, parameter in network.named_parameters()} for network in (model, own)))
+    finally:
+        torch.distributed.destroy_process_group()

@@ -9,10 +9,12 @@ import torch
 import torch.nn as nn
 
 import spade_fast
-from spade_fast import reference
+from spade_fast import SPADE, reference
 from spade_fast.agreement import excess
+from spade_fast.nn import spade
 from spade_fast.nn.spade import resize
 from spade_fast.nn.spectral import convolve
+from spade_fast.nn.upsampled import repeats
 
 pytestmark = pytest.mark.usefixtures("backend")
 
@@ -311,3 +313,36 @@ def test_an_optimizer_step_moves_both_alike():
             optimizer.step()
     for (name, tensor), other in zip(ours.state_dict().items(), eager.state_dict().values()):
         assert torch.allclose(tensor, other, rtol=1e-6), name
+
+
+@pytest.mark.parametrize("kernel_size", [1, 3, 5])
+@pytest.mark.parametrize("factor", [2, 3, 4])
+@pytest.mark.parametrize("spatial_dims", [1, 2, 3])
+def test_a_dense_condition_that_is_smaller_than_x_is_not_made_larger(kernel_size, factor, spatial_dims, monkeypatch):
+    small = (4, 3, 2)[:spatial_dims]
+    settings = dict(kernel_size=kernel_size, spatial_dims=spatial_dims)
+    ours, theirs = SPADE(3, 2, 5, **settings).double(), reference.SPADE(3, 2, 5, **settings).double()
+    theirs.load_state_dict(ours.state_dict())
+    x, segmap = torch.randn(2, 3, *[factor * length for length in small]).double(), torch.randn(2, 2, *small).double()
+    found, resized = [], []
+    monkeypatch.setattr(spade, "resize", lambda *arguments: resized.append(arguments))
+    for module in (ours, theirs):
+        inputs = [tensor.clone().requires_grad_() for tensor in (x, segmap)]
+        y = module(*inputs)
+        found.append([y, *torch.autograd.grad(y.sin().sum(), [*inputs, *module.parameters()])])
+    assert not resized and all(torch.allclose(*pair, rtol=1e-9, atol=1e-11) for pair in zip(*found))
+
+
+@pytest.mark.parametrize("size", [(8, 12), (9, 12), (2, 3), (4, 18)])
+def test_repeats_are_those_of_interpolate(size):
+    segmap = torch.arange(24.0).view(1, 1, 4, 6)
+    factor, resized = repeats(segmap, size), torch.nn.functional.interpolate(segmap, size=size, mode="nearest")
+    assert factor == (2 if size == (8, 12) else 1)
+    if factor == 2:
+        assert torch.equal(resized, segmap.repeat_interleave(2, 2).repeat_interleave(2, 3))
+
+
+def test_in_half_precision_weights_are_not_summed():
+    layer, segmap = SPADE(3, 2, 5).to(torch.bfloat16), torch.randn(1, 2, 4, 4).to(torch.bfloat16)
+    hidden = layer.mlp_shared(torch.nn.functional.interpolate(segmap, scale_factor=2))
+    assert torch.equal(layer._hidden(segmap, (8, 8)), hidden)

@@ -6,6 +6,7 @@ from ..ops.modulate import plane_moments
 from .config import parse_config
 from .spade import CONVOLUTIONS, SPADE, resize
 from .spectral import convolve
+from .upsampled import repeats
 from .windows import beside_windows, find_layout
 
 
@@ -22,7 +23,10 @@ class ResidualBlock:
         """x [N, fin, *spatial] and segmap [N, label_nc, *any], or a SemanticLayout, to [N, fout, *spatial]. Errors: SPADE.forward's."""
         self.norm_0.check(x, segmap)
         layout = find_layout(segmap)
-        x, segmap = (x, resize(segmap, x.shape[2:])) if layout is None else (beside_windows(x), layout)
+        if layout is not None:
+            x, segmap = beside_windows(x), layout
+        elif repeats(segmap, x.shape[2:]) == 1:
+            segmap = resize(segmap, x.shape[2:])  # once for all
         has_shortcut, settings = "norm_s" in self._modules, self.activation_settings()
         moments = plane_moments(x) if has_shortcut and self.norm_0.measures and self.norm_s.measures else None
         shortcut = convolve(self.conv_s, self.norm_s(x, segmap, moments=moments)) if has_shortcut else x

@@ -96,7 +96,7 @@ def fingerprints(layers):
     """Of each weight that decides γ and β, by name: where it is, how often it was written to, and the sum of its bits."""
     found = {}
     for name, layer in layers.items():
-        for part in (layer.form.shared, layer.form.gamma, layer.form.beta):
+        for part in (layer.spade_form.shared, layer.spade_form.gamma, layer.spade_form.beta):
             for weight_name, weight in getattr(layer, part).named_parameters():
                 bits = weight.view({8: torch.int64, 4: torch.int32, 2: torch.int16}[weight.element_size()])
                 state = (weight.data_ptr(), None if weight.is_inference() else weight._version, weight.shape, weight.dtype)

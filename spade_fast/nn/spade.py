@@ -11,6 +11,7 @@ from ..ops.convolve_windows import convolve_windows
 from ..ops.modulate import spade_modulate
 from .config import parse_config
 from .frozen import kept_tables
+from .upsampled import convolve_repeated, repeats
 from .windows import beside_windows, find_layout, pays
 
 CONVOLUTIONS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
@@ -54,12 +55,12 @@ class Convolutions(NamedTuple):
 
 
 class SpatiallyAdaptive:
-    """What a module does as a SPADE, whatever its class: `form` names its parts.
+    """What a module does as a SPADE, whatever its class: `spade_form` names its parts.
 
         h = shared(segmap);  y = norm(x) · (1 + gamma(h)) + beta(h)
     """
 
-    form: Form
+    spade_form: Form
 
     def forward(self, x, segmap, *, activation=None, negative_slope=0.2, moments=None):
         """y of x's shape; of its memory layout too, but channels-last where the condition has a layout.
@@ -89,8 +90,8 @@ class SpatiallyAdaptive:
         return spade_modulate(x, gamma, beta, **lookup, **norm, activation=activation, negative_slope=negative_slope, moments=moments)
 
     def part(self, name):
-        """The module of this name in `form`."""
-        return self.get_submodule(getattr(self.form, name))
+        """The module of this name in `spade_form`."""
+        return self.get_submodule(getattr(self.spade_form, name))
 
     def convolutions(self):
         """What decides γ and β, or None where that is more than a window's codes and the weights of plain convolutions."""
@@ -110,9 +111,22 @@ class SpatiallyAdaptive:
         """γ and β of every pixel, of x's shape."""
         if isinstance(segmap, SemanticLayout):
             segmap = segmap.resize(x.shape[2:]).to_segmap(next(self.part("shared").parameters()).dtype)
-        hidden = self.part("shared")(resize(segmap, x.shape[2:]))
+        hidden = self._hidden(segmap, x.shape[2:])
         convolve = convolve_jointly if hidden.is_cuda else convolve_apart  # on a CPU nothing is gained, and copying costs
         return convolve((self.part("gamma"), self.part("beta")), hidden)
+
+    def _hidden(self, segmap, size):
+        """What γ and β are convolved from, at every pixel of this size."""
+        shared, factor = self.part("shared"), repeats(segmap, size)
+        conv, *activations = leaves(shared)
+        simple = all(is_plain(module, POINTWISE) for module in activations) and sees_windows(conv, getattr(conv, "kernel_size", [0])[0])
+        # In half precision sums of weights would be rounded.
+        if factor == 1 or not simple or segmap.element_size() < 4 or torch.is_autocast_enabled(segmap.device.type):
+            return shared(resize(segmap, size))
+        hidden = convolve_repeated(conv, segmap, factor)
+        for activation in activations:
+            hidden = activation(hidden)
+        return hidden
 
     def _from_windows(self, layout, x, convolutions):
         """γ and β of every distinct window, [K, C], and how a pixel finds its own."""
@@ -155,19 +169,19 @@ class SpatiallyAdaptive:
         """Raises what is wrong with x or segmap, by name."""
         weight = next(self.part("shared").parameters())
         is_layout = isinstance(segmap, SemanticLayout)
-        tensors = {"x": (x, self.form.norm_nc)} | ({} if is_layout else {"segmap": (segmap, self.form.label_nc)})
+        tensors = {"x": (x, self.spade_form.norm_nc)} | ({} if is_layout else {"segmap": (segmap, self.spade_form.label_nc)})
         for name, (tensor, channels) in tensors.items():
             if not isinstance(tensor, torch.Tensor):
                 raise TypeError(f"{name} is a {type(tensor).__name__}, it should be a torch.Tensor")
             if not tensor.is_floating_point():
                 raise TypeError(f"{name} has dtype {tensor.dtype}, it should be a floating-point tensor")
-            if tensor.dim() != self.form.spatial_dims + 2 or tensor.shape[1] != channels:
-                spatial = ", ".join("DHW"[-self.form.spatial_dims :])
+            if tensor.dim() != self.spade_form.spatial_dims + 2 or tensor.shape[1] != channels:
+                spatial = ", ".join("DHW"[-self.spade_form.spatial_dims :])
                 raise ValueError(f"{name} has shape {list(tensor.shape)}, it should be [N, {channels}, {spatial}]")
-        if is_layout and segmap.codes.dim() - 1 != self.form.spatial_dims:
-            raise ValueError(f"segmap has {segmap.codes.dim() - 1} dimensions, it should have {self.form.spatial_dims}")
-        if is_layout and segmap.label_nc != self.form.label_nc:
-            raise ValueError(f"segmap has {segmap.label_nc} channels, it should have {self.form.label_nc}")
+        if is_layout and segmap.codes.dim() - 1 != self.spade_form.spatial_dims:
+            raise ValueError(f"segmap has {segmap.codes.dim() - 1} dimensions, it should have {self.spade_form.spatial_dims}")
+        if is_layout and segmap.label_nc != self.spade_form.label_nc:
+            raise ValueError(f"segmap has {segmap.label_nc} channels, it should have {self.spade_form.label_nc}")
         for name, tensor in {"segmap": segmap, "the layer's weight": weight}.items():
             if tensor.device != x.device:
                 raise ValueError(f"{name} is on {tensor.device}, it should be on x's device, {x.device}")
@@ -218,7 +232,7 @@ class SPADE(SpatiallyAdaptive, nn.Module):
         convolution = CONVOLUTIONS[spatial_dims]
         padding = kernel_size // 2
         self.norm_nc, self.label_nc, self.spatial_dims = norm_nc, label_nc, spatial_dims
-        self.form = Form("param_free_norm", "mlp_shared", "mlp_gamma", "mlp_beta", norm_nc, label_nc, spatial_dims)
+        self.spade_form = Form("param_free_norm", "mlp_shared", "mlp_gamma", "mlp_beta", norm_nc, label_nc, spatial_dims)
         self.param_free_norm = norm
         self.mlp_shared = nn.Sequential(convolution(label_nc, nhidden, kernel_size, padding=padding), nn.ReLU())
         self.mlp_gamma = convolution(nhidden, norm_nc, kernel_size, padding=padding)
@@ -278,6 +292,8 @@ def normalise_over_images(table, windows, norm):
 
 def resize(segmap, size):
     """segmap at x's size, by nearest neighbour: `F.interpolate`'s pixels, as a view where each size is a multiple of x's."""
+    if segmap.shape[2:] == tuple(size):
+        return segmap
     if all(wanted and given % wanted == 0 for given, wanted in zip(segmap.shape[2:], size)):
         steps = [slice(None, None, given // wanted) for given, wanted in zip(segmap.shape[2:], size)]
         return segmap[(slice(None), slice(None), *steps)]
