@@ -7,7 +7,7 @@ from .config import parse_config
 from .spade import CONVOLUTIONS, SPADE, resize
 from .spectral import convolve
 from .upsampled import repeats
-from .windows import beside_windows, find_layout
+from .windows import with_channels_together, find_layout
 
 
 ACTIVATIONS = {nn.LeakyReLU: "leaky_relu", nn.ReLU: "relu", nn.SiLU: "silu"}
@@ -23,8 +23,9 @@ class ResidualBlock:
         """x [N, fin, *spatial] and segmap [N, label_nc, *any], or a SemanticLayout, to [N, fout, *spatial]. Errors: SPADE.forward's."""
         self.norm_0.check(x, segmap)
         layout = find_layout(segmap)
+        x = with_channels_together(x)
         if layout is not None:
-            x, segmap = beside_windows(x), layout
+            segmap = layout
         elif repeats(segmap, x.shape[2:]) == 1:
             segmap = resize(segmap, x.shape[2:])  # once for all
         has_shortcut, settings = "norm_s" in self._modules, self.activation_settings()

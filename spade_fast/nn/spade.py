@@ -7,12 +7,13 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from ..layout import LARGEST_KERNEL, SemanticLayout
+from ..kernels.torch_backend import is_channels_last
 from ..ops.convolve_windows import convolve_windows
 from ..ops.modulate import spade_modulate
 from .config import parse_config
 from .frozen import kept_tables
 from .upsampled import convolve_repeated, repeats
-from .windows import beside_windows, find_layout, pays
+from .windows import FORMATS, with_channels_together, find_layout, pays
 
 CONVOLUTIONS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 INSTANCE_NORMS = {1: nn.InstanceNorm1d, 2: nn.InstanceNorm2d, 3: nn.InstanceNorm3d}
@@ -63,7 +64,7 @@ class SpatiallyAdaptive:
     spade_form: Form
 
     def forward(self, x, segmap, *, activation=None, negative_slope=0.2, moments=None):
-        """y of x's shape; of its memory layout too, but channels-last where the condition has a layout.
+        """y of x's shape; channels-last from 4096 pixels on, else of x's memory layout.
 
         Args:
             x: [N, norm_nc, *spatial].
@@ -77,7 +78,7 @@ class SpatiallyAdaptive:
         """
         self.check(x, segmap)
         layout = find_layout(segmap)
-        x = x if layout is None else beside_windows(x)
+        x = with_channels_together(x)
         convolutions = None if layout is None else self.convolutions()
         if convolutions is not None and pays(layout, x.shape[2:], self, convolutions):
             gamma, beta, lookup = self._from_windows(layout, x, convolutions)
@@ -111,7 +112,7 @@ class SpatiallyAdaptive:
         """γ and β of every pixel, of x's shape."""
         if isinstance(segmap, SemanticLayout):
             segmap = segmap.resize(x.shape[2:]).to_segmap(next(self.part("shared").parameters()).dtype)
-        hidden = self._hidden(segmap, x.shape[2:])
+        hidden = self._hidden(like_pixels_of(x, segmap), x.shape[2:])
         convolve = convolve_jointly if hidden.is_cuda else convolve_apart  # on a CPU nothing is gained, and copying costs
         return convolve((self.part("gamma"), self.part("beta")), hidden)
 
@@ -288,6 +289,11 @@ def normalise_over_images(table, windows, norm):
     if norm.affine:
         table = table * norm.weight + norm.bias
     return table.view(images * count, -1)
+
+
+def like_pixels_of(x, segmap):
+    """segmap with each pixel's channels together where x has them so: convolutions keep that, and γ and β then lie as x does."""
+    return segmap.contiguous(memory_format=FORMATS[x.dim()]) if x.dim() in FORMATS and is_channels_last(x) else segmap
 
 
 def resize(segmap, size):

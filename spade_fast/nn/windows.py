@@ -8,6 +8,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from ..layout import SemanticLayout
 from .frozen import kept_tables
 
+FORMATS = {4: torch.channels_last, 5: torch.channels_last_3d}
 MODES = ("auto", "always", "never")
 # Beside a multiply-add, as `python -m benchmarks run layer` shows on a CPU: an addition of rows, which memory limits; what a
 # convolution spends on bringing one weight into its own order; and what windows cost more than their count, mostly in backward.
@@ -64,14 +65,13 @@ def find_layout(segmap):
     return layout
 
 
-def beside_windows(x):
-    """x with each pixel's channels together, where they meet a row of the table: the layout that windows are fastest in.
+def with_channels_together(x):
+    """x with each pixel's channels together: the layout in which they meet a row of a table, and in which convolutions are fastest.
 
     Not where there are few pixels: the convolutions that follow copy their weights to x's layout, which then costs more.
     """
-    formats = {4: torch.channels_last, 5: torch.channels_last_3d}
-    pays = x.dim() in formats and x[:, 0].numel() >= FEW_PIXELS
-    return x.contiguous(memory_format=formats[x.dim()]) if pays else x
+    pays = x.dim() in FORMATS and x[:, 0].numel() >= FEW_PIXELS
+    return x.contiguous(memory_format=FORMATS[x.dim()]) if pays else x
 
 
 def pays(layout, size, spade, convolutions):
