@@ -63,6 +63,10 @@ class Unlike(Exception):
     """Why a module is left as it was."""
 
 
+class OwnForwardFails(Unlike):
+    """A probe that the module itself does not take."""
+
+
 def convert(model, *, probe=True, blocks=True):
     """Makes the SPADEs of a model fast, in place: the same parameters, buffers, hooks, keys and numbers.
 
@@ -247,14 +251,21 @@ def prove(module, kind, form, inputs):
     weight = next(module.parameters())
     with (torch.random.fork_rng([weight.device] if weight.is_cuda else []), torch.inference_mode(False), torch.enable_grad(),
           torch.autocast(weight.device.type, enabled=False), window_mode("always")):
-        parameters = Parameters(module)
-        for has_labels in (False, True):
-            tensors = [tensor.to(weight.device) for tensor in probe_tensors(*inputs(module, form), has_labels)]
-            truth = _try(module, None, form, tensors, torch.float64, parameters)
-            _compare(_try(module, kind, form, tensors, torch.float64, parameters), truth, truth, torch.float64)
-        if weight.dtype != torch.float64:
-            theirs, ours = (_try(module, which, form, tensors, weight.dtype, parameters) for which in (None, kind))
-            _compare(ours, theirs, truth, weight.dtype)
+        try:
+            _prove(module, kind, form, inputs(module, form), weight, resizes=True)
+        except OwnForwardFails:
+            _prove(module, kind, form, inputs(module, form), weight, resizes=False)
+
+
+def _prove(module, kind, form, sizes, weight, resizes):
+    parameters = Parameters(module)
+    for has_labels in (False, True):
+        tensors = [tensor.to(weight.device) for tensor in probe_tensors(*sizes, has_labels, resizes)]
+        truth = _try(module, None, form, tensors, torch.float64, parameters)
+        _compare(_try(module, kind, form, tensors, torch.float64, parameters), truth, truth, torch.float64)
+    if weight.dtype != torch.float64:
+        theirs, ours = (_try(module, which, form, tensors, weight.dtype, parameters) for which in (None, kind))
+        _compare(ours, theirs, truth, weight.dtype)
 
 
 class Parameters:
@@ -266,20 +277,22 @@ class Parameters:
 
     def __call__(self, dtype):
         if dtype not in self.of_dtype:
-            self.of_dtype[dtype] = {id(own): nn.Parameter(own.detach().to(dtype, copy=own.is_inference()), own.requires_grad) for own in self.own}
+            self.of_dtype[dtype] = {
+                id(own): nn.Parameter(own.detach().to(dtype, copy=own.is_inference()), own.requires_grad) for own in self.own
+            }
         return self.of_dtype[dtype]
 
 
-def probe_tensors(channels, label_nc, dims, has_labels):
-    """x, a condition of another size, of noise with gradients or of labels without, and dy, all in float64."""
+def probe_tensors(channels, label_nc, dims, has_labels, resizes):
+    """x, a condition (of another size where it is resized) of noise with gradients or of labels without, and dy, all in float64."""
     torch.manual_seed(0)
     spread = torch.logspace(-2, 1, channels, dtype=torch.float64).view(1, -1, *[1] * dims)  # where eps matters, and where it does not
     x = torch.randn(2, channels, *PIXELS[:dims], dtype=torch.float64) * spread + 1
     dy = torch.randn_like(x)
     if not has_labels:
-        return x, torch.randn(2, label_nc, *ODD_PIXELS[:dims], dtype=torch.float64, requires_grad=True), dy
+        return x, torch.randn(2, label_nc, *(ODD_PIXELS if resizes else PIXELS)[:dims], dtype=torch.float64, requires_grad=True), dy
     labels = torch.randint(3, (2, *PIXELS[:dims]))
-    for dim in range(1, dims + 1):
+    for dim in range(1, dims + 1) if resizes else ():
         labels = labels.repeat_interleave(2, dim)
     return x, torch.randn(3, label_nc, dtype=torch.float64)[labels].movedim(-1, 1), dy
 
@@ -323,8 +336,8 @@ def _try(module, kind, form, tensors, dtype, parameters):
     except Unlike:
         raise
     except Exception as error:  # whatever a stranger's forward may raise
-        whose = "its own forward" if kind is None else "the fast forward"
-        raise Unlike(f"{whose} fails on x {list(x.shape)} and a condition {list(segmap.shape)}: {type(error).__name__}: {error}") from error
+        on = f"fails on x {list(x.shape)} and a condition {list(segmap.shape)}: {type(error).__name__}: {error}"
+        raise (OwnForwardFails(f"its own forward {on}") if kind is None else Unlike(f"the fast forward {on}")) from error
     found = {"y": y.detach()} | {f"the gradient of {name}": gradient for name, gradient in zip(wanted, gradients) if gradient is not None}
     return found | {f"the buffer {name}": buffer.detach() for name, buffer in module.named_buffers()}
 

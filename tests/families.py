@@ -82,6 +82,14 @@ class HalfPrecisionNorm(nn.GroupNorm):
         return super().forward(x.float()).to(x.dtype)
 
 
+class NoResize(Layer):
+    """Its condition has to have x's size."""
+
+    def forward(self, x, segmap):
+        hidden = self.mlp_shared(segmap)
+        return self.param_free_norm(x) * (1 + self.mlp_gamma(hidden)) + self.mlp_beta(hidden)
+
+
 class HiFaceGAN(Layer):
     """No 1 + γ."""
 

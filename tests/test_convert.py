@@ -7,7 +7,7 @@ import threading
 import pytest
 import torch
 import torch.nn as nn
-from families import CHANNELS, LABELS, LOOKALIKES, SPADES, Block, Layer, OtherBlock
+from families import CHANNELS, LABELS, LOOKALIKES, SPADES, Block, Layer, NoResize, OtherBlock
 from test_layout import patches
 
 import spade_fast
@@ -115,6 +115,13 @@ def test_nothing_but_the_class_changes(train):
     model(x.float(), segmap.float())
     assert calls == [model.first]
     assert "FastLayer" in repr(model)
+
+
+def test_a_layer_that_does_not_resize_its_condition():
+    layer, x, segmap = NoResize().double(), *inputs()
+    expected = layer(x, segmap[:, :, ::2, ::2])
+    assert spade_fast.convert(layer).converted == 1
+    assert torch.allclose(layer(x, segmap[:, :, ::2, ::2]), expected, rtol=1e-10)
 
 
 def test_reverting():
