@@ -115,17 +115,18 @@ class Fast:
     def _get_name(self):
         return f"Fast{self.own_class.__name__}"
 
-
-class FastSPADE(SpatiallyAdaptive, Fast):
     def forward(self, *arguments, **named):
-        # The condition may be given by the name that the module's own forward has for it.
+        # x and the condition may be given by the names that the module's own forward has for them.
         arguments += tuple(named.pop(name) for name in self.argument_names[len(arguments) :] if name in named)
         return super().forward(*arguments, **named)
 
 
-class FastBlock(ResidualBlock, Fast):
-    def forward(self, *arguments, **named):
-        return super().forward(*arguments, *(named[name] for name in self.argument_names[len(arguments) :]))
+class FastSPADE(Fast, SpatiallyAdaptive):
+    """A SPADE of another class, as `nn/spade.py` computes it."""
+
+
+class FastBlock(Fast, ResidualBlock):
+    """A residual block of another class, as `nn/block.py` computes it."""
 
 
 @functools.cache
