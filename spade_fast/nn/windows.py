@@ -70,6 +70,8 @@ def with_channels_together(x):
 
     Not where there are few pixels: the convolutions that follow copy their weights to x's layout, which then costs more.
     """
+    if torch.compiler.is_exporting():
+        return x  # an exported graph may not depend on the batch
     pays = x.dim() in FORMATS and x[:, 0].numel() >= FEW_PIXELS
     return x.contiguous(memory_format=FORMATS[x.dim()]) if pays else x
 
