@@ -18,8 +18,10 @@ def fresh_compiler():
 
 
 @pytest.mark.parametrize("layout", [contiguous, channels_last])
-@pytest.mark.parametrize("norm,rows", [("instance", None), ("batch", None), ("group", None), (None, None), ("instance", 7)])
-@pytest.mark.parametrize("activation", ["leaky_relu", "silu"])
+@pytest.mark.parametrize("norm,rows,activation", [
+    ("instance", None, "leaky_relu"), ("batch", None, "silu"), ("group", None, "leaky_relu"), (None, None, "silu"),
+    ("instance", 7, "leaky_relu"), ("instance", 7, "silu"),
+])
 def test_forward_and_backward_with_changing_batch(norm, activation, layout, rows):
     counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(spade_fast.spade_modulate, fullgraph=True, backend=counter)

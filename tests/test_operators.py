@@ -26,8 +26,7 @@ def operands(shape, activation, dtype=torch.float32, layout=contiguous, affine=T
 
 @pytest.mark.parametrize("layout", [contiguous, channels_last])
 @pytest.mark.parametrize("activation", [None, "leaky_relu", "silu"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("shape", [(2, 5, 3, 4), (1, 9, 7)])
+@pytest.mark.parametrize("dtype,shape", [(torch.float32, (2, 5, 3, 4)), (torch.bfloat16, (1, 9, 7))], ids=str)
 @pytest.mark.parametrize("rows", [None, 7])
 def test_opcheck(layout, activation, dtype, shape, rows):
     ops = torch.ops.spade_fast
