@@ -91,7 +91,8 @@ def compare(truth, ours):
     errors = {}
     for name, tensor in truth.items():
         scale = max(tensor.norm().item(), 1e-6 * largest if name.startswith("gradient") else 0.0)
-        errors[name] = (ours[name] - tensor).norm().item() / scale if scale else float((ours[name] - tensor).norm() > 0)
+        error = (ours[name] - tensor).norm().item() if name in ours else float("inf")
+        errors[name] = float("inf") if error != error else error / scale if scale else error  # NaN agrees with nothing
     gradients = {name: error for name, error in errors.items() if name.startswith("gradient")}
     worst = [max(gradients, key=gradients.get)] if gradients else []
     return {name: error for name, error in errors.items() if name not in gradients or name in worst}

@@ -55,6 +55,13 @@ def test_bad_names(name, message):
     assert CliRunner().invoke(app, ["check", name]).exit_code == 2
 
 
+@pytest.mark.parametrize("ours", [{}, {"gradient of b": torch.tensor([float("nan")])}, {"gradient of b": torch.tensor([2.0])}])
+def test_a_gradient_that_is_missing_not_a_number_or_another_is_the_worst(ours):
+    truth = {"output 0": torch.ones(2), "gradient of a": torch.ones(1), "gradient of b": torch.ones(1)}
+    errors = checking.compare(truth, {name: truth[name] for name in ("output 0", "gradient of a")} | ours)
+    assert errors["output 0"] == 0 and errors["gradient of b"] >= 1 and len(errors) == 2
+
+
 def test_nothing_is_changed():
     model, arguments = block_and_inputs()
     state, types = {name: tensor.clone() for name, tensor in model.state_dict().items()}, [type(module) for module in model.modules()]
