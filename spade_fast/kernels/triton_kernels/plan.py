@@ -28,7 +28,9 @@ def tiles(images, channels, pixels, last, table):
     """Grid and settings of a kernel in which each program has one tile."""
     tile_pixels, tile_channels = tile_of(channels, pixels, last, table)
     programs = images * triton.cdiv(channels, tile_channels) * triton.cdiv(pixels, tile_pixels)
-    warps = max(1, min(8, tile_pixels * tile_channels // 256))
+    # Eight elements to a thread, which one access takes where rows are aligned; four where each has an access and an address of its own.
+    elements = 256 if (channels if last else pixels) % 8 == 0 else 128
+    warps = max(1, min(8, tile_pixels * tile_channels // elements))
     return (programs,), {"PIXELS": tile_pixels, "CHANNELS": tile_channels, "num_warps": warps}
 
 
