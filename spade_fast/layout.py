@@ -68,6 +68,19 @@ class Windows(NamedTuple):
             max(1, pixels.shape[1]))
 
 
+class Patches(NamedTuple):
+    """The distinct windows that one convolution of a layout sees, of any kernel size, stride and padding.
+
+    contents: [K, taps], the codes that each sees, −1 beyond the border; sums: the same as sums of the palette's rows.
+    index: [N, *size of the result], which of the K each place has; order: [N, places], each image's places sorted by it. All int32.
+    """
+
+    contents: torch.Tensor
+    sums: Sums
+    index: torch.Tensor
+    order: torch.Tensor
+
+
 class SemanticLayout:
     """A batch of semantic layouts: codes [N, *spatial], int32, and a palette [P, label_nc] of the vectors that they stand for.
 
@@ -86,7 +99,8 @@ class SemanticLayout:
             if least < 0 or most >= len(palette):
                 raise ValueError(f"codes has numbers from {least} to {most}, they should be rows of the palette, 0 to {len(palette) - 1}")
         self.codes, self.palette = codes, palette
-        self._windows = {}
+        self._windows, self._patches, self._pooled = {}, {}, {}
+        self._repeats = None  # of which layout this is how many times over
 
     @classmethod
     def from_labels(cls, labels, num_classes, instances=None, dont_care=None):
@@ -168,7 +182,8 @@ class SemanticLayout:
         return SemanticLayout(resize_codes(self.codes, size), self.palette)
 
     def avg_pool(self, kernel_size, stride=None, padding=0, count_include_pad=True):
-        """The layout of `F.avg_pool2d(condition, …)` (or 1d, 3d): each distinct window of codes becomes a code, its mean a vector.
+        """The layout of `F.avg_pool2d(condition, …)` (or 1d, 3d): each distinct window of codes becomes a code, its mean a vector, in
+        float64: a network rounds it to its own dtype.
 
         Args:
             kernel_size: taps per axis, up to 7.
@@ -182,21 +197,43 @@ class SemanticLayout:
         if not 1 <= kernel_size <= LARGEST_KERNEL or stride < 1 or not 0 <= 2 * padding < kernel_size:
             raise ValueError(f"kernel_size is {kernel_size}, stride {stride}, padding {padding}: they should be 1 to {LARGEST_KERNEL},"
                              " 1 or more, and less than half of kernel_size")
-        size = [(length + 2 * padding - kernel_size) // stride + 1 for length in self.codes.shape[1:]]
-        if min(size) < 1:
-            raise ValueError(f"the layout is {list(self.codes.shape[1:])}, it should be no smaller than kernel_size, {kernel_size}")
-        odd = kernel_size | 1  # windows have a middle: an even kernel's are those of one more, without the last taps
-        numbers, contents = kernels.select(self.codes).number_windows(self.codes, odd)
-        for dim, length in enumerate(size, start=1):
-            numbers = numbers.narrow(dim, odd // 2 - padding, (length - 1) * stride + 1)
-            numbers = numbers[(slice(None),) * dim + (slice(None, None, stride),)]
-        present, codes = numbers.unique(return_inverse=True)
-        dims = len(size)
-        contents = contents[present.long()].view(-1, *[odd] * dims)[(slice(None), *[slice(kernel_size)] * dims)].flatten(1)
-        vectors = torch.cat([self.palette, self.palette.new_zeros(1, self.label_nc)])  # −1, beyond the border, is the last
-        sums = sum(vectors[contents[:, tap].long()] for tap in range(contents.shape[1]))
-        counts = contents.shape[1] if count_include_pad else (contents >= 0).sum(1, keepdim=True).to(sums.dtype)
-        return SemanticLayout(codes.to(torch.int32), sums / counts)
+        key = (kernel_size, stride, padding, count_include_pad)
+        if key in self._pooled:
+            return self._pooled[key]
+        if self._repeats:
+            layout, times = self._repeats
+            pooled = layout.avg_pool(*key).repeat(times)
+        else:
+            patches = self.patches(kernel_size, stride, padding)
+            vectors = torch.cat([self.palette, self.palette.new_zeros(1, self.label_nc)]).double()  # −1, beyond the border, is the last
+            sums = sum(vectors[codes.long()] for codes in patches.contents.unbind(1))
+            taps = patches.contents.shape[1]
+            counts = taps if count_include_pad else (patches.contents >= 0).sum(1, keepdim=True).to(sums.dtype)
+            pooled = SemanticLayout(patches.index, sums / counts)
+        if not self.palette.requires_grad:
+            self._pooled[key] = pooled
+        return pooled
+
+    def patches(self, kernel_size, stride, padding):
+        """The Patches of a convolution of the condition with such a kernel, stride and padding. Made once, then kept."""
+        key = (kernel_size, stride, padding)
+        if key in self._patches:
+            return self._patches[key]
+        if self._repeats:
+            layout, times = self._repeats
+            contents, sums, index, order = layout.patches(*key)
+            self._patches[key] = Patches(contents, sums, _repeat(index, times), _repeat(order, times))
+        else:
+            self._patches[key] = number_patches(self.codes, kernel_size, stride, padding, len(self.palette))
+        return self._patches[key]
+
+    def repeat(self, times):
+        """The layouts of this batch, all of them so many times over: for several images of each. They share their windows."""
+        if times == 1:
+            return self
+        repeated = SemanticLayout(_repeat(self.codes, times), self.palette)
+        repeated._repeats = (self, times)
+        return repeated
 
     def windows(self, size, kernel_size):
         """The Windows at this size, *spatial, for convolutions of this kernel size. Made once, then kept."""
@@ -209,7 +246,12 @@ class SemanticLayout:
                 raise ValueError(f"size is {key[0]}, it should have the layout's {self.codes.dim() - 1} dimensions")
             if kernel_size % 2 == 0 or not 1 <= kernel_size <= LARGEST_KERNEL:
                 raise ValueError(f"kernel_size is {kernel_size}, it should be odd, from 1 to {LARGEST_KERNEL}")
-            self._windows[key] = number(resize_codes(self.codes, key[0]), kernel_size, len(self.palette))
+            if self._repeats:
+                layout, times = self._repeats
+                hidden, table, index, order = layout.windows(*key)
+                self._windows[key] = Windows(hidden, table, _repeat(index, times), _repeat(order, times))
+            else:
+                self._windows[key] = number(resize_codes(self.codes, key[0]), kernel_size, len(self.palette))
         return self._windows[key]
 
     def prepare(self, sizes, kernel_size):
@@ -239,6 +281,10 @@ class SemanticLayout:
         for key, windows in self._windows.items():
             sums = (Sums(*map(function, part)) for part in windows[:2])
             layout._windows[key] = Windows(*sums, function(windows.index), function(windows.order))
+        for key, (contents, sums, *places) in self._patches.items():
+            layout._patches[key] = Patches(function(contents), Sums(*map(function, sums)), *map(function, places))
+        for key, pooled in self._pooled.items():
+            layout._pooled[key] = pooled._mapped(function)
         return layout
 
     def stats(self):
@@ -252,6 +298,11 @@ class SemanticLayout:
         """Whether other is a layout of the same codes and palette."""
         return (isinstance(other, SemanticLayout) and torch.equal(self.codes, other.codes)
                 and self.palette.dtype == other.palette.dtype and torch.equal(self.palette, other.palette))
+
+    @property
+    def source(self):
+        """The layout that this one is a repetition of, or itself: what depends on neither the number of images is the same for both."""
+        return self._repeats[0].source if self._repeats else self
 
     @property
     def device(self):
@@ -274,6 +325,28 @@ def number(codes, kernel_size, num_codes):
     """The Windows of codes [N, *size]."""
     hidden, table, index, order = kernels.select(codes).find_windows(codes, kernel_size, num_codes)
     return Windows(Sums(*hidden), Sums(*table), index, order)
+
+
+@torch.inference_mode(False)
+def number_patches(codes, kernel_size, stride, padding, num_codes):
+    """The Patches of codes [N, *spatial]. Errors: ValueError where the map is smaller than a window."""
+    size = [(length + 2 * padding - kernel_size) // stride + 1 for length in codes.shape[1:]]
+    if min(size) < 1:
+        raise ValueError(f"the layout is {list(codes.shape[1:])}, it should be no smaller than kernel_size, {kernel_size}")
+    backend = kernels.select(codes)
+    # With the border around it as one more code, every window is within the map.
+    numbers, contents = backend.number_windows(F.pad(codes, (padding,) * 2 * len(size), value=num_codes), kernel_size)
+    for dim, length in enumerate(size, start=1):
+        numbers = numbers.narrow(dim, kernel_size // 2, (length - 1) * stride + 1)
+        numbers = numbers[(slice(None),) * dim + (slice(None, None, stride),)]
+    present, index = numbers.unique(return_inverse=True)
+    contents, index = contents[present.long()], index.to(torch.int32)
+    contents = torch.where(contents == num_codes, -1, contents)
+    return Patches(contents, Sums(*backend.window_sums(contents, num_codes)), index, backend.sort_pixels(index))
+
+
+def _repeat(tensor, times):
+    return tensor.repeat(times, *[1] * (tensor.dim() - 1))
 
 
 def _side_by_side(parts):

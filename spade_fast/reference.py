@@ -154,3 +154,80 @@ class SPADEGenerator(nn.Module):
         if self.doublings == 7:
             x = self.up_4(up(x), segmap)
         return torch.tanh(self.conv_img(F.leaky_relu(x, 0.2)))
+
+
+class SPADEGeneratorFromNoise(nn.Module):
+    """The generator of the paper's sketch: noise [N, z_dim] at 4×4, six blocks, each followed by a doubling, an image at 256²."""
+
+    def __init__(self, label_nc, z_dim=256, ngf=64, *, norm_G="spadeinstance3x3", block=SPADEResnetBlock):
+        super().__init__()
+        self.fc = nn.Linear(z_dim, 16 * ngf * 4 * 4)
+        widths = [16, 16, 16, 8, 4, 2, 1]
+        for name, fin, fout in zip(("head", "up_1", "up_2", "up_3", "up_4", "up_5"), widths, widths[1:]):
+            self.add_module(name, block(fin * ngf, fout * ngf, norm_G, label_nc))
+        self.conv_img = nn.Conv2d(ngf, 3, 3, padding=1)
+
+    def forward(self, segmap, z):
+        x = self.fc(z).view(len(z), -1, 4, 4)
+        for block in (self.head, self.up_1, self.up_2, self.up_3, self.up_4, self.up_5):
+            x = F.interpolate(block(x, segmap), scale_factor=2, mode="nearest")
+        return torch.tanh(self.conv_img(F.leaky_relu(x, 0.2)))
+
+
+def normalised(convolution):
+    """A convolution under spectral norm, without bias, and the instance norm that follows it."""
+    return nn.Sequential(nn.utils.spectral_norm(convolution), nn.InstanceNorm2d(convolution.out_channels))
+
+
+class ConvEncoder(nn.Module):
+    """An image [N, 3, *any] to mean and logarithm of the variance of its z, both [N, z_dim]."""
+
+    def __init__(self, ndf=64, z_dim=256):
+        super().__init__()
+        widths = [3, ndf, 2 * ndf, 4 * ndf, 8 * ndf, 8 * ndf, 8 * ndf]
+        for number in range(1, 7):
+            conv = nn.Conv2d(widths[number - 1], widths[number], 3, stride=2, padding=1, bias=False)
+            self.add_module(f"layer{number}", normalised(conv))
+        self.fc_mu = nn.Linear(8 * ndf * 4 * 4, z_dim)
+        self.fc_var = nn.Linear(8 * ndf * 4 * 4, z_dim)
+
+    def forward(self, image):
+        x = F.interpolate(image, size=(256, 256), mode="bilinear")
+        for layer in (self.layer1, self.layer2, self.layer3, self.layer4, self.layer5, self.layer6):
+            x = F.leaky_relu(layer(x), 0.2)
+        return self.fc_mu(x.flatten(1)), self.fc_var(x.flatten(1))
+
+
+class PatchDiscriminator(nn.Module):
+    """x [N, input_nc, H, W] to the results of its five layers, the last of one channel: how real each patch looks."""
+
+    def __init__(self, input_nc, ndf=64):
+        super().__init__()
+        self.model0 = nn.Sequential(nn.Conv2d(input_nc, ndf, 4, stride=2, padding=2), nn.LeakyReLU(0.2))
+        for number, stride in (1, 2), (2, 2), (3, 1):
+            conv = nn.Conv2d(ndf * 2 ** (number - 1), ndf * 2**number, 4, stride=stride, padding=2, bias=False)
+            self.add_module(f"model{number}", nn.Sequential(normalised(conv), nn.LeakyReLU(0.2)))
+        self.model4 = nn.Sequential(nn.Conv2d(8 * ndf, 1, 4, padding=2))
+
+    def forward(self, x):
+        results = []
+        for layer in (self.model0, self.model1, self.model2, self.model3, self.model4):
+            x = layer(x)
+            results.append(x)
+        return results
+
+
+class MultiscaleDiscriminator(nn.Module):
+    """Condition and image together, [N, input_nc, H, W], to the five results of each scale; every scale is half of the one before."""
+
+    def __init__(self, input_nc, n_scales=2, ndf=64):
+        super().__init__()
+        for number in range(n_scales):
+            self.add_module(f"discriminator_{number}", PatchDiscriminator(input_nc, ndf))
+
+    def forward(self, x):
+        results = []
+        for discriminator in self.children():
+            results.append(discriminator(x))
+            x = F.avg_pool2d(x, 3, stride=2, padding=1, count_include_pad=False)
+        return results

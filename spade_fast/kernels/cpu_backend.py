@@ -49,8 +49,11 @@ def find_windows(codes, kernel_size, num_codes):
     first, hidden = number_windows(codes, kernel_size)
     index, table = number_windows(first, kernel_size)
     numbering.check_windows(hidden, num_codes)
-    lists = (library.window_sums(contents.numpy(), rows) for contents, rows in ((hidden, num_codes), (table, len(hidden))))
-    return *(tuple(map(torch.from_numpy, numbers)) for numbers in lists), index, sort_pixels(index)
+    return window_sums(hidden, num_codes), window_sums(table, len(hidden)), index, sort_pixels(index)
+
+
+def window_sums(contents, rows):
+    return tuple(map(torch.from_numpy, library.window_sums(contents.numpy(), rows)))
 
 
 def sort_pixels(index):

@@ -57,7 +57,7 @@ def vectors_differ(bits, firsts):
 
 
 def number_windows(codes, kernel_size):
-    """The distinct windows of kernel_size taps per axis of codes [N, *spatial], int32 and not negative.
+    """The distinct windows of kernel_size taps per axis of codes [N, *spatial], int32 and not negative: tap kernel_size // 2 is a pixel's own.
 
     Returns their numbers, int32 [N, *spatial], and what they see, int32 [windows, taps], −1 beyond the border.
     """
@@ -77,6 +77,11 @@ def check_windows(hidden, num_codes):
     windows, taps = hidden.shape
     if max(num_codes, windows) * taps >= 2**31:
         raise ValueError(f"codes has {windows} distinct windows of {taps} taps, together they should be below 2**31")
+
+
+def window_sums(contents, rows):
+    """The lists of windows of so many rows, [windows, taps], −1 beyond the border."""
+    return list_windows(contents, rows, int((contents >= 0).sum()))
 
 
 def list_windows(contents, rows, seen):
@@ -132,7 +137,7 @@ def _number(codes, kernel_size, levels):
 
 def _number_level(codes, kernel_size, attempt):
     half, axes = kernel_size // 2, codes.dim() - 1
-    padded = F.pad(codes, (half, half) * axes, value=-1)
+    padded = F.pad(codes, (half, kernel_size - 1 - half) * axes, value=-1)
     taps, hashes = padded, padded.long()
     for dim in range(1, axes + 1):
         taps = taps.unfold(dim, kernel_size, 1)
@@ -157,7 +162,7 @@ def _taps_inside(codes, kernel_size):
     taps, half = torch.ones((), dtype=torch.int64, device=codes.device), kernel_size // 2
     for length in codes.shape[1:]:
         position = torch.arange(length, device=codes.device)
-        taps = taps[..., None] * (position.clamp(max=half) + 1 + position.flip(0).clamp(max=half))
+        taps = taps[..., None] * (position.clamp(max=half) + 1 + position.flip(0).clamp(max=kernel_size - 1 - half))
     return taps
 
 

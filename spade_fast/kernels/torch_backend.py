@@ -26,8 +26,8 @@ NAME = "torch"
 KEEPS_SIGNS = ("relu", "leaky_relu")
 PRODUCTS = 2**23  # of a convolution at windows, at a time: they stay in a GPU's cache, and all at once are never held
 
-find_codes, find_windows = numbering.find_codes, numbering.find_windows
-number_windows, sort_pixels = numbering.number_windows, numbering.sort_pixels
+find_codes, find_windows, number_windows = numbering.find_codes, numbering.find_windows, numbering.number_windows
+window_sums, sort_pixels = numbering.window_sums, numbering.sort_pixels
 
 
 def why_not(x=None, gamma=None):

@@ -40,7 +40,8 @@ instance_backward = torch.ops.spade_fast_triton.instance_backward.default
 convolve_windows = torch_backend.convolve_windows
 convolve_windows_weight = torch_backend.convolve_windows_weight
 convolve_windows_rows = torch_backend.convolve_windows_rows
-find_windows, number_windows, sort_pixels = numbering.find_windows, numbering.number_windows, numbering.sort_pixels
+find_windows, number_windows = numbering.find_windows, numbering.number_windows
+window_sums, sort_pixels = numbering.window_sums, numbering.sort_pixels
 find_codes = _kernel("find_codes")
 
 

@@ -1,12 +1,13 @@
 """The residual block of the SPADE generators."""
 
+import torch
 import torch.nn as nn
 
 from ..ops.modulate import plane_moments
 from .config import parse_config
 from .spade import CONVOLUTIONS, SPADE, resize
 from .spectral import convolve
-from .upsampled import repeats
+from .upsampled import repeat_pixels, repeats
 from .windows import with_channels_together, find_layout
 
 
@@ -19,18 +20,26 @@ class ResidualBlock:
     Its activation is leaky ReLU of slope 0.2, or the one that it has as a module.
     """
 
-    def forward(self, x, segmap):
-        """x [N, fin, *spatial] and segmap [N, label_nc, *any], or a SemanticLayout, to [N, fout, *spatial]. Errors: SPADE.forward's."""
+    def forward(self, x, segmap, scale=1):
+        """x [N, fin, *spatial] and segmap [N, label_nc, *any], or a SemanticLayout, to [N, fout, *spatial].
+
+        scale: x is made so many times larger first, by nearest neighbour. Errors: SPADE.forward's.
+        """
         self.norm_0.check(x, segmap)
         layout = find_layout(segmap)
-        x = with_channels_together(x)
+        x = with_channels_together(x, scale)
+        has_shortcut, settings = "norm_s" in self._modules, self.activation_settings()
+        moments = None
+        if self.norm_0.measures and (scale > 1 or has_shortcut and self.norm_s.measures):
+            moments = repeated_moments(plane_moments(x), scale ** (x.dim() - 2))
+        x = repeat_pixels(x, scale)
         if layout is not None:
             segmap = layout
         elif repeats(segmap, x.shape[2:]) == 1:
             segmap = resize(segmap, x.shape[2:])  # once for all
-        has_shortcut, settings = "norm_s" in self._modules, self.activation_settings()
-        moments = plane_moments(x) if has_shortcut and self.norm_0.measures and self.norm_s.measures else None
-        shortcut = convolve(self.conv_s, self.norm_s(x, segmap, moments=moments)) if has_shortcut else x
+        shortcut = x
+        if has_shortcut:
+            shortcut = convolve(self.conv_s, self.norm_s(x, segmap, moments=moments if self.norm_s.measures else None))
         dx = convolve(self.conv_0, self.norm_0(x, segmap, moments=moments, **settings))
         dx = convolve(self.conv_1, self.norm_1(dx, segmap, **settings))
         return shortcut + (self.se(dx) if "se" in self._modules else dx)
@@ -41,6 +50,11 @@ class ResidualBlock:
             if type(module) in ACTIVATIONS:
                 return {"activation": ACTIVATIONS[type(module)], "negative_slope": getattr(module, "negative_slope", 0.2)}
         return {"activation": "leaky_relu", "negative_slope": 0.2}
+
+
+def repeated_moments(moments, times):
+    """`plane_moments` of x with every pixel so many times: the mean stays, there are more squares."""
+    return torch.stack([moments[0], times * moments[1]]) if times > 1 else moments
 
 
 class SPADEResnetBlock(ResidualBlock, nn.Module):

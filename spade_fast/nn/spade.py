@@ -12,7 +12,7 @@ from ..ops.convolve_windows import convolve_windows
 from ..ops.modulate import spade_modulate
 from .config import parse_config
 from .frozen import kept_tables
-from .upsampled import convolve_repeated, repeats
+from .upsampled import convolve_repeated, may_sum_weights, repeats
 from .windows import FORMATS, with_channels_together, find_layout, pays
 
 CONVOLUTIONS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
@@ -111,7 +111,7 @@ class SpatiallyAdaptive:
     def _from_pixels(self, segmap, x):
         """γ and β of every pixel, of x's shape."""
         if isinstance(segmap, SemanticLayout):
-            segmap = segmap.resize(x.shape[2:]).to_segmap(next(self.part("shared").parameters()).dtype)
+            segmap = segmap.resize(x.shape[2:]).to_segmap(self._first_weight().dtype)
         hidden = self._hidden(like_pixels_of(x, segmap), x.shape[2:])
         convolve = convolve_jointly if hidden.is_cuda else convolve_apart  # on a CPU nothing is gained, and copying costs
         return convolve((self.part("gamma"), self.part("beta")), hidden)
@@ -121,8 +121,7 @@ class SpatiallyAdaptive:
         shared, factor = self.part("shared"), repeats(segmap, size)
         conv, *activations = leaves(shared)
         simple = all(is_plain(module, POINTWISE) for module in activations) and sees_windows(conv, getattr(conv, "kernel_size", [0])[0])
-        # In half precision sums of weights would be rounded.
-        if factor == 1 or not simple or segmap.element_size() < 4 or torch.is_autocast_enabled(segmap.device.type):
+        if factor == 1 or not simple or not may_sum_weights(segmap):
             return shared(resize(segmap, size))
         hidden = convolve_repeated(conv, segmap, factor)
         for activation in activations:
@@ -136,7 +135,9 @@ class SpatiallyAdaptive:
         if kept is None:
             gamma, beta = compute_table(layout, windows, convolutions, dtype)
         else:
-            gamma, beta = kept.get(layout, (self, x.shape[2:], dtype), lambda: compute_table(layout, windows, convolutions, dtype))
+            images = len(x) if convolutions.normalise else None
+            key = (self, x.shape[2:], dtype, images)
+            gamma, beta = kept.get(layout.source, key, lambda: compute_table(layout, windows, convolutions, dtype))
         index = windows.index_of_images if convolutions.normalise else windows.index
         return gamma, beta, {"index": index, "order": windows.order}
 
@@ -168,29 +169,37 @@ class SpatiallyAdaptive:
 
     def check(self, x, segmap):
         """Raises what is wrong with x or segmap, by name."""
-        weight = next(self.part("shared").parameters())
-        is_layout = isinstance(segmap, SemanticLayout)
-        tensors = {"x": (x, self.spade_form.norm_nc)} | ({} if is_layout else {"segmap": (segmap, self.spade_form.label_nc)})
-        for name, (tensor, channels) in tensors.items():
-            if not isinstance(tensor, torch.Tensor):
-                raise TypeError(f"{name} is a {type(tensor).__name__}, it should be a torch.Tensor")
-            if not tensor.is_floating_point():
-                raise TypeError(f"{name} has dtype {tensor.dtype}, it should be a floating-point tensor")
-            if tensor.dim() != self.spade_form.spatial_dims + 2 or tensor.shape[1] != channels:
-                spatial = ", ".join("DHW"[-self.spade_form.spatial_dims :])
-                raise ValueError(f"{name} has shape {list(tensor.shape)}, it should be [N, {channels}, {spatial}]")
-        if is_layout and segmap.codes.dim() - 1 != self.spade_form.spatial_dims:
-            raise ValueError(f"segmap has {segmap.codes.dim() - 1} dimensions, it should have {self.spade_form.spatial_dims}")
-        if is_layout and segmap.label_nc != self.spade_form.label_nc:
-            raise ValueError(f"segmap has {segmap.label_nc} channels, it should have {self.spade_form.label_nc}")
+        self._check_tensor("x", x, self.spade_form.norm_nc)
+        self.check_segmap(segmap)
+        weight = self._first_weight()
         for name, tensor in {"segmap": segmap, "the layer's weight": weight}.items():
             if tensor.device != x.device:
                 raise ValueError(f"{name} is on {tensor.device}, it should be on x's device, {x.device}")
-        if not is_layout and segmap.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
+        if isinstance(segmap, torch.Tensor) and segmap.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
             raise TypeError(f"segmap has dtype {segmap.dtype}, it should be the weights', {weight.dtype}")
-        batch = len(segmap) if is_layout else segmap.shape[0]
-        if batch != x.shape[0]:
-            raise ValueError(f"segmap has a batch of {batch}, it should be x's, {x.shape[0]}")
+        if len(segmap) != len(x):
+            raise ValueError(f"segmap has a batch of {len(segmap)}, it should be x's, {len(x)}")
+
+    def check_segmap(self, segmap):
+        """Raises what is wrong with segmap, whatever x is."""
+        if not isinstance(segmap, SemanticLayout):
+            self._check_tensor("segmap", segmap, self.spade_form.label_nc)
+        elif segmap.codes.dim() - 1 != self.spade_form.spatial_dims:
+            raise ValueError(f"segmap has {segmap.codes.dim() - 1} dimensions, it should have {self.spade_form.spatial_dims}")
+        elif segmap.label_nc != self.spade_form.label_nc:
+            raise ValueError(f"segmap has {segmap.label_nc} channels, it should have {self.spade_form.label_nc}")
+
+    def _check_tensor(self, name, tensor, channels):
+        if not isinstance(tensor, torch.Tensor):
+            raise TypeError(f"{name} is a {type(tensor).__name__}, it should be a torch.Tensor")
+        if not tensor.is_floating_point():
+            raise TypeError(f"{name} has dtype {tensor.dtype}, it should be a floating-point tensor")
+        if tensor.dim() != self.spade_form.spatial_dims + 2 or tensor.shape[1] != channels:
+            spatial = ", ".join("DHW"[-self.spade_form.spatial_dims :])
+            raise ValueError(f"{name} has shape {list(tensor.shape)}, it should be [N, {channels}, {spatial}]")
+
+    def _first_weight(self):
+        return next(self.part("shared").parameters())
 
 
 class SPADE(SpatiallyAdaptive, nn.Module):

@@ -29,3 +29,25 @@ def largest_singular_value(module, norm):
                 F.normalize(torch.mv(matrix, v), dim=0, eps=norm.eps, out=u)
         u, v = u.clone(), v.clone()  # of a second forward before the first one's backward
     return torch.dot(u, torch.mv(matrix, v))
+
+
+def fold(module):
+    """Gives every convolution in a module that is under spectral norm its weight divided by σ, as it is now, until `unfold`."""
+    for part in module.modules():
+        for key, hook in list(part._forward_pre_hooks.items()):
+            if isinstance(hook, SpectralNorm) and hook.name == "weight":
+                with torch.no_grad():
+                    weight = hook.compute_weight(part, do_power_iteration=False)
+                del part._forward_pre_hooks[key], part.weight
+                part.register_buffer("weight", weight, persistent=False)  # of the module's device and dtype, and not of its state_dict
+                part.folded_norm = hook
+
+
+def unfold(module):
+    """Undoes `fold`. Returns whether there was anything to undo."""
+    folded = [part for part in module.modules() if "folded_norm" in part.__dict__]
+    for part in folded:
+        del part.weight
+        part.weight = part.weight_orig.data  # as spectral norm leaves it
+        part.register_forward_pre_hook(part.__dict__.pop("folded_norm"))
+    return bool(folded)

@@ -1,4 +1,4 @@
-"""The first convolution of a condition smaller than x: nearest neighbour repeats its pixels, and repeated pixels need fewer products.
+"""A convolution of a map that nearest neighbour made larger: it repeats pixels, and repeated pixels need fewer products.
 
 A convolution with k taps per axis of a map whose pixels are repeated f times is a transposed convolution of the map itself, with
 stride f and k + f − 1 taps: each of those is the sum of the taps that would have met the same pixel. For f = 2 and k = 3 that is 4
@@ -17,8 +17,18 @@ def repeats(segmap, size):
     return factors.pop() if len(factors) == 1 else 1
 
 
-def convolve_repeated(conv, segmap, factor):
-    """conv(F.interpolate(segmap, scale_factor=factor)) of a convolution that keeps a map's size by zeros around it."""
+def repeat_pixels(x, factor):
+    """x with each pixel so many times along every axis."""
+    return x if factor == 1 else F.interpolate(x, scale_factor=factor, mode="nearest")
+
+
+def may_sum_weights(x):
+    """Whether sums of weights, in the dtype of a convolution of x, are as good as sums of products: in half precision they are rounded."""
+    return x.element_size() >= 4 and not torch.is_autocast_enabled(x.device.type)
+
+
+def convolve_repeated(conv, x, factor):
+    """conv(repeat_pixels(x, factor)) of a convolution that keeps a map's size by zeros around it."""
     weight = conv.weight.transpose(0, 1)
     taps = weight.shape[-1]
     # meets[t, j]: whether tap t of the convolution is part of tap j of the transposed one.
@@ -26,4 +36,4 @@ def convolve_repeated(conv, segmap, factor):
     meets = ((offset >= 0) & (offset < factor)).to(weight.dtype)
     for dim in range(2, weight.dim()):
         weight = (weight.movedim(dim, -1) @ meets).movedim(-1, dim)
-    return TRANSPOSED[weight.dim() - 2](segmap, weight, conv.bias, stride=factor, padding=conv.padding)
+    return TRANSPOSED[weight.dim() - 2](x, weight, conv.bias, stride=factor, padding=conv.padding)

@@ -65,14 +65,14 @@ def find_layout(segmap):
     return layout
 
 
-def with_channels_together(x):
-    """x with each pixel's channels together: the layout in which they meet a row of a table, and in which convolutions are fastest.
+def with_channels_together(x, scale=1):
+    """x, which is made so many times larger next, with each pixel's channels together: the layout in which they meet a row of a table, and in which convolutions are fastest.
 
     Not where there are few pixels: the convolutions that follow copy their weights to x's layout, which then costs more.
     """
     if torch.compiler.is_exporting():
         return x  # an exported graph may not depend on the batch
-    pays = x.dim() in FORMATS and x[:, 0].numel() >= FEW_PIXELS
+    pays = x.dim() in FORMATS and x[:, 0].numel() * scale ** (x.dim() - 2) >= FEW_PIXELS
     return x.contiguous(memory_format=FORMATS[x.dim()]) if pays else x
 
 

@@ -1,0 +1,48 @@
+"""The encoder of the variational generator: an image becomes the mean and the variance of its style, z."""
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from .normalised import NormalisedConvolution
+
+SIZE = 256  # of the image, to which any is resized first: its linear layers fit no other
+
+
+class ConvEncoder(nn.Module):
+    """Six convolutions of stride 2, with spectral and instance norm, and a linear layer each for mean and variance (Park et al. 2019,
+    figure 14), with the state_dict keys of the published code.
+
+    Args:
+        ndf: channels of the first convolution's result.
+        z_dim: length of z.
+        input_nc: channels of the image.
+    """
+
+    def __init__(self, ndf=64, z_dim=256, *, input_nc=3):
+        super().__init__()
+        widths = [input_nc, *(ndf * multiple for multiple in (1, 2, 4, 8, 8, 8))]
+        for number, (before, width) in enumerate(zip(widths, widths[1:]), start=1):
+            self.add_module(f"layer{number}", NormalisedConvolution(before, width, 3, stride=2, padding=1))
+        features = widths[-1] * (SIZE // 2 ** (len(widths) - 1)) ** 2
+        self.fc_mu = nn.Linear(features, z_dim)
+        self.fc_var = nn.Linear(features, z_dim)
+
+    def forward(self, image):
+        """Of images [N, input_nc, H, W], between −1 and 1: mean and logarithm of the variance of z, both [N, z_dim]."""
+        channels = self.layer1.convolution.in_channels
+        if not isinstance(image, torch.Tensor) or image.dim() != 4 or image.shape[1] != channels:
+            shape = list(image.shape) if isinstance(image, torch.Tensor) else type(image).__name__
+            raise ValueError(f"image is {shape}, it should be a tensor [N, {channels}, H, W]")
+        x = image
+        if x.shape[2:] != (SIZE, SIZE):
+            x = F.interpolate(x, size=(SIZE, SIZE), mode="bilinear")
+        for layer in list(self.children())[:-2]:
+            x = layer(x)
+        x = x.flatten(1)
+        return self.fc_mu(x), self.fc_var(x)
+
+
+def reparameterize(mu, logvar):
+    """z of a normal distribution with this mean and logarithm of the variance, differentiable in both (Kingma and Welling 2014)."""
+    return mu + torch.randn_like(mu) * (0.5 * logvar).exp()

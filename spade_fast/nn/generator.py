@@ -1,0 +1,207 @@
+"""The generator: noise or the condition itself makes a small map, and residual blocks make an image of it, size by size."""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from ..layout import SemanticLayout
+from . import spectral
+from .block import SPADEResnetBlock
+from .config import parse_config
+from .spade import CONVOLUTIONS, resize
+from .upsampled import convolve_repeated, may_sum_weights, repeat_pixels
+from .windows import current_mode, find_layout
+
+
+class Stage(NamedTuple):
+    """One residual block of a generator."""
+
+    name: str
+    width: float  # channels of its result, in multiples of ngf
+    scale: int  # how many times larger it makes its x first, by nearest neighbour
+
+
+FROM_NOISE = (Stage("head", 16, 1), Stage("up_1", 16, 2), Stage("up_2", 8, 2), Stage("up_3", 4, 2), Stage("up_4", 2, 2), Stage("up_5", 1, 2))
+NORM_G = "spectralspadesyncbatch3x3"
+
+
+class Published(NamedTuple):
+    """What a published network was trained for."""
+
+    label_nc: int  # channels of the condition: classes, "don't care", instance edges
+    crop_size: int = 256  # width of the image
+    aspect_ratio: float = 1.0  # of its width to its height
+    num_upsampling_layers: str = "normal"
+
+
+PUBLISHED = {"coco": Published(184), "ade20k": Published(151), "cityscapes": Published(36, 512, 2.0, "more")}
+DOUBLINGS = {"normal": 5, "more": 6, "most": 7}
+
+
+class SPADEGenerator(nn.Module):
+    """An image from a condition (Park et al. 2019, figure 4): a first map, residual blocks, a convolution, tanh.
+
+    As it is made here it begins with noise at 4×4 and ends at 256²; `official` makes the published networks.
+
+    Args:
+        label_nc: channels of the condition.
+        z_dim: length of the noise that a linear layer makes the first map of; None: a convolution of the condition makes it.
+        ngf: channels, which `stages` has multiples of; the first map has 16 times as many.
+        stages: the blocks, a `Stage` each.
+        last_scale: how many times larger the last block's result is made.
+        start: size of the first map, a number or one for each axis.
+        norm_G, nhidden: of the blocks: see SPADEResnetBlock.
+        output_nc: channels of the image.
+        spatial_dims: 1, 2 or 3.
+    """
+
+    def __init__(self, label_nc, z_dim=256, ngf=64, *, stages=FROM_NOISE, last_scale=2, start=4, norm_G="spadeinstance3x3", nhidden=128,
+                 output_nc=3, spatial_dims=2):
+        super().__init__()
+        if spatial_dims not in CONVOLUTIONS:
+            raise ValueError(f"spatial_dims is {spatial_dims!r}, it should be 1, 2 or 3")
+        self.start = (start,) * spatial_dims if isinstance(start, int) else tuple(start)
+        if len(self.start) != spatial_dims or not all(isinstance(length, int) and length > 0 for length in self.start):
+            raise ValueError(f"start is {start!r}, it should be a positive whole number, or {spatial_dims} of them")
+        numbers = {"label_nc": label_nc, "ngf": ngf, "nhidden": nhidden, "output_nc": output_nc, "last_scale": last_scale}
+        for name, number in numbers.items() | ({} if z_dim is None else {"z_dim": z_dim}).items():
+            if not isinstance(number, int) or number < 1:
+                raise ValueError(f"{name} is {number!r}, it should be a positive whole number")
+        self.label_nc, self.z_dim, self.stages, self.last_scale = label_nc, z_dim, tuple(Stage(*stage) for stage in stages), last_scale
+        self.kernel_size = parse_config(norm_G, "norm_G").kernel_size
+        width, convolution = 16 * ngf, CONVOLUTIONS[spatial_dims]
+        if z_dim is None:
+            self.fc = convolution(label_nc, width, 3, padding=1)
+        else:
+            self.fc = nn.Linear(z_dim, width * torch.Size(self.start).numel())
+        for stage in self.stages:
+            before, width = width, int(stage.width * ngf)
+            self.add_module(stage.name, SPADEResnetBlock(before, width, norm_G, label_nc, nhidden=nhidden, spatial_dims=spatial_dims))
+        self.conv_img = convolution(width, output_nc, 3, padding=1)
+        self.register_load_state_dict_post_hook(_fold_again)
+
+    @classmethod
+    def official(cls, dataset, *, use_vae=False, crop_size=None, aspect_ratio=None, num_upsampling_layers=None, norm_G=NORM_G, z_dim=256,
+                 ngf=64, nhidden=128):
+        """The published generator, key for key: an image [N, 3, crop_size / aspect_ratio, crop_size].
+
+        Args:
+            dataset: "coco", "ade20k" or "cityscapes", which decide the arguments that are None; or channels of the condition.
+            use_vae: begin with z, which the encoder makes of an image, or noise; else with the condition.
+            crop_size: width of the image.
+            aspect_ratio: of its width to its height.
+            num_upsampling_layers: "normal", "more" or "most": 5, 6 or 7 doublings.
+            norm_G, z_dim, ngf, nhidden: as above.
+        """
+        if not isinstance(dataset, int) and dataset not in PUBLISHED:
+            raise ValueError(f"dataset is {dataset!r}, it should be {', '.join(PUBLISHED)}, or a number of channels")
+        published = Published(dataset) if isinstance(dataset, int) else PUBLISHED[dataset]
+        crop_size, aspect_ratio = crop_size or published.crop_size, aspect_ratio or published.aspect_ratio
+        num_upsampling_layers = num_upsampling_layers or published.num_upsampling_layers
+        if num_upsampling_layers not in DOUBLINGS:
+            raise ValueError(f"num_upsampling_layers is {num_upsampling_layers!r}, it should be one of {', '.join(DOUBLINGS)}")
+        doublings = DOUBLINGS[num_upsampling_layers]
+        width = crop_size >> doublings
+        start = (round(width / aspect_ratio), width)
+        if min(start) < 1:
+            raise ValueError(f"crop_size is {crop_size}, with {doublings} doublings and an aspect ratio of {aspect_ratio} it should be"
+                             f" {round(2**doublings * max(1, aspect_ratio))} or more")
+        return cls(published.label_nc, z_dim if use_vae else None, ngf, stages=published_stages(num_upsampling_layers), last_scale=1,
+                   start=start, norm_G=norm_G, nhidden=nhidden)
+
+    @property
+    def sizes(self):
+        """Of x in each block: what `SemanticLayout.prepare` makes windows for."""
+        sizes, size = [], self.start
+        for stage in self.stages:
+            size = tuple(stage.scale * length for length in size)
+            sizes.append(size)
+        return sizes
+
+    def forward(self, segmap, z=None):
+        """The image [M, output_nc, *size], between −1 and 1.
+
+        Args:
+            segmap: [N, label_nc, *any], the condition, or a SemanticLayout of it; resized by nearest neighbour.
+            z: [M, z_dim] for a generator that begins with noise, standard normal where None. M is a multiple of N: image i has condition
+                i % N, and what depends on the condition alone is computed once.
+
+        Raises:
+            ValueError, TypeError: an argument is not as said above; the message names it.
+        """
+        segmap, z = self._inputs(segmap, z)
+        layout = find_layout(segmap)
+        if layout is not None:
+            segmap = layout
+            if current_mode() != "never" and not torch.compiler.is_compiling():
+                layout.prepare(self.sizes, self.kernel_size)  # a GPU is waited for here, and nowhere below
+        x = self._first_map(segmap, z)
+        for stage in self.stages:
+            x = self.get_submodule(stage.name)(x, segmap, scale=stage.scale)
+        x = F.leaky_relu(x, 0.2)
+        if self.last_scale > 1 and may_sum_weights(x):
+            x = convolve_repeated(self.conv_img, x, self.last_scale)
+        else:
+            x = self.conv_img(repeat_pixels(x, self.last_scale))
+        return torch.tanh(x)
+
+    def fold_spectral_norm(self):
+        """For inference: divides the weights under spectral norm by their σ once, instead of in every call. `train()` undoes it.
+
+        Gradients do not reach those weights meanwhile. The state_dict stays as it is; one that is loaded is folded anew.
+        """
+        if self.training:
+            raise RuntimeError("the generator is in train mode: σ changes in every call, call eval() first")
+        spectral.fold(self)
+        return self
+
+    def train(self, mode=True):
+        if mode:
+            spectral.unfold(self)
+        return super().train(mode)
+
+    def _inputs(self, segmap, z):
+        """segmap for every image, and z."""
+        weight = self.fc.weight
+        self.get_submodule(self.stages[0].name).norm_0.check_segmap(segmap)
+        conditions = len(segmap)
+        if self.z_dim is None:
+            if z is not None:
+                raise ValueError("z should be None: this generator begins with the condition")
+            return segmap, None
+        if z is None:
+            return segmap, torch.randn(conditions, self.z_dim, dtype=weight.dtype, device=weight.device)
+        if not isinstance(z, torch.Tensor) or z.dim() != 2 or z.shape[1] != self.z_dim:
+            raise ValueError(f"z is {list(z.shape) if isinstance(z, torch.Tensor) else z!r}, it should be a tensor [M, {self.z_dim}]")
+        if z.device != weight.device:
+            raise ValueError(f"z is on {z.device}, it should be on the weights' device, {weight.device}")
+        times, rest = divmod(len(z), max(1, conditions))
+        if rest or (len(z) > 0) != (conditions > 0):
+            raise ValueError(f"z has a batch of {len(z)}, it should be a multiple of segmap's, {conditions}")
+        if times > 1:
+            layout = find_layout(segmap)
+            segmap = segmap.repeat(times, *[1] * (segmap.dim() - 1)) if layout is None else layout.repeat(times)
+        return segmap, z
+
+    def _first_map(self, segmap, z):
+        if z is not None:
+            return self.fc(z).view(len(z), -1, *self.start)
+        if isinstance(segmap, SemanticLayout):
+            segmap = segmap.resize(self.start).to_segmap(self.fc.weight.dtype)
+        return self.fc(resize(segmap, self.start))
+
+
+def published_stages(num_upsampling_layers):
+    """The blocks of the published generators with "normal", "more" or "most" doublings."""
+    middle = 1 if num_upsampling_layers == "normal" else 2
+    stages = [Stage("head_0", 16, 1), Stage("G_middle_0", 16, 2), Stage("G_middle_1", 16, middle)]
+    stages += [Stage("up_0", 8, 2), Stage("up_1", 4, 2), Stage("up_2", 2, 2), Stage("up_3", 1, 2)]
+    return stages + ([Stage("up_4", 0.5, 2)] if num_upsampling_layers == "most" else [])
+
+
+def _fold_again(generator, incompatible_keys):
+    """After new weights were loaded."""
+    if spectral.unfold(generator):
+        spectral.fold(generator)
