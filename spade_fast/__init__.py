@@ -5,6 +5,7 @@
 and why not the others. `spade_fast.reference` is the plain PyTorch of it all.
 """
 
+from . import checkpoint
 from .convert import convert, revert
 from .kernels import BackendStatus, backends, use_backend
 from .layout import SemanticLayout
@@ -24,6 +25,7 @@ __all__ = [
     "SemanticLayout",
     "BackendStatus",
     "backends",
+    "checkpoint",
     "convert",
     "frozen",
     "plane_moments",

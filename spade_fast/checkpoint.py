@@ -16,7 +16,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from .nn import ConvEncoder, MultiscaleDiscriminator, SPADEGenerator
-from .nn.generator import FROM_NOISE, PUBLISHED, Published
+from .nn.generator import DOUBLINGS, PUBLISHED, Published
 
 RENAMED = (
     (r"^module\.", ""),  # DataParallel
@@ -89,20 +89,18 @@ def read(path):
 
 
 def write(source, path):
-    """Writes a module's state_dict, or a state_dict, to a file: as `.safetensors`, or as torch.save does. What was there stays until all is."""
+    """Writes a module's state_dict, or a state_dict, to a file: as `.safetensors`, or as torch.save does. What was there stays until
+    all is written.
+    """
     path = Path(path)
     weights = source.state_dict() if isinstance(source, nn.Module) else source
-    handle, written = tempfile.mkstemp(dir=path.absolute().parent, prefix=f".{path.name}.")
-    os.close(handle)
-    try:
+    with tempfile.TemporaryDirectory(dir=path.absolute().parent, prefix=f".{path.name}.") as folder:
+        written = Path(folder, path.name)
         if path.suffix == ".safetensors":
             _safetensors("to write").save_file({key: tensor.detach().contiguous().clone() for key, tensor in weights.items()}, written)
         else:
             torch.save(weights, written)
         os.replace(written, path)
-    except BaseException:
-        os.unlink(written)
-        raise
 
 
 def describe(weights):
@@ -132,7 +130,7 @@ def _describe_generator(weights, head):
     z_dim = first.shape[1] if first.dim() == 2 else None
     places = len(first) // (16 * ngf)  # of the first map, where z makes it
     if head == "head":
-        start = round(places ** (1 / len(taps))) if z_dim else FROM_NOISE_START
+        start = round(places ** (1 / len(taps))) if z_dim else 4
         return Description(SPADEGenerator, "SPADEGenerator", {
             "label_nc": label_nc, "z_dim": z_dim, "ngf": ngf, "start": start, "norm_G": norm_G, "nhidden": nhidden,
             "output_nc": weights["conv_img.weight"].shape[0], "spatial_dims": len(taps)})
@@ -141,7 +139,8 @@ def _describe_generator(weights, head):
     layers = "most" if "up_4.conv_0.bias" in weights else published.num_upsampling_layers
     arguments = {"dataset": dataset, "num_upsampling_layers": layers, "norm_G": norm_G, "ngf": ngf, "nhidden": nhidden}
     if z_dim is not None:
-        arguments |= {"use_vae": True, "z_dim": z_dim}
+        width = round((places * published.aspect_ratio) ** 0.5)
+        arguments |= {"use_vae": True, "z_dim": z_dim, "crop_size": width << DOUBLINGS[layers]}
     return Description(SPADEGenerator.official, "SPADEGenerator.official", arguments)
 
 

@@ -138,7 +138,7 @@ def test_sizes_of_encoder_and_discriminator_are_the_published_ones():
     assert len(discriminator.state_dict()) == 26
 
 
-@pytest.mark.parametrize("make_segmap", [lambda layout: layout, lambda layout: layout.to_segmap(), lambda layout: torch.randn(2, LABEL_NC, 9, 9)],
+@pytest.mark.parametrize("make_segmap", [lambda layout: layout, SemanticLayout.to_segmap, lambda layout: torch.randn(2, LABEL_NC, 9, 9)],
                          ids=["layout", "tensor", "dense"])
 def test_several_images_of_each_layout(make_segmap):
     generator = SPADEGenerator(LABEL_NC, 8, 1, start=2).double().eval()
@@ -212,6 +212,8 @@ def test_bad_arguments_of_the_constructors():
         SPADEGenerator.official("coco", num_upsampling_layers="few")
     with pytest.raises(ValueError, match="crop_size is 64, with 7 doublings .* should be 128 or more"):
         SPADEGenerator.official("coco", num_upsampling_layers="most", crop_size=64)
+    with pytest.raises(ValueError, match=r"ngf is 1, the block up_4 of 0.5 · ngf channels should have a whole number"):
+        SPADEGenerator.official("coco", num_upsampling_layers="most", ngf=1)
     with pytest.raises(ValueError, match="ngf is 0"):
         SPADEGenerator(3, ngf=0)
     with pytest.raises(ValueError, match="spatial_dims is 4"):

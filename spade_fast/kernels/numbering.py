@@ -57,9 +57,10 @@ def vectors_differ(bits, firsts):
 
 
 def number_windows(codes, kernel_size):
-    """The distinct windows of kernel_size taps per axis of codes [N, *spatial], int32 and not negative: tap kernel_size // 2 is a pixel's own.
+    """The distinct windows of kernel_size taps per axis of codes [N, *spatial], int32 and not negative.
 
     Returns their numbers, int32 [N, *spatial], and what they see, int32 [windows, taps], −1 beyond the border.
+    Along each axis a pixel is tap kernel_size // 2 of its own window.
     """
     (numbers, contents, _), = _number(codes, kernel_size, 1)
     return numbers, contents

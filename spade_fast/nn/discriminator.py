@@ -23,8 +23,9 @@ class PatchDiscriminator(nn.Module):
         convolution = CONVOLUTIONS[spatial_dims]
         self.model0 = nn.Sequential(convolution(input_nc, ndf, 4, stride=2, padding=2), nn.LeakyReLU(NEGATIVE_SLOPE))
         for number, stride in (1, 2), (2, 2), (3, 1):
-            normalised = NormalisedConvolution(ndf * 2 ** (number - 1), ndf * 2**number, 4, stride=stride, padding=2, spatial_dims=spatial_dims)
-            self.add_module(f"model{number}", nn.Sequential(normalised))
+            before, width = ndf * 2 ** (number - 1), ndf * 2**number
+            layer = NormalisedConvolution(before, width, 4, stride=stride, padding=2, spatial_dims=spatial_dims)
+            self.add_module(f"model{number}", nn.Sequential(layer))
         self.model4 = nn.Sequential(convolution(8 * ndf, 1, 4, padding=2))
 
     def forward(self, x, layout=None):

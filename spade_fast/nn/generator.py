@@ -23,7 +23,7 @@ class Stage(NamedTuple):
     scale: int  # how many times larger it makes its x first, by nearest neighbour
 
 
-FROM_NOISE = (Stage("head", 16, 1), Stage("up_1", 16, 2), Stage("up_2", 8, 2), Stage("up_3", 4, 2), Stage("up_4", 2, 2), Stage("up_5", 1, 2))
+FROM_NOISE = (Stage("head", 16, 1), *(Stage(f"up_{number}", width, 2) for number, width in enumerate((16, 8, 4, 2, 1), start=1)))
 NORM_G = "spectralspadesyncbatch3x3"
 
 
@@ -69,6 +69,9 @@ class SPADEGenerator(nn.Module):
         for name, number in numbers.items() | ({} if z_dim is None else {"z_dim": z_dim}).items():
             if not isinstance(number, int) or number < 1:
                 raise ValueError(f"{name} is {number!r}, it should be a positive whole number")
+        for stage in stages:
+            if stage[1] * ngf < 1 or stage[1] * ngf % 1:
+                raise ValueError(f"ngf is {ngf}, the block {stage[0]} of {stage[1]} · ngf channels should have a whole number of them")
         self.label_nc, self.z_dim, self.stages, self.last_scale = label_nc, z_dim, tuple(Stage(*stage) for stage in stages), last_scale
         self.kernel_size = parse_config(norm_G, "norm_G").kernel_size
         width, convolution = 16 * ngf, CONVOLUTIONS[spatial_dims]

@@ -66,9 +66,10 @@ def find_layout(segmap):
 
 
 def with_channels_together(x, scale=1):
-    """x, which is made so many times larger next, with each pixel's channels together: the layout in which they meet a row of a table, and in which convolutions are fastest.
+    """x with each pixel's channels together: the layout in which they meet a row of a table, and in which convolutions are fastest.
 
-    Not where there are few pixels: the convolutions that follow copy their weights to x's layout, which then costs more.
+    Not where there are few pixels (of x made so many times larger, as it is next): the convolutions that follow copy their weights to x's
+    layout, which then costs more.
     """
     if torch.compiler.is_exporting():
         return x  # an exported graph may not depend on the batch
