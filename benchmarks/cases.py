@@ -154,32 +154,54 @@ def block(settings):
     segmaps = list(conditions(settings))
     for fin, fout, size in [(128, 64, 64)] if settings.quick else COCO_BLOCKS:
         for mode in (FORWARD, BACKWARD):
-            def make(block_type, fin=fin, fout=fout):
-                return block_type(fin, fout, COCO_NORM, 184)
-
-            x, dy = torch.randn(1, fin, size, size), torch.randn(1, fout, size, size)
-            yield _network_problem(settings, f"{fin} → {fout} at {size}²", mode, make, (x,), dy, segmaps)
+            torch.manual_seed(0)
+            networks = (kind(fin, fout, COCO_NORM, 184) for kind in (reference.SPADEResnetBlock, spade_fast.SPADEResnetBlock, FloorBlock))
+            x = torch.randn(1, fin, size, size).requires_grad_(mode == BACKWARD)
+            yield _network_problem(settings, f"{fin} → {fout} at {size}²", mode, *networks, segmaps, (x,),
+                                   lambda network, segmap, x: network(x, segmap))
 
 
 def generator(settings):
-    """The published COCO generator at 256², wired as published, from each kind of block."""
+    """The published generators: COCO 256², four samples of one layout, Cityscapes 512 × 256, and 512² with the most doublings."""
     ngf, size = (8, 64) if settings.quick else (64, 256)
+    problems = [
+        (f"COCO {size}²", 184, (size, size), {}),
+        (f"COCO {size}², 4 samples", 184, (size, size), {"use_vae": True}),
+        (f"Cityscapes {2 * size} × {size}", 36, (size, 2 * size), {"aspect_ratio": 2.0, "num_upsampling_layers": "more"}),
+        (f"most {2 * size}²", 184, (2 * size, 2 * size), {"num_upsampling_layers": "most"}),
+    ]
+    for name, label_nc, shape, wiring in problems[: 2 if settings.quick else None]:
+        segmaps = list(conditions(settings, shape, label_nc))
+        z, wiring = ((torch.randn(4, 256),) if "use_vae" in wiring else ()), {"crop_size": shape[1], "norm_G": COCO_NORM} | wiring
+        for mode in (FORWARD, BACKWARD):
+            torch.manual_seed(0)
+            eager, floor = (reference.SPADEGenerator(label_nc, ngf, block=kind, **wiring)
+                            for kind in (reference.SPADEResnetBlock, FloorBlock))
+            ours = spade_fast.SPADEGenerator.official(label_nc, ngf=ngf, **wiring)
+            yield _network_problem(settings, name, mode, eager, ours, floor, segmaps, z,
+                                   lambda network, segmap, *z: network(segmap.repeat(*map(len, z), 1, 1, 1) if z else segmap, *z),
+                                   lambda network, segmap, *z: network(segmap, *z))
 
-    def make(block_type):
-        return reference.SPADEGenerator(184, ngf, crop_size=size, norm_G=COCO_NORM, block=block_type)
 
-    segmaps = list(conditions(settings))
-    for mode in (FORWARD, BACKWARD):
-        yield _network_problem(settings, f"COCO {size}²", mode, make, (), torch.randn(1, 3, size, size), segmaps)
+def discriminator(settings):
+    """The published discriminator in training: fake and real image of a COCO layout at 256² in one batch, with all gradients."""
+    segmaps, arguments = list(conditions(settings)), (187, 2, 8 if settings.quick else 64)
+    torch.manual_seed(0)
+    images = torch.randn(2, 3, *segmaps[0].shape[2:]).requires_grad_()
+    eager, ours = (module.MultiscaleDiscriminator(*arguments) for module in (reference, spade_fast))
+    yield _network_problem(settings, f"COCO {segmaps[0].shape[-1]}²", BACKWARD, eager, ours, None, segmaps, (images,),
+                           lambda network, segmap, images: network(torch.cat([segmap.repeat(2, 1, 1, 1), images], dim=1)),
+                           lambda network, segmap, images: network(images, segmap))
 
 
 def converted(settings):
     """Models of others, and what `spade_fast.convert` makes of them: the published generator, MONAI's for volumes and its diffusion."""
     segmaps = list(conditions(settings))
-    generator = settle(reference.SPADEGenerator(184, 8 if settings.quick else 64, crop_size=segmaps[0].shape[-1], norm_G=COCO_NORM))
+    torch.manual_seed(0)
+    generator = reference.SPADEGenerator(184, 8 if settings.quick else 64, crop_size=segmaps[0].shape[-1], norm_G=COCO_NORM)
     for mode in (FORWARD, BACKWARD):
         yield _converted_problem(settings, f"COCO {segmaps[0].shape[-1]}²", mode, generator, segmaps)
-    decoder = settle(FaceDecoder(*((16, 8, 8) if settings.quick else (512, 256, 64))))
+    decoder = FaceDecoder(*((16, 8, 8) if settings.quick else (512, 256, 64)))
     features = [torch.randn(1, decoder.fc.in_channels, *[8 if settings.quick else 64] * 2) for _ in range(settings.scenes)]
     for mode in (FORWARD, BACKWARD):
         yield _converted_problem(settings, "LivePortrait's decoder", mode, decoder, features)
@@ -187,9 +209,9 @@ def converted(settings):
     size, channels, steps = (32, (8, 16), 2) if settings.quick else (96, (16, 32, 64), 50)
     torch.manual_seed(0)
     volumes = [SemanticLayout.from_labels(layouts.draw_volume(number, size)[None], 8).to_segmap() for number in range(settings.scenes)]
-    network, z = nets.SPADENet(3, 1, 1, 8, [size] * 3, list(channels), 16, False), (torch.randn(1, 16),)
+    network = nets.SPADENet(3, 1, 1, 8, [size] * 3, list(channels), 16, False)
     for mode in (FORWARD, BACKWARD):
-        yield _converted_problem(settings, f"MONAI SPADENet {size}³", mode, network, volumes, lambda model, segmap, z: model(segmap, z), z)
+        yield _converted_problem(settings, f"MONAI SPADENet {size}³", mode, network, volumes, (torch.randn(1, 16),))
 
     scheduler = schedulers.DDIMScheduler(num_train_timesteps=1000)
     scheduler.set_timesteps(steps)
@@ -208,8 +230,8 @@ def converted(settings):
     for parameter in network.parameters():
         if not parameter.any():  # its last convolutions begin with zeros
             nn.init.normal_(parameter, std=0.01)
-    yield _converted_problem(settings, f"MONAI diffusion UNet {size}², {steps} steps", FORWARD, network, segmaps, sample,
-                             (torch.randn(1, 3, size, size),), frozen=True)
+    yield _converted_problem(settings, f"MONAI diffusion UNet {size}², {steps} steps", FORWARD, network, segmaps,
+                             (torch.randn(1, 3, size, size),), sample, keeps_tables=True)
 
 
 def _monai():
@@ -220,110 +242,102 @@ def _monai():
     return nets, schedulers
 
 
-def _converted_problem(settings, name, mode, network, segmaps, call=lambda model, segmap: model(segmap), inputs=(), frozen=False):
-    """call(model, segmap, *inputs) is what is measured, of each scene's segmap in turn; frozen: tables are kept inside of each call."""
-    network = _set_mode(network, mode)
-    ours, exact = copy.deepcopy(network), copy.deepcopy(network).double()
+def _converted_problem(settings, name, mode, network, segmaps, *arguments, **named):
+    """A network of others beside what `convert` makes of it."""
+    settle(network)
+    ours = copy.deepcopy(network)
     spade_fast.convert(ours)
-    *inputs, = (tensor.to(settings.device, settings.dtype) for tensor in inputs)
-    segmaps = [segmap.to(settings.device, settings.dtype) for segmap in segmaps]
-    name += f", {len(segmaps)} scenes" if len(segmaps) > 1 else ""
-
-    def variant(model, segmaps, inputs, compile=False, freeze=False):
-        model = model.to(settings.device)
-        wanted, forward = dict(model.named_parameters()), torch.compile(model, dynamic=False) if compile else model
-        dy = None
-
-        def run():
-            nonlocal dy
-            segmap = segmaps[problem.scene % len(segmaps)]
-            with spade_fast.frozen(model) if freeze else contextlib.nullcontext():
-                y = call(forward, segmap.view_as(segmap), *inputs)  # a view is another tensor each time: nothing is known of it
-            y = y[0] if isinstance(y, tuple) else y
-            dy = torch.cos(torch.arange(y.numel(), device=y.device)).view(y.shape) if dy is None else dy
-            return _outputs(y, wanted, dy.to(y.dtype), mode)
-
-        return run
-
-    network, ours = network.to(settings.dtype), ours.to(settings.dtype)
-    variants = {
-        "eager": variant(network, segmaps, inputs),
-        "torch.compile": variant(copy.deepcopy(network), segmaps, inputs, compile=True),
-        "spade_fast": variant(ours, segmaps, inputs, freeze=frozen),
-    }
-    in_double = [segmap.double() for segmap in segmaps], [tensor.double() for tensor in inputs]
-
-    def jittered(number):
-        segmap = segmaps[problem.scene % len(segmaps)]
-        return variant(network, [jitter(segmap)], [jitter(tensor) for tensor in inputs])()
-
-    ours_in_double = variant(copy.deepcopy(ours).double(), *in_double, freeze=frozen)
-    problem = Problem(name, mode, variants, variant(exact, *in_double), jittered, ours_in_double, segmaps)
-    return problem
+    return _network_problem(settings, name, mode, copy.deepcopy(network), ours, None, segmaps, *arguments, **named)
 
 
-def _network_problem(settings, name, mode, make, inputs, dy, segmaps):
-    """make(block_type) makes the network; it is called with the inputs and the condition of each scene in turn."""
-    torch.manual_seed(0)
-    eager, ours = settle(make(reference.SPADEResnetBlock)), make(spade_fast.SPADEResnetBlock)
+def _network_problem(settings, name, mode, eager, ours, floor, segmaps, inputs=(),
+                     call=lambda network, segmap, *inputs: network(segmap, *inputs), our_call=None, *, keeps_tables=False):
+    """Measures call(network, segmap, *inputs), of each scene's segmap in turn: with BACKWARD the gradients of all parameters and of those
+    inputs that require them. our_call: of ours, where it takes less. keeps_tables: ours are kept inside of each call.
+    """
+    our_call = our_call or call
+    settle(eager)
     ours.load_state_dict(eager.state_dict())
-    exact = copy.deepcopy(eager).double()
-    *arguments, dy = (tensor.to(settings.device, settings.dtype) for tensor in (*inputs, dy))
-    segmaps = [segmap.to(settings.device, settings.dtype) for segmap in segmaps]
+    eager, ours = (_set_mode(network.to(settings.device), mode) for network in (eager, ours))
+    exact, ours_in_double = (copy.deepcopy(network).double() for network in (eager, ours))
+    eager, ours = eager.to(settings.dtype), ours.to(settings.dtype)
+    inputs, segmaps = ([_like(tensor, settings.device, settings.dtype) for tensor in tensors] for tensors in (inputs, segmaps))
     name += f", {len(segmaps)} scenes" if len(segmaps) > 1 else ""
+    dy = None
 
-    def variant(network, arguments, segmaps, layout=torch.contiguous_format, compile=False, fresh=False, frozen=False):
-        network = _set_mode(network.to(settings.device, memory_format=layout), mode)
-        arguments, segmaps = ([tensor.contiguous(memory_format=layout) for tensor in tensors] for tensors in (arguments, segmaps))
-        wanted = dict(network.named_parameters())
-        if mode == BACKWARD and arguments:  # x, in a network that has one before it
-            arguments[0] = wanted["x"] = arguments[0].requires_grad_()
-        forward = _compiled(network) if compile else network
+    def variant(network, inputs, segmaps, call=call, layout=torch.contiguous_format, compile=False, frozen=False, keeps_tables=False):
+        if layout is torch.channels_last:
+            network = network.to(memory_format=layout)
+        inputs, segmaps = ([_like(tensor, layout=layout) for tensor in tensors] for tensors in (inputs, segmaps))
+        wanted = dict(network.named_parameters()) | {f"input{i}": tensor for i, tensor in enumerate(inputs) if tensor.requires_grad}
+        forward = torch.compile(network, dynamic=False) if compile else network
         tables = spade_fast.frozen(network, max_bytes=8 << 30) if frozen else None
         if frozen:
             tables.__enter__()  # until nothing refers to it: run does
 
         def run(tables=tables):
-            # A view is another tensor each time: finding its windows is part of what is measured, as for a new layout.
+            nonlocal dy
             segmap = segmaps[problem.scene % len(segmaps)]
-            return _outputs(forward(*arguments, segmap.view_as(segmap) if fresh else segmap), wanted, dy.to(segmap.dtype), mode)
+            # A view is another tensor each time: finding its windows is part of what is measured, as for a new layout.
+            segmap = segmap if frozen else segmap.view_as(segmap)
+            with spade_fast.frozen(network) if keeps_tables else contextlib.nullcontext():
+                y = _flat(call(forward, segmap, *inputs))
+            if dy is None:
+                dy = [torch.cos(torch.arange(part.numel(), device=part.device)).view(part.shape) for part in y]
+            return _outputs(y, wanted, [gradient.to(part.dtype) for gradient, part in zip(dy, y)], mode)
 
         return run
 
-    eager, ours = eager.to(settings.dtype), ours.to(settings.dtype)
-    floor = settle(make(FloorBlock)).to(settings.dtype)
-    eager_channels_last = copy.deepcopy(eager)
     variants = {
-        "eager": variant(eager, arguments, segmaps),
-        "torch.compile": variant(copy.deepcopy(eager), arguments, segmaps, compile=True),
-        "spade_fast": variant(ours, arguments, segmaps, fresh=True),
+        "eager": variant(eager, inputs, segmaps),
+        "torch.compile": variant(copy.deepcopy(eager), inputs, segmaps, compile=True),
+        "spade_fast": variant(ours, inputs, segmaps, our_call, keeps_tables=keeps_tables),
     }
-    if mode == FORWARD:
-        variants["spade_fast, frozen"] = variant(copy.deepcopy(ours), arguments, segmaps, frozen=True)
-    variants["floor, contiguous"] = variant(floor, arguments, segmaps)
-    variants["floor, channels-last"] = variant(copy.deepcopy(floor), arguments, segmaps, torch.channels_last)
+    eager_channels_last = copy.deepcopy(eager)
+    if floor is not None:
+        floor = _set_mode(settle(floor).to(settings.device, settings.dtype), mode)
+        if mode == FORWARD:
+            variants["spade_fast, frozen"] = variant(copy.deepcopy(ours), inputs, segmaps, our_call, frozen=True)
+        variants["floor, contiguous"] = variant(floor, inputs, segmaps)
+        variants["floor, channels-last"] = variant(copy.deepcopy(floor), inputs, segmaps, layout=torch.channels_last)
 
     def jittered(number):  # every other time in channels-last, where PyTorch's convolutions have five times the rounding error
-        network, layout = [(eager, torch.contiguous_format), (eager_channels_last, torch.channels_last)][number % 2]
         segmap = segmaps[problem.scene % len(segmaps)]
-        return variant(network, [jitter(tensor) for tensor in arguments], [jitter(segmap)], layout)()
+        kinds = [(eager, torch.contiguous_format), (eager_channels_last, torch.channels_last)]
+        network, layout = kinds[number % 2 if segmap.dim() == 4 else 0]
+        return variant(network, [jitter(tensor) for tensor in inputs], [jitter(segmap)], layout=layout)()
 
-    in_double = ([tensor.double() for tensor in arguments], [segmap.double() for segmap in segmaps])
-    ours_in_double = variant(copy.deepcopy(ours).double(), *in_double)
+    in_double = [[_like(tensor, dtype=torch.float64) for tensor in tensors] for tensors in (inputs, segmaps)]
+    ours_in_double = variant(ours_in_double, *in_double, our_call, keeps_tables=keeps_tables)
     problem = Problem(name, mode, variants, variant(exact, *in_double), jittered, ours_in_double, segmaps)
     return problem
 
 
-def conditions(settings):
-    """Of the first scenes of the folder that was named, else of the drawn ones, the condition [1, 184, 256, 256] (or 64²)."""
+def _like(tensor, device=None, dtype=None, layout=torch.contiguous_format):
+    """A leaf with a tensor's numbers, elsewhere, otherwise or in another layout."""
+    layout = layout if tensor.dim() == 4 else torch.contiguous_format
+    copied = tensor.detach().to(device=device or tensor.device, dtype=dtype)
+    return copied.contiguous(memory_format=layout).requires_grad_(tensor.requires_grad)
+
+
+def _flat(results):
+    """The tensors in lists of results."""
+    return [tensor for part in results for tensor in _flat(part)] if isinstance(results, (list, tuple)) else [results]
+
+
+def conditions(settings, size=(256, 256), label_nc=184):
+    """Of the first scenes of the folder that was named, else of the drawn ones, the condition [1, label_nc, *size] (or 64²): fewer classes
+    than COCO-Stuff's share its labels.
+    """
     if settings.labels is None:
         scenes = map(layouts.draw_scene, range(settings.scenes))
     else:
         scenes = layouts.load_scenes(settings.labels, settings.instances)[: settings.scenes]
+    classes = label_nc - 2
     for labels, instances in scenes:
         instances = np.zeros_like(labels) if instances is None else instances
-        labels, instances = layouts.resized(labels, instances, (64, 64) if settings.quick else (256, 256))
-        yield layouts.condition(labels, instances)
+        labels, instances = layouts.resized(labels, instances, (64, 64) if settings.quick else size)
+        yield layouts.condition(np.where(labels == 255, 255, labels % classes), instances, classes)
 
 
 class FaceDecoder(nn.Module):
@@ -387,11 +401,13 @@ def _compiled(function):
 
 
 def _outputs(y, wanted, dy, mode):
-    """y, and with BACKWARD the gradients of what is wanted, by name."""
+    """y, a tensor or a list, and with BACKWARD the gradients of what is wanted, by name."""
+    outputs = {f"y{number}": part for number, part in enumerate(y)} if isinstance(y, list) else {"y": y}
     if mode == FORWARD:
-        return {"y": y}
-    gradients = torch.autograd.grad(y, list(wanted.values()), dy)
-    return {"y": y.detach()} | {f"d{name}": gradient for name, gradient in zip(wanted, gradients)}
+        return outputs
+    gradients = torch.autograd.grad(list(outputs.values()), list(wanted.values()), dy)
+    return {name: part.detach() for name, part in outputs.items()} | {f"d{name}": gradient for name, gradient in zip(wanted, gradients)}
 
 
-CASES = {"modulate": modulate, "layer": layer, "block": block, "generator": generator, "converted": converted}
+CASES = {"modulate": modulate, "layer": layer, "block": block, "generator": generator, "discriminator": discriminator,
+         "converted": converted}
