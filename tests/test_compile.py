@@ -1,5 +1,7 @@
 """torch.compile and torch.export."""
 
+import copy
+
 import pytest
 import torch
 import torch._dynamo.testing
@@ -126,3 +128,51 @@ def test_a_layout_that_is_not_prepared():
     compiled = torch.compile(spade_fast.SPADE(4, 3, 4), fullgraph=True, backend="eager")
     with pytest.raises(Exception, match=r"no windows of size \(8, 8\) yet: prepare\(\[\(8, 8\)\], 3\) before the compiled call"):
         compiled(torch.randn(1, 4, 8, 8), layout)
+
+
+def small_generator():
+    return spade_fast.SPADEGenerator.official(6, ngf=2, nhidden=4, crop_size=64, norm_G="spectralspadebatch3x3").eval()
+
+
+@pytest.mark.large
+def test_the_official_generator_is_compiled_once():
+    generator = small_generator().double().train()
+    counter = torch._dynamo.testing.CompileCounterWithBackend("eager")
+    compiled = torch.compile(copy.deepcopy(generator), fullgraph=True, backend=counter)
+    for seed in range(3):
+        layout = SemanticLayout.from_labels(patches((2, 64, 64), 6, seed), 6).prepare(generator.sizes, 3)
+        with spade_fast.window_mode("always"):
+            ours, expected = (network(layout) for network in (compiled, generator))
+        assert torch.allclose(ours, expected, rtol=1e-9, atol=1e-9)
+    ours.sum().backward()
+    assert counter.frame_count == 1
+
+
+@pytest.mark.large
+def test_the_discriminator_of_a_layout_is_compiled():
+    discriminator = spade_fast.MultiscaleDiscriminator(9, 2, 2).double().eval()
+    layout, images = SemanticLayout.from_labels(patches((1, 32, 32), 6), 6), torch.randn(2, 3, 32, 32, dtype=torch.float64)
+    expected = discriminator(images, layout)
+    compiled = torch.compile(discriminator, backend="aot_eager")
+    for ours, theirs in zip(compiled(images, layout), expected):
+        assert all(torch.allclose(*pair, rtol=1e-9) for pair in zip(ours, theirs))
+
+
+@pytest.mark.large
+def test_an_exported_generator_takes_any_batch():
+    generator, segmap = small_generator(), torch.randn(2, 6, 64, 64)
+    with torch.no_grad():
+        program = torch.export.export(generator, (segmap,), dynamic_shapes=({0: torch.export.Dim("batch", min=2)},))
+        segmap = torch.randn(3, 6, 64, 64)
+        assert torch.allclose(program.module()(segmap), generator(segmap), atol=1e-5)
+
+
+@pytest.mark.large
+def test_an_onnx_generator_computes_the_same(tmp_path):
+    pytest.importorskip("onnxscript")
+    runtime = pytest.importorskip("onnxruntime")
+    generator, segmap = small_generator().fold_spectral_norm(), torch.randn(1, 6, 64, 64)
+    torch.onnx.export(generator, (segmap,), tmp_path / "generator.onnx", dynamo=True, verbose=False)
+    session = runtime.InferenceSession(tmp_path / "generator.onnx")
+    found, = session.run(None, {session.get_inputs()[0].name: segmap.numpy()})
+    assert torch.allclose(torch.from_numpy(found), generator(segmap), atol=1e-4)

@@ -10,7 +10,7 @@ from ..layout import SemanticLayout
 from . import spectral
 from .block import SPADEResnetBlock
 from .config import parse_config
-from .spade import CONVOLUTIONS, resize
+from .spade import CONVOLUTIONS, batch_of, resize
 from .upsampled import convolve_repeated, may_sum_weights, repeat_pixels
 from .windows import current_mode, find_layout
 
@@ -138,11 +138,11 @@ class SPADEGenerator(nn.Module):
         layout = find_layout(segmap)
         if layout is not None:
             segmap = layout
-            if current_mode() != "never" and not torch.compiler.is_compiling():
+            if not torch.compiler.is_compiling() and current_mode() != "never":
                 layout.prepare(self.sizes, self.kernel_size)  # a GPU is waited for here, and nowhere below
         x = self._first_map(segmap, z)
         for stage in self.stages:
-            x = self.get_submodule(stage.name)(x, segmap, scale=stage.scale)
+            x = getattr(self, stage.name)(x, segmap, scale=stage.scale)
         x = F.leaky_relu(x, 0.2)
         if self.last_scale > 1 and may_sum_weights(x):
             x = convolve_repeated(self.conv_img, x, self.last_scale)
@@ -168,8 +168,8 @@ class SPADEGenerator(nn.Module):
     def _inputs(self, segmap, z):
         """segmap for every image, and z."""
         weight = self.fc.weight
-        self.get_submodule(self.stages[0].name).norm_0.check_segmap(segmap)
-        conditions = len(segmap)
+        getattr(self, self.stages[0].name).norm_0.check_segmap(segmap)
+        conditions = batch_of(segmap)
         if self.z_dim is None:
             if z is not None:
                 raise ValueError("z should be None: this generator begins with the condition")
@@ -180,17 +180,18 @@ class SPADEGenerator(nn.Module):
             raise ValueError(f"z is {list(z.shape) if isinstance(z, torch.Tensor) else z!r}, it should be a tensor [M, {self.z_dim}]")
         if z.device != weight.device:
             raise ValueError(f"z is on {z.device}, it should be on the weights' device, {weight.device}")
-        times, rest = divmod(len(z), max(1, conditions))
-        if rest or (len(z) > 0) != (conditions > 0):
-            raise ValueError(f"z has a batch of {len(z)}, it should be a multiple of segmap's, {conditions}")
-        if times > 1:
-            layout = find_layout(segmap)
-            segmap = segmap.repeat(times, *[1] * (segmap.dim() - 1)) if layout is None else layout.repeat(times)
-        return segmap, z
+        images = z.shape[0]
+        if images == conditions:
+            return segmap, z
+        times, rest = divmod(images, max(1, conditions))
+        if rest or times == 0 or conditions == 0:
+            raise ValueError(f"z has a batch of {images}, it should be a multiple of segmap's, {conditions}")
+        layout = find_layout(segmap)
+        return segmap.repeat(times, *[1] * (segmap.dim() - 1)) if layout is None else layout.repeat(times), z
 
     def _first_map(self, segmap, z):
         if z is not None:
-            return self.fc(z).view(len(z), -1, *self.start)
+            return self.fc(z).view(z.shape[0], -1, *self.start)
         if isinstance(segmap, SemanticLayout):
             segmap = segmap.resize(self.start).to_segmap(self.fc.weight.dtype)
         return self.fc(resize(segmap, self.start))

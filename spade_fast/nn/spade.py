@@ -135,7 +135,7 @@ class SpatiallyAdaptive:
         if kept is None:
             gamma, beta = compute_table(layout, windows, convolutions, dtype)
         else:
-            images = len(x) if convolutions.normalise else None
+            images = x.shape[0] if convolutions.normalise else None
             key = (self, x.shape[2:], dtype, images)
             gamma, beta = kept.get(layout.source, key, lambda: compute_table(layout, windows, convolutions, dtype))
         index = windows.index_of_images if convolutions.normalise else windows.index
@@ -177,8 +177,8 @@ class SpatiallyAdaptive:
                 raise ValueError(f"{name} is on {tensor.device}, it should be on x's device, {x.device}")
         if isinstance(segmap, torch.Tensor) and segmap.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
             raise TypeError(f"segmap has dtype {segmap.dtype}, it should be the weights', {weight.dtype}")
-        if len(segmap) != len(x):
-            raise ValueError(f"segmap has a batch of {len(segmap)}, it should be x's, {len(x)}")
+        if batch_of(segmap) != x.shape[0]:
+            raise ValueError(f"segmap has a batch of {batch_of(segmap)}, it should be x's, {x.shape[0]}")
 
     def check_segmap(self, segmap):
         """Raises what is wrong with segmap, whatever x is."""
@@ -298,6 +298,11 @@ def normalise_over_images(table, windows, norm):
     if norm.affine:
         table = table * norm.weight + norm.bias
     return table.view(images * count, -1)
+
+
+def batch_of(segmap):
+    """How many images' condition this is; len() of a tensor would hold an exported graph to one batch."""
+    return len(segmap) if isinstance(segmap, SemanticLayout) else segmap.shape[0]
 
 
 def like_pixels_of(x, segmap):

@@ -47,6 +47,7 @@ def spade_modulate(x, gamma, beta, *, index=None, order=None, norm="instance", n
     index = None if index is None else index.to(torch.int32)
     differentiable = (x, gamma, beta, weight, bias)
     differentiates = torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in differentiable)
+    differentiates = differentiates and not torch.compiler.is_exporting()  # what is exported is for inference
     if norm == "instance" and weight is None and bias is None and moments is None:
         if differentiates:
             return ModulateInstance.apply(x, gamma, beta, index, order, eps, activation, negative_slope, backend)
