@@ -90,6 +90,12 @@ def test_layouts_are_drawn_and_read_back(tmp_path):
     assert len(scenes) == 2
 
 
+def test_a_painting_is_drawn(tmp_path):
+    assert invoke("painting", tmp_path / "painting.png", "--seconds", 0).exit_code == 0
+    with Image.open(tmp_path / "painting.png") as picture:
+        assert picture.width > 1000
+
+
 def test_the_condition_is_one_hot_with_edges():
     labels = np.array([[0, 0, 1], [255, 2, 1]])
     instances = np.array([[5, 5, 5], [7, 5, 5]])
