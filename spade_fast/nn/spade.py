@@ -121,11 +121,12 @@ class SpatiallyAdaptive:
         shared, factor = self.part("shared"), repeats(segmap, size)
         conv, *activations = leaves(shared)
         simple = all(is_plain(module, POINTWISE) for module in activations) and sees_windows(conv, getattr(conv, "kernel_size", [0])[0])
-        if factor == 1 or not simple or not may_sum_weights(segmap):
+        if not simple:
             return shared(resize(segmap, size))
-        hidden = convolve_repeated(conv, segmap, factor)
-        for activation in activations:
-            hidden = activation(hidden)
+        repeated = factor > 1 and may_sum_weights(segmap)
+        hidden = convolve_repeated(conv, segmap, factor) if repeated else conv(resize(segmap, size))
+        for activation in activations:  # ReLU in the convolution's own result, of which nothing else is needed
+            hidden = F.relu_(hidden) if type(activation) is nn.ReLU else activation(hidden)
         return hidden
 
     def _from_windows(self, layout, x, convolutions):
