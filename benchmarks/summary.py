@@ -5,7 +5,8 @@ import statistics
 from pathlib import Path
 
 RESULTS = Path(__file__).parent / "results"
-WANTED = (("CPU", "generator", "float32", ""), ("CPU", "modulate", "float32", "128 × 256²"),
+WANTED = (("CPU", "generator", "float32", ""), ("CPU", "discriminator", "float32", ""), ("CPU", "converted", "float32", ""),
+          ("CPU", "modulate", "float32", "128 × 256²"),
           ("GPU", "generator", "bfloat16", ""), ("GPU", "modulate", "bfloat16", "128 × 256²"), ("GPU", "modulate", "float32", "128 × 256²"))
 VARIANTS = ("eager", "torch.compile", "spade_fast")
 HEADER = ("| on | what | eager | torch.compile | spade_fast | times eager | overhead |", "|---|---|---|---|---|---|---|")

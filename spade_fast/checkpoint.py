@@ -9,7 +9,7 @@ import os
 import re
 import tempfile
 from pathlib import Path
-from typing import NamedTuple
+from typing import Callable, NamedTuple
 
 import torch
 import torch.nn as nn
@@ -31,7 +31,7 @@ MOST_LISTED = 5  # of the keys that do not fit, in a message
 class Description(NamedTuple):
     """A network, and the arguments that make it."""
 
-    network: type | classmethod  # what is called with them
+    network: Callable  # what is called with them
     name: str
     arguments: dict
 
