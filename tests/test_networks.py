@@ -10,6 +10,7 @@ from conftest import use_threads
 
 import spade_fast
 from spade_fast import SPADE, ConvEncoder, MultiscaleDiscriminator, SemanticLayout, SPADEGenerator, reference
+from spade_fast.agreement import excess
 
 LABEL_NC = 6
 
@@ -159,6 +160,19 @@ def test_images_of_one_layout_share_its_tables():
         assert tables.bytes == held > 0
         assert all(table.shape[0] == layout.windows(size, 3).count
                    for (_, size, *_), parts in tables._layouts[layout].items() for table in parts)
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_generator_under_autocast_and_in_channels_last(dtype, layout):
+    arguments = {"crop_size": 64, "norm_G": "spectralspadebatch3x3"}
+    eager, ours = reference.SPADEGenerator(LABEL_NC, 4, **arguments), SPADEGenerator.official(LABEL_NC, ngf=4, **arguments)
+    ours.load_state_dict(eager.state_dict())
+    truth, segmap = copy.deepcopy(eager).double().eval(), layout_of((2, 64, 64)).to_segmap()
+    ours, eager = (network.eval().to(memory_format=layout) for network in (ours, eager))
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+        found, yardstick = ours(SemanticLayout.from_segmap(segmap)), eager(segmap)
+    assert excess(found.to(dtype), yardstick.to(dtype), truth(segmap.double()).detach()) <= 1
 
 
 def test_noise_is_drawn_where_none_is_given():

@@ -1,4 +1,4 @@
-"""syncbatch over two processes equals batch norm over the whole batch in one."""
+"""Over two processes: syncbatch equals batch norm over the whole batch in one, and a generator in DistributedDataParallel itself."""
 
 import pytest
 import torch
@@ -64,3 +64,36 @@ def second_derivative(rank, rendezvous):
 
 def test_second_derivatives_over_two_processes_are_an_error(tmp_path):
     mp.spawn(second_derivative, (tmp_path / "rendezvous",), nprocs=2)
+
+
+def generator_and_condition():
+    torch.manual_seed(0)
+    # Of instance norm: on a CPU DistributedDataParallel refuses whatever has a SyncBatchNorm.
+    generator = spade_fast.SPADEGenerator.official(3, ngf=2, nhidden=4, crop_size=64, norm_G="spectralspadeinstance3x3").double()
+    labels = torch.randint(3, (4, 8, 8)).repeat_interleave(8, 1).repeat_interleave(8, 2)
+    return generator, labels
+
+
+def gradients_of(network, labels):
+    network(spade_fast.SemanticLayout.from_labels(labels, 3)).square().sum().backward()
+    return {name.removeprefix("module."): parameter.grad for name, parameter in network.named_parameters()}
+
+
+def train_in_parallel(rank, rendezvous, results):
+    dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=2)
+    generator, labels = generator_and_condition()
+    found = gradients_of(torch.nn.parallel.DistributedDataParallel(generator), labels[2 * rank : 2 * rank + 2])
+    torch.save((found, dict(generator.named_buffers())), f"{results}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+def test_a_generator_in_distributed_data_parallel(tmp_path):
+    mp.spawn(train_in_parallel, (tmp_path / "rendezvous", tmp_path), nprocs=2)
+    generator, labels = generator_and_condition()
+    expected, buffers = gradients_of(generator, labels), dict(generator.named_buffers())
+    for rank in range(2):
+        found, found_buffers = torch.load(tmp_path / f"{rank}.pt")
+        for name in expected:  # which are averaged over the processes
+            largest = max(expected[key].abs().max() for key in expected if key.rpartition(".")[0] == name.rpartition(".")[0])
+            assert (2 * found[name] - expected[name]).abs().max() <= 1e-9 * largest, name
+        assert all(torch.allclose(found_buffers[name].double(), buffers[name].double(), rtol=1e-9, atol=1e-12) for name in buffers)
