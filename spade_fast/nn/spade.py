@@ -125,8 +125,8 @@ class SpatiallyAdaptive:
             return shared(resize(segmap, size))
         repeated = factor > 1 and may_sum_weights(segmap)
         hidden = convolve_repeated(conv, segmap, factor) if repeated else conv(resize(segmap, size))
-        for activation in activations:  # ReLU in the convolution's own result, of which nothing else is needed
-            hidden = F.relu_(hidden) if type(activation) is nn.ReLU else activation(hidden)
+        for number, activation in enumerate(activations):  # ReLU in the convolution's own result, which no backward needs
+            hidden = F.relu_(hidden) if number == 0 and type(activation) is nn.ReLU else activation(hidden)
         return hidden
 
     def _from_windows(self, layout, x, convolutions):
