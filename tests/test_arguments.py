@@ -48,6 +48,10 @@ def modulate(x=X, gamma=X, beta=X, **settings):
         ({"index": INDEX}, ValueError, ["gamma has shape [2, 4, 5, 6]", "[K, 4]"]),
         ({"index": INDEX, "gamma": torch.ones(3, 5)}, ValueError, ["gamma has shape [3, 5]", "[K, 4]"]),
         ({"index": INDEX, "gamma": torch.ones(3, 4), "beta": torch.ones(2, 4)}, ValueError, ["beta has shape [2, 4]", "[3, 4]"]),
+        ({"out": X[:1].clone()}, ValueError, ["out has shape [1, 4, 5, 6]", "[2, 4, 5, 6]"]),
+        ({"out": X.double()}, TypeError, ["out has dtype torch.float64", "torch.float32"]),
+        ({"out": X.to(memory_format=torch.channels_last)}, ValueError, ["out has strides [120, 1, 24, 4]", "[120, 30, 6, 1]"]),
+        ({"out": X.clone(), "gamma": X.clone().requires_grad_()}, ValueError, ["out is given", "None where gradients"]),
         ({"moments": torch.ones(2, 4)}, ValueError, ["moments has shape [2, 4]", "[2, 2, 4]"]),
     ],
 )

@@ -67,6 +67,15 @@ def passes(request, on_host, monkeypatch):
 
 
 @needs_compiler
+@pytest.mark.parametrize("out,rows", [("x", None), ("gamma", None), ("x", 7)])
+def test_written_over_what_it_reads(out, rows, on_host):
+    arguments, _ = sample((2, 6, 9, 7), "instance", "leaky_relu", rows=rows)
+    expected = spade_fast.spade_modulate(**arguments)
+    assert spade_fast.spade_modulate(**arguments, out=arguments[out]) is arguments[out]
+    assert torch.allclose(arguments[out], expected, atol=1e-5)
+
+
+@needs_compiler
 @pytest.mark.parametrize("rows", [None, 7])
 @pytest.mark.parametrize("layout", [contiguous, channels_last])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -52,6 +52,23 @@ def assert_same(ours, eager, x_shape, segmap_shape, fout=None, dtype=torch.float
             assert excess(found[name], yardstick[name], true[name], scale) <= 1, (step, name)
 
 
+@pytest.mark.parametrize("pixels", [(8, 7), (64, 64)])
+def test_inference_in_memory_of_its_own(pixels, monkeypatch):
+    monkeypatch.setattr(spade, "ALWAYS_FRESH", 0)
+    block, seen = spade_fast.SPADEResnetBlock(6, 5, "spadeinstance3x3", 4), []
+    x, segmap = torch.randn(2, 6, *pixels), torch.randn(2, 4, *pixels)
+    given, expected = (x.clone(), segmap.clone()), block(x, segmap)
+    with torch.no_grad():
+        assert torch.allclose(block(x, segmap), expected, atol=1e-5)
+        # Whoever looks at what a convolution returned keeps what he saw.
+        parts = [block.conv_s, block.conv_0, block.norm_0.mlp_gamma]
+        for part in parts:
+            part.register_forward_hook(lambda part, inputs, y: seen.append((y, y.clone())))
+        assert torch.allclose(block(x, segmap), expected, atol=1e-5)
+    assert len(seen) == 3 and all(torch.equal(y, before) for y, before in seen)
+    assert torch.equal(x, given[0]) and torch.equal(segmap, given[1])
+
+
 @pytest.mark.parametrize("affine", [False, True])
 @pytest.mark.parametrize("norm", ["instance", "batch", "syncbatch", "group"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)

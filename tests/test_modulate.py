@@ -51,6 +51,19 @@ def test_layouts_that_differ(layouts):
     assert not disagreements(arguments, dy)
 
 
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("layout", [contiguous, channels_last])
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("out,rows", [("x", None), ("gamma", None), ("beta", None), ("another", None), ("x", 7), ("another", 7)])
+def test_written_over_what_it_reads(out, rows, norm, layout, activation):
+    arguments, _ = sample((2, 6, 9, 7), norm, activation, layout=layout, rows=rows, training=False)
+    expected = eager_modulate(**{name: value.double() if torch.is_tensor(value) and value.is_floating_point() else value
+                                 for name, value in arguments.items()})
+    out = arguments.get(out, layout(torch.empty(2, 6, 9, 7)))
+    assert spade_fast.spade_modulate(**arguments, out=out) is out
+    assert torch.allclose(out.double(), expected, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("rows", [None, 7])
 @pytest.mark.parametrize("channels", [1, 7, 8, 9, 16, 64, 65])
 @pytest.mark.parametrize("pixels", [(1, 3), (3, 5), (4, 4), (16, 16), (17, 1)])

@@ -35,6 +35,7 @@ def test_opcheck(layout, activation, dtype, shape, rows):
     opcheck(ops.plane_moments, (x,))
     opcheck(ops.apply, (x, planes, gamma, beta, index, activation, 0.2, True))
     opcheck(ops.apply, (x, planes, gamma, beta, index, activation, 0.2, False))
+    opcheck(ops.apply_out, (x, planes, gamma, beta, index, activation, 0.2, torch.empty_like(x)))
     opcheck(ops.backward_sums, (dy, x, planes, gamma, kept_beta, index, order, signs, activation, 0.2))
     opcheck(ops.backward_input, (dy, x, planes, gamma, kept_beta, index, signs, terms, activation, 0.2))
     opcheck(ops.backward_input, (dy, x, planes, gamma, kept_beta, index, signs, None, activation, 0.2))

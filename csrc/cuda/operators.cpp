@@ -173,6 +173,15 @@ std::tuple<Tensor, Tensor> apply_to(const Tensor& x, const Tensor& planes, const
   return {call.finished(y), signs};
 }
 
+void apply_out_to(const Tensor& x, const Tensor& planes, const Tensor& gamma, const Tensor& beta, std::optional<Tensor> index,
+                  std::optional<std::string> activation, double negative_slope, Tensor out) {
+  Call call(x);
+  call.modulate(gamma, beta, index, activation, negative_slope);
+  call.operands.planes = call.numbers(planes);
+  const Rows rows = call.written(out);
+  apply(call.settings(), call.operands, call.tiles(), rows);
+}
+
 std::tuple<Tensor, Tensor> sum_dense(Call& call, ScalarType dtype, float* sums, float* terms) {
   const Tensor dgamma = call.output(dtype), dbeta = call.output(dtype, call.operands.activation != Activation::none);
   const Rows dgamma_rows = call.written(dgamma), dbeta_rows = call.written(dbeta);
@@ -294,6 +303,7 @@ std::tuple<Tensor, Tensor, Tensor> instance_backward_of(const Tensor& dy, const 
 STABLE_TORCH_LIBRARY_IMPL(SPADE_FAST_NAMESPACE, SPADE_FAST_DISPATCH_KEY, library) {
   library.impl("plane_moments", TORCH_BOX(&plane_moments_of));
   library.impl("apply", TORCH_BOX(&apply_to));
+  library.impl("apply_out", TORCH_BOX(&apply_out_to));
   library.impl("backward_sums", TORCH_BOX(&backward_sums_of));
   library.impl("backward_input", TORCH_BOX(&backward_input_of));
   library.impl("instance_forward", TORCH_BOX(&instance_forward_of));

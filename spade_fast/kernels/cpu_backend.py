@@ -14,6 +14,7 @@ NAME = "cpu"
 
 plane_moments = torch.ops.spade_fast.plane_moments.default
 apply = torch.ops.spade_fast.apply.default
+apply_out = torch.ops.spade_fast.apply_out.default
 backward_sums = torch.ops.spade_fast.backward_sums.default
 backward_input = torch.ops.spade_fast.backward_input.default
 instance_forward = torch.ops.spade_fast.instance_forward.default

@@ -7,11 +7,12 @@ import torch
 from . import numbering, operators, torch_backend, triton_backend
 
 NAME = "cuda"
-KERNELS = ("plane_moments", "apply", "backward_sums", "backward_input", "instance_forward", "instance_backward")
+KERNELS = ("plane_moments", "apply", "apply_out", "backward_sums", "backward_input", "instance_forward", "instance_backward")
 CAPABILITY = 8  # copies to shared memory that go on beside the computation
 
 plane_moments = torch.ops.spade_fast.plane_moments.default
 apply = torch.ops.spade_fast.apply.default
+apply_out = torch.ops.spade_fast.apply_out.default
 backward_sums = torch.ops.spade_fast.backward_sums.default
 backward_input = torch.ops.spade_fast.backward_input.default
 instance_forward = torch.ops.spade_fast.instance_forward.default

@@ -12,6 +12,8 @@ SCHEMAS = {
     "plane_moments": "(Tensor x) -> Tensor",
     "apply": "(Tensor x, Tensor planes, Tensor gamma, Tensor beta, Tensor? index, str? activation, float negative_slope,"
     " bool keep_signs) -> (Tensor, Tensor)",
+    "apply_out": "(Tensor x, Tensor planes, Tensor gamma, Tensor beta, Tensor? index, str? activation, float negative_slope,"
+    " Tensor(a!) out) -> ()",
     "backward_sums": "(Tensor dy, Tensor x, Tensor planes, Tensor gamma, Tensor? beta, Tensor? index, Tensor? order, Tensor signs,"
     " str? activation, float negative_slope) -> (Tensor, Tensor, Tensor)",
     "backward_input": "(Tensor dy, Tensor x, Tensor planes, Tensor gamma, Tensor? beta, Tensor? index, Tensor signs, Tensor? terms,"
@@ -37,6 +39,10 @@ def fake_apply(x, planes, gamma, beta, index, activation, negative_slope, keep_s
     batch, channels, pixels = x.flatten(2).shape
     rows = (pixels, channels) if torch_backend.is_channels_last(x) else (channels, pixels)
     return y, x.new_empty(batch, rows[0], (rows[1] + 7) // 8, dtype=torch.uint8)
+
+
+def fake_apply_out(x, planes, gamma, beta, index, activation, negative_slope, out):
+    pass
 
 
 def fake_backward_sums(dy, x, planes, gamma, beta, index, order, signs, activation, negative_slope):

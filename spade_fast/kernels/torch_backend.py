@@ -1,8 +1,8 @@
 """The kernels in plain PyTorch: any device, any layout, and what torch.export, ONNX and second derivatives go through.
 
-Every backend has these functions: four kernels of the modulation, for instance norm two that each do the work of two; the convolution
-at distinct windows with its two gradients; and those that find and number what `layout.py` holds. Between the kernels of the modulation
-go rows of numbers of each plane (n, c), in float32, or in float64 where x is float64:
+Every backend has these functions: four kernels of the modulation, one of them in two forms, for instance norm two that each do the work
+of two; the convolution at distinct windows with its two gradients; and those that find and number what `layout.py` holds. Between the
+kernels of the modulation go rows of numbers of each plane (n, c), in float32, or in float64 where x is float64:
 
     moments [2, N, C]   mean, sum of squared deviations
     planes  [3, N, C]   shift, scale, offset: x̂ = (x − shift)·scale + offset
@@ -43,6 +43,11 @@ def sum_dtype(dtype):
 def is_channels_last(x):
     """Whether a pixel's channels lie together: the layout of x in any number of dimensions, not of size-1 look-alikes."""
     return not x.is_contiguous() and x.stride(1) == 1
+
+
+def lies_like(out, x):
+    """Whether `out` lies in memory as a kernel's result for x does."""
+    return (out.movedim(1, -1) if is_channels_last(x) else out).is_contiguous()
 
 
 def plane_moments(x):
@@ -108,6 +113,11 @@ def apply(x, planes, gamma, beta, index, activation, negative_slope, keep_signs)
     elif activation == "silu":
         y = F.silu(y)
     return y.to(torch.promote_types(x.dtype, gamma.dtype)), signs
+
+
+def apply_out(x, planes, gamma, beta, index, activation, negative_slope, out):
+    """The same y written to `out`, which has its shape and dtype and lies as x does, without gaps; it may be x, γ or β itself."""
+    out.copy_(apply(x, planes, gamma, beta, index, activation, negative_slope, False)[0])
 
 
 def backward_sums(dy, x, planes, gamma, beta, index, order, signs, activation, negative_slope):

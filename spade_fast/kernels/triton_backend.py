@@ -12,7 +12,7 @@ from . import numbering, operators, torch_backend
 
 NAME = "triton"
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-KERNELS = ("plane_moments", "apply", "backward_sums", "backward_input", "instance_forward", "instance_backward")
+KERNELS = ("plane_moments", "apply", "apply_out", "backward_sums", "backward_input", "instance_forward", "instance_backward")
 
 
 def _kernel(name):
@@ -32,6 +32,7 @@ for name in KERNELS:
 
 plane_moments = torch.ops.spade_fast_triton.plane_moments.default
 apply = torch.ops.spade_fast_triton.apply.default
+apply_out = torch.ops.spade_fast_triton.apply_out.default
 backward_sums = torch.ops.spade_fast_triton.backward_sums.default
 backward_input = torch.ops.spade_fast_triton.backward_input.default
 instance_forward = torch.ops.spade_fast_triton.instance_forward.default

@@ -5,7 +5,7 @@ import torch.nn as nn
 
 from ..ops.modulate import plane_moments
 from .config import parse_config
-from .spade import CONVOLUTIONS, SPADE, resize
+from .spade import CONVOLUTIONS, SPADE, like_pixels_of, owns_result, resize
 from .spectral import convolve
 from .upsampled import repeat_pixels, repeats
 from .windows import with_channels_together, find_layout
@@ -35,14 +35,18 @@ class ResidualBlock:
         x = repeat_pixels(x, scale)
         if layout is not None:
             segmap = layout
-        elif repeats(segmap, x.shape[2:]) == 1:
-            segmap = resize(segmap, x.shape[2:])  # once for all
+        else:  # once for all SPADEs
+            segmap = segmap if repeats(segmap, x.shape[2:]) > 1 else resize(segmap, x.shape[2:])
+            segmap = like_pixels_of(x, segmap)
         shortcut = x
         if has_shortcut:
             shortcut = convolve(self.conv_s, self.norm_s(x, segmap, moments=moments if self.norm_s.measures else None))
         dx = convolve(self.conv_0, self.norm_0(x, segmap, moments=moments, **settings))
         dx = convolve(self.conv_1, self.norm_1(dx, segmap, **settings))
-        return shortcut + (self.se(dx) if "se" in self._modules else dx)
+        dx = self.se(dx) if "se" in self._modules else dx
+        if has_shortcut and owns_result(self.conv_s) and shortcut.dtype == dx.dtype and not torch.is_grad_enabled():
+            return shortcut.add_(dx)
+        return shortcut + dx
 
     def activation_settings(self):
         """The activation as arguments of a SPADE."""

@@ -7,7 +7,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from ..layout import LARGEST_KERNEL, SemanticLayout
-from ..kernels.torch_backend import is_channels_last
+from ..kernels.torch_backend import is_channels_last, lies_like
 from ..ops.convolve_windows import convolve_windows
 from ..ops.modulate import spade_modulate
 from .config import parse_config
@@ -24,6 +24,7 @@ KINDS = {
     nn.SyncBatchNorm: "syncbatch",
     nn.GroupNorm: "group",
 }
+ALWAYS_FRESH = 2**25  # bytes; of smaller tensors C libraries keep the memory
 POINTWISE = (nn.ReLU, nn.LeakyReLU, nn.SiLU, nn.GELU, nn.ELU, nn.Tanh, nn.Sigmoid, nn.Identity)
 
 
@@ -88,7 +89,16 @@ class SpatiallyAdaptive:
         if not is_known(norm):
             x, moments = norm(x), None
         norm = self._norm_arguments()
-        return spade_modulate(x, gamma, beta, **lookup, **norm, activation=activation, negative_slope=negative_slope, moments=moments)
+        out = None if lookup else self._reused(x, gamma)
+        return spade_modulate(x, gamma, beta, **lookup, **norm, activation=activation, negative_slope=negative_slope, moments=moments,
+                              out=out)
+
+    def _reused(self, x, gamma):
+        """γ, where it is large and nobody else's: y then takes its place. Memory fresh from the system takes longer than to modulate."""
+        if x.device.type != "cpu" or torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return None
+        suits = gamma.nbytes >= ALWAYS_FRESH and gamma.dtype == torch.promote_types(x.dtype, gamma.dtype) and lies_like(gamma, x)
+        return gamma if suits and owns_result(self.part("gamma")) else None
 
     def part(self, name):
         """The module of this name in `spade_form`."""
@@ -352,6 +362,11 @@ def is_known(norm):
 def is_plain(module, types):
     """Whether a module is just what its type says, with no hook (such as spectral_norm's) that must run when it is called."""
     return type(module) in types and not hooks(module)
+
+
+def owns_result(module):
+    """Whether what a module returns is a new tensor that nobody else has seen."""
+    return type(module) in CONVOLUTIONS.values() and not module._forward_hooks
 
 
 def hooks(module):

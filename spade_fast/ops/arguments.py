@@ -2,6 +2,8 @@
 
 import torch
 
+from ..kernels import torch_backend
+
 NORMS = ("instance", "batch", "syncbatch", "group", None)
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
@@ -14,7 +16,8 @@ def check_x(x):
         raise ValueError(f"x has shape {list(x.shape)}, it should be [N, C, *spatial] with one to three spatial dimensions")
 
 
-def check_modulate(x, gamma, beta, index, *, norm, num_groups, weight, bias, running_mean, running_var, training, activation, moments):
+def check_modulate(x, gamma, beta, index, *, norm, num_groups, weight, bias, running_mean, running_var, training, activation, moments,
+                   out=None):
     check_x(x)
     if index is not None and not isinstance(index, torch.Tensor):
         raise TypeError(f"index is a {type(index).__name__}, it should be a torch.Tensor")
@@ -44,6 +47,8 @@ def check_modulate(x, gamma, beta, index, *, norm, num_groups, weight, bias, run
         _check_tensor("moments", moments)
         if moments.shape != (2, *x.shape[:2]):
             raise ValueError(f"moments has shape {list(moments.shape)}, it should be [2, N, C], {[2, *x.shape[:2]]}")
+    if out is not None:
+        _check_out(out, x, torch.promote_types(x.dtype, gamma.dtype))
 
 
 def _check_tensor(name, tensor):
@@ -51,6 +56,16 @@ def _check_tensor(name, tensor):
         raise TypeError(f"{name} is a {type(tensor).__name__}, it should be a torch.Tensor")
     if tensor.dtype not in DTYPES:
         raise TypeError(f"{name} has dtype {tensor.dtype}, it should be a floating-point tensor of 16, 32 or 64 bits")
+
+
+def _check_out(out, x, dtype):
+    _check_tensor("out", out)
+    if out.shape != x.shape or out.device != x.device:
+        raise ValueError(f"out has shape {list(out.shape)} on {out.device}, it should be as x, {list(x.shape)} on {x.device}")
+    if out.dtype != dtype:
+        raise TypeError(f"out has dtype {out.dtype}, it should be what x and gamma promote to, {dtype}")
+    if not torch_backend.lies_like(out, x):
+        raise ValueError(f"out has strides {list(out.stride())}, it should lie without gaps as x does, with strides {list(x.stride())}")
 
 
 def _check_index(index, x, rows):

@@ -13,7 +13,7 @@ from .arguments import check_modulate, check_x
 
 def spade_modulate(x, gamma, beta, *, index=None, order=None, norm="instance", num_groups=None, weight=None, bias=None, running_mean=None,
                    running_var=None, training=True, momentum=0.1, eps=1e-5, process_group=None, activation=None,
-                   negative_slope=0.2, moments=None):
+                   negative_slope=0.2, moments=None, out=None):
     """Normalise x, modulate it by γ and β, and apply an activation (Park et al. 2019, equation 1).
 
     Args:
@@ -33,6 +33,8 @@ def spade_modulate(x, gamma, beta, *, index=None, order=None, norm="instance", n
         activation: None, "relu", "leaky_relu" or "silu".
         negative_slope: of leaky ReLU.
         moments: what `plane_moments(x)` returned, for several modulations of one x.
+        out: where y is written, in y's shape and dtype and without gaps in x's memory layout; it may be x, gamma or beta itself, which is
+            then gone. Only where no gradient is asked for.
 
     Returns:
         y of x's shape and memory layout, in the dtype that x and γ promote to. Sums are held in float32, or in float64 where x is.
@@ -42,13 +44,15 @@ def spade_modulate(x, gamma, beta, *, index=None, order=None, norm="instance", n
         RuntimeError: the backend that was asked for cannot run.
     """
     check_modulate(x, gamma, beta, index, norm=norm, num_groups=num_groups, weight=weight, bias=bias, running_mean=running_mean,
-                   running_var=running_var, training=training, activation=activation, moments=moments)
+                   running_var=running_var, training=training, activation=activation, moments=moments, out=out)
     backend = kernels.select(x, gamma)
     index = None if index is None else index.to(torch.int32)
     differentiable = (x, gamma, beta, weight, bias)
     differentiates = torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in differentiable)
     differentiates = differentiates and not torch.compiler.is_exporting()  # what is exported is for inference
-    if norm == "instance" and weight is None and bias is None and moments is None:
+    if out is not None and differentiates:
+        raise ValueError("out is given, it should be None where gradients are asked for: they need what it would be written over")
+    if norm == "instance" and weight is None and bias is None and moments is None and out is None:
         if differentiates:
             return ModulateInstance.apply(x, gamma, beta, index, order, eps, activation, negative_slope, backend)
         return backend.instance_forward(x, gamma, beta, index, eps, activation, negative_slope, False)[0]
@@ -64,7 +68,10 @@ def spade_modulate(x, gamma, beta, *, index=None, order=None, norm="instance", n
     if differentiates:
         return Modulate.apply(*differentiable, index, order, *statistics, norm, activation, negative_slope, backend)
     planes = norms.planes(statistics, x.shape[:2], weight, bias)
-    return backend.apply(x, planes, gamma, beta, index, activation, negative_slope, False)[0]
+    if out is None:
+        return backend.apply(x, planes, gamma, beta, index, activation, negative_slope, False)[0]
+    backend.apply_out(x, planes, gamma, beta, index, activation, negative_slope, out)
+    return out
 
 
 def plane_moments(x):

@@ -1,11 +1,11 @@
 """The kernels in Triton, one per file. `triton_backend.py` imports them when they are first called: importing Triton takes a while."""
 
-from .apply import apply
+from .apply import apply, apply_out
 from .backward_input import backward_input
 from .backward_sums import backward_sums
 from .instance import instance_backward, instance_forward
 from .plane_moments import plane_moments
 from .vectors import find_codes, hash_vectors, vectors_differ
 
-__all__ = ["apply", "backward_input", "backward_sums", "find_codes", "hash_vectors", "instance_backward", "instance_forward",
-           "plane_moments", "vectors_differ"]
+__all__ = ["apply", "apply_out", "backward_input", "backward_sums", "find_codes", "hash_vectors", "instance_backward",
+           "instance_forward", "plane_moments", "vectors_differ"]

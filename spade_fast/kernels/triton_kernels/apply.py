@@ -31,15 +31,23 @@ def apply_kernel(x, planes, gamma, beta, index, y, signs, images, channels, pixe
 
 
 def apply(x, planes, gamma, beta, index, activation, negative_slope, keep_signs):
+    y = empty_rows(x, is_channels_last(x), torch.promote_types(x.dtype, gamma.dtype))
+    signs = empty_signs(x, activation) if keep_signs else x.new_empty(0, dtype=torch.uint8)
+    launch(x, planes, gamma, beta, index, activation, negative_slope, y, signs)
+    return like(y, x), signs
+
+
+def apply_out(x, planes, gamma, beta, index, activation, negative_slope, out):
+    launch(x, planes, gamma, beta, index, activation, negative_slope, rows_of(out, is_channels_last(x)), empty_signs(x, None))
+
+
+def launch(x, planes, gamma, beta, index, activation, negative_slope, y, signs):
     last = is_channels_last(x)
     images, channels, pixels = x.flatten(2).shape
-    y = empty_rows(x, last, torch.promote_types(x.dtype, gamma.dtype))
-    signs = empty_signs(x, activation) if keep_signs else x.new_empty(0, dtype=torch.uint8)
     grid, settings = plan.tiles(images, channels, pixels, last, index is not None)
     apply_kernel[grid](rows_of(x, last), planes.contiguous(), modulation_rows(gamma, last, index), modulation_rows(beta, last, index),
                        None if index is None else index.contiguous(), y, signs if signs.numel() else None, images, channels, pixels,
                        negative_slope, ACTIVATION=activation, LAST=last, **settings)
-    return like(y, x), signs
 
 
 def empty_signs(x, activation):
