@@ -61,7 +61,8 @@ class BuildAndReport(build_ext):
         super().run()
         print(f"spade_fast {self.distribution.get_version()} for torch {torch.__version__}")
         for extension in self.extensions:
-            built = Path(self.get_ext_fullpath(extension.name)).exists() and extension.name not in self.reasons
+            outdated = newer_group(extension.depends + extension.sources, self.get_ext_fullpath(extension.name), "newer")
+            built = not outdated and extension.name not in self.reasons
             reason = self.reasons.get(extension.name, "the compiler says why above")
             print(f"    {extension.name:16} {'built' if built else f'NOT BUILT: {reason}'}")
 

@@ -6,6 +6,7 @@ is what the same network costs with plain instance norm and leaky ReLU in place 
 
 import contextlib
 import copy
+import functools
 from dataclasses import dataclass, field
 from typing import Callable
 
@@ -180,7 +181,7 @@ def generator(settings):
             ours = spade_fast.SPADEGenerator.official(label_nc, ngf=ngf, **wiring)
             yield _network_problem(settings, name, mode, eager, ours, floor, segmaps, z,
                                    lambda network, segmap, *z: network(segmap.repeat(*map(len, z), 1, 1, 1) if z else segmap, *z),
-                                   lambda network, segmap, *z: network(segmap, *z))
+                                   lambda network, segmap, *z: network(segmap, *z), graphed=settings.device != "cpu")
 
 
 def discriminator(settings):
@@ -251,9 +252,11 @@ def _converted_problem(settings, name, mode, network, segmaps, *arguments, **nam
 
 
 def _network_problem(settings, name, mode, eager, ours, floor, segmaps, inputs=(),
-                     call=lambda network, segmap, *inputs: network(segmap, *inputs), our_call=None, *, keeps_tables=False):
+                     call=lambda network, segmap, *inputs: network(segmap, *inputs), our_call=None, *, keeps_tables=False,
+                     graphed=False):
     """Measures call(network, segmap, *inputs), of each scene's segmap in turn: with BACKWARD the gradients of all parameters and of those
     inputs that require them. our_call: of ours, where it takes less. keeps_tables: ours are kept inside of each call.
+    graphed: ours is measured as one CUDA graph, too, where it is for inference.
     """
     our_call = our_call or call
     settle(eager)
@@ -288,11 +291,19 @@ def _network_problem(settings, name, mode, eager, ours, floor, segmaps, inputs=(
 
         return run
 
+    def run_graph(captured):
+        layout = SemanticLayout.from_segmap(segmaps[problem.scene % len(segmaps)])
+        if not captured:
+            captured.append(spade_fast.Graphed(ours, layout, *inputs))
+        return _outputs(captured[0](layout, *inputs), {}, None, FORWARD)
+
     variants = {
         "eager": variant(eager, inputs, segmaps),
         "torch.compile": variant(copy.deepcopy(eager), inputs, segmaps, compile=True),
         "spade_fast": variant(ours, inputs, segmaps, our_call, keeps_tables=keeps_tables),
     }
+    if graphed and mode == FORWARD:
+        variants["spade_fast, graph"] = functools.partial(run_graph, [])
     eager_channels_last = copy.deepcopy(eager)
     if floor is not None:
         floor = _set_mode(settle(floor).to(settings.device, settings.dtype), mode)

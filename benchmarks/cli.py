@@ -1,6 +1,7 @@
 """The command line of the suite: `python -m benchmarks`."""
 
 import dataclasses
+import gc
 import json as notation
 import shutil
 from pathlib import Path
@@ -64,6 +65,7 @@ def run(
         for name, case in chosen.items():
             task = progress.add_task(name, total=None)
             for problem in case(settings):
+                gc.collect()  # a problem's functions refer to it, and hold copies of whole networks: of the one before, too
                 if only not in problem.name:
                     continue
                 progress.update(task, description=f"{name} {problem.name} {problem.mode}")

@@ -17,7 +17,11 @@ from .proofs import CAPABILITIES
 
 SOURCES = Path(__file__).parent.parent / "csrc" / "cuda"
 WIDTHS = {"U8": 1, "S8": 1, "U16": 2, "S16": 2, "64": 8, "128": 16}  # bytes, by what an instruction's name has in it; else 4
-STREAMS = {"apply_kernel", "backward_input_kernel", "backward_kernel", "backward_sums_kernel", "forward_kernel", "plane_moments_kernel"}
+# The kernels that go through tensors, and how many 16-byte loads of a thread do not wait for each other.
+STREAMS = {"apply_kernel": 3, "backward_input_kernel": 3, "backward_sums_kernel": 3, "plane_moments_kernel": 2}
+HELD = {"forward_kernel", "backward_kernel"}  # those that copy all of it to shared memory first
+REGISTERS, MOST_THREADS = 65536, 2048  # of a processor
+IN_FLIGHT = 20 << 10  # bytes of a processor: what an H100's memory is said to give in the 0.7 µs that it may take to answer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,9 +36,16 @@ class Proof:
     stack: int  # bytes
     spilled: int  # bytes
     shared: int  # bytes, besides what a launch asks for
+    threads: int  # of a block at most
     loads: dict  # how many instructions of each width, in bytes
     stores: dict
     double: int  # instructions in double precision
+
+    @property
+    def resident(self):
+        """Threads that a processor has at once, as far as registers decide: a warp gets them by 256."""
+        of_block = self.threads // 32 * (-(-self.registers * 32 // 256) * 256)
+        return min(REGISTERS // of_block, MOST_THREADS // self.threads) * self.threads
 
     @property
     def failures(self):
@@ -44,10 +55,12 @@ class Proof:
             found.append(f"{self.spilled} bytes of registers are spilled, {self.stack} bytes of stack")
         if self.double:
             found.append(f"{self.double} instructions in double precision")
-        if self.kernel in STREAMS and 16 not in self.loads:
+        if self.kernel in {*STREAMS, *HELD} and 16 not in self.loads:
             found.append("no 16-byte loads")
-        if self.kernel in STREAMS - {"plane_moments_kernel"} and 16 not in self.stores:
+        if self.kernel in {*STREAMS, *HELD} - {"plane_moments_kernel"} and 16 not in self.stores:
             found.append("no 16-byte stores")
+        if (in_flight := 16 * STREAMS.get(self.kernel, 0) * self.resident) and in_flight < IN_FLIGHT:
+            found.append(f"{self.resident} threads on a processor have {in_flight} bytes in flight")
         return found
 
 
@@ -67,6 +80,9 @@ def _prove(source, capability):
     code = {name: text for name, text in re.findall(r"Function : (\S+)\n(.*?)(?=Function : |\Z)", listing, re.DOTALL)}
     pattern = (r"Function properties for (\S+)\n\s+(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads\n"
                r".*?Used (\d+) registers([^\n]*)")
+    text = "".join(path.read_text() for path in [SOURCES / "plan.h", SOURCES / "kernels.h", source])
+    numbers = dict(re.findall(r"constexpr int64_t (\w+) = (\d+);", text))
+    threads = {kernel: int(numbers[name]) for name, kernel in re.findall(r"__launch_bounds__\((\w+).*?\) (\w+)\(", text)}
     proofs = []
     for name, stack, stored, loaded, registers, rest in re.findall(pattern, said, re.DOTALL):
         kernel, vector, last = re.search(r"\d([a-z_]+_kernel)(?:ILi(\d)ELb(\d)E)?", name).groups()
@@ -76,9 +92,10 @@ def _prove(source, capability):
         for instruction, modifiers in re.findall(r"\b(LDG|STG|LDGSTS)\.E([.\w]*)", code[name]):
             width = next((WIDTHS[word] for word in modifiers.split(".") if word in WIDTHS), 4)
             widths[instruction.replace("LDGSTS", "LDG")][width] += 1
-        proofs.append(Proof(kernel, int(vector) if vector else None, {"0": "contiguous", "1": "channels-last"}.get(last), capability,
-                            int(registers), int(stack), int(stored) + int(loaded), int(shared[1]) if shared else 0, dict(widths["LDG"]),
-                            dict(widths["STG"]), len(re.findall(r"\b(?:DADD|DMUL|DFMA|DSETP|DMNMX)\b|\.F64\b", code[name]))))
+        proofs.append(Proof(
+            kernel, int(vector) if vector else None, {"0": "contiguous", "1": "channels-last"}.get(last), capability, int(registers),
+            int(stack), int(stored) + int(loaded), int(shared[1]) if shared else 0, threads[kernel], dict(widths["LDG"]),
+            dict(widths["STG"]), len(re.findall(r"\b(?:DADD|DMUL|DFMA|DSETP|DMNMX)\b|\.F64\b", code[name]))))
     return proofs
 
 
@@ -92,13 +109,13 @@ def _cuobjdump():
 
 def table(proofs):
     """A line for each kernel and GPU."""
-    result = Table(caption="loads and stores: bytes at a time.")
+    result = Table(caption="loads and stores: bytes at a time; threads: of a processor at once, as far as registers decide.")
     for name in ("kernel", "V", "layout"):
         result.add_column(name)
-    for name in ("sm", "registers", "spilled", "shared", "loads", "stores", "double"):
+    for name in ("sm", "registers", "spilled", "threads", "loads", "stores", "double"):
         result.add_column(name, justify="right")
     for proof in sorted(proofs, key=lambda proof: (proof.kernel, str(proof.vector), str(proof.layout), proof.capability)):
         widths = [", ".join(map(str, sorted(found, reverse=True))) for found in (proof.loads, proof.stores)]
         result.add_row(proof.kernel.removesuffix("_kernel"), str(proof.vector or ""), proof.layout or "", str(proof.capability),
-                       str(proof.registers), str(proof.spilled), str(proof.shared), *widths, str(proof.double))
+                       str(proof.registers), str(proof.spilled), str(proof.resident), *widths, str(proof.double))
     return result

@@ -7,6 +7,7 @@ and why not the others. `spade_fast.reference` is the plain PyTorch of it all.
 
 from . import checkpoint
 from .convert import convert, revert
+from .graphs import Graphed
 from .kernels import BackendStatus, backends, use_backend
 from .layout import SemanticLayout
 from .nn import (
@@ -18,6 +19,7 @@ __version__ = "0.1.0"
 __all__ = [
     "SPADE",
     "ConvEncoder",
+    "Graphed",
     "MultiscaleDiscriminator",
     "SPADEGenerator",
     "SPADEResBlk",

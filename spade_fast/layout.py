@@ -262,7 +262,7 @@ class SemanticLayout:
         for size in sizes:
             windows = self.windows(size, kernel_size)
             if "torch._dynamo" in sys.modules:  # else nothing has been compiled, and importing it takes more than a second
-                for tensor in (self.palette, *windows.hidden, *windows.table):
+                for tensor in filter(torch.is_tensor, (self.palette, *windows.hidden, *windows.table)):
                     torch._dynamo.decorators.mark_unbacked(tensor, 0)  # each layout has another number of rows
         return self
 

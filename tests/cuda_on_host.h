@@ -1,7 +1,7 @@
 // CUDA's part of C++ on a host, so that the kernels of csrc/cuda run, and are tested, without a GPU: include it before them.
 //
-// The threads of a block are fibers of one thread of the host: each runs until it waits for the others of its warp or block. The device's
-// limits are environment variables. Shared memory is new for each block, and full of NaNs.
+// The threads of a cluster, most often one block, are fibers of one thread of the host: each runs until it waits for the others of its
+// warp, block or cluster. The device's limits are environment variables. Shared memory is new for each block, and full of NaNs.
 #pragma once
 #define SPADE_FAST_ON_HOST
 
@@ -9,6 +9,7 @@
 #include <torch/headeronly/util/Half.h>
 #include <ucontext.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
@@ -17,6 +18,7 @@
 #include <functional>
 #include <memory>
 #include <stdexcept>
+#include <utility>
 #include <vector>
 
 #define __global__
@@ -39,9 +41,17 @@ struct Group {  // threads that wait for each other
   unsigned size = 0, arrived = 0, round = 0;
 };
 
+struct Block {
+  dim3 index;
+  Group threads, warps[32];
+  uint64_t exchanged[1024];
+  std::unique_ptr<char[]> shared;
+};
+
 struct Fiber {
   ucontext_t context;
   std::unique_ptr<char[]> stack;
+  Block* block;
   dim3 thread;
   unsigned number;
   bool done;
@@ -49,14 +59,14 @@ struct Fiber {
 
 constexpr size_t kStack = 256 << 10;
 inline ucontext_t scheduler;
-inline std::vector<Fiber> fibers(1024);
+inline std::vector<Fiber> fibers;
+inline std::vector<Block> blocks;
 inline Fiber* current;
 inline std::function<void()> body;
-inline Group block, warps[32];
-inline uint64_t exchanged[1024];
+inline Group cluster;
 inline bool progress;
-inline dim3 block_index, block_size, grid_size;
-inline char* shared;
+inline dim3 block_size, grid_size;
+inline int64_t largest_cluster = 0;  // that was launched, since it was asked for
 
 inline void run() {
   body();
@@ -74,35 +84,46 @@ inline void wait_for(Group& group) {
 
 template <typename T>
 T exchange(T value, unsigned from) {
-  Group& warp = warps[current->number / 32];
-  std::memcpy(&exchanged[current->number], &value, sizeof(T));
-  wait_for(warp);
-  std::memcpy(&value, &exchanged[current->number / 32 * 32 + from], sizeof(T));
-  wait_for(warp);
+  Block& block = *current->block;
+  const unsigned warp = current->number / 32;
+  std::memcpy(&block.exchanged[current->number], &value, sizeof(T));
+  wait_for(block.warps[warp]);
+  std::memcpy(&value, &block.exchanged[warp * 32 + from], sizeof(T));
+  wait_for(block.warps[warp]);
   return value;
 }
 
-inline void run_block(dim3 threads) {
+// The blocks from `first` on, so many together.
+inline void run_cluster(int64_t first, unsigned together, dim3 threads, int64_t shared) {
   const unsigned count = threads.x * threads.y;
-  block = {count};
-  for (unsigned i = 0; i < count; ++i) {
+  if (blocks.size() < together) blocks = std::vector<Block>(together);
+  if (fibers.size() < together * count) fibers.resize(together * count);
+  cluster = {together * count};
+  for (unsigned i = 0; i < together * count; ++i) {
+    Block& block = blocks[i / count];
     Fiber& fiber = fibers[i];
     if (!fiber.stack) fiber.stack.reset(new char[kStack]);
     getcontext(&fiber.context);
     fiber.context.uc_stack.ss_sp = fiber.stack.get(), fiber.context.uc_stack.ss_size = kStack, fiber.context.uc_link = &scheduler;
     makecontext(&fiber.context, &run, 0);
-    fiber.thread = dim3(i % threads.x, i / threads.x), fiber.number = i, fiber.done = false;
-    warps[i / 32] = {32};
+    fiber.block = &block, fiber.number = i % count, fiber.done = false;
+    fiber.thread = dim3(fiber.number % threads.x, fiber.number / threads.x);
+    if (fiber.number % 32 == 0) block.warps[fiber.number / 32] = {32};
+    if (fiber.number != 0) continue;
+    block.index = dim3(static_cast<unsigned>(first + i / count)), block.threads = {count};
+    block.shared.reset(new char[shared]);  // of operator new: 16-byte aligned
+    std::memset(block.shared.get(), 0xff, shared);
   }
   for (progress = true; progress;) {
     progress = false;
-    for (unsigned i = 0; i < count; ++i) {
+    for (unsigned i = 0; i < together * count; ++i) {
       current = &fibers[i];
       if (!current->done) swapcontext(&scheduler, &current->context);
     }
   }
-  for (unsigned i = 0; i < count; ++i) {
-    if (!fibers[i].done) std::fprintf(stderr, "thread %u of block %u waits for ever\n", i, block_index.x), std::abort();
+  for (unsigned i = 0; i < together * count; ++i) {
+    const Fiber& fiber = fibers[i];
+    if (!fiber.done) std::fprintf(stderr, "thread %u of block %u waits for ever\n", fiber.number, fiber.block->index.x), std::abort();
   }
 }
 
@@ -113,12 +134,14 @@ inline int64_t limit(const char* name, int64_t otherwise) {
 
 }  // namespace host
 
+extern "C" __attribute__((used)) inline int64_t host_largest_cluster() { return std::exchange(host::largest_cluster, 0); }
+
 #define threadIdx (host::current->thread)
-#define blockIdx (host::block_index)
+#define blockIdx (host::current->block->index)
 #define blockDim (host::block_size)
 #define gridDim (host::grid_size)
 
-inline void __syncthreads() { host::wait_for(host::block); }
+inline void __syncthreads() { host::wait_for(host::current->block->threads); }
 template <typename T>
 T __shfl_xor_sync(unsigned, T value, int lanes) { return host::exchange(value, (host::current->number % 32) ^ lanes); }
 template <typename T>
@@ -158,22 +181,27 @@ constexpr int64_t kSharedMemory = 227 << 10;
 inline int64_t most_shared_memory() { return host::limit("SPADE_FAST_HOST_SHARED", kSharedMemory); }  // none: two passes
 inline int64_t processors() { return host::limit("SPADE_FAST_HOST_PROCESSORS", 2); }
 
+template <typename Kernel>
+bool knows_clusters(Kernel*) { return host::limit("SPADE_FAST_HOST_CLUSTERS", 1) != 0; }
+
 template <typename... Parameters, typename... Arguments>
-void launch(void (*kernel)(Parameters...), int64_t blocks, dim3 threads, int64_t shared, Stream, Arguments... arguments) {
+void launch_clusters(void (*kernel)(Parameters...), int64_t blocks, int64_t cluster, dim3 threads, int64_t shared, Stream,
+                     Arguments... arguments) {
   if (threads.x * threads.y % 32 != 0 || threads.x * threads.y > 1024) throw std::runtime_error("a block is not of whole warps");
   if (shared > kSharedMemory) throw std::runtime_error("a block has too much shared memory");
+  if (blocks % cluster != 0) throw std::runtime_error("the blocks are not whole clusters");
+  host::largest_cluster = std::max(host::largest_cluster, cluster);
   host::body = [=] { kernel(arguments...); };
   host::block_size = threads, host::grid_size = dim3(static_cast<unsigned>(blocks));
-  for (int64_t block = 0; block < blocks; ++block) {
-    const std::unique_ptr<char[]> memory(new char[shared]);  // of operator new: 16-byte aligned
-    std::memset(memory.get(), 0xff, shared);
-    host::shared = memory.get();
-    host::block_index = dim3(static_cast<unsigned>(block));
-    host::run_block(threads);
-  }
+  for (int64_t block = 0; block < blocks; block += cluster) host::run_cluster(block, static_cast<unsigned>(cluster), threads, shared);
 }
 
-inline char* shared_memory() { return host::shared; }
+inline char* shared_memory() { return host::current->block->shared.get(); }
+inline void wait_for_cluster() { host::wait_for(host::cluster); }
+inline float in_block(uint32_t block, const float* shared) {
+  const int64_t place = reinterpret_cast<const char*>(shared) - shared_memory();
+  return *reinterpret_cast<const float*>(host::blocks[block].shared.get() + place);
+}
 inline void copy_async(void* shared, const void* global) { std::memcpy(shared, global, 16); }
 inline void wait_for_copies() {}
 inline float from_half(uint32_t bits) { return c10::Half(static_cast<uint16_t>(bits), c10::Half::from_bits()); }

@@ -3,6 +3,7 @@
 On a GPU they are a backend of the whole suite.
 """
 
+import ctypes
 import itertools
 import os
 import shutil
@@ -50,7 +51,8 @@ def library(tmp_path_factory):
     operators.declare(NAMESPACE, cuda_backend.KERNELS)
     torch.ops.load_library(folder / "library.so")
     found = {name: getattr(getattr(torch.ops, NAMESPACE), name).default for name in cuda_backend.KERNELS}
-    return SimpleNamespace(NAME="cuda on host", why_not=lambda x=None, gamma=None: None, **found)
+    largest_cluster = ctypes.CDLL(folder / "library.so").host_largest_cluster
+    return SimpleNamespace(NAME="cuda on host", why_not=lambda x=None, gamma=None: None, largest_cluster=largest_cluster, **found)
 
 
 @pytest.fixture
@@ -64,6 +66,23 @@ def passes(request, on_host, monkeypatch):
     if request.param == "two passes":
         monkeypatch.setenv("SPADE_FAST_HOST_SHARED", "0")
     return request.param
+
+
+@needs_compiler
+@pytest.mark.parametrize("shared", [14000, 40000])
+@pytest.mark.parametrize("layout", [contiguous, channels_last, sliced])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("activation,rows,mean", [("silu", None, 0), ("relu", 7, 0), ("leaky_relu", None, 1000)])
+def test_planes_that_a_cluster_holds(activation, rows, mean, dtype, layout, shared, on_host, monkeypatch):
+    shared = min(8 * shared, 227 << 10) if layout is channels_last else shared  # two columns of channels have more in them than three planes
+    monkeypatch.setenv("SPADE_FAST_HOST_SHARED", str(shared))
+    arguments, dy = sample((1, 3, 120, 171), "instance", activation, dtype=dtype, layout=layout, rows=rows, mean=mean)
+    on_host.largest_cluster()
+    assert not disagreements(arguments, dy, arguments | {"x": arguments["x"].double() - mean})
+    assert on_host.largest_cluster() > 1
+    monkeypatch.setenv("SPADE_FAST_HOST_CLUSTERS", "0")
+    spade_fast.spade_modulate(**arguments)
+    assert on_host.largest_cluster() == 1
 
 
 @needs_compiler

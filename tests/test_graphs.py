@@ -7,7 +7,8 @@ from test_layout import patches
 from test_numbering import NothingWaits
 
 import spade_fast
-from spade_fast import SPADE, SemanticLayout, SPADEResnetBlock
+from spade_fast import SPADE, SemanticLayout, SPADEGenerator, SPADEResnetBlock
+from spade_fast.graphs import with_room, write_over
 from spade_fast.ops import arguments
 
 MODULES = {
@@ -60,3 +61,57 @@ def test_a_captured_step_gives_the_same_bits(name, module):
             x.copy_(torch.randn_like(x))
         graph.replay()
         assert all(torch.equal(*pair) for pair in zip(captured, run()))
+
+
+def small_generator():
+    return SPADEGenerator(7, 5, 1, stages=[("head", 16, 1), ("up", 8, 2)], last_scale=1, start=16, nhidden=4)
+
+
+@pytest.mark.parametrize("network", [lambda: SPADE(6, 7, 4), small_generator])
+@pytest.mark.parametrize("mode", ["auto", "always"])
+def test_a_layout_written_over_another(backend, network, mode):
+    network, layouts = network().eval(), [drawn_layout(patch) for patch in (8, 16, 1)]
+    inputs = [torch.randn(2, 5)] if isinstance(network, SPADEGenerator) else []
+    call = (lambda layout: network(layout, *inputs)) if inputs else (lambda layout, x=torch.randn(2, 6, 32, 32): network(x, layout))
+    with torch.no_grad(), spade_fast.window_mode(mode):
+        call(layouts[0])
+        room = with_room(layouts[0], 2.0)
+        places = [tensor.data_ptr() for tensor in tensors_of(room)]
+        for layout, fits in zip(layouts, (True, True, False)):
+            assert write_over(room, layout) == fits
+            assert torch.allclose(call(room), call(layout if fits else layouts[1]), atol=1e-4)
+        assert [tensor.data_ptr() for tensor in tensors_of(room)] == places
+    with pytest.raises(ValueError, match="layout has size.*it should have"):
+        write_over(room, drawn_layout(8, size=16))
+
+
+def drawn_layout(patch, size=32):
+    """Two layouts of random patches: the smaller these are, the more windows."""
+    labels = torch.randint(7, (2, 1, size // patch, size // patch)).repeat_interleave(patch, 2).repeat_interleave(patch, 3)
+    return SemanticLayout.from_labels(labels[:, 0], 7)
+
+
+def tensors_of(layout):
+    parts = [part for windows in layout._windows.values() for part in (*windows[:2], windows[2:])]
+    return [layout.codes, layout.palette, *(tensor for part in parts for tensor in part if tensor is not None)]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA GPU here")
+def test_a_generator_in_one_graph():
+    generator = small_generator().cuda().eval()
+    layouts = [drawn_layout(patch).to("cuda") for patch in (8, 16, 1, 4)]
+    graphed = spade_fast.Graphed(generator, layouts[0], torch.randn(2, 5).cuda())
+    for layout in layouts:
+        z = torch.randn(2, 5).cuda()
+        with torch.no_grad():
+            assert torch.allclose(graphed(layout, z), generator(layout, z), atol=1e-4)
+
+
+def test_what_cannot_be_graphed():
+    generator = small_generator()
+    with pytest.raises(ValueError, match="network is in train mode"):
+        spade_fast.Graphed(generator, drawn_layout(8))
+    with pytest.raises(TypeError, match="layout is a Tensor"):
+        spade_fast.Graphed(generator.eval(), drawn_layout(8).to_segmap())
+    with pytest.raises(ValueError, match="layout is on cpu"):
+        spade_fast.Graphed(generator, drawn_layout(8))

@@ -87,6 +87,15 @@ def test_compiled_convolution_at_windows(sizes, dtype, instruction_set):
         assert (found - truth).norm() <= tolerance * truth.norm(), name
 
 
+@pytest.mark.parametrize("piece", [1, 3, 256])
+@pytest.mark.parametrize("rows,windows", [(7, 400), (70, 4)])  # long lists; and many without a number
+def test_long_lists_are_summed_in_pieces(rows, windows, piece, monkeypatch):
+    monkeypatch.setattr(torch_backend, "PIECE", piece)
+    _, _, _, _, (offsets, listed), gradient = convolution((5, 3), (3, 3), rows, windows)
+    truth = torch.stack([gradient[one.long()].sum(0) for one in listed.split(offsets.diff().tolist())])
+    assert torch.allclose(torch_backend._sum_pieces(gradient, *torch_backend._in_pieces(offsets, listed)), truth)
+
+
 def test_opcheck_of_the_convolution_at_windows():
     rows, weight, bias, lists, back_lists, gradient = convolution((5, 3), (3, 3), 7, 20)
     opcheck(torch.ops.spade_fast.convolve_windows, (rows, weight, bias, *lists))

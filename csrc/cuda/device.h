@@ -31,14 +31,46 @@ inline int64_t most_shared_memory() { return device_attribute(cudaDevAttrMaxShar
 inline int64_t processors() { return device_attribute(cudaDevAttrMultiProcessorCount); }
 
 #ifdef __CUDACC__
-// Blocks in one dimension; none are nothing to do.
+// Blocks in one dimension, `cluster` neighbours together; none are nothing to do.
 template <typename... Parameters, typename... Arguments>
-void launch(void (*kernel)(Parameters...), int64_t blocks, dim3 threads, int64_t shared, Stream stream, Arguments... arguments) {
+void launch_clusters(void (*kernel)(Parameters...), int64_t blocks, int64_t cluster, dim3 threads, int64_t shared, Stream stream,
+                     Arguments... arguments) {
   if (blocks == 0) return;
   if (blocks > INT32_MAX) throw std::runtime_error("spade_fast: x has more planes and pixels than one grid has blocks");
   if (shared > 48 << 10) check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared)));
-  kernel<<<static_cast<unsigned>(blocks), threads, shared, stream>>>(arguments...);
-  check(cudaGetLastError());
+  cudaLaunchAttribute together = {};
+  together.id = cudaLaunchAttributeClusterDimension;
+  together.val.clusterDim.x = static_cast<unsigned>(cluster), together.val.clusterDim.y = together.val.clusterDim.z = 1;
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(static_cast<unsigned>(blocks)), config.blockDim = threads;
+  config.dynamicSmemBytes = shared, config.stream = stream;
+  config.attrs = &together, config.numAttrs = cluster > 1;
+  check(cudaLaunchKernelEx(&config, kernel, arguments...));
+}
+
+// Whether a kernel was compiled for GPUs with clusters: older code, which newer GPUs run too, has none.
+template <typename Kernel>
+bool knows_clusters(Kernel* kernel) {
+  cudaFuncAttributes attributes;
+  check(cudaFuncGetAttributes(&attributes, kernel));
+  return attributes.ptxVersion >= 90 && device_attribute(cudaDevAttrClusterLaunch) != 0;
+}
+
+// All threads of the cluster come here, and see what the others wrote before.
+__device__ inline void wait_for_cluster() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("barrier.cluster.arrive.aligned;\nbarrier.cluster.wait.aligned;" ::: "memory");
+#endif
+}
+
+// What another block of the cluster has at this address of its shared memory.
+__device__ inline float in_block(uint32_t block, const float* shared) {
+  float value = 0;
+#if __CUDA_ARCH__ >= 900
+  asm volatile("{\n.reg .u32 there;\nmapa.shared::cluster.u32 there, %1, %2;\nld.shared::cluster.f32 %0, [there];\n}"
+               : "=f"(value) : "r"(static_cast<unsigned>(__cvta_generic_to_shared(shared))), "r"(block) : "memory");
+#endif
+  return value;
 }
 
 __device__ inline char* shared_memory() {

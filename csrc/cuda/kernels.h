@@ -22,6 +22,11 @@ void specialised(const Settings& settings, F&& f) {
 }
 
 template <typename... Parameters, typename... Arguments>
+void launch(void (*kernel)(Parameters...), int64_t blocks, dim3 threads, int64_t shared, Stream stream, Arguments... arguments) {
+  launch_clusters(kernel, blocks, 1, threads, shared, stream, arguments...);
+}
+
+template <typename... Parameters, typename... Arguments>
 void launch(void (*kernel)(Parameters...), const Settings& settings, const Division& d, int64_t shared, Arguments... arguments) {
   launch(kernel, d.blocks(), dim3(d.columns, d.lanes), shared, settings.stream, arguments...);
 }
@@ -41,6 +46,8 @@ void backward_sums(const Settings& settings, const Operands& o, const Division& 
 void combine_sums(const Settings& settings, const Operands& o, int64_t splits, const float* parts, float* sums, float* terms);
 // terms may be null.
 void backward_input(const Settings& settings, const Operands& o, const Division& d, const float* terms, const Rows& dx);
+// Blocks of a cluster at most, in the kernels of instance norm.
+int64_t most_blocks();
 void instance_forward(const Settings& settings, const Operands& o, const Division& d, float eps, const Rows& y, float* planes);
 void instance_backward(const Settings& settings, const Operands& o, const Division& d, const Rows& dgamma, const Rows& dbeta,
                        const Rows& dx);

@@ -108,7 +108,8 @@ class Call {
   Division sweep() const { return spade_fast::sweep(operands.shape, settings().vector, last_, processors()); }
   Division tiles() const { return spade_fast::tiles(operands.shape, settings().vector, last_, operands.index != nullptr, processors()); }
   std::optional<Division> one_pass(int64_t held) const {
-    return spade_fast::one_pass(operands.shape, settings().vector, last_, held, most_shared_memory(), processors());
+    return spade_fast::one_pass(operands.shape, settings().vector, last_, held, most_shared_memory(), most_blocks(),
+                                processors());
   }
 
   Operands operands = {};

@@ -65,6 +65,7 @@ inline Division split(Division d, int64_t splits, int vector, bool last) {
 constexpr int64_t kThreads = 256;  // of a block
 constexpr int64_t kMostThreads = 512;  // of a block that holds large planes
 constexpr int64_t kBlocks = 8;  // for each processor: enough to keep it busy
+constexpr int64_t kCluster = 8;  // blocks of a cluster at most: what every GPU with clusters has
 
 inline int columns_of(const Shape& shape, int vector, bool last) { return last ? columns_of(divide_up(shape.channels, vector)) : 32; }
 
@@ -84,17 +85,25 @@ inline Division tiles(const Shape& shape, int vector, bool last, bool table, int
   return d;
 }
 
-// For kernels that hold so many tensors' planes whole: nothing where they do not fit, or would leave most processors idle for long.
-inline std::optional<Division> one_pass(const Shape& shape, int vector, bool last, int64_t held, int64_t most_shared, int64_t processors) {
+// For kernels that hold so many tensors' planes whole: nothing where they do not fit, or would leave most processors idle for long. What
+// does not fit into one block is held by the blocks of a cluster, which read each other's shared memory.
+inline std::optional<Division> one_pass(const Shape& shape, int vector, bool last, int64_t held, int64_t most_shared, int64_t most_blocks,
+                                        int64_t processors) {
   if (shape.pixels == 0) return std::nullopt;
-  for (int columns = columns_of(shape, vector, last); columns >= 2; columns /= 2) {
-    Division d = divide(shape, vector, last, columns, kThreads);
-    if (d.items > 8 * d.lanes) d = divide(shape, vector, last, columns, kMostThreads);
-    d.held_bytes = held * d.items * d.columns * 16;
-    const bool wide = last && columns > 2;  // fewer channels would do, of more blocks on each processor
-    const bool busy = 2 * d.units >= processors || (!wide && d.items <= 16 * d.lanes);
-    if (busy && d.shared(1, last ? vector : 1) <= most_shared / (wide ? 3 : 1)) return d;
-    if (!last) break;
+  for (int64_t blocks = 1; blocks <= most_blocks; blocks *= 2) {
+    for (int columns = columns_of(shape, vector, last); columns >= 2; columns /= 2) {
+      Division d = divide(shape, vector, last, columns, kThreads);
+      if (d.items > 8 * d.lanes * blocks) d = divide(shape, vector, last, columns, kMostThreads);
+      if (blocks > 1 && d.items < d.lanes * blocks) break;  // one for each thread, at least
+      d = split(d, blocks, vector, last);
+      d.splits = blocks;  // even if nothing is left for the last
+      d.split_items = std::min(d.split_items, d.items);
+      d.held_bytes = held * d.split_items * d.columns * 16;
+      const bool wide = last && columns > 2;  // fewer channels would do, of more blocks on each processor
+      const bool busy = 2 * d.blocks() >= processors || (!wide && d.items <= 16 * d.lanes);
+      if (busy && d.shared(1, last ? vector : 1) <= most_shared / (wide ? 3 : 1)) return d;
+      if (!last) break;
+    }
   }
   return std::nullopt;
 }

@@ -26,26 +26,31 @@ __device__ Moments shuffled(const Moments& mine, int lanes) {
 }
 
 template <int V, bool kLast>
-__global__ void __launch_bounds__(kThreads, 2) plane_moments_kernel(Operands o, Division d, float* parts) {
+__global__ void __launch_bounds__(kThreads, 3) plane_moments_kernel(Operands o, Division d, float* parts) {
   constexpr int kCount = PerPlane<V, kLast>::kCount;
   const Part<V, kLast> part(o, d);
   Moments moments[V] = {};
   float count = 0;
-  for (int64_t item = part.begin + threadIdx.y; item < part.end; item += blockDim.y) {
-    const Place place = part.at(item);
+  const auto add = [&](const Raw& raw, const Span& span) {
     float values[V];
-    unpack<V>(load<V>(place.in(o.x), o.x.type, place.span), o.x.type, values);
+    unpack<V>(raw, o.x.type, values);
     count += 1;  // an element that is not there is of the last item: none comes after it
     const float share = 1 / count;
 #pragma unroll
     for (int k = 0; k < V; ++k) {
-      if (k >= place.span.count) continue;
+      if (k >= span.count) continue;
       if (count == 1) moments[k].pivot = values[k];
       const float difference = (values[k] - moments[k].pivot) - moments[k].beyond;
       moments[k].beyond += difference * share;
       moments[k].squares += difference * difference * (1 - share);
       moments[k].count = count;
     }
+  };
+  for (int64_t item = part.begin + threadIdx.y; item < part.end; item += 2 * blockDim.y) {  // two loads under way
+    const Place one = part.at(item), other = part.at(item + blockDim.y);
+    const Raw x = load<V>(one.in(o.x), o.x.type, one.span), other_x = load<V>(other.in(o.x), o.x.type, other.span);
+    add(x, one.span);
+    add(other_x, other.span);
   }
   if (!kLast) {
 #pragma unroll

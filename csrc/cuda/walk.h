@@ -116,4 +116,25 @@ __device__ PerPlane<V, kLast> block_sum(const float (&values)[V], float* scratch
   return sums;
 }
 
+// Over all items of a unit, which the blocks of a cluster share: each finds its own sum, then all add them up in one order.
+template <int V, bool kLast>
+__device__ PerPlane<V, kLast> unit_sum(const Division& d, const float (&values)[V], float* scratch) {
+  constexpr int kCount = PerPlane<V, kLast>::kCount;
+  PerPlane<V, kLast> sums = block_sum<V, kLast>(values, scratch);
+  if (d.splits == 1) return sums;
+  const int columns = kLast ? blockDim.x : 1, column = kLast ? threadIdx.x : 0;
+#pragma unroll
+  for (int k = 0; k < kCount; ++k) {
+    if (threadIdx.y == 0 && (kLast || threadIdx.x == 0)) scratch[k * columns + column] = sums.values[k];
+    sums.values[k] = 0;
+  }
+  wait_for_cluster();
+  for (uint32_t block = 0; block < d.splits; ++block) {
+#pragma unroll
+    for (int k = 0; k < kCount; ++k) sums.values[k] += in_block(block, scratch + k * columns + column);
+  }
+  wait_for_cluster();  // scratch may be used again, and the block may end
+  return sums;
+}
+
 }  // namespace spade_fast

@@ -24,6 +24,7 @@ from . import numbering
 
 NAME = "torch"
 KEEPS_SIGNS = ("relu", "leaky_relu")
+PIECE = 256  # numbers of a list that one thread of a GPU adds up: half of a map may be one window
 PRODUCTS = 2**23  # of a convolution at windows, at a time: they stay in a GPU's cache, and all at once are never held
 
 find_codes, find_windows, number_windows = numbering.find_codes, numbering.find_windows, numbering.number_windows
@@ -79,9 +80,9 @@ def convolve_windows(rows, weight, bias, offsets, listed):
 
 def convolve_windows_weight(gradient, rows, weight, back_offsets, back_listed):
     """The weight's gradient from that of the results, [windows, out]."""
-    parts, taps = [], weight.shape[2:].numel()
+    parts, taps, lists = [], weight.shape[2:].numel(), _in_pieces(back_offsets, back_listed)
     for part in gradient.split(_channels_at_a_time(len(rows), weight), dim=1):
-        products = _sum_listed(part, back_offsets, back_listed).view(len(rows), taps * part.shape[1])
+        products = _sum_pieces(part, *lists).view(len(rows), taps * part.shape[1])
         parts.append((products.t() @ rows).view(taps, part.shape[1], rows.shape[1]).permute(1, 2, 0))
     return torch.cat(parts).reshape(weight.shape)
 
@@ -89,9 +90,10 @@ def convolve_windows_weight(gradient, rows, weight, back_offsets, back_listed):
 def convolve_windows_rows(gradient, weight, back_offsets, back_listed):
     """The gradient of the rows from that of the results, [windows, out]."""
     parts, channels = [], _channels_at_a_time(len(back_offsets) // weight.shape[2:].numel(), weight)
+    lists = _in_pieces(back_offsets, back_listed)
     for part, part_weight in zip(gradient.split(channels, dim=1), weight.split(channels)):
         by_tap = part_weight.flatten(2).permute(2, 0, 1)
-        products = _sum_listed(part, back_offsets, back_listed).view(-1, by_tap.shape[0] * by_tap.shape[1])
+        products = _sum_pieces(part, *lists).view(-1, by_tap.shape[0] * by_tap.shape[1])
         parts.append(products @ by_tap.reshape(-1, weight.shape[1]))
     return sum(parts[1:], start=parts[0])
 
@@ -187,6 +189,19 @@ def _channels_at_a_time(rows, weight):
 def _sum_listed(x, offsets, listed):
     """x [R, D] to [len(offsets) − 1, D]: sum i is over x[listed[offsets[i]:offsets[i + 1]]], in that order."""
     return F.embedding_bag(listed, x.contiguous(), offsets, mode="sum", include_last_offset=True)
+
+
+def _in_pieces(offsets, listed):
+    """Lists cut at every PIECE-th number: `listed`, where each piece begins, and which pieces each list has. Nothing waits for a GPU."""
+    cuts = torch.arange(0, len(listed), PIECE, dtype=offsets.dtype, device=offsets.device)
+    begins = torch.cat([offsets[:-1], cuts]).sort().values  # where a list begins at a cut, a piece is empty
+    return listed, torch.cat([begins, offsets[-1:]]), torch.searchsorted(begins, offsets, out_int32=True)
+
+
+def _sum_pieces(x, listed, begins, lists):
+    """As _sum_listed, of lists cut by `_in_pieces`."""
+    pieces = torch.arange(len(begins) - 1, dtype=lists.dtype, device=lists.device)
+    return _sum_listed(_sum_listed(x, begins, listed), lists, pieces)
 
 
 def _sum_rows(x, index, table):

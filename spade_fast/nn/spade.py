@@ -6,6 +6,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from .. import kernels
 from ..layout import LARGEST_KERNEL, SemanticLayout
 from ..kernels.torch_backend import is_channels_last, lies_like
 from ..ops.convolve_windows import convolve_windows
@@ -291,7 +292,10 @@ def compute_table(layout, windows, convolutions, dtype):
     hidden = convolve_windows(layout.palette, shared.weight, shared.bias, windows.hidden)
     for activation in activations:
         hidden = activation(hidden)
-    rows = [convolve_windows(hidden, module.weight, module.bias, windows.table) for module in rest[:2]]
+    if kernels.select(hidden) is not kernels.cpu_backend and (joint := joined(rest[:2])):  # half the launches; copies cost a CPU more
+        rows = convolve_windows(hidden, *joint, windows.table).split([module.out_channels for module in rest[:2]], dim=1)
+    else:
+        rows = [convolve_windows(hidden, module.weight, module.bias, windows.table) for module in rest[:2]]
     if convolutions.normalise:
         rows = [normalise_over_images(table, windows, norm) for table, norm in zip(rows, rest[2:])]
     return [table.to(dtype) for table in rows]
@@ -339,14 +343,19 @@ def dtype_of_convolution(x, weight):
 
 def convolve_jointly(convolutions, x):
     """The outputs of equal convolutions of one x, from one convolution; their weights stay parameters of their own."""
-    settings = ("kernel_size", "padding", "stride", "dilation", "groups", "padding_mode")
-    if not (all(is_plain(module, CONVOLUTIONS.values()) and module.bias is not None for module in convolutions)
-            and all(len({getattr(module, name) for module in convolutions}) == 1 for name in settings)):
+    plain = all(is_plain(module, CONVOLUTIONS.values()) for module in convolutions)
+    if not plain or (joint := joined(convolutions)) is None:
         return convolve_apart(convolutions, x)
-    weight = torch.cat([module.weight for module in convolutions])
-    bias = torch.cat([module.bias for module in convolutions])
-    joint = convolutions[0]._conv_forward(x, weight, bias)
-    return joint.split([module.out_channels for module in convolutions], dim=1)
+    return convolutions[0]._conv_forward(x, *joint).split([module.out_channels for module in convolutions], dim=1)
+
+
+def joined(convolutions):
+    """Weight and bias of several convolutions of one x as those of one convolution, or None where they differ in kind."""
+    settings = ("kernel_size", "padding", "stride", "dilation", "groups", "padding_mode")
+    differ = any(len({getattr(module, name) for module in convolutions}) > 1 for name in settings)
+    if differ or any(module.bias is None for module in convolutions):
+        return None
+    return torch.cat([module.weight for module in convolutions]), torch.cat([module.bias for module in convolutions])
 
 
 def convolve_apart(convolutions, x):
