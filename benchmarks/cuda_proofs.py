@@ -19,7 +19,8 @@ SOURCES = Path(__file__).parent.parent / "csrc" / "cuda"
 WIDTHS = {"U8": 1, "S8": 1, "U16": 2, "S16": 2, "64": 8, "128": 16}  # bytes, by what an instruction's name has in it; else 4
 # The kernels that go through tensors, and how many 16-byte loads of a thread do not wait for each other.
 STREAMS = {"apply_kernel": 3, "backward_input_kernel": 3, "backward_sums_kernel": 3, "plane_moments_kernel": 2}
-HELD = {"forward_kernel", "backward_kernel"}  # those that copy all of it to shared memory first
+HELD = {"forward_kernel", "backward_kernel"}  # those that copy all of it to shared memory first, where there are clusters their blocks'
+CLUSTERS = 90  # compute capability, times ten
 REGISTERS, MOST_THREADS = 65536, 2048  # of a processor
 IN_FLIGHT = 20 << 10  # bytes of a processor: what an H100's memory is said to give in the 0.7 µs that it may take to answer
 
@@ -40,6 +41,7 @@ class Proof:
     loads: dict  # how many instructions of each width, in bytes
     stores: dict
     double: int  # instructions in double precision
+    clusters: bool  # whether it waits for other blocks
 
     @property
     def resident(self):
@@ -59,6 +61,8 @@ class Proof:
             found.append("no 16-byte loads")
         if self.kernel in {*STREAMS, *HELD} - {"plane_moments_kernel"} and 16 not in self.stores:
             found.append("no 16-byte stores")
+        if self.kernel in HELD and self.capability >= CLUSTERS and not self.clusters:
+            found.append("blocks do not wait for those of their cluster")
         if (in_flight := 16 * STREAMS.get(self.kernel, 0) * self.resident) and in_flight < IN_FLIGHT:
             found.append(f"{self.resident} threads on a processor have {in_flight} bytes in flight")
         return found
@@ -95,7 +99,7 @@ def _prove(source, capability):
         proofs.append(Proof(
             kernel, int(vector) if vector else None, {"0": "contiguous", "1": "channels-last"}.get(last), capability, int(registers),
             int(stack), int(stored) + int(loaded), int(shared[1]) if shared else 0, threads[kernel], dict(widths["LDG"]),
-            dict(widths["STG"]), len(re.findall(r"\b(?:DADD|DMUL|DFMA|DSETP|DMNMX)\b|\.F64\b", code[name]))))
+            dict(widths["STG"]), len(re.findall(r"\b(?:DADD|DMUL|DFMA|DSETP|DMNMX)\b|\.F64\b", code[name])), "UCGABAR_WAIT" in code[name]))
     return proofs
 
 

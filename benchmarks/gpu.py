@@ -1,7 +1,8 @@
 """Everything that a GPU is needed for, in one call of less than nine minutes: build, tests, sanitizer, speed.
 
 Each stage is a process of its own with a time limit of its own, and what it found is saved when it ends: one that fails or hangs
-takes nothing from the others. DIR gets log.txt, what every stage printed; gpu.json, how each ended; and the results by name.
+takes nothing from the others, and what is left out for want of time is run by `--stage` in another call. DIR gets log.txt, what every
+stage printed; gpu.json, how each ended; and the results by name.
 """
 
 import json
@@ -56,13 +57,21 @@ STAGES = [
            "--json", "{out}/generator-bfloat16.json"], 80),
     Stage("memcheck", "every kernel once: accesses outside of tensors", [*SANITIZER, "memcheck", *EXERCISE], 45, SANITIZER[0]),
     Stage("racecheck", "every kernel once: races in shared memory", [*SANITIZER, "racecheck", *EXERCISE], 45, SANITIZER[0]),
+    Stage("lookup", "the operation with γ and β looked up in tables",
+          [*ON_GPU, "lookup", "--batch", "16", "--dtype", "bfloat16", "--seconds", "0.2", "--json", "{out}/lookup-bfloat16.json"], 60),
+    Stage("generator at 16", "the published generator at 256², of sixteen scenes",
+          [*ON_GPU, "generator", "--only", "COCO 256²", "--dtype", "bfloat16", "--seconds", "5", "--batch", "16",
+           "--json", "{out}/generator-batch-16-bfloat16.json"], 150),
+    Stage("decoder", "LivePortrait's decoder, converted",
+          [*ON_GPU, "converted", "--only", "LivePortrait", "--dtype", "float16", "--seconds", "5",
+           "--json", "{out}/converted-float16.json"], 80),
 ]
 
 
-def plan():
+def plan(stages=STAGES):
     """The stages as text, for --dry-run."""
     lines = []
-    for stage in STAGES:
+    for stage in stages:
         lines.append(f"{stage.name:18} at most {stage.seconds:3} s   {stage.what_for}")
         lines.append(f"{'':18} {' '.join(shown(stage.command))}")
     return "\n".join([*lines, f"{'together':18} at most {TOTAL} s; a stage that begins late gets what is left"])

@@ -95,6 +95,7 @@ COLOURS = {
     "torch.compile": "#e0a458",
     "spade_fast": "#2a6f97",
     "spade_fast, frozen": "#89c2d9",
+    "spade_fast, graph": "#014f86",
     "spade_fast, pixels": "#c9d6df",
     "spade_fast, windows": "#89c2d9",
     "spade_fast, by itself": "#2a6f97",

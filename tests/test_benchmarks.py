@@ -45,16 +45,22 @@ def test_what_is_wrong_gets_no_speed(monkeypatch, tmp_path):
         assert picture.width > 1000
 
 
-@pytest.mark.parametrize("case", ["modulate", "block", "generator", "discriminator", "converted"])
+@pytest.mark.parametrize("case", ["modulate", "lookup", "block", "generator", "discriminator", "converted", "monai"])
 def test_every_quick_case_matches_but_for_the_compiler(case):
     for problem in cases.CASES[case](Settings(quick=True)):
         del problem.variants["torch.compile"]
         rows = measure.measure(case, problem, "cpu", 0)
         assert {row.variant for row in rows if row.matches} == problem.variants.keys()
         assert all(len(row.times) >= 5 and row.peak_memory > 0 for row in rows)
-        assert case in ("discriminator", "converted") or min(row.overhead for row in rows if row.variant.startswith("floor")) == 1
+        assert case in ("discriminator", "converted", "monai") or min(row.overhead for row in rows if row.variant.startswith("floor")) == 1
         if problem.mode == BACKWARD and case in ("block", "generator"):
             assert "dhead_0.norm_0.mlp_gamma.weight" in problem.truth() or "dnorm_0.mlp_gamma.weight" in problem.truth()
+
+
+def test_a_batch_is_of_scenes():
+    one, two = cases.conditions(Settings(quick=True, scenes=2, batch=3))
+    assert one.shape == two.shape == (3, 184, 64, 64)
+    assert len({tuple(image.flatten().tolist()) for image in (*one, *two)}) == 6
 
 
 def test_full_cases_are_the_published_shapes():
@@ -159,6 +165,9 @@ def test_what_the_gpu_command_would_do():
     for stage in gpu.STAGES:
         assert f"{stage.name:18} at most {stage.seconds:3} s" in result.output
     assert gpu.TOTAL < 9 * 60
+    result = invoke("gpu", "--dry-run", "--stage", "racecheck", "--stage", "decoder")
+    assert "racecheck" in result.output and "decoder" in result.output and "memcheck" not in result.output
+    assert invoke("gpu", "--stage", "nothing").exit_code == 2
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

@@ -74,7 +74,7 @@ def passes(request, on_host, monkeypatch):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("activation,rows,mean", [("silu", None, 0), ("relu", 7, 0), ("leaky_relu", None, 1000)])
 def test_planes_that_a_cluster_holds(activation, rows, mean, dtype, layout, shared, on_host, monkeypatch):
-    shared = min(8 * shared, 227 << 10) if layout is channels_last else shared  # two columns of channels have more in them than three planes
+    shared = min(8 * shared, 227 << 10) if layout is channels_last else shared  # of more channels than three
     monkeypatch.setenv("SPADE_FAST_HOST_SHARED", str(shared))
     arguments, dy = sample((1, 3, 120, 171), "instance", activation, dtype=dtype, layout=layout, rows=rows, mean=mean)
     on_host.largest_cluster()

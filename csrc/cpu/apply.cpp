@@ -54,36 +54,33 @@ template void apply_task(const Tasks&, int64_t, const Modulation<double>&, const
 
 namespace {
 
-// y has no gaps in this layout; it may be x or γ, whose elements are read before they are written.
-void apply_to(const Tensor& y, const Tensor& signs, const Tasks& tasks, Layout layout, const Tensor& x, const Tensor& planes,
-              const Tensor& gamma, const Tensor& beta, const std::optional<Tensor>& index, Activation activation,
-              double negative_slope) {
-  dispatch_sum(promoted(x.scalar_type(), gamma.scalar_type()), [&](auto zero) {
+// y, a new tensor or `out`, and its signs. out may be x or γ, whose elements are read before they are written.
+std::tuple<Tensor, Tensor> modulated(const Tensor& x, const Tensor& planes, const Tensor& gamma, const Tensor& beta,
+                                     const std::optional<Tensor>& index, const std::optional<std::string>& activation_name,
+                                     double negative_slope, bool keep_signs, const std::optional<Tensor>& out) {
+  const Layout layout = layout_of(x);
+  const Tasks tasks(x, layout);
+  const Activation activation = activation_named(activation_name);
+  const Tensor y = out ? *out : new_output(x, layout, promoted(x.scalar_type(), gamma.scalar_type()));
+  const Tensor signs = new_signs(tasks, x, activation, keep_signs);
+  dispatch_sum(y.scalar_type(), [&](auto zero) {
     using Sum = decltype(zero);
     const Modulation<Sum> modulation(x, planes, gamma, beta, index, activation, negative_slope, signs, layout);
     const Target<Sum> target(y, layout);
     tasks.for_each([&](int64_t task) { apply_task(tasks, task, modulation, target); });
   });
+  return {out ? y : finished(y, x, layout), signs};
 }
 
 std::tuple<Tensor, Tensor> apply(const Tensor& x, const Tensor& planes, const Tensor& gamma, const Tensor& beta,
-                                 std::optional<Tensor> index, std::optional<std::string> activation_name, double negative_slope,
+                                 std::optional<Tensor> index, std::optional<std::string> activation, double negative_slope,
                                  bool keep_signs) {
-  const Layout layout = layout_of(x);
-  const Tasks tasks(x, layout);
-  const Activation activation = activation_named(activation_name);
-  const Tensor y = new_output(x, layout, promoted(x.scalar_type(), gamma.scalar_type()));
-  const Tensor signs = new_signs(tasks, x, activation, keep_signs);
-  apply_to(y, signs, tasks, layout, x, planes, gamma, beta, index, activation, negative_slope);
-  return {finished(y, x, layout), signs};
+  return modulated(x, planes, gamma, beta, index, activation, negative_slope, keep_signs, std::nullopt);
 }
 
 void apply_out(const Tensor& x, const Tensor& planes, const Tensor& gamma, const Tensor& beta, std::optional<Tensor> index,
-               std::optional<std::string> activation_name, double negative_slope, Tensor out) {
-  const Layout layout = layout_of(x);
-  const Tasks tasks(x, layout);
-  const Activation activation = activation_named(activation_name);
-  apply_to(out, new_signs(tasks, x, activation, false), tasks, layout, x, planes, gamma, beta, index, activation, negative_slope);
+               std::optional<std::string> activation, double negative_slope, Tensor out) {
+  modulated(x, planes, gamma, beta, index, activation, negative_slope, false, out);
 }
 
 }  // namespace

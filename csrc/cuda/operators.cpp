@@ -162,25 +162,28 @@ Tensor plane_moments_of(const Tensor& x) {
   return moments;
 }
 
-std::tuple<Tensor, Tensor> apply_to(const Tensor& x, const Tensor& planes, const Tensor& gamma, const Tensor& beta,
-                                    std::optional<Tensor> index, std::optional<std::string> activation, double negative_slope,
-                                    bool keep_signs) {
+// y, a new tensor or `out`, and its signs. out may be x or γ: each element is read by the thread that then writes it, and no other.
+std::tuple<Tensor, Tensor> modulated(const Tensor& x, const Tensor& planes, const Tensor& gamma, const Tensor& beta,
+                                     const std::optional<Tensor>& index, const std::optional<std::string>& activation,
+                                     double negative_slope, bool keep_signs, const std::optional<Tensor>& out) {
   Call call(x);
   call.modulate(gamma, beta, index, activation, negative_slope);
   call.operands.planes = call.numbers(planes);
-  const Tensor y = call.output(promoted(x.scalar_type(), gamma.scalar_type())), signs = call.new_signs(keep_signs);
+  const Tensor y = out ? *out : call.output(promoted(x.scalar_type(), gamma.scalar_type())), signs = call.new_signs(keep_signs);
   const Rows rows = call.written(y);
   apply(call.settings(), call.operands, call.tiles(), rows);
-  return {call.finished(y), signs};
+  return {out ? y : call.finished(y), signs};
+}
+
+std::tuple<Tensor, Tensor> apply_to(const Tensor& x, const Tensor& planes, const Tensor& gamma, const Tensor& beta,
+                                    std::optional<Tensor> index, std::optional<std::string> activation, double negative_slope,
+                                    bool keep_signs) {
+  return modulated(x, planes, gamma, beta, index, activation, negative_slope, keep_signs, std::nullopt);
 }
 
 void apply_out_to(const Tensor& x, const Tensor& planes, const Tensor& gamma, const Tensor& beta, std::optional<Tensor> index,
                   std::optional<std::string> activation, double negative_slope, Tensor out) {
-  Call call(x);
-  call.modulate(gamma, beta, index, activation, negative_slope);
-  call.operands.planes = call.numbers(planes);
-  const Rows rows = call.written(out);
-  apply(call.settings(), call.operands, call.tiles(), rows);
+  modulated(x, planes, gamma, beta, index, activation, negative_slope, false, out);
 }
 
 std::tuple<Tensor, Tensor> sum_dense(Call& call, ScalarType dtype, float* sums, float* terms) {
