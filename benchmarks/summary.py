@@ -6,6 +6,7 @@ from pathlib import Path
 
 RESULTS = Path(__file__).parent / "results"
 WANTED = (("CPU", "generator", "float32", ""), ("CPU", "discriminator", "float32", ""), ("CPU", "converted", "float32", ""),
+          ("CPU", "monai", "float32", ""),
           ("CPU", "modulate", "float32", "128 × 256²"),
           ("GPU", "generator", "bfloat16", ""), ("GPU", "modulate", "bfloat16", "128 × 256²"), ("GPU", "modulate", "float32", "128 × 256²"))
 VARIANTS = ("eager", "torch.compile", "spade_fast")

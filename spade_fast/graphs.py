@@ -13,7 +13,7 @@ class Graphed:
     has the graph captured anew, with more.
 
     Args:
-        network: a module in eval mode, on a GPU; its weights may change in place.
+        network: a module in eval mode, on a GPU, that returns a tensor; its weights may change in place.
         layout: a SemanticLayout of the size that all will have.
         inputs: tensors, such as z, whose shapes all calls share.
         room: how many times as many windows as this layout's there is memory for.

@@ -64,6 +64,18 @@ def test_written_over_what_it_reads(out, rows, norm, layout, activation):
     assert torch.allclose(out.double(), expected, rtol=1e-5, atol=1e-5)
 
 
+def test_what_is_written_over_is_missed_by_a_backward_that_needs_it():
+    weight = torch.ones(1, requires_grad=True)
+    x, gamma, beta = torch.randn(3, 2, 4, 5, 6)
+    product = (x * weight).sum()
+    spade_fast.spade_modulate(x, gamma, beta, out=x)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        product.backward()
+    with torch.inference_mode():
+        x = torch.randn(2, 4, 5, 6)
+        spade_fast.spade_modulate(x, gamma, beta, out=x)
+
+
 @pytest.mark.parametrize("rows", [None, 7])
 @pytest.mark.parametrize("channels", [1, 7, 8, 9, 16, 64, 65])
 @pytest.mark.parametrize("pixels", [(1, 3), (3, 5), (4, 4), (16, 16), (17, 1)])

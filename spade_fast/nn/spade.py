@@ -302,17 +302,20 @@ def compute_table(layout, windows, convolutions, dtype):
 
 
 def normalise_over_images(table, windows, norm):
-    """A table [K, C] as instance norm makes it of each image, [N·K, C]: a row counts as often as the image has its window."""
+    """A table [K, C] as instance norm makes it of each image, [N·K, C]: a row counts as often as the image has its window.
+
+    In float64, for the table is small: γ and β differ little from window to window, and in float32 their mean took that with it.
+    """
     images, count = len(windows.index), windows.count
     if norm is None:
         return table.repeat(images, 1)
-    share = windows.shares.to(table.dtype)
-    deviations = table - (share @ table)[:, None]
+    share, exact = windows.shares, table.double()
+    deviations = exact - (share @ exact)[:, None]
     variance = torch.einsum("nk,nkc->nc", share, deviations.square())
-    table = deviations * torch.rsqrt(variance + norm.eps)[:, None]
+    normalised = deviations * torch.rsqrt(variance + norm.eps)[:, None]
     if norm.affine:
-        table = table * norm.weight + norm.bias
-    return table.view(images * count, -1)
+        normalised = normalised * norm.weight + norm.bias
+    return normalised.view(images * count, -1).to(table.dtype)
 
 
 def batch_of(segmap):

@@ -50,7 +50,7 @@ def spade_modulate(x, gamma, beta, *, index=None, order=None, norm="instance", n
     differentiable = (x, gamma, beta, weight, bias)
     differentiates = torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in differentiable)
     differentiates = differentiates and not torch.compiler.is_exporting()  # what is exported is for inference
-    if out is not None and differentiates:
+    if out is not None and (differentiates or torch.is_grad_enabled() and out.requires_grad):
         raise ValueError("out is given, it should be None where gradients are asked for: they need what it would be written over")
     if norm == "instance" and weight is None and bias is None and moments is None and out is None:
         if differentiates:
@@ -71,6 +71,8 @@ def spade_modulate(x, gamma, beta, *, index=None, order=None, norm="instance", n
     if out is None:
         return backend.apply(x, planes, gamma, beta, index, activation, negative_slope, False)[0]
     backend.apply_out(x, planes, gamma, beta, index, activation, negative_slope, out)
+    if not torch.compiler.is_compiling() and not out.is_inference():
+        torch.autograd.graph.increment_version(out)  # a backward that needs what was there says so
     return out
 
 
