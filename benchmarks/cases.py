@@ -55,6 +55,7 @@ class Settings:
     instances: str | None = None
     scenes: int = 1
     batch: int = 1  # of networks so many scenes at once
+    compile_mode: str = "default"  # of torch.compile, for networks
 
 
 def modulate(settings):
@@ -302,7 +303,7 @@ def _network_problem(settings, name, mode, eager, ours, floor, segmaps, inputs=(
             network = network.to(memory_format=layout)
         inputs, segmaps = ([_like(tensor, layout=layout) for tensor in tensors] for tensors in (inputs, segmaps))
         wanted = dict(network.named_parameters()) | {f"input{i}": tensor for i, tensor in enumerate(inputs) if tensor.requires_grad}
-        forward = torch.compile(network, dynamic=False) if compile else network
+        forward = torch.compile(network, dynamic=False, mode=settings.compile_mode) if compile else network
         tables = spade_fast.frozen(network, max_bytes=8 << 30) if frozen else None
         if frozen:
             tables.__enter__()  # until nothing refers to it: run does

@@ -25,6 +25,7 @@ from .picture import save_picture
 app = typer.Typer(help="How fast spade_fast is beside eager PyTorch, torch.compile and plain instance norm, and whether it "
                   "computes the same.", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 RIVALS = ("torch.compile",)
+COMPILE_MODES = {mode: mode for mode in ("default", "reduce-overhead", "max-autotune")}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 
 
@@ -47,12 +48,14 @@ def run(
     instances: Annotated[Path | None, typer.Option(help="Folder of PNGs of instance numbers, named as the labels.")] = None,
     batch: Annotated[int, typer.Option(min=1, help="Batch: of networks, so many scenes at once.")] = 1,
     scenes: Annotated[int, typer.Option(min=1, help="How many scenes networks are measured on, a round on each in turn.")] = 1,
+    compile_mode: Annotated[str, typer.Option(help=f"Of torch.compile, for networks: {', '.join(COMPILE_MODES)}.")] = "default",
     json: Annotated[Path | None, typer.Option(help="Write everything that was measured to this file.")] = None,
     plot: Annotated[Path | None, typer.Option(help="Draw a chart to this file.")] = None,
 ):
     """Check, then time, the cases; print a table. Exits with 1 where a row of ours or of eager does not match."""
     check_scenes(labels, instances, scenes * batch)
-    settings = Settings(check_device(device), choose("--dtype", dtype, DTYPES), quick, labels, instances, scenes, batch)
+    compile_mode = choose("--compile-mode", compile_mode, COMPILE_MODES)
+    settings = Settings(check_device(device), choose("--dtype", dtype, DTYPES), quick, labels, instances, scenes, batch, compile_mode)
     chosen = {name: choose("NAME", name, CASES) for name in names}
     for option, path in (("--json", json), ("--plot", plot)):
         if path is not None:

@@ -64,6 +64,7 @@ def environment(settings):
         "device": torch.cuda.get_device_name() if cuda else f"CPU {processor()}, {torch.get_num_threads()} threads",
         "dtype": str(settings.dtype).removeprefix("torch."),
         "torch": torch.__version__,
+        "torch.compile": settings.compile_mode,
         "spade_fast": spade_fast.__version__,
         "commit": commit or "unknown",
         "allocator": {name: value for name, value in os.environ.items() if name.startswith("MALLOC_")} or "as the system has it",
