@@ -51,9 +51,9 @@ def test_layouts_that_differ(layouts):
     assert not disagreements(arguments, dy)
 
 
-@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("activation", [None, "silu"])
 @pytest.mark.parametrize("layout", [contiguous, channels_last])
-@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("norm", ["instance", "batch", None])
 @pytest.mark.parametrize("out,rows", [("x", None), ("gamma", None), ("beta", None), ("another", None), ("x", 7), ("another", 7)])
 def test_written_over_what_it_reads(out, rows, norm, layout, activation):
     arguments, _ = sample((2, 6, 9, 7), norm, activation, layout=layout, rows=rows, training=False)
