@@ -118,7 +118,7 @@ setup(
             "spade_fast._cpu",
             sources=sources("csrc/cpu", "*.cpp"),
             depends=[*sources("csrc/cpu", "*.h"), *sources("csrc/common", "*.h")],
-            include_dirs=[*include_paths(), pybind11.get_include()],
+            include_dirs=[pybind11.get_include(), *include_paths()],
             library_dirs=library_paths(),
             extra_compile_args=CPU_FLAGS,
             extra_link_args=["-Wl,--no-as-needed", "-ltorch", "-ltorch_cpu"],

@@ -24,7 +24,7 @@ class OnDevice {
   explicit OnDevice(const Tensor& x) : guard_(x.get_device_index()) {
     check(cudaSetDevice(x.get_device_index()));  // for this library's own copy of the CUDA runtime
     void* stream;
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(x.get_device_index(), &stream));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(x.get_device_index(), &stream));
     stream_ = static_cast<Stream>(stream);
   }
 
