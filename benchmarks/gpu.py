@@ -17,6 +17,8 @@ from pathlib import Path
 
 import torch
 
+from .report import commit
+
 ROOT = Path(__file__).parent.parent
 TOTAL = 530  # seconds, for all stages together
 PYTEST = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
@@ -84,8 +86,8 @@ def shown(command):
 def run(out, stages=STAGES, total=TOTAL, say=print):
     """Runs the stages; returns whether each passed. gpu.json is written anew after each."""
     began, ended = time.monotonic(), []
-    facts = {"device": torch.cuda.get_device_name() if torch.cuda.is_available() else "none", "torch": torch.__version__,
-             "commit": subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=ROOT).stdout.strip()}
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
+    facts = {"device": device, "torch": torch.__version__, "commit": commit()}
     for stage in stages:
         limit = min(stage.seconds, total - (time.monotonic() - began))
         if stage.needs is not None and shutil.which(stage.needs) is None:

@@ -6,6 +6,7 @@ import os
 import platform
 import subprocess
 from datetime import datetime, timezone
+from pathlib import Path
 
 import torch
 from rich.table import Table
@@ -59,18 +60,27 @@ def numbers(row):
 def environment(settings):
     """What a reader must know to repeat the numbers."""
     cuda = torch.device(settings.device).type == "cuda"
-    commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True).stdout.strip()
     return {
         "device": torch.cuda.get_device_name() if cuda else f"CPU {processor()}, {torch.get_num_threads()} threads",
         "dtype": str(settings.dtype).removeprefix("torch."),
         "torch": torch.__version__,
         "torch.compile": settings.compile_mode,
         "spade_fast": spade_fast.__version__,
-        "commit": commit or "unknown",
+        "commit": commit(),
         "allocator": {name: value for name, value in os.environ.items() if name.startswith("MALLOC_")} or "as the system has it",
         "backends": {status.name: status.reason or "runs" for status in spade_fast.backends()},
         "date": datetime.now(timezone.utc).date().isoformat(),
     }
+
+
+def commit():
+    """Which commit of this project runs; where there is no git to ask, what the environment variable COMMIT says."""
+    try:
+        command = ["git", "describe", "--always", "--dirty"]
+        found = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent).stdout.strip()
+    except OSError:
+        found = ""
+    return found or os.environ.get("COMMIT", "unknown")
 
 
 def processor():

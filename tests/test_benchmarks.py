@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from typer.testing import CliRunner
 
-from benchmarks import cases, cli, gpu, layouts, measure, summary
+from benchmarks import cases, cli, gpu, layouts, measure, report, summary
 from benchmarks.cases import BACKWARD, FORWARD, Problem, Settings
 from spade_fast import reference
 
@@ -157,6 +157,13 @@ def test_the_table_of_what_was_measured(tmp_path):
     (tmp_path / "gpu" / "generator.json").write_text(json.dumps(measured))
     (tmp_path / "gpu" / "gpu.json").write_text(json.dumps({"environment": {"device": "NVIDIA H100"}, "stages": []}))
     assert "| NVIDIA H100 | generator COCO, bfloat16, forward | 2.10 | – | 12.3 | 2.00 | 1.23 |" in summary.summary(tmp_path).splitlines()
+
+
+def test_the_commit_where_there_is_no_git(monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert report.commit() == "unknown"
+    monkeypatch.setenv("COMMIT", "abc")
+    assert report.commit() == "abc"
 
 
 def test_what_the_gpu_command_would_do():
