@@ -25,6 +25,7 @@ ACTIVATIONS = {"none": None, "leaky_relu": "leaky_relu", "silu": "silu"}  # relu
 ALIGNED_SIZES = ((32, 32), (64, 64), (128, 128))  # of 128 channels: the last takes two passes in backward, all with a table do
 ODD_SIZES = ((5, 9), (45, 45), (91, 89))  # of 35 channels; nearly the largest planes that one pass holds
 ROWS = 100  # of a table
+PROCESSORS = 132  # of the GPU that there would be
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,6 +45,7 @@ class Proof:
     loads: dict  # how many instructions of each width, in bytes
     stores: dict
     double: int  # instructions in double precision
+    tensor_cores: int  # instructions of theirs
 
     @property
     def failures(self):
@@ -53,6 +55,8 @@ class Proof:
             found.append(f"{self.stack} bytes of registers are spilled")
         if self.double:
             found.append(f"{self.double} instructions in double precision")
+        if self.kernel == "convolve_windows_kernel" and not self.tensor_cores:
+            found.append("no tensor cores")
         if self.aligned and self.streams and 16 not in self.loads:
             found.append("no 16-byte loads")
         if self.aligned and self.streams and self.kernel != "sum_pieces_kernel" and 2 in self.loads:
@@ -121,6 +125,11 @@ def _call_everything(channels, size, dtype, gamma_dtype, last, table, activation
     triton_kernels.backward_input(dy, x, *modulation, signs, planes[:2], *settings)
     triton_kernels.backward_input(dy, x, *modulation, signs, None, *settings)
     triton_kernels.instance_backward(dy, x, *modulation, order, signs, *settings)
+    if dtype == gamma_dtype != torch.float32:
+        rows, weight = torch.empty(ROWS, channels, dtype=dtype), torch.empty(2 * channels, channels, 3, 3, dtype=dtype)
+        for windows in (100, 3000, 30000):  # in tiles of each size
+            lists = torch.empty(windows + 1, dtype=torch.int32)
+            triton_kernels.convolve_windows(rows, weight, weight.new_empty(2 * channels), lists, lists)
     bits = x.view(numbering.BITS[x.element_size()]).flatten(2)
     triton_kernels.vectors_differ(bits, triton_kernels.hash_vectors(bits, numbering.multiplier(0)).flatten())
 
@@ -143,22 +152,24 @@ class _compiling:
         return self.target
 
     def __enter__(self):
+        from spade_fast.kernels.triton_kernels import plan
         from triton.runtime import driver
         from triton.runtime.jit import JITFunction
 
-        self.run, launched = JITFunction.run, []
+        self.run, self.processors, launched = JITFunction.run, plan.processors, []
 
         def compile_only(function, *arguments, grid, warmup, **settings):
             launched.append((function.fn.__name__, self.run(function, *arguments, grid=grid, warmup=True, **settings)))
 
         driver.set_active(self)
-        JITFunction.run = compile_only
+        JITFunction.run, plan.processors = compile_only, lambda device: PROCESSORS
         return launched
 
     def __exit__(self, *exception):
+        from spade_fast.kernels.triton_kernels import plan
         from triton.runtime.jit import JITFunction
 
-        JITFunction.run = self.run
+        JITFunction.run, plan.processors = self.run, self.processors
 
 
 def _read(compiled):
@@ -174,6 +185,8 @@ def _read(compiled):
     widths = {"ld": collections.Counter(), "st": collections.Counter()}
     for instruction, vector, bits in re.findall(r"\b(ld|st)\.global[.\w]*?(?:\.v(\d))?\.[busf](\d+)", compiled.asm["ptx"]):
         widths[instruction][int(vector or 1) * int(bits) // 8] += 1
+    for width in re.findall(r"\bcp\.async\.c[ag]\.shared\.global[^;]*?\], 0x(\w+)", compiled.asm["ptx"]):  # to shared memory
+        widths["ld"][int(width, 16)] += 1
     return {
         "registers": usage["REG"],
         "stack": usage["STACK"] + usage["LOCAL"],
@@ -181,6 +194,7 @@ def _read(compiled):
         "loads": dict(widths["ld"]),
         "stores": dict(widths["st"]),
         "double": len(re.findall(r"\.f64\b", compiled.asm["ptx"])),
+        "tensor_cores": len(re.findall(r"\b(?:mma\.sync|wgmma\.mma_async|tcgen05\.mma)\b", compiled.asm["ptx"])),
     }
 
 

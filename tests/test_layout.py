@@ -157,7 +157,7 @@ def test_a_stack_is_the_batch_of_all_and_keeps_their_windows():
             windows, maps = layout.windows(size, 3), rows
             for sums in windows[:2]:
                 weight = torch.arange(4 * 4 * 9, dtype=torch.float64).view(4, 4, 3, 3).cos().requires_grad_()
-                maps = convolve_windows(maps, weight, None, sums)
+                maps = convolve_windows(maps, weight, None, sums, weight.dtype)
             pixels = maps[windows.index.long()]
             gradient, = torch.autograd.grad(pixels.square().sum(), weight)
             found.append((pixels, gradient))

@@ -9,9 +9,10 @@ import pytest
 import torch
 from conftest import BACKENDS
 from modulations import channels_last, contiguous, disagreements, results, sample, sliced, sliced_channels
+from test_operators import CONVOLUTIONS, convolution
 
 import spade_fast
-from spade_fast.kernels import numbering, triton_backend
+from spade_fast.kernels import numbering, torch_backend, triton_backend
 
 pytestmark = pytest.mark.skipif("triton" not in BACKENDS, reason="Triton is not installed")
 
@@ -77,6 +78,24 @@ def test_hashes_of_vectors_and_their_comparison(layout, dtype, small_tiles):
     assert not vectors_differ(bits[:0], itself[:0]) and hash_vectors(bits[:0], factor).shape == (0, 63)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("sizes,tile", [*((sizes, 128) for sizes in CONVOLUTIONS), (CONVOLUTIONS[3], 16)], ids=str)
+def test_convolution_at_windows_in_half_precision(sizes, tile, dtype, monkeypatch):
+    """What comes of these very numbers in float64, rounded once; also without a bias, and where the weight's channels are last."""
+    from spade_fast.kernels.triton_kernels import plan
+
+    monkeypatch.setattr(plan, "PRODUCT_TILES", ((tile, tile, 8),))
+    with torch.device(BACKENDS["triton"]):
+        *floats, lists, _, _ = convolution(*sizes)
+        rows, weight, bias = (tensor.to(dtype) for tensor in floats)
+        for weight, bias in ((weight, bias), (channels_last(weight), None)):
+            found = triton_backend.convolve_windows(rows, weight, bias, *lists)
+            wide = (tensor if tensor is None else tensor.double() for tensor in (rows, weight, bias))
+            truth = torch_backend.convolve_windows(*wide, *lists)
+            assert found.dtype == dtype and found.shape == truth.shape
+            assert (found - truth).norm() <= torch.finfo(dtype).eps * truth.norm()
+
+
 def test_float64_says_why_not():
     x = torch.randn(2, 3, 4, 4, dtype=torch.float64, device=BACKENDS["triton"])
     assert "float64" in triton_backend.why_not(x)
@@ -99,5 +118,5 @@ def test_kernels_compile_without_spills_or_doubles_and_with_wide_loads(capabilit
     proofs = json.loads((tmp_path / "proofs.json").read_text())
     assert {proof["capability"] for proof in proofs} == set(capabilities) and {proof["dtype"] for proof in proofs} == set(dtypes)
     kernels = {"apply", "plane_moments", "backward_sums", "backward_input", "forward", "backward", "sum_pieces", "sum_rows", "sum_planes",
-               "hash", "differ"}
+               "hash", "differ"} | ({"convolve_windows"} if {"bfloat16", "float16"} & set(dtypes) else set())
     assert {f"{name}_kernel" for name in kernels} <= {proof["kernel"] for proof in proofs}

@@ -2,7 +2,7 @@
 
 import torch
 
-from . import numbering, operators
+from . import numbering, operators, torch_backend
 
 try:
     from .. import _cpu as library  # importing it registers its kernels
@@ -19,6 +19,7 @@ backward_sums = torch.ops.spade_fast.backward_sums.default
 backward_input = torch.ops.spade_fast.backward_input.default
 instance_forward = torch.ops.spade_fast.instance_forward.default
 instance_backward = torch.ops.spade_fast.instance_backward.default
+dtype_at_windows = torch_backend.dtype_at_windows
 convolve_windows = torch.ops.spade_fast.convolve_windows.default
 convolve_windows_weight = torch.ops.spade_fast.convolve_windows_weight.default
 convolve_windows_rows = torch.ops.spade_fast.convolve_windows_rows.default

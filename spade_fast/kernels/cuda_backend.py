@@ -18,16 +18,23 @@ backward_input = torch.ops.spade_fast.backward_input.default
 instance_forward = torch.ops.spade_fast.instance_forward.default
 instance_backward = torch.ops.spade_fast.instance_backward.default
 # Matrix products and sums of listed rows, for which PyTorch has kernels; numbering, which sorts.
-convolve_windows = torch_backend.convolve_windows
 convolve_windows_weight = torch_backend.convolve_windows_weight
 convolve_windows_rows = torch_backend.convolve_windows_rows
 find_windows, number_windows = numbering.find_windows, numbering.number_windows
 window_sums, sort_pixels = numbering.window_sums, numbering.sort_pixels
 
 
+# What Triton has kernels for and this library none; without Triton in plain PyTorch.
 def find_codes(segmap):
-    """By Triton's kernels where it is installed: each reads the condition once, plain PyTorch goes through it channel by channel."""
     return (numbering if triton_backend.why_not(segmap) else triton_backend).find_codes(segmap)
+
+
+def dtype_at_windows(dtype):
+    return (torch_backend if triton_backend.why_not() else triton_backend).dtype_at_windows(dtype)
+
+
+def convolve_windows(rows, weight, bias, offsets, listed):
+    return (torch_backend if triton_backend.why_not(rows) else triton_backend).convolve_windows(rows, weight, bias, offsets, listed)
 
 
 def _load():

@@ -69,6 +69,11 @@ def look_up(rows, index):
     return rows.index_select(0, index.flatten()).view(*index.shape, rows.shape[1]).movedim(-1, 1)
 
 
+def dtype_at_windows(dtype):
+    """What a convolution at windows is computed in, of a layer that convolves in `dtype`: each of its products is rounded to it."""
+    return sum_dtype(dtype)
+
+
 def convolve_windows(rows, weight, bias, offsets, listed):
     """rows [R, in] convolved with weight [out, in, *kernel] and bias [out] at the windows of a `layout.Sums`: [windows, out]."""
     results = []

@@ -11,8 +11,10 @@ import torch
 from . import numbering, operators, torch_backend
 
 NAME = "triton"
+INSTALLED = importlib.util.find_spec("triton") is not None
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-KERNELS = ("plane_moments", "apply", "apply_out", "backward_sums", "backward_input", "instance_forward", "instance_backward")
+KERNELS = ("plane_moments", "apply", "apply_out", "backward_sums", "backward_input", "instance_forward", "instance_backward",
+           "convolve_windows")
 
 
 def _kernel(name):
@@ -38,7 +40,6 @@ backward_input = torch.ops.spade_fast_triton.backward_input.default
 instance_forward = torch.ops.spade_fast_triton.instance_forward.default
 instance_backward = torch.ops.spade_fast_triton.instance_backward.default
 # Matrix products and sums of listed rows, for which PyTorch has kernels; numbering, which sorts.
-convolve_windows = torch_backend.convolve_windows
 convolve_windows_weight = torch_backend.convolve_windows_weight
 convolve_windows_rows = torch_backend.convolve_windows_rows
 find_windows, number_windows = numbering.find_windows, numbering.number_windows
@@ -46,9 +47,19 @@ window_sums, sort_pixels = numbering.window_sums, numbering.sort_pixels
 find_codes = _kernel("find_codes")
 
 
+def dtype_at_windows(dtype):
+    return dtype
+
+
+def convolve_windows(rows, weight, bias, offsets, listed):
+    """On tensor cores in half precision; in float32, where they would round, in plain PyTorch."""
+    half = rows.dtype in (torch.bfloat16, torch.float16)
+    return (torch.ops.spade_fast_triton if half else torch_backend).convolve_windows(rows, weight, bias, offsets, listed)
+
+
 def why_not(x=None, gamma=None):
     """Why these kernels cannot run (on x and γ), or None."""
-    if importlib.util.find_spec("triton") is None:
+    if not INSTALLED:
         return "Triton is not installed"
     devices = ("cuda", "cpu") if INTERPRETED else ("cuda",)
     if x is None:

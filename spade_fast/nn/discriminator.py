@@ -43,7 +43,8 @@ class PatchDiscriminator(nn.Module):
         of_condition, of_image = convolution.weight.split([layout.label_nc, image.shape[1]], dim=1)
         x = convolution._conv_forward(image, of_image, convolution.bias)
         patches = layout.patches(convolution.kernel_size[0], convolution.stride[0], convolution.padding[0])
-        table = convolve_windows(layout.palette, of_condition, None, patches.sums).to(dtype_of_convolution(image, convolution.weight))
+        dtype = dtype_of_convolution(image, convolution.weight)
+        table = convolve_windows(layout.palette, of_condition, None, patches.sums, dtype).to(dtype)
         # x + the row of each place's window, and the leaky ReLU: a modulation without a norm, with γ = 0.
         return spade_modulate(x, torch.zeros_like(table), table, index=patches.index, order=patches.order, norm=None,
                               activation="leaky_relu", negative_slope=NEGATIVE_SLOPE)

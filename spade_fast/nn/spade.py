@@ -289,13 +289,13 @@ def sees_windows(module, size):
 def compute_table(layout, windows, convolutions, dtype):
     """γ and β of the distinct windows, [K, C]; where they have norms of their own, of those of each image, [N·K, C]."""
     shared, activations, *rest = convolutions
-    hidden = convolve_windows(layout.palette, shared.weight, shared.bias, windows.hidden)
+    hidden = convolve_windows(layout.palette, shared.weight, shared.bias, windows.hidden, dtype)
     for activation in activations:
         hidden = activation(hidden)
     if kernels.select(hidden) is not kernels.cpu_backend and (joint := joined(rest[:2])):  # half the launches; copies cost a CPU more
-        rows = convolve_windows(hidden, *joint, windows.table).split([module.out_channels for module in rest[:2]], dim=1)
+        rows = convolve_windows(hidden, *joint, windows.table, dtype).split([module.out_channels for module in rest[:2]], dim=1)
     else:
-        rows = [convolve_windows(hidden, module.weight, module.bias, windows.table) for module in rest[:2]]
+        rows = [convolve_windows(hidden, module.weight, module.bias, windows.table, dtype) for module in rest[:2]]
     if convolutions.normalise:
         rows = [normalise_over_images(table, windows, norm) for table, norm in zip(rows, rest[2:])]
     return [table.to(dtype) for table in rows]

@@ -2,20 +2,23 @@
 
 A window sees rows through its taps. With T taps, result i is bias + Σ_t weight[:, :, t] · rows[row(i, t)]: a matrix product makes
 weight[:, :, t] · row for every row and tap, and sums of those make the results. There are fewer rows than windows, so that the
-product is the smallest that there can be. It is made for some output channels at a time, and never held whole.
+product is the smallest that there can be. It is made for some output channels at a time, and never held whole. (In half precision on a
+GPU products cost less than the memory that they would pass through: `triton_kernels/convolve_windows.py`.)
 """
 
 import torch
 
 from .. import kernels
+from ..kernels import torch_backend
 
 
-def convolve_windows(rows, weight, bias, sums):
+def convolve_windows(rows, weight, bias, sums, dtype):
     """rows [R, in] convolved with weight [out, in, *kernel] and bias [out] at the windows of a `layout.Sums`: [windows, out].
 
-    In float32, or float64 where the weight is, whatever autocast says; differentiable in rows, weight and bias, twice.
+    As a convolution in `dtype`, whatever autocast says: half precision where the kernels sum its products in float32, else at least
+    float32, and the result is what it was computed in. Differentiable in rows, weight and bias, twice.
     """
-    dtype = torch.promote_types(weight.dtype, torch.float32)
+    dtype = kernels.select(rows).dtype_at_windows(dtype)
     with torch.autocast(rows.device.type, enabled=False):
         return ConvolveWindows.apply(rows.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype), *sums)
 
@@ -44,9 +47,10 @@ class ConvolveWindows(torch.autograd.Function):
 
 
 def _differentiable_backward(gradient, rows, weight, bias, sums):
-    """The same gradients through plain PyTorch, for second derivatives."""
+    """The same gradients through plain PyTorch, for second derivatives, with sums in no less than float32."""
     inputs = [None if tensor is None else tensor.view_as(tensor) for tensor in (rows, weight, bias)]
-    rows, weight, bias = inputs
+    rows, weight, bias, gradient = (None if tensor is None else tensor.to(torch_backend.sum_dtype(tensor.dtype))
+                                    for tensor in (*inputs, gradient))
     offsets, listed, _, _ = sums
     windows = torch.repeat_interleave(torch.arange(len(offsets) - 1, device=rows.device), offsets.diff())
     by_tap = weight.flatten(2).permute(2, 0, 1).reshape(-1, weight.shape[1])

@@ -3,9 +3,10 @@
 from .apply import apply, apply_out
 from .backward_input import backward_input
 from .backward_sums import backward_sums
+from .convolve_windows import convolve_windows
 from .instance import instance_backward, instance_forward
 from .plane_moments import plane_moments
 from .vectors import find_codes, hash_vectors, vectors_differ
 
-__all__ = ["apply", "apply_out", "backward_input", "backward_sums", "find_codes", "hash_vectors", "instance_backward",
-           "instance_forward", "plane_moments", "vectors_differ"]
+__all__ = ["apply", "apply_out", "backward_input", "backward_sums", "convolve_windows", "find_codes", "hash_vectors",
+           "instance_backward", "instance_forward", "plane_moments", "vectors_differ"]
