@@ -1,16 +1,21 @@
 """A network as a CUDA graph, for inference: at small batches the host cannot launch kernels as fast as a GPU runs them."""
 
+from contextlib import contextmanager
+
 import torch
 import torch.nn.functional as F
 
 from .layout import SemanticLayout, Sums, Windows
+from .nn.frozen import keep_in
+from .nn.spade import SpatiallyAdaptive
 
 
 class Graphed:
     """network(layout, *inputs) as one CUDA graph, for all layouts of one size: what is captured reads from the same memory each time.
 
-    A layout is numbered first, which waits for the GPU; then everything is one launch. A layout with more windows than there is room for
-    has the graph captured anew, with more.
+    A layout is numbered first, which waits for the GPU; then everything is one launch. The tables of γ and β, which x has no part in,
+    are made beside the network: small kernels that would else stand in its way. A layout with more windows than there is room for has
+    the graph captured anew, with more.
 
     Args:
         network: a module in eval mode, on a GPU, that returns a tensor; its weights may change in place.
@@ -50,7 +55,9 @@ class Graphed:
 
     @torch.no_grad()
     def _capture(self, layout):
-        with torch.cuda.device(layout.device):
+        ahead = TablesAhead()
+        spades = [module for module in self.network.modules() if isinstance(module, SpatiallyAdaptive)]
+        with torch.cuda.device(layout.device), keep_in(ahead, spades):
             aside = torch.cuda.Stream()
             aside.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(aside):  # libraries make their workspaces, and the layout its windows, before anything is captured
@@ -59,12 +66,40 @@ class Graphed:
                 self.network(self._layout, *self._inputs)
             torch.cuda.current_stream().wait_stream(aside)
             self._graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self._graph):
+            with torch.cuda.graph(self._graph), ahead.made(self._layout):
                 self._output = self.network(self._layout, *self._inputs)
 
     def _check(self, layout):
         if not isinstance(layout, SemanticLayout):
             raise TypeError(f"layout is a {type(layout).__name__}, it should be a SemanticLayout")
+
+
+class TablesAhead:
+    """What SPADEs get their tables from while their network is captured: they are made in the order in which the run before it asked for
+    them, all on a stream of their own, and each is waited for where it is first used."""
+
+    def __init__(self):
+        self._asked, self._made = {}, {}
+
+    def get(self, layout, key, compute):
+        if (layout, key) in self._made:
+            table, event = self._made[layout, key]
+            event.wait()
+            return table
+        *_, images = key
+        if images is None:  # else γ and β are normalised over the very images of this run
+            self._asked[layout, key] = compute
+        return compute()
+
+    @contextmanager
+    def made(self, layout):
+        """Inside, what was asked for of this layout is there, or under way."""
+        here, beside = torch.cuda.current_stream(), torch.cuda.Stream()
+        beside.wait_stream(here)
+        with torch.cuda.stream(beside):
+            self._made = {of: (compute(), beside.record_event()) for of, compute in self._asked.items() if of[0] is layout}
+        yield
+        here.wait_stream(beside)
 
 
 def with_room(layout, room):

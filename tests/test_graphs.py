@@ -1,5 +1,7 @@
 """Once a layout's windows are numbered, nothing waits for the device any more: steps can be captured in CUDA graphs."""
 
+import contextlib
+
 import pytest
 import torch
 from conftest import BACKENDS
@@ -8,7 +10,8 @@ from test_numbering import NothingWaits
 
 import spade_fast
 from spade_fast import SPADE, SemanticLayout, SPADEGenerator, SPADEResnetBlock
-from spade_fast.graphs import with_room, write_over
+from spade_fast.graphs import TablesAhead, with_room, write_over
+from spade_fast.nn.frozen import keep_in
 from spade_fast.ops import arguments
 
 MODULES = {
@@ -95,6 +98,40 @@ def drawn_layout(patch, size=32):
 def tensors_of(layout):
     parts = [part for windows in layout._windows.values() for part in (*windows[:2], windows[2:])]
     return [layout.codes, layout.palette, *(tensor for part in parts for tensor in part if tensor is not None)]
+
+
+class Streams:
+    """A GPU's streams, as far as they can be followed without one: what was put into which, in order."""
+
+    def __init__(self, log, name="here"):
+        self.log, self.name = log, name
+
+    def wait_stream(self, other):
+        self.log.append((self.name, "waits for", other.name))
+
+    def record_event(self):
+        done = sum(entry[:2] == (self.name, "has made") for entry in self.log)
+        self.log.append((self.name, "has made", done))
+        return type("Event", (), {"wait": lambda event: self.log.append(("here", "waits for", done))})()
+
+
+@pytest.mark.parametrize("times", [1, 2])
+def test_tables_are_made_beside_the_network(times, monkeypatch):
+    generator, log = small_generator().eval(), []
+    layout, z = SemanticLayout.stack([drawn_layout(8)]), torch.randn(2 * times, 5)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda: Streams(log, "beside"))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: Streams(log))
+    monkeypatch.setattr(torch.cuda, "stream", contextlib.nullcontext)
+    spades = [module for module in generator.modules() if isinstance(module, SPADE)]
+    ahead = TablesAhead()
+    with torch.no_grad(), keep_in(ahead, spades):
+        plain = generator(drawn_layout(16), z), generator(layout, z)  # another layout is not this one's concern
+        generator.conv_img.register_forward_pre_hook(lambda *given: log.append("last convolution"))
+        with ahead.made(layout):
+            assert torch.equal(generator(layout, z), plain[1])
+    tables = range(len(spades))
+    assert log == [("beside", "waits for", "here"), *(("beside", "has made", number) for number in tables),
+                   *(("here", "waits for", number) for number in tables), "last convolution", ("here", "waits for", "beside")]
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA GPU here")

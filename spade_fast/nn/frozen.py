@@ -32,21 +32,31 @@ def frozen(model, max_bytes=1 << 30):
     layers = {name: module for name, module in model.named_modules() if isinstance(module, SpatiallyAdaptive)}
     if not layers:
         raise ValueError(f"model is a {type(model).__name__} without any SPADE, it should have one")
-    tables, around = Tables(max_bytes), {layer: _kept.get(layer) for layer in layers.values()}
-    before = fingerprints(layers)
-    _kept.update(dict.fromkeys(layers.values(), tables))
+    tables, before = Tables(max_bytes), fingerprints(layers)
     try:
-        yield tables
+        with keep_in(tables, layers.values()):
+            yield tables
+    finally:
+        tables.clear()
+    changed = sorted({name for name, _ in before.items() ^ fingerprints(layers).items()})
+    if changed:
+        raise RuntimeError(f"weights changed inside frozen(model): {', '.join(changed)}; what was computed there may be of the old ones")
+
+
+@contextmanager
+def keep_in(tables, layers):
+    """Inside, these SPADEs get their tables by `tables.get(layout, key, compute)`, as they otherwise compute them."""
+    layers = list(layers)
+    around = {layer: _kept.get(layer) for layer in layers}
+    _kept.update(dict.fromkeys(layers, tables))
+    try:
+        yield
     finally:
         for layer, outer in around.items():
             if outer is None:
                 _kept.pop(layer, None)
             else:
                 _kept[layer] = outer
-        tables.clear()
-    changed = sorted({name for name, _ in before.items() ^ fingerprints(layers).items()})
-    if changed:
-        raise RuntimeError(f"weights changed inside frozen(model): {', '.join(changed)}; what was computed there may be of the old ones")
 
 
 def kept_tables(spade):
