@@ -57,9 +57,14 @@ def use_backend(name):
         _forced = before
 
 
+def is_exporting():
+    """Whether torch.export runs. In torch 2.11 `torch.compiler.is_exporting()` says so in torch.compile as well."""
+    return torch.compiler._is_exporting_flag
+
+
 def select(x, gamma=None):
     """The backend that x and γ go to: the forced one, else the best that runs."""
-    if torch.compiler.is_exporting():
+    if is_exporting():
         return torch_backend  # an exported graph must run without this package
     for backend in BEST_FIRST:
         if _forced not in (None, backend.NAME):

@@ -80,7 +80,7 @@ def convolve_windows(rows, weight, bias, offsets, listed):
     for part in weight.split(_channels_at_a_time(len(rows), weight)):
         products = rows @ part.flatten(2).permute(2, 0, 1).reshape(-1, part.shape[1]).t()
         results.append(_sum_listed(products.view(-1, len(part)), offsets, listed))
-    return torch.cat(results, dim=1) if bias is None else torch.cat(results, dim=1).add_(bias)
+    return torch.cat(results, dim=1) if bias is None else torch.cat(results, dim=1) + bias  # not in place: see `apply`
 
 
 def convolve_windows_weight(gradient, rows, weight, back_offsets, back_listed):
@@ -119,7 +119,9 @@ def apply(x, planes, gamma, beta, index, activation, negative_slope, keep_signs)
         y = F.leaky_relu_(y, negative_slope)
     elif activation == "silu":
         y = F.silu(y)
-    return y.to(torch.promote_types(x.dtype, gamma.dtype)), signs
+    y = y.to(torch.promote_types(x.dtype, gamma.dtype))
+    # torch 2.11 loses the gradient of a result that has a second name; of a copy compilers make nothing.
+    return y.clone() if torch.compiler.is_compiling() else y, signs
 
 
 def apply_out(x, planes, gamma, beta, index, activation, negative_slope, out):
@@ -237,16 +239,12 @@ def _normalise(x, planes, gamma):
 def _pack(bits, channels_last):
     rows = bits.flatten(2)
     rows = rows.transpose(1, 2) if channels_last else rows
-    rows = F.pad(rows, (0, -rows.shape[2] % 8)).contiguous()
-    if rows.numel() == 0:
-        return rows[:, :, : rows.shape[2] // 8].to(torch.uint8)
-    # Eight 0/1 bytes, read as one integer, times this: the top byte of the product has their eight bits, first byte lowest.
-    return ((rows.view(torch.int64) * 0x0102040810204080) >> 56).to(torch.uint8)
+    rows = F.pad(rows, (0, -rows.shape[2] % 8))
+    weights = 1 << torch.arange(8, dtype=torch.uint8, device=bits.device)
+    return (rows.unflatten(2, (rows.shape[2] // 8, 8)) * weights).sum(3, dtype=torch.uint8)
 
 
 def _unpack(signs, shape, channels_last):
-    spread = signs.to(torch.int64) * 0x0101010101010101
-    eights = torch.tensor([1 << bit for bit in range(8)], dtype=torch.uint8, device=signs.device).view(torch.int64)
-    rows = (spread & eights).view(torch.uint8).bool()
+    rows = (signs[..., None] >> torch.arange(8, dtype=torch.uint8, device=signs.device) & 1).bool().flatten(2)
     rows = rows[:, :, : shape[1]].transpose(1, 2) if channels_last else rows[:, :, : shape[2:].numel()]
     return rows.reshape(shape)

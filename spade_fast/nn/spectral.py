@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch.nn.utils.spectral_norm import SpectralNorm
 
+from ..kernels import is_exporting
 from .spade import CONVOLUTIONS, hooks
 
 
@@ -14,7 +15,7 @@ def convolve(convolution, x):
     """
     norms = [hook for hook in hooks(convolution) if isinstance(hook, SpectralNorm) and hook.name == "weight"]
     understood = type(convolution) in CONVOLUTIONS.values() and len(norms) == len(hooks(convolution)) == 1
-    if not understood or torch.compiler.is_exporting() or x.numel() >= convolution.weight_orig.numel():
+    if not understood or is_exporting() or x.numel() >= convolution.weight_orig.numel():
         return convolution(x)
     return convolution._conv_forward(x / largest_singular_value(convolution, *norms), convolution.weight_orig, convolution.bias)
 

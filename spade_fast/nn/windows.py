@@ -5,6 +5,7 @@ import threading
 import torch
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from .. import kernels
 from ..layout import SemanticLayout
 from .frozen import kept_tables
 
@@ -71,7 +72,7 @@ def with_channels_together(x, scale=1):
     Not where there are few pixels (of x made so many times larger, as it is next): the convolutions that follow copy their weights to x's
     layout, which then costs more.
     """
-    if torch.compiler.is_exporting():
+    if kernels.is_exporting():
         return x  # an exported graph may not depend on the batch
     pays = x.dim() in FORMATS and x[:, 0].numel() * scale ** (x.dim() - 2) >= FEW_PIXELS
     return x.contiguous(memory_format=FORMATS[x.dim()]) if pays else x

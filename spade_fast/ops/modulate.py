@@ -49,7 +49,7 @@ def spade_modulate(x, gamma, beta, *, index=None, order=None, norm="instance", n
     index = None if index is None else index.to(torch.int32)
     differentiable = (x, gamma, beta, weight, bias)
     differentiates = torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in differentiable)
-    differentiates = differentiates and not torch.compiler.is_exporting()  # what is exported is for inference
+    differentiates = differentiates and not kernels.is_exporting()  # what is exported is for inference
     if out is not None and (differentiates or torch.is_grad_enabled() and out.requires_grad):
         raise ValueError("out is given, it should be None where gradients are asked for: they need what it would be written over")
     if norm == "instance" and weight is None and bias is None and moments is None and out is None:
