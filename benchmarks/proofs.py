@@ -127,7 +127,7 @@ def _call_everything(channels, size, dtype, gamma_dtype, last, table, activation
     triton_kernels.instance_backward(dy, x, *modulation, order, signs, *settings)
     if dtype == gamma_dtype != torch.float32:
         rows, weight = torch.empty(ROWS, channels, dtype=dtype), torch.empty(2 * channels, channels, 3, 3, dtype=dtype)
-        for windows in (100, 3000, 30000):  # in tiles of each size
+        for windows in (100, 1000, 3000, 30000):  # in tiles of each size
             lists = torch.empty(windows + 1, dtype=torch.int32)
             triton_kernels.convolve_windows(rows, weight, weight.new_empty(2 * channels), lists, lists)
     bits = x.view(numbering.BITS[x.element_size()]).flatten(2)

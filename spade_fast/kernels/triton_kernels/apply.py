@@ -18,7 +18,9 @@ def apply_kernel(x, planes, gamma, beta, index, y, signs, images, channels, pixe
     channel = channels_from(first_channel, LAST, CHANNELS)
     pixel = pixels_from(first_pixel, LAST, PIXELS)
     inside = (channel < channels) & (pixel < pixels)
-    row = row_of(index, image, pixel, pixels)
+    row = None
+    if index is not None:
+        row = row_of(index, image, pixel, pixels)
     normalised = tl.load(place(x, image, channel, pixel, LAST), inside, 0.0).to(tl.float32)
     normalised -= per_plane(planes, 0, images, image, channels, channel)
     normalised *= per_plane(planes, 1, images, image, channels, channel)

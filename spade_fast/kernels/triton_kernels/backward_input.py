@@ -17,7 +17,9 @@ def backward_input_kernel(dy, x, planes, gamma, beta, index, signs, terms, dx, i
     channel = channels_from(first_channel, LAST, CHANNELS)
     pixel = pixels_from(first_pixel, LAST, PIXELS)
     inside = (channel < channels) & (pixel < pixels)
-    row = row_of(index, image, pixel, pixels)
+    row = None
+    if index is not None:
+        row = row_of(index, image, pixel, pixels)
     scale = per_plane(planes, 1, images, image, channels, channel)
     one_plus = 1 + look_up(gamma, row, image, channel, pixel, inside, LAST)
     g = tl.load(place(dy, image, channel, pixel, LAST), inside, 0.0).to(tl.float32)

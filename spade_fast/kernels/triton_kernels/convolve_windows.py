@@ -48,9 +48,8 @@ def convolve_windows(rows, weight, bias, offsets, listed):
     if INTERPRETED:
         rows, by_tap = rows.float(), by_tap.float()  # the interpreter multiplies the bits of bfloat16
     if results.numel():
-        grid, settings = plan.products(windows, outputs, rows.device)
-        convolve_windows_kernel[grid](rows, by_tap, bias, offsets, listed, results, windows, channels, outputs, TAPS=taps,
-                                      SEEN=triton.next_power_of_2(taps), **settings)
+        grid, settings = plan.products(windows, taps, outputs, rows.device)
+        convolve_windows_kernel[grid](rows, by_tap, bias, offsets, listed, results, windows, channels, outputs, TAPS=taps, **settings)
     return results
 
 

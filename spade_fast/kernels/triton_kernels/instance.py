@@ -36,7 +36,9 @@ def forward_kernel(x, gamma, beta, index, y, signs, planes, images, channels, pi
     tl.store(plane, mean + correction, channel < channels)
     tl.store(plane + images * channels, scale, channel < channels)
     tl.store(plane + 2 * images * channels, zeros(LAST, 1, CHANNELS), channel < channels)
-    row = row_of(index, image, pixel, pixels)
+    row = None
+    if index is not None:
+        row = row_of(index, image, pixel, pixels)
     modulated = (deviation - correction) * scale * (1 + look_up(gamma, row, image, channel, pixel, inside, LAST))
     modulated += look_up(beta, row, image, channel, pixel, inside, LAST)
     tl.store(place(y, image, channel, pixel, LAST), activate(modulated, negative_slope, ACTIVATION), inside)

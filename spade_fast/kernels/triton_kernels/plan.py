@@ -8,7 +8,8 @@ import triton
 TILE = 1024  # elements: eight to a thread, 16 bytes of half precision
 TABLE_TILE = (16, 64)  # pixels and channels: the rows of a table lie by channels, and are read whole lines at a time
 PIECE_TILE = (8, 128)
-PRODUCT_TILES = ((128, 128, 8), (64, 64, 4), (32, 32, 4))  # windows, outputs and warps, largest first
+PRODUCT_TILES = ((128, 128, 8), (64, 64, 4), (32, 32, 4), (16, 32, 4))  # windows, outputs and warps, largest first
+MOST_SEEN = 1024  # numbers of rows that a warp can hold beside its products
 ONE_PASS = 16384  # elements that a program can hold without spilling, half as many where each has an address of its own
 
 
@@ -52,13 +53,15 @@ def splits(programs, elements, tile_elements, device):
     return max(1, min(triton.cdiv(elements, tile_elements), triton.cdiv(8 * processors(device), max(1, programs))))
 
 
-def products(windows, outputs, device):
-    """Grid and settings of a matrix product with so many results: in large tiles, which read least, if those keep all processors busy."""
+def products(windows, taps, outputs, device):
+    """Grid and settings of a convolution at so many windows: in large tiles, which read least, if those keep all processors busy."""
+    seen = triton.next_power_of_2(taps)
     for tile_windows, tile_outputs, warps in PRODUCT_TILES:
         programs = triton.cdiv(windows, tile_windows) * triton.cdiv(outputs, tile_outputs)
-        if programs >= processors(device):
+        if programs >= processors(device) and tile_windows * seen <= MOST_SEEN * warps:
             break
-    return (programs,), {"WINDOWS": tile_windows, "OUTPUTS": tile_outputs, "CHANNELS": 64, "num_warps": warps, "num_stages": 3}
+    tile = {"WINDOWS": tile_windows, "OUTPUTS": tile_outputs, "CHANNELS": 64, "SEEN": seen}
+    return (programs,), tile | {"num_warps": warps, "num_stages": 3}
 
 
 def piece_tile(channels):

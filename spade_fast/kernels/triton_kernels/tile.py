@@ -114,11 +114,8 @@ def look_up(rows, row, image, channel, pixel, inside, LAST: tl.constexpr):
 
 @triton.jit
 def row_of(index, image, pixel, pixels):
-    """The rows of the table that pixels have, None without an index."""
-    if index is None:
-        return None
-    else:
-        return tl.load(index + (image * pixels + pixel), pixel < pixels, 0)
+    """The rows of the table that pixels have."""
+    return tl.load(index + (image * pixels + pixel), pixel < pixels, 0)
 
 
 @triton.jit
