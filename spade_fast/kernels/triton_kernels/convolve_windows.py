@@ -13,7 +13,7 @@ from ..triton_backend import INTERPRETED
 from . import plan
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["windows"])
 def convolve_windows_kernel(rows, weight, bias, offsets, listed, results, windows, channels, outputs, TAPS: tl.constexpr,
                             SEEN: tl.constexpr, WINDOWS: tl.constexpr, OUTPUTS: tl.constexpr, CHANNELS: tl.constexpr):
     """Some outputs of some windows. rows [R, channels], weight [outputs, TAPS, channels]; SEEN: a power of two, TAPS or more."""

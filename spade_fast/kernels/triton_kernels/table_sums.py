@@ -2,7 +2,8 @@
 
 Pixels sorted by their row are cut into pieces of one row and at most PIECE pixels. Each piece is summed by a program, then each row's
 pieces are. With d = x − shift a piece has Σg and Σg·d, whence dβ = Σg and dγ = scale·Σg·d + offset·Σg, and for the planes, with the
-row's γ, Σq = (1 + γ)·Σg and Σq·d = (1 + γ)·Σg·d: no other pass over x.
+row's γ, Σq = (1 + γ)·Σg and Σq·d = (1 + γ)·Σg·d: no other pass over x. Rows and pieces are as many as a layout has, and nothing is
+compiled for their number.
 """
 
 import torch
@@ -30,7 +31,7 @@ def find_pieces_kernel(index, order, begins, images, pixels, PIECE: tl.constexpr
     tl.store(begins + at, ((row != row_before) | (position % PIECE == 0)).to(tl.int32), inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def list_pieces_kernel(index, order, pieces, firsts, ranges, images, pixels, rows, PIECE: tl.constexpr, BLOCK: tl.constexpr):
     """The first place of each piece, and after the last the end; of each row in each image, its first piece and the one after its last."""
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
@@ -48,7 +49,7 @@ def list_pieces_kernel(index, order, pieces, firsts, ranges, images, pixels, row
     tl.store(ranges + 2 * (image * rows + row) + 1, piece + 1, ends)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["capacity"])
 def sum_pieces_kernel(dy, x, planes, gamma, beta, index, order, signs, pieces, firsts, found, images, channels, pixels, capacity,
                       negative_slope, ACTIVATION: tl.constexpr, LAST: tl.constexpr, PIXELS: tl.constexpr, CHANNELS: tl.constexpr):
     """Σg and Σg·d of a piece, for some channels: found [2, pieces, C]."""
@@ -81,7 +82,7 @@ def sum_pieces_kernel(dy, x, planes, gamma, beta, index, order, signs, pieces, f
         tl.store(places + capacity * channels, sum_pixels(sum_g_deviation, LAST), channel < channels)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "capacity"])
 def sum_rows_kernel(found, ranges, planes, dgamma, dbeta, images, channels, rows, capacity, CHANNELS: tl.constexpr):
     """dγ and dβ of a row of the table, for some channels, from its pieces."""
     channel_blocks = tl.cdiv(channels, CHANNELS)
@@ -103,7 +104,7 @@ def sum_rows_kernel(found, ranges, planes, dgamma, dbeta, images, channels, rows
     tl.store(dbeta + places, sum_g, inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["capacity"])
 def sum_planes_kernel(found, gamma, index, order, pieces, firsts, parts, images, channels, pixels, capacity, PIECES: tl.constexpr,
                       CHANNELS: tl.constexpr):
     """Σq and Σq·d of some planes, over this program's split of their image's pieces."""
