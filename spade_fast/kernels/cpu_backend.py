@@ -21,8 +21,6 @@ instance_forward = torch.ops.spade_fast.instance_forward.default
 instance_backward = torch.ops.spade_fast.instance_backward.default
 dtype_at_windows = torch_backend.dtype_at_windows
 convolve_windows = torch.ops.spade_fast.convolve_windows.default
-convolve_windows_weight = torch.ops.spade_fast.convolve_windows_weight.default
-convolve_windows_rows = torch.ops.spade_fast.convolve_windows_rows.default
 
 if failure is None and (missing := operators.without_kernel("CPU")):
     failure = f"not compiled for the CPU yet: {', '.join(missing)}"
@@ -35,6 +33,12 @@ def why_not(x=None, gamma=None):
     if x is not None and x.device.type != "cpu":
         return f"x is on {x.device}, these kernels run on the CPU"
     return None
+
+
+def convolve_windows_gradients(gradient, rows, weight, back_offsets, back_listed, wants_rows=True, wants_weight=True):
+    ops, back = torch.ops.spade_fast, (back_offsets, back_listed)
+    return (ops.convolve_windows_rows(gradient, weight, *back) if wants_rows else None,
+            ops.convolve_windows_weight(gradient, rows, weight, *back) if wants_weight else None)
 
 
 def find_codes(segmap):

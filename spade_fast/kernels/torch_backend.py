@@ -25,7 +25,7 @@ from . import numbering
 NAME = "torch"
 KEEPS_SIGNS = ("relu", "leaky_relu")
 PIECE = 256  # numbers of a list that one thread of a GPU adds up: half of a map may be one window
-PRODUCTS = 2**23  # of a convolution at windows, at a time: they stay in a GPU's cache, and all at once are never held
+PRODUCTS = 2**25  # bytes of a convolution's products at windows, at a time: they stay in a GPU's cache, and all are never held
 
 find_codes, find_windows, number_windows = numbering.find_codes, numbering.find_windows, numbering.number_windows
 window_sums, sort_pixels = numbering.window_sums, numbering.sort_pixels
@@ -83,24 +83,28 @@ def convolve_windows(rows, weight, bias, offsets, listed):
     return torch.cat(results, dim=1) if bias is None else torch.cat(results, dim=1) + bias  # not in place: see `apply`
 
 
-def convolve_windows_weight(gradient, rows, weight, back_offsets, back_listed):
-    """The weight's gradient from that of the results, [windows, out]."""
-    parts, taps, lists = [], weight.shape[2:].numel(), _in_pieces(back_offsets, back_listed)
-    for part in gradient.split(_channels_at_a_time(len(rows), weight), dim=1):
-        products = _sum_pieces(part, *lists).view(len(rows), taps * part.shape[1])
-        parts.append((products.t() @ rows).view(taps, part.shape[1], rows.shape[1]).permute(1, 2, 0))
-    return torch.cat(parts).reshape(weight.shape)
+def convolve_windows_gradients(gradient, rows, weight, back_offsets, back_listed, wants_rows=True, wants_weight=True):
+    """The gradients of rows and weight from that of the results, [windows, out]; None for one that is not wanted."""
+    taps, lists = weight.shape[2:].numel(), _in_pieces(back_offsets, back_listed)
+    count, weight_parts, rows_gradient = (len(back_offsets) - 1) // taps, [], 0
+    channels = _channels_at_a_time(count, weight)
+    for part, part_weight in zip(gradient.split(channels, dim=1), weight.split(channels)):
+        sums = _sum_pieces(part, *lists).view(count, taps * part.shape[1])  # of the windows that see a row through a tap
+        if wants_weight:
+            weight_parts.append((sums.t() @ rows).view(taps, part.shape[1], rows.shape[1]).permute(1, 2, 0))
+        if wants_rows:
+            by_tap = part_weight.flatten(2).permute(2, 0, 1).reshape(-1, weight.shape[1])
+            rows_gradient = rows_gradient + (sums @ by_tap).to(sum_dtype(weight.dtype))
+    return (rows_gradient.to(weight.dtype) if wants_rows else None,
+            torch.cat(weight_parts).reshape(weight.shape) if wants_weight else None)
 
 
 def convolve_windows_rows(gradient, weight, back_offsets, back_listed):
-    """The gradient of the rows from that of the results, [windows, out]."""
-    parts, channels = [], _channels_at_a_time(len(back_offsets) // weight.shape[2:].numel(), weight)
-    lists = _in_pieces(back_offsets, back_listed)
-    for part, part_weight in zip(gradient.split(channels, dim=1), weight.split(channels)):
-        by_tap = part_weight.flatten(2).permute(2, 0, 1)
-        products = _sum_pieces(part, *lists).view(-1, by_tap.shape[0] * by_tap.shape[1])
-        parts.append(products @ by_tap.reshape(-1, weight.shape[1]))
-    return sum(parts[1:], start=parts[0])
+    return convolve_windows_gradients(gradient, None, weight, back_offsets, back_listed, wants_weight=False)[0]
+
+
+def convolve_windows_weight(gradient, rows, weight, back_offsets, back_listed):
+    return convolve_windows_gradients(gradient, rows, weight, back_offsets, back_listed, wants_rows=False)[1]
 
 
 def apply(x, planes, gamma, beta, index, activation, negative_slope, keep_signs):
@@ -187,10 +191,10 @@ def through_activation(dy, x, normalised, gamma, beta, signs, activation, negati
 
 
 def _channels_at_a_time(rows, weight):
-    """How many of a convolution's output channels have no more than PRODUCTS products with so many rows; a few at least."""
+    """How many of a convolution's output channels have no more than PRODUCTS bytes of them with so many rows; a few at least."""
     if torch.compiler.is_compiling():
         return 64  # a graph may not depend on the number of rows
-    return max(16, PRODUCTS // max(1, rows * weight.shape[2:].numel()))
+    return max(16, PRODUCTS // (weight.element_size() * max(1, rows * weight.shape[2:].numel())))
 
 
 def _sum_listed(x, offsets, listed):

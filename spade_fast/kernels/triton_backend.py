@@ -40,8 +40,7 @@ backward_input = torch.ops.spade_fast_triton.backward_input.default
 instance_forward = torch.ops.spade_fast_triton.instance_forward.default
 instance_backward = torch.ops.spade_fast_triton.instance_backward.default
 # Matrix products and sums of listed rows, for which PyTorch has kernels; numbering, which sorts.
-convolve_windows_weight = torch_backend.convolve_windows_weight
-convolve_windows_rows = torch_backend.convolve_windows_rows
+convolve_windows_gradients = torch_backend.convolve_windows_gradients
 find_windows, number_windows = numbering.find_windows, numbering.number_windows
 window_sums, sort_pixels = numbering.window_sums, numbering.sort_pixels
 find_codes = _kernel("find_codes")

@@ -36,14 +36,10 @@ class ConvolveWindows(torch.autograd.Function):
         rows, weight, bias, *sums = ctx.saved_tensors
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             return *_differentiable_backward(gradient, rows, weight, bias, sums), *[None] * 4
-        wants_rows, wants_weight, wants_bias, *_ = ctx.needs_input_grad
+        *wanted, wants_bias = ctx.needs_input_grad[:3]
         _, _, *back = sums
-        return (
-            ctx.backend.convolve_windows_rows(gradient, weight, *back) if wants_rows else None,
-            ctx.backend.convolve_windows_weight(gradient, rows, weight, *back) if wants_weight else None,
-            gradient.sum(0) if wants_bias else None,
-            *[None] * 4,
-        )
+        of_rows, of_weight = ctx.backend.convolve_windows_gradients(gradient, rows, weight, *back, *wanted)
+        return of_rows, of_weight, gradient.sum(0) if wants_bias else None, *[None] * 4
 
 
 def _differentiable_backward(gradient, rows, weight, bias, sums):
