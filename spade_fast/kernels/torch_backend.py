@@ -205,8 +205,9 @@ def _sum_listed(x, offsets, listed):
 def _in_pieces(offsets, listed):
     """Lists cut at every PIECE-th number: `listed`, where each piece begins, and which pieces each list has. Nothing waits for a GPU."""
     cuts = torch.arange(0, len(listed), PIECE, dtype=offsets.dtype, device=offsets.device)
-    begins = torch.cat([offsets[:-1], cuts]).sort().values  # where a list begins at a cut, a piece is empty
-    return listed, torch.cat([begins, offsets[-1:]]), torch.searchsorted(begins, offsets, out_int32=True)
+    begins, end = offsets.split([len(offsets) - 1, 1])
+    begins = torch.cat([begins, cuts]).sort().values  # where a list begins at a cut, a piece is empty
+    return listed, torch.cat([begins, end]), torch.searchsorted(begins, offsets, out_int32=True)
 
 
 def _sum_pieces(x, listed, begins, lists):
