@@ -98,6 +98,19 @@ def test_the_other_dtypes(dtype, layout_of_x):
     assert max(errors.values()) <= 1, errors
 
 
+def test_a_discriminator_in_half_precision():
+    """At its second scale the condition's vectors are means, in float64."""
+    layout = SemanticLayout.from_labels(patches((2, 16, 16), 5), 5)
+    ours, eager, truth = (module.MultiscaleDiscriminator(5 + 3, 2, 4).eval() for module in (spade_fast, reference, reference))
+    eager.load_state_dict(ours.state_dict()), truth.load_state_dict(ours.state_dict())
+    image = torch.randn(2, 3, 16, 16).bfloat16()
+    found = ours.bfloat16()(image, layout)
+    eagers, truths = (network.to(dtype)(torch.cat([layout.to_segmap(dtype), image.to(dtype)], dim=1))
+                      for network, dtype in ((eager, torch.bfloat16), (truth, torch.float64)))
+    for results in zip(*(sum(scales, []) for scales in (found, eagers, truths))):
+        assert results[0].dtype == torch.bfloat16 and excess(*results) <= 1
+
+
 @pytest.mark.large
 def test_every_run_gives_the_same_bits_on_any_number_of_threads(backend):
     layout = SemanticLayout.from_labels(patches((2, 40, 40), 9), 9)

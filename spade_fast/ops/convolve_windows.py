@@ -18,7 +18,7 @@ def convolve_windows(rows, weight, bias, sums, dtype):
     As a convolution in `dtype`, whatever autocast says: half precision where the kernels sum its products in float32, else at least
     float32, and the result is what it was computed in. Differentiable in rows, weight and bias, twice.
     """
-    dtype = kernels.select(rows).dtype_at_windows(dtype)
+    dtype = kernels.select(weight).dtype_at_windows(dtype)
     with torch.autocast(rows.device.type, enabled=False):
         return ConvolveWindows.apply(rows.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype), *sums)
 
