@@ -50,13 +50,17 @@ def test_every_quick_case_matches_but_for_the_compiler(case):
     for problem in cases.CASES[case](Settings(quick=True)):
         del problem.variants["torch.compile"]
         rows = measure.measure(case, problem, "cpu", 0)
-        # On some processor a leaky ReLU's sign may differ by a rounding, and one gradient with it; in float64 none does.
-        right = [row for row in rows if row.matches or row.mode == BACKWARD and (row.error_in_double or 1) <= measure.LIMIT_IN_DOUBLE]
-        assert {row.variant for row in right} == problem.variants.keys()
+        assert {row.variant for row in rows if row.matches or differs_by_a_sign(row)} == problem.variants.keys()
         assert all(len(row.times) >= 5 and row.peak_memory > 0 for row in rows if row.matches)
         assert case in ("discriminator", "converted", "monai") or min(row.overhead for row in rows if row.variant.startswith("floor")) == 1
         if problem.mode == BACKWARD and case in ("block", "generator"):
             assert "dhead_0.norm_0.mlp_gamma.weight" in problem.truth() or "dnorm_0.mlp_gamma.weight" in problem.truth()
+
+
+def differs_by_a_sign(row):
+    """Whether a gradient is off by what a leaky ReLU's sign may make it: one differs on some processor, and none does in float64."""
+    proven = row.mode == BACKWARD and row.failure is None and row.error_in_double is not None
+    return proven and row.error_in_double <= measure.LIMIT_IN_DOUBLE and row.excess < 1e5  # 1.6e4 was seen
 
 
 def test_a_batch_is_of_scenes():

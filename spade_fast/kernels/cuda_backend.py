@@ -21,19 +21,9 @@ instance_backward = torch.ops.spade_fast.instance_backward.default
 convolve_windows_gradients = torch_backend.convolve_windows_gradients
 find_windows, number_windows = numbering.find_windows, numbering.number_windows
 window_sums, sort_pixels = numbering.window_sums, numbering.sort_pixels
-
-
 # What Triton has kernels for and this library none; without Triton in plain PyTorch.
-def find_codes(segmap):
-    return (numbering if triton_backend.why_not(segmap) else triton_backend).find_codes(segmap)
-
-
-def dtype_at_windows(dtype):
-    return (torch_backend if triton_backend.why_not() else triton_backend).dtype_at_windows(dtype)
-
-
-def convolve_windows(rows, weight, bias, offsets, listed):
-    return (torch_backend if triton_backend.why_not(rows) else triton_backend).convolve_windows(rows, weight, bias, offsets, listed)
+with_triton = triton_backend if triton_backend.INSTALLED else torch_backend
+find_codes, dtype_at_windows, convolve_windows = with_triton.find_codes, with_triton.dtype_at_windows, with_triton.convolve_windows
 
 
 def _load():

@@ -191,7 +191,7 @@ def through_activation(dy, x, normalised, gamma, beta, signs, activation, negati
 
 
 def _channels_at_a_time(rows, weight):
-    """How many of a convolution's output channels have no more than PRODUCTS bytes of them with so many rows; a few at least."""
+    """How many of a convolution's output channels have no more than PRODUCTS bytes of products with so many rows; a few at least."""
     if torch.compiler.is_compiling():
         return 64  # a graph may not depend on the number of rows
     return max(16, PRODUCTS // (weight.element_size() * max(1, rows * weight.shape[2:].numel())))

@@ -287,15 +287,16 @@ def sees_windows(module, size):
 
 
 def compute_table(layout, windows, convolutions, dtype):
-    """γ and β of the distinct windows, [K, C]; where they have norms of their own, of those of each image, [N·K, C]."""
+    """γ and β of the distinct windows, [K, C], in dtype; where they have norms of their own, of those of each image, [N·K, C]."""
     shared, activations, *rest = convolutions
-    hidden = convolve_windows(layout.palette, shared.weight, shared.bias, windows.hidden, dtype)
+    within = torch.promote_types(dtype, torch.float32) if convolutions.normalise else dtype  # norms see what differs between windows
+    hidden = convolve_windows(layout.palette, shared.weight, shared.bias, windows.hidden, within)
     for activation in activations:
         hidden = activation(hidden)
     if kernels.select(hidden) is not kernels.cpu_backend and (joint := joined(rest[:2])):  # half the launches; copies cost a CPU more
-        rows = convolve_windows(hidden, *joint, windows.table, dtype).split([module.out_channels for module in rest[:2]], dim=1)
+        rows = convolve_windows(hidden, *joint, windows.table, within).split([module.out_channels for module in rest[:2]], dim=1)
     else:
-        rows = [convolve_windows(hidden, module.weight, module.bias, windows.table, dtype) for module in rest[:2]]
+        rows = [convolve_windows(hidden, module.weight, module.bias, windows.table, within) for module in rest[:2]]
     if convolutions.normalise:
         rows = [normalise_over_images(table, windows, norm) for table, norm in zip(rows, rest[2:])]
     return [table.to(dtype) for table in rows]
