@@ -1,11 +1,14 @@
-"""Builds the compiled kernels: csrc/cpu into spade_fast._cpu, and csrc/cuda into spade_fast._cuda where nvcc is found.
+"""Builds the compiled kernels: csrc/cpu into spade_fast._cpu, and csrc/cuda into spade_fast._cuda
+where nvcc is found.
 
-Everything else about the package is in pyproject.toml. Where a compiler is missing or fails, the package is installed without its work,
-and says so here and in `spade-fast info`. The kernels use PyTorch's stable ABI alone: a library built with one torch serves the later
-ones, and the CUDA kernels are built without a GPU, beside a torch for the CPU too.
+Everything else about the package is in pyproject.toml. Where a compiler is missing or fails, the
+package is installed without its work, and says so here and in `spade-fast info`. The kernels use
+PyTorch's stable ABI alone: a library built with one torch serves the later ones, and the CUDA
+kernels are built without a GPU, beside a torch for the CPU too.
 
-Environment variables: CUDA_HOME or CUDA_PATH, where nvcc is if not on PATH; TORCH_CUDA_ARCH_LIST, such as "8.0;9.0"; MAX_JOBS, compilers
-at once; SKIP_CUDA_BUILD=1; FORCE_CUDA=1, for an error where the CUDA kernels cannot be built.
+Environment variables: CUDA_HOME or CUDA_PATH, where nvcc is if not on PATH; TORCH_CUDA_ARCH_LIST,
+such as "8.0;9.0"; MAX_JOBS, compilers at once; SKIP_CUDA_BUILD=1; FORCE_CUDA=1, for an error where
+the CUDA kernels cannot be built.
 """
 
 import os
@@ -39,7 +42,11 @@ CUDA_FLAGS = ["-std=c++17", "-O3", "-Xcompiler=-fPIC,-fvisibility=hidden", "-DUS
 
 def find_nvcc():
     homes = [os.environ[name] for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)]
-    found = shutil.which("nvcc", path=os.pathsep.join(str(Path(home) / "bin") for home in homes)) if homes else None
+    found = (
+        shutil.which("nvcc", path=os.pathsep.join(str(Path(home) / "bin") for home in homes))
+        if homes
+        else None
+    )
     return found or shutil.which("nvcc")
 
 
@@ -48,7 +55,10 @@ def architectures():
     listed = os.environ.get("TORCH_CUDA_ARCH_LIST") or "8.0;9.0;10.0"
     numbers = sorted({int(major + minor) for major, minor in re.findall(r"(\d+)\.(\d)", listed)})
     if not numbers or numbers[0] < 80:
-        raise CompileError(f"TORCH_CUDA_ARCH_LIST is {listed!r}, it should have numbers from 8.0 on, such as 8.0;9.0")
+        raise CompileError(
+            f"TORCH_CUDA_ARCH_LIST is {listed!r}, it should have numbers from 8.0 on, such as"
+            " 8.0;9.0"
+        )
     codes = [f"-gencode=arch=compute_{number},code=sm_{number}" for number in numbers]
     return [*codes, f"-gencode=arch=compute_{numbers[0]},code=compute_{numbers[0]}"]
 
@@ -61,7 +71,11 @@ class BuildAndReport(build_ext):
         super().run()
         print(f"spade_fast {self.distribution.get_version()} for torch {torch.__version__}")
         for extension in self.extensions:
-            outdated = newer_group(extension.depends + extension.sources, self.get_ext_fullpath(extension.name), "newer")
+            outdated = newer_group(
+                extension.depends + extension.sources,
+                self.get_ext_fullpath(extension.name),
+                "newer",
+            )
             built = not outdated and extension.name not in self.reasons
             reason = self.reasons.get(extension.name, "the compiler says why above")
             print(f"    {extension.name:16} {'built' if built else f'NOT BUILT: {reason}'}")
@@ -81,7 +95,9 @@ class BuildAndReport(build_ext):
             raise CompileError("SKIP_CUDA_BUILD is 1")
         if nvcc is None:
             raise CompileError("there is no nvcc in CUDA_HOME, CUDA_PATH or PATH")
-        if not self.force and not newer_group(extension.depends + extension.sources, str(library), "newer"):
+        if not self.force and not newer_group(
+            extension.depends + extension.sources, str(library), "newer"
+        ):
             return
         folder = Path(self.build_temp) / "cuda"
         folder.mkdir(parents=True, exist_ok=True)
@@ -96,7 +112,19 @@ class BuildAndReport(build_ext):
         with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS") or os.cpu_count())) as pool:
             objects = list(pool.map(compile_one, extension.sources))
         paths = [f"-L{path}" for path in library_paths()]
-        spawn([nvcc, "-shared", *objects, "-o", str(library), *paths, "-Xlinker=--no-as-needed", "-ltorch", "-ltorch_cpu"])
+        spawn(
+            [
+                nvcc,
+                "-shared",
+                *objects,
+                "-o",
+                str(library),
+                *paths,
+                "-Xlinker=--no-as-needed",
+                "-ltorch",
+                "-ltorch_cpu",
+            ]
+        )
 
 
 def spawn(command):

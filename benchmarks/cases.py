@@ -1,7 +1,9 @@
-"""What is measured: the modulation, the residual blocks and the generator, each beside its rivals and its floor.
+"""What is measured: the modulation, the residual blocks and the generator, each beside its rivals
+and its floor.
 
-A problem has variants, functions that each compute the same thing once and return it by name, and a truth in float64. The floor
-is what the same network costs with plain instance norm and leaky ReLU in place of every SPADE: the least that anyone can hope for.
+A problem has variants, functions that each compute the same thing once and return it by name, and a
+truth in float64. The floor is what the same network costs with plain instance norm and leaky ReLU
+in place of every SPADE: the least that anyone can hope for.
 """
 
 import contextlib
@@ -21,11 +23,30 @@ from spade_fast import SemanticLayout, reference
 from . import layouts
 
 FORWARD, BACKWARD = "forward", "forward+backward"
-# (channels, size) of the 18 SPADEs of the published COCO generator at 256², and of LivePortrait's decoder.
-COCO_SHAPES = [(1024, 8), (1024, 16), (1024, 32), (512, 32), (512, 64), (256, 64), (256, 128), (128, 128), (128, 256), (64, 256)]
+# (channels, size) of the 18 SPADEs of the published COCO generator at 256², and of LivePortrait's
+# decoder.
+COCO_SHAPES = [
+    (1024, 8),
+    (1024, 16),
+    (1024, 32),
+    (512, 32),
+    (512, 64),
+    (256, 64),
+    (256, 128),
+    (128, 128),
+    (128, 256),
+    (64, 256),
+]
 LIVEPORTRAIT_SHAPES = [(512, 64), (512, 128), (256, 128), (256, 256), (64, 256)]
 # (fin, fout, size) of the COCO generator's blocks.
-COCO_BLOCKS = [(1024, 1024, 8), (1024, 1024, 16), (1024, 512, 32), (512, 256, 64), (256, 128, 128), (128, 64, 256)]
+COCO_BLOCKS = [
+    (1024, 1024, 8),
+    (1024, 1024, 16),
+    (1024, 512, 32),
+    (512, 256, 64),
+    (256, 128, 128),
+    (128, 64, 256),
+]
 COCO_NORM = "spectralspadesyncbatch3x3"
 
 
@@ -35,13 +56,19 @@ class Problem:
 
     name: str
     mode: str  # FORWARD or BACKWARD
-    variants: dict[str, Callable]  # "eager" among them; those called "floor…" compute something else and are not checked
+    variants: dict[
+        str, Callable
+    ]  # "eager" among them; those called "floor…" compute something else and are not checked
     truth: Callable
     jittered: Callable  # eager, from inputs that differ by a rounding, for the number of the run
     in_double: Callable | None = None  # ours in float64, where no rounding hides a mistake
-    scenes: list = field(default_factory=lambda: [None])  # each round measures the next one, each is checked
+    scenes: list = field(
+        default_factory=lambda: [None]
+    )  # each round measures the next one, each is checked
     scene: int = 0  # which of them the functions compute now
-    least_bytes: int | None = None  # that the operation has to read and write, every input and output once
+    least_bytes: int | None = (
+        None  # that the operation has to read and write, every input and output once
+    )
 
 
 @dataclass
@@ -59,7 +86,9 @@ class Settings:
 
 
 def modulate(settings):
-    """spade_modulate on the shapes of the published generators, both memory layouts, with the leaky ReLU that follows."""
+    """spade_modulate on the shapes of the published generators, both memory layouts, with the leaky
+    ReLU that follows.
+    """
     shapes = [(64, 32)] if settings.quick else dict.fromkeys(COCO_SHAPES + LIVEPORTRAIT_SHAPES)
     for channels, size in shapes:
         for layout in (torch.contiguous_format, torch.channels_last):
@@ -68,22 +97,30 @@ def modulate(settings):
 
 
 def lookup(settings):
-    """The same with γ and β from the table of a scene's distinct windows, each pixel's looked up."""
+    """The same with γ and β looked up, pixel by pixel, in the table of a scene's windows."""
     scene = SemanticLayout.from_segmap(next(conditions(settings))).to(settings.device)
     for channels, size in [(64, 32)] if settings.quick else COCO_SHAPES:
         for mode in (FORWARD, BACKWARD):
-            yield _modulate_problem(settings, channels, size, torch.channels_last, mode, scene.windows((size, size), 3))
+            yield _modulate_problem(
+                settings, channels, size, torch.channels_last, mode, scene.windows((size, size), 3)
+            )
 
 
 def _modulate_problem(settings, channels, size, layout, mode, windows=None):
     """windows: of the table that γ and β are; without, they are dense."""
+
     def tensor(*shape):
         values = torch.randn(*shape, device=settings.device).to(settings.dtype)
-        return values.to(memory_format=layout if len(shape) == 4 else torch.contiguous_format).requires_grad_(mode == BACKWARD)
+        return values.to(
+            memory_format=layout if len(shape) == 4 else torch.contiguous_format
+        ).requires_grad_(mode == BACKWARD)
 
     shape = (settings.batch, channels, size, size)
     rows = shape if windows is None else (windows.count, channels)
-    inputs, dy = {"x": tensor(*shape), "gamma": tensor(*rows), "beta": tensor(*rows)}, tensor(*shape).detach()
+    inputs, dy = (
+        {"x": tensor(*shape), "gamma": tensor(*rows), "beta": tensor(*rows)},
+        tensor(*shape).detach(),
+    )
 
     def eager(x, gamma, beta, activation):
         if windows is not None:
@@ -104,12 +141,20 @@ def _modulate_problem(settings, channels, size, layout, mode, windows=None):
 
         return run
 
-    exact = {name: value.detach().double().requires_grad_(mode == BACKWARD) for name, value in inputs.items()}
-    # Forward reads x, γ, β and writes y; backward reads dy, x, γ and writes dx, dγ, dβ; both have a bit an element for the leaky ReLU.
+    exact = {
+        name: value.detach().double().requires_grad_(mode == BACKWARD)
+        for name, value in inputs.items()
+    }
+    # Forward reads x, γ, β and writes y; backward reads dy, x, γ and writes dx, dγ, dβ; both have a
+    # bit an element for the leaky ReLU.
     streams, tables, bits = (2, 2, 0) if mode == FORWARD else (5, 5, 2)
-    least_bytes = (streams * dy.numel() + tables * inputs["gamma"].numel()) * dy.element_size() + dy.numel() * bits // 8
+    least_bytes = (
+        streams * dy.numel() + tables * inputs["gamma"].numel()
+    ) * dy.element_size() + dy.numel() * bits // 8
     if windows is not None:  # both read the index, and backward the pixels in its order
-        least_bytes += (1 if mode == FORWARD else 3) * windows.index.numel() * windows.index.element_size()
+        least_bytes += (
+            (1 if mode == FORWARD else 3) * windows.index.numel() * windows.index.element_size()
+        )
     name = "channels-last" if layout is torch.channels_last else "contiguous"
     return Problem(
         f"{channels} × {size}² {name if windows is None else f'{windows.count} windows'}",
@@ -121,20 +166,34 @@ def _modulate_problem(settings, channels, size, layout, mode, windows=None):
             "floor": variant(floor, inputs, dy, ["x"]),
         },
         variant(eager, exact, dy.double()),
-        lambda number: variant(eager, {name: jitter(value) for name, value in inputs.items()}, dy)(),
+        lambda number: variant(
+            eager, {name: jitter(value) for name, value in inputs.items()}, dy
+        )(),
         least_bytes=least_bytes,
     )
 
 
 def layer(settings):
-    """One SPADE at every pixel, at every distinct window, and as it chooses: where windows pay, and what finding out costs."""
-    shapes = [(64, 32)] if settings.quick else [(1024, 8), (1024, 16), (1024, 32), (512, 32), (512, 64), (256, 128), (64, 256)]
+    """One SPADE at every pixel, at every distinct window, and as it chooses: where windows pay, and
+    what finding out costs.
+    """
+    shapes = (
+        [(64, 32)]
+        if settings.quick
+        else [(1024, 8), (1024, 16), (1024, 32), (512, 32), (512, 64), (256, 128), (64, 256)]
+    )
     scene = SemanticLayout.from_segmap(next(conditions(settings)))
     for channels, size in shapes:
         pixels = (len(scene), size, size)
-        noise = SemanticLayout.from_labels(torch.randint(183, pixels), 183, torch.randint(2, pixels)).to_segmap()
+        noise = SemanticLayout.from_labels(
+            torch.randint(183, pixels), 183, torch.randint(2, pixels)
+        ).to_segmap()
         scene_here = scene.resize(pixels[1:]).to_segmap()
-        for name, segmap in {"scene": scene_here, "noise": noise, "dense features": torch.randn(len(scene), 184, size, size)}.items():
+        for name, segmap in {
+            "scene": scene_here,
+            "noise": noise,
+            "dense features": torch.randn(len(scene), 184, size, size),
+        }.items():
             for mode in (FORWARD, BACKWARD):
                 yield _layer_problem(settings, channels, size, name, segmap, mode)
 
@@ -175,24 +234,47 @@ def _layer_problem(settings, channels, size, name, segmap, mode):
 
 
 def block(settings):
-    """The residual blocks of the published COCO generator, with a COCO-Stuff layout at 256² as their condition."""
+    """The residual blocks of the published COCO generator, with a COCO-Stuff layout at 256² as
+    their condition.
+    """
     segmaps = list(conditions(settings))
     for fin, fout, size in [(128, 64, 64)] if settings.quick else COCO_BLOCKS:
         for mode in (FORWARD, BACKWARD):
-            torch.manual_seed(1)  # with 0 torch.compile has a sign of a leaky ReLU that no other has, in the quick problem
-            networks = (kind(fin, fout, COCO_NORM, 184) for kind in (reference.SPADEResnetBlock, spade_fast.SPADEResnetBlock, FloorBlock))
+            torch.manual_seed(
+                1
+                # with 0 torch.compile has a sign of a leaky ReLU that no other has, in the quick
+                # problem
+            )
+            networks = (
+                kind(fin, fout, COCO_NORM, 184)
+                for kind in (reference.SPADEResnetBlock, spade_fast.SPADEResnetBlock, FloorBlock)
+            )
             x = torch.randn(settings.batch, fin, size, size).requires_grad_(mode == BACKWARD)
-            yield _network_problem(settings, f"{fin} → {fout} at {size}²", mode, *networks, segmaps, (x,),
-                                   lambda network, segmap, x: network(x, segmap))
+            yield _network_problem(
+                settings,
+                f"{fin} → {fout} at {size}²",
+                mode,
+                *networks,
+                segmaps,
+                (x,),
+                lambda network, segmap, x: network(x, segmap),
+            )
 
 
 def generator(settings):
-    """The published generators: COCO 256², four samples of one layout, Cityscapes 512 × 256, and 512² with the most doublings."""
+    """The published generators: COCO 256², four samples of one layout, Cityscapes 512 × 256, and
+    512² with the most doublings.
+    """
     ngf, size = (8, 64) if settings.quick else (64, 256)
     problems = [
         (f"COCO {size}²", 184, (size, size), {}),
         (f"4 samples of one COCO layout, {size}²", 184, (size, size), {"use_vae": True}),
-        (f"Cityscapes {2 * size} × {size}", 36, (size, 2 * size), {"aspect_ratio": 2.0, "num_upsampling_layers": "more"}),
+        (
+            f"Cityscapes {2 * size} × {size}",
+            36,
+            (size, 2 * size),
+            {"aspect_ratio": 2.0, "num_upsampling_layers": "more"},
+        ),
         (f"most {2 * size}²", 184, (2 * size, 2 * size), {"num_upsampling_layers": "most"}),
     ]
     for name, label_nc, shape, wiring in problems[: 2 if settings.quick else None]:
@@ -201,47 +283,88 @@ def generator(settings):
         wiring = {"crop_size": shape[1], "norm_G": COCO_NORM} | wiring
         for mode in (FORWARD, BACKWARD):
             torch.manual_seed(0)
-            eager, floor = (reference.SPADEGenerator(label_nc, ngf, block=kind, **wiring)
-                            for kind in (reference.SPADEResnetBlock, FloorBlock))
+            eager, floor = (
+                reference.SPADEGenerator(label_nc, ngf, block=kind, **wiring)
+                for kind in (reference.SPADEResnetBlock, FloorBlock)
+            )
             ours = spade_fast.SPADEGenerator.official(label_nc, ngf=ngf, **wiring)
-            yield _network_problem(settings, name, mode, eager, ours, floor, segmaps, z,
-                                   lambda network, segmap, *z: network(segmap.repeat(4, 1, 1, 1) if z else segmap, *z),
-                                   lambda network, segmap, *z: network(segmap, *z), graphed=settings.device != "cpu")
+            yield _network_problem(
+                settings,
+                name,
+                mode,
+                eager,
+                ours,
+                floor,
+                segmaps,
+                z,
+                lambda network, segmap, *z: network(segmap.repeat(4, 1, 1, 1) if z else segmap, *z),
+                lambda network, segmap, *z: network(segmap, *z),
+                graphed=settings.device != "cpu",
+            )
 
 
 def discriminator(settings):
-    """The published discriminator in training: fake and real image of a COCO layout at 256² in one batch, with all gradients."""
+    """The published discriminator in training: fake and real image of a COCO layout at 256² in one
+    batch, with all gradients.
+    """
     segmaps, arguments = list(conditions(settings)), (187, 2, 8 if settings.quick else 64)
     torch.manual_seed(0)
     images = torch.randn(2 * settings.batch, 3, *segmaps[0].shape[2:]).requires_grad_()
     eager, ours = (module.MultiscaleDiscriminator(*arguments) for module in (reference, spade_fast))
-    yield _network_problem(settings, f"COCO {segmaps[0].shape[-1]}²", BACKWARD, eager, ours, None, segmaps, (images,),
-                           lambda network, segmap, images: network(torch.cat([segmap.repeat(2, 1, 1, 1), images], dim=1)),
-                           lambda network, segmap, images: network(images, segmap))
+    yield _network_problem(
+        settings,
+        f"COCO {segmaps[0].shape[-1]}²",
+        BACKWARD,
+        eager,
+        ours,
+        None,
+        segmaps,
+        (images,),
+        lambda network, segmap, images: network(
+            torch.cat([segmap.repeat(2, 1, 1, 1), images], dim=1)
+        ),
+        lambda network, segmap, images: network(images, segmap),
+    )
 
 
 def converted(settings):
-    """Models of others, and what `spade_fast.convert` makes of them: the published generator, and LivePortrait's decoder of features."""
+    """Models of others, and what `spade_fast.convert` makes of them: the published generator, and
+    LivePortrait's decoder of features.
+    """
     segmaps = list(conditions(settings))
     torch.manual_seed(0)
-    generator = reference.SPADEGenerator(184, 8 if settings.quick else 64, crop_size=segmaps[0].shape[-1], norm_G=COCO_NORM)
+    generator = reference.SPADEGenerator(
+        184, 8 if settings.quick else 64, crop_size=segmaps[0].shape[-1], norm_G=COCO_NORM
+    )
     for mode in (FORWARD, BACKWARD):
-        yield _converted_problem(settings, f"COCO {segmaps[0].shape[-1]}²", mode, generator, segmaps)
+        yield _converted_problem(
+            settings, f"COCO {segmaps[0].shape[-1]}²", mode, generator, segmaps
+        )
     decoder = FaceDecoder(*((16, 8, 8) if settings.quick else (512, 256, 64)))
-    features = [torch.randn(settings.batch, decoder.fc.in_channels, *[8 if settings.quick else 64] * 2) for _ in range(settings.scenes)]
+    features = [
+        torch.randn(settings.batch, decoder.fc.in_channels, *[8 if settings.quick else 64] * 2)
+        for _ in range(settings.scenes)
+    ]
     for mode in (FORWARD, BACKWARD):
         yield _converted_problem(settings, "LivePortrait's decoder", mode, decoder, features)
 
 
 def monai(settings):
-    """MONAI's models, and what `spade_fast.convert` makes of them: its generator of volumes, and its diffusion over 50 steps."""
+    """MONAI's models, and what `spade_fast.convert` makes of them: its generator of volumes, and
+    its diffusion over 50 steps.
+    """
     nets, schedulers = _monai()
     size, channels, steps = (32, (8, 16), 2) if settings.quick else (96, (16, 32, 64), 50)
     torch.manual_seed(0)
-    volumes = [SemanticLayout.from_labels(layouts.draw_volume(number, size)[None], 8).to_segmap() for number in range(settings.scenes)]
+    volumes = [
+        SemanticLayout.from_labels(layouts.draw_volume(number, size)[None], 8).to_segmap()
+        for number in range(settings.scenes)
+    ]
     network = nets.SPADENet(3, 1, 1, 8, [size] * 3, list(channels), 16, False)
     for mode in (FORWARD, BACKWARD):
-        yield _converted_problem(settings, f"SPADENet {size}³", mode, network, volumes, (torch.randn(1, 16),))
+        yield _converted_problem(
+            settings, f"SPADENet {size}³", mode, network, volumes, (torch.randn(1, 16),)
+        )
 
     scheduler = schedulers.DDIMScheduler(num_train_timesteps=1000)
     scheduler.set_timesteps(steps)
@@ -252,23 +375,45 @@ def monai(settings):
         return image
 
     size, channels = (16, (8, 16)) if settings.quick else (64, (64, 128, 256))
-    labels = [torch.as_tensor(layouts.resized(*layouts.draw_scene(number), (size, size))[0])[None].long() % 8
-              for number in range(settings.scenes)]
+    labels = [
+        torch.as_tensor(layouts.resized(*layouts.draw_scene(number), (size, size))[0])[None].long()
+        % 8
+        for number in range(settings.scenes)
+    ]
     segmaps = [SemanticLayout.from_labels(label, 8).to_segmap() for label in labels]
-    network = nets.SPADEDiffusionModelUNet(2, 3, 3, 8, (2,) * len(channels), channels, (*[False] * (len(channels) - 1), True),
-                                           norm_num_groups=8, num_head_channels=channels[-1] // 4)
+    network = nets.SPADEDiffusionModelUNet(
+        2,
+        3,
+        3,
+        8,
+        (2,) * len(channels),
+        channels,
+        (*[False] * (len(channels) - 1), True),
+        norm_num_groups=8,
+        num_head_channels=channels[-1] // 4,
+    )
     for parameter in network.parameters():
         if not parameter.any():  # its last convolutions begin with zeros
             nn.init.normal_(parameter, std=0.01)
-    yield _converted_problem(settings, f"diffusion UNet {size}², {steps} steps", FORWARD, network, segmaps,
-                             (torch.randn(1, 3, size, size),), sample, keeps_tables=True)
+    yield _converted_problem(
+        settings,
+        f"diffusion UNet {size}², {steps} steps",
+        FORWARD,
+        network,
+        segmaps,
+        (torch.randn(1, 3, size, size),),
+        sample,
+        keeps_tables=True,
+    )
 
 
 def _monai():
     try:
         from monai.networks import nets, schedulers
     except ImportError as error:
-        raise ModuleNotFoundError(f"the case monai needs MONAI: pip install monai einops ({error})") from error
+        raise ModuleNotFoundError(
+            f"the case monai needs MONAI: pip install monai einops ({error})"
+        ) from error
     return nets, schedulers
 
 
@@ -277,14 +422,29 @@ def _converted_problem(settings, name, mode, network, segmaps, *arguments, **nam
     settle(network)
     ours = copy.deepcopy(network)
     spade_fast.convert(ours)
-    return _network_problem(settings, name, mode, copy.deepcopy(network), ours, None, segmaps, *arguments, **named)
+    return _network_problem(
+        settings, name, mode, copy.deepcopy(network), ours, None, segmaps, *arguments, **named
+    )
 
 
-def _network_problem(settings, name, mode, eager, ours, floor, segmaps, inputs=(),
-                     call=lambda network, segmap, *inputs: network(segmap, *inputs), our_call=None, *, keeps_tables=False,
-                     graphed=False):
-    """Measures call(network, segmap, *inputs), of each scene's segmap in turn: with BACKWARD the gradients of all parameters and of those
-    inputs that require them. our_call: of ours, where it takes less. keeps_tables: ours are kept inside of each call.
+def _network_problem(
+    settings,
+    name,
+    mode,
+    eager,
+    ours,
+    floor,
+    segmaps,
+    inputs=(),
+    call=lambda network, segmap, *inputs: network(segmap, *inputs),
+    our_call=None,
+    *,
+    keeps_tables=False,
+    graphed=False,
+):
+    """Measures call(network, segmap, *inputs), of each scene's segmap in turn: with BACKWARD the
+    gradients of all parameters and of those inputs that require them. our_call: of ours, where it
+    takes less. keeps_tables: ours are kept inside of each call.
     graphed: ours is measured as one CUDA graph, too, where it is for inference.
     """
     our_call = our_call or call
@@ -293,17 +453,37 @@ def _network_problem(settings, name, mode, eager, ours, floor, segmaps, inputs=(
     eager, ours = (_set_mode(network.to(settings.device), mode) for network in (eager, ours))
     exact, ours_in_double = (copy.deepcopy(network).double() for network in (eager, ours))
     eager, ours = eager.to(settings.dtype), ours.to(settings.dtype)
-    inputs, segmaps = ([_like(tensor, settings.device, settings.dtype) for tensor in tensors] for tensors in (inputs, segmaps))
+    inputs, segmaps = (
+        [_like(tensor, settings.device, settings.dtype) for tensor in tensors]
+        for tensors in (inputs, segmaps)
+    )
     name += f", batch {settings.batch}" if settings.batch > 1 else ""
     name += f", {len(segmaps)} scenes" if len(segmaps) > 1 else ""
     dy = None
 
-    def variant(network, inputs, segmaps, call=call, layout=torch.contiguous_format, compile=False, frozen=False, keeps_tables=False):
+    def variant(
+        network,
+        inputs,
+        segmaps,
+        call=call,
+        layout=torch.contiguous_format,
+        compile=False,
+        frozen=False,
+        keeps_tables=False,
+    ):
         if layout is torch.channels_last:
             network = network.to(memory_format=layout)
-        inputs, segmaps = ([_like(tensor, layout=layout) for tensor in tensors] for tensors in (inputs, segmaps))
-        wanted = dict(network.named_parameters()) | {f"input{i}": tensor for i, tensor in enumerate(inputs) if tensor.requires_grad}
-        forward = torch.compile(network, dynamic=False, mode=settings.compile_mode) if compile else network
+        inputs, segmaps = (
+            [_like(tensor, layout=layout) for tensor in tensors] for tensors in (inputs, segmaps)
+        )
+        wanted = dict(network.named_parameters()) | {
+            f"input{i}": tensor for i, tensor in enumerate(inputs) if tensor.requires_grad
+        }
+        forward = (
+            torch.compile(network, dynamic=False, mode=settings.compile_mode)
+            if compile
+            else network
+        )
         tables = spade_fast.frozen(network, max_bytes=8 << 30) if frozen else None
         if frozen:
             tables.__enter__()  # until nothing refers to it: run does
@@ -311,13 +491,22 @@ def _network_problem(settings, name, mode, eager, ours, floor, segmaps, inputs=(
         def run(tables=tables):
             nonlocal dy
             segmap = segmaps[problem.scene % len(segmaps)]
-            # A view is another tensor each time: finding its windows is part of what is measured, as for a new layout.
+            # A view is another tensor each time: finding its windows is part of what is measured,
+            # as for a new layout.
             segmap = segmap if frozen else segmap.view_as(segmap)
             with spade_fast.frozen(network) if keeps_tables else contextlib.nullcontext():
                 y = _flat(call(forward, segmap, *inputs))
-            if dy is None:  # zero where y is: there the derivative of an activation that comes last may jump
-                dy = [torch.cos(torch.arange(part.numel(), device=part.device)).view(part.shape) * part.detach() for part in y]
-            return _outputs(y, wanted, [gradient.to(part.dtype) for gradient, part in zip(dy, y)], mode)
+            if (
+                dy is None
+            ):  # zero where y is: there the derivative of an activation that comes last may jump
+                dy = [
+                    torch.cos(torch.arange(part.numel(), device=part.device)).view(part.shape)
+                    * part.detach()
+                    for part in y
+                ]
+            return _outputs(
+                y, wanted, [gradient.to(part.dtype) for gradient, part in zip(dy, y)], mode
+            )
 
         return run
 
@@ -338,19 +527,30 @@ def _network_problem(settings, name, mode, eager, ours, floor, segmaps, inputs=(
     if floor is not None:
         floor = _set_mode(settle(floor).to(settings.device, settings.dtype), mode)
         if mode == FORWARD:
-            variants["spade_fast, frozen"] = variant(copy.deepcopy(ours), inputs, segmaps, our_call, frozen=True)
+            variants["spade_fast, frozen"] = variant(
+                copy.deepcopy(ours), inputs, segmaps, our_call, frozen=True
+            )
         variants["floor, contiguous"] = variant(floor, inputs, segmaps)
-        variants["floor, channels-last"] = variant(copy.deepcopy(floor), inputs, segmaps, layout=torch.channels_last)
+        variants["floor, channels-last"] = variant(
+            copy.deepcopy(floor), inputs, segmaps, layout=torch.channels_last
+        )
 
-    def jittered(number):  # every other time in channels-last, where PyTorch's convolutions have five times the rounding error
+    def jittered(number):
+        # Every other time in channels-last, where PyTorch's convolutions round five times as much.
         segmap = segmaps[problem.scene % len(segmaps)]
         kinds = [(eager, torch.contiguous_format), (eager_channels_last, torch.channels_last)]
         network, layout = kinds[number % 2 if segmap.dim() == 4 else 0]
-        return variant(network, [jitter(tensor) for tensor in inputs], [jitter(segmap)], layout=layout)()
+        return variant(
+            network, [jitter(tensor) for tensor in inputs], [jitter(segmap)], layout=layout
+        )()
 
-    in_double = [[_like(tensor, dtype=torch.float64) for tensor in tensors] for tensors in (inputs, segmaps)]
+    in_double = [
+        [_like(tensor, dtype=torch.float64) for tensor in tensors] for tensors in (inputs, segmaps)
+    ]
     ours_in_double = variant(ours_in_double, *in_double, our_call, keeps_tables=keeps_tables)
-    problem = Problem(name, mode, variants, variant(exact, *in_double), jittered, ours_in_double, segmaps)
+    problem = Problem(
+        name, mode, variants, variant(exact, *in_double), jittered, ours_in_double, segmaps
+    )
     return problem
 
 
@@ -363,12 +563,16 @@ def _like(tensor, device=None, dtype=None, layout=torch.contiguous_format):
 
 def _flat(results):
     """The tensors in lists of results."""
-    return [tensor for part in results for tensor in _flat(part)] if isinstance(results, (list, tuple)) else [results]
+    return (
+        [tensor for part in results for tensor in _flat(part)]
+        if isinstance(results, (list, tuple))
+        else [results]
+    )
 
 
 def conditions(settings, size=(256, 256), label_nc=184):
-    """Of the first scenes of the folder that was named, else of the drawn ones, the conditions [batch, label_nc, *size] (or 64²): fewer
-    classes than COCO-Stuff's share its labels.
+    """Of the first scenes of the folder that was named, else of the drawn ones, the conditions
+    [batch, label_nc, *size] (or 64²): fewer classes than COCO-Stuff's share its labels.
     """
     count = settings.scenes * settings.batch
     if settings.labels is None:
@@ -379,20 +583,27 @@ def conditions(settings, size=(256, 256), label_nc=184):
     for labels, instances in scenes:
         instances = np.zeros_like(labels) if instances is None else instances
         labels, instances = layouts.resized(labels, instances, (64, 64) if settings.quick else size)
-        batch.append(layouts.condition(np.where(labels == 255, 255, labels % classes), instances, classes))
+        batch.append(
+            layouts.condition(np.where(labels == 255, 255, labels % classes), instances, classes)
+        )
         if len(batch) == settings.batch:
             yield torch.cat(batch)
             batch = []
 
 
 class FaceDecoder(nn.Module):
-    """LivePortrait's decoder in its shapes: features [N, 256, 64, 64], which are the condition of every SPADE too, to an image at 512²."""
+    """LivePortrait's decoder in its shapes: features [N, 256, 64, 64], which are the condition of
+    every SPADE too, to an image at 512².
+    """
 
     def __init__(self, wide, middle, narrow):
         super().__init__()
         self.fc = nn.Conv2d(wide // 2, wide, 3, padding=1)
         pairs = [(wide, wide)] * 6 + [(wide, middle), (middle, narrow)]
-        self.blocks = nn.ModuleList(reference.SPADEResnetBlock(*pair, "spadespectralinstance3x3", wide // 2) for pair in pairs)
+        self.blocks = nn.ModuleList(
+            reference.SPADEResnetBlock(*pair, "spadespectralinstance3x3", wide // 2)
+            for pair in pairs
+        )
         self.conv_img = nn.Conv2d(narrow, 12, 3, padding=1)
 
     def forward(self, features):
@@ -403,7 +614,9 @@ class FaceDecoder(nn.Module):
 
 
 class FloorBlock(reference.SPADEResnetBlock):
-    """The block with F.instance_norm and leaky ReLU where the SPADEs are: same convolutions, no condition."""
+    """The block with F.instance_norm and leaky ReLU where the SPADEs are: same convolutions, no
+    condition.
+    """
 
     def __init__(self, fin, fout, norm_G, label_nc):
         super().__init__(fin, fout, norm_G, label_nc)
@@ -425,7 +638,9 @@ def jitter(x):
 
 @torch.no_grad()
 def settle(network):
-    """Lets spectral norm's power iteration converge, as it has in any trained network: σ of random vectors is about zero."""
+    """Lets spectral norm's power iteration converge, as it has in any trained network: σ of random
+    vectors is about zero.
+    """
     for module in network.modules():
         for _ in range(20 if hasattr(module, "weight_orig") else 0):
             module(torch.zeros(1, module.in_channels, 1, 1))
@@ -433,7 +648,9 @@ def settle(network):
 
 
 def _set_mode(network, mode):
-    """Inference, or training but for spectral norm's power iteration: torch.compile gets its gradient wrong (torch 2.13)."""
+    """Inference, or training but for spectral norm's power iteration: torch.compile gets its
+    gradient wrong (torch 2.13).
+    """
     network.train(mode == BACKWARD)
     for name, module in network.named_modules():
         if isinstance(module, nn.Conv2d):
@@ -447,12 +664,24 @@ def _compiled(function):
 
 def _outputs(y, wanted, dy, mode):
     """y, a tensor or a list, and with BACKWARD the gradients of what is wanted, by name."""
-    outputs = {f"y{number}": part for number, part in enumerate(y)} if isinstance(y, list) else {"y": y}
+    outputs = (
+        {f"y{number}": part for number, part in enumerate(y)} if isinstance(y, list) else {"y": y}
+    )
     if mode == FORWARD:
         return outputs
     gradients = torch.autograd.grad(list(outputs.values()), list(wanted.values()), dy)
-    return {name: part.detach() for name, part in outputs.items()} | {f"d{name}": gradient for name, gradient in zip(wanted, gradients)}
+    return {name: part.detach() for name, part in outputs.items()} | {
+        f"d{name}": gradient for name, gradient in zip(wanted, gradients)
+    }
 
 
-CASES = {"modulate": modulate, "lookup": lookup, "layer": layer, "block": block, "generator": generator, "discriminator": discriminator,
-         "converted": converted, "monai": monai}
+CASES = {
+    "modulate": modulate,
+    "lookup": lookup,
+    "layer": layer,
+    "block": block,
+    "generator": generator,
+    "discriminator": discriminator,
+    "converted": converted,
+    "monai": monai,
+}

@@ -22,11 +22,21 @@ from .measure import measure
 from .painting import save_painting
 from .picture import save_picture
 
-app = typer.Typer(help="How fast spade_fast is beside eager PyTorch, torch.compile and plain instance norm, and whether it "
-                  "computes the same.", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+app = typer.Typer(
+    help="How fast spade_fast is beside eager PyTorch, torch.compile and plain instance norm, and"
+    " whether it computes the same.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
 RIVALS = ("torch.compile",)
 COMPILE_MODES = {mode: mode for mode in ("default", "reduce-overhead", "max-autotune")}
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
+DTYPES = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "float64": torch.float64,
+}
 
 
 @app.command("list")
@@ -39,28 +49,66 @@ def list_cases():
 @app.command()
 def run(
     names: Annotated[list[str], typer.Argument(metavar="NAME...", help=f"Of: {', '.join(CASES)}.")],
-    quick: Annotated[bool, typer.Option("--quick", help="One small problem of each, about a minute.")] = False,
-    only: Annotated[str, typer.Option(metavar="TEXT", help="Problems whose name has this in it, such as '128 × 256²'.")] = "",
-    seconds: Annotated[float, typer.Option(min=0, help="How long the rounds of one problem take.")] = 10,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="One small problem of each, about a minute.")
+    ] = False,
+    only: Annotated[
+        str,
+        typer.Option(
+            metavar="TEXT", help="Problems whose name has this in it, such as '128 × 256²'."
+        ),
+    ] = "",
+    seconds: Annotated[
+        float, typer.Option(min=0, help="How long the rounds of one problem take.")
+    ] = 10,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     dtype: Annotated[str, typer.Option(help=f"{', '.join(DTYPES)}.")] = "float32",
-    labels: Annotated[Path | None, typer.Option(help="Folder of PNGs of COCO-Stuff classes; a drawn scene without.")] = None,
-    instances: Annotated[Path | None, typer.Option(help="Folder of PNGs of instance numbers, named as the labels.")] = None,
-    batch: Annotated[int, typer.Option(min=1, help="Batch: of networks, so many scenes at once.")] = 1,
-    scenes: Annotated[int, typer.Option(min=1, help="How many scenes networks are measured on, a round on each in turn.")] = 1,
-    compile_mode: Annotated[str, typer.Option(help=f"Of torch.compile, for networks: {', '.join(COMPILE_MODES)}.")] = "default",
-    json: Annotated[Path | None, typer.Option(help="Write everything that was measured to this file.")] = None,
+    labels: Annotated[
+        Path | None,
+        typer.Option(help="Folder of PNGs of COCO-Stuff classes; a drawn scene without."),
+    ] = None,
+    instances: Annotated[
+        Path | None, typer.Option(help="Folder of PNGs of instance numbers, named as the labels.")
+    ] = None,
+    batch: Annotated[
+        int, typer.Option(min=1, help="Batch: of networks, so many scenes at once.")
+    ] = 1,
+    scenes: Annotated[
+        int,
+        typer.Option(
+            min=1, help="How many scenes networks are measured on, a round on each in turn."
+        ),
+    ] = 1,
+    compile_mode: Annotated[
+        str, typer.Option(help=f"Of torch.compile, for networks: {', '.join(COMPILE_MODES)}.")
+    ] = "default",
+    json: Annotated[
+        Path | None, typer.Option(help="Write everything that was measured to this file.")
+    ] = None,
     plot: Annotated[Path | None, typer.Option(help="Draw a chart to this file.")] = None,
 ):
-    """Check, then time, the cases; print a table. Exits with 1 where a row of ours or of eager does not match."""
+    """Check, then time, the cases; print a table. Exits with 1 where a row of ours or of eager does
+    not match.
+    """
     check_scenes(labels, instances, scenes * batch)
     compile_mode = choose("--compile-mode", compile_mode, COMPILE_MODES)
-    settings = Settings(check_device(device), choose("--dtype", dtype, DTYPES), quick, labels, instances, scenes, batch, compile_mode)
+    settings = Settings(
+        check_device(device),
+        choose("--dtype", dtype, DTYPES),
+        quick,
+        labels,
+        instances,
+        scenes,
+        batch,
+        compile_mode,
+    )
     chosen = {name: choose("NAME", name, CASES) for name in names}
     for option, path in (("--json", json), ("--plot", plot)):
         if path is not None:
             check_folder(option, path)
-    facts = report.environment(settings)  # of the code that is measured: the commit may be another by the end
+    facts = report.environment(
+        settings
+    )  # of the code that is measured: the commit may be another by the end
     rows, console = [], Console()
     if not console.is_terminal:
         console.width = 100  # a log or a file has no width of its own
@@ -68,21 +116,34 @@ def run(
         for name, case in chosen.items():
             task = progress.add_task(name, total=None)
             for problem in case(settings):
-                gc.collect()  # a problem's functions refer to it, and hold copies of whole networks: of the one before, too
+                # a problem's functions refer to it, and hold copies of whole networks: of the one
+                # before, too
+                gc.collect()
                 if only not in problem.name:
                     continue
                 progress.update(task, description=f"{name} {problem.name} {problem.mode}")
-                rows += measure(name, problem, settings.device, min(seconds, 2) if quick else seconds, lambda: progress.advance(task))
+                rows += measure(
+                    name,
+                    problem,
+                    settings.device,
+                    min(seconds, 2) if quick else seconds,
+                    lambda: progress.advance(task),
+                )
                 torch.compiler.reset()
                 del problem
                 if json is not None:
-                    report.save_json(json, facts, rows)  # each time: what is stopped has not measured in vain
+                    report.save_json(
+                        json, facts, rows
+                    )  # each time: what is stopped has not measured in vain
     if not rows:
         raise typer.BadParameter(f"no problem has {only!r} in its name", param_hint="--only")
     console.print(report.table(rows))
     for row in rows:
         if row.failure:
-            console.print(f"{row.case} {row.problem} {row.mode}, {row.variant} failed: {row.failure}", markup=False)
+            console.print(
+                f"{row.case} {row.problem} {row.mode}, {row.variant} failed: {row.failure}",
+                markup=False,
+            )
     for key, value in facts.items():
         console.print(f"{key}: {value}", highlight=False, markup=False)
     if plot is not None and any(row.times for row in rows):
@@ -95,16 +156,28 @@ def run(
 
 @app.command()
 def proofs(
-    capability: Annotated[list[int], typer.Option(help="Of GPUs, such as 90.")] = list(compiled.CAPABILITIES),
-    dtype: Annotated[list[str], typer.Option(help=f"Of: {'; '.join(compiled.DTYPES)}.")] = list(compiled.DTYPES),
-    activation: Annotated[list[str], typer.Option(help=f"Of: {', '.join(compiled.ACTIVATIONS)}.")] = list(compiled.ACTIVATIONS),
-    json: Annotated[Path | None, typer.Option(help="Write everything that was found to this file.")] = None,
+    capability: Annotated[list[int], typer.Option(help="Of GPUs, such as 90.")] = list(
+        compiled.CAPABILITIES
+    ),
+    dtype: Annotated[list[str], typer.Option(help=f"Of: {'; '.join(compiled.DTYPES)}.")] = list(
+        compiled.DTYPES
+    ),
+    activation: Annotated[
+        list[str], typer.Option(help=f"Of: {', '.join(compiled.ACTIVATIONS)}.")
+    ] = list(compiled.ACTIVATIONS),
+    json: Annotated[
+        Path | None, typer.Option(help="Write everything that was found to this file.")
+    ] = None,
 ):
-    """Compile every configuration of the Triton kernels, with no GPU, and read what came of it. Exits with 1 where something is wrong.
+    """Compile every configuration of the Triton kernels, with no GPU, and read what came of it.
+    Exits with 1 where something is wrong.
 
     Options that name configurations may be given several times.
     """
-    for option, names, choices in (("--dtype", dtype, compiled.DTYPES), ("--activation", activation, compiled.ACTIVATIONS)):
+    for option, names, choices in (
+        ("--dtype", dtype, compiled.DTYPES),
+        ("--activation", activation, compiled.ACTIVATIONS),
+    ):
         for name in names:
             choose(option, name, choices)
     found = compiled.prove(capability, dtype, activation)
@@ -115,9 +188,13 @@ def proofs(
 
 @app.command("cuda-proofs")
 def prove_cuda(
-    capability: Annotated[list[int], typer.Option(help="Of GPUs, such as 90; may be given several times.")] = list(compiled.CAPABILITIES),
+    capability: Annotated[
+        list[int], typer.Option(help="Of GPUs, such as 90; may be given several times.")
+    ] = list(compiled.CAPABILITIES),
 ):
-    """Compile the CUDA kernels with nvcc, with no GPU, and read what came of them. Exits with 1 where something is wrong."""
+    """Compile the CUDA kernels with nvcc, with no GPU, and read what came of them. Exits with 1
+    where something is wrong.
+    """
     if shutil.which("nvcc") is None:
         typer.echo("there is no nvcc on PATH", err=True)
         raise typer.Exit(2)
@@ -127,8 +204,12 @@ def prove_cuda(
 @app.command()
 def gpu(
     out: Annotated[Path, typer.Option(help="Folder for what is found.")] = Path("gpu-results"),
-    stage: Annotated[list[str] | None, typer.Option(help="Only this stage; may be given several times.")] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be done.")] = False,
+    stage: Annotated[
+        list[str] | None, typer.Option(help="Only this stage; may be given several times.")
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Only say what would be done.")
+    ] = False,
 ):
     """Build, test, sanitize and measure on this machine's GPU, in under nine minutes.
 
@@ -140,7 +221,11 @@ def gpu(
         typer.echo(on_gpu.plan(stages))
         return
     if not torch.cuda.is_available():
-        typer.echo(f"there is no CUDA GPU here (torch {torch.__version__}); --dry-run says what would be done", err=True)
+        typer.echo(
+            f"there is no CUDA GPU here (torch {torch.__version__}); --dry-run says what would be"
+            " done",
+            err=True,
+        )
         raise typer.Exit(2)
     out.mkdir(parents=True, exist_ok=True)
     if not on_gpu.run(out.absolute(), stages, say=typer.echo):
@@ -158,11 +243,17 @@ def painting(
     file: Annotated[Path, typer.Argument(help="The PNG that is drawn.")],
     seconds: Annotated[float, typer.Option(min=0, help="How long the generator is trained.")] = 60,
 ):
-    """Train a small generator to paint drawn scenes, and draw three layouts above what it makes of them."""
+    """Train a small generator to paint drawn scenes, and draw three layouts above what it makes of
+    them.
+    """
     check_folder("FILE", file)
     with Progress(transient=True) as progress:
         task = progress.add_task("training", total=None)
-        save_painting(file, seconds, lambda step, loss: progress.update(task, description=f"step {step}, loss {loss:.3f}"))
+        save_painting(
+            file,
+            seconds,
+            lambda step, loss: progress.update(task, description=f"step {step}, loss {loss:.3f}"),
+        )
 
 
 @app.command()
@@ -170,7 +261,7 @@ def layouts(
     folder: Annotated[Path, typer.Argument(help="Where label/ and instance/ are made.")],
     count: Annotated[int, typer.Option(min=1, help="How many scenes.")] = 13,
 ):
-    """Draw label and instance PNGs that measure like real scenes, for `run --labels --instances`."""
+    """Draw label and instance PNGs like real scenes, for `run --labels --instances`."""
     label_folder, instance_folder = drawn.save_scenes(folder, count)
     typer.echo(f"--labels {label_folder} --instances {instance_folder}")
 
@@ -178,15 +269,32 @@ def layouts(
 @app.command()
 def picture(
     file: Annotated[Path, typer.Argument(help="The PNG that is drawn.")],
-    labels: Annotated[Path | None, typer.Option(help="Folder of PNGs of COCO-Stuff classes; a drawn scene without.")] = None,
-    instances: Annotated[Path | None, typer.Option(help="Folder of PNGs of instance numbers, named as the labels.")] = None,
+    labels: Annotated[
+        Path | None,
+        typer.Option(help="Folder of PNGs of COCO-Stuff classes; a drawn scene without."),
+    ] = None,
+    instances: Annotated[
+        Path | None, typer.Option(help="Folder of PNGs of instance numbers, named as the labels.")
+    ] = None,
     scene: Annotated[int, typer.Option(min=0, help="Which of the scenes, from 0 on.")] = 0,
-    size: Annotated[int, typer.Option(min=16, help="Height and width that the scene is brought to.")] = 256,
+    size: Annotated[
+        int, typer.Option(min=16, help="Height and width that the scene is brought to.")
+    ] = 256,
 ):
-    """Draw why windows make γ and β cheap: a label map, some of its windows, and the few pixels that are computed."""
+    """Draw why windows make γ and β cheap: a label map, some of its windows, and the few pixels
+    that are computed.
+    """
     check_folder("FILE", file)
     check_scenes(labels, instances, scene + 1)
-    save_picture(file, *(drawn.draw_scene(scene) if labels is None else drawn.load_scenes(labels, instances)[scene]), size)
+    save_picture(
+        file,
+        *(
+            drawn.draw_scene(scene)
+            if labels is None
+            else drawn.load_scenes(labels, instances)[scene]
+        ),
+        size,
+    )
 
 
 def conclude(module, proofs):
@@ -201,7 +309,9 @@ def conclude(module, proofs):
 
 def choose(parameter, name, choices):
     if name not in choices:
-        raise typer.BadParameter(f"{name!r} should be one of {', '.join(choices)}", param_hint=parameter)
+        raise typer.BadParameter(
+            f"{name!r} should be one of {', '.join(choices)}", param_hint=parameter
+        )
     return choices[name]
 
 
@@ -215,12 +325,16 @@ def check_scenes(labels, instances, count):
     if labels is None and instances is not None:
         raise typer.BadParameter("it should come with --labels", param_hint="--instances")
     if labels is not None and (there := len(list(labels.glob("*.png")))) < count:
-        raise typer.BadParameter(f"{labels} has {there} PNGs, it should have {count}", param_hint="--labels")
+        raise typer.BadParameter(
+            f"{labels} has {there} PNGs, it should have {count}", param_hint="--labels"
+        )
 
 
 def check_device(name):
     try:
         torch.empty(1, device=name)
     except (RuntimeError, AssertionError) as error:
-        raise typer.BadParameter(f"{name!r} cannot be used: {str(error).splitlines()[0]}", param_hint="--device") from None
+        raise typer.BadParameter(
+            f"{name!r} cannot be used: {str(error).splitlines()[0]}", param_hint="--device"
+        ) from None
     return name

@@ -1,4 +1,6 @@
-"""What can be proved of the CUDA kernels without a GPU: nvcc compiles them, and says what became of them; their machine code is read."""
+"""What can be proved of the CUDA kernels without a GPU: nvcc compiles them, and says what became of
+them; their machine code is read.
+"""
 
 import collections
 import dataclasses
@@ -16,13 +18,31 @@ from rich.table import Table
 from .proofs import CAPABILITIES
 
 SOURCES = Path(__file__).parent.parent / "csrc" / "cuda"
-WIDTHS = {"U8": 1, "S8": 1, "U16": 2, "S16": 2, "64": 8, "128": 16}  # bytes, by what an instruction's name has in it; else 4
-# The kernels that go through tensors, and how many 16-byte loads of a thread do not wait for each other.
-STREAMS = {"apply_kernel": 3, "backward_input_kernel": 3, "backward_sums_kernel": 3, "plane_moments_kernel": 2}
-HELD = {"forward_kernel", "backward_kernel"}  # those that copy all of it to shared memory first, where there are clusters their blocks'
+WIDTHS = {
+    "U8": 1,
+    "S8": 1,
+    "U16": 2,
+    "S16": 2,
+    "64": 8,
+    "128": 16,
+}  # bytes, by what an instruction's name has in it; else 4
+# The kernels that go through tensors, and how many 16-byte loads of a thread do not wait for each
+# other.
+STREAMS = {
+    "apply_kernel": 3,
+    "backward_input_kernel": 3,
+    "backward_sums_kernel": 3,
+    "plane_moments_kernel": 2,
+}
+HELD = {
+    "forward_kernel",
+    "backward_kernel",
+}  # those that copy all of it to shared memory first, where there are clusters their blocks'
 CLUSTERS = 90  # compute capability, times ten
 REGISTERS, MOST_THREADS = 65536, 2048  # of a processor
-IN_FLIGHT = 20 << 10  # bytes of a processor: what an H100's memory is said to give in the 0.7 µs that it may take to answer
+# bytes of a processor: what an H100's memory is said to give in the 0.7 µs that it may take to
+# answer
+IN_FLIGHT = 20 << 10
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,7 +65,9 @@ class Proof:
 
     @property
     def resident(self):
-        """Threads that a processor has at once, as far as registers decide: a warp gets them by 256."""
+        """Threads that a processor has at once, as far as registers decide: a warp gets them by
+        256.
+        """
         of_block = self.threads // 32 * (-(-self.registers * 32 // 256) * 256)
         return min(REGISTERS // of_block, MOST_THREADS // self.threads) * self.threads
 
@@ -54,7 +76,9 @@ class Proof:
         """What should not be."""
         found = []
         if self.spilled or self.stack:
-            found.append(f"{self.spilled} bytes of registers are spilled, {self.stack} bytes of stack")
+            found.append(
+                f"{self.spilled} bytes of registers are spilled, {self.stack} bytes of stack"
+            )
         if self.double:
             found.append(f"{self.double} instructions in double precision")
         if self.kernel in {*STREAMS, *HELD} and 16 not in self.loads:
@@ -63,14 +87,20 @@ class Proof:
             found.append("no 16-byte stores")
         if self.kernel in HELD and self.capability >= CLUSTERS and not self.clusters:
             found.append("blocks do not wait for those of their cluster")
-        if (in_flight := 16 * STREAMS.get(self.kernel, 0) * self.resident) and in_flight < IN_FLIGHT:
+        if (
+            in_flight := 16 * STREAMS.get(self.kernel, 0) * self.resident
+        ) and in_flight < IN_FLIGHT:
             found.append(f"{self.resident} threads on a processor have {in_flight} bytes in flight")
         return found
 
 
 def prove(capabilities=CAPABILITIES, processes=None):
     """The proofs of every kernel for these GPUs."""
-    tasks = [(source, capability) for source in sorted(SOURCES.glob("*.cu")) for capability in capabilities]
+    tasks = [
+        (source, capability)
+        for source in sorted(SOURCES.glob("*.cu"))
+        for capability in capabilities
+    ]
     with ThreadPoolExecutor(processes or os.cpu_count()) as pool:
         return [proof for proofs in pool.map(lambda task: _prove(*task), tasks) for proof in proofs]
 
@@ -78,15 +108,38 @@ def prove(capabilities=CAPABILITIES, processes=None):
 def _prove(source, capability):
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder) / "kernels.cubin"
-        nvcc = [shutil.which("nvcc"), "-std=c++17", "-O3", f"-arch=sm_{capability}", "-cubin", "-Xptxas=-v", source, "-o", cubin]
+        nvcc = [
+            shutil.which("nvcc"),
+            "-std=c++17",
+            "-O3",
+            f"-arch=sm_{capability}",
+            "-cubin",
+            "-Xptxas=-v",
+            source,
+            "-o",
+            cubin,
+        ]
         said = subprocess.run(nvcc, capture_output=True, text=True, check=True).stderr
-        listing = subprocess.run([_cuobjdump(), "-sass", cubin], capture_output=True, text=True, check=True).stdout
-    code = {name: text for name, text in re.findall(r"Function : (\S+)\n(.*?)(?=Function : |\Z)", listing, re.DOTALL)}
-    pattern = (r"Function properties for (\S+)\n\s+(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads\n"
-               r".*?Used (\d+) registers([^\n]*)")
+        listing = subprocess.run(
+            [_cuobjdump(), "-sass", cubin], capture_output=True, text=True, check=True
+        ).stdout
+    code = {
+        name: text
+        for name, text in re.findall(
+            r"Function : (\S+)\n(.*?)(?=Function : |\Z)", listing, re.DOTALL
+        )
+    }
+    pattern = (
+        r"Function properties for (\S+)\n\s+(\d+) bytes stack frame, (\d+) bytes spill stores,"
+        r" (\d+) bytes spill loads\n"
+        r".*?Used (\d+) registers([^\n]*)"
+    )
     text = "".join(path.read_text() for path in [SOURCES / "plan.h", SOURCES / "kernels.h", source])
     numbers = dict(re.findall(r"constexpr int64_t (\w+) = (\d+);", text))
-    threads = {kernel: int(numbers[name]) for name, kernel in re.findall(r"__launch_bounds__\((\w+).*?\) (\w+)\(", text)}
+    threads = {
+        kernel: int(numbers[name])
+        for name, kernel in re.findall(r"__launch_bounds__\((\w+).*?\) (\w+)\(", text)
+    }
     proofs = []
     for name, stack, stored, loaded, registers, rest in re.findall(pattern, said, re.DOTALL):
         kernel, vector, last = re.search(r"\d([a-z_]+_kernel)(?:ILi(\d)ELb(\d)E)?", name).groups()
@@ -96,10 +149,23 @@ def _prove(source, capability):
         for instruction, modifiers in re.findall(r"\b(LDG|STG|LDGSTS)\.E([.\w]*)", code[name]):
             width = next((WIDTHS[word] for word in modifiers.split(".") if word in WIDTHS), 4)
             widths[instruction.replace("LDGSTS", "LDG")][width] += 1
-        proofs.append(Proof(
-            kernel, int(vector) if vector else None, {"0": "contiguous", "1": "channels-last"}.get(last), capability, int(registers),
-            int(stack), int(stored) + int(loaded), int(shared[1]) if shared else 0, threads[kernel], dict(widths["LDG"]),
-            dict(widths["STG"]), len(re.findall(r"\b(?:DADD|DMUL|DFMA|DSETP|DMNMX)\b|\.F64\b", code[name])), "UCGABAR_WAIT" in code[name]))
+        proofs.append(
+            Proof(
+                kernel,
+                int(vector) if vector else None,
+                {"0": "contiguous", "1": "channels-last"}.get(last),
+                capability,
+                int(registers),
+                int(stack),
+                int(stored) + int(loaded),
+                int(shared[1]) if shared else 0,
+                threads[kernel],
+                dict(widths["LDG"]),
+                dict(widths["STG"]),
+                len(re.findall(r"\b(?:DADD|DMUL|DFMA|DSETP|DMNMX)\b|\.F64\b", code[name])),
+                "UCGABAR_WAIT" in code[name],
+            )
+        )
     return proofs
 
 
@@ -108,18 +174,42 @@ def _cuobjdump():
     if (found := shutil.which("cuobjdump")) is not None:
         return found
     triton = importlib.util.find_spec("triton")
-    return Path(triton.origin).parent / "backends" / "nvidia" / "bin" / "cuobjdump" if triton else "cuobjdump"
+    return (
+        Path(triton.origin).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+        if triton
+        else "cuobjdump"
+    )
 
 
 def table(proofs):
     """A line for each kernel and GPU."""
-    result = Table(caption="loads and stores: bytes at a time; threads: of a processor at once, as far as registers decide.")
+    result = Table(
+        caption=(
+            "loads and stores: bytes at a time; threads: of a processor at once, as far as"
+            " registers decide."
+        )
+    )
     for name in ("kernel", "V", "layout"):
         result.add_column(name)
     for name in ("sm", "registers", "spilled", "threads", "loads", "stores", "double"):
         result.add_column(name, justify="right")
-    for proof in sorted(proofs, key=lambda proof: (proof.kernel, str(proof.vector), str(proof.layout), proof.capability)):
-        widths = [", ".join(map(str, sorted(found, reverse=True))) for found in (proof.loads, proof.stores)]
-        result.add_row(proof.kernel.removesuffix("_kernel"), str(proof.vector or ""), proof.layout or "", str(proof.capability),
-                       str(proof.registers), str(proof.spilled), str(proof.resident), *widths, str(proof.double))
+    for proof in sorted(
+        proofs,
+        key=lambda proof: (proof.kernel, str(proof.vector), str(proof.layout), proof.capability),
+    ):
+        widths = [
+            ", ".join(map(str, sorted(found, reverse=True)))
+            for found in (proof.loads, proof.stores)
+        ]
+        result.add_row(
+            proof.kernel.removesuffix("_kernel"),
+            str(proof.vector or ""),
+            proof.layout or "",
+            str(proof.capability),
+            str(proof.registers),
+            str(proof.spilled),
+            str(proof.resident),
+            *widths,
+            str(proof.double),
+        )
     return result

@@ -1,4 +1,6 @@
-"""Semantic layouts to measure on: drawn scenes that look and measure like COCO-Stuff annotations, and a data set's own PNGs."""
+"""Semantic layouts to measure on: drawn scenes that look and measure like COCO-Stuff annotations,
+and a data set's own PNGs.
+"""
 
 from pathlib import Path
 from typing import NamedTuple
@@ -11,8 +13,28 @@ from PIL import Image, ImageDraw
 UNLABELLED, METAL = 255, 131
 BACKDROPS = (105, 156, 156, 156, 171, 172)  # clouds, sky (the most usual), walls
 MIDDLES = (95, 96, 112, 126, 127, 134, 168)  # building, bush, fence, hill, house, mountain, tree
-GROUNDS = (110, 117, 123, 139, 148, 153, 154)  # dirt, wooden floor, grass, pavement, road, sand, sea
-PATCHES = (91, 96, 118, 128, 149, 161, 168, 180, 255, 255, 255)  # banner, bush, flower, leaves, rock, stone, tree, window, none
+GROUNDS = (
+    110,
+    117,
+    123,
+    139,
+    148,
+    153,
+    154,
+)  # dirt, wooden floor, grass, pavement, road, sand, sea
+PATCHES = (
+    91,
+    96,
+    118,
+    128,
+    149,
+    161,
+    168,
+    180,
+    255,
+    255,
+    255,
+)  # banner, bush, flower, leaves, rock, stone, tree, window, none
 
 
 class _Kind(NamedTuple):
@@ -26,21 +48,49 @@ class _Kind(NamedTuple):
 
 
 KINDS = (
-    _Kind((0,), 1, ovals=((0, 0.65, 0.12, 0.2), (0, 0.92, 0.07, 0.08)),  # person
-          limbs=((0.1, (0.06, 0.5), (0.08, 0.25), (0.1, 0)), (0.07, (0.1, 0.8), (0.2, 0.65), (0.18, 0.45)))),
-    _Kind((17, 18, 19, 20, 21), 0.8, ovals=((0, 0.6, 0.45, 0.2), (0.5, 0.82, 0.18, 0.13)),  # dog, horse, sheep, cow, elephant
-          limbs=((0.08, (0.22, 0.5), (0.24, 0.25), (0.23, 0)), (0.08, (0.37, 0.5), (0.35, 0.25), (0.37, 0)))),
-    _Kind((2, 5, 7), 0.9, ovals=((0, 0.45, 1.1, 0.25), (0, 0.75, 0.7, 0.25)), wheels=((0.65, 0.2),)),  # car, bus, truck
-    _Kind((1, 3), 0.6, limbs=((0.08, (0.55, 0.33), (0.3, 0.85), (0, 0.35)),), wheels=((0.55, 0.35),)),  # bicycle, motorcycle
-    _Kind((9, 12, 13), 1.6, ovals=((0, 0.45, 0.01, 0.45), (0, 0.93, 0.04, 0.07))),  # traffic light, stop sign, parking meter
-    _Kind((14, 61), 0.6, ovals=((0, 0.8, 0.3, 0.2), (0, 0.5, 0.3, 0.06)),  # bench, chair
-          limbs=((0.05, (0.2, 0.5), (0.2, 0.25), (0.2, 0)),)),
-    _Kind((30, 32, 63), 0.4, ovals=((0, 0.4, 0.4, 0.4), (0, 0.8, 0.15, 0.2))),  # handbag, suitcase, potted plant
+    _Kind(
+        (0,),
+        1,
+        ovals=((0, 0.65, 0.12, 0.2), (0, 0.92, 0.07, 0.08)),  # person
+        limbs=(
+            (0.1, (0.06, 0.5), (0.08, 0.25), (0.1, 0)),
+            (0.07, (0.1, 0.8), (0.2, 0.65), (0.18, 0.45)),
+        ),
+    ),
+    _Kind(
+        (17, 18, 19, 20, 21),
+        0.8,
+        ovals=((0, 0.6, 0.45, 0.2), (0.5, 0.82, 0.18, 0.13)),  # dog, horse, sheep, cow, elephant
+        limbs=(
+            (0.08, (0.22, 0.5), (0.24, 0.25), (0.23, 0)),
+            (0.08, (0.37, 0.5), (0.35, 0.25), (0.37, 0)),
+        ),
+    ),
+    _Kind(
+        (2, 5, 7), 0.9, ovals=((0, 0.45, 1.1, 0.25), (0, 0.75, 0.7, 0.25)), wheels=((0.65, 0.2),)
+    ),  # car, bus, truck
+    _Kind(
+        (1, 3), 0.6, limbs=((0.08, (0.55, 0.33), (0.3, 0.85), (0, 0.35)),), wheels=((0.55, 0.35),)
+    ),  # bicycle, motorcycle
+    _Kind(
+        (9, 12, 13), 1.6, ovals=((0, 0.45, 0.01, 0.45), (0, 0.93, 0.04, 0.07))
+    ),  # traffic light, stop sign, parking meter
+    _Kind(
+        (14, 61),
+        0.6,
+        ovals=((0, 0.8, 0.3, 0.2), (0, 0.5, 0.3, 0.06)),  # bench, chair
+        limbs=((0.05, (0.2, 0.5), (0.2, 0.25), (0.2, 0)),),
+    ),
+    _Kind(
+        (30, 32, 63), 0.4, ovals=((0, 0.4, 0.4, 0.4), (0, 0.8, 0.15, 0.2))
+    ),  # handbag, suitcase, potted plant
 )
 
 
 class _Scene:
-    """A label map and an instance map that are drawn on together. Points are float [count, 2], x and y in pixels."""
+    """A label map and an instance map that are drawn on together. Points are float [count, 2], x
+    and y in pixels.
+    """
 
     def __init__(self, rng, height, width):
         self.rng, self.height, self.width = rng, height, width
@@ -52,12 +102,18 @@ class _Scene:
 
     def line(self, points, thickness, label, instance=0):
         for image, value in zip(self.maps, (label, instance)):
-            ImageDraw.Draw(image).line(points.ravel().tolist(), int(value), max(1, round(thickness)), joint="curve")
+            ImageDraw.Draw(image).line(
+                points.ravel().tolist(), int(value), max(1, round(thickness)), joint="curve"
+            )
 
     def waves(self, angles):
         """A smooth random curve, float [len(angles)], that repeats after 2 pi."""
         numbers = np.arange(1, 6)[:, None]
-        return (self.rng.normal(size=(5, 1)) / numbers * np.sin(numbers * angles + self.rng.uniform(0, 7, (5, 1)))).sum(0)
+        return (
+            self.rng.normal(size=(5, 1))
+            / numbers
+            * np.sin(numbers * angles + self.rng.uniform(0, 7, (5, 1)))
+        ).sum(0)
 
     def steps(self, length, count):
         """A random staircase, float [length], of `count` treads."""
@@ -65,22 +121,45 @@ class _Scene:
         return self.rng.normal(size=count)[np.searchsorted(ends, np.arange(length))]
 
     def blob(self, centre, radii, roughness, roundness):
-        """The points of a closed random curve: with a roundness of 1 about an ellipse, near 0 about a rectangle."""
+        """The points of a closed random curve: with a roundness of 1 about an ellipse, near 0 about
+        a rectangle.
+        """
         angles = np.linspace(0, 2 * np.pi, 64)
         circle = np.stack([np.cos(angles), np.sin(angles)], 1)
-        return centre + np.exp(roughness * self.waves(angles))[:, None] * radii * np.sign(circle) * np.abs(circle) ** roundness
+        return (
+            centre
+            + np.exp(roughness * self.waves(angles))[:, None]
+            * radii
+            * np.sign(circle)
+            * np.abs(circle) ** roundness
+        )
 
     def band(self, label, level, roughness, skyline=0):
-        """Stuff from an uneven border, `level` pixels below the top, down to the bottom; here and there a gap above it."""
+        """Stuff from an uneven border, `level` pixels below the top, down to the bottom; here and
+        there a gap above it.
+        """
         x = np.arange(self.width)
-        border = level + self.rng.normal(0, 0.08) * (x - self.width / 2) + skyline * self.steps(self.width, 6)
-        border += roughness * (3 * self.waves(2 * np.pi * x / self.width) + self.steps(self.width, self.width // 10))
+        border = (
+            level
+            + self.rng.normal(0, 0.08) * (x - self.width / 2)
+            + skyline * self.steps(self.width, 6)
+        )
+        border += roughness * (
+            3 * self.waves(2 * np.pi * x / self.width) + self.steps(self.width, self.width // 10)
+        )
         gap = self.height / 40 * np.maximum(0, self.steps(self.width, 20) - 1)
         for value, y in (UNLABELLED, border - gap), (label, border):
-            self.fill(np.concatenate([np.stack([x, y], 1), [[self.width, self.height], [0, self.height]]]), value)
+            self.fill(
+                np.concatenate(
+                    [np.stack([x, y], 1), [[self.width, self.height], [0, self.height]]]
+                ),
+                value,
+            )
 
     def stand(self, kind, feet, size, label, instance):
-        """An object `size` pixels tall, and beside it the unlabelled sliver where the annotator of the stuff stopped short."""
+        """An object `size` pixels tall, and beside it the unlabelled sliver where the annotator of
+        the stuff stopped short.
+        """
         lean, side = self.rng.normal(0, 0.05), self.rng.choice([-1, 1])
         axes = size * np.array([[side, 0], [lean, -1]])  # pixels per unit of x and of y
         ovals = [feet + self.blob(oval[:2], oval[2:], 0.1, 0.6) @ axes for oval in kind.ovals]
@@ -98,18 +177,27 @@ class _Scene:
 
 
 def draw_scene(seed, height=480, width=640):
-    """A scene like an annotated photo: bands and patches of stuff, wires, and objects that stand on the ground.
+    """A scene like an annotated photo: bands and patches of stuff, wires, and objects that stand on
+    the ground.
 
-    Returns labels, uint8 [height, width], COCO-Stuff's classes 0..181 and 255 where nobody put a label; and instances, uint8
-    [height, width], 0 for stuff and 1, 2, ... for the objects. The same seed draws the same scene.
+    Returns labels, uint8 [height, width], COCO-Stuff's classes 0..181 and 255 where nobody put a
+    label; and instances, uint8 [height, width], 0 for stuff and 1, 2, ... for the objects. The same
+    seed draws the same scene.
     """
     rng = np.random.default_rng(seed)
     scene = _Scene(rng, height, width)
-    clutter = rng.beta(0.6, 0.7)  # from an empty beach to a street market, often close to one of them
+    clutter = rng.beta(
+        0.6, 0.7
+    )  # from an empty beach to a street market, often close to one of them
     horizon = height * rng.uniform(0.25, 0.65)
     scene.band(rng.choice(BACKDROPS), -height, 0)
     for label in rng.choice(MIDDLES, rng.binomial(3, clutter), replace=False):
-        scene.band(label, horizon - height * rng.uniform(0, 0.3), height * rng.uniform(0, 0.02), height * rng.choice((0, 0.15)))
+        scene.band(
+            label,
+            horizon - height * rng.uniform(0, 0.3),
+            height * rng.uniform(0, 0.02),
+            height * rng.choice((0, 0.15)),
+        )
     grounds = rng.choice(GROUNDS, 1 + rng.binomial(2, clutter), replace=False)
     for label, level in zip(grounds, np.linspace(horizon, height, len(grounds), endpoint=False)):
         scene.band(label, level, height * rng.uniform(0, 0.005))
@@ -117,11 +205,15 @@ def draw_scene(seed, height=480, width=640):
         radii = height * rng.uniform(0.01, 0.15, 2)
         centre = rng.uniform(0, width), rng.uniform(horizon, height * 0.9) - radii[1]
         patch = scene.blob(centre, radii, 0.3, rng.uniform(0.2, 1))
-        scene.fill(patch + rng.normal(0, height * rng.uniform(0, 0.008), patch.shape), rng.choice(PATCHES))
+        scene.fill(
+            patch + rng.normal(0, height * rng.uniform(0, 0.008), patch.shape), rng.choice(PATCHES)
+        )
     for _ in range(rng.poisson(2 * clutter)):
         scene.line(np.stack([[0, width], rng.uniform(0, horizon, 2)], 1), rng.integers(1, 3), METAL)
     instance = 0
-    for near in np.sort(rng.uniform(0, 1, 1 + rng.poisson(5 * clutter)) ** 2):  # the far ones first: near ones hide them
+    for near in np.sort(
+        rng.uniform(0, 1, 1 + rng.poisson(5 * clutter)) ** 2
+    ):  # the far ones first: near ones hide them
         kind = KINDS[rng.integers(len(KINDS))]
         label, size = rng.choice(kind.classes), height * (0.06 + 0.8 * near) * kind.height
         feet = np.array([rng.uniform(0, width), horizon + near * (height - horizon)])
@@ -133,7 +225,8 @@ def draw_scene(seed, height=480, width=640):
 
 
 def save_scenes(folder, count=13):
-    """Writes the scenes of seeds 0 to count - 1 as 8-bit PNGs, label/0000.png, instance/0000.png and so on.
+    """Writes the scenes of seeds 0 to count - 1 as 8-bit PNGs, label/0000.png, instance/0000.png
+    and so on.
 
     Returns the paths of the two folders, label and instance.
     """
@@ -147,13 +240,18 @@ def save_scenes(folder, count=13):
 
 
 def load_scenes(label_folder, instance_folder=None):
-    """The label folder's PNGs, sorted by name, each with the instance folder's PNG of the same name.
+    """The label folder's PNGs, sorted by name, each with the instance folder's PNG of the same
+    name.
 
-    Returns a list of (labels, instances), integer arrays [height, width]; without an instance folder the instances are None.
+    Returns a list of (labels, instances), integer arrays [height, width]; without an instance
+    folder the instances are None.
     """
     paths = sorted(Path(label_folder).glob("*.png"))
     if not paths:
-        raise FileNotFoundError(f"label_folder is {str(label_folder)!r}, it should be a folder with PNGs of class numbers")
+        raise FileNotFoundError(
+            f"label_folder is {str(label_folder)!r}, it should be a folder with PNGs of class"
+            " numbers"
+        )
     scenes = []
     for path in paths:
         labels, instances = _read(path), None
@@ -161,43 +259,66 @@ def load_scenes(label_folder, instance_folder=None):
             instance_path = Path(instance_folder, path.name)
             instances = _read(instance_path)
             if instances.shape != labels.shape:
-                raise ValueError(f"{instance_path} is {list(instances.shape)}, it should be {list(labels.shape)} as {path} is")
+                raise ValueError(
+                    f"{instance_path} is {list(instances.shape)}, it should be"
+                    f" {list(labels.shape)} as {path} is"
+                )
         scenes.append((labels, instances))
     return scenes
 
 
 def _read(path):
     if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing, it should be the instance PNG of the label PNG with that name")
+        raise FileNotFoundError(
+            f"{path} is missing, it should be the instance PNG of the label PNG with that name"
+        )
     with Image.open(path) as image:
         if image.mode not in ("L", "P", "I;16", "I"):
-            raise ValueError(f"{path} has Pillow's mode {image.mode}, it should hold one integer per pixel: L, P, I;16 or I")
+            raise ValueError(
+                f"{path} has Pillow's mode {image.mode}, it should hold one integer per pixel: L,"
+                " P, I;16 or I"
+            )
         return np.array(image)
 
 
 def resized(labels, instances, size):
-    """labels and instances (or None) at another size, (height, width): every pixel takes its nearest one's number."""
-    return tuple(None if values is None else np.array(Image.fromarray(values.astype(np.int32)).resize(size[::-1], Image.NEAREST))
-                 for values in (labels, instances))
+    """labels and instances (or None) at another size, (height, width): every pixel takes its
+    nearest one's number.
+    """
+    return tuple(
+        None
+        if values is None
+        else np.array(Image.fromarray(values.astype(np.int32)).resize(size[::-1], Image.NEAREST))
+        for values in (labels, instances)
+    )
 
 
 def condition(labels, instances, num_classes=182, dont_care=255):
     """What SPADE is conditioned on, prepared the published way.
 
     Args:
-        labels: integers [height, width], 0 to num_classes - 1, and `dont_care`, which becomes class num_classes.
+        labels: integers [height, width], 0 to num_classes - 1, and `dont_care`, which becomes class
+            num_classes.
         instances: integers [height, width], or None.
 
-    Returns a float32 tensor [1, channels, height, width]: one-hot in num_classes + 1 channels; with instances one channel more, 1
-    where any of the four neighbours has another instance number.
+    Returns a float32 tensor [1, channels, height, width]: one-hot in num_classes + 1 channels; with
+    instances one channel more, 1 where any of the four neighbours has another instance number.
     """
     for value in np.unique(labels):
         if value != dont_care and not 0 <= value < num_classes:
-            raise ValueError(f"labels has a {value}, it should have 0 to {num_classes - 1}, or {dont_care} for don't care")
-    channels = np.where(labels == dont_care, num_classes, labels) == np.arange(num_classes + 1)[:, None, None]
+            raise ValueError(
+                f"labels has a {value}, it should have 0 to {num_classes - 1}, or {dont_care} for"
+                " don't care"
+            )
+    channels = (
+        np.where(labels == dont_care, num_classes, labels)
+        == np.arange(num_classes + 1)[:, None, None]
+    )
     if instances is not None:
         padded = np.pad(instances, 1, mode="edge")
-        neighbours = np.stack([padded[:-2, 1:-1], padded[2:, 1:-1], padded[1:-1, :-2], padded[1:-1, 2:]])
+        neighbours = np.stack(
+            [padded[:-2, 1:-1], padded[2:, 1:-1], padded[1:-1, :-2], padded[1:-1, 2:]]
+        )
         channels = np.concatenate([channels, (neighbours != instances).any(0, keepdims=True)])
     return torch.from_numpy(channels).float()[None]
 
@@ -208,6 +329,9 @@ def draw_volume(seed, size, classes=8):
     grid = torch.stack(torch.meshgrid(*[torch.linspace(-1, 1, size)] * 3, indexing="ij"))
     labels = torch.zeros(size, size, size, dtype=torch.long)
     for label in range(1, classes):
-        middle, radius = (torch.rand(3, 1, 1, 1, generator=random) * width + least for width, least in ((0.8, -0.4), (0.35, 0.15)))
+        middle, radius = (
+            torch.rand(3, 1, 1, 1, generator=random) * width + least
+            for width, least in ((0.8, -0.4), (0.35, 0.15))
+        )
         labels[((grid - middle) / radius).square().sum(0) < 1] = label
     return labels

@@ -1,6 +1,8 @@
-"""A picture for a newcomer: what a generator makes of layouts that it has never seen, after a minute of training.
+"""A picture for a newcomer: what a generator makes of layouts that it has never seen, after a
+minute of training.
 
-No photographs come with the project, so it learns to paint: a colour for each class, lighter towards the top, and dark outlines.
+No photographs come with the project, so it learns to paint: a colour for each class, lighter
+towards the top, and dark outlines.
 """
 
 import time
@@ -20,19 +22,26 @@ SHOWN = (1001, 1002, 1003)  # and others
 
 
 def save_painting(path, seconds, progress=lambda step, loss: None):
-    """Trains a small generator for so many seconds, and draws three layouts above what it makes of them."""
+    """Trains a small generator for so many seconds, and draws three layouts above what it makes of
+    them.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
     generator = train(seconds, progress)
-    figure, panels = plt.subplots(2, len(SHOWN), figsize=(9, 6.2), facecolor="white", layout="constrained")
+    figure, panels = plt.subplots(
+        2, len(SHOWN), figsize=(9, 6.2), facecolor="white", layout="constrained"
+    )
     for seed, (above, below) in zip(SHOWN, panels.T):
         layout, _ = example(seed)
         with torch.no_grad():
             image = generator(layout)[0]
-        for panel, pixels in (above, random_colours(layout)), (below, image.movedim(0, -1).numpy() / 2 + 0.5):
+        for panel, pixels in (
+            (above, random_colours(layout)),
+            (below, image.movedim(0, -1).numpy() / 2 + 0.5),
+        ):
             panel.imshow(pixels, interpolation="nearest")
             panel.set(xticks=[], yticks=[])
     for panel, text in zip(panels[:, 0], ("layout", "image")):
@@ -43,7 +52,9 @@ def save_painting(path, seconds, progress=lambda step, loss: None):
 
 def train(seconds, progress):
     torch.manual_seed(0)
-    generator = SPADEGenerator.official(CLASSES + 2, ngf=8, nhidden=32, crop_size=SIZE, norm_G="spadeinstance3x3")
+    generator = SPADEGenerator.official(
+        CLASSES + 2, ngf=8, nhidden=32, crop_size=SIZE, norm_G="spadeinstance3x3"
+    )
     optimizer = torch.optim.Adam(generator.parameters(), 1e-3)
     began, step = time.perf_counter(), 0
     while time.perf_counter() - began < seconds:
@@ -73,11 +84,19 @@ def class_colours():
     from matplotlib.colors import hsv_to_rgb
 
     generator = np.random.default_rng(3)
-    hue, saturation, value = generator.random(CLASSES), generator.uniform(0.3, 0.7, CLASSES), generator.uniform(0.55, 0.95, CLASSES)
-    return np.concatenate([hsv_to_rgb(np.stack([hue, saturation, value], axis=1)), np.full((1, 3), 0.8)])
+    hue, saturation, value = (
+        generator.random(CLASSES),
+        generator.uniform(0.3, 0.7, CLASSES),
+        generator.uniform(0.55, 0.95, CLASSES),
+    )
+    return np.concatenate(
+        [hsv_to_rgb(np.stack([hue, saturation, value], axis=1)), np.full((1, 3), 0.8)]
+    )
 
 
 def random_colours(layout):
     """The layout's numbers as shades that say nothing of the painting: [SIZE, SIZE, 3]."""
-    shades = np.random.default_rng(0).permutation(len(layout.palette)) / max(1, len(layout.palette) - 1)
+    shades = np.random.default_rng(0).permutation(len(layout.palette)) / max(
+        1, len(layout.palette) - 1
+    )
     return np.repeat(0.25 + 0.7 * shades[layout.codes[0].numpy()][..., None], 3, axis=-1)

@@ -1,7 +1,9 @@
-"""What can be proved of the Triton kernels without a GPU: every configuration is compiled, and what came of it is read.
+"""What can be proved of the Triton kernels without a GPU: every configuration is compiled, and what
+came of it is read.
 
-The package's own functions are called, on small tensors of the CPU, with a driver that says that there is a GPU; what they would
-launch is compiled and noted instead. So what is proved is what is shipped: tiles, warps, and what is known of each argument.
+The package's own functions are called, on small tensors of the CPU, with a driver that says that
+there is a GPU; what they would launch is compiled and noted instead. So what is proved is what is
+shipped: tiles, warps, and what is known of each argument.
 """
 
 import collections
@@ -19,11 +21,27 @@ import torch
 from rich.table import Table
 
 CAPABILITIES = (80, 90, 100)
-DTYPES = {"float32": (torch.float32, torch.float32), "bfloat16": (torch.bfloat16, torch.bfloat16),
-          "float16": (torch.float16, torch.float16), "float32, γ bfloat16": (torch.float32, torch.bfloat16)}
-ACTIVATIONS = {"none": None, "leaky_relu": "leaky_relu", "silu": "silu"}  # relu is compiled as leaky_relu is
-ALIGNED_SIZES = ((32, 32), (64, 64), (128, 128))  # of 128 channels: the last takes two passes in backward, all with a table do
-ODD_SIZES = ((5, 9), (45, 45), (91, 89))  # of 35 channels; nearly the largest planes that one pass holds
+DTYPES = {
+    "float32": (torch.float32, torch.float32),
+    "bfloat16": (torch.bfloat16, torch.bfloat16),
+    "float16": (torch.float16, torch.float16),
+    "float32, γ bfloat16": (torch.float32, torch.bfloat16),
+}
+ACTIVATIONS = {
+    "none": None,
+    "leaky_relu": "leaky_relu",
+    "silu": "silu",
+}  # relu is compiled as leaky_relu is
+ALIGNED_SIZES = (
+    (32, 32),
+    (64, 64),
+    (128, 128),
+)  # of 128 channels: the last takes two passes in backward, all with a table do
+ODD_SIZES = (
+    (5, 9),
+    (45, 45),
+    (91, 89),
+)  # of 35 channels; nearly the largest planes that one pass holds
 ROWS = 100  # of a table
 PROCESSORS = 132  # of the GPU that there would be
 
@@ -66,12 +84,25 @@ class Proof:
     @property
     def streams(self):
         """Whether the kernel goes through memory in order."""
-        return self.kernel not in OUT_OF_ORDER and IN_ORDER.get(self.kernel, self.layout) == self.layout
+        return (
+            self.kernel not in OUT_OF_ORDER
+            and IN_ORDER.get(self.kernel, self.layout) == self.layout
+        )
 
 
-IN_ORDER = {"sum_pieces_kernel": "channels-last", "hash_kernel": "contiguous"}  # in this layout alone
-OUT_OF_ORDER = ("combine_moments_kernel", "combine_sums_kernel", "find_pieces_kernel", "list_pieces_kernel", "sum_planes_kernel",
-                "sum_rows_kernel", "differ_kernel")
+IN_ORDER = {
+    "sum_pieces_kernel": "channels-last",
+    "hash_kernel": "contiguous",
+}  # in this layout alone
+OUT_OF_ORDER = (
+    "combine_moments_kernel",
+    "combine_sums_kernel",
+    "find_pieces_kernel",
+    "list_pieces_kernel",
+    "sum_planes_kernel",
+    "sum_rows_kernel",
+    "differ_kernel",
+)
 
 
 def prove(capabilities=CAPABILITIES, dtypes=DTYPES, activations=ACTIVATIONS, processes=None):
@@ -80,22 +111,43 @@ def prove(capabilities=CAPABILITIES, dtypes=DTYPES, activations=ACTIVATIONS, pro
         raise RuntimeError("TRITON_INTERPRET is 1: kernels that are interpreted are not compiled")
     tasks = list(itertools.product(capabilities, dtypes))
     with multiprocessing.get_context("spawn").Pool(processes or os.cpu_count()) as pool:
-        found = pool.starmap(functools.partial(_prove, activations=[ACTIVATIONS[name] for name in activations]), tasks, chunksize=1)
+        found = pool.starmap(
+            functools.partial(_prove, activations=[ACTIVATIONS[name] for name in activations]),
+            tasks,
+            chunksize=1,
+        )
     return [proof for proofs in found for proof in proofs]
 
 
 def _prove(capability, dtype, activations):
     torch.set_num_threads(1)
     proofs = {}
-    for layout, modulation, activation in itertools.product(("contiguous", "channels-last"), ("dense", "table"), activations):
+    for layout, modulation, activation in itertools.product(
+        ("contiguous", "channels-last"), ("dense", "table"), activations
+    ):
         for channels, sizes, aligned in ((128, ALIGNED_SIZES, True), (35, ODD_SIZES, False)):
             for size in sizes:
                 with _compiling(capability) as launched:
-                    _call_everything(channels, size, *DTYPES[dtype], layout == "channels-last", modulation == "table", activation)
+                    _call_everything(
+                        channels,
+                        size,
+                        *DTYPES[dtype],
+                        layout == "channels-last",
+                        modulation == "table",
+                        activation,
+                    )
                 for kernel, compiled in launched:
                     if compiled.hash not in proofs:
-                        proofs[compiled.hash] = Proof(kernel, dtype, layout, modulation, activation, aligned, capability,
-                                                      **_read(compiled))
+                        proofs[compiled.hash] = Proof(
+                            kernel,
+                            dtype,
+                            layout,
+                            modulation,
+                            activation,
+                            aligned,
+                            capability,
+                            **_read(compiled),
+                        )
     return list(proofs.values())
 
 
@@ -104,7 +156,11 @@ def _call_everything(channels, size, dtype, gamma_dtype, last, table, activation
     from spade_fast.kernels import numbering, triton_kernels
 
     def tensor(dtype):
-        x = torch.empty(2, *size, channels, dtype=dtype).movedim(-1, 1) if last else torch.empty(2, channels, *size, dtype=dtype)
+        x = (
+            torch.empty(2, *size, channels, dtype=dtype).movedim(-1, 1)
+            if last
+            else torch.empty(2, channels, *size, dtype=dtype)
+        )
         return x
 
     x, dy, index, order = tensor(dtype), tensor(torch.promote_types(dtype, gamma_dtype)), None, None
@@ -126,16 +182,25 @@ def _call_everything(channels, size, dtype, gamma_dtype, last, table, activation
     triton_kernels.backward_input(dy, x, *modulation, signs, None, *settings)
     triton_kernels.instance_backward(dy, x, *modulation, order, signs, *settings)
     if dtype == gamma_dtype != torch.float32:
-        rows, weight = torch.empty(ROWS, channels, dtype=dtype), torch.empty(2 * channels, channels, 3, 3, dtype=dtype)
+        rows, weight = (
+            torch.empty(ROWS, channels, dtype=dtype),
+            torch.empty(2 * channels, channels, 3, 3, dtype=dtype),
+        )
         for windows in (100, 1000, 3000, 30000):  # in tiles of each size
             lists = torch.empty(windows + 1, dtype=torch.int32)
-            triton_kernels.convolve_windows(rows, weight, weight.new_empty(2 * channels), lists, lists)
+            triton_kernels.convolve_windows(
+                rows, weight, weight.new_empty(2 * channels), lists, lists
+            )
     bits = x.view(numbering.BITS[x.element_size()]).flatten(2)
-    triton_kernels.vectors_differ(bits, triton_kernels.hash_vectors(bits, numbering.multiplier(0)).flatten())
+    triton_kernels.vectors_differ(
+        bits, triton_kernels.hash_vectors(bits, numbering.multiplier(0)).flatten()
+    )
 
 
 class _compiling:
-    """Inside, Triton believes in a GPU, and what would be launched is compiled and listed instead, by name."""
+    """Inside, Triton believes in a GPU, and what would be launched is compiled and listed instead,
+    by name.
+    """
 
     def __init__(self, capability):
         from triton.backends.compiler import GPUTarget
@@ -159,7 +224,12 @@ class _compiling:
         self.run, self.processors, launched = JITFunction.run, plan.processors, []
 
         def compile_only(function, *arguments, grid, warmup, **settings):
-            launched.append((function.fn.__name__, self.run(function, *arguments, grid=grid, warmup=True, **settings)))
+            launched.append(
+                (
+                    function.fn.__name__,
+                    self.run(function, *arguments, grid=grid, warmup=True, **settings),
+                )
+            )
 
         driver.set_active(self)
         JITFunction.run, plan.processors = compile_only, lambda device: PROCESSORS
@@ -173,19 +243,32 @@ class _compiling:
 
 
 def _read(compiled):
-    """Registers and memory of a compiled kernel from its machine code; widths and types from its PTX, where they stand as they stay."""
+    """Registers and memory of a compiled kernel from its machine code; widths and types from its
+    PTX, where they stand as they stay.
+    """
     import triton
 
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
-        listing = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True)
-    usage = {name: int(number) for name, number in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", listing.stdout + listing.stderr)}
+        listing = subprocess.run(
+            [tool, "-res-usage", file.name], capture_output=True, text=True, check=True
+        )
+    usage = {
+        name: int(number)
+        for name, number in re.findall(
+            r"\b(REG|STACK|LOCAL):(\d+)", listing.stdout + listing.stderr
+        )
+    }
     widths = {"ld": collections.Counter(), "st": collections.Counter()}
-    for instruction, vector, bits in re.findall(r"\b(ld|st)\.global[.\w]*?(?:\.v(\d))?\.[busf](\d+)", compiled.asm["ptx"]):
+    for instruction, vector, bits in re.findall(
+        r"\b(ld|st)\.global[.\w]*?(?:\.v(\d))?\.[busf](\d+)", compiled.asm["ptx"]
+    ):
         widths[instruction][int(vector or 1) * int(bits) // 8] += 1
-    for width in re.findall(r"\bcp\.async\.c[ag]\.shared\.global[^;]*?\], 0x(\w+)", compiled.asm["ptx"]):  # to shared memory
+    for width in re.findall(
+        r"\bcp\.async\.c[ag]\.shared\.global[^;]*?\], 0x(\w+)", compiled.asm["ptx"]
+    ):  # to shared memory
         widths["ld"][int(width, 16)] += 1
     return {
         "registers": usage["REG"],
@@ -194,23 +277,58 @@ def _read(compiled):
         "loads": dict(widths["ld"]),
         "stores": dict(widths["st"]),
         "double": len(re.findall(r"\.f64\b", compiled.asm["ptx"])),
-        "tensor_cores": len(re.findall(r"\b(?:mma\.sync|wgmma\.mma_async|tcgen05\.mma)\b", compiled.asm["ptx"])),
+        "tensor_cores": len(
+            re.findall(r"\b(?:mma\.sync|wgmma\.mma_async|tcgen05\.mma)\b", compiled.asm["ptx"])
+        ),
     }
 
 
 def table(proofs):
-    """The worst of each kernel over activations and capabilities, a line for each dtype, layout and kind of modulation."""
-    result = Table(caption="registers, stack and shared memory: the most. loads and stores: bytes at a time in sizes divisible by 16.")
+    """The worst of each kernel over activations and capabilities, a line for each dtype, layout and
+    kind of modulation.
+    """
+    result = Table(
+        caption=(
+            "registers, stack and shared memory: the most. loads and stores: bytes at a time in"
+            " sizes divisible by 16."
+        )
+    )
     for name in ("kernel", "dtype", "layout", "γ and β"):
         result.add_column(name)
     for name in ("registers", "stack", "shared", "loads", "stores", "double"):
         result.add_column(name, justify="right")
     groups = {}
     for proof in proofs:
-        groups.setdefault((proof.kernel, proof.dtype, proof.layout, proof.modulation), []).append(proof)
+        groups.setdefault((proof.kernel, proof.dtype, proof.layout, proof.modulation), []).append(
+            proof
+        )
     for key, group in sorted(groups.items()):
-        most = [str(max(getattr(proof, name) for proof in group)) for name in ("registers", "stack", "shared")]
-        widths = [", ".join(map(str, sorted({width for proof in group if proof.aligned for width in getattr(proof, name)}, reverse=True)))
-                  for name in ("loads", "stores")]
-        result.add_row(key[0].removesuffix("_kernel"), *key[1:], *most, *widths, str(max(proof.double for proof in group)))
+        most = [
+            str(max(getattr(proof, name) for proof in group))
+            for name in ("registers", "stack", "shared")
+        ]
+        widths = [
+            ", ".join(
+                map(
+                    str,
+                    sorted(
+                        {
+                            width
+                            for proof in group
+                            if proof.aligned
+                            for width in getattr(proof, name)
+                        },
+                        reverse=True,
+                    ),
+                )
+            )
+            for name in ("loads", "stores")
+        ]
+        result.add_row(
+            key[0].removesuffix("_kernel"),
+            *key[1:],
+            *most,
+            *widths,
+            str(max(proof.double for proof in group)),
+        )
     return result

@@ -18,11 +18,15 @@ from .measure import LIMIT_IN_DOUBLE
 
 def table(rows):
     """A rich table of measured rows: a section for each problem."""
-    result = Table(caption="match: error as a fraction of what is allowed. ratio: eager's time over this, round by round. "
-                   "overhead: this time over that of plain instance norm. of a copy: the bytes that it has to move over this "
-                   "time, of what a copy moves.")
+    result = Table(
+        caption="match: error as a fraction of what is allowed. ratio: eager's time over this, round"
+        " by round. overhead: this time over that of plain instance norm. of a copy: the bytes that it"
+        " has to move over this time, of what a copy moves."
+    )
     result.add_column("variant")
-    names = ["match", "time", "spread", "ratio (quartiles)", "overhead", "memory"] + ["of a copy"] * any(row.bandwidth for row in rows)
+    names = ["match", "time", "spread", "ratio (quartiles)", "overhead", "memory"] + [
+        "of a copy"
+    ] * any(row.bandwidth for row in rows)
     for name in names:
         result.add_column(name, justify="right")
     before = None
@@ -37,7 +41,9 @@ def table(rows):
 
 
 def match(row):
-    """Whether the row is right, and how far it is from wrong: its error as a fraction of what is allowed."""
+    """Whether the row is right, and how far it is from wrong: its error as a fraction of what is
+    allowed.
+    """
     if row.failure:
         return "[red]failed"
     if row.excess is None:
@@ -53,31 +59,46 @@ def numbers(row):
         return []
     ratio = f"{row.ratio[1]:.2f} ({row.ratio[0]:.2f}–{row.ratio[2]:.2f})" if row.ratio else ""
     overhead = f"{row.overhead:.2f}" if row.overhead else ""
-    return [f"{row.median * 1e3:.2f} ms", f"± {row.spread * 100:.0f}%", ratio, overhead, f"{row.peak_memory / 2**20:.1f} MiB",
-            *([f"{row.bandwidth:.0%}"] if row.bandwidth else [])]
+    return [
+        f"{row.median * 1e3:.2f} ms",
+        f"± {row.spread * 100:.0f}%",
+        ratio,
+        overhead,
+        f"{row.peak_memory / 2**20:.1f} MiB",
+        *([f"{row.bandwidth:.0%}"] if row.bandwidth else []),
+    ]
 
 
 def environment(settings):
     """What a reader must know to repeat the numbers."""
     cuda = torch.device(settings.device).type == "cuda"
     return {
-        "device": torch.cuda.get_device_name() if cuda else f"CPU {processor()}, {torch.get_num_threads()} threads",
+        "device": torch.cuda.get_device_name()
+        if cuda
+        else f"CPU {processor()}, {torch.get_num_threads()} threads",
         "dtype": str(settings.dtype).removeprefix("torch."),
         "torch": torch.__version__,
         "torch.compile": settings.compile_mode,
         "spade_fast": spade_fast.__version__,
         "commit": commit(),
-        "allocator": {name: value for name, value in os.environ.items() if name.startswith("MALLOC_")} or "as the system has it",
+        "allocator": {
+            name: value for name, value in os.environ.items() if name.startswith("MALLOC_")
+        }
+        or "as the system has it",
         "backends": {status.name: status.reason or "runs" for status in spade_fast.backends()},
         "date": datetime.now(timezone.utc).date().isoformat(),
     }
 
 
 def commit():
-    """Which commit of this project runs; where there is no git to ask, what the environment variable COMMIT says."""
+    """Which commit of this project runs; where there is no git to ask, what the environment
+    variable COMMIT says.
+    """
     try:
         command = ["git", "describe", "--always", "--dirty"]
-        found = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent).stdout.strip()
+        found = subprocess.run(
+            command, capture_output=True, text=True, cwd=Path(__file__).parent
+        ).stdout.strip()
     except OSError:
         found = ""
     return found or os.environ.get("COMMIT", "unknown")
@@ -93,8 +114,12 @@ def processor():
 
 
 def save_json(path, facts, rows):
-    """Everything that was measured, each single time included, a line for each row; facts: the environment when it began."""
-    records = [dataclasses.asdict(row) | {"times": [round(time, 7) for time in row.times]} for row in rows]
+    """Everything that was measured, each single time included, a line for each row; facts: the
+    environment when it began.
+    """
+    records = [
+        dataclasses.asdict(row) | {"times": [round(time, 7) for time in row.times]} for row in rows
+    ]
     lines = ",\n".join(map(json.dumps, records))
     unfinished = path.with_name(f"{path.name}.unfinished")
     unfinished.write_text(f'{{"environment": {json.dumps(facts)},\n"rows": [\n{lines}]}}\n')
@@ -115,42 +140,79 @@ COLOURS = {
 
 
 def save_chart(path, facts, rows):
-    """Bars of time over the floor's (or where there is no floor, over eager's), a group for each problem, as a PNG (or what the path's
-    ending says)."""
+    """Bars of time over the floor's (or where there is no floor, over eager's), a group for each
+    problem, as a PNG (or what the path's ending says).
+    """
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
     floors = any(row.overhead for row in rows)
-    shown = [row for row in rows if (row.overhead if floors else row.ratio) and not row.variant.startswith("floor")]
+    shown = [
+        row
+        for row in rows
+        if (row.overhead if floors else row.ratio) and not row.variant.startswith("floor")
+    ]
     groups = list(dict.fromkeys((row.case, row.problem, row.mode) for row in shown))
     variants = [variant for variant in COLOURS if any(row.variant == variant for row in shown)]
     height = 0.9 / len(variants)
-    figure, axes = plt.subplots(figsize=(9, 1.2 + 0.22 * len(variants) * len(groups)), layout="constrained")
+    figure, axes = plt.subplots(
+        figsize=(9, 1.2 + 0.22 * len(variants) * len(groups)), layout="constrained"
+    )
     lengths = [row.overhead if floors else 1 / row.ratio[1] for row in shown]
     labelled = set()
     for row, length in zip(shown, lengths):
         group = groups.index((row.case, row.problem, row.mode))
         place = group + height * (variants.index(row.variant) - (len(variants) - 1) / 2)
-        label = None if row.variant in labelled else {"eager": "eager PyTorch"}.get(row.variant, row.variant)
+        label = (
+            None
+            if row.variant in labelled
+            else {"eager": "eager PyTorch"}.get(row.variant, row.variant)
+        )
         labelled.add(row.variant)
         axes.barh(place, length, 0.92 * height, color=COLOURS[row.variant], label=label)
         milliseconds = row.median * 1e3
         text = f"{length:.2f}   {milliseconds:.{0 if milliseconds >= 100 else 2}f} ms"
-        axes.annotate(text, (length, place), (4, 0), textcoords="offset points", va="center", fontsize=8,
-                      bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.5})
-    axes.axvline(1, color="black", linewidth=1, linestyle="--", zorder=0, label="floor: plain instance norm" if floors else None)
-    axes.set_yticks(range(len(groups)), [f"{case} {problem}\n{mode}" for case, problem, mode in groups])
+        axes.annotate(
+            text,
+            (length, place),
+            (4, 0),
+            textcoords="offset points",
+            va="center",
+            fontsize=8,
+            bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.5},
+        )
+    axes.axvline(
+        1,
+        color="black",
+        linewidth=1,
+        linestyle="--",
+        zorder=0,
+        label="floor: plain instance norm" if floors else None,
+    )
+    axes.set_yticks(
+        range(len(groups)), [f"{case} {problem}\n{mode}" for case, problem, mode in groups]
+    )
     axes.invert_yaxis()
     axes.set_xlim(0, 1.25 * max(lengths))
-    compared = "of the same network with plain instance norm in place of SPADE" if floors else "of eager PyTorch"
+    compared = (
+        "of the same network with plain instance norm in place of SPADE"
+        if floors
+        else "of eager PyTorch"
+    )
     axes.set_xlabel(f"time ÷ time {compared} (less is better)")
     axes.set_title(f"{facts['device']}, {facts['dtype']}, torch {facts['torch']}", fontsize=10)
     axes.spines[["top", "right"]].set_visible(False)
     handles, labels = axes.get_legend_handles_labels()
     order = sorted(range(len(labels)), key=lambda number: labels[number].startswith("floor"))
-    figure.legend([handles[number] for number in order], [labels[number] for number in order], loc="outside lower center", ncols=5,
-                  frameon=False, fontsize=9)
+    figure.legend(
+        [handles[number] for number in order],
+        [labels[number] for number in order],
+        loc="outside lower center",
+        ncols=5,
+        frameon=False,
+        fontsize=9,
+    )
     figure.savefig(path, dpi=150)
     plt.close(figure)

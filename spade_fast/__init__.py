@@ -1,8 +1,10 @@
-"""SPADE (spatially-adaptive normalisation, Park et al. 2019), fast: the same parameters, the same numbers.
+"""SPADE (spatially-adaptive normalisation, Park et al. 2019), fast: the same parameters, the same
+numbers.
 
-`SPADE` and `SPADEResnetBlock` replace the published layers, `SPADEGenerator`, `ConvEncoder` and `MultiscaleDiscriminator` the networks,
-`convert` the SPADEs of other models. `spade_modulate` is the fused operation beneath them, and `backends()` says which kernels run here
-and why not the others. `spade_fast.reference` is the plain PyTorch of it all.
+`SPADE` and `SPADEResnetBlock` replace the published layers, `SPADEGenerator`, `ConvEncoder` and
+`MultiscaleDiscriminator` the networks, `convert` the SPADEs of other models. `spade_modulate` is
+the fused operation beneath them, and `backends()` says which kernels run here and why not the
+others. `spade_fast.reference` is the plain PyTorch of it all.
 """
 
 from . import checkpoint
@@ -11,7 +13,15 @@ from .graphs import Graphed
 from .kernels import BackendStatus, backends, use_backend
 from .layout import SemanticLayout
 from .nn import (
-    SPADE, ConvEncoder, MultiscaleDiscriminator, SPADEGenerator, SPADEResBlk, SPADEResnetBlock, frozen, reparameterize, window_mode,
+    SPADE,
+    ConvEncoder,
+    MultiscaleDiscriminator,
+    SPADEGenerator,
+    SPADEResBlk,
+    SPADEResnetBlock,
+    frozen,
+    reparameterize,
+    window_mode,
 )
 from .ops import plane_moments, spade_modulate
 

@@ -19,8 +19,11 @@ class Result(NamedTuple):
     """What `check` found."""
 
     report: Report
-    errors: dict  # relative error in float64 of each output ("output 0", …) and of the worst gradient ("gradient of …")
-    seconds: dict  # median of a call, by mode ("forward", "forward and backward"): the model's own, and converted
+    # relative error in float64 of each output ("output 0", …) and of the worst gradient ("gradient
+    # of …")
+    errors: dict
+    # median of a call, by mode ("forward", "forward and backward"): the model's own, and converted
+    seconds: dict
 
     @property
     def agrees(self):
@@ -28,37 +31,54 @@ class Result(NamedTuple):
 
 
 def load(name):
-    """The model and its arguments from "module:function": a function without arguments that returns them, (model, arguments).
+    """The model and its arguments from "module:function": a function without arguments that returns
+    them, (model, arguments).
 
     Errors: ValueError where there is no such function, or it returns something else.
     """
     module_name, _, attribute = name.partition(":")
     if not module_name or not attribute:
-        raise ValueError(f"{name!r} should be MODULE:FUNCTION, such as my_project.models:generator_and_inputs")
+        raise ValueError(
+            f"{name!r} should be MODULE:FUNCTION, such as my_project.models:generator_and_inputs"
+        )
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
     try:
         function = getattr(importlib.import_module(module_name), attribute)
     except (ImportError, AttributeError) as error:
         raise ValueError(f"{name!r} cannot be imported: {error}") from error
-    found = function() if callable(function) and not isinstance(function, torch.nn.Module) else function
-    if not (isinstance(found, tuple) and len(found) == 2 and isinstance(found[0], torch.nn.Module) and isinstance(found[1], (tuple, list))):
-        raise ValueError(f"{name!r} should return (model, arguments): a torch.nn.Module, and what it is called with as a tuple")
+    found = (
+        function() if callable(function) and not isinstance(function, torch.nn.Module) else function
+    )
+    if not (
+        isinstance(found, tuple)
+        and len(found) == 2
+        and isinstance(found[0], torch.nn.Module)
+        and isinstance(found[1], (tuple, list))
+    ):
+        raise ValueError(
+            f"{name!r} should return (model, arguments): a torch.nn.Module, and what it is called"
+            " with as a tuple"
+        )
     return found
 
 
 def check(model, arguments, seconds=10.0):
-    """Converts a copy of the model and compares the two. Neither the model nor its arguments change.
+    """Converts a copy of the model and compares the two. Neither the model nor its arguments
+    change.
 
     Args:
         model: a torch.nn.Module, in the mode that it is to be checked in.
-        arguments: what it is called with; its result is a tensor, or a tuple, list or dictionary that has some.
+        arguments: what it is called with; its result is a tensor, or a tuple, list or dictionary
+            that has some.
         seconds: how long the two are timed for.
     """
     fast = copy.deepcopy(model)
     report = convert(fast)
     with torch.random.fork_rng(range(torch.cuda.device_count())):
-        truth, ours = (outcome(_double(copy.deepcopy(one)), _double(arguments)) for one in (model, fast))
+        truth, ours = (
+            outcome(_double(copy.deepcopy(one)), _double(arguments)) for one in (model, fast)
+        )
         seconds = time_both(copy.deepcopy(model), fast, arguments, seconds)
     return Result(report, compare(truth, ours), seconds)
 
@@ -67,13 +87,23 @@ def outcome(model, arguments):
     """Outputs and gradients by name, of one forward and backward."""
     torch.manual_seed(0)
     tensors = outputs(model(*arguments))
-    wanted = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    wanted = {
+        name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad
+    }
     found = {f"output {number}": tensor.detach() for number, tensor in enumerate(tensors)}
     differentiable = [tensor for tensor in tensors if tensor.requires_grad]
     if wanted and differentiable:
-        gradients = torch.autograd.grad(differentiable, list(wanted.values()), [torch.cos(tensor.detach()) for tensor in differentiable],
-                                        allow_unused=True)
-        found |= {f"gradient of {name}": tensor for name, tensor in zip(wanted, gradients) if tensor is not None}
+        gradients = torch.autograd.grad(
+            differentiable,
+            list(wanted.values()),
+            [torch.cos(tensor.detach()) for tensor in differentiable],
+            allow_unused=True,
+        )
+        found |= {
+            f"gradient of {name}": tensor
+            for name, tensor in zip(wanted, gradients)
+            if tensor is not None
+        }
     return found
 
 
@@ -81,18 +111,31 @@ def outputs(result):
     """The floating-point tensors of what a model returns."""
     if isinstance(result, torch.Tensor):
         return [result] if result.is_floating_point() else []
-    parts = result.values() if isinstance(result, dict) else result if isinstance(result, (tuple, list)) else ()
+    parts = (
+        result.values()
+        if isinstance(result, dict)
+        else result
+        if isinstance(result, (tuple, list))
+        else ()
+    )
     return [tensor for part in parts for tensor in outputs(part)]
 
 
 def compare(truth, ours):
-    """The relative error of each output and of the worst gradient; a gradient that is nothing but rounding is judged beside the others."""
-    largest = max((tensor.norm().item() for name, tensor in truth.items() if name.startswith("gradient")), default=0.0)
+    """The relative error of each output and of the worst gradient; a gradient that is nothing but
+    rounding is judged beside the others.
+    """
+    largest = max(
+        (tensor.norm().item() for name, tensor in truth.items() if name.startswith("gradient")),
+        default=0.0,
+    )
     errors = {}
     for name, tensor in truth.items():
         scale = max(tensor.norm().item(), 1e-6 * largest if name.startswith("gradient") else 0.0)
         error = (ours[name] - tensor).norm().item() if name in ours else float("inf")
-        errors[name] = float("inf") if error != error else error / scale if scale else error  # NaN agrees with nothing
+        errors[name] = (
+            float("inf") if error != error else error / scale if scale else error
+        )  # NaN agrees with nothing
     gradients = {name: error for name, error in errors.items() if name.startswith("gradient")}
     worst = [max(gradients, key=gradients.get)] if gradients else []
     return {name: error for name, error in errors.items() if name not in gradients or name in worst}
@@ -100,12 +143,15 @@ def compare(truth, ours):
 
 def time_both(own, fast, arguments, seconds):
     """Medians of calls, the two models in turn: {mode: (own, fast)}."""
+
     def forward(model):
         with torch.no_grad():
             model(*arguments)
 
     def both(model):
-        tensors = [tensor.float().sum() for tensor in outputs(model(*arguments)) if tensor.requires_grad]
+        tensors = [
+            tensor.float().sum() for tensor in outputs(model(*arguments)) if tensor.requires_grad
+        ]
         if tensors:
             sum(tensors).backward()
 

@@ -37,10 +37,17 @@ def info():
 
 @app.command()
 def check(
-    name: Annotated[str, typer.Argument(metavar="MODULE:FUNCTION", help="Returns (model, arguments); MODULE as for import.")],
+    name: Annotated[
+        str,
+        typer.Argument(
+            metavar="MODULE:FUNCTION", help="Returns (model, arguments); MODULE as for import."
+        ),
+    ],
     seconds: Annotated[float, typer.Option(min=0, help="How long the two are timed for.")] = 10,
 ):
-    """Convert a model, compare outputs and gradients with its own, and time both. Exits with 1 where they differ."""
+    """Convert a model, compare outputs and gradients with its own, and time both. Exits with 1
+    where they differ.
+    """
     try:
         model, arguments = checking.load(name)
     except ValueError as error:
@@ -53,7 +60,12 @@ def check(
     console.print(table)
     table = Table("", "its own", "converted", "times as fast", title="Time of a call")
     for mode, (own, fast) in result.seconds.items():
-        table.add_row(mode, f"{own * 1e3:.1f} ms", f"{fast * 1e3:.1f} ms", f"{own / fast:.2f}" if result.agrees else "[red]differs")
+        table.add_row(
+            mode,
+            f"{own * 1e3:.1f} ms",
+            f"{fast * 1e3:.1f} ms",
+            f"{own / fast:.2f}" if result.agrees else "[red]differs",
+        )
     console.print(table)
     if not result.agrees:
         raise typer.Exit(1)
@@ -61,7 +73,11 @@ def check(
 
 def facts():
     """What `info` says of the machine: name to text."""
-    found = {"spade_fast": __version__, "Python": platform.python_version(), "torch": torch.__version__}
+    found = {
+        "spade_fast": __version__,
+        "Python": platform.python_version(),
+        "torch": torch.__version__,
+    }
     for package in ("triton", "numpy"):
         try:
             found[package] = metadata.version(package)
@@ -72,11 +88,15 @@ def facts():
     library = cpu_backend.library
     found["instruction sets"] = "unknown: spade_fast._cpu is not there"
     if library is not None:
-        found["instruction sets"] = f"{', '.join(library.instruction_sets())}; {library.instruction_set()} is used"
+        found["instruction sets"] = (
+            f"{', '.join(library.instruction_sets())}; {library.instruction_set()} is used"
+        )
     for index in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(index)
         capability = f"sm_{properties.major}{properties.minor}"
-        found[f"cuda:{index}"] = f"{properties.name}, {capability}, {properties.total_memory / 2**30:.0f} GiB"
+        found[f"cuda:{index}"] = (
+            f"{properties.name}, {capability}, {properties.total_memory / 2**30:.0f} GiB"
+        )
     if torch.cuda.device_count() == 0:
         found["GPUs"] = "none"
     return found

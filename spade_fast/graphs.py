@@ -1,4 +1,6 @@
-"""A network as a CUDA graph, for inference: at small batches the host cannot launch kernels as fast as a GPU runs them."""
+"""A network as a CUDA graph, for inference: at small batches the host cannot launch kernels as fast
+as a GPU runs them.
+"""
 
 from contextlib import contextmanager
 
@@ -11,14 +13,17 @@ from .nn.spade import SpatiallyAdaptive
 
 
 class Graphed:
-    """network(layout, *inputs) as one CUDA graph, for all layouts of one size: what is captured reads from the same memory each time.
+    """network(layout, *inputs) as one CUDA graph, for all layouts of one size: what is captured
+    reads from the same memory each time.
 
-    A layout is numbered first, which waits for the GPU; then everything is one launch. The tables of γ and β, which x has no part in,
-    are made beside the network: small kernels that would else stand in its way. A layout with more windows than there is room for has
-    the graph captured anew, with more.
+    A layout is numbered first, which waits for the GPU; then everything is one launch. The tables
+    of γ and β, which x has no part in, are made beside the network: small kernels that would else
+    stand in its way. A layout with more windows than there is room for has the graph captured anew,
+    with more.
 
     Args:
-        network: a module in eval mode, on a GPU, that returns a tensor; its weights may change in place.
+        network: a module in eval mode, on a GPU, that returns a tensor; its weights may change in
+            place.
         layout: a SemanticLayout of the size that all will have.
         inputs: tensors, such as z, whose shapes all calls share.
         room: how many times as many windows as this layout's there is memory for.
@@ -29,12 +34,16 @@ class Graphed:
 
     def __init__(self, network, layout, *inputs, room=1.5):
         if network.training:
-            raise ValueError("network is in train mode, it should be in eval mode: a graph is for inference")
+            raise ValueError(
+                "network is in train mode, it should be in eval mode: a graph is for inference"
+            )
         if room < 1:
             raise ValueError(f"room is {room}, it should be 1 or more")
         self._check(layout)
         if layout.device.type != "cuda":
-            raise ValueError(f"layout is on {layout.device}, it should be on a GPU: CUDA graphs are theirs")
+            raise ValueError(
+                f"layout is on {layout.device}, it should be on a GPU: CUDA graphs are theirs"
+            )
         self.network, self.room = network, room
         self._inputs = [given.detach().clone() for given in inputs]
         self._capture(layout)
@@ -43,9 +52,14 @@ class Graphed:
     def __call__(self, layout, *inputs):
         """What network(layout, *inputs) is, a new tensor."""
         self._check(layout)
-        if [(given.shape, given.dtype) for given in inputs] != [(own.shape, own.dtype) for own in self._inputs]:
-            raise ValueError(f"inputs are {[(list(given.shape), given.dtype) for given in inputs]}, they should be as at first, "
-                             f"{[(list(own.shape), own.dtype) for own in self._inputs]}")
+        if [(given.shape, given.dtype) for given in inputs] != [
+            (own.shape, own.dtype) for own in self._inputs
+        ]:
+            raise ValueError(
+                f"inputs are {[(list(given.shape), given.dtype) for given in inputs]}, they should"
+                " be as at first, "
+                f"{[(list(own.shape), own.dtype) for own in self._inputs]}"
+            )
         for own, given in zip(self._inputs, inputs):
             own.copy_(given)
         if not write_over(self._layout, layout):
@@ -56,11 +70,17 @@ class Graphed:
     @torch.no_grad()
     def _capture(self, layout):
         ahead = TablesAhead()
-        spades = [module for module in self.network.modules() if isinstance(module, SpatiallyAdaptive)]
+        spades = [
+            module for module in self.network.modules() if isinstance(module, SpatiallyAdaptive)
+        ]
         with torch.cuda.device(layout.device), keep_in(ahead, spades):
             aside = torch.cuda.Stream()
             aside.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(aside):  # libraries make their workspaces, and the layout its windows, before anything is captured
+            with torch.cuda.stream(
+                aside
+                # libraries make their workspaces, and the layout its windows, before anything is
+                # captured
+            ):
                 self.network(layout, *self._inputs)
                 self._layout = with_room(layout, self.room)
                 self.network(self._layout, *self._inputs)
@@ -75,8 +95,10 @@ class Graphed:
 
 
 class TablesAhead:
-    """What SPADEs get their tables from while their network is captured: they are made in the order in which the run before it asked for
-    them, all on a stream of their own, and each is waited for where it is first used."""
+    """What SPADEs get their tables from while their network is captured: they are made in the order
+    in which the run before it asked for them, all on a stream of their own, and each is waited for
+    where it is first used.
+    """
 
     def __init__(self):
         self._asked, self._made = {}, {}
@@ -97,31 +119,51 @@ class TablesAhead:
         here, beside = torch.cuda.current_stream(), torch.cuda.Stream()
         beside.wait_stream(here)
         with torch.cuda.stream(beside):
-            self._made = {of: (compute(), beside.record_event()) for of, compute in self._asked.items() if of[0] is layout}
+            self._made = {
+                of: (compute(), beside.record_event())
+                for of, compute in self._asked.items()
+                if of[0] is layout
+            }
         yield
         here.wait_stream(beside)
 
 
 def with_room(layout, room):
-    """A copy with the windows that the layout has so far, in memory for `room` times as many. Without what backward reads."""
-    copy = SemanticLayout(layout.codes.clone(), _more_codes(layout.palette, int(len(layout.palette) * room)))
+    """A copy with the windows that the layout has so far, in memory for `room` times as many.
+    Without what backward reads.
+    """
+    copy = SemanticLayout(
+        layout.codes.clone(), _more_codes(layout.palette, int(len(layout.palette) * room))
+    )
     for key, windows in layout._windows.items():
-        sums = [_more_windows(part, key, int((len(part.offsets) - 1) * room) + 1) for part in windows[:2]]
+        sums = [
+            _more_windows(part, key, int((len(part.offsets) - 1) * room) + 1)
+            for part in windows[:2]
+        ]
         copy._windows[key] = Windows(*sums, windows.index.clone(), windows.order.clone())
     return copy
 
 
 def write_over(room, layout):
-    """Writes a layout into the memory of one that `with_room` made. Returns whether there is enough; where not, nothing is written.
+    """Writes a layout into the memory of one that `with_room` made. Returns whether there is
+    enough; where not, nothing is written.
 
     Errors: ValueError where they differ in size, channels, dtype or device.
     """
-    kinds = [(list(one.codes.shape), one.label_nc, one.palette.dtype, one.device) for one in (layout, room)]
+    kinds = [
+        (list(one.codes.shape), one.label_nc, one.palette.dtype, one.device)
+        for one in (layout, room)
+    ]
     if kinds[0] != kinds[1]:
-        raise ValueError(f"layout has size, channels, dtype and device {kinds[0]}, it should have {kinds[1]}")
+        raise ValueError(
+            f"layout has size, channels, dtype and device {kinds[0]}, it should have {kinds[1]}"
+        )
     if len(layout.palette) > len(room.palette):
         return False
-    pairs = [(room.codes, layout.codes), (room.palette, _more_codes(layout.palette, len(room.palette)))]
+    pairs = [
+        (room.codes, layout.codes),
+        (room.palette, _more_codes(layout.palette, len(room.palette))),
+    ]
     for key, windows in room._windows.items():
         given = layout.windows(*key)
         for own, other in zip(windows[:2], given[:2]):
@@ -139,8 +181,21 @@ def _more_codes(palette, count):
 
 
 def _more_windows(sums, key, count):
-    """Sums of so many windows, one more at least: those that are too many see the first row, about as often as others see theirs."""
+    """Sums of so many windows, one more at least: those that are too many see the first row, about
+    as often as others see theirs.
+    """
     size, kernel_size = key
-    length, listed, more = count * kernel_size ** len(size), len(sums.rows), count + 1 - len(sums.offsets)
-    offsets = torch.arange(1, more + 1, device=sums.offsets.device) * (length - listed) // more + listed
-    return Sums(torch.cat([sums.offsets, offsets.to(torch.int32)]), F.pad(sums.rows, (0, length - listed)), None, None)
+    length, listed, more = (
+        count * kernel_size ** len(size),
+        len(sums.rows),
+        count + 1 - len(sums.offsets),
+    )
+    offsets = (
+        torch.arange(1, more + 1, device=sums.offsets.device) * (length - listed) // more + listed
+    )
+    return Sums(
+        torch.cat([sums.offsets, offsets.to(torch.int32)]),
+        F.pad(sums.rows, (0, length - listed)),
+        None,
+        None,
+    )

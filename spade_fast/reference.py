@@ -1,8 +1,9 @@
 """SPADE and its networks in plain PyTorch: short, obvious, in any dtype.
 
-This file is the truth of every test (in float64) and the eager side of every benchmark. It imports nothing of the project,
-and nothing of the project but tests and benchmarks imports it. Names, shapes and wiring are those of the published networks
-(Park et al., "Semantic Image Synthesis with Spatially-Adaptive Normalization", CVPR 2019).
+This file is the truth of every test (in float64) and the eager side of every benchmark. It imports
+nothing of the project, and nothing of the project but tests and benchmarks imports it. Names,
+shapes and wiring are those of the published networks (Park et al., "Semantic Image Synthesis with
+Spatially-Adaptive Normalization", CVPR 2019).
 """
 
 import re
@@ -16,13 +17,32 @@ INSTANCE_NORMS = {1: nn.InstanceNorm1d, 2: nn.InstanceNorm2d, 3: nn.InstanceNorm
 BATCH_NORMS = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
 
 
-def spade_modulate(x, gamma, beta, *, norm="instance", num_groups=None, weight=None, bias=None, running_mean=None,
-                   running_var=None, training=True, momentum=0.1, eps=1e-5, activation=None, negative_slope=0.2):
-    """y = activation(normalised(x) · (1 + γ) + β): equation 1 of the paper, with the activation that follows it."""
+def spade_modulate(
+    x,
+    gamma,
+    beta,
+    *,
+    norm="instance",
+    num_groups=None,
+    weight=None,
+    bias=None,
+    running_mean=None,
+    running_var=None,
+    training=True,
+    momentum=0.1,
+    eps=1e-5,
+    activation=None,
+    negative_slope=0.2,
+):
+    """y = activation(normalised(x) · (1 + γ) + β): equation 1 of the paper, with the activation
+    that follows it.
+    """
     if norm == "instance":
         normalised = F.instance_norm(x, weight=weight, bias=bias, eps=eps)
     elif norm in ("batch", "syncbatch"):
-        normalised = F.batch_norm(x, running_mean, running_var, weight, bias, training, momentum, eps)
+        normalised = F.batch_norm(
+            x, running_mean, running_var, weight, bias, training, momentum, eps
+        )
     elif norm == "group":
         normalised = F.group_norm(x, num_groups, weight, bias, eps)
     else:
@@ -40,22 +60,40 @@ def spade_modulate(x, gamma, beta, *, norm="instance", num_groups=None, weight=N
 class SPADE(nn.Module):
     """The layer: x [N, norm_nc, *spatial] and segmap [N, label_nc, *any] to y of x's shape."""
 
-    def __init__(self, norm_nc, label_nc, nhidden=128, kernel_size=3, norm="instance", *, num_groups=32, affine=False,
-                 eps=1e-5, momentum=0.1, spatial_dims=2):
+    def __init__(
+        self,
+        norm_nc,
+        label_nc,
+        nhidden=128,
+        kernel_size=3,
+        norm="instance",
+        *,
+        num_groups=32,
+        affine=False,
+        eps=1e-5,
+        momentum=0.1,
+        spatial_dims=2,
+    ):
         super().__init__()
         conv = CONVOLUTIONS[spatial_dims]
         if norm == "instance":
             self.param_free_norm = INSTANCE_NORMS[spatial_dims](norm_nc, eps=eps, affine=affine)
         elif norm == "batch":
-            self.param_free_norm = BATCH_NORMS[spatial_dims](norm_nc, eps=eps, momentum=momentum, affine=affine)
+            self.param_free_norm = BATCH_NORMS[spatial_dims](
+                norm_nc, eps=eps, momentum=momentum, affine=affine
+            )
         elif norm == "syncbatch":
-            self.param_free_norm = nn.SyncBatchNorm(norm_nc, eps=eps, momentum=momentum, affine=affine)
+            self.param_free_norm = nn.SyncBatchNorm(
+                norm_nc, eps=eps, momentum=momentum, affine=affine
+            )
         elif norm == "group":
             self.param_free_norm = nn.GroupNorm(num_groups, norm_nc, eps=eps, affine=affine)
         else:
             self.param_free_norm = norm
         padding = kernel_size // 2
-        self.mlp_shared = nn.Sequential(conv(label_nc, nhidden, kernel_size, padding=padding), nn.ReLU())
+        self.mlp_shared = nn.Sequential(
+            conv(label_nc, nhidden, kernel_size, padding=padding), nn.ReLU()
+        )
         self.mlp_gamma = conv(nhidden, norm_nc, kernel_size, padding=padding)
         self.mlp_beta = conv(nhidden, norm_nc, kernel_size, padding=padding)
 
@@ -65,12 +103,16 @@ class SPADE(nn.Module):
 
 
 class SqueezeExcitation(nn.Module):
-    """x · sigmoid(W_2 relu(W_1 mean(x))), mean over space (Hu et al., CVPR 2018, with their reduction of 16)."""
+    """x · sigmoid(W_2 relu(W_1 mean(x))), mean over space (Hu et al., CVPR 2018, with their
+    reduction of 16).
+    """
 
     def __init__(self, channels):
         super().__init__()
         squeezed = max(channels // 16, 1)
-        self.fc = nn.Sequential(nn.Linear(channels, squeezed), nn.ReLU(), nn.Linear(squeezed, channels), nn.Sigmoid())
+        self.fc = nn.Sequential(
+            nn.Linear(channels, squeezed), nn.ReLU(), nn.Linear(squeezed, channels), nn.Sigmoid()
+        )
 
     def forward(self, x):
         scale = self.fc(x.flatten(2).mean(-1))
@@ -78,9 +120,13 @@ class SqueezeExcitation(nn.Module):
 
 
 class SPADEResnetBlock(nn.Module):
-    """Two SPADEs and 3-convolutions beside a shortcut, which has a SPADE and a 1-convolution where fin ≠ fout."""
+    """Two SPADEs and 3-convolutions beside a shortcut, which has a SPADE and a 1-convolution where
+    fin ≠ fout.
+    """
 
-    def __init__(self, fin, fout, norm_G, label_nc, use_se=False, dilation=1, *, nhidden=128, spatial_dims=2):
+    def __init__(
+        self, fin, fout, norm_G, label_nc, use_se=False, dilation=1, *, nhidden=128, spatial_dims=2
+    ):
         super().__init__()
         conv = CONVOLUTIONS[spatial_dims]
         fmiddle = min(fin, fout)
@@ -109,13 +155,26 @@ class SPADEResnetBlock(nn.Module):
 
 
 class SPADEGenerator(nn.Module):
-    """The published generator's wiring; `block(fin, fout, norm_G, label_nc)` makes its residual blocks.
+    """The published generator's wiring; `block(fin, fout, norm_G, label_nc)` makes its residual
+    blocks.
 
-    segmap [N, label_nc, H, W], z [N, 256] (with use_vae only) to an image [N, 3, crop_size / aspect_ratio, crop_size].
+    segmap [N, label_nc, H, W], z [N, 256] (with use_vae only) to an image [N, 3, crop_size /
+    aspect_ratio, crop_size].
     """
 
-    def __init__(self, label_nc, ngf=64, *, crop_size=256, aspect_ratio=1.0, num_upsampling_layers="normal", use_vae=False,
-                 z_dim=256, norm_G="spectralspadesyncbatch3x3", block=SPADEResnetBlock):
+    def __init__(
+        self,
+        label_nc,
+        ngf=64,
+        *,
+        crop_size=256,
+        aspect_ratio=1.0,
+        num_upsampling_layers="normal",
+        use_vae=False,
+        z_dim=256,
+        norm_G="spectralspadesyncbatch3x3",
+        block=SPADEResnetBlock,
+    ):
         super().__init__()
         self.doublings = {"normal": 5, "more": 6, "most": 7}[num_upsampling_layers]
         width = crop_size // 2**self.doublings
@@ -157,13 +216,19 @@ class SPADEGenerator(nn.Module):
 
 
 class SPADEGeneratorFromNoise(nn.Module):
-    """The generator of the paper's sketch: noise [N, z_dim] at 4×4, six blocks, each followed by a doubling, an image at 256²."""
+    """The generator of the paper's sketch: noise [N, z_dim] at 4×4, six blocks, each followed by a
+    doubling, an image at 256².
+    """
 
-    def __init__(self, label_nc, z_dim=256, ngf=64, *, norm_G="spadeinstance3x3", block=SPADEResnetBlock):
+    def __init__(
+        self, label_nc, z_dim=256, ngf=64, *, norm_G="spadeinstance3x3", block=SPADEResnetBlock
+    ):
         super().__init__()
         self.fc = nn.Linear(z_dim, 16 * ngf * 4 * 4)
         widths = [16, 16, 16, 8, 4, 2, 1]
-        for name, fin, fout in zip(("head", "up_1", "up_2", "up_3", "up_4", "up_5"), widths, widths[1:]):
+        for name, fin, fout in zip(
+            ("head", "up_1", "up_2", "up_3", "up_4", "up_5"), widths, widths[1:]
+        ):
             self.add_module(name, block(fin * ngf, fout * ngf, norm_G, label_nc))
         self.conv_img = nn.Conv2d(ngf, 3, 3, padding=1)
 
@@ -176,7 +241,9 @@ class SPADEGeneratorFromNoise(nn.Module):
 
 def normalised(convolution):
     """A convolution under spectral norm, without bias, and the instance norm that follows it."""
-    return nn.Sequential(nn.utils.spectral_norm(convolution), nn.InstanceNorm2d(convolution.out_channels))
+    return nn.Sequential(
+        nn.utils.spectral_norm(convolution), nn.InstanceNorm2d(convolution.out_channels)
+    )
 
 
 class ConvEncoder(nn.Module):
@@ -199,13 +266,19 @@ class ConvEncoder(nn.Module):
 
 
 class PatchDiscriminator(nn.Module):
-    """x [N, input_nc, H, W] to the results of its five layers, the last of one channel: how real each patch looks."""
+    """x [N, input_nc, H, W] to the results of its five layers, the last of one channel: how real
+    each patch looks.
+    """
 
     def __init__(self, input_nc, ndf=64):
         super().__init__()
-        self.model0 = nn.Sequential(nn.Conv2d(input_nc, ndf, 4, stride=2, padding=2), nn.LeakyReLU(0.2))
+        self.model0 = nn.Sequential(
+            nn.Conv2d(input_nc, ndf, 4, stride=2, padding=2), nn.LeakyReLU(0.2)
+        )
         for number, stride in (1, 2), (2, 2), (3, 1):
-            conv = nn.Conv2d(ndf * 2 ** (number - 1), ndf * 2**number, 4, stride=stride, padding=2, bias=False)
+            conv = nn.Conv2d(
+                ndf * 2 ** (number - 1), ndf * 2**number, 4, stride=stride, padding=2, bias=False
+            )
             self.add_module(f"model{number}", nn.Sequential(normalised(conv), nn.LeakyReLU(0.2)))
         self.model4 = nn.Sequential(nn.Conv2d(8 * ndf, 1, 4, padding=2))
 
@@ -218,7 +291,9 @@ class PatchDiscriminator(nn.Module):
 
 
 class MultiscaleDiscriminator(nn.Module):
-    """Condition and image together, [N, input_nc, H, W], to the five results of each scale; every scale is half of the one before."""
+    """Condition and image together, [N, input_nc, H, W], to the five results of each scale; every
+    scale is half of the one before.
+    """
 
     def __init__(self, input_nc, n_scales=2, ndf=64):
         super().__init__()

@@ -8,12 +8,18 @@ import pytest
 import torch
 
 if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")  # before the kernels are defined: without a GPU they run in the interpreter
+    os.environ.setdefault(
+        "TRITON_INTERPRET", "1"
+    )  # before the kernels are defined: without a GPU they run in the interpreter
 
 import spade_fast
 from spade_fast.kernels import cpu_backend, cuda_backend
 
-BACKENDS = {"cpu": "cpu", "triton": "cuda" if torch.cuda.is_available() else "cpu", "torch": "cpu"}  # and where its tensors are
+BACKENDS = {
+    "cpu": "cpu",
+    "triton": "cuda" if torch.cuda.is_available() else "cpu",
+    "torch": "cpu",
+}  # and where its tensors are
 if importlib.util.find_spec("triton") is None:
     del BACKENDS["triton"]
 if cuda_backend.why_not() is None:
@@ -63,13 +69,18 @@ def backend_and_instruction_set(request):
 
 
 def tensors_on(device):
-    """Inside, tensors are made on this device; where that is the CPU, without the context's own overhead."""
+    """Inside, tensors are made on this device; where that is the CPU, without the context's own
+    overhead.
+    """
     return contextlib.nullcontext() if device == "cpu" else torch.device(device)
 
 
 def leave_out_what_is_too_large(request, name):
     if name == "triton" and BACKENDS[name] == "cpu" and request.node.get_closest_marker("large"):
-        pytest.skip("so many elements take Triton's interpreter minutes; test_triton.py has the same in small")
+        pytest.skip(
+            "so many elements take Triton's interpreter minutes; test_triton.py has the same in"
+            " small"
+        )
 
 
 @pytest.hookimpl(wrapper=True)

@@ -1,4 +1,6 @@
-"""Layers as the projects that use SPADE wire them, in small: those that compute SPADE, and those that only look like it."""
+"""Layers as the projects that use SPADE wire them, in small: those that compute SPADE, and those
+that only look like it.
+"""
 
 import torch
 import torch.nn as nn
@@ -22,8 +24,12 @@ class Layer(nn.Module):
 
     def __init__(self, norm=None, size=3, hidden_activation=None):
         super().__init__()
-        parts = (norm or nn.InstanceNorm2d(CHANNELS), nn.Sequential(conv(LABELS, HIDDEN, size), hidden_activation or nn.ReLU()),
-                 conv(HIDDEN, CHANNELS, size), conv(HIDDEN, CHANNELS, size))
+        parts = (
+            norm or nn.InstanceNorm2d(CHANNELS),
+            nn.Sequential(conv(LABELS, HIDDEN, size), hidden_activation or nn.ReLU()),
+            conv(HIDDEN, CHANNELS, size),
+            conv(HIDDEN, CHANNELS, size),
+        )
         for name, part in zip(self.names, parts):
             setattr(self, name, part)
 
@@ -71,7 +77,9 @@ class CoCosNet(Layer):
         def padded(before, after):
             return nn.Sequential(nn.ReflectionPad2d(1), nn.Conv2d(before, after, 3))
 
-        self.mlp_shared = nn.Sequential(nn.ReflectionPad2d(1), nn.Conv2d(LABELS, HIDDEN, 3), nn.ReLU())
+        self.mlp_shared = nn.Sequential(
+            nn.ReflectionPad2d(1), nn.Conv2d(LABELS, HIDDEN, 3), nn.ReLU()
+        )
         self.mlp_gamma, self.mlp_beta = padded(HIDDEN, CHANNELS), padded(HIDDEN, CHANNELS)
 
 
@@ -107,7 +115,9 @@ class PSFRGAN(nn.Module):
         self.gamma_conv, self.beta_conv = conv(HIDDEN, CHANNELS), conv(HIDDEN, CHANNELS)
 
     def forward(self, x, segmap):
-        hidden = F.leaky_relu(self.conv1(F.interpolate(segmap, size=x.shape[2:], mode="bicubic")), 0.2)
+        hidden = F.leaky_relu(
+            self.conv1(F.interpolate(segmap, size=x.shape[2:], mode="bicubic")), 0.2
+        )
         return self.norm(x) * self.gamma_conv(hidden) + self.beta_conv(hidden)
 
 
@@ -124,7 +134,11 @@ class FADE(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.norm, self.conv_gamma, self.conv_beta = nn.InstanceNorm2d(CHANNELS), conv(LABELS, CHANNELS), conv(LABELS, CHANNELS)
+        self.norm, self.conv_gamma, self.conv_beta = (
+            nn.InstanceNorm2d(CHANNELS),
+            conv(LABELS, CHANNELS),
+            conv(LABELS, CHANNELS),
+        )
 
     def forward(self, x, segmap):
         segmap = to_size(segmap, x)
@@ -141,7 +155,9 @@ class ALIASNorm(Layer):
         self.noise_scale = nn.Parameter(torch.ones(CHANNELS))
 
     def forward(self, x, segmap):
-        return super().forward(x + torch.randn_like(x[:, :1]) * self.noise_scale.view(-1, 1, 1), segmap)
+        return super().forward(
+            x + torch.randn_like(x[:, :1]) * self.noise_scale.view(-1, 1, 1), segmap
+        )
 
 
 class InnerOfACE(Layer):

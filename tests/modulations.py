@@ -1,4 +1,6 @@
-"""Inputs for `spade_modulate` and the comparison of its every output with the float64 reference and with eager PyTorch."""
+"""Inputs for `spade_modulate` and the comparison of its every output with the float64 reference and
+with eager PyTorch.
+"""
 
 import torch
 
@@ -40,8 +42,22 @@ def misaligned(x):
 LAYOUTS = [contiguous, channels_last, sliced, sliced_channels, transposed, misaligned]
 
 
-def sample(shape, norm="instance", activation=None, *, dtype=torch.float32, gamma_dtype=None, layout=contiguous,
-           gamma_layout=None, dy_layout=contiguous, affine=False, training=True, mean=0.0, num_groups=2, rows=None):
+def sample(
+    shape,
+    norm="instance",
+    activation=None,
+    *,
+    dtype=torch.float32,
+    gamma_dtype=None,
+    layout=contiguous,
+    gamma_layout=None,
+    dy_layout=contiguous,
+    affine=False,
+    training=True,
+    mean=0.0,
+    num_groups=2,
+    rows=None,
+):
     """Arguments of spade_modulate by name, and dy, in the dtypes and layouts that are asked for.
 
     rows: γ and β are the halves of a table of so many rows, the last of which no pixel has.
@@ -54,7 +70,14 @@ def sample(shape, norm="instance", activation=None, *, dtype=torch.float32, gamm
     else:
         gamma, beta = torch.randn(rows, 2 * shape[1]).to(gamma_dtype).chunk(2, dim=1)
         index = {"index": torch.randint(max(1, rows - 1), (shape[0], *shape[2:]))}
-    arguments = index | {"x": x, "gamma": gamma, "beta": beta, "norm": norm, "activation": activation, "training": training}
+    arguments = index | {
+        "x": x,
+        "gamma": gamma,
+        "beta": beta,
+        "norm": norm,
+        "activation": activation,
+        "training": training,
+    }
     if norm == "group":
         arguments["num_groups"] = num_groups
     if affine:
@@ -68,19 +91,30 @@ def sample(shape, norm="instance", activation=None, *, dtype=torch.float32, gamm
 
 def results(modulate, arguments, dy, dtype=None):
     """y, the gradient of every tensor, and the running statistics, by name."""
+
     def copy(value):
         if not isinstance(value, torch.Tensor) or not value.is_floating_point():
             return value
         return value.detach().to(dtype or value.dtype)
 
     given = {name: copy(value) for name, value in arguments.items()}
-    running = {name: given[name].clone() for name in ("running_mean", "running_var") if name in given}
+    running = {
+        name: given[name].clone() for name in ("running_mean", "running_var") if name in given
+    }
     given |= running
-    wanted = {name: given[name].requires_grad_() for name in ("x", "gamma", "beta", "weight", "bias") if name in given}
+    wanted = {
+        name: given[name].requires_grad_()
+        for name in ("x", "gamma", "beta", "weight", "bias")
+        if name in given
+    }
     x, gamma, beta = given.pop("x"), given.pop("gamma"), given.pop("beta")
     y = modulate(x, gamma, beta, **given)
     gradients = torch.autograd.grad(y, list(wanted.values()), dy.to(y.dtype))
-    return {"y": y.detach()} | {f"d{name}": gradient for name, gradient in zip(wanted, gradients)} | running
+    return (
+        {"y": y.detach()}
+        | {f"d{name}": gradient for name, gradient in zip(wanted, gradients)}
+        | running
+    )
 
 
 def eager_modulate(x, gamma, beta, *, index=None, **settings):
@@ -93,7 +127,8 @@ def eager_modulate(x, gamma, beta, *, index=None, **settings):
 def disagreements(arguments, dy, truth_arguments=None):
     """What does not agree with the reference, by name, with its excess: empty where all is well.
 
-    truth_arguments: where other arguments have the same result in exact arithmetic, and a more exact one in float64.
+    truth_arguments: where other arguments have the same result in exact arithmetic, and a more
+        exact one in float64.
     """
     eps = max(torch.finfo(arguments[name].dtype).eps for name in ("x", "gamma"))
     ours = results(spade_fast.spade_modulate, arguments, dy)

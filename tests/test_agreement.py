@@ -31,7 +31,10 @@ def test_scale_and_eps_are_what_they_say():
     zero, noise = torch.zeros(9, dtype=torch.float64), torch.full((9,), 1e-7)
     assert excess(noise, torch.zeros(9), zero) > 1
     assert excess(noise, torch.zeros(9), zero, scale=1.0) <= 1
-    assert excess(EAGER.double() + 1e-6, EAGER.double(), TRUTH, eps=torch.finfo(torch.float32).eps) <= 1
+    assert (
+        excess(EAGER.double() + 1e-6, EAGER.double(), TRUTH, eps=torch.finfo(torch.float32).eps)
+        <= 1
+    )
 
 
 @pytest.mark.parametrize("special", [float("nan"), float("inf"), -float("inf"), 0.0])

@@ -1,4 +1,4 @@
-"""Bad input: a ValueError or TypeError that names the argument, what it is and what it should be."""
+"""Bad input: a ValueError or TypeError names the argument, what it is and what it should be."""
 
 import pytest
 import torch
@@ -19,7 +19,11 @@ def modulate(x=X, gamma=X, beta=X, **settings):
     "arguments,error,words",
     [
         ({"x": X.int()}, TypeError, ["x has dtype torch.int32", "floating-point"]),
-        ({"x": X.to(torch.float8_e4m3fn)}, TypeError, ["x has dtype torch.float8_e4m3fn", "16, 32 or 64 bits"]),
+        (
+            {"x": X.to(torch.float8_e4m3fn)},
+            TypeError,
+            ["x has dtype torch.float8_e4m3fn", "16, 32 or 64 bits"],
+        ),
         ({"x": X.numpy()}, TypeError, ["x is a ndarray", "torch.Tensor"]),
         ({"x": torch.randn(4, 5)}, ValueError, ["x has shape [4, 5]", "[N, C, *spatial]"]),
         ({"x": torch.randn(1, 1, 1, 1, 1, 2)}, ValueError, ["x has shape", "one to three"]),
@@ -36,22 +40,54 @@ def modulate(x=X, gamma=X, beta=X, **settings):
         ({"bias": [1, 2, 3, 4]}, TypeError, ["bias is a list"]),
         ({"weight": torch.ones(4).int()}, TypeError, ["weight has dtype torch.int32"]),
         ({"norm": None, "weight": torch.ones(4)}, ValueError, ["weight", "None for norm=None"]),
-        ({"running_mean": torch.ones(4)}, ValueError, ["running_mean and running_var", "both or neither"]),
-        ({"running_mean": torch.ones(4), "running_var": torch.ones(4)}, ValueError, ["running_mean", "norm='instance'"]),
-        ({"norm": "batch", "training": False}, ValueError, ["running_mean is None", "training=False"]),
+        (
+            {"running_mean": torch.ones(4)},
+            ValueError,
+            ["running_mean and running_var", "both or neither"],
+        ),
+        (
+            {"running_mean": torch.ones(4), "running_var": torch.ones(4)},
+            ValueError,
+            ["running_mean", "norm='instance'"],
+        ),
+        (
+            {"norm": "batch", "training": False},
+            ValueError,
+            ["running_mean is None", "training=False"],
+        ),
         ({"index": [0]}, TypeError, ["index is a list", "torch.Tensor"]),
-        ({"index": X[:, 0], **TABLE}, TypeError, ["index has dtype torch.float32", "whole numbers"]),
+        (
+            {"index": X[:, 0], **TABLE},
+            TypeError,
+            ["index has dtype torch.float32", "whole numbers"],
+        ),
         ({"index": INDEX[:, 1:], **TABLE}, ValueError, ["index has shape [2, 4, 6]", "[2, 5, 6]"]),
         ({"index": INDEX.to("meta"), **TABLE}, ValueError, ["index is on meta", "cpu"]),
         ({"index": INDEX + 3, **TABLE}, ValueError, ["index has numbers from 3 to 3", "0 to 2"]),
         ({"index": INDEX - 1, **TABLE}, ValueError, ["index has numbers from -1 to -1", "0 to 2"]),
         ({"index": INDEX}, ValueError, ["gamma has shape [2, 4, 5, 6]", "[K, 4]"]),
-        ({"index": INDEX, "gamma": torch.ones(3, 5)}, ValueError, ["gamma has shape [3, 5]", "[K, 4]"]),
-        ({"index": INDEX, "gamma": torch.ones(3, 4), "beta": torch.ones(2, 4)}, ValueError, ["beta has shape [2, 4]", "[3, 4]"]),
+        (
+            {"index": INDEX, "gamma": torch.ones(3, 5)},
+            ValueError,
+            ["gamma has shape [3, 5]", "[K, 4]"],
+        ),
+        (
+            {"index": INDEX, "gamma": torch.ones(3, 4), "beta": torch.ones(2, 4)},
+            ValueError,
+            ["beta has shape [2, 4]", "[3, 4]"],
+        ),
         ({"out": X[:1].clone()}, ValueError, ["out has shape [1, 4, 5, 6]", "[2, 4, 5, 6]"]),
         ({"out": X.double()}, TypeError, ["out has dtype torch.float64", "torch.float32"]),
-        ({"out": X.to(memory_format=torch.channels_last)}, ValueError, ["out has strides [120, 1, 24, 4]", "[120, 30, 6, 1]"]),
-        ({"out": X.clone(), "gamma": X.clone().requires_grad_()}, ValueError, ["out is given", "None where gradients"]),
+        (
+            {"out": X.to(memory_format=torch.channels_last)},
+            ValueError,
+            ["out has strides [120, 1, 24, 4]", "[120, 30, 6, 1]"],
+        ),
+        (
+            {"out": X.clone(), "gamma": X.clone().requires_grad_()},
+            ValueError,
+            ["out is given", "None where gradients"],
+        ),
         ({"moments": torch.ones(2, 4)}, ValueError, ["moments has shape [2, 4]", "[2, 2, 4]"]),
     ],
 )
@@ -93,7 +129,10 @@ SEGMAP = torch.randn(2, 3, 9, 9)
     ],
 )
 def test_layer_and_block(x, segmap, error, words):
-    for module in (spade_fast.SPADE(4, 3, 8), spade_fast.SPADEResnetBlock(4, 6, "spadeinstance", 3, nhidden=8)):
+    for module in (
+        spade_fast.SPADE(4, 3, 8),
+        spade_fast.SPADEResnetBlock(4, 6, "spadeinstance", 3, nhidden=8),
+    ):
         with pytest.raises(error) as raised:
             module(x, segmap)
         assert all(word in str(raised.value) for word in words), str(raised.value)
@@ -116,32 +155,58 @@ def test_spade_constructor(arguments, words):
     assert all(word in str(raised.value) for word in words), str(raised.value)
 
 
-@pytest.mark.parametrize("text", ["", "spectral", "spadeinstance4x4", "spadeinstance3x5", "spadelayer3x3", "instance3x3",
-                                  "spectralspadespectralspade", "Spade", "spade3", "spadeinstance3x3 ", None, 3])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "spectral",
+        "spadeinstance4x4",
+        "spadeinstance3x5",
+        "spadelayer3x3",
+        "instance3x3",
+        "spectralspadespectralspade",
+        "Spade",
+        "spade3",
+        "spadeinstance3x3 ",
+        None,
+        3,
+    ],
+)
 def test_norm_g_that_is_not_the_grammar(text):
-    with pytest.raises(ValueError, match=r"norm_G is .*\[spectral\]spade\[spectral\]\[instance\|batch"):
+    with pytest.raises(
+        ValueError, match=r"norm_G is .*\[spectral\]spade\[spectral\]\[instance\|batch"
+    ):
         spade_fast.SPADEResnetBlock(4, 4, text, 3)
     with pytest.raises(ValueError, match="config_text is"):
         spade_fast.SPADE.from_config(text, 4, 3)
 
 
-@pytest.mark.parametrize("text,spectral,norm,kernel_size", [
-    ("spade", False, nn.InstanceNorm2d, 3),
-    ("spadespectralinstance", True, nn.InstanceNorm2d, 3),
-    ("spectralspadesyncbatch3x3", True, nn.SyncBatchNorm, 3),
-    ("spectralspadebatch5x5", True, nn.BatchNorm2d, 5),
-    ("spadegroup1x1", False, nn.GroupNorm, 1),
-    ("spade7x7", False, nn.InstanceNorm2d, 7),
-    ("spectralspade", True, nn.InstanceNorm2d, 3),
-])
+@pytest.mark.parametrize(
+    "text,spectral,norm,kernel_size",
+    [
+        ("spade", False, nn.InstanceNorm2d, 3),
+        ("spadespectralinstance", True, nn.InstanceNorm2d, 3),
+        ("spectralspadesyncbatch3x3", True, nn.SyncBatchNorm, 3),
+        ("spectralspadebatch5x5", True, nn.BatchNorm2d, 5),
+        ("spadegroup1x1", False, nn.GroupNorm, 1),
+        ("spade7x7", False, nn.InstanceNorm2d, 7),
+        ("spectralspade", True, nn.InstanceNorm2d, 3),
+    ],
+)
 def test_norm_g(text, spectral, norm, kernel_size):
     block = spade_fast.SPADEResnetBlock(32, 64, text, 3, nhidden=8)
     assert type(block.norm_s.param_free_norm) is norm
     assert block.norm_0.mlp_beta.kernel_size == (kernel_size, kernel_size)
-    assert all(hasattr(conv, "weight_orig") == spectral for conv in (block.conv_0, block.conv_1, block.conv_s))
+    assert all(
+        hasattr(conv, "weight_orig") == spectral
+        for conv in (block.conv_0, block.conv_1, block.conv_s)
+    )
     if not spectral:
         layer = spade_fast.SPADE.from_config(text, 32, 3)
-        assert type(layer.param_free_norm) is norm and layer.mlp_shared[0].kernel_size == (kernel_size, kernel_size)
+        assert type(layer.param_free_norm) is norm and layer.mlp_shared[0].kernel_size == (
+            kernel_size,
+            kernel_size,
+        )
 
 
 def test_the_layer_has_no_spectral_norm_to_configure():

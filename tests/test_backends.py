@@ -1,4 +1,6 @@
-"""Which backend runs, and why not another: the choice, the environment variable, missing parts, `spade-fast info`."""
+"""Which backend runs, and why not another: the choice, the environment variable, missing parts,
+`spade-fast info`.
+"""
 
 import os
 import subprocess
@@ -16,7 +18,9 @@ from spade_fast.kernels import cpu_backend, torch_backend, triton_backend
 
 def python(code, **environment):
     """What a fresh Python prints, and what it says when it fails."""
-    run = subprocess.run([sys.executable, "-c", code], env=os.environ | environment, capture_output=True, text=True)
+    run = subprocess.run(
+        [sys.executable, "-c", code], env=os.environ | environment, capture_output=True, text=True
+    )
     return run.stdout, run.stderr
 
 
@@ -28,7 +32,10 @@ def test_every_backend_says_whether_it_runs_and_why_not():
 
 
 def test_the_answer_for_a_tensor():
-    on_meta = {status.name: status for status in spade_fast.backends(torch.randn(1, 2, 3, 3, device="meta"))}
+    on_meta = {
+        status.name: status
+        for status in spade_fast.backends(torch.randn(1, 2, 3, 3, device="meta"))
+    }
     assert not on_meta["cpu"].runs and on_meta["torch"].runs
 
 
@@ -44,7 +51,10 @@ def test_the_first_that_runs_is_chosen(monkeypatch):
 def test_a_backend_that_cannot_run_is_an_error_when_it_is_asked_for(monkeypatch):
     monkeypatch.setattr(cpu_backend, "why_not", lambda x=None, gamma=None: "it is Sunday")
     x = torch.randn(2, 3, 4, 4)
-    with spade_fast.use_backend("cpu"), pytest.raises(RuntimeError, match="cpu is asked for but cannot run: it is Sunday"):
+    with (
+        spade_fast.use_backend("cpu"),
+        pytest.raises(RuntimeError, match="cpu is asked for but cannot run: it is Sunday"),
+    ):
         spade_fast.spade_modulate(x, x, x)
     spade_fast.spade_modulate(x, x, x)
 
@@ -57,7 +67,9 @@ def test_use_backend_ends_with_its_block():
         assert kernels._forced == "torch"
         raise KeyError
     assert kernels._forced is None
-    with pytest.raises(ValueError, match="name is 'gpu', it should be one of cuda, cpu, triton, torch"):
+    with pytest.raises(
+        ValueError, match="name is 'gpu', it should be one of cuda, cpu, triton, torch"
+    ):
         spade_fast.use_backend("gpu").__enter__()
 
 
@@ -74,7 +86,10 @@ def test_the_environment_variable():
     code = "import spade_fast; print(spade_fast.kernels._forced)"
     assert python(code, SPADE_FAST_BACKEND="torch")[0].strip() == "torch"
     assert python(code, SPADE_FAST_BACKEND="")[0].strip() == "None"
-    assert "SPADE_FAST_BACKEND is 'gpu', it should be one of cuda, cpu, triton, torch" in python(code, SPADE_FAST_BACKEND="gpu")[1]
+    assert (
+        "SPADE_FAST_BACKEND is 'gpu', it should be one of cuda, cpu, triton, torch"
+        in python(code, SPADE_FAST_BACKEND="gpu")[1]
+    )
 
 
 MISSING = """
@@ -98,18 +113,41 @@ def test_the_package_works_on_what_is_left(module):
 def test_the_instruction_set():
     code = "import spade_fast._cpu as library; print(library.instruction_set())"
     assert python(code, SPADE_FAST_ISA="base")[0].strip() == "base"
-    assert "SPADE_FAST_ISA is sse9, it should be base, avx2 or avx512" in python(code, SPADE_FAST_ISA="sse9")[1]
+    assert (
+        "SPADE_FAST_ISA is sse9, it should be base, avx2 or avx512"
+        in python(code, SPADE_FAST_ISA="sse9")[1]
+    )
 
 
 def test_info():
     result = CliRunner().invoke(app, ["info"])
     assert result.exit_code == 0
-    for word in ("torch", torch.__version__, "cpu", "instruction sets", "base", spade_fast.__version__, "GPUs"):
+    for word in (
+        "torch",
+        torch.__version__,
+        "cpu",
+        "instruction sets",
+        "base",
+        spade_fast.__version__,
+        "GPUs",
+    ):
         assert word in result.output
 
 
 def test_python_without_assertions():
-    assert python("import spade_fast, torch; x = torch.randn(2, 3, 4, 4); print(spade_fast.spade_modulate(x, x, x).shape)")[0]
-    run = subprocess.run([sys.executable, "-O", "-c", "import torch, spade_fast; x = torch.randn(2, 3, 4, 4);"
-                          "spade_fast.spade_modulate(x, x[:1], x)"], capture_output=True, text=True)
+    assert python(
+        "import spade_fast, torch; x = torch.randn(2, 3, 4, 4); print(spade_fast.spade_modulate(x,"
+        " x, x).shape)"
+    )[0]
+    run = subprocess.run(
+        [
+            sys.executable,
+            "-O",
+            "-c",
+            "import torch, spade_fast; x = torch.randn(2, 3, 4, 4);"
+            "spade_fast.spade_modulate(x, x[:1], x)",
+        ],
+        capture_output=True,
+        text=True,
+    )
     assert "ValueError: gamma has shape" in run.stderr

@@ -1,4 +1,6 @@
-"""The benchmark suite: what it draws, what it measures, and that it gives no speed to a wrong result."""
+"""The benchmark suite: what it draws, what it measures, and that it gives no speed to a wrong
+result.
+"""
 
 import dataclasses
 import json
@@ -27,40 +29,64 @@ def toy(settings):
     def fail():
         raise RuntimeError("no such luck")
 
-    variants = {"eager": lambda: {"y": x.exp()}, "spade_fast": lambda: {"y": x.exp() + 1e-3}, "torch.compile": fail,
-                "floor": lambda: {"y": x}}
-    yield Problem("toy", FORWARD, variants, lambda: {"y": x.double().exp()}, lambda number: {"y": x.exp()})
+    variants = {
+        "eager": lambda: {"y": x.exp()},
+        "spade_fast": lambda: {"y": x.exp() + 1e-3},
+        "torch.compile": fail,
+        "floor": lambda: {"y": x},
+    }
+    yield Problem(
+        "toy", FORWARD, variants, lambda: {"y": x.double().exp()}, lambda number: {"y": x.exp()}
+    )
 
 
 def test_what_is_wrong_gets_no_speed(monkeypatch, tmp_path):
     monkeypatch.setitem(cli.CASES, "toy", toy)
-    result = invoke("run", "toy", "--quick", "--json", tmp_path / "out.json", "--plot", tmp_path / "out.png")
+    result = invoke(
+        "run", "toy", "--quick", "--json", tmp_path / "out.json", "--plot", tmp_path / "out.png"
+    )
     assert result.exit_code == 1
     assert "NO" in result.output and "no such luck" in result.output
     rows = {row["variant"]: row for row in json.loads((tmp_path / "out.json").read_text())["rows"]}
-    assert rows["eager"]["times"] and rows["floor"]["times"] and rows["eager"]["peak_memory"] == 4000
+    assert (
+        rows["eager"]["times"] and rows["floor"]["times"] and rows["eager"]["peak_memory"] == 4000
+    )
     assert not rows["spade_fast"]["times"] and rows["spade_fast"]["excess"] > 1
     assert not rows["torch.compile"]["times"] and "no such luck" in rows["torch.compile"]["failure"]
     with Image.open(tmp_path / "out.png") as picture:
         assert picture.width > 1000
 
 
-@pytest.mark.parametrize("case", ["modulate", "lookup", "block", "generator", "discriminator", "converted", "monai"])
+@pytest.mark.parametrize(
+    "case", ["modulate", "lookup", "block", "generator", "discriminator", "converted", "monai"]
+)
 def test_every_quick_case_matches_but_for_the_compiler(case):
     for problem in cases.CASES[case](Settings(quick=True)):
         del problem.variants["torch.compile"]
         rows = measure.measure(case, problem, "cpu", 0)
-        assert {row.variant for row in rows if row.matches or differs_by_a_sign(row)} == problem.variants.keys()
+        assert {
+            row.variant for row in rows if row.matches or differs_by_a_sign(row)
+        } == problem.variants.keys()
         assert all(len(row.times) >= 5 and row.peak_memory > 0 for row in rows if row.matches)
-        assert case in ("discriminator", "converted", "monai") or min(row.overhead for row in rows if row.variant.startswith("floor")) == 1
+        assert (
+            case in ("discriminator", "converted", "monai")
+            or min(row.overhead for row in rows if row.variant.startswith("floor")) == 1
+        )
         if problem.mode == BACKWARD and case in ("block", "generator"):
-            assert "dhead_0.norm_0.mlp_gamma.weight" in problem.truth() or "dnorm_0.mlp_gamma.weight" in problem.truth()
+            assert (
+                "dhead_0.norm_0.mlp_gamma.weight" in problem.truth()
+                or "dnorm_0.mlp_gamma.weight" in problem.truth()
+            )
 
 
 def differs_by_a_sign(row):
-    """Whether a gradient is off by what a leaky ReLU's sign may make it: one differs on some processor, and none does in float64."""
+    """Whether a gradient is off by what a leaky ReLU's sign may make it: one differs on some
+    processor, and none does in float64.
+    """
     proven = row.mode == BACKWARD and row.failure is None and row.error_in_double is not None
-    return proven and row.error_in_double <= measure.LIMIT_IN_DOUBLE and row.excess < 1e5  # 1.6e4 was seen
+    return (
+        proven and row.error_in_double <= measure.LIMIT_IN_DOUBLE and row.excess < 1e5
+    )  # 1.6e4 was seen
 
 
 def test_a_batch_is_of_scenes():
@@ -76,7 +102,9 @@ def test_full_cases_are_the_published_shapes():
         generator = reference.SPADEGenerator(184, norm_G="spectralspadeinstance3x3")
         for module in generator.modules():
             if isinstance(module, reference.SPADE):
-                module.register_forward_pre_hook(lambda module, inputs: shapes.append((inputs[0].shape[1], inputs[0].shape[2])))
+                module.register_forward_pre_hook(
+                    lambda module, inputs: shapes.append((inputs[0].shape[1], inputs[0].shape[2]))
+                )
         generator(torch.randn(1, 184, 256, 256))
     assert set(shapes) == set(cases.COCO_SHAPES)
 
@@ -90,7 +118,9 @@ def test_list_and_bad_options(tmp_path):
         (["run", "block", "--json", tmp_path / "no" / "such.json"], "folder that exists"),
     ]:
         result = invoke(*arguments)
-        assert result.exit_code == 2 and words in " ".join(result.output.replace("│", " ").split()), result.output
+        assert result.exit_code == 2 and words in " ".join(
+            result.output.replace("│", " ").split()
+        ), result.output
 
 
 def test_layouts_are_drawn_and_read_back(tmp_path):
@@ -98,7 +128,9 @@ def test_layouts_are_drawn_and_read_back(tmp_path):
     assert result.exit_code == 0 and "--labels" in result.output
     scenes = layouts.load_scenes(tmp_path / "label", tmp_path / "instance")
     for seed, scene in enumerate(scenes):
-        assert all(np.array_equal(read, drawn) for read, drawn in zip(scene, layouts.draw_scene(seed)))
+        assert all(
+            np.array_equal(read, drawn) for read, drawn in zip(scene, layouts.draw_scene(seed))
+        )
     assert len(scenes) == 2
 
 
@@ -144,7 +176,9 @@ def test_the_picture_is_drawn(tmp_path):
         with Image.open(tmp_path / name) as picture:
             assert picture.format == "PNG" and picture.width == 1800 and 600 < picture.height < 900
     result = invoke("picture", tmp_path / "none.png", "--labels", folder, "--scene", 1)
-    assert result.exit_code == 2 and "has 1 PNGs, it should have 2" in " ".join(result.output.replace("│", "").split())
+    assert result.exit_code == 2 and "has 1 PNGs, it should have 2" in " ".join(
+        result.output.replace("│", "").split()
+    )
     assert not (tmp_path / "none.png").exists()
 
 
@@ -156,13 +190,21 @@ def test_the_table_of_what_was_measured(tmp_path):
     assert summary.summary(tmp_path).count("not measured yet") == len(summary.WANTED)
     (tmp_path / "gpu").mkdir()
     row = {"case": "generator", "problem": "COCO", "mode": "forward", "overhead": None}
-    rows = [row | {"variant": "eager", "times": [0.004, 0.0021, 0.001], "ratio": [1, 1, 1]},
-            row | {"variant": "torch.compile", "times": [], "ratio": None},
-            row | {"variant": "spade_fast", "times": [0.0123], "ratio": [1.9, 2, 2.1], "overhead": 1.234}]
+    rows = [
+        row | {"variant": "eager", "times": [0.004, 0.0021, 0.001], "ratio": [1, 1, 1]},
+        row | {"variant": "torch.compile", "times": [], "ratio": None},
+        row
+        | {"variant": "spade_fast", "times": [0.0123], "ratio": [1.9, 2, 2.1], "overhead": 1.234},
+    ]
     measured = {"environment": {"device": "NVIDIA H100", "dtype": "bfloat16"}, "rows": rows}
     (tmp_path / "gpu" / "generator.json").write_text(json.dumps(measured))
-    (tmp_path / "gpu" / "gpu.json").write_text(json.dumps({"environment": {"device": "NVIDIA H100"}, "stages": []}))
-    assert "| NVIDIA H100 | generator COCO, bfloat16, forward | 2.10 | – | 12.3 | 2.00 | 1.23 |" in summary.summary(tmp_path).splitlines()
+    (tmp_path / "gpu" / "gpu.json").write_text(
+        json.dumps({"environment": {"device": "NVIDIA H100"}, "stages": []})
+    )
+    assert (
+        "| NVIDIA H100 | generator COCO, bfloat16, forward | 2.10 | – | 12.3 | 2.00 | 1.23 |"
+        in summary.summary(tmp_path).splitlines()
+    )
 
 
 def test_the_commit_where_there_is_no_git(monkeypatch, tmp_path):
@@ -179,7 +221,11 @@ def test_what_the_gpu_command_would_do():
         assert f"{stage.name:18} at most {stage.seconds:3} s" in result.output
     assert gpu.TOTAL < 9 * 60
     result = invoke("gpu", "--dry-run", "--stage", "racecheck", "--stage", "decoder")
-    assert "racecheck" in result.output and "decoder" in result.output and "memcheck" not in result.output
+    assert (
+        "racecheck" in result.output
+        and "decoder" in result.output
+        and "memcheck" not in result.output
+    )
     assert invoke("gpu", "--stage", "nothing").exit_code == 2
 
 
@@ -194,14 +240,30 @@ def test_a_stage_that_fails_or_hangs_takes_nothing_from_the_others(tmp_path):
     def stage(name, code, seconds=60, needs=None):
         return gpu.Stage(name, "", [sys.executable, "-c", code], seconds, needs)
 
-    stages = [stage("fails", "print('before'); raise SystemExit(3)"), stage("hangs", "import time; time.sleep(60)", 1),
-              stage("writes", "open(r'{out}/result', 'w').write('here')"), stage("lacks", "", needs="no-such-program"),
-              stage("late", "")]
+    stages = [
+        stage("fails", "print('before'); raise SystemExit(3)"),
+        stage("hangs", "import time; time.sleep(60)", 1),
+        stage("writes", "open(r'{out}/result', 'w').write('here')"),
+        stage("lacks", "", needs="no-such-program"),
+        stage("late", ""),
+    ]
     stages[-1] = dataclasses.replace(stages[-1], seconds=0)
     said = []
     assert not gpu.run(tmp_path, stages, say=said.append)
-    outcomes = {entry["name"]: entry["outcome"] for entry in json.loads((tmp_path / "gpu.json").read_text())["stages"]}
-    assert outcomes == {"fails": "failed with 3", "hangs": "stopped after 1 s", "writes": "passed",
-                        "lacks": "left out: no-such-program is not there", "late": "left out: no time is left"}
-    assert (tmp_path / "result").read_text() == "here" and "before" in (tmp_path / "log.txt").read_text() and len(said) == 5
+    outcomes = {
+        entry["name"]: entry["outcome"]
+        for entry in json.loads((tmp_path / "gpu.json").read_text())["stages"]
+    }
+    assert outcomes == {
+        "fails": "failed with 3",
+        "hangs": "stopped after 1 s",
+        "writes": "passed",
+        "lacks": "left out: no-such-program is not there",
+        "late": "left out: no time is left",
+    }
+    assert (
+        (tmp_path / "result").read_text() == "here"
+        and "before" in (tmp_path / "log.txt").read_text()
+        and len(said) == 5
+    )
     assert gpu.run(tmp_path, [stages[2], stages[3]], say=said.append)

@@ -20,23 +20,35 @@ def fresh_compiler():
 
 
 @pytest.mark.parametrize("layout", [contiguous, channels_last])
-@pytest.mark.parametrize("norm,rows,activation", [
-    ("instance", None, "leaky_relu"), ("batch", None, "silu"), ("group", None, "leaky_relu"), (None, None, "silu"),
-    ("instance", 7, "leaky_relu"), ("instance", 7, "silu"),
-])
+@pytest.mark.parametrize(
+    "norm,rows,activation",
+    [
+        ("instance", None, "leaky_relu"),
+        ("batch", None, "silu"),
+        ("group", None, "leaky_relu"),
+        (None, None, "silu"),
+        ("instance", 7, "leaky_relu"),
+        ("instance", 7, "silu"),
+    ],
+)
 def test_forward_and_backward_with_changing_batch(norm, activation, layout, rows):
     counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(spade_fast.spade_modulate, fullgraph=True, backend=counter)
     for batch in (2, 3, 5):
-        arguments, dy = sample((batch, 4, 5, 6), norm, activation, layout=layout, affine=norm is not None, rows=rows)
-        found, expected = (results(modulate, arguments, dy) for modulate in (compiled, spade_fast.spade_modulate))
+        arguments, dy = sample(
+            (batch, 4, 5, 6), norm, activation, layout=layout, affine=norm is not None, rows=rows
+        )
+        found, expected = (
+            results(modulate, arguments, dy) for modulate in (compiled, spade_fast.spade_modulate)
+        )
         for name in expected:
             assert torch.allclose(found[name], expected[name], rtol=1e-4, atol=1e-5), (batch, name)
     assert counter.frame_count <= 2  # once for the first batch, once for all others
 
 
 def test_a_block_through_the_default_compiler():
-    # Without spectral norm: of its weights Inductor gets the gradient wrong in train mode, in the reference's block as well.
+    # Without spectral norm: of its weights Inductor gets the gradient wrong in train mode, in the
+    # reference's block as well.
     block = spade_fast.SPADEResnetBlock(6, 4, "spadesyncbatch3x3", 3, nhidden=6)
     eager = reference.SPADEResnetBlock(6, 4, "spadesyncbatch3x3", 3, nhidden=6)
     eager.load_state_dict(block.state_dict())
@@ -70,7 +82,9 @@ def test_an_exported_graph_is_plain_pytorch():
     with torch.no_grad():
         program = torch.export.export(block, (x, segmap), dynamic_shapes=({0: batch}, {0: batch}))
     targets = {str(node.target) for node in program.graph.nodes if node.op == "call_function"}
-    assert targets and all(target.startswith("aten.") or "getitem" in target or "sym" in target for target in targets), targets
+    assert targets and all(
+        target.startswith("aten.") or "getitem" in target or "sym" in target for target in targets
+    ), targets
     x, segmap = torch.randn(5, 6, 8, 8), torch.randn(5, 3, 8, 8)
     assert torch.allclose(program.module()(x, segmap), block(x, segmap), atol=1e-5)
 
@@ -83,12 +97,16 @@ def test_bad_input_is_the_same_error_when_compiled():
 
 
 class SmallGenerator(torch.nn.Module):
-    """Blocks at three sizes, one of them with 1×1 convolutions: where a layout has one class, that sees a single window."""
+    """Blocks at three sizes, one of them with 1×1 convolutions: where a layout has one class, that
+    sees a single window.
+    """
 
     def __init__(self, classes):
         super().__init__()
-        self.blocks = torch.nn.ModuleList(spade_fast.SPADEResnetBlock(4, 4, norm_G, classes, nhidden=6)
-                                          for norm_G in ("spadeinstance3x3", "spadebatch1x1", "spadeinstance3x3"))
+        self.blocks = torch.nn.ModuleList(
+            spade_fast.SPADEResnetBlock(4, 4, norm_G, classes, nhidden=6)
+            for norm_G in ("spadeinstance3x3", "spadebatch1x1", "spadeinstance3x3")
+        )
 
     def forward(self, z, condition):
         for block in self.blocks:
@@ -116,8 +134,13 @@ def test_a_generator_over_many_layouts_is_compiled_once(compiler, backend):
 
 
 def test_a_layout_whose_windows_do_not_decide():
-    spade, layout = spade_fast.SPADE(4, 3, 4), SemanticLayout.from_labels(patches((1, 16, 16), 3), 3)
-    torch.nn.utils.parametrizations.weight_norm(spade.mlp_gamma)  # no longer a plain convolution: pixels are computed
+    spade, layout = (
+        spade_fast.SPADE(4, 3, 4),
+        SemanticLayout.from_labels(patches((1, 16, 16), 3), 3),
+    )
+    torch.nn.utils.parametrizations.weight_norm(
+        spade.mlp_gamma
+    )  # no longer a plain convolution: pixels are computed
     x = torch.randn(1, 4, 8, 8)
     compiled = torch.compile(spade, fullgraph=True, backend="aot_eager")
     assert torch.allclose(compiled(x, layout), spade(x, layout), atol=1e-5)
@@ -126,12 +149,18 @@ def test_a_layout_whose_windows_do_not_decide():
 def test_a_layout_that_is_not_prepared():
     layout = SemanticLayout.from_labels(patches((1, 16, 16), 3), 3)
     compiled = torch.compile(spade_fast.SPADE(4, 3, 4), fullgraph=True, backend="eager")
-    with pytest.raises(Exception, match=r"no windows of size \(8, 8\) yet: prepare\(\[\(8, 8\)\], 3\) before the compiled call"):
+    with pytest.raises(
+        Exception,
+        match=r"no windows of size \(8, 8\) yet: prepare\(\[\(8, 8\)\], 3\) before the"
+        " compiled call",
+    ):
         compiled(torch.randn(1, 4, 8, 8), layout)
 
 
 def small_generator():
-    return spade_fast.SPADEGenerator.official(6, ngf=2, nhidden=4, crop_size=64, norm_G="spectralspadebatch3x3").eval()
+    return spade_fast.SPADEGenerator.official(
+        6, ngf=2, nhidden=4, crop_size=64, norm_G="spectralspadebatch3x3"
+    ).eval()
 
 
 @pytest.mark.large
@@ -140,7 +169,9 @@ def test_the_official_generator_is_compiled_once():
     counter = torch._dynamo.testing.CompileCounterWithBackend("eager")
     compiled = torch.compile(copy.deepcopy(generator), fullgraph=True, backend=counter)
     for seed in range(3):
-        layout = SemanticLayout.from_labels(patches((2, 64, 64), 6, seed), 6).prepare(generator.sizes, 3)
+        layout = SemanticLayout.from_labels(patches((2, 64, 64), 6, seed), 6).prepare(
+            generator.sizes, 3
+        )
         with spade_fast.window_mode("always"):
             ours, expected = (network(layout) for network in (compiled, generator))
         assert torch.allclose(ours, expected, rtol=1e-9, atol=1e-9)
@@ -151,7 +182,10 @@ def test_the_official_generator_is_compiled_once():
 @pytest.mark.large
 def test_the_discriminator_of_a_layout_is_compiled():
     discriminator = spade_fast.MultiscaleDiscriminator(9, 2, 2).double().eval()
-    layout, images = SemanticLayout.from_labels(patches((1, 32, 32), 6), 6), torch.randn(2, 3, 32, 32, dtype=torch.float64)
+    layout, images = (
+        SemanticLayout.from_labels(patches((1, 32, 32), 6), 6),
+        torch.randn(2, 3, 32, 32, dtype=torch.float64),
+    )
     expected = discriminator(images, layout)
     compiled = torch.compile(discriminator, backend="aot_eager")
     for ours, theirs in zip(compiled(images, layout), expected):
@@ -162,7 +196,9 @@ def test_the_discriminator_of_a_layout_is_compiled():
 def test_an_exported_generator_takes_any_batch():
     generator, segmap = small_generator(), torch.randn(2, 6, 64, 64)
     with torch.no_grad():
-        program = torch.export.export(generator, (segmap,), dynamic_shapes=({0: torch.export.Dim("batch", min=2)},))
+        program = torch.export.export(
+            generator, (segmap,), dynamic_shapes=({0: torch.export.Dim("batch", min=2)},)
+        )
         segmap = torch.randn(3, 6, 64, 64)
         assert torch.allclose(program.module()(segmap), generator(segmap), atol=1e-5)
 
@@ -174,5 +210,5 @@ def test_an_onnx_generator_computes_the_same(tmp_path):
     generator, segmap = small_generator().fold_spectral_norm(), torch.randn(1, 6, 64, 64)
     torch.onnx.export(generator, (segmap,), tmp_path / "generator.onnx", dynamo=True, verbose=False)
     session = runtime.InferenceSession(tmp_path / "generator.onnx")
-    found, = session.run(None, {session.get_inputs()[0].name: segmap.numpy()})
+    (found,) = session.run(None, {session.get_inputs()[0].name: segmap.numpy()})
     assert torch.allclose(torch.from_numpy(found), generator(segmap), atol=1e-4)

@@ -1,4 +1,6 @@
-"""`convert`: layers of every family, in place, with the same numbers; look-alikes are left as they were."""
+"""`convert`: layers of every family, in place, with the same numbers; look-alikes are left as they
+were.
+"""
 
 import copy
 import io
@@ -29,7 +31,9 @@ class Network(nn.Module):
 def inputs(labels=True, batch=2, size=(10, 9)):
     x = torch.randn(batch, CHANNELS, *size, dtype=torch.float64)
     layout = SemanticLayout.from_labels(patches((batch, 20, 18), LABELS), LABELS)
-    return x, layout.to_segmap(torch.float64) if labels else torch.randn(batch, LABELS, 20, 18, dtype=torch.float64)
+    return x, layout.to_segmap(torch.float64) if labels else torch.randn(
+        batch, LABELS, 20, 18, dtype=torch.float64
+    )
 
 
 def outcome(model, x, segmap):
@@ -37,15 +41,23 @@ def outcome(model, x, segmap):
     x = x.clone().requires_grad_()
     y = model(x, segmap)
     wanted = {"x": x, **dict(model.named_parameters())}
-    gradients = torch.autograd.grad(y, list(wanted.values()), torch.sin(torch.arange(y.numel(), dtype=y.dtype)).view(y.shape))
-    return {"y": y.detach(), **dict(zip(wanted, gradients)), **{name: buffer.clone() for name, buffer in model.named_buffers()}}
+    gradients = torch.autograd.grad(
+        y, list(wanted.values()), torch.sin(torch.arange(y.numel(), dtype=y.dtype)).view(y.shape)
+    )
+    return {
+        "y": y.detach(),
+        **dict(zip(wanted, gradients)),
+        **{name: buffer.clone() for name, buffer in model.named_buffers()},
+    }
 
 
 def agree(ours, theirs, tolerance=1e-10):
     largest = max(tensor.double().norm() for tensor in theirs.values())
     assert ours.keys() == theirs.keys()
     for name in theirs:
-        assert (ours[name].double() - theirs[name].double()).norm() <= tolerance * max(theirs[name].double().norm(), 1e-3 * largest), name
+        assert (ours[name].double() - theirs[name].double()).norm() <= tolerance * max(
+            theirs[name].double().norm(), 1e-3 * largest
+        ), name
 
 
 @pytest.mark.parametrize("family", SPADES)
@@ -100,16 +112,28 @@ def test_nothing_but_the_class_changes(train):
     calls = []
     model.first.register_forward_hook(lambda module, arguments, y: calls.append(module))
     before = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers())}
-    values, state, random = {name: tensor.clone() for name, tensor in before.items()}, model.state_dict(), torch.get_rng_state()
+    values, state, random = (
+        {name: tensor.clone() for name, tensor in before.items()},
+        model.state_dict(),
+        torch.get_rng_state(),
+    )
     attributes = {name: dict(module.__dict__) for name, module in model.named_modules()}
     assert spade_fast.convert(model).converted == 5
     after = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers())}
     assert before.keys() == after.keys() and all(before[name] is after[name] for name in before)
-    assert all(torch.equal(values[name], after[name]) for name in values) and all(tensor.grad is None for tensor in model.parameters())
-    assert list(model.state_dict()) == list(state) and torch.equal(random, torch.get_rng_state()) and not calls
+    assert all(torch.equal(values[name], after[name]) for name in values) and all(
+        tensor.grad is None for tensor in model.parameters()
+    )
+    assert (
+        list(model.state_dict()) == list(state)
+        and torch.equal(random, torch.get_rng_state())
+        and not calls
+    )
     for name, module in model.named_modules():
         own = {key: value for key, value in module.__dict__.items() if key != "spade_form"}
-        assert own.keys() == attributes[name].keys() and all(own[key] is attributes[name][key] for key in own), name
+        assert own.keys() == attributes[name].keys() and all(
+            own[key] is attributes[name][key] for key in own
+        ), name
     assert isinstance(model.first, Layer) and isinstance(model.block, Block)
     x, segmap = inputs()
     model(x.float(), segmap.float())
@@ -128,7 +152,11 @@ def test_reverting():
     model = Network(Layer)
     spade_fast.convert(model)
     assert spade_fast.revert(model) == 5
-    assert type(model.first) is Layer and type(model.block) is Block and "spade_form" not in model.first.__dict__
+    assert (
+        type(model.first) is Layer
+        and type(model.block) is Block
+        and "spade_form" not in model.first.__dict__
+    )
     assert spade_fast.revert(model) == 0 and spade_fast.convert(model).converted == 5
 
 
@@ -137,11 +165,15 @@ def test_converting_twice():
     spade_fast.convert(model)
     kinds = [type(module) for module in model.modules()]
     report = spade_fast.convert(model)
-    assert [type(module) for module in model.modules()] == kinds and all("fast already" in entry.reason for entry in report)
+    assert [type(module) for module in model.modules()] == kinds and all(
+        "fast already" in entry.reason for entry in report
+    )
 
 
 def test_our_own_layers_are_fast_already():
-    report = spade_fast.convert(nn.Sequential(SPADE(4, 3), spade_fast.SPADEResnetBlock(4, 4, "spadebatch3x3", 3)))
+    report = spade_fast.convert(
+        nn.Sequential(SPADE(4, 3), spade_fast.SPADEResnetBlock(4, 4, "spadebatch3x3", 3))
+    )
     assert len(report) == 4 and not report.converted
 
 
@@ -150,11 +182,17 @@ def test_copies(copied):
     model = Network(SPADES["official, batch"]).double()
     spade_fast.convert(model)
     x, segmap = inputs()
-    with torch.no_grad():  # spectral norm leaves a weight behind that PyTorch cannot copy where it has a gradient
+    with (
+        torch.no_grad()
+    ):  # spectral norm leaves a weight behind that PyTorch cannot copy where it has a gradient
         model(x, segmap)
     model.eval().requires_grad_(False)
     twin = copied(model)
-    assert isinstance(twin.first, Fast) and isinstance(twin.block, Fast) and type(twin.first) is type(model.first)
+    assert (
+        isinstance(twin.first, Fast)
+        and isinstance(twin.block, Fast)
+        and type(twin.first) is type(model.first)
+    )
     assert torch.equal(twin(x, segmap), model(x, segmap))
     assert spade_fast.revert(twin) == 5 and isinstance(model.first, Fast)
 
@@ -196,7 +234,11 @@ def test_blocks_are_optional(blocks, expected):
 def test_a_block_that_computes_something_else():
     block = OtherBlock(Layer)
     report = spade_fast.convert(block)
-    assert report.converted == 2 and report[0].recognised_as == "residual block 8 → 8" and "y is" in report[0].reason
+    assert (
+        report.converted == 2
+        and report[0].recognised_as == "residual block 8 → 8"
+        and "y is" in report[0].reason
+    )
     assert type(block) is OtherBlock
 
 
@@ -206,14 +248,28 @@ def test_no_spade_at_all():
 
 
 def test_the_report_as_a_table():
-    text = str(spade_fast.convert(nn.ModuleDict({"good": Layer(), "bad": LOOKALIKES["HiFaceGAN"][0]()})))
-    for part in ("good", "bad", "HiFaceGAN", "SPADE(8, 5, 6), InstanceNorm2d", "yes", "no", "windows of labels, else pixels"):
+    text = str(
+        spade_fast.convert(nn.ModuleDict({"good": Layer(), "bad": LOOKALIKES["HiFaceGAN"][0]()}))
+    )
+    for part in (
+        "good",
+        "bad",
+        "HiFaceGAN",
+        "SPADE(8, 5, 6), InstanceNorm2d",
+        "yes",
+        "no",
+        "windows of labels, else pixels",
+    ):
         assert part in text
 
 
 def test_models_that_cannot_be_converted():
     scripted = torch.jit.trace(nn.Conv2d(1, 1, 1), torch.randn(1, 1, 2, 2))
-    for model, message in ((scripted, "model is scripted"), (torch.compile(Layer()), "model is compiled"), (Layer, "model is a type")):
+    for model, message in (
+        (scripted, "model is scripted"),
+        (torch.compile(Layer()), "model is compiled"),
+        (Layer, "model is a type"),
+    ):
         with pytest.raises(TypeError, match=message):
             spade_fast.convert(model)
 
@@ -233,7 +289,9 @@ def test_threads_call_one_model_at_once():
     spade_fast.convert(model)
     x, segmap = inputs()
     expected, found = model(x, segmap), []
-    threads = [threading.Thread(target=lambda: found.append(model(x, segmap.clone()))) for _ in range(4)]
+    threads = [
+        threading.Thread(target=lambda: found.append(model(x, segmap.clone()))) for _ in range(4)
+    ]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -243,25 +301,33 @@ def test_threads_call_one_model_at_once():
 
 def test_the_published_generator():
     torch.manual_seed(0)
-    generator = reference.SPADEGenerator(LABELS, 4, crop_size=64, norm_G="spectralspadebatch3x3").double()
+    generator = reference.SPADEGenerator(
+        LABELS, 4, crop_size=64, norm_G="spectralspadebatch3x3"
+    ).double()
     own = copy.deepcopy(generator)
     report = spade_fast.convert(generator)
     assert report.converted == len(report) == 25
-    segmap = SemanticLayout.from_labels(patches((2, 64, 64), LABELS), LABELS).to_segmap(torch.float64)
+    segmap = SemanticLayout.from_labels(patches((2, 64, 64), LABELS), LABELS).to_segmap(
+        torch.float64
+    )
     found = []
     for network in (generator, own):
         y = network(segmap)
         gradients = torch.autograd.grad(y.square().sum(), list(network.parameters()))
         names = [name for name, _ in network.named_parameters()]
-        found.append({"y": y.detach(), **dict(zip(names, gradients)), **dict(network.named_buffers())})
+        found.append(
+            {"y": y.detach(), **dict(zip(names, gradients)), **dict(network.named_buffers())}
+        )
     agree(*found)
 
 
 def test_a_forward_that_was_replaced_and_parameters_without_values():
     model = nn.ModuleDict({"replaced": Layer(), "meta": Layer().to("meta")})
     model["replaced"].forward = lambda x, segmap: x
-    assert [entry.reason for entry in spade_fast.convert(model)] == ["its forward was replaced on this very module",
-                                                                     "its parameters are on the meta device, they have no values"]
+    assert [entry.reason for entry in spade_fast.convert(model)] == [
+        "its forward was replaced on this very module",
+        "its parameters are on the meta device, they have no values",
+    ]
 
 
 def test_parameters_from_inference_mode():
@@ -271,7 +337,9 @@ def test_parameters_from_inference_mode():
 
 
 def test_in_distributed_data_parallel(tmp_path):
-    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1
+    )
     try:
         model = Network(SPADES["official, batch"]).double()
         own = copy.deepcopy(model)
@@ -280,6 +348,11 @@ def test_in_distributed_data_parallel(tmp_path):
         x, segmap = inputs()
         for network in (parallel, own):
             network(x, segmap).square().sum().backward()
-        agree(*({name: parameter.grad for name, parameter in network.named_parameters()} for network in (model, own)))
+        agree(
+            *(
+                {name: parameter.grad for name, parameter in network.named_parameters()}
+                for network in (model, own)
+            )
+        )
     finally:
         torch.distributed.destroy_process_group()

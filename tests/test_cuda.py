@@ -1,4 +1,5 @@
-"""The CUDA kernels without a GPU: compiled as C++ for the host (cuda_on_host.h) and run, and compiled by nvcc and read.
+"""The CUDA kernels without a GPU: compiled as C++ for the host (cuda_on_host.h) and run, and
+compiled by nvcc and read.
 
 On a GPU they are a backend of the whole suite.
 """
@@ -14,7 +15,17 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from modulations import LAYOUTS, channels_last, contiguous, disagreements, results, sample, sliced, sliced_channels, transposed
+from modulations import (
+    LAYOUTS,
+    channels_last,
+    contiguous,
+    disagreements,
+    results,
+    sample,
+    sliced,
+    sliced_channels,
+    transposed,
+)
 from torch.utils.cpp_extension import include_paths, library_paths
 
 import spade_fast
@@ -24,8 +35,17 @@ from spade_fast.ops import norms
 
 ROOT = Path(__file__).parent.parent
 NAMESPACE = "spade_fast_cuda_on_host"
-FLAGS = ["-std=c++17", "-O1", "-fPIC", "-DTORCH_TARGET_VERSION=0x020a000000000000", f"-DSPADE_FAST_NAMESPACE={NAMESPACE}",
-         "-DSPADE_FAST_DISPATCH_KEY=CPU", "-include", str(ROOT / "tests" / "cuda_on_host.h"), *os.environ.get("CXXFLAGS", "").split()]
+FLAGS = [
+    "-std=c++17",
+    "-O1",
+    "-fPIC",
+    "-DTORCH_TARGET_VERSION=0x020a000000000000",
+    f"-DSPADE_FAST_NAMESPACE={NAMESPACE}",
+    "-DSPADE_FAST_DISPATCH_KEY=CPU",
+    "-include",
+    str(ROOT / "tests" / "cuda_on_host.h"),
+    *os.environ.get("CXXFLAGS", "").split(),
+]
 COMPILER = shutil.which(os.environ.get("CXX", "g++"))
 ACTIVATIONS = [None, "relu", "leaky_relu", "silu"]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -41,18 +61,51 @@ def library(tmp_path_factory):
     includes = [f"-isystem{path}" for path in include_paths()]
 
     def compile_one(source):
-        subprocess.run([COMPILER, *FLAGS, *includes, "-x", "c++", "-c", source, "-o", folder / f"{source.name}.o"], check=True)
+        subprocess.run(
+            [
+                COMPILER,
+                *FLAGS,
+                *includes,
+                "-x",
+                "c++",
+                "-c",
+                source,
+                "-o",
+                folder / f"{source.name}.o",
+            ],
+            check=True,
+        )
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         list(pool.map(compile_one, sources))
     paths = [f"-L{path}" for path in library_paths()]
-    subprocess.run([COMPILER, "-shared", *os.environ.get("CXXFLAGS", "").split(), *folder.glob("*.o"), "-o", folder / "library.so", *paths,
-                    "-Wl,--no-as-needed", "-ltorch", "-ltorch_cpu"], check=True)
+    subprocess.run(
+        [
+            COMPILER,
+            "-shared",
+            *os.environ.get("CXXFLAGS", "").split(),
+            *folder.glob("*.o"),
+            "-o",
+            folder / "library.so",
+            *paths,
+            "-Wl,--no-as-needed",
+            "-ltorch",
+            "-ltorch_cpu",
+        ],
+        check=True,
+    )
     operators.declare(NAMESPACE, cuda_backend.KERNELS)
     torch.ops.load_library(folder / "library.so")
-    found = {name: getattr(getattr(torch.ops, NAMESPACE), name).default for name in cuda_backend.KERNELS}
+    found = {
+        name: getattr(getattr(torch.ops, NAMESPACE), name).default for name in cuda_backend.KERNELS
+    }
     largest_cluster = ctypes.CDLL(folder / "library.so").host_largest_cluster
-    return SimpleNamespace(NAME="cuda on host", why_not=lambda x=None, gamma=None: None, largest_cluster=largest_cluster, **found)
+    return SimpleNamespace(
+        NAME="cuda on host",
+        why_not=lambda x=None, gamma=None: None,
+        largest_cluster=largest_cluster,
+        **found,
+    )
 
 
 @pytest.fixture
@@ -72,11 +125,19 @@ def passes(request, on_host, monkeypatch):
 @pytest.mark.parametrize("shared", [14000, 40000])
 @pytest.mark.parametrize("layout", [contiguous, channels_last, sliced])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("activation,rows,mean", [("silu", None, 0), ("relu", 7, 0), ("leaky_relu", None, 1000)])
-def test_planes_that_a_cluster_holds(activation, rows, mean, dtype, layout, shared, on_host, monkeypatch):
-    shared = min(8 * shared, 227 << 10) if layout is channels_last else shared  # of more channels than three
+@pytest.mark.parametrize(
+    "activation,rows,mean", [("silu", None, 0), ("relu", 7, 0), ("leaky_relu", None, 1000)]
+)
+def test_planes_that_a_cluster_holds(
+    activation, rows, mean, dtype, layout, shared, on_host, monkeypatch
+):
+    shared = (
+        min(8 * shared, 227 << 10) if layout is channels_last else shared
+    )  # of more channels than three
     monkeypatch.setenv("SPADE_FAST_HOST_SHARED", str(shared))
-    arguments, dy = sample((1, 3, 120, 171), "instance", activation, dtype=dtype, layout=layout, rows=rows, mean=mean)
+    arguments, dy = sample(
+        (1, 3, 120, 171), "instance", activation, dtype=dtype, layout=layout, rows=rows, mean=mean
+    )
     on_host.largest_cluster()
     assert not disagreements(arguments, dy, arguments | {"x": arguments["x"].double() - mean})
     assert on_host.largest_cluster() > 1
@@ -100,7 +161,9 @@ def test_written_over_what_it_reads(out, rows, on_host):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_every_activation_dtype_and_layout(activation, dtype, layout, rows, passes):
-    arguments, dy = sample((2, 6, 9, 7), "instance", activation, dtype=dtype, layout=layout, rows=rows)
+    arguments, dy = sample(
+        (2, 6, 9, 7), "instance", activation, dtype=dtype, layout=layout, rows=rows
+    )
     assert not disagreements(arguments, dy)
 
 
@@ -110,7 +173,15 @@ def test_every_activation_dtype_and_layout(activation, dtype, layout, rows, pass
 @pytest.mark.parametrize("activation", [None, "leaky_relu", "silu"])
 @pytest.mark.parametrize("norm", ["batch", "group", None])
 def test_the_other_norms(norm, activation, layout, rows, on_host):
-    arguments, dy = sample((2, 16, 8, 12), norm, activation, dtype=torch.bfloat16, layout=layout, affine=norm is not None, rows=rows)
+    arguments, dy = sample(
+        (2, 16, 8, 12),
+        norm,
+        activation,
+        dtype=torch.bfloat16,
+        layout=layout,
+        affine=norm is not None,
+        rows=rows,
+    )
     assert not disagreements(arguments, dy)
 
 
@@ -124,10 +195,19 @@ def test_every_layout_in_one_to_three_dimensions(shape, layout, rows, on_host):
 
 
 @needs_compiler
-@pytest.mark.parametrize("layouts", list(itertools.permutations([contiguous, channels_last, sliced, transposed], 3))[::3])
+@pytest.mark.parametrize(
+    "layouts", list(itertools.permutations([contiguous, channels_last, sliced, transposed], 3))[::3]
+)
 def test_layouts_that_differ(layouts, passes):
     layout, gamma_layout, dy_layout = layouts
-    arguments, dy = sample((2, 5, 6, 7), "instance", "relu", layout=layout, gamma_layout=gamma_layout, dy_layout=dy_layout)
+    arguments, dy = sample(
+        (2, 5, 6, 7),
+        "instance",
+        "relu",
+        layout=layout,
+        gamma_layout=gamma_layout,
+        dy_layout=dy_layout,
+    )
     assert not disagreements(arguments, dy)
 
 
@@ -136,16 +216,28 @@ def test_layouts_that_differ(layouts, passes):
 @pytest.mark.parametrize("pixels", [(1, 3), (4, 4), (17, 1), (9, 20)])
 @pytest.mark.parametrize("layout", [contiguous, channels_last, sliced_channels])
 def test_odd_sizes(channels, pixels, layout, on_host):
-    arguments, dy = sample((2, channels, *pixels), "instance", "leaky_relu", layout=layout, dtype=torch.bfloat16)
+    arguments, dy = sample(
+        (2, channels, *pixels), "instance", "leaky_relu", layout=layout, dtype=torch.bfloat16
+    )
     assert not disagreements(arguments, dy)
 
 
 @needs_compiler
 @pytest.mark.parametrize("rows", [None, 7])
 @pytest.mark.parametrize("layout", [contiguous, channels_last])
-@pytest.mark.parametrize("dtypes", [pair for pair in itertools.product(DTYPES, DTYPES) if pair[0] != pair[1]], ids=str)
+@pytest.mark.parametrize(
+    "dtypes", [pair for pair in itertools.product(DTYPES, DTYPES) if pair[0] != pair[1]], ids=str
+)
 def test_gamma_of_another_dtype(dtypes, layout, rows, on_host):
-    arguments, dy = sample((2, 8, 6, 8), "instance", "leaky_relu", dtype=dtypes[0], gamma_dtype=dtypes[1], layout=layout, rows=rows)
+    arguments, dy = sample(
+        (2, 8, 6, 8),
+        "instance",
+        "leaky_relu",
+        dtype=dtypes[0],
+        gamma_dtype=dtypes[1],
+        layout=layout,
+        rows=rows,
+    )
     assert not disagreements(arguments, dy)
 
 
@@ -191,7 +283,9 @@ def test_nan_and_infinity_go_where_torch_has_them(special, where, activation, pa
 @pytest.mark.parametrize("shape", [(0, 4, 5, 6), (2, 4, 0, 6)])
 @pytest.mark.parametrize("layout", [contiguous, channels_last])
 def test_nothing_in_nothing_out(norm, shape, layout, rows, on_host):
-    arguments, dy = sample(shape, norm, "leaky_relu", layout=layout, affine=norm == "batch", rows=rows)
+    arguments, dy = sample(
+        shape, norm, "leaky_relu", layout=layout, affine=norm == "batch", rows=rows
+    )
     found = results(spade_fast.spade_modulate, arguments, dy)
     assert found["y"].shape == found["dx"].shape == shape
     assert not any(found[name].any() for name in ("dgamma", "dbeta"))
@@ -202,7 +296,9 @@ def test_nothing_in_nothing_out(norm, shape, layout, rows, on_host):
 @pytest.mark.parametrize("layout", [contiguous, channels_last])
 @pytest.mark.parametrize("shape", [(1, 3, 60, 101), (2, 70, 9, 11)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_many_splits_and_long_pieces_and_the_same_bits_again(layout, shape, rows, dtype, on_host, monkeypatch):
+def test_many_splits_and_long_pieces_and_the_same_bits_again(
+    layout, shape, rows, dtype, on_host, monkeypatch
+):
     monkeypatch.setenv("SPADE_FAST_HOST_PROCESSORS", "64")
     monkeypatch.setenv("SPADE_FAST_HOST_SHARED", "0")
     arguments, dy = sample(shape, "instance", "leaky_relu", layout=layout, rows=rows, dtype=dtype)
@@ -215,7 +311,9 @@ def test_many_splits_and_long_pieces_and_the_same_bits_again(layout, shape, rows
 @pytest.mark.parametrize("rows", [None, 7])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_outputs_are_as_the_fakes_say(layout, rows, passes):
-    arguments, dy = sample((2, 5, 3, 4), "instance", "relu", layout=layout, rows=rows, dtype=torch.bfloat16)
+    arguments, dy = sample(
+        (2, 5, 3, 4), "instance", "relu", layout=layout, rows=rows, dtype=torch.bfloat16
+    )
     x, gamma, beta = arguments["x"], arguments["gamma"], arguments["beta"]
     index = arguments["index"].int() if rows else None
     order = torch_backend.sort_pixels(index) if rows else None
@@ -223,12 +321,17 @@ def test_outputs_are_as_the_fakes_say(layout, rows, passes):
     planes = norms.planes(statistics, x.shape[:2], None, None)
     signs = torch_backend.apply(x, planes, gamma, beta, index, "relu", 0.2, True)[1]
     ops = getattr(torch.ops, NAMESPACE)
-    for name, given in {"plane_moments": (x,), "apply": (x, planes, gamma, beta, index, "relu", 0.2, True),
-                        "backward_sums": (dy, x, planes, gamma, None, index, order, signs, "relu", 0.2),
-                        "backward_input": (dy, x, planes, gamma, None, index, signs, None, "relu", 0.2),
-                        "instance_forward": (x, gamma, beta, index, 1e-5, "relu", 0.2, True),
-                        "instance_backward": (dy, x, planes, gamma, None, index, order, signs, "relu", 0.2)}.items():
-        torch.library.opcheck(getattr(ops, name), given, test_utils=("test_schema", "test_faketensor"))
+    for name, given in {
+        "plane_moments": (x,),
+        "apply": (x, planes, gamma, beta, index, "relu", 0.2, True),
+        "backward_sums": (dy, x, planes, gamma, None, index, order, signs, "relu", 0.2),
+        "backward_input": (dy, x, planes, gamma, None, index, signs, None, "relu", 0.2),
+        "instance_forward": (x, gamma, beta, index, 1e-5, "relu", 0.2, True),
+        "instance_backward": (dy, x, planes, gamma, None, index, order, signs, "relu", 0.2),
+    }.items():
+        torch.library.opcheck(
+            getattr(ops, name), given, test_utils=("test_schema", "test_faketensor")
+        )
     assert torch.equal(ops.apply(x, planes, gamma, beta, index, "relu", 0.2, True)[1], signs)
 
 
@@ -240,7 +343,18 @@ def test_errors_name_the_argument(on_host):
     with pytest.raises(RuntimeError, match="activation is gelu"):
         on_host.instance_forward(x, x, x, None, 1e-5, "gelu", 0.2, False)
     with pytest.raises(RuntimeError, match="beta is None, silu's derivative needs it"):
-        on_host.instance_backward(x, x, torch.ones(3, 2, 3), x, None, None, None, x.new_empty(0, dtype=torch.uint8), "silu", 0.2)
+        on_host.instance_backward(
+            x,
+            x,
+            torch.ones(3, 2, 3),
+            x,
+            None,
+            None,
+            None,
+            x.new_empty(0, dtype=torch.uint8),
+            "silu",
+            0.2,
+        )
 
 
 def test_why_it_does_not_run(monkeypatch):
@@ -252,7 +366,9 @@ def test_why_it_does_not_run(monkeypatch):
     assert cuda_backend.why_not(x) == "there is no CUDA GPU here"
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert cuda_backend.why_not(x) == "x is on cpu, these kernels run on CUDA GPUs"
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(major=7, minor=5))
+    monkeypatch.setattr(
+        torch.cuda, "get_device_properties", lambda device: SimpleNamespace(major=7, minor=5)
+    )
     assert cuda_backend.why_not() == "the GPU has compute capability 7.5, these kernels need 8.0"
 
 
@@ -261,5 +377,10 @@ def test_what_nvcc_makes_of_them():
     from benchmarks import cuda_proofs
 
     proofs = cuda_proofs.prove(capabilities=(80, 90))
-    assert {proof.kernel for proof in proofs} >= {"apply_kernel", "forward_kernel", "backward_kernel", "sum_pieces_kernel"}
+    assert {proof.kernel for proof in proofs} >= {
+        "apply_kernel",
+        "forward_kernel",
+        "backward_kernel",
+        "sum_pieces_kernel",
+    }
     assert not [(proof, proof.failures) for proof in proofs if proof.failures]

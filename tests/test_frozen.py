@@ -16,7 +16,9 @@ from spade_fast.nn import spade
 def computed(monkeypatch):
     """A list that grows by every table that is computed."""
     tables, compute = [], spade.compute_table
-    monkeypatch.setattr(spade, "compute_table", lambda *arguments: tables.append(True) or compute(*arguments))
+    monkeypatch.setattr(
+        spade, "compute_table", lambda *arguments: tables.append(True) or compute(*arguments)
+    )
     return tables
 
 
@@ -30,7 +32,11 @@ def block():
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 def test_tables_are_computed_once_for_each_layout(computed, mode):
-    model, layouts, x = block(), [layout_of(seed) for seed in range(2)], torch.randn(3, 1, 8, 32, 32)
+    model, layouts, x = (
+        block(),
+        [layout_of(seed) for seed in range(2)],
+        torch.randn(3, 1, 8, 32, 32),
+    )
     with mode():
         with spade_fast.window_mode("always"):
             expected = [model(own, layout) for own in x for layout in layouts]
@@ -38,7 +44,9 @@ def test_tables_are_computed_once_for_each_layout(computed, mode):
         with spade_fast.frozen(model) as tables:
             found = [model(own, layout) for own in x for layout in layouts]
             assert len(computed) == 2 * 3  # layouts, SPADEs of the block
-            assert tables.bytes == sum(4 * layout.windows((32, 32), 3).count * 2 * (8 + 8 + 4) for layout in layouts)
+            assert tables.bytes == sum(
+                4 * layout.windows((32, 32), 3).count * 2 * (8 + 8 + 4) for layout in layouts
+            )
         assert tables.bytes == 0
         with spade_fast.window_mode("always"):
             model(x[0], layouts[0])
@@ -66,17 +74,28 @@ def test_dtypes_and_sizes_are_kept_apart(computed):
     spade, layout = SPADE(8, 5, 8), layout_of()
     with torch.no_grad(), spade_fast.frozen(spade):
         for _ in range(2):
-            first, small = spade(torch.randn(1, 8, 32, 32), layout), spade(torch.randn(1, 8, 16, 16), layout)
+            first, small = (
+                spade(torch.randn(1, 8, 32, 32), layout),
+                spade(torch.randn(1, 8, 16, 16), layout),
+            )
             with torch.autocast("cpu", torch.bfloat16):
                 spade(torch.randn(1, 8, 32, 32), layout)
     assert len(computed) == 3 and first.shape[2:] == (32, 32) and small.shape[2:] == (16, 16)
 
 
 def test_memory_is_bounded(computed):
-    spade, layouts, x = SPADE(8, 5, 8), [layout_of(seed) for seed in range(4)], torch.randn(1, 8, 32, 32)
+    spade, layouts, x = (
+        SPADE(8, 5, 8),
+        [layout_of(seed) for seed in range(4)],
+        torch.randn(1, 8, 32, 32),
+    )
     sizes = [4 * layout.windows((32, 32), 3).count * 2 * 8 for layout in layouts]
     with torch.no_grad(), spade_fast.frozen(spade, max_bytes=sum(sizes) - 1) as tables:
-        for layout in [*layouts, layouts[3], layouts[0]]:  # the first makes room for the last, and the second for the first
+        for layout in [
+            *layouts,
+            layouts[3],
+            layouts[0],
+        ]:  # the first makes room for the last, and the second for the first
             spade(x, layout)
         assert len(computed) == 5 and tables.bytes == sum(sizes) - sizes[1]
     computed.clear()
@@ -86,18 +105,25 @@ def test_memory_is_bounded(computed):
         assert len(computed) == 2 and tables.bytes == 0
 
 
-@pytest.mark.parametrize("change", [
-    lambda spade: spade.mlp_gamma.weight.add_(1),
-    lambda spade: spade.mlp_gamma.weight.data.add_(1),
-    lambda spade: spade.mlp_gamma.weight.detach().numpy().__imul__(2),
-    lambda spade: spade.load_state_dict(SPADE(8, 5, 8).state_dict()),
-    lambda spade: setattr(spade, "mlp_gamma", copy.deepcopy(spade.mlp_gamma)),
-    lambda spade: spade.mlp_gamma.register_parameter("bias", None),
-    lambda spade: spade.half(),
-])
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda spade: spade.mlp_gamma.weight.add_(1),
+        lambda spade: spade.mlp_gamma.weight.data.add_(1),
+        lambda spade: spade.mlp_gamma.weight.detach().numpy().__imul__(2),
+        lambda spade: spade.load_state_dict(SPADE(8, 5, 8).state_dict()),
+        lambda spade: setattr(spade, "mlp_gamma", copy.deepcopy(spade.mlp_gamma)),
+        lambda spade: spade.mlp_gamma.register_parameter("bias", None),
+        lambda spade: spade.half(),
+    ],
+)
 def test_a_change_of_weights_is_an_error(change):
     spade = SPADE(8, 5, 8)
-    with pytest.raises(RuntimeError, match="weights changed inside frozen.*mlp_gamma"), torch.no_grad(), spade_fast.frozen(spade):
+    with (
+        pytest.raises(RuntimeError, match="weights changed inside frozen.*mlp_gamma"),
+        torch.no_grad(),
+        spade_fast.frozen(spade),
+    ):
         change(spade)
 
 
@@ -132,7 +158,11 @@ def test_frozen_inside_frozen(computed):
 
 
 def test_threads_share_the_tables():
-    spade, layouts, x = SPADE(64, 5, 8), [layout_of(seed) for seed in range(4)], torch.randn(1, 64, 32, 32)
+    spade, layouts, x = (
+        SPADE(64, 5, 8),
+        [layout_of(seed) for seed in range(4)],
+        torch.randn(1, 64, 32, 32),
+    )
     with torch.no_grad():
         expected = [spade(x, layout) for layout in layouts]
     wrong = []
@@ -153,5 +183,8 @@ def test_threads_share_the_tables():
 
 
 def test_a_model_without_spades():
-    with pytest.raises(ValueError, match="model is a Linear without any SPADE"), spade_fast.frozen(torch.nn.Linear(2, 2)):
+    with (
+        pytest.raises(ValueError, match="model is a Linear without any SPADE"),
+        spade_fast.frozen(torch.nn.Linear(2, 2)),
+    ):
         pass

@@ -1,4 +1,6 @@
-"""Once a layout's windows are numbered, nothing waits for the device any more: steps can be captured in CUDA graphs."""
+"""Once a layout's windows are numbered, nothing waits for the device any more: steps can be
+captured in CUDA graphs.
+"""
 
 import contextlib
 
@@ -22,9 +24,15 @@ MODULES = {
 
 
 def step(module, device):
-    """A function that does a training step's forward and backward on tensors of its own, and those tensors."""
+    """A function that does a training step's forward and backward on tensors of its own, and those
+    tensors.
+    """
     module = module().to(device)
-    layout = SemanticLayout.from_labels(patches((2, 6, 6), 5), 5, patches((2, 6, 6), 2, seed=1)).to(device).prepare([(6, 6)], 3)
+    layout = (
+        SemanticLayout.from_labels(patches((2, 6, 6), 5), 5, patches((2, 6, 6), 2, seed=1))
+        .to(device)
+        .prepare([(6, 6)], 3)
+    )
     x = torch.randn(2, 8, 6, 6, device=device, requires_grad=True)
     wanted = [x, *module.parameters()]
 
@@ -39,7 +47,9 @@ def step(module, device):
 @pytest.mark.parametrize("module", MODULES)
 @pytest.mark.parametrize("name", [name for name in BACKENDS if name != "cpu"])
 def test_nothing_waits_for_the_device(name, module, monkeypatch):
-    monkeypatch.setattr(arguments, "_check_index", lambda *given: None)  # looks at the numbers, but on a CPU alone
+    monkeypatch.setattr(
+        arguments, "_check_index", lambda *given: None
+    )  # looks at the numbers, but on a CPU alone
     with spade_fast.use_backend(name):
         run, _ = step(MODULES[module], BACKENDS[name])
         with NothingWaits():
@@ -67,7 +77,9 @@ def test_a_captured_step_gives_the_same_bits(name, module):
 
 
 def small_generator():
-    return SPADEGenerator(7, 5, 1, stages=[("head", 16, 1), ("up", 8, 2)], last_scale=1, start=16, nhidden=4)
+    return SPADEGenerator(
+        7, 5, 1, stages=[("head", 16, 1), ("up", 8, 2)], last_scale=1, start=16, nhidden=4
+    )
 
 
 @pytest.mark.parametrize("network", [lambda: SPADE(6, 7, 4), small_generator])
@@ -76,7 +88,11 @@ def test_a_layout_written_over_another(backend, network, mode):
     tolerance = 1e-4 if BACKENDS[backend] == "cpu" else 1e-2  # cuDNN's convolutions are in TF32
     network, layouts = network().eval(), [drawn_layout(patch) for patch in (8, 16, 1)]
     inputs = [torch.randn(2, 5)] if isinstance(network, SPADEGenerator) else []
-    call = (lambda layout: network(layout, *inputs)) if inputs else (lambda layout, x=torch.randn(2, 6, 32, 32): network(x, layout))
+    call = (
+        (lambda layout: network(layout, *inputs))
+        if inputs
+        else (lambda layout, x=torch.randn(2, 6, 32, 32): network(x, layout))
+    )
     with torch.no_grad(), spade_fast.window_mode(mode):
         call(layouts[0])
         room = with_room(layouts[0], 2.0)
@@ -91,17 +107,27 @@ def test_a_layout_written_over_another(backend, network, mode):
 
 def drawn_layout(patch, size=32):
     """Two layouts of random patches: the smaller these are, the more windows."""
-    labels = torch.randint(7, (2, 1, size // patch, size // patch)).repeat_interleave(patch, 2).repeat_interleave(patch, 3)
+    labels = (
+        torch.randint(7, (2, 1, size // patch, size // patch))
+        .repeat_interleave(patch, 2)
+        .repeat_interleave(patch, 3)
+    )
     return SemanticLayout.from_labels(labels[:, 0], 7)
 
 
 def tensors_of(layout):
     parts = [part for windows in layout._windows.values() for part in (*windows[:2], windows[2:])]
-    return [layout.codes, layout.palette, *(tensor for part in parts for tensor in part if tensor is not None)]
+    return [
+        layout.codes,
+        layout.palette,
+        *(tensor for part in parts for tensor in part if tensor is not None),
+    ]
 
 
 class Streams:
-    """A GPU's streams, as far as they can be followed without one: what was put into which, in order."""
+    """A GPU's streams, as far as they can be followed without one: what was put into which, in
+    order.
+    """
 
     def __init__(self, log, name="here"):
         self.log, self.name = log, name
@@ -112,7 +138,9 @@ class Streams:
     def record_event(self):
         done = sum(entry[:2] == (self.name, "has made") for entry in self.log)
         self.log.append((self.name, "has made", done))
-        return type("Event", (), {"wait": lambda event: self.log.append(("here", "waits for", done))})()
+        return type(
+            "Event", (), {"wait": lambda event: self.log.append(("here", "waits for", done))}
+        )()
 
 
 @pytest.mark.parametrize("times", [1, 2])
@@ -125,13 +153,21 @@ def test_tables_are_made_beside_the_network(times, monkeypatch):
     spades = [module for module in generator.modules() if isinstance(module, SPADE)]
     ahead = TablesAhead()
     with torch.no_grad(), keep_in(ahead, spades):
-        plain = generator(drawn_layout(16), z), generator(layout, z)  # another layout is not this one's concern
+        plain = (
+            generator(drawn_layout(16), z),
+            generator(layout, z),
+        )  # another layout is not this one's concern
         generator.conv_img.register_forward_pre_hook(lambda *given: log.append("last convolution"))
         with ahead.made(layout):
             assert torch.equal(generator(layout, z), plain[1])
     tables = range(len(spades))
-    assert log == [("beside", "waits for", "here"), *(("beside", "has made", number) for number in tables),
-                   *(("here", "waits for", number) for number in tables), "last convolution", ("here", "waits for", "beside")]
+    assert log == [
+        ("beside", "waits for", "here"),
+        *(("beside", "has made", number) for number in tables),
+        *(("here", "waits for", number) for number in tables),
+        "last convolution",
+        ("here", "waits for", "beside"),
+    ]
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA GPU here")
@@ -142,7 +178,9 @@ def test_a_generator_in_one_graph():
     for layout in layouts:
         z = torch.randn(2, 5).cuda()
         with torch.no_grad():
-            assert torch.allclose(graphed(layout, z), generator(layout, z), atol=1e-2)  # cuDNN's convolutions are in TF32
+            assert torch.allclose(
+                graphed(layout, z), generator(layout, z), atol=1e-2
+            )  # cuDNN's convolutions are in TF32
 
 
 def test_what_cannot_be_graphed():

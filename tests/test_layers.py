@@ -20,18 +20,26 @@ pytestmark = pytest.mark.usefixtures("backend")
 
 
 def numbers(module, x, segmap, dy):
-    """y, the gradients of x, the condition and all parameters, and the buffers afterwards, by name."""
+    """y, the gradients of x, the condition and all parameters, and the buffers, by name."""
     x, segmap = (tensor.detach().clone().requires_grad_() for tensor in (x, segmap))
     y = module(x, segmap)
     parameters = dict(module.named_parameters())
     gradients = torch.autograd.grad(y, [x, segmap, *parameters.values()], dy)
-    named = {f"d{name}": gradient for name, gradient in zip(["x", "segmap", *parameters], gradients)}
-    buffers = {name: buffer.clone() for name, buffer in module.named_buffers() if buffer.is_floating_point()}
+    named = {
+        f"d{name}": gradient for name, gradient in zip(["x", "segmap", *parameters], gradients)
+    }
+    buffers = {
+        name: buffer.clone()
+        for name, buffer in module.named_buffers()
+        if buffer.is_floating_point()
+    }
     return {"y": y.detach(), **named, **buffers}
 
 
 def assert_same(ours, eager, x_shape, segmap_shape, fout=None, dtype=torch.float32, steps=2):
-    """By the project's rule, in every output, gradient and buffer, over some steps in train mode and one in eval mode."""
+    """By the project's rule, in every output, gradient and buffer, over some steps in train mode
+    and one in eval mode.
+    """
     ours, eager = ours.to(dtype), eager.to(dtype)
     eager.load_state_dict(ours.state_dict())
     truth = copy.deepcopy(eager).double()
@@ -44,10 +52,16 @@ def assert_same(ours, eager, x_shape, segmap_shape, fout=None, dtype=torch.float
         true = numbers(truth, x.double(), segmap.double(), dy.double())
         for name in true:
             scale = true[name].abs().max().item()
-            if name.endswith("bias"):  # before an instance norm its gradient is zero in exact arithmetic
+            if name.endswith(
+                "bias"
+            ):  # before an instance norm its gradient is zero in exact arithmetic
                 weight = name.removesuffix("bias") + "weight"
-                scale = max(scale, true[weight if weight in true else weight + "_orig"].abs().max().item())
-            if name.endswith("running_mean"):  # means nearly cancel: rounded as x is, of deviation 1, times the momentum
+                scale = max(
+                    scale, true[weight if weight in true else weight + "_orig"].abs().max().item()
+                )
+            if name.endswith(
+                "running_mean"
+            ):  # means nearly cancel: rounded as x is, of deviation 1, times the momentum
                 scale = max(scale, 0.1)
             assert excess(found[name], yardstick[name], true[name], scale) <= 1, (step, name)
 
@@ -73,7 +87,10 @@ def test_inference_in_memory_of_its_own(pixels, monkeypatch):
 @pytest.mark.parametrize("norm", ["instance", "batch", "syncbatch", "group"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
 def test_layer(norm, affine, dtype):
-    layers = (module.SPADE(6, 5, 8, norm=norm, affine=affine, num_groups=3) for module in (spade_fast, reference))
+    layers = (
+        module.SPADE(6, 5, 8, norm=norm, affine=affine, num_groups=3)
+        for module in (spade_fast, reference)
+    )
     assert_same(*layers, (2, 6, 8, 7), (2, 5, 16, 9), dtype=dtype)
 
 
@@ -91,16 +108,20 @@ def test_the_condition_may_have_any_size(size):
     assert_same(spade_fast.SPADE(4, 3, 6), reference.SPADE(4, 3, 6), (2, 4, 8, 7), (2, 3, *size))
 
 
-@pytest.mark.parametrize("norm", [
-    nn.InstanceNorm2d(4, affine=True),
-    nn.InstanceNorm2d(4, track_running_stats=True),
-    nn.BatchNorm2d(4, momentum=None),
-    nn.BatchNorm2d(4, track_running_stats=False),
-    nn.GroupNorm(2, 4),
-    nn.LocalResponseNorm(2),
-    nn.Identity(),
-    nn.Sequential(nn.BatchNorm2d(4), nn.Tanh()),
-], ids=repr)
+@pytest.mark.parametrize(
+    "norm",
+    [
+        nn.InstanceNorm2d(4, affine=True),
+        nn.InstanceNorm2d(4, track_running_stats=True),
+        nn.BatchNorm2d(4, momentum=None),
+        nn.BatchNorm2d(4, track_running_stats=False),
+        nn.GroupNorm(2, 4),
+        nn.LocalResponseNorm(2),
+        nn.Identity(),
+        nn.Sequential(nn.BatchNorm2d(4), nn.Tanh()),
+    ],
+    ids=repr,
+)
 def test_a_norm_of_ones_own(norm):
     layers = (module.SPADE(4, 3, 6, norm=copy.deepcopy(norm)) for module in (spade_fast, reference))
     assert_same(*layers, (2, 4, 5, 6), (2, 3, 5, 6), steps=3)
@@ -114,7 +135,10 @@ def test_resize_takes_torchs_pixels(size):
 
 
 def test_settings_of_the_norm_are_read_when_they_are_used():
-    ours, eager = (module.SPADE(4, 3, 6, norm="batch", eps=0.3, momentum=0.6) for module in (spade_fast, reference))
+    ours, eager = (
+        module.SPADE(4, 3, 6, norm="batch", eps=0.3, momentum=0.6)
+        for module in (spade_fast, reference)
+    )
     assert_same(ours, eager, (2, 4, 5, 6), (2, 3, 5, 6))
     for layer in (ours, eager):
         layer.param_free_norm.eps, layer.param_free_norm.momentum = 0.7, 0.2
@@ -144,30 +168,51 @@ def test_activation_of_the_layer():
     assert torch.allclose(layer(x, segmap, activation="leaky_relu", negative_slope=0.3), expected)
 
 
-@pytest.mark.parametrize("norm_G", ["spadeinstance3x3", "spectralspadesyncbatch3x3", "spadespectralinstance", "spadebatch5x5", "spade"])
+@pytest.mark.parametrize(
+    "norm_G",
+    [
+        "spadeinstance3x3",
+        "spectralspadesyncbatch3x3",
+        "spadespectralinstance",
+        "spadebatch5x5",
+        "spade",
+    ],
+)
 @pytest.mark.parametrize("fin,fout", [(6, 6), (8, 4), (4, 8)])
 @pytest.mark.parametrize("dilation", [1, 2])
 def test_block(norm_G, fin, fout, dilation):
-    blocks = (module.SPADEResnetBlock(fin, fout, norm_G, 3, dilation=dilation, nhidden=6) for module in (spade_fast, reference))
+    blocks = (
+        module.SPADEResnetBlock(fin, fout, norm_G, 3, dilation=dilation, nhidden=6)
+        for module in (spade_fast, reference)
+    )
     assert_same(*blocks, (2, fin, 8, 7), (2, 3, 16, 14), fout)
 
 
 @pytest.mark.parametrize("spatial", [(9,), (6, 7), (4, 3, 5)])
 def test_block_with_squeeze_and_excitation(spatial):
     arguments = (32, 64, "spadeinstance3x3", 3, True)
-    blocks = (module.SPADEResnetBlock(*arguments, nhidden=6, spatial_dims=len(spatial)) for module in (spade_fast, reference))
+    blocks = (
+        module.SPADEResnetBlock(*arguments, nhidden=6, spatial_dims=len(spatial))
+        for module in (spade_fast, reference)
+    )
     assert_same(*blocks, (2, 32, *spatial), (2, 3, *spatial), 64)
 
 
 def test_block_with_group_norm():
-    blocks = (module.SPADEResnetBlock(64, 32, "spadegroup", 3, nhidden=6) for module in (spade_fast, reference))
+    blocks = (
+        module.SPADEResnetBlock(64, 32, "spadegroup", 3, nhidden=6)
+        for module in (spade_fast, reference)
+    )
     assert_same(*blocks, (2, 64, 5, 4), (2, 3, 5, 4), 32)
 
 
 @pytest.mark.parametrize("spatial", [(9,), (4, 3, 5)])
 def test_block_in_one_and_three_dimensions(spatial):
     arguments = (6, 4, "spectralspadebatch3x3", 3)
-    blocks = (module.SPADEResnetBlock(*arguments, nhidden=6, spatial_dims=len(spatial)) for module in (spade_fast, reference))
+    blocks = (
+        module.SPADEResnetBlock(*arguments, nhidden=6, spatial_dims=len(spatial))
+        for module in (spade_fast, reference)
+    )
     assert_same(*blocks, (2, 6, *spatial), (2, 3, *spatial), 4)
 
 
@@ -175,7 +220,10 @@ def test_block_in_one_and_three_dimensions(spatial):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_block_whose_x_is_smaller_than_its_spectral_weights(spatial, dtype):
     arguments = (24, 20, "spectralspadebatch3x3", 3)
-    blocks = [module.SPADEResnetBlock(*arguments, nhidden=6, spatial_dims=len(spatial)) for module in (spade_fast, reference)]
+    blocks = [
+        module.SPADEResnetBlock(*arguments, nhidden=6, spatial_dims=len(spatial))
+        for module in (spade_fast, reference)
+    ]
     assert_same(*blocks, (2, 24, *spatial), (2, 3, *spatial), 20, dtype)
 
 
@@ -184,11 +232,17 @@ def test_block_whose_x_is_smaller_than_its_spectral_weights(spatial, dtype):
 def test_spectral_norm_divides_the_smaller_of_x_and_weight(dtype, size, divides_x):
     ours = nn.utils.spectral_norm(nn.Conv2d(24, 20, 3, padding=1))
     left, _, right = torch.linalg.svd(ours.weight_orig.detach().flatten(1))
-    ours.weight_u, ours.weight_v = left[:, 0].clone(), right[0].clone()  # from random vectors σ may be about zero
+    ours.weight_u, ours.weight_v = (
+        left[:, 0].clone(),
+        right[0].clone(),
+    )  # from random vectors σ may be about zero
     ours, stale = ours.to(dtype), ours.weight
     eager = copy.deepcopy(ours)
     truth = copy.deepcopy(eager).double()
-    x, dy = torch.randn(1, 24, size, size, dtype=dtype).requires_grad_(), torch.randn(1, 20, size, size, dtype=dtype)
+    x, dy = (
+        torch.randn(1, 24, size, size, dtype=dtype).requires_grad_(),
+        torch.randn(1, 20, size, size, dtype=dtype),
+    )
 
     def numbers(forward, module, x, dy):
         y = forward(module, x)
@@ -212,7 +266,10 @@ def test_hooks_beside_spectral_norm_are_called():
 
 
 def test_two_forwards_before_a_backward_through_spectral_norm():
-    ours, eager = (module.SPADEResnetBlock(24, 20, "spectralspadebatch3x3", 3).double() for module in (spade_fast, reference))
+    ours, eager = (
+        module.SPADEResnetBlock(24, 20, "spectralspadebatch3x3", 3).double()
+        for module in (spade_fast, reference)
+    )
     eager.load_state_dict(ours.state_dict())
     x, segmap = torch.randn(2, 2, 24, 3, 3).double(), torch.randn(2, 3, 3, 3).double()
     for block in (ours, eager):
@@ -223,12 +280,18 @@ def test_two_forwards_before_a_backward_through_spectral_norm():
 
 
 def test_block_in_float64_is_the_reference():
-    blocks = (module.SPADEResnetBlock(6, 4, "spadebatch3x3", 3, nhidden=6) for module in (spade_fast, reference))
+    blocks = (
+        module.SPADEResnetBlock(6, 4, "spadebatch3x3", 3, nhidden=6)
+        for module in (spade_fast, reference)
+    )
     assert_same(*blocks, (2, 6, 8, 8), (2, 3, 8, 8), 4, dtype=torch.float64)
 
 
 def test_block_by_its_shorter_name():
-    ours, eager = spade_fast.SPADEResBlk(6, 4, 3), reference.SPADEResnetBlock(6, 4, "spadeinstance3x3", 3)
+    ours, eager = (
+        spade_fast.SPADEResBlk(6, 4, 3),
+        reference.SPADEResnetBlock(6, 4, "spadeinstance3x3", 3),
+    )
     assert_same(ours, eager, (2, 6, 5, 4), (2, 3, 5, 4), 4)
 
 
@@ -240,7 +303,9 @@ def test_norm_0_and_norm_s_share_one_pass_of_moments(monkeypatch):
     block = spade_fast.SPADEResnetBlock(8, 4, "spadebatch3x3", 3)
     block(torch.randn(2, 8, 5, 5), torch.randn(2, 3, 5, 5))
     assert calls == [(2, 8, 5, 5), (2, 4, 5, 5)]
-    assert torch.equal(block.norm_0.param_free_norm.running_mean, block.norm_s.param_free_norm.running_mean)
+    assert torch.equal(
+        block.norm_0.param_free_norm.running_mean, block.norm_s.param_free_norm.running_mean
+    )
     assert block.norm_s.param_free_norm.running_mean.any()
     calls.clear()
     block.eval()(torch.randn(2, 8, 5, 5), torch.randn(2, 3, 5, 5))
@@ -251,7 +316,11 @@ def test_gamma_and_beta_from_one_convolution_are_the_same(monkeypatch):
     """On a GPU γ and β come from one convolution; here the CPU is made to do so."""
     calls = []
     convolve = nn.Conv2d._conv_forward
-    monkeypatch.setattr(nn.Conv2d, "_conv_forward", lambda *arguments: calls.append(arguments[2].shape[0]) or convolve(*arguments))
+    monkeypatch.setattr(
+        nn.Conv2d,
+        "_conv_forward",
+        lambda *arguments: calls.append(arguments[2].shape[0]) or convolve(*arguments),
+    )
     monkeypatch.setattr(spade_fast.nn.spade, "convolve_apart", spade_fast.nn.spade.convolve_jointly)
     assert_same(spade_fast.SPADE(4, 3, 6), reference.SPADE(4, 3, 6), (2, 4, 5, 6), (2, 3, 5, 6))
     assert calls[:2] == [6, 8]
@@ -260,20 +329,36 @@ def test_gamma_and_beta_from_one_convolution_are_the_same(monkeypatch):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("x_dtype", [None, torch.float32])
 def test_autocast(dtype, x_dtype):
-    ours, eager = spade_fast.SPADEResnetBlock(6, 4, "spadebatch3x3", 3), reference.SPADEResnetBlock(6, 4, "spadebatch3x3", 3)
+    ours, eager = (
+        spade_fast.SPADEResnetBlock(6, 4, "spadebatch3x3", 3),
+        reference.SPADEResnetBlock(6, 4, "spadebatch3x3", 3),
+    )
     eager.load_state_dict(ours.state_dict())
     truth = copy.deepcopy(eager).double()
     x, segmap, dy = torch.randn(2, 6, 8, 8), torch.randn(2, 3, 8, 8), torch.randn(2, 4, 8, 8)
     x = x.to(x_dtype or dtype)
     with torch.autocast("cpu", dtype):
-        found, yardstick = numbers(ours, x, segmap, dy.to(dtype)), numbers(eager, x, segmap, dy.to(dtype))
+        found, yardstick = (
+            numbers(ours, x, segmap, dy.to(dtype)),
+            numbers(eager, x, segmap, dy.to(dtype)),
+        )
     true = numbers(truth, x.double(), segmap.double(), dy.to(dtype).double())
-    for name in ("y", "dx", "dconv_0.weight", "dnorm_0.mlp_gamma.weight", "dnorm_s.mlp_shared.0.weight"):
-        assert excess(found[name], yardstick[name], true[name], eps=torch.finfo(dtype).eps) <= 1, name
+    for name in (
+        "y",
+        "dx",
+        "dconv_0.weight",
+        "dnorm_0.mlp_gamma.weight",
+        "dnorm_s.mlp_shared.0.weight",
+    ):
+        assert excess(found[name], yardstick[name], true[name], eps=torch.finfo(dtype).eps) <= 1, (
+            name
+        )
 
 
 def test_channels_last_in_channels_last_out():
-    block = spade_fast.SPADEResnetBlock(16, 8, "spadeinstance3x3", 3).to(memory_format=torch.channels_last)
+    block = spade_fast.SPADEResnetBlock(16, 8, "spadeinstance3x3", 3).to(
+        memory_format=torch.channels_last
+    )
     x, segmap = (torch.randn(2, c, 8, 8).to(memory_format=torch.channels_last) for c in (16, 3))
     assert block.norm_0(x, segmap).is_contiguous(memory_format=torch.channels_last)
     assert block(x, segmap).is_contiguous(memory_format=torch.channels_last)
@@ -308,18 +393,27 @@ def test_deepcopy_pickle_and_state_dict():
 @pytest.mark.parametrize("norm_G", ["spectralspadesyncbatch3x3", "spadeinstance3x3"])
 @pytest.mark.parametrize("fin,fout", [(6, 6), (8, 4)])
 def test_keys_and_the_order_of_parameters_are_the_references(norm_G, fin, fout):
-    ours, eager = (module.SPADEResnetBlock(fin, fout, norm_G, 3) for module in (spade_fast, reference))
+    ours, eager = (
+        module.SPADEResnetBlock(fin, fout, norm_G, 3) for module in (spade_fast, reference)
+    )
     assert list(ours.state_dict()) == list(eager.state_dict())
-    assert [name for name, _ in ours.named_parameters()] == [name for name, _ in eager.named_parameters()]  # optimizers count them
+    assert [name for name, _ in ours.named_parameters()] == [
+        name for name, _ in eager.named_parameters()
+    ]  # optimizers count them
     restored = reference.SPADEResnetBlock(fin, fout, norm_G, 3)
     restored.load_state_dict(ours.state_dict())
     again = spade_fast.SPADEResnetBlock(fin, fout, norm_G, 3)
     again.load_state_dict(restored.state_dict())
-    assert all(torch.equal(tensor, again.state_dict()[name]) for name, tensor in ours.state_dict().items())
+    assert all(
+        torch.equal(tensor, again.state_dict()[name]) for name, tensor in ours.state_dict().items()
+    )
 
 
 def test_an_optimizer_step_moves_both_alike():
-    ours, eager = (module.SPADEResnetBlock(6, 4, "spectralspadebatch3x3", 3).double() for module in (spade_fast, reference))
+    ours, eager = (
+        module.SPADEResnetBlock(6, 4, "spectralspadebatch3x3", 3).double()
+        for module in (spade_fast, reference)
+    )
     eager.load_state_dict(ours.state_dict())
     optimizers = [torch.optim.Adam(block.parameters(), 1e-2) for block in (ours, eager)]
     for _ in range(3):
@@ -335,12 +429,20 @@ def test_an_optimizer_step_moves_both_alike():
 @pytest.mark.parametrize("kernel_size", [1, 3, 5])
 @pytest.mark.parametrize("factor", [2, 3, 4])
 @pytest.mark.parametrize("spatial_dims", [1, 2, 3])
-def test_a_dense_condition_that_is_smaller_than_x_is_not_made_larger(kernel_size, factor, spatial_dims, monkeypatch):
+def test_a_dense_condition_that_is_smaller_than_x_is_not_made_larger(
+    kernel_size, factor, spatial_dims, monkeypatch
+):
     small = (4, 3, 2)[:spatial_dims]
     settings = dict(kernel_size=kernel_size, spatial_dims=spatial_dims)
-    ours, theirs = SPADE(3, 2, 5, **settings).double(), reference.SPADE(3, 2, 5, **settings).double()
+    ours, theirs = (
+        SPADE(3, 2, 5, **settings).double(),
+        reference.SPADE(3, 2, 5, **settings).double(),
+    )
     theirs.load_state_dict(ours.state_dict())
-    x, segmap = torch.randn(2, 3, *[factor * length for length in small]).double(), torch.randn(2, 2, *small).double()
+    x, segmap = (
+        torch.randn(2, 3, *[factor * length for length in small]).double(),
+        torch.randn(2, 2, *small).double(),
+    )
     found, resized = [], []
     monkeypatch.setattr(spade, "resize", lambda *arguments: resized.append(arguments))
     for module in (ours, theirs):
@@ -353,7 +455,10 @@ def test_a_dense_condition_that_is_smaller_than_x_is_not_made_larger(kernel_size
 @pytest.mark.parametrize("size", [(8, 12), (9, 12), (2, 3), (4, 18)])
 def test_repeats_are_those_of_interpolate(size):
     segmap = torch.arange(24.0).view(1, 1, 4, 6)
-    factor, resized = repeats(segmap, size), torch.nn.functional.interpolate(segmap, size=size, mode="nearest")
+    factor, resized = (
+        repeats(segmap, size),
+        torch.nn.functional.interpolate(segmap, size=size, mode="nearest"),
+    )
     assert factor == (2 if size == (8, 12) else 1)
     if factor == 2:
         assert torch.equal(resized, segmap.repeat_interleave(2, 2).repeat_interleave(2, 3))

@@ -20,7 +20,9 @@ def patches(shape, classes, seed=0):
     """Labels that are constant over patches, with some noise: the same on every device."""
     generator = torch.Generator().manual_seed(seed)
     with torch.device("cpu"):
-        coarse = torch.randint(classes, (shape[0], 1, *(max(1, size // 4) for size in shape[1:])), generator=generator)
+        coarse = torch.randint(
+            classes, (shape[0], 1, *(max(1, size // 4) for size in shape[1:])), generator=generator
+        )
         labels = F.interpolate(coarse.float(), size=shape[1:], mode="nearest")[:, 0].long()
         noise = torch.rand(shape, generator=generator) < 0.03
         labels = torch.where(noise, torch.randint(classes, shape, generator=generator), labels)
@@ -28,7 +30,9 @@ def patches(shape, classes, seed=0):
 
 
 def contents_of(codes, kernel_size):
-    """Each place's window, [N, *spatial, taps], −1 beyond the border: what numbering must tell apart."""
+    """Each place's window, [N, *spatial, taps], −1 beyond the border: what numbering must tell
+    apart.
+    """
     half, axes = kernel_size // 2, codes.dim() - 1
     padded = F.pad(codes, (half, half) * axes, value=-1)
     for axis in range(1, axes + 1):
@@ -46,9 +50,13 @@ def test_windows_have_the_same_number_just_where_they_are_the_same(shape, kernel
     codes = patches(shape, classes).int()
     numbers, contents = spade_fast.kernels.select(codes).number_windows(codes, kernel_size)
     assert numbers.dtype == contents.dtype == torch.int32
-    assert torch.equal(contents[numbers.long()], contents_of(codes, kernel_size))  # equal numbers: equal windows
+    assert torch.equal(
+        contents[numbers.long()], contents_of(codes, kernel_size)
+    )  # equal numbers: equal windows
     assert len(contents.unique(dim=0)) == len(contents)  # different numbers: different windows
-    assert torch.equal(numbers.unique(), torch.arange(len(contents), dtype=torch.int32))  # and each occurs
+    assert torch.equal(
+        numbers.unique(), torch.arange(len(contents), dtype=torch.int32)
+    )  # and each occurs
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -67,7 +75,9 @@ def test_sums_list_what_each_window_sees_and_where_each_row_is_seen(shape, kerne
         assert rows[offsets[window] : offsets[window + 1]] == seen
     for row, tap in itertools.product(range(4), range(taps)):
         seen = (contents[:, tap] == row).nonzero()[:, 0].tolist()
-        assert back_rows[back_offsets[row * taps + tap] : back_offsets[row * taps + tap + 1]] == seen
+        assert (
+            back_rows[back_offsets[row * taps + tap] : back_offsets[row * taps + tap + 1]] == seen
+        )
 
 
 @pytest.mark.parametrize("given", [1, 2, 7, 16, 33])
@@ -94,28 +104,46 @@ def test_from_labels_and_back(shape, dont_care, has_instances, dtype):
         edges = torch.zeros(shape, dtype=torch.bool)
         for dim, step in itertools.product(range(1, len(shape)), (-1, 1)):
             shifted = instances.roll(step, dim)
-            shifted.select(dim, 0 if step == 1 else -1).copy_(instances.select(dim, 0 if step == 1 else -1))
+            shifted.select(dim, 0 if step == 1 else -1).copy_(
+                instances.select(dim, 0 if step == 1 else -1)
+            )
             edges |= shifted != instances
         expected.append(edges[:, None].float())
     expected = torch.cat(expected, dim=1)
     assert layout.label_nc == expected.shape[1] and len(layout) == shape[0]
     assert torch.equal(layout.to_segmap(), expected)
     arrays = labels.cpu().numpy(), None if instances is None else instances.cpu().numpy()
-    assert torch.equal(SemanticLayout.from_labels(arrays[0], 6, arrays[1], dont_care).codes, layout.codes.cpu())
+    assert torch.equal(
+        SemanticLayout.from_labels(arrays[0], 6, arrays[1], dont_care).codes, layout.codes.cpu()
+    )
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str
+)
 @pytest.mark.parametrize("shape", [(2, 40), (2, 17, 31), (1, 4, 5, 6)])
 def test_from_segmap_finds_what_is_piecewise_constant(shape, dtype):
     labels = patches(shape, 9)
     multi_hot = torch.randint(2, (9, 13)).to(dtype)
-    multi_hot[0, 0], multi_hot[1, 0], multi_hot[2, 0] = -0.0, 0.0, float("nan")  # told apart by their bits
-    per_image = torch.randn(shape[0], 4, *[1] * len(shape[1:])).to(dtype).expand(shape[0], 4, *shape[1:])
+    multi_hot[0, 0], multi_hot[1, 0], multi_hot[2, 0] = (
+        -0.0,
+        0.0,
+        float("nan"),
+    )  # told apart by their bits
+    per_image = (
+        torch.randn(shape[0], 4, *[1] * len(shape[1:])).to(dtype).expand(shape[0], 4, *shape[1:])
+    )
     segmap = torch.cat([multi_hot[labels].movedim(-1, 1), per_image], dim=1)
-    for given in (segmap, segmap.movedim(1, -1).contiguous().movedim(-1, 1), torch.cat([segmap, segmap], -1)[..., : shape[-1]]):
+    for given in (
+        segmap,
+        segmap.movedim(1, -1).contiguous().movedim(-1, 1),
+        torch.cat([segmap, segmap], -1)[..., : shape[-1]],
+    ):
         layout = SemanticLayout.from_segmap(given)
         assert layout.palette.dtype == dtype and len(layout.palette) <= 9 * shape[0]
-        assert torch.equal(layout.to_segmap(dtype).view(torch.uint8), segmap.contiguous().view(torch.uint8))
+        assert torch.equal(
+            layout.to_segmap(dtype).view(torch.uint8), segmap.contiguous().view(torch.uint8)
+        )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -144,7 +172,10 @@ def test_a_layout_survives_pickling_with_its_windows():
 
 
 def test_a_stack_is_the_batch_of_all_and_keeps_their_windows():
-    layouts = [SemanticLayout.from_labels(patches((n, 12, 9), 5, seed=n), 7).prepare([(12, 9), (6, 5)], 3) for n in (1, 2, 1)]
+    layouts = [
+        SemanticLayout.from_labels(patches((n, 12, 9), 5, seed=n), 7).prepare([(12, 9), (6, 5)], 3)
+        for n in (1, 2, 1)
+    ]
     layouts[0].windows((3, 3), 3)  # the others have not got it
     stack = SemanticLayout.stack(layouts)
     assert torch.equal(stack.to_segmap(), torch.cat([layout.to_segmap() for layout in layouts]))
@@ -156,10 +187,15 @@ def test_a_stack_is_the_batch_of_all_and_keeps_their_windows():
         for layout in (stack, fresh):  # numbered otherwise, but every pixel sees the same
             windows, maps = layout.windows(size, 3), rows
             for sums in windows[:2]:
-                weight = torch.arange(4 * 4 * 9, dtype=torch.float64).view(4, 4, 3, 3).cos().requires_grad_()
+                weight = (
+                    torch.arange(4 * 4 * 9, dtype=torch.float64)
+                    .view(4, 4, 3, 3)
+                    .cos()
+                    .requires_grad_()
+                )
                 maps = convolve_windows(maps, weight, None, sums, weight.dtype)
             pixels = maps[windows.index.long()]
-            gradient, = torch.autograd.grad(pixels.square().sum(), weight)
+            (gradient,) = torch.autograd.grad(pixels.square().sum(), weight)
             found.append((pixels, gradient))
             assert windows.index.flatten(1).gather(1, windows.order.long()).diff().min() >= 0
         assert all(torch.allclose(*pair) for pair in zip(*found))
@@ -172,17 +208,33 @@ def test_layouts_that_do_not_stack():
             SemanticLayout.stack(layouts)
 
 
-@pytest.mark.parametrize("labels,settings,message", [
-    (torch.tensor([[0, 1, 7, 7]]), {}, r"labels has a 7 in 2 pixels, first at \[0, 2\]; it should have 0 to 4 \(2 pixels are out"),
-    (torch.tensor([[0, -1]]), {}, r"labels has a -1 in 1 pixels, first at \[0, 1\]"),
-    (torch.tensor([[0, 7]]), {"dont_care": 255}, "should have 0 to 4, or 255 for don't care"),
-    (torch.zeros(1, 4), {}, "labels has dtype torch.float32, it should hold whole numbers"),
-    (torch.zeros(1, 4, dtype=torch.complex64), {}, "labels has dtype torch.complex64"),
-    (np.zeros((1, 4), dtype=np.float32), {}, "labels has dtype torch.float32"),
-    ([[1]], {}, "labels is a list, it should be a torch.Tensor or a numpy.ndarray"),
-    (torch.zeros(4, dtype=torch.long), {}, r"labels has shape \[4\], it should be \[N, \*spatial\]"),
-    (torch.zeros(1, 4, dtype=torch.long), {"instances": torch.zeros(1, 5, dtype=torch.long)}, r"instances has shape \[1, 5\], it should"),
-])
+@pytest.mark.parametrize(
+    "labels,settings,message",
+    [
+        (
+            torch.tensor([[0, 1, 7, 7]]),
+            {},
+            r"labels has a 7 in 2 pixels, first at \[0, 2\]; it should have 0 to 4 \(2 pixels are"
+            r" out",
+        ),
+        (torch.tensor([[0, -1]]), {}, r"labels has a -1 in 1 pixels, first at \[0, 1\]"),
+        (torch.tensor([[0, 7]]), {"dont_care": 255}, "should have 0 to 4, or 255 for don't care"),
+        (torch.zeros(1, 4), {}, "labels has dtype torch.float32, it should hold whole numbers"),
+        (torch.zeros(1, 4, dtype=torch.complex64), {}, "labels has dtype torch.complex64"),
+        (np.zeros((1, 4), dtype=np.float32), {}, "labels has dtype torch.float32"),
+        ([[1]], {}, "labels is a list, it should be a torch.Tensor or a numpy.ndarray"),
+        (
+            torch.zeros(4, dtype=torch.long),
+            {},
+            r"labels has shape \[4\], it should be \[N, \*spatial\]",
+        ),
+        (
+            torch.zeros(1, 4, dtype=torch.long),
+            {"instances": torch.zeros(1, 5, dtype=torch.long)},
+            r"instances has shape \[1, 5\], it should",
+        ),
+    ],
+)
 def test_bad_labels(labels, settings, message):
     with pytest.raises((ValueError, TypeError), match=message):
         SemanticLayout.from_labels(labels, 5, **settings)
@@ -190,14 +242,25 @@ def test_bad_labels(labels, settings, message):
 
 def test_bad_layouts_and_sizes():
     codes, palette = torch.zeros(1, 4, 4, dtype=torch.int32), torch.zeros(1, 3)
-    for arguments, message in [((codes.long(), palette), "codes is torch.int64"), ((codes[0, 0], palette), r"int32 \[4\], it should be"),
-                               ((codes, palette[0]), "palette is"), ((codes, palette.long()), "palette is torch.int64"),
-                               ((codes + 1, palette), "codes has numbers from 1 to 1, they should be rows of the palette, 0 to 0"),
-                               ((codes - 1, palette), "codes has numbers from -1 to -1")]:
+    for arguments, message in [
+        ((codes.long(), palette), "codes is torch.int64"),
+        ((codes[0, 0], palette), r"int32 \[4\], it should be"),
+        ((codes, palette[0]), "palette is"),
+        ((codes, palette.long()), "palette is torch.int64"),
+        (
+            (codes + 1, palette),
+            "codes has numbers from 1 to 1, they should be rows of the palette, 0 to 0",
+        ),
+        ((codes - 1, palette), "codes has numbers from -1 to -1"),
+    ]:
         with pytest.raises(ValueError, match=message):
             SemanticLayout(*arguments)
     layout = SemanticLayout(codes, palette)
-    for arguments, message in [(((4,), 3), "size is"), (((4, 4), 2), "kernel_size is 2"), (((4, 4), 9), "kernel_size is 9")]:
+    for arguments, message in [
+        (((4,), 3), "size is"),
+        (((4, 4), 2), "kernel_size is 2"),
+        (((4, 4), 9), "kernel_size is 9"),
+    ]:
         with pytest.raises(ValueError, match=message):
             layout.windows(*arguments)
 
@@ -210,7 +273,10 @@ def test_an_empty_map(shape):
 
 
 @pytest.mark.parametrize("shape", [(2, 17), (2, 16, 13), (1, 7, 8, 9)])
-@pytest.mark.parametrize("kernel_size,stride,padding", [(3, 2, 1), (2, None, 0), (1, 1, 0), (4, 3, 1), (7, 1, 3), (5, 2, 0)])
+@pytest.mark.parametrize(
+    "kernel_size,stride,padding",
+    [(3, 2, 1), (2, None, 0), (1, 1, 0), (4, 3, 1), (7, 1, 3), (5, 2, 0)],
+)
 @pytest.mark.parametrize("count_include_pad", [True, False])
 def test_avg_pool(shape, kernel_size, stride, padding, count_include_pad):
     layout = SemanticLayout.from_labels(patches(shape, 5), 5, patches(shape, 3, seed=1))
@@ -226,15 +292,20 @@ def test_avg_pool_is_differentiable_in_the_palette():
     palette = layout.palette.double().requires_grad_()
     found = SemanticLayout(layout.codes, palette).avg_pool(3, 2, 1, False).to_segmap(torch.float64)
     expected = F.avg_pool2d(palette[layout.codes.long()].movedim(-1, 1), 3, 2, 1, False, False)
-    ours, = torch.autograd.grad(found.square().sum(), palette)
-    theirs, = torch.autograd.grad(expected.square().sum(), palette)
+    (ours,) = torch.autograd.grad(found.square().sum(), palette)
+    (theirs,) = torch.autograd.grad(expected.square().sum(), palette)
     assert torch.allclose(ours, theirs, rtol=1e-12)
 
 
-@pytest.mark.parametrize("arguments,message", [
-    ((8,), "kernel_size is 8, stride 8, padding 0"), ((3, 0), "stride 0"), ((3, 1, 2), "padding 2"),
-    ((7,), r"the layout is \[4, 9\], it should be no smaller than kernel_size, 7"),
-])
+@pytest.mark.parametrize(
+    "arguments,message",
+    [
+        ((8,), "kernel_size is 8, stride 8, padding 0"),
+        ((3, 0), "stride 0"),
+        ((3, 1, 2), "padding 2"),
+        ((7,), r"the layout is \[4, 9\], it should be no smaller than kernel_size, 7"),
+    ],
+)
 def test_avg_pool_that_cannot_be(arguments, message):
     with pytest.raises(ValueError, match=message):
         SemanticLayout.from_labels(torch.zeros(1, 4, 9, dtype=torch.long), 2).avg_pool(*arguments)

@@ -5,7 +5,17 @@ import itertools
 import pytest
 import torch
 from conftest import use_threads
-from modulations import LAYOUTS, channels_last, contiguous, disagreements, eager_modulate, results, sample, sliced, transposed
+from modulations import (
+    LAYOUTS,
+    channels_last,
+    contiguous,
+    disagreements,
+    eager_modulate,
+    results,
+    sample,
+    sliced,
+    transposed,
+)
 
 import spade_fast
 from spade_fast import reference
@@ -23,7 +33,15 @@ pytestmark = pytest.mark.usefixtures("backend_and_instruction_set")
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("norm", NORMS)
 def test_every_norm_activation_dtype_and_layout(norm, activation, dtype, layout, rows):
-    arguments, dy = sample((2, 6, 9, 7), norm, activation, dtype=dtype, layout=layout, affine=norm is not None, rows=rows)
+    arguments, dy = sample(
+        (2, 6, 9, 7),
+        norm,
+        activation,
+        dtype=dtype,
+        layout=layout,
+        affine=norm is not None,
+        rows=rows,
+    )
     assert not disagreements(arguments, dy)
 
 
@@ -36,7 +54,10 @@ def test_training_and_affine(norm, affine, training):
 
 
 @pytest.mark.parametrize("rows", [None, 7])
-@pytest.mark.parametrize("shape", [(2, 4, 11), (2, 4, 1, 13), (2, 4, 13, 1), (1, 1, 3, 3), (3, 2, 3, 4, 5), (1, 10, 33, 31)])
+@pytest.mark.parametrize(
+    "shape",
+    [(2, 4, 11), (2, 4, 1, 13), (2, 4, 13, 1), (1, 1, 3, 3), (3, 2, 3, 4, 5), (1, 10, 33, 31)],
+)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("norm", ["instance", "group"])
 def test_every_layout_in_one_to_three_dimensions(shape, layout, norm, rows):
@@ -44,21 +65,37 @@ def test_every_layout_in_one_to_three_dimensions(shape, layout, norm, rows):
     assert not disagreements(arguments, dy)
 
 
-@pytest.mark.parametrize("layouts", list(itertools.permutations([contiguous, channels_last, sliced, transposed], 3)))
+@pytest.mark.parametrize(
+    "layouts", list(itertools.permutations([contiguous, channels_last, sliced, transposed], 3))
+)
 def test_layouts_that_differ(layouts):
     layout, gamma_layout, dy_layout = layouts
-    arguments, dy = sample((2, 5, 6, 7), "instance", "relu", layout=layout, gamma_layout=gamma_layout, dy_layout=dy_layout)
+    arguments, dy = sample(
+        (2, 5, 6, 7),
+        "instance",
+        "relu",
+        layout=layout,
+        gamma_layout=gamma_layout,
+        dy_layout=dy_layout,
+    )
     assert not disagreements(arguments, dy)
 
 
 @pytest.mark.parametrize("activation", [None, "silu"])
 @pytest.mark.parametrize("layout", [contiguous, channels_last])
 @pytest.mark.parametrize("norm", ["instance", "batch", None])
-@pytest.mark.parametrize("out,rows", [("x", None), ("gamma", None), ("beta", None), ("another", None), ("x", 7), ("another", 7)])
+@pytest.mark.parametrize(
+    "out,rows",
+    [("x", None), ("gamma", None), ("beta", None), ("another", None), ("x", 7), ("another", 7)],
+)
 def test_written_over_what_it_reads(out, rows, norm, layout, activation):
     arguments, _ = sample((2, 6, 9, 7), norm, activation, layout=layout, rows=rows, training=False)
-    expected = eager_modulate(**{name: value.double() if torch.is_tensor(value) and value.is_floating_point() else value
-                                 for name, value in arguments.items()})
+    expected = eager_modulate(
+        **{
+            name: value.double() if torch.is_tensor(value) and value.is_floating_point() else value
+            for name, value in arguments.items()
+        }
+    )
     out = arguments.get(out, layout(torch.empty(2, 6, 9, 7)))
     assert spade_fast.spade_modulate(**arguments, out=out) is out
     assert torch.allclose(out.double(), expected, rtol=1e-5, atol=1e-5)
@@ -81,7 +118,9 @@ def test_what_is_written_over_is_missed_by_a_backward_that_needs_it():
 @pytest.mark.parametrize("pixels", [(1, 3), (3, 5), (4, 4), (16, 16), (17, 1)])
 @pytest.mark.parametrize("layout", [contiguous, channels_last])
 def test_odd_sizes(channels, pixels, layout, rows):
-    arguments, dy = sample((2, channels, *pixels), "instance", "leaky_relu", layout=layout, rows=rows)
+    arguments, dy = sample(
+        (2, channels, *pixels), "instance", "leaky_relu", layout=layout, rows=rows
+    )
     assert not disagreements(arguments, dy)
 
 
@@ -89,7 +128,9 @@ def test_odd_sizes(channels, pixels, layout, rows):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("gamma_dtype", DTYPES, ids=str)
 def test_gamma_of_another_dtype(dtype, gamma_dtype, rows):
-    arguments, dy = sample((2, 4, 5, 6), "instance", "leaky_relu", dtype=dtype, gamma_dtype=gamma_dtype, rows=rows)
+    arguments, dy = sample(
+        (2, 4, 5, 6), "instance", "leaky_relu", dtype=dtype, gamma_dtype=gamma_dtype, rows=rows
+    )
     assert not disagreements(arguments, dy)
 
 
@@ -98,8 +139,11 @@ def test_gamma_of_another_dtype(dtype, gamma_dtype, rows):
 @pytest.mark.parametrize("layout", [contiguous, channels_last])
 @pytest.mark.parametrize("pixels", [(9, 7), (128, 96)])
 def test_mean_1000_deviation_1(norm, dtype, layout, pixels):
-    arguments, dy = sample((2, 4, *pixels), norm, "leaky_relu", dtype=dtype, layout=layout, mean=1000.0)
-    # No norm sees a constant, and without it PyTorch's float64 is exact enough: with it, x·a + b loses three digits.
+    arguments, dy = sample(
+        (2, 4, *pixels), norm, "leaky_relu", dtype=dtype, layout=layout, mean=1000.0
+    )
+    # No norm sees a constant, and without it PyTorch's float64 is exact enough: with it, x·a + b
+    # loses three digits.
     centred = arguments | {"x": arguments["x"].double() - 1000}
     for name in {"running_mean", "running_var"} & arguments.keys():
         del arguments[name], centred[name]
@@ -128,7 +172,9 @@ def test_nan_and_infinity_go_where_torch_has_them(special, where, activation, no
 @pytest.mark.parametrize("shape", [(0, 4, 5, 6), (2, 4, 0, 6)])
 @pytest.mark.parametrize("layout", [contiguous, channels_last])
 def test_nothing_in_nothing_out(norm, shape, layout, rows):
-    arguments, dy = sample(shape, norm, "leaky_relu", layout=layout, affine=norm is not None, rows=rows)
+    arguments, dy = sample(
+        shape, norm, "leaky_relu", layout=layout, affine=norm is not None, rows=rows
+    )
     found = results(spade_fast.spade_modulate, arguments, dy)
     for name in ("y", "dx"):
         assert found[name].shape == shape
@@ -167,7 +213,12 @@ def test_y_and_dx_lie_as_x_does(layout):
 
 def test_momentum_eps_and_slope_are_used():
     arguments, dy = sample((2, 4, 5, 6), "batch", "leaky_relu")
-    for setting in ({"momentum": 0.7}, {"eps": 0.5}, {"negative_slope": -0.3}, {"negative_slope": 0.0}):
+    for setting in (
+        {"momentum": 0.7},
+        {"eps": 0.5},
+        {"negative_slope": -0.3},
+        {"negative_slope": 0.0},
+    ):
         assert not disagreements(arguments | setting, dy)
 
 
@@ -175,12 +226,26 @@ def test_momentum_eps_and_slope_are_used():
 @pytest.mark.parametrize("norm", NORMS)
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("training", [False, True])
-def test_gradients_and_second_derivatives_in_float64(norm, activation, training, rows, backend_and_instruction_set):
-    arguments, _ = sample((2, 4, 2, 3), norm, activation, dtype=torch.float64, training=training, affine=norm is not None, rows=rows)
+def test_gradients_and_second_derivatives_in_float64(
+    norm, activation, training, rows, backend_and_instruction_set
+):
+    arguments, _ = sample(
+        (2, 4, 2, 3),
+        norm,
+        activation,
+        dtype=torch.float64,
+        training=training,
+        affine=norm is not None,
+        rows=rows,
+    )
     names = [name for name in ("x", "gamma", "beta", "weight", "bias") if name in arguments]
 
     def modulate(*tensors):
-        fresh = {name: arguments[name].clone() for name in ("running_mean", "running_var") if name in arguments}
+        fresh = {
+            name: arguments[name].clone()
+            for name in ("running_mean", "running_var")
+            if name in arguments
+        }
         return spade_fast.spade_modulate(**arguments | fresh | dict(zip(names, tensors)))
 
     tensors = [arguments[name].requires_grad_() for name in names]
@@ -202,11 +267,19 @@ def test_second_derivative_where_gamma_comes_from_x():
 
 
 @pytest.mark.parametrize("rows", [None, 7])
-@pytest.mark.parametrize("frozen", [("x",), ("gamma", "beta"), ("x", "gamma", "beta"), ("weight", "bias")])
+@pytest.mark.parametrize(
+    "frozen", [("x",), ("gamma", "beta"), ("x", "gamma", "beta"), ("weight", "bias")]
+)
 @pytest.mark.parametrize("create_graph", [False, True])
 def test_only_what_needs_a_gradient_gets_one(frozen, create_graph, rows):
-    arguments, dy = sample((2, 4, 5, 6), "instance", "leaky_relu", affine=True, dtype=torch.float64, rows=rows)
-    wanted = {name: arguments[name].requires_grad_() for name in ("x", "gamma", "beta", "weight", "bias") if name not in frozen}
+    arguments, dy = sample(
+        (2, 4, 5, 6), "instance", "leaky_relu", affine=True, dtype=torch.float64, rows=rows
+    )
+    wanted = {
+        name: arguments[name].requires_grad_()
+        for name in ("x", "gamma", "beta", "weight", "bias")
+        if name not in frozen
+    }
     found = []
     for modulate in (spade_fast.spade_modulate, eager_modulate):
         y = modulate(**arguments)
@@ -222,7 +295,9 @@ def test_moments_given_are_moments_used():
     def modulate(*tensors, **settings):
         return spade_fast.spade_modulate(*tensors, **settings, moments=moments)
 
-    ours, plain = (results(function, arguments, dy) for function in (modulate, spade_fast.spade_modulate))
+    ours, plain = (
+        results(function, arguments, dy) for function in (modulate, spade_fast.spade_modulate)
+    )
     assert all(torch.equal(ours[name], plain[name]) for name in plain)
     arguments["moments"] = moments + 1
     assert not torch.equal(spade_fast.spade_modulate(**arguments), plain["y"])
@@ -232,7 +307,9 @@ def test_moments_given_are_moments_used():
 @pytest.mark.parametrize("rows", [None, 7])
 @pytest.mark.parametrize("layout", [contiguous, channels_last])
 @pytest.mark.parametrize("norm", ["instance", "batch"])
-def test_every_run_gives_the_same_bits_on_any_number_of_threads(norm, layout, rows, backend_and_instruction_set):
+def test_every_run_gives_the_same_bits_on_any_number_of_threads(
+    norm, layout, rows, backend_and_instruction_set
+):
     arguments, dy = sample((2, 70, 65, 66), norm, "leaky_relu", layout=layout, rows=rows)
     found = []
     for threads in (1, 2, 2, 7) if backend_and_instruction_set != "torch" else (2, 2):
@@ -255,12 +332,16 @@ def test_several_tasks_to_a_plane_and_several_blocks_to_a_row(layout, shape, row
 @pytest.mark.parametrize("layout", [contiguous, channels_last])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_outputs_so_large_that_they_are_written_past_the_caches(layout, dtype):
-    arguments, dy = sample((4 // dtype.itemsize, 3, 1201, 701), "instance", "leaky_relu", layout=layout, dtype=dtype)
+    arguments, dy = sample(
+        (4 // dtype.itemsize, 3, 1201, 701), "instance", "leaky_relu", layout=layout, dtype=dtype
+    )
     assert not disagreements(arguments, dy)
 
 
 @pytest.mark.parametrize("rows", [None, 7])
-@pytest.mark.parametrize("activation,floats,bits", [(None, 2, 0), ("relu", 2, 1), ("leaky_relu", 2, 1), ("silu", 3, 0)])
+@pytest.mark.parametrize(
+    "activation,floats,bits", [(None, 2, 0), ("relu", 2, 1), ("leaky_relu", 2, 1), ("silu", 3, 0)]
+)
 @pytest.mark.parametrize("layout", [contiguous, channels_last])
 def test_what_is_kept_for_backward(activation, floats, bits, layout, rows):
     arguments, _ = sample((1, 16, 32, 32), "instance", activation, layout=layout, rows=rows)
@@ -275,7 +356,8 @@ def test_what_is_kept_for_backward(activation, floats, bits, layout, rows):
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         y = spade_fast.spade_modulate(**arguments)
     planes = 16 * 4 * 8  # a few numbers for each plane
-    gammas = floats - 1  # or γ and, for SiLU, β, which in a table are next to nothing; the index is four bytes a pixel
+    # or γ and, for SiLU, β, which in a table are next to nothing; the index is four bytes a pixel
+    gammas = floats - 1
     dense = gammas if rows is None else 0
     table = 0 if rows is None else 4 * (32 * 32 + gammas * rows * 16)
     assert sum(kept.values()) <= y.numel() * (4 * (1 + dense) + bits / 8) + planes + table

@@ -1,4 +1,6 @@
-"""`convert` on MONAI's networks as they come from PyPI: γ and β that are normalised over space, in two and three dimensions."""
+"""`convert` on MONAI's networks as they come from PyPI: γ and β that are normalised over space, in
+two and three dimensions.
+"""
 
 import copy
 
@@ -20,21 +22,41 @@ def spade_net(dims):
 
 
 def autoencoder(dims):
-    return nets.SPADEAutoencoderKL(dims, LABELS, 1, 1, (1, 1), (8, 8), (False, False), 2, 4, 1e-6, False, False, 6)
+    return nets.SPADEAutoencoderKL(
+        dims, LABELS, 1, 1, (1, 1), (8, 8), (False, False), 2, 4, 1e-6, False, False, 6
+    )
 
 
 def unet(dims):
-    return nets.SPADEDiffusionModelUNet(dims, 1, 1, LABELS, (1, 1), (8, 16), (False, True), 4, 1e-6, num_head_channels=4,
-                                        spade_intermediate_channels=6)
+    return nets.SPADEDiffusionModelUNet(
+        dims,
+        1,
+        1,
+        LABELS,
+        (1, 1),
+        (8, 16),
+        (False, True),
+        4,
+        1e-6,
+        num_head_channels=4,
+        spade_intermediate_channels=6,
+    )
 
 
-NETWORKS = {"SPADENet": spade_net, "SPADEAutoencoderKL": autoencoder, "SPADEDiffusionModelUNet": unet}
+NETWORKS = {
+    "SPADENet": spade_net,
+    "SPADEAutoencoderKL": autoencoder,
+    "SPADEDiffusionModelUNet": unet,
+}
 
 
 def arguments(name, dims, batch=2):
     """What the network is called with, and the layout of its condition."""
     layout = SemanticLayout.from_labels(patches((batch, *[16] * dims), LABELS), LABELS)
-    image, segmap = torch.randn(batch, 1, *[16] * dims, dtype=torch.float64), layout.to_segmap(torch.float64)
+    image, segmap = (
+        torch.randn(batch, 1, *[16] * dims, dtype=torch.float64),
+        layout.to_segmap(torch.float64),
+    )
     if name == "SPADEDiffusionModelUNet":
         return image, torch.tensor([3, 700][:batch]), segmap
     return (image, segmap) if name == "SPADEAutoencoderKL" else (segmap, image)
@@ -45,9 +67,15 @@ def outcome(network, name, inputs):
     y = network(*inputs)
     y = y[0] if isinstance(y, tuple) else y
     wanted = {key: tensor for key, tensor in network.named_parameters() if tensor.requires_grad}
-    gradients = torch.autograd.grad(y, list(wanted.values()), torch.sin(torch.arange(y.numel(), dtype=y.dtype)).view(y.shape),
-                                    allow_unused=True)
-    return {"y": y.detach()} | {key: tensor for key, tensor in zip(wanted, gradients) if tensor is not None}
+    gradients = torch.autograd.grad(
+        y,
+        list(wanted.values()),
+        torch.sin(torch.arange(y.numel(), dtype=y.dtype)).view(y.shape),
+        allow_unused=True,
+    )
+    return {"y": y.detach()} | {
+        key: tensor for key, tensor in zip(wanted, gradients) if tensor is not None
+    }
 
 
 @pytest.mark.parametrize("mode", ["always", "auto"])
@@ -69,7 +97,9 @@ def test_the_same_outputs_and_gradients(name, dims, mode):
 def test_a_sampler_computes_its_tables_once(monkeypatch):
     schedulers = pytest.importorskip("monai.networks.schedulers")
     tables, compute = [], spade.compute_table
-    monkeypatch.setattr(spade, "compute_table", lambda *arguments: tables.append(True) or compute(*arguments))
+    monkeypatch.setattr(
+        spade, "compute_table", lambda *arguments: tables.append(True) or compute(*arguments)
+    )
     torch.manual_seed(0)
     network = unet(2).double().eval()
     own = copy.deepcopy(network)

@@ -1,4 +1,6 @@
-"""The networks against the reference wiring: outputs, gradients, buffers, in train and in eval mode, after steps of an optimizer."""
+"""The networks against the reference wiring: outputs, gradients, buffers, in train and in eval
+mode, after steps of an optimizer.
+"""
 
 import copy
 
@@ -9,7 +11,14 @@ import torch.nn.functional as F
 from conftest import use_threads
 
 import spade_fast
-from spade_fast import SPADE, ConvEncoder, MultiscaleDiscriminator, SemanticLayout, SPADEGenerator, reference
+from spade_fast import (
+    SPADE,
+    ConvEncoder,
+    MultiscaleDiscriminator,
+    SemanticLayout,
+    SPADEGenerator,
+    reference,
+)
 from spade_fast.agreement import excess
 
 LABEL_NC = 6
@@ -18,16 +27,20 @@ LABEL_NC = 6
 def layout_of(shape, seed=0):
     """Patches of 5 classes, whose borders are the edges of instances: 6 channels."""
     generator = torch.Generator().manual_seed(seed)
-    labels = torch.randint(LABEL_NC - 1, (shape[0], *[-(-length // 16) for length in shape[1:]]), generator=generator)
+    labels = torch.randint(
+        LABEL_NC - 1, (shape[0], *[-(-length // 16) for length in shape[1:]]), generator=generator
+    )
     for dim, length in enumerate(shape[1:], start=1):
         labels = labels.repeat_interleave(16, dim).narrow(dim, 0, length)
     return SemanticLayout.from_labels(labels, LABEL_NC - 1, labels)
 
 
 def assert_parity(ours, eager, inputs_of_step, steps=3, our_inputs=lambda *inputs: inputs):
-    """In float64, to 1e-10 of a module's largest number: outputs, gradients and buffers over some steps of SGD, then in eval mode.
+    """In float64, to 1e-10 of a module's largest number: outputs, gradients and buffers over some
+    steps of SGD, then in eval mode.
 
-    Not of Adam: where a gradient is zero but for rounding, as of a bias before a norm, it makes whole steps of the rounding.
+    Not of Adam: where a gradient is zero but for rounding, as of a bias before a norm, it makes
+    whole steps of the rounding.
     """
     ours, eager = ours.double(), eager.double()
     ours.load_state_dict(eager.state_dict())
@@ -35,15 +48,32 @@ def assert_parity(ours, eager, inputs_of_step, steps=3, our_inputs=lambda *input
     for step in range(steps + 1):
         inputs = inputs_of_step(step)
         results = []
-        for network, optimizer, arguments in zip((ours, eager), optimizers, (our_inputs(*inputs), inputs)):
+        for network, optimizer, arguments in zip(
+            (ours, eager), optimizers, (our_inputs(*inputs), inputs)
+        ):
             network.train(step < steps)
             optimizer.zero_grad()
             outputs = flat(network(*arguments))
-            sum((output * (index + torch.linspace(-1, 1, output.numel(), dtype=torch.float64).view(output.shape))).sum()
-                for index, output in enumerate(outputs)).backward()
+            sum(
+                (
+                    output
+                    * (
+                        index
+                        + torch.linspace(-1, 1, output.numel(), dtype=torch.float64).view(
+                            output.shape
+                        )
+                    )
+                ).sum()
+                for index, output in enumerate(outputs)
+            ).backward()
             found = {f"output {index}": output.detach() for index, output in enumerate(outputs)}
-            found |= {f"{name} gradient": parameter.grad.clone() for name, parameter in network.named_parameters()}
-            results.append(found | {name: buffer.clone() for name, buffer in network.named_buffers()})
+            found |= {
+                f"{name} gradient": parameter.grad.clone()
+                for name, parameter in network.named_parameters()
+            }
+            results.append(
+                found | {name: buffer.clone() for name, buffer in network.named_buffers()}
+            )
             optimizer.step()
         found, true = results
         scales = {}
@@ -57,14 +87,30 @@ def assert_parity(ours, eager, inputs_of_step, steps=3, our_inputs=lambda *input
 
 
 def flat(results):
-    return [tensor for result in results for tensor in flat(result)] if isinstance(results, (list, tuple)) else [results]
+    return (
+        [tensor for result in results for tensor in flat(result)]
+        if isinstance(results, (list, tuple))
+        else [results]
+    )
 
 
-@pytest.mark.parametrize("norm_G,settings,size", [
-    ("spadeinstance3x3", {"crop_size": 64}, (64, 64)),
-    ("spectralspadesyncbatch3x3", {"crop_size": 128, "num_upsampling_layers": "more", "aspect_ratio": 2.0}, (32, 64)),
-    ("spectralspadebatch1x1", {"crop_size": 128, "num_upsampling_layers": "most", "use_vae": True}, (128, 128)),
-], ids=["normal", "more", "most"])
+@pytest.mark.parametrize(
+    "norm_G,settings,size",
+    [
+        ("spadeinstance3x3", {"crop_size": 64}, (64, 64)),
+        (
+            "spectralspadesyncbatch3x3",
+            {"crop_size": 128, "num_upsampling_layers": "more", "aspect_ratio": 2.0},
+            (32, 64),
+        ),
+        (
+            "spectralspadebatch1x1",
+            {"crop_size": 128, "num_upsampling_layers": "most", "use_vae": True},
+            (128, 128),
+        ),
+    ],
+    ids=["normal", "more", "most"],
+)
 @pytest.mark.parametrize("has_layout", [True, False], ids=["layout", "tensor"])
 def test_official_generator(norm_G, settings, size, has_layout):
     ours = SPADEGenerator.official(LABEL_NC, ngf=2, norm_G=norm_G, **settings)
@@ -82,13 +128,24 @@ def test_official_generator(norm_G, settings, size, has_layout):
 
 def test_generator_from_noise():
     def inputs(step):
-        return layout_of((1, 64, 64), step).to_segmap(torch.float64), torch.randn(1, 16, dtype=torch.float64)
+        return layout_of((1, 64, 64), step).to_segmap(torch.float64), torch.randn(
+            1, 16, dtype=torch.float64
+        )
 
-    assert_parity(SPADEGenerator(LABEL_NC, 16, 2), reference.SPADEGeneratorFromNoise(LABEL_NC, 16, 2), inputs, 1)
+    assert_parity(
+        SPADEGenerator(LABEL_NC, 16, 2),
+        reference.SPADEGeneratorFromNoise(LABEL_NC, 16, 2),
+        inputs,
+        1,
+    )
 
 
 def test_encoder():
-    assert_parity(ConvEncoder(4, 8), reference.ConvEncoder(4, 8), lambda step: (torch.randn(2, 3, 40 + step, 50, dtype=torch.float64),))
+    assert_parity(
+        ConvEncoder(4, 8),
+        reference.ConvEncoder(4, 8),
+        lambda step: (torch.randn(2, 3, 40 + step, 50, dtype=torch.float64),),
+    )
 
 
 @pytest.mark.parametrize("condition", ["none", "tensor", "layout"])
@@ -96,15 +153,19 @@ def test_encoder():
 def test_discriminator(condition, size):
     def inputs(step):
         segmap = layout_of((2, *size), step).to_segmap(torch.float64).repeat(2, 1, 1, 1)
-        return torch.cat([segmap, torch.randn(4, 3, *size, dtype=torch.float64)], dim=1),
+        return (torch.cat([segmap, torch.randn(4, 3, *size, dtype=torch.float64)], dim=1),)
 
     def ours_of(x):
         if condition == "none":
-            return x,
+            return (x,)
         segmap = x[:2, :LABEL_NC]  # of fake images and of real ones
-        return x[:, LABEL_NC:], SemanticLayout.from_segmap(segmap) if condition == "layout" else segmap
+        return x[:, LABEL_NC:], SemanticLayout.from_segmap(
+            segmap
+        ) if condition == "layout" else segmap
 
-    networks = (module.MultiscaleDiscriminator(LABEL_NC + 3, 2, 4) for module in (spade_fast, reference))
+    networks = (
+        module.MultiscaleDiscriminator(LABEL_NC + 3, 2, 4) for module in (spade_fast, reference)
+    )
     assert_parity(*networks, inputs, our_inputs=ours_of)
 
 
@@ -119,18 +180,24 @@ def test_discriminator_of_a_layout_in_one_and_three_dimensions(spatial):
         assert torch.allclose(ours, theirs, rtol=1e-10, atol=1e-10)
 
 
-@pytest.mark.parametrize("dataset,arguments,keys,parameters,shape", [
-    ("coco", {}, 234, 97.48, (256, 256)),
-    ("ade20k", {}, 234, 96.49, (256, 256)),
-    ("cityscapes", {}, 234, 93.05, (256, 512)),
-    ("cityscapes", {"num_upsampling_layers": "most"}, 272, None, (256, 512)),
-])
+@pytest.mark.parametrize(
+    "dataset,arguments,keys,parameters,shape",
+    [
+        ("coco", {}, 234, 97.48, (256, 256)),
+        ("ade20k", {}, 234, 96.49, (256, 256)),
+        ("cityscapes", {}, 234, 93.05, (256, 512)),
+        ("cityscapes", {"num_upsampling_layers": "most"}, 272, None, (256, 512)),
+    ],
+)
 def test_sizes_are_the_published_ones(dataset, arguments, keys, parameters, shape):
     with torch.device("meta"):
         generator = SPADEGenerator.official(dataset, **arguments)
     assert len(generator.state_dict()) == keys and generator.sizes[-1] == shape
     if parameters:
-        assert round(sum(parameter.numel() for parameter in generator.parameters()) / 1e6, 2) == parameters
+        assert (
+            round(sum(parameter.numel() for parameter in generator.parameters()) / 1e6, 2)
+            == parameters
+        )
 
 
 def test_sizes_of_encoder_and_discriminator_are_the_published_ones():
@@ -140,8 +207,15 @@ def test_sizes_of_encoder_and_discriminator_are_the_published_ones():
     assert len(discriminator.state_dict()) == 26
 
 
-@pytest.mark.parametrize("make_segmap", [lambda layout: layout, SemanticLayout.to_segmap, lambda layout: torch.randn(2, LABEL_NC, 9, 9)],
-                         ids=["layout", "tensor", "dense"])
+@pytest.mark.parametrize(
+    "make_segmap",
+    [
+        lambda layout: layout,
+        SemanticLayout.to_segmap,
+        lambda layout: torch.randn(2, LABEL_NC, 9, 9),
+    ],
+    ids=["layout", "tensor", "dense"],
+)
 def test_several_images_of_each_layout(make_segmap):
     generator = SPADEGenerator(LABEL_NC, 8, 1, start=2).double().eval()
     segmap, z = make_segmap(layout_of((2, 48, 48))), torch.randn(6, 8, dtype=torch.float64)
@@ -158,15 +232,21 @@ def test_images_of_one_layout_share_its_tables():
         held = tables.bytes
         generator(layout, torch.randn(3, 8))
         assert tables.bytes == held > 0
-        assert all(table.shape[0] == layout.windows(size, 3).count
-                   for (_, size, *_), parts in tables._layouts[layout].items() for table in parts)
+        assert all(
+            table.shape[0] == layout.windows(size, 3).count
+            for (_, size, *_), parts in tables._layouts[layout].items()
+            for table in parts
+        )
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_generator_under_autocast_and_in_channels_last(dtype, layout):
     arguments = {"crop_size": 64, "norm_G": "spectralspadebatch3x3"}
-    eager, ours = reference.SPADEGenerator(LABEL_NC, 4, **arguments), SPADEGenerator.official(LABEL_NC, ngf=4, **arguments)
+    eager, ours = (
+        reference.SPADEGenerator(LABEL_NC, 4, **arguments),
+        SPADEGenerator.official(LABEL_NC, ngf=4, **arguments),
+    )
     ours.load_state_dict(eager.state_dict())
     truth, segmap = copy.deepcopy(eager).double().eval(), layout_of((2, 64, 64)).to_segmap()
     ours, eager = (network.eval().to(memory_format=layout) for network in (ours, eager))
@@ -190,7 +270,9 @@ def test_spectral_norm_is_folded_and_unfolded():
         before, keys = generator(segmap), list(generator.state_dict())
         folded = generator.fold_spectral_norm()
         assert folded is generator and torch.allclose(generator(segmap), before, atol=1e-6)
-        assert list(generator.state_dict()) == keys and "weight" in dict(generator.up_0.conv_0.named_buffers())
+        assert list(generator.state_dict()) == keys and "weight" in dict(
+            generator.up_0.conv_0.named_buffers()
+        )
         copied = copy.deepcopy(generator)
         assert torch.equal(copied(segmap), generator(segmap))
         other = SPADEGenerator.official(LABEL_NC, ngf=2, crop_size=64).eval()
@@ -205,14 +287,37 @@ def test_spectral_norm_is_folded_and_unfolded():
         generator.fold_spectral_norm()
 
 
-@pytest.mark.parametrize("arguments,error,message", [
-    (lambda layout: (torch.zeros(2, 5, 8, 8),), ValueError, r"segmap has shape \[2, 5, 8, 8\], it should be \[N, 6, H, W\]"),
-    (lambda layout: (torch.zeros(2, 6, 8, 8).int(),), TypeError, "segmap has dtype torch.int32"),
-    (lambda layout: (SemanticLayout.from_labels(torch.zeros(1, 4, 4).long(), 3),), ValueError, "segmap has 3 channels"),
-    (lambda layout: (layout, torch.zeros(2, 7)), ValueError, r"z is \[2, 7\], it should be a tensor \[M, 8\]"),
-    (lambda layout: (layout, torch.zeros(3, 8)), ValueError, "z has a batch of 3, it should be a multiple of segmap's, 2"),
-    (lambda layout: (layout, torch.zeros(0, 8)), ValueError, "z has a batch of 0"),
-])
+@pytest.mark.parametrize(
+    "arguments,error,message",
+    [
+        (
+            lambda layout: (torch.zeros(2, 5, 8, 8),),
+            ValueError,
+            r"segmap has shape \[2, 5, 8, 8\], it should be \[N, 6, H, W\]",
+        ),
+        (
+            lambda layout: (torch.zeros(2, 6, 8, 8).int(),),
+            TypeError,
+            "segmap has dtype torch.int32",
+        ),
+        (
+            lambda layout: (SemanticLayout.from_labels(torch.zeros(1, 4, 4).long(), 3),),
+            ValueError,
+            "segmap has 3 channels",
+        ),
+        (
+            lambda layout: (layout, torch.zeros(2, 7)),
+            ValueError,
+            r"z is \[2, 7\], it should be a tensor \[M, 8\]",
+        ),
+        (
+            lambda layout: (layout, torch.zeros(3, 8)),
+            ValueError,
+            "z has a batch of 3, it should be a multiple of segmap's, 2",
+        ),
+        (lambda layout: (layout, torch.zeros(0, 8)), ValueError, "z has a batch of 0"),
+    ],
+)
 def test_bad_input_of_the_generator(arguments, error, message):
     with pytest.raises(error, match=message):
         SPADEGenerator(LABEL_NC, 8, 1, start=1)(*arguments(layout_of((2, 16, 16))))
@@ -220,14 +325,23 @@ def test_bad_input_of_the_generator(arguments, error, message):
 
 def test_bad_arguments_of_the_constructors():
     with pytest.raises(ValueError, match="z should be None"):
-        SPADEGenerator.official(LABEL_NC, ngf=1, crop_size=32)(layout_of((1, 32, 32)), torch.zeros(1, 256))
-    with pytest.raises(ValueError, match="dataset is 'voc', it should be coco, ade20k, cityscapes, or a number"):
+        SPADEGenerator.official(LABEL_NC, ngf=1, crop_size=32)(
+            layout_of((1, 32, 32)), torch.zeros(1, 256)
+        )
+    with pytest.raises(
+        ValueError, match="dataset is 'voc', it should be coco, ade20k, cityscapes, or a number"
+    ):
         SPADEGenerator.official("voc")
     with pytest.raises(ValueError, match="num_upsampling_layers is 'few'"):
         SPADEGenerator.official("coco", num_upsampling_layers="few")
-    with pytest.raises(ValueError, match="crop_size is 64, with 7 doublings .* should be 128 or more"):
+    with pytest.raises(
+        ValueError, match="crop_size is 64, with 7 doublings .* should be 128 or more"
+    ):
         SPADEGenerator.official("coco", num_upsampling_layers="most", crop_size=64)
-    with pytest.raises(ValueError, match=r"ngf is 1, the block up_4 of 0.5 · ngf channels should have a whole number"):
+    with pytest.raises(
+        ValueError,
+        match=r"ngf is 1, the block up_4 of 0.5 · ngf channels should have a whole number",
+    ):
         SPADEGenerator.official("coco", num_upsampling_layers="most", ngf=1)
     with pytest.raises(ValueError, match="ngf is 0"):
         SPADEGenerator(3, ngf=0)
@@ -239,45 +353,67 @@ def test_bad_arguments_of_the_constructors():
         MultiscaleDiscriminator(3, 0)
 
 
-@pytest.mark.parametrize("arguments,message", [
-    ((torch.zeros(1, 8, 32, 32),), r"x has 8 channels, it should be 9 in all"),
-    ((torch.zeros(1, 3, 32, 32), torch.zeros(1, 5, 32, 32)), "x has 3 channels and segmap 5, it should be 9 in all"),
-    ((torch.zeros(3, 3, 32, 32), torch.zeros(2, 6, 32, 32)), "x has a batch of 3, it should be a multiple of segmap's, 2"),
-    ((torch.zeros(1, 3, 32, 32), torch.zeros(1, 6, 16, 32)), r"segmap has the size \[16, 32\]"),
-    ((torch.zeros(3, 32, 32),), r"x has shape \[3, 32, 32\]"),
-])
+@pytest.mark.parametrize(
+    "arguments,message",
+    [
+        ((torch.zeros(1, 8, 32, 32),), r"x has 8 channels, it should be 9 in all"),
+        (
+            (torch.zeros(1, 3, 32, 32), torch.zeros(1, 5, 32, 32)),
+            "x has 3 channels and segmap 5, it should be 9 in all",
+        ),
+        (
+            (torch.zeros(3, 3, 32, 32), torch.zeros(2, 6, 32, 32)),
+            "x has a batch of 3, it should be a multiple of segmap's, 2",
+        ),
+        ((torch.zeros(1, 3, 32, 32), torch.zeros(1, 6, 16, 32)), r"segmap has the size \[16, 32\]"),
+        ((torch.zeros(3, 32, 32),), r"x has shape \[3, 32, 32\]"),
+    ],
+)
 def test_bad_input_of_the_discriminator(arguments, message):
     with pytest.raises(ValueError, match=message):
         MultiscaleDiscriminator(9, 2, 1)(*arguments)
 
 
 def test_bad_input_of_the_encoder():
-    with pytest.raises(ValueError, match=r"image is \[1, 4, 8, 8\], it should be a tensor \[N, 3, H, W\]"):
+    with pytest.raises(
+        ValueError, match=r"image is \[1, 4, 8, 8\], it should be a tensor \[N, 3, H, W\]"
+    ):
         ConvEncoder(1)(torch.zeros(1, 4, 8, 8))
 
 
 def test_a_layout_of_one_class_is_conditional_batch_norm():
-    """With a constant layout and 1×1 kernels SPADE is a batch norm with an affine map for each class (Park et al. 2019, section 3.1)."""
+    """With a constant layout and 1×1 kernels SPADE is a batch norm with an affine map for each
+    class (Park et al. 2019, section 3.1).
+    """
     spade = SPADE(4, 3, kernel_size=1, norm="batch").double()
     x, label = torch.randn(2, 4, 5, 5, dtype=torch.float64), 1
     segmap = F.one_hot(torch.full((2, 5, 5), label), 3).movedim(-1, 1).double()
     hidden = F.relu(spade.mlp_shared[0].weight[:, label, 0, 0] + spade.mlp_shared[0].bias)
-    gamma, beta = (part.weight[:, :, 0, 0] @ hidden + part.bias for part in (spade.mlp_gamma, spade.mlp_beta))
+    gamma, beta = (
+        part.weight[:, :, 0, 0] @ hidden + part.bias for part in (spade.mlp_gamma, spade.mlp_beta)
+    )
     expected = F.batch_norm(x, None, None, 1 + gamma, beta, training=True)
     assert torch.allclose(spade(x, segmap), expected, rtol=1e-10)
 
 
 def test_a_style_that_is_constant_in_space_is_adaptive_instance_norm():
-    """SPADE's condition is then a style's features, the same at every pixel, another for each image; 1×1 kernels see no border."""
+    """SPADE's condition is then a style's features, the same at every pixel, another for each
+    image; 1×1 kernels see no border.
+    """
     spade = SPADE(4, 3, kernel_size=1).double()
-    x, style = torch.randn(2, 4, 5, 5, dtype=torch.float64), torch.randn(2, 3, 1, 1, dtype=torch.float64)
+    x, style = (
+        torch.randn(2, 4, 5, 5, dtype=torch.float64),
+        torch.randn(2, 3, 1, 1, dtype=torch.float64),
+    )
     scale = 1 + spade.mlp_gamma(spade.mlp_shared(style))
     expected = F.instance_norm(x) * scale + spade.mlp_beta(spade.mlp_shared(style))
     assert torch.allclose(spade(x, style.expand(2, 3, 5, 5)), expected, rtol=1e-10)
 
 
 def test_instance_norm_washes_a_uniform_layout_away_and_spade_does_not():
-    """Park et al. 2019, section 3.1: convolution and instance norm of a layout with one label is zero, whatever the label."""
+    """Park et al. 2019, section 3.1: convolution and instance norm of a layout with one label is
+    zero, whatever the label.
+    """
     convolution, spade = nn.Conv2d(3, 4, 1).double(), SPADE(4, 3, kernel_size=1).double()
     x = torch.randn(1, 4, 5, 5, dtype=torch.float64)
     washed, modulated = [], []
@@ -290,10 +426,14 @@ def test_instance_norm_washes_a_uniform_layout_away_and_spade_does_not():
 
 
 def test_a_series_of_regimes_has_the_volatility_that_was_asked_for():
-    """Returns over time, conditioned on calm, volatile and crisis: each regime's standard deviation, without drift, to a tenth."""
+    """Returns over time, conditioned on calm, volatile and crisis: each regime's standard
+    deviation, without drift, to a tenth.
+    """
     wanted = torch.tensor([0.05, 0.15, 0.5])
     stages = [("head", 16, 1), ("up_1", 8, 2), ("up_2", 4, 2), ("up_3", 2, 2), ("up_4", 1, 2)]
-    generator = SPADEGenerator(3, 32, 2, stages=stages, last_scale=1, start=8, nhidden=16, output_nc=1, spatial_dims=1)
+    generator = SPADEGenerator(
+        3, 32, 2, stages=stages, last_scale=1, start=8, nhidden=16, output_nc=1, spatial_dims=1
+    )
     optimizer = torch.optim.Adam(generator.parameters(), 3e-3)
 
     def sample(count):
@@ -301,7 +441,9 @@ def test_a_series_of_regimes_has_the_volatility_that_was_asked_for():
         regimes = torch.randint(3, (count, 8)).repeat_interleave(16, dim=1)
         returns = generator(SemanticLayout.from_labels(regimes, 3)).squeeze(1)
         parts = [returns[regimes == regime] for regime in range(3)]
-        return torch.stack([part.std() for part in parts]), torch.stack([part.mean() for part in parts])
+        return torch.stack([part.std() for part in parts]), torch.stack(
+            [part.mean() for part in parts]
+        )
 
     with use_threads(1):  # so little work, so often: threads would mostly wait
         for _ in range(200):
@@ -317,7 +459,9 @@ def test_a_series_of_regimes_has_the_volatility_that_was_asked_for():
 def test_a_volume():
     layout = layout_of((1, 32, 16, 48))
     stages = [("head", 16, 1), ("up_1", 8, 2), ("up_2", 4, 2)]
-    generator = SPADEGenerator(LABEL_NC, 8, 1, stages=stages, start=(4, 2, 6), output_nc=1, nhidden=8, spatial_dims=3).double()
+    generator = SPADEGenerator(
+        LABEL_NC, 8, 1, stages=stages, start=(4, 2, 6), output_nc=1, nhidden=8, spatial_dims=3
+    ).double()
     z = torch.randn(1, 8, dtype=torch.float64)
     with spade_fast.window_mode("always"):
         volume = generator(layout, z)

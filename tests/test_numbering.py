@@ -1,4 +1,6 @@
-"""Numbering in plain PyTorch, which GPUs use: the numbers of the CPU's library, whatever hashes collide, with one synchronisation."""
+"""Numbering in plain PyTorch, which GPUs use: the numbers of the CPU's library, whatever hashes
+collide, with one synchronisation.
+"""
 
 import pytest
 import torch
@@ -13,17 +15,28 @@ HAS_LIBRARY = pytest.mark.skipif(cpu_backend.library is None, reason=str(cpu_bac
 
 
 class NothingWaits(TorchDispatchMode):
-    """Inside, operators that let a GPU's host wait for it are errors; `_read` is the one that may."""
+    """Inside, operators that make the host wait for a GPU are errors; only `_read` may."""
 
-    WAITS = {"_local_scalar_dense", "nonzero", "masked_select", "equal", "_unique2", "unique_dim", "unique_consecutive",
-             "repeat_interleave.Tensor", "bincount"}
+    WAITS = {
+        "_local_scalar_dense",
+        "nonzero",
+        "masked_select",
+        "equal",
+        "_unique2",
+        "unique_dim",
+        "unique_consecutive",
+        "repeat_interleave.Tensor",
+        "bincount",
+    }
 
     def __torch_dispatch__(self, operator, types, arguments=(), settings=None):
         name = operator._schema.name.removeprefix("aten::")
         full_name = f"{name}.{operator._overloadname}"
         assert not {name, full_name} & self.WAITS, f"{full_name} waits for the device"
         indices = arguments[1] if name in ("index", "index_put") else ()
-        assert all(index is None or index.dtype != torch.bool for index in indices), f"{full_name} with a mask waits for the device"
+        assert all(index is None or index.dtype != torch.bool for index in indices), (
+            f"{full_name} with a mask waits for the device"
+        )
         return operator(*arguments, **settings or {})
 
 
@@ -43,7 +56,13 @@ def reads(monkeypatch):
 
 
 def test_the_guard_sees_what_waits():
-    for waits in (lambda x: x.nonzero(), lambda x: x[x > 0], lambda x: int(x[0]), lambda x: x.unique(), lambda x: bool((x == 0).all())):
+    for waits in (
+        lambda x: x.nonzero(),
+        lambda x: x[x > 0],
+        lambda x: int(x[0]),
+        lambda x: x.unique(),
+        lambda x: bool((x == 0).all()),
+    ):
         with pytest.raises(AssertionError, match="waits for the device"), NothingWaits():
             waits(torch.arange(3))
 
@@ -53,19 +72,38 @@ def test_the_guard_sees_what_waits():
 @pytest.mark.parametrize("kernel_size", [1, 3, 5])
 @pytest.mark.parametrize("classes", [1, 4, 300])
 def test_the_same_numbers_and_lists_as_the_librarys(shape, kernel_size, classes):
-    codes = patches(shape, classes).int() if 0 not in shape else torch.zeros(shape, dtype=torch.int32)
+    codes = (
+        patches(shape, classes).int() if 0 not in shape else torch.zeros(shape, dtype=torch.int32)
+    )
     *ours, index, order = numbering.find_windows(codes.to(DEVICE), kernel_size, classes)
     *theirs, library_index, library_order = cpu_backend.find_windows(codes, kernel_size, classes)
-    for one, other in zip([*ours[0], *ours[1], index, order], [*theirs[0], *theirs[1], library_index, library_order]):
+    for one, other in zip(
+        [*ours[0], *ours[1], index, order], [*theirs[0], *theirs[1], library_index, library_order]
+    ):
         assert one.dtype == torch.int32 and torch.equal(one.cpu(), other)
 
 
 @HAS_LIBRARY
-@pytest.mark.parametrize("shape", [(2, 3, 17), (1, 1, 1, 1), (2, 5, 9, 14), (1, 20, 4, 5, 6), (2, 0, 4, 4), (0, 3, 4, 4), (2, 3, 0, 4)])
+@pytest.mark.parametrize(
+    "shape",
+    [
+        (2, 3, 17),
+        (1, 1, 1, 1),
+        (2, 5, 9, 14),
+        (1, 20, 4, 5, 6),
+        (2, 0, 4, 4),
+        (0, 3, 4, 4),
+        (2, 3, 0, 4),
+    ],
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 def test_the_same_codes_as_the_librarys(shape, dtype):
     palette = torch.randn(6, shape[1]).to(dtype)
-    segmap = palette[patches((shape[0], *shape[2:]), 6) if 0 not in (shape[0], *shape[2:]) else torch.zeros(shape[0], *shape[2:]).long()]
+    segmap = palette[
+        patches((shape[0], *shape[2:]), 6)
+        if 0 not in (shape[0], *shape[2:])
+        else torch.zeros(shape[0], *shape[2:]).long()
+    ]
     segmap = segmap.movedim(-1, 1)
     ours, theirs = numbering.find_codes(segmap.to(DEVICE)), cpu_backend.find_codes(segmap)
     for one, other in zip(ours, theirs):
@@ -88,7 +126,11 @@ def test_codes_with_one_synchronisation_beside_the_look_for_dense_features(reads
 def test_colliding_hashes_are_found_and_change_nothing(monkeypatch):
     codes = patches((2, 30, 21), 7).int().to(DEVICE)
     segmap = torch.eye(7, device=DEVICE)[codes.long()].movedim(-1, 1)
-    plain, attempts, multiplier = [numbering.find_windows(codes, 3, 7), numbering.find_codes(segmap)], [], numbering.multiplier
+    plain, attempts, multiplier = (
+        [numbering.find_windows(codes, 3, 7), numbering.find_codes(segmap)],
+        [],
+        numbering.multiplier,
+    )
 
     def collides(attempt, axis=0):
         attempts.append(attempt)
@@ -97,7 +139,9 @@ def test_colliding_hashes_are_found_and_change_nothing(monkeypatch):
     monkeypatch.setattr(numbering, "multiplier", collides)
     collided = [numbering.find_windows(codes, 3, 7), numbering.find_codes(segmap)]
     assert max(attempts) == 2
-    flat = [[*windows[0], *windows[1], *windows[2:], *vectors] for windows, vectors in (plain, collided)]
+    flat = [
+        [*windows[0], *windows[1], *windows[2:], *vectors] for windows, vectors in (plain, collided)
+    ]
     assert all(torch.equal(*pair) for pair in zip(*flat))
 
 
@@ -106,7 +150,10 @@ def test_colliding_hashes_are_found_and_change_nothing(monkeypatch):
 def test_colliding_hashes_change_nothing_in_the_library(hash_mask):
     codes = patches((2, 20, 20), 5).int()
     plain = cpu_backend.number_windows(codes, 3)
-    collided = [torch.from_numpy(array) for array in cpu_backend.library.number_windows(codes.numpy(), 3, hash_mask)]
+    collided = [
+        torch.from_numpy(array)
+        for array in cpu_backend.library.number_windows(codes.numpy(), 3, hash_mask)
+    ]
     assert torch.equal(plain[0], collided[0]) and torch.equal(plain[1], collided[1])
 
 

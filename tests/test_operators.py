@@ -14,9 +14,20 @@ needs_library = pytest.mark.skipif(cpu_backend.library is None, reason=str(cpu_b
 
 def operands(shape, activation, dtype=torch.float32, layout=contiguous, affine=True, rows=None):
     """What the kernels get for this sample: x, planes, γ, β, index, order, dy, signs, terms."""
-    arguments, dy = sample(shape, "instance", activation, dtype=dtype, layout=layout, dy_layout=layout, affine=affine, rows=rows)
+    arguments, dy = sample(
+        shape,
+        "instance",
+        activation,
+        dtype=dtype,
+        layout=layout,
+        dy_layout=layout,
+        affine=affine,
+        rows=rows,
+    )
     x, gamma, beta = arguments["x"], arguments["gamma"], arguments["beta"]
-    statistics = norms.measure(norms.Norm("instance"), torch_backend.plane_moments(x), x.shape[2:].numel())
+    statistics = norms.measure(
+        norms.Norm("instance"), torch_backend.plane_moments(x), x.shape[2:].numel()
+    )
     planes = norms.planes(statistics, x.shape[:2], arguments["weight"], arguments["bias"])
     index = arguments["index"].int() if rows else None
     order = torch_backend.sort_pixels(index) if rows else None
@@ -26,21 +37,34 @@ def operands(shape, activation, dtype=torch.float32, layout=contiguous, affine=T
 
 @pytest.mark.parametrize("layout", [contiguous, channels_last])
 @pytest.mark.parametrize("activation", [None, "leaky_relu", "silu"])
-@pytest.mark.parametrize("dtype,shape", [(torch.float32, (2, 5, 3, 4)), (torch.bfloat16, (1, 9, 7))], ids=str)
+@pytest.mark.parametrize(
+    "dtype,shape", [(torch.float32, (2, 5, 3, 4)), (torch.bfloat16, (1, 9, 7))], ids=str
+)
 @pytest.mark.parametrize("rows", [None, 7])
 def test_opcheck(layout, activation, dtype, shape, rows):
     ops = torch.ops.spade_fast
-    x, planes, gamma, beta, index, order, dy, signs, terms = operands(shape, activation, dtype, layout, rows=rows)
+    x, planes, gamma, beta, index, order, dy, signs, terms = operands(
+        shape, activation, dtype, layout, rows=rows
+    )
     kept_beta = beta if activation == "silu" else None
     opcheck(ops.plane_moments, (x,))
     opcheck(ops.apply, (x, planes, gamma, beta, index, activation, 0.2, True))
     opcheck(ops.apply, (x, planes, gamma, beta, index, activation, 0.2, False))
     opcheck(ops.apply_out, (x, planes, gamma, beta, index, activation, 0.2, torch.empty_like(x)))
-    opcheck(ops.backward_sums, (dy, x, planes, gamma, kept_beta, index, order, signs, activation, 0.2))
-    opcheck(ops.backward_input, (dy, x, planes, gamma, kept_beta, index, signs, terms, activation, 0.2))
-    opcheck(ops.backward_input, (dy, x, planes, gamma, kept_beta, index, signs, None, activation, 0.2))
+    opcheck(
+        ops.backward_sums, (dy, x, planes, gamma, kept_beta, index, order, signs, activation, 0.2)
+    )
+    opcheck(
+        ops.backward_input, (dy, x, planes, gamma, kept_beta, index, signs, terms, activation, 0.2)
+    )
+    opcheck(
+        ops.backward_input, (dy, x, planes, gamma, kept_beta, index, signs, None, activation, 0.2)
+    )
     opcheck(ops.instance_forward, (x, gamma, beta, index, 1e-5, activation, 0.2, True))
-    opcheck(ops.instance_backward, (dy, x, planes, gamma, kept_beta, index, order, signs, activation, 0.2))
+    opcheck(
+        ops.instance_backward,
+        (dy, x, planes, gamma, kept_beta, index, order, signs, activation, 0.2),
+    )
 
 
 @pytest.mark.parametrize("layout", [contiguous, channels_last])
@@ -55,18 +79,36 @@ def test_signs_are_the_bits_that_the_documentation_says(layout):
 
 
 def convolution(shape, kernel, rows, windows):
-    """rows, weight, bias, the lists of windows that see up to all of their taps, the lists the other way round, and a gradient."""
+    """rows, weight, bias, the lists of windows that see up to all of their taps, the lists the
+    other way round, and a gradient.
+    """
     out, given = shape
     weight = torch.randn(out, given, *kernel, dtype=torch.float64)
     taps = weight[0, 0].numel()
     contents = torch.randint(-1, rows, (windows, taps), dtype=torch.int32)
     lists = numbering.list_windows(contents, rows, int((contents >= 0).sum()))
-    bias, gradient = torch.randn(out, dtype=torch.float64), torch.randn(windows, out, dtype=torch.float64)
-    return torch.randn(rows, given, dtype=torch.float64), weight, bias, lists[:2], lists[2:], gradient
+    bias, gradient = (
+        torch.randn(out, dtype=torch.float64),
+        torch.randn(windows, out, dtype=torch.float64),
+    )
+    return (
+        torch.randn(rows, given, dtype=torch.float64),
+        weight,
+        bias,
+        lists[:2],
+        lists[2:],
+        gradient,
+    )
 
 
-CONVOLUTIONS = [((1, 1), (1,), 1, 1), ((5, 3), (3, 3), 7, 20), ((16, 16), (3,), 40, 9), ((70, 33), (3, 3, 3), 31, 50),
-                ((33, 128), (5, 5), 300, 400), ((48, 7), (7,), 8, 0)]
+CONVOLUTIONS = [
+    ((1, 1), (1,), 1, 1),
+    ((5, 3), (3, 3), 7, 20),
+    ((16, 16), (3,), 40, 9),
+    ((70, 33), (3, 3, 3), 31, 50),
+    ((33, 128), (5, 5), 300, 400),
+    ((48, 7), (7,), 8, 0),
+]
 
 
 @pytest.mark.parametrize("instruction_set", INSTRUCTION_SETS)
@@ -75,12 +117,18 @@ CONVOLUTIONS = [((1, 1), (1,), 1, 1), ((5, 3), (3, 3), 7, 20), ((16, 16), (3,), 
 def test_compiled_convolution_at_windows(sizes, dtype, instruction_set):
     rows, weight, bias, lists, back_lists, gradient = convolution(*sizes)
     ops, tolerance = torch.ops.spade_fast, 16 * torch.finfo(dtype).eps
-    calls = [("convolve_windows", (rows, weight, bias, *lists)), ("convolve_windows", (rows, weight, None, *lists)),
-             ("convolve_windows_weight", (gradient, rows, weight, *back_lists)),
-             ("convolve_windows_rows", (gradient, weight, *back_lists))]
+    calls = [
+        ("convolve_windows", (rows, weight, bias, *lists)),
+        ("convolve_windows", (rows, weight, None, *lists)),
+        ("convolve_windows_weight", (gradient, rows, weight, *back_lists)),
+        ("convolve_windows_rows", (gradient, weight, *back_lists)),
+    ]
     for name, arguments in calls:
         truth = getattr(torch_backend, name)(*arguments)
-        own = [value.to(dtype) if value is not None and value.is_floating_point() else value for value in arguments]
+        own = [
+            value.to(dtype) if value is not None and value.is_floating_point() else value
+            for value in arguments
+        ]
         with use_instruction_set(instruction_set):
             found = getattr(ops, name)(*own)
         assert found.dtype == dtype and found.shape == truth.shape and found.is_contiguous()
@@ -88,12 +136,18 @@ def test_compiled_convolution_at_windows(sizes, dtype, instruction_set):
 
 
 @pytest.mark.parametrize("piece", [1, 3, 256])
-@pytest.mark.parametrize("rows,windows", [(7, 400), (70, 4)])  # long lists; and many without a number
+@pytest.mark.parametrize(
+    "rows,windows", [(7, 400), (70, 4)]
+)  # long lists; and many without a number
 def test_long_lists_are_summed_in_pieces(rows, windows, piece, monkeypatch):
     monkeypatch.setattr(torch_backend, "PIECE", piece)
     _, _, _, _, (offsets, listed), gradient = convolution((5, 3), (3, 3), rows, windows)
-    truth = torch.stack([gradient[one.long()].sum(0) for one in listed.split(offsets.diff().tolist())])
-    assert torch.allclose(torch_backend._sum_pieces(gradient, *torch_backend._in_pieces(offsets, listed)), truth)
+    truth = torch.stack(
+        [gradient[one.long()].sum(0) for one in listed.split(offsets.diff().tolist())]
+    )
+    assert torch.allclose(
+        torch_backend._sum_pieces(gradient, *torch_backend._in_pieces(offsets, listed)), truth
+    )
 
 
 def test_opcheck_of_the_convolution_at_windows():
@@ -105,17 +159,35 @@ def test_opcheck_of_the_convolution_at_windows():
 
 @needs_library
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("shape", [(2, 5, 3, 7), (3, 70, 5000), (2, 65, 67, 64), (2, 3, 4, 5, 6), (1, 1, 2, 1), (0, 3, 4, 4), (2, 3, 0, 4)])
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str
+)
+@pytest.mark.parametrize(
+    "shape",
+    [
+        (2, 5, 3, 7),
+        (3, 70, 5000),
+        (2, 65, 67, 64),
+        (2, 3, 4, 5, 6),
+        (1, 1, 2, 1),
+        (0, 3, 4, 4),
+        (2, 3, 0, 4),
+    ],
+)
 def test_compiled_plane_moments(layout, dtype, shape):
     x = layout(torch.randn(shape).to(dtype) + 1000)
     mean, squares = torch.ops.spade_fast.plane_moments(x)
     true_mean, true_squares = torch_backend.plane_moments(x.double())
     eps = torch.finfo(torch.promote_types(dtype, torch.float32)).eps
     assert mean.dtype == torch.promote_types(dtype, torch.float32)
-    # Combined in double precision: a rounding of the result, or in float64 one for each run of the plane.
-    assert torch.allclose(mean.double(), true_mean, rtol=16 * eps if dtype == torch.float64 else eps, atol=0)
-    assert torch.allclose(squares.double(), true_squares, rtol=64 * eps, atol=0)  # float32 sums of up to 2048 terms
+    # Combined in double precision: a rounding of the result, or in float64 one for each run of the
+    # plane.
+    assert torch.allclose(
+        mean.double(), true_mean, rtol=16 * eps if dtype == torch.float64 else eps, atol=0
+    )
+    assert torch.allclose(
+        squares.double(), true_squares, rtol=64 * eps, atol=0
+    )  # float32 sums of up to 2048 terms
 
 
 def test_nan_goes_where_it_belongs():

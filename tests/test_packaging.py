@@ -16,7 +16,8 @@ sys.meta_path[:] = [finder for finder in sys.meta_path if "editable" not in repr
 import torch, spade_fast.reference
 x = torch.randn(2, 3, 4, 4)
 print(spade_fast.__file__)
-print(torch.allclose(spade_fast.spade_modulate(x, x, x), spade_fast.reference.spade_modulate(x, x, x), atol=1e-5))
+ours, theirs = (one.spade_modulate(x, x, x) for one in (spade_fast, spade_fast.reference))
+print(torch.allclose(ours, theirs, atol=1e-5))
 print(spade_fast.kernels.cpu_backend.library is not None)
 print(torch.ops.spade_fast.plane_moments(x).shape)
 """
@@ -25,20 +26,45 @@ print(torch.ops.spade_fast.plane_moments(x).shape)
 @pytest.mark.parametrize("compiler", ["works", "fails"])
 def test_wheel(compiler, tmp_path):
     source, target = tmp_path / "source", tmp_path / "target"
-    shutil.copytree(ROOT, source, ignore=shutil.ignore_patterns(".git", "*.so", "build", "*.egg-info", "__pycache__"))
-    environment = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "SPADE_FAST_BACKEND")}
+    shutil.copytree(
+        ROOT,
+        source,
+        ignore=shutil.ignore_patterns(".git", "*.so", "build", "*.egg-info", "__pycache__"),
+    )
+    environment = {
+        name: value
+        for name, value in os.environ.items()
+        if name not in ("PYTHONPATH", "SPADE_FAST_BACKEND")
+    }
     environment["SKIP_CUDA_BUILD"] = "1"  # test_cuda.py has nvcc compile every kernel
     if compiler == "fails":
         environment |= {"CC": "false", "CXX": "false"}
     pip = [sys.executable, "-m", "pip", "--disable-pip-version-check"]
-    build = subprocess.run([*pip, "wheel", "-v", "--no-build-isolation", "--no-deps", "-w", tmp_path, source],
-                           env=environment, capture_output=True, text=True)
+    build = subprocess.run(
+        [*pip, "wheel", "-v", "--no-build-isolation", "--no-deps", "-w", tmp_path, source],
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
     assert build.returncode == 0, build.stderr
-    assert ("spade_fast._cpu  built" if compiler == "works" else "spade_fast._cpu  NOT BUILT") in build.stdout + build.stderr
+    assert (
+        "spade_fast._cpu  built" if compiler == "works" else "spade_fast._cpu  NOT BUILT"
+    ) in build.stdout + build.stderr
     (wheel,) = tmp_path.glob("spade_fast-*.whl")
-    subprocess.run([*pip, "install", "-q", "--no-deps", "--target", target, wheel], check=True, env=environment)
+    subprocess.run(
+        [*pip, "install", "-q", "--no-deps", "--target", target, wheel], check=True, env=environment
+    )
     assert (target / "spade_fast" / "py.typed").exists()
-    run = subprocess.run([sys.executable, "-c", PROGRAM], cwd=tmp_path, capture_output=True,
-                         text=True, env=environment | {"PYTHONPATH": str(target)})
-    assert run.stdout.split() == [str(target / "spade_fast" / "__init__.py"), "True", str(compiler == "works"),
-                                  *"torch.Size([2, 2, 3])".split()], run.stderr
+    run = subprocess.run(
+        [sys.executable, "-c", PROGRAM],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        env=environment | {"PYTHONPATH": str(target)},
+    )
+    assert run.stdout.split() == [
+        str(target / "spade_fast" / "__init__.py"),
+        "True",
+        str(compiler == "works"),
+        *"torch.Size([2, 2, 3])".split(),
+    ], run.stderr

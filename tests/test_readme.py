@@ -13,7 +13,9 @@ README = (Path(__file__).parent.parent / "README.md").read_text()
 
 def test_convert_prints_the_table_that_is_shown():
     pytest.importorskip("monai")
-    code, printed = re.search(r"## Other people's models.*?```python\n(.*?)```\s+```text\n(.*?)```", README, re.DOTALL).groups()
+    code, printed = re.search(
+        r"## Other people's models.*?```python\n(.*?)```\s+```text\n(.*?)```", README, re.DOTALL
+    ).groups()
     torch.manual_seed(0)
     found = io.StringIO()
     with contextlib.redirect_stdout(found):

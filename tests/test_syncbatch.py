@@ -1,4 +1,6 @@
-"""Over two processes: syncbatch equals batch norm over the whole batch in one, and a generator in DistributedDataParallel itself."""
+"""Over two processes: syncbatch equals batch norm over the whole batch in one, and a generator in
+DistributedDataParallel itself.
+"""
 
 import pytest
 import torch
@@ -29,11 +31,17 @@ def numbers(layer, x, segmap, dy):
     y = layer(x, segmap)
     gradients = torch.autograd.grad(y, [x, *layer.parameters()], dy)
     running = [layer.param_free_norm.running_mean, layer.param_free_norm.running_var]
-    return {"by sample": [y.detach(), gradients[0]], "by process": list(gradients[1:]), "running": running}
+    return {
+        "by sample": [y.detach(), gradients[0]],
+        "by process": list(gradients[1:]),
+        "running": running,
+    }
 
 
 def process(rank, batches, rendezvous, results):
-    dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=len(batches))
+    dist.init_process_group(
+        "gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=len(batches)
+    )
     mine = slice(sum(batches[:rank]), sum(batches[: rank + 1]))
     found = numbers(layer(spade_fast), *(tensor[mine].clone() for tensor in data(sum(batches))))
     torch.save(found, f"{results}/{rank}.pt")
@@ -57,7 +65,9 @@ def second_derivative(rank, rendezvous):
     dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=2)
     x, segmap, _ = (tensor[:2] for tensor in data(4))
     y = layer(spade_fast)(x.requires_grad_(), segmap)
-    with pytest.raises(RuntimeError, match="second derivatives of norm='syncbatch' over several processes"):
+    with pytest.raises(
+        RuntimeError, match="second derivatives of norm='syncbatch' over several processes"
+    ):
         torch.autograd.grad(y.sum(), x, create_graph=True)
     dist.destroy_process_group()
 
@@ -69,20 +79,27 @@ def test_second_derivatives_over_two_processes_are_an_error(tmp_path):
 def generator_and_condition():
     torch.manual_seed(0)
     # Of instance norm: on a CPU DistributedDataParallel refuses whatever has a SyncBatchNorm.
-    generator = spade_fast.SPADEGenerator.official(3, ngf=2, nhidden=4, crop_size=64, norm_G="spectralspadeinstance3x3").double()
+    generator = spade_fast.SPADEGenerator.official(
+        3, ngf=2, nhidden=4, crop_size=64, norm_G="spectralspadeinstance3x3"
+    ).double()
     labels = torch.randint(3, (4, 8, 8)).repeat_interleave(8, 1).repeat_interleave(8, 2)
     return generator, labels
 
 
 def gradients_of(network, labels):
     network(spade_fast.SemanticLayout.from_labels(labels, 3)).square().sum().backward()
-    return {name.removeprefix("module."): parameter.grad for name, parameter in network.named_parameters()}
+    return {
+        name.removeprefix("module."): parameter.grad
+        for name, parameter in network.named_parameters()
+    }
 
 
 def train_in_parallel(rank, rendezvous, results):
     dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=2)
     generator, labels = generator_and_condition()
-    found = gradients_of(torch.nn.parallel.DistributedDataParallel(generator), labels[2 * rank : 2 * rank + 2])
+    found = gradients_of(
+        torch.nn.parallel.DistributedDataParallel(generator), labels[2 * rank : 2 * rank + 2]
+    )
     torch.save((found, dict(generator.named_buffers())), f"{results}/{rank}.pt")
     dist.destroy_process_group()
 
@@ -94,6 +111,15 @@ def test_a_generator_in_distributed_data_parallel(tmp_path):
     for rank in range(2):
         found, found_buffers = torch.load(tmp_path / f"{rank}.pt")
         for name in expected:  # which are averaged over the processes
-            largest = max(expected[key].abs().max() for key in expected if key.rpartition(".")[0] == name.rpartition(".")[0])
+            largest = max(
+                expected[key].abs().max()
+                for key in expected
+                if key.rpartition(".")[0] == name.rpartition(".")[0]
+            )
             assert (2 * found[name] - expected[name]).abs().max() <= 1e-9 * largest, name
-        assert all(torch.allclose(found_buffers[name].double(), buffers[name].double(), rtol=1e-9, atol=1e-12) for name in buffers)
+        assert all(
+            torch.allclose(
+                found_buffers[name].double(), buffers[name].double(), rtol=1e-9, atol=1e-12
+            )
+            for name in buffers
+        )

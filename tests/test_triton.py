@@ -1,4 +1,6 @@
-"""What is Triton's own: how it divides its work, made small enough for the interpreter; and what its compiler makes of each kernel."""
+"""What is Triton's own: how it divides its work, made small enough for the interpreter; and what
+its compiler makes of each kernel.
+"""
 
 import json
 import os
@@ -8,7 +10,15 @@ import sys
 import pytest
 import torch
 from conftest import BACKENDS
-from modulations import channels_last, contiguous, disagreements, results, sample, sliced, sliced_channels
+from modulations import (
+    channels_last,
+    contiguous,
+    disagreements,
+    results,
+    sample,
+    sliced,
+    sliced_channels,
+)
 from test_operators import CONVOLUTIONS, convolution
 
 import spade_fast
@@ -19,7 +29,9 @@ pytestmark = pytest.mark.skipif("triton" not in BACKENDS, reason="Triton is not 
 
 @pytest.fixture
 def small_tiles(monkeypatch):
-    """So that small planes have several tiles and splits, do not fit in one pass, and rows of a table have several pieces."""
+    """So that small planes have several tiles and splits, do not fit in one pass, and rows of a
+    table have several pieces.
+    """
     from spade_fast.kernels.triton_kernels import plan, table_sums
 
     monkeypatch.setattr(plan, "TILE", 32)
@@ -33,9 +45,13 @@ def small_tiles(monkeypatch):
 
 @pytest.mark.parametrize("rows", [None, 5])
 @pytest.mark.parametrize("layout", [contiguous, channels_last, sliced, sliced_channels])
-@pytest.mark.parametrize("norm,activation", [("instance", "leaky_relu"), ("group", None), ("batch", "silu")])
+@pytest.mark.parametrize(
+    "norm,activation", [("instance", "leaky_relu"), ("group", None), ("batch", "silu")]
+)
 def test_several_tiles_splits_and_pieces(norm, activation, layout, rows, small_tiles):
-    arguments, dy = sample((2, 10, 7, 9), norm, activation, layout=layout, affine=norm != "instance", rows=rows)
+    arguments, dy = sample(
+        (2, 10, 7, 9), norm, activation, layout=layout, affine=norm != "instance", rows=rows
+    )
     assert not disagreements(arguments, dy)
 
 
@@ -67,7 +83,10 @@ def test_hashes_of_vectors_and_their_comparison(layout, dtype, small_tiles):
     from spade_fast.kernels.triton_kernels import hash_vectors, vectors_differ
 
     segmap = layout(torch.randint(3, (2, 5, 7, 9)).to(dtype))
-    bits, factor = segmap.view(numbering.BITS[segmap.element_size()]).flatten(2), numbering.multiplier(3)
+    bits, factor = (
+        segmap.view(numbering.BITS[segmap.element_size()]).flatten(2),
+        numbering.multiplier(3),
+    )
     assert torch.equal(hash_vectors(bits, factor), numbering.hash_vectors(bits, factor))
     itself = torch.arange(2 * 63)
     assert not vectors_differ(bits, itself)
@@ -75,13 +94,20 @@ def test_hashes_of_vectors_and_their_comparison(layout, dtype, small_tiles):
         other = itself.clone()
         other[place] = (place + 1) % 126
         assert vectors_differ(bits, other) == numbering.vectors_differ(bits, other)
-    assert not vectors_differ(bits[:0], itself[:0]) and hash_vectors(bits[:0], factor).shape == (0, 63)
+    assert not vectors_differ(bits[:0], itself[:0]) and hash_vectors(bits[:0], factor).shape == (
+        0,
+        63,
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("sizes,tile", [*((sizes, 128) for sizes in CONVOLUTIONS), (CONVOLUTIONS[3], 16)], ids=str)
+@pytest.mark.parametrize(
+    "sizes,tile", [*((sizes, 128) for sizes in CONVOLUTIONS), (CONVOLUTIONS[3], 16)], ids=str
+)
 def test_convolution_at_windows_in_half_precision(sizes, tile, dtype, monkeypatch):
-    """What comes of these very numbers in float64, rounded once; also without a bias, and where the weight's channels are last."""
+    """What comes of these very numbers in float64, rounded once; also without a bias, and where the
+    weight's channels are last.
+    """
     from spade_fast.kernels.triton_kernels import plan
 
     monkeypatch.setattr(plan, "PRODUCT_TILES", ((tile, tile, 8),))
@@ -90,7 +116,9 @@ def test_convolution_at_windows_in_half_precision(sizes, tile, dtype, monkeypatc
         rows, weight, bias = (tensor.to(dtype) for tensor in floats)
         for weight, bias in ((weight, bias), (channels_last(weight), None)):
             found = triton_backend.convolve_windows(rows, weight, bias, *lists)
-            wide = (tensor if tensor is None else tensor.double() for tensor in (rows, weight, bias))
+            wide = (
+                tensor if tensor is None else tensor.double() for tensor in (rows, weight, bias)
+            )
             truth = torch_backend.convolve_windows(*wide, *lists)
             assert found.dtype == dtype and found.shape == truth.shape
             assert (found - truth).norm() <= torch.finfo(dtype).eps * truth.norm()
@@ -99,24 +127,67 @@ def test_convolution_at_windows_in_half_precision(sizes, tile, dtype, monkeypatc
 def test_float64_says_why_not():
     x = torch.randn(2, 3, 4, 4, dtype=torch.float64, device=BACKENDS["triton"])
     assert "float64" in triton_backend.why_not(x)
-    with spade_fast.use_backend("triton"), pytest.raises(RuntimeError, match="triton is asked for but cannot run: x or gamma is float64"):
+    with (
+        spade_fast.use_backend("triton"),
+        pytest.raises(
+            RuntimeError, match="triton is asked for but cannot run: x or gamma is float64"
+        ),
+    ):
         spade_fast.spade_modulate(x, x, x)
 
 
-@pytest.mark.parametrize("capabilities,dtypes,activations", [
-    ([90], ["float32", "bfloat16"], ["none", "leaky_relu", "silu"]),
-    ([90], ["float16", "float32, γ bfloat16"], ["leaky_relu"]),
-    ([80, 100], ["bfloat16"], ["leaky_relu"]),
-])
-def test_kernels_compile_without_spills_or_doubles_and_with_wide_loads(capabilities, dtypes, activations, tmp_path):
-    """`python -m benchmarks proofs` without these options proves every configuration, in some minutes more."""
-    chosen = {"--capability": map(str, capabilities), "--dtype": dtypes, "--activation": activations}
-    options = [part for option, values in chosen.items() for value in values for part in (option, value)]
-    run = subprocess.run([sys.executable, "-m", "benchmarks", "proofs", *options, "--json", str(tmp_path / "proofs.json")],
-                         env=os.environ | {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}, capture_output=True, text=True)
+@pytest.mark.parametrize(
+    "capabilities,dtypes,activations",
+    [
+        ([90], ["float32", "bfloat16"], ["none", "leaky_relu", "silu"]),
+        ([90], ["float16", "float32, γ bfloat16"], ["leaky_relu"]),
+        ([80, 100], ["bfloat16"], ["leaky_relu"]),
+    ],
+)
+def test_kernels_compile_without_spills_or_doubles_and_with_wide_loads(
+    capabilities, dtypes, activations, tmp_path
+):
+    """`python -m benchmarks proofs` without these options proves every configuration, in some
+    minutes more.
+    """
+    chosen = {
+        "--capability": map(str, capabilities),
+        "--dtype": dtypes,
+        "--activation": activations,
+    }
+    options = [
+        part for option, values in chosen.items() for value in values for part in (option, value)
+    ]
+    run = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "benchmarks",
+            "proofs",
+            *options,
+            "--json",
+            str(tmp_path / "proofs.json"),
+        ],
+        env=os.environ | {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)},
+        capture_output=True,
+        text=True,
+    )
     assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-3000:]
     proofs = json.loads((tmp_path / "proofs.json").read_text())
-    assert {proof["capability"] for proof in proofs} == set(capabilities) and {proof["dtype"] for proof in proofs} == set(dtypes)
-    kernels = {"apply", "plane_moments", "backward_sums", "backward_input", "forward", "backward", "sum_pieces", "sum_rows", "sum_planes",
-               "hash", "differ"} | ({"convolve_windows"} if {"bfloat16", "float16"} & set(dtypes) else set())
+    assert {proof["capability"] for proof in proofs} == set(capabilities) and {
+        proof["dtype"] for proof in proofs
+    } == set(dtypes)
+    kernels = {
+        "apply",
+        "plane_moments",
+        "backward_sums",
+        "backward_input",
+        "forward",
+        "backward",
+        "sum_pieces",
+        "sum_rows",
+        "sum_planes",
+        "hash",
+        "differ",
+    } | ({"convolve_windows"} if {"bfloat16", "float16"} & set(dtypes) else set())
     assert {f"{name}_kernel" for name in kernels} <= {proof["kernel"] for proof in proofs}

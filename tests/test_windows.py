@@ -1,4 +1,6 @@
-"""SPADE over the distinct windows of a layout: the same numbers as over its dense condition, forward and backward."""
+"""SPADE over the distinct windows of a layout: the same numbers as over its dense condition,
+forward and backward.
+"""
 
 import threading
 
@@ -23,11 +25,15 @@ def relative(ours, truth):
 
 
 def compare(spade, layout, x, activation=None):
-    """The largest relative error of y and every gradient in float64, against the reference with the dense condition."""
+    """The largest relative error of y and every gradient in float64, against the reference with the
+    dense condition.
+    """
     spade, x = spade.double(), x.double()
     settings = dict(spatial_dims=spade.spatial_dims, kernel_size=spade.mlp_gamma.kernel_size[0])
     norm = "batch" if "running_mean" in dict(spade.param_free_norm.named_buffers()) else "instance"
-    dense = reference.SPADE(spade.norm_nc, spade.label_nc, spade.mlp_gamma.in_channels, norm=norm, **settings).double()
+    dense = reference.SPADE(
+        spade.norm_nc, spade.label_nc, spade.mlp_gamma.in_channels, norm=norm, **settings
+    ).double()
     dense.load_state_dict(spade.state_dict())
     found = []
     for module, condition in ((spade, layout), (dense, layout.to_segmap(torch.float64))):
@@ -41,8 +47,18 @@ def compare(spade, layout, x, activation=None):
     return {name: relative(*pair) for name, *pair in zip(names, *found)}
 
 
-@pytest.mark.parametrize("shape,size", [((2, 17), (17,)), ((2, 16, 12), (16, 12)), ((2, 16, 12), (8, 6)), ((1, 9, 14), (13, 7)),
-                                        ((3, 5, 5), (10, 10)), ((2, 6, 4, 5), (3, 4, 5)), ((1, 1, 1), (2, 3))])
+@pytest.mark.parametrize(
+    "shape,size",
+    [
+        ((2, 17), (17,)),
+        ((2, 16, 12), (16, 12)),
+        ((2, 16, 12), (8, 6)),
+        ((1, 9, 14), (13, 7)),
+        ((3, 5, 5), (10, 10)),
+        ((2, 6, 4, 5), (3, 4, 5)),
+        ((1, 1, 1), (2, 3)),
+    ],
+)
 @pytest.mark.parametrize("kernel_size", [1, 3, 5, 7])
 @pytest.mark.parametrize("norm", ["instance", "batch"])
 @pytest.mark.parametrize("classes", [1, 4, 300])
@@ -70,11 +86,16 @@ def test_exact_where_every_window_is_distinct():
 
 
 def test_an_empty_batch():
-    spade, layout = SPADE(4, 2), SemanticLayout.from_labels(torch.zeros(0, 8, 8, dtype=torch.long), 2)
+    spade, layout = (
+        SPADE(4, 2),
+        SemanticLayout.from_labels(torch.zeros(0, 8, 8, dtype=torch.long), 2),
+    )
     with spade_fast.window_mode("always"):
         y = spade(torch.randn(0, 4, 8, 8), layout)
     y.sum().backward()
-    assert y.shape == (0, 4, 8, 8) and all(parameter.grad.eq(0).all() for parameter in spade.parameters())
+    assert y.shape == (0, 4, 8, 8) and all(
+        parameter.grad.eq(0).all() for parameter in spade.parameters()
+    )
 
 
 @pytest.mark.parametrize("layout_of_x", [contiguous, channels_last])
@@ -88,25 +109,39 @@ def test_the_other_dtypes(dtype, layout_of_x):
     truth.load_state_dict(spade.state_dict())
     x, dy = layout_of_x(torch.randn(2, 24, 12, 12).to(dtype)), torch.randn(2, 24, 12, 12).to(dtype)
     found = []
-    for module, condition in ((spade, layout), (eager, layout.to_segmap(dtype)), (truth, layout.to_segmap(torch.float64))):
+    for module, condition in (
+        (spade, layout),
+        (eager, layout.to_segmap(dtype)),
+        (truth, layout.to_segmap(torch.float64)),
+    ):
         own_x = x.to(module.mlp_gamma.weight.dtype).requires_grad_()
         y = module(own_x, condition)
         assert y.dtype == own_x.dtype
-        found.append([y.detach(), *torch.autograd.grad(y, [own_x, *module.parameters()], dy.to(y.dtype))])
+        found.append(
+            [y.detach(), *torch.autograd.grad(y, [own_x, *module.parameters()], dy.to(y.dtype))]
+        )
     names = ["y", "x", *(name for name, _ in spade.named_parameters())]
-    errors = {name: excess(ours, theirs, true, eps=torch.finfo(dtype).eps) for name, ours, theirs, true in zip(names, *found)}
+    errors = {
+        name: excess(ours, theirs, true, eps=torch.finfo(dtype).eps)
+        for name, ours, theirs, true in zip(names, *found)
+    }
     assert max(errors.values()) <= 1, errors
 
 
 def test_a_discriminator_in_half_precision():
     """At its second scale the condition's vectors are means, in float64."""
     layout = SemanticLayout.from_labels(patches((2, 16, 16), 5), 5)
-    ours, eager, truth = (module.MultiscaleDiscriminator(5 + 3, 2, 4).eval() for module in (spade_fast, reference, reference))
+    ours, eager, truth = (
+        module.MultiscaleDiscriminator(5 + 3, 2, 4).eval()
+        for module in (spade_fast, reference, reference)
+    )
     eager.load_state_dict(ours.state_dict()), truth.load_state_dict(ours.state_dict())
     image = torch.randn(2, 3, 16, 16).bfloat16()
     found = ours.bfloat16()(image, layout)
-    eagers, truths = (network.to(dtype)(torch.cat([layout.to_segmap(dtype), image.to(dtype)], dim=1))
-                      for network, dtype in ((eager, torch.bfloat16), (truth, torch.float64)))
+    eagers, truths = (
+        network.to(dtype)(torch.cat([layout.to_segmap(dtype), image.to(dtype)], dim=1))
+        for network, dtype in ((eager, torch.bfloat16), (truth, torch.float64))
+    )
     for results in zip(*(sum(scales, []) for scales in (found, eagers, truths))):
         assert results[0].dtype == torch.bfloat16 and excess(*results) <= 1
 
@@ -128,30 +163,40 @@ def test_the_palettes_gradient():
     layout = SemanticLayout.from_labels(patches((2, 12, 12), 5), 5)
     palette = layout.palette.double().requires_grad_()
     spade, x = SPADE(4, 5, 8).double(), torch.randn(2, 4, 12, 12, dtype=torch.float64)
-    ours, = torch.autograd.grad(spade(x, SemanticLayout(layout.codes, palette)).square().sum(), palette)
+    (ours,) = torch.autograd.grad(
+        spade(x, SemanticLayout(layout.codes, palette)).square().sum(), palette
+    )
     dense = palette[layout.codes.long()].movedim(-1, 1)
-    theirs, = torch.autograd.grad(spade(x, dense).square().sum(), palette)
+    (theirs,) = torch.autograd.grad(spade(x, dense).square().sum(), palette)
     assert relative(ours, theirs) < 1e-12
 
 
 def test_second_derivatives():
     layout = SemanticLayout.from_labels(patches((1, 6, 6), 3), 3)
-    spade, x = SPADE(3, 3, 4).double(), torch.randn(1, 3, 6, 6, dtype=torch.float64, requires_grad=True)
+    spade, x = (
+        SPADE(3, 3, 4).double(),
+        torch.randn(1, 3, 6, 6, dtype=torch.float64, requires_grad=True),
+    )
 
     def penalty(condition):
-        gradient, = torch.autograd.grad(spade(x, condition).square().sum(), x, create_graph=True)
+        (gradient,) = torch.autograd.grad(spade(x, condition).square().sum(), x, create_graph=True)
         return torch.autograd.grad(gradient.square().sum(), [x, *spade.parameters()])
 
     for ours, theirs in zip(penalty(layout), penalty(layout.to_segmap(torch.float64))):
         assert torch.allclose(ours, theirs, rtol=1e-8, atol=1e-8)
 
 
-@pytest.mark.parametrize("norm_G", ["spectralspadesyncbatch3x3", "spadeinstance5x5", "spadegroup1x1"])
+@pytest.mark.parametrize(
+    "norm_G", ["spectralspadesyncbatch3x3", "spadeinstance5x5", "spadegroup1x1"]
+)
 @pytest.mark.parametrize("fin,fout", [(32, 32), (64, 32)])
 def test_a_block(norm_G, fin, fout):
     torch.manual_seed(0)
     layout = SemanticLayout.from_labels(patches((2, 16, 16), 5), 5, dont_care=255)
-    block, x = SPADEResnetBlock(fin, fout, norm_G, 6, nhidden=8).double().eval(), torch.randn(2, fin, 8, 8, dtype=torch.float64)
+    block, x = (
+        SPADEResnetBlock(fin, fout, norm_G, 6, nhidden=8).double().eval(),
+        torch.randn(2, fin, 8, 8, dtype=torch.float64),
+    )
     found = []
     for condition in (layout, layout.to_segmap(torch.float64)):
         y = block(x, condition)
@@ -164,7 +209,9 @@ def windows_used(monkeypatch):
     """A list that grows by every table that a SPADE computes from now on."""
     used = []
     from_windows = SPADE._from_windows
-    monkeypatch.setattr(SPADE, "_from_windows", lambda *arguments: used.append(True) or from_windows(*arguments))
+    monkeypatch.setattr(
+        SPADE, "_from_windows", lambda *arguments: used.append(True) or from_windows(*arguments)
+    )
     return used
 
 
@@ -176,7 +223,9 @@ def one_hot(shape=(1, 64, 64), classes=5):
 def test_a_dense_condition_is_looked_at_once_and_again_when_it_has_changed(monkeypatch):
     used, looked = windows_used(monkeypatch), []
     from_segmap = SemanticLayout.from_segmap
-    monkeypatch.setattr(SemanticLayout, "from_segmap", lambda segmap: looked.append(True) or from_segmap(segmap))
+    monkeypatch.setattr(
+        SemanticLayout, "from_segmap", lambda segmap: looked.append(True) or from_segmap(segmap)
+    )
     spade, x, segmap = SPADE(32, 5), torch.randn(1, 32, 64, 64), one_hot()
     with torch.no_grad():
         for _ in range(3):
@@ -205,7 +254,11 @@ def test_inference_tensors_have_no_version_and_are_right_all_the_same(monkeypatc
         changed = spade(x, segmap)
         with spade_fast.window_mode("never"):
             assert torch.allclose(spade(x, segmap), changed, atol=1e-4)
-    assert torch.equal(first, again) and not torch.allclose(first, changed, atol=1e-2) and len(used) == 3
+    assert (
+        torch.equal(first, again)
+        and not torch.allclose(first, changed, atol=1e-2)
+        and len(used) == 3
+    )
 
 
 @pytest.mark.large
@@ -229,15 +282,23 @@ def test_a_condition_that_needs_a_gradient_gets_it(monkeypatch):
 
 
 @pytest.mark.large
-@pytest.mark.parametrize("change", [
-    lambda spade: torch.nn.utils.spectral_norm(spade.mlp_gamma),
-    lambda spade: torch.nn.utils.parametrizations.weight_norm(spade.mlp_shared[0]),
-    lambda spade: spade.mlp_beta.register_forward_hook(lambda module, inputs, y: 2 * y),
-    lambda spade: (setattr(spade.mlp_gamma, "padding_mode", "circular"),
-                   setattr(spade.mlp_gamma, "_reversed_padding_repeated_twice", [1] * 4)),
-    lambda spade: setattr(spade.mlp_shared[0], "dilation", (2, 2)) or setattr(spade.mlp_shared[0], "padding", (2, 2)),
-    lambda spade: spade.mlp_shared.append(torch.nn.Softmax2d()),
-])
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda spade: torch.nn.utils.spectral_norm(spade.mlp_gamma),
+        lambda spade: torch.nn.utils.parametrizations.weight_norm(spade.mlp_shared[0]),
+        lambda spade: spade.mlp_beta.register_forward_hook(lambda module, inputs, y: 2 * y),
+        lambda spade: (
+            setattr(spade.mlp_gamma, "padding_mode", "circular"),
+            setattr(spade.mlp_gamma, "_reversed_padding_repeated_twice", [1] * 4),
+        ),
+        lambda spade: (
+            setattr(spade.mlp_shared[0], "dilation", (2, 2))
+            or setattr(spade.mlp_shared[0], "padding", (2, 2))
+        ),
+        lambda spade: spade.mlp_shared.append(torch.nn.Softmax2d()),
+    ],
+)
 def test_convolutions_that_are_no_longer_the_layers_own(monkeypatch, change):
     used = windows_used(monkeypatch)
     spade, x, segmap = SPADE(32, 5).eval(), torch.randn(1, 32, 64, 64), one_hot()
@@ -251,14 +312,20 @@ def test_convolutions_that_are_no_longer_the_layers_own(monkeypatch, change):
 
 def test_window_mode(monkeypatch):
     used = windows_used(monkeypatch)
-    spade, x, layout = SPADE(64, 3), torch.randn(1, 64, 20, 20), SemanticLayout.from_labels(torch.randint(3, (1, 20, 20)), 3)
+    spade, x, layout = (
+        SPADE(64, 3),
+        torch.randn(1, 64, 20, 20),
+        SemanticLayout.from_labels(torch.randint(3, (1, 20, 20)), 3),
+    )
     results = []
     for mode, expected in (("auto", 0), ("always", 1), ("never", 1)):  # windows of noise do not pay
         with spade_fast.window_mode(mode):
             results.append(spade(x, layout))
         assert len(used) == expected
     assert all(torch.allclose(result, results[0], atol=1e-4) for result in results)
-    with pytest.raises(ValueError, match="mode is 'sometimes', it should be one of auto, always, never"):
+    with pytest.raises(
+        ValueError, match="mode is 'sometimes', it should be one of auto, always, never"
+    ):
         spade_fast.window_mode("sometimes")
 
 
@@ -273,11 +340,23 @@ def test_window_mode_as_a_setting_of_the_thread():
     assert [*modes, current_mode()] == ["auto", "never", "auto", "auto"]
 
 
-@pytest.mark.parametrize("change,message", [
-    (lambda layout: SemanticLayout(layout.codes[:1], layout.palette), "segmap has a batch of 1, it should be x's, 2"),
-    (lambda layout: SemanticLayout(layout.codes, layout.palette[:, :4]), "segmap has 4 channels, it should have 5"),
-    (lambda layout: SemanticLayout(layout.codes[:, 0], layout.palette), "segmap has 1 dimensions, it should have 2"),
-])
+@pytest.mark.parametrize(
+    "change,message",
+    [
+        (
+            lambda layout: SemanticLayout(layout.codes[:1], layout.palette),
+            "segmap has a batch of 1, it should be x's, 2",
+        ),
+        (
+            lambda layout: SemanticLayout(layout.codes, layout.palette[:, :4]),
+            "segmap has 4 channels, it should have 5",
+        ),
+        (
+            lambda layout: SemanticLayout(layout.codes[:, 0], layout.palette),
+            "segmap has 1 dimensions, it should have 2",
+        ),
+    ],
+)
 def test_layouts_that_do_not_fit(change, message):
     layout = SemanticLayout.from_labels(patches((2, 8, 8), 5), 5)
     with pytest.raises(ValueError, match=message):

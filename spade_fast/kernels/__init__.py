@@ -1,7 +1,7 @@
 """The kernels of the modulation, once for each backend, and the choice between them.
 
-A backend is a module with the functions that `torch_backend.py` describes and `why_not(x, gamma)`, which answers both
-"can it run?" and "why not?".
+A backend is a module with the functions that `torch_backend.py` describes and `why_not(x, gamma)`,
+which answers both "can it run?" and "why not?".
 """
 
 import os
@@ -25,9 +25,11 @@ class BackendStatus(NamedTuple):
 
 
 def backends(x=None, gamma=None):
-    """Which backends run here, best first, and why not for each that does not: a list of BackendStatus.
+    """Which backends run here, best first, and why not for each that does not: a list of
+    BackendStatus.
 
-    With x (and γ), whether they run on these very tensors. `spade_modulate` uses the first that runs, unless one is forced.
+    With x (and γ), whether they run on these very tensors. `spade_modulate` uses the first that
+    runs, unless one is forced.
     """
     reasons = {backend.NAME: backend.why_not(x, gamma) for backend in BEST_FIRST}
     return [BackendStatus(name, reason is None, reason or "") for name, reason in reasons.items()]
@@ -44,10 +46,11 @@ _forced = _checked(os.environ.get("SPADE_FAST_BACKEND") or None, "SPADE_FAST_BAC
 
 @contextmanager
 def use_backend(name):
-    """Inside `with use_backend("torch"):` the whole process uses this backend only; where it cannot run, that is a RuntimeError.
+    """Inside `with use_backend("torch"):` the whole process uses this backend only; where it cannot
+    run, that is a RuntimeError.
 
-    The environment variable SPADE_FAST_BACKEND, read when the package is imported, does the same for a whole process.
-    None gives the choice back.
+    The environment variable SPADE_FAST_BACKEND, read when the package is imported, does the same
+    for a whole process. None gives the choice back.
     """
     global _forced
     before, _forced = _forced, _checked(name, "name")
@@ -58,7 +61,9 @@ def use_backend(name):
 
 
 def is_exporting():
-    """Whether torch.export runs. In torch 2.11 `torch.compiler.is_exporting()` says so in torch.compile as well."""
+    """Whether torch.export runs. In torch 2.11 `torch.compiler.is_exporting()` says so in
+    torch.compile as well.
+    """
     return torch.compiler._is_exporting_flag
 
 

@@ -1,4 +1,6 @@
-"""The kernels compiled for the CPU (csrc/cpu), reached as operators. What their arguments are: `torch_backend.py`."""
+"""The kernels compiled for the CPU (csrc/cpu), reached as operators. What their arguments are:
+`torch_backend.py`.
+"""
 
 import torch
 
@@ -6,6 +8,7 @@ from . import numbering, operators, torch_backend
 
 try:
     from .. import _cpu as library  # importing it registers its kernels
+
     failure = None
 except ImportError as error:
     library, failure = None, f"the library spade_fast._cpu is not there: {error}"
@@ -35,14 +38,20 @@ def why_not(x=None, gamma=None):
     return None
 
 
-def convolve_windows_gradients(gradient, rows, weight, back_offsets, back_listed, wants_rows=True, wants_weight=True):
+def convolve_windows_gradients(
+    gradient, rows, weight, back_offsets, back_listed, wants_rows=True, wants_weight=True
+):
     ops, back = torch.ops.spade_fast, (back_offsets, back_listed)
-    return (ops.convolve_windows_rows(gradient, weight, *back) if wants_rows else None,
-            ops.convolve_windows_weight(gradient, rows, weight, *back) if wants_weight else None)
+    return (
+        ops.convolve_windows_rows(gradient, weight, *back) if wants_rows else None,
+        ops.convolve_windows_weight(gradient, rows, weight, *back) if wants_weight else None,
+    )
 
 
 def find_codes(segmap):
-    bits = segmap.contiguous().view({8: torch.int64, 4: torch.int32, 2: torch.int16}[segmap.element_size()])
+    bits = segmap.contiguous().view(
+        {8: torch.int64, 4: torch.int32, 2: torch.int16}[segmap.element_size()]
+    )
     found = library.find_codes(bits.numpy())
     return None if found is None else tuple(map(torch.from_numpy, found))
 
@@ -55,7 +64,12 @@ def find_windows(codes, kernel_size, num_codes):
     first, hidden = number_windows(codes, kernel_size)
     index, table = number_windows(first, kernel_size)
     numbering.check_windows(hidden, num_codes)
-    return window_sums(hidden, num_codes), window_sums(table, len(hidden)), index, sort_pixels(index)
+    return (
+        window_sums(hidden, num_codes),
+        window_sums(table, len(hidden)),
+        index,
+        sort_pixels(index),
+    )
 
 
 def window_sums(contents, rows):

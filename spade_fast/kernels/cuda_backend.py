@@ -1,4 +1,6 @@
-"""The kernels compiled for CUDA GPUs (csrc/cuda), reached as operators. What their arguments are: `torch_backend.py`."""
+"""The kernels compiled for CUDA GPUs (csrc/cuda), reached as operators. What their arguments are:
+`torch_backend.py`.
+"""
 
 from pathlib import Path
 
@@ -7,7 +9,15 @@ import torch
 from . import numbering, operators, torch_backend, triton_backend
 
 NAME = "cuda"
-KERNELS = ("plane_moments", "apply", "apply_out", "backward_sums", "backward_input", "instance_forward", "instance_backward")
+KERNELS = (
+    "plane_moments",
+    "apply",
+    "apply_out",
+    "backward_sums",
+    "backward_input",
+    "instance_forward",
+    "instance_backward",
+)
 CAPABILITY = 8  # copies to shared memory that go on beside the computation
 
 plane_moments = torch.ops.spade_fast.plane_moments.default
@@ -23,7 +33,11 @@ find_windows, number_windows = numbering.find_windows, numbering.number_windows
 window_sums, sort_pixels = numbering.window_sums, numbering.sort_pixels
 # What Triton has kernels for and this library none; without Triton in plain PyTorch.
 with_triton = triton_backend if triton_backend.INSTALLED else torch_backend
-find_codes, dtype_at_windows, convolve_windows = with_triton.find_codes, with_triton.dtype_at_windows, with_triton.convolve_windows
+find_codes, dtype_at_windows, convolve_windows = (
+    with_triton.find_codes,
+    with_triton.dtype_at_windows,
+    with_triton.convolve_windows,
+)
 
 
 def _load():
@@ -54,7 +68,10 @@ def why_not(x=None, gamma=None):
         return f"x is on {x.device}, these kernels run on CUDA GPUs"
     properties = torch.cuda.get_device_properties(None if x is None else x.device)
     if properties.major < CAPABILITY:
-        return f"the GPU has compute capability {properties.major}.{properties.minor}, these kernels need {CAPABILITY}.0"
+        return (
+            f"the GPU has compute capability {properties.major}.{properties.minor}, these kernels"
+            f" need {CAPABILITY}.0"
+        )
     if x is not None and torch.float64 in (x.dtype, None if gamma is None else gamma.dtype):
         return "x or gamma is float64, these kernels compute in float32"
     return None

@@ -1,8 +1,10 @@
-"""What `layout.py` holds of a condition, found in plain PyTorch, on the device where the condition is.
+"""What `layout.py` holds of a condition, found in plain PyTorch, on the device where the condition
+is.
 
-Equal things are found by sorting hashes of 64 bits. Every thing is then compared with the first that has its hash, and where
-two differ, all is hashed anew: hashes decide nothing. Numbers go by first appearance, as the CPU's do. The host waits for the device
-once, to learn the sizes of what is made (and, for a condition, once before, to tell dense features early).
+Equal things are found by sorting hashes of 64 bits. Every thing is then compared with the first
+that has its hash, and where two differ, all is hashed anew: hashes decide nothing. Numbers go by
+first appearance, as the CPU's do. The host waits for the device once, to learn the sizes of what is
+made (and, for a condition, once before, to tell dense features early).
 """
 
 import itertools
@@ -18,8 +20,9 @@ BITS = {8: torch.int64, 4: torch.int32, 2: torch.int16}
 
 
 def find_codes(segmap):
-    """The distinct vectors of a condition's pixels, bit for bit: codes, int32 [N, *spatial], and the first of all N · pixels places
-    that has each. None where they are so many that it is no layout: more than 64 and a quarter of the pixels.
+    """The distinct vectors of a condition's pixels, bit for bit: codes, int32 [N, *spatial], and
+    the first of all N · pixels places that has each. None where they are so many that it is no
+    layout: more than 64 and a quarter of the pixels.
     """
     return find_codes_by(segmap, hash_vectors, vectors_differ)
 
@@ -36,7 +39,9 @@ def find_codes_by(segmap, hash_vectors, vectors_differ):
         if _are_many(count, firsts.numel()):
             return None
         if not collided:
-            return _numbers(firsts, ranks).view(segmap.shape[0], *segmap.shape[2:]), _first_places(ranks, count)
+            return _numbers(firsts, ranks).view(segmap.shape[0], *segmap.shape[2:]), _first_places(
+                ranks, count
+            )
 
 
 def hash_vectors(bits, multiplier):
@@ -48,7 +53,9 @@ def hash_vectors(bits, multiplier):
 
 
 def vectors_differ(bits, firsts):
-    """Whether any pixel's vector is another than that of the place that `firsts`, [N · pixels], names for it."""
+    """Whether any pixel's vector is another than that of the place that `firsts`, [N · pixels],
+    names for it.
+    """
     differ = firsts.new_zeros((), dtype=torch.bool)
     for part in bits.split(CHANNELS, dim=1):
         vectors = part.movedim(1, 2).flatten(0, 1)
@@ -57,27 +64,38 @@ def vectors_differ(bits, firsts):
 
 
 def number_windows(codes, kernel_size):
-    """The distinct windows of kernel_size taps per axis of codes [N, *spatial], int32 and not negative.
+    """The distinct windows of kernel_size taps per axis of codes [N, *spatial], int32 and not
+    negative.
 
-    Returns their numbers, int32 [N, *spatial], and what they see, int32 [windows, taps], −1 beyond the border.
-    Along each axis a pixel is tap kernel_size // 2 of its own window.
+    Returns their numbers, int32 [N, *spatial], and what they see, int32 [windows, taps], −1 beyond
+    the border. Along each axis a pixel is tap kernel_size // 2 of its own window.
     """
-    (numbers, contents, _), = _number(codes, kernel_size, 1)
+    ((numbers, contents, _),) = _number(codes, kernel_size, 1)
     return numbers, contents
 
 
 def find_windows(codes, kernel_size, num_codes):
-    """The windows of codes, and the windows of those: two of `list_windows`, `index` and `order`, as `layout.Windows` has them."""
+    """The windows of codes, and the windows of those: two of `list_windows`, `index` and `order`,
+    as `layout.Windows` has them.
+    """
     (_, hidden, seen_codes), (index, table, seen_windows) = _number(codes, kernel_size, 2)
     check_windows(hidden, num_codes)
-    return list_windows(hidden, num_codes, seen_codes), list_windows(table, len(hidden), seen_windows), index, sort_pixels(index)
+    return (
+        list_windows(hidden, num_codes, seen_codes),
+        list_windows(table, len(hidden), seen_windows),
+        index,
+        sort_pixels(index),
+    )
 
 
 def check_windows(hidden, num_codes):
     """Raises where lists would need numbers beyond int32."""
     windows, taps = hidden.shape
     if max(num_codes, windows) * taps >= 2**31:
-        raise ValueError(f"codes has {windows} distinct windows of {taps} taps, together they should be below 2**31")
+        raise ValueError(
+            f"codes has {windows} distinct windows of {taps} taps, together they should be below"
+            " 2**31"
+        )
 
 
 def window_sums(contents, rows):
@@ -86,21 +104,31 @@ def window_sums(contents, rows):
 
 
 def list_windows(contents, rows, seen):
-    """What windows of so many rows see, [windows, taps], as lists for sums over them: `layout.Sums` says what they are.
+    """What windows of so many rows see, [windows, taps], as lists for sums over them: `layout.Sums`
+    says what they are.
 
     seen: how many taps of all windows are within the border.
     """
     windows, taps = contents.shape
     inside = (contents >= 0).flatten()
-    numbers = (contents * taps + torch.arange(taps, dtype=torch.int32, device=contents.device)).flatten()
-    # Each goes to its place in the list; what is beyond the border, to one place too many at its end.
+    numbers = (
+        contents * taps + torch.arange(taps, dtype=torch.int32, device=contents.device)
+    ).flatten()
+    # Each goes to its place in the list; what is beyond the border, to one place too many at its
+    # end.
     places = torch.where(inside, inside.cumsum(0) - 1, seen)
     listed = numbers.new_empty(seen + 1).scatter_(0, places, numbers)[:seen]
-    window_of = torch.arange(windows, dtype=torch.int32, device=contents.device).repeat_interleave(taps)
+    window_of = torch.arange(windows, dtype=torch.int32, device=contents.device).repeat_interleave(
+        taps
+    )
     window_of = numbers.new_empty(seen + 1).scatter_(0, places, window_of)[:seen]
     offsets = F.pad(inside.view(windows, taps).sum(1).cumsum(0), (1, 0)).to(torch.int32)
     by_row, order = listed.sort(stable=True)
-    back_offsets = torch.searchsorted(by_row, torch.arange(rows * taps + 1, dtype=torch.int32, device=contents.device), out_int32=True)
+    back_offsets = torch.searchsorted(
+        by_row,
+        torch.arange(rows * taps + 1, dtype=torch.int32, device=contents.device),
+        out_int32=True,
+    )
     return offsets, listed, back_offsets, window_of[order]
 
 
@@ -122,7 +150,9 @@ class _Level(NamedTuple):
 
 
 def _number(codes, kernel_size, levels):
-    """The windows of codes, the windows of those, and so on: of each level numbers, contents and how many taps see something."""
+    """The windows of codes, the windows of those, and so on: of each level numbers, contents and
+    how many taps see something.
+    """
     if codes.numel() == 0:
         return [(codes, codes.new_empty(0, kernel_size ** (codes.dim() - 1)), 0)] * levels
     for attempt in itertools.count():
@@ -133,7 +163,10 @@ def _number(codes, kernel_size, levels):
         sizes = _read(*(size for level in found for size in level.sizes))
         sizes = [sizes[first : first + 3] for first in range(0, 3 * levels, 3)]
         if not any(collided for _, _, collided in sizes):
-            return [(level.numbers, _contents(level, count), seen) for level, (count, seen, _) in zip(found, sizes)]
+            return [
+                (level.numbers, _contents(level, count), seen)
+                for level, (count, seen, _) in zip(found, sizes)
+            ]
 
 
 def _number_level(codes, kernel_size, attempt):
@@ -142,7 +175,11 @@ def _number_level(codes, kernel_size, attempt):
     taps, hashes = padded, padded.long()
     for dim in range(1, axes + 1):
         taps = taps.unfold(dim, kernel_size, 1)
-        factor, runs, hashes = multiplier(attempt, dim), hashes.unfold(dim, kernel_size, 1).unbind(-1), 0
+        factor, runs, hashes = (
+            multiplier(attempt, dim),
+            hashes.unfold(dim, kernel_size, 1).unbind(-1),
+            0,
+        )
         for run in runs:
             hashes = torch.add(run, hashes, alpha=factor)
     firsts = _first_equal(hashes.flatten())
@@ -150,7 +187,9 @@ def _number_level(codes, kernel_size, attempt):
     differ = (taps[_positions(firsts, codes.shape)].view(taps.shape) != taps).any()
     seen = _taps_inside(codes, kernel_size).expand(codes.shape).flatten()
     seen = torch.where(ranks.diff(prepend=ranks.new_zeros(1)) > 0, seen, 0).sum()
-    return _Level(_numbers(firsts, ranks).view(codes.shape), taps, ranks, (_last(ranks), seen, differ))
+    return _Level(
+        _numbers(firsts, ranks).view(codes.shape), taps, ranks, (_last(ranks), seen, differ)
+    )
 
 
 def _contents(level, count):
@@ -163,7 +202,9 @@ def _taps_inside(codes, kernel_size):
     taps, half = torch.ones((), dtype=torch.int64, device=codes.device), kernel_size // 2
     for length in codes.shape[1:]:
         position = torch.arange(length, device=codes.device)
-        taps = taps[..., None] * (position.clamp(max=half) + 1 + position.flip(0).clamp(max=kernel_size - 1 - half))
+        taps = taps[..., None] * (
+            position.clamp(max=half) + 1 + position.flip(0).clamp(max=kernel_size - 1 - half)
+        )
     return taps
 
 
@@ -178,7 +219,11 @@ def _first_equal(keys):
         return keys
     in_order, places = keys.sort(stable=True)
     is_equal = in_order[1:] == in_order[:-1]
-    begins = F.pad(torch.arange(1, len(keys), device=keys.device).masked_fill(is_equal, 0), (1, 0)).cummax(0).values
+    begins = (
+        F.pad(torch.arange(1, len(keys), device=keys.device).masked_fill(is_equal, 0), (1, 0))
+        .cummax(0)
+        .values
+    )
     return torch.empty_like(places).scatter_(0, places, places[begins])
 
 
@@ -209,7 +254,9 @@ def _positions(places, shape):
 def _are_dense(bits, hash_vectors):
     """Whether some of the first image's pixels tell already that it is no layout."""
     sample = bits[:1, :, :: max(1, bits.shape[2] // SAMPLE)]
-    return sample.numel() > 0 and _are_many(len(hash_vectors(sample, multiplier(0)).unique()), sample.shape[2])
+    return sample.numel() > 0 and _are_many(
+        len(hash_vectors(sample, multiplier(0)).unique()), sample.shape[2]
+    )
 
 
 def _are_many(codes, pixels):

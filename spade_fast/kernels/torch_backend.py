@@ -1,20 +1,25 @@
-"""The kernels in plain PyTorch: any device, any layout, and what torch.export, ONNX and second derivatives go through.
+"""The kernels in plain PyTorch: any device, any layout, and what torch.export, ONNX and second
+derivatives go through.
 
-Every backend has these functions: four kernels of the modulation, one of them in two forms, for instance norm two that each do the work
-of two; the convolution at distinct windows with its two gradients; and those that find and number what `layout.py` holds. Between the
-kernels of the modulation go rows of numbers of each plane (n, c), in float32, or in float64 where x is float64:
+Every backend has these functions: four kernels of the modulation, one of them in two forms, for
+instance norm two that each do the work of two; the convolution at distinct windows with its two
+gradients; and those that find and number what `layout.py` holds. Between the kernels of the
+modulation go rows of numbers of each plane (n, c), in float32, or in float64 where x is float64:
 
     moments [2, N, C]   mean, sum of squared deviations
     planes  [3, N, C]   shift, scale, offset: x̂ = (x − shift)·scale + offset
     sums    [2, N, C]   Σq, Σq·(x − shift) over the plane, with q = g·(1 + γ)
-    terms   [2, N, C]   constant, slope: what reaches dx through the statistics, constant + slope·(x − shift)
+    terms   [2, N, C]   constant, slope: what reaches dx through the statistics, constant + slope·(x
+    − shift)
 
-x, γ, β, y, dy: [N, C, *spatial]. g is dy times the activation's derivative, so dβ = g and dγ = g·x̂. With an index [N, *spatial],
-int32, γ and β are the rows of a table, [K, C], that it names for each pixel; `order` [N, S], int32, lists each image's pixels sorted
-by it.
-`signs` holds one bit for each element of y, all that the derivative of ReLU and leaky ReLU needs: bytes [N, C, ⌈S/8⌉], or
-[N, S, ⌈C/8⌉] where a pixel's channels lie together; bit b of byte j is element 8j + b of its row. SiLU needs β instead.
-`operators.py` declares the same as operators for the compiled backends.
+x, γ, β, y, dy: [N, C, *spatial]. g is dy times the activation's derivative, so dβ = g and dγ =
+    g·x̂. With an index [N, *spatial],
+int32, γ and β are the rows of a table, [K, C], that it names for each pixel; `order` [N, S], int32,
+lists each image's pixels sorted by it.
+`signs` holds one bit for each element of y, all that the derivative of ReLU and leaky ReLU needs:
+bytes [N, C, ⌈S/8⌉], or [N, S, ⌈C/8⌉] where a pixel's channels lie together; bit b of byte j is
+element 8j + b of its row. SiLU needs β instead. `operators.py` declares the same as operators for
+the compiled backends.
 """
 
 import torch
@@ -25,9 +30,15 @@ from . import numbering
 NAME = "torch"
 KEEPS_SIGNS = ("relu", "leaky_relu")
 PIECE = 256  # numbers of a list that one thread of a GPU adds up: half of a map may be one window
-PRODUCTS = 2**25  # bytes of a convolution's products at windows, at a time: they stay in a GPU's cache, and all are never held
+# Bytes of a convolution's products at windows, at a time: they stay in a GPU's cache, and are never
+# all held.
+PRODUCTS = 2**25
 
-find_codes, find_windows, number_windows = numbering.find_codes, numbering.find_windows, numbering.number_windows
+find_codes, find_windows, number_windows = (
+    numbering.find_codes,
+    numbering.find_windows,
+    numbering.number_windows,
+)
 window_sums, sort_pixels = numbering.window_sums, numbering.sort_pixels
 
 
@@ -42,7 +53,9 @@ def sum_dtype(dtype):
 
 
 def is_channels_last(x):
-    """Whether a pixel's channels lie together: the layout of x in any number of dimensions, not of size-1 look-alikes."""
+    """Whether a pixel's channels lie together: the layout of x in any number of dimensions, not of
+    size-1 look-alikes.
+    """
     return not x.is_contiguous() and x.stride(1) == 1
 
 
@@ -70,45 +83,67 @@ def look_up(rows, index):
 
 
 def dtype_at_windows(dtype):
-    """What a convolution at windows is computed in, of a layer that convolves in `dtype`: each of its products is rounded to it."""
+    """What a convolution at windows is computed in, of a layer that convolves in `dtype`: each of
+    its products is rounded to it.
+    """
     return sum_dtype(dtype)
 
 
 def convolve_windows(rows, weight, bias, offsets, listed):
-    """rows [R, in] convolved with weight [out, in, *kernel] and bias [out] at the windows of a `layout.Sums`: [windows, out]."""
+    """rows [R, in] convolved with weight [out, in, *kernel] and bias [out] at the windows of a
+    `layout.Sums`: [windows, out].
+    """
     results = []
     for part in weight.split(_channels_at_a_time(len(rows), weight)):
         products = rows @ part.flatten(2).permute(2, 0, 1).reshape(-1, part.shape[1]).t()
         results.append(_sum_listed(products.view(-1, len(part)), offsets, listed))
-    return torch.cat(results, dim=1) if bias is None else torch.cat(results, dim=1) + bias  # not in place: see `apply`
+    return (
+        torch.cat(results, dim=1) if bias is None else torch.cat(results, dim=1) + bias
+    )  # not in place: see `apply`
 
 
-def convolve_windows_gradients(gradient, rows, weight, back_offsets, back_listed, wants_rows=True, wants_weight=True):
-    """The gradients of rows and weight from that of the results, [windows, out]; None for one that is not wanted."""
+def convolve_windows_gradients(
+    gradient, rows, weight, back_offsets, back_listed, wants_rows=True, wants_weight=True
+):
+    """The gradients of rows and weight from that of the results, [windows, out]; None for one that
+    is not wanted.
+    """
     taps, lists = weight.shape[2:].numel(), _in_pieces(back_offsets, back_listed)
     count, weight_parts, rows_gradient = (len(back_offsets) - 1) // taps, [], 0
     channels = _channels_at_a_time(count, weight)
     for part, part_weight in zip(gradient.split(channels, dim=1), weight.split(channels)):
-        sums = _sum_pieces(part, *lists).view(count, taps * part.shape[1])  # of the windows that see a row through a tap
+        sums = _sum_pieces(part, *lists).view(
+            count, taps * part.shape[1]
+        )  # of the windows that see a row through a tap
         if wants_weight:
-            weight_parts.append((sums.t() @ rows).view(taps, part.shape[1], rows.shape[1]).permute(1, 2, 0))
+            weight_parts.append(
+                (sums.t() @ rows).view(taps, part.shape[1], rows.shape[1]).permute(1, 2, 0)
+            )
         if wants_rows:
             by_tap = part_weight.flatten(2).permute(2, 0, 1).reshape(-1, weight.shape[1])
             rows_gradient = rows_gradient + (sums @ by_tap).to(sum_dtype(weight.dtype))
-    return (rows_gradient.to(weight.dtype) if wants_rows else None,
-            torch.cat(weight_parts).reshape(weight.shape) if wants_weight else None)
+    return (
+        rows_gradient.to(weight.dtype) if wants_rows else None,
+        torch.cat(weight_parts).reshape(weight.shape) if wants_weight else None,
+    )
 
 
 def convolve_windows_rows(gradient, weight, back_offsets, back_listed):
-    return convolve_windows_gradients(gradient, None, weight, back_offsets, back_listed, wants_weight=False)[0]
+    return convolve_windows_gradients(
+        gradient, None, weight, back_offsets, back_listed, wants_weight=False
+    )[0]
 
 
 def convolve_windows_weight(gradient, rows, weight, back_offsets, back_listed):
-    return convolve_windows_gradients(gradient, rows, weight, back_offsets, back_listed, wants_rows=False)[1]
+    return convolve_windows_gradients(
+        gradient, rows, weight, back_offsets, back_listed, wants_rows=False
+    )[1]
 
 
 def apply(x, planes, gamma, beta, index, activation, negative_slope, keep_signs):
-    """y in the dtype that x and γ promote to, in x's memory layout; signs, of size 0 unless wanted and needed."""
+    """y in the dtype that x and γ promote to, in x's memory layout; signs, of size 0 unless wanted
+    and needed.
+    """
     gamma, beta = look_up(gamma, index), look_up(beta, index)
     normalised = _normalise(x, planes, gamma)
     y = normalised.mul_(_one_plus(gamma, normalised)).add_(beta)
@@ -116,7 +151,9 @@ def apply(x, planes, gamma, beta, index, activation, negative_slope, keep_signs)
     if keep_signs and activation == "leaky_relu":
         signs = _pack(y > 0, is_channels_last(x))
     elif keep_signs and activation == "relu":
-        signs = _pack(~(y <= 0), is_channels_last(x))  # at NaN PyTorch's ReLU passes the gradient on
+        signs = _pack(
+            ~(y <= 0), is_channels_last(x)
+        )  # at NaN PyTorch's ReLU passes the gradient on
     if activation == "relu":
         y = F.relu_(y)
     elif activation == "leaky_relu":
@@ -124,31 +161,42 @@ def apply(x, planes, gamma, beta, index, activation, negative_slope, keep_signs)
     elif activation == "silu":
         y = F.silu(y)
     y = y.to(torch.promote_types(x.dtype, gamma.dtype))
-    # torch 2.11 loses the gradient of a result that has a second name; of a copy compilers make nothing.
+    # torch 2.11 loses the gradient of a result that has a second name; of a copy compilers make
+    # nothing.
     return y.clone() if torch.compiler.is_compiling() else y, signs
 
 
 def apply_out(x, planes, gamma, beta, index, activation, negative_slope, out):
-    """The same y written to `out`, which has its shape and dtype and lies as x does, without gaps; it may be x, γ or β itself."""
+    """The same y written to `out`, which has its shape and dtype and lies as x does, without gaps;
+    it may be x, γ or β itself.
+    """
     out.copy_(apply(x, planes, gamma, beta, index, activation, negative_slope, False)[0])
 
 
 def backward_sums(dy, x, planes, gamma, beta, index, order, signs, activation, negative_slope):
-    """dγ, dβ and sums. dβ has size 0 where there is neither activation nor index: it is dy itself."""
+    """dγ, dβ and sums. dβ has size 0 without an activation and an index: it is dy itself."""
     table, gamma, beta = gamma, look_up(gamma, index), look_up(beta, index)
     normalised = _normalise(x, planes, gamma)
     g = through_activation(dy, x, normalised, gamma, beta, signs, activation, negative_slope)
     q = _one_plus(gamma, normalised).mul_(g)
     dgamma = normalised.mul_(g)
     pixels = tuple(range(2, x.dim()))
-    sums = torch.stack([q.sum(pixels), q.mul_(x - _per_plane(planes, x)[0]).sum(pixels)]).to(planes.dtype)
+    sums = torch.stack([q.sum(pixels), q.mul_(x - _per_plane(planes, x)[0]).sum(pixels)]).to(
+        planes.dtype
+    )
     if index is not None:
         return _sum_rows(dgamma, index, table), _sum_rows(g, index, table), sums
-    return dgamma.to(gamma.dtype), gamma.new_empty(0) if activation is None else g.to(gamma.dtype), sums
+    return (
+        dgamma.to(gamma.dtype),
+        gamma.new_empty(0) if activation is None else g.to(gamma.dtype),
+        sums,
+    )
 
 
 def backward_input(dy, x, planes, gamma, beta, index, signs, terms, activation, negative_slope):
-    """dx = scale·q + constant + slope·(x − shift), in x's dtype and memory layout; terms None: just scale·q."""
+    """dx = scale·q + constant + slope·(x − shift), in x's dtype and memory layout; terms None: just
+    scale·q.
+    """
     gamma, beta = look_up(gamma, index), look_up(beta, index)
     normalised = _normalise(x, planes, gamma)
     g = through_activation(dy, x, normalised, gamma, beta, signs, activation, negative_slope)
@@ -161,7 +209,7 @@ def backward_input(dy, x, planes, gamma, beta, index, signs, terms, activation, 
 
 
 def instance_forward(x, gamma, beta, index, eps, activation, negative_slope, keep_signs):
-    """plane_moments and apply for instance norm: y, signs, and the planes that they were made with."""
+    """plane_moments and apply for instance norm: y, signs, and the planes they were made with."""
     mean, squares = plane_moments(x)
     inverse_deviation = torch.rsqrt(squares / max(x.shape[2:].numel(), 1) + eps)
     planes = torch.stack([mean, inverse_deviation, torch.zeros_like(mean)])
@@ -169,12 +217,20 @@ def instance_forward(x, gamma, beta, index, eps, activation, negative_slope, kee
 
 
 def instance_backward(dy, x, planes, gamma, beta, index, order, signs, activation, negative_slope):
-    """backward_sums and backward_input for instance norm: dγ, dβ (of size 0 where it is dy itself) and dx."""
-    dgamma, dbeta, sums = backward_sums(dy, x, planes, gamma, beta, index, order, signs, activation, negative_slope)
+    """backward_sums and backward_input for instance norm: dγ, dβ (of size 0 where it is dy itself)
+    and dx.
+    """
+    dgamma, dbeta, sums = backward_sums(
+        dy, x, planes, gamma, beta, index, order, signs, activation, negative_slope
+    )
     scale = planes[1]
     terms = sums * (scale / -max(x.shape[2:].numel(), 1))
     terms[1].mul_(scale).mul_(scale)
-    return dgamma, dbeta, backward_input(dy, x, planes, gamma, beta, index, signs, terms, activation, negative_slope)
+    return (
+        dgamma,
+        dbeta,
+        backward_input(dy, x, planes, gamma, beta, index, signs, terms, activation, negative_slope),
+    )
 
 
 def through_activation(dy, x, normalised, gamma, beta, signs, activation, negative_slope):
@@ -191,22 +247,30 @@ def through_activation(dy, x, normalised, gamma, beta, signs, activation, negati
 
 
 def _channels_at_a_time(rows, weight):
-    """How many of a convolution's output channels have no more than PRODUCTS bytes of products with so many rows; a few at least."""
+    """How many of a convolution's output channels have no more than PRODUCTS bytes of products with
+    so many rows; a few at least.
+    """
     if torch.compiler.is_compiling():
         return 64  # a graph may not depend on the number of rows
     return max(16, PRODUCTS // (weight.element_size() * max(1, rows * weight.shape[2:].numel())))
 
 
 def _sum_listed(x, offsets, listed):
-    """x [R, D] to [len(offsets) − 1, D]: sum i is over x[listed[offsets[i]:offsets[i + 1]]], in that order."""
+    """x [R, D] to [len(offsets) − 1, D]: sum i is over x[listed[offsets[i]:offsets[i + 1]]], in
+    that order.
+    """
     return F.embedding_bag(listed, x.contiguous(), offsets, mode="sum", include_last_offset=True)
 
 
 def _in_pieces(offsets, listed):
-    """Lists cut at every PIECE-th number: `listed`, where each piece begins, and which pieces each list has. Nothing waits for a GPU."""
+    """Lists cut at every PIECE-th number: `listed`, where each piece begins, and which pieces each
+    list has. Nothing waits for a GPU.
+    """
     cuts = torch.arange(0, len(listed), PIECE, dtype=offsets.dtype, device=offsets.device)
     begins, end = offsets.split([len(offsets) - 1, 1])
-    begins = torch.cat([begins, cuts]).sort().values  # where a list begins at a cut, a piece is empty
+    begins = (
+        torch.cat([begins, cuts]).sort().values
+    )  # where a list begins at a cut, a piece is empty
     return listed, torch.cat([begins, end]), torch.searchsorted(begins, offsets, out_int32=True)
 
 
@@ -217,11 +281,15 @@ def _sum_pieces(x, listed, begins, lists):
 
 
 def _sum_rows(x, index, table):
-    """x [N, C, *spatial] summed over the pixels that each row of the table is named for, always in the same order."""
+    """x [N, C, *spatial] summed over the pixels that each row of the table is named for, always in
+    the same order.
+    """
     windows, order = index.flatten().sort(stable=True)
     first_pixels = torch.searchsorted(windows, torch.arange(len(table) + 1, device=x.device))
     pixels = x.movedim(1, -1).flatten(0, -2)[order]
-    return torch.segment_reduce(pixels, "sum", offsets=first_pixels, axis=0, unsafe=True, initial=0).to(table.dtype)
+    return torch.segment_reduce(
+        pixels, "sum", offsets=first_pixels, axis=0, unsafe=True, initial=0
+    ).to(table.dtype)
 
 
 def _one_plus(gamma, normalised):
@@ -235,7 +303,9 @@ def _per_plane(numbers, x):
 
 
 def _normalise(x, planes, gamma):
-    """x̂, in the dtype of the sums over x and γ. x comes first in every product: the first operand decides the layout."""
+    """x̂, in the dtype of the sums over x and γ. x comes first in every product: the first operand
+    decides the layout.
+    """
     shift, scale, offset = _per_plane(planes, x)
     x = x.to(torch.promote_types(planes.dtype, gamma.dtype))
     return (x - shift).mul_(scale).add_(offset)
@@ -250,6 +320,12 @@ def _pack(bits, channels_last):
 
 
 def _unpack(signs, shape, channels_last):
-    rows = (signs[..., None] >> torch.arange(8, dtype=torch.uint8, device=signs.device) & 1).bool().flatten(2)
-    rows = rows[:, :, : shape[1]].transpose(1, 2) if channels_last else rows[:, :, : shape[2:].numel()]
+    rows = (
+        (signs[..., None] >> torch.arange(8, dtype=torch.uint8, device=signs.device) & 1)
+        .bool()
+        .flatten(2)
+    )
+    rows = (
+        rows[:, :, : shape[1]].transpose(1, 2) if channels_last else rows[:, :, : shape[2:].numel()]
+    )
     return rows.reshape(shape)

@@ -1,6 +1,8 @@
-"""The kernels in Triton (triton_kernels/), reached as operators of their own. What their arguments are: `torch_backend.py`.
+"""The kernels in Triton (triton_kernels/), reached as operators of their own. What their arguments
+are: `torch_backend.py`.
 
-They run on CUDA GPUs; on a CPU, slowly, in Triton's interpreter: that is for tests, and TRITON_INTERPRET=1 asks for it.
+They run on CUDA GPUs; on a CPU, slowly, in Triton's interpreter: that is for tests, and
+TRITON_INTERPRET=1 asks for it.
 """
 
 import importlib.util
@@ -13,8 +15,16 @@ from . import numbering, operators, torch_backend
 NAME = "triton"
 INSTALLED = importlib.util.find_spec("triton") is not None
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-KERNELS = ("plane_moments", "apply", "apply_out", "backward_sums", "backward_input", "instance_forward", "instance_backward",
-           "convolve_windows")
+KERNELS = (
+    "plane_moments",
+    "apply",
+    "apply_out",
+    "backward_sums",
+    "backward_input",
+    "instance_forward",
+    "instance_backward",
+    "convolve_windows",
+)
 
 
 def _kernel(name):
@@ -53,7 +63,9 @@ def dtype_at_windows(dtype):
 def convolve_windows(rows, weight, bias, offsets, listed):
     """On tensor cores in half precision; in float32, where they would round, in plain PyTorch."""
     half = rows.dtype in (torch.bfloat16, torch.float16)
-    return (torch.ops.spade_fast_triton if half else torch_backend).convolve_windows(rows, weight, bias, offsets, listed)
+    return (torch.ops.spade_fast_triton if half else torch_backend).convolve_windows(
+        rows, weight, bias, offsets, listed
+    )
 
 
 def why_not(x=None, gamma=None):

@@ -8,5 +8,14 @@ from .generator import SPADEGenerator
 from .spade import SPADE
 from .windows import window_mode
 
-__all__ = ["SPADE", "ConvEncoder", "MultiscaleDiscriminator", "SPADEGenerator", "SPADEResBlk", "SPADEResnetBlock", "frozen",
-           "reparameterize", "window_mode"]
+__all__ = [
+    "SPADE",
+    "ConvEncoder",
+    "MultiscaleDiscriminator",
+    "SPADEGenerator",
+    "SPADEResBlk",
+    "SPADEResnetBlock",
+    "frozen",
+    "reparameterize",
+    "window_mode",
+]

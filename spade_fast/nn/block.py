@@ -15,13 +15,15 @@ ACTIVATIONS = {nn.LeakyReLU: "leaky_relu", nn.ReLU: "relu", nn.SiLU: "silu"}
 
 
 class ResidualBlock:
-    """What a module does as the residual block, whatever its class: it has norm_0, norm_1, conv_0, conv_1; norm_s and conv_s or neither.
+    """What a module does as the residual block, whatever its class: it has norm_0, norm_1, conv_0,
+    conv_1; norm_s and conv_s or neither.
 
     Its activation is leaky ReLU of slope 0.2, or the one that it has as a module.
     """
 
     def forward(self, x, segmap, scale=1):
-        """x [N, fin, *spatial] and segmap [N, label_nc, *any], or a SemanticLayout, to [N, fout, *spatial].
+        """x [N, fin, *spatial] and segmap [N, label_nc, *any], or a SemanticLayout, to [N, fout,
+        *spatial].
 
         scale: x is made so many times larger first, by nearest neighbour. Errors: SPADE.forward's.
         """
@@ -40,11 +42,19 @@ class ResidualBlock:
             segmap = like_pixels_of(x, segmap)
         shortcut = x
         if has_shortcut:
-            shortcut = convolve(self.conv_s, self.norm_s(x, segmap, moments=moments if self.norm_s.measures else None))
+            shortcut = convolve(
+                self.conv_s,
+                self.norm_s(x, segmap, moments=moments if self.norm_s.measures else None),
+            )
         dx = convolve(self.conv_0, self.norm_0(x, segmap, moments=moments, **settings))
         dx = convolve(self.conv_1, self.norm_1(dx, segmap, **settings))
         dx = self.se(dx) if "se" in self._modules else dx
-        if has_shortcut and owns_result(self.conv_s) and shortcut.dtype == dx.dtype and not torch.is_grad_enabled():
+        if (
+            has_shortcut
+            and owns_result(self.conv_s)
+            and shortcut.dtype == dx.dtype
+            and not torch.is_grad_enabled()
+        ):
             return shortcut.add_(dx)
         return shortcut + dx
 
@@ -52,25 +62,32 @@ class ResidualBlock:
         """The activation as arguments of a SPADE."""
         for module in self.children():
             if type(module) in ACTIVATIONS:
-                return {"activation": ACTIVATIONS[type(module)], "negative_slope": getattr(module, "negative_slope", 0.2)}
+                return {
+                    "activation": ACTIVATIONS[type(module)],
+                    "negative_slope": getattr(module, "negative_slope", 0.2),
+                }
         return {"activation": "leaky_relu", "negative_slope": 0.2}
 
 
 def repeated_moments(moments, times):
-    """`plane_moments` of x with every pixel so many times: the mean stays, there are more squares."""
+    """`plane_moments` of x with every pixel repeated: the mean stays, there are more squares."""
     return torch.stack([moments[0], times * moments[1]]) if times > 1 else moments
 
 
 class SPADEResnetBlock(ResidualBlock, nn.Module):
-    """x + conv_1(a(norm_1(conv_0(a(norm_0(x)))))), a = leaky ReLU of slope 0.2; where fin ≠ fout conv_s(norm_s(x)) replaces x.
+    """x + conv_1(a(norm_1(conv_0(a(norm_0(x)))))), a = leaky ReLU of slope 0.2; where fin ≠ fout
+    conv_s(norm_s(x)) replaces x.
 
-    The wiring and the state_dict keys are those of the published code (Park et al. 2019, figure 4); the signature is that of
-    the face models that share it. norm_0 and norm_s share one pass over x for its moments.
+    The wiring and the state_dict keys are those of the published code (Park et al. 2019, figure 4);
+    the signature is that of the face models that share it. norm_0 and norm_s share one pass over x
+    for its moments.
 
     Args:
-        fin, fout: channels of x and of the result; between the two convolutions there are min(fin, fout).
-        norm_G: `[spectral]spade[spectral][instance|batch|syncbatch|group][KxK]`; "spectral" puts torch.nn.utils.spectral_norm
-            on the block's convolutions (whose weights are then not divided where dividing x is cheaper: `spectral.py`).
+        fin, fout: channels of x and of the result; between the two convolutions there are min(fin,
+            fout).
+        norm_G: `[spectral]spade[spectral][instance|batch|syncbatch|group][KxK]`; "spectral" puts
+            torch.nn.utils.spectral_norm on the block's convolutions (whose weights are then not
+            divided where dividing x is cheaper: `spectral.py`).
         label_nc: channels of the condition.
         use_se: adds a squeeze-and-excitation layer on the residual branch.
         dilation: of conv_0 and conv_1.
@@ -78,7 +95,9 @@ class SPADEResnetBlock(ResidualBlock, nn.Module):
         spatial_dims: 1, 2 or 3.
     """
 
-    def __init__(self, fin, fout, norm_G, label_nc, use_se=False, dilation=1, *, nhidden=128, spatial_dims=2):
+    def __init__(
+        self, fin, fout, norm_G, label_nc, use_se=False, dilation=1, *, nhidden=128, spatial_dims=2
+    ):
         super().__init__()
         config = parse_config(norm_G, "norm_G")
         if spatial_dims not in CONVOLUTIONS:
@@ -90,7 +109,14 @@ class SPADEResnetBlock(ResidualBlock, nn.Module):
             return nn.utils.spectral_norm(module) if config.spectral else module
 
         def norm(channels):
-            return SPADE(channels, label_nc, nhidden, config.kernel_size, config.norm, spatial_dims=spatial_dims)
+            return SPADE(
+                channels,
+                label_nc,
+                nhidden,
+                config.kernel_size,
+                config.norm,
+                spatial_dims=spatial_dims,
+            )
 
         self.learned_shortcut = fin != fout
         self.conv_0 = convolution(fin, fmiddle, 3, padding=dilation, dilation=dilation)
@@ -112,12 +138,16 @@ class SPADEResBlk(SPADEResnetBlock):
 
 
 class SqueezeExcitation(nn.Module):
-    """x · sigmoid(W_2 relu(W_1 mean(x))) with the mean over space and a sixteenth of the channels between (Hu et al. 2018)."""
+    """x · sigmoid(W_2 relu(W_1 mean(x))) with the mean over space and a sixteenth of the channels
+    between (Hu et al. 2018).
+    """
 
     def __init__(self, channels):
         super().__init__()
         squeezed = max(channels // 16, 1)
-        self.fc = nn.Sequential(nn.Linear(channels, squeezed), nn.ReLU(), nn.Linear(squeezed, channels), nn.Sigmoid())
+        self.fc = nn.Sequential(
+            nn.Linear(channels, squeezed), nn.ReLU(), nn.Linear(squeezed, channels), nn.Sigmoid()
+        )
 
     def forward(self, x):
         scale = self.fc(x.flatten(2).mean(-1))

@@ -3,8 +3,13 @@
 import re
 from typing import NamedTuple
 
-GRAMMAR = "[spectral]spade[spectral][instance|batch|syncbatch|group][KxK], K odd; by default instance and 3x3"
-_PATTERN = re.compile(r"(spectral)?spade(spectral)?(instance|batch|syncbatch|group)?(?:([0-9]*[13579])x\4)?")
+GRAMMAR = (
+    "[spectral]spade[spectral][instance|batch|syncbatch|group][KxK], K odd;"
+    " by default instance and 3x3"
+)
+_PATTERN = re.compile(
+    r"(spectral)?spade(spectral)?(instance|batch|syncbatch|group)?(?:([0-9]*[13579])x\4)?"
+)
 
 
 class Config(NamedTuple):
@@ -14,7 +19,9 @@ class Config(NamedTuple):
 
 
 def parse_config(text, argument):
-    """A Config from the text; what does not follow the grammar is a ValueError that names the argument and shows the grammar."""
+    """A Config from the text; what does not follow the grammar is a ValueError that names the
+    argument and shows the grammar.
+    """
     match = _PATTERN.fullmatch(text) if isinstance(text, str) else None
     if match is None:
         raise ValueError(f"{argument} is {text!r}, it should be {GRAMMAR}")

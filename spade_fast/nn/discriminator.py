@@ -1,4 +1,6 @@
-"""The multi-scale discriminator: how real each patch of an image looks beside its condition, at several scales."""
+"""The multi-scale discriminator: how real each patch of an image looks beside its condition, at
+several scales.
+"""
 
 import torch
 import torch.nn as nn
@@ -12,24 +14,36 @@ from .spade import CONVOLUTIONS, dtype_of_convolution
 from .windows import FORMATS, find_layout
 
 POOLS = {1: F.avg_pool1d, 2: F.avg_pool2d, 3: F.avg_pool3d}
-HALF = {"kernel_size": 3, "stride": 2, "padding": 1, "count_include_pad": False}  # from scale to scale
+HALF = {
+    "kernel_size": 3,
+    "stride": 2,
+    "padding": 1,
+    "count_include_pad": False,
+}  # from scale to scale
 
 
 class PatchDiscriminator(nn.Module):
-    """Five convolutions of 4 taps per axis. With a layout the first one looks its condition's part up, a row for each distinct window."""
+    """Five convolutions of 4 taps per axis. With a layout the first one looks its condition's part
+    up, a row for each distinct window.
+    """
 
     def __init__(self, input_nc, ndf=64, *, spatial_dims=2):
         super().__init__()
         convolution = CONVOLUTIONS[spatial_dims]
-        self.model0 = nn.Sequential(convolution(input_nc, ndf, 4, stride=2, padding=2), nn.LeakyReLU(NEGATIVE_SLOPE))
+        self.model0 = nn.Sequential(
+            convolution(input_nc, ndf, 4, stride=2, padding=2), nn.LeakyReLU(NEGATIVE_SLOPE)
+        )
         for number, stride in (1, 2), (2, 2), (3, 1):
             before, width = ndf * 2 ** (number - 1), ndf * 2**number
-            layer = NormalisedConvolution(before, width, 4, stride=stride, padding=2, spatial_dims=spatial_dims)
+            layer = NormalisedConvolution(
+                before, width, 4, stride=stride, padding=2, spatial_dims=spatial_dims
+            )
             self.add_module(f"model{number}", nn.Sequential(layer))
         self.model4 = nn.Sequential(convolution(8 * ndf, 1, 4, padding=2))
 
     def forward(self, x, layout=None):
-        """The results of all layers: the last [N, 1, *size], how real each patch looks; those before it are its features.
+        """The results of all layers: the last [N, 1, *size], how real each patch looks; those
+        before it are its features.
 
         x: [N, input_nc, *spatial], condition and image together, or with a layout the image alone.
         """
@@ -42,16 +56,28 @@ class PatchDiscriminator(nn.Module):
         convolution = self.model0[0]
         of_condition, of_image = convolution.weight.split([layout.label_nc, image.shape[1]], dim=1)
         x = convolution._conv_forward(image, of_image, convolution.bias)
-        patches = layout.patches(convolution.kernel_size[0], convolution.stride[0], convolution.padding[0])
+        patches = layout.patches(
+            convolution.kernel_size[0], convolution.stride[0], convolution.padding[0]
+        )
         dtype = dtype_of_convolution(image, convolution.weight)
         table = convolve_windows(layout.palette, of_condition, None, patches.sums, dtype).to(dtype)
-        # x + the row of each place's window, and the leaky ReLU: a modulation without a norm, with γ = 0.
-        return spade_modulate(x, torch.zeros_like(table), table, index=patches.index, order=patches.order, norm=None,
-                              activation="leaky_relu", negative_slope=NEGATIVE_SLOPE)
+        # x + the row of each place's window, and the leaky ReLU: a modulation without a norm, with
+        # γ = 0.
+        return spade_modulate(
+            x,
+            torch.zeros_like(table),
+            table,
+            index=patches.index,
+            order=patches.order,
+            norm=None,
+            activation="leaky_relu",
+            negative_slope=NEGATIVE_SLOPE,
+        )
 
 
 class MultiscaleDiscriminator(nn.Module):
-    """A PatchDiscriminator for each scale, half the size of the one before (Park et al. 2019, figure 13), with the published keys.
+    """A PatchDiscriminator for each scale, half the size of the one before (Park et al. 2019,
+    figure 13), with the published keys.
 
     Args:
         input_nc: channels of condition and image together.
@@ -70,15 +96,21 @@ class MultiscaleDiscriminator(nn.Module):
             raise ValueError(f"spatial_dims is {spatial_dims!r}, it should be 1, 2 or 3")
         self.input_nc, self.spatial_dims = input_nc, spatial_dims
         for number in range(n_scales):
-            self.add_module(f"discriminator_{number}", PatchDiscriminator(input_nc, ndf, spatial_dims=spatial_dims))
+            self.add_module(
+                f"discriminator_{number}",
+                PatchDiscriminator(input_nc, ndf, spatial_dims=spatial_dims),
+            )
 
     def forward(self, x, segmap=None):
-        """A list for each scale, of the results of its five layers: the last one [M, 1, *size], those before it its features.
+        """A list for each scale, of the results of its five layers: the last one [M, 1, *size],
+        those before it its features.
 
         Args:
-            x: [M, input_nc, *spatial], the condition and the image together; with segmap the image alone.
-            segmap: the condition, [N, channels, *spatial] or a SemanticLayout: of a layout the one-hot map is never made. M is a multiple
-                of N: image i has condition i % N, so fake images and real ones may go through together.
+            x: [M, input_nc, *spatial], the condition and the image together; with segmap the image
+                alone.
+            segmap: the condition, [N, channels, *spatial] or a SemanticLayout: of a layout the
+                one-hot map is never made. M is a multiple of N: image i has condition i % N, so
+                fake images and real ones may go through together.
 
         Raises:
             ValueError, TypeError: an argument is not as said above; the message names it.
@@ -89,7 +121,9 @@ class MultiscaleDiscriminator(nn.Module):
             x = torch.cat([segmap.repeat(times, *[1] * (segmap.dim() - 1)), x], dim=1)
         elif layout is not None:
             layout = layout.repeat(len(x) // max(1, len(layout)))
-            x = x.contiguous(memory_format=FORMATS.get(x.dim(), torch.contiguous_format))  # as rows of a table are looked up
+            x = x.contiguous(
+                memory_format=FORMATS.get(x.dim(), torch.contiguous_format)
+            )  # as rows of a table are looked up
         results = []
         for number, discriminator in enumerate(self.children()):
             if number > 0:
@@ -105,20 +139,29 @@ class MultiscaleDiscriminator(nn.Module):
             if isinstance(tensor, SemanticLayout) or tensor is None and name == "segmap":
                 continue
             if not isinstance(tensor, torch.Tensor) or not tensor.is_floating_point():
-                raise TypeError(f"{name} is {tensor.dtype if isinstance(tensor, torch.Tensor) else type(tensor).__name__},"
-                                " it should be a floating-point tensor")
+                kind = getattr(tensor, "dtype", type(tensor).__name__)
+                raise TypeError(f"{name} is {kind}, it should be a floating-point tensor")
             if tensor.dim() != self.spatial_dims + 2:
-                raise ValueError(f"{name} has shape {list(tensor.shape)}, it should be [N, channels, {spatial}]")
+                raise ValueError(
+                    f"{name} has shape {list(tensor.shape)}, it should be [N, channels, {spatial}]"
+                )
         layout = None if segmap is None else find_layout(segmap)
         of_condition, size = 0, x.shape[2:]
         if segmap is not None:
             of_condition = segmap.shape[1] if layout is None else layout.label_nc
             size = segmap.shape[2:] if layout is None else layout.codes.shape[1:]
             if size != x.shape[2:]:
-                raise ValueError(f"segmap has the size {list(size)}, it should be that of the image, {list(x.shape[2:])}")
+                raise ValueError(
+                    f"segmap has the size {list(size)}, it should be that of the image,"
+                    f" {list(x.shape[2:])}"
+                )
             if len(segmap) == 0 or len(x) % len(segmap):
-                raise ValueError(f"x has a batch of {len(x)}, it should be a multiple of segmap's, {len(segmap)}")
+                raise ValueError(
+                    f"x has a batch of {len(x)}, it should be a multiple of segmap's, {len(segmap)}"
+                )
         if x.shape[1] + of_condition != self.input_nc:
             together = f" and segmap {of_condition}" if of_condition else ""
-            raise ValueError(f"x has {x.shape[1]} channels{together}, it should be {self.input_nc} in all")
+            raise ValueError(
+                f"x has {x.shape[1]} channels{together}, it should be {self.input_nc} in all"
+            )
         return layout

@@ -1,4 +1,6 @@
-"""The encoder of the variational generator: an image becomes the mean and the variance of its style, z."""
+"""The encoder of the variational generator: an image becomes the mean and the variance of its
+style, z.
+"""
 
 import torch
 import torch.nn as nn
@@ -10,8 +12,8 @@ SIZE = 256  # of the image, to which any is resized first: its linear layers fit
 
 
 class ConvEncoder(nn.Module):
-    """Six convolutions of stride 2, with spectral and instance norm, and a linear layer each for mean and variance (Park et al. 2019,
-    figure 14), with the state_dict keys of the published code.
+    """Six convolutions of stride 2, with spectral and instance norm, and a linear layer each for
+    mean and variance (Park et al. 2019, figure 14), with the state_dict keys of the published code.
 
     Args:
         ndf: channels of the first convolution's result.
@@ -23,13 +25,17 @@ class ConvEncoder(nn.Module):
         super().__init__()
         widths = [input_nc, *(ndf * multiple for multiple in (1, 2, 4, 8, 8, 8))]
         for number, (before, width) in enumerate(zip(widths, widths[1:]), start=1):
-            self.add_module(f"layer{number}", NormalisedConvolution(before, width, 3, stride=2, padding=1))
+            self.add_module(
+                f"layer{number}", NormalisedConvolution(before, width, 3, stride=2, padding=1)
+            )
         features = widths[-1] * (SIZE // 2 ** (len(widths) - 1)) ** 2
         self.fc_mu = nn.Linear(features, z_dim)
         self.fc_var = nn.Linear(features, z_dim)
 
     def forward(self, image):
-        """Of images [N, input_nc, H, W], between −1 and 1: mean and logarithm of the variance of z, both [N, z_dim]."""
+        """Of images [N, input_nc, H, W], between −1 and 1: mean and logarithm of the variance of z,
+        both [N, z_dim].
+        """
         channels = self.layer1.convolution.in_channels
         if not isinstance(image, torch.Tensor) or image.dim() != 4 or image.shape[1] != channels:
             shape = list(image.shape) if isinstance(image, torch.Tensor) else type(image).__name__
@@ -44,5 +50,7 @@ class ConvEncoder(nn.Module):
 
 
 def reparameterize(mu, logvar):
-    """z of a normal distribution with this mean and logarithm of the variance, differentiable in both (Kingma and Welling 2014)."""
+    """z of a normal distribution with this mean and logarithm of the variance, differentiable in
+    both (Kingma and Welling 2014).
+    """
     return mu + torch.randn_like(mu) * (0.5 * logvar).exp()

@@ -1,4 +1,6 @@
-"""The generator: noise or the condition itself makes a small map, and residual blocks make an image of it, size by size."""
+"""The generator: noise or the condition itself makes a small map, and residual blocks make an image
+of it, size by size.
+"""
 
 from typing import NamedTuple
 
@@ -23,7 +25,10 @@ class Stage(NamedTuple):
     scale: int  # how many times larger it makes its x first, by nearest neighbour
 
 
-FROM_NOISE = (Stage("head", 16, 1), *(Stage(f"up_{number}", width, 2) for number, width in enumerate((16, 8, 4, 2, 1), start=1)))
+FROM_NOISE = (
+    Stage("head", 16, 1),
+    *(Stage(f"up_{number}", width, 2) for number, width in enumerate((16, 8, 4, 2, 1), start=1)),
+)
 NORM_G = "spectralspadesyncbatch3x3"
 
 
@@ -36,18 +41,25 @@ class Published(NamedTuple):
     num_upsampling_layers: str = "normal"
 
 
-PUBLISHED = {"coco": Published(184), "ade20k": Published(151), "cityscapes": Published(36, 512, 2.0, "more")}
+PUBLISHED = {
+    "coco": Published(184),
+    "ade20k": Published(151),
+    "cityscapes": Published(36, 512, 2.0, "more"),
+}
 DOUBLINGS = {"normal": 5, "more": 6, "most": 7}
 
 
 class SPADEGenerator(nn.Module):
-    """An image from a condition (Park et al. 2019, figure 4): a first map, residual blocks, a convolution, tanh.
+    """An image from a condition (Park et al. 2019, figure 4): a first map, residual blocks, a
+    convolution, tanh.
 
-    As it is made here it begins with noise at 4×4 and ends at 256²; `official` makes the published networks.
+    As it is made here it begins with noise at 4×4 and ends at 256²; `official` makes the published
+    networks.
 
     Args:
         label_nc: channels of the condition.
-        z_dim: length of the noise that a linear layer makes the first map of; None: a convolution of the condition makes it.
+        z_dim: length of the noise that a linear layer makes the first map of; None: a convolution
+            of the condition makes it.
         ngf: channels, which `stages` has multiples of; the first map has 16 times as many.
         stages: the blocks, a `Stage` each.
         last_scale: how many times larger the last block's result is made.
@@ -57,22 +69,53 @@ class SPADEGenerator(nn.Module):
         spatial_dims: 1, 2 or 3.
     """
 
-    def __init__(self, label_nc, z_dim=256, ngf=64, *, stages=FROM_NOISE, last_scale=2, start=4, norm_G="spadeinstance3x3", nhidden=128,
-                 output_nc=3, spatial_dims=2):
+    def __init__(
+        self,
+        label_nc,
+        z_dim=256,
+        ngf=64,
+        *,
+        stages=FROM_NOISE,
+        last_scale=2,
+        start=4,
+        norm_G="spadeinstance3x3",
+        nhidden=128,
+        output_nc=3,
+        spatial_dims=2,
+    ):
         super().__init__()
         if spatial_dims not in CONVOLUTIONS:
             raise ValueError(f"spatial_dims is {spatial_dims!r}, it should be 1, 2 or 3")
         self.start = (start,) * spatial_dims if isinstance(start, int) else tuple(start)
-        if len(self.start) != spatial_dims or not all(isinstance(length, int) and length > 0 for length in self.start):
-            raise ValueError(f"start is {start!r}, it should be a positive whole number, or {spatial_dims} of them")
-        numbers = {"label_nc": label_nc, "ngf": ngf, "nhidden": nhidden, "output_nc": output_nc, "last_scale": last_scale}
+        if len(self.start) != spatial_dims or not all(
+            isinstance(length, int) and length > 0 for length in self.start
+        ):
+            raise ValueError(
+                f"start is {start!r}, it should be a positive whole number, or {spatial_dims} of"
+                " them"
+            )
+        numbers = {
+            "label_nc": label_nc,
+            "ngf": ngf,
+            "nhidden": nhidden,
+            "output_nc": output_nc,
+            "last_scale": last_scale,
+        }
         for name, number in numbers.items() | ({} if z_dim is None else {"z_dim": z_dim}).items():
             if not isinstance(number, int) or number < 1:
                 raise ValueError(f"{name} is {number!r}, it should be a positive whole number")
         for stage in stages:
             if stage[1] * ngf < 1 or stage[1] * ngf % 1:
-                raise ValueError(f"ngf is {ngf}, the block {stage[0]} of {stage[1]} · ngf channels should have a whole number of them")
-        self.label_nc, self.z_dim, self.stages, self.last_scale = label_nc, z_dim, tuple(Stage(*stage) for stage in stages), last_scale
+                raise ValueError(
+                    f"ngf is {ngf}, the block {stage[0]} of {stage[1]} · ngf channels should have"
+                    " a whole number of them"
+                )
+        self.label_nc, self.z_dim, self.stages, self.last_scale = (
+            label_nc,
+            z_dim,
+            tuple(Stage(*stage) for stage in stages),
+            last_scale,
+        )
         self.kernel_size = parse_config(norm_G, "norm_G").kernel_size
         width, convolution = 16 * ngf, CONVOLUTIONS[spatial_dims]
         if z_dim is None:
@@ -81,38 +124,77 @@ class SPADEGenerator(nn.Module):
             self.fc = nn.Linear(z_dim, width * torch.Size(self.start).numel())
         for stage in self.stages:
             before, width = width, int(stage.width * ngf)
-            self.add_module(stage.name, SPADEResnetBlock(before, width, norm_G, label_nc, nhidden=nhidden, spatial_dims=spatial_dims))
+            self.add_module(
+                stage.name,
+                SPADEResnetBlock(
+                    before, width, norm_G, label_nc, nhidden=nhidden, spatial_dims=spatial_dims
+                ),
+            )
         self.conv_img = convolution(width, output_nc, 3, padding=1)
         self.register_load_state_dict_post_hook(_fold_again)
 
     @classmethod
-    def official(cls, dataset, *, use_vae=False, crop_size=None, aspect_ratio=None, num_upsampling_layers=None, norm_G=NORM_G, z_dim=256,
-                 ngf=64, nhidden=128):
-        """The published generator, key for key: an image [N, 3, crop_size / aspect_ratio, crop_size].
+    def official(
+        cls,
+        dataset,
+        *,
+        use_vae=False,
+        crop_size=None,
+        aspect_ratio=None,
+        num_upsampling_layers=None,
+        norm_G=NORM_G,
+        z_dim=256,
+        ngf=64,
+        nhidden=128,
+    ):
+        """The published generator, key for key: an image [N, 3, crop_size / aspect_ratio,
+        crop_size].
 
         Args:
-            dataset: "coco", "ade20k" or "cityscapes", which decide the arguments that are None; or channels of the condition.
-            use_vae: begin with z, which the encoder makes of an image, or noise; else with the condition.
+            dataset: "coco", "ade20k" or "cityscapes", which decide the arguments that are None; or
+                channels of the condition.
+            use_vae: begin with z, which the encoder makes of an image, or noise; else with the
+                condition.
             crop_size: width of the image.
             aspect_ratio: of its width to its height.
             num_upsampling_layers: "normal", "more" or "most": 5, 6 or 7 doublings.
             norm_G, z_dim, ngf, nhidden: as above.
         """
         if not isinstance(dataset, int) and dataset not in PUBLISHED:
-            raise ValueError(f"dataset is {dataset!r}, it should be {', '.join(PUBLISHED)}, or a number of channels")
+            raise ValueError(
+                f"dataset is {dataset!r}, it should be {', '.join(PUBLISHED)}, or a number of"
+                " channels"
+            )
         published = Published(dataset) if isinstance(dataset, int) else PUBLISHED[dataset]
-        crop_size, aspect_ratio = crop_size or published.crop_size, aspect_ratio or published.aspect_ratio
+        crop_size, aspect_ratio = (
+            crop_size or published.crop_size,
+            aspect_ratio or published.aspect_ratio,
+        )
         num_upsampling_layers = num_upsampling_layers or published.num_upsampling_layers
         if num_upsampling_layers not in DOUBLINGS:
-            raise ValueError(f"num_upsampling_layers is {num_upsampling_layers!r}, it should be one of {', '.join(DOUBLINGS)}")
+            raise ValueError(
+                f"num_upsampling_layers is {num_upsampling_layers!r}, it should be one of"
+                f" {', '.join(DOUBLINGS)}"
+            )
         doublings = DOUBLINGS[num_upsampling_layers]
         width = crop_size >> doublings
         start = (round(width / aspect_ratio), width)
         if min(start) < 1:
-            raise ValueError(f"crop_size is {crop_size}, with {doublings} doublings and an aspect ratio of {aspect_ratio} it should be"
-                             f" {round(2**doublings * max(1, aspect_ratio))} or more")
-        return cls(published.label_nc, z_dim if use_vae else None, ngf, stages=published_stages(num_upsampling_layers), last_scale=1,
-                   start=start, norm_G=norm_G, nhidden=nhidden)
+            raise ValueError(
+                f"crop_size is {crop_size}, with {doublings} doublings and an aspect ratio of"
+                f" {aspect_ratio} it should be"
+                f" {round(2**doublings * max(1, aspect_ratio))} or more"
+            )
+        return cls(
+            published.label_nc,
+            z_dim if use_vae else None,
+            ngf,
+            stages=published_stages(num_upsampling_layers),
+            last_scale=1,
+            start=start,
+            norm_G=norm_G,
+            nhidden=nhidden,
+        )
 
     @property
     def sizes(self):
@@ -127,9 +209,11 @@ class SPADEGenerator(nn.Module):
         """The image [M, output_nc, *size], between −1 and 1.
 
         Args:
-            segmap: [N, label_nc, *any], the condition, or a SemanticLayout of it; resized by nearest neighbour.
-            z: [M, z_dim] for a generator that begins with noise, standard normal where None. M is a multiple of N: image i has condition
-                i % N, and what depends on the condition alone is computed once.
+            segmap: [N, label_nc, *any], the condition, or a SemanticLayout of it; resized by
+                nearest neighbour.
+            z: [M, z_dim] for a generator that begins with noise, standard normal where None. M is a
+                multiple of N: image i has condition i % N, and what depends on the condition alone
+                is computed once.
 
         Raises:
             ValueError, TypeError: an argument is not as said above; the message names it.
@@ -139,7 +223,9 @@ class SPADEGenerator(nn.Module):
         if layout is not None:
             segmap = layout
             if not torch.compiler.is_compiling() and current_mode() != "never":
-                layout.prepare(self.sizes, self.kernel_size)  # a GPU is waited for here, and nowhere below
+                layout.prepare(
+                    self.sizes, self.kernel_size
+                )  # a GPU is waited for here, and nowhere below
         x = self._first_map(segmap, z)
         for stage in self.stages:
             x = getattr(self, stage.name)(x, segmap, scale=stage.scale)
@@ -151,12 +237,16 @@ class SPADEGenerator(nn.Module):
         return torch.tanh(x)
 
     def fold_spectral_norm(self):
-        """For inference: divides the weights under spectral norm by their σ once, instead of in every call. `train()` undoes it.
+        """For inference: divides the weights under spectral norm by their σ once, instead of in
+        every call. `train()` undoes it.
 
-        Gradients do not reach those weights meanwhile. The state_dict stays as it is; one that is loaded is folded anew.
+        Gradients do not reach those weights meanwhile. The state_dict stays as it is; one that is
+        loaded is folded anew.
         """
         if self.training:
-            raise RuntimeError("the generator is in train mode: σ changes in every call, call eval() first")
+            raise RuntimeError(
+                "the generator is in train mode: σ changes in every call, call eval() first"
+            )
         spectral.fold(self)
         return self
 
@@ -175,19 +265,30 @@ class SPADEGenerator(nn.Module):
                 raise ValueError("z should be None: this generator begins with the condition")
             return segmap, None
         if z is None:
-            return segmap, torch.randn(conditions, self.z_dim, dtype=weight.dtype, device=weight.device)
+            return segmap, torch.randn(
+                conditions, self.z_dim, dtype=weight.dtype, device=weight.device
+            )
         if not isinstance(z, torch.Tensor) or z.dim() != 2 or z.shape[1] != self.z_dim:
-            raise ValueError(f"z is {list(z.shape) if isinstance(z, torch.Tensor) else z!r}, it should be a tensor [M, {self.z_dim}]")
+            raise ValueError(
+                f"z is {list(z.shape) if isinstance(z, torch.Tensor) else z!r}, it should be a"
+                f" tensor [M, {self.z_dim}]"
+            )
         if z.device != weight.device:
-            raise ValueError(f"z is on {z.device}, it should be on the weights' device, {weight.device}")
+            raise ValueError(
+                f"z is on {z.device}, it should be on the weights' device, {weight.device}"
+            )
         images = z.shape[0]
         if images == conditions:
             return segmap, z
         times, rest = divmod(images, max(1, conditions))
         if rest or times == 0 or conditions == 0:
-            raise ValueError(f"z has a batch of {images}, it should be a multiple of segmap's, {conditions}")
+            raise ValueError(
+                f"z has a batch of {images}, it should be a multiple of segmap's, {conditions}"
+            )
         layout = find_layout(segmap)
-        return segmap.repeat(times, *[1] * (segmap.dim() - 1)) if layout is None else layout.repeat(times), z
+        return segmap.repeat(times, *[1] * (segmap.dim() - 1)) if layout is None else layout.repeat(
+            times
+        ), z
 
     def _first_map(self, segmap, z):
         if z is not None:

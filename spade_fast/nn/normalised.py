@@ -1,4 +1,6 @@
-"""What encoder and discriminator are made of: a convolution under spectral norm, instance norm, leaky ReLU."""
+"""What encoder and discriminator are made of: a convolution under spectral norm, instance norm,
+leaky ReLU.
+"""
 
 import torch.nn as nn
 import torch.nn.functional as F
@@ -10,11 +12,17 @@ NEGATIVE_SLOPE = 0.2
 
 
 class NormalisedConvolution(nn.Sequential):
-    """leaky_relu(instance_norm(convolution(x))), whose state_dict is that of a Sequential of convolution and norm."""
+    """leaky_relu(instance_norm(convolution(x))), whose state_dict is that of a Sequential of
+    convolution and norm.
+    """
 
     def __init__(self, in_channels, out_channels, kernel_size, *, spatial_dims=2, **settings):
-        convolution = CONVOLUTIONS[spatial_dims](in_channels, out_channels, kernel_size, bias=False, **settings)
-        super().__init__(nn.utils.spectral_norm(convolution), INSTANCE_NORMS[spatial_dims](out_channels))
+        convolution = CONVOLUTIONS[spatial_dims](
+            in_channels, out_channels, kernel_size, bias=False, **settings
+        )
+        super().__init__(
+            nn.utils.spectral_norm(convolution), INSTANCE_NORMS[spatial_dims](out_channels)
+        )
 
     @property
     def convolution(self):

@@ -1,4 +1,4 @@
-"""The SPADE layer: a condition becomes γ and β by convolutions, and they modulate the normalised x."""
+"""The SPADE layer: convolutions make γ and β of a condition, which modulate the normalised x."""
 
 from typing import NamedTuple
 
@@ -42,7 +42,9 @@ class Form(NamedTuple):
 
 
 class Convolutions(NamedTuple):
-    """What decides the γ and β of a window: three convolutions, what follows the first, and norms of γ's and β's own."""
+    """What decides the γ and β of a window: three convolutions, what follows the first, and norms
+    of γ's and β's own.
+    """
 
     shared: nn.Module
     activations: list
@@ -53,14 +55,16 @@ class Convolutions(NamedTuple):
 
     @property
     def normalise(self):
-        """Whether γ or β is normalised over each image: then images with one window have two rows for it."""
+        """Whether γ or β is normalised over each image: then images with one window have two rows
+        for it.
+        """
         return self.gamma_norm is not None or self.beta_norm is not None
 
 
 class SpatiallyAdaptive:
     """What a module does as a SPADE, whatever its class: `spade_form` names its parts.
 
-        h = shared(segmap);  y = norm(x) · (1 + gamma(h)) + beta(h)
+    h = shared(segmap);  y = norm(x) · (1 + gamma(h)) + beta(h)
     """
 
     spade_form: Form
@@ -70,7 +74,8 @@ class SpatiallyAdaptive:
 
         Args:
             x: [N, norm_nc, *spatial].
-            segmap: [N, label_nc, *any], the condition, or a SemanticLayout of it; resized to x by nearest neighbour.
+            segmap: [N, label_nc, *any], the condition, or a SemanticLayout of it; resized to x by
+                nearest neighbour.
             activation: None, "relu", "leaky_relu" or "silu", applied to y in the same pass.
             negative_slope: of leaky ReLU.
             moments: `plane_moments(x)`, where several layers normalise one x.
@@ -91,14 +96,29 @@ class SpatiallyAdaptive:
             x, moments = norm(x), None
         norm = self._norm_arguments()
         out = None if lookup else self._reused(x, gamma)
-        return spade_modulate(x, gamma, beta, **lookup, **norm, activation=activation, negative_slope=negative_slope, moments=moments,
-                              out=out)
+        return spade_modulate(
+            x,
+            gamma,
+            beta,
+            **lookup,
+            **norm,
+            activation=activation,
+            negative_slope=negative_slope,
+            moments=moments,
+            out=out,
+        )
 
     def _reused(self, x, gamma):
-        """γ, where it is large and nobody else's: y then takes its place. Memory fresh from the system takes longer than to modulate."""
+        """γ, where it is large and nobody else's: y then takes its place. Memory fresh from the
+        system takes longer than to modulate.
+        """
         if x.device.type != "cpu" or torch.is_grad_enabled() or torch.compiler.is_compiling():
             return None
-        suits = gamma.nbytes >= ALWAYS_FRESH and gamma.dtype == torch.promote_types(x.dtype, gamma.dtype) and lies_like(gamma, x)
+        suits = (
+            gamma.nbytes >= ALWAYS_FRESH
+            and gamma.dtype == torch.promote_types(x.dtype, gamma.dtype)
+            and lies_like(gamma, x)
+        )
         return gamma if suits and owns_result(self.part("gamma")) else None
 
     def part(self, name):
@@ -106,38 +126,69 @@ class SpatiallyAdaptive:
         return self.get_submodule(getattr(self.spade_form, name))
 
     def convolutions(self):
-        """What decides γ and β, or None where that is more than a window's codes and the weights of plain convolutions."""
+        """What decides γ and β, or None where that is more than a window's codes and the weights of
+        plain convolutions.
+        """
         shared, *activations = leaves(self.part("shared"))
-        (gamma, *gamma_norms), (beta, *beta_norms) = leaves(self.part("gamma")), leaves(self.part("beta"))
+        (gamma, *gamma_norms), (beta, *beta_norms) = (
+            leaves(self.part("gamma")),
+            leaves(self.part("beta")),
+        )
         size = gamma.kernel_size[0] if isinstance(gamma, tuple(CONVOLUTIONS.values())) else 0
-        if not (1 <= size <= LARGEST_KERNEL and all(sees_windows(module, size) for module in (shared, gamma, beta))):
+        if not (
+            1 <= size <= LARGEST_KERNEL
+            and all(sees_windows(module, size) for module in (shared, gamma, beta))
+        ):
             return None
-        if not all(is_plain(module, POINTWISE) for module in activations) or len(gamma_norms) > 1 or len(beta_norms) > 1:
+        if (
+            not all(is_plain(module, POINTWISE) for module in activations)
+            or len(gamma_norms) > 1
+            or len(beta_norms) > 1
+        ):
             return None
         own_norms = [*gamma_norms, *beta_norms]
-        if not all(is_plain(module, INSTANCE_NORMS.values()) and not module.track_running_stats for module in own_norms):
+        if not all(
+            is_plain(module, INSTANCE_NORMS.values()) and not module.track_running_stats
+            for module in own_norms
+        ):
             return None
-        return Convolutions(shared, activations, gamma, beta, *(norms[0] if norms else None for norms in (gamma_norms, beta_norms)))
+        return Convolutions(
+            shared,
+            activations,
+            gamma,
+            beta,
+            *(norms[0] if norms else None for norms in (gamma_norms, beta_norms)),
+        )
 
     def _from_pixels(self, segmap, x):
         """γ and β of every pixel, of x's shape."""
         if isinstance(segmap, SemanticLayout):
             segmap = segmap.resize(x.shape[2:]).to_segmap(self._first_weight().dtype)
         hidden = self._hidden(like_pixels_of(x, segmap), x.shape[2:])
-        convolve = convolve_jointly if hidden.is_cuda else convolve_apart  # on a CPU nothing is gained, and copying costs
+        convolve = (
+            convolve_jointly if hidden.is_cuda else convolve_apart
+        )  # on a CPU nothing is gained, and copying costs
         return convolve((self.part("gamma"), self.part("beta")), hidden)
 
     def _hidden(self, segmap, size):
         """What γ and β are convolved from, at every pixel of this size."""
         shared, factor = self.part("shared"), repeats(segmap, size)
         conv, *activations = leaves(shared)
-        simple = all(is_plain(module, POINTWISE) for module in activations) and sees_windows(conv, getattr(conv, "kernel_size", [0])[0])
+        simple = all(is_plain(module, POINTWISE) for module in activations) and sees_windows(
+            conv, getattr(conv, "kernel_size", [0])[0]
+        )
         if not simple:
             return shared(resize(segmap, size))
         repeated = factor > 1 and may_sum_weights(segmap)
         hidden = convolve_repeated(conv, segmap, factor) if repeated else conv(resize(segmap, size))
-        for number, activation in enumerate(activations):  # ReLU in the convolution's own result, which no backward needs
-            hidden = F.relu_(hidden) if number == 0 and type(activation) is nn.ReLU else activation(hidden)
+        for number, activation in enumerate(
+            activations
+        ):  # ReLU in the convolution's own result, which no backward needs
+            hidden = (
+                F.relu_(hidden)
+                if number == 0 and type(activation) is nn.ReLU
+                else activation(hidden)
+            )
         return hidden
 
     def _from_windows(self, layout, x, convolutions):
@@ -149,18 +200,22 @@ class SpatiallyAdaptive:
         else:
             images = x.shape[0] if convolutions.normalise else None
             key = (self, x.shape[2:], dtype, images)
-            gamma, beta = kept.get(layout.source, key, lambda: compute_table(layout, windows, convolutions, dtype))
+            gamma, beta = kept.get(
+                layout.source, key, lambda: compute_table(layout, windows, convolutions, dtype)
+            )
         index = windows.index_of_images if convolutions.normalise else windows.index
         return gamma, beta, {"index": index, "order": windows.order}
 
     @property
     def measures(self):
-        """Whether x is normalised with its own moments, by a norm that `moments` may be given for."""
+        """Whether x is normalised with its own moments, by a norm that takes `moments`."""
         norm = self.part("norm")
         return is_known(norm) and (norm.training or getattr(norm, "running_mean", None) is None)
 
     def _norm_arguments(self):
-        """What `spade_modulate` is to be told of the norm, which is read anew each time: it may have been exchanged."""
+        """What `spade_modulate` is to be told of the norm, which is read anew each time: it may
+        have been exchanged.
+        """
         norm = self.part("norm")
         if not is_known(norm):
             return {"norm": None}
@@ -169,7 +224,11 @@ class SpatiallyAdaptive:
         if kind == "group":
             arguments["num_groups"] = norm.num_groups
         if kind in ("batch", "syncbatch"):
-            arguments |= {"training": self.measures, "running_mean": norm.running_mean, "running_var": norm.running_var}
+            arguments |= {
+                "training": self.measures,
+                "running_mean": norm.running_mean,
+                "running_var": norm.running_var,
+            }
             arguments["momentum"] = norm.momentum
             if norm.training and norm.num_batches_tracked is not None:
                 norm.num_batches_tracked.add_(1)
@@ -186,36 +245,56 @@ class SpatiallyAdaptive:
         weight = self._first_weight()
         for name, tensor in {"segmap": segmap, "the layer's weight": weight}.items():
             if tensor.device != x.device:
-                raise ValueError(f"{name} is on {tensor.device}, it should be on x's device, {x.device}")
-        if isinstance(segmap, torch.Tensor) and segmap.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
-            raise TypeError(f"segmap has dtype {segmap.dtype}, it should be the weights', {weight.dtype}")
+                raise ValueError(
+                    f"{name} is on {tensor.device}, it should be on x's device, {x.device}"
+                )
+        if (
+            isinstance(segmap, torch.Tensor)
+            and segmap.dtype != weight.dtype
+            and not torch.is_autocast_enabled(x.device.type)
+        ):
+            raise TypeError(
+                f"segmap has dtype {segmap.dtype}, it should be the weights', {weight.dtype}"
+            )
         if batch_of(segmap) != x.shape[0]:
-            raise ValueError(f"segmap has a batch of {batch_of(segmap)}, it should be x's, {x.shape[0]}")
+            raise ValueError(
+                f"segmap has a batch of {batch_of(segmap)}, it should be x's, {x.shape[0]}"
+            )
 
     def check_segmap(self, segmap):
         """Raises what is wrong with segmap, whatever x is."""
         if not isinstance(segmap, SemanticLayout):
             self._check_tensor("segmap", segmap, self.spade_form.label_nc)
         elif segmap.codes.dim() - 1 != self.spade_form.spatial_dims:
-            raise ValueError(f"segmap has {segmap.codes.dim() - 1} dimensions, it should have {self.spade_form.spatial_dims}")
+            raise ValueError(
+                f"segmap has {segmap.codes.dim() - 1} dimensions, it should have"
+                f" {self.spade_form.spatial_dims}"
+            )
         elif segmap.label_nc != self.spade_form.label_nc:
-            raise ValueError(f"segmap has {segmap.label_nc} channels, it should have {self.spade_form.label_nc}")
+            raise ValueError(
+                f"segmap has {segmap.label_nc} channels, it should have {self.spade_form.label_nc}"
+            )
 
     def _check_tensor(self, name, tensor, channels):
         if not isinstance(tensor, torch.Tensor):
             raise TypeError(f"{name} is a {type(tensor).__name__}, it should be a torch.Tensor")
         if not tensor.is_floating_point():
-            raise TypeError(f"{name} has dtype {tensor.dtype}, it should be a floating-point tensor")
+            raise TypeError(
+                f"{name} has dtype {tensor.dtype}, it should be a floating-point tensor"
+            )
         if tensor.dim() != self.spade_form.spatial_dims + 2 or tensor.shape[1] != channels:
             spatial = ", ".join("DHW"[-self.spade_form.spatial_dims :])
-            raise ValueError(f"{name} has shape {list(tensor.shape)}, it should be [N, {channels}, {spatial}]")
+            raise ValueError(
+                f"{name} has shape {list(tensor.shape)}, it should be [N, {channels}, {spatial}]"
+            )
 
     def _first_weight(self):
         return next(self.part("shared").parameters())
 
 
 class SPADE(SpatiallyAdaptive, nn.Module):
-    """Spatially-adaptive normalisation (Park et al. 2019, equation 1), with the state_dict keys of the published code.
+    """Spatially-adaptive normalisation (Park et al. 2019, equation 1), with the state_dict keys of
+    the published code.
 
         h = relu(mlp_shared(segmap));  y = norm(x) · (1 + mlp_gamma(h)) + mlp_beta(h)
 
@@ -231,8 +310,20 @@ class SPADE(SpatiallyAdaptive, nn.Module):
         spatial_dims: 1, 2 or 3.
     """
 
-    def __init__(self, norm_nc, label_nc, nhidden=128, kernel_size=3, norm="instance", *, num_groups=32, affine=False,
-                 eps=1e-5, momentum=0.1, spatial_dims=2):
+    def __init__(
+        self,
+        norm_nc,
+        label_nc,
+        nhidden=128,
+        kernel_size=3,
+        norm="instance",
+        *,
+        num_groups=32,
+        affine=False,
+        eps=1e-5,
+        momentum=0.1,
+        spatial_dims=2,
+    ):
         super().__init__()
         for name, number in {"norm_nc": norm_nc, "label_nc": label_nc, "nhidden": nhidden}.items():
             if not isinstance(number, int) or number < 1:
@@ -250,22 +341,38 @@ class SPADE(SpatiallyAdaptive, nn.Module):
         elif norm == "group":
             norm = nn.GroupNorm(num_groups, norm_nc, eps=eps, affine=affine)
         elif not isinstance(norm, nn.Module):
-            raise ValueError(f"norm is {norm!r}, it should be 'instance', 'batch', 'syncbatch', 'group' or an nn.Module")
+            raise ValueError(
+                f"norm is {norm!r}, it should be 'instance', 'batch', 'syncbatch', 'group' or an"
+                " nn.Module"
+            )
         convolution = CONVOLUTIONS[spatial_dims]
         padding = kernel_size // 2
         self.norm_nc, self.label_nc, self.spatial_dims = norm_nc, label_nc, spatial_dims
-        self.spade_form = Form("param_free_norm", "mlp_shared", "mlp_gamma", "mlp_beta", norm_nc, label_nc, spatial_dims)
+        self.spade_form = Form(
+            "param_free_norm",
+            "mlp_shared",
+            "mlp_gamma",
+            "mlp_beta",
+            norm_nc,
+            label_nc,
+            spatial_dims,
+        )
         self.param_free_norm = norm
-        self.mlp_shared = nn.Sequential(convolution(label_nc, nhidden, kernel_size, padding=padding), nn.ReLU())
+        self.mlp_shared = nn.Sequential(
+            convolution(label_nc, nhidden, kernel_size, padding=padding), nn.ReLU()
+        )
         self.mlp_gamma = convolution(nhidden, norm_nc, kernel_size, padding=padding)
         self.mlp_beta = convolution(nhidden, norm_nc, kernel_size, padding=padding)
 
     @classmethod
     def from_config(cls, config_text, norm_nc, label_nc, nhidden=128, **settings):
-        """SPADE("spadesyncbatch3x3", …) of the published code. settings: SPADE's keyword arguments."""
+        """SPADE("spadesyncbatch3x3", …) of the published code. settings: SPADE's keywords."""
         config = parse_config(config_text, "config_text")
         if config.spectral:
-            raise ValueError(f"config_text is {config_text!r}: 'spectral' is for a block's convolutions, SPADE has none with it")
+            raise ValueError(
+                f"config_text is {config_text!r}: 'spectral' is for a block's convolutions, SPADE"
+                " has none with it"
+            )
         return cls(norm_nc, label_nc, nhidden, config.kernel_size, config.norm, **settings)
 
     def extra_repr(self):
@@ -273,39 +380,64 @@ class SPADE(SpatiallyAdaptive, nn.Module):
 
 
 def leaves(module):
-    """The modules that a module is, one after the other: those of a Sequential, and of the Sequentials in it."""
-    if not isinstance(module, nn.Sequential) or type(module).forward is not nn.Sequential.forward or hooks(module):
+    """The modules that a module is, one after the other: those of a Sequential, and of the
+    Sequentials in it.
+    """
+    if (
+        not isinstance(module, nn.Sequential)
+        or type(module).forward is not nn.Sequential.forward
+        or hooks(module)
+    ):
         return [module]
     return [leaf for child in module for leaf in leaves(child)]
 
 
 def sees_windows(module, size):
-    """Whether a module is a convolution with so many taps per axis, around each pixel, of the map with zeros around it."""
+    """Whether a module is a convolution with so many taps per axis, around each pixel, of the map
+    with zeros around it.
+    """
     settings = {"kernel_size": size, "padding": size // 2, "stride": 1, "dilation": 1}
-    return (is_plain(module, CONVOLUTIONS.values()) and module.groups == 1 and module.padding_mode == "zeros"
-            and all(set(getattr(module, name)) == {setting} for name, setting in settings.items()))
+    return (
+        is_plain(module, CONVOLUTIONS.values())
+        and module.groups == 1
+        and module.padding_mode == "zeros"
+        and all(set(getattr(module, name)) == {setting} for name, setting in settings.items())
+    )
 
 
 def compute_table(layout, windows, convolutions, dtype):
-    """γ and β of the distinct windows, [K, C], in dtype; where they have norms of their own, of those of each image, [N·K, C]."""
+    """γ and β of the distinct windows, [K, C], in dtype; where they have norms of their own, of
+    those of each image, [N·K, C].
+    """
     shared, activations, *rest = convolutions
-    within = torch.promote_types(dtype, torch.float32) if convolutions.normalise else dtype  # norms see what differs between windows
+    within = (
+        torch.promote_types(dtype, torch.float32) if convolutions.normalise else dtype
+    )  # norms see what differs between windows
     hidden = convolve_windows(layout.palette, shared.weight, shared.bias, windows.hidden, within)
     for activation in activations:
         hidden = activation(hidden)
-    if kernels.select(hidden) is not kernels.cpu_backend and (joint := joined(rest[:2])):  # half the launches; copies cost a CPU more
-        rows = convolve_windows(hidden, *joint, windows.table, within).split([module.out_channels for module in rest[:2]], dim=1)
+    if kernels.select(hidden) is not kernels.cpu_backend and (
+        joint := joined(rest[:2])
+    ):  # half the launches; copies cost a CPU more
+        rows = convolve_windows(hidden, *joint, windows.table, within).split(
+            [module.out_channels for module in rest[:2]], dim=1
+        )
     else:
-        rows = [convolve_windows(hidden, module.weight, module.bias, windows.table, within) for module in rest[:2]]
+        rows = [
+            convolve_windows(hidden, module.weight, module.bias, windows.table, within)
+            for module in rest[:2]
+        ]
     if convolutions.normalise:
         rows = [normalise_over_images(table, windows, norm) for table, norm in zip(rows, rest[2:])]
     return [table.to(dtype) for table in rows]
 
 
 def normalise_over_images(table, windows, norm):
-    """A table [K, C] as instance norm makes it of each image, [N·K, C]: a row counts as often as the image has its window.
+    """A table [K, C] as instance norm makes it of each image, [N·K, C]: a row counts as often as
+    the image has its window.
 
-    In float64, for the table is small: γ and β differ little from window to window, and in float32 their mean took that with it.
+    In float64, for the table is small: γ and β differ little from window to window, and in float32
+    their mean took that with it.
     """
     images, count = len(windows.index), windows.count
     if norm is None:
@@ -320,21 +452,33 @@ def normalise_over_images(table, windows, norm):
 
 
 def batch_of(segmap):
-    """How many images' condition this is; len() of a tensor would hold an exported graph to one batch."""
+    """How many images' condition this is; len() of a tensor would hold an exported graph to one
+    batch.
+    """
     return len(segmap) if isinstance(segmap, SemanticLayout) else segmap.shape[0]
 
 
 def like_pixels_of(x, segmap):
-    """segmap with each pixel's channels together where x has them so: convolutions keep that, and γ and β then lie as x does."""
-    return segmap.contiguous(memory_format=FORMATS[x.dim()]) if x.dim() in FORMATS and is_channels_last(x) else segmap
+    """segmap with each pixel's channels together where x has them so: convolutions keep that, and γ
+    and β then lie as x does.
+    """
+    return (
+        segmap.contiguous(memory_format=FORMATS[x.dim()])
+        if x.dim() in FORMATS and is_channels_last(x)
+        else segmap
+    )
 
 
 def resize(segmap, size):
-    """segmap at x's size, by nearest neighbour: `F.interpolate`'s pixels, as a view where each size is a multiple of x's."""
+    """segmap at x's size, by nearest neighbour: `F.interpolate`'s pixels, as a view where each size
+    is a multiple of x's.
+    """
     if segmap.shape[2:] == tuple(size):
         return segmap
     if all(wanted and given % wanted == 0 for given, wanted in zip(segmap.shape[2:], size)):
-        steps = [slice(None, None, given // wanted) for given, wanted in zip(segmap.shape[2:], size)]
+        steps = [
+            slice(None, None, given // wanted) for given, wanted in zip(segmap.shape[2:], size)
+        ]
         return segmap[(slice(None), slice(None), *steps)]
     return F.interpolate(segmap, size=tuple(size), mode="nearest")
 
@@ -346,20 +490,30 @@ def dtype_of_convolution(x, weight):
 
 
 def convolve_jointly(convolutions, x):
-    """The outputs of equal convolutions of one x, from one convolution; their weights stay parameters of their own."""
+    """The outputs of equal convolutions of one x, from one convolution; their weights stay
+    parameters of their own.
+    """
     plain = all(is_plain(module, CONVOLUTIONS.values()) for module in convolutions)
     if not plain or (joint := joined(convolutions)) is None:
         return convolve_apart(convolutions, x)
-    return convolutions[0]._conv_forward(x, *joint).split([module.out_channels for module in convolutions], dim=1)
+    return (
+        convolutions[0]
+        ._conv_forward(x, *joint)
+        .split([module.out_channels for module in convolutions], dim=1)
+    )
 
 
 def joined(convolutions):
-    """Weight and bias of several convolutions of one x as those of one convolution, or None where they differ in kind."""
+    """Weight and bias of several convolutions of one x as those of one convolution, or None where
+    they differ in kind.
+    """
     settings = ("kernel_size", "padding", "stride", "dilation", "groups", "padding_mode")
     differ = any(len({getattr(module, name) for module in convolutions}) > 1 for name in settings)
     if differ or any(module.bias is None for module in convolutions):
         return None
-    return torch.cat([module.weight for module in convolutions]), torch.cat([module.bias for module in convolutions])
+    return torch.cat([module.weight for module in convolutions]), torch.cat(
+        [module.bias for module in convolutions]
+    )
 
 
 def convolve_apart(convolutions, x):
@@ -369,11 +523,15 @@ def convolve_apart(convolutions, x):
 
 def is_known(norm):
     """Whether `spade_modulate` can do what this module does."""
-    return is_plain(norm, KINDS) and not (KINDS[type(norm)] == "instance" and norm.track_running_stats)
+    return is_plain(norm, KINDS) and not (
+        KINDS[type(norm)] == "instance" and norm.track_running_stats
+    )
 
 
 def is_plain(module, types):
-    """Whether a module is just what its type says, with no hook (such as spectral_norm's) that must run when it is called."""
+    """Whether a module is just what its type says, with no hook (such as spectral_norm's) that must
+    run when it is called.
+    """
     return type(module) in types and not hooks(module)
 
 
@@ -384,5 +542,10 @@ def owns_result(module):
 
 def hooks(module):
     """Everything that runs when a module is called, beside its forward."""
-    kinds = (module._forward_pre_hooks, module._forward_hooks, module._backward_pre_hooks, module._backward_hooks)
+    kinds = (
+        module._forward_pre_hooks,
+        module._forward_hooks,
+        module._backward_pre_hooks,
+        module._backward_hooks,
+    )
     return [hook for kind in kinds for hook in kind.values()]

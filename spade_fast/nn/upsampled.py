@@ -1,8 +1,11 @@
-"""A convolution of a map that nearest neighbour made larger: it repeats pixels, and repeated pixels need fewer products.
+"""A convolution of a map that nearest neighbour made larger: it repeats pixels, and repeated pixels
+need fewer products.
 
-A convolution with k taps per axis of a map whose pixels are repeated f times is a transposed convolution of the map itself, with
-stride f and k + f − 1 taps: each of those is the sum of the taps that would have met the same pixel. For f = 2 and k = 3 that is 4
-products in place of 9 for each output in two dimensions, for f = 4 it is 2.25. Exact: the same function, sums in another order.
+A convolution with k taps per axis of a map whose pixels are repeated f times is a transposed
+convolution of the map itself, with stride f and k + f − 1 taps: each of those is the sum of the
+taps that would have met the same pixel. For f = 2 and k = 3 that is 4 products in place of 9 for
+each output in two dimensions, for f = 4 it is 2.25. Exact: the same function, sums in another
+order.
 """
 
 import torch
@@ -12,8 +15,13 @@ TRANSPOSED = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3
 
 
 def repeats(segmap, size):
-    """How often nearest neighbour repeats each pixel of segmap [N, C, *spatial] along every axis to make this size; 1 where it does not."""
-    factors = {wanted // given if given and wanted % given == 0 else 1 for given, wanted in zip(segmap.shape[2:], size)}
+    """How often nearest neighbour repeats each pixel of segmap [N, C, *spatial] along every axis to
+    make this size; 1 where it does not.
+    """
+    factors = {
+        wanted // given if given and wanted % given == 0 else 1
+        for given, wanted in zip(segmap.shape[2:], size)
+    }
     return factors.pop() if len(factors) == 1 else 1
 
 
@@ -23,16 +31,22 @@ def repeat_pixels(x, factor):
 
 
 def may_sum_weights(x):
-    """Whether sums of weights, in the dtype of a convolution of x, are as good as sums of products: in half precision they are rounded."""
+    """Whether sums of weights, in the dtype of a convolution of x, are as good as sums of products:
+    in half precision they are rounded.
+    """
     return x.element_size() >= 4 and not torch.is_autocast_enabled(x.device.type)
 
 
 def convolve_repeated(conv, x, factor):
-    """conv(repeat_pixels(x, factor)) of a convolution that keeps a map's size by zeros around it."""
+    """conv(repeat_pixels(x, factor)) of a convolution that keeps a map's size by zero padding."""
     weight = conv.weight.transpose(0, 1)
     taps = weight.shape[-1]
     # meets[t, j]: whether tap t of the convolution is part of tap j of the transposed one.
-    offset = torch.arange(taps + factor - 1, device=weight.device) + torch.arange(taps, device=weight.device)[:, None] - (taps - 1)
+    offset = (
+        torch.arange(taps + factor - 1, device=weight.device)
+        + torch.arange(taps, device=weight.device)[:, None]
+        - (taps - 1)
+    )
     meets = ((offset >= 0) & (offset < factor)).to(weight.dtype)
     for dim in range(2, weight.dim()):
         weight = (weight.movedim(dim, -1) @ meets).movedim(-1, dim)

@@ -1,4 +1,6 @@
-"""Whether a SPADE computes γ and β at every pixel, or at every distinct window of a layout: what its condition allows, and what pays."""
+"""Whether a SPADE computes γ and β at every pixel, or at every distinct window of a layout: what
+its condition allows, and what pays.
+"""
 
 import threading
 
@@ -11,8 +13,9 @@ from .frozen import kept_tables
 
 FORMATS = {4: torch.channels_last, 5: torch.channels_last_3d}
 MODES = ("auto", "always", "never")
-# Beside a multiply-add, as `python -m benchmarks run layer` shows on a CPU: an addition of rows, which memory limits; what a
-# convolution spends on bringing one weight into its own order; and what windows cost more than their count, mostly in backward.
+# Beside a multiply-add, as `python -m benchmarks run layer` shows on a CPU: an addition of rows,
+# which memory limits; what a convolution spends on bringing one weight into its own order; and what
+# windows cost more than their count, mostly in backward.
 COST_OF_ADDITION, COST_OF_WEIGHT, COST_OF_WINDOWS = 8, 100, 1.25
 FEW_PIXELS = 4096  # below, x keeps its memory layout
 
@@ -21,8 +24,9 @@ _found = WeakTensorKeyDictionary()  # what `find_layout` found of each condition
 
 
 class window_mode:
-    """What this thread's SPADEs do with a layout: "never" computes γ and β at every pixel, "always" at every distinct window, "auto", as
-    without, where that takes less time. The results are the same.
+    """What this thread's SPADEs do with a layout: "never" computes γ and β at every pixel, "always"
+    at every distinct window, "auto", as without, where that takes less time. The results are the
+    same.
 
     `with window_mode("never"):` holds inside, `window_mode("never")` alone from then on.
     """
@@ -44,18 +48,29 @@ def current_mode():
 
 
 def find_layout(segmap):
-    """The SemanticLayout of a condition, or None where it is none, or where nothing may depend on its values.
+    """The SemanticLayout of a condition, or None where it is none, or where nothing may depend on
+    its values.
 
-    A tensor is looked at once, and again when its version says that it was changed in place. (Changes that PyTorch cannot see, through
-    `.data` or NumPy, it cannot see.) Inference tensors have no version: they are looked at each time, and the windows are kept.
+    A tensor is looked at once, and again when its version says that it was changed in place.
+    (Changes that PyTorch cannot see, through `.data` or NumPy, it cannot see.) Inference tensors
+    have no version: they are looked at each time, and the windows are kept.
     """
     if isinstance(segmap, SemanticLayout):
         return segmap
-    if torch.compiler.is_compiling() or type(segmap) is not torch.Tensor or current_mode() == "never":
+    if (
+        torch.compiler.is_compiling()
+        or type(segmap) is not torch.Tensor
+        or current_mode() == "never"
+    ):
         return None
     if segmap.requires_grad or (segmap.is_cuda and torch.cuda.is_current_stream_capturing()):
         return None
-    state = (None if segmap.is_inference() else segmap._version, segmap.data_ptr(), segmap.shape, segmap.stride())
+    state = (
+        None if segmap.is_inference() else segmap._version,
+        segmap.data_ptr(),
+        segmap.shape,
+        segmap.stride(),
+    )
     before = _found.get(segmap)
     if before is not None and before[0] == state and state[0] is not None:
         return before[1]
@@ -67,10 +82,11 @@ def find_layout(segmap):
 
 
 def with_channels_together(x, scale=1):
-    """x with each pixel's channels together: the layout in which they meet a row of a table, and in which convolutions are fastest.
+    """x with each pixel's channels together: the layout in which they meet a row of a table, and in
+    which convolutions are fastest.
 
-    Not where there are few pixels (of x made so many times larger, as it is next): the convolutions that follow copy their weights to x's
-    layout, which then costs more.
+    Not where there are few pixels (of x made so many times larger, as it is next): the convolutions
+    that follow copy their weights to x's layout, which then costs more.
     """
     if kernels.is_exporting():
         return x  # an exported graph may not depend on the batch
@@ -79,7 +95,9 @@ def with_channels_together(x, scale=1):
 
 
 def pays(layout, size, spade, convolutions):
-    """Whether this SPADE should compute γ and β at the distinct windows of this size. A compiled graph does: it may not depend on them."""
+    """Whether this SPADE should compute γ and β at the distinct windows of this size. A compiled
+    graph does: it may not depend on them.
+    """
     if torch.compiler.is_compiling():
         return True
     mode = current_mode()
@@ -90,7 +108,13 @@ def pays(layout, size, spade, convolutions):
     shared, gamma = convolutions.shared, convolutions.gamma
     windows = layout.windows(size, gamma.kernel_size[0])
     taps, hidden, outputs = gamma.weight[0, 0].numel(), gamma.in_channels, 2 * gamma.out_channels
-    at_pixels = taps * hidden * (windows.index.numel() * (shared.in_channels + outputs) + COST_OF_WEIGHT * outputs)
-    products = taps * hidden * (len(layout.palette) * shared.in_channels + windows.hidden_count * outputs)
+    at_pixels = (
+        taps
+        * hidden
+        * (windows.index.numel() * (shared.in_channels + outputs) + COST_OF_WEIGHT * outputs)
+    )
+    products = (
+        taps * hidden * (len(layout.palette) * shared.in_channels + windows.hidden_count * outputs)
+    )
     additions = taps * (windows.hidden_count * hidden + windows.count * outputs)
     return COST_OF_WINDOWS * (products + COST_OF_ADDITION * additions) < at_pixels

@@ -1,4 +1,6 @@
-"""The checks of `spade_modulate`: each names the argument, what it is and what it should be, before any kernel runs."""
+"""The checks of `spade_modulate`: each names the argument, what it is and what it should be, before
+any kernel runs.
+"""
 
 import torch
 
@@ -13,11 +15,29 @@ ACTIVATIONS = (None, "relu", "leaky_relu", "silu")
 def check_x(x):
     _check_tensor("x", x)
     if not 3 <= x.dim() <= 5:
-        raise ValueError(f"x has shape {list(x.shape)}, it should be [N, C, *spatial] with one to three spatial dimensions")
+        raise ValueError(
+            f"x has shape {list(x.shape)}, it should be [N, C, *spatial] with one to three spatial"
+            " dimensions"
+        )
 
 
-def check_modulate(x, gamma, beta, index, *, norm, num_groups, weight, bias, running_mean, running_var, training, activation, moments,
-                   out=None):
+def check_modulate(
+    x,
+    gamma,
+    beta,
+    index,
+    *,
+    norm,
+    num_groups,
+    weight,
+    bias,
+    running_mean,
+    running_var,
+    training,
+    activation,
+    moments,
+    out=None,
+):
     check_x(x)
     if index is not None and not isinstance(index, torch.Tensor):
         raise TypeError(f"index is a {type(index).__name__}, it should be a torch.Tensor")
@@ -25,12 +45,21 @@ def check_modulate(x, gamma, beta, index, *, norm, num_groups, weight, bias, run
     _check_tensor("beta", beta)
     for name, tensor in {"gamma": gamma, "beta": beta}.items():
         if index is None and tensor.shape != x.shape:
-            raise ValueError(f"{name} has shape {list(tensor.shape)}, it should be x's, {list(x.shape)}")
-        if index is not None and (tensor.dim() != 2 or tensor.shape[1] != x.shape[1] or len(tensor) != len(gamma)):
+            raise ValueError(
+                f"{name} has shape {list(tensor.shape)}, it should be x's, {list(x.shape)}"
+            )
+        if index is not None and (
+            tensor.dim() != 2 or tensor.shape[1] != x.shape[1] or len(tensor) != len(gamma)
+        ):
             rows = "K" if name == "gamma" else len(gamma)
-            raise ValueError(f"{name} has shape {list(tensor.shape)}, with an index it should be a table, [{rows}, {x.shape[1]}]")
+            raise ValueError(
+                f"{name} has shape {list(tensor.shape)}, with an index it should be a table,"
+                f" [{rows}, {x.shape[1]}]"
+            )
         if tensor.device != x.device:
-            raise ValueError(f"{name} is on {tensor.device}, it should be on x's device, {x.device}")
+            raise ValueError(
+                f"{name} is on {tensor.device}, it should be on x's device, {x.device}"
+            )
     if beta.dtype != gamma.dtype:
         raise TypeError(f"beta has dtype {beta.dtype}, it should be gamma's, {gamma.dtype}")
     if index is not None:
@@ -39,14 +68,22 @@ def check_modulate(x, gamma, beta, index, *, norm, num_groups, weight, bias, run
         raise ValueError(f"norm is {norm!r}, it should be one of {NORMS}")
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation is {activation!r}, it should be one of {ACTIVATIONS}")
-    per_channel = {"weight": weight, "bias": bias, "running_mean": running_mean, "running_var": running_var}
+    per_channel = {
+        "weight": weight,
+        "bias": bias,
+        "running_mean": running_mean,
+        "running_var": running_var,
+    }
     for name, tensor in per_channel.items():
         _check_channels(name, tensor, x)
     _check_norm(x, norm, num_groups, weight, bias, running_mean, running_var, training)
     if moments is not None:
         _check_tensor("moments", moments)
         if moments.shape != (2, *x.shape[:2]):
-            raise ValueError(f"moments has shape {list(moments.shape)}, it should be [2, N, C], {[2, *x.shape[:2]]}")
+            raise ValueError(
+                f"moments has shape {list(moments.shape)}, it should be [2, N, C],"
+                f" {[2, *x.shape[:2]]}"
+            )
     if out is not None:
         _check_out(out, x, torch.promote_types(x.dtype, gamma.dtype))
 
@@ -55,17 +92,28 @@ def _check_tensor(name, tensor):
     if not isinstance(tensor, torch.Tensor):
         raise TypeError(f"{name} is a {type(tensor).__name__}, it should be a torch.Tensor")
     if tensor.dtype not in DTYPES:
-        raise TypeError(f"{name} has dtype {tensor.dtype}, it should be a floating-point tensor of 16, 32 or 64 bits")
+        raise TypeError(
+            f"{name} has dtype {tensor.dtype}, it should be a floating-point tensor of 16, 32 or"
+            " 64 bits"
+        )
 
 
 def _check_out(out, x, dtype):
     _check_tensor("out", out)
     if out.shape != x.shape or out.device != x.device:
-        raise ValueError(f"out has shape {list(out.shape)} on {out.device}, it should be as x, {list(x.shape)} on {x.device}")
+        raise ValueError(
+            f"out has shape {list(out.shape)} on {out.device}, it should be as x, {list(x.shape)}"
+            f" on {x.device}"
+        )
     if out.dtype != dtype:
-        raise TypeError(f"out has dtype {out.dtype}, it should be what x and gamma promote to, {dtype}")
+        raise TypeError(
+            f"out has dtype {out.dtype}, it should be what x and gamma promote to, {dtype}"
+        )
     if not torch_backend.lies_like(out, x):
-        raise ValueError(f"out has strides {list(out.stride())}, it should lie without gaps as x does, with strides {list(x.stride())}")
+        raise ValueError(
+            f"out has strides {list(out.stride())}, it should lie without gaps as x does, with"
+            f" strides {list(x.stride())}"
+        )
 
 
 def _check_index(index, x, rows):
@@ -73,13 +121,18 @@ def _check_index(index, x, rows):
         raise TypeError(f"index has dtype {index.dtype}, it should be a tensor of whole numbers")
     expected = (x.shape[0], *x.shape[2:])
     if index.shape != expected:
-        raise ValueError(f"index has shape {list(index.shape)}, it should be [N, *spatial], {list(expected)}")
+        raise ValueError(
+            f"index has shape {list(index.shape)}, it should be [N, *spatial], {list(expected)}"
+        )
     if index.device != x.device:
         raise ValueError(f"index is on {index.device}, it should be on x's device, {x.device}")
     if index.is_cpu and index.numel() and not torch.compiler.is_compiling():
         least, most = index.aminmax()
         if least < 0 or most >= rows:
-            raise ValueError(f"index has numbers from {least} to {most}, they should be rows of the table, 0 to {rows - 1}")
+            raise ValueError(
+                f"index has numbers from {least} to {most}, they should be rows of the table, 0 to"
+                f" {rows - 1}"
+            )
 
 
 def _check_channels(name, tensor, x):
@@ -98,18 +151,33 @@ def _check_norm(x, norm, num_groups, weight, bias, running_mean, running_var, tr
     if (running_mean is None) != (running_var is None):
         raise ValueError("running_mean and running_var should be given both or neither")
     if running_mean is not None and norm not in ("batch", "syncbatch"):
-        raise ValueError(f"running_mean is given, it should be None for norm={norm!r}, which keeps no running statistics")
+        raise ValueError(
+            f"running_mean is given, it should be None for norm={norm!r}, which keeps no running"
+            " statistics"
+        )
     if running_mean is None and norm in ("batch", "syncbatch") and not training:
-        raise ValueError(f"running_mean is None, it should be a tensor [C] for norm={norm!r} with training=False")
+        raise ValueError(
+            f"running_mean is None, it should be a tensor [C] for norm={norm!r} with training=False"
+        )
     if norm is None and (weight is not None or bias is not None):
         raise ValueError("weight and bias are the norm's own, they should be None for norm=None")
     # What follows are torch's own rules and words: one value has no deviation.
     if norm == "instance" and pixels == 1:
-        raise ValueError(f"Expected more than 1 spatial element when training, got input size {x.shape}")
+        raise ValueError(
+            f"Expected more than 1 spatial element when training, got input size {x.shape}"
+        )
     if norm == "batch" and training and batch * pixels == 1:
-        raise ValueError(f"Expected more than 1 value per channel when training, got input size {x.shape}")
+        raise ValueError(
+            f"Expected more than 1 value per channel when training, got input size {x.shape}"
+        )
     if norm == "group":
         if not isinstance(num_groups, int) or num_groups < 1 or channels % num_groups:
-            raise ValueError(f"num_groups is {num_groups!r}, it should be a positive number that divides C, {channels}")
+            raise ValueError(
+                f"num_groups is {num_groups!r}, it should be a positive number that divides C,"
+                f" {channels}"
+            )
         if batch * channels // num_groups * pixels == 1:
-            raise ValueError(f"Expected more than 1 value per channel when training, got input size {list(x.shape)}")
+            raise ValueError(
+                "Expected more than 1 value per channel when training, got input size"
+                f" {list(x.shape)}"
+            )

@@ -1,9 +1,11 @@
 """A convolution at the distinct windows of a map alone: each is computed once, wherever it occurs.
 
-A window sees rows through its taps. With T taps, result i is bias + Σ_t weight[:, :, t] · rows[row(i, t)]: a matrix product makes
-weight[:, :, t] · row for every row and tap, and sums of those make the results. There are fewer rows than windows, so that the
-product is the smallest that there can be. It is made for some output channels at a time, and never held whole. (In half precision on a
-GPU products cost less than the memory that they would pass through: `triton_kernels/convolve_windows.py`.)
+A window sees rows through its taps. With T taps, result i is bias + Σ_t weight[:, :, t] ·
+rows[row(i, t)]: a matrix product makes weight[:, :, t] · row for every row and tap, and sums of
+those make the results. There are fewer rows than windows, so that the product is the smallest that
+there can be. It is made for some output channels at a time, and never held whole. (In half
+precision on a GPU products cost less than the memory that they would pass through:
+`triton_kernels/convolve_windows.py`.)
 """
 
 import torch
@@ -13,14 +15,18 @@ from ..kernels import torch_backend
 
 
 def convolve_windows(rows, weight, bias, sums, dtype):
-    """rows [R, in] convolved with weight [out, in, *kernel] and bias [out] at the windows of a `layout.Sums`: [windows, out].
+    """rows [R, in] convolved with weight [out, in, *kernel] and bias [out] at the windows of a
+    `layout.Sums`: [windows, out].
 
-    As a convolution in `dtype`, whatever autocast says: half precision where the kernels sum its products in float32, else at least
-    float32, and the result is what it was computed in. Differentiable in rows, weight and bias, twice.
+    As a convolution in `dtype`, whatever autocast says: half precision where the kernels sum its
+    products in float32, else at least float32, and the result is what it was computed in.
+    Differentiable in rows, weight and bias, twice.
     """
     dtype = kernels.select(weight).dtype_at_windows(dtype)
     with torch.autocast(rows.device.type, enabled=False):
-        return ConvolveWindows.apply(rows.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype), *sums)
+        return ConvolveWindows.apply(
+            rows.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype), *sums
+        )
 
 
 class ConvolveWindows(torch.autograd.Function):
@@ -38,21 +44,32 @@ class ConvolveWindows(torch.autograd.Function):
             return *_differentiable_backward(gradient, rows, weight, bias, sums), *[None] * 4
         *wanted, wants_bias = ctx.needs_input_grad[:3]
         _, _, *back = sums
-        of_rows, of_weight = ctx.backend.convolve_windows_gradients(gradient, rows, weight, *back, *wanted)
+        of_rows, of_weight = ctx.backend.convolve_windows_gradients(
+            gradient, rows, weight, *back, *wanted
+        )
         return of_rows, of_weight, gradient.sum(0) if wants_bias else None, *[None] * 4
 
 
 def _differentiable_backward(gradient, rows, weight, bias, sums):
-    """The same gradients through plain PyTorch, for second derivatives, with sums in no less than float32."""
+    """The same gradients through plain PyTorch, for second derivatives, with sums in no less than
+    float32.
+    """
     inputs = [None if tensor is None else tensor.view_as(tensor) for tensor in (rows, weight, bias)]
-    rows, weight, bias, gradient = (None if tensor is None else tensor.to(torch_backend.sum_dtype(tensor.dtype))
-                                    for tensor in (*inputs, gradient))
+    rows, weight, bias, gradient = (
+        None if tensor is None else tensor.to(torch_backend.sum_dtype(tensor.dtype))
+        for tensor in (*inputs, gradient)
+    )
     offsets, listed, _, _ = sums
-    windows = torch.repeat_interleave(torch.arange(len(offsets) - 1, device=rows.device), offsets.diff())
+    windows = torch.repeat_interleave(
+        torch.arange(len(offsets) - 1, device=rows.device), offsets.diff()
+    )
     by_tap = weight.flatten(2).permute(2, 0, 1).reshape(-1, weight.shape[1])
     products = (rows @ by_tap.t()).view(-1, len(weight))[listed.long()]
     result = products.new_zeros(len(offsets) - 1, len(weight)).index_add(0, windows, products)
     result = result if bias is None else result + bias
     wanted = [tensor for tensor in inputs if tensor is not None and tensor.requires_grad]
     gradients = iter(torch.autograd.grad(result, wanted, gradient, create_graph=True))
-    return [next(gradients) if tensor is not None and tensor.requires_grad else None for tensor in inputs]
+    return [
+        next(gradients) if tensor is not None and tensor.requires_grad else None
+        for tensor in inputs
+    ]

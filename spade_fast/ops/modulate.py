@@ -1,6 +1,8 @@
-"""The one operation: y = activation((1 + γ)·x̂ + β), forward and a hand-written backward, whatever the norm and the backend.
+"""The one operation: y = activation((1 + γ)·x̂ + β), forward and a hand-written backward, whatever
+the norm and the backend.
 
-`spade_modulate` checks its arguments and measures x; `Modulate` ties the forward and backward kernels of one backend together.
+`spade_modulate` checks its arguments and measures x; `Modulate` ties the forward and backward
+kernels of one backend together.
 """
 
 import torch
@@ -11,62 +13,117 @@ from . import norms
 from .arguments import check_modulate, check_x
 
 
-def spade_modulate(x, gamma, beta, *, index=None, order=None, norm="instance", num_groups=None, weight=None, bias=None, running_mean=None,
-                   running_var=None, training=True, momentum=0.1, eps=1e-5, process_group=None, activation=None,
-                   negative_slope=0.2, moments=None, out=None):
+def spade_modulate(
+    x,
+    gamma,
+    beta,
+    *,
+    index=None,
+    order=None,
+    norm="instance",
+    num_groups=None,
+    weight=None,
+    bias=None,
+    running_mean=None,
+    running_var=None,
+    training=True,
+    momentum=0.1,
+    eps=1e-5,
+    process_group=None,
+    activation=None,
+    negative_slope=0.2,
+    moments=None,
+    out=None,
+):
     """Normalise x, modulate it by γ and β, and apply an activation (Park et al. 2019, equation 1).
 
     Args:
-        x: [N, C, *spatial], one to three spatial dimensions; float16, bfloat16, float32 or float64; any strides.
+        x: [N, C, *spatial], one to three spatial dimensions; float16, bfloat16, float32 or float64;
+            any strides.
         gamma, beta: γ and β, of x's shape and device, in one dtype, which may be another than x's.
-        index: [N, *spatial], whole numbers: then γ and β are the rows of a table, [K, C], and index says which row each pixel has.
-            On a CPU it is checked for numbers outside of the table.
-        order: [N, pixels], int32: each image's pixels sorted by index, for backward, where that is known already.
+        index: [N, *spatial], whole numbers: then γ and β are the rows of a table, [K, C], and index
+            says which row each pixel has. On a CPU it is checked for numbers outside of the table.
+        order: [N, pixels], int32: each image's pixels sorted by index, for backward, where that is
+            known already.
         norm: "instance", "batch", "syncbatch", "group", or None: x is modulated as it is.
         num_groups: groups of channels, for norm="group".
         weight, bias: [C], the norm's own affine parameters, before the modulation.
-        running_mean, running_var: [C], for "batch" and "syncbatch": read where training is False, else updated in place.
+        running_mean, running_var: [C], for "batch" and "syncbatch": read where training is False,
+            else updated in place.
         training: whether batch norms use x's statistics (always so for "instance" and "group").
         momentum: the weight of x's statistics in the update of the running ones.
         eps: added to the variance.
-        process_group: the processes that share statistics, for "syncbatch"; the default group where None.
+        process_group: the processes that share statistics, for "syncbatch"; the default group where
+            None.
         activation: None, "relu", "leaky_relu" or "silu".
         negative_slope: of leaky ReLU.
         moments: what `plane_moments(x)` returned, for several modulations of one x.
-        out: where y is written, in y's shape and dtype and without gaps in x's memory layout; it may be x, gamma or beta itself, which is
-            then gone. Only where no gradient is asked for.
+        out: where y is written, in y's shape and dtype and without gaps in x's memory layout; it
+            may be x, gamma or beta itself, which is then gone. Only where no gradient is asked for.
 
     Returns:
-        y of x's shape and memory layout, in the dtype that x and γ promote to. Sums are held in float32, or in float64 where x is.
+        y of x's shape and memory layout, in the dtype that x and γ promote to. Sums are held in
+        float32, or in float64 where x is.
 
     Raises:
         ValueError, TypeError: an argument is not as said above; the message names it.
         RuntimeError: the backend that was asked for cannot run.
     """
-    check_modulate(x, gamma, beta, index, norm=norm, num_groups=num_groups, weight=weight, bias=bias, running_mean=running_mean,
-                   running_var=running_var, training=training, activation=activation, moments=moments, out=out)
+    check_modulate(
+        x,
+        gamma,
+        beta,
+        index,
+        norm=norm,
+        num_groups=num_groups,
+        weight=weight,
+        bias=bias,
+        running_mean=running_mean,
+        running_var=running_var,
+        training=training,
+        activation=activation,
+        moments=moments,
+        out=out,
+    )
     backend = kernels.select(x, gamma)
     index = None if index is None else index.to(torch.int32)
     differentiable = (x, gamma, beta, weight, bias)
-    differentiates = torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in differentiable)
-    differentiates = differentiates and not kernels.is_exporting()  # what is exported is for inference
+    differentiates = torch.is_grad_enabled() and any(
+        tensor is not None and tensor.requires_grad for tensor in differentiable
+    )
+    differentiates = (
+        differentiates and not kernels.is_exporting()
+    )  # what is exported is for inference
     if out is not None and (differentiates or torch.is_grad_enabled() and out.requires_grad):
-        raise ValueError("out is given, it should be None where gradients are asked for: they need what it would be written over")
+        raise ValueError(
+            "out is given, it should be None where gradients are asked for: they need what it"
+            " would be written over"
+        )
     if norm == "instance" and weight is None and bias is None and moments is None and out is None:
         if differentiates:
-            return ModulateInstance.apply(x, gamma, beta, index, order, eps, activation, negative_slope, backend)
-        return backend.instance_forward(x, gamma, beta, index, eps, activation, negative_slope, False)[0]
+            return ModulateInstance.apply(
+                x, gamma, beta, index, order, eps, activation, negative_slope, backend
+            )
+        return backend.instance_forward(
+            x, gamma, beta, index, eps, activation, negative_slope, False
+        )[0]
     norm = norms.Norm(norm, num_groups, training, momentum, eps, process_group)
     with torch.no_grad():
         if norm.measures:
             moments = backend.plane_moments(x) if moments is None else moments
-            statistics = norms.measure(norm, moments, x.shape[2:].numel(), running_mean, running_var)
+            statistics = norms.measure(
+                norm, moments, x.shape[2:].numel(), running_mean, running_var
+            )
         elif norm.kind is None:
             statistics = norms.identity(x.shape[1], torch_backend.sum_dtype(x.dtype), x.device)
         else:
-            statistics = norms.given(running_mean, running_var, eps, torch_backend.sum_dtype(x.dtype))
+            statistics = norms.given(
+                running_mean, running_var, eps, torch_backend.sum_dtype(x.dtype)
+            )
     if differentiates:
-        return Modulate.apply(*differentiable, index, order, *statistics, norm, activation, negative_slope, backend)
+        return Modulate.apply(
+            *differentiable, index, order, *statistics, norm, activation, negative_slope, backend
+        )
     planes = norms.planes(statistics, x.shape[:2], weight, bias)
     if out is None:
         return backend.apply(x, planes, gamma, beta, index, activation, negative_slope, False)[0]
@@ -77,10 +134,12 @@ def spade_modulate(x, gamma, beta, *, index=None, order=None, norm="instance", n
 
 
 def plane_moments(x):
-    """Mean and sum of squared deviations of each plane of x [N, C, *spatial]: [2, N, C], float32, or float64 where x is.
+    """Mean and sum of squared deviations of each plane of x [N, C, *spatial]: [2, N, C], float32,
+    or float64 where x is.
 
-    For `spade_modulate(..., moments=...)`, where several modulations share one x. Not differentiable by itself: each
-    modulation's backward accounts for the statistics it was given. Errors: TypeError or ValueError for an x that is not so.
+    For `spade_modulate(..., moments=...)`, where several modulations share one x. Not
+    differentiable by itself: each modulation's backward accounts for the statistics it was given.
+    Errors: TypeError or ValueError for an x that is not so.
     """
     check_x(x)
     with torch.no_grad():
@@ -88,45 +147,85 @@ def plane_moments(x):
 
 
 class Modulate(torch.autograd.Function):
-    """Keeps x, γ and, for the activation's derivative, one bit an element (ReLU, leaky ReLU) or β (SiLU)."""
+    """Keeps x, γ and, for the activation's derivative, one bit an element (ReLU, leaky ReLU) or β
+    (SiLU).
+    """
 
     @staticmethod
-    def forward(ctx, x, gamma, beta, weight, bias, index, order, mean, inverse_deviation, count, norm, activation, negative_slope, backend):
+    def forward(
+        ctx,
+        x,
+        gamma,
+        beta,
+        weight,
+        bias,
+        index,
+        order,
+        mean,
+        inverse_deviation,
+        count,
+        norm,
+        activation,
+        negative_slope,
+        backend,
+    ):
         statistics = norms.Statistics(mean, inverse_deviation, count)
         planes = norms.planes(statistics, x.shape[:2], weight, bias)
         y, signs = backend.apply(x, planes, gamma, beta, index, activation, negative_slope, True)
         kept_beta = beta if activation == "silu" else None
-        ctx.save_for_backward(x, gamma, kept_beta, weight, bias, index, order, mean, inverse_deviation, planes, signs)
+        ctx.save_for_backward(
+            x, gamma, kept_beta, weight, bias, index, order, mean, inverse_deviation, planes, signs
+        )
         ctx.count, ctx.norm, ctx.backend = count, norm, backend
         ctx.activation, ctx.negative_slope = activation, negative_slope
         return y
 
     @staticmethod
     def backward(ctx, dy):
-        x, gamma, beta, weight, bias, index, order, mean, inverse_deviation, planes, signs = ctx.saved_tensors
+        x, gamma, beta, weight, bias, index, order, mean, inverse_deviation, planes, signs = (
+            ctx.saved_tensors
+        )
         statistics = norms.Statistics(mean, inverse_deviation, ctx.count)
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            gradients = _differentiable_backward(ctx, dy, x, gamma, beta, weight, bias, index, statistics, signs)
+            gradients = _differentiable_backward(
+                ctx, dy, x, gamma, beta, weight, bias, index, statistics, signs
+            )
             return *gradients, *[None] * 9
         activation = (ctx.activation, ctx.negative_slope)
         order = torch_backend.sort_pixels(index) if order is None and index is not None else order
-        dgamma, dbeta, sums = ctx.backend.backward_sums(dy, x, planes, gamma, beta, index, order, signs, *activation)
+        dgamma, dbeta, sums = ctx.backend.backward_sums(
+            dy, x, planes, gamma, beta, index, order, signs, *activation
+        )
         terms = norms.backward(ctx.norm, statistics, sums, weight)
         dx = None
         if ctx.needs_input_grad[0]:
-            dx = ctx.backend.backward_input(dy, x, planes, gamma, beta, index, signs, terms, *activation)
+            dx = ctx.backend.backward_input(
+                dy, x, planes, gamma, beta, index, signs, terms, *activation
+            )
         if ctx.activation is None and index is None:
             dbeta = dy.to(gamma.dtype)  # with no activation dβ is dy itself
-        return dx, dgamma, dbeta, *norms.backward_affine(statistics, sums, weight, bias), *[None] * 9
+        return (
+            dx,
+            dgamma,
+            dbeta,
+            *norms.backward_affine(statistics, sums, weight, bias),
+            *[None] * 9,
+        )
 
 
 class ModulateInstance(torch.autograd.Function):
-    """The same for instance norm without parameters of its own, most SPADEs' norm: one operator each way."""
+    """The same for instance norm without parameters of its own, most SPADEs' norm: one operator
+    each way.
+    """
 
     @staticmethod
     def forward(ctx, x, gamma, beta, index, order, eps, activation, negative_slope, backend):
-        y, signs, planes = backend.instance_forward(x, gamma, beta, index, eps, activation, negative_slope, True)
-        ctx.save_for_backward(x, gamma, beta if activation == "silu" else None, index, order, planes, signs)
+        y, signs, planes = backend.instance_forward(
+            x, gamma, beta, index, eps, activation, negative_slope, True
+        )
+        ctx.save_for_backward(
+            x, gamma, beta if activation == "silu" else None, index, order, planes, signs
+        )
         ctx.norm, ctx.backend = norms.Norm("instance", eps=eps), backend
         ctx.activation, ctx.negative_slope = activation, negative_slope
         return y
@@ -135,11 +234,16 @@ class ModulateInstance(torch.autograd.Function):
     def backward(ctx, dy):
         x, gamma, beta, index, order, planes, signs = ctx.saved_tensors
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            dx, dgamma, dbeta, _, _ = _differentiable_backward(ctx, dy, x, gamma, beta, None, None, index, None, signs)
+            dx, dgamma, dbeta, _, _ = _differentiable_backward(
+                ctx, dy, x, gamma, beta, None, None, index, None, signs
+            )
         else:
-            order = torch_backend.sort_pixels(index) if order is None and index is not None else order
-            dgamma, dbeta, dx = ctx.backend.instance_backward(dy, x, planes, gamma, beta, index, order, signs, ctx.activation,
-                                                              ctx.negative_slope)
+            order = (
+                torch_backend.sort_pixels(index) if order is None and index is not None else order
+            )
+            dgamma, dbeta, dx = ctx.backend.instance_backward(
+                dy, x, planes, gamma, beta, index, order, signs, ctx.activation, ctx.negative_slope
+            )
             if ctx.activation is None and index is None:
                 dbeta = dy.to(gamma.dtype)
         return dx, dgamma, dbeta, *[None] * 6
@@ -148,14 +252,22 @@ class ModulateInstance(torch.autograd.Function):
 def _differentiable_backward(ctx, dy, x, gamma, beta, weight, bias, index, statistics, signs):
     """The same gradients through plain PyTorch, for second derivatives (create_graph=True)."""
     if ctx.norm.processes > 1:
-        raise RuntimeError("second derivatives of norm='syncbatch' over several processes are not supported")
+        raise RuntimeError(
+            "second derivatives of norm='syncbatch' over several processes are not supported"
+        )
     activation = (ctx.activation, ctx.negative_slope)
     if signs.numel():  # the activation is linear on either side of zero, and which side is known
-        dy = torch_backend.through_activation(dy, x, x.to(torch_backend.sum_dtype(x.dtype)), None, None, signs, *activation)
+        dy = torch_backend.through_activation(
+            dy, x, x.to(torch_backend.sum_dtype(x.dtype)), None, None, signs, *activation
+        )
         activation = (None, 0.0)
-    # Aliases, since autograd.grad would also follow a path from γ back to x where γ was made from x.
+    # Aliases, since autograd.grad would also follow a path from γ back to x where γ was made from
+    # x.
     beta = torch.zeros_like(gamma, requires_grad=True) if beta is None else beta
-    inputs = [None if tensor is None else tensor.view_as(tensor) for tensor in (x, gamma, beta, weight, bias)]
+    inputs = [
+        None if tensor is None else tensor.view_as(tensor)
+        for tensor in (x, gamma, beta, weight, bias)
+    ]
     x, gamma, beta, weight, bias = inputs
     if ctx.norm.measures:
         statistics = norms.measure(ctx.norm, torch_backend.plane_moments(x), x.shape[2:].numel())
@@ -163,4 +275,7 @@ def _differentiable_backward(ctx, dy, x, gamma, beta, weight, bias, index, stati
     y, _ = torch_backend.apply(x, planes, gamma, beta, index, *activation, False)
     wanted = [tensor for tensor in inputs if tensor is not None and tensor.requires_grad]
     gradients = iter(torch.autograd.grad(y, wanted, dy.to(y.dtype), create_graph=True))
-    return [next(gradients) if tensor is not None and tensor.requires_grad else None for tensor in inputs]
+    return [
+        next(gradients) if tensor is not None and tensor.requires_grad else None
+        for tensor in inputs
+    ]

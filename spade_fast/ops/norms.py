@@ -1,8 +1,9 @@
 """The norms, on [N, C] numbers: kernels never see one.
 
-Forward, a norm pools the moments of the planes that share their statistics: a plane alone (instance), a channel's planes over
-the batch (batch) and over all processes (syncbatch), or those of a group's channels (group). Backward, it pools their sums in
-the same way. With d = x − mean, r = 1/sqrt(variance + eps), w the affine weight, M the elements of a pool, q = g·(1 + γ):
+Forward, a norm pools the moments of the planes that share their statistics: a plane alone
+(instance), a channel's planes over the batch (batch) and over all processes (syncbatch), or those
+of a group's channels (group). Backward, it pools their sums in the same way. With d = x − mean, r =
+1/sqrt(variance + eps), w the affine weight, M the elements of a pool, q = g·(1 + γ):
 
     dx = r·w·q − r·Σ(w·q)/M − d·r³·Σ(w·q·d)/M        summed over the pool
     dweight = Σ r·q·d,  dbias = Σ q                  summed over all planes of a channel
@@ -28,19 +29,30 @@ class Norm(NamedTuple):
 
     @property
     def measures(self):
-        """Whether x is normalised with its own moments, rather than with running statistics or not at all."""
-        return self.kind in ("instance", "group") or (self.kind in ("batch", "syncbatch") and self.training)
+        """Whether x is normalised with its own moments, rather than with running statistics or not
+        at all.
+        """
+        return self.kind in ("instance", "group") or (
+            self.kind in ("batch", "syncbatch") and self.training
+        )
 
     @property
     def processes(self):
         """How many processes share their statistics."""
-        if self.kind != "syncbatch" or not self.training or not dist.is_available() or not dist.is_initialized():
+        if (
+            self.kind != "syncbatch"
+            or not self.training
+            or not dist.is_available()
+            or not dist.is_initialized()
+        ):
             return 1
         return dist.get_world_size(self.process_group)
 
 
 class Statistics(NamedTuple):
-    """What x is normalised with, [N or 1, C]: mean and r = 1/sqrt(variance + eps); M, the elements behind each."""
+    """What x is normalised with, [N or 1, C]: mean and r = 1/sqrt(variance + eps); M, the elements
+    behind each.
+    """
 
     mean: torch.Tensor
     inverse_deviation: torch.Tensor
@@ -48,17 +60,25 @@ class Statistics(NamedTuple):
 
 
 def measure(norm, moments, count, running_mean=None, running_var=None):
-    """Statistics from the moments of planes of `count` elements; running statistics, [C], are brought up to date in place."""
+    """Statistics from the moments of planes of `count` elements; running statistics, [C], are
+    brought up to date in place.
+    """
     mean, squares = moments
-    parts = {"instance": 1, "group": mean.shape[1] // (norm.num_groups or 1)}.get(norm.kind, mean.shape[0])
+    parts = {"instance": 1, "group": mean.shape[1] // (norm.num_groups or 1)}.get(
+        norm.kind, mean.shape[0]
+    )
     total = count * parts
     if norm.kind == "instance":
         pooled_mean, pooled_squares = mean, squares
-    else:  # squared deviations combine exactly (Chan et al., 1979); E[x²] − E[x]² would lose them where the mean is large
+    # squared deviations combine exactly (Chan et al., 1979); E[x²] − E[x]² would lose them where
+    # the mean is large
+    else:
         pooled_mean = _pool(norm, mean) / max(parts, 1)
         pooled_squares = _pool(norm, squares + count * (mean - pooled_mean).square())
     if norm.processes > 1:
-        pooled_mean, pooled_squares, total = _pool_processes(norm, pooled_mean, pooled_squares, total)
+        pooled_mean, pooled_squares, total = _pool_processes(
+            norm, pooled_mean, pooled_squares, total
+        )
     variance = pooled_squares / (total if norm.processes > 1 else max(total, 1))
     if running_mean is not None and (norm.processes > 1 or total > 0):
         with torch.no_grad():
@@ -70,7 +90,9 @@ def measure(norm, moments, count, running_mean=None, running_var=None):
 
 def given(running_mean, running_var, eps, dtype):
     """Statistics from running statistics, [C]."""
-    return Statistics(running_mean.to(dtype)[None], torch.rsqrt(running_var.to(dtype)[None] + eps), 1)
+    return Statistics(
+        running_mean.to(dtype)[None], torch.rsqrt(running_var.to(dtype)[None] + eps), 1
+    )
 
 
 def identity(channels, dtype, device):
@@ -80,7 +102,9 @@ def identity(channels, dtype, device):
 
 
 def planes(statistics, shape, weight=None, bias=None):
-    """Shift, scale and offset of each plane, [3, N, C], shape being (N, C): x̂ = (x − shift)·scale + offset."""
+    """Shift, scale and offset of each plane, [3, N, C], shape being (N, C): x̂ = (x − shift)·scale
+    + offset.
+    """
     mean, scale, _ = statistics
     offset = torch.zeros_like(mean) if bias is None else bias.to(mean.dtype).expand_as(mean)
     if weight is not None:
@@ -89,9 +113,15 @@ def planes(statistics, shape, weight=None, bias=None):
 
 
 def backward_affine(statistics, sums, weight, bias):
-    """From the planes' sums [2, N, C]: dweight and dbias, [C], None where there is no weight or bias."""
+    """From the planes' sums [2, N, C]: dweight and dbias, [C], None where there is no weight or
+    bias.
+    """
     q, q_deviation = sums
-    dweight = None if weight is None else (q_deviation * statistics.inverse_deviation).sum(0).to(weight.dtype)
+    dweight = (
+        None
+        if weight is None
+        else (q_deviation * statistics.inverse_deviation).sum(0).to(weight.dtype)
+    )
     return dweight, None if bias is None else q.sum(0).to(bias.dtype)
 
 
@@ -109,9 +139,13 @@ def backward(norm, statistics, sums, weight=None):
 
 
 def _pool(norm, numbers):
-    """The sum over each pool, [..., N, C] to [..., N or 1, C], repeated for all of a group's channels."""
+    """The sum over each pool, [..., N, C] to [..., N or 1, C], repeated for all of a group's
+    channels.
+    """
     if norm.kind == "group":
-        groups = numbers.reshape(*numbers.shape[:-1], norm.num_groups, numbers.shape[-1] // norm.num_groups)
+        groups = numbers.reshape(
+            *numbers.shape[:-1], norm.num_groups, numbers.shape[-1] // norm.num_groups
+        )
         return groups.sum(-1, keepdim=True).expand_as(groups).flatten(-2)
     if norm.kind == "instance":
         return numbers
@@ -119,7 +153,9 @@ def _pool(norm, numbers):
 
 
 def _pool_processes(norm, mean, squares, count):
-    """The same from each process's pool, in one collective; the processes may hold batches of different sizes."""
+    """The same from each process's pool, in one collective; the processes may hold batches of
+    different sizes.
+    """
     channels = mean.shape[1]
     own = torch.cat([mean[0], squares[0], mean.new_tensor([count])])
     everyone = own.new_empty(norm.processes, own.numel())

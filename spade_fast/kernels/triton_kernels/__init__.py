@@ -1,4 +1,6 @@
-"""The kernels in Triton, one per file. `triton_backend.py` imports them when they are first called: importing Triton takes a while."""
+"""The kernels in Triton, one per file. `triton_backend.py` imports them when they are first called:
+importing Triton takes a while.
+"""
 
 from .apply import apply, apply_out
 from .backward_input import backward_input
@@ -8,5 +10,16 @@ from .instance import instance_backward, instance_forward
 from .plane_moments import plane_moments
 from .vectors import find_codes, hash_vectors, vectors_differ
 
-__all__ = ["apply", "apply_out", "backward_input", "backward_sums", "convolve_windows", "find_codes", "hash_vectors",
-           "instance_backward", "instance_forward", "plane_moments", "vectors_differ"]
+__all__ = [
+    "apply",
+    "apply_out",
+    "backward_input",
+    "backward_sums",
+    "convolve_windows",
+    "find_codes",
+    "hash_vectors",
+    "instance_backward",
+    "instance_forward",
+    "plane_moments",
+    "vectors_differ",
+]

@@ -7,13 +7,40 @@ import triton.language as tl
 from ..torch_backend import KEEPS_SIGNS, is_channels_last
 from . import plan
 from .tile import (
-    activate, channels_from, empty_rows, like, look_up, modulation_rows, per_plane, pixels_from, place, row_of, rows_of, store_signs, tile,
+    activate,
+    channels_from,
+    empty_rows,
+    like,
+    look_up,
+    modulation_rows,
+    per_plane,
+    pixels_from,
+    place,
+    row_of,
+    rows_of,
+    store_signs,
+    tile,
 )
 
 
 @triton.jit
-def apply_kernel(x, planes, gamma, beta, index, y, signs, images, channels, pixels, negative_slope, ACTIVATION: tl.constexpr,
-                 LAST: tl.constexpr, PIXELS: tl.constexpr, CHANNELS: tl.constexpr):
+def apply_kernel(
+    x,
+    planes,
+    gamma,
+    beta,
+    index,
+    y,
+    signs,
+    images,
+    channels,
+    pixels,
+    negative_slope,
+    ACTIVATION: tl.constexpr,
+    LAST: tl.constexpr,
+    PIXELS: tl.constexpr,
+    CHANNELS: tl.constexpr,
+):
     image, first_channel, first_pixel = tile(channels, pixels, LAST, PIXELS, CHANNELS)
     channel = channels_from(first_channel, LAST, CHANNELS)
     pixel = pixels_from(first_pixel, LAST, PIXELS)
@@ -27,9 +54,26 @@ def apply_kernel(x, planes, gamma, beta, index, y, signs, images, channels, pixe
     normalised += per_plane(planes, 2, images, image, channels, channel)
     modulated = normalised * (1 + look_up(gamma, row, image, channel, pixel, inside, LAST))
     modulated += look_up(beta, row, image, channel, pixel, inside, LAST)
-    tl.store(place(y, image, channel, pixel, LAST), activate(modulated, negative_slope, ACTIVATION), inside)
+    tl.store(
+        place(y, image, channel, pixel, LAST),
+        activate(modulated, negative_slope, ACTIVATION),
+        inside,
+    )
     if signs is not None:
-        store_signs(signs, modulated, inside, image, first_channel, first_pixel, channels, pixels, ACTIVATION, LAST, PIXELS, CHANNELS)
+        store_signs(
+            signs,
+            modulated,
+            inside,
+            image,
+            first_channel,
+            first_pixel,
+            channels,
+            pixels,
+            ACTIVATION,
+            LAST,
+            PIXELS,
+            CHANNELS,
+        )
 
 
 def apply(x, planes, gamma, beta, index, activation, negative_slope, keep_signs):
@@ -40,16 +84,39 @@ def apply(x, planes, gamma, beta, index, activation, negative_slope, keep_signs)
 
 
 def apply_out(x, planes, gamma, beta, index, activation, negative_slope, out):
-    launch(x, planes, gamma, beta, index, activation, negative_slope, rows_of(out, is_channels_last(x)), empty_signs(x, None))
+    launch(
+        x,
+        planes,
+        gamma,
+        beta,
+        index,
+        activation,
+        negative_slope,
+        rows_of(out, is_channels_last(x)),
+        empty_signs(x, None),
+    )
 
 
 def launch(x, planes, gamma, beta, index, activation, negative_slope, y, signs):
     last = is_channels_last(x)
     images, channels, pixels = x.flatten(2).shape
     grid, settings = plan.tiles(images, channels, pixels, last, index is not None)
-    apply_kernel[grid](rows_of(x, last), planes.contiguous(), modulation_rows(gamma, last, index), modulation_rows(beta, last, index),
-                       None if index is None else index.contiguous(), y, signs if signs.numel() else None, images, channels, pixels,
-                       negative_slope, ACTIVATION=activation, LAST=last, **settings)
+    apply_kernel[grid](
+        rows_of(x, last),
+        planes.contiguous(),
+        modulation_rows(gamma, last, index),
+        modulation_rows(beta, last, index),
+        None if index is None else index.contiguous(),
+        y,
+        signs if signs.numel() else None,
+        images,
+        channels,
+        pixels,
+        negative_slope,
+        ACTIVATION=activation,
+        LAST=last,
+        **settings,
+    )
 
 
 def empty_signs(x, activation):

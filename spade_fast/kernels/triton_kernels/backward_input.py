@@ -6,13 +6,41 @@ import triton.language as tl
 from ..torch_backend import is_channels_last
 from . import plan
 from .tile import (
-    channels_from, empty_rows, like, look_up, modulation_rows, per_plane, pixels_from, place, row_of, rows_of, through_activation, tile,
+    channels_from,
+    empty_rows,
+    like,
+    look_up,
+    modulation_rows,
+    per_plane,
+    pixels_from,
+    place,
+    row_of,
+    rows_of,
+    through_activation,
+    tile,
 )
 
 
 @triton.jit
-def backward_input_kernel(dy, x, planes, gamma, beta, index, signs, terms, dx, images, channels, pixels, negative_slope,
-                          ACTIVATION: tl.constexpr, LAST: tl.constexpr, PIXELS: tl.constexpr, CHANNELS: tl.constexpr):
+def backward_input_kernel(
+    dy,
+    x,
+    planes,
+    gamma,
+    beta,
+    index,
+    signs,
+    terms,
+    dx,
+    images,
+    channels,
+    pixels,
+    negative_slope,
+    ACTIVATION: tl.constexpr,
+    LAST: tl.constexpr,
+    PIXELS: tl.constexpr,
+    CHANNELS: tl.constexpr,
+):
     image, first_channel, first_pixel = tile(channels, pixels, LAST, PIXELS, CHANNELS)
     channel = channels_from(first_channel, LAST, CHANNELS)
     pixel = pixels_from(first_pixel, LAST, PIXELS)
@@ -30,10 +58,26 @@ def backward_input_kernel(dy, x, planes, gamma, beta, index, signs, terms, dx, i
     if ACTIVATION == "silu":
         y = (deviation * scale + per_plane(planes, 2, images, image, channels, channel)) * one_plus
         y += look_up(beta, row, image, channel, pixel, inside, LAST)
-    g = through_activation(g, signs, y, image, channel, pixel, channels, pixels, inside, negative_slope, ACTIVATION, LAST)
+    g = through_activation(
+        g,
+        signs,
+        y,
+        image,
+        channel,
+        pixel,
+        channels,
+        pixels,
+        inside,
+        negative_slope,
+        ACTIVATION,
+        LAST,
+    )
     result = scale * (g * one_plus)
     if terms is not None:
-        result += per_plane(terms, 0, images, image, channels, channel) + per_plane(terms, 1, images, image, channels, channel) * deviation
+        result += (
+            per_plane(terms, 0, images, image, channels, channel)
+            + per_plane(terms, 1, images, image, channels, channel) * deviation
+        )
     tl.store(place(dx, image, channel, pixel, LAST), result, inside)
 
 
@@ -43,8 +87,21 @@ def backward_input(dy, x, planes, gamma, beta, index, signs, terms, activation, 
     dx = empty_rows(x, last, x.dtype)
     grid, settings = plan.tiles(images, channels, pixels, last, index is not None)
     backward_input_kernel[grid](
-        rows_of(dy, last), rows_of(x, last), planes.contiguous(), modulation_rows(gamma, last, index),
-        None if beta is None else modulation_rows(beta, last, index), None if index is None else index.contiguous(),
-        signs if signs.numel() else None, None if terms is None else terms.contiguous(), dx, images, channels, pixels, negative_slope,
-        ACTIVATION=activation, LAST=last, **settings)
+        rows_of(dy, last),
+        rows_of(x, last),
+        planes.contiguous(),
+        modulation_rows(gamma, last, index),
+        None if beta is None else modulation_rows(beta, last, index),
+        None if index is None else index.contiguous(),
+        signs if signs.numel() else None,
+        None if terms is None else terms.contiguous(),
+        dx,
+        images,
+        channels,
+        pixels,
+        negative_slope,
+        ACTIVATION=activation,
+        LAST=last,
+        **settings,
+    )
     return like(dx, x)

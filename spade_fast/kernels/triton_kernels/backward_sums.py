@@ -1,4 +1,5 @@
-"""dγ = g·x̂, dβ = g, and Σq and Σq·(x − shift) of each plane, q = g·(1 + γ): each program goes through a part of some planes once.
+"""dγ = g·x̂, dβ = g, and Σq and Σq·(x − shift) of each plane, q = g·(1 + γ): each program goes
+through a part of some planes once.
 
 Where γ and β are a table: `table_sums.py`.
 """
@@ -12,13 +13,42 @@ from . import plan
 from .per_plane import combine_sums
 from .table_sums import table_gradients
 from .tile import (
-    channels_from, empty_rows, like, look_up, per_plane, pixels_from, place, rows_of, store_part, sum_pixels, through_activation, zeros,
+    channels_from,
+    empty_rows,
+    like,
+    look_up,
+    per_plane,
+    pixels_from,
+    place,
+    rows_of,
+    store_part,
+    sum_pixels,
+    through_activation,
+    zeros,
 )
 
 
 @triton.jit
-def backward_sums_kernel(dy, x, planes, gamma, beta, signs, dgamma, dbeta, parts, images, channels, pixels, split_pixels, negative_slope,
-                         ACTIVATION: tl.constexpr, LAST: tl.constexpr, PIXELS: tl.constexpr, CHANNELS: tl.constexpr):
+def backward_sums_kernel(
+    dy,
+    x,
+    planes,
+    gamma,
+    beta,
+    signs,
+    dgamma,
+    dbeta,
+    parts,
+    images,
+    channels,
+    pixels,
+    split_pixels,
+    negative_slope,
+    ACTIVATION: tl.constexpr,
+    LAST: tl.constexpr,
+    PIXELS: tl.constexpr,
+    CHANNELS: tl.constexpr,
+):
     channel_blocks = tl.cdiv(channels, CHANNELS)
     image = (tl.program_id(0) // channel_blocks).to(tl.int64)
     channel = channels_from(tl.program_id(0) % channel_blocks * CHANNELS, LAST, CHANNELS)
@@ -31,12 +61,31 @@ def backward_sums_kernel(dy, x, planes, gamma, beta, signs, dgamma, dbeta, parts
     for first in range(begin, end, PIXELS):
         pixel = pixels_from(first, LAST, PIXELS)
         inside = (pixel < end) & (channel < channels)
-        deviation = tl.load(place(x, image, channel, pixel, LAST), inside, 0.0).to(tl.float32) - shift
+        deviation = (
+            tl.load(place(x, image, channel, pixel, LAST), inside, 0.0).to(tl.float32) - shift
+        )
         normalised = deviation * scale + offset
         one_plus = 1 + look_up(gamma, None, image, channel, pixel, inside, LAST)
         g = tl.load(place(dy, image, channel, pixel, LAST), inside, 0.0).to(tl.float32)
-        y = normalised * one_plus + look_up(beta, None, image, channel, pixel, inside, LAST) if ACTIVATION == "silu" else None
-        g = through_activation(g, signs, y, image, channel, pixel, channels, pixels, inside, negative_slope, ACTIVATION, LAST)
+        y = (
+            normalised * one_plus + look_up(beta, None, image, channel, pixel, inside, LAST)
+            if ACTIVATION == "silu"
+            else None
+        )
+        g = through_activation(
+            g,
+            signs,
+            y,
+            image,
+            channel,
+            pixel,
+            channels,
+            pixels,
+            inside,
+            negative_slope,
+            ACTIVATION,
+            LAST,
+        )
         tl.store(place(dgamma, image, channel, pixel, LAST), g * normalised, inside)
         if ACTIVATION is not None:
             tl.store(place(dbeta, image, channel, pixel, LAST), g, inside)
@@ -48,22 +97,53 @@ def backward_sums_kernel(dy, x, planes, gamma, beta, signs, dgamma, dbeta, parts
     store_part(parts, 1, 2, sum_q_deviation, images, image, channels, channel)
 
 
-def gradients(dy, x, planes, gamma, beta, index, order, signs, activation, negative_slope, instance_planes=None):
-    """dγ, dβ (of size 0 where it is dy itself), and the sums, or for instance norm the terms of dx."""
+def gradients(
+    dy,
+    x,
+    planes,
+    gamma,
+    beta,
+    index,
+    order,
+    signs,
+    activation,
+    negative_slope,
+    instance_planes=None,
+):
+    """dγ, dβ (of size 0 where it is dy), and the sums, or for instance norm the terms of dx."""
     if index is not None:
-        dgamma, dbeta, parts = table_gradients(dy, x, planes, gamma, beta, index, order, signs, activation, negative_slope)
+        dgamma, dbeta, parts = table_gradients(
+            dy, x, planes, gamma, beta, index, order, signs, activation, negative_slope
+        )
     else:
         last = is_channels_last(x)
         images, channels, pixels = x.flatten(2).shape
         grid, settings = plan.sweeps(images, channels, pixels, last, x.device)
-        split_pixels = triton.cdiv(triton.cdiv(pixels, settings["PIXELS"]), grid[1]) * settings["PIXELS"]
+        split_pixels = (
+            triton.cdiv(triton.cdiv(pixels, settings["PIXELS"]), grid[1]) * settings["PIXELS"]
+        )
         dgamma_rows = empty_rows(x, last, gamma.dtype)
         dbeta_rows = None if activation is None else empty_rows(x, last, gamma.dtype)
         parts = x.new_empty(grid[1], 2, images, channels, dtype=torch.float32)
         backward_sums_kernel[grid](
-            rows_of(dy, last), rows_of(x, last), planes.contiguous(), rows_of(gamma, last), None if beta is None else rows_of(beta, last),
-            signs if signs.numel() else None, dgamma_rows, dbeta_rows, parts, images, channels, pixels, split_pixels, negative_slope,
-            ACTIVATION=activation, LAST=last, **settings)
+            rows_of(dy, last),
+            rows_of(x, last),
+            planes.contiguous(),
+            rows_of(gamma, last),
+            None if beta is None else rows_of(beta, last),
+            signs if signs.numel() else None,
+            dgamma_rows,
+            dbeta_rows,
+            parts,
+            images,
+            channels,
+            pixels,
+            split_pixels,
+            negative_slope,
+            ACTIVATION=activation,
+            LAST=last,
+            **settings,
+        )
         dgamma = like(dgamma_rows, x)
         dbeta = gamma.new_empty(0) if dbeta_rows is None else like(dbeta_rows, x)
     if len(parts) == 1 and instance_planes is None:

@@ -1,8 +1,10 @@
-"""A convolution at the distinct windows of a map in half precision, on tensor cores: the rows that a window sees are gathered as the
-matrix product goes through its taps, and only the results are written.
+"""A convolution at the distinct windows of a map in half precision, on tensor cores: the rows that
+a window sees are gathered as the matrix product goes through its taps, and only the results are
+written.
 
-In plain PyTorch each row is multiplied with each tap first, and those products summed: fewer multiplications, but each product is
-written, read again by every window that has it, and rounded. Here they are summed in float32, as in a convolution of the whole map.
+In plain PyTorch each row is multiplied with each tap first, and those products summed: fewer
+multiplications, but each product is written, read again by every window that has it, and rounded.
+Here they are summed in float32, as in a convolution of the whole map.
 """
 
 import torch.nn.functional as F
@@ -14,9 +16,25 @@ from . import plan
 
 
 @triton.jit(do_not_specialize=["windows"])
-def convolve_windows_kernel(rows, weight, bias, offsets, listed, results, windows, channels, outputs, TAPS: tl.constexpr,
-                            SEEN: tl.constexpr, WINDOWS: tl.constexpr, OUTPUTS: tl.constexpr, CHANNELS: tl.constexpr):
-    """Some outputs of some windows. rows [R, channels], weight [outputs, TAPS, channels]; SEEN: a power of two, TAPS or more."""
+def convolve_windows_kernel(
+    rows,
+    weight,
+    bias,
+    offsets,
+    listed,
+    results,
+    windows,
+    channels,
+    outputs,
+    TAPS: tl.constexpr,
+    SEEN: tl.constexpr,
+    WINDOWS: tl.constexpr,
+    OUTPUTS: tl.constexpr,
+    CHANNELS: tl.constexpr,
+):
+    """Some outputs of some windows. rows [R, channels], weight [outputs, TAPS, channels]; SEEN: a
+    power of two, TAPS or more.
+    """
     output_blocks = tl.cdiv(outputs, OUTPUTS)
     window = tl.program_id(0) // output_blocks * WINDOWS + tl.arange(0, WINDOWS)
     output = tl.program_id(0) % output_blocks * OUTPUTS + tl.arange(0, OUTPUTS)
@@ -27,17 +45,31 @@ def convolve_windows_kernel(rows, weight, bias, offsets, listed, results, window
     channel_blocks = tl.cdiv(channels, CHANNELS)
     total = tl.zeros([WINDOWS, OUTPUTS], tl.float32)
     for step in range(TAPS * channel_blocks):
-        tap, channel = step // channel_blocks, step % channel_blocks * CHANNELS + tl.arange(0, CHANNELS)
-        row = tl.max(tl.where((seen >= 0) & (seen % TAPS == tap), seen // TAPS, -1), axis=1)  # none beyond the border
-        values = tl.load(rows + (row.to(tl.int64) * channels)[:, None] + channel[None, :],
-                         (row >= 0)[:, None] & (channel < channels)[None, :], 0.0)
-        weights = tl.load(weight + ((output * TAPS + tap) * channels)[None, :] + channel[:, None],
-                          (output < outputs)[None, :] & (channel < channels)[:, None], 0.0)
+        tap, channel = (
+            step // channel_blocks,
+            step % channel_blocks * CHANNELS + tl.arange(0, CHANNELS),
+        )
+        row = tl.max(
+            tl.where((seen >= 0) & (seen % TAPS == tap), seen // TAPS, -1), axis=1
+        )  # none beyond the border
+        values = tl.load(
+            rows + (row.to(tl.int64) * channels)[:, None] + channel[None, :],
+            (row >= 0)[:, None] & (channel < channels)[None, :],
+            0.0,
+        )
+        weights = tl.load(
+            weight + ((output * TAPS + tap) * channels)[None, :] + channel[:, None],
+            (output < outputs)[None, :] & (channel < channels)[:, None],
+            0.0,
+        )
         total = tl.dot(values, weights, total)
     if bias is not None:
         total += tl.load(bias + output, output < outputs, 0.0).to(tl.float32)[None, :]
-    tl.store(results + (window.to(tl.int64) * outputs)[:, None] + output[None, :], total,
-             (window < windows)[:, None] & (output < outputs)[None, :])
+    tl.store(
+        results + (window.to(tl.int64) * outputs)[:, None] + output[None, :],
+        total,
+        (window < windows)[:, None] & (output < outputs)[None, :],
+    )
 
 
 def convolve_windows(rows, weight, bias, offsets, listed):
@@ -46,13 +78,30 @@ def convolve_windows(rows, weight, bias, offsets, listed):
     windows, (outputs, taps, channels) = len(offsets) - 1, by_tap.shape
     results = rows.new_empty(windows, outputs)
     if INTERPRETED:
-        rows, by_tap = rows.float(), by_tap.float()  # the interpreter multiplies the bits of bfloat16
+        rows, by_tap = (
+            rows.float(),
+            by_tap.float(),
+        )  # the interpreter multiplies the bits of bfloat16
     if results.numel():
         grid, settings = plan.products(windows, taps, outputs, rows.device)
-        convolve_windows_kernel[grid](rows, by_tap, bias, offsets, listed, results, windows, channels, outputs, TAPS=taps, **settings)
+        convolve_windows_kernel[grid](
+            rows,
+            by_tap,
+            bias,
+            offsets,
+            listed,
+            results,
+            windows,
+            channels,
+            outputs,
+            TAPS=taps,
+            **settings,
+        )
     return results
 
 
 def _aligned(matrix):
-    """With zeros behind each row to a multiple of 16 numbers: then rows begin where one access can take eight."""
+    """With zeros behind each row to a multiple of 16 numbers: then rows begin where one access can
+    take eight.
+    """
     return F.pad(matrix, (0, -matrix.shape[-1] % 16)) if matrix.shape[-1] % 16 else matrix

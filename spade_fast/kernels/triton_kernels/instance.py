@@ -1,4 +1,6 @@
-"""Instance norm in one pass: each program holds some planes whole, from their moments to y, and from their sums to dx."""
+"""Instance norm in one pass: each program holds some planes whole, from their moments to y, and
+from their sums to dx.
+"""
 
 import torch
 import triton
@@ -12,14 +14,42 @@ from .backward_sums import gradients
 from .per_plane import combine_moments
 from .plane_moments import partial_moments
 from .tile import (
-    activate, channels_from, empty_rows, like, look_up, modulation_rows, pixels_from, place, row_of, rows_of, store_signs, sum_pixels,
-    through_activation, zeros,
+    activate,
+    channels_from,
+    empty_rows,
+    like,
+    look_up,
+    modulation_rows,
+    pixels_from,
+    place,
+    row_of,
+    rows_of,
+    store_signs,
+    sum_pixels,
+    through_activation,
+    zeros,
 )
 
 
 @triton.jit
-def forward_kernel(x, gamma, beta, index, y, signs, planes, images, channels, pixels, eps, negative_slope, ACTIVATION: tl.constexpr,
-                   LAST: tl.constexpr, PIXELS: tl.constexpr, CHANNELS: tl.constexpr):
+def forward_kernel(
+    x,
+    gamma,
+    beta,
+    index,
+    y,
+    signs,
+    planes,
+    images,
+    channels,
+    pixels,
+    eps,
+    negative_slope,
+    ACTIVATION: tl.constexpr,
+    LAST: tl.constexpr,
+    PIXELS: tl.constexpr,
+    CHANNELS: tl.constexpr,
+):
     channel_blocks = tl.cdiv(channels, CHANNELS)
     image = (tl.program_id(0) // channel_blocks).to(tl.int64)
     first_channel = tl.program_id(0) % channel_blocks * CHANNELS
@@ -29,7 +59,9 @@ def forward_kernel(x, gamma, beta, index, y, signs, planes, images, channels, pi
     value = tl.load(place(x, image, channel, pixel, LAST), inside, 0.0).to(tl.float32)
     mean = sum_pixels(value, LAST) / pixels
     deviation = tl.where(inside, value - mean, 0.0)
-    correction = sum_pixels(deviation, LAST) / pixels  # the mean was rounded, most where it is large
+    correction = (
+        sum_pixels(deviation, LAST) / pixels
+    )  # the mean was rounded, most where it is large
     variance = sum_pixels(deviation * deviation, LAST) / pixels - correction * correction
     scale = 1 / tl.sqrt_rn(variance + eps)
     plane = planes + (image * channels + channel)
@@ -39,16 +71,54 @@ def forward_kernel(x, gamma, beta, index, y, signs, planes, images, channels, pi
     row = None
     if index is not None:
         row = row_of(index, image, pixel, pixels)
-    modulated = (deviation - correction) * scale * (1 + look_up(gamma, row, image, channel, pixel, inside, LAST))
+    modulated = (
+        (deviation - correction)
+        * scale
+        * (1 + look_up(gamma, row, image, channel, pixel, inside, LAST))
+    )
     modulated += look_up(beta, row, image, channel, pixel, inside, LAST)
-    tl.store(place(y, image, channel, pixel, LAST), activate(modulated, negative_slope, ACTIVATION), inside)
+    tl.store(
+        place(y, image, channel, pixel, LAST),
+        activate(modulated, negative_slope, ACTIVATION),
+        inside,
+    )
     if signs is not None:
-        store_signs(signs, modulated, inside, image, first_channel, 0, channels, pixels, ACTIVATION, LAST, PIXELS, CHANNELS)
+        store_signs(
+            signs,
+            modulated,
+            inside,
+            image,
+            first_channel,
+            0,
+            channels,
+            pixels,
+            ACTIVATION,
+            LAST,
+            PIXELS,
+            CHANNELS,
+        )
 
 
 @triton.jit
-def backward_kernel(dy, x, planes, gamma, beta, signs, dgamma, dbeta, dx, images, channels, pixels, negative_slope,
-                    ACTIVATION: tl.constexpr, LAST: tl.constexpr, PIXELS: tl.constexpr, CHANNELS: tl.constexpr):
+def backward_kernel(
+    dy,
+    x,
+    planes,
+    gamma,
+    beta,
+    signs,
+    dgamma,
+    dbeta,
+    dx,
+    images,
+    channels,
+    pixels,
+    negative_slope,
+    ACTIVATION: tl.constexpr,
+    LAST: tl.constexpr,
+    PIXELS: tl.constexpr,
+    CHANNELS: tl.constexpr,
+):
     channel_blocks = tl.cdiv(channels, CHANNELS)
     image = (tl.program_id(0) // channel_blocks).to(tl.int64)
     channel = channels_from(tl.program_id(0) % channel_blocks * CHANNELS, LAST, CHANNELS)
@@ -56,19 +126,42 @@ def backward_kernel(dy, x, planes, gamma, beta, signs, dgamma, dbeta, dx, images
     inside = (channel < channels) & (pixel < pixels)
     plane = planes + (image * channels + channel)
     scale = tl.load(plane + images * channels, channel < channels, 0.0)
-    normalised = tl.load(place(x, image, channel, pixel, LAST), inside, 0.0).to(tl.float32) - tl.load(plane, channel < channels, 0.0)
+    normalised = tl.load(place(x, image, channel, pixel, LAST), inside, 0.0).to(
+        tl.float32
+    ) - tl.load(plane, channel < channels, 0.0)
     normalised *= scale
     one_plus = 1 + look_up(gamma, None, image, channel, pixel, inside, LAST)
     g = tl.load(place(dy, image, channel, pixel, LAST), inside, 0.0).to(tl.float32)
-    y = normalised * one_plus + look_up(beta, None, image, channel, pixel, inside, LAST) if ACTIVATION == "silu" else None
-    g = through_activation(g, signs, y, image, channel, pixel, channels, pixels, inside, negative_slope, ACTIVATION, LAST)
+    y = (
+        normalised * one_plus + look_up(beta, None, image, channel, pixel, inside, LAST)
+        if ACTIVATION == "silu"
+        else None
+    )
+    g = through_activation(
+        g,
+        signs,
+        y,
+        image,
+        channel,
+        pixel,
+        channels,
+        pixels,
+        inside,
+        negative_slope,
+        ACTIVATION,
+        LAST,
+    )
     tl.store(place(dgamma, image, channel, pixel, LAST), g * normalised, inside)
     if ACTIVATION is not None:
         tl.store(place(dbeta, image, channel, pixel, LAST), g, inside)
     q = tl.where(inside, g * one_plus, 0.0)
     mean_q = sum_pixels(q, LAST) / pixels
     mean_q_normalised = sum_pixels(tl.where(inside, q * normalised, 0.0), LAST) / pixels
-    tl.store(place(dx, image, channel, pixel, LAST), scale * (q - mean_q - normalised * mean_q_normalised), inside)
+    tl.store(
+        place(dx, image, channel, pixel, LAST),
+        scale * (q - mean_q - normalised * mean_q_normalised),
+        inside,
+    )
 
 
 def instance_forward(x, gamma, beta, index, eps, activation, negative_slope, keep_signs):
@@ -82,23 +175,64 @@ def instance_forward(x, gamma, beta, index, eps, activation, negative_slope, kee
     y = empty_rows(x, last, torch.promote_types(x.dtype, gamma.dtype))
     signs = empty_signs(x, activation) if keep_signs else x.new_empty(0, dtype=torch.uint8)
     planes = x.new_empty(3, images, channels, dtype=torch.float32)
-    forward_kernel[grid](rows_of(x, last), modulation_rows(gamma, last, index), modulation_rows(beta, last, index),
-                         None if index is None else index.contiguous(), y, signs if signs.numel() else None, planes, images, channels,
-                         pixels, eps, negative_slope, ACTIVATION=activation, LAST=last, **settings)
+    forward_kernel[grid](
+        rows_of(x, last),
+        modulation_rows(gamma, last, index),
+        modulation_rows(beta, last, index),
+        None if index is None else index.contiguous(),
+        y,
+        signs if signs.numel() else None,
+        planes,
+        images,
+        channels,
+        pixels,
+        eps,
+        negative_slope,
+        ACTIVATION=activation,
+        LAST=last,
+        **settings,
+    )
     return like(y, x), signs, planes
 
 
 def instance_backward(dy, x, planes, gamma, beta, index, order, signs, activation, negative_slope):
     last = is_channels_last(x)
     images, channels, pixels = x.flatten(2).shape
-    held = None if index is not None else plan.one_pass(images, channels, pixels, last, False, tensors=2)
+    held = (
+        None
+        if index is not None
+        else plan.one_pass(images, channels, pixels, last, False, tensors=2)
+    )
     if held is None or pixels == 0:
-        dgamma, dbeta, terms = gradients(dy, x, planes, gamma, beta, index, order, signs, activation, negative_slope, planes)
-        return dgamma, dbeta, backward_input(dy, x, planes, gamma, beta, index, signs, terms, activation, negative_slope)
+        dgamma, dbeta, terms = gradients(
+            dy, x, planes, gamma, beta, index, order, signs, activation, negative_slope, planes
+        )
+        return (
+            dgamma,
+            dbeta,
+            backward_input(
+                dy, x, planes, gamma, beta, index, signs, terms, activation, negative_slope
+            ),
+        )
     grid, settings = held
     dgamma, dx = empty_rows(x, last, gamma.dtype), empty_rows(x, last, x.dtype)
     dbeta = None if activation is None else empty_rows(x, last, gamma.dtype)
-    backward_kernel[grid](rows_of(dy, last), rows_of(x, last), planes.contiguous(), rows_of(gamma, last),
-                          None if beta is None else rows_of(beta, last), signs if signs.numel() else None, dgamma, dbeta, dx, images,
-                          channels, pixels, negative_slope, ACTIVATION=activation, LAST=last, **settings)
+    backward_kernel[grid](
+        rows_of(dy, last),
+        rows_of(x, last),
+        planes.contiguous(),
+        rows_of(gamma, last),
+        None if beta is None else rows_of(beta, last),
+        signs if signs.numel() else None,
+        dgamma,
+        dbeta,
+        dx,
+        images,
+        channels,
+        pixels,
+        negative_slope,
+        ACTIVATION=activation,
+        LAST=last,
+        **settings,
+    )
     return like(dgamma, x), gamma.new_empty(0) if dbeta is None else like(dbeta, x), like(dx, x)

@@ -1,4 +1,6 @@
-"""How the Triton kernels divide their work: sizes of tiles, splits of planes, and where one pass is enough."""
+"""How the Triton kernels divide their work: sizes of tiles, splits of planes, and where one pass is
+enough.
+"""
 
 import functools
 
@@ -6,15 +8,27 @@ import torch
 import triton
 
 TILE = 1024  # elements: eight to a thread, 16 bytes of half precision
-TABLE_TILE = (16, 64)  # pixels and channels: the rows of a table lie by channels, and are read whole lines at a time
+TABLE_TILE = (
+    16,
+    64,
+)  # pixels and channels: the rows of a table lie by channels, and are read whole lines at a time
 PIECE_TILE = (8, 128)
-PRODUCT_TILES = ((128, 128, 8), (64, 64, 4), (32, 32, 4), (16, 32, 4))  # windows, outputs and warps, largest first
+PRODUCT_TILES = (
+    (128, 128, 8),
+    (64, 64, 4),
+    (32, 32, 4),
+    (16, 32, 4),
+)  # windows, outputs and warps, largest first
 MOST_SEEN = 1024  # numbers of rows that a warp can hold beside its products
-ONE_PASS = 16384  # elements that a program can hold without spilling, half as many where each has an address of its own
+# elements that a program can hold without spilling, half as many where each has an address of its
+# own
+ONE_PASS = 16384
 
 
 def tile_of(channels, pixels, last, table):
-    """Pixels and channels of one tile, both powers of two; eight or more along what lies together, for the bits of signs."""
+    """Pixels and channels of one tile, both powers of two; eight or more along what lies together,
+    for the bits of signs.
+    """
     if table:
         most_pixels, most_channels = TABLE_TILE
     elif last:
@@ -30,7 +44,8 @@ def tiles(images, channels, pixels, last, table):
     """Grid and settings of a kernel in which each program has one tile."""
     tile_pixels, tile_channels = tile_of(channels, pixels, last, table)
     programs = images * triton.cdiv(channels, tile_channels) * triton.cdiv(pixels, tile_pixels)
-    # Eight elements to a thread, which one access takes where rows are aligned; four where each has an access and an address of its own.
+    # Eight elements to a thread, which one access takes where rows are aligned; four where each has
+    # an access and an address of its own.
     elements = 256 if (channels if last else pixels) % 8 == 0 else 128
     warps = max(1, min(8, tile_pixels * tile_channels // elements))
     return (programs,), {"PIXELS": tile_pixels, "CHANNELS": tile_channels, "num_warps": warps}
@@ -42,19 +57,35 @@ def blocks(pixels):
 
 
 def sweeps(images, channels, pixels, last, device):
-    """Grid and settings of a kernel in which each program goes through a part of some planes, tile by tile."""
+    """Grid and settings of a kernel in which each program goes through a part of some planes, tile
+    by tile.
+    """
     tile_pixels, tile_channels = tile_of(channels, pixels, last, False)
     programs = images * triton.cdiv(channels, tile_channels)
-    return (programs, splits(programs, pixels, tile_pixels, device)), {"PIXELS": tile_pixels, "CHANNELS": tile_channels, "num_warps": 4}
+    return (programs, splits(programs, pixels, tile_pixels, device)), {
+        "PIXELS": tile_pixels,
+        "CHANNELS": tile_channels,
+        "num_warps": 4,
+    }
 
 
 def splits(programs, elements, tile_elements, device):
-    """In how many parts programs that go through so many elements are cut, to keep all processors busy."""
-    return max(1, min(triton.cdiv(elements, tile_elements), triton.cdiv(8 * processors(device), max(1, programs))))
+    """In how many parts programs that go through so many elements are cut, to keep all processors
+    busy.
+    """
+    return max(
+        1,
+        min(
+            triton.cdiv(elements, tile_elements),
+            triton.cdiv(8 * processors(device), max(1, programs)),
+        ),
+    )
 
 
 def products(windows, taps, outputs, device):
-    """Grid and settings of a convolution at so many windows: in large tiles, which read least, if those keep all processors busy."""
+    """Grid and settings of a convolution at so many windows: in large tiles, which read least, if
+    those keep all processors busy.
+    """
     seen = triton.next_power_of_2(taps)
     for tile_windows, tile_outputs, warps in PRODUCT_TILES:
         programs = triton.cdiv(windows, tile_windows) * triton.cdiv(outputs, tile_outputs)
@@ -65,20 +96,28 @@ def products(windows, taps, outputs, device):
 
 
 def piece_tile(channels):
-    """Pixels and channels of a tile of pixels that have one row of a table, of which there are mostly few."""
+    """Pixels and channels of a tile of pixels that have one row of a table, of which there are
+    mostly few.
+    """
     most_pixels, most_channels = PIECE_TILE
     return most_pixels, min(most_channels, next_power(channels))
 
 
 def one_pass(images, channels, pixels, last, table, tensors):
-    """Grid and settings of a kernel in which each program holds so many tensors' whole planes; None where they do not fit."""
+    """Grid and settings of a kernel in which each program holds so many tensors' whole planes; None
+    where they do not fit.
+    """
     tile_pixels = next_power(pixels)
     tile_channels = min(8 if last or table else max(1, TILE // tile_pixels), next_power(channels))
     elements = tile_pixels * tile_channels
     if elements * tensors > (ONE_PASS // 2 if last or table else ONE_PASS):
         return None
     programs = images * triton.cdiv(channels, tile_channels)
-    return (programs,), {"PIXELS": tile_pixels, "CHANNELS": tile_channels, "num_warps": max(1, min(16, elements // 512))}
+    return (programs,), {
+        "PIXELS": tile_pixels,
+        "CHANNELS": tile_channels,
+        "num_warps": max(1, min(16, elements // 512)),
+    }
 
 
 def next_power(number):
@@ -88,4 +127,8 @@ def next_power(number):
 @functools.lru_cache
 def processors(device):
     """Multiprocessors of a GPU; under the interpreter, on a CPU, a few."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
+    return (
+        torch.cuda.get_device_properties(device).multi_processor_count
+        if device.type == "cuda"
+        else 2
+    )

@@ -1,4 +1,6 @@
-"""Mean and sum of squared deviations of each plane: each program goes through a part of some planes once."""
+"""Mean and sum of squared deviations of each plane: each program goes through a part of some planes
+once.
+"""
 
 import torch
 import triton
@@ -11,15 +13,30 @@ from .tile import channels_from, pixels_from, place, rows_of, store_part, sum_pi
 
 
 @triton.jit
-def plane_moments_kernel(x, parts, images, channels, pixels, split_pixels, LAST: tl.constexpr, PIXELS: tl.constexpr,
-                         CHANNELS: tl.constexpr):
+def plane_moments_kernel(
+    x,
+    parts,
+    images,
+    channels,
+    pixels,
+    split_pixels,
+    LAST: tl.constexpr,
+    PIXELS: tl.constexpr,
+    CHANNELS: tl.constexpr,
+):
     channel_blocks = tl.cdiv(channels, CHANNELS)
     image = (tl.program_id(0) // channel_blocks).to(tl.int64)
     channel = channels_from(tl.program_id(0) % channel_blocks * CHANNELS, LAST, CHANNELS)
     begin = tl.program_id(1) * split_pixels
     end = tl.minimum(begin + split_pixels, pixels)
-    # The mean is held as a pivot, the first tile's, and its distance from it: where it is large, each sum with it would be rounded.
-    pivot, distance, squares, count = zeros(LAST, 1, CHANNELS), zeros(LAST, 1, CHANNELS), zeros(LAST, 1, CHANNELS), 0.0
+    # The mean is held as a pivot, the first tile's, and its distance from it: where it is large,
+    # each sum with it would be rounded.
+    pivot, distance, squares, count = (
+        zeros(LAST, 1, CHANNELS),
+        zeros(LAST, 1, CHANNELS),
+        zeros(LAST, 1, CHANNELS),
+        0.0,
+    )
     for first in range(begin, end, PIXELS):
         pixel = pixels_from(first, LAST, PIXELS)
         inside = (pixel < end) & (channel < channels)
@@ -40,13 +57,19 @@ def plane_moments_kernel(x, parts, images, channels, pixels, split_pixels, LAST:
 
 
 def partial_moments(x):
-    """Of each split of each plane its pivot, its mean's distance from it and its squared deviations, [splits, 3, N, C]; and its pixels."""
+    """Of each split of each plane its pivot, its mean's distance from it and its squared
+    deviations, [splits, 3, N, C]; and its pixels.
+    """
     last = is_channels_last(x)
     images, channels, pixels = x.flatten(2).shape
     grid, settings = plan.sweeps(images, channels, pixels, last, x.device)
-    split_pixels = triton.cdiv(triton.cdiv(pixels, settings["PIXELS"]), grid[1]) * settings["PIXELS"]
+    split_pixels = (
+        triton.cdiv(triton.cdiv(pixels, settings["PIXELS"]), grid[1]) * settings["PIXELS"]
+    )
     parts = x.new_empty(grid[1], 3, images, channels, dtype=torch.float32)
-    plane_moments_kernel[grid](rows_of(x, last), parts, images, channels, pixels, split_pixels, LAST=last, **settings)
+    plane_moments_kernel[grid](
+        rows_of(x, last), parts, images, channels, pixels, split_pixels, LAST=last, **settings
+    )
     return parts, split_pixels
 
 

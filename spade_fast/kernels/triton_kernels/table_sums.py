@@ -1,9 +1,11 @@
-"""dγ and dβ of a table: for each of its rows the sums over the pixels that have it, always in the same order.
+"""dγ and dβ of a table: for each of its rows the sums over the pixels that have it, always in the
+same order.
 
-Pixels sorted by their row are cut into pieces of one row and at most PIECE pixels. Each piece is summed by a program, then each row's
-pieces are. With d = x − shift a piece has Σg and Σg·d, whence dβ = Σg and dγ = scale·Σg·d + offset·Σg, and for the planes, with the
-row's γ, Σq = (1 + γ)·Σg and Σq·d = (1 + γ)·Σg·d: no other pass over x. Rows and pieces are as many as a layout has, and nothing is
-compiled for their number.
+Pixels sorted by their row are cut into pieces of one row and at most PIECE pixels. Each piece is
+summed by a program, then each row's pieces are. With d = x − shift a piece has Σg and Σg·d, whence
+dβ = Σg and dγ = scale·Σg·d + offset·Σg, and for the planes, with the row's γ, Σq = (1 + γ)·Σg and
+Σq·d = (1 + γ)·Σg·d: no other pass over x. Rows and pieces are as many as a layout has, and nothing
+is compiled for their number.
 """
 
 import torch
@@ -13,14 +15,26 @@ import triton.language as tl
 from ..torch_backend import is_channels_last
 from . import plan
 from .tile import (
-    channels_from, look_up, modulation_rows, per_plane, pixels_from, place, rows_of, store_part, sum_pixels, through_activation, zeros,
+    channels_from,
+    look_up,
+    modulation_rows,
+    per_plane,
+    pixels_from,
+    place,
+    rows_of,
+    store_part,
+    sum_pixels,
+    through_activation,
+    zeros,
 )
 
 PIECE = 256  # pixels
 
 
 @triton.jit
-def find_pieces_kernel(index, order, begins, images, pixels, PIECE: tl.constexpr, BLOCK: tl.constexpr):
+def find_pieces_kernel(
+    index, order, begins, images, pixels, PIECE: tl.constexpr, BLOCK: tl.constexpr
+):
     """1 where a piece begins among the sorted pixels of all images, else 0."""
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = at < images * pixels
@@ -32,8 +46,21 @@ def find_pieces_kernel(index, order, begins, images, pixels, PIECE: tl.constexpr
 
 
 @triton.jit(do_not_specialize=["rows"])
-def list_pieces_kernel(index, order, pieces, firsts, ranges, images, pixels, rows, PIECE: tl.constexpr, BLOCK: tl.constexpr):
-    """The first place of each piece, and after the last the end; of each row in each image, its first piece and the one after its last."""
+def list_pieces_kernel(
+    index,
+    order,
+    pieces,
+    firsts,
+    ranges,
+    images,
+    pixels,
+    rows,
+    PIECE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """The first place of each piece, and after the last the end; of each row in each image, its
+    first piece and the one after its last.
+    """
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = at < images * pixels
     image, position = at // pixels, at % pixels
@@ -50,8 +77,28 @@ def list_pieces_kernel(index, order, pieces, firsts, ranges, images, pixels, row
 
 
 @triton.jit(do_not_specialize=["capacity"])
-def sum_pieces_kernel(dy, x, planes, gamma, beta, index, order, signs, pieces, firsts, found, images, channels, pixels, capacity,
-                      negative_slope, ACTIVATION: tl.constexpr, LAST: tl.constexpr, PIXELS: tl.constexpr, CHANNELS: tl.constexpr):
+def sum_pieces_kernel(
+    dy,
+    x,
+    planes,
+    gamma,
+    beta,
+    index,
+    order,
+    signs,
+    pieces,
+    firsts,
+    found,
+    images,
+    channels,
+    pixels,
+    capacity,
+    negative_slope,
+    ACTIVATION: tl.constexpr,
+    LAST: tl.constexpr,
+    PIXELS: tl.constexpr,
+    CHANNELS: tl.constexpr,
+):
     """Σg and Σg·d of a piece, for some channels: found [2, pieces, C]."""
     channel_blocks = tl.cdiv(channels, CHANNELS)
     piece = tl.program_id(0) // channel_blocks
@@ -66,7 +113,9 @@ def sum_pieces_kernel(dy, x, planes, gamma, beta, index, order, signs, pieces, f
             position = pixels_from(first, LAST, PIXELS)
             inside = (position < end) & (channel < channels)
             pixel = tl.load(order + position, position < end, 0)
-            deviation = tl.load(place(x, image, channel, pixel, LAST), inside, 0.0).to(tl.float32) - shift
+            deviation = (
+                tl.load(place(x, image, channel, pixel, LAST), inside, 0.0).to(tl.float32) - shift
+            )
             g = tl.load(place(dy, image, channel, pixel, LAST), inside, 0.0).to(tl.float32)
             y = None
             if ACTIVATION == "silu":
@@ -74,16 +123,33 @@ def sum_pieces_kernel(dy, x, planes, gamma, beta, index, order, signs, pieces, f
                 y += per_plane(planes, 2, images, image, channels, channel)
                 y = y * (1 + look_up(gamma, row, image, channel, pixel, channel < channels, LAST))
                 y += look_up(beta, row, image, channel, pixel, channel < channels, LAST)
-            g = through_activation(g, signs, y, image, channel, pixel, channels, pixels, inside, negative_slope, ACTIVATION, LAST)
+            g = through_activation(
+                g,
+                signs,
+                y,
+                image,
+                channel,
+                pixel,
+                channels,
+                pixels,
+                inside,
+                negative_slope,
+                ACTIVATION,
+                LAST,
+            )
             sum_g += tl.where(inside, g, 0.0)
             sum_g_deviation += tl.where(inside, g * deviation, 0.0)
         places = found + (piece.to(tl.int64) * channels + channel)
         tl.store(places, sum_pixels(sum_g, LAST), channel < channels)
-        tl.store(places + capacity * channels, sum_pixels(sum_g_deviation, LAST), channel < channels)
+        tl.store(
+            places + capacity * channels, sum_pixels(sum_g_deviation, LAST), channel < channels
+        )
 
 
 @triton.jit(do_not_specialize=["rows", "capacity"])
-def sum_rows_kernel(found, ranges, planes, dgamma, dbeta, images, channels, rows, capacity, CHANNELS: tl.constexpr):
+def sum_rows_kernel(
+    found, ranges, planes, dgamma, dbeta, images, channels, rows, capacity, CHANNELS: tl.constexpr
+):
     """dγ and dβ of a row of the table, for some channels, from its pieces."""
     channel_blocks = tl.cdiv(channels, CHANNELS)
     row = tl.program_id(0) // channel_blocks
@@ -94,9 +160,14 @@ def sum_rows_kernel(found, ranges, planes, dgamma, dbeta, images, channels, rows
         scale = tl.load(planes + (images + image) * channels + channel, inside, 0.0)
         offset = tl.load(planes + (2 * images + image) * channels + channel, inside, 0.0)
         range_of_row = ranges + 2 * (image * rows + row)
-        for piece in range(tl.load(range_of_row).to(tl.int64), tl.load(range_of_row + 1).to(tl.int64)):
+        for piece in range(
+            tl.load(range_of_row).to(tl.int64), tl.load(range_of_row + 1).to(tl.int64)
+        ):
             places = found + (piece * channels + channel)
-            g, g_deviation = tl.load(places, inside, 0.0), tl.load(places + capacity * channels, inside, 0.0)
+            g, g_deviation = (
+                tl.load(places, inside, 0.0),
+                tl.load(places + capacity * channels, inside, 0.0),
+            )
             sum_g += g
             sum_g_normalised += scale * g_deviation + offset * g
     places = row.to(tl.int64) * channels + channel
@@ -105,8 +176,21 @@ def sum_rows_kernel(found, ranges, planes, dgamma, dbeta, images, channels, rows
 
 
 @triton.jit(do_not_specialize=["capacity"])
-def sum_planes_kernel(found, gamma, index, order, pieces, firsts, parts, images, channels, pixels, capacity, PIECES: tl.constexpr,
-                      CHANNELS: tl.constexpr):
+def sum_planes_kernel(
+    found,
+    gamma,
+    index,
+    order,
+    pieces,
+    firsts,
+    parts,
+    images,
+    channels,
+    pixels,
+    capacity,
+    PIECES: tl.constexpr,
+    CHANNELS: tl.constexpr,
+):
     """Σq and Σq·d of some planes, over this program's split of their image's pieces."""
     channel_blocks = tl.cdiv(channels, CHANNELS)
     image = (tl.program_id(0) // channel_blocks).to(tl.int64)
@@ -116,7 +200,10 @@ def sum_planes_kernel(found, gamma, index, order, pieces, firsts, parts, images,
     split_pieces = tl.cdiv(tl.cdiv(count, PIECES), tl.num_programs(1)) * PIECES
     begin = first_piece + tl.program_id(1) * split_pieces
     end = tl.minimum(begin + split_pieces, first_piece + count)
-    sum_q, sum_q_deviation = tl.zeros([PIECES, CHANNELS], tl.float32), tl.zeros([PIECES, CHANNELS], tl.float32)
+    sum_q, sum_q_deviation = (
+        tl.zeros([PIECES, CHANNELS], tl.float32),
+        tl.zeros([PIECES, CHANNELS], tl.float32),
+    )
     for first in range(begin, end, PIECES):
         piece = first + tl.arange(0, PIECES)[:, None]
         inside = (piece < end) & (channel < channels)
@@ -125,8 +212,13 @@ def sum_planes_kernel(found, gamma, index, order, pieces, firsts, parts, images,
         one_plus = 1 + look_up(gamma, row, image, channel, None, inside, False)
         places = found + (piece.to(tl.int64) * channels + channel)
         sum_q += tl.where(inside, one_plus * tl.load(places, inside, 0.0), 0.0)
-        sum_q_deviation += tl.where(inside, one_plus * tl.load(places + capacity * channels, inside, 0.0), 0.0)
-    sum_q, sum_q_deviation = tl.sum(sum_q, axis=0, keep_dims=True), tl.sum(sum_q_deviation, axis=0, keep_dims=True)
+        sum_q_deviation += tl.where(
+            inside, one_plus * tl.load(places + capacity * channels, inside, 0.0), 0.0
+        )
+    sum_q, sum_q_deviation = (
+        tl.sum(sum_q, axis=0, keep_dims=True),
+        tl.sum(sum_q_deviation, axis=0, keep_dims=True),
+    )
     store_part(parts, 0, 2, sum_q, images, image, channels, channel)
     store_part(parts, 1, 2, sum_q_deviation, images, image, channels, channel)
 
@@ -137,10 +229,16 @@ def table_gradients(dy, x, planes, gamma, beta, index, order, signs, activation,
     images, channels, pixels = x.flatten(2).shape
     rows, places = gamma.shape[0], images * pixels
     index, order, planes = index.contiguous(), order.contiguous(), planes.contiguous()
-    gamma_rows, beta_rows = (None if rows is None else modulation_rows(rows, last, index) for rows in (gamma, beta))
+    gamma_rows, beta_rows = (
+        None if rows is None else modulation_rows(rows, last, index) for rows in (gamma, beta)
+    )
     dgamma, dbeta = gamma.new_empty(rows, channels), gamma.new_empty(rows, channels)
     if places == 0:
-        return dgamma.zero_(), dbeta.zero_(), x.new_zeros(1, 2, images, channels, dtype=torch.float32)
+        return (
+            dgamma.zero_(),
+            dbeta.zero_(),
+            x.new_zeros(1, 2, images, channels, dtype=torch.float32),
+        )
     # Pieces are numbered by counting where they begin; how many there are stays on the device.
     capacity = min(places, images * rows + triton.cdiv(places, PIECE) + images)
     pieces = torch.empty(places, dtype=torch.int32, device=x.device)
@@ -149,18 +247,64 @@ def table_gradients(dy, x, planes, gamma, beta, index, order, signs, activation,
     pieces = pieces.cumsum(0, dtype=torch.int32)
     firsts = torch.empty(capacity + 1, dtype=torch.int32, device=x.device)
     ranges = torch.zeros(images, rows, 2, dtype=torch.int32, device=x.device)
-    list_pieces_kernel[grid](index, order, pieces, firsts, ranges, images, pixels, rows, PIECE=PIECE, **settings)
+    list_pieces_kernel[grid](
+        index, order, pieces, firsts, ranges, images, pixels, rows, PIECE=PIECE, **settings
+    )
     found = torch.empty(2, capacity, channels, dtype=torch.float32, device=x.device)
     tile_pixels, tile_channels = plan.piece_tile(channels)
     blocks = triton.cdiv(channels, tile_channels)
     sum_pieces_kernel[(capacity * blocks,)](
-        rows_of(dy, last), rows_of(x, last), planes, gamma_rows, beta_rows, index, order, signs if signs.numel() else None, pieces, firsts,
-        found, images, channels, pixels, capacity, negative_slope, ACTIVATION=activation, LAST=last, PIXELS=tile_pixels,
-        CHANNELS=tile_channels, num_warps=4)
-    sum_rows_kernel[(rows * blocks,)](found, ranges, planes, dgamma, dbeta, images, channels, rows, capacity, CHANNELS=tile_channels,
-                                      num_warps=1)
+        rows_of(dy, last),
+        rows_of(x, last),
+        planes,
+        gamma_rows,
+        beta_rows,
+        index,
+        order,
+        signs if signs.numel() else None,
+        pieces,
+        firsts,
+        found,
+        images,
+        channels,
+        pixels,
+        capacity,
+        negative_slope,
+        ACTIVATION=activation,
+        LAST=last,
+        PIXELS=tile_pixels,
+        CHANNELS=tile_channels,
+        num_warps=4,
+    )
+    sum_rows_kernel[(rows * blocks,)](
+        found,
+        ranges,
+        planes,
+        dgamma,
+        dbeta,
+        images,
+        channels,
+        rows,
+        capacity,
+        CHANNELS=tile_channels,
+        num_warps=1,
+    )
     splits = plan.splits(images * blocks, capacity // images, tile_pixels, x.device)
     parts = x.new_empty(splits, 2, images, channels, dtype=torch.float32)
-    sum_planes_kernel[(images * blocks, splits)](found, gamma_rows, index, order, pieces, firsts, parts, images, channels, pixels, capacity,
-                                                 PIECES=tile_pixels, CHANNELS=tile_channels, num_warps=4)
+    sum_planes_kernel[(images * blocks, splits)](
+        found,
+        gamma_rows,
+        index,
+        order,
+        pieces,
+        firsts,
+        parts,
+        images,
+        channels,
+        pixels,
+        capacity,
+        PIECES=tile_pixels,
+        CHANNELS=tile_channels,
+        num_warps=4,
+    )
     return dgamma, dbeta, parts

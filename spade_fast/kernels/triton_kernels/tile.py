@@ -1,4 +1,6 @@
-"""What the Triton kernels share: how tensors lie in memory, which tile a program has, and what is done to one element."""
+"""What the Triton kernels share: how tensors lie in memory, which tile a program has, and what is
+done to one element.
+"""
 
 from typing import NamedTuple
 
@@ -10,7 +12,9 @@ from ..torch_backend import is_channels_last
 
 
 class Rows(NamedTuple):
-    """A tensor [N, C, pixels] whose rows, its planes or its pixels with all their channels, have no gaps inside; or a table [K, C]."""
+    """A tensor [N, C, pixels] whose rows, its planes or its pixels with all their channels, have no
+    gaps inside; or a table [K, C].
+    """
 
     data: torch.Tensor
     image: int  # elements from image to image
@@ -18,7 +22,9 @@ class Rows(NamedTuple):
 
 
 def rows_of(x, last):
-    """x [N, C, *spatial] as Rows of planes, or of pixels where the channels are last; a copy where that has gaps."""
+    """x [N, C, *spatial] as Rows of planes, or of pixels where the channels are last; a copy where
+    that has gaps.
+    """
     flat = x.flatten(2)
     inner = 1 if last else 2
     if flat.shape[inner] > 1 and flat.stride(inner) != 1:
@@ -52,19 +58,33 @@ def like(rows, x):
 
 @triton.jit
 def tile(channels, pixels, LAST: tl.constexpr, PIXELS: tl.constexpr, CHANNELS: tl.constexpr):
-    """This program's image, first channel and first pixel: tiles follow each other as they lie in memory."""
+    """This program's image, first channel and first pixel: tiles follow each other as they lie in
+    memory.
+    """
     channel_blocks, pixel_blocks = tl.cdiv(channels, CHANNELS), tl.cdiv(pixels, PIXELS)
     program = tl.program_id(0)
     if LAST:
-        channel_block, pixel_block = program % channel_blocks, program // channel_blocks % pixel_blocks
+        channel_block, pixel_block = (
+            program % channel_blocks,
+            program // channel_blocks % pixel_blocks,
+        )
     else:
-        pixel_block, channel_block = program % pixel_blocks, program // pixel_blocks % channel_blocks
-    return (program // (channel_blocks * pixel_blocks)).to(tl.int64), channel_block * CHANNELS, pixel_block * PIXELS
+        pixel_block, channel_block = (
+            program % pixel_blocks,
+            program // pixel_blocks % channel_blocks,
+        )
+    return (
+        (program // (channel_blocks * pixel_blocks)).to(tl.int64),
+        channel_block * CHANNELS,
+        pixel_block * PIXELS,
+    )
 
 
 @triton.jit
 def channels_from(first, LAST: tl.constexpr, CHANNELS: tl.constexpr):
-    """The channels of a tile. What lies together in memory is along a tile's last axis: [1, CHANNELS], or [CHANNELS, 1]."""
+    """The channels of a tile. What lies together in memory is along a tile's last axis: [1,
+    CHANNELS], or [CHANNELS, 1].
+    """
     if LAST:
         return first + tl.arange(0, CHANNELS)[None, :]
     else:
@@ -105,11 +125,15 @@ def place(rows, image, channel, pixel, LAST: tl.constexpr):
 
 @triton.jit
 def look_up(rows, row, image, channel, pixel, inside, LAST: tl.constexpr):
-    """γ or β of these elements: from where x has its own, or from the row of the table that each pixel has."""
+    """γ or β of these elements: from where x has its own, or from the row of the table that each
+    pixel has.
+    """
     if row is None:
         return tl.load(place(rows, image, channel, pixel, LAST), inside, 0.0).to(tl.float32)
     else:
-        return tl.load(rows.data + (row.to(tl.int64) * rows.row + channel), inside, 0.0).to(tl.float32)
+        return tl.load(rows.data + (row.to(tl.int64) * rows.row + channel), inside, 0.0).to(
+            tl.float32
+        )
 
 
 @triton.jit
@@ -121,12 +145,16 @@ def row_of(index, image, pixel, pixels):
 @triton.jit
 def per_plane(numbers, which, images, image, channels, channel):
     """One of several numbers of each plane, [k, N, C]: of these channels."""
-    return tl.load(numbers + ((which * images + image) * channels + channel), channel < channels, 0.0)
+    return tl.load(
+        numbers + ((which * images + image) * channels + channel), channel < channels, 0.0
+    )
 
 
 @triton.jit
 def store_part(parts, which, kinds, numbers, images, image, channels, channel):
-    """One of several numbers of each of these planes, from this program's split of them: to parts [splits, kinds, N, C]."""
+    """One of several numbers of each of these planes, from this program's split of them: to parts
+    [splits, kinds, N, C].
+    """
     places = ((tl.program_id(1).to(tl.int64) * kinds + which) * images + image) * channels + channel
     tl.store(parts + places, numbers, channel < channels)
 
@@ -144,13 +172,31 @@ def activate(y, negative_slope, ACTIVATION: tl.constexpr):
 
 
 @triton.jit
-def through_activation(dy, signs, y, image, channel, pixel, channels, pixels, inside, negative_slope, ACTIVATION: tl.constexpr,
-                       LAST: tl.constexpr):
+def through_activation(
+    dy,
+    signs,
+    y,
+    image,
+    channel,
+    pixel,
+    channels,
+    pixels,
+    inside,
+    negative_slope,
+    ACTIVATION: tl.constexpr,
+    LAST: tl.constexpr,
+):
     """g: dy times the activation's derivative, which for SiLU takes y before it."""
     if ACTIVATION == "relu":
-        return tl.where(positive(signs, image, channel, pixel, channels, pixels, inside, LAST), dy, 0.0)
+        return tl.where(
+            positive(signs, image, channel, pixel, channels, pixels, inside, LAST), dy, 0.0
+        )
     elif ACTIVATION == "leaky_relu":
-        return tl.where(positive(signs, image, channel, pixel, channels, pixels, inside, LAST), dy, dy * negative_slope)
+        return tl.where(
+            positive(signs, image, channel, pixel, channels, pixels, inside, LAST),
+            dy,
+            dy * negative_slope,
+        )
     elif ACTIVATION == "silu":
         sigmoid = 1 / (1 + tl.exp(-y))
         return dy * (sigmoid * (1 + y * (1 - sigmoid)))
@@ -159,10 +205,24 @@ def through_activation(dy, signs, y, image, channel, pixel, channels, pixels, in
 
 
 @triton.jit
-def store_signs(signs, y, inside, image, first_channel, first_pixel, channels, pixels, ACTIVATION: tl.constexpr, LAST: tl.constexpr,
-                PIXELS: tl.constexpr, CHANNELS: tl.constexpr):
+def store_signs(
+    signs,
+    y,
+    inside,
+    image,
+    first_channel,
+    first_pixel,
+    channels,
+    pixels,
+    ACTIVATION: tl.constexpr,
+    LAST: tl.constexpr,
+    PIXELS: tl.constexpr,
+    CHANNELS: tl.constexpr,
+):
     """A bit for each element of y, before the activation, eight of a row to a byte."""
-    positive = y > 0 if ACTIVATION == "leaky_relu" else tl.where(y <= 0, 0, 1) != 0  # at NaN ReLU passes the gradient on
+    positive = (
+        y > 0 if ACTIVATION == "leaky_relu" else tl.where(y <= 0, 0, 1) != 0
+    )  # at NaN ReLU passes the gradient on
     bits = (positive & inside).to(tl.int32)
     ROWS: tl.constexpr = PIXELS if LAST else CHANNELS
     BYTES: tl.constexpr = (CHANNELS if LAST else PIXELS) // 8
@@ -170,7 +230,11 @@ def store_signs(signs, y, inside, image, first_channel, first_pixel, channels, p
     row = (first_pixel if LAST else first_channel) + tl.arange(0, ROWS)[:, None]
     byte = (first_channel if LAST else first_pixel) // 8 + tl.arange(0, BYTES)[None, :]
     rows, row_bytes = pixels if LAST else channels, tl.cdiv(channels if LAST else pixels, 8)
-    tl.store(signs + ((image * rows + row) * row_bytes + byte), bytes.to(tl.uint8), (row < rows) & (byte < row_bytes))
+    tl.store(
+        signs + ((image * rows + row) * row_bytes + byte),
+        bytes.to(tl.uint8),
+        (row < rows) & (byte < row_bytes),
+    )
 
 
 @triton.jit

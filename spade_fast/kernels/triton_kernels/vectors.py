@@ -1,4 +1,5 @@
-"""The two passes that find a layout in a condition, each of which reads it once: hashes of its pixels' vectors, and their comparison.
+"""The two passes that find a layout in a condition, each of which reads it once: hashes of its
+pixels' vectors, and their comparison.
 
 What is done with them, and what the plain PyTorch for them is: `numbering.py`.
 """
@@ -12,7 +13,18 @@ from . import plan
 
 
 @triton.jit
-def hash_kernel(bits, hashes, count, channels, pixels, image_stride, channel_stride, pixel_stride, multiplier, BLOCK: tl.constexpr):
+def hash_kernel(
+    bits,
+    hashes,
+    count,
+    channels,
+    pixels,
+    image_stride,
+    channel_stride,
+    pixel_stride,
+    multiplier,
+    BLOCK: tl.constexpr,
+):
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     vector = bits + (at // pixels * image_stride + at % pixels * pixel_stride)
     found = tl.zeros([BLOCK], tl.int64)
@@ -23,7 +35,18 @@ def hash_kernel(bits, hashes, count, channels, pixels, image_stride, channel_str
 
 
 @triton.jit
-def differ_kernel(bits, firsts, differ, count, channels, pixels, image_stride, channel_stride, pixel_stride, BLOCK: tl.constexpr):
+def differ_kernel(
+    bits,
+    firsts,
+    differ,
+    count,
+    channels,
+    pixels,
+    image_stride,
+    channel_stride,
+    pixel_stride,
+    BLOCK: tl.constexpr,
+):
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     first = tl.load(firsts + at, at < count, 0)
     vector = bits + (at // pixels * image_stride + at % pixels * pixel_stride)
@@ -39,7 +62,9 @@ def hash_vectors(bits, multiplier):
     images, channels, pixels = bits.shape
     hashes = torch.empty(images, pixels, dtype=torch.int64, device=bits.device)
     grid, settings = plan.blocks(hashes.numel())
-    hash_kernel[grid](bits, hashes, hashes.numel(), channels, pixels, *bits.stride(), multiplier, **settings)
+    hash_kernel[grid](
+        bits, hashes, hashes.numel(), channels, pixels, *bits.stride(), multiplier, **settings
+    )
     return hashes
 
 
@@ -47,7 +72,9 @@ def vectors_differ(bits, firsts):
     _, channels, pixels = bits.shape
     grid, settings = plan.blocks(firsts.numel())
     differ = torch.zeros(grid, dtype=torch.int32, device=bits.device)
-    differ_kernel[grid](bits, firsts, differ, firsts.numel(), channels, pixels, *bits.stride(), **settings)
+    differ_kernel[grid](
+        bits, firsts, differ, firsts.numel(), channels, pixels, *bits.stride(), **settings
+    )
     return differ.any()
 
 
