@@ -217,9 +217,10 @@ class _compiling:
         return self.target
 
     def __enter__(self):
-        from spade_fast.kernels.triton_kernels import plan
         from triton.runtime import driver
         from triton.runtime.jit import JITFunction
+
+        from spade_fast.kernels.triton_kernels import plan
 
         self.run, self.processors, launched = JITFunction.run, plan.processors, []
 
@@ -236,8 +237,9 @@ class _compiling:
         return launched
 
     def __exit__(self, *exception):
-        from spade_fast.kernels.triton_kernels import plan
         from triton.runtime.jit import JITFunction
+
+        from spade_fast.kernels.triton_kernels import plan
 
         JITFunction.run, plan.processors = self.run, self.processors
 

@@ -60,13 +60,15 @@ def test_a_backend_that_cannot_run_is_an_error_when_it_is_asked_for(monkeypatch)
 
 
 def test_use_backend_ends_with_its_block():
+    x = torch.randn(1, 2, 3, 3)
+    best = kernels.select(x).NAME
     with pytest.raises(KeyError), spade_fast.use_backend("torch"):
-        assert kernels._forced == "torch"
+        assert kernels.select(x).NAME == "torch"
         with spade_fast.use_backend(None):
-            assert kernels._forced is None
-        assert kernels._forced == "torch"
+            assert kernels.select(x).NAME == best
+        assert kernels.select(x).NAME == "torch"
         raise KeyError
-    assert kernels._forced is None
+    assert kernels.select(x).NAME == best
     with pytest.raises(
         ValueError, match="name is 'gpu', it should be one of cuda, cpu, triton, torch"
     ):
@@ -83,7 +85,7 @@ def test_backward_uses_the_backend_of_forward(monkeypatch):
 
 
 def test_the_environment_variable():
-    code = "import spade_fast; print(spade_fast.kernels._forced)"
+    code = "import spade_fast; print(spade_fast.kernels.FORCED)"
     assert python(code, SPADE_FAST_BACKEND="torch")[0].strip() == "torch"
     assert python(code, SPADE_FAST_BACKEND="")[0].strip() == "None"
     assert (

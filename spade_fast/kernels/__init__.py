@@ -5,11 +5,11 @@ which answers both "can it run?" and "why not?".
 """
 
 import os
-from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
 
+from ..scopes import Scope
 from . import cpu_backend, cuda_backend, torch_backend, triton_backend
 
 BEST_FIRST = (cuda_backend, cpu_backend, triton_backend, torch_backend)
@@ -41,23 +41,19 @@ def _checked(name, source):
     return name
 
 
-_forced = _checked(os.environ.get("SPADE_FAST_BACKEND") or None, "SPADE_FAST_BACKEND")
+FORCED = _checked(os.environ.get("SPADE_FAST_BACKEND") or None, "SPADE_FAST_BACKEND")
 
 
-@contextmanager
-def use_backend(name):
-    """Inside `with use_backend("torch"):` the whole process uses this backend only; where it cannot
-    run, that is a RuntimeError.
+class use_backend(Scope):
+    """Inside `with use_backend("torch"):` this thread or task uses this backend only; where it
+    cannot run, that is a RuntimeError. `use_backend("torch")` alone holds from then on.
 
     The environment variable SPADE_FAST_BACKEND, read when the package is imported, does the same
     for a whole process. None gives the choice back.
     """
-    global _forced
-    before, _forced = _forced, _checked(name, "name")
-    try:
-        yield
-    finally:
-        _forced = before
+
+    def __init__(self, name: str | None) -> None:
+        super().__init__(_checked(name, "name"))
 
 
 def is_exporting():
@@ -71,11 +67,12 @@ def select(x, gamma=None):
     """The backend that x and γ go to: the forced one, else the best that runs."""
     if is_exporting():
         return torch_backend  # an exported graph must run without this package
+    forced = use_backend.setting_here(FORCED)
     for backend in BEST_FIRST:
-        if _forced not in (None, backend.NAME):
+        if forced not in (None, backend.NAME):
             continue
         reason = backend.why_not(x, gamma)
         if reason is None:
             return backend
-        if _forced is not None:
-            raise RuntimeError(f"the backend {_forced} is asked for but cannot run: {reason}")
+        if forced is not None:
+            raise RuntimeError(f"the backend {forced} is asked for but cannot run: {reason}")

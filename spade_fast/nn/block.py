@@ -8,8 +8,7 @@ from .config import parse_config
 from .spade import CONVOLUTIONS, SPADE, like_pixels_of, owns_result, resize
 from .spectral import convolve
 from .upsampled import repeat_pixels, repeats
-from .windows import with_channels_together, find_layout
-
+from .windows import find_layout, with_channels_together
 
 ACTIVATIONS = {nn.LeakyReLU: "leaky_relu", nn.ReLU: "relu", nn.SiLU: "silu"}
 

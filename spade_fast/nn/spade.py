@@ -7,14 +7,14 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from .. import kernels
-from ..layout import LARGEST_KERNEL, SemanticLayout
 from ..kernels.torch_backend import is_channels_last, lies_like
+from ..layout import LARGEST_KERNEL, SemanticLayout
 from ..ops.convolve_windows import convolve_windows
 from ..ops.modulate import spade_modulate
 from .config import parse_config
 from .frozen import kept_tables
 from .upsampled import convolve_repeated, may_sum_weights, repeats
-from .windows import FORMATS, with_channels_together, find_layout, pays
+from .windows import FORMATS, find_layout, pays, with_channels_together
 
 CONVOLUTIONS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 INSTANCE_NORMS = {1: nn.InstanceNorm1d, 2: nn.InstanceNorm2d, 3: nn.InstanceNorm3d}

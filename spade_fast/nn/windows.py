@@ -2,13 +2,12 @@
 its condition allows, and what pays.
 """
 
-import threading
-
 import torch
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from .. import kernels
 from ..layout import SemanticLayout
+from ..scopes import Scope
 from .frozen import kept_tables
 
 FORMATS = {4: torch.channels_last, 5: torch.channels_last_3d}
@@ -19,32 +18,25 @@ MODES = ("auto", "always", "never")
 COST_OF_ADDITION, COST_OF_WEIGHT, COST_OF_WINDOWS = 8, 100, 1.25
 FEW_PIXELS = 4096  # below, x keeps its memory layout
 
-_thread = threading.local()
 _found = WeakTensorKeyDictionary()  # what `find_layout` found of each condition
 
 
-class window_mode:
-    """What this thread's SPADEs do with a layout: "never" computes γ and β at every pixel, "always"
-    at every distinct window, "auto", as without, where that takes less time. The results are the
-    same.
+class window_mode(Scope):
+    """What the SPADEs of this thread or task do with a layout: "never" computes γ and β at every
+    pixel, "always" at every distinct window, "auto", as without, where that takes less time. The
+    results are the same.
 
     `with window_mode("never"):` holds inside, `window_mode("never")` alone from then on.
     """
 
-    def __init__(self, mode):
+    def __init__(self, mode: str) -> None:
         if mode not in MODES:
             raise ValueError(f"mode is {mode!r}, it should be one of {', '.join(MODES)}")
-        self._before, _thread.mode = current_mode(), mode
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *exception):
-        _thread.mode = self._before
+        super().__init__(mode)
 
 
-def current_mode():
-    return getattr(_thread, "mode", "auto")
+def current_mode() -> str:
+    return window_mode.setting_here("auto")
 
 
 def find_layout(segmap):

@@ -1,0 +1,89 @@
+"""Switches that hold in one thread or asyncio task: which backend runs, windows or pixels, and
+which tables are kept.
+"""
+
+import threading
+from collections import Counter
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+
+_lock = threading.Lock()
+
+
+class Scope:
+    """A setting that holds inside `with Switch(setting):`, or after `Switch(setting)` alone until
+    the `with` around it ends, in this thread or asyncio task and in the tasks that it starts.
+
+    Scopes may end in any order: the newest that has not ended decides. A thread begins without any;
+    `contextvars.copy_context().run` takes those of the thread that starts it along.
+    """
+
+    anywhere: tuple = ()  # the settings that hold in any thread
+
+    def __init_subclass__(cls) -> None:
+        cls._open, cls._counts = ContextVar(cls.__name__, default=()), Counter()
+
+    def __init__(self, setting: Any) -> None:
+        self.setting, self._entered, self._ended = setting, False, False
+        before = self._not_ended()
+        if len(before) > 1 and not any(scope._entered for scope in before[-2:]):
+            before.pop(-2).end()  # two without `with`: the later one replaced it for good
+        self._open.set((*before, self))
+        self._note(1)
+
+    def __enter__(self) -> "Scope":
+        self._entered = True
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        before = self._not_ended()
+        if self in before:
+            for later in before[before.index(self) + 1 :]:
+                if not later._entered:
+                    later.end()  # it was set inside, and holds no longer than this
+        self.end()
+
+    def end(self) -> None:
+        """Ends it, wherever it stands among the others, in every task that it holds in."""
+        if not self._ended:
+            self._ended = True
+            self._open.set(tuple(self._not_ended()))
+            self._note(-1)
+
+    @classmethod
+    def current(cls) -> "Scope | None":
+        """The scope that decides here and now."""
+        for scope in reversed(cls._open.get()):
+            if not scope._ended:
+                return scope
+        return None
+
+    @classmethod
+    def setting_here(cls, default: Any = None) -> Any:
+        """The setting that holds here and now. In a compiled graph it is that of the compilation,
+        made anew where one begins or ends anywhere.
+        """
+        if torch.compiler.is_compiling():
+            return _constant_setting(cls, default) if cls.anywhere else default
+        scope = cls.current()
+        return default if scope is None else scope.setting
+
+    def _not_ended(self) -> list:
+        return [scope for scope in self._open.get() if not scope._ended]
+
+    def _note(self, change: int) -> None:
+        cls = type(self)
+        with _lock:
+            cls._counts[self.setting] += change
+            cls.anywhere = tuple(setting for setting, count in cls._counts.items() if count)
+
+
+def _constant_setting(cls: type, default: Any) -> Any:
+    scope = cls.current()  # compilers cannot read a ContextVar
+    return default if scope is None else scope.setting
+
+
+# As torch.compiler.assume_constant_result does, which takes a second to import.
+_constant_setting._dynamo_marked_constant = True
