@@ -2,9 +2,13 @@
 any kernel runs.
 """
 
+import operator
+
 import torch
 
 from ..kernels import torch_backend
+from ..recording import is_recorded
+from .norms import Norm
 
 NORMS = ("instance", "batch", "syncbatch", "group", None)
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -26,6 +30,7 @@ def check_modulate(
     gamma,
     beta,
     index,
+    order,
     *,
     norm,
     num_groups,
@@ -34,6 +39,7 @@ def check_modulate(
     running_mean,
     running_var,
     training,
+    process_group,
     activation,
     moments,
     out=None,
@@ -64,6 +70,8 @@ def check_modulate(
         raise TypeError(f"beta has dtype {beta.dtype}, it should be gamma's, {gamma.dtype}")
     if index is not None:
         _check_index(index, x, len(gamma))
+    if order is not None:
+        _check_order(order, x)
     if norm not in NORMS:
         raise ValueError(f"norm is {norm!r}, it should be one of {NORMS}")
     if activation not in ACTIVATIONS:
@@ -76,7 +84,8 @@ def check_modulate(
     }
     for name, tensor in per_channel.items():
         _check_channels(name, tensor, x)
-    _check_norm(x, norm, num_groups, weight, bias, running_mean, running_var, training)
+    running = (running_mean, running_var, training, process_group)
+    _check_norm(x, norm, num_groups, weight, bias, *running)
     if moments is not None:
         _check_tensor("moments", moments)
         if moments.shape != (2, *x.shape[:2]):
@@ -126,13 +135,26 @@ def _check_index(index, x, rows):
         )
     if index.device != x.device:
         raise ValueError(f"index is on {index.device}, it should be on x's device, {x.device}")
-    if index.is_cpu and index.numel() and not torch.compiler.is_compiling():
+    if index.is_cpu and index.numel() and not (torch.compiler.is_compiling() or is_recorded(index)):
         least, most = index.aminmax()
         if least < 0 or most >= rows:
             raise ValueError(
                 f"index has numbers from {least} to {most}, they should be rows of the table, 0 to"
                 f" {rows - 1}"
             )
+
+
+def _check_order(order, x):
+    if not isinstance(order, torch.Tensor) or order.dtype != torch.int32:
+        kind = getattr(order, "dtype", type(order).__name__)
+        raise TypeError(f"order is {kind}, it should be a tensor of int32")
+    expected = (x.shape[0], x.shape[2:].numel())
+    if order.shape != expected:
+        raise ValueError(
+            f"order has shape {list(order.shape)}, it should be [N, pixels], {list(expected)}"
+        )
+    if order.device != x.device:
+        raise ValueError(f"order is on {order.device}, it should be on x's device, {x.device}")
 
 
 def _check_channels(name, tensor, x):
@@ -145,7 +167,15 @@ def _check_channels(name, tensor, x):
         raise ValueError(f"{name} is on {tensor.device}, it should be on x's device, {x.device}")
 
 
-def _check_norm(x, norm, num_groups, weight, bias, running_mean, running_var, training):
+def is_divisor(number, whole):
+    try:
+        number = operator.index(number)
+    except TypeError:
+        return False
+    return number > 0 and whole % number == 0
+
+
+def _check_norm(x, norm, num_groups, weight, bias, running_mean, running_var, training, group):
     batch, channels = x.shape[:2]
     pixels = x.shape[2:].numel()
     if (running_mean is None) != (running_var is None):
@@ -166,12 +196,15 @@ def _check_norm(x, norm, num_groups, weight, bias, running_mean, running_var, tr
         raise ValueError(
             f"Expected more than 1 spatial element when training, got input size {x.shape}"
         )
-    if norm == "batch" and training and batch * pixels == 1:
+    alone = (
+        norm == "batch" or norm == "syncbatch" and Norm(norm, process_group=group).processes == 1
+    )
+    if alone and training and batch * pixels == 1:
         raise ValueError(
             f"Expected more than 1 value per channel when training, got input size {x.shape}"
         )
     if norm == "group":
-        if not isinstance(num_groups, int) or num_groups < 1 or channels % num_groups:
+        if not is_divisor(num_groups, channels):
             raise ValueError(
                 f"num_groups is {num_groups!r}, it should be a positive number that divides C,"
                 f" {channels}"

@@ -12,6 +12,7 @@ import torch
 
 from .. import kernels
 from ..kernels import torch_backend
+from ..recording import is_transformed
 
 
 def convolve_windows(rows, weight, bias, sums, dtype):
@@ -40,7 +41,7 @@ class ConvolveWindows(torch.autograd.Function):
     @staticmethod
     def backward(ctx, gradient):
         rows, weight, bias, *sums = ctx.saved_tensors
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        if is_transformed(gradient):
             return *_differentiable_backward(gradient, rows, weight, bias, sums), *[None] * 4
         *wanted, wants_bias = ctx.needs_input_grad[:3]
         _, _, *back = sums
@@ -51,24 +52,29 @@ class ConvolveWindows(torch.autograd.Function):
 
 
 def _differentiable_backward(gradient, rows, weight, bias, sums):
-    """The same gradients through plain PyTorch, for second derivatives, with sums in no less than
-    float32.
+    """The same gradients through plain PyTorch, for second derivatives and transformed backwards,
+    with sums in no less than float32.
     """
-    inputs = [None if tensor is None else tensor.view_as(tensor) for tensor in (rows, weight, bias)]
-    rows, weight, bias, gradient = (
-        None if tensor is None else tensor.to(torch_backend.sum_dtype(tensor.dtype))
-        for tensor in (*inputs, gradient)
-    )
-    offsets, listed, _, _ = sums
-    windows = torch.repeat_interleave(
-        torch.arange(len(offsets) - 1, device=rows.device), offsets.diff()
-    )
-    by_tap = weight.flatten(2).permute(2, 0, 1).reshape(-1, weight.shape[1])
-    products = (rows @ by_tap.t()).view(-1, len(weight))[listed.long()]
-    result = products.new_zeros(len(offsets) - 1, len(weight)).index_add(0, windows, products)
-    result = result if bias is None else result + bias
+    with torch.enable_grad():
+        inputs = [
+            None if tensor is None else tensor.view_as(tensor) for tensor in (rows, weight, bias)
+        ]
+        rows, weight, bias, gradient = (
+            None if tensor is None else tensor.to(torch_backend.sum_dtype(tensor.dtype))
+            for tensor in (*inputs, gradient)
+        )
+        offsets, listed, _, _ = sums
+        windows = torch.repeat_interleave(
+            torch.arange(len(offsets) - 1, device=rows.device), offsets.diff()
+        )
+        by_tap = weight.flatten(2).permute(2, 0, 1).reshape(-1, weight.shape[1])
+        products = (rows @ by_tap.t()).view(-1, len(weight))[listed.long()]
+        result = products.new_zeros(len(offsets) - 1, len(weight)).index_add(0, windows, products)
+        result = result if bias is None else result + bias
     wanted = [tensor for tensor in inputs if tensor is not None and tensor.requires_grad]
-    gradients = iter(torch.autograd.grad(result, wanted, gradient, create_graph=True))
+    gradients = iter(
+        torch.autograd.grad(result, wanted, gradient, create_graph=torch.is_grad_enabled())
+    )
     return [
         next(gradients) if tensor is not None and tensor.requires_grad else None
         for tensor in inputs

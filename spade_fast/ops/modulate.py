@@ -9,7 +9,8 @@ import torch
 
 from .. import kernels
 from ..kernels import torch_backend
-from . import norms
+from ..recording import is_recorded, is_transformed, ordinary
+from . import norms, plain
 from .arguments import check_modulate, check_x
 
 
@@ -74,6 +75,7 @@ def spade_modulate(
         gamma,
         beta,
         index,
+        order,
         norm=norm,
         num_groups=num_groups,
         weight=weight,
@@ -81,25 +83,32 @@ def spade_modulate(
         running_mean=running_mean,
         running_var=running_var,
         training=training,
+        process_group=process_group,
         activation=activation,
         moments=moments,
         out=out,
     )
-    backend = kernels.select(x, gamma)
+    norm = norms.Norm(norm, num_groups, training, momentum, eps, process_group)
     index = None if index is None else index.to(torch.int32)
+    running = (running_mean, running_var)
+    if is_recorded(x, gamma, beta, index, *running):
+        y = plain.modulate(
+            x, gamma, beta, index, norm, weight, bias, running, activation, negative_slope
+        )
+        return y if out is None else out.copy_(y)
+    x, gamma, beta = map(ordinary, (x, gamma, beta))
+    backend = kernels.select(x, gamma)
     differentiable = (x, gamma, beta, weight, bias)
     differentiates = torch.is_grad_enabled() and any(
         tensor is not None and tensor.requires_grad for tensor in differentiable
     )
-    differentiates = (
-        differentiates and not kernels.is_exporting()
-    )  # what is exported is for inference
     if out is not None and (differentiates or torch.is_grad_enabled() and out.requires_grad):
         raise ValueError(
             "out is given, it should be None where gradients are asked for: they need what it"
             " would be written over"
         )
-    if norm == "instance" and weight is None and bias is None and moments is None and out is None:
+    own = (weight, bias, moments, out)
+    if norm.kind == "instance" and all(argument is None for argument in own):
         if differentiates:
             return ModulateInstance.apply(
                 x, gamma, beta, index, order, eps, activation, negative_slope, backend
@@ -107,19 +116,14 @@ def spade_modulate(
         return backend.instance_forward(
             x, gamma, beta, index, eps, activation, negative_slope, False
         )[0]
-    norm = norms.Norm(norm, num_groups, training, momentum, eps, process_group)
     with torch.no_grad():
         if norm.measures:
             moments = backend.plane_moments(x) if moments is None else moments
-            statistics = norms.measure(
-                norm, moments, x.shape[2:].numel(), running_mean, running_var
-            )
+            statistics = norms.measure(norm, moments, x.shape[2:].numel(), *running)
         elif norm.kind is None:
             statistics = norms.identity(x.shape[1], torch_backend.sum_dtype(x.dtype), x.device)
         else:
-            statistics = norms.given(
-                running_mean, running_var, eps, torch_backend.sum_dtype(x.dtype)
-            )
+            statistics = norms.given(*running, eps, torch_backend.sum_dtype(x.dtype))
     if differentiates:
         return Modulate.apply(
             *differentiable, index, order, *statistics, norm, activation, negative_slope, backend
@@ -143,7 +147,8 @@ def plane_moments(x):
     """
     check_x(x)
     with torch.no_grad():
-        return kernels.select(x).plane_moments(x)
+        recorded = is_recorded(x)
+        return (torch_backend if recorded else kernels.select(x)).plane_moments(x)
 
 
 class Modulate(torch.autograd.Function):
@@ -186,7 +191,7 @@ class Modulate(torch.autograd.Function):
             ctx.saved_tensors
         )
         statistics = norms.Statistics(mean, inverse_deviation, ctx.count)
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        if is_transformed(dy):
             gradients = _differentiable_backward(
                 ctx, dy, x, gamma, beta, weight, bias, index, statistics, signs
             )
@@ -233,7 +238,7 @@ class ModulateInstance(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy):
         x, gamma, beta, index, order, planes, signs = ctx.saved_tensors
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        if is_transformed(dy):
             dx, dgamma, dbeta, _, _ = _differentiable_backward(
                 ctx, dy, x, gamma, beta, None, None, index, None, signs
             )
@@ -250,7 +255,9 @@ class ModulateInstance(torch.autograd.Function):
 
 
 def _differentiable_backward(ctx, dy, x, gamma, beta, weight, bias, index, statistics, signs):
-    """The same gradients through plain PyTorch, for second derivatives (create_graph=True)."""
+    """The same gradients through plain PyTorch, for second derivatives (create_graph=True) and for
+    whoever transforms the backward (torch.func, is_grads_batched=True).
+    """
     if ctx.norm.processes > 1:
         raise RuntimeError(
             "second derivatives of norm='syncbatch' over several processes are not supported"
@@ -264,17 +271,20 @@ def _differentiable_backward(ctx, dy, x, gamma, beta, weight, bias, index, stati
     # Aliases, since autograd.grad would also follow a path from γ back to x where γ was made from
     # x.
     beta = torch.zeros_like(gamma, requires_grad=True) if beta is None else beta
-    inputs = [
-        None if tensor is None else tensor.view_as(tensor)
-        for tensor in (x, gamma, beta, weight, bias)
-    ]
-    x, gamma, beta, weight, bias = inputs
-    if ctx.norm.measures:
-        statistics = norms.measure(ctx.norm, torch_backend.plane_moments(x), x.shape[2:].numel())
-    planes = norms.planes(statistics, x.shape[:2], weight, bias)
-    y, _ = torch_backend.apply(x, planes, gamma, beta, index, *activation, False)
+    with torch.enable_grad():
+        inputs = [
+            None if tensor is None else tensor.view_as(tensor)
+            for tensor in (x, gamma, beta, weight, bias)
+        ]
+        x, gamma, beta, weight, bias = inputs
+        if ctx.norm.measures:
+            moments = torch_backend.plane_moments(x)
+            statistics = norms.measure(ctx.norm, moments, x.shape[2:].numel())
+        y = plain.modulate_with(x, gamma, beta, index, statistics, weight, bias, *activation)
     wanted = [tensor for tensor in inputs if tensor is not None and tensor.requires_grad]
-    gradients = iter(torch.autograd.grad(y, wanted, dy.to(y.dtype), create_graph=True))
+    gradients = iter(
+        torch.autograd.grad(y, wanted, dy.to(y.dtype), create_graph=torch.is_grad_enabled())
+    )
     return [
         next(gradients) if tensor is not None and tensor.requires_grad else None
         for tensor in inputs

@@ -89,10 +89,9 @@ def measure(norm, moments, count, running_mean=None, running_var=None):
 
 
 def given(running_mean, running_var, eps, dtype):
-    """Statistics from running statistics, [C]."""
-    return Statistics(
-        running_mean.to(dtype)[None], torch.rsqrt(running_var.to(dtype)[None] + eps), 1
-    )
+    """Statistics from running statistics, [C]: a copy, for those may change before backward."""
+    mean, variance = running_mean.to(dtype, copy=True), running_var.to(dtype)
+    return Statistics(mean[None], torch.rsqrt(variance[None] + eps), 1)
 
 
 def identity(channels, dtype, device):

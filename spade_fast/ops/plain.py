@@ -1,0 +1,65 @@
+"""The operation in plain PyTorch, which PyTorch differentiates itself: once, twice, forwards, for
+whole batches of calls; and which whoever records operations understands.
+"""
+
+import torch
+import torch.nn.functional as F
+
+from ..kernels import torch_backend
+from . import norms
+
+
+def modulate(
+    x: torch.Tensor,
+    gamma: torch.Tensor,
+    beta: torch.Tensor,
+    index: torch.Tensor | None,
+    norm: norms.Norm,
+    weight: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    running: tuple = (None, None),
+    activation: str | None = None,
+    negative_slope: float = 0.2,
+) -> torch.Tensor:
+    """`spade_modulate` of arguments that have been checked; its arguments say what they are.
+
+    No operation is in place, and x's own statistics are part of what is differentiated.
+    """
+    dtype = torch_backend.sum_dtype(x.dtype)
+    if norm.measures:
+        moments = torch_backend.plane_moments(x)
+        statistics = norms.measure(norm, moments, x.shape[2:].numel(), *running)
+    elif norm.kind is None:
+        statistics = norms.identity(x.shape[1], dtype, x.device)
+    else:
+        statistics = norms.given(*running, norm.eps, dtype)
+    return modulate_with(
+        x, gamma, beta, index, statistics, weight, bias, activation, negative_slope
+    )
+
+
+def modulate_with(
+    x: torch.Tensor,
+    gamma: torch.Tensor,
+    beta: torch.Tensor,
+    index: torch.Tensor | None,
+    statistics: norms.Statistics,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    activation: str | None,
+    negative_slope: float,
+) -> torch.Tensor:
+    """The same with statistics that are known."""
+    planes = norms.planes(statistics, x.shape[:2], weight, bias)
+    shift, scale, offset = planes.reshape(*planes.shape, *[1] * (x.dim() - 2)).unbind(0)
+    gamma, beta = (torch_backend.look_up(rows, index) for rows in (gamma, beta))
+    within = torch.promote_types(planes.dtype, gamma.dtype)
+    normalised = (x.to(within) - shift) * scale + offset
+    y = normalised * (1 + gamma.to(within)) + beta
+    if activation == "relu":
+        y = F.relu(y)
+    elif activation == "leaky_relu":
+        y = F.leaky_relu(y, negative_slope)
+    elif activation == "silu":
+        y = F.silu(y)
+    return y.to(torch.promote_types(x.dtype, gamma.dtype))

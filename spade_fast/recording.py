@@ -1,0 +1,58 @@
+"""Whether operations run on values, or somebody records or transforms them."""
+
+import torch
+from torch.autograd import forward_ad
+
+_RECORDERS = (
+    torch._C._TorchDispatchModeKey.PROXY,  # make_fx
+    torch._C._TorchDispatchModeKey.FAKE,
+    torch._C._TorchDispatchModeKey.FUNCTIONAL,
+)
+
+
+def is_recorded(*tensors: torch.Tensor | None) -> bool:
+    """Whether operations on these tensors are recorded or transformed: by torch.export,
+    torch.jit.trace, make_fx, torch.func or forward-mode differentiation, or on tensors without
+    values (meta, fake, and other classes that dispatch for themselves).
+
+    Then nothing may depend on values, and everything is plain PyTorch, which each of these
+    understands. torch.compile is none of them: it knows this package's operators.
+    """
+    if torch.compiler.is_compiling():
+        return torch.compiler._is_exporting_flag
+    return (
+        torch._C._get_tracing_state() is not None
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or forward_ad._current_level >= 0
+        or any(torch._C._get_dispatch_mode(key) is not None for key in _RECORDERS)
+        or not all(tensor is None or has_values(tensor) for tensor in tensors)
+    )
+
+
+def has_values(tensor: torch.Tensor) -> bool:
+    """Whether a tensor's numbers lie in memory as it says, whatever subclass it is of."""
+    return not tensor.is_meta and type(tensor).__torch_dispatch__ is torch.Tensor.__torch_dispatch__
+
+
+def may_overwrite() -> bool:
+    """Whether a tensor that only its maker holds may be written over: nobody keeps what operations
+    return, as the modes of `torch.utils._python_dispatch` may (selective checkpointing does), or
+    records them. A compiler finds out by itself.
+    """
+    if torch.compiler.is_compiling():
+        return False
+    return torch._C._len_torch_dispatch_stack() == 0 and not is_recorded()
+
+
+def ordinary(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor that autograd may keep, though it was made in inference mode."""
+    if torch.compiler.is_compiling() or not tensor.is_inference():
+        return tensor
+    return tensor if torch.is_inference_mode_enabled() else tensor.clone()
+
+
+def is_transformed(gradient: torch.Tensor) -> bool:
+    """Whether a backward is itself differentiated, or transformed: then it is plain PyTorch."""
+    if torch.compiler.is_compiling():
+        return False
+    return torch.is_grad_enabled() or is_recorded(gradient)
