@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 
 from .layout import SemanticLayout, Sums, Windows
-from .nn.frozen import keep_in
 from .nn.spade import SpatiallyAdaptive
+from .nn.tables import keep_in
 
 
 class Graphed:
@@ -103,7 +103,7 @@ class TablesAhead:
     def __init__(self):
         self._asked, self._made = {}, {}
 
-    def get(self, layout, key, compute):
+    def get(self, layout, key, weights, compute):
         if (layout, key) in self._made:
             table, event = self._made[layout, key]
             event.wait()

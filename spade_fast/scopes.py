@@ -4,6 +4,7 @@ which tables are kept.
 
 import threading
 from collections import Counter
+from collections.abc import Iterator
 from contextvars import ContextVar
 from typing import Any
 
@@ -55,10 +56,12 @@ class Scope:
     @classmethod
     def current(cls) -> "Scope | None":
         """The scope that decides here and now."""
-        for scope in reversed(cls._open.get()):
-            if not scope._ended:
-                return scope
-        return None
+        return next(cls.all_here(), None)
+
+    @classmethod
+    def all_here(cls) -> "Iterator[Scope]":
+        """The scopes that hold here and now, the newest first."""
+        return (scope for scope in reversed(cls._open.get()) if not scope._ended)
 
     @classmethod
     def setting_here(cls, default: Any = None) -> Any:
@@ -77,7 +80,8 @@ class Scope:
         cls = type(self)
         with _lock:
             cls._counts[self.setting] += change
-            cls.anywhere = tuple(setting for setting, count in cls._counts.items() if count)
+            cls._counts += Counter()  # without those that hold nowhere
+            cls.anywhere = tuple(cls._counts)
 
 
 def _constant_setting(cls: type, default: Any) -> Any:

@@ -120,7 +120,7 @@ SEGMAP = torch.randn(2, 3, 9, 9)
         (X, SEGMAP[:, :2], ValueError, ["segmap has shape [2, 2, 9, 9]", "[N, 3, H, W]"]),
         (X[:, :2], SEGMAP, ValueError, ["x has shape [2, 2, 5, 6]", "[N, 4, H, W]"]),
         (X, SEGMAP[0], ValueError, ["segmap has shape [3, 9, 9]"]),
-        (X, SEGMAP[:1], ValueError, ["segmap has a batch of 1", "2"]),
+        (X, SEGMAP[[0, 1, 0]], ValueError, ["segmap has a batch of 3", "2, or 1"]),
         (X, SEGMAP.long(), TypeError, ["segmap has dtype torch.int64"]),
         (X, SEGMAP.double(), TypeError, ["segmap has dtype torch.float64", "torch.float32"]),
         (X, SEGMAP.to("meta"), ValueError, ["segmap is on meta", "cpu"]),

@@ -9,15 +9,17 @@ from test_layout import patches
 
 import spade_fast
 from spade_fast import SPADE, SemanticLayout, SPADEResnetBlock
-from spade_fast.nn import spade
+from spade_fast.nn import tables as tables_of_windows
 
 
 @pytest.fixture
 def computed(monkeypatch):
     """A list that grows by every table that is computed."""
-    tables, compute = [], spade.compute_table
+    tables, compute = [], tables_of_windows.compute_table
     monkeypatch.setattr(
-        spade, "compute_table", lambda *arguments: tables.append(True) or compute(*arguments)
+        tables_of_windows,
+        "compute_table",
+        lambda *arguments: tables.append(True) or compute(*arguments),
     )
     return tables
 

@@ -13,7 +13,7 @@ from test_numbering import NothingWaits
 import spade_fast
 from spade_fast import SPADE, SemanticLayout, SPADEGenerator, SPADEResnetBlock
 from spade_fast.graphs import TablesAhead, with_room, write_over
-from spade_fast.nn.frozen import keep_in
+from spade_fast.nn.tables import keep_in
 from spade_fast.ops import arguments
 
 MODULES = {

@@ -11,8 +11,8 @@ import torch.nn as nn
 import spade_fast
 from spade_fast import SPADE, reference
 from spade_fast.agreement import excess
-from spade_fast.nn import spade
-from spade_fast.nn.spade import resize
+from spade_fast.nn import pixels, spade
+from spade_fast.nn.pixels import resize
 from spade_fast.nn.spectral import convolve
 from spade_fast.nn.upsampled import repeats
 
@@ -321,7 +321,9 @@ def test_gamma_and_beta_from_one_convolution_are_the_same(monkeypatch):
         "_conv_forward",
         lambda *arguments: calls.append(arguments[2].shape[0]) or convolve(*arguments),
     )
-    monkeypatch.setattr(spade_fast.nn.spade, "convolve_apart", spade_fast.nn.spade.convolve_jointly)
+    monkeypatch.setattr(
+        spade_fast.nn.pixels, "convolve_apart", spade_fast.nn.pixels.convolve_jointly
+    )
     assert_same(spade_fast.SPADE(4, 3, 6), reference.SPADE(4, 3, 6), (2, 4, 5, 6), (2, 3, 5, 6))
     assert calls[:2] == [6, 8]
 
@@ -444,7 +446,7 @@ def test_a_dense_condition_that_is_smaller_than_x_is_not_made_larger(
         torch.randn(2, 2, *small).double(),
     )
     found, resized = [], []
-    monkeypatch.setattr(spade, "resize", lambda *arguments: resized.append(arguments))
+    monkeypatch.setattr(pixels, "resize", lambda *arguments: resized.append(arguments))
     for module in (ours, theirs):
         inputs = [tensor.clone().requires_grad_() for tensor in (x, segmap)]
         y = module(*inputs)
@@ -467,4 +469,4 @@ def test_repeats_are_those_of_interpolate(size):
 def test_in_half_precision_weights_are_not_summed():
     layer, segmap = SPADE(3, 2, 5).to(torch.bfloat16), torch.randn(1, 2, 4, 4).to(torch.bfloat16)
     hidden = layer.mlp_shared(torch.nn.functional.interpolate(segmap, scale_factor=2))
-    assert torch.equal(layer._hidden(segmap, (8, 8)), hidden)
+    assert torch.equal(pixels._hidden(layer.mlp_shared, segmap, (8, 8)), hidden)

@@ -11,7 +11,7 @@ from test_layout import patches
 
 import spade_fast
 from spade_fast import SemanticLayout
-from spade_fast.nn import spade
+from spade_fast.nn import tables as tables_of_windows
 
 nets = pytest.importorskip("monai.networks.nets")
 LABELS = 4
@@ -96,9 +96,11 @@ def test_the_same_outputs_and_gradients(name, dims, mode):
 
 def test_a_sampler_computes_its_tables_once(monkeypatch):
     schedulers = pytest.importorskip("monai.networks.schedulers")
-    tables, compute = [], spade.compute_table
+    tables, compute = [], tables_of_windows.compute_table
     monkeypatch.setattr(
-        spade, "compute_table", lambda *arguments: tables.append(True) or compute(*arguments)
+        tables_of_windows,
+        "compute_table",
+        lambda *arguments: tables.append(True) or compute(*arguments),
     )
     torch.manual_seed(0)
     network = unet(2).double().eval()

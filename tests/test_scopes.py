@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from spade_fast import kernels, use_backend, window_mode
-from spade_fast.nn.windows import current_mode
+from spade_fast.nn.choice import current_mode
 
 X = torch.ones(1, 1, 2, 2)
 SWITCHES = {

@@ -14,7 +14,8 @@ import spade_fast
 from benchmarks import layouts
 from spade_fast import SPADE, SemanticLayout, SPADEResnetBlock, reference
 from spade_fast.agreement import excess
-from spade_fast.nn.windows import current_mode
+from spade_fast.nn import spade
+from spade_fast.nn.choice import current_mode
 
 pytestmark = pytest.mark.usefixtures("backend")
 
@@ -208,9 +209,9 @@ def test_a_block(norm_G, fin, fout):
 def windows_used(monkeypatch):
     """A list that grows by every table that a SPADE computes from now on."""
     used = []
-    from_windows = SPADE._from_windows
+    at_windows = spade.at_windows
     monkeypatch.setattr(
-        SPADE, "_from_windows", lambda *arguments: used.append(True) or from_windows(*arguments)
+        spade, "at_windows", lambda *arguments: used.append(True) or at_windows(*arguments)
     )
     return used
 
@@ -344,8 +345,8 @@ def test_window_mode_as_a_setting_of_the_thread():
     "change,message",
     [
         (
-            lambda layout: SemanticLayout(layout.codes[:1], layout.palette),
-            "segmap has a batch of 1, it should be x's, 2",
+            lambda layout: layout.repeat(2),
+            "segmap has a batch of 4, it should be x's, 2",
         ),
         (
             lambda layout: SemanticLayout(layout.codes, layout.palette[:, :4]),

@@ -1,12 +1,13 @@
 """The layer and the networks that are built from it."""
 
 from .block import SPADEResBlk, SPADEResnetBlock
+from .choice import window_mode
 from .discriminator import MultiscaleDiscriminator
 from .encoder import ConvEncoder, reparameterize
-from .frozen import frozen
 from .generator import SPADEGenerator
 from .spade import SPADE
-from .windows import window_mode
+from .spectral import fold_spectral_norm
+from .tables import frozen
 
 __all__ = [
     "SPADE",
@@ -15,6 +16,7 @@ __all__ = [
     "SPADEGenerator",
     "SPADEResBlk",
     "SPADEResnetBlock",
+    "fold_spectral_norm",
     "frozen",
     "reparameterize",
     "window_mode",

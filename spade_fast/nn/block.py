@@ -2,13 +2,18 @@
 
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 
+from ..layout import SemanticLayout
 from ..ops.modulate import plane_moments
-from .config import parse_config
-from .spade import CONVOLUTIONS, SPADE, like_pixels_of, owns_result, resize
+from ..recording import is_recorded, ordinary
+from .choice import find_layout
+from .config import parse_config, whole_number
+from .modules import CONVOLUTIONS, is_watched, may_overwrite_result
+from .pixels import like_pixels_of, resize, with_channels_together
+from .spade import SPADE, SpatiallyAdaptive
 from .spectral import convolve
 from .upsampled import repeat_pixels, repeats
-from .windows import find_layout, with_channels_together
 
 ACTIVATIONS = {nn.LeakyReLU: "leaky_relu", nn.ReLU: "relu", nn.SiLU: "silu"}
 
@@ -17,55 +22,102 @@ class ResidualBlock:
     """What a module does as the residual block, whatever its class: it has norm_0, norm_1, conv_0,
     conv_1; norm_s and conv_s or neither.
 
-    Its activation is leaky ReLU of slope 0.2, or the one that it has as a module.
+    Its activation is leaky ReLU of slope 0.2, or the one that it has as a module. A norm that is
+    watched, or is another class's, is called with what the block was called with, and without its
+    activation: what sees it sees what it would of the plain block.
     """
 
-    def forward(self, x, segmap, scale=1):
+    def forward(
+        self, x: torch.Tensor, segmap: torch.Tensor | SemanticLayout, scale: int = 1
+    ) -> torch.Tensor:
         """x [N, fin, *spatial] and segmap [N, label_nc, *any], or a SemanticLayout, to [N, fout,
         *spatial].
 
-        scale: x is made so many times larger first, by nearest neighbour. Errors: SPADE.forward's.
+        scale: x is made this many times larger first, by nearest neighbour.
+        Errors: SPADE.forward's.
         """
-        self.norm_0.check(x, segmap)
-        layout = find_layout(segmap)
-        x = with_channels_together(x, scale)
-        has_shortcut, settings = "norm_s" in self._modules, self.activation_settings()
-        moments = None
-        if self.norm_0.measures and (scale > 1 or has_shortcut and self.norm_s.measures):
-            moments = repeated_moments(plane_moments(x), scale ** (x.dim() - 2))
+        self.check(x, segmap)
+        return self.compute(x, segmap, scale)
+
+    def check(self, x: torch.Tensor, segmap: torch.Tensor | SemanticLayout) -> None:
+        """Raises what is wrong with x or segmap, by name."""
+        if isinstance(self.norm_0, SpatiallyAdaptive):
+            self.norm_0.check(x, segmap)
+
+    def is_open(self, x: torch.Tensor, segmap: torch.Tensor | SemanticLayout) -> bool:
+        """Whether to call the module with these is to run `compute` and nothing else."""
+        return type(self).forward is ResidualBlock.forward and not is_watched(self)
+
+    def compute(
+        self, x: torch.Tensor, segmap: torch.Tensor | SemanticLayout, scale: int = 1
+    ) -> torch.Tensor:
+        """forward, of arguments that have been checked."""
+        x = with_channels_together(ordinary(x), scale)
+        has_shortcut = "norm_s" in self._modules
+        moments = self._moments(x, segmap, scale)
         x = repeat_pixels(x, scale)
-        if layout is not None:
-            segmap = layout
-        else:  # once for all SPADEs
-            segmap = segmap if repeats(segmap, x.shape[2:]) > 1 else resize(segmap, x.shape[2:])
-            segmap = like_pixels_of(x, segmap)
+        seen = find_layout(segmap)
+        if seen is None:  # resized once for all SPADEs
+            size = x.shape[2:]
+            seen = segmap if repeats(segmap, size) > 1 else resize(segmap, size)
+            seen = like_pixels_of(x, seen)
         shortcut = x
         if has_shortcut:
-            shortcut = convolve(
-                self.conv_s,
-                self.norm_s(x, segmap, moments=moments if self.norm_s.measures else None),
-            )
-        dx = convolve(self.conv_0, self.norm_0(x, segmap, moments=moments, **settings))
-        dx = convolve(self.conv_1, self.norm_1(dx, segmap, **settings))
+            shortcut = convolve(self.conv_s, self._normalise("norm_s", x, segmap, seen, moments))
+        activation = next(
+            (module for module in self.children() if type(module) in ACTIVATIONS), None
+        )
+        dx = self._normalise("norm_0", x, segmap, seen, moments, activation, True)
+        dx = convolve(self.conv_0, dx)
+        dx = self._normalise("norm_1", dx, segmap, seen, None, activation, True)
+        dx = convolve(self.conv_1, dx)
         dx = self.se(dx) if "se" in self._modules else dx
-        if (
-            has_shortcut
-            and owns_result(self.conv_s)
-            and shortcut.dtype == dx.dtype
-            and not torch.is_grad_enabled()
-        ):
-            return shortcut.add_(dx)
+        if has_shortcut and not torch.is_grad_enabled() and may_overwrite_result(self.conv_s):
+            if shortcut.dtype == dx.dtype and shortcut.shape == dx.shape:
+                return shortcut.add_(dx)
         return shortcut + dx
 
-    def activation_settings(self):
-        """The activation as arguments of a SPADE."""
-        for module in self.children():
-            if type(module) in ACTIVATIONS:
-                return {
-                    "activation": ACTIVATIONS[type(module)],
-                    "negative_slope": getattr(module, "negative_slope", 0.2),
-                }
-        return {"activation": "leaky_relu", "negative_slope": 0.2}
+    def _moments(self, x, segmap, scale):
+        """`plane_moments` of the x that norm_0 and norm_s normalise, where that saves a pass."""
+        norms = [getattr(self, name) for name in ("norm_0", "norm_s") if name in self._modules]
+        taking = [norm for norm in norms if takes_moments(norm, x, segmap)]
+        if is_recorded(x) or len(taking) + (scale > 1) < 2:
+            return None
+        return repeated_moments(plane_moments(x), scale ** (x.dim() - 2))
+
+    def _normalise(self, name, x, segmap, seen, moments, activation=None, activates=False):
+        """A norm of x, with the activation that follows it in the same pass where nobody watches:
+        then of `seen`, what was found of segmap.
+        """
+        norm = getattr(self, name)
+        watched = activation is not None and is_watched(activation)
+        settings = activation_settings(activation) if activates and not watched else (None, 0.0)
+        if isinstance(norm, SpatiallyAdaptive) and norm.is_open(x, segmap):
+            moments = moments if norm.measures else None
+            y = norm.modulate(x, seen, *settings, moments)
+        else:
+            y = activate(norm(x, segmap), *settings)
+        return activation(y) if activates and watched else y
+
+
+def takes_moments(norm: nn.Module, x: torch.Tensor, segmap: torch.Tensor | SemanticLayout) -> bool:
+    """Whether a SPADE may be given the moments of its x."""
+    return isinstance(norm, SpatiallyAdaptive) and norm.is_open(x, segmap) and norm.measures
+
+
+def activation_settings(module: nn.Module | None) -> tuple[str, float]:
+    """An activation as a SPADE's `activation` and `negative_slope`."""
+    if module is None:
+        return "leaky_relu", 0.2
+    return ACTIVATIONS[type(module)], getattr(module, "negative_slope", 0.2)
+
+
+def activate(y: torch.Tensor, activation: str | None, negative_slope: float) -> torch.Tensor:
+    """The same after a SPADE that was called."""
+    if activation == "leaky_relu":
+        return F.leaky_relu(y, negative_slope)
+    functions = {None: lambda y: y, "relu": F.relu, "silu": F.silu}
+    return functions[activation](y)
 
 
 def repeated_moments(moments, times):
@@ -78,8 +130,9 @@ class SPADEResnetBlock(ResidualBlock, nn.Module):
     conv_s(norm_s(x)) replaces x.
 
     The wiring and the state_dict keys are those of the published code (Park et al. 2019, figure 4);
-    the signature is that of the face models that share it. norm_0 and norm_s share one pass over x
-    for its moments.
+    the signature is that of the face models that share it. The published one,
+    SPADEResnetBlock(fin, fout, opt) with opt.norm_G and opt.semantic_nc, is taken as well. norm_0
+    and norm_s share one pass over x for its moments.
 
     Args:
         fin, fout: channels of x and of the result; between the two convolutions there are min(fin,
@@ -92,16 +145,31 @@ class SPADEResnetBlock(ResidualBlock, nn.Module):
         dilation: of conv_0 and conv_1.
         nhidden: hidden channels of each SPADE.
         spatial_dims: 1, 2 or 3.
+
+    Raises:
+        ValueError: an argument is not as said above; the message names it.
     """
 
     def __init__(
-        self, fin, fout, norm_G, label_nc, use_se=False, dilation=1, *, nhidden=128, spatial_dims=2
-    ):
+        self,
+        fin: int,
+        fout: int,
+        norm_G: str,
+        label_nc: int | None = None,
+        use_se: bool = False,
+        dilation: int = 1,
+        *,
+        nhidden: int = 128,
+        spatial_dims: int = 2,
+    ) -> None:
         super().__init__()
+        if label_nc is None and hasattr(norm_G, "norm_G") and hasattr(norm_G, "semantic_nc"):
+            norm_G, label_nc = norm_G.norm_G, norm_G.semantic_nc  # the published code's options
         config = parse_config(norm_G, "norm_G")
         if spatial_dims not in CONVOLUTIONS:
             raise ValueError(f"spatial_dims is {spatial_dims!r}, it should be 1, 2 or 3")
-        fmiddle = min(fin, fout)
+        fin, fout = whole_number("fin", fin), whole_number("fout", fout)
+        dilation, fmiddle = whole_number("dilation", dilation), min(fin, fout)
 
         def convolution(*arguments, **settings):
             module = CONVOLUTIONS[spatial_dims](*arguments, **settings)

@@ -1,5 +1,6 @@
 """The strings that published code configures SPADE with, such as "spectralspadesyncbatch3x3"."""
 
+import operator
 import re
 from typing import NamedTuple
 
@@ -27,3 +28,17 @@ def parse_config(text, argument):
         raise ValueError(f"{argument} is {text!r}, it should be {GRAMMAR}")
     before, after, norm, kernel_size = match.groups()
     return Config(bool(before or after), norm or "instance", int(kernel_size or 3))
+
+
+def whole_number(name: str, value: int, least: int = 1) -> int:
+    """The value as an int: any whole number, such as NumPy's. Errors: ValueError, which names it,
+    where it is none, or less than `least`.
+    """
+    try:
+        number = None if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        number = None
+    if number is None or number < least:
+        kind = "a positive whole number" if least == 1 else f"a whole number from {least} on"
+        raise ValueError(f"{name} is {value!r}, it should be {kind}")
+    return number

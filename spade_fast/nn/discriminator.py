@@ -9,9 +9,12 @@ import torch.nn.functional as F
 from ..layout import SemanticLayout
 from ..ops.convolve_windows import convolve_windows
 from ..ops.modulate import spade_modulate
+from ..recording import is_recorded
+from .choice import find_layout
+from .modules import CONVOLUTIONS, is_plain, is_watched
 from .normalised import NEGATIVE_SLOPE, NormalisedConvolution
-from .spade import CONVOLUTIONS, dtype_of_convolution
-from .windows import FORMATS, find_layout
+from .pixels import FORMATS
+from .tables import dtype_of_convolution
 
 POOLS = {1: F.avg_pool1d, 2: F.avg_pool2d, 3: F.avg_pool3d}
 HALF = {
@@ -47,13 +50,34 @@ class PatchDiscriminator(nn.Module):
 
         x: [N, input_nc, *spatial], condition and image together, or with a layout the image alone.
         """
-        results = [self.model0(x) if layout is None else self._first(x, layout)]
+        looks_up = layout is not None and self._may_look_up(x, layout)
+        if layout is not None and not looks_up:
+            x = together(layout, x)
+        results = [self._first(x, layout) if looks_up else self.model0(x)]
         for layer in (self.model1, self.model2, self.model3, self.model4):
             results.append(layer(results[-1]))
         return results
 
+    def _may_look_up(self, image, layout):
+        """Whether the first layer is no more than its weights say, in a form that has windows."""
+        if is_recorded(image) or is_watched(self.model0) or len(self.model0) != 2:
+            return False
+        convolution, activation = self.model0
+        if not is_plain(convolution, CONVOLUTIONS.values()):
+            return False
+        sizes = (convolution.kernel_size, convolution.stride, convolution.padding)
+        channels = layout.label_nc + image.shape[1]
+        return (
+            is_plain(activation, (nn.LeakyReLU,))
+            and convolution.padding_mode == "zeros"
+            and convolution.groups == 1
+            and set(convolution.dilation) == {1}
+            and all(isinstance(size, tuple) and len(set(size)) == 1 for size in sizes)
+            and convolution.weight.shape[1:] == (channels, *convolution.kernel_size)
+        )
+
     def _first(self, image, layout):
-        convolution = self.model0[0]
+        convolution, activation = self.model0
         of_condition, of_image = convolution.weight.split([layout.label_nc, image.shape[1]], dim=1)
         x = convolution._conv_forward(image, of_image, convolution.bias)
         patches = layout.patches(
@@ -71,7 +95,7 @@ class PatchDiscriminator(nn.Module):
             order=patches.order,
             norm=None,
             activation="leaky_relu",
-            negative_slope=NEGATIVE_SLOPE,
+            negative_slope=activation.negative_slope,
         )
 
 
@@ -129,7 +153,10 @@ class MultiscaleDiscriminator(nn.Module):
             if number > 0:
                 x = POOLS[self.spatial_dims](x, **HALF)
                 layout = layout and layout.avg_pool(**HALF)
-            results.append(discriminator(x, layout))
+            watched = layout is not None and is_watched(discriminator)
+            results.append(
+                discriminator(together(layout, x)) if watched else discriminator(x, layout)
+            )
         return results
 
     def _check(self, x, segmap):
@@ -165,3 +192,8 @@ class MultiscaleDiscriminator(nn.Module):
                 f"x has {x.shape[1]} channels{together}, it should be {self.input_nc} in all"
             )
         return layout
+
+
+def together(layout: SemanticLayout, image: torch.Tensor) -> torch.Tensor:
+    """The condition's channels, then the image's: [N, label_nc + C, *spatial]."""
+    return torch.cat([layout.to_segmap(image.dtype), image], dim=1)

@@ -9,12 +9,15 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from ..layout import SemanticLayout
-from . import spectral
-from .block import SPADEResnetBlock
+from ..recording import is_recorded
+from .block import ResidualBlock, SPADEResnetBlock
+from .choice import current_mode, find_layout
 from .config import parse_config
-from .spade import CONVOLUTIONS, batch_of, resize
+from .modules import CONVOLUTIONS, keeps_size, taps_of
+from .pixels import resize
+from .spade import batch_of
+from .spectral import fold_spectral_norm
 from .upsampled import convolve_repeated, may_sum_weights, repeat_pixels
-from .windows import current_mode, find_layout
 
 
 class Stage(NamedTuple):
@@ -131,7 +134,6 @@ class SPADEGenerator(nn.Module):
                 ),
             )
         self.conv_img = convolution(width, output_nc, 3, padding=1)
-        self.register_load_state_dict_post_hook(_fold_again)
 
     @classmethod
     def official(
@@ -218,56 +220,47 @@ class SPADEGenerator(nn.Module):
         Raises:
             ValueError, TypeError: an argument is not as said above; the message names it.
         """
-        segmap, z = self._inputs(segmap, z)
+        z = self._checked(segmap, z)
+        times = 1 if z is None else images_of_each(z, segmap)
         layout = find_layout(segmap)
-        if layout is not None:
-            segmap = layout
-            if not torch.compiler.is_compiling() and current_mode() != "never":
-                layout.prepare(
-                    self.sizes, self.kernel_size
-                )  # a GPU is waited for here, and nowhere below
-        x = self._first_map(segmap, z)
+        seen = repeat_images(segmap if layout is None else layout, times)
+        prepares = layout is not None and current_mode() != "never"
+        if prepares and not torch.compiler.is_compiling() and not is_recorded(layout.palette):
+            seen.prepare(self.sizes, self.kernel_size)  # a GPU is waited for here, nowhere below
+        x = self._first_map(seen, z)
         for stage in self.stages:
-            x = getattr(self, stage.name)(x, segmap, scale=stage.scale)
+            block = getattr(self, stage.name)
+            if isinstance(block, ResidualBlock) and block.is_open(x, seen):
+                x = block.forward(x, seen, stage.scale)
+            else:
+                x = block(repeat_pixels(x, stage.scale), repeat_images(segmap, times))
         x = F.leaky_relu(x, 0.2)
-        if self.last_scale > 1 and may_sum_weights(x):
+        summed = self.last_scale > 1 and may_sum_weights(x) and not is_recorded(x)
+        if summed and keeps_size(self.conv_img, taps_of(self.conv_img)):
             x = convolve_repeated(self.conv_img, x, self.last_scale)
         else:
             x = self.conv_img(repeat_pixels(x, self.last_scale))
         return torch.tanh(x)
 
     def fold_spectral_norm(self):
-        """For inference: divides the weights under spectral norm by their σ once, instead of in
-        every call. `train()` undoes it.
-
-        Gradients do not reach those weights meanwhile. The state_dict stays as it is; one that is
-        loaded is folded anew.
-        """
+        """`fold_spectral_norm`, of a generator in eval mode. Errors: RuntimeError in train mode."""
         if self.training:
             raise RuntimeError(
                 "the generator is in train mode: σ changes in every call, call eval() first"
             )
-        spectral.fold(self)
-        return self
+        return fold_spectral_norm(self)
 
-    def train(self, mode=True):
-        if mode:
-            spectral.unfold(self)
-        return super().train(mode)
-
-    def _inputs(self, segmap, z):
-        """segmap for every image, and z."""
+    def _checked(self, segmap, z):
+        """z, drawn where it is needed and not given. Raises what is wrong with either, by name."""
         weight = self.fc.weight
         getattr(self, self.stages[0].name).norm_0.check_segmap(segmap)
         conditions = batch_of(segmap)
         if self.z_dim is None:
             if z is not None:
                 raise ValueError("z should be None: this generator begins with the condition")
-            return segmap, None
+            return None
         if z is None:
-            return segmap, torch.randn(
-                conditions, self.z_dim, dtype=weight.dtype, device=weight.device
-            )
+            return torch.randn(conditions, self.z_dim, dtype=weight.dtype, device=weight.device)
         if not isinstance(z, torch.Tensor) or z.dim() != 2 or z.shape[1] != self.z_dim:
             raise ValueError(
                 f"z is {list(z.shape) if isinstance(z, torch.Tensor) else z!r}, it should be a"
@@ -279,16 +272,13 @@ class SPADEGenerator(nn.Module):
             )
         images = z.shape[0]
         if images == conditions:
-            return segmap, z
+            return z
         times, rest = divmod(images, max(1, conditions))
         if rest or times == 0 or conditions == 0:
             raise ValueError(
                 f"z has a batch of {images}, it should be a multiple of segmap's, {conditions}"
             )
-        layout = find_layout(segmap)
-        return segmap.repeat(times, *[1] * (segmap.dim() - 1)) if layout is None else layout.repeat(
-            times
-        ), z
+        return z
 
     def _first_map(self, segmap, z):
         if z is not None:
@@ -298,15 +288,24 @@ class SPADEGenerator(nn.Module):
         return self.fc(resize(segmap, self.start))
 
 
+def images_of_each(z: torch.Tensor, segmap: torch.Tensor | SemanticLayout) -> int:
+    """How many images of each condition there are."""
+    conditions = batch_of(segmap)
+    return 1 if z.shape[0] == conditions else z.shape[0] // conditions
+
+
+def repeat_images(
+    segmap: torch.Tensor | SemanticLayout, times: int
+) -> torch.Tensor | SemanticLayout:
+    """A batch of conditions, `times` times over."""
+    if isinstance(segmap, SemanticLayout):
+        return segmap.repeat(times)
+    return segmap if times == 1 else segmap.repeat(times, *[1] * (segmap.dim() - 1))
+
+
 def published_stages(num_upsampling_layers):
     """The blocks of the published generators with "normal", "more" or "most" doublings."""
     middle = 1 if num_upsampling_layers == "normal" else 2
     stages = [Stage("head_0", 16, 1), Stage("G_middle_0", 16, 2), Stage("G_middle_1", 16, middle)]
     stages += [Stage("up_0", 8, 2), Stage("up_1", 4, 2), Stage("up_2", 2, 2), Stage("up_3", 1, 2)]
     return stages + ([Stage("up_4", 0.5, 2)] if num_upsampling_layers == "most" else [])
-
-
-def _fold_again(generator, incompatible_keys):
-    """After new weights were loaded."""
-    if spectral.unfold(generator):
-        spectral.fold(generator)

@@ -5,7 +5,8 @@ leaky ReLU.
 import torch.nn as nn
 import torch.nn.functional as F
 
-from .spade import CONVOLUTIONS, INSTANCE_NORMS
+from ..recording import may_overwrite
+from .modules import CONVOLUTIONS, INSTANCE_NORMS, is_plain
 from .spectral import convolve
 
 NEGATIVE_SLOPE = 0.2
@@ -29,4 +30,6 @@ class NormalisedConvolution(nn.Sequential):
         return self[0]
 
     def forward(self, x):
-        return F.leaky_relu_(self[1](convolve(self.convolution, x)), NEGATIVE_SLOPE)
+        x = self[1](convolve(self.convolution, x))
+        own = is_plain(self[1], INSTANCE_NORMS.values()) and may_overwrite()
+        return (F.leaky_relu_ if own else F.leaky_relu)(x, NEGATIVE_SLOPE)

@@ -1,81 +1,52 @@
 """The SPADE layer: convolutions make γ and β of a condition, which modulate the normalised x."""
 
-from typing import NamedTuple
-
 import torch
+import torch.fx
 import torch.nn as nn
-import torch.nn.functional as F
 
-from .. import kernels
-from ..kernels.torch_backend import is_channels_last, lies_like
-from ..layout import LARGEST_KERNEL, SemanticLayout
-from ..ops.convolve_windows import convolve_windows
+from ..kernels.torch_backend import lies_like
+from ..layout import SemanticLayout
 from ..ops.modulate import spade_modulate
-from .config import parse_config
-from .frozen import kept_tables
-from .upsampled import convolve_repeated, may_sum_weights, repeats
-from .windows import FORMATS, find_layout, pays, with_channels_together
+from ..recording import ordinary
+from .choice import convolutions_at_windows, find_layout
+from .config import parse_config, whole_number
+from .modules import (
+    BATCH_NORMS,
+    CONVOLUTIONS,
+    INSTANCE_NORMS,
+    KINDS,
+    is_known,
+    is_watched,
+    may_overwrite_result,
+)
+from .parts import Form, HasParts, Parts
+from .pixels import at_pixels, with_channels_together
+from .tables import at_windows
 
-CONVOLUTIONS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
-INSTANCE_NORMS = {1: nn.InstanceNorm1d, 2: nn.InstanceNorm2d, 3: nn.InstanceNorm3d}
-BATCH_NORMS = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
-KINDS = {
-    **{module: "instance" for module in INSTANCE_NORMS.values()},
-    **{module: "batch" for module in BATCH_NORMS.values()},
-    nn.SyncBatchNorm: "syncbatch",
-    nn.GroupNorm: "group",
-}
 ALWAYS_FRESH = 2**25  # bytes; of smaller tensors C libraries keep the memory
-POINTWISE = (nn.ReLU, nn.LeakyReLU, nn.SiLU, nn.GELU, nn.ELU, nn.Tanh, nn.Sigmoid, nn.Identity)
 
 
-class Form(NamedTuple):
-    """The names of the sub-modules that a layer has for SPADE's parts, and its sizes."""
-
-    norm: str
-    shared: str
-    gamma: str
-    beta: str
-    norm_nc: int
-    label_nc: int
-    spatial_dims: int
-
-
-class Convolutions(NamedTuple):
-    """What decides the γ and β of a window: three convolutions, what follows the first, and norms
-    of γ's and β's own.
-    """
-
-    shared: nn.Module
-    activations: list
-    gamma: nn.Module
-    beta: nn.Module
-    gamma_norm: nn.Module | None
-    beta_norm: nn.Module | None
-
-    @property
-    def normalise(self):
-        """Whether γ or β is normalised over each image: then images with one window have two rows
-        for it.
-        """
-        return self.gamma_norm is not None or self.beta_norm is not None
-
-
-class SpatiallyAdaptive:
+class SpatiallyAdaptive(HasParts):
     """What a module does as a SPADE, whatever its class: `spade_form` names its parts.
 
     h = shared(segmap);  y = norm(x) · (1 + gamma(h)) + beta(h)
     """
 
-    spade_form: Form
-
-    def forward(self, x, segmap, *, activation=None, negative_slope=0.2, moments=None):
+    def forward(
+        self,
+        x: torch.Tensor,
+        segmap: torch.Tensor | SemanticLayout,
+        *,
+        activation: str | None = None,
+        negative_slope: float = 0.2,
+        moments: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         """y of x's shape; channels-last from 4096 pixels on, else of x's memory layout.
 
         Args:
             x: [N, norm_nc, *spatial].
             segmap: [N, label_nc, *any], the condition, or a SemanticLayout of it; resized to x by
-                nearest neighbour.
+                nearest neighbour. Its batch or x's may be 1.
             activation: None, "relu", "leaky_relu" or "silu", applied to y in the same pass.
             negative_slope: of leaky ReLU.
             moments: `plane_moments(x)`, where several layers normalise one x.
@@ -84,18 +55,42 @@ class SpatiallyAdaptive:
             ValueError, TypeError: an argument is not as said above; the message names it.
         """
         self.check(x, segmap)
-        layout = find_layout(segmap)
-        x = with_channels_together(x)
-        convolutions = None if layout is None else self.convolutions()
-        if convolutions is not None and pays(layout, x.shape[2:], self, convolutions):
-            gamma, beta, lookup = self._from_windows(layout, x, convolutions)
+        return self.modulate(x, segmap, activation, negative_slope, moments)
+
+    def is_open(self, x: torch.Tensor, segmap: torch.Tensor | SemanticLayout) -> bool:
+        """Whether to call the module with these is to run `modulate` and nothing else: then whoever
+        has the module may do that, with an activation and moments besides.
+        """
+        return type(self).forward is SpatiallyAdaptive.forward and not is_watched(self)
+
+    def modulate(
+        self,
+        x: torch.Tensor,
+        segmap: torch.Tensor | SemanticLayout,
+        activation: str | None = None,
+        negative_slope: float = 0.2,
+        moments: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """forward, of arguments that have been checked."""
+        parts, layout, images = Parts.of(self), find_layout(segmap), batch_of(segmap)
+        x = with_channels_together(ordinary(x))
+        several = x.shape[0] != images != 1  # conditions of one x
+        if is_known(parts.norm) and not several:  # asked once: a lazy norm becomes another class
+            count_batch(parts.norm)
+            norm = norm_arguments(parts.norm)
         else:
-            gamma, beta, lookup = *self._from_pixels(segmap, x), {}
-        norm = self.part("norm")
-        if not is_known(norm):
-            x, moments = norm(x), None
-        norm = self._norm_arguments()
-        out = None if lookup else self._reused(x, gamma)
+            x, moments, norm = parts.norm(x), None, {"norm": None}
+            x = x.expand(images, *x.shape[1:]) if several else x
+        if layout is not None and len(layout) != x.shape[0]:
+            layout = layout.repeat(x.shape[0])
+        convolutions = convolutions_at_windows(self, parts, layout, x)
+        if convolutions is not None:
+            gamma, beta, lookup = at_windows(self, layout, x, convolutions)
+        else:
+            given = ordinary(segmap) if isinstance(segmap, torch.Tensor) else layout
+            gamma, beta, lookup = *at_pixels(parts, given, x), {}
+            if gamma.shape[0] != x.shape[0]:  # one condition's, for every image
+                gamma, beta = gamma.expand(x.shape), beta.expand(x.shape)
         return spade_modulate(
             x,
             gamma,
@@ -105,144 +100,20 @@ class SpatiallyAdaptive:
             activation=activation,
             negative_slope=negative_slope,
             moments=moments,
-            out=out,
+            out=None if lookup else reused(parts.gamma, gamma, x),
         )
-
-    def _reused(self, x, gamma):
-        """γ, where it is large and nobody else's: y then takes its place. Memory fresh from the
-        system takes longer than to modulate.
-        """
-        if x.device.type != "cpu" or torch.is_grad_enabled() or torch.compiler.is_compiling():
-            return None
-        suits = (
-            gamma.nbytes >= ALWAYS_FRESH
-            and gamma.dtype == torch.promote_types(x.dtype, gamma.dtype)
-            and lies_like(gamma, x)
-        )
-        return gamma if suits and owns_result(self.part("gamma")) else None
-
-    def part(self, name):
-        """The module of this name in `spade_form`."""
-        return self.get_submodule(getattr(self.spade_form, name))
-
-    def convolutions(self):
-        """What decides γ and β, or None where that is more than a window's codes and the weights of
-        plain convolutions.
-        """
-        shared, *activations = leaves(self.part("shared"))
-        (gamma, *gamma_norms), (beta, *beta_norms) = (
-            leaves(self.part("gamma")),
-            leaves(self.part("beta")),
-        )
-        size = gamma.kernel_size[0] if isinstance(gamma, tuple(CONVOLUTIONS.values())) else 0
-        if not (
-            1 <= size <= LARGEST_KERNEL
-            and all(sees_windows(module, size) for module in (shared, gamma, beta))
-        ):
-            return None
-        if (
-            not all(is_plain(module, POINTWISE) for module in activations)
-            or len(gamma_norms) > 1
-            or len(beta_norms) > 1
-        ):
-            return None
-        own_norms = [*gamma_norms, *beta_norms]
-        if not all(
-            is_plain(module, INSTANCE_NORMS.values()) and not module.track_running_stats
-            for module in own_norms
-        ):
-            return None
-        return Convolutions(
-            shared,
-            activations,
-            gamma,
-            beta,
-            *(norms[0] if norms else None for norms in (gamma_norms, beta_norms)),
-        )
-
-    def _from_pixels(self, segmap, x):
-        """γ and β of every pixel, of x's shape."""
-        if isinstance(segmap, SemanticLayout):
-            segmap = segmap.resize(x.shape[2:]).to_segmap(self._first_weight().dtype)
-        hidden = self._hidden(like_pixels_of(x, segmap), x.shape[2:])
-        convolve = (
-            convolve_jointly if hidden.is_cuda else convolve_apart
-        )  # on a CPU nothing is gained, and copying costs
-        return convolve((self.part("gamma"), self.part("beta")), hidden)
-
-    def _hidden(self, segmap, size):
-        """What γ and β are convolved from, at every pixel of this size."""
-        shared, factor = self.part("shared"), repeats(segmap, size)
-        conv, *activations = leaves(shared)
-        simple = all(is_plain(module, POINTWISE) for module in activations) and sees_windows(
-            conv, getattr(conv, "kernel_size", [0])[0]
-        )
-        if not simple:
-            return shared(resize(segmap, size))
-        repeated = factor > 1 and may_sum_weights(segmap)
-        hidden = convolve_repeated(conv, segmap, factor) if repeated else conv(resize(segmap, size))
-        for number, activation in enumerate(
-            activations
-        ):  # ReLU in the convolution's own result, which no backward needs
-            hidden = (
-                F.relu_(hidden)
-                if number == 0 and type(activation) is nn.ReLU
-                else activation(hidden)
-            )
-        return hidden
-
-    def _from_windows(self, layout, x, convolutions):
-        """γ and β of every distinct window, [K, C], and how a pixel finds its own."""
-        windows = layout.windows(x.shape[2:], convolutions.gamma.kernel_size[0])
-        dtype, kept = dtype_of_convolution(x, convolutions.gamma.weight), kept_tables(self)
-        if kept is None:
-            gamma, beta = compute_table(layout, windows, convolutions, dtype)
-        else:
-            images = x.shape[0] if convolutions.normalise else None
-            key = (self, x.shape[2:], dtype, images)
-            gamma, beta = kept.get(
-                layout.source, key, lambda: compute_table(layout, windows, convolutions, dtype)
-            )
-        index = windows.index_of_images if convolutions.normalise else windows.index
-        return gamma, beta, {"index": index, "order": windows.order}
 
     @property
-    def measures(self):
+    def measures(self) -> bool:
         """Whether x is normalised with its own moments, by a norm that takes `moments`."""
-        norm = self.part("norm")
-        return is_known(norm) and (norm.training or getattr(norm, "running_mean", None) is None)
+        norm = Parts.of(self).norm
+        return is_known(norm) and measures(norm)
 
-    def _norm_arguments(self):
-        """What `spade_modulate` is to be told of the norm, which is read anew each time: it may
-        have been exchanged.
-        """
-        norm = self.part("norm")
-        if not is_known(norm):
-            return {"norm": None}
-        kind = KINDS[type(norm)]
-        arguments = {"norm": kind, "eps": norm.eps, "weight": norm.weight, "bias": norm.bias}
-        if kind == "group":
-            arguments["num_groups"] = norm.num_groups
-        if kind in ("batch", "syncbatch"):
-            arguments |= {
-                "training": self.measures,
-                "running_mean": norm.running_mean,
-                "running_var": norm.running_var,
-            }
-            arguments["momentum"] = norm.momentum
-            if norm.training and norm.num_batches_tracked is not None:
-                norm.num_batches_tracked.add_(1)
-                if norm.momentum is None:  # a cumulative average
-                    arguments["momentum"] = 1.0 / float(norm.num_batches_tracked)
-        if kind == "syncbatch":
-            arguments["process_group"] = norm.process_group
-        return arguments
-
-    def check(self, x, segmap):
+    def check(self, x: torch.Tensor, segmap: torch.Tensor | SemanticLayout) -> None:
         """Raises what is wrong with x or segmap, by name."""
         self._check_tensor("x", x, self.spade_form.norm_nc)
         self.check_segmap(segmap)
-        weight = self._first_weight()
+        weight = next(Parts.of(self).shared.parameters())
         for name, tensor in {"segmap": segmap, "the layer's weight": weight}.items():
             if tensor.device != x.device:
                 raise ValueError(
@@ -256,40 +127,45 @@ class SpatiallyAdaptive:
             raise TypeError(
                 f"segmap has dtype {segmap.dtype}, it should be the weights', {weight.dtype}"
             )
-        if batch_of(segmap) != x.shape[0]:
+        images = batch_of(segmap)
+        if images != x.shape[0] and images != 1 and x.shape[0] != 1:
             raise ValueError(
-                f"segmap has a batch of {batch_of(segmap)}, it should be x's, {x.shape[0]}"
+                f"segmap has a batch of {images}, it should be x's, {x.shape[0]}, or 1"
             )
 
-    def check_segmap(self, segmap):
+    def check_segmap(self, segmap: torch.Tensor | SemanticLayout) -> None:
         """Raises what is wrong with segmap, whatever x is."""
+        form = self.spade_form
         if not isinstance(segmap, SemanticLayout):
-            self._check_tensor("segmap", segmap, self.spade_form.label_nc)
-        elif segmap.codes.dim() - 1 != self.spade_form.spatial_dims:
+            self._check_tensor("segmap", segmap, form.label_nc)
+        elif segmap.codes.dim() - 1 != form.spatial_dims:
             raise ValueError(
                 f"segmap has {segmap.codes.dim() - 1} dimensions, it should have"
-                f" {self.spade_form.spatial_dims}"
+                f" {form.spatial_dims} besides its batch: its codes are {list(segmap.codes.shape)}"
             )
-        elif segmap.label_nc != self.spade_form.label_nc:
+        elif segmap.label_nc != form.label_nc:
             raise ValueError(
-                f"segmap has {segmap.label_nc} channels, it should have {self.spade_form.label_nc}"
+                f"segmap has {segmap.label_nc} channels, it should have {form.label_nc}"
             )
 
     def _check_tensor(self, name, tensor, channels):
         if not isinstance(tensor, torch.Tensor):
-            raise TypeError(f"{name} is a {type(tensor).__name__}, it should be a torch.Tensor")
+            hint = ""
+            if isinstance(tensor, torch.fx.Proxy):
+                hint = ": torch.fx cannot look into this module, make it a leaf of your tracer"
+            raise TypeError(
+                f"{name} is a {type(tensor).__name__}, it should be a torch.Tensor{hint}"
+            )
         if not tensor.is_floating_point():
             raise TypeError(
                 f"{name} has dtype {tensor.dtype}, it should be a floating-point tensor"
             )
-        if tensor.dim() != self.spade_form.spatial_dims + 2 or tensor.shape[1] != channels:
-            spatial = ", ".join("DHW"[-self.spade_form.spatial_dims :])
+        dims = self.spade_form.spatial_dims
+        if tensor.dim() != dims + 2 or tensor.shape[1] != channels:
+            spatial = ", ".join("DHW"[-dims:])
             raise ValueError(
                 f"{name} has shape {list(tensor.shape)}, it should be [N, {channels}, {spatial}]"
             )
-
-    def _first_weight(self):
-        return next(self.part("shared").parameters())
 
 
 class SPADE(SpatiallyAdaptive, nn.Module):
@@ -298,36 +174,48 @@ class SPADE(SpatiallyAdaptive, nn.Module):
 
         h = relu(mlp_shared(segmap));  y = norm(x) · (1 + mlp_gamma(h)) + mlp_beta(h)
 
+    The published signature, SPADE("spadesyncbatch3x3", norm_nc, label_nc), is taken as well: see
+    `from_config`.
+
     Args:
         norm_nc: channels C of x.
         label_nc: channels of the condition.
         nhidden: channels of h.
-        kernel_size: of all three convolutions, odd; zeros are padded.
+        kernel_size: of all three convolutions, odd, 3 where None; zeros are padded.
         norm: "instance", "batch", "syncbatch", "group", or a module whose output is modulated.
         num_groups: for norm="group".
         affine: whether the norm has a weight and a bias of its own.
         eps, momentum: of the norm.
         spatial_dims: 1, 2 or 3.
+
+    Raises:
+        ValueError: an argument is not as said above; the message names it.
     """
 
     def __init__(
         self,
-        norm_nc,
-        label_nc,
-        nhidden=128,
-        kernel_size=3,
-        norm="instance",
+        norm_nc: int,
+        label_nc: int,
+        nhidden: int = 128,
+        kernel_size: int | None = None,
+        norm: str | nn.Module = "instance",
         *,
-        num_groups=32,
-        affine=False,
-        eps=1e-5,
-        momentum=0.1,
-        spatial_dims=2,
-    ):
+        num_groups: int = 32,
+        affine: bool = False,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        spatial_dims: int = 2,
+    ) -> None:
         super().__init__()
-        for name, number in {"norm_nc": norm_nc, "label_nc": label_nc, "nhidden": nhidden}.items():
-            if not isinstance(number, int) or number < 1:
-                raise ValueError(f"{name} is {number!r}, it should be a positive whole number")
+        if isinstance(norm_nc, str):  # the published order: config_text, norm_nc, label_nc, nhidden
+            config = parse_layer_config(norm_nc)
+            norm_nc, label_nc = label_nc, nhidden
+            nhidden = 128 if kernel_size is None else kernel_size
+            kernel_size, norm = config.kernel_size, config.norm
+        norm_nc = whole_number("norm_nc", norm_nc)
+        label_nc = whole_number("label_nc", label_nc)
+        nhidden = whole_number("nhidden", nhidden)
+        kernel_size = 3 if kernel_size is None else kernel_size
         if not isinstance(kernel_size, int) or kernel_size < 1 or kernel_size % 2 == 0:
             raise ValueError(f"kernel_size is {kernel_size!r}, it should be an odd whole number")
         if spatial_dims not in CONVOLUTIONS:
@@ -365,187 +253,72 @@ class SPADE(SpatiallyAdaptive, nn.Module):
         self.mlp_beta = convolution(nhidden, norm_nc, kernel_size, padding=padding)
 
     @classmethod
-    def from_config(cls, config_text, norm_nc, label_nc, nhidden=128, **settings):
+    def from_config(
+        cls, config_text: str, norm_nc: int, label_nc: int, nhidden: int = 128, **settings
+    ) -> "SPADE":
         """SPADE("spadesyncbatch3x3", …) of the published code. settings: SPADE's keywords."""
-        config = parse_config(config_text, "config_text")
-        if config.spectral:
-            raise ValueError(
-                f"config_text is {config_text!r}: 'spectral' is for a block's convolutions, SPADE"
-                " has none with it"
-            )
+        config = parse_layer_config(config_text)
         return cls(norm_nc, label_nc, nhidden, config.kernel_size, config.norm, **settings)
 
-    def extra_repr(self):
+    def extra_repr(self) -> str:
         return f"{self.norm_nc}, {self.label_nc}"
 
 
-def leaves(module):
-    """The modules that a module is, one after the other: those of a Sequential, and of the
-    Sequentials in it.
-    """
-    if (
-        not isinstance(module, nn.Sequential)
-        or type(module).forward is not nn.Sequential.forward
-        or hooks(module)
-    ):
-        return [module]
-    return [leaf for child in module for leaf in leaves(child)]
-
-
-def sees_windows(module, size):
-    """Whether a module is a convolution with so many taps per axis, around each pixel, of the map
-    with zeros around it.
-    """
-    settings = {"kernel_size": size, "padding": size // 2, "stride": 1, "dilation": 1}
-    return (
-        is_plain(module, CONVOLUTIONS.values())
-        and module.groups == 1
-        and module.padding_mode == "zeros"
-        and all(set(getattr(module, name)) == {setting} for name, setting in settings.items())
-    )
-
-
-def compute_table(layout, windows, convolutions, dtype):
-    """γ and β of the distinct windows, [K, C], in dtype; where they have norms of their own, of
-    those of each image, [N·K, C].
-    """
-    shared, activations, *rest = convolutions
-    within = (
-        torch.promote_types(dtype, torch.float32) if convolutions.normalise else dtype
-    )  # norms see what differs between windows
-    hidden = convolve_windows(layout.palette, shared.weight, shared.bias, windows.hidden, within)
-    for activation in activations:
-        hidden = activation(hidden)
-    if kernels.select(hidden) is not kernels.cpu_backend and (
-        joint := joined(rest[:2])
-    ):  # half the launches; copies cost a CPU more
-        rows = convolve_windows(hidden, *joint, windows.table, within).split(
-            [module.out_channels for module in rest[:2]], dim=1
+def parse_layer_config(config_text):
+    config = parse_config(config_text, "config_text")
+    if config.spectral:
+        raise ValueError(
+            f"config_text is {config_text!r}: 'spectral' is for a block's convolutions, SPADE has"
+            " none with it"
         )
-    else:
-        rows = [
-            convolve_windows(hidden, module.weight, module.bias, windows.table, within)
-            for module in rest[:2]
-        ]
-    if convolutions.normalise:
-        rows = [normalise_over_images(table, windows, norm) for table, norm in zip(rows, rest[2:])]
-    return [table.to(dtype) for table in rows]
+    return config
 
 
-def normalise_over_images(table, windows, norm):
-    """A table [K, C] as instance norm makes it of each image, [N·K, C]: a row counts as often as
-    the image has its window.
-
-    In float64, for the table is small: γ and β differ little from window to window, and in float32
-    their mean took that with it.
-    """
-    images, count = len(windows.index), windows.count
-    if norm is None:
-        return table.repeat(images, 1)
-    share, exact = windows.shares, table.double()
-    deviations = exact - (share @ exact)[:, None]
-    variance = torch.einsum("nk,nkc->nc", share, deviations.square())
-    normalised = deviations * torch.rsqrt(variance + norm.eps)[:, None]
-    if norm.affine:
-        normalised = normalised * norm.weight + norm.bias
-    return normalised.view(images * count, -1).to(table.dtype)
-
-
-def batch_of(segmap):
+def batch_of(segmap: torch.Tensor | SemanticLayout) -> int:
     """How many images' condition this is; len() of a tensor would hold an exported graph to one
     batch.
     """
     return len(segmap) if isinstance(segmap, SemanticLayout) else segmap.shape[0]
 
 
-def like_pixels_of(x, segmap):
-    """segmap with each pixel's channels together where x has them so: convolutions keep that, and γ
-    and β then lie as x does.
+def measures(norm: nn.Module) -> bool:
+    """Whether a norm that is known normalises x with its own moments."""
+    return norm.training or getattr(norm, "running_mean", None) is None
+
+
+def count_batch(norm: nn.Module) -> None:
+    """What a batch norm does besides normalising, in train mode."""
+    if norm.training and getattr(norm, "num_batches_tracked", None) is not None:
+        norm.num_batches_tracked.add_(1)
+
+
+def norm_arguments(norm: nn.Module) -> dict:
+    """What `spade_modulate` is to be told of a norm that is known: read anew each time, for it may
+    have been exchanged.
     """
-    return (
-        segmap.contiguous(memory_format=FORMATS[x.dim()])
-        if x.dim() in FORMATS and is_channels_last(x)
-        else segmap
-    )
+    kind = KINDS[type(norm)]
+    arguments = {"norm": kind, "eps": norm.eps, "weight": norm.weight, "bias": norm.bias}
+    if kind == "group":
+        arguments["num_groups"] = norm.num_groups
+    if kind in ("batch", "syncbatch"):
+        arguments |= {
+            "training": measures(norm),
+            "running_mean": norm.running_mean,
+            "running_var": norm.running_var,
+            "momentum": norm.momentum,
+        }
+        if norm.momentum is None and norm.training and norm.num_batches_tracked is not None:
+            arguments["momentum"] = 1.0 / float(norm.num_batches_tracked)  # a cumulative average
+    if kind == "syncbatch":
+        arguments["process_group"] = norm.process_group
+    return arguments
 
 
-def resize(segmap, size):
-    """segmap at x's size, by nearest neighbour: `F.interpolate`'s pixels, as a view where each size
-    is a multiple of x's.
+def reused(module: nn.Module, gamma: torch.Tensor, x: torch.Tensor) -> torch.Tensor | None:
+    """γ, where it is large and only the module that made it has seen it: y then takes its place.
+    Memory fresh from the system takes longer than to modulate.
     """
-    if segmap.shape[2:] == tuple(size):
-        return segmap
-    if all(wanted and given % wanted == 0 for given, wanted in zip(segmap.shape[2:], size)):
-        steps = [
-            slice(None, None, given // wanted) for given, wanted in zip(segmap.shape[2:], size)
-        ]
-        return segmap[(slice(None), slice(None), *steps)]
-    return F.interpolate(segmap, size=tuple(size), mode="nearest")
-
-
-def dtype_of_convolution(x, weight):
-    """Of a convolution's output for this weight, beside x."""
-    device = x.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
-
-
-def convolve_jointly(convolutions, x):
-    """The outputs of equal convolutions of one x, from one convolution; their weights stay
-    parameters of their own.
-    """
-    plain = all(is_plain(module, CONVOLUTIONS.values()) for module in convolutions)
-    if not plain or (joint := joined(convolutions)) is None:
-        return convolve_apart(convolutions, x)
-    return (
-        convolutions[0]
-        ._conv_forward(x, *joint)
-        .split([module.out_channels for module in convolutions], dim=1)
-    )
-
-
-def joined(convolutions):
-    """Weight and bias of several convolutions of one x as those of one convolution, or None where
-    they differ in kind.
-    """
-    settings = ("kernel_size", "padding", "stride", "dilation", "groups", "padding_mode")
-    differ = any(len({getattr(module, name) for module in convolutions}) > 1 for name in settings)
-    if differ or any(module.bias is None for module in convolutions):
+    if x.device.type != "cpu" or torch.is_grad_enabled() or not may_overwrite_result(module):
         return None
-    return torch.cat([module.weight for module in convolutions]), torch.cat(
-        [module.bias for module in convolutions]
-    )
-
-
-def convolve_apart(convolutions, x):
-    """The outputs of convolutions of one x."""
-    return [module(x) for module in convolutions]
-
-
-def is_known(norm):
-    """Whether `spade_modulate` can do what this module does."""
-    return is_plain(norm, KINDS) and not (
-        KINDS[type(norm)] == "instance" and norm.track_running_stats
-    )
-
-
-def is_plain(module, types):
-    """Whether a module is just what its type says, with no hook (such as spectral_norm's) that must
-    run when it is called.
-    """
-    return type(module) in types and not hooks(module)
-
-
-def owns_result(module):
-    """Whether what a module returns is a new tensor that nobody else has seen."""
-    return type(module) in CONVOLUTIONS.values() and not module._forward_hooks
-
-
-def hooks(module):
-    """Everything that runs when a module is called, beside its forward."""
-    kinds = (
-        module._forward_pre_hooks,
-        module._forward_hooks,
-        module._backward_pre_hooks,
-        module._backward_hooks,
-    )
-    return [hook for kind in kinds for hook in kind.values()]
+    is_fresh = gamma.nbytes >= ALWAYS_FRESH and gamma.shape == x.shape and lies_like(gamma, x)
+    return gamma if is_fresh and gamma.dtype == torch.promote_types(x.dtype, gamma.dtype) else None

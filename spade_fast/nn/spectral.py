@@ -1,78 +1,98 @@
 """Convolutions under `torch.nn.utils.spectral_norm`, without a pass over their weights for the
-division by σ.
+division by σ in each call.
 """
 
 import torch
+import torch.nn as nn
 import torch.nn.functional as F
 from torch.nn.utils.spectral_norm import SpectralNorm
 
-from ..kernels import is_exporting
-from .spade import CONVOLUTIONS, hooks
+from ..identity import state_of
+from ..recording import is_recorded
+from .modules import CONVOLUTIONS, hooks, is_called_plainly
 
 
-def convolve(convolution, x):
+def convolve(convolution: nn.Module, x: torch.Tensor) -> torch.Tensor:
     """convolution(x); where spectral norm has its weight W divided by σ, and x is the smaller of
     the two, x is divided instead.
 
     conv(x, W / σ) = conv(x / σ, W), and the gradients follow. `convolution.weight`, which spectral
     norm sets, is then left as it was.
     """
-    norms = [
-        hook
-        for hook in hooks(convolution)
-        if isinstance(hook, SpectralNorm) and hook.name == "weight"
-    ]
+    own = hooks(convolution)
     understood = (
-        type(convolution) in CONVOLUTIONS.values() and len(norms) == len(hooks(convolution)) == 1
+        type(convolution) in CONVOLUTIONS.values()
+        and len(own) == 1
+        and type(own[0]) is SpectralNorm
+        and own[0].name == "weight"
+        and is_called_plainly(convolution)
     )
-    if not understood or is_exporting() or x.numel() >= convolution.weight_orig.numel():
+    if not understood or is_recorded(x) or x.numel() >= convolution.weight_orig.numel():
         return convolution(x)
-    return convolution._conv_forward(
-        x / largest_singular_value(convolution, *norms), convolution.weight_orig, convolution.bias
-    )
+    sigma = largest_singular_value(convolution, own[0])
+    return convolution._conv_forward(x / sigma, convolution.weight_orig, convolution.bias)
 
 
-def largest_singular_value(module, norm):
+def largest_singular_value(module: nn.Module, norm: SpectralNorm) -> torch.Tensor:
     """σ = u · W v, after the power iterations that training makes: what
     `SpectralNorm.compute_weight` divides by.
     """
-    matrix, u, v = (
-        norm.reshape_weight_to_matrix(module.weight_orig),
-        module.weight_u,
-        module.weight_v,
-    )
+    matrix = norm.reshape_weight_to_matrix(module.weight_orig)
+    u, v = module.weight_u, module.weight_v
     if module.training:
         with torch.no_grad():
-            for _ in range(
-                norm.n_power_iterations
-            ):  # in place: they are buffers, which replicas of the module share
+            # In place: they are buffers, which replicas of the module share.
+            for _ in range(norm.n_power_iterations):
                 F.normalize(torch.mv(matrix.t(), u), dim=0, eps=norm.eps, out=v)
                 F.normalize(torch.mv(matrix, v), dim=0, eps=norm.eps, out=u)
         u, v = u.clone(), v.clone()  # of a second forward before the first one's backward
     return torch.dot(u, torch.mv(matrix, v))
 
 
-def fold(module):
-    """Gives every convolution in a module that is under spectral norm its weight divided by σ, as
-    it is now, until `unfold`.
+class Folded(SpectralNorm):
+    """Spectral norm that divides the weight once for as long as nothing that decides it changes,
+    for inference: where gradients are wanted, in train mode and where operations are recorded it
+    divides in each call, as always.
     """
-    for part in module.modules():
-        for key, hook in list(part._forward_pre_hooks.items()):
-            if isinstance(hook, SpectralNorm) and hook.name == "weight":
-                with torch.no_grad():
-                    weight = hook.compute_weight(part, do_power_iteration=False)
-                del part._forward_pre_hooks[key], part.weight
-                part.register_buffer(
-                    "weight", weight, persistent=False
-                )  # of the module's device and dtype, and not of its state_dict
-                part.folded_norm = hook
+
+    def __init__(self, norm: SpectralNorm) -> None:
+        self.__dict__.update(norm.__dict__)
+        self._forget()
+
+    def __call__(self, module: nn.Module, inputs: object) -> None:
+        made_of = [getattr(module, f"{self.name}_{part}") for part in ("orig", "u", "v")]
+        weight = made_of[0]
+        asks_anew = module.training or torch.is_grad_enabled() and weight.requires_grad
+        recorded = torch.compiler.is_compiling() or is_recorded(weight)
+        if asks_anew or recorded or weight.is_cuda and torch.cuda.is_current_stream_capturing():
+            self._forget()
+            return super().__call__(module, inputs)
+        state = [state_of(tensor) for tensor in made_of]
+        if state != self._state or module.__dict__.get(self.name) is not self._weight:
+            with torch.no_grad():
+                self._weight = self.compute_weight(module, do_power_iteration=False)
+            setattr(module, self.name, self._weight)
+            # The memory is held, so that no other weight can come to lie there.
+            self._state, self._held = state, [tensor.detach() for tensor in made_of]
+        return None
+
+    def _forget(self) -> None:
+        self._state = self._held = self._weight = None
+
+    def __getstate__(self) -> dict:
+        return self.__dict__ | {"_state": None, "_held": None, "_weight": None}
 
 
-def unfold(module):
-    """Undoes `fold`. Returns whether there was anything to undo."""
-    folded = [part for part in module.modules() if "folded_norm" in part.__dict__]
-    for part in folded:
-        del part.weight
-        part.weight = part.weight_orig.data  # as spectral norm leaves it
-        part.register_forward_pre_hook(part.__dict__.pop("folded_norm"))
-    return bool(folded)
+def fold_spectral_norm(model: nn.Module) -> nn.Module:
+    """For inference: divides the weights under `torch.nn.utils.spectral_norm` by their σ once,
+    instead of in every call, and anew where one was written to or exchanged. Returns the model.
+
+    Where gradients of them are wanted, and in train mode, they are divided in every call as before.
+    The state_dict stays as it is. (What PyTorch does not see of a change, through `.data` or NumPy,
+    is not seen here: call this again after it.)
+    """
+    for part in model.modules():
+        for key, hook in part._forward_pre_hooks.items():
+            if isinstance(hook, SpectralNorm):
+                part._forward_pre_hooks[key] = Folded(hook)
+    return model

@@ -11,18 +11,20 @@ order.
 import torch
 import torch.nn.functional as F
 
+from ..recording import is_recorded
+
 TRANSPOSED = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3d}
 
 
-def repeats(segmap, size):
+def repeats(segmap: torch.Tensor, size: tuple) -> int:
     """How often nearest neighbour repeats each pixel of segmap [N, C, *spatial] along every axis to
-    make this size; 1 where it does not.
+    make this size; 1 where it does not, or where sizes are symbols, which nothing may depend on.
     """
-    factors = {
-        wanted // given if given and wanted % given == 0 else 1
-        for given, wanted in zip(segmap.shape[2:], size)
-    }
-    return factors.pop() if len(factors) == 1 else 1
+    if is_recorded(segmap):
+        return 1
+    lengths = list(zip(segmap.shape[2:], size))
+    factor = lengths[0][1] // lengths[0][0] if lengths[0][0] else 1
+    return max(factor, 1) if all(wanted == factor * given for given, wanted in lengths) else 1
 
 
 def repeat_pixels(x, factor):

@@ -1,22 +1,22 @@
 """Whether a SPADE computes γ and β at every pixel, or at every distinct window of a layout: what
-its condition allows, and what pays.
+its condition, its parts and whoever looks on allow, and what pays.
 """
 
 import torch
+import torch.nn as nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from .. import kernels
 from ..layout import SemanticLayout
+from ..recording import is_recorded
 from ..scopes import Scope
-from .frozen import kept_tables
+from .parts import Convolutions, Parts
+from .tables import kept_tables
 
-FORMATS = {4: torch.channels_last, 5: torch.channels_last_3d}
 MODES = ("auto", "always", "never")
 # Beside a multiply-add, as `python -m benchmarks run layer` shows on a CPU: an addition of rows,
 # which memory limits; what a convolution spends on bringing one weight into its own order; and what
 # windows cost more than their count, mostly in backward.
 COST_OF_ADDITION, COST_OF_WEIGHT, COST_OF_WINDOWS = 8, 100, 1.25
-FEW_PIXELS = 4096  # below, x keeps its memory layout
 
 _found = WeakTensorKeyDictionary()  # what `find_layout` found of each condition
 
@@ -39,7 +39,7 @@ def current_mode() -> str:
     return window_mode.setting_here("auto")
 
 
-def find_layout(segmap):
+def find_layout(segmap: torch.Tensor | SemanticLayout) -> SemanticLayout | None:
     """The SemanticLayout of a condition, or None where it is none, or where nothing may depend on
     its values.
 
@@ -49,11 +49,7 @@ def find_layout(segmap):
     """
     if isinstance(segmap, SemanticLayout):
         return segmap
-    if (
-        torch.compiler.is_compiling()
-        or type(segmap) is not torch.Tensor
-        or current_mode() == "never"
-    ):
+    if torch.compiler.is_compiling() or is_recorded(segmap) or current_mode() == "never":
         return None
     if segmap.requires_grad or (segmap.is_cuda and torch.cuda.is_current_stream_capturing()):
         return None
@@ -66,29 +62,30 @@ def find_layout(segmap):
     before = _found.get(segmap)
     if before is not None and before[0] == state and state[0] is not None:
         return before[1]
-    layout = SemanticLayout.from_segmap(segmap)
+    layout = SemanticLayout.from_segmap(segmap.as_subclass(torch.Tensor))
     if layout is not None and before is not None and layout.equal(before[1]):
         layout = before[1]  # with its windows
     _found[segmap] = (state, layout)
     return layout
 
 
-def with_channels_together(x, scale=1):
-    """x with each pixel's channels together: the layout in which they meet a row of a table, and in
-    which convolutions are fastest.
-
-    Not where there are few pixels (of x made so many times larger, as it is next): the convolutions
-    that follow copy their weights to x's layout, which then costs more.
+def convolutions_at_windows(
+    spade: nn.Module, parts: Parts, layout: SemanticLayout | None, x: torch.Tensor
+) -> Convolutions | None:
+    """What γ and β are computed with where that is at the distinct windows of the layout; None
+    where it is at pixels.
     """
-    if kernels.is_exporting():
-        return x  # an exported graph may not depend on the batch
-    pays = x.dim() in FORMATS and x[:, 0].numel() * scale ** (x.dim() - 2) >= FEW_PIXELS
-    return x.contiguous(memory_format=FORMATS[x.dim()]) if pays else x
+    if layout is None or is_recorded(x, layout.palette) or 0 in x.shape[2:]:
+        return None
+    convolutions = parts.convolutions()
+    if convolutions is None or not _pays(spade, layout, x.shape[2:], convolutions):
+        return None
+    return convolutions
 
 
-def pays(layout, size, spade, convolutions):
-    """Whether this SPADE should compute γ and β at the distinct windows of this size. A compiled
-    graph does: it may not depend on them.
+def _pays(spade, layout, size, convolutions):
+    """Whether windows take less time, or are asked for. A compiled graph has them: it may not
+    depend on how many they are.
     """
     if torch.compiler.is_compiling():
         return True
@@ -99,14 +96,10 @@ def pays(layout, size, spade, convolutions):
         return True  # once for many forward passes
     shared, gamma = convolutions.shared, convolutions.gamma
     windows = layout.windows(size, gamma.kernel_size[0])
-    taps, hidden, outputs = gamma.weight[0, 0].numel(), gamma.in_channels, 2 * gamma.out_channels
-    at_pixels = (
-        taps
-        * hidden
-        * (windows.index.numel() * (shared.in_channels + outputs) + COST_OF_WEIGHT * outputs)
-    )
-    products = (
-        taps * hidden * (len(layout.palette) * shared.in_channels + windows.hidden_count * outputs)
-    )
+    taps, hidden = gamma.weight[0, 0].numel(), gamma.in_channels
+    outputs = 2 * gamma.out_channels
+    at_pixels = windows.index.numel() * (shared.in_channels + outputs) + COST_OF_WEIGHT * outputs
+    products = len(layout.palette) * shared.in_channels + windows.hidden_count * outputs
     additions = taps * (windows.hidden_count * hidden + windows.count * outputs)
-    return COST_OF_WINDOWS * (products + COST_OF_ADDITION * additions) < at_pixels
+    at_windows = taps * hidden * products + COST_OF_ADDITION * additions
+    return COST_OF_WINDOWS * at_windows < taps * hidden * at_pixels

@@ -1,0 +1,132 @@
+"""`convert`: finds the SPADEs of other people's models, proves that it has understood each, and
+makes them fast in place.
+
+A module stays the same object, with its parameters, buffers and hooks; its class becomes one that
+is derived from its own (swap.py) and has the forward of `nn/spade.py` or `nn/block.py` for every
+call that was proved. A SPADE is recognised by its parts, not by its name (recognise.py), and then
+proved (prove.py): on small random tensors its outputs, gradients and buffers must be those of its
+own forward, in float64 and in its own dtype, in train and in eval mode, with and without autocast.
+"""
+
+import torch
+import torch.nn as nn
+
+from .. import kernels
+from ..nn.block import ResidualBlock
+from ..nn.parts import Parts
+from ..nn.spade import SpatiallyAdaptive
+from ..recording import has_values
+from .prove import CONDITIONS, prove
+from .recognise import (
+    Unlike,
+    looks_like_block,
+    looks_like_spade,
+    recognise_block,
+    recognise_spade,
+)
+from .report import Entry, Report
+from .swap import Fast, FastBlock, FastSPADE, Proof, attribute_names, make_fast, make_own, state_of
+
+__all__ = ["Entry", "Fast", "Report", "convert", "revert"]
+
+
+def convert(model: nn.Module, *, probe: bool = True, blocks: bool = True) -> Report:
+    """Makes the SPADEs of a model fast, in place: the same parameters, buffers, hooks, keys and
+    numbers.
+
+    A converted module takes every call that its own forward takes, and runs that for those that
+    were not proved: with arguments beyond x and the condition that say something, in a mode, under
+    autocast or with attributes (`module.strength = 0`) for which the two were not found to agree.
+
+    Args:
+        model: any torch.nn.Module. What it has of SPADEs is found by structure: see the report for
+            what was not converted, and why.
+        probe: prove each by outputs, gradients and buffers on small random tensors, against its own
+            forward.
+        blocks: convert residual blocks of the published shape (norm_0, norm_1, norm_s, conv_0,
+            conv_1, conv_s) as well.
+
+    Returns:
+        The Report. `revert(model)` undoes it.
+
+    Raises:
+        TypeError: the model is no module, or is scripted or compiled.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model is a {type(model).__name__}, it should be a torch.nn.Module")
+    if isinstance(model, torch.jit.ScriptModule):
+        raise TypeError(
+            "model is scripted: its forward is fixed; convert it before torch.jit.script or trace"
+        )
+    if hasattr(model, "_orig_mod"):
+        raise TypeError("model is compiled: convert it before torch.compile")
+    entries = {}
+    for name, module in model.named_modules():
+        if looks_like_spade(module):
+            entries[name] = _convert(name, module, FastSPADE, recognise_spade, probe)
+    for name, module in model.named_modules() if blocks else ():
+        if looks_like_block(module):
+            entries[name] = _convert(name, module, FastBlock, recognise_block, probe)
+    return Report(entries[name] for name, _ in model.named_modules() if name in entries)
+
+
+def revert(model: nn.Module) -> int:
+    """Gives the modules that `convert` converted their own classes back. Returns how many there
+    were.
+    """
+    found = [module for module in model.modules() if isinstance(module, Fast)]
+    for module in found:
+        make_own(module)
+    return len(found)
+
+
+def _convert(name, module, kind, recognise, probe):
+    def entry(recognised_as, converted, reason):
+        own_class = getattr(module, "own_class", type(module))
+        return Entry(name, own_class.__name__, recognised_as, converted, reason)
+
+    if isinstance(module, (SpatiallyAdaptive, ResidualBlock)):
+        return entry("spade_fast's", isinstance(module, Fast), "it is fast already")
+    recognised_as, exceptions = "", []
+    try:
+        _check_values(module)
+        form, recognised_as = recognise(module)
+        if probe:
+            proof, exceptions = prove(module, kind, form)
+        else:
+            proof = _trusted(module)
+    except Unlike as unlike:
+        return entry(recognised_as, False, str(unlike))
+    make_fast(module, kind, form._replace(proof=proof))
+    return entry(recognised_as, True, "; ".join([_how(module), *exceptions]))
+
+
+def _check_values(module):
+    """Raises Unlike for a module that cannot be probed, whatever it is."""
+    if "forward" in module.__dict__:
+        raise Unlike("its forward was replaced on this very module")
+    tensors = [*module.parameters(), *module.buffers()]
+    if any(nn.parameter.is_lazy(tensor) for tensor in tensors):
+        raise Unlike("it has lazy parameters without a shape yet: call it once, then convert")
+    if any(tensor.is_meta for tensor in tensors):
+        raise Unlike("its parameters are on the meta device, they have no values")
+    if not all(map(has_values, tensors)):
+        raise Unlike("its parameters are of a class that dispatches for itself")
+
+
+def _trusted(module):
+    """The proof of a module that is taken by its word."""
+    names, device = attribute_names(module), next(module.parameters()).device.type
+    here = state_of(module, names, device)
+    dtypes = (None, torch.float16, torch.bfloat16)
+    states = (here._replace(training=mode, autocast=of) for mode in (False, True) for of in dtypes)
+    return Proof(names, tuple(states), frozenset(CONDITIONS))
+
+
+def _how(module):
+    """How a converted module computes γ and β, and on which backend."""
+    backend = kernels.select(next(module.parameters())).NAME
+    if isinstance(module, FastBlock):
+        return f"with its activations; {backend}"
+    windows = Parts.of(module).convolutions() is not None
+    return f"{'windows of labels, else pixels' if windows else 'pixels'}; {backend}"

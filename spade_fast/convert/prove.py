@@ -1,0 +1,285 @@
+"""Whether a module's own forward and the fast one are one function: outputs, every gradient and
+every buffer, on small random tensors and with random weights, in each state that it may be used in.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+
+import torch
+import torch.nn as nn
+
+from ..agreement import excess
+from ..nn.choice import window_mode
+from ..nn.parts import Form
+from .recognise import Unlike
+from .swap import Call, Proof, attribute_names, make_fast, state_of
+
+PIXELS = (6, 4, 4)  # of a probe's x
+# The conditions that a probe has, by how large they are beside x: some of noise, with gradients,
+# some of labels, which go by windows.
+CONDITIONS = {
+    "larger": [((9, 7, 5), "noise"), ((12, 8, 8), "labels")],
+    "smaller": [((3, 2, 2), "noise"), ((4, 3, 3), "labels")],
+    "same": [(PIXELS, "noise")],
+}
+# Of what agreement allows. In float64 that is 1e-12, and proves the formula; in other dtypes, where
+# one sum of a few numbers may be luckier than another, it shows that the module's dtype works.
+SLACK_IN_DOUBLE, SLACK = 100, 30
+AUTOCAST_SLACK = 3  # the norm of our error over its own: autocast rounds where the own forward does
+
+
+class OwnForwardFails(Unlike):
+    """A probe that the module itself does not take."""
+
+
+def prove(module: nn.Module, kind: type, form: Form) -> tuple[Proof, list[str]]:
+    """The proof, and in which states it does not hold, in words. Raises Unlike where the two do not
+    agree in the state that the module is in.
+    """
+    weight = next(module.parameters())
+    device = weight.device
+    with (
+        torch.random.fork_rng([device] if weight.is_cuda else []),
+        torch.inference_mode(False),
+        torch.enable_grad(),
+        # The user's default device may be another; what sets one slows every call.
+        nullcontext() if torch.get_default_device() == device else device,
+        torch.autocast(device.type, enabled=False),
+        window_mode("always"),
+    ):
+        probe = Probe(module, kind, form)
+        sizes = probe.prove_sizes()
+        names = attribute_names(module)
+        here = state_of(module, names, device.type)
+        states, exceptions = [here], []
+        for words, state, proof in probe.other_states(here, sizes):
+            try:
+                proof()
+                states.append(state)
+            except Unlike as unlike:
+                exceptions.append(f"{words} its own forward: {unlike}")
+    return Proof(names, tuple(states), frozenset(sizes)), exceptions
+
+
+class Probe:
+    """Runs of copies of a module, as it is and made fast, on the same tensors and weights."""
+
+    def __init__(self, module: nn.Module, kind: type, form: Form) -> None:
+        self.module, self.kind, self.form = module, kind, form
+        self.dtype = next(module.parameters()).dtype
+        self.values = Values(module)
+
+    def prove_sizes(self) -> list[str]:
+        """How large a condition may be beside x. Raises Unlike where the two do not agree on one
+        that the own forward takes, or it takes none.
+        """
+        sizes, failure = [], None
+        for size, conditions in CONDITIONS.items():
+            try:
+                for condition in conditions:
+                    self.compare(*condition)
+                sizes.append(size)
+            except OwnForwardFails as fails:
+                failure = fails
+        if not sizes:
+            raise failure
+        return sizes
+
+    def other_states(self, here, sizes: list[str]) -> Iterator[tuple[str, tuple, Callable]]:
+        """The other mode, and both under autocast: in words, the state, and its proof."""
+        condition = CONDITIONS[sizes[0]][-1]
+        device = next(self.module.parameters()).device.type
+        for training in (here.training, not here.training):
+            words = f"in {'train' if training else 'eval'} mode"
+            if training != here.training:
+                yield (
+                    words,
+                    here._replace(training=training),
+                    lambda: self.compare(*condition, training=training),
+                )
+            for dtype in dict.fromkeys((torch.get_autocast_dtype(device), torch.bfloat16)):
+                state = here._replace(training=training, autocast=dtype)
+                yield (
+                    f"{words} under autocast to {dtype}",
+                    state,
+                    lambda: self.compare_autocast(*condition, training, dtype),
+                )
+
+    def compare(self, size: tuple, content: str, training: bool | None = None) -> None:
+        """Raises Unlike where the two do not agree in float64, and in the module's own dtype."""
+        tensors = self.tensors(size, content)
+        truth = self.outcome(None, tensors, torch.float64, training)
+        ours = self.outcome(self.kind, tensors, torch.float64, training)
+        _compare(ours, truth, truth, torch.float64)
+        if self.dtype != torch.float64 and content == "labels":
+            theirs = self.outcome(None, tensors, self.dtype, training)
+            ours = self.outcome(self.kind, tensors, self.dtype, training)
+            _compare(ours, theirs, truth, self.dtype)
+
+    def compare_autocast(self, size, content, training, dtype) -> None:
+        """Raises Unlike where the fast forward rounds more, or gives another dtype."""
+        tensors = self.tensors(size, content)
+        truth = self.outcome(None, tensors, torch.float64, training)
+        device = tensors[0].device.type
+        with torch.autocast(device, dtype):
+            theirs = self.outcome(None, tensors, self.dtype, training)
+            ours = self.outcome(self.kind, tensors, self.dtype, training)
+        _compare(ours, theirs, truth, dtype)
+        for name in ("y", "the gradient of x"):
+            scale = truth[name].norm()
+            error, allowed = ((one[name].double() - truth[name]).norm() for one in (ours, theirs))
+            if error > AUTOCAST_SLACK * allowed + 1e-6 * scale:
+                raise Unlike(f"it rounds less: {name} is {(allowed / scale).item():.1e} away")
+
+    def tensors(self, size: tuple, content: str) -> tuple:
+        """x, a condition of this size of noise with gradients or of labels without, and dy, all in
+        float64.
+        """
+        channels, label_nc = self.form.norm_nc, self.form.label_nc
+        dims = self.form.spatial_dims
+        torch.manual_seed(0)
+        # Where eps matters, and where it does not.
+        spread = torch.logspace(-2, 1, channels, dtype=torch.float64).view(1, -1, *[1] * dims)
+        x = torch.randn(2, channels, *PIXELS[:dims], dtype=torch.float64) * spread + 1
+        dy = torch.randn_like(x)
+        if content == "noise":
+            segmap = torch.randn(2, label_nc, *size[:dims], dtype=torch.float64, requires_grad=True)
+        else:
+            labels = torch.randint(3, (2, *size[:dims]))
+            segmap = torch.randn(3, label_nc, dtype=torch.float64)[labels].movedim(-1, 1)
+        return x, segmap, dy
+
+    def outcome(self, kind: type | None, tensors: tuple, dtype: torch.dtype, training) -> dict:
+        """y, the gradients and the buffers after one forward of a copy of the module, as it is
+        (kind None) or made fast.
+        """
+        module = _copy(self.module, self.values(dtype))
+        if training is not None:
+            module.train(training)
+        x, segmap, dy = (
+            tensor.detach().to(dtype, copy=True).requires_grad_(tensor.requires_grad)
+            for tensor in tensors
+        )
+        wanted = {"x": x.requires_grad_(), "the condition": segmap}
+        wanted |= dict(module.named_parameters())
+        wanted = {name: tensor for name, tensor in wanted.items() if tensor.requires_grad}
+        try:
+            y = self._forward(module, kind, x, segmap)
+            if not isinstance(y, torch.Tensor):
+                kind_of = type(y).__name__
+                raise Unlike(f"its own forward returns a {kind_of}, a SPADE returns a tensor")
+            gradients = torch.autograd.grad(
+                y, list(wanted.values()), dy.to(y.dtype)[:, :1].expand_as(y), allow_unused=True
+            )
+        except Unlike:
+            raise
+        except Exception as error:  # whatever a stranger's forward may raise
+            on = (
+                f"fails on x {list(x.shape)} and a condition {list(segmap.shape)}:"
+                f" {type(error).__name__}: {error}"
+            )
+            if kind is None:
+                raise OwnForwardFails(f"its own forward {on}") from error
+            raise Unlike(f"the fast forward {on}") from error
+        found = {"y": y.detach()}
+        for name, gradient in zip(wanted, gradients):
+            if gradient is not None:
+                found[f"the gradient of {name}"] = gradient
+        return found | {
+            f"the buffer {name}": buffer.detach() for name, buffer in module.named_buffers()
+        }
+
+    def _forward(self, module, kind, x, segmap):
+        """Without the module's own hooks, which stay with it."""
+        if kind is not None:
+            make_fast(module, kind, self.form)
+            return module._fast(x, segmap)
+        further = dict.fromkeys(Call(type(module).forward).required)
+        return type(module).forward(module, x, segmap, **further)
+
+
+class Values:
+    """A module's parameters and buffers as others of their own, in one dtype or another: gradients
+    with respect to them do not reach the module. They are random: what a parameter does that is
+    zero, or one, at first is seen.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        torch.manual_seed(0)
+        self.parameters = {id(own): (own, _random_weight(own)) for own in module.parameters()}
+        self.buffers = {id(own): (own, _random_buffer(own)) for own in module.buffers()}
+
+    def __call__(self, dtype: torch.dtype) -> dict:
+        found = {}
+        for number, (own, value) in self.parameters.items():
+            found[number] = nn.Parameter(value.to(dtype, copy=True), own.requires_grad)
+        for number, (own, value) in self.buffers.items():
+            kept = dtype if own.is_floating_point() else own.dtype
+            found[number] = value.to(kept, copy=True)
+        return found
+
+
+def _random_weight(own):
+    """Of a convolution as large as its results should be, else near what it is; in its dtype."""
+    noise = torch.randn(own.shape, dtype=torch.float64)
+    if own.dim() > 1:
+        fan_in = max(1, own[0].numel())
+        return (noise / fan_in**0.5).to(own.dtype)
+    return (own.detach() + 0.5 * noise).to(own.dtype)
+
+
+def _random_buffer(own):
+    """Never less than it is: it may be a variance."""
+    if not own.is_floating_point():
+        return own.detach().clone()
+    return (own.detach() + 0.5 * torch.rand(own.shape, dtype=torch.float64)).to(own.dtype)
+
+
+def _compare(ours, theirs, truth, dtype):
+    if ours.keys() != theirs.keys():
+        differ = ", ".join(sorted(ours.keys() ^ theirs.keys()))
+        raise Unlike(f"the fast forward has other gradients: {differ}")
+    # Those of a module's parameters together: a gradient that is zero in exact arithmetic is noise
+    # beside the others.
+    scales = {}
+    for name, tensor in truth.items():
+        owner = name.rpartition(".")[0] or name
+        largest = tensor.double().abs().max().item() if tensor.numel() else 0.0
+        scales[owner] = max(scales.get(owner, 0.0), largest)
+    for name in theirs:
+        if theirs[name].is_floating_point():
+            scale, eps = scales[name.rpartition(".")[0] or name], torch.finfo(dtype).eps
+            far = excess(ours[name], theirs[name], truth[name], scale, eps)
+            agrees = far <= (SLACK_IN_DOUBLE if dtype == torch.float64 else SLACK)
+        else:
+            agrees = torch.equal(ours[name], theirs[name])
+        if not agrees:
+            away = _error(ours[name], truth[name])
+            raise Unlike(
+                f"it computes something else than its parts say: {name} is {away} away in {dtype}"
+            )
+
+
+def _error(ours, truth):
+    if ours.shape != truth.shape:
+        return f"of shape {list(ours.shape)}, not {list(truth.shape)},"
+    distance = (ours.double() - truth.double()).norm() / truth.double().norm().clamp_min(1e-300)
+    return f"{distance.item():.1e}"
+
+
+def _copy(module, copies):
+    """A copy of a module, with those parameters and buffers that `copies` has for its own: nothing
+    done to it reaches it.
+    """
+    if id(module) not in copies:
+        copies[id(module)] = copy = module.__class__.__new__(module.__class__)
+        copy.__dict__.update(module.__dict__)
+        for kind in ("_parameters", "_buffers"):
+            copy.__dict__[kind] = {
+                name: own if own is None else copies[id(own)]
+                for name, own in module.__dict__[kind].items()
+            }
+        copy.__dict__["_modules"] = {
+            name: child and _copy(child, copies) for name, child in module._modules.items()
+        }
+    return copies[id(module)]

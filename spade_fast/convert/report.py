@@ -1,0 +1,54 @@
+"""What `convert` did, module by module."""
+
+from typing import NamedTuple
+
+from rich.console import Console
+from rich.table import Table
+
+WIDTH = 100
+
+
+class Entry(NamedTuple):
+    """What became of one module."""
+
+    name: str
+    type: str
+    recognised_as: str
+    converted: bool
+    # why it was not converted; else how γ and β are computed, on which backend, and when not
+    reason: str
+
+
+class Report(tuple):
+    """The entries of every module that looked like a SPADE or its block, in the model's order;
+    printed, a table.
+    """
+
+    def __str__(self) -> str:
+        console = Console(width=WIDTH, color_system=None)
+        with console.capture() as capture:
+            console.print(self.__rich__())
+        return capture.get().rstrip()
+
+    def __rich__(self) -> Table | str:
+        if not self:
+            return (
+                "No SPADE was found: no module has convolutions for gamma and beta beside a norm."
+                " The model is as it was."
+            )
+        table = Table("layer and its class", "recognised as", "converted: how, or why not")
+        for column in table.columns:
+            column.overflow = "fold"
+        for entry in self:
+            converted = "yes" if entry.converted else "no"
+            table.add_row(
+                f"{entry.name or '(the model)'}\n  {entry.type}",
+                entry.recognised_as,
+                f"{converted}: {entry.reason}",
+            )
+        return table
+
+    @property
+    def converted(self) -> int:
+        """How many modules were converted."""
+        return sum(entry.converted for entry in self)

@@ -1,0 +1,199 @@
+"""Classes that are a stranger's but for their forward, which is the project's for every call that
+was proved, and the stranger's for every other.
+"""
+
+import functools
+import inspect
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn as nn
+
+from ..layout import SemanticLayout
+from ..nn.block import ResidualBlock
+from ..nn.modules import is_watched
+from ..nn.parts import Form
+from ..nn.spade import SpatiallyAdaptive, batch_of
+from ..recording import is_recorded
+
+PLAIN = (bool, int, float, str, type(None))
+
+
+class State(NamedTuple):
+    """What a forward may look at besides its arguments, and its weights."""
+
+    training: bool
+    autocast: torch.dtype | None
+    attributes: tuple  # of the module's own: numbers, flags and names
+
+
+class Proof(NamedTuple):
+    """In which states a module's own forward and the fast one were found to agree, and on which
+    conditions: of x's size ("same"), "larger" or "smaller" along an axis.
+    """
+
+    names: tuple  # of the attributes
+    states: tuple
+    sizes: frozenset
+
+
+def state_of(module: nn.Module, names: tuple, device: str) -> State:
+    autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+    attributes = tuple(getattr(module, name, None) for name in names)
+    return State(module.training, autocast, attributes)
+
+
+def attribute_names(module: nn.Module) -> tuple:
+    """The attributes of a module that are numbers, flags or names, and its own."""
+    return tuple(
+        name
+        for name, value in vars(module).items()
+        if type(value) in PLAIN and not name.startswith("_") and name != "training"
+    )
+
+
+def sizes_against(x: torch.Tensor, segmap: torch.Tensor | SemanticLayout) -> set:
+    """How a condition's size is beside x's, along each axis."""
+    given = segmap.codes.shape[1:] if isinstance(segmap, SemanticLayout) else segmap.shape[2:]
+    found = set()
+    for own, wanted in zip(given, x.shape[2:]):
+        found.add("same" if own == wanted else "larger" if own > wanted else "smaller")
+    return found
+
+
+class Fast:
+    """Marks the classes that `convert` makes. They have no name that could be imported: pickle and
+    copy make them anew.
+    """
+
+    kind: type  # FastSPADE or FastBlock
+    own_class: type
+    call: "Call"
+    spade_form: Form
+
+    def __reduce_ex__(self, protocol: int) -> tuple:
+        return _empty, (self.kind, self.own_class), self.__dict__
+
+    def _get_name(self) -> str:
+        return f"Fast{self.own_class.__name__}"
+
+    def forward(self, *arguments: Any, **named: Any) -> Any:
+        """The own forward's result, of whatever it takes."""
+        pair = self.call.pair(arguments, named)
+        if pair is not None and self._is_proved(*pair):
+            return self._fast(*pair)
+        dtype = next(self.parameters()).dtype
+        arguments = [dense(argument, dtype) for argument in arguments]
+        named = {name: dense(argument, dtype) for name, argument in named.items()}
+        return self.own_class.forward(self, *arguments, **named)
+
+    def is_open(self, x: torch.Tensor, segmap: torch.Tensor | SemanticLayout) -> bool:
+        return (
+            type(self).forward is Fast.forward
+            and not is_watched(self)
+            and self._is_proved(x, segmap)
+        )
+
+    def _is_proved(self, x, segmap):
+        """Whether this is a call, in a state, that the proof holds for. What is recorded is left to
+        the own forward, and so is what is wrong: its errors are its users'.
+        """
+        try:
+            self.check(x, segmap)
+        except (TypeError, ValueError):
+            return False
+        if is_recorded(x) or batch_of(segmap) != x.shape[0] or 0 in x.shape:
+            return False
+        proof = self.spade_form.proof
+        state = state_of(self, proof.names, x.device.type)
+        return state in proof.states and sizes_against(x, segmap) <= proof.sizes
+
+
+class FastSPADE(Fast, SpatiallyAdaptive):
+    """A SPADE of another class, as `nn/spade.py` computes it."""
+
+    def _fast(self, x, segmap):
+        return self.modulate(x, segmap)
+
+
+class FastBlock(Fast, ResidualBlock):
+    """A residual block of another class, as `nn/block.py` computes it."""
+
+    def _fast(self, x, segmap):
+        return self.compute(x, segmap)
+
+
+class Call:
+    """How a forward is called: with x and a condition, and what else it takes."""
+
+    def __init__(self, forward: Any) -> None:
+        _, *parameters = inspect.signature(forward).parameters.values()
+        positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+        self.names, self.several = [], False
+        self.neutral = {}  # what each further argument is in a call without it; None where it must be
+        for parameter in parameters:
+            if parameter.kind is inspect.Parameter.VAR_POSITIONAL:
+                self.several = len(self.names) == 1  # forward(x, *conditions)
+            elif parameter.kind in positional:
+                self.names.append(parameter.name)
+            if parameter.kind in positional or parameter.kind is inspect.Parameter.KEYWORD_ONLY:
+                is_given = parameter.default is inspect.Parameter.empty
+                self.neutral[parameter.name] = None if is_given else parameter.default
+        self.required = [
+            parameter.name
+            for parameter in parameters
+            if parameter.name in self.neutral and parameter.default is inspect.Parameter.empty
+        ][2 if not self.several else 1 :]
+
+    def pair(self, arguments: tuple, named: dict) -> tuple | None:
+        """x and the condition, where the call has nothing else that says anything; else None."""
+        if self.several:
+            further = all(self._says_nothing(name, value) for name, value in named.items())
+            return arguments if len(arguments) == 2 and further else None
+        if len(arguments) > len(self.names) or len(self.names) < 2:
+            return None
+        given = dict(zip(self.names, arguments))
+        if given.keys() & named.keys():
+            return None  # twice, which the own forward says
+        given.update(named)
+        x, segmap = self.names[:2]
+        if x not in given or segmap not in given:
+            return None
+        pair = given.pop(x), given.pop(segmap)
+        return pair if all(self._says_nothing(*argument) for argument in given.items()) else None
+
+    def _says_nothing(self, name, value):
+        if name not in self.neutral:
+            return False
+        default = self.neutral[name]
+        equal = type(value) is type(default) and type(value) in PLAIN and value == default
+        return value is default or equal
+
+
+def dense(argument: Any, dtype: torch.dtype) -> Any:
+    """An argument as strangers know it: the condition itself in place of a layout."""
+    return argument.to_segmap(dtype) if isinstance(argument, SemanticLayout) else argument
+
+
+@functools.cache
+def fast_class(kind: type, own_class: type) -> type:
+    """The class that is own_class but for forward."""
+    attributes = {"kind": kind, "own_class": own_class, "call": Call(own_class.forward)}
+    return type(own_class)(own_class.__name__, (kind, own_class), attributes)
+
+
+def _empty(kind, own_class):
+    kind = fast_class(kind, own_class)
+    return kind.__new__(kind)
+
+
+def make_fast(module: nn.Module, kind: type, form: Form) -> None:
+    """Gives a module its fast class, in place."""
+    module.__class__ = fast_class(kind, type(module))
+    module.spade_form = form
+
+
+def make_own(module: nn.Module) -> None:
+    """Undoes `make_fast`."""
+    module.__class__ = module.own_class
+    module.__dict__.pop("spade_form", None)

@@ -1,0 +1,97 @@
+"""Questions about modules: what one is, and who watches it."""
+
+from collections.abc import Callable, Iterable
+
+import torch.nn as nn
+from torch.nn.modules import module as calls
+
+from ..recording import may_overwrite
+
+CONVOLUTIONS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
+INSTANCE_NORMS = {1: nn.InstanceNorm1d, 2: nn.InstanceNorm2d, 3: nn.InstanceNorm3d}
+BATCH_NORMS = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
+KINDS = {
+    **{module: "instance" for module in INSTANCE_NORMS.values()},
+    **{module: "batch" for module in BATCH_NORMS.values()},
+    nn.SyncBatchNorm: "syncbatch",
+    nn.GroupNorm: "group",
+}
+POINTWISE = (nn.ReLU, nn.LeakyReLU, nn.SiLU, nn.GELU, nn.ELU, nn.Tanh, nn.Sigmoid, nn.Identity)
+
+
+def hooks(module: nn.Module) -> list[Callable]:
+    """The module's own hooks: what runs when it is called, beside its forward."""
+    kinds = (
+        module._forward_pre_hooks,
+        module._forward_hooks,
+        module._backward_pre_hooks,
+        module._backward_hooks,
+    )
+    return [hook for kind in kinds for hook in kind.values()]
+
+
+def is_called_plainly(module: nn.Module) -> bool:
+    """Whether to call the module is to run its class's forward and its own hooks: no hook on all
+    modules, no forward of this instance's own, nothing compiled in its place.
+    """
+    replaced = "forward" in module.__dict__ or module._compiled_call_impl is not None
+    return not replaced and not calls._has_any_global_hook()
+
+
+def is_watched(module: nn.Module) -> bool:
+    """Whether anything but its class's forward runs when the module is called, and so sees, or may
+    change, what goes in and out. Then it is called, with what its own users would give it.
+    """
+    return bool(hooks(module)) or not is_called_plainly(module)
+
+
+def is_plain(module: nn.Module, types: Iterable[type]) -> bool:
+    """Whether a module is just what its type says, so that its weights say all about it."""
+    return type(module) in types and not is_watched(module)
+
+
+def leaves(module: nn.Module) -> list[nn.Module]:
+    """The modules that a module is, one after the other: those of a Sequential, and of the
+    Sequentials in it.
+    """
+    plain = type(module).forward is nn.Sequential.forward and not is_watched(module)
+    if not isinstance(module, nn.Sequential) or not plain:
+        return [module]
+    return [leaf for child in module for leaf in leaves(child)]
+
+
+def keeps_size(module: nn.Module, size: int) -> bool:
+    """Whether a module is a convolution with `size` taps along each axis, an odd number, around each
+    pixel, of the map with zeros around it: the window that a pixel sees alone decides its result.
+    """
+    settings = {"kernel_size": size, "padding": size // 2, "stride": 1, "dilation": 1}
+    return (
+        size % 2 == 1
+        and is_plain(module, CONVOLUTIONS.values())
+        and module.groups == 1
+        and module.padding_mode == "zeros"
+        and all(_each(getattr(module, name), setting) for name, setting in settings.items())
+        and module.weight.shape[1:] == (module.in_channels, *[size] * (module.weight.dim() - 2))
+    )
+
+
+def _each(values: object, wanted: int) -> bool:
+    return isinstance(values, tuple) and all(value == wanted for value in values)
+
+
+def taps_of(module: nn.Module) -> int:
+    """Taps along an axis of a convolution; 0 of what is none."""
+    return module.kernel_size[0] if isinstance(module, tuple(CONVOLUTIONS.values())) else 0
+
+
+def is_known(norm: nn.Module) -> bool:
+    """Whether `spade_modulate` can do what this module does."""
+    return is_plain(norm, KINDS) and not (
+        KINDS[type(norm)] == "instance" and norm.track_running_stats
+    )
+
+
+def may_overwrite_result(module: nn.Module) -> bool:
+    """Whether what a module returns is a new tensor that nobody else has seen or keeps."""
+    is_new = type(module) in CONVOLUTIONS.values() and not module._forward_hooks
+    return is_new and is_called_plainly(module) and may_overwrite()

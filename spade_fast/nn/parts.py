@@ -1,0 +1,94 @@
+"""The parts of a SPADE, whatever its class calls them."""
+
+from typing import NamedTuple
+
+import torch.nn as nn
+
+from ..layout import LARGEST_KERNEL
+from .modules import INSTANCE_NORMS, POINTWISE, is_plain, keeps_size, leaves, taps_of
+
+
+class Form(NamedTuple):
+    """The names of the sub-modules that a layer has for SPADE's parts, and its sizes."""
+
+    norm: str
+    shared: str
+    gamma: str
+    beta: str
+    norm_nc: int
+    label_nc: int
+    spatial_dims: int
+    pad: str | None = None  # what the hidden map goes through before gamma and beta
+    proof: object = None  # of a converted module: when its parts are all that it is
+
+
+class HasParts:
+    """A module whose `spade_form` names a SPADE's parts."""
+
+    spade_form: Form
+
+
+class Convolutions(NamedTuple):
+    """What decides the γ and β of a window: three convolutions, what follows the first, and norms
+    of γ's and β's own.
+    """
+
+    shared: nn.Module
+    activations: list
+    gamma: nn.Module
+    beta: nn.Module
+    gamma_norm: nn.Module | None
+    beta_norm: nn.Module | None
+
+    @property
+    def normalise(self) -> bool:
+        """Whether γ or β is normalised over each image: then images with one window have two rows
+        for it.
+        """
+        return self.gamma_norm is not None or self.beta_norm is not None
+
+    @property
+    def weights(self) -> list:
+        """Every tensor that decides the table."""
+        modules = (self.shared, self.gamma, self.beta, self.gamma_norm, self.beta_norm)
+        found = [(module.weight, module.bias) for module in modules if module is not None]
+        return [tensor for pair in found for tensor in pair if tensor is not None]
+
+
+class Parts(NamedTuple):
+    """The modules of a SPADE: h = shared(segmap); y = norm(x) · (1 + gamma(h)) + beta(h)."""
+
+    norm: nn.Module
+    shared: nn.Module
+    gamma: nn.Module
+    beta: nn.Module
+    pad: nn.Module | None
+
+    @classmethod
+    def of(cls, spade: nn.Module) -> "Parts":
+        names = [getattr(spade.spade_form, field) for field in cls._fields]
+        return cls(*(None if name is None else spade.get_submodule(name) for name in names))
+
+    def convolutions(self) -> Convolutions | None:
+        """What decides γ and β, or None where that is more than a window's codes and the weights
+        of plain convolutions.
+        """
+        shared, *activations = leaves(self.shared)
+        (gamma, *gamma_norms), (beta, *beta_norms) = leaves(self.gamma), leaves(self.beta)
+        size = taps_of(gamma)
+        if self.pad is not None or not 1 <= size <= LARGEST_KERNEL:
+            return None
+        if not all(keeps_size(module, size) for module in (shared, gamma, beta)):
+            return None
+        if not all(is_plain(module, POINTWISE) for module in activations):
+            return None
+        if len(gamma_norms) > 1 or len(beta_norms) > 1:
+            return None
+        own_norms = [*gamma_norms, *beta_norms]
+        if not all(
+            is_plain(module, INSTANCE_NORMS.values()) and not module.track_running_stats
+            for module in own_norms
+        ):
+            return None
+        norms = (of[0] if of else None for of in (gamma_norms, beta_norms))
+        return Convolutions(shared, activations, gamma, beta, *norms)

@@ -1,0 +1,242 @@
+"""γ and β of every distinct window of a layout, as tables, computed each time or kept while weights
+stay as they are.
+"""
+
+import threading
+import weakref
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+
+import torch
+import torch.nn as nn
+
+from .. import kernels
+from ..identity import state_of
+from ..layout import SemanticLayout
+from ..ops.convolve_windows import convolve_windows
+from ..scopes import Scope
+from .parts import Convolutions, HasParts, Parts
+from .pixels import joined
+
+
+def at_windows(
+    spade: nn.Module, layout: SemanticLayout, x: torch.Tensor, convolutions: Convolutions
+) -> tuple[torch.Tensor, torch.Tensor, dict]:
+    """γ and β of every distinct window, [K, C], and how a pixel finds its own: the arguments of
+    `spade_modulate`.
+    """
+    windows = layout.windows(x.shape[2:], convolutions.gamma.kernel_size[0])
+    dtype, kept = dtype_of_convolution(x, convolutions.gamma.weight), kept_tables(spade)
+    if kept is None:
+        gamma, beta = compute_table(layout, windows, convolutions, dtype)
+    else:
+        images = x.shape[0] if convolutions.normalise else None
+        key = (spade, x.shape[2:], dtype, images)
+        gamma, beta = kept.get(
+            layout.source,
+            key,
+            [layout.palette, *convolutions.weights],
+            lambda: compute_table(layout, windows, convolutions, dtype),
+        )
+    index = windows.index_of_images if convolutions.normalise else windows.index
+    return gamma, beta, {"index": index, "order": windows.order}
+
+
+def dtype_of_convolution(x: torch.Tensor, weight: torch.Tensor) -> torch.dtype:
+    """The dtype of a convolution's output for this weight, beside x: autocast leaves float64."""
+    device = x.device.type
+    if weight.dtype != torch.float64 and torch.is_autocast_enabled(device):
+        return torch.get_autocast_dtype(device)
+    return weight.dtype
+
+
+def compute_table(layout, windows, convolutions, dtype):
+    """γ and β of the distinct windows, [K, C], in dtype; where they have norms of their own, those
+    of each image, [N·K, C].
+    """
+    shared, activations, *rest = convolutions
+    # Norms see what differs between windows, which half precision would round away.
+    within = torch.promote_types(dtype, torch.float32) if convolutions.normalise else dtype
+    hidden = convolve_windows(layout.palette, shared.weight, shared.bias, windows.hidden, within)
+    for activation in activations:
+        hidden = activation(hidden)
+    joint = joined(rest[:2])
+    if kernels.select(hidden) is not kernels.cpu_backend and joint:
+        # Half the launches; on a CPU the copies cost more.
+        channels = [len(module.weight) for module in rest[:2]]
+        rows = convolve_windows(hidden, *joint, windows.table, within).split(channels, dim=1)
+    else:
+        rows = [
+            convolve_windows(hidden, module.weight, module.bias, windows.table, within)
+            for module in rest[:2]
+        ]
+    if convolutions.normalise:
+        rows = [normalise_over_images(table, windows, norm) for table, norm in zip(rows, rest[2:])]
+    return [table.to(dtype) for table in rows]
+
+
+def normalise_over_images(table, windows, norm):
+    """A table [K, C] as instance norm makes it of each image, [N·K, C]: a row counts as often as
+    the image has its window.
+
+    In float64, for the table is small: γ and β differ little from window to window, and in float32
+    their mean took that with it.
+    """
+    images, count = len(windows.index), windows.count
+    if norm is None:
+        return table.repeat(images, 1)
+    share, exact = windows.shares, table.double()
+    deviations = exact - (share @ exact)[:, None]
+    variance = torch.einsum("nk,nkc->nc", share, deviations.square())
+    normalised = deviations * torch.rsqrt(variance + norm.eps)[:, None]
+    if norm.affine:
+        normalised = normalised * norm.weight + norm.bias
+    return normalised.view(images * count, -1).to(table.dtype)
+
+
+class Tables:
+    """γ and β by layout, and for each layout by layer, size and dtype: no more than max_bytes of
+    them. What is kept is used as long as the weights that it was made of are as they were; a
+    layout that nobody holds any more takes its tables along.
+    """
+
+    def __init__(self, max_bytes: int) -> None:
+        self.max_bytes, self.bytes = max_bytes, 0
+        self._layouts = OrderedDict()  # by id; the one that was used last at the end
+        self._lock = threading.RLock()  # a layout may go while it is held
+
+    def get(
+        self,
+        layout: SemanticLayout,
+        key: tuple,
+        weights: Iterable[torch.Tensor],
+        compute: Callable[[], list],
+    ) -> list:
+        """The tensors that compute() gave for this layout, key and weights before, or gives now."""
+        weights = list(weights)
+        state = [state_of(weight) for weight in weights]
+        with self._lock:
+            found = self._of(layout).get(key)
+        if found is not None and found.state == state:
+            return found.tensors
+        kept = Kept(compute(), state, [weight.detach() for weight in weights])
+        with self._lock:
+            self._keep(layout, key, kept)
+        return kept.tensors
+
+    def _of(self, layout):
+        number = id(layout)
+        if number not in self._layouts:
+            gone = weakref.ref(layout, lambda _: self._drop(number))
+            self._layouts[number] = (gone, {})
+        self._layouts.move_to_end(number)
+        return self._layouts[number][1]
+
+    def _keep(self, layout, key, kept):
+        own = self._of(layout)
+        if key in own:
+            self.bytes -= own.pop(key).bytes
+        while self.bytes + kept.bytes > self.max_bytes and next(iter(self._layouts)) != id(layout):
+            self._drop(next(iter(self._layouts)))
+        if self.bytes + kept.bytes <= self.max_bytes:
+            own[key] = kept
+            self.bytes += kept.bytes
+
+    def _drop(self, number):
+        with self._lock:
+            _, dropped = self._layouts.pop(number, (None, {}))
+            self.bytes -= sum(kept.bytes for kept in dropped.values())
+
+    def clear(self) -> None:
+        with self._lock:
+            self._layouts.clear()
+            self.bytes = 0
+
+
+class Kept:
+    """Tables, and what they were made of: the memory of the weights is held, so that no others can
+    come to lie there.
+    """
+
+    def __init__(self, tensors: list, state: list, weights: list) -> None:
+        self.tensors, self.state, self.weights = tensors, state, weights
+        self.bytes = sum(tensor.nbytes for tensor in tensors)
+
+
+class keep_in(Scope):
+    """Inside, these SPADEs get their tables by `tables.get(layout, key, weights, compute)`, as they
+    otherwise compute them: those of this thread or task.
+    """
+
+    def __init__(self, tables: object, spades: Iterable[nn.Module]) -> None:
+        self.tables, self.spades = tables, weakref.WeakSet(spades)
+        super().__init__(self)
+
+
+def kept_tables(spade: nn.Module) -> Tables | None:
+    """What keeps this layer's tables here and now, or None."""
+    if torch.compiler.is_compiling() or torch.is_grad_enabled():
+        return None
+    return next((scope.tables for scope in keep_in.all_here() if spade in scope.spades), None)
+
+
+@contextmanager
+def frozen(model: nn.Module, max_bytes: int = 1 << 30) -> Iterator[Tables]:
+    """Inside `with frozen(model):` the weights of the model's SPADEs stay as they are, and with
+    gradients off each computes the γ and β of a layout's distinct windows once: for samples of z,
+    for the steps of a diffusion sampler.
+
+    It holds in this thread or asyncio task; `contextvars.copy_context().run` takes it along into
+    another thread. Weights that are exchanged inside are noticed: what was computed with others is
+    not used. What PyTorch does not see of a change (through `.data`, or NumPy) is found at the end.
+
+    Args:
+        model: a module with SPADEs.
+        max_bytes: the memory that the tables may take. Those of the layout that was not used for
+            longest make room; for one layout alone that needs more, the tables that do not fit are
+            computed each time. A layout that is freed takes its tables along.
+
+    Yields:
+        The tables, whose `bytes` says how much they hold. They are dropped at the end.
+
+    Raises:
+        ValueError: the model has no SPADE.
+        RuntimeError: at the end, if a weight is not what it was at the beginning.
+    """
+    named = model.named_modules()
+    layers = {name: module for name, module in named if isinstance(module, HasParts)}
+    if not layers:
+        raise ValueError(f"model is a {type(model).__name__} without any SPADE, it should have one")
+    tables, before = Tables(max_bytes), fingerprints(layers)
+    try:
+        with keep_in(tables, layers.values()):
+            yield tables
+    finally:
+        tables.clear()
+    changed = sorted({name for name, _ in before.items() ^ fingerprints(layers).items()})
+    if changed:
+        raise RuntimeError(
+            f"weights changed inside frozen(model): {', '.join(changed)}; what was computed there"
+            " may be of the old ones"
+        )
+
+
+@torch.no_grad()
+def fingerprints(layers: dict[str, nn.Module]) -> dict[str, tuple]:
+    """By name of each weight that decides γ and β: where it is, how often it was written to, and
+    the sum of its bits.
+    """
+    found = {}
+    for name, layer in layers.items():
+        parts = Parts.of(layer)
+        for part in ("shared", "gamma", "beta"):
+            for weight_name, weight in getattr(parts, part).named_parameters():
+                bits = weight.view(
+                    {8: torch.int64, 4: torch.int32, 2: torch.int16}[weight.element_size()]
+                )
+                version = None if weight.is_inference() else weight._version
+                state = (weight.data_ptr(), version, weight.shape, weight.dtype)
+                own = (name, getattr(layer.spade_form, part), weight_name)
+                found[".".join(filter(None, own))] = (*state, bits.sum(dtype=torch.int64).item())
+    return found
