@@ -81,8 +81,9 @@ def compare_all(found, expected):
     found, expected = (torch.utils._pytree.tree_leaves(one) for one in (found, expected))
     assert len(found) == len(expected)
     for number, (one, other) in enumerate(zip(found, expected)):
-        assert (one is None) == (other is None), f"{number}: {one} for {other}"
-        if other is not None:
+        if one is None or other is None:
+            assert one is other, f"result {number} is None on one side"
+        else:
             assert_close(one, other, 1e-9, name=f"result {number}")
 
 
@@ -298,26 +299,26 @@ def test_function_transforms_over_parameters(name, condition, transform):
 
 
 @pytest.mark.parametrize("gradients", [True, False])
-@pytest.mark.parametrize("of", ["x", "the condition", "parameters", "all"])
+@pytest.mark.parametrize("of", ["x", "the condition", "parameters"])
 @pytest.mark.parametrize("condition", [*CONDITIONS, "layout"])
-@pytest.mark.parametrize("name", MODULES)
+@pytest.mark.parametrize("name", [*FORWARDS, "batch", "group"])
 def test_dual_numbers(name, condition, of, gradients):
     """The tangent that forward differentiation has."""
     ours, theirs = both(name)
     x, segmap = pictures(), label_map() if condition == "layout" else CONDITIONS[condition]()
-    if condition == "layout" and of in ("the condition", "all"):
+    if condition == "layout" and of == "the condition":
         return
 
     def tangent(module, segmap):
         module = copy.deepcopy(module)
         with fwAD.dual_level(), torch.set_grad_enabled(gradients):
             given = x
-            if of in ("x", "all"):
+            if of == "x":
                 given = fwAD.make_dual(x, x.sin())
-            if of in ("the condition", "all"):
+            if of == "the condition":
                 segmap = fwAD.make_dual(segmap, segmap.cos())
             parameters = {key: one.detach() for key, one in module.named_parameters()}
-            if of in ("parameters", "all"):
+            if of == "parameters":
                 parameters = {
                     key: fwAD.make_dual(one, one.sin()) for key, one in parameters.items()
                 }
@@ -427,7 +428,7 @@ def test_the_operation_transformed(norm, table, transform):
 
 
 @pytest.mark.parametrize("gradients", [True, False])
-@pytest.mark.parametrize("dual", ["x", "gamma", "beta", "x gamma beta"])
+@pytest.mark.parametrize("dual", ["x", "gamma", "x gamma beta"])
 @pytest.mark.parametrize("table", [False, True])
 @pytest.mark.parametrize("norm", NORMS)
 def test_the_operation_with_dual_numbers(norm, table, dual, gradients):

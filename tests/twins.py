@@ -96,8 +96,9 @@ def assert_same(ours, theirs, tolerance=1e-10):
     largest = max([one.double().abs().max() for one in floats], default=0)
     for name, their in theirs.items():
         our = ours[name]
-        assert (our is None) == (their is None), f"{name}: {our} for {their}"
-        if our is not None:
+        if our is None or their is None:
+            assert our is their, f"{name} is None on one side"
+        else:
             assert our.shape == their.shape and our.dtype == their.dtype, name
             assert_close(our, their, tolerance, largest, name)
 
