@@ -2,6 +2,8 @@
 that only look like it.
 """
 
+from types import SimpleNamespace
+
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -225,3 +227,375 @@ class OtherBlock(Block):
 
     def actvn(self, x):
         return F.leaky_relu(x, 0.1)
+
+
+class CLADE(Layer):
+    """A third argument, which this norm has no use for unless it is given."""
+
+    def forward(self, x, segmap, input_dist=None):
+        y = super().forward(x, segmap)
+        return y if input_dist is None else y * to_size(input_dist, x)
+
+
+class CLADEBlock(Block):
+    def __init__(self, layer=CLADE, fout=4):
+        super().__init__(layer, fout)
+
+    def forward(self, x, seg, input_dist=None):
+        shortcut = x
+        if self.learned_shortcut:
+            shortcut = self.conv_s(self.norm_s(x, seg, input_dist))
+        dx = self.conv_0(self.actvn(self.norm_0(x, seg, input_dist)))
+        return shortcut + self.conv_1(self.actvn(self.norm_1(dx, seg, input_dist)))
+
+
+class INADE(Layer):
+    """Instances, noise and a sketch beside the condition."""
+
+    def forward(self, x, segmap, input_instances=None, noise=None, sketch=None):
+        if sketch is not None:
+            segmap = segmap * to_size(sketch, segmap)
+        y = super().forward(x, segmap)
+        if input_instances is not None:
+            y = y + to_size(input_instances, x)
+        return y if noise is None else y + noise
+
+
+class INADEBlock(Block):
+    """Its norms take all five by position."""
+
+    def __init__(self, layer=INADE, fout=CHANNELS):
+        super().__init__(layer, fout)
+
+    def forward(self, x, seg, input_instances=None, noise=None, sketch=None):
+        more = (seg, input_instances, noise, sketch)
+        shortcut = self.conv_s(self.norm_s(x, *more)) if self.learned_shortcut else x
+        dx = self.conv_0(self.actvn(self.norm_0(x, *more)))
+        return shortcut + self.conv_1(self.actvn(self.norm_1(dx, *more)))
+
+
+class PaddingBeside(nn.Module):
+    """One padding module beside γ's and β's bare convolutions, for the hidden map."""
+
+    def __init__(self, hidden=HIDDEN, norm=None):
+        super().__init__()
+        self.param_free_norm = norm or nn.InstanceNorm2d(CHANNELS)
+        self.mlp_shared = nn.Sequential(
+            nn.ReflectionPad2d(1), nn.Conv2d(LABELS, hidden, 3), nn.ReLU()
+        )
+        self.pad = nn.ReflectionPad2d(1)
+        self.mlp_gamma, self.mlp_beta = (nn.Conv2d(hidden, CHANNELS, 3) for _ in range(2))
+
+    def forward(self, x, segmap, similarity_map=None):
+        hidden = self.pad(self.mlp_shared(self.resize(segmap, x)))
+        gamma, beta = self.mlp_gamma(hidden), self.mlp_beta(hidden)
+        if similarity_map is not None:
+            similarity_map = to_size(similarity_map, x)
+            gamma, beta = gamma * similarity_map, beta * similarity_map
+        return self.param_free_norm(x) * (1 + gamma) + beta
+
+    def resize(self, segmap, x):
+        return to_size(segmap, x)
+
+
+class NowcastNet(PaddingBeside):
+    """Its condition is resized by adaptive average pooling."""
+
+    def __init__(self):
+        super().__init__(hidden=4)
+
+    def resize(self, segmap, x):
+        return F.adaptive_avg_pool2d(segmap, x.shape[2:])
+
+
+class Conv2dBlock(nn.Module):
+    """A convolution and its activation as a dictionary of modules, which are called in order."""
+
+    def __init__(self, before, after, size=5, spectral=True, nonlinearity=None):
+        super().__init__()
+        own = conv(before, after, size)
+        self.layers = nn.ModuleDict({"conv": nn.utils.spectral_norm(own) if spectral else own})
+        if nonlinearity is not None:
+            self.layers["nonlinearity"] = nonlinearity
+
+    def forward(self, x):
+        for layer in self.layers.values():
+            x = layer(x)
+        return x
+
+
+class ImaginaireNorm(nn.Module):
+    """Any number of conditions, each of which may be None; γ and β from one convolution, or two."""
+
+    def __init__(self, conditions=2, separate_projection=False, spectral=True):
+        super().__init__()
+        self.separate_projection = separate_projection
+        self.norm = nn.BatchNorm2d(CHANNELS)
+        self.mlps = nn.ModuleList(
+            Conv2dBlock(LABELS, HIDDEN, spectral=spectral, nonlinearity=nn.ReLU(inplace=True))
+            for _ in range(conditions)
+        )
+        width = CHANNELS if separate_projection else 2 * CHANNELS
+        self.gammas, self.betas = (
+            nn.ModuleList(Conv2dBlock(HIDDEN, width, spectral=spectral) for _ in range(number))
+            for number in (conditions, conditions if separate_projection else 0)
+        )
+
+    def forward(self, x, *conditions):
+        y = self.norm(x)
+        for number, condition in enumerate(conditions):
+            if condition is None:
+                continue
+            hidden = self.mlps[number](to_size(condition, x))
+            if self.separate_projection:
+                gamma, beta = self.gammas[number](hidden), self.betas[number](hidden)
+            else:
+                gamma, beta = self.gammas[number](hidden).chunk(2, dim=1)
+            y = y * (1 + gamma) + beta
+        return y
+
+
+class StableSR(Layer):
+    """Conditions, and sometimes features, in dictionaries by width; one of fewer images is repeated
+    image by image.
+    """
+
+    def __init__(self):
+        super().__init__(nn.GroupNorm(4, CHANNELS))
+
+    def forward(self, x_or_many, conditions, size=None):
+        x = x_or_many if size is None else x_or_many[str(size)]
+        condition = conditions[str(x.shape[-1] if size is None else size)]
+        hidden = self.mlp_shared(condition)
+        gamma, beta = self.mlp_gamma(hidden), self.mlp_beta(hidden)
+        times = len(x) // len(condition)
+        gamma, beta = (one.repeat_interleave(times, dim=0) for one in (gamma, beta))
+        return self.param_free_norm(x) * (1 + gamma) + beta
+
+
+class ACE(nn.Module):
+    """SEAN's norm: noise, γ and β of each label's style, blended with those of an inner SPADE that
+    returns them.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.noise_var = nn.Parameter(torch.zeros(CHANNELS))
+        self.param_free_norm = nn.BatchNorm2d(CHANNELS, affine=False)
+        self.Spade = InnerOfACE()
+        self.fc_mu = nn.Linear(3, HIDDEN)
+        self.conv_gamma, self.conv_beta = conv(HIDDEN, CHANNELS), conv(HIDDEN, CHANNELS)
+        self.blending_gamma, self.blending_beta = (
+            nn.Parameter(torch.full((1,), 0.3)) for _ in range(2)
+        )
+
+    def forward(self, x, segmap, style_codes=None, obj_dic=None):
+        noise = torch.randn_like(x[:, :1]) * self.noise_var.view(-1, 1, 1)
+        normalised, segmap = self.param_free_norm(x + noise), to_size(segmap, x)
+        gamma, beta = self.Spade(x, segmap)
+        if style_codes is not None:  # [N, labels, 3], one for each label of each image
+            styles = F.relu(self.fc_mu(style_codes))
+            styles = torch.einsum("nlhw,nlc->nchw", segmap, styles)
+            share, other = torch.sigmoid(self.blending_gamma), torch.sigmoid(self.blending_beta)
+            gamma = share * self.conv_gamma(styles) + (1 - share) * gamma
+            beta = other * self.conv_beta(styles) + (1 - other) * beta
+        if obj_dic is not None:
+            obj_dic["seen"] = gamma.detach()
+        return normalised * (1 + gamma) + beta
+
+
+class SEANBlock(Block):
+    def __init__(self, fout=4):
+        super().__init__(ACE, fout)
+
+    def forward(self, x, seg, style_codes, obj_dic=None):
+        more = (seg, style_codes, obj_dic)
+        dx = self.conv_0(self.actvn(self.norm_0(x, *more)))
+        dx = self.conv_1(self.actvn(self.norm_1(dx, *more)))
+        return self.conv_s(self.norm_s(x, *more)) + dx
+
+
+class VITONHD(Layer):
+    """Noise before the norm, of a scale that is zero at first; a mask says where two norms are."""
+
+    names = ("param_free_norm", "conv_shared", "conv_gamma", "conv_beta")
+
+    def __init__(self):
+        super().__init__()
+        self.noise_scale = nn.Parameter(torch.zeros(CHANNELS))
+
+    def forward(self, x, seg, misalign_mask=None):
+        x = x + torch.randn_like(x[:, :1]) * self.noise_scale.view(-1, 1, 1)
+        y = super().forward(x, seg)
+        return y if misalign_mask is None else y * (1 - to_size(misalign_mask, x))
+
+
+class Recompute(torch.autograd.Function):
+    """Gradient checkpointing as guided diffusion has it: forward without a graph, and once more in
+    backward.
+    """
+
+    @staticmethod
+    def forward(ctx, run, number, *tensors):
+        ctx.run, ctx.inputs, ctx.parameters = run, tensors[:number], tensors[number:]
+        with torch.no_grad():
+            return run(*ctx.inputs)
+
+    @staticmethod
+    def backward(ctx, dy):
+        inputs = [tensor.detach().requires_grad_() for tensor in ctx.inputs]
+        with torch.enable_grad():
+            y = ctx.run(*(tensor.view_as(tensor) for tensor in inputs))
+        gradients = torch.autograd.grad(y, (*inputs, *ctx.parameters), dy, allow_unused=True)
+        return None, None, *gradients
+
+
+class SDMBlock(nn.Module):
+    """Group norm, SiLU, a time embedding, and a forward that is computed again in backward."""
+
+    def __init__(self, checkpointed=True):
+        super().__init__()
+        self.checkpointed = checkpointed
+        self.norm_0, self.norm_1 = (
+            SPADEGroupNorm(HalfPrecisionNorm(4, CHANNELS, affine=False)) for _ in range(2)
+        )
+        self.conv_0, self.conv_1 = conv(CHANNELS, CHANNELS), conv(CHANNELS, CHANNELS)
+        self.emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(3, CHANNELS))
+
+    def forward(self, x, cond, emb):
+        if not self.checkpointed:
+            return self._forward(x, cond, emb)
+        return Recompute.apply(self._forward, 3, x, cond, emb, *self.parameters())
+
+    def _forward(self, x, cond, emb):
+        hidden = self.conv_0(F.silu(self.norm_0(x, cond)))
+        hidden = hidden + self.emb_layers(emb)[..., None, None]
+        return x + self.conv_1(F.silu(self.norm_1(hidden, cond)))
+
+
+class UpBlock(Block):
+    """A flag says whether x is made larger first."""
+
+    def forward(self, x, seg, up=False):
+        if up:
+            x = F.interpolate(x, scale_factor=2, mode="bilinear")
+        return super().forward(x, seg)
+
+
+class ScaleBlock(Block):
+    """An argument with a name that the package's own block has, too, and another meaning."""
+
+    def forward(self, x, seg, scale=1.0):
+        return x + scale * (super().forward(x, seg) - x)
+
+
+class KeywordBlock(Block):
+    def forward(self, x, seg, *, strength=1.0):
+        return strength * super().forward(x, seg)
+
+
+class OwnNames(Layer):
+    """Arguments with the names of the package's own extras, and other meanings."""
+
+    def forward(self, x, segmap, activation=None, moments=2.0, negative_slope=1.0):
+        y = super().forward(x, segmap) * moments / 2
+        return negative_slope * (y if activation is None else activation(y))
+
+
+class Shifted(Layer):
+    """A number or a tensor is added."""
+
+    def forward(self, x, segmap, shift=0.0):
+        return super().forward(x, segmap) + shift
+
+
+class Strict(Layer):
+    """A flag that is asked for by identity: 1 is not True."""
+
+    def forward(self, x, segmap, flag=True):
+        return super().forward(x, segmap) * (1 if flag is True else 3)
+
+
+class AnyNamed(Layer):
+    def forward(self, x, segmap, **named):
+        return super().forward(x, segmap)
+
+
+class AnyMore(Layer):
+    def forward(self, x, segmap, *more):
+        y = super().forward(x, segmap)
+        for one in more:
+            y = y if one is None else y + one
+        return y
+
+
+class ConditionOptional(Layer):
+    """Without a condition it is its norm alone."""
+
+    def forward(self, x, segmap=None):
+        return self.param_free_norm(x) if segmap is None else super().forward(x, segmap)
+
+
+class ConditionLast(Layer):
+    """Something stands between x and the condition."""
+
+    def forward(self, x, factor, segmap):
+        return factor * super().forward(x, segmap)
+
+
+class Dropout(Layer):
+    """Its forward asks for the mode itself."""
+
+    def forward(self, x, segmap):
+        hidden = F.dropout(self.mlp_shared(to_size(segmap, x)), 0.5, self.training)
+        return self.param_free_norm(x) * (1 + self.mlp_gamma(hidden)) + self.mlp_beta(hidden)
+
+
+class NoiseInTraining(Layer):
+    def forward(self, x, segmap):
+        return super().forward(x + torch.randn_like(x) if self.training else x, segmap)
+
+
+class OnlyInEval(Layer):
+    def forward(self, x, segmap):
+        y = super().forward(x, segmap)
+        return y if self.training else y.clamp(-0.5, 0.5)
+
+
+class Strength(Layer):
+    """An attribute, a buffer, or an option of an object decides; all are zero at first."""
+
+    def __init__(self):
+        super().__init__()
+        self.strength, self.opt = 0.0, SimpleNamespace(strength=0.0)
+        self.register_buffer("share", torch.zeros(()))
+
+    def forward(self, x, segmap):
+        more = self.strength + self.opt.strength + self.share
+        return super().forward(x, segmap) + more * x
+
+
+class AsksAutocast(Layer):
+    def forward(self, x, segmap):
+        y = super().forward(x, segmap)
+        return 2 * y if torch.is_autocast_enabled("cpu") else y
+
+
+class AsksForGradients(Layer):
+    def forward(self, x, segmap):
+        y = super().forward(x, segmap)
+        return y if torch.is_grad_enabled() else 2 * y
+
+
+class BilinearWhereSmaller(Layer):
+    """A condition that is larger than x is resized by nearest neighbour, a smaller one is not."""
+
+    def forward(self, x, segmap):
+        if segmap.shape[-1] < x.shape[-1]:
+            segmap = F.interpolate(segmap, size=x.shape[2:], mode="bilinear")
+        return super().forward(x, segmap)
+
+
+class DropoutBlock(Block):
+    def forward(self, x, seg):
+        return F.dropout(super().forward(x, seg), 0.5, self.training)

@@ -1,14 +1,21 @@
 """Tables that are kept while weights stay as they are."""
 
+import asyncio
+import contextvars
 import copy
+import functools
+import gc
 import threading
+import weakref
 
 import pytest
 import torch
+import torch.nn as nn
 from test_layout import patches
+from torch.func import functional_call
 
 import spade_fast
-from spade_fast import SPADE, SemanticLayout, SPADEResnetBlock
+from spade_fast import SPADE, SemanticLayout, SPADEResnetBlock, reference
 from spade_fast.nn import tables as tables_of_windows
 
 
@@ -176,7 +183,10 @@ def test_threads_share_the_tables():
                 wrong.extend([number] * (not torch.allclose(y, expected[number % 4], atol=1e-5)))
 
     with spade_fast.frozen(spade, max_bytes=100_000):
-        threads = [threading.Thread(target=sample) for _ in range(4)]
+        threads = [
+            threading.Thread(target=contextvars.copy_context().run, args=(sample,))
+            for _ in range(4)
+        ]
         for thread in threads:
             thread.start()
         for thread in threads:
@@ -190,3 +200,279 @@ def test_a_model_without_spades():
         spade_fast.frozen(torch.nn.Linear(2, 2)),
     ):
         pass
+
+
+def test_a_thread_that_brings_no_context_is_not_frozen():
+    spade, layout, x = SPADE(8, 5, 8), layout_of(), torch.randn(1, 8, 32, 32)
+
+    def sample():
+        with torch.no_grad(), spade_fast.window_mode("always"):
+            spade(x, layout)
+
+    with spade_fast.frozen(spade) as tables:
+        thread = threading.Thread(target=sample)
+        thread.start(), thread.join()
+        assert tables.bytes == 0
+        thread = threading.Thread(target=contextvars.copy_context().run, args=(sample,))
+        thread.start(), thread.join()
+        assert tables.bytes > 0
+
+
+def pair():
+    """A model, others of its weights, a function of the weights that is the truth, and inputs."""
+    model = block().double()
+    others = {name: 1 + one.detach().sin() for name, one in model.named_parameters()}
+    layout, x = layout_of(), torch.randn(1, 8, 32, 32, dtype=torch.float64)
+    plain = reference.SPADEResnetBlock(8, 4, "spadeinstance3x3", 5, nhidden=8).double()
+    segmap = layout.to_segmap(torch.float64)
+
+    def truth(weights):
+        return functional_call(plain, {**plain.state_dict(), **weights}, (x, segmap))
+
+    return model, others, truth, x, layout
+
+
+def same(y, expected):
+    return torch.allclose(y, expected, rtol=1e-9, atol=1e-9)
+
+
+def by_functional_call(model, others, forward):
+    return functional_call(model, others, forward.args)
+
+
+def by_data(model, others, forward):
+    kept = {name: one.data for name, one in model.named_parameters()}
+    for name, one in model.named_parameters():
+        one.data = others[name]
+    y = forward()
+    for name, one in model.named_parameters():
+        one.data = kept[name]
+    return y
+
+
+def by_parameters(model, others, forward):
+    kept = dict(model.named_parameters())
+    for given in ({name: nn.Parameter(one) for name, one in others.items()}, kept):
+        for name, one in given.items():
+            owner, _, last = name.rpartition(".")
+            setattr(model.get_submodule(owner), last, one)
+        if given is not kept:
+            y = forward()
+    return y
+
+
+def by_modules(model, others, forward):
+    kept = {name: child for name, child in model.named_children()}
+    other = copy.deepcopy(model)
+    other.load_state_dict(others)
+    for name, child in other.named_children():
+        for part in dict(child.named_children()):
+            kept[name, part] = getattr(kept[name], part)
+            setattr(kept[name], part, getattr(child, part))
+        if not dict(child.named_children()):
+            setattr(model, name, child)
+    y = forward()
+    for name, child in kept.items():
+        setattr(kept[name[0]], name[1], child) if isinstance(name, tuple) else setattr(
+            model, name, child
+        )
+    return y
+
+
+def by_copies_and_back(model, others, forward):
+    """As an EMA does: the weights are written over, and written back to the last bit."""
+    kept = {name: one.clone() for name, one in model.named_parameters()}
+    for name, one in model.named_parameters():
+        one.copy_(others[name])
+    y = forward()
+    for name, one in model.named_parameters():
+        one.copy_(kept[name])
+    return y
+
+
+@pytest.mark.parametrize("first", ["own", "others"])
+@pytest.mark.parametrize(
+    "exchange", [by_functional_call, by_data, by_parameters, by_modules, by_copies_and_back]
+)
+def test_weights_that_are_exchanged_and_given_back(exchange, first):
+    model, others, truth, x, layout = pair()
+    own = {name: one.detach().clone() for name, one in model.named_parameters()}
+    forward = functools.partial(model, x, layout)
+    try:
+        with torch.no_grad(), spade_fast.frozen(model):
+            for _ in range(2):
+                if first == "own":
+                    assert same(forward(), truth(own))
+                first = "own"
+                assert same(exchange(model, others, forward), truth(others))
+                assert same(forward(), truth(own))
+    except RuntimeError as error:
+        # The weights were written to: the end may say so.
+        assert exchange in (by_copies_and_back, by_modules), error
+        assert "weights changed inside frozen" in str(error)
+
+
+def ends_out_of_order(model, layout, x):
+    """Two threads hold the model frozen; who began first ends first. What they raised."""
+    begun, ended, errors = [threading.Event() for _ in range(2)], threading.Event(), []
+
+    def hold(number):
+        try:
+            with torch.no_grad(), spade_fast.frozen(model):
+                model(x, layout)
+                begun[number].set()
+                (begun[1] if number == 0 else ended).wait(10)
+                model(x, layout)
+        except Exception as error:
+            errors.append(error)
+        if number == 0:
+            ended.set()
+
+    threads = [threading.Thread(target=hold, args=(number,)) for number in range(2)]
+    threads[0].start(), begun[0].wait(10), threads[1].start()
+    for thread in threads:
+        thread.join()
+    return errors
+
+
+def tasks_end_out_of_order(model, layout, x):
+    errors = []
+
+    async def hold(wait):
+        try:
+            with torch.no_grad(), spade_fast.frozen(model):
+                model(x, layout)
+                await asyncio.sleep(wait)
+                model(x, layout)
+        except Exception as error:
+            errors.append(error)
+
+    async def both():
+        first = asyncio.create_task(hold(0.02))
+        await asyncio.sleep(0.01)
+        await asyncio.gather(first, hold(0.03))
+
+    asyncio.run(both())
+    return errors
+
+
+def scopes_end_out_of_order(model, layout, x):
+    scopes = [spade_fast.frozen(model) for _ in range(2)]
+    with torch.no_grad():
+        for scope in scopes:
+            scope.__enter__()
+            model(x, layout)
+        for scope in scopes:
+            scope.__exit__(None, None, None)
+    return []
+
+
+@pytest.mark.parametrize(
+    "hold", [ends_out_of_order, tasks_end_out_of_order, scopes_end_out_of_order]
+)
+def test_scopes_that_overlap_end_for_good(hold):
+    model, others, truth, x, layout = pair()
+    assert not hold(model, layout, x)
+    with torch.no_grad():
+        model(x, layout)
+        model.load_state_dict(others)
+        with spade_fast.window_mode("always"):
+            assert same(model(x, layout), truth(others))
+        assert same(model(x, layout), truth(others))
+    with torch.no_grad(), spade_fast.frozen(model):
+        assert same(model(x, layout), truth(others))
+
+
+def test_a_scope_that_ends_while_another_thread_is_inside():
+    model, others, truth, x, layout = pair()
+    own = {name: one.detach().clone() for name, one in model.named_parameters()}
+    inside, go_on, found = threading.Event(), threading.Event(), []
+
+    def hold():
+        with torch.no_grad(), spade_fast.frozen(model) as tables:
+            model(x, layout)
+            inside.set(), go_on.wait(10)
+            found.append((model(x, layout), tables.bytes))
+
+    thread = threading.Thread(target=hold)
+    with torch.no_grad(), spade_fast.frozen(model):
+        model(x, layout)
+        thread.start(), inside.wait(10)
+    go_on.set(), thread.join()
+    (y, bytes), expected = found[0], truth(own)
+    assert same(y, expected) and bytes > 0
+
+
+EDITS = {
+    "the palette": lambda layout: layout.palette.mul_(2),
+    "another palette": lambda layout: setattr(layout, "palette", layout.palette * 2),
+    "the codes": lambda layout: layout.codes.copy_(layout.codes.flip(2)),
+    "another codes": lambda layout: setattr(layout, "codes", layout.codes.flip(1)),
+}
+
+
+@pytest.mark.parametrize(
+    "scope", [spade_fast.frozen, lambda model: spade_fast.window_mode("always")]
+)
+@pytest.mark.parametrize("edit", EDITS)
+def test_a_layout_that_is_edited(edit, scope):
+    """As a painting program does, whose user moves an edge."""
+    model, _, _, x, layout = pair()
+    plain = reference.SPADEResnetBlock(8, 4, "spadeinstance3x3", 5, nhidden=8).double()
+    plain.load_state_dict(model.state_dict())
+    with torch.no_grad(), scope(model):
+        for _ in range(2):
+            assert same(model(x, layout), plain(x, layout.to_segmap(torch.float64)))
+            EDITS[edit](layout)
+        assert same(model(x, layout), plain(x, layout.to_segmap(torch.float64)))
+
+
+@pytest.mark.parametrize("edit", EDITS)
+def test_an_edited_layout_pooled_repeated_and_resized(edit):
+    layout = layout_of()
+    fresh = lambda: SemanticLayout(layout.codes.clone(), layout.palette.clone())  # noqa: E731
+    spade, x = SPADE(8, 5, 8).double(), torch.randn(2, 8, 32, 32, dtype=torch.float64)
+    repeated = layout.repeat(2)
+    with torch.no_grad(), spade_fast.window_mode("always"):
+        for _ in range(2):
+            assert torch.equal(
+                layout.avg_pool(3, 2, 1).to_segmap(), fresh().avg_pool(3, 2, 1).to_segmap()
+            )
+            assert same(spade(x, layout.repeat(2)), spade(x, fresh().repeat(2)))
+            assert same(
+                spade(x, repeated),
+                spade(x, SemanticLayout(repeated.codes.clone(), repeated.palette.clone())),
+            )
+            EDITS[edit](layout)
+
+
+@pytest.mark.parametrize("condition", ["layout", "label map"])
+def test_a_layout_that_is_gone_takes_its_tables_along(condition):
+    model, x, gone, held = block(), torch.randn(1, 8, 32, 32), [], []
+    with torch.no_grad(), spade_fast.frozen(model) as tables:
+        for seed in range(4):
+            segmap = layout_of(seed) if condition == "layout" else layout_of(seed).to_segmap()
+            model(x, segmap)
+            gone.append(weakref.ref(segmap))
+            del segmap
+            gc.collect()
+            held.append(tables.bytes)
+        assert all(layout() is None for layout in gone)
+        assert max(held) == 0 or tables.bytes < 2 * held[0]
+        layout = layout_of(9)
+        model(x, layout)
+        assert tables.bytes > 0
+        del layout
+        gc.collect()
+        assert condition != "layout" or tables.bytes == 0
+
+
+def test_a_model_that_is_gone_takes_its_tables_along():
+    x, layout = torch.randn(1, 8, 32, 32), layout_of()
+    model = block()
+    gone = weakref.ref(model)
+    with torch.no_grad(), spade_fast.frozen(model):
+        model(x, layout)
+    del model
+    gc.collect()
+    assert gone() is None

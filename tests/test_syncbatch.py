@@ -123,3 +123,52 @@ def test_a_generator_in_distributed_data_parallel(tmp_path):
             )
             for name in buffers
         )
+
+
+ONE_VALUE = [(1, 4, 1, 1), (1, 4, 1), (1, 4, 1, 1, 1)]
+
+
+@pytest.mark.parametrize("norm", ["batch", "syncbatch"])
+@pytest.mark.parametrize("shape", ONE_VALUE)
+def test_one_value_per_channel_without_processes(norm, shape):
+    """There is no variance of it: eager PyTorch raises, and keeps its running statistics."""
+    settings = {"norm": norm, "spatial_dims": len(shape) - 2}
+    ours, theirs = (
+        package.SPADE(4, 3, 6, **settings).double() for package in (spade_fast, reference)
+    )
+    x, segmap = torch.randn(shape).double(), torch.randn(1, 3, *shape[2:]).double()
+    for layer in (ours, theirs):
+        before = {name: buffer.clone() for name, buffer in layer.named_buffers()}
+        with pytest.raises(ValueError, match="more than 1 value per channel"):
+            layer(x, segmap)
+        with pytest.raises(ValueError, match="more than 1 value per channel"), torch.no_grad():
+            layer(x, segmap)
+        for name, buffer in layer.named_buffers():
+            if "num_batches" not in name:
+                assert torch.equal(buffer, before[name])
+    theirs.load_state_dict(ours.state_dict())
+    assert torch.allclose(ours.eval()(x, segmap), theirs.eval()(x, segmap), rtol=1e-10)
+
+
+@pytest.mark.parametrize("norm", ["batch", "syncbatch", "instance"])
+def test_one_value_per_channel_in_the_operation(norm):
+    x = torch.randn(1, 4, 1, 1).double()
+    running = {}
+    if norm != "instance":
+        running = {"running_mean": torch.zeros(4).double(), "running_var": torch.ones(4).double()}
+    with pytest.raises(ValueError, match="more than 1"):
+        reference.spade_modulate(x, x, x, norm=norm, **running)
+    with pytest.raises(ValueError, match="more than 1"):
+        spade_fast.spade_modulate(x, x, x, norm=norm, **running)
+    if running:
+        assert running["running_mean"].eq(0).all() and running["running_var"].eq(1).all()
+    block, twin = (
+        package.SPADEResnetBlock(4, 3, f"spade{norm}3x3", 3).double()
+        for package in (spade_fast, reference)
+    )
+    for module in (block, twin):
+        with pytest.raises(ValueError, match="more than 1"):
+            module(x, torch.randn(1, 3, 1, 1).double())
+        assert not any(
+            buffer.isnan().any() for buffer in module.buffers() if buffer.is_floating_point()
+        )

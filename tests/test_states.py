@@ -1,0 +1,261 @@
+"""What was proved of a module in one state is not taken for another: mode, autocast, attributes,
+values that are zero at first, sizes.
+"""
+
+import copy
+
+import families
+import pytest
+import torch
+import torch.nn as nn
+from twins import assert_same_calls, dense_map, label_map, pictures
+
+import spade_fast
+
+
+def both(make, train=True):
+    """A model that was converted in this mode, and its plain twin."""
+    torch.manual_seed(0)
+    own = make().double().train(train)
+    model = copy.deepcopy(own)
+    spade_fast.convert(model)
+    return model, own
+
+
+def call(module, x, segmap):
+    return module(x, segmap)
+
+
+def assert_same_forwards(model, own, tolerance=1e-10):
+    """With a dense condition and a label map, at pixels and at windows."""
+    for segmap in (dense_map(), label_map()):
+        for mode in ("auto", "always", "never"):
+            with spade_fast.window_mode(mode):
+                x = pictures().requires_grad_()
+                assert_same_calls(call, model, own, x, segmap, tolerance=tolerance)
+
+
+ASKERS = {
+    "dropout": families.Dropout,
+    "noise": families.NoiseInTraining,
+    "only in eval": families.OnlyInEval,
+    "dropout in a block": lambda: families.DropoutBlock(families.Layer),
+    "dropout in a block's layers": lambda: families.Block(families.Dropout, fout=4),
+}
+
+
+def by_attribute(model, train):
+    for module in model.modules():
+        module.training = train
+
+
+@pytest.mark.parametrize("set_mode", [nn.Module.train, by_attribute])
+@pytest.mark.parametrize("converted_in", [True, False])
+@pytest.mark.parametrize("layer", ASKERS)
+def test_both_modes(layer, converted_in, set_mode):
+    model, own = both(ASKERS[layer], converted_in)
+    for train in (converted_in, not converted_in, converted_in, not converted_in):
+        for module in (model, own):
+            set_mode(module, train)
+        assert_same_forwards(model, own)
+
+
+def test_a_part_whose_mode_differs():
+    """As where batch norms are held in eval mode while the rest trains."""
+    model, own = both(lambda: families.Layer(nn.BatchNorm2d(8, affine=False)))
+    for module in (model, own):
+        module.param_free_norm.eval()
+    assert_same_forwards(model, own)
+    model, own = both(families.Dropout, False)
+    for module in (model, own):
+        module.train().mlp_shared.eval()
+    assert_same_forwards(model, own)
+
+
+def set_strength(module):
+    module.strength = 1.0
+
+
+def set_share(module):
+    module.share.fill_(1.0)
+
+
+def exchange_share(module):
+    module.share = torch.ones((), dtype=torch.float64)
+
+
+def set_option(module):
+    module.opt.strength = 1.0
+
+
+@pytest.mark.parametrize("change", [set_strength, set_share, exchange_share, set_option])
+def test_a_setting_that_is_changed_later(change):
+    model, own = both(families.Strength)
+    assert_same_forwards(model, own)
+    for module in (model, own):
+        change(module)
+    assert_same_forwards(model, own)
+
+
+def test_a_method_that_is_exchanged_later():
+    """A block's own activation, as a method."""
+    model, own = both(lambda: families.Block(families.Layer))
+    for module in (model, own):
+        module.actvn = torch.tanh
+    assert_same_forwards(model, own)
+
+
+def test_a_hidden_activation_that_is_exchanged_later():
+    model, own = both(families.Layer)
+    for module in (model, own):
+        module.mlp_shared[1] = nn.Tanh()
+    assert_same_forwards(model, own)
+
+
+@pytest.mark.parametrize("part", ["param_free_norm", "mlp_shared", "mlp_gamma", "mlp_beta"])
+def test_a_part_that_is_exchanged(part):
+    model, own = both(lambda: families.Layer(nn.BatchNorm2d(8)))
+    for module in (model, own):
+        setattr(module, part, nn.Identity())
+    assert_same_forwards(model, own)
+
+
+@pytest.mark.parametrize("converted_inside", [True, False])
+def test_autocast(converted_inside):
+    with torch.autocast("cpu", torch.bfloat16, enabled=converted_inside):
+        model, own = both(families.AsksAutocast)
+    for enabled in (False, True, False):
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            assert_same_forwards(model, own, 0.1 if enabled else 1e-10)
+
+
+@pytest.mark.parametrize("gradients", [True, False])
+def test_with_and_without_gradients(gradients):
+    with torch.set_grad_enabled(gradients):
+        model, own = both(families.AsksForGradients)
+    for enabled in (True, False):
+        with torch.set_grad_enabled(enabled):
+            assert_same_forwards(model, own)
+
+
+def zero_gamma_and_beta(module):
+    for part in (module.mlp_gamma, module.mlp_beta):
+        nn.init.zeros_(part.weight), nn.init.zeros_(part.bias)
+
+
+def zero_shared(module):
+    nn.init.zeros_(module.mlp_shared[0].weight), nn.init.zeros_(module.mlp_shared[0].bias)
+
+
+def zero_everything(module):
+    zero_gamma_and_beta(module), zero_shared(module)
+
+
+def dead_relu(module):
+    """Every hidden unit is below zero, whatever the condition."""
+    nn.init.constant_(module.mlp_shared[0].bias, -100.0)
+
+
+ZEROS = [zero_gamma_and_beta, zero_shared, zero_everything, dead_relu]
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("zero", ZEROS)
+@pytest.mark.parametrize("layer", [families.Bilinear, families.BilinearWhereSmaller])
+def test_weights_that_are_zero_at_first(layer, zero, frozen):
+    """They hide what the forward does with its condition."""
+
+    def made():
+        module = layer()
+        with torch.no_grad():
+            zero(module)
+        return module.requires_grad_(not frozen)
+
+    model, own = both(made)
+    for module in (model, own):
+        torch.manual_seed(1)
+        with torch.no_grad():
+            for parameter in module.parameters():
+                parameter.copy_(torch.randn_like(parameter))
+    assert_same_forwards(model, own)
+
+
+@pytest.mark.parametrize("layer", ["HiFaceGAN", "PSFRGAN"])
+def test_weights_that_are_zero_at_first_in_lookalikes(layer):
+    def made():
+        module = families.LOOKALIKES[layer][0]()
+        with torch.no_grad():
+            for name, parameter in module.named_parameters():
+                if "norm" not in name:
+                    parameter.zero_()
+        return module
+
+    model, own = both(made)
+    for module in (model, own):
+        torch.manual_seed(1)
+        with torch.no_grad():
+            for parameter in module.parameters():
+                parameter.copy_(torch.randn_like(parameter))
+    assert_same_forwards(model, own)
+
+
+def test_a_block_of_zeros():
+    """conv_1 is zero at first, as in diffusion models, and hides the activation before it."""
+
+    def made():
+        module = families.OtherBlock(families.Layer, spectral=False)
+        with torch.no_grad():
+            for part in (module.conv_0, module.conv_1):
+                part.weight.zero_(), part.bias.zero_()
+        return module.requires_grad_(False)
+
+    model, own = both(made)
+    for module in (model, own):
+        torch.manual_seed(1)
+        with torch.no_grad():
+            for parameter in module.parameters():
+                parameter.copy_(torch.randn_like(parameter))
+    assert_same_forwards(model, own)
+
+
+def test_a_scale_of_noise_that_is_zero_at_first():
+    model, own = both(families.VITONHD)
+    assert_same_forwards(model, own)
+    for module in (model, own):
+        with torch.no_grad():
+            module.noise_scale.fill_(0.5)
+    assert_same_forwards(model, own)
+
+
+SIZES = [(3, 5), (2, 5), (3, 2), (4, 4), (6, 5), (1, 1), (6, 10), (12, 5), (12, 10), (24, 20)]
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize(
+    "layer", [families.BilinearWhereSmaller, families.NowcastNet, families.Bilinear]
+)
+def test_conditions_of_other_sizes_than_the_proofs(layer, size):
+    model, own = both(layer)
+    for x_size in ((6, 5), (12, 10)):
+        for segmap in (dense_map(size=size), label_map(size=size)):
+            for mode in ("auto", "always"):
+                with spade_fast.window_mode(mode):
+                    x = pictures(size=x_size).requires_grad_()
+                    assert_same_calls(call, model, own, x, segmap)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_dtype_that_is_changed_later(dtype):
+    """A norm that computes in float32, whatever x is, and a layer that does so altogether."""
+
+    class InFloat32(families.Layer):
+        def forward(self, x, segmap):
+            if x.dtype == torch.float64:
+                return super().forward(x, segmap)
+            return super().forward(x, segmap) * 2
+
+    model, own = both(InFloat32)
+    for module in (model, own):
+        module.to(dtype)
+    x, segmap = pictures().to(dtype), label_map().to(dtype)
+    assert_same_calls(call, model, own, x, segmap, tolerance=0.1)

@@ -1,0 +1,146 @@
+"""A model beside its plain twin: what a call returns, its gradients, the buffers after it and its
+errors must be the twin's.
+"""
+
+import torch
+from test_layout import patches
+from torch.utils._pytree import tree_leaves
+
+from spade_fast import SemanticLayout
+
+REFUSALS = (RuntimeError, NotImplementedError, ValueError, TypeError)
+ACCIDENTS = (AttributeError, IndexError)  # of a forward that was given what it does not expect
+# A refusal says what to do, in the caller's words: no message of PyTorch's inside is such a one.
+WORDS = ("should", "use_backend", "window_mode", "spade_fast", "convert", "call it", "instead")
+INSIDE = ("INTERNAL ASSERT", "Cannot access data pointer", "unhashable type", "please report a bug")
+
+
+def pictures(batch=2, channels=8, size=(6, 5), seed=1):
+    """x [batch, channels, *size], float64."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(batch, channels, *size, generator=generator, dtype=torch.float64)
+
+
+def label_map(batch=2, classes=5, size=(12, 10), seed=0):
+    """A one-hot condition [batch, classes, *size], float64."""
+    return layout_of(batch, classes, size, seed).to_segmap(torch.float64)
+
+
+def layout_of(batch=2, classes=5, size=(12, 10), seed=0):
+    return SemanticLayout.from_labels(patches((batch, *size), classes, seed), classes)
+
+
+def dense_map(batch=2, classes=5, size=(12, 10), seed=2):
+    """A condition of noise, which wants gradients."""
+    return pictures(batch, classes, size, seed).requires_grad_()
+
+
+def outcome(call, module, *inputs, seed=0):
+    """What call(module, *inputs) returns, by name: tensors, the gradients of parameters and inputs,
+    and buffers; or the error.
+
+    Each call has the same random numbers, and copies of the inputs.
+    """
+    inputs = [copy_of(tensor) for tensor in inputs]
+    torch.manual_seed(seed)
+    try:
+        tensors = [leaf for leaf in tree_leaves(call(module, *inputs)) if is_float(leaf)]
+    except Exception as error:  # the twin's decides what may be raised
+        return error
+    found = {f"output {number}": tensor.detach() for number, tensor in enumerate(tensors)}
+    differentiable = [tensor for tensor in tensors if tensor.requires_grad]
+    if differentiable:
+        wanted = {f"input {number}": tensor for number, tensor in enumerate(inputs)}
+        wanted |= dict(module.named_parameters())
+        wanted = {name: tensor for name, tensor in wanted.items() if is_float(tensor, True)}
+        gradients = torch.autograd.grad(
+            differentiable,
+            list(wanted.values()),
+            [weights_like(tensor) for tensor in differentiable],
+            allow_unused=True,
+        )
+        found |= {f"gradient of {name}": one for name, one in zip(wanted, gradients)}
+    return found | {f"buffer {name}": one.clone() for name, one in module.named_buffers()}
+
+
+def weights_like(y):
+    """Of a sum of y's elements that is no symmetric function of them."""
+    return torch.sin(torch.arange(y.numel(), dtype=torch.float64)).view(y.shape).to(y)
+
+
+def is_float(value, requires_grad=False):
+    return (
+        isinstance(value, torch.Tensor)
+        and value.is_floating_point()
+        and (value.requires_grad or not requires_grad)
+    )
+
+
+def copy_of(value):
+    if not isinstance(value, torch.Tensor):
+        return value
+    return value.detach().clone().requires_grad_(value.requires_grad)
+
+
+def assert_same(ours, theirs, tolerance=1e-10):
+    """Two outcomes agree; an error is of the twin's type, or of one derived from it, or one that
+    says more than that an attribute is missing.
+    """
+    if isinstance(theirs, Exception):
+        kinds = (type(theirs), *(REFUSALS if isinstance(theirs, ACCIDENTS) else ()))
+        assert isinstance(ours, kinds), f"{describe(ours)} for {describe(theirs)}"
+        return
+    assert not isinstance(ours, Exception), f"{describe(ours)} where the twin has a result"
+    assert ours.keys() == theirs.keys()
+    floats = [one for one in theirs.values() if is_float(one) and one.numel()]
+    largest = max([one.double().abs().max() for one in floats], default=0)
+    for name, their in theirs.items():
+        our = ours[name]
+        if our is None or their is None:
+            assert our is their, f"{name} is None on one side"
+        else:
+            assert our.shape == their.shape and our.dtype == their.dtype, name
+            assert_close(our, their, tolerance, largest, name)
+
+
+def assert_close(ours, theirs, tolerance=1e-10, largest=0.0, name="y"):
+    """To the tolerance, beside the largest element, or a thousandth of `largest`: a gradient that
+    is zero in exact arithmetic is noise beside the others.
+    """
+    ours, theirs = (plain(tensor) for tensor in (ours, theirs))
+    assert ours.shape == theirs.shape, f"{name} is {ours.shape}, it should be {theirs.shape}"
+    if theirs.numel() == 0:
+        return
+    assert torch.equal(ours.isnan(), theirs.isnan()), f"{name} has other NaNs"
+    ours, theirs = ours.nan_to_num(0), theirs.nan_to_num(0)
+    scale = max(theirs.abs().max(), 1e-3 * largest)
+    distance = (ours - theirs).abs().max()
+    assert distance <= tolerance * scale, f"{name} is {distance:.1e} away, of {scale:.1e}"
+
+
+def plain(tensor):
+    return tensor.detach().as_subclass(torch.Tensor).double()
+
+
+def describe(outcome):
+    if isinstance(outcome, Exception):
+        return f"{type(outcome).__name__} ({outcome})"
+    return "a result"
+
+
+def assert_same_calls(call, ours, theirs, *inputs, tolerance=1e-10):
+    """A call of both is the same in everything."""
+    assert_same(outcome(call, ours, *inputs), outcome(call, theirs, *inputs), tolerance)
+
+
+def right_or_refused(compute, expected, compare=assert_close):
+    """compute() gives what is expected, or refuses in words that say what to do."""
+    try:
+        found = compute()
+    except REFUSALS as error:
+        message = str(error)
+        assert any(word in message for word in WORDS) and not any(
+            word in message for word in INSIDE
+        ), f"not clear: {describe(error)}"
+        return
+    compare(found, expected)
