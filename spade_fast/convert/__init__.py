@@ -8,6 +8,8 @@ proved (prove.py): on small random tensors its outputs, gradients and buffers mu
 own forward, in float64 and in its own dtype, in train and in eval mode, with and without autocast.
 """
 
+from itertools import product
+
 import torch
 import torch.nn as nn
 
@@ -25,7 +27,7 @@ from .recognise import (
     recognise_spade,
 )
 from .report import Entry, Report
-from .swap import Fast, FastBlock, FastSPADE, Proof, attribute_names, make_fast, make_own, state_of
+from .swap import Fast, FastBlock, FastSPADE, Proof, kinds_of_children, make_fast, make_own, marked
 
 __all__ = ["Entry", "Fast", "Report", "convert", "revert"]
 
@@ -116,11 +118,14 @@ def _check_values(module):
 
 def _trusted(module):
     """The proof of a module that is taken by its word."""
-    names, device = attribute_names(module), next(module.parameters()).device.type
-    here = state_of(module, names, device)
-    dtypes = (None, torch.float16, torch.bfloat16)
-    states = (here._replace(training=mode, autocast=of) for mode in (False, True) for of in dtypes)
-    return Proof(names, tuple(states), frozenset(CONDITIONS))
+    both, floats = (False, True), (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+    return Proof(
+        marked(module),
+        kinds_of_children(module),
+        tuple(product(both, both)),
+        tuple(product(both, floats, floats, (None, torch.bfloat16, torch.float16))),
+        frozenset(CONDITIONS),
+    )
 
 
 def _how(module):

@@ -4,6 +4,7 @@ every buffer, on small random tensors and with random weights, in each state tha
 
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
+from functools import partial
 
 import torch
 import torch.nn as nn
@@ -12,7 +13,7 @@ from ..agreement import excess
 from ..nn.choice import window_mode
 from ..nn.parts import Form
 from .recognise import Unlike
-from .swap import Call, Proof, attribute_names, make_fast, state_of
+from .swap import Call, Proof, kinds_of_children, make_fast, marked
 
 PIXELS = (6, 4, 4)  # of a probe's x
 # The conditions that a probe has, by how large they are beside x: some of noise, with gradients,
@@ -25,6 +26,7 @@ CONDITIONS = {
 # Of what agreement allows. In float64 that is 1e-12, and proves the formula; in other dtypes, where
 # one sum of a few numbers may be luckier than another, it shows that the module's dtype works.
 SLACK_IN_DOUBLE, SLACK = 100, 30
+CLOSE = 32  # roundings of the largest element of y, from one computation to the other
 AUTOCAST_SLACK = 3  # the norm of our error over its own: autocast rounds where the own forward does
 
 
@@ -33,8 +35,8 @@ class OwnForwardFails(Unlike):
 
 
 def prove(module: nn.Module, kind: type, form: Form) -> tuple[Proof, list[str]]:
-    """The proof, and in which states it does not hold, in words. Raises Unlike where the two do not
-    agree in the state that the module is in.
+    """The proof, and where it does not hold, in words. Raises Unlike where the two do not agree in
+    the mode and dtype that the module is in.
     """
     weight = next(module.parameters())
     device = weight.device
@@ -49,16 +51,24 @@ def prove(module: nn.Module, kind: type, form: Form) -> tuple[Proof, list[str]]:
     ):
         probe = Probe(module, kind, form)
         sizes = probe.prove_sizes()
-        names = attribute_names(module)
-        here = state_of(module, names, device.type)
-        states, exceptions = [here], []
-        for words, state, proof in probe.other_states(here, sizes):
+        modes, dtypes = [(module.training, True)], [(module.training, *[weight.dtype] * 2, None)]
+        exceptions = []
+        for words, state, kept, proof in probe.others(weight, sizes[0]):
             try:
                 proof()
-                states.append(state)
+                (modes if kept == "mode" else dtypes).append(state)
+            except OwnForwardFails:
+                pass  # and so it does not matter
             except Unlike as unlike:
                 exceptions.append(f"{words} its own forward: {unlike}")
-    return Proof(names, tuple(states), frozenset(sizes)), exceptions
+    proof = Proof(
+        marked(module),
+        kinds_of_children(module),
+        tuple(modes),
+        tuple(dtypes),
+        frozenset(sizes),
+    )
+    return proof, exceptions
 
 
 class Probe:
@@ -85,25 +95,30 @@ class Probe:
             raise failure
         return sizes
 
-    def other_states(self, here, sizes: list[str]) -> Iterator[tuple[str, tuple, Callable]]:
-        """The other mode, and both under autocast: in words, the state, and its proof."""
-        condition = CONDITIONS[sizes[0]][-1]
-        device = next(self.module.parameters()).device.type
-        for training in (here.training, not here.training):
+    def others(self, weight, size: str) -> Iterator[tuple[str, tuple, str, Callable]]:
+        """The modes, and the dtypes of weights, x and autocast, that the module is not in now: in
+        words, the state, which of the two it is, and its proof.
+        """
+        condition, device, dtype = CONDITIONS[size][-1], weight.device.type, weight.dtype
+        half = dict.fromkeys((torch.get_autocast_dtype(device), torch.bfloat16))
+        for training in (self.module.training, not self.module.training):
             words = f"in {'train' if training else 'eval'} mode"
-            if training != here.training:
-                yield (
-                    words,
-                    here._replace(training=training),
-                    lambda: self.compare(*condition, training=training),
-                )
-            for dtype in dict.fromkeys((torch.get_autocast_dtype(device), torch.bfloat16)):
-                state = here._replace(training=training, autocast=dtype)
-                yield (
-                    f"{words} under autocast to {dtype}",
-                    state,
-                    lambda: self.compare_autocast(*condition, training, dtype),
-                )
+            if training != self.module.training:
+                check = partial(self.compare, *condition, training)
+                yield words, (training, True), "mode", check
+                yield words, (training, *[dtype] * 2, None), "dtype", check
+            check = partial(self.compare_outputs, *condition, training, torch.float64)
+            yield f"{words} without gradients", (training, False), "mode", check
+            for other in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
+                if other != dtype:
+                    check = partial(self.compare_outputs, *condition, training, other)
+                    state = (training, other, other, None)
+                    yield f"{words} in {other}", state, "dtype", check
+            for autocast in half:
+                for of_x in dict.fromkeys((dtype, autocast)):
+                    check = partial(self.compare_autocast, *condition, training, autocast, of_x)
+                    state = (training, dtype, of_x, autocast)
+                    yield f"{words} under autocast to {autocast}", state, "dtype", check
 
     def compare(self, size: tuple, content: str, training: bool | None = None) -> None:
         """Raises Unlike where the two do not agree in float64, and in the module's own dtype."""
@@ -115,16 +130,27 @@ class Probe:
             theirs = self.outcome(None, tensors, self.dtype, training)
             ours = self.outcome(self.kind, tensors, self.dtype, training)
             _compare(ours, theirs, truth, self.dtype)
+            _compare_outputs(ours, theirs, self.dtype)
 
-    def compare_autocast(self, size, content, training, dtype) -> None:
+    @torch.no_grad()
+    def compare_outputs(self, size, content, training, dtype) -> None:
+        """Raises Unlike where the two do not agree without gradients, in this dtype."""
+        tensors = self.tensors(size, content)
+        theirs, ours = (self.outcome(of, tensors, dtype, training) for of in (None, self.kind))
+        _compare_outputs(ours, theirs, dtype)
+
+    def compare_autocast(self, size, content, training, dtype, dtype_of_x) -> None:
         """Raises Unlike where the fast forward rounds more, or gives another dtype."""
         tensors = self.tensors(size, content)
-        truth = self.outcome(None, tensors, torch.float64, training)
-        device = tensors[0].device.type
-        with torch.autocast(device, dtype):
-            theirs = self.outcome(None, tensors, self.dtype, training)
-            ours = self.outcome(self.kind, tensors, self.dtype, training)
+        with torch.autocast(tensors[0].device.type, dtype):
+            # Of what rounds to this dtype alone; float64 is left as it is.
+            truth = self.outcome(None, tensors, torch.float64, training)
+            theirs, ours = (
+                self.outcome(of, tensors, self.dtype, training, dtype_of_x)
+                for of in (None, self.kind)
+            )
         _compare(ours, theirs, truth, dtype)
+        _compare_outputs(ours, theirs, dtype)
         for name in ("y", "the gradient of x"):
             scale = truth[name].norm()
             error, allowed = ((one[name].double() - truth[name]).norm() for one in (ours, theirs))
@@ -149,9 +175,16 @@ class Probe:
             segmap = torch.randn(3, label_nc, dtype=torch.float64)[labels].movedim(-1, 1)
         return x, segmap, dy
 
-    def outcome(self, kind: type | None, tensors: tuple, dtype: torch.dtype, training) -> dict:
-        """y, the gradients and the buffers after one forward of a copy of the module, as it is
-        (kind None) or made fast.
+    def outcome(
+        self,
+        kind: type | None,
+        tensors: tuple,
+        dtype: torch.dtype,
+        training: bool | None,
+        dtype_of_x: torch.dtype | None = None,
+    ) -> dict:
+        """y, the gradients, where they are recorded, and the buffers after one forward of a copy of
+        the module, as it is (kind None) or made fast.
         """
         module = _copy(self.module, self.values(dtype))
         if training is not None:
@@ -160,6 +193,7 @@ class Probe:
             tensor.detach().to(dtype, copy=True).requires_grad_(tensor.requires_grad)
             for tensor in tensors
         )
+        x = x.detach().to(dtype_of_x or dtype)
         wanted = {"x": x.requires_grad_(), "the condition": segmap}
         wanted |= dict(module.named_parameters())
         wanted = {name: tensor for name, tensor in wanted.items() if tensor.requires_grad}
@@ -168,8 +202,11 @@ class Probe:
             if not isinstance(y, torch.Tensor):
                 kind_of = type(y).__name__
                 raise Unlike(f"its own forward returns a {kind_of}, a SPADE returns a tensor")
-            gradients = torch.autograd.grad(
-                y, list(wanted.values()), dy.to(y.dtype)[:, :1].expand_as(y), allow_unused=True
+            if not torch.is_grad_enabled():
+                wanted = {}
+            dy = dy.to(y.dtype)[:, :1].expand_as(y)
+            gradients = wanted and torch.autograd.grad(
+                y, list(wanted.values()), dy, allow_unused=True
             )
         except Unlike:
             raise
@@ -206,7 +243,9 @@ class Values:
 
     def __init__(self, module: nn.Module) -> None:
         torch.manual_seed(0)
-        self.parameters = {id(own): (own, _random_weight(own)) for own in module.parameters()}
+        self.parameters = {
+            id(own): (own, _random_weight(name, own)) for name, own in module.named_parameters()
+        }
         self.buffers = {id(own): (own, _random_buffer(own)) for own in module.buffers()}
 
     def __call__(self, dtype: torch.dtype) -> dict:
@@ -219,13 +258,14 @@ class Values:
         return found
 
 
-def _random_weight(own):
-    """Of a convolution as large as its results should be, else near what it is; in its dtype."""
+def _random_weight(name, own):
+    """Of a convolution as large as its results should be, of a norm near one; in its dtype."""
     noise = torch.randn(own.shape, dtype=torch.float64)
     if own.dim() > 1:
-        fan_in = max(1, own[0].numel())
-        return (noise / fan_in**0.5).to(own.dtype)
-    return (own.detach() + 0.5 * noise).to(own.dtype)
+        noise = noise / max(1, own[0].numel()) ** 0.5
+    else:
+        noise = 0.5 * noise + (name.rpartition(".")[2] == "weight")
+    return noise.to(own.dtype)
 
 
 def _random_buffer(own):
@@ -258,6 +298,19 @@ def _compare(ours, theirs, truth, dtype):
             raise Unlike(
                 f"it computes something else than its parts say: {name} is {away} away in {dtype}"
             )
+
+
+def _compare_outputs(ours, theirs, dtype):
+    """Beside each other: where dtype decides what a forward does, float64 is no truth."""
+    ours, theirs = ours["y"], theirs["y"]
+    scale = theirs.abs().max().item() if theirs.numel() else 0.0
+    if ours.shape != theirs.shape or ours.dtype != theirs.dtype:
+        raise Unlike(f"y is {ours.dtype} {list(ours.shape)}, not {theirs.dtype}")
+    if not (ours - theirs).abs().max().item() <= CLOSE * torch.finfo(dtype).eps * scale:
+        raise Unlike(
+            f"it computes something else than its parts say: y is {_error(ours, theirs)} away in"
+            f" {dtype}"
+        )
 
 
 def _error(ours, truth):

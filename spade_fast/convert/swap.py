@@ -11,7 +11,7 @@ import torch.nn as nn
 
 from ..layout import SemanticLayout
 from ..nn.block import ResidualBlock
-from ..nn.modules import is_watched
+from ..nn.modules import KINDS, is_watched
 from ..nn.parts import Form
 from ..nn.spade import SpatiallyAdaptive, batch_of
 from ..recording import is_recorded
@@ -19,37 +19,62 @@ from ..recording import is_recorded
 PLAIN = (bool, int, float, str, type(None))
 
 
-class State(NamedTuple):
-    """What a forward may look at besides its arguments, and its weights."""
-
-    training: bool
-    autocast: torch.dtype | None
-    attributes: tuple  # of the module's own: numbers, flags and names
-
-
 class Proof(NamedTuple):
-    """In which states a module's own forward and the fast one were found to agree, and on which
-    conditions: of x's size ("same"), "larger" or "smaller" along an axis.
+    """What a module's own forward and the fast one were found to agree on. A forward may look at
+    more than its arguments and weights: for anything else, the own forward is what there is.
     """
 
-    names: tuple  # of the attributes
-    states: tuple
-    sizes: frozenset
+    attributes: dict  # of the module's own: its numbers, flags, functions, by `marked`
+    children: tuple  # the kinds of its parts
+    modes: tuple  # (training, whether gradients are recorded)
+    dtypes: tuple  # (training, the weights', x's, autocast's or None)
+    sizes: frozenset  # of a condition beside x, along an axis: "same", "larger", "smaller"
+
+    def holds(self, module: nn.Module, x: torch.Tensor, segmap: torch.Tensor) -> bool:
+        """Whether it is of the module as it is now, with these arguments."""
+        device = x.device.type
+        autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+        dtypes = (module.training, next(module.parameters()).dtype, x.dtype, autocast)
+        return (
+            (module.training, torch.is_grad_enabled()) in self.modes
+            and dtypes in self.dtypes
+            and sizes_against(x, segmap) <= self.sizes
+            and kinds_of_children(module) == self.children
+            and is_as_marked(module, self.attributes)
+        )
 
 
-def state_of(module: nn.Module, names: tuple, device: str) -> State:
-    autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-    attributes = tuple(getattr(module, name, None) for name in names)
-    return State(module.training, autocast, attributes)
+def kinds_of_children(module: nn.Module) -> tuple:
+    """The own classes of a module's parts. A norm that is known may become another."""
+    own = [getattr(type(child), "own_class", type(child)) for child in module._modules.values()]
+    return tuple("norm" if kind in KINDS else kind for kind in own)
 
 
-def attribute_names(module: nn.Module) -> tuple:
-    """The attributes of a module that are numbers, flags or names, and its own."""
-    return tuple(
-        name
-        for name, value in vars(module).items()
-        if type(value) in PLAIN and not name.startswith("_") and name != "training"
+def marked(module: nn.Module) -> dict:
+    """The attributes of a module's own, and of tensors how often they were written to."""
+    return {
+        name: (value, version_of(value))
+        for name, value in module.__dict__.items()
+        if not name.startswith("_") and name not in ("training", "spade_form")
+    }
+
+
+def is_as_marked(module: nn.Module, marks: dict) -> bool:
+    own = marked(module)
+    return own.keys() == marks.keys() and all(
+        own[name][1] == version and is_same(own[name][0], value)
+        for name, (value, version) in marks.items()
     )
+
+
+def version_of(value: Any) -> int | None:
+    is_tensor = isinstance(value, torch.Tensor)
+    return value._version if is_tensor and not value.is_inference() else None
+
+
+def is_same(one: Any, other: Any) -> bool:
+    """Whether two values are one object, or equal numbers, flags or names."""
+    return one is other or type(one) is type(other) and type(one) in PLAIN and one == other
 
 
 def sizes_against(x: torch.Tensor, segmap: torch.Tensor | SemanticLayout) -> set:
@@ -59,6 +84,10 @@ def sizes_against(x: torch.Tensor, segmap: torch.Tensor | SemanticLayout) -> set
     for own, wanted in zip(given, x.shape[2:]):
         found.add("same" if own == wanted else "larger" if own > wanted else "smaller")
     return found
+
+
+def is_empty(x: torch.Tensor | SemanticLayout) -> bool:
+    return 0 in (x.codes if isinstance(x, SemanticLayout) else x).shape
 
 
 class Fast:
@@ -102,11 +131,9 @@ class Fast:
             self.check(x, segmap)
         except (TypeError, ValueError):
             return False
-        if is_recorded(x) or batch_of(segmap) != x.shape[0] or 0 in x.shape:
+        if is_recorded(x) or batch_of(segmap) != x.shape[0] or is_empty(x) or is_empty(segmap):
             return False
-        proof = self.spade_form.proof
-        state = state_of(self, proof.names, x.device.type)
-        return state in proof.states and sizes_against(x, segmap) <= proof.sizes
+        return self.spade_form.proof.holds(self, x, segmap)
 
 
 class FastSPADE(Fast, SpatiallyAdaptive):
@@ -165,9 +192,7 @@ class Call:
     def _says_nothing(self, name, value):
         if name not in self.neutral:
             return False
-        default = self.neutral[name]
-        equal = type(value) is type(default) and type(value) in PLAIN and value == default
-        return value is default or equal
+        return is_same(value, self.neutral[name])
 
 
 def dense(argument: Any, dtype: torch.dtype) -> Any:

@@ -79,7 +79,7 @@ def resize(segmap: torch.Tensor, size: tuple) -> torch.Tensor:
     if given == tuple(size):
         return segmap
     if not is_recorded(segmap) and all(
-        wanted and length % wanted == 0 for length, wanted in zip(given, size)
+        length and wanted and length % wanted == 0 for length, wanted in zip(given, size)
     ):
         steps = [slice(None, None, length // wanted) for length, wanted in zip(given, size)]
         return segmap[(slice(None), slice(None), *steps)]

@@ -7,7 +7,7 @@ import torch.nn as nn
 from ..kernels.torch_backend import lies_like
 from ..layout import SemanticLayout
 from ..ops.modulate import spade_modulate
-from ..recording import ordinary
+from ..recording import is_recorded, ordinary
 from .choice import convolutions_at_windows, find_layout
 from .config import parse_config, whole_number
 from .modules import (
@@ -91,7 +91,7 @@ class SpatiallyAdaptive(HasParts):
             gamma, beta, lookup = *at_pixels(parts, given, x), {}
             if gamma.shape[0] != x.shape[0]:  # one condition's, for every image
                 gamma, beta = gamma.expand(x.shape), beta.expand(x.shape)
-        return spade_modulate(
+        y = spade_modulate(
             x,
             gamma,
             beta,
@@ -102,6 +102,7 @@ class SpatiallyAdaptive(HasParts):
             moments=moments,
             out=None if lookup else reused(parts.gamma, gamma, x),
         )
+        return of_their_class(y, x, segmap)
 
     @property
     def measures(self) -> bool:
@@ -113,7 +114,7 @@ class SpatiallyAdaptive(HasParts):
         """Raises what is wrong with x or segmap, by name."""
         self._check_tensor("x", x, self.spade_form.norm_nc)
         self.check_segmap(segmap)
-        weight = next(Parts.of(self).shared.parameters())
+        weight = next(Parts.of(self).shared.parameters(), segmap)
         for name, tensor in {"segmap": segmap, "the layer's weight": weight}.items():
             if tensor.device != x.device:
                 raise ValueError(
@@ -279,6 +280,17 @@ def batch_of(segmap: torch.Tensor | SemanticLayout) -> int:
     batch.
     """
     return len(segmap) if isinstance(segmap, SemanticLayout) else segmap.shape[0]
+
+
+def of_their_class(y: torch.Tensor, *others: torch.Tensor | SemanticLayout) -> torch.Tensor:
+    """y as what an operation on it and the others gives: some classes of tensors pass themselves
+    on. The operation moves nothing.
+    """
+    kinds = (torch.Tensor, nn.Parameter, SemanticLayout)
+    theirs = [other for other in others if type(other) not in kinds and other.numel()]
+    if not theirs or torch.compiler.is_compiling() or is_recorded(*theirs):
+        return y
+    return torch.broadcast_tensors(y, *(other.detach().flatten()[:1] for other in theirs))[0]
 
 
 def measures(norm: nn.Module) -> bool:
