@@ -53,6 +53,7 @@ PUBLISHED = {
     "cityscapes": Published(36, 512, 2.0, "more"),
 }
 DOUBLINGS = {"normal": 5, "more": 6, "most": 7}
+FARTHEST = 1000  # widths of the first map that are tried for a size to propose
 
 
 class SPADEGenerator(nn.Module):
@@ -313,7 +314,7 @@ def official_arguments(
     start = _first_of_image(crop_size, aspect_ratio, doublings)
     wrong = f"crop_size is {crop_size}, with {doublings} doublings and an aspect ratio of"
     if min(start) < 1:
-        least = round(2**doublings * max(1, aspect_ratio))
+        least = next(_fitting_sizes(range(1, FARTHEST), aspect_ratio, doublings), "another")
         raise ValueError(f"{wrong} {aspect_ratio} it should be {least} or more")
     if not _is_of_image(start, crop_size, aspect_ratio, doublings):
         made = " × ".join(str(length << doublings) for length in start)
@@ -342,25 +343,26 @@ def _is_of_image(start, crop_size, aspect_ratio, doublings):
     return (height, width) == (round(crop_size / aspect_ratio), crop_size)
 
 
+def _fitting_sizes(widths, aspect_ratio, doublings):
+    """Those widths of images that can be made, of these widths of the first map."""
+    for width in widths:
+        size = width << doublings
+        start = _first_of_image(size, aspect_ratio, doublings)
+        if min(start) > 0 and _is_of_image(start, size, aspect_ratio, doublings):
+            yield size
+
+
 def _nearest(crop_size, aspect_ratio, doublings):
     """Says which sizes near this one can be made."""
     below = crop_size >> doublings
-    found = []
-    for widths in (range(below, 0, -1), range(below + 1, below + 1000)):
-        sizes = (width << doublings for width in widths)
-        found += itertools.islice(
-            (
-                size
-                for size in sizes
-                if _is_of_image(
-                    _first_of_image(size, aspect_ratio, doublings), size, aspect_ratio, doublings
-                )
-            ),
-            1,
-        )
+    found = [
+        str(size)
+        for widths in (range(below, 0, -1), range(below + 1, below + FARTHEST))
+        for size in itertools.islice(_fitting_sizes(widths, aspect_ratio, doublings), 1)
+    ]
     if not found:
-        return "aspect_ratio should be another, no crop_size is near that fits it"
-    return f"crop_size should be {' or '.join(map(str, found))}, which are nearest"
+        return "aspect_ratio should be another, no crop_size near this one fits it"
+    return f"crop_size should be {' or '.join(found)}, no other is nearer"
 
 
 def published_stages(num_upsampling_layers):
