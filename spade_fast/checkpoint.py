@@ -12,6 +12,7 @@ Files are `.safetensors`, or else what torch.save writes, read with weights_only
 import contextlib
 import inspect
 import json
+import math
 import os
 import pickle
 import re
@@ -50,7 +51,8 @@ OF_EACH_NETWORK = re.compile(  # what stands before it is the network's prefix
 )
 COUNTERS = ("num_batches_tracked", "n_averaged")  # of batches and of averages: old files lack them
 FIRST_CONVOLUTION = ".norm_0.mlp_shared.0.weight"  # of a block
-OFFICIAL = ("dataset", "num_upsampling_layers", "crop_size", "aspect_ratio", "use_vae")
+SETTINGS = ("num_upsampling_layers", "crop_size", "aspect_ratio")  # of a published generator
+OFFICIAL = ("dataset", *SETTINGS, "use_vae")  # `official` has them, SPADEGenerator does not
 WIRING = ("label_nc", "stages", "last_scale", "start")  # what `official` makes of its own ones
 EXAMPLES = ((256, 256), (512, 512), (256, 512))  # of height and width, which may be any
 MOST_LISTED = 5  # of the keys that do not fit, or of the networks that do, in a message
@@ -139,7 +141,7 @@ def load_into(module: nn.Module, source, *, key: str | None = None) -> nn.Module
     part = parts[0]
     try:
         looks_like = f"they look like those of {_described(_choose(_networks_of(part), None), {})}"
-    except ValueError as error:
+    except (TypeError, ValueError) as error:
         looks_like = str(error)
     raise ValueError(
         f"these weights do not fit this {type(module).__name__}:"
@@ -158,8 +160,7 @@ def read(path, *, key: str | None = None) -> dict:
     found = _dictionaries(path)
     parts = [Part(name, weights, None, True) for name, weights in found]
     if key is None and len(parts) > 1:
-        known = {part.name for name, weights in found for part in _networks([(name, weights)])}
-        parts = [part for part in parts if part.name in known] or parts
+        parts = [part for part in parts if _prefixes(named_as_here(part.tensors))] or parts
     return _choose(parts, key).tensors
 
 
@@ -209,11 +210,20 @@ def describe(weights, **arguments) -> Description:
 def named_as_here(weights: dict) -> dict:
     """A state_dict with the names of this project's modules, and all that spectral norm needs."""
     renamed = {_renamed(key): tensor for key, tensor in weights.items()}
+    if len(renamed) < len(weights):
+        twice = Counter(map(_renamed, weights)).most_common(1)[0][0]
+        raise ValueError(
+            "two of these weights are the same here, one of them should be left out:"
+            f" {' and '.join(key for key in weights if _renamed(key) == twice)}"
+        )
     for key in [key for key in renamed if key.rpartition(".")[2] == "weight_orig"]:
         prefix = key.removesuffix("_orig")
         divided = renamed.pop(prefix, None)  # by σ: old versions keep it
-        if f"{prefix}_v" not in renamed and f"{prefix}_u" in renamed:
-            renamed[f"{prefix}_v"] = _right_vector(renamed[key], renamed[f"{prefix}_u"], divided)
+        weight, u = renamed[key], renamed.get(f"{prefix}_u")
+        if f"{prefix}_v" in renamed or u is None or u.shape != weight.shape[:1]:
+            continue
+        if divided is None or divided.shape == weight.shape:
+            renamed[f"{prefix}_v"] = _right_vector(weight, u, divided)
     return renamed
 
 
@@ -276,13 +286,19 @@ def _networks(dictionaries):
         _part(name, weights, renamed, prefix)
         for name, weights in dictionaries
         for renamed in [named_as_here(weights)]
-        for prefix in sorted(
-            {match[1] for match in map(OF_EACH_NETWORK.fullmatch, renamed) if match}
-        )
+        for prefix in _prefixes(renamed)
     ]
     if not parts:
         raise _unknown(key for _, weights in dictionaries for key in weights)
     return parts
+
+
+def _prefixes(weights):
+    """Of the networks that are known, in a dictionary that has the names as here."""
+    matches = [
+        OF_EACH_NETWORK.fullmatch(key) for key, tensor in weights.items() if tensor.dim() > 1
+    ]
+    return sorted({match[1] for match in matches if match})
 
 
 def _networks_of(part):
@@ -435,6 +451,8 @@ def _described(part, given):
             fitting.append(description)
     if len(fitting) == 1:
         return fitting[0]
+    if not problems:
+        raise _unknown(part.tensors)
     if not fitting:
         nearest = min(problems, key=lambda name: len(problems[name]))
         raise ValueError(
@@ -492,7 +510,7 @@ def _candidates(part, given):
     if "discriminator_0.model0.0.weight" in weights:
         return [Description(MultiscaleDiscriminator, _of_discriminator(weights) | given)]
     if "fc_mu.weight" in weights and "layer1.0.weight_orig" in weights:
-        ndf, input_nc, *_ = weights["layer1.0.weight_orig"].shape
+        ndf, input_nc, *_ = _shape(weights, "layer1.0.weight_orig")
         found = {"ndf": ndf, "z_dim": len(weights["fc_mu.weight"]), "input_nc": input_nc}
         return [Description(ConvEncoder, found | given)]
     blocks = {
@@ -520,8 +538,16 @@ def _unknown(keys):
     )
 
 
+def _shape(weights, key):
+    """Of a convolution's weights."""
+    shape = weights[key].shape
+    if len(shape) < 3:
+        raise ValueError(f"{key} has the shape {list(shape)}, which no convolution's weights have")
+    return shape
+
+
 def _of_discriminator(weights):
-    ndf, input_nc, *taps = weights["discriminator_0.model0.0.weight"].shape
+    ndf, input_nc, *taps = _shape(weights, "discriminator_0.model0.0.weight")
     scales, layers = (
         {key.split(".")[depth] for key in weights if key.startswith(prefix)}
         for depth, prefix in ((0, "discriminator_"), (1, "discriminator_0.model"))
@@ -537,17 +563,17 @@ def _of_discriminator(weights):
 
 def _of_any_generator(weights, first):
     """What names and shapes say of a generator whose first block has this name."""
-    nhidden, label_nc, *taps = weights[f"{first}{FIRST_CONVOLUTION}"].shape
+    nhidden, label_nc, *taps = _shape(weights, f"{first}{FIRST_CONVOLUTION}")
     is_spectral = f"{first}.conv_0.weight_orig" in weights
-    convolution = weights.get(f"{first}.conv_0.weight{'_orig' if is_spectral else ''}")
-    if convolution is None:
+    convolution = f"{first}.conv_0.weight{'_orig' if is_spectral else ''}"
+    if convolution not in weights:
         raise _unknown(weights)
     norm = "syncbatch" if f"{first}.norm_0.param_free_norm.running_mean" in weights else "instance"
     linear = weights["fc.weight"].dim() == 2
     return {
         "label_nc": label_nc,
         "z_dim": weights["fc.weight"].shape[1] if linear else None,
-        "ngf": max(1, convolution.shape[1] // 16),
+        "ngf": max(1, _shape(weights, convolution)[1] // 16),
         "norm_G": f"{'spectral' if is_spectral else ''}spade{norm}{taps[0]}x{taps[0]}",
         "nhidden": nhidden,
         "output_nc": len(weights["conv_img.weight"]),
@@ -556,7 +582,7 @@ def _of_any_generator(weights, first):
 
 
 def _places(weights, found):
-    """Of the first map, where z makes it; else None."""
+    """Of the first map, where z makes it, else None; `found` is what the weights say."""
     return None if found["z_dim"] is None else len(weights["fc.weight"]) // (16 * found["ngf"])
 
 
@@ -570,38 +596,40 @@ def _published_layers(blocks):
 
 
 def _official_generators(weights, blocks, given):
-    """Published settings, or what is given of them and otherwise the defaults, where that fits; or
-    else everything that may.
+    """What is given of the settings, with the published ones or the defaults for the others, where
+    that fits; or else everything that may.
     """
     found = _of_any_generator(weights, "head_0" if "head_0" in blocks else min(blocks))
+    places, layers = _places(weights, found), _published_layers(blocks)
     official = {"dataset": _dataset(found["label_nc"])} | {
         name: given[name] for name in OFFICIAL if given.get(name) is not None
     }
     found |= {name: value for name, value in given.items() if name not in OFFICIAL}
-    says = [name for name in OFFICIAL[:4] if given.get(name) is not None]
-    layers = _published_layers(blocks)
-    asked = dict(official)
-    if says and "num_upsampling_layers" not in official and layers == ["most"]:
-        asked["num_upsampling_layers"] = "most"
+    filled = dict(official)
+    if len(official) > 1 and layers == ["most"]:  # the default would be another
+        filled = {"num_upsampling_layers": "most"} | official
     problem, first = None, []
     try:
-        first = [Description(SPADEGenerator, _resolved(asked, found))]
+        first = [Description(SPADEGenerator, _resolved(filled, found))]
     except ValueError as error:
         problem = error
-    fits = (
-        first
-        and len(first[0].arguments["stages"]) == len(blocks)
-        and _places(weights, found) in (None, torch.Size(first[0].arguments["start"]).numel())
-    )
-    if fits and (says or official["dataset"] in PUBLISHED):
-        return first
+    decides = any(given.get(name) is not None for name in (*SETTINGS, "dataset"))
+    if first and (decides or official["dataset"] in PUBLISHED):
+        if _can_be(first[0].arguments, places, blocks):
+            return first
     others = [
         Description(SPADEGenerator, _resolved(official | size, found))
-        for size in _sizes(_places(weights, found), official, layers)
+        for size in _sizes(places, official, layers)
     ]
     if not others and problem is not None:
         raise problem
     return others or first
+
+
+def _can_be(arguments, places, blocks):
+    """Whether a generator of these arguments has such a first map and such blocks."""
+    start, names = arguments["start"], {stage.name for stage in arguments["stages"]}
+    return places in (None, math.prod(start)) and names == blocks
 
 
 def _sizes(places, official, layers):
@@ -616,11 +644,7 @@ def _sizes(places, official, layers):
             else sorted(_shapes(places, 2), key=lambda start: abs(start[0] - start[1]))
         )
         for height, width in starts:
-            settings = {
-                "num_upsampling_layers": number,
-                "crop_size": width << doublings,
-                "aspect_ratio": width / height,
-            }
+            settings = dict(zip(SETTINGS, (number, width << doublings, width / height)))
             settings |= {name: official[name] for name in settings if name in official}
             with contextlib.suppress(ValueError):  # of a size that cannot be made
                 made = official_arguments(official["dataset"], **settings)
@@ -649,9 +673,9 @@ def _generators(weights, blocks, given):
                 f"stages begin with {first!r}, the blocks of these weights are"
                 f" {_first_of(sorted(blocks))}"
             )
-        found = _of_any_generator(weights, first) | given
-        found |= {"stages": stages, "last_scale": given.get("last_scale", last_scale)}
+        found = _of_any_generator(weights, first)
         places, dimensions = _places(weights, found), found["spatial_dims"]
+        found |= {"stages": stages, "last_scale": last_scale} | given
         if "start" in given:
             starts = [given["start"]]
         elif places is None:
@@ -697,7 +721,7 @@ def _resolved(official, others):
     """The arguments of a SPADEGenerator, of those of `official` that it does not have and the
     others.
     """
-    settings = {name: official.get(name) for name in OFFICIAL[1:4]}
+    settings = {name: official.get(name) for name in SETTINGS}
     resolved = others | official_arguments(official["dataset"], **settings)
     if "use_vae" in official:
         z_dim = resolved.get("z_dim") or 256
