@@ -320,7 +320,7 @@ def official_arguments(
         made = " × ".join(str(length << doublings) for length in start)
         asked = f"{round(crop_size / aspect_ratio)} × {crop_size}"
         raise ValueError(
-            f"{wrong} {aspect_ratio} {made} pixels would be made, not {asked}:"
+            f"{wrong} {aspect_ratio}, {made} pixels would be made, not {asked}:"
             f" {_nearest(crop_size, aspect_ratio, doublings)}"
         )
     return {
