@@ -450,6 +450,8 @@ def test_weights_that_do_not_fit_are_named_and_nothing_is_lost():
     with pytest.raises(ValueError, match="they are of no network that is known here: 0.weight"):
         checkpoint.load_into(network, nn.Sequential(nn.Linear(1, 1)).state_dict())
     weights = bare(network)
+    with pytest.raises(ValueError, match="official.dataset=7, .* or another with the same names"):
+        checkpoint.load_into(official(8, **SMALL), weights)
     del weights["up_0.conv_s.weight_orig"]
     with pytest.raises(ValueError, match="but do not fit: up_0.conv_s.weight_orig is missing"):
         checkpoint.load_into(network, weights)

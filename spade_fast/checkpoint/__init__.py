@@ -12,15 +12,15 @@ Files are `.safetensors`, or else what torch.save writes, read with weights_only
 import torch.nn as nn
 
 from .files import write
-from .networks import Description, described
+from .networks import Description, described, fitting
 from .parts import (
     Part,
     choose,
     dictionaries,
     differences,
     fill,
+    known_networks,
     named_as_here,
-    networks,
     networks_of,
     parts_like,
     prefixes,
@@ -59,7 +59,7 @@ def load(source, *, key: str | None = None, **arguments) -> nn.Module:
             message says what does not, or which arguments decide. Or there is no such file of
             weights: see `read`.
     """
-    part = choose(networks(dictionaries(source)), key)
+    part = choose(known_networks(dictionaries(source)), key)
     network, found = described(part, arguments)
     return fill(network(**found), part.tensors).eval()
 
@@ -81,12 +81,14 @@ def load_into(module: nn.Module, source, *, key: str | None = None) -> nn.Module
             " to_empty(device=…) gives it some"
         )
     parts = with_name(parts_like(wanted, dictionaries(source)), key)
-    fitting = [part for part in parts if not differences(part.tensors, wanted)]
-    if fitting:
-        return fill(module, choose(fitting, key).tensors)
+    found = [part for part in parts if not differences(part.tensors, wanted)]
+    if found:
+        return fill(module, choose(found, key).tensors)
     part = parts[0]
     try:
-        looks_like = f"they look like those of {described(choose(networks_of(part), None), {})}"
+        first, *others = fitting(choose(networks_of(part), None), {})
+        looks_like = f"they look like those of {first}"
+        looks_like += " or another with the same names and shapes" if others else ""
     except (TypeError, ValueError) as error:
         looks_like = str(error)
     raise ValueError(
@@ -114,4 +116,4 @@ def describe(weights, **arguments) -> Description:
     """The Description of the network that these weights, a state_dict, are of; arguments as for
     `load`. Errors: ValueError if they are of none, or may be of several.
     """
-    return described(choose(networks(dictionaries(weights)), None), arguments)
+    return described(choose(known_networks(dictionaries(weights)), None), arguments)

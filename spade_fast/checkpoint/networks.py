@@ -50,25 +50,33 @@ def described(part, given):
     """The Description of the network, of the arguments given and those found. Errors: ValueError if
     there is none or more than one that fits.
     """
-    problems, fitting = {}, []
+    found = fitting(part, given)
+    if len(found) > 1:
+        raise ValueError(_question(found))
+    return found[0]
+
+
+def fitting(part, given):
+    """All Descriptions whose networks have just these weights. Errors: ValueError if there are
+    none.
+    """
+    problems, found = {}, []
     for description in _candidates(part, given):
         _check_names(description)
         with torch.device("meta"):
             network = description.network(**description.arguments)
         description = Description(description.network, network.arguments)
         problems[str(description)] = differences(part.tensors, wanted_of(network.state_dict()))
-        if not problems[str(description)] and description not in fitting:
-            fitting.append(description)
-    if len(fitting) == 1:
-        return fitting[0]
+        if not problems[str(description)] and description not in found:
+            found.append(description)
     if not problems:
         raise unknown(part.tensors)
-    if not fitting:
+    if not found:
         nearest = min(problems, key=lambda name: len(problems[name]))
         raise ValueError(
             f"they are like those of {nearest}, but do not fit: {'; '.join(problems[nearest])}"
         )
-    raise ValueError(_question(fitting))
+    return found
 
 
 def _check_names(description):
@@ -82,9 +90,9 @@ def _check_names(description):
             )
 
 
-def _question(fitting):
+def _question(found):
     """What to give, where several Descriptions fit."""
-    shown = [description.as_made() for description in fitting]
+    shown = [description.as_made() for description in found]
     deciding = [
         name
         for name in shown[0][1]

@@ -71,7 +71,7 @@ def _dictionaries_in(source, name=""):
             yield from _dictionaries_in(value, f"{name}.{key}".lstrip("."))
 
 
-def networks(dictionaries):
+def known_networks(dictionaries):
     """A Part for each network that is known. Errors: ValueError if there are none."""
     parts = [
         _part(name, weights, renamed, prefix)
@@ -93,7 +93,7 @@ def prefixes(weights):
 
 
 def networks_of(part):
-    return [part] if part.written else networks([("", part.tensors)])
+    return [part] if part.written else known_networks([("", part.tensors)])
 
 
 def parts_like(wanted, dictionaries):
