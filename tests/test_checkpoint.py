@@ -355,7 +355,7 @@ def test_modules_with_a_prefix_of_their_own():
 
 
 def test_dictionaries_in_which_several_networks_lie(tmp_path):
-    """Of them `key` chooses; the moments of an optimizer are no network's."""
+    """`key` chooses one; the moments of an optimizer are no network's."""
     generator, averaged = MADE["64²"](), MADE["64²"]()
     discriminator = MultiscaleDiscriminator(9, 1, 2)
     optimizer = torch.optim.Adam(discriminator.parameters())

@@ -52,7 +52,7 @@ def test_least():
 def test_an_official_generator_makes_what_was_asked_for_or_says_what_can_be(
     layers, doublings, aspect_ratio
 ):
-    """Of all sizes near the first ones that can be made."""
+    """Sizes near the first ones that can be made."""
     made = []
     for width in range(1, 9):
         for crop_size in ((width << doublings) - 4, width << doublings, (width << doublings) + 1):

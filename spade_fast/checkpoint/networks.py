@@ -150,7 +150,7 @@ def _is_among(names, given):
 
 
 def _shape(weights, key):
-    """Of a convolution's weights."""
+    """The shape of a convolution's weights. Errors: ValueError if they are none."""
     shape = weights[key].shape
     if len(shape) < 3:
         raise ValueError(f"{key} has the shape {list(shape)}, which no convolution's weights have")
@@ -193,7 +193,7 @@ def _of_any_generator(weights, first):
 
 
 def _places(weights, found):
-    """Of the first map, where z makes it, else None; `found` is what the weights say."""
+    """The first map's, where z makes it, else None; `found` is what the weights say."""
     return None if found["z_dim"] is None else len(weights["fc.weight"]) // (16 * found["ngf"])
 
 

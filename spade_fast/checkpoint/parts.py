@@ -85,7 +85,7 @@ def known_networks(dictionaries):
 
 
 def prefixes(weights):
-    """Of the networks that are known, in a dictionary that has the names as here."""
+    """The prefixes of known networks in a dictionary that has the names as here."""
     matches = [
         OF_EACH_NETWORK.fullmatch(key) for key, tensor in weights.items() if tensor.dim() > 1
     ]
@@ -114,7 +114,7 @@ def parts_like(wanted, dictionaries):
 
 
 def _part(name, weights, renamed, prefix):
-    """Of the weights in a dictionary, which `renamed` has named as here, those with a prefix."""
+    """The weights with a prefix in a dictionary, which `renamed` has named as here."""
     tensors = {
         key.removeprefix(prefix): tensor
         for key, tensor in renamed.items()
@@ -201,7 +201,7 @@ def _right_vector(weight, u, divided):
 
 
 def _own_names(own):
-    """Of a module's state_dict: names as here, without DataParallel's prefix, to its own names."""
+    """Names as here, without DataParallel's prefix, to the own names in a module's state_dict."""
     names = {_renamed(key): key for key, tensor in own.items() if isinstance(tensor, torch.Tensor)}
     while any(key not in COUNTERS for key in names) and all(
         key.startswith("module.") or key in COUNTERS for key in names
