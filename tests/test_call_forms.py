@@ -295,7 +295,10 @@ def test_errors_of_monais_own_layer_are_its_own():
     model = copy.deepcopy(own)
     assert spade_fast.convert(model).converted == 1
     for form in COMMON:
-        assert_same_calls(COMMON[form], model, own, pictures().requires_grad_(), label_map())
+        # The bias before an instance norm has a gradient that is nothing but rounding.
+        assert_same_calls(
+            COMMON[form], model, own, pictures().requires_grad_(), label_map(), tolerance=1e-8
+        )
 
 
 def test_a_converted_layer_takes_a_layout_of_one_image_for_all():

@@ -1,7 +1,13 @@
 """Weights in files: the network that they are of is found, and they get in and out without loss."""
 
+import copy
+import itertools
+import os
 import pickle
+import stat
+import threading
 
+import numpy as np
 import pytest
 import torch
 import torch.nn as nn
@@ -9,6 +15,57 @@ import torch.nn as nn
 from spade_fast import ConvEncoder, MultiscaleDiscriminator, SPADEGenerator, checkpoint, reference
 
 SMALL = {"ngf": 2, "nhidden": 2}
+TINY = {"ngf": 1, "nhidden": 2}
+official = SPADEGenerator.official
+MADE = {  # every argument of every network, by what stands out in it
+    "64²": lambda: official(3, crop_size=64, **TINY),
+    "128²": lambda: official(184, crop_size=128, **TINY),
+    "512²": lambda: official(3, crop_size=512, **TINY),
+    "coco": lambda: official("coco", **TINY),
+    "ade20k, most": lambda: official(
+        "ade20k", num_upsampling_layers="most", crop_size=128, **SMALL
+    ),
+    "cityscapes": lambda: official("cityscapes", crop_size=128, norm_G="spadebatch1x1", **TINY),
+    "aspect 2": lambda: official(3, crop_size=64, aspect_ratio=2, **TINY),
+    "more": lambda: official(3, crop_size=64, num_upsampling_layers="more", **TINY),
+    "vae": lambda: official(3, use_vae=True, z_dim=5, crop_size=64, **TINY),
+    "vae, aspect 1/2, more": lambda: official(
+        3,
+        use_vae=True,
+        crop_size=64,
+        aspect_ratio=0.5,
+        num_upsampling_layers="more",
+        norm_G="spadespectralinstance5x5",
+        **TINY,
+    ),
+    "group": lambda: SPADEGenerator(
+        3, 4, 2, stages=[("a", 16, 2)], norm_G="spectralspadegroup3x3", nhidden=2
+    ),
+    "batch": lambda: SPADEGenerator(3, 4, 1, start=1, norm_G="spadebatch3x3", nhidden=2),
+    "start": lambda: SPADEGenerator(3, 4, 1, start=(1, 4), nhidden=2),
+    "no noise": lambda: SPADEGenerator(3, None, 1, start=2, nhidden=2),
+    "own stages": lambda: SPADEGenerator(
+        3, 4, 2, stages=[("b", 4, 3), ("a", 0.5, 1)], last_scale=1, output_nc=5, nhidden=2
+    ),
+    "1-D": lambda: SPADEGenerator(3, 4, 1, start=3, nhidden=2, output_nc=1, spatial_dims=1),
+    "3-D": lambda: SPADEGenerator(
+        3, 4, 1, stages=[("head", 16, 1), ("up", 1, 2)], start=(1, 2, 3), nhidden=2, spatial_dims=3
+    ),
+    "NumPy": lambda: SPADEGenerator(
+        np.int64(3), np.int32(4), np.uint8(1), start=np.array([1, 2]), nhidden=np.int16(2)
+    ),
+    "encoder": lambda: ConvEncoder(1, 2, input_nc=4),
+    "discriminator": lambda: MultiscaleDiscriminator(9, 3, 2),
+    "discriminator, deep": lambda: MultiscaleDiscriminator(3, 1, 3, n_layers=5),
+    "discriminator, flat": lambda: MultiscaleDiscriminator(3, 2, 3, n_layers=1),
+    "discriminator, wide": lambda: MultiscaleDiscriminator(3, 1, 300, n_layers=2, spatial_dims=1),
+    "3-D discriminator": lambda: MultiscaleDiscriminator(4, 1, 2, n_layers=2, spatial_dims=3),
+}
+
+
+def bare(network):
+    """Its weights without a word about its arguments, as older files have them."""
+    return dict(network.state_dict())
 
 
 def assert_same_weights(module, other):
@@ -17,61 +74,204 @@ def assert_same_weights(module, other):
     assert all(torch.equal(ours[key], theirs[key]) for key in ours)
 
 
+@torch.no_grad()
+def output(network):
+    torch.manual_seed(1)
+    network.eval()
+    if isinstance(network, SPADEGenerator):
+        dims = len(network.start)
+        return [network(torch.randn(1, network.label_nc, *[4] * dims))]
+    if isinstance(network, ConvEncoder):
+        return list(network(torch.randn(1, network.arguments["input_nc"], 8, 8)))
+    results = network(torch.randn(1, network.input_nc, *[16] * network.spatial_dims))
+    return list(itertools.chain(*results))
+
+
+def assert_same(found, network):
+    assert type(found) is type(network) and not found.training
+    assert found.arguments == network.arguments
+    assert getattr(found, "sizes", None) == getattr(network, "sizes", None)
+    assert [str(part) for part in found.modules()] == [str(part) for part in network.modules()]
+    assert_same_weights(found, network)
+    assert all(map(torch.equal, output(found), output(network)))
+
+
+@pytest.mark.parametrize("suffix", ["pth", "safetensors"])
+@pytest.mark.parametrize("name", MADE)
+def test_what_is_written_comes_back_as_the_same_network(name, suffix, tmp_path):
+    network, path = MADE[name](), tmp_path / f"latest_net.{suffix}"
+    checkpoint.write(network, path)
+    assert_same(checkpoint.load(path), network)
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("name", MADE)
+def test_arguments_make_the_same_network_again(name):
+    network = MADE[name]()
+    for same in (
+        type(network)(**network.arguments),
+        copy.deepcopy(network),
+        pickle.loads(pickle.dumps(network)),
+    ):
+        assert same.arguments == network.arguments and same.arguments is not network.arguments
+        assert checkpoint.load(same.state_dict()).arguments == network.arguments
+
+
+def test_a_file_that_torch_save_wrote_says_it_too(tmp_path):
+    network = official(7, crop_size=64, aspect_ratio=2, **TINY)
+    for weights in (
+        network.state_dict(),
+        nn.DataParallel(network).state_dict(),
+        torch.compile(network).state_dict(),
+        torch.optim.swa_utils.AveragedModel(network).state_dict(),
+        {"state_dict": network.state_dict(), "epoch": 3},
+    ):
+        torch.save(weights, tmp_path / "net.pth")
+        assert checkpoint.load(tmp_path / "net.pth").arguments == network.arguments
+
+
+def test_published_code_reads_what_is_written(tmp_path):
+    import safetensors.torch
+
+    network, eager = official(7, crop_size=64, **TINY), reference.SPADEGenerator(7, 1, crop_size=64)
+    eager = official(7, crop_size=64, **TINY)
+    checkpoint.write(network, tmp_path / "net.pth")
+    weights = torch.load(tmp_path / "net.pth", weights_only=True)
+    assert weights.keys() == network.state_dict().keys()
+    eager.load_state_dict(weights)
+    assert_same_weights(eager, network)
+    checkpoint.write(network, tmp_path / "net.safetensors")
+    assert (
+        safetensors.torch.load_file(tmp_path / "net.safetensors").keys()
+        == network.state_dict().keys()
+    )
+    checkpoint.write(bare(network), tmp_path / "net.safetensors")
+    with safetensors.safe_open(tmp_path / "net.safetensors", "pt") as file:
+        assert file.metadata() == {"format": "pt"}
+    with pytest.raises(ValueError, match="num_upsampling_layers or crop_size or aspect_ratio"):
+        checkpoint.load(tmp_path / "net.safetensors")
+
+
+def test_arguments_given_go_before_those_written():
+    weights = official(7, crop_size=64, aspect_ratio=2, **TINY).state_dict()
+    assert checkpoint.load(weights, crop_size=128).sizes[-1] == (64, 128)
+    assert checkpoint.load(weights, start=3).sizes[-1] == (96, 96)
+    assert checkpoint.load(weights, num_upsampling_layers="more", crop_size=128).start == (1, 2)
+    with pytest.raises(ValueError, match=r"ngf=3.* do not fit: fc.weight \[16, 7, 3, 3\] for"):
+        checkpoint.load(weights, ngf=3)
+    with pytest.raises(ValueError, match="crop_size cannot be given: .* SPADEGenerator.label_nc=3"):
+        checkpoint.load(MADE["own stages"]().state_dict(), crop_size=64)
+    with pytest.raises(TypeError, match="crop_size is no argument of ConvEncoder, which has ndf"):
+        checkpoint.load(ConvEncoder(1, 2).state_dict(), crop_size=64)
+
+
 @pytest.mark.parametrize(
     "make",
     [
-        lambda: SPADEGenerator.official("coco", **SMALL),
-        lambda: SPADEGenerator.official("ade20k", num_upsampling_layers="most", **SMALL),
-        lambda: SPADEGenerator.official("cityscapes", use_vae=True, z_dim=5, **SMALL),
-        lambda: SPADEGenerator.official(7, norm_G="spadeinstance5x5", **SMALL),
-        lambda: SPADEGenerator.official(
-            "coco", use_vae=True, crop_size=512, norm_G="spadesyncbatch1x1", **SMALL
-        ),
-        lambda: SPADEGenerator(7, 5, 1),
+        lambda: official("coco", **TINY),
+        lambda: official("ade20k", norm_G="spadeinstance5x5", **TINY),
+        lambda: official("cityscapes", use_vae=True, z_dim=5, **TINY),
+        lambda: SPADEGenerator(7, 5, 1, nhidden=2),
         lambda: SPADEGenerator(
-            7, 5, 1, start=2, output_nc=1, spatial_dims=1, norm_G="spectralspadeinstance3x3"
+            7, 5, 1, start=6, output_nc=1, spatial_dims=1, norm_G="spectralspadeinstance3x3"
         ),
-        lambda: ConvEncoder(2, 5),
-        lambda: MultiscaleDiscriminator(9, 3, 2),
-        lambda: MultiscaleDiscriminator(4, 1, 2, spatial_dims=3),
-    ],
-    ids=[
-        "coco",
-        "most",
-        "vae",
-        "instance 5×5",
-        "vae 512",
-        "from noise",
-        "1-D",
-        "encoder",
-        "discriminator",
-        "3-D discriminator",
+        *(MADE[name] for name in MADE if "coder" in name or "discriminator" in name),
     ],
 )
-@pytest.mark.parametrize("suffix", ["pth", "safetensors"])
-def test_a_network_is_found_by_its_weights_alone(make, suffix, tmp_path):
-    network, path = make(), tmp_path / f"latest_net.{suffix}"
-    checkpoint.write(network, path)
-    found = checkpoint.load(path)
-    assert not found.training and getattr(found, "sizes", None) == getattr(network, "sizes", None)
-    assert_same_weights(found, network)
-    assert [str(module) for module in found.modules()] == [
-        str(module) for module in network.modules()
-    ]
-    assert list(tmp_path.iterdir()) == [path]
+def test_a_network_is_found_by_its_weights_alone(make):
+    network = make()
+    assert_same(checkpoint.load(bare(network)), network)
 
 
 def test_published_keys_fit_the_published_wiring():
     eager = reference.SPADEGenerator(7, 1, crop_size=64)
     assert_same_weights(checkpoint.load(eager.state_dict(), crop_size=64), eager)
+    eager = reference.MultiscaleDiscriminator(9, 2, 2)
+    assert_same_weights(checkpoint.load(eager.state_dict()), eager)
 
 
 def test_what_weights_do_not_say_may_be_said():
-    weights = SPADEGenerator.official(184, **SMALL).state_dict()
+    weights = bare(official(184, **SMALL))
     assert checkpoint.load(weights).sizes[-1] == (256, 256)
     assert checkpoint.load(
         weights, num_upsampling_layers="more", crop_size=512, aspect_ratio=2.0
     ).sizes[-1] == (256, 512)
+
+
+VAE = {"use_vae": True, "z_dim": 5, "crop_size": 128, "aspect_ratio": 2.0}
+OWN = {"stages": [["b", 16, 3], ["a", 8, 1]], "last_scale": 1}
+
+
+@pytest.mark.parametrize(
+    "make,decides,enough",
+    [
+        (
+            lambda: official(7, crop_size=128, num_upsampling_layers="more", **TINY),
+            "num_upsampling_layers or crop_size or aspect_ratio should be given",
+            {"crop_size": 128, "num_upsampling_layers": "more"},
+        ),
+        (
+            lambda: official("coco", num_upsampling_layers="most", **SMALL),
+            r"=256, .*, \.\.\.|such as .*: crop_size or aspect_ratio should be given",
+            {"crop_size": 256},
+        ),
+        (
+            lambda: official(7, **VAE, **TINY),
+            r"\(num_upsampling_layers='normal', crop_size=128, aspect_ratio=2.0, …\)",
+            {"crop_size": 128, "aspect_ratio": 2},
+        ),
+        (
+            lambda: official(7, num_upsampling_layers="more", **VAE, **TINY),
+            r"\(num_upsampling_layers='more', crop_size=128, aspect_ratio=2.0, …\)",
+            {"aspect_ratio": 2, "num_upsampling_layers": "more"},
+        ),
+        (
+            lambda: official("coco", use_vae=True, z_dim=5, crop_size=64, **TINY),
+            r"\(num_upsampling_layers='more', crop_size=128, aspect_ratio=1.0, …\)",
+            {"crop_size": 64},
+        ),
+        (
+            lambda: SPADEGenerator(7, 5, 1, start=(1, 4), nhidden=2),
+            r"SPADEGenerator\(start=\[1, 4\], …\), .*: start should be given",
+            {"start": (1, 4)},
+        ),
+        (
+            lambda: SPADEGenerator(7, None, 1, start=2, nhidden=2),
+            "start should be given",
+            {"start": 2},
+        ),
+        (
+            lambda: SPADEGenerator(7, 5, 2, start=(2, 8), nhidden=2, **OWN),
+            r"stages should be given, a \(name, width, scale\) for each of a, b",
+            OWN | {"start": (2, 8)},
+        ),
+        (
+            lambda: SPADEGenerator(7, 5, 4, norm_G="spadegroup3x3", nhidden=2, **OWN),
+            "stages should be given",
+            OWN | {"norm_G": "spadegroup3x3"},
+        ),
+    ],
+)
+def test_what_nothing_decides_is_asked_for(make, decides, enough):
+    network = make()
+    with pytest.raises(ValueError, match=decides):
+        checkpoint.load(bare(network))
+    assert_same(checkpoint.load(bare(network), **enough), network)
+
+
+@pytest.mark.parametrize(
+    "arguments,message",
+    [
+        ({"crop_size": 100}, "crop_size is 100, .* should be 96 or 128"),
+        ({"aspect_ratio": 0}, "aspect_ratio is 0"),
+        ({"crop_size": 1024}, r"do not fit: fc.weight \[128, 5\] for \[16384, 5\]"),
+        ({"crop_size": 64, "use_vae": False}, r"do not fit: fc.weight \[128, 5\] for \[16, 7"),
+        ({"crop_size": 128, "start": 3}, "start is no argument of SPADEGenerator.official"),
+    ],
+)
+def test_what_is_given_and_cannot_fit(arguments, message):
+    with pytest.raises((TypeError, ValueError), match=message):
+        checkpoint.load(bare(official(7, **VAE, **TINY)), **arguments)
 
 
 @pytest.mark.parametrize("keeps_divided", [False, True], ids=["without weight", "with weight"])
@@ -117,6 +317,8 @@ def test_spectral_norm_as_a_parametrization():
     assert torch.equal(found.weight_orig, layer.parametrizations.weight.original)
     found(torch.zeros(1, 2, 8, 8))
     assert torch.allclose(found.weight, layer.eval().weight, atol=1e-6)
+    other = nn.utils.parametrizations.spectral_norm(nn.Conv2d(2, 4, 3, bias=False))
+    assert_same_weights(checkpoint.load_into(other, found.state_dict()), layer)
 
 
 def test_names_of_the_sketch_and_of_data_parallel():
@@ -130,6 +332,101 @@ def test_names_of_the_sketch_and_of_data_parallel():
         and "module.head.norm_0.conv_gamma.bias" in weights
     )
     assert_same_weights(checkpoint.load({"state_dict": weights}), network)
+
+
+@pytest.mark.parametrize(
+    "prefix",
+    ["_orig_mod.", "module.module.", "netG.", "netG.module._orig_mod.", "anything.at.all."],
+)
+def test_prefixes(prefix):
+    generator, discriminator = MADE["64²"](), MultiscaleDiscriminator(9, 1, 2)
+    for network in (generator, discriminator):
+        weights = {f"{prefix}{key}": tensor for key, tensor in network.state_dict().items()}
+        assert_same_weights(checkpoint.load(weights, **network.arguments), network)
+        assert_same_weights(checkpoint.load_into(copy.deepcopy(network), weights), network)
+
+
+def test_modules_with_a_prefix_of_their_own():
+    network = MultiscaleDiscriminator(9, 1, 2)
+    for wrapped in (nn.DataParallel, torch.compile, torch.optim.swa_utils.AveragedModel):
+        other = MultiscaleDiscriminator(9, 1, 2)
+        module = checkpoint.load_into(wrapped(other), bare(network))
+        assert_same_weights(getattr(module, "module", other), network)
+
+
+def test_dictionaries_in_which_several_networks_lie(tmp_path):
+    """`key` chooses one; the moments of an optimizer are no network's."""
+    generator, averaged = MADE["64²"](), MADE["64²"]()
+    discriminator = MultiscaleDiscriminator(9, 1, 2)
+    optimizer = torch.optim.Adam(discriminator.parameters())
+    discriminator(torch.randn(1, 9, 32, 32))[0][-1].sum().backward()
+    optimizer.step()
+    path = tmp_path / "all.pth"
+    torch.save(
+        {
+            "epoch": 3,
+            "best": torch.zeros(()),
+            "optimizer": optimizer.state_dict(),
+            "nets": {
+                "model": nn.DataParallel(generator).state_dict(),
+                "params_ema": averaged.state_dict(),
+                "netD": discriminator.state_dict(),
+            },
+        },
+        path,
+    )
+    several = "several are there, key should say which of them: 'nets.model.module', 'nets.params_"
+    for call in (checkpoint.load, lambda path: checkpoint.load_into(MADE["64²"](), path)):
+        with pytest.raises(ValueError, match=several):
+            call(path)
+    for key, network in {
+        "model": generator,
+        "nets.params_ema": averaged,
+        "netD": discriminator,
+    }.items():
+        assert_same(checkpoint.load(path, key=key), network)
+        assert_same_weights(checkpoint.load_into(copy.deepcopy(network), path, key=key), network)
+    assert checkpoint.read(path, key="netD").keys() == discriminator.state_dict().keys()
+    assert_same_weights(
+        checkpoint.load_into(MultiscaleDiscriminator(9, 1, 2), path), discriminator
+    )  # no other fits it
+    with pytest.raises(ValueError, match="key is 'netE', it should be one of 'nets.model.module'"):
+        checkpoint.load(path, key="netE")
+
+
+def test_several_networks_in_one_state_dict():
+    networks = nn.ModuleDict({"netG": MADE["64²"](), "netD": MultiscaleDiscriminator(9, 1, 2)})
+    weights = networks.state_dict()
+    with pytest.raises(ValueError, match="key should say which of them: 'netD', 'netG'"):
+        checkpoint.load(weights)
+    assert_same(checkpoint.load(weights, key="netG"), networks["netG"])
+    with pytest.raises(ValueError, match="other weights are there beside these, which key='netG'"):
+        checkpoint.load_into(MADE["64²"](), weights)
+    first = nn.Sequential(nn.Linear(2, 2), nn.Linear(3, 3)).state_dict()
+    with pytest.raises(ValueError, match="other weights are there beside these, which key='0'"):
+        checkpoint.load_into(nn.Linear(2, 2), first)
+
+
+def test_old_files_without_counters():
+    network = official("coco", **TINY)
+    network.head_0.norm_0.param_free_norm.num_batches_tracked.fill_(7)
+    weights = {
+        key: tensor for key, tensor in bare(network).items() if "num_batches_tracked" not in key
+    }
+    assert len(weights) < len(network.state_dict())
+    expected = copy.deepcopy(network)
+    assert_same_weights(checkpoint.load_into(network, weights), expected)
+    assert torch.equal(checkpoint.load(weights).fc.weight, network.fc.weight)
+    norm = checkpoint.load_into(
+        nn.BatchNorm2d(2),
+        {
+            "weight": torch.ones(2),
+            "bias": torch.ones(2),
+            "running_mean": torch.ones(2),
+            "running_var": torch.ones(2),
+        },
+    )
+    assert torch.equal(norm.running_mean, torch.ones(2))
 
 
 def test_weights_that_do_not_fit_are_named_and_nothing_is_lost():
@@ -152,6 +449,39 @@ def test_weights_that_do_not_fit_are_named_and_nothing_is_lost():
     assert all(torch.equal(tensor, before[key]) for key, tensor in network.state_dict().items())
     with pytest.raises(ValueError, match="they are of no network that is known here: 0.weight"):
         checkpoint.load_into(network, nn.Sequential(nn.Linear(1, 1)).state_dict())
+    weights = bare(network)
+    with pytest.raises(ValueError, match="official.dataset=7, .* or another with the same names"):
+        checkpoint.load_into(official(8, **SMALL), weights)
+    del weights["up_0.conv_s.weight_orig"]
+    with pytest.raises(ValueError, match="but do not fit: up_0.conv_s.weight_orig is missing"):
+        checkpoint.load_into(network, weights)
+
+
+@pytest.mark.parametrize(
+    "weight,message",
+    [
+        (torch.zeros(2, 2, dtype=torch.int8), "weight torch.int8 is not of floating-point numbers"),
+        (torch.zeros(2, 2, dtype=torch.complex64), "torch.complex64 is not of floating-point"),
+        (torch.zeros(2, 2, device="meta"), "weight has no values"),
+    ],
+)
+def test_weights_that_have_no_such_numbers(weight, message):
+    with pytest.raises(ValueError, match=message):
+        checkpoint.load_into(nn.Linear(2, 2), {"weight": weight, "bias": torch.zeros(2)})
+
+
+def test_a_module_without_memory_is_not_loaded():
+    with pytest.raises(ValueError, match="this Linear is on the meta device"):
+        checkpoint.load_into(nn.Linear(2, 2, device="meta"), nn.Linear(2, 2).state_dict())
+
+
+def test_a_module_is_never_half_loaded():
+    module = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    module[1].weight = nn.Parameter(torch.zeros(2, 1).expand(2, 2))  # nothing can be copied there
+    before = copy.deepcopy(module[0])
+    with pytest.raises(RuntimeError):
+        checkpoint.load_into(module, nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)).state_dict())
+    assert_same_weights(module[0], before)
 
 
 @pytest.mark.parametrize(
@@ -168,6 +498,15 @@ def test_what_is_no_state_dict(source, message):
         checkpoint.load(source)
 
 
+def test_networks_of_classes_that_are_not_known_are_not_taken_for_others():
+    class Own(SPADEGenerator):
+        def forward(self, segmap, z=None):
+            return -super().forward(segmap, z)
+
+    with pytest.raises(ValueError, match="of .*Own, which is not known here: load_into a module"):
+        checkpoint.load(Own(3, 4, 1).state_dict())
+
+
 def test_a_file_that_would_run_code_is_not_read(tmp_path):
     class Code:
         def __reduce__(self):
@@ -181,6 +520,28 @@ def test_a_file_that_would_run_code_is_not_read(tmp_path):
         checkpoint.load(tmp_path / "none.pth")
 
 
+@pytest.mark.parametrize("suffix", ["pth", "safetensors"])
+def test_files_that_are_not_of_weights(suffix, tmp_path):
+    path = tmp_path / f"net.{suffix}"
+    checkpoint.write(ConvEncoder(1, 2), path)
+    whole = path.read_bytes()
+    page = b"<html><head><title>404 Not Found</title></head></html>"
+    for content in (b"", whole[:7], whole[:100], whole[: len(whole) // 2], whole[:-1], page):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=f"net.{suffix} is no file of weights, or not a whole"):
+            checkpoint.load(path)
+    path.unlink()
+    for call in (lambda: checkpoint.load(path), lambda: checkpoint.read(path)):
+        with pytest.raises(FileNotFoundError, match=f"net.{suffix} is not there"):
+            call()
+    path.mkdir()
+    for call in (lambda: checkpoint.load(path), lambda: checkpoint.write({}, path)):
+        with pytest.raises(IsADirectoryError, match=f"net.{suffix} is a directory, it should be"):
+            call()
+    with pytest.raises(FileNotFoundError, match="none should be a folder"):
+        checkpoint.write({}, tmp_path / "none" / path.name)
+
+
 def test_what_cannot_be_written_leaves_what_was_there(tmp_path):
     path = tmp_path / "net.pth"
     checkpoint.write({"weight": torch.ones(1)}, path)
@@ -189,3 +550,62 @@ def test_what_cannot_be_written_leaves_what_was_there(tmp_path):
     assert torch.equal(checkpoint.read(path)["weight"], torch.ones(1)) and list(
         tmp_path.iterdir()
     ) == [path]
+    with pytest.raises(TypeError, match="'weight' is function, .safetensors should have names and"):
+        checkpoint.write({"weight": lambda: None}, tmp_path / "net.safetensors")
+    if hasattr(os, "mkfifo"):
+        os.mkfifo(tmp_path / "pipe")
+        with pytest.raises(OSError, match="pipe is a device or the like, it should be a file"):
+            checkpoint.write({}, tmp_path / "pipe")
+
+
+@pytest.mark.parametrize("suffix", ["pth", "safetensors"])
+def test_a_disk_that_is_full_leaves_what_was_there(suffix, tmp_path):
+    """A limit on the size of files stands in for it."""
+    resource, signal = pytest.importorskip("resource"), pytest.importorskip("signal")
+    path = tmp_path / f"net.{suffix}"
+    checkpoint.write({"weight": torch.ones(1)}, path)
+    limits, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.getsignal(signal.SIGXFSZ)
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2**16, limits[1]))
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            checkpoint.write({"weight": torch.ones(2**16)}, path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert torch.equal(checkpoint.read(path)["weight"], torch.ones(1))
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("suffix", ["pth", "safetensors"])
+def test_permissions_and_links_stay(suffix, tmp_path):
+    path, plain = tmp_path / f"net.{suffix}", tmp_path / "plain"
+    plain.touch()
+    checkpoint.write({"weight": torch.ones(1)}, path)
+    assert stat.S_IMODE(path.stat().st_mode) == stat.S_IMODE(plain.stat().st_mode)
+    path.chmod(0o640)
+    link = tmp_path / f"latest.{suffix}"
+    link.symlink_to(path.name)
+    checkpoint.write({"weight": torch.zeros(1)}, link)
+    assert link.is_symlink() and stat.S_IMODE(path.stat().st_mode) == 0o640
+    assert torch.equal(checkpoint.read(path)["weight"], torch.zeros(1))
+
+
+@pytest.mark.parametrize("suffix", ["pth", "safetensors"])
+def test_two_that_write_at_once(suffix, tmp_path):
+    """The file is always one of them, whole."""
+    path = tmp_path / f"net.{suffix}"
+    checkpoint.write({"weight": torch.zeros(999)}, path)
+
+    def write(value):
+        for _ in range(20):
+            checkpoint.write({"weight": torch.full((999,), value)}, path)
+
+    threads = [threading.Thread(target=write, args=(float(value),)) for value in range(3)]
+    for thread in threads:
+        thread.start()
+    while any(thread.is_alive() for thread in threads):
+        assert len(checkpoint.read(path)["weight"].unique()) == 1
+    for thread in threads:
+        thread.join()
+    assert list(tmp_path.iterdir()) == [path]

@@ -1,4 +1,6 @@
-"""The strings that published code configures SPADE with, such as "spectralspadesyncbatch3x3"."""
+"""What constructors are given: whole numbers, and the strings that published code configures SPADE
+with, such as "spectralspadesyncbatch3x3".
+"""
 
 import operator
 import re
@@ -30,15 +32,29 @@ def parse_config(text, argument):
     return Config(bool(before or after), norm or "instance", int(kernel_size or 3))
 
 
-def whole_number(name: str, value: int, least: int = 1) -> int:
-    """The value as an int: any whole number, such as NumPy's. Errors: ValueError, which names it,
-    where it is none, or less than `least`.
+def whole_number(name: str, value, least: int = 1) -> int:
+    """An argument's value as an int; NumPy's integers are whole numbers, too, and True is none.
+    Errors: ValueError where it is none, or smaller than `least`.
     """
     try:
-        number = None if isinstance(value, bool) else operator.index(value)
+        number = least - 1 if isinstance(value, bool) else operator.index(value)
     except TypeError:
-        number = None
-    if number is None or number < least:
-        kind = "a positive whole number" if least == 1 else f"a whole number from {least} on"
-        raise ValueError(f"{name} is {value!r}, it should be {kind}")
+        number = least - 1
+    if number < least:
+        bound = {0: "a whole number that is not negative", 1: "a positive whole number"}
+        raise ValueError(
+            f"{name} is {value!r}, it should be"
+            f" {bound.get(least, f'a whole number of at least {least}')}"
+        )
+    return number
+
+
+def dimensions(spatial_dims) -> int:
+    """spatial_dims as an int. Errors: ValueError where it is not 1, 2 or 3."""
+    try:
+        number = whole_number("spatial_dims", spatial_dims)
+    except ValueError:
+        number = 0
+    if number not in (1, 2, 3):
+        raise ValueError(f"spatial_dims is {spatial_dims!r}, it should be 1, 2 or 3")
     return number

@@ -10,7 +10,9 @@ from ..layout import SemanticLayout
 from ..ops.convolve_windows import convolve_windows
 from ..ops.modulate import spade_modulate
 from ..recording import is_recorded
+from .arguments import remember
 from .choice import find_layout
+from .config import dimensions, whole_number
 from .modules import CONVOLUTIONS, is_plain, is_watched
 from .normalised import NEGATIVE_SLOPE, NormalisedConvolution
 from .pixels import FORMATS
@@ -23,26 +25,32 @@ HALF = {
     "padding": 1,
     "count_include_pad": False,
 }  # from scale to scale
+WIDEST = 512  # channels of a convolution's result
 
 
 class PatchDiscriminator(nn.Module):
-    """Five convolutions of 4 taps per axis. With a layout the first one looks its condition's part
-    up, a row for each distinct window.
+    """n_layers + 1 convolutions of 4 taps per axis. With a layout the first one looks its
+    condition's part up, a row for each distinct window.
     """
 
-    def __init__(self, input_nc, ndf=64, *, spatial_dims=2):
+    def __init__(self, input_nc, ndf=64, *, n_layers=4, spatial_dims=2):
         super().__init__()
-        convolution = CONVOLUTIONS[spatial_dims]
+        convolution, width = CONVOLUTIONS[spatial_dims], ndf
         self.model0 = nn.Sequential(
             convolution(input_nc, ndf, 4, stride=2, padding=2), nn.LeakyReLU(NEGATIVE_SLOPE)
         )
-        for number, stride in (1, 2), (2, 2), (3, 1):
-            before, width = ndf * 2 ** (number - 1), ndf * 2**number
+        for number in range(1, n_layers):
+            before, width = width, min(2 * width, WIDEST)
             layer = NormalisedConvolution(
-                before, width, 4, stride=stride, padding=2, spatial_dims=spatial_dims
+                before,
+                width,
+                4,
+                stride=1 if number == n_layers - 1 else 2,
+                padding=2,
+                spatial_dims=spatial_dims,
             )
             self.add_module(f"model{number}", nn.Sequential(layer))
-        self.model4 = nn.Sequential(convolution(8 * ndf, 1, 4, padding=2))
+        self.add_module(f"model{n_layers}", nn.Sequential(convolution(width, 1, 4, padding=2)))
 
     def forward(self, x, layout=None):
         """The results of all layers: the last [N, 1, *size], how real each patch looks; those
@@ -54,7 +62,7 @@ class PatchDiscriminator(nn.Module):
         if layout is not None and not looks_up:
             x = together(layout, x)
         results = [self._first(x, layout) if looks_up else self.model0(x)]
-        for layer in (self.model1, self.model2, self.model3, self.model4):
+        for layer in list(self.children())[1:]:
             results.append(layer(results[-1]))
         return results
 
@@ -106,27 +114,41 @@ class MultiscaleDiscriminator(nn.Module):
     Args:
         input_nc: channels of condition and image together.
         n_scales: how many discriminators.
-        ndf: channels of the first convolution's result.
+        ndf: channels of the first convolution's result; those of the next ones are twice as many,
+            up to 512.
+        n_layers: of each scale, before the one that has one channel.
         spatial_dims: 1, 2 or 3.
     """
 
-    def __init__(self, input_nc, n_scales=2, ndf=64, *, spatial_dims=2):
+    def __init__(self, input_nc, n_scales=2, ndf=64, *, n_layers=4, spatial_dims=2):
         super().__init__()
-        numbers = {"input_nc": input_nc, "n_scales": n_scales, "ndf": ndf}
-        for name, number in numbers.items():
-            if not isinstance(number, int) or number < 1:
-                raise ValueError(f"{name} is {number!r}, it should be a positive whole number")
-        if spatial_dims not in CONVOLUTIONS:
-            raise ValueError(f"spatial_dims is {spatial_dims!r}, it should be 1, 2 or 3")
-        self.input_nc, self.spatial_dims = input_nc, spatial_dims
+        input_nc, n_scales, ndf, n_layers = (
+            whole_number("input_nc", input_nc),
+            whole_number("n_scales", n_scales),
+            whole_number("ndf", ndf),
+            whole_number("n_layers", n_layers),
+        )
+        self.input_nc, self.spatial_dims = input_nc, dimensions(spatial_dims)
+        remember(
+            self,
+            {
+                "input_nc": input_nc,
+                "n_scales": n_scales,
+                "ndf": ndf,
+                "n_layers": n_layers,
+                "spatial_dims": self.spatial_dims,
+            },
+        )
         for number in range(n_scales):
             self.add_module(
                 f"discriminator_{number}",
-                PatchDiscriminator(input_nc, ndf, spatial_dims=spatial_dims),
+                PatchDiscriminator(
+                    input_nc, ndf, n_layers=n_layers, spatial_dims=self.spatial_dims
+                ),
             )
 
     def forward(self, x, segmap=None):
-        """A list for each scale, of the results of its five layers: the last one [M, 1, *size],
+        """A list for each scale, of the results of its layers: the last one [M, 1, *size],
         those before it its features.
 
         Args:

@@ -6,6 +6,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from .arguments import remember
+from .config import whole_number
 from .normalised import NormalisedConvolution
 
 SIZE = 256  # of the image, to which any is resized first: its linear layers fit no other
@@ -23,6 +25,12 @@ class ConvEncoder(nn.Module):
 
     def __init__(self, ndf=64, z_dim=256, *, input_nc=3):
         super().__init__()
+        ndf, z_dim, input_nc = (
+            whole_number("ndf", ndf),
+            whole_number("z_dim", z_dim),
+            whole_number("input_nc", input_nc),
+        )
+        remember(self, {"ndf": ndf, "z_dim": z_dim, "input_nc": input_nc})
         widths = [input_nc, *(ndf * multiple for multiple in (1, 2, 4, 8, 8, 8))]
         for number, (before, width) in enumerate(zip(widths, widths[1:]), start=1):
             self.add_module(

@@ -2,6 +2,11 @@
 of it, size by size.
 """
 
+import itertools
+import math
+import numbers
+import operator
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
@@ -10,9 +15,10 @@ import torch.nn.functional as F
 
 from ..layout import SemanticLayout
 from ..recording import is_recorded
+from .arguments import remember
 from .block import ResidualBlock, SPADEResnetBlock
 from .choice import current_mode, find_layout
-from .config import parse_config
+from .config import dimensions, parse_config, whole_number
 from .modules import CONVOLUTIONS, keeps_size, taps_of
 from .pixels import resize
 from .spade import batch_of
@@ -50,6 +56,7 @@ PUBLISHED = {
     "cityscapes": Published(36, 512, 2.0, "more"),
 }
 DOUBLINGS = {"normal": 5, "more": 6, "most": 7}
+FARTHEST = 1000  # widths of the first map that are tried for a size to propose
 
 
 class SPADEGenerator(nn.Module):
@@ -87,39 +94,34 @@ class SPADEGenerator(nn.Module):
         spatial_dims=2,
     ):
         super().__init__()
-        if spatial_dims not in CONVOLUTIONS:
-            raise ValueError(f"spatial_dims is {spatial_dims!r}, it should be 1, 2 or 3")
-        self.start = (start,) * spatial_dims if isinstance(start, int) else tuple(start)
-        if len(self.start) != spatial_dims or not all(
-            isinstance(length, int) and length > 0 for length in self.start
-        ):
-            raise ValueError(
-                f"start is {start!r}, it should be a positive whole number, or {spatial_dims} of"
-                " them"
-            )
-        numbers = {
-            "label_nc": label_nc,
-            "ngf": ngf,
-            "nhidden": nhidden,
-            "output_nc": output_nc,
-            "last_scale": last_scale,
-        }
-        for name, number in numbers.items() | ({} if z_dim is None else {"z_dim": z_dim}).items():
-            if not isinstance(number, int) or number < 1:
-                raise ValueError(f"{name} is {number!r}, it should be a positive whole number")
-        for stage in stages:
-            if stage[1] * ngf < 1 or stage[1] * ngf % 1:
-                raise ValueError(
-                    f"ngf is {ngf}, the block {stage[0]} of {stage[1]} · ngf channels should have"
-                    " a whole number of them"
-                )
-        self.label_nc, self.z_dim, self.stages, self.last_scale = (
-            label_nc,
-            z_dim,
-            tuple(Stage(*stage) for stage in stages),
-            last_scale,
+        spatial_dims = dimensions(spatial_dims)
+        label_nc, ngf, nhidden, output_nc, last_scale = (
+            whole_number("label_nc", label_nc),
+            whole_number("ngf", ngf),
+            whole_number("nhidden", nhidden),
+            whole_number("output_nc", output_nc),
+            whole_number("last_scale", last_scale),
         )
+        z_dim = None if z_dim is None else whole_number("z_dim", z_dim)
+        self.start = _first_size(start, spatial_dims)
+        self.stages = _checked(stages, ngf)
+        self.label_nc, self.z_dim, self.last_scale = label_nc, z_dim, last_scale
         self.kernel_size = parse_config(norm_G, "norm_G").kernel_size
+        remember(
+            self,
+            {
+                "label_nc": label_nc,
+                "z_dim": z_dim,
+                "ngf": ngf,
+                "stages": [list(stage) for stage in self.stages],
+                "last_scale": last_scale,
+                "start": list(self.start),
+                "norm_G": str(norm_G),
+                "nhidden": nhidden,
+                "output_nc": output_nc,
+                "spatial_dims": spatial_dims,
+            },
+        )
         width, convolution = 16 * ngf, CONVOLUTIONS[spatial_dims]
         if z_dim is None:
             self.fc = convolution(label_nc, width, 3, padding=1)
@@ -161,39 +163,19 @@ class SPADEGenerator(nn.Module):
             aspect_ratio: of its width to its height.
             num_upsampling_layers: "normal", "more" or "most": 5, 6 or 7 doublings.
             norm_G, z_dim, ngf, nhidden: as above.
+
+        Errors: ValueError where an argument is not as said here; where an image of that size cannot
+            be made, the message says which are nearest.
         """
-        if not isinstance(dataset, int) and dataset not in PUBLISHED:
-            raise ValueError(
-                f"dataset is {dataset!r}, it should be {', '.join(PUBLISHED)}, or a number of"
-                " channels"
-            )
-        published = Published(dataset) if isinstance(dataset, int) else PUBLISHED[dataset]
-        crop_size, aspect_ratio = (
-            crop_size or published.crop_size,
-            aspect_ratio or published.aspect_ratio,
-        )
-        num_upsampling_layers = num_upsampling_layers or published.num_upsampling_layers
-        if num_upsampling_layers not in DOUBLINGS:
-            raise ValueError(
-                f"num_upsampling_layers is {num_upsampling_layers!r}, it should be one of"
-                f" {', '.join(DOUBLINGS)}"
-            )
-        doublings = DOUBLINGS[num_upsampling_layers]
-        width = crop_size >> doublings
-        start = (round(width / aspect_ratio), width)
-        if min(start) < 1:
-            raise ValueError(
-                f"crop_size is {crop_size}, with {doublings} doublings and an aspect ratio of"
-                f" {aspect_ratio} it should be"
-                f" {round(2**doublings * max(1, aspect_ratio))} or more"
-            )
         return cls(
-            published.label_nc,
-            z_dim if use_vae else None,
-            ngf,
-            stages=published_stages(num_upsampling_layers),
-            last_scale=1,
-            start=start,
+            **official_arguments(
+                dataset,
+                crop_size=crop_size,
+                aspect_ratio=aspect_ratio,
+                num_upsampling_layers=num_upsampling_layers,
+            ),
+            z_dim=whole_number("z_dim", z_dim) if use_vae else None,
+            ngf=ngf,
             norm_G=norm_G,
             nhidden=nhidden,
         )
@@ -303,9 +285,137 @@ def repeat_images(
     return segmap if times == 1 else segmap.repeat(times, *[1] * (segmap.dim() - 1))
 
 
+def published_settings(dataset) -> Published:
+    """By the dataset's name, or of a number of channels. Errors: ValueError."""
+    if isinstance(dataset, str) and dataset in PUBLISHED:
+        return PUBLISHED[dataset]
+    try:
+        return Published(whole_number("dataset", dataset))
+    except ValueError:
+        raise ValueError(
+            f"dataset is {dataset!r}, it should be {', '.join(PUBLISHED)}, or a number of channels"
+        ) from None
+
+
+def official_arguments(
+    dataset, *, crop_size=None, aspect_ratio=None, num_upsampling_layers=None
+) -> dict:
+    """What `official` makes of the arguments that a SPADEGenerator does not have: its `label_nc`,
+    `stages`, `last_scale` and `start`. Errors: ValueError.
+    """
+    published = published_settings(dataset)
+    layers = (
+        published.num_upsampling_layers if num_upsampling_layers is None else num_upsampling_layers
+    )
+    if not isinstance(layers, str) or layers not in DOUBLINGS:
+        raise ValueError(
+            f"num_upsampling_layers is {layers!r}, it should be one of {', '.join(DOUBLINGS)}"
+        )
+    crop_size = published.crop_size if crop_size is None else whole_number("crop_size", crop_size)
+    aspect_ratio = published.aspect_ratio if aspect_ratio is None else aspect_ratio
+    if not isinstance(aspect_ratio, numbers.Real) or not 0 < aspect_ratio < math.inf:
+        raise ValueError(f"aspect_ratio is {aspect_ratio!r}, it should be a positive number")
+    doublings = DOUBLINGS[layers]
+    start = _first_of_image(crop_size, aspect_ratio, doublings)
+    wrong = f"crop_size is {crop_size}, with {doublings} doublings and an aspect ratio of"
+    if min(start) < 1:
+        least = next(_fitting_sizes(range(1, FARTHEST), aspect_ratio, doublings), "another")
+        raise ValueError(f"{wrong} {aspect_ratio} it should be {least} or more")
+    if not _is_of_image(start, crop_size, aspect_ratio, doublings):
+        made = " × ".join(str(length << doublings) for length in start)
+        asked = f"{round(crop_size / aspect_ratio)} × {crop_size}"
+        raise ValueError(
+            f"{wrong} {aspect_ratio}, {made} pixels would be made, not {asked}:"
+            f" {_nearest(crop_size, aspect_ratio, doublings)}"
+        )
+    return {
+        "label_nc": published.label_nc,
+        "stages": published_stages(layers),
+        "last_scale": 1,
+        "start": start,
+    }
+
+
+def _first_of_image(crop_size, aspect_ratio, doublings):
+    """Height and width of the first map, as the published code rounds them."""
+    width = crop_size >> doublings
+    return round(width / aspect_ratio), width
+
+
+def _is_of_image(start, crop_size, aspect_ratio, doublings):
+    """Whether the doublings make an image of the first map that has the size asked for."""
+    height, width = (length << doublings for length in start)
+    return (height, width) == (round(crop_size / aspect_ratio), crop_size)
+
+
+def _fitting_sizes(widths, aspect_ratio, doublings):
+    """Those widths of images that can be made, of these widths of the first map."""
+    for width in widths:
+        size = width << doublings
+        start = _first_of_image(size, aspect_ratio, doublings)
+        if min(start) > 0 and _is_of_image(start, size, aspect_ratio, doublings):
+            yield size
+
+
+def _nearest(crop_size, aspect_ratio, doublings):
+    """Says which sizes near this one can be made."""
+    below = crop_size >> doublings
+    found = [
+        str(size)
+        for widths in (range(below, 0, -1), range(below + 1, below + FARTHEST))
+        for size in itertools.islice(_fitting_sizes(widths, aspect_ratio, doublings), 1)
+    ]
+    if not found:
+        return "aspect_ratio should be another, no crop_size near this one fits it"
+    return f"crop_size should be {' or '.join(found)}, no other is nearer"
+
+
 def published_stages(num_upsampling_layers):
     """The blocks of the published generators with "normal", "more" or "most" doublings."""
     middle = 1 if num_upsampling_layers == "normal" else 2
     stages = [Stage("head_0", 16, 1), Stage("G_middle_0", 16, 2), Stage("G_middle_1", 16, middle)]
     stages += [Stage("up_0", 8, 2), Stage("up_1", 4, 2), Stage("up_2", 2, 2), Stage("up_3", 1, 2)]
     return stages + ([Stage("up_4", 0.5, 2)] if num_upsampling_layers == "most" else [])
+
+
+def _first_size(start, spatial_dims):
+    """`start` as a tuple."""
+    try:
+        lengths = tuple(start) if isinstance(start, Iterable) else (start,) * spatial_dims
+        lengths = tuple(whole_number("start", length) for length in lengths)
+    except (TypeError, ValueError):
+        lengths = ()
+    if len(lengths) != spatial_dims:
+        raise ValueError(
+            f"start is {start!r}, it should be a positive whole number, or {spatial_dims} of them"
+        )
+    return lengths
+
+
+def _checked(stages, ngf):
+    """The blocks, a Stage each, of which every one has a name of its own and whole numbers of
+    channels.
+    """
+    try:
+        stages = tuple(Stage(*stage) for stage in stages)
+    except TypeError:
+        stages = ()
+    if not stages:
+        raise ValueError("stages should be blocks, each with a name, a width and a scale")
+    names = [stage.name for stage in stages]
+    taken = {"fc", "conv_img"}
+    for number, (name, width, scale) in enumerate(stages):
+        if not isinstance(name, str) or not name or "." in name:
+            raise ValueError(f"a block's name is {name!r}, it should be a name without dots")
+        if name in taken or name in names[:number]:
+            raise ValueError(f"two parts have the name {name}, every block should have its own")
+        whole_number(f"the block {name}'s scale", scale)
+        if not isinstance(width, numbers.Real) or width * ngf < 1 or width * ngf % 1:
+            raise ValueError(
+                f"ngf is {ngf}, the block {name} of {width} · ngf channels should have a whole"
+                " number of them"
+            )
+    return tuple(
+        Stage(str(name), int(width) if width % 1 == 0 else float(width), operator.index(scale))
+        for name, width, scale in stages
+    )

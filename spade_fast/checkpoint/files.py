@@ -1,0 +1,136 @@
+"""Files of weights: `.safetensors`, or else what torch.save writes, read with weights_only=True."""
+
+import json
+import os
+import pickle
+import re
+import tempfile
+from collections import OrderedDict
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+
+from ..nn.arguments import ENTRY
+
+
+def write(source, path) -> None:
+    """Writes a module's state_dict, or a state_dict, to a file: as `.safetensors`, or as torch.save
+    does. What was there stays until all is written, and so do its permissions.
+
+    The state_dict of a network of this package has the arguments that made it in its metadata, and
+    so has the file: `load` makes the same network of it. `load_state_dict` and torch.load find
+    nothing in it that they do not know.
+
+    Errors: OSError, if there is no such folder, `path` is no file or the disk is full; TypeError or
+        what torch.save raises, if something cannot be written.
+    """
+    path = Path(os.path.realpath(path))  # what a link points to is written, the link stays
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"{path.parent} should be a folder to write {path.name} into")
+    if path.is_dir():
+        raise IsADirectoryError(f"{path} is a directory, it should be a file")
+    if path.exists() and not path.is_file():
+        raise OSError(f"{path} is a device or the like, it should be a file")
+    weights = source.state_dict() if isinstance(source, nn.Module) else source
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".spade_fast.") as folder:
+        written = Path(folder, "weights")
+        written.touch()  # with the permissions that new files have
+        permissions = (path if path.exists() else written).stat().st_mode & 0o777
+        try:
+            if _is_safetensors(path):
+                _write_safetensors(weights, written)
+            else:
+                with open(written, "wb") as file:
+                    torch.save(weights, file)
+        except Exception as error:
+            _raise_of_system(error, path)
+            raise
+        written.chmod(permissions)
+        os.replace(written, path)
+
+
+def _raise_of_system(error, path):
+    """Raises the OSError that an error comes from, such as a full disk, if it does."""
+    if isinstance(error.__context__, OSError):
+        raise error.__context__ from None
+    number = re.search(r"\(os error (\d+)\)", str(error))  # as safetensors says it
+    if number:
+        raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from error
+
+
+def contents(path):
+    """What is in a file of weights."""
+    if path.is_dir():
+        raise IsADirectoryError(f"{path} is a directory, it should be a file of weights")
+    if not path.exists():
+        raise FileNotFoundError(f"{path} is not there, it should be a file of weights")
+    if not path.is_file():
+        raise OSError(f"{path} is a device or the like, it should be a file of weights")
+    with open(path, "rb") as file:  # what is wrong with the file system is raised here, as it is
+        beginning = file.read(16)
+    wrong = f"{path} is no file of weights, or not a whole one"
+    if not beginning:
+        raise ValueError(f"{wrong}: it is empty")
+    try:
+        if _is_safetensors(path):
+            return _read_safetensors(path)
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except (ImportError, MemoryError):
+        raise
+    except Exception as error:  # of any type, by where it ends or what it is instead
+        is_unknown = isinstance(error, pickle.UnpicklingError)
+        if is_unknown and "Unsupported operand" not in str(error):
+            raise  # it is what torch.save writes, with code in it
+        reason = str(error).partition("\n")[0] or repr(error)
+        if is_unknown or isinstance(error, KeyError):  # whose messages mean a byte
+            reason = f"it begins with {beginning}"
+        raise ValueError(f"{wrong}: {reason}") from error
+
+
+def _is_safetensors(path):
+    return path.suffix.lower() == ".safetensors"
+
+
+def _read_safetensors(path):
+    with _safetensors("to read").safe_open(path, "pt") as file:
+        metadata = file.metadata() or {}
+        weights = OrderedDict((key, file.get_tensor(key)) for key in file.keys())
+    try:
+        entries = json.loads(metadata.get(ENTRY, "{}"))
+    except ValueError:
+        entries = None
+    if isinstance(entries, dict):
+        weights._metadata = OrderedDict((place, {ENTRY: entry}) for place, entry in entries.items())
+    return weights
+
+
+def _write_safetensors(weights, path):
+    for key, tensor in weights.items():
+        if not isinstance(key, str) or not isinstance(tensor, torch.Tensor):
+            raise TypeError(
+                f"{key!r} is {type(tensor).__name__}, .safetensors should have names and tensors"
+            )
+    entries = {
+        place: entry[ENTRY]
+        for place, entry in getattr(weights, "_metadata", {}).items()
+        if ENTRY in entry
+    }
+    _safetensors("to write").torch.save_file(
+        {
+            key: tensor.detach().clone(memory_format=torch.contiguous_format)
+            for key, tensor in weights.items()
+        },
+        path,
+        {"format": "pt"} | ({ENTRY: json.dumps(entries)} if entries else {}),
+    )
+
+
+def _safetensors(purpose):
+    try:
+        import safetensors.torch
+    except ImportError as error:
+        raise ModuleNotFoundError(
+            f"{purpose} .safetensors this needs: pip install safetensors ({error})"
+        ) from error
+    return safetensors
