@@ -56,3 +56,19 @@ def is_transformed(gradient: torch.Tensor) -> bool:
     if torch.compiler.is_compiling():
         return False
     return torch.is_grad_enabled() or is_recorded(gradient)
+
+
+def of_their_class(y: torch.Tensor, *others: object) -> torch.Tensor:
+    """y as what an operation on it and the other tensors gives: some classes of tensors pass
+    themselves on. The operation moves nothing.
+    """
+    theirs = [
+        other
+        for other in others
+        if isinstance(other, torch.Tensor)
+        and type(other) not in (torch.Tensor, torch.nn.Parameter)
+        and other.numel()
+    ]
+    if not theirs or torch.compiler.is_compiling() or is_recorded(*theirs):
+        return y
+    return torch.broadcast_tensors(y, *(other.detach().flatten()[:1] for other in theirs))[0]

@@ -7,6 +7,7 @@ import inspect
 from typing import Any, NamedTuple
 
 import torch
+import torch.fx
 import torch.nn as nn
 
 from ..layout import SemanticLayout
@@ -108,6 +109,11 @@ class Fast:
 
     def forward(self, *arguments: Any, **named: Any) -> Any:
         """The own forward's result, of whatever it takes."""
+        if isinstance(arguments, torch.fx.Proxy):
+            raise TypeError(
+                "torch.fx cannot trace a converted module by itself: revert(model) first, or trace"
+                " the model that it is in"
+            )
         pair = self.call.pair(arguments, named)
         if pair is not None and self._is_proved(*pair):
             return self._fast(*pair)

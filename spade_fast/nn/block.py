@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 from ..layout import SemanticLayout
 from ..ops.modulate import plane_moments
-from ..recording import is_recorded, ordinary
+from ..recording import is_recorded, of_their_class, ordinary
 from .choice import find_layout
 from .config import parse_config, whole_number
 from .modules import CONVOLUTIONS, is_watched, may_overwrite_result
@@ -74,8 +74,8 @@ class ResidualBlock:
         dx = self.se(dx) if "se" in self._modules else dx
         if has_shortcut and not torch.is_grad_enabled() and may_overwrite_result(self.conv_s):
             if shortcut.dtype == dx.dtype and shortcut.shape == dx.shape:
-                return shortcut.add_(dx)
-        return shortcut + dx
+                return of_their_class(shortcut.add_(dx), segmap)
+        return of_their_class(shortcut + dx, segmap)
 
     def _moments(self, x, segmap, scale):
         """`plane_moments` of the x that norm_0 and norm_s normalise, where that saves a pass."""

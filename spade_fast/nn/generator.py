@@ -14,7 +14,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from ..layout import SemanticLayout
-from ..recording import is_recorded
+from ..recording import is_recorded, of_their_class
 from .arguments import remember
 from .block import ResidualBlock, SPADEResnetBlock
 from .choice import current_mode, find_layout
@@ -222,7 +222,7 @@ class SPADEGenerator(nn.Module):
             x = convolve_repeated(self.conv_img, x, self.last_scale)
         else:
             x = self.conv_img(repeat_pixels(x, self.last_scale))
-        return torch.tanh(x)
+        return of_their_class(torch.tanh(x), segmap)
 
     def fold_spectral_norm(self):
         """`fold_spectral_norm`, of a generator in eval mode. Errors: RuntimeError in train mode."""

@@ -7,7 +7,7 @@ import torch.nn as nn
 from ..kernels.torch_backend import lies_like
 from ..layout import SemanticLayout
 from ..ops.modulate import spade_modulate
-from ..recording import is_recorded, ordinary
+from ..recording import of_their_class, ordinary
 from .choice import convolutions_at_windows, find_layout
 from .config import parse_config, whole_number
 from .modules import (
@@ -162,7 +162,9 @@ class SpatiallyAdaptive(HasParts):
                 f"{name} has dtype {tensor.dtype}, it should be a floating-point tensor"
             )
         dims = self.spade_form.spatial_dims
-        if tensor.dim() != dims + 2 or tensor.shape[1] != channels:
+        given = tensor.shape[1] if tensor.dim() == dims + 2 else None
+        # A symbol is not compared: in some graphs equal sizes are one symbol, and would be fixed.
+        if given is None or isinstance(given, int) and given != channels:
             spatial = ", ".join("DHW"[-dims:])
             raise ValueError(
                 f"{name} has shape {list(tensor.shape)}, it should be [N, {channels}, {spatial}]"
@@ -280,17 +282,6 @@ def batch_of(segmap: torch.Tensor | SemanticLayout) -> int:
     batch.
     """
     return len(segmap) if isinstance(segmap, SemanticLayout) else segmap.shape[0]
-
-
-def of_their_class(y: torch.Tensor, *others: torch.Tensor | SemanticLayout) -> torch.Tensor:
-    """y as what an operation on it and the others gives: some classes of tensors pass themselves
-    on. The operation moves nothing.
-    """
-    kinds = (torch.Tensor, nn.Parameter, SemanticLayout)
-    theirs = [other for other in others if type(other) not in kinds and other.numel()]
-    if not theirs or torch.compiler.is_compiling() or is_recorded(*theirs):
-        return y
-    return torch.broadcast_tensors(y, *(other.detach().flatten()[:1] for other in theirs))[0]
 
 
 def measures(norm: nn.Module) -> bool:

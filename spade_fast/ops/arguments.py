@@ -2,6 +2,7 @@
 any kernel runs.
 """
 
+import math
 import operator
 
 import torch
@@ -148,7 +149,7 @@ def _check_order(order, x):
     if not isinstance(order, torch.Tensor) or order.dtype != torch.int32:
         kind = getattr(order, "dtype", type(order).__name__)
         raise TypeError(f"order is {kind}, it should be a tensor of int32")
-    expected = (x.shape[0], x.shape[2:].numel())
+    expected = (x.shape[0], math.prod(x.shape[2:]))
     if order.shape != expected:
         raise ValueError(
             f"order has shape {list(order.shape)}, it should be [N, pixels], {list(expected)}"
@@ -177,7 +178,7 @@ def is_divisor(number, whole):
 
 def _check_norm(x, norm, num_groups, weight, bias, running_mean, running_var, training, group):
     batch, channels = x.shape[:2]
-    pixels = x.shape[2:].numel()
+    pixels = math.prod(x.shape[2:])
     if (running_mean is None) != (running_var is None):
         raise ValueError("running_mean and running_var should be given both or neither")
     if running_mean is not None and norm not in ("batch", "syncbatch"):

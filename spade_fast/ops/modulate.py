@@ -5,6 +5,8 @@ the norm and the backend.
 kernels of one backend together.
 """
 
+import math
+
 import torch
 
 from .. import kernels
@@ -119,7 +121,7 @@ def spade_modulate(
     with torch.no_grad():
         if norm.measures:
             moments = backend.plane_moments(x) if moments is None else moments
-            statistics = norms.measure(norm, moments, x.shape[2:].numel(), *running)
+            statistics = norms.measure(norm, moments, math.prod(x.shape[2:]), *running)
         elif norm.kind is None:
             statistics = norms.identity(x.shape[1], torch_backend.sum_dtype(x.dtype), x.device)
         else:
@@ -279,7 +281,7 @@ def _differentiable_backward(ctx, dy, x, gamma, beta, weight, bias, index, stati
         x, gamma, beta, weight, bias = inputs
         if ctx.norm.measures:
             moments = torch_backend.plane_moments(x)
-            statistics = norms.measure(ctx.norm, moments, x.shape[2:].numel())
+            statistics = norms.measure(ctx.norm, moments, math.prod(x.shape[2:]))
         y = plain.modulate_with(x, gamma, beta, index, statistics, weight, bias, *activation)
     wanted = [tensor for tensor in inputs if tensor is not None and tensor.requires_grad]
     gradients = iter(

@@ -2,6 +2,8 @@
 whole batches of calls; and which whoever records operations understands.
 """
 
+import math
+
 import torch
 import torch.nn.functional as F
 
@@ -28,7 +30,7 @@ def modulate(
     dtype = torch_backend.sum_dtype(x.dtype)
     if norm.measures:
         moments = torch_backend.plane_moments(x)
-        statistics = norms.measure(norm, moments, x.shape[2:].numel(), *running)
+        statistics = norms.measure(norm, moments, math.prod(x.shape[2:]), *running)
     elif norm.kind is None:
         statistics = norms.identity(x.shape[1], dtype, x.device)
     else:
