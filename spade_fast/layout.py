@@ -616,9 +616,8 @@ class SemanticLayout:
 
     def __setstate__(self, values):
         self.__dict__.update(values)
-        # The same tensors lie elsewhere. If they lost their versions, all is made anew.
-        made_in_inference = self.codes.is_inference() or self.palette.is_inference()
-        self._state = None if made_in_inference else self._state_now()
+        # The same tensors lie elsewhere; without versions, all is made of copies.
+        self._state = self._state_now()
 
 
 def _collate(layouts, *, collate_fn_map=None):
