@@ -451,8 +451,12 @@ class SemanticLayout:
     def windows(self, size, kernel_size):
         """The Windows at this size, *spatial, for convolutions of this kernel size. Made once, then
         kept.
+
+        Errors: ValueError, TypeError where size is not a number of pixels for each axis, or
+        kernel_size not odd and at most 7.
         """
         self._look()
+        size = size if isinstance(size, (tuple, list)) else self._size("size", size)
         key, kept = (tuple(size), kernel_size), self._windows
         if key not in kept:
             if torch.compiler.is_compiling():
@@ -466,6 +470,8 @@ class SemanticLayout:
                 raise ValueError(
                     f"kernel_size is {kernel_size}, it should be odd, from 1 to {LARGEST_KERNEL}"
                 )
+            if key in kept:
+                return kept[key]
             if (source := self._source()) is not None:
                 hidden, table, *places = source.windows(*key)
                 kept[key] = Windows(hidden, table, *map(self._repeated, places))

@@ -552,6 +552,7 @@ def test_copies_are_edited_apart(duplicate):
     assert all(map(torch.allclose, everything(layout), expected))
 
 
+@pytest.mark.large
 def test_layouts_made_in_inference_mode_may_be_trained_with():
     labels, spade, x = patches((2, 12, 10), 3), spade_fast.SPADE(4, 3, 4), torch.randn(2, 4, 6, 5)
     with torch.inference_mode():
@@ -638,6 +639,7 @@ def test_flips_and_crops(shape):
         (lambda layout: layout.resize((4,)), "size is .* should have the layout's 2 dimensions"),
         (lambda layout: layout.windows((4, 0), 3), "size is .*it should have 1 pixel or more"),
         (lambda layout: layout.windows((4, 5), 3.0), "kernel_size is 3.0, it should be a whole"),
+        (lambda layout: layout.prepare((4, 5), 3), "size is .* should have the layout's 2 dimens"),
         (lambda layout: layout.patches(0, 1, 0), "kernel_size is 0, stride 1, padding 0"),
         (lambda layout: layout.patches(3, 0, 0), "kernel_size is 3, stride 0, padding 0"),
         (lambda layout: layout.patches(3, 1, -1), "kernel_size is 3, stride 1, padding -1"),
@@ -663,6 +665,7 @@ def test_sizes_of_numpy():
     layout = SemanticLayout.from_labels(patches((2, 8, 8), 3), 3)
     size = np.array([4, 6])
     assert layout.windows(size, np.int64(3)) is layout.windows((4, 6), 3)
+    assert layout.windows(list(torch.tensor(size)), 3) is layout.windows((4, 6), 3)
     assert type(next(iter(layout.stats()))[0][0]) is int
     assert layout.resize(size).codes.shape == (2, 4, 6)
     assert layout.avg_pool(np.int32(2)) is layout.avg_pool(2)
