@@ -9,6 +9,7 @@ import sys
 import time
 import traceback
 from collections import Counter
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -49,7 +50,7 @@ class Result(NamedTuple):
         return all(error <= AGREES for error in self.errors.values())
 
 
-def load(name):
+def load(name: str) -> tuple[torch.nn.Module, Sequence]:
     """The model and its arguments from "module:function": a function without arguments that returns
     them, (model, arguments).
 
@@ -93,7 +94,7 @@ def load(name):
 
 
 @contextlib.contextmanager
-def theirs(what):
+def theirs(what: str) -> Iterator[None]:
     """Inside, the user's code runs: where it raises, Failed says what failed, and shows their
     traceback from their own first line on.
     """
@@ -107,7 +108,7 @@ def theirs(what):
         raise Failed(f"{what}:\n\n{''.join(lines).rstrip()}") from None
 
 
-def check(model, arguments, seconds=10.0):
+def check(model: torch.nn.Module, arguments: Sequence, seconds: float = 10.0) -> Result:
     """Converts a copy of the model and compares the two. Neither the model nor its arguments
     change.
 
@@ -230,7 +231,7 @@ def time_both(own, fast, arguments, seconds):
 
 
 @contextlib.contextmanager
-def ways_of_spades():
+def ways_of_spades() -> Iterator[Counter]:
     """Inside, a Counter of how SPADEs compute γ and β: at "windows", which an index looks up, or at
     "pixels".
     """

@@ -9,6 +9,7 @@ for each code. The condition itself is never made.
 
 import operator
 import sys
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -113,7 +114,7 @@ class SemanticLayout:
     `torch.utils.data.default_collate` makes one batch of several layouts, as `stack` does.
     """
 
-    def __init__(self, codes, palette):
+    def __init__(self, codes: torch.Tensor, palette: torch.Tensor) -> None:
         self.codes, self.palette = codes, palette
         self._windows, self._patches, self._pooled = {}, {}, {}
         self._repeats = None  # the layout that this one is a repetition of, its content, how often
@@ -153,7 +154,13 @@ class SemanticLayout:
         return state_of(codes), state_of(palette)
 
     @classmethod
-    def from_labels(cls, labels, num_classes, instances=None, dont_care=None):
+    def from_labels(
+        cls,
+        labels: torch.Tensor | np.ndarray,
+        num_classes: int,
+        instances: torch.Tensor | np.ndarray | None = None,
+        dont_care: int | None = None,
+    ) -> "SemanticLayout":
         """The one-hot layout of a label map, with the instance-edge channel of the published
         preprocessing.
 
@@ -200,7 +207,7 @@ class SemanticLayout:
             return cls(codes, palette)
 
     @classmethod
-    def from_segmap(cls, segmap):
+    def from_segmap(cls, segmap: torch.Tensor) -> "SemanticLayout | None":
         """The layout of any condition [N, label_nc, *spatial] that is piecewise constant: one-hot,
         multi-hot, edges, noise per image.
 
@@ -237,7 +244,7 @@ class SemanticLayout:
 
     @classmethod
     @torch.inference_mode(False)
-    def stack(cls, layouts):
+    def stack(cls, layouts: Iterable["SemanticLayout"]) -> "SemanticLayout":
         """One batch of several layouts, in their order: a data loader's `collate_fn`. Windows that
         all of them have are kept.
 
@@ -274,7 +281,9 @@ class SemanticLayout:
             )
         return stack
 
-    def __getitem__(self, images):
+    def __getitem__(
+        self, images: int | slice | list | np.ndarray | torch.Tensor
+    ) -> "SemanticLayout":
         """The layout of some images of the batch, in the order in which they are named, with the
         codes that they have. Its windows are found anew.
 
@@ -292,7 +301,7 @@ class SemanticLayout:
         rows = torch.tensor(numbers, dtype=torch.int64, device=self.device)
         return self._with_codes(self.codes.index_select(0, rows))
 
-    def flip(self, *dims):
+    def flip(self, *dims: int | Sequence[int]) -> "SemanticLayout":
         """The layout mirrored along some axes: -1 or (-1,) left to right, -2 top to bottom.
 
         dims are those of the condition, [N, label_nc, *spatial], as of torch.Tensor.flip: its last
@@ -314,7 +323,7 @@ class SemanticLayout:
             axes.append(axis)
         return SemanticLayout(self.codes.flip(axes), self.palette)
 
-    def crop(self, start, size):
+    def crop(self, start: Sequence[int], size: Sequence[int]) -> "SemanticLayout":
         """The layout of a part of each image: of `size` pixels from `start` on, a number for each
         axis in both, such as crop((top, left), (height, width)).
 
@@ -344,12 +353,12 @@ class SemanticLayout:
         codes, present = _compact(codes)
         return SemanticLayout(codes, self.palette[present])
 
-    def to_segmap(self, dtype=torch.float32):
+    def to_segmap(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """The condition [N, label_nc, *spatial] itself."""
         self._look()
         return self.palette.to(dtype)[self.codes.long()].movedim(-1, 1).contiguous()
 
-    def resize(self, size):
+    def resize(self, size: Sequence[int]) -> "SemanticLayout":
         """The layout at another size, by nearest neighbour.
 
         Errors: ValueError, TypeError where size is not a number of pixels for each axis.
@@ -357,7 +366,13 @@ class SemanticLayout:
         self._look()
         return SemanticLayout(resize_codes(self.codes, self._size("size", size)), self.palette)
 
-    def avg_pool(self, kernel_size, stride=None, padding=0, count_include_pad=True):
+    def avg_pool(
+        self,
+        kernel_size: int,
+        stride: int | None = None,
+        padding: int = 0,
+        count_include_pad: bool = True,
+    ) -> "SemanticLayout":
         """The layout of `F.avg_pool2d(condition, …)` (or 1d, 3d): each distinct window of codes
         becomes a code, its mean a vector, in
         float64: a network rounds it to its own dtype.
@@ -401,7 +416,7 @@ class SemanticLayout:
             kept[key] = pooled, pooled.content
         return pooled
 
-    def patches(self, kernel_size, stride, padding):
+    def patches(self, kernel_size: int, stride: int, padding: int) -> Patches:
         """The Patches of a convolution of the condition with such a kernel, stride and padding.
         Made once, then kept.
 
@@ -418,7 +433,7 @@ class SemanticLayout:
                 kept[key] = number_patches(self.codes, *key, len(self.palette))
         return kept[key]
 
-    def repeat(self, times):
+    def repeat(self, times: int) -> "SemanticLayout":
         """The layouts of this batch, all of them so many times over: for several images of each.
         They share their windows.
 
@@ -448,7 +463,7 @@ class SemanticLayout:
     def _repeated(self, tensor):
         return _repeat(tensor, self._repeats[2])
 
-    def windows(self, size, kernel_size):
+    def windows(self, size: Sequence[int], kernel_size: int) -> Windows:
         """The Windows at this size, *spatial, for convolutions of this kernel size. Made once, then
         kept.
 
@@ -490,7 +505,7 @@ class SemanticLayout:
             )
         return size
 
-    def prepare(self, sizes, kernel_size):
+    def prepare(self, sizes: Iterable[Sequence[int]], kernel_size: int) -> "SemanticLayout":
         """Makes the windows of these sizes ahead, in a data loader's worker for instance. Returns
         the layout.
 
@@ -510,7 +525,7 @@ class SemanticLayout:
                     )  # each layout has another number of rows
         return self
 
-    def to(self, device, non_blocking=True):
+    def to(self, device: torch.device | str | int, non_blocking: bool = True) -> "SemanticLayout":
         """The layout with all its windows on this device; itself where it is there.
 
         Towards a GPU it does not wait where memory is pinned and non_blocking; towards the CPU it
@@ -529,15 +544,17 @@ class SemanticLayout:
         non_blocking = non_blocking and device.type != "cpu"
         return self._mapped(lambda tensor: tensor.to(device, non_blocking=non_blocking))
 
-    def cpu(self):
+    def cpu(self) -> "SemanticLayout":
         """`to("cpu")`."""
         return self.to("cpu")
 
-    def cuda(self, device=None, non_blocking=True):
+    def cuda(
+        self, device: torch.device | str | int | None = None, non_blocking: bool = True
+    ) -> "SemanticLayout":
         """`to` this GPU, or the current one."""
         return self.to("cuda" if device is None else device, non_blocking)
 
-    def pin_memory(self):
+    def pin_memory(self) -> "SemanticLayout":
         """The layout with all its windows in pinned memory, for a data loader."""
         return self._mapped(torch.Tensor.pin_memory)
 
@@ -558,7 +575,7 @@ class SemanticLayout:
                 layout._pooled[key] = pooled, pooled.content
         return layout
 
-    def stats(self):
+    def stats(self) -> dict:
         """Distinct windows per pixel, by (size, kernel size), of those sizes that have been needed:
         (K1, K2) over pixels.
         """
@@ -571,7 +588,7 @@ class SemanticLayout:
             for key, windows in self._windows.items()
         }
 
-    def equal(self, other):
+    def equal(self, other: object) -> bool:
         """Whether other is a layout of the same codes and palette."""
         return (
             isinstance(other, SemanticLayout)
@@ -582,7 +599,7 @@ class SemanticLayout:
         )
 
     @property
-    def source(self):
+    def source(self) -> "SemanticLayout":
         """The layout that this one is a repetition of, or itself: what depends on neither the
         number of images is the same for both.
         """
@@ -591,7 +608,7 @@ class SemanticLayout:
         return self if source is None else source.source
 
     @property
-    def content(self):
+    def content(self) -> object:
         """An object that is another one after codes or palette were changed: a key for what was
         made of them.
         """
@@ -599,17 +616,17 @@ class SemanticLayout:
         return self._content
 
     @property
-    def device(self):
+    def device(self) -> torch.device:
         return self.codes.device
 
     @property
-    def label_nc(self):
+    def label_nc(self) -> int:
         return self.palette.shape[1]
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.codes)
 
-    def __repr__(self):
+    def __repr__(self) -> str:
         size = " × ".join(map(str, self.codes.shape[1:]))
         return (
             f"SemanticLayout({len(self)} of {size}, {len(self.palette)} codes for {self.label_nc}"
