@@ -1,6 +1,7 @@
 """What is measured: the modulation, the residual blocks and the generator, each beside its rivals
 and its floor.
 
+A case names its problems, and builds one when it is asked to: what is not measured is never made.
 A problem has variants, functions that each compute the same thing once and return it by name, and a
 truth in float64. The floor is what the same network costs with plain instance norm and leaky ReLU
 in place of every SPADE: the least that anyone can hope for.
@@ -8,6 +9,7 @@ in place of every SPADE: the least that anyone can hope for.
 
 import contextlib
 import copy
+import dataclasses
 import functools
 from dataclasses import dataclass, field
 from typing import Callable
@@ -51,10 +53,19 @@ COCO_NORM = "spectralspadesyncbatch3x3"
 
 
 @dataclass
+class Plan:
+    """A problem that is not built yet."""
+
+    name: str
+    mode: str  # FORWARD or BACKWARD
+    build: Callable  # without arguments: the Problem
+
+
+@dataclass
 class Problem:
     """One row group of the table."""
 
-    name: str
+    name: str  # its plan's, and what is known only now
     mode: str  # FORWARD or BACKWARD
     variants: dict[
         str, Callable
@@ -92,21 +103,35 @@ def modulate(settings):
     shapes = [(64, 32)] if settings.quick else dict.fromkeys(COCO_SHAPES + LIVEPORTRAIT_SHAPES)
     for channels, size in shapes:
         for layout in (torch.contiguous_format, torch.channels_last):
+            memory = "channels-last" if layout is torch.channels_last else "contiguous"
             for mode in (FORWARD, BACKWARD):
-                yield _modulate_problem(settings, channels, size, layout, mode)
+                name, shape = f"{channels} × {size}² {memory}", (channels, size, layout)
+                yield _plan(_modulate_problem, settings, name, mode, *shape)
 
 
 def lookup(settings):
     """The same with γ and β looked up, pixel by pixel, in the table of a scene's windows."""
-    scene = SemanticLayout.from_segmap(next(conditions(settings))).to(settings.device)
+
+    @functools.cache
+    def scene():
+        return SemanticLayout.from_segmap(next(conditions(settings))).to(settings.device)
+
+    def build(settings, name, mode, channels, size):
+        windows = scene().windows((size, size), 3)
+        name = f"{channels} × {size}² {windows.count} windows"
+        return _modulate_problem(settings, name, mode, channels, size, torch.channels_last, windows)
+
     for channels, size in [(64, 32)] if settings.quick else COCO_SHAPES:
         for mode in (FORWARD, BACKWARD):
-            yield _modulate_problem(
-                settings, channels, size, torch.channels_last, mode, scene.windows((size, size), 3)
-            )
+            yield _plan(build, settings, f"{channels} × {size}² windows", mode, channels, size)
 
 
-def _modulate_problem(settings, channels, size, layout, mode, windows=None):
+def _plan(build, settings, name, mode, *arguments):
+    """The plan of build(settings, name, mode, *arguments)."""
+    return Plan(name, mode, functools.partial(build, settings, name, mode, *arguments))
+
+
+def _modulate_problem(settings, name, mode, channels, size, layout, windows=None):
     """windows: of the table that γ and β are; without, they are dense."""
 
     def tensor(*shape):
@@ -155,9 +180,8 @@ def _modulate_problem(settings, channels, size, layout, mode, windows=None):
         least_bytes += (
             (1 if mode == FORWARD else 3) * windows.index.numel() * windows.index.element_size()
         )
-    name = "channels-last" if layout is torch.channels_last else "contiguous"
     return Problem(
-        f"{channels} × {size}² {name if windows is None else f'{windows.count} windows'}",
+        name,
         mode,
         {
             "eager": variant(eager, inputs, dy),
@@ -182,23 +206,32 @@ def layer(settings):
         if settings.quick
         else [(1024, 8), (1024, 16), (1024, 32), (512, 32), (512, 64), (256, 128), (64, 256)]
     )
-    scene = SemanticLayout.from_segmap(next(conditions(settings)))
+
+    @functools.cache
+    def scene():
+        return SemanticLayout.from_segmap(next(conditions(settings)))
+
+    @functools.lru_cache(1)  # of both modes
+    def segmap(kind, size):
+        pixels = (len(scene()), size, size)
+        if kind == "scene":
+            return scene().resize(pixels[1:]).to_segmap()
+        if kind == "noise":
+            labels, instances = torch.randint(183, pixels), torch.randint(2, pixels)
+            return SemanticLayout.from_labels(labels, 183, instances).to_segmap()
+        return torch.randn(pixels[0], 184, size, size)
+
+    def build(settings, name, mode, channels, size, kind):
+        return _layer_problem(settings, name, mode, channels, size, segmap(kind, size))
+
     for channels, size in shapes:
-        pixels = (len(scene), size, size)
-        noise = SemanticLayout.from_labels(
-            torch.randint(183, pixels), 183, torch.randint(2, pixels)
-        ).to_segmap()
-        scene_here = scene.resize(pixels[1:]).to_segmap()
-        for name, segmap in {
-            "scene": scene_here,
-            "noise": noise,
-            "dense features": torch.randn(len(scene), 184, size, size),
-        }.items():
+        for kind in ("scene", "noise", "dense features"):
             for mode in (FORWARD, BACKWARD):
-                yield _layer_problem(settings, channels, size, name, segmap, mode)
+                name = f"{channels} at {size}², {kind}"
+                yield _plan(build, settings, name, mode, channels, size, kind)
 
 
-def _layer_problem(settings, channels, size, name, segmap, mode):
+def _layer_problem(settings, name, mode, channels, size, segmap):
     torch.manual_seed(0)
     eager, ours = reference.SPADE(channels, 184), spade_fast.SPADE(channels, 184)
     ours.load_state_dict(eager.state_dict())
@@ -219,7 +252,7 @@ def _layer_problem(settings, channels, size, name, segmap, mode):
 
     eager, ours = eager.to(settings.dtype), ours.to(settings.dtype)
     return Problem(
-        f"{channels} at {size}², {name}",
+        name,
         mode,
         {
             "eager": variant(eager, x, segmap),
@@ -237,28 +270,36 @@ def block(settings):
     """The residual blocks of the published COCO generator, with a COCO-Stuff layout at 256² as
     their condition.
     """
-    segmaps = list(conditions(settings))
+
+    @functools.cache
+    def segmaps():
+        return list(conditions(settings))
+
+    def build(settings, name, mode, fin, fout, size):
+        torch.manual_seed(
+            1
+            # with 0 torch.compile has a sign of a leaky ReLU that no other has, in the quick
+            # problem
+        )
+        networks = [
+            kind(fin, fout, COCO_NORM, 184)
+            for kind in (reference.SPADEResnetBlock, spade_fast.SPADEResnetBlock, FloorBlock)
+        ]
+        x = torch.randn(settings.batch, fin, size, size).requires_grad_(mode == BACKWARD)
+        return _network_problem(
+            settings,
+            name,
+            mode,
+            *networks,
+            segmaps(),
+            (x,),
+            lambda network, segmap, x: network(x, segmap),
+        )
+
     for fin, fout, size in [(128, 64, 64)] if settings.quick else COCO_BLOCKS:
         for mode in (FORWARD, BACKWARD):
-            torch.manual_seed(
-                1
-                # with 0 torch.compile has a sign of a leaky ReLU that no other has, in the quick
-                # problem
-            )
-            networks = (
-                kind(fin, fout, COCO_NORM, 184)
-                for kind in (reference.SPADEResnetBlock, spade_fast.SPADEResnetBlock, FloorBlock)
-            )
-            x = torch.randn(settings.batch, fin, size, size).requires_grad_(mode == BACKWARD)
-            yield _network_problem(
-                settings,
-                f"{fin} → {fout} at {size}²",
-                mode,
-                *networks,
-                segmaps,
-                (x,),
-                lambda network, segmap, x: network(x, segmap),
-            )
+            name = _name(settings, f"{fin} → {fout} at {size}²")
+            yield _plan(build, settings, name, mode, fin, fout, size)
 
 
 def generator(settings):
@@ -277,134 +318,176 @@ def generator(settings):
         ),
         (f"most {2 * size}²", 184, (2 * size, 2 * size), {"num_upsampling_layers": "most"}),
     ]
-    for name, label_nc, shape, wiring in problems[: 2 if settings.quick else None]:
+
+    @functools.lru_cache(1)  # of both modes
+    def inputs(shape, label_nc, draws_z):
         segmaps = list(conditions(settings, shape, label_nc))
-        z = (torch.randn(4 * settings.batch, 256),) if "use_vae" in wiring else ()
+        return segmaps, (torch.randn(4 * settings.batch, 256),) if draws_z else ()
+
+    def build(settings, name, mode, label_nc, shape, wiring):
+        segmaps, z = inputs(shape, label_nc, "use_vae" in wiring)
         wiring = {"crop_size": shape[1], "norm_G": COCO_NORM} | wiring
+        torch.manual_seed(0)
+        eager, floor = (
+            reference.SPADEGenerator(label_nc, ngf, block=kind, **wiring)
+            for kind in (reference.SPADEResnetBlock, FloorBlock)
+        )
+        ours = spade_fast.SPADEGenerator.official(label_nc, ngf=ngf, **wiring)
+        return _network_problem(
+            settings,
+            name,
+            mode,
+            eager,
+            ours,
+            floor,
+            segmaps,
+            z,
+            lambda network, segmap, *z: network(segmap.repeat(4, 1, 1, 1) if z else segmap, *z),
+            lambda network, segmap, *z: network(segmap, *z),
+            graphed=settings.device != "cpu",
+        )
+
+    for name, *problem in problems[: 2 if settings.quick else None]:
         for mode in (FORWARD, BACKWARD):
-            torch.manual_seed(0)
-            eager, floor = (
-                reference.SPADEGenerator(label_nc, ngf, block=kind, **wiring)
-                for kind in (reference.SPADEResnetBlock, FloorBlock)
-            )
-            ours = spade_fast.SPADEGenerator.official(label_nc, ngf=ngf, **wiring)
-            yield _network_problem(
-                settings,
-                name,
-                mode,
-                eager,
-                ours,
-                floor,
-                segmaps,
-                z,
-                lambda network, segmap, *z: network(segmap.repeat(4, 1, 1, 1) if z else segmap, *z),
-                lambda network, segmap, *z: network(segmap, *z),
-                graphed=settings.device != "cpu",
-            )
+            yield _plan(build, settings, _name(settings, name), mode, *problem)
 
 
 def discriminator(settings):
     """The published discriminator in training: fake and real image of a COCO layout at 256² in one
     batch, with all gradients.
     """
-    segmaps, arguments = list(conditions(settings)), (187, 2, 8 if settings.quick else 64)
-    torch.manual_seed(0)
-    images = torch.randn(2 * settings.batch, 3, *segmaps[0].shape[2:]).requires_grad_()
-    eager, ours = (module.MultiscaleDiscriminator(*arguments) for module in (reference, spade_fast))
-    yield _network_problem(
-        settings,
-        f"COCO {segmaps[0].shape[-1]}²",
-        BACKWARD,
-        eager,
-        ours,
-        None,
-        segmaps,
-        (images,),
-        lambda network, segmap, images: network(
-            torch.cat([segmap.repeat(2, 1, 1, 1), images], dim=1)
-        ),
-        lambda network, segmap, images: network(images, segmap),
-    )
+
+    def build(settings, name, mode):
+        segmaps, arguments = list(conditions(settings)), (187, 2, 8 if settings.quick else 64)
+        torch.manual_seed(0)
+        images = torch.randn(2 * settings.batch, 3, *segmaps[0].shape[2:]).requires_grad_()
+        eager, ours = (
+            module.MultiscaleDiscriminator(*arguments) for module in (reference, spade_fast)
+        )
+        return _network_problem(
+            settings,
+            name,
+            mode,
+            eager,
+            ours,
+            None,
+            segmaps,
+            (images,),
+            lambda network, segmap, images: network(
+                torch.cat([segmap.repeat(2, 1, 1, 1), images], dim=1)
+            ),
+            lambda network, segmap, images: network(images, segmap),
+        )
+
+    yield _plan(build, settings, _name(settings, f"COCO {_scene_size(settings)}²"), BACKWARD)
 
 
 def converted(settings):
     """Models of others, and what `spade_fast.convert` makes of them: the published generator, and
     LivePortrait's decoder of features.
     """
-    segmaps = list(conditions(settings))
-    torch.manual_seed(0)
-    generator = reference.SPADEGenerator(
-        184, 8 if settings.quick else 64, crop_size=segmaps[0].shape[-1], norm_G=COCO_NORM
-    )
-    for mode in (FORWARD, BACKWARD):
-        yield _converted_problem(
-            settings, f"COCO {segmaps[0].shape[-1]}²", mode, generator, segmaps
-        )
-    decoder = FaceDecoder(*((16, 8, 8) if settings.quick else (512, 256, 64)))
-    features = [
-        torch.randn(settings.batch, decoder.fc.in_channels, *[8 if settings.quick else 64] * 2)
-        for _ in range(settings.scenes)
-    ]
-    for mode in (FORWARD, BACKWARD):
-        yield _converted_problem(settings, "LivePortrait's decoder", mode, decoder, features)
+    size = _scene_size(settings)
+
+    @functools.lru_cache(1)  # of both modes
+    def inputs(make):
+        torch.manual_seed(0)
+        return make()
+
+    def generator():
+        ngf, segmaps = 8 if settings.quick else 64, list(conditions(settings))
+        return reference.SPADEGenerator(184, ngf, crop_size=size, norm_G=COCO_NORM), segmaps
+
+    def decoder():
+        network = FaceDecoder(*((16, 8, 8) if settings.quick else (512, 256, 64)))
+        pixels = [8 if settings.quick else 64] * 2
+        return network, [
+            torch.randn(settings.batch, network.fc.in_channels, *pixels)
+            for _ in range(settings.scenes)
+        ]
+
+    def build(settings, name, mode, make):
+        return _converted_problem(settings, name, mode, *inputs(make))
+
+    for name, make in {f"COCO {size}²": generator, "LivePortrait's decoder": decoder}.items():
+        for mode in (FORWARD, BACKWARD):
+            yield _plan(build, settings, _name(settings, name), mode, make)
 
 
 def monai(settings):
     """MONAI's models, and what `spade_fast.convert` makes of them: its generator of volumes, and
     its diffusion over 50 steps.
     """
-    nets, schedulers = _monai()
-    size, channels, steps = (32, (8, 16), 2) if settings.quick else (96, (16, 32, 64), 50)
-    torch.manual_seed(0)
-    volumes = [
-        SemanticLayout.from_labels(layouts.draw_volume(number, size)[None], 8).to_segmap()
-        for number in range(settings.scenes)
-    ]
-    network = nets.SPADENet(3, 1, 1, 8, [size] * 3, list(channels), 16, False)
-    for mode in (FORWARD, BACKWARD):
-        yield _converted_problem(
-            settings, f"SPADENet {size}³", mode, network, volumes, (torch.randn(1, 16),)
+    settings = dataclasses.replace(settings, batch=1)  # of one volume or image each time
+
+    @functools.cache  # of both modes
+    def volumes(size, channels):
+        nets, _ = _monai()
+        torch.manual_seed(0)
+        drawn = [
+            SemanticLayout.from_labels(layouts.draw_volume(number, size)[None], 8).to_segmap()
+            for number in range(settings.scenes)
+        ]
+        return nets.SPADENet(3, 1, 1, 8, [size] * 3, list(channels), 16, False), drawn
+
+    def build_generator(settings, name, mode, size, channels):
+        inputs = (torch.randn(1, 16),)
+        return _converted_problem(settings, name, mode, *volumes(size, channels), inputs)
+
+    def build_diffusion(settings, name, mode, size, channels, steps):
+        nets, schedulers = _monai()
+        scheduler = schedulers.DDIMScheduler(num_train_timesteps=1000)
+        scheduler.set_timesteps(steps)
+
+        def sample(model, segmap, image):
+            for step in scheduler.timesteps.to(image.device):
+                image, _ = scheduler.step(model(image, step[None], segmap), step, image)
+            return image
+
+        labels = [
+            torch.as_tensor(layouts.resized(*layouts.draw_scene(number), (size, size))[0])
+            for number in range(settings.scenes)
+        ]
+        segmaps = [
+            SemanticLayout.from_labels(label[None].long() % 8, 8).to_segmap() for label in labels
+        ]
+        torch.manual_seed(0)
+        network = nets.SPADEDiffusionModelUNet(
+            2,
+            3,
+            3,
+            8,
+            (2,) * len(channels),
+            channels,
+            (*[False] * (len(channels) - 1), True),
+            norm_num_groups=8,
+            num_head_channels=channels[-1] // 4,
+        )
+        for parameter in network.parameters():
+            if not parameter.any():  # its last convolutions begin with zeros
+                nn.init.normal_(parameter, std=0.01)
+        image = torch.randn(1, 3, size, size)
+        return _converted_problem(
+            settings, name, mode, network, segmaps, (image,), sample, keeps_tables=True
         )
 
-    scheduler = schedulers.DDIMScheduler(num_train_timesteps=1000)
-    scheduler.set_timesteps(steps)
+    size, channels = (32, (8, 16)) if settings.quick else (96, (16, 32, 64))
+    for mode in (FORWARD, BACKWARD):
+        name = _name(settings, f"SPADENet {size}³")
+        yield _plan(build_generator, settings, name, mode, size, channels)
+    size, channels, steps = (16, (8, 16), 2) if settings.quick else (64, (64, 128, 256), 50)
+    name = _name(settings, f"diffusion UNet {size}², {steps} steps")
+    yield _plan(build_diffusion, settings, name, FORWARD, size, channels, steps)
 
-    def sample(model, segmap, image):
-        for step in scheduler.timesteps.to(image.device):
-            image, _ = scheduler.step(model(image, step[None], segmap), step, image)
-        return image
 
-    size, channels = (16, (8, 16)) if settings.quick else (64, (64, 128, 256))
-    labels = [
-        torch.as_tensor(layouts.resized(*layouts.draw_scene(number), (size, size))[0])[None].long()
-        % 8
-        for number in range(settings.scenes)
-    ]
-    segmaps = [SemanticLayout.from_labels(label, 8).to_segmap() for label in labels]
-    network = nets.SPADEDiffusionModelUNet(
-        2,
-        3,
-        3,
-        8,
-        (2,) * len(channels),
-        channels,
-        (*[False] * (len(channels) - 1), True),
-        norm_num_groups=8,
-        num_head_channels=channels[-1] // 4,
-    )
-    for parameter in network.parameters():
-        if not parameter.any():  # its last convolutions begin with zeros
-            nn.init.normal_(parameter, std=0.01)
-    yield _converted_problem(
-        settings,
-        f"diffusion UNet {size}², {steps} steps",
-        FORWARD,
-        network,
-        segmaps,
-        (torch.randn(1, 3, size, size),),
-        sample,
-        keeps_tables=True,
-    )
+def _name(settings, name):
+    """The name of a problem of networks: with how much is measured at once, and in turn."""
+    name += f", batch {settings.batch}" if settings.batch > 1 else ""
+    return name + (f", {settings.scenes} scenes" if settings.scenes > 1 else "")
+
+
+def _scene_size(settings):
+    """Height and width of what `conditions` gives where it is not told."""
+    return 64 if settings.quick else 256
 
 
 def _monai():
@@ -457,8 +540,6 @@ def _network_problem(
         [_like(tensor, settings.device, settings.dtype) for tensor in tensors]
         for tensors in (inputs, segmaps)
     )
-    name += f", batch {settings.batch}" if settings.batch > 1 else ""
-    name += f", {len(segmaps)} scenes" if len(segmaps) > 1 else ""
     dy = None
 
     def variant(

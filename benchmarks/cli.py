@@ -1,15 +1,16 @@
 """The command line of the suite: `python -m benchmarks`."""
 
 import dataclasses
+import functools
 import gc
 import json as notation
 import shutil
+from collections import deque
 from pathlib import Path
 from typing import Annotated
 
 import torch
 import typer
-from rich.console import Console
 from rich.progress import Progress
 
 from . import cuda_proofs, report
@@ -21,6 +22,7 @@ from .cases import CASES, Settings
 from .measure import measure
 from .painting import save_painting
 from .picture import save_picture
+from .tables import console_of_any_width
 
 app = typer.Typer(
     help="How fast spade_fast is beside eager PyTorch, torch.compile and plain instance norm, and"
@@ -102,42 +104,39 @@ def run(
         batch,
         compile_mode,
     )
-    chosen = {name: choose("NAME", name, CASES) for name in names}
+    plans = choose_plans({name: choose("NAME", name, CASES) for name in names}, settings, only)
     for option, path in (("--json", json), ("--plot", plot)):
         if path is not None:
             check_folder(option, path)
     facts = report.environment(
         settings
     )  # of the code that is measured: the commit may be another by the end
-    rows, console = [], Console()
-    if not console.is_terminal:
-        console.width = 100  # a log or a file has no width of its own
+    rows, console = [], console_of_any_width()
     with Progress(console=console, transient=True) as progress:
-        for name, case in chosen.items():
-            task = progress.add_task(name, total=None)
-            for problem in case(settings):
-                # a problem's functions refer to it, and hold copies of whole networks: of the one
-                # before, too
-                gc.collect()
-                if only not in problem.name:
-                    continue
-                progress.update(task, description=f"{name} {problem.name} {problem.mode}")
-                rows += measure(
-                    name,
-                    problem,
-                    settings.device,
-                    min(seconds, 2) if quick else seconds,
-                    lambda: progress.advance(task),
-                )
-                torch.compiler.reset()
-                del problem
-                if json is not None:
-                    report.save_json(
-                        json, facts, rows
-                    )  # each time: what is stopped has not measured in vain
-    if not rows:
-        raise typer.BadParameter(f"no problem has {only!r} in its name", param_hint="--only")
-    console.print(report.table(rows))
+        tasks = {}
+        while plans:
+            case, plan = plans.popleft()  # what problems share goes with the last of them
+            if case not in tasks:
+                tasks[case] = progress.add_task(case, total=None)
+            task = tasks[case]
+            progress.update(task, description=f"{case} {plan.name} {plan.mode}")
+            gc.collect()  # a problem's functions refer to it, and hold copies of whole networks
+            problem = plan.build()
+            del plan
+            rows += measure(
+                case,
+                problem,
+                settings.device,
+                min(seconds, 2) if quick else seconds,
+                functools.partial(progress.advance, task),
+            )
+            torch.compiler.reset()
+            del problem
+            if json is not None:
+                report.save_json(
+                    json, facts, rows
+                )  # each time: what is stopped has not measured in vain
+    console.print(report.tables(rows))
     for row in rows:
         if row.failure:
             console.print(
@@ -299,12 +298,24 @@ def picture(
 
 def conclude(module, proofs):
     """Prints the table of proofs, and what is not as it should be."""
-    Console(width=120).print(module.table(proofs))
+    console_of_any_width().print(module.table(proofs))
     failures = [f"{proof}: {failure}" for proof in proofs for failure in proof.failures]
     for failure in failures:
         typer.echo(failure)
     if failures:
         raise typer.Exit(1)
+
+
+def choose_plans(cases, settings, only):
+    """What is to be measured, (case, Plan) each; nothing is built for that."""
+    plans = [(name, plan) for name, case in cases.items() for plan in case(settings)]
+    chosen = deque((name, plan) for name, plan in plans if only in plan.name)
+    if not chosen:
+        names = "; ".join(dict.fromkeys(plan.name for _, plan in plans))
+        raise typer.BadParameter(
+            f"no problem has {only!r} in its name; there are: {names}", param_hint="--only"
+        )
+    return chosen
 
 
 def choose(parameter, name, choices):

@@ -13,9 +13,8 @@ import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from rich.table import Table
-
 from .proofs import CAPABILITIES
+from .tables import narrow_table
 
 SOURCES = Path(__file__).parent.parent / "csrc" / "cuda"
 WIDTHS = {
@@ -183,16 +182,14 @@ def _cuobjdump():
 
 def table(proofs):
     """A line for each kernel and GPU."""
-    result = Table(
+    result = narrow_table(
+        "kernel\n  elements, layout, GPU",
+        *("registers", "spilled", "threads", "loads", "stores", "double"),
         caption=(
-            "loads and stores: bytes at a time; threads: of a processor at once, as far as"
-            " registers decide."
-        )
+            "elements: of a thread at a time; loads and stores: bytes at a time; threads: of a"
+            " processor at once, as far as registers decide."
+        ),
     )
-    for name in ("kernel", "V", "layout"):
-        result.add_column(name)
-    for name in ("sm", "registers", "spilled", "threads", "loads", "stores", "double"):
-        result.add_column(name, justify="right")
     for proof in sorted(
         proofs,
         key=lambda proof: (proof.kernel, str(proof.vector), str(proof.layout), proof.capability),
@@ -201,11 +198,9 @@ def table(proofs):
             ", ".join(map(str, sorted(found, reverse=True)))
             for found in (proof.loads, proof.stores)
         ]
+        of = (proof.vector, proof.layout, f"sm_{proof.capability}")
         result.add_row(
-            proof.kernel.removesuffix("_kernel"),
-            str(proof.vector or ""),
-            proof.layout or "",
-            str(proof.capability),
+            f"{proof.kernel.removesuffix('_kernel')}\n  {', '.join(str(one) for one in of if one)}",
             str(proof.registers),
             str(proof.spilled),
             str(proof.resident),

@@ -18,7 +18,8 @@ import tempfile
 from pathlib import Path
 
 import torch
-from rich.table import Table
+
+from .tables import narrow_table
 
 CAPABILITIES = (80, 90, 100)
 DTYPES = {
@@ -289,16 +290,14 @@ def table(proofs):
     """The worst of each kernel over activations and capabilities, a line for each dtype, layout and
     kind of modulation.
     """
-    result = Table(
+    result = narrow_table(
+        "kernel\n  dtype, layout, γ and β",
+        *("registers", "stack", "shared", "loads", "stores", "double"),
         caption=(
             "registers, stack and shared memory: the most. loads and stores: bytes at a time in"
             " sizes divisible by 16."
-        )
+        ),
     )
-    for name in ("kernel", "dtype", "layout", "γ and β"):
-        result.add_column(name)
-    for name in ("registers", "stack", "shared", "loads", "stores", "double"):
-        result.add_column(name, justify="right")
     groups = {}
     for proof in proofs:
         groups.setdefault((proof.kernel, proof.dtype, proof.layout, proof.modulation), []).append(
@@ -327,8 +326,7 @@ def table(proofs):
             for name in ("loads", "stores")
         ]
         result.add_row(
-            key[0].removesuffix("_kernel"),
-            *key[1:],
+            f"{key[0].removesuffix('_kernel')}\n  {', '.join(key[1:])}",
             *most,
             *widths,
             str(max(proof.double for proof in group)),

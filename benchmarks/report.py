@@ -1,4 +1,4 @@
-"""What is shown: a table, a JSON file, a chart."""
+"""What is shown: tables, a JSON file, a chart."""
 
 import dataclasses
 import json
@@ -9,35 +9,35 @@ from datetime import datetime, timezone
 from pathlib import Path
 
 import torch
-from rich.table import Table
+from rich.console import Group
+from rich.markup import escape
 
 import spade_fast
 
 from .measure import LIMIT_IN_DOUBLE
+from .tables import narrow_table
+
+CAPTION = (
+    "match: error as a fraction of what is allowed. ratio: eager's time over this, round by round."
+    " overhead: this time over that of plain instance norm. of a copy: the bytes that it has to"
+    " move over this time, of what a copy moves."
+)
 
 
-def table(rows):
-    """A rich table of measured rows: a section for each problem."""
-    result = Table(
-        caption="match: error as a fraction of what is allowed. ratio: eager's time over this, round"
-        " by round. overhead: this time over that of plain instance norm. of a copy: the bytes that it"
-        " has to move over this time, of what a copy moves."
-    )
-    result.add_column("variant")
-    names = ["match", "time", "spread", "ratio (quartiles)", "overhead", "memory"] + [
-        "of a copy"
-    ] * any(row.bandwidth for row in rows)
-    for name in names:
-        result.add_column(name, justify="right")
-    before = None
+def tables(rows):
+    """What rich prints of measured rows: a table for each problem."""
+    problems = {}
     for row in rows:
-        problem = (row.case, row.problem, row.mode)
-        if problem != before:
-            result.add_section()
-            result.add_row(f"[bold]{row.case} {row.problem}\n{row.mode}")
-        result.add_row(row.variant, match(row), *numbers(row))
-        before = problem
-    return result
+        problems.setdefault(f"{row.case} {row.problem}, {row.mode}", []).append(row)
+    columns = ["match", "time", "spread", "ratio\n(quartiles)", "overhead", "memory"]
+    columns += ["of a\ncopy"] * any(row.bandwidth for row in rows)
+    found = []
+    for name, measured in problems.items():
+        table = narrow_table("variant", *columns, title=f"\n{escape(name)}")
+        for row in measured:
+            table.add_row(row.variant.replace(", ", ",\n  "), match(row), *numbers(row))
+        found.append(table)
+    return Group(*found, "", CAPTION)
 
 
 def match(row):
@@ -49,7 +49,7 @@ def match(row):
     if row.excess is None:
         return "[dim]floor"
     if row.error_in_double and row.error_in_double > LIMIT_IN_DOUBLE:
-        return f"[red]NO[/] {row.error_in_double:.1e} in float64"
+        return f"[red]NO[/] {row.error_in_double:.1e}\nin float64"
     return f"[green]yes[/] {row.excess:.2f}" if row.matches else f"[red]NO[/] {row.excess:.3g}"
 
 
@@ -60,13 +60,18 @@ def numbers(row):
     ratio = f"{row.ratio[1]:.2f} ({row.ratio[0]:.2f}–{row.ratio[2]:.2f})" if row.ratio else ""
     overhead = f"{row.overhead:.2f}" if row.overhead else ""
     return [
-        f"{row.median * 1e3:.2f} ms",
+        f"{short(row.median * 1e3, 2)} ms",
         f"± {row.spread * 100:.0f}%",
         ratio,
         overhead,
-        f"{row.peak_memory / 2**20:.1f} MiB",
+        f"{short(row.peak_memory / 2**20, 1)} MiB",
         *([f"{row.bandwidth:.0%}"] if row.bandwidth else []),
     ]
+
+
+def short(number, decimals):
+    """A number with so many decimals; from 1000 on without."""
+    return f"{number:.{decimals if number < 1000 else 0}f}"
 
 
 def environment(settings):

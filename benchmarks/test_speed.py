@@ -7,18 +7,15 @@ import pytest
 from .cases import CASES, Settings
 from .measure import check
 
-PROBLEMS = [
-    (name, problem) for name, case in CASES.items() for problem in case(Settings(quick=True))
-]
+PLANS = [(name, plan) for name, case in CASES.items() for plan in case(Settings(quick=True))]
 
 
 @pytest.mark.parametrize("variant", ["eager", "spade_fast"])
 @pytest.mark.parametrize(
-    "case,problem",
-    PROBLEMS,
-    ids=[f"{name} {problem.name} {problem.mode}" for name, problem in PROBLEMS],
+    "case,plan", PLANS, ids=[f"{name} {plan.name} {plan.mode}" for name, plan in PLANS]
 )
-def test_speed(case, problem, variant, benchmark):
+def test_speed(case, plan, variant, benchmark):
+    problem = plan.build()
     problem.variants.pop(
         "torch.compile", None
     )  # compiled anew in every process, it says nothing about this project

@@ -1,22 +1,40 @@
 """What `spade-fast check` does: converts a model, compares it with what it was, and times both."""
 
+import contextlib
 import copy
 import importlib
 import os
 import statistics
 import sys
 import time
+import traceback
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
-from .convert import Report, convert
+from .convert import Report, convert, revert
+from .nn import spade as layer
 
 AGREES = 1e-8  # in float64, of each tensor's norm
+# Files where a traceback is not the user's yet.
+NOT_THEIRS = (
+    *(f"{Path(file).parent}{os.sep}" for file in (__file__, torch.__file__, importlib.__file__)),
+    contextlib.__file__,
+    "<frozen importlib",
+)
+
+
+class Failed(Exception):
+    """Why nothing was found, in words for the user: with their own traceback where their code
+    raised.
+    """
 
 
 class Result(NamedTuple):
-    """What `check` found."""
+    """What `check` found; the report alone where nothing was converted."""
 
     report: Report
     # relative error in float64 of each output ("output 0", …) and of the worst gradient ("gradient
@@ -24,17 +42,20 @@ class Result(NamedTuple):
     errors: dict
     # median of a call, by mode ("forward", "forward and backward"): the model's own, and converted
     seconds: dict
+    # by mode, in how many calls of SPADEs γ and β were computed at "windows" and at "pixels"
+    ways: dict
 
     @property
     def agrees(self):
         return all(error <= AGREES for error in self.errors.values())
 
 
-def load(name):
+def load(name: str) -> tuple[torch.nn.Module, Sequence]:
     """The model and its arguments from "module:function": a function without arguments that returns
     them, (model, arguments).
 
-    Errors: ValueError where there is no such function, or it returns something else.
+    Errors: ValueError where there is no such function, or it returns something else; Failed where
+    the module or the function raises.
     """
     module_name, _, attribute = name.partition(":")
     if not module_name or not attribute:
@@ -43,13 +64,22 @@ def load(name):
         )
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
+    with theirs(f"{module_name} cannot be imported"):
+        try:
+            module = importlib.import_module(module_name)
+        except ModuleNotFoundError as error:
+            if not f"{module_name}.".startswith(f"{error.name}."):
+                raise  # the module is there, and what it imports is not
+            module, why = None, str(error)
+    if module is None:
+        raise ValueError(f"{name!r} cannot be imported: {why}")
     try:
-        function = getattr(importlib.import_module(module_name), attribute)
-    except (ImportError, AttributeError) as error:
-        raise ValueError(f"{name!r} cannot be imported: {error}") from error
-    found = (
-        function() if callable(function) and not isinstance(function, torch.nn.Module) else function
-    )
+        found = getattr(module, attribute)
+    except AttributeError as error:
+        raise ValueError(f"{name!r} cannot be imported: {error}") from None
+    if callable(found) and not isinstance(found, torch.nn.Module):
+        with theirs(f"{name} failed"):
+            found = found()
     if not (
         isinstance(found, tuple)
         and len(found) == 2
@@ -63,24 +93,49 @@ def load(name):
     return found
 
 
-def check(model, arguments, seconds=10.0):
+@contextlib.contextmanager
+def theirs(what: str) -> Iterator[None]:
+    """Inside, the user's code runs: where it raises, Failed says what failed, and shows their
+    traceback from their own first line on.
+    """
+    try:
+        yield
+    except (Exception, SystemExit) as error:
+        trace = error.__traceback__
+        while trace and trace.tb_frame.f_code.co_filename.startswith(NOT_THEIRS):
+            trace = trace.tb_next
+        lines = traceback.format_exception(type(error), error, trace)
+        raise Failed(f"{what}:\n\n{''.join(lines).rstrip()}") from None
+
+
+def check(model: torch.nn.Module, arguments: Sequence, seconds: float = 10.0) -> Result:
     """Converts a copy of the model and compares the two. Neither the model nor its arguments
     change.
 
     Args:
-        model: a torch.nn.Module, in the mode that it is to be checked in.
+        model: a torch.nn.Module, in the mode that it is to be checked in. What is converted of it
+            already is compared with what it was before.
         arguments: what it is called with; its result is a tensor, or a tuple, list or dictionary
             that has some.
         seconds: how long the two are timed for.
+
+    Errors: Failed where the model itself fails, or cannot be copied or converted.
     """
-    fast = copy.deepcopy(model)
-    report = convert(fast)
+    with theirs("the model cannot be copied"):
+        own, fast = copy.deepcopy(model), copy.deepcopy(model)
+    revert(own)
+    try:
+        report = convert(fast)
+    except TypeError as error:
+        raise Failed(str(error)) from None
+    if not report.converted:
+        return Result(report, {}, {}, {})
     with torch.random.fork_rng(range(torch.cuda.device_count())):
-        truth, ours = (
-            outcome(_double(copy.deepcopy(one)), _double(arguments)) for one in (model, fast)
-        )
-        seconds = time_both(copy.deepcopy(model), fast, arguments, seconds)
-    return Result(report, compare(truth, ours), seconds)
+        with theirs("the model itself failed in float64"):
+            truth = outcome(_double(copy.deepcopy(own)), _double(arguments))
+        ours = outcome(_double(copy.deepcopy(fast)), _double(arguments))
+        times, ways = time_both(own, fast, arguments, seconds)
+    return Result(report, compare(truth, ours), times, ways)
 
 
 def outcome(model, arguments):
@@ -142,7 +197,9 @@ def compare(truth, ours):
 
 
 def time_both(own, fast, arguments, seconds):
-    """Medians of calls, the two models in turn: {mode: (own, fast)}."""
+    """Medians of calls, the two models in turn, and how the fast one computed γ and β in them:
+    {mode: (own, fast)}, {mode: ways}.
+    """
 
     def forward(model):
         with torch.no_grad():
@@ -155,11 +212,13 @@ def time_both(own, fast, arguments, seconds):
         if tensors:
             sum(tensors).backward()
 
-    found = {}
+    found, ways = {}, {}
     for mode, call in {"forward": forward, "forward and backward": both}.items():
         times, end = ([], []), time.monotonic() + seconds / 2
-        for model in (own, fast):
-            call(model)  # once to warm up
+        with theirs("the model itself failed"):
+            call(own)  # once to warm up
+        with ways_of_spades() as ways[mode]:
+            call(fast)
         while time.monotonic() < end or not times[1]:
             for model, taken in zip((own, fast), times):
                 _wait()
@@ -168,7 +227,25 @@ def time_both(own, fast, arguments, seconds):
                 _wait()
                 taken.append(time.perf_counter() - start)
         found[mode] = tuple(map(statistics.median, times))
-    return found
+    return found, ways
+
+
+@contextlib.contextmanager
+def ways_of_spades() -> Iterator[Counter]:
+    """Inside, a Counter of how SPADEs compute γ and β: at "windows", which an index looks up, or at
+    "pixels".
+    """
+    ways, modulate = Counter(), layer.spade_modulate
+
+    def counting(*arguments, index=None, **named):
+        ways["pixels" if index is None else "windows"] += 1
+        return modulate(*arguments, index=index, **named)
+
+    layer.spade_modulate = counting
+    try:
+        yield ways
+    finally:
+        layer.spade_modulate = modulate
 
 
 def _wait():
@@ -182,4 +259,8 @@ def _double(value):
         return value.double()
     if isinstance(value, torch.Tensor):
         return value.double() if value.is_floating_point() else value
+    if isinstance(value, dict):
+        return {key: _double(part) for key, part in value.items()}
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value)(*map(_double, value))
     return type(value)(map(_double, value)) if isinstance(value, (tuple, list)) else value

@@ -7,6 +7,7 @@ from typing import Annotated
 import torch
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from . import __version__, backends
@@ -25,13 +26,13 @@ def commands():
 def info():
     """Which backends run here and why not the others, versions, CPU features, devices."""
     console = Console()
-    table = Table("backend", "runs", "why not", title="Backends, best first")
+    table = table_of("backend", "runs", "why not", title="Backends, best first")
     for status in backends():
-        table.add_row(status.name, "yes" if status.runs else "no", status.reason)
+        table.add_row(status.name, "yes" if status.runs else "no", escape(status.reason))
     console.print(table)
-    table = Table("", "", title="This machine", show_header=False)
+    table = table_of("", "", title="This machine", show_header=False)
     for name, fact in facts().items():
-        table.add_row(name, fact)
+        table.add_row(name, escape(fact))
     console.print(table)
 
 
@@ -46,29 +47,56 @@ def check(
     seconds: Annotated[float, typer.Option(min=0, help="How long the two are timed for.")] = 10,
 ):
     """Convert a model, compare outputs and gradients with its own, and time both. Exits with 1
-    where they differ.
+    where they differ, where nothing is converted, or where the model itself fails.
     """
     try:
-        model, arguments = checking.load(name)
-    except ValueError as error:
-        raise typer.BadParameter(str(error), param_hint="MODULE:FUNCTION") from None
-    result, console = checking.check(model, arguments, seconds), Console()
+        try:
+            model, arguments = checking.load(name)
+        except ValueError as error:
+            raise typer.BadParameter(str(error), param_hint="MODULE:FUNCTION") from None
+        result = checking.check(model, arguments, seconds)
+    except checking.Failed as failure:
+        typer.echo(failure, err=True)
+        raise typer.Exit(1) from None
+    console = Console()
     console.print(result.report)
-    table = Table("", "relative error in float64", title="Beside the model's own")
+    if not result.report.converted:
+        console.print("Nothing was converted: there is nothing to compare and to time.")
+        raise typer.Exit(1)
+    table = table_of("", "relative error in float64", title="Beside the model's own")
     for what, error in result.errors.items():
-        table.add_row(what, f"[{'green' if error <= checking.AGREES else 'red'}]{error:.1e}")
+        colour = "green" if error <= checking.AGREES else "red"
+        table.add_row(escape(what), f"[{colour}]{error:.1e}")
     console.print(table)
-    table = Table("", "its own", "converted", "times as fast", title="Time of a call")
+    table = table_of(
+        "", "its own", "converted", "times as fast", "γ and β at", title="Time of a call"
+    )
     for mode, (own, fast) in result.seconds.items():
         table.add_row(
             mode,
             f"{own * 1e3:.1f} ms",
             f"{fast * 1e3:.1f} ms",
             f"{own / fast:.2f}" if result.agrees else "[red]differs",
+            ", ".join(f"{way}: {count}" for way, count in sorted(result.ways[mode].items()))
+            or "as its own",
         )
     console.print(table)
+    if any(ways["pixels"] for ways in result.ways.values()):
+        console.print(
+            "Pixels: γ and β were computed at every pixel in so many calls of SPADEs, because of"
+            " what the layers are, or of the condition: dense, or small. For a model of label maps"
+            " give arguments with label maps: random numbers have no windows that repeat."
+        )
     if not result.agrees:
         raise typer.Exit(1)
+
+
+def table_of(*columns, **settings):
+    """A table whose long words go on in the next line, where the terminal is narrow."""
+    table = Table(**settings)
+    for name in columns:
+        table.add_column(name, overflow="fold")
+    return table
 
 
 def facts():

@@ -6,9 +6,19 @@ import torch
 def state_of(tensor: torch.Tensor) -> tuple:
     """Which memory a tensor is, and how often it was written to: equal as long as it is as it was.
 
-    An inference tensor has no count, and differs from itself each time. A change that PyTorch does
-    not see (through `.data`, or NumPy) is not seen here. Whoever keeps this must keep the memory,
-    too: another tensor may else come to lie there.
+    An inference tensor has no count, and differs from itself each time (`with_version` makes one
+    that has). A change that PyTorch does not see (through `.data`, or NumPy) is not seen here.
+    Whoever keeps this must keep the memory, too: another tensor may else come to lie there.
     """
     version = object() if tensor.is_inference() else tensor._version
     return tensor.data_ptr(), version, tensor.shape, tensor.stride(), tensor.dtype, tensor.device
+
+
+def with_version(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor; a copy that counts how often it is written to, and that training may keep, of one
+    that was made in inference mode.
+    """
+    if not tensor.is_inference():
+        return tensor
+    with torch.inference_mode(False):
+        return tensor.clone()

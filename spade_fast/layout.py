@@ -7,14 +7,18 @@ order. A condition [N, label_nc, *spatial] is held as codes, and a palette: the 
 for each code. The condition itself is never made.
 """
 
+import operator
 import sys
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch.utils.data._utils.collate import default_collate_fn_map
 
 from . import kernels
+from .identity import state_of, with_version
 
 LARGEST_KERNEL = 7  # taps per axis of a window
 
@@ -101,96 +105,136 @@ class SemanticLayout:
 
     Made by `from_labels` or `from_segmap`. Wherever the project takes a condition [N, label_nc,
     *spatial], it takes this.
+
+    Codes and palette may be exchanged or edited in place: the codes' range is then checked again,
+    and windows and what else was made of them is made anew. (Changes that PyTorch cannot see,
+    through `.data` or NumPy, it cannot see. A compiled call takes the windows as they were
+    prepared: `prepare` it again.)
+
+    `torch.utils.data.default_collate` makes one batch of several layouts, as `stack` does.
     """
 
-    def __init__(self, codes, palette):
-        if codes.dtype != torch.int32 or codes.dim() < 2 or codes.dim() > 4:
-            raise ValueError(
-                f"codes is {codes.dtype} {list(codes.shape)}, it should be int32 [N, *spatial]"
-                " with 1 to 3 dimensions"
-            )
-        if palette.dim() != 2 or not palette.is_floating_point():
-            raise ValueError(
-                f"palette is {palette.dtype} {list(palette.shape)}, it should be floating-point"
-                " [P, label_nc]"
-            )
-        if palette.device != codes.device:
-            raise ValueError(
-                f"palette is on {palette.device}, it should be on the codes' device, {codes.device}"
-            )
-        if codes.is_cpu and codes.numel() and not torch.compiler.is_compiling():
-            least, most = codes.aminmax()
-            if least < 0 or most >= len(palette):
-                raise ValueError(
-                    f"codes has numbers from {least} to {most}, they should be rows of the"
-                    f" palette, 0 to {len(palette) - 1}"
-                )
+    def __init__(self, codes: torch.Tensor, palette: torch.Tensor) -> None:
         self.codes, self.palette = codes, palette
         self._windows, self._patches, self._pooled = {}, {}, {}
-        self._repeats = None  # of which layout this is how many times over
+        self._repeats = None  # the layout that this one is a repetition of, its content, how often
+        self._seen = self._state = self._content = None
+        if torch.compiler.is_compiling():
+            _check_tensors(codes, palette)
+        else:
+            self._look()
+
+    def _look(self):
+        """Notices codes or a palette that are not what they were: checks them, and forgets what was
+        made of those before.
+        """
+        if torch.compiler.is_compiling():
+            return
+        before, now = self._state, self._state_now()
+        if before == now:
+            return
+        _check_tensors(self.codes, self.palette)
+        _check_codes(self.codes, len(self.palette))
+        if before is None or before[0] != now[0] or before[1][2] != now[1][2]:  # codes, or rows
+            self._windows, self._patches = {}, {}
+        self._pooled, self._repeats = {}, None
+        self.codes, self.palette = with_version(self.codes), with_version(self.palette)
+        self._take_as_seen()
+
+    def _take_as_seen(self):
+        """Takes what is kept for what was made of codes and palette as they are now."""
+        # The tensors are held: another in freed memory could look the same.
+        self._seen, self._state = (self.codes, self.palette), self._state_now()
+        self._content = object()
+
+    def _state_now(self):
+        codes, palette = self.codes, self.palette
+        if not isinstance(codes, torch.Tensor) or not isinstance(palette, torch.Tensor):
+            return None, None
+        return state_of(codes), state_of(palette)
 
     @classmethod
-    def from_labels(cls, labels, num_classes, instances=None, dont_care=None):
+    def from_labels(
+        cls,
+        labels: torch.Tensor | np.ndarray,
+        num_classes: int,
+        instances: torch.Tensor | np.ndarray | None = None,
+        dont_care: int | None = None,
+    ) -> "SemanticLayout":
         """The one-hot layout of a label map, with the instance-edge channel of the published
         preprocessing.
 
         Args:
             labels: whole numbers [N, *spatial], torch or NumPy, 0 to num_classes − 1, and
-                `dont_care`.
+                `dont_care`. A single map [height, width] is labels[None]: as it is, its rows are
+                taken for maps of one dimension.
             num_classes: classes, without "don't care".
             instances: whole numbers of the same shape: one channel more is 1 where a direct
                 neighbour has another number.
-            dont_care: a label that becomes one more class, num_classes.
+            dont_care: a label, any whole number, that becomes one more class, num_classes.
 
         Raises:
             ValueError, TypeError: an argument is not so; of a label out of range, which, how many
                 and where the first one is.
         """
-        labels = _whole_numbers("labels", labels)
-        channels = num_classes + (dont_care is not None)
-        codes = labels.long()
+        num_classes = _whole_number("num_classes", num_classes, least=1)
         if dont_care is not None:
-            codes = torch.where(codes == dont_care, num_classes, codes)
-        _check_range(labels, codes, channels, num_classes, dont_care)
-        if instances is not None:
-            instances = _whole_numbers("instances", instances)
-            if instances.shape != labels.shape:
-                raise ValueError(
-                    f"instances has shape {list(instances.shape)}, it should be that of labels,"
-                    f" {list(labels.shape)}"
-                )
-            codes = codes + channels * instance_edges(instances)
-        present = torch.bincount(codes.flatten(), minlength=1).nonzero().squeeze(1)
-        palette = F.one_hot(present % channels, channels).float()
-        if instances is not None:
-            palette = torch.cat([palette, (present // channels)[:, None].float()], dim=1)
-        compact = torch.zeros(
-            int(present[-1]) + 1 if len(present) else 1, dtype=torch.int32, device=codes.device
-        )
-        compact[present] = torch.arange(len(present), dtype=torch.int32, device=codes.device)
-        return cls(compact[codes], palette)
+            dont_care = _whole_number("dont_care", dont_care)
+        with torch.inference_mode(False):  # what is found in inference may be used in training
+            codes = _label_map("labels", labels)
+            is_cared_for = _check_labels(codes, num_classes, dont_care)
+            channels = num_classes
+            if dont_care is not None:
+                channels += 1
+                codes = torch.where(is_cared_for, codes, num_classes)
+            if instances is not None:
+                instances = _label_map("instances", instances)
+                if instances.shape != codes.shape:
+                    raise ValueError(
+                        f"instances has shape {list(instances.shape)}, it should be that of labels,"
+                        f" {list(codes.shape)}"
+                    )
+                if instances.device != codes.device:
+                    raise ValueError(
+                        f"instances is on {instances.device}, it should be on labels' device,"
+                        f" {codes.device}"
+                    )
+                codes = codes + channels * instance_edges(instances)
+            codes, present = _compact(codes)
+            palette = F.one_hot(present % channels, channels).float()
+            if instances is not None:
+                palette = torch.cat([palette, (present // channels)[:, None].float()], dim=1)
+            return cls(codes, palette)
 
     @classmethod
-    def from_segmap(cls, segmap):
+    def from_segmap(cls, segmap: torch.Tensor) -> "SemanticLayout | None":
         """The layout of any condition [N, label_nc, *spatial] that is piecewise constant: one-hot,
         multi-hot, edges, noise per image.
 
         Its vectors are compared bit for bit. None where they are so many that looking them up would
         not pay, as in dense features.
+
+        Errors: ValueError where it is no such tensor, or has a gradient to get.
         """
         if (
             not isinstance(segmap, torch.Tensor)
             or not segmap.is_floating_point()
+            or segmap.element_size() not in (2, 4, 8)
             or not 3 <= segmap.dim() <= 5
         ):
             raise ValueError(
                 "segmap should be a floating-point tensor [N, label_nc, *spatial] with 1 to 3"
-                " spatial dimensions"
+                f" spatial dimensions, it is {_description(segmap)}"
+            )
+        _check_has_values("segmap", segmap)
+        if segmap.requires_grad and torch.is_grad_enabled():
+            raise ValueError(
+                "segmap requires a gradient, it should not: a layout gives it none; detach() it"
             )
         if torch.is_inference_mode_enabled():
-            with torch.inference_mode(False):  # what is found in inference may be used in training
+            with torch.inference_mode(False):  # as above
                 return cls.from_segmap(segmap)
-        segmap = segmap.detach()
+        segmap = segmap.detach().as_subclass(torch.Tensor)
         found = kernels.select(segmap).find_codes(segmap)
         if found is None:
             return None
@@ -199,13 +243,21 @@ class SemanticLayout:
         return cls(codes, segmap.flatten(2)[places // pixels, :, places % pixels])
 
     @classmethod
-    def stack(cls, layouts):
+    @torch.inference_mode(False)
+    def stack(cls, layouts: Iterable["SemanticLayout"]) -> "SemanticLayout":
         """One batch of several layouts, in their order: a data loader's `collate_fn`. Windows that
         all of them have are kept.
 
-        Errors: ValueError where they differ in size, channels, dtype or device.
+        Errors: ValueError where they differ in size, channels, dtype or device; TypeError where one
+        is no layout.
         """
         layouts = list(layouts)
+        for layout in layouts:
+            if not isinstance(layout, SemanticLayout):
+                raise TypeError(
+                    f"layouts has a {type(layout).__name__}, it should have SemanticLayouts"
+                )
+            layout._look()
         kinds = {
             (layout.codes.shape[1:], layout.label_nc, layout.palette.dtype, layout.device)
             for layout in layouts
@@ -229,15 +281,98 @@ class SemanticLayout:
             )
         return stack
 
-    def to_segmap(self, dtype=torch.float32):
+    def __getitem__(
+        self, images: int | slice | list | np.ndarray | torch.Tensor
+    ) -> "SemanticLayout":
+        """The layout of some images of the batch, in the order in which they are named, with the
+        codes that they have. Its windows are found anew.
+
+        A layout always has a batch: layout[i] is a batch of one, layout[i : i + 1]. So
+        `stack([layout[i] for i in numbers])` is layout[numbers], and a data set may yield either.
+
+        Args:
+            images: a number, a slice, or a list, an array or a tensor of numbers, or of a bool for
+                each image.
+
+        Errors: IndexError where there is no such image; TypeError where it is something else.
+        """
+        self._look()
+        numbers = _numbers_of_images(images, len(self))
+        rows = torch.tensor(numbers, dtype=torch.int64, device=self.device)
+        return self._with_codes(self.codes.index_select(0, rows))
+
+    def flip(self, *dims: int | Sequence[int]) -> "SemanticLayout":
+        """The layout mirrored along some axes: -1 or (-1,) left to right, -2 top to bottom.
+
+        dims are those of the condition, [N, label_nc, *spatial], as of torch.Tensor.flip: its last
+        axis is -1, its first spatial one 2. Windows are found anew.
+
+        Errors: ValueError where one is no spatial axis.
+        """
+        self._look()
+        dims = dims[0] if len(dims) == 1 and isinstance(dims[0], (tuple, list)) else dims
+        axes, spatial = [], self.codes.dim() - 1
+        for dim in dims:
+            dim = _whole_number("dims", dim)
+            axis = dim if dim < 0 else dim - spatial - 2
+            if not -spatial <= axis < 0:
+                raise ValueError(
+                    f"dims has {dim}, it should have axes of size, 2 to {spatial + 1} or"
+                    f" {-spatial} to -1"
+                )
+            axes.append(axis)
+        return SemanticLayout(self.codes.flip(axes), self.palette)
+
+    def crop(self, start: Sequence[int], size: Sequence[int]) -> "SemanticLayout":
+        """The layout of a part of each image: of `size` pixels from `start` on, a number for each
+        axis in both, such as crop((top, left), (height, width)).
+
+        It is the part of the condition: edges of instances stay as they were. Windows are found
+        anew.
+
+        Errors: ValueError where it is not within the images.
+        """
+        self._look()
+        given = self.codes.shape[1:]
+        start, size = (
+            _whole_number_for_each_axis(name, numbers, len(given))
+            for name, numbers in (("start", start), ("size", size))
+        )
+        codes = self.codes
+        for dim, (begin, length, whole) in enumerate(zip(start, size, given), start=1):
+            if begin < 0 or length < 1 or begin + length > whole:
+                raise ValueError(
+                    f"start is {start} and size {size}, they should be a part of the layout's size,"
+                    f" {tuple(given)}"
+                )
+            codes = codes.narrow(dim, begin, length)
+        return self._with_codes(codes)
+
+    def _with_codes(self, codes):
+        """Some of this layout's codes, with the rows of the palette that they need."""
+        codes, present = _compact(codes)
+        return SemanticLayout(codes, self.palette[present])
+
+    def to_segmap(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """The condition [N, label_nc, *spatial] itself."""
+        self._look()
         return self.palette.to(dtype)[self.codes.long()].movedim(-1, 1).contiguous()
 
-    def resize(self, size):
-        """The layout at another size, by nearest neighbour."""
-        return SemanticLayout(resize_codes(self.codes, size), self.palette)
+    def resize(self, size: Sequence[int]) -> "SemanticLayout":
+        """The layout at another size, by nearest neighbour.
 
-    def avg_pool(self, kernel_size, stride=None, padding=0, count_include_pad=True):
+        Errors: ValueError, TypeError where size is not a number of pixels for each axis.
+        """
+        self._look()
+        return SemanticLayout(resize_codes(self.codes, self._size("size", size)), self.palette)
+
+    def avg_pool(
+        self,
+        kernel_size: int,
+        stride: int | None = None,
+        padding: int = 0,
+        count_include_pad: bool = True,
+    ) -> "SemanticLayout":
         """The layout of `F.avg_pool2d(condition, …)` (or 1d, 3d): each distinct window of codes
         becomes a code, its mean a vector, in
         float64: a network rounds it to its own dtype.
@@ -245,28 +380,25 @@ class SemanticLayout:
         Args:
             kernel_size: taps per axis, up to 7.
             stride: from window to window, kernel_size where None.
-            padding: zeros around the condition, less than half of kernel_size.
+            padding: zeros around the condition, half of kernel_size at most.
             count_include_pad: whether those zeros count in the mean.
 
         Errors: ValueError where an argument is not so, or the layout is smaller than a window.
         """
+        self._look()
         stride = kernel_size if stride is None else stride
-        if (
-            not 1 <= kernel_size <= LARGEST_KERNEL
-            or stride < 1
-            or not 0 <= 2 * padding < kernel_size
-        ):
+        kernel_size, stride, padding = _whole_patches(kernel_size, stride, padding)
+        if kernel_size > LARGEST_KERNEL or 2 * padding > kernel_size:
             raise ValueError(
                 f"kernel_size is {kernel_size}, stride {stride}, padding {padding}: they should be"
-                f" 1 to {LARGEST_KERNEL},"
-                " 1 or more, and less than half of kernel_size"
+                f" 1 to {LARGEST_KERNEL}, 1 or more, and half of kernel_size at most"
             )
-        key = (kernel_size, stride, padding, count_include_pad)
-        if key in self._pooled:
-            return self._pooled[key]
-        if self._repeats:
-            layout, times = self._repeats
-            pooled = layout.avg_pool(*key).repeat(times)
+        key, kept = (kernel_size, stride, padding, bool(count_include_pad)), self._pooled
+        pooled, content = kept.get(key, (None, None))
+        if pooled is not None and pooled.content is content:
+            return pooled
+        if (source := self._source()) is not None:
+            pooled = source.avg_pool(*key).repeat(self._repeats[2])
         else:
             patches = self.patches(kernel_size, stride, padding)
             vectors = torch.cat(
@@ -281,72 +413,99 @@ class SemanticLayout:
             )
             pooled = SemanticLayout(patches.index, sums / counts)
         if not self.palette.requires_grad:
-            self._pooled[key] = pooled
+            kept[key] = pooled, pooled.content
         return pooled
 
-    def patches(self, kernel_size, stride, padding):
+    def patches(self, kernel_size: int, stride: int, padding: int) -> Patches:
         """The Patches of a convolution of the condition with such a kernel, stride and padding.
         Made once, then kept.
-        """
-        key = (kernel_size, stride, padding)
-        if key in self._patches:
-            return self._patches[key]
-        if self._repeats:
-            layout, times = self._repeats
-            contents, sums, index, order = layout.patches(*key)
-            self._patches[key] = Patches(
-                contents, sums, _repeat(index, times), _repeat(order, times)
-            )
-        else:
-            self._patches[key] = number_patches(
-                self.codes, kernel_size, stride, padding, len(self.palette)
-            )
-        return self._patches[key]
 
-    def repeat(self, times):
+        Errors: ValueError where an argument is negative or zero (padding may be), or the layout
+        is smaller than a window; TypeError where it is no whole number.
+        """
+        self._look()
+        key, kept = _whole_patches(kernel_size, stride, padding), self._patches
+        if key not in kept:
+            if (source := self._source()) is not None:
+                contents, sums, *places = source.patches(*key)
+                kept[key] = Patches(contents, sums, *map(self._repeated, places))
+            else:
+                kept[key] = number_patches(self.codes, *key, len(self.palette))
+        return kept[key]
+
+    def repeat(self, times: int) -> "SemanticLayout":
         """The layouts of this batch, all of them so many times over: for several images of each.
         They share their windows.
+
+        Errors: ValueError, TypeError where times is not 1 or more.
         """
+        self._look()
+        if not torch.compiler.is_compiling():
+            times = _whole_number("times", times, least=1)
         if times == 1:
             return self
         repeated = SemanticLayout(_repeat(self.codes, times), self.palette)
-        repeated._repeats = (self, times)
+        repeated._repeats = (self, self._content, times)
         return repeated
 
-    def windows(self, size, kernel_size):
+    def _source(self):
+        """The layout that this one still is a repetition of, or None."""
+        if self._repeats is not None:
+            layout, content, _ = self._repeats
+            if torch.compiler.is_compiling() or (
+                layout._content is content and layout._state == layout._state_now()
+            ):
+                return layout
+            self._repeats = None
+        return None
+
+    @torch.inference_mode(False)
+    def _repeated(self, tensor):
+        return _repeat(tensor, self._repeats[2])
+
+    def windows(self, size: Sequence[int], kernel_size: int) -> Windows:
         """The Windows at this size, *spatial, for convolutions of this kernel size. Made once, then
         kept.
+
+        Errors: ValueError, TypeError where size is not a number of pixels for each axis, or
+        kernel_size not odd and at most 7.
         """
-        key = (tuple(size), kernel_size)
-        if key not in self._windows:
+        self._look()
+        size = size if isinstance(size, (tuple, list)) else self._size("size", size)
+        key, kept = (tuple(size), kernel_size), self._windows
+        if key not in kept:
             if torch.compiler.is_compiling():
                 raise ValueError(
                     f"the layout has no windows of size {key[0]} yet: prepare([{key[0]}],"
                     f" {kernel_size}) before the compiled"
                     " call"
                 )
-            if len(key[0]) != self.codes.dim() - 1:
-                raise ValueError(
-                    f"size is {key[0]}, it should have the layout's {self.codes.dim() - 1}"
-                    " dimensions"
-                )
-            if kernel_size % 2 == 0 or not 1 <= kernel_size <= LARGEST_KERNEL:
+            key = self._size("size", size), _whole_number("kernel_size", kernel_size)
+            if key[1] % 2 == 0 or not 1 <= key[1] <= LARGEST_KERNEL:
                 raise ValueError(
                     f"kernel_size is {kernel_size}, it should be odd, from 1 to {LARGEST_KERNEL}"
                 )
-            if self._repeats:
-                layout, times = self._repeats
-                hidden, table, index, order = layout.windows(*key)
-                self._windows[key] = Windows(
-                    hidden, table, _repeat(index, times), _repeat(order, times)
-                )
+            if key in kept:
+                return kept[key]
+            if (source := self._source()) is not None:
+                hidden, table, *places = source.windows(*key)
+                kept[key] = Windows(hidden, table, *map(self._repeated, places))
             else:
-                self._windows[key] = number(
-                    resize_codes(self.codes, key[0]), kernel_size, len(self.palette)
-                )
-        return self._windows[key]
+                kept[key] = number(resize_codes(self.codes, key[0]), key[1], len(self.palette))
+        return kept[key]
 
-    def prepare(self, sizes, kernel_size):
+    def _size(self, name, size):
+        """size as whole numbers that this layout can be brought to."""
+        given = self.codes.shape[1:]
+        size = _whole_number_for_each_axis(name, size, len(given))
+        if any(wanted != own and min(wanted, own) < 1 for wanted, own in zip(size, given)):
+            raise ValueError(
+                f"{name} is {size}, it should have 1 pixel or more along each axis, or what the"
+                f" layout has, {tuple(given)}"
+            )
+        return size
+
+    def prepare(self, sizes: Iterable[Sequence[int]], kernel_size: int) -> "SemanticLayout":
         """Makes the windows of these sizes ahead, in a data loader's worker for instance. Returns
         the layout.
 
@@ -366,17 +525,42 @@ class SemanticLayout:
                     )  # each layout has another number of rows
         return self
 
-    def to(self, device):
-        """The layout with all its windows on this device; itself where it is there."""
-        if torch.device(device) == self.codes.device:
-            return self
-        return self._mapped(lambda tensor: tensor.to(device, non_blocking=True))
+    def to(self, device: torch.device | str | int, non_blocking: bool = True) -> "SemanticLayout":
+        """The layout with all its windows on this device; itself where it is there.
 
-    def pin_memory(self):
+        Towards a GPU it does not wait where memory is pinned and non_blocking; towards the CPU it
+        always waits, since numbers could else be read before they are there.
+
+        Errors: TypeError where device is none: a layout's dtype is that of its palette.
+        """
+        try:
+            device = torch.device(device)
+        except (TypeError, RuntimeError) as error:
+            raise TypeError(f"device is {device!r}, it should be a device ({error})") from None
+        if device.type == "cuda" and device.index is None:
+            device = torch.device("cuda", torch.cuda.current_device())
+        if device == self.codes.device:
+            return self
+        non_blocking = non_blocking and device.type != "cpu"
+        return self._mapped(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+
+    def cpu(self) -> "SemanticLayout":
+        """`to("cpu")`."""
+        return self.to("cpu")
+
+    def cuda(
+        self, device: torch.device | str | int | None = None, non_blocking: bool = True
+    ) -> "SemanticLayout":
+        """`to` this GPU, or the current one."""
+        return self.to("cuda" if device is None else device, non_blocking)
+
+    def pin_memory(self) -> "SemanticLayout":
         """The layout with all its windows in pinned memory, for a data loader."""
         return self._mapped(torch.Tensor.pin_memory)
 
+    @torch.inference_mode(False)
     def _mapped(self, function):
+        self._look()
         layout = SemanticLayout(function(self.codes), function(self.palette))
         for key, windows in self._windows.items():
             sums = (Sums(*map(function, part)) for part in windows[:2])
@@ -385,14 +569,17 @@ class SemanticLayout:
             layout._patches[key] = Patches(
                 function(contents), Sums(*map(function, sums)), *map(function, places)
             )
-        for key, pooled in self._pooled.items():
-            layout._pooled[key] = pooled._mapped(function)
+        for key, (pooled, content) in self._pooled.items():
+            if pooled.content is content:
+                pooled = pooled._mapped(function)
+                layout._pooled[key] = pooled, pooled.content
         return layout
 
-    def stats(self):
+    def stats(self) -> dict:
         """Distinct windows per pixel, by (size, kernel size), of those sizes that have been needed:
         (K1, K2) over pixels.
         """
+        self._look()
         return {
             key: (
                 windows.hidden_count / max(1, windows.index.numel()),
@@ -401,39 +588,66 @@ class SemanticLayout:
             for key, windows in self._windows.items()
         }
 
-    def equal(self, other):
+    def equal(self, other: object) -> bool:
         """Whether other is a layout of the same codes and palette."""
         return (
             isinstance(other, SemanticLayout)
+            and self.device == other.device
             and torch.equal(self.codes, other.codes)
             and self.palette.dtype == other.palette.dtype
             and torch.equal(self.palette, other.palette)
         )
 
     @property
-    def source(self):
+    def source(self) -> "SemanticLayout":
         """The layout that this one is a repetition of, or itself: what depends on neither the
         number of images is the same for both.
         """
-        return self._repeats[0].source if self._repeats else self
+        self._look()
+        source = self._source()
+        return self if source is None else source.source
 
     @property
-    def device(self):
+    def content(self) -> object:
+        """An object that is another one after codes or palette were changed: a key for what was
+        made of them.
+        """
+        self._look()
+        return self._content
+
+    @property
+    def device(self) -> torch.device:
         return self.codes.device
 
     @property
-    def label_nc(self):
+    def label_nc(self) -> int:
         return self.palette.shape[1]
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.codes)
 
-    def __repr__(self):
+    def __repr__(self) -> str:
         size = " × ".join(map(str, self.codes.shape[1:]))
         return (
             f"SemanticLayout({len(self)} of {size}, {len(self.palette)} codes for {self.label_nc}"
             f" channels, on {self.device})"
         )
+
+    def __getstate__(self):
+        self._look()
+        return {name: value for name, value in self.__dict__.items() if name != "_state"}
+
+    def __setstate__(self, values):
+        self.__dict__.update(values)
+        # The same tensors lie elsewhere; without versions, all is made of copies.
+        self._state = self._state_now()
+
+
+def _collate(layouts, *, collate_fn_map=None):
+    return SemanticLayout.stack(layouts)
+
+
+default_collate_fn_map[SemanticLayout] = _collate
 
 
 @torch.inference_mode(False)  # as above
@@ -533,11 +747,29 @@ def instance_edges(instances):
     return edges.long()
 
 
-def _whole_numbers(name, values):
-    """values as a tensor of whole numbers [N, *spatial]."""
-    values = (
-        torch.from_numpy(np.ascontiguousarray(values)) if isinstance(values, np.ndarray) else values
+def _compact(numbers):
+    """numbers, small and not negative, as int32 from 0 on without a gap, in the same order; and
+    which each one stands for, int64.
+    """
+    present = torch.bincount(numbers.flatten(), minlength=1).nonzero().squeeze(1)
+    compact = torch.zeros(
+        int(present[-1]) + 1 if len(present) else 1, dtype=torch.int32, device=numbers.device
     )
+    compact[present] = torch.arange(len(present), dtype=torch.int32, device=numbers.device)
+    return compact[numbers.long()], present
+
+
+def _label_map(name, values):
+    """values as an int64 tensor [N, *spatial]."""
+    if isinstance(values, np.ma.MaskedArray):
+        raise TypeError(f"{name} is a masked array, it should have a number everywhere: fill it")
+    if isinstance(values, np.ndarray):
+        try:  # a copy, in the machine's own byte order: torch takes no other, nor negative strides
+            values = torch.from_numpy(np.array(values, values.dtype.newbyteorder("="), order="C"))
+        except TypeError:
+            raise TypeError(
+                f"{name} has dtype {values.dtype}, it should hold whole numbers"
+            ) from None
     if not isinstance(values, torch.Tensor):
         raise TypeError(
             f"{name} is a {type(values).__name__}, it should be a torch.Tensor or a numpy.ndarray"
@@ -549,13 +781,22 @@ def _whole_numbers(name, values):
             f"{name} has shape {list(values.shape)}, it should be [N, *spatial] with 1 to 3"
             " spatial dimensions"
         )
-    return values
+    _check_has_values(name, values)
+    signed = values.as_subclass(torch.Tensor).long()
+    if values.dtype == torch.uint64 and (signed < 0).any():
+        raise ValueError(f"{name} has numbers from 2**63 on, they should be less")
+    return signed
 
 
-def _check_range(labels, codes, channels, num_classes, dont_care):
-    wrong = (codes < 0) | (codes >= channels)
+def _check_labels(labels, num_classes, dont_care):
+    """Which of the labels are a class, bool; raises where one is neither that nor dont_care."""
+    is_class = (labels >= 0) & (labels < num_classes)
+    if dont_care is not None:
+        is_dont_care = labels == dont_care
+        is_class &= ~is_dont_care
+    wrong = ~is_class if dont_care is None else ~(is_class | is_dont_care)
     if not wrong.any():
-        return
+        return is_class
     place = wrong.nonzero()[0].tolist()
     value = labels[tuple(place)].item()
     allowed = f"0 to {num_classes - 1}" + (
@@ -566,3 +807,107 @@ def _check_range(labels, codes, channels, num_classes, dont_care):
         f" should have {allowed}"
         f" ({int(wrong.sum())} pixels are out of range)"
     )
+
+
+def _check_tensors(codes, palette):
+    for name, tensor in (("codes", codes), ("palette", palette)):
+        if not isinstance(tensor, torch.Tensor):
+            raise TypeError(f"{name} is a {type(tensor).__name__}, it should be a torch.Tensor")
+    if codes.dtype != torch.int32 or codes.dim() < 2 or codes.dim() > 4:
+        raise ValueError(
+            f"codes is {codes.dtype} {list(codes.shape)}, it should be int32 [N, *spatial]"
+            " with 1 to 3 dimensions"
+        )
+    if palette.dim() != 2 or not palette.is_floating_point():
+        raise ValueError(
+            f"palette is {palette.dtype} {list(palette.shape)}, it should be floating-point"
+            " [P, label_nc]"
+        )
+    if palette.device != codes.device:
+        raise ValueError(
+            f"palette is on {palette.device}, it should be on the codes' device, {codes.device}"
+        )
+
+
+def _check_codes(codes, rows):
+    """Raises where codes are not rows of the palette; on a GPU nobody waits to see that."""
+    if not codes.is_cpu or not codes.numel():
+        return
+    least, most = codes.aminmax()
+    if least < 0 or most >= rows:
+        raise ValueError(
+            f"codes has numbers from {least} to {most}, they should be rows of the palette, 0 to"
+            f" {rows - 1}"
+        )
+
+
+def _check_has_values(name, tensor):
+    if tensor.is_meta or tensor.layout is not torch.strided:
+        raise ValueError(
+            f"{name} is {_description(tensor)}, it should be a dense tensor that has values"
+        )
+
+
+def _description(value):
+    if not isinstance(value, torch.Tensor):
+        return f"a {type(value).__name__}"
+    return f"{value.dtype} {list(value.shape)}, {value.layout}, on {value.device}"
+
+
+def _whole_patches(kernel_size, stride, padding):
+    found = {"kernel_size": kernel_size, "stride": stride, "padding": padding}
+    kernel_size, stride, padding = (_whole_number(*item) for item in found.items())
+    if kernel_size < 1 or stride < 1 or padding < 0:
+        raise ValueError(
+            f"kernel_size is {kernel_size}, stride {stride}, padding {padding}: they should be 1 or"
+            " more, 1 or more, and 0 or more"
+        )
+    return kernel_size, stride, padding
+
+
+def _whole_number(name, value, least=None):
+    """value as an int: Python's, NumPy's, or a tensor of one."""
+    try:
+        if isinstance(value, (bool, np.bool_)):
+            raise TypeError
+        number = operator.index(value)
+    except TypeError:
+        raise TypeError(f"{name} is {value!r}, it should be a whole number") from None
+    if least is not None and number < least:
+        raise ValueError(f"{name} is {number}, it should be {least} or more")
+    return number
+
+
+def _whole_number_for_each_axis(name, values, axes):
+    try:
+        values = tuple(values)
+    except TypeError:
+        values = (values,)
+    if len(values) != axes:
+        hint = "; a single map [height, width] needs a batch: labels[None]" if axes == 1 else ""
+        raise ValueError(f"{name} is {values}, it should have the layout's {axes} dimensions{hint}")
+    return tuple(_whole_number(name, value) for value in values)
+
+
+def _numbers_of_images(images, count):
+    """Which of so many images an index names, as a list."""
+    if isinstance(images, slice):
+        return list(range(count))[images]
+    found = images.tolist() if isinstance(images, (torch.Tensor, np.ndarray)) else images
+    if isinstance(found, list) and found and all(isinstance(one, bool) for one in found):
+        if len(found) != count:
+            raise IndexError(f"images is a mask of {len(found)}, it should have {count}, the batch")
+        return [number for number, is_wanted in enumerate(found) if is_wanted]
+    try:
+        numbers = [
+            _whole_number("images", one) for one in (found if isinstance(found, list) else [found])
+        ]
+    except TypeError:
+        raise TypeError(
+            f"images is {images!r}, it should be numbers of the batch, a slice or a mask; crop() is"
+            " for parts of an image"
+        ) from None
+    for number in numbers:
+        if not -count <= number < count:
+            raise IndexError(f"images has {number}, it should be less than the batch, {count}")
+    return [number % count for number in numbers]

@@ -3,18 +3,32 @@ result.
 """
 
 import dataclasses
+import functools
 import json
+import re
 import sys
+import weakref
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from rich.console import Console
 from typer.testing import CliRunner
 
-from benchmarks import cases, cli, gpu, layouts, measure, report, summary
-from benchmarks.cases import BACKWARD, FORWARD, Problem, Settings
+from benchmarks import (
+    cases,
+    cli,
+    cuda_proofs,
+    gpu,
+    layouts,
+    measure,
+    proofs,
+    report,
+    summary,
+)
+from benchmarks.cases import BACKWARD, FORWARD, Plan, Problem, Settings
 from spade_fast import reference
 
 
@@ -35,8 +49,12 @@ def toy(settings):
         "torch.compile": fail,
         "floor": lambda: {"y": x},
     }
-    yield Problem(
-        "toy", FORWARD, variants, lambda: {"y": x.double().exp()}, lambda number: {"y": x.exp()}
+    yield Plan(
+        "toy",
+        FORWARD,
+        lambda: Problem(
+            "toy", FORWARD, variants, lambda: {"y": x.double().exp()}, lambda number: {"y": x.exp()}
+        ),
     )
 
 
@@ -61,7 +79,11 @@ def test_what_is_wrong_gets_no_speed(monkeypatch, tmp_path):
     "case", ["modulate", "lookup", "block", "generator", "discriminator", "converted", "monai"]
 )
 def test_every_quick_case_matches_but_for_the_compiler(case):
-    for problem in cases.CASES[case](Settings(quick=True)):
+    for plan in cases.CASES[case](Settings(quick=True)):
+        problem = plan.build()
+        counted = re.escape(plan.name).replace("windows", r"\d+\ windows")
+        assert re.fullmatch(counted if case == "lookup" else re.escape(plan.name), problem.name)
+        assert problem.mode == plan.mode
         del problem.variants["torch.compile"]
         rows = measure.measure(case, problem, "cpu", 0)
         assert {
@@ -87,6 +109,68 @@ def differs_by_a_sign(row):
     return (
         proven and row.error_in_double <= measure.LIMIT_IN_DOUBLE and row.excess < 1e5
     )  # 1.6e4 was seen
+
+
+def built(*arguments, **named):
+    raise AssertionError("something is built")
+
+
+def test_problems_have_names_before_anything_is_built(monkeypatch):
+    for where, name in [
+        (torch.nn.Module, "__init__"),
+        (torch, "randn"),
+        (layouts, "draw_scene"),
+        (layouts, "draw_volume"),
+        (cases, "conditions"),
+        (cases, "_monai"),
+    ]:
+        monkeypatch.setattr(where, name, built)
+    for settings in (Settings(), Settings(quick=True, scenes=3, batch=2)):
+        for case in cases.CASES.values():
+            plans = list(case(settings))
+            assert all(plan.name and plan.mode in (FORWARD, BACKWARD) for plan in plans)
+            assert len({(plan.name, plan.mode) for plan in plans}) == len(plans)
+    names = [plan.name for plan in cases.CASES["generator"](settings)]
+    assert names[0] == "COCO 64², batch 2, 3 scenes"
+    result = invoke("run", "generator", "discriminator", "--only", "COCO 25²")
+    assert result.exit_code == 2
+    text = " ".join(result.output.replace("│", " ").split())
+    assert "no problem has 'COCO 25²' in its name; there are: COCO 256²; 4 samples" in text
+    with pytest.raises(AssertionError, match="something is built"):
+        next(cases.CASES["block"](settings)).build()
+
+
+def test_what_is_left_out_is_not_built(monkeypatch):
+    def two(settings):
+        yield Plan("wanted", FORWARD, lambda: next(toy(settings)).build())
+        yield Plan("left out", FORWARD, built)
+
+    monkeypatch.setitem(cli.CASES, "two", two)
+    assert "toy" in invoke("run", "two", "--quick", "--only", "wanted", "--seconds", "0").output
+
+
+def test_a_problem_is_gone_before_the_next_is_built(monkeypatch):
+    alive = weakref.WeakSet()
+
+    class Shared:
+        """What the problems of a case have in common."""
+
+    def build(shared, name):
+        assert len(alive) == 1
+        problem = next(toy(None)).build()
+        alive.add(problem)
+        return problem
+
+    def case(settings):
+        shared = Shared()
+        alive.add(shared)
+        for name in "ab":
+            yield Plan(name, FORWARD, functools.partial(build, shared, name))
+
+    monkeypatch.setattr(cli, "CASES", {"case": case})
+    monkeypatch.setattr(Problem, "__hash__", object.__hash__, raising=False)
+    result = invoke("run", "case", "--quick", "--seconds", "0")
+    assert "eager" in result.output and not isinstance(result.exception, AssertionError)
 
 
 def test_a_batch_is_of_scenes():
@@ -121,6 +205,57 @@ def test_list_and_bad_options(tmp_path):
         assert result.exit_code == 2 and words in " ".join(
             result.output.replace("│", " ").split()
         ), result.output
+
+
+def rows_of_every_kind():
+    problem = "generator", "4 samples of one COCO layout, 256², batch 16, 3 scenes", BACKWARD
+    variants = [*report.COLOURS, "floor, contiguous", "floor, channels-last"]
+    rows = [
+        measure.Row(*problem, variant, 0.5, None, None, [1.2345, 1.25, 1.26], (1.99, 2.05, 2.11))
+        for variant in variants
+    ]
+    for row in rows:
+        row.overhead, row.peak_memory, row.bandwidth = 12.34, 12345 * 2**20, 0.8
+    rows.append(dataclasses.replace(rows[0], times=[], error_in_double=1e-3))
+    return [*rows, dataclasses.replace(rows[0], times=[], failure="no such luck")]
+
+
+def in_80_columns(renderable):
+    console = Console(width=80, color_system=None)
+    with console.capture() as capture:
+        console.print(renderable)
+    assert max(map(len, capture.get().splitlines())) <= 80 and "…" not in capture.get()
+    return capture.get()
+
+
+def test_tables_can_be_read_in_80_columns():
+    text = in_80_columns(report.tables(rows_of_every_kind()))
+    words = {word for variant in report.COLOURS for word in variant.split()}
+    for word in (*words, "channels-last", "(1.99–2.11)", "12345", "1250", "in float64", "failed"):
+        assert word in text
+    widths = {16: 1, 8: 2, 4: 3, 2: 1}
+    found = in_80_columns(
+        proofs.table(
+            [
+                proofs.Proof(
+                    *("backward_input_kernel", "float32, γ bfloat16", "channels-last", "dense"),
+                    *("leaky_relu", True, 90, 128, 0, 12345, widths, widths, 0, 0),
+                )
+            ]
+        )
+    )
+    assert all(word in found for word in ("backward_input", "channels-last", "16, 8, 4, 2"))
+    found = in_80_columns(
+        cuda_proofs.table(
+            [
+                cuda_proofs.Proof(
+                    *("backward_input_kernel", 8, "channels-last", 90, 128, 0, 0, 1000, 256),
+                    *(widths, widths, 0, False),
+                )
+            ]
+        )
+    )
+    assert all(word in found for word in ("backward_input", "channels-last", "sm_90", "16, 8"))
 
 
 def test_layouts_are_drawn_and_read_back(tmp_path):

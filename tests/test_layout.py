@@ -1,7 +1,9 @@
 """SemanticLayout: from labels, back to the condition, its windows, and every error."""
 
+import copy
 import itertools
 import pickle
+import warnings
 
 import numpy as np
 import pytest
@@ -309,3 +311,403 @@ def test_avg_pool_is_differentiable_in_the_palette():
 def test_avg_pool_that_cannot_be(arguments, message):
     with pytest.raises(ValueError, match=message):
         SemanticLayout.from_labels(torch.zeros(1, 4, 9, dtype=torch.long), 2).avg_pool(*arguments)
+
+
+@pytest.mark.parametrize(
+    "dont_care,labels,classes",
+    [
+        (0, [[0, 1, 2]], [[3, 1, 2]]),  # within the classes: label 0 is none
+        (3, [[0, 1, 3]], [[0, 1, 3]]),
+        (-1, [[0, -1, 2]], [[0, 3, 2]]),
+        (255, [[255, 1, 2]], [[3, 1, 2]]),
+        (10**12, [[10**12, 1, 2]], [[3, 1, 2]]),
+        (np.int64(255), [[255, 1, 2]], [[3, 1, 2]]),
+    ],
+)
+def test_labels_and_what_is_no_label(dont_care, labels, classes):
+    layout = SemanticLayout.from_labels(torch.tensor(labels), np.int32(3), dont_care=dont_care)
+    expected = F.one_hot(torch.tensor(classes), 4).movedim(-1, 1).float()
+    assert torch.equal(layout.to_segmap(), expected)
+
+
+@pytest.mark.parametrize("dont_care", [0, -1, 255])
+def test_a_label_that_is_the_number_of_classes_is_out_of_range(dont_care):
+    with pytest.raises(
+        ValueError,
+        match=rf"labels has a 3 in 2 pixels, first at \[0, 1\]; it should have 0 to 2, or"
+        rf" {dont_care} for don't care",
+    ):
+        SemanticLayout.from_labels(torch.tensor([[1, 3, 3]]), 3, dont_care=dont_care)
+
+
+def as_given(numbers, kind):
+    """The same whole numbers, [N, *spatial], as they come."""
+    if kind == "read-only":
+        numbers = numbers.copy()
+        numbers.flags.writeable = False
+        return numbers
+    if kind == "negative strides":
+        return np.ascontiguousarray(numbers[:, ::-1, ::-1])[:, ::-1, ::-1]
+    if kind == "expanded":
+        return torch.as_tensor(numbers)[:, :, :1].expand(*numbers.shape)
+    if kind.startswith("torch."):
+        return torch.from_numpy(numbers).to(getattr(torch, kind.removeprefix("torch.")))
+    return numbers.astype(kind)
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [">i2", ">u4", ">i8", "<i4", "u1", "i1", "u2", "u8", "read-only", "negative strides"]
+    + ["expanded", "torch.uint16", "torch.uint32", "torch.uint64", "torch.int8"],
+)
+def test_whole_numbers_of_any_kind(kind):
+    with torch.device("cpu"), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        numbers = np.random.default_rng(0).integers(0, 3, (2, 4, 5))
+        labels, instances = as_given(numbers, kind), as_given(numbers.copy() // 2, kind)
+        numbers = np.asarray(labels).astype(np.int64)
+        layout = SemanticLayout.from_labels(labels, 4, instances, dont_care=2)
+        expected = SemanticLayout.from_labels(
+            torch.from_numpy(numbers), 4, torch.from_numpy(np.asarray(instances).astype(int)), 2
+        )
+        assert layout.equal(expected) and layout.label_nc == 6
+
+
+@pytest.mark.parametrize(
+    "labels,num_classes,settings,message",
+    [
+        (np.zeros((1, 4), bool), 2, {}, "labels has dtype .*bool, it should hold whole numbers"),
+        (np.array([["a"]]), 2, {}, "labels has dtype <U1, it should hold whole numbers"),
+        (np.array([[None]]), 2, {}, "labels has dtype object"),
+        (np.ma.masked_equal([[0, 1]], 1), 2, {}, "labels is a masked array"),
+        (np.array([[2**63]], np.uint64), 2, {"dont_care": -(2**63)}, "labels has numbers from 2"),
+        (torch.zeros(1, 4, dtype=torch.bool), 2, {}, "labels has dtype torch.bool"),
+        (torch.zeros(1, 4, dtype=torch.long, device="meta"), 2, {}, "on meta, it should be a den"),
+        (torch.eye(3).long().to_sparse(), 2, {}, "torch.sparse_coo.*it should be a dense tensor"),
+        (torch.zeros(1, 4).long(), 0, {}, "num_classes is 0, it should be 1 or more"),
+        (torch.zeros(1, 4).long(), -2, {}, "num_classes is -2, it should be 1 or more"),
+        (torch.zeros(1, 4).long(), 2.0, {}, "num_classes is 2.0, it should be a whole number"),
+        (torch.zeros(1, 4).long(), True, {}, "num_classes is True, it should be a whole number"),
+        (torch.zeros(1, 4).long(), 2, {"dont_care": 1.5}, "dont_care is 1.5, it should be a whole"),
+        (torch.zeros(1, 4).long(), 2, {"dont_care": False}, "dont_care is False, it should be a"),
+        (torch.zeros(1, 4).long(), 2, {"instances": np.zeros((1, 4))}, "instances has dtype"),
+    ],
+)
+def test_labels_that_are_none(labels, num_classes, settings, message):
+    with pytest.raises((ValueError, TypeError), match=message):
+        SemanticLayout.from_labels(labels, num_classes, **settings)
+
+
+@pytest.mark.parametrize("shape", [(1, 3, 0, 5), (0, 3, 4, 4), (2, 3, 0), (1, 0, 4, 4)])
+def test_a_condition_of_nothing(shape):
+    layout = SemanticLayout.from_segmap(torch.zeros(shape))
+    assert layout.to_segmap().shape == shape
+    assert layout.windows(shape[2:], 3).index.shape == (shape[0], *shape[2:])
+    with pytest.raises(ValueError, match="size is .*it should have 1 pixel or more"):
+        layout.resize([0 if length else 2 for length in shape[2:]])
+
+
+def test_conditions_that_have_no_layout():
+    learned = torch.zeros(1, 3, 4, 4, requires_grad=True)
+    for segmap, message in [
+        (learned, "segmap requires a gradient, it should not"),
+        (torch.zeros(1, 3, 4, 4, device="meta"), "on meta, it should be a dense tensor"),
+        (torch.zeros(1, 3, 4, 4).to(torch.float8_e4m3fn), "it is torch.float8_e4m3fn"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            SemanticLayout.from_segmap(segmap)
+    with torch.no_grad():
+        assert SemanticLayout.from_segmap(learned).label_nc == 3
+
+
+def test_tensors_of_other_classes():
+    class Other(torch.Tensor):
+        pass
+
+    labels = patches((1, 6, 6), 3)
+    layout = SemanticLayout.from_labels(labels, 3)
+    for other in (
+        SemanticLayout.from_labels(labels.as_subclass(Other), 3),
+        SemanticLayout.from_segmap(layout.to_segmap().as_subclass(Other)),
+        SemanticLayout.from_segmap(torch.nn.Parameter(layout.to_segmap(), requires_grad=False)),
+    ):
+        assert torch.equal(other.to_segmap(), layout.to_segmap())
+        assert type(other.codes) is type(other.palette) is torch.Tensor
+
+
+def everything(layout):
+    """What is made of a layout, as maps that do not depend on how things are numbered."""
+    windows, found = layout.windows((6, 5), 3), layout.patches(3, 2, 1)
+    counts = layout.palette.double().cumsum(1)
+    maps = [counts]
+    for sums in windows[:2]:
+        weight = torch.arange(maps[-1].shape[1] * 9, dtype=torch.float64).cos().view(1, -1, 3, 3)
+        maps.append(convolve_windows(maps[-1], weight, None, sums, torch.float64))
+    seen = torch.cat([counts, counts.new_zeros(1, counts.shape[1])])[found.contents.long()]
+    return [
+        maps[-1][windows.index.long()],
+        seen[found.index.long()],
+        layout.avg_pool(2).to_segmap(torch.float64),
+        layout.to_segmap(),
+    ]
+
+
+EDITS = {
+    "codes in place": lambda layout: layout.codes.fill_(1),
+    "codes through a view": lambda layout: layout.codes[:, 1:3].fill_(0),
+    "other codes": lambda layout: setattr(layout, "codes", layout.codes.flip(1)),
+    "others twice": lambda layout: [
+        setattr(layout, "codes", (layout.codes + step) % 3) for step in (1, 1)
+    ],
+    "other memory": lambda layout: setattr(layout.codes, "data", layout.codes.flip(1)),
+    "palette in place": lambda layout: layout.palette.mul_(2),
+    "another palette": lambda layout: setattr(layout, "palette", layout.palette.flip(0)),
+    "a longer palette": lambda layout: setattr(layout, "palette", layout.palette.repeat(2, 1)),
+}
+
+
+@pytest.mark.parametrize("edit", EDITS)
+@pytest.mark.parametrize("in_inference", [False, True])
+def test_what_is_made_of_an_edited_layout(edit, in_inference):
+    with torch.inference_mode(in_inference):
+        codes = patches((2, 12, 10), 3).int()
+        codes[0, 0, :3] = torch.arange(3, dtype=torch.int32)
+        layout = SemanticLayout(codes, torch.randn(3, 4))
+        repeated, content = layout.repeat(2), layout.content
+        before = [everything(layout), everything(repeated)]
+        assert layout.content is content and repeated.source is layout
+        EDITS[edit](layout)
+        assert layout.content is not content
+        for one in (layout, repeated, layout.repeat(2)):
+            fresh = SemanticLayout(one.codes.clone(), one.palette.clone())
+            assert all(map(torch.allclose, everything(one), everything(fresh)))
+        if "palette in place" not in edit:  # else it is the palette of both
+            assert all(map(torch.allclose, before[1], everything(repeated)))
+
+
+def test_a_repetition_that_is_edited():
+    layout = SemanticLayout(patches((1, 12, 10), 3).int(), torch.randn(3, 4))
+    expected = everything(layout)
+    for edit in EDITS.values():
+        repeated = layout.repeat(2)
+        everything(repeated)
+        palette = layout.palette.clone()
+        edit(repeated)
+        fresh = SemanticLayout(repeated.codes.clone(), repeated.palette.clone())
+        assert all(map(torch.allclose, everything(repeated), everything(fresh)))
+        layout.palette.copy_(palette)
+        assert all(map(torch.allclose, everything(layout), expected))
+
+
+def test_a_pooled_layout_that_is_edited_is_not_kept():
+    layout = SemanticLayout.from_labels(patches((1, 8, 8), 3), 3)
+    pooled = layout.avg_pool(2)
+    assert layout.avg_pool(2) is pooled
+    expected = pooled.to_segmap()
+    pooled.palette.zero_()
+    assert torch.equal(layout.avg_pool(2).to_segmap(), expected)
+
+
+@pytest.mark.parametrize("wrong", [10**6, -1])
+def test_codes_that_were_edited_out_of_range(wrong):
+    layout = SemanticLayout.from_labels(patches((1, 8, 8), 3), 3).prepare([(8, 8)], 3)
+    repeated = layout.repeat(2)
+    if not layout.codes.is_cpu:
+        pytest.skip("nobody waits for a GPU to see that")
+    layout.codes[0, 0, 0] = wrong
+    for use in (
+        lambda: layout.windows((8, 8), 3),
+        lambda: layout.patches(4, 2, 1),
+        lambda: layout.avg_pool(2),
+        lambda: layout.to_segmap(),
+        lambda: layout.resize((4, 4)),
+        lambda: layout.repeat(2),
+        lambda: layout.to("meta"),
+        lambda: SemanticLayout.stack([layout, repeated]),
+        lambda: layout[0],
+        lambda: layout.flip(-1),
+        lambda: layout.crop((0, 0), (2, 2)),
+        lambda: layout.content,
+        lambda: pickle.dumps(layout),
+    ):
+        with pytest.raises(ValueError, match="codes has numbers from .* rows of the palette"):
+            use()
+    assert repeated.windows((8, 8), 3).count > 1  # its codes are its own
+    layout.codes = layout.codes.clamp(0, 2).long()
+    with pytest.raises(ValueError, match="codes is torch.int64"):
+        layout.windows((8, 8), 3)
+    layout.codes = [[1]]
+    with pytest.raises(TypeError, match="codes is a list, it should be a torch.Tensor"):
+        layout.windows((8, 8), 3)
+
+
+@pytest.mark.parametrize("duplicate", [copy.copy, copy.deepcopy])
+def test_copies_are_edited_apart(duplicate):
+    layout = SemanticLayout.from_labels(patches((1, 12, 10), 3), 3).prepare([(6, 5)], 3)
+    other, expected = duplicate(layout), everything(layout)
+    assert other.stats() == layout.stats() != {}
+    other.codes = other.codes.flip(1)
+    fresh = SemanticLayout(other.codes, other.palette)
+    assert all(map(torch.allclose, everything(other), everything(fresh)))
+    assert all(map(torch.allclose, everything(layout), expected))
+
+
+@pytest.mark.large
+def test_layouts_made_in_inference_mode_may_be_trained_with():
+    labels, spade, x = patches((2, 12, 10), 3), spade_fast.SPADE(4, 3, 4), torch.randn(2, 4, 6, 5)
+    with torch.inference_mode():
+        layout = SemanticLayout.from_labels(labels, 3).prepare([(6, 5)], 3)
+        made = [layout, SemanticLayout.stack([layout]), layout[[0, 1]], layout.resize((6, 5))]
+        made += [SemanticLayout(layout.codes.clone(), layout.palette.clone())]
+        made += [copy.deepcopy(layout), layout[0].repeat(2), layout.avg_pool(1)]
+        for one in made:
+            one.windows((6, 5), 3)
+    for one in made:
+        one.palette = one.palette.float()
+        with spade_fast.window_mode("always"):
+            spade(x, one).sum().backward()
+
+
+def test_images_of_a_batch():
+    layout = SemanticLayout.from_labels(patches((4, 6, 5), 30), 30)
+    segmap = layout.to_segmap()
+    for images, expected in [
+        (1, segmap[1:2]),
+        (-1, segmap[3:]),
+        (np.int64(2), segmap[2:3]),
+        (torch.tensor(2), segmap[2:3]),
+        (slice(1, 3), segmap[1:3]),
+        (slice(None, None, -2), segmap[[3, 1]]),
+        ([2, 0, 2], segmap[[2, 0, 2]]),
+        (torch.tensor([-1, 0]), segmap[[3, 0]]),
+        (np.array([3]), segmap[3:]),
+        ([True, False, False, True], segmap[[0, 3]]),
+        (torch.tensor([False] * 4), segmap[:0]),
+        ([], segmap[:0]),
+    ]:
+        found = layout[images]
+        assert torch.equal(found.to_segmap(), expected), images
+        assert len(found.palette) == len(found.codes.unique())
+    assert [len(one) for one in layout] == [1] * 4
+    assert torch.equal(SemanticLayout.stack(layout).to_segmap(), segmap)
+
+
+@pytest.mark.parametrize(
+    "images,error,message",
+    [
+        (4, IndexError, "images has 4, it should be less than the batch, 4"),
+        ([0, -5], IndexError, "images has -5"),
+        ([True], IndexError, "images is a mask of 1, it should have 4"),
+        (1.0, TypeError, "images is 1.0, it should be numbers of the batch"),
+        ((0, slice(2)), TypeError, r"images is \(0, slice.*crop\(\) is for parts of an image"),
+        (None, TypeError, "images is None"),
+        ("0", TypeError, "images is '0'"),
+    ],
+)
+def test_images_that_a_batch_has_not(images, error, message):
+    with pytest.raises(error, match=message):
+        SemanticLayout.from_labels(patches((4, 6, 5), 3), 3)[images]
+
+
+@pytest.mark.parametrize("shape", [(2, 7), (2, 7, 5), (2, 7, 5, 4)])
+def test_flips_and_crops(shape):
+    layout = SemanticLayout.from_labels(patches(shape, 30), 30, patches(shape, 2, seed=1))
+    segmap, spatial = layout.to_segmap(), len(shape) - 1
+    for dims in [(-1,), (2,), (-spatial,), tuple(range(2, spatial + 2))]:
+        assert torch.equal(layout.flip(*dims).to_segmap(), segmap.flip(dims))
+        assert torch.equal(layout.flip(dims).to_segmap(), segmap.flip(dims))
+    start, size = (1, 2, np.int64(0))[:spatial], (5, 3, 2)[:spatial]
+    part = segmap[(..., *(slice(begin, begin + one) for begin, one in zip(start, size)))]
+    cropped = layout.crop(start, size)
+    assert torch.equal(cropped.to_segmap(), part)
+    assert len(cropped.palette) == len(cropped.codes.unique())
+    assert torch.equal(layout.to_segmap(), segmap)
+
+
+@pytest.mark.parametrize(
+    "use,message",
+    [
+        (lambda layout: layout.flip(1), "dims has 1, it should have axes of size, 2 to 3 or -2 to"),
+        (lambda layout: layout.flip(-3), "dims has -3"),
+        (lambda layout: layout.flip("left"), "dims is 'left', it should be a whole number"),
+        (lambda layout: layout.crop((0, 1), (4, 5)), r"start is \(0, 1\) and size \(4, 5\), they"),
+        (lambda layout: layout.crop((-1, 0), (4, 5)), r"start is \(-1, 0\)"),
+        (lambda layout: layout.crop((0, 0), (0, 5)), r"size \(0, 5\)"),
+        (lambda layout: layout.crop((0,), (4, 5)), "start is .* should have the layout's 2 dimens"),
+        (lambda layout: layout.resize((4.0, 5)), "size is 4.0, it should be a whole number"),
+        (lambda layout: layout.resize((4, -5)), "size is .*it should have 1 pixel or more"),
+        (lambda layout: layout.resize((4,)), "size is .* should have the layout's 2 dimensions"),
+        (lambda layout: layout.windows((4, 0), 3), "size is .*it should have 1 pixel or more"),
+        (lambda layout: layout.windows((4, 5), 3.0), "kernel_size is 3.0, it should be a whole"),
+        (lambda layout: layout.prepare((4, 5), 3), "size is .* should have the layout's 2 dimens"),
+        (lambda layout: layout.patches(0, 1, 0), "kernel_size is 0, stride 1, padding 0"),
+        (lambda layout: layout.patches(3, 0, 0), "kernel_size is 3, stride 0, padding 0"),
+        (lambda layout: layout.patches(3, 1, -1), "kernel_size is 3, stride 1, padding -1"),
+        (lambda layout: layout.repeat(0), "times is 0, it should be 1 or more"),
+        (lambda layout: layout.repeat(1.5), "times is 1.5, it should be a whole number"),
+        (lambda layout: layout.to(torch.float16), "device is torch.float16, it should be a device"),
+        (lambda layout: SemanticLayout.stack([layout, layout.codes]), "layouts has a Tensor"),
+        (lambda layout: layout.windows((4, 5), 3) and layout[:0].avg_pool(9), "kernel_size is 9"),
+    ],
+)
+def test_what_a_layout_cannot_do(use, message):
+    with pytest.raises((ValueError, TypeError), match=message):
+        use(SemanticLayout.from_labels(patches((2, 4, 5), 3), 3))
+
+
+def test_rows_that_were_taken_for_images():
+    layout = SemanticLayout.from_labels(torch.zeros(4, 5, dtype=torch.long), 3)
+    with pytest.raises(ValueError, match=r"1 dimensions; a single map .* labels\[None\]"):
+        layout.windows((4, 5), 3)
+
+
+def test_sizes_of_numpy():
+    layout = SemanticLayout.from_labels(patches((2, 8, 8), 3), 3)
+    size = np.array([4, 6])
+    assert layout.windows(size, np.int64(3)) is layout.windows((4, 6), 3)
+    assert layout.windows(list(torch.tensor(size)), 3) is layout.windows((4, 6), 3)
+    assert type(next(iter(layout.stats()))[0][0]) is int
+    assert layout.resize(size).codes.shape == (2, 4, 6)
+    assert layout.avg_pool(np.int32(2)) is layout.avg_pool(2)
+    assert layout.patches(np.int8(4), 2, np.uint8(1)) is layout.patches(4, 2, 1)
+
+
+@pytest.mark.parametrize("kernel_size", [2, 4])
+@pytest.mark.parametrize("count_include_pad", [True, False])
+def test_avg_pool_with_as_much_padding_as_pytorch_takes(kernel_size, count_include_pad):
+    layout = SemanticLayout.from_labels(patches((1, 9, 8), 3), 3)
+    settings = dict(stride=2, padding=kernel_size // 2, count_include_pad=count_include_pad)
+    expected = F.avg_pool2d(layout.to_segmap(), kernel_size, **settings)
+    assert torch.allclose(layout.avg_pool(kernel_size, **settings).to_segmap(), expected, atol=1e-7)
+
+
+class Maps(torch.utils.data.Dataset):
+    """A data set that yields layouts, each a batch of one."""
+
+    def __len__(self):
+        return 5
+
+    def __getitem__(self, number):
+        layout = SemanticLayout.from_labels(patches((1, 6, 5), 3, seed=number), 3)
+        return {"segmap": layout.prepare([(6, 5)], 3), "number": number}
+
+
+def test_a_data_loader_stacks_layouts():
+    with torch.device("cpu"), spade_fast.use_backend("torch"):  # where a data loader's workers are
+        batches = list(torch.utils.data.DataLoader(Maps(), batch_size=2))
+        expected = torch.cat([Maps()[number]["segmap"].to_segmap() for number in (2, 3)])
+    assert [len(batch["segmap"]) for batch in batches] == [2, 2, 1]
+    assert torch.equal(batches[0]["number"], torch.arange(2, device="cpu"))
+    assert torch.equal(batches[1]["segmap"].to_segmap(), expected)
+    assert set(batches[1]["segmap"].stats()) == {((6, 5), 3)}
+
+
+def test_moving_a_layout():
+    layout = SemanticLayout.from_labels(patches((2, 8, 8), 3), 3).prepare([(8, 8)], 3)
+    here = layout.device
+    assert layout.to(here) is layout and layout.to(str(here), non_blocking=True) is layout
+    if here.type == "cuda":
+        assert layout.to("cuda") is layout and layout.cuda() is layout
+    there = layout.to("meta", non_blocking=True)
+    assert there.device.type == "meta" and there.stats() == layout.stats() != {}
+    assert layout.cpu().device.type == "cpu"

@@ -51,7 +51,9 @@ def find_layout(segmap: torch.Tensor | SemanticLayout) -> SemanticLayout | None:
         return segmap
     if torch.compiler.is_compiling() or is_recorded(segmap) or current_mode() == "never":
         return None
-    if segmap.requires_grad or (segmap.is_cuda and torch.cuda.is_current_stream_capturing()):
+    if segmap.requires_grad or segmap.layout != torch.strided:
+        return None
+    if segmap.is_cuda and torch.cuda.is_current_stream_capturing():
         return None
     state = (
         None if segmap.is_inference() else segmap._version,

@@ -174,7 +174,7 @@ class MultiscaleDiscriminator(nn.Module):
         for number, discriminator in enumerate(self.children()):
             if number > 0:
                 x = POOLS[self.spatial_dims](x, **HALF)
-                layout = layout and layout.avg_pool(**HALF)
+                layout = None if layout is None else layout.avg_pool(**HALF)
             watched = layout is not None and is_watched(discriminator)
             results.append(
                 discriminator(together(layout, x)) if watched else discriminator(x, layout)

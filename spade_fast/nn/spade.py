@@ -142,7 +142,7 @@ class SpatiallyAdaptive(HasParts):
         elif segmap.codes.dim() - 1 != form.spatial_dims:
             raise ValueError(
                 f"segmap has {segmap.codes.dim() - 1} dimensions, it should have"
-                f" {form.spatial_dims} besides its batch: its codes are {list(segmap.codes.shape)}"
+                f" {form.spatial_dims}; a single map [height, width] needs a batch: labels[None]"
             )
         elif segmap.label_nc != form.label_nc:
             raise ValueError(

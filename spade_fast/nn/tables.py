@@ -36,7 +36,7 @@ def at_windows(
         gamma, beta = kept.get(
             layout.source,
             key,
-            [layout.palette, *convolutions.weights],
+            [layout.source.codes, layout.palette, *convolutions.weights],
             lambda: compute_table(layout, windows, convolutions, dtype),
         )
     index = windows.index_of_images if convolutions.normalise else windows.index
