@@ -466,8 +466,9 @@ def test_meta_tensors(name, condition):
 @pytest.mark.parametrize("name", MODULES)
 def test_fake_tensors(name, condition):
     ours, theirs = both(name)
+    x, segmap = pictures(), CONDITIONS[condition]()
     with FakeTensorMode(allow_non_fake_inputs=True) as fake:
-        x, segmap = fake.from_tensor(pictures()), fake.from_tensor(CONDITIONS[condition]())
+        x, segmap = fake.from_tensor(x), fake.from_tensor(segmap)
         x.requires_grad_()
 
         def with_gradient(module):
