@@ -73,6 +73,9 @@ class Pair:
         torch.manual_seed(0)
         self.kind = kind
         self.model, self.twin = (one.double() for one in MODELS[kind]())
+        with torch.no_grad():  # singular vectors that are some: of random ones σ may be about zero
+            for seed in range(5):
+                self.model.train()(pictures(seed=seed), label_map())
         self.twin.load_state_dict(self.model.state_dict())
         self.scopes, self.changed, self.number = [], False, 0
 
@@ -117,6 +120,7 @@ def step(pair):
         optimizer = torch.optim.SGD(one.parameters(), 0.05)
         with torch.enable_grad():
             one(pictures(), label_map()).square().mean().backward()
+        torch.nn.utils.clip_grad_norm_(one.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
 
@@ -249,15 +253,27 @@ OPERATIONS = {
 MODES = st.sampled_from(["auto", "always", "never"])
 
 
+COMMON = [name for name in OPERATIONS if name not in ("fold", "convert", "revert", "trace")]
+OF_KINDS = {
+    "block": [*COMMON, "trace"],
+    "converted": [*COMMON, "convert", "revert", "trace"],
+    "dropout": ["train", "eval", "convert", "revert", "load"],
+    "generator": ["fold", "fold", "eval", "train", "ema", "load", "swap", "enter frozen", "step"],
+}
+
+
+def sequences(kind):
+    """Of operations on this kind of model, each with a mode and with gradients or without."""
+    step = st.tuples(st.sampled_from(OF_KINDS[kind]), MODES, st.booleans())
+    return st.tuples(st.just(kind), st.lists(step, min_size=6, max_size=12))
+
+
 @FEW
-@given(
-    st.sampled_from([*MODELS]),
-    st.lists(
-        st.tuples(st.sampled_from([*OPERATIONS]), MODES, st.booleans()), min_size=4, max_size=10
-    ),
-)
-def test_sequences_of_operations(kind, steps):
+@given(st.sampled_from([*MODELS]).flatmap(sequences), st.booleans())
+def test_sequences_of_operations(sequence, train):
+    kind, steps = sequence
     pair = Pair(kind)
+    pair.both(lambda one: one.train(train))
     try:
         if kind in ("converted", "dropout"):
             spade_fast.convert(pair.model)
@@ -283,7 +299,7 @@ def layers(draw):
             "spatial_dims": dims,
         },
         "channels": channels,
-        "batches": draw(st.sampled_from([(2, 2), (1, 1), (3, 3), (3, 1), (1, 2)])),
+        "batches": draw(st.sampled_from([(2, 2), (3, 3), (3, 1), (1, 2)])),
         "size": [draw(st.integers(4, 6)), *[draw(side) for _ in range(dims - 1)]],
         "condition_size": [draw(st.integers(1, 9)) for _ in range(dims)],
         "x_layout": draw(st.sampled_from(LAYOUTS)),
@@ -352,6 +368,8 @@ def test_layers_against_the_reference(case):
     largest = max(one.abs().max().item() for name, one in true.items() if name != "y")
     for name in true:
         scale = true[name].abs().max().item()
+        if name.endswith("bias") and name.replace("bias", "weight") in true:
+            scale = max(scale, true[name.replace("bias", "weight")].abs().max().item())
         if name not in ("y", "x"):  # gradients that are zero in exact arithmetic
             scale = max(scale, 0.1 if "running" in name else 1e-2 * largest)
         if name == "x":
@@ -361,15 +379,18 @@ def test_layers_against_the_reference(case):
 
 @st.composite
 def operations(draw):
-    """Arguments of modulations.sample."""
+    """Arguments of modulations.sample: two images or more, for with one, and a dy whose channels lie
+    together, eager PyTorch's gradient of instance norm is wrong.
+    """
     dims, channels = draw(st.integers(1, 3)), draw(st.sampled_from([2, 4, 6]))
     dtypes = st.sampled_from([torch.float64, torch.float32, torch.bfloat16, torch.float16])
     dtype = draw(dtypes)
     return {
         "shape": (
-            draw(st.integers(1, 3)),
+            draw(st.integers(2, 3)),
             channels,
-            *[draw(st.integers(2, 6)) for _ in range(dims)],
+            draw(st.integers(5, 7)),
+            *[draw(st.integers(1, 4)) for _ in range(dims - 1)],
         ),
         "norm": draw(st.sampled_from(["instance", "batch", "syncbatch", "group", None])),
         "activation": draw(st.sampled_from([None, "relu", "leaky_relu", "silu"])),

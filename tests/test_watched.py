@@ -343,9 +343,10 @@ def test_a_norm_that_becomes_another_in_its_first_forward(norm, made, train, seg
 
 
 @pytest.mark.parametrize("parts", ["whole", "norms alone"])
-def test_an_eval_forward_and_a_train_forward_before_the_first_ones_backward(blocks, segmap, parts):
+def test_an_eval_forward_and_a_train_forward_before_the_first_ones_backward(segmap, parts):
+    torch.manual_seed(0)
     found = []
-    for block in blocks:
+    for block in our_block():  # without spectral norm, whose vectors eager writes over, too
         x = pictures().requires_grad_()
         first = block.eval()(x, segmap)
         if parts == "whole":
