@@ -340,7 +340,7 @@ def tasks_end_out_of_order(model, layout, x):
 
     async def hold(wait):
         try:
-            with torch.no_grad(), spade_fast.frozen(model):
+            with spade_fast.frozen(model):
                 model(x, layout)
                 await asyncio.sleep(wait)
                 model(x, layout)
@@ -352,7 +352,8 @@ def tasks_end_out_of_order(model, layout, x):
         await asyncio.sleep(0.01)
         await asyncio.gather(first, hold(0.03))
 
-    asyncio.run(both())
+    with torch.no_grad():  # around both: what turns gradients off is a thread's, not a task's
+        asyncio.run(both())
     return errors
 
 

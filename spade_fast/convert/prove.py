@@ -26,7 +26,9 @@ CONDITIONS = {
 # Of what agreement allows. In float64 that is 1e-12, and proves the formula; in other dtypes, where
 # one sum of a few numbers may be luckier than another, it shows that the module's dtype works.
 SLACK_IN_DOUBLE, SLACK = 100, 30
-CLOSE = 32  # roundings of the largest element of y, from one computation to the other
+# From one computation's y to the other's, as a share of the largest element: rounding is amplified
+# where a channel's mean is large beside its deviation, which a hundredth here is.
+CLOSE = {torch.float64: 1e-10, torch.float32: 1e-4, torch.float16: 0.05, torch.bfloat16: 0.25}
 AUTOCAST_SLACK = 3  # the norm of our error over its own: autocast rounds where the own forward does
 
 
@@ -306,7 +308,7 @@ def _compare_outputs(ours, theirs, dtype):
     scale = theirs.abs().max().item() if theirs.numel() else 0.0
     if ours.shape != theirs.shape or ours.dtype != theirs.dtype:
         raise Unlike(f"y is {ours.dtype} {list(ours.shape)}, not {theirs.dtype}")
-    if not (ours - theirs).abs().max().item() <= CLOSE * torch.finfo(dtype).eps * scale:
+    if not (ours - theirs).abs().max().item() <= CLOSE[dtype] * scale:
         raise Unlike(
             f"it computes something else than its parts say: y is {_error(ours, theirs)} away in"
             f" {dtype}"
