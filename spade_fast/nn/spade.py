@@ -82,7 +82,7 @@ class SpatiallyAdaptive(HasParts):
             x, moments, norm = parts.norm(x), None, {"norm": None}
             x = x.expand(images, *x.shape[1:]) if several else x
         if layout is not None and len(layout) != x.shape[0]:
-            layout = layout.repeat(x.shape[0])
+            layout = layout.repeat(x.shape[0]) if x.shape[0] else layout[:0]
         convolutions = convolutions_at_windows(self, parts, layout, x)
         if convolutions is not None:
             gamma, beta, lookup = at_windows(self, layout, x, convolutions)
@@ -114,7 +114,10 @@ class SpatiallyAdaptive(HasParts):
         """Raises what is wrong with x or segmap, by name."""
         self._check_tensor("x", x, self.spade_form.norm_nc)
         self.check_segmap(segmap)
-        weight = next(Parts.of(self).shared.parameters(), segmap)
+        shared = Parts.of(self).shared
+        first = next((module for module in shared.modules() if module._parameters), None)
+        # A convolution that is watched may have its weights only while it is called.
+        weight = segmap if first is None or is_watched(first) else next(first.parameters())
         for name, tensor in {"segmap": segmap, "the layer's weight": weight}.items():
             if tensor.device != x.device:
                 raise ValueError(
