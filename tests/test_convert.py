@@ -2,19 +2,32 @@
 were.
 """
 
+import argparse
 import copy
 import io
 import threading
 
+import numpy as np
 import pytest
 import torch
 import torch.nn as nn
-from families import CHANNELS, LABELS, LOOKALIKES, SPADES, Block, Layer, NoResize, OtherBlock
+from families import (
+    CHANNELS,
+    LABELS,
+    LOOKALIKES,
+    SPADES,
+    Block,
+    ImaginaireNorm,
+    Layer,
+    NoResize,
+    OtherBlock,
+)
 from test_layout import patches
 
 import spade_fast
 from spade_fast import SPADE, SemanticLayout, reference
 from spade_fast.convert import Fast
+from spade_fast.nn import spade
 
 
 class Network(nn.Module):
@@ -356,3 +369,83 @@ def test_in_distributed_data_parallel(tmp_path):
         )
     finally:
         torch.distributed.destroy_process_group()
+
+
+def under(norm):
+    """A layer whose convolutions make their weights in each call."""
+
+    def layer():
+        layer = Layer()
+        layer.mlp_shared[0] = norm(layer.mlp_shared[0])
+        layer.mlp_gamma, layer.mlp_beta = norm(layer.mlp_gamma), norm(layer.mlp_beta)
+        return layer
+
+    return layer
+
+
+@pytest.mark.filterwarnings("ignore:`torch.nn.utils.weight_norm`")
+@pytest.mark.parametrize(
+    "layer",
+    [
+        under(nn.utils.spectral_norm),
+        under(nn.utils.weight_norm),
+        under(nn.utils.parametrizations.spectral_norm),
+        under(nn.utils.parametrizations.weight_norm),
+        lambda: ImaginaireNorm(1, separate_projection=True),
+        lambda: ImaginaireNorm(1, separate_projection=True, spectral=False),
+    ],
+    ids=["spectral", "weight", "parametrized spectral", "parametrized weight", "own", "own, plain"],
+)
+def test_convolutions_that_make_their_weights_go_by_windows(layer, monkeypatch):
+    torch.manual_seed(0)
+    model, own = layer().double(), layer().double()
+    own.load_state_dict(model.state_dict())
+    assert "windows" in spade_fast.convert(model)[0].reason
+    given, used, at_windows = inputs(), [], spade.at_windows
+    monkeypatch.setattr(
+        spade, "at_windows", lambda *arguments: used.append(True) or at_windows(*arguments)
+    )
+    with spade_fast.window_mode("always"):
+        for train in (True, False, True):
+            for network in (model, own):
+                network.train(train)
+            agree(outcome(model, *given), outcome(own, *given))
+    assert len(used) == 3
+    with torch.no_grad(), spade_fast.frozen(model), spade_fast.window_mode("always"):
+        for train in (True, False, False):
+            for network in (model, own):
+                network.train(train)
+            assert torch.allclose(model(*given), own(*given), rtol=1e-10)
+
+
+@pytest.mark.parametrize(
+    "arguments", [("spadebatch3x3", 8, 5), ("spadebatch3x3", 8, 5, 6), (8, 5, 6, 3, "batch")]
+)
+def test_the_published_signature_of_the_layer(arguments):
+    layer = SPADE(*arguments)
+    assert type(layer.param_free_norm) is nn.BatchNorm2d and layer.mlp_gamma.out_channels == 8
+    assert layer.mlp_shared[0].out_channels == (128 if len(arguments) == 3 else 6)
+
+
+def test_the_published_signature_of_the_block():
+    options = argparse.Namespace(norm_G="spectralspadesyncbatch3x3", semantic_nc=5)
+    block = spade_fast.SPADEResnetBlock(8, np.int64(4), options)
+    assert block.conv_s.weight_orig.shape == (4, 8, 1, 1) and block.norm_0.label_nc == 5
+    with pytest.raises(ValueError, match="label_nc is None"):
+        spade_fast.SPADEResnetBlock(8, 4, "spadeinstance3x3")
+
+
+def test_in_a_context_of_another_device():
+    model, own = Network(Layer), Network(Layer)
+    own.load_state_dict(model.state_dict())
+    with torch.device("meta"):
+        assert spade_fast.convert(model).converted == 5
+    x, segmap = (tensor.float() for tensor in inputs())
+    assert torch.allclose(model.eval()(x, segmap), own.eval()(x, segmap), atol=1e-5)
+
+
+def test_lazy_convolutions_are_left_alone():
+    layer = Layer()
+    layer.mlp_gamma = nn.LazyConv2d(CHANNELS, 3, padding=1)
+    report = spade_fast.convert(layer)
+    assert not report.converted and "call it once, then convert" in report[0].reason

@@ -15,6 +15,7 @@ import torch.nn as nn
 
 from .. import kernels
 from ..nn.block import ResidualBlock
+from ..nn.modules import leaves
 from ..nn.parts import Parts
 from ..nn.spade import SpatiallyAdaptive
 from ..recording import has_values
@@ -94,13 +95,32 @@ def _convert(name, module, kind, recognise, probe):
         _check_values(module)
         form, recognised_as = recognise(module)
         if probe:
-            proof, exceptions = prove(module, kind, form)
+            form, proof, exceptions = _proved(module, kind, form)
         else:
             proof = _trusted(module)
     except Unlike as unlike:
         return entry(recognised_as, False, str(unlike))
     make_fast(module, kind, form._replace(proof=proof))
     return entry(recognised_as, True, "; ".join([_how(module), *exceptions]))
+
+
+def _proved(module, kind, form):
+    """The form, its proof and the proof's exceptions. What a part of an unknown class has inside is
+    taken for what it does where that is proved, for then windows are possible.
+    """
+    if kind is FastSPADE and _is_opaque(module, form):
+        try:
+            opened = form._replace(inside=True)
+            return opened, *prove(module, kind, opened)
+        except Unlike:
+            pass
+    return form, *prove(module, kind, form)
+
+
+def _is_opaque(module, form):
+    """Whether a part is of a class that has other modules in it, and no Sequential."""
+    parts = [module.get_submodule(name) for name in (form.shared, form.gamma, form.beta)]
+    return any(leaf._modules for part in parts for leaf in leaves(part))
 
 
 def _check_values(module):

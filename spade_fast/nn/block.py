@@ -8,7 +8,7 @@ from ..layout import SemanticLayout
 from ..ops.modulate import plane_moments
 from ..recording import is_recorded, of_their_class, ordinary
 from .choice import find_layout
-from .config import parse_config, whole_number
+from .config import dimensions, parse_config, whole_number
 from .modules import CONVOLUTIONS, is_watched, may_overwrite_result
 from .pixels import like_pixels_of, resize, with_channels_together
 from .spade import SPADE, SpatiallyAdaptive
@@ -166,8 +166,7 @@ class SPADEResnetBlock(ResidualBlock, nn.Module):
         if label_nc is None and hasattr(norm_G, "norm_G") and hasattr(norm_G, "semantic_nc"):
             norm_G, label_nc = norm_G.norm_G, norm_G.semantic_nc  # the published code's options
         config = parse_config(norm_G, "norm_G")
-        if spatial_dims not in CONVOLUTIONS:
-            raise ValueError(f"spatial_dims is {spatial_dims!r}, it should be 1, 2 or 3")
+        spatial_dims = dimensions(spatial_dims)
         fin, fout = whole_number("fin", fin), whole_number("fout", fout)
         dilation, fmiddle = whole_number("dilation", dilation), min(fin, fout)
 

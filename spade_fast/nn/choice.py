@@ -2,6 +2,8 @@
 its condition, its parts and whoever looks on allow, and what pays.
 """
 
+import math
+
 import torch
 import torch.nn as nn
 from torch.utils.weak import WeakTensorKeyDictionary
@@ -98,7 +100,7 @@ def _pays(spade, layout, size, convolutions):
         return True  # once for many forward passes
     shared, gamma = convolutions.shared, convolutions.gamma
     windows = layout.windows(size, gamma.kernel_size[0])
-    taps, hidden = gamma.weight[0, 0].numel(), gamma.in_channels
+    taps, hidden = math.prod(gamma.kernel_size), gamma.in_channels
     outputs = 2 * gamma.out_channels
     at_pixels = windows.index.numel() * (shared.in_channels + outputs) + COST_OF_WEIGHT * outputs
     products = len(layout.palette) * shared.in_channels + windows.hidden_count * outputs

@@ -58,3 +58,14 @@ def dimensions(spatial_dims) -> int:
     if number not in (1, 2, 3):
         raise ValueError(f"spatial_dims is {spatial_dims!r}, it should be 1, 2 or 3")
     return number
+
+
+def odd_number(name: str, value) -> int:
+    """The same of an odd number. Errors: ValueError where it is none."""
+    try:
+        number = whole_number(name, value)
+    except ValueError:
+        number = 0
+    if number % 2 == 0:
+        raise ValueError(f"{name} is {value!r}, it should be an odd whole number")
+    return number

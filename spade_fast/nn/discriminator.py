@@ -91,7 +91,7 @@ class PatchDiscriminator(nn.Module):
         patches = layout.patches(
             convolution.kernel_size[0], convolution.stride[0], convolution.padding[0]
         )
-        dtype = dtype_of_convolution(image, convolution.weight)
+        dtype = dtype_of_convolution(image, convolution.weight.dtype)
         table = convolve_windows(layout.palette, of_condition, None, patches.sums, dtype).to(dtype)
         # x + the row of each place's window, and the leaky ReLU: a modulation without a norm, with
         # γ = 0.

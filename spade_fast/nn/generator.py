@@ -19,7 +19,7 @@ from .arguments import remember
 from .block import ResidualBlock, SPADEResnetBlock
 from .choice import current_mode, find_layout
 from .config import dimensions, parse_config, whole_number
-from .modules import CONVOLUTIONS, keeps_size, taps_of
+from .modules import CONVOLUTIONS, is_plain, keeps_size, taps_of
 from .pixels import resize
 from .spade import batch_of
 from .spectral import fold_spectral_norm
@@ -218,7 +218,8 @@ class SPADEGenerator(nn.Module):
                 x = block(repeat_pixels(x, stage.scale), repeat_images(segmap, times))
         x = F.leaky_relu(x, 0.2)
         summed = self.last_scale > 1 and may_sum_weights(x) and not is_recorded(x)
-        if summed and keeps_size(self.conv_img, taps_of(self.conv_img)):
+        plain = is_plain(self.conv_img, CONVOLUTIONS.values())
+        if summed and plain and keeps_size(self.conv_img, taps_of(self.conv_img)):
             x = convolve_repeated(self.conv_img, x, self.last_scale)
         else:
             x = self.conv_img(repeat_pixels(x, self.last_scale))

@@ -2,8 +2,12 @@
 
 from collections.abc import Callable, Iterable
 
+import torch
 import torch.nn as nn
 from torch.nn.modules import module as calls
+from torch.nn.utils import parametrize
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
 
 from ..recording import may_overwrite
 
@@ -16,6 +20,7 @@ KINDS = {
     nn.SyncBatchNorm: "syncbatch",
     nn.GroupNorm: "group",
 }
+MAKERS = (SpectralNorm, WeightNorm)  # hooks that make the weight, whatever the input is
 POINTWISE = (nn.ReLU, nn.LeakyReLU, nn.SiLU, nn.GELU, nn.ELU, nn.Tanh, nn.Sigmoid, nn.Identity)
 
 
@@ -50,14 +55,56 @@ def is_plain(module: nn.Module, types: Iterable[type]) -> bool:
     return type(module) in types and not is_watched(module)
 
 
-def leaves(module: nn.Module) -> list[nn.Module]:
+def leaves(module: nn.Module, inside: bool = False) -> list[nn.Module]:
     """The modules that a module is, one after the other: those of a Sequential, and of the
-    Sequentials in it.
+    Sequentials in it; with `inside` those of any module that has some.
     """
-    plain = type(module).forward is nn.Sequential.forward and not is_watched(module)
-    if not isinstance(module, nn.Sequential) or not plain:
+    in_turn = isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward
+    opens = in_turn or inside and module._modules and not parametrize.is_parametrized(module)
+    if not opens or is_watched(module):
         return [module]
-    return [leaf for child in module for leaf in leaves(child)]
+    return [leaf for child in module.children() for leaf in leaves(child, inside)]
+
+
+def own_class(module: nn.Module) -> type:
+    """A module's class, under a parametrization the one that it had before."""
+    kind = type(module)
+    return kind.__bases__[0] if parametrize.is_parametrized(module) else kind
+
+
+def is_convolution(module: nn.Module) -> bool:
+    """Whether a module is a convolution that its settings and `weight_of` say all about: plain, or
+    under spectral norm, weight norm or a parametrization.
+    """
+    if own_class(module) not in CONVOLUTIONS.values() or not is_called_plainly(module):
+        return False
+    makers = [hook for hook in hooks(module) if isinstance(hook, MAKERS) and hook.name == "weight"]
+    return len(makers) == len(hooks(module))
+
+
+def weight_of(module: nn.Module) -> torch.Tensor:
+    """The weight that a call of a convolution uses, made as a call makes it: to be asked for once,
+    in the call's place.
+    """
+    for hook in module._forward_pre_hooks.values():
+        hook(module, None)
+    return module.weight
+
+
+def shape_of_weight(module: nn.Module) -> torch.Size:
+    """The shape of a convolution's weight, which is not made for it."""
+    if parametrize.is_parametrized(module, "weight"):
+        originals = module.parametrizations.weight
+        first = getattr(originals, "original", None)
+        return getattr(originals, "original1", None).shape if first is None else first.shape
+    names = ("weight_orig", "weight_v", "weight")  # of spectral norm, of weight norm, its own
+    return next(module._parameters[name] for name in names if name in module._parameters).shape
+
+
+def changes_itself(module: nn.Module) -> bool:
+    """Whether a call changes what the next one's weight is, as spectral norm does in train mode."""
+    makes = hooks(module) or parametrize.is_parametrized(module)
+    return bool(makes) and any(part.training for part in module.modules())
 
 
 def keeps_size(module: nn.Module, size: int) -> bool:
@@ -67,11 +114,11 @@ def keeps_size(module: nn.Module, size: int) -> bool:
     settings = {"kernel_size": size, "padding": size // 2, "stride": 1, "dilation": 1}
     return (
         size % 2 == 1
-        and is_plain(module, CONVOLUTIONS.values())
+        and is_convolution(module)
         and module.groups == 1
         and module.padding_mode == "zeros"
         and all(_each(getattr(module, name), setting) for name, setting in settings.items())
-        and module.weight.shape[1:] == (module.in_channels, *[size] * (module.weight.dim() - 2))
+        and shape_of_weight(module)[1:] == (module.in_channels, *module.kernel_size)
     )
 
 

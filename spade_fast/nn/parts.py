@@ -5,7 +5,15 @@ from typing import NamedTuple
 import torch.nn as nn
 
 from ..layout import LARGEST_KERNEL
-from .modules import INSTANCE_NORMS, POINTWISE, is_plain, keeps_size, leaves, taps_of
+from .modules import (
+    INSTANCE_NORMS,
+    POINTWISE,
+    changes_itself,
+    is_plain,
+    keeps_size,
+    leaves,
+    taps_of,
+)
 
 
 class Form(NamedTuple):
@@ -19,6 +27,7 @@ class Form(NamedTuple):
     label_nc: int
     spatial_dims: int
     pad: str | None = None  # what the hidden map goes through before gamma and beta
+    inside: bool = False  # whether parts of unknown classes are what the modules in them say
     proof: object = None  # of a converted module: when its parts are all that it is
 
 
@@ -51,8 +60,13 @@ class Convolutions(NamedTuple):
     def weights(self) -> list:
         """Every tensor that decides the table."""
         modules = (self.shared, self.gamma, self.beta, self.gamma_norm, self.beta_norm)
-        found = [(module.weight, module.bias) for module in modules if module is not None]
-        return [tensor for pair in found for tensor in pair if tensor is not None]
+        modules = [module for module in modules if module is not None]
+        return [tensor for of in modules for tensor in (*of.parameters(), *of.buffers())]
+
+    @property
+    def changes_itself(self) -> bool:
+        """Whether each call changes the next one's weights."""
+        return any(changes_itself(module) for module in (self.shared, self.gamma, self.beta))
 
 
 class Parts(NamedTuple):
@@ -63,18 +77,22 @@ class Parts(NamedTuple):
     gamma: nn.Module
     beta: nn.Module
     pad: nn.Module | None
+    inside: bool
 
     @classmethod
     def of(cls, spade: nn.Module) -> "Parts":
-        names = [getattr(spade.spade_form, field) for field in cls._fields]
-        return cls(*(None if name is None else spade.get_submodule(name) for name in names))
+        form = spade.spade_form
+        names = (form.norm, form.shared, form.gamma, form.beta, form.pad)
+        parts = (None if name is None else spade.get_submodule(name) for name in names)
+        return cls(*parts, form.inside)
 
     def convolutions(self) -> Convolutions | None:
         """What decides γ and β, or None where that is more than a window's codes and the weights
         of plain convolutions.
         """
-        shared, *activations = leaves(self.shared)
-        (gamma, *gamma_norms), (beta, *beta_norms) = leaves(self.gamma), leaves(self.beta)
+        shared, *activations = leaves(self.shared, self.inside)
+        gamma, *gamma_norms = leaves(self.gamma, self.inside)
+        beta, *beta_norms = leaves(self.beta, self.inside)
         size = taps_of(gamma)
         if self.pad is not None or not 1 <= size <= LARGEST_KERNEL:
             return None

@@ -37,7 +37,7 @@ def _hidden(shared, segmap, size):
     if not simple or not keeps_size(conv, taps_of(conv)) or 0 in segmap.shape:
         return shared(resize(segmap, size))
     factor = repeats(segmap, size)
-    if factor > 1 and may_sum_weights(segmap):
+    if factor > 1 and may_sum_weights(segmap) and is_plain(conv, CONVOLUTIONS.values()):
         hidden = convolve_repeated(conv, segmap, factor)
     else:
         hidden = conv(resize(segmap, size))

@@ -9,7 +9,7 @@ from ..layout import SemanticLayout
 from ..ops.modulate import spade_modulate
 from ..recording import of_their_class, ordinary
 from .choice import convolutions_at_windows, find_layout
-from .config import parse_config, whole_number
+from .config import dimensions, odd_number, parse_config, whole_number
 from .modules import (
     BATCH_NORMS,
     CONVOLUTIONS,
@@ -221,11 +221,8 @@ class SPADE(SpatiallyAdaptive, nn.Module):
         norm_nc = whole_number("norm_nc", norm_nc)
         label_nc = whole_number("label_nc", label_nc)
         nhidden = whole_number("nhidden", nhidden)
-        kernel_size = 3 if kernel_size is None else kernel_size
-        if not isinstance(kernel_size, int) or kernel_size < 1 or kernel_size % 2 == 0:
-            raise ValueError(f"kernel_size is {kernel_size!r}, it should be an odd whole number")
-        if spatial_dims not in CONVOLUTIONS:
-            raise ValueError(f"spatial_dims is {spatial_dims!r}, it should be 1, 2 or 3")
+        kernel_size = odd_number("kernel_size", 3 if kernel_size is None else kernel_size)
+        spatial_dims = dimensions(spatial_dims)
         if norm == "instance":
             norm = INSTANCE_NORMS[spatial_dims](norm_nc, eps=eps, affine=affine)
         elif norm == "batch":

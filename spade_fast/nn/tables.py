@@ -16,8 +16,8 @@ from ..identity import state_of
 from ..layout import SemanticLayout
 from ..ops.convolve_windows import convolve_windows
 from ..scopes import Scope
+from .modules import weight_of
 from .parts import Convolutions, HasParts, Parts
-from .pixels import joined
 
 
 def at_windows(
@@ -27,7 +27,8 @@ def at_windows(
     `spade_modulate`.
     """
     windows = layout.windows(x.shape[2:], convolutions.gamma.kernel_size[0])
-    dtype, kept = dtype_of_convolution(x, convolutions.gamma.weight), kept_tables(spade)
+    dtype = dtype_of_convolution(x, next(convolutions.gamma.parameters()).dtype)
+    kept = None if convolutions.changes_itself else kept_tables(spade)
     if kept is None:
         gamma, beta = compute_table(layout, windows, convolutions, dtype)
     else:
@@ -43,36 +44,38 @@ def at_windows(
     return gamma, beta, {"index": index, "order": windows.order}
 
 
-def dtype_of_convolution(x: torch.Tensor, weight: torch.Tensor) -> torch.dtype:
-    """The dtype of a convolution's output for this weight, beside x: autocast leaves float64."""
+def dtype_of_convolution(x: torch.Tensor, own: torch.dtype) -> torch.dtype:
+    """The dtype of a convolution's output for weights of this one, beside x: autocast leaves
+    float64.
+    """
     device = x.device.type
-    if weight.dtype != torch.float64 and torch.is_autocast_enabled(device):
+    if own != torch.float64 and torch.is_autocast_enabled(device):
         return torch.get_autocast_dtype(device)
-    return weight.dtype
+    return own
 
 
 def compute_table(layout, windows, convolutions, dtype):
     """γ and β of the distinct windows, [K, C], in dtype; where they have norms of their own, those
     of each image, [N·K, C].
     """
-    shared, activations, *rest = convolutions
+    _, activations, *_, gamma_norm, beta_norm = convolutions
+    modules = (convolutions.shared, convolutions.gamma, convolutions.beta)
+    first, *others = [(weight_of(module), module.bias) for module in modules]
     # Norms see what differs between windows, which half precision would round away.
     within = torch.promote_types(dtype, torch.float32) if convolutions.normalise else dtype
-    hidden = convolve_windows(layout.palette, shared.weight, shared.bias, windows.hidden, within)
+    hidden = convolve_windows(layout.palette, *first, windows.hidden, within)
     for activation in activations:
         hidden = activation(hidden)
-    joint = joined(rest[:2])
-    if kernels.select(hidden) is not kernels.cpu_backend and joint:
+    biased = all(bias is not None for _, bias in others)
+    if biased and kernels.select(hidden) is not kernels.cpu_backend:
         # Half the launches; on a CPU the copies cost more.
-        channels = [len(module.weight) for module in rest[:2]]
+        joint, channels = map(torch.cat, zip(*others)), [len(weight) for weight, _ in others]
         rows = convolve_windows(hidden, *joint, windows.table, within).split(channels, dim=1)
     else:
-        rows = [
-            convolve_windows(hidden, module.weight, module.bias, windows.table, within)
-            for module in rest[:2]
-        ]
+        rows = [convolve_windows(hidden, *other, windows.table, within) for other in others]
     if convolutions.normalise:
-        rows = [normalise_over_images(table, windows, norm) for table, norm in zip(rows, rest[2:])]
+        norms = (gamma_norm, beta_norm)
+        rows = [normalise_over_images(table, windows, norm) for table, norm in zip(rows, norms)]
     return [table.to(dtype) for table in rows]
 
 
