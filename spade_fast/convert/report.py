@@ -5,7 +5,7 @@ from typing import NamedTuple
 from rich.console import Console
 from rich.table import Table
 
-WIDTH = 100
+WIDTH = 80
 
 
 class Entry(NamedTuple):
@@ -36,16 +36,14 @@ class Report(tuple):
                 "No SPADE was found: no module has convolutions for gamma and beta beside a norm."
                 " The model is as it was."
             )
-        table = Table("layer and its class", "recognised as", "converted: how, or why not")
+        table = Table("layer and its class", "recognised as; converted: how, or why not")
         for column in table.columns:
             column.overflow = "fold"
         for entry in self:
             converted = "yes" if entry.converted else "no"
-            table.add_row(
-                f"{entry.name or '(the model)'}\n  {entry.type}",
-                entry.recognised_as,
-                f"{converted}: {entry.reason}",
-            )
+            name = entry.name or "(the model)"
+            found = f"{entry.recognised_as}\n" if entry.recognised_as else ""
+            table.add_row(f"{name}\n  {entry.type}", f"{found}{converted}: {entry.reason}")
         return table
 
     @property
