@@ -339,7 +339,7 @@ def test_outputs_are_as_the_fakes_say(layout, rows, passes):
 def test_errors_name_the_argument(on_host):
     x = torch.randn(2, 3, 4, 4)
     with pytest.raises(RuntimeError, match="gamma should be float32, bfloat16 or float16"):
-        on_host.instance_forward(x, x.double(), x, None, 1e-5, None, 0.2, False)
+        on_host.instance_forward(x, x.double(), x.double(), None, 1e-5, None, 0.2, False)
     with pytest.raises(RuntimeError, match="activation is gelu"):
         on_host.instance_forward(x, x, x, None, 1e-5, "gelu", 0.2, False)
     with pytest.raises(RuntimeError, match="beta is None, silu's derivative needs it"):

@@ -139,6 +139,7 @@ void combine_moments(const Tasks& tasks, double* found) {
 namespace {
 
 Tensor plane_moments(const Tensor& x) {
+  check_features(x);
   const Layout layout = layout_of(x);
   const Tasks tasks(x, layout);
   const int64_t width = tasks.width();

@@ -40,7 +40,9 @@ def _kernel(name):
 operators.declare("spade_fast_triton", KERNELS)
 for name in KERNELS:
     for key in ("CUDA", "CPU") if INTERPRETED else ("CUDA",):
-        torch.library.impl(f"spade_fast_triton::{name}", key, _kernel(name))
+        torch.library.impl(
+            f"spade_fast_triton::{name}", key, operators.checked(name, _kernel(name))
+        )
 
 plane_moments = torch.ops.spade_fast_triton.plane_moments.default
 apply = torch.ops.spade_fast_triton.apply.default
