@@ -5,7 +5,6 @@
 #include <pybind11/stl.h>
 
 #include <atomic>
-#include <cstdlib>
 #include <optional>
 #include <string>
 #include <tuple>
@@ -107,9 +106,9 @@ InstructionSet named(const std::string& name) {
   for (const auto set : {InstructionSet::base, InstructionSet::avx2, InstructionSet::avx512}) {
     if (name != kNames[static_cast<int>(set)]) continue;
     if (supported(set)) return set;
-    throw pybind11::value_error("SPADE_FAST_ISA is " + name + ", which this processor does not have");
+    throw pybind11::value_error("the instruction set is " + name + ", which this processor does not have");
   }
-  throw pybind11::value_error("SPADE_FAST_ISA is " + name + ", it should be base, avx2 or avx512");
+  throw pybind11::value_error("the instruction set is " + name + ", it should be base, avx2 or avx512");
 }
 
 // The instruction sets, among those that the kernels know, that this processor runs; the best first.
@@ -155,13 +154,12 @@ InstructionSet instruction_set() { return in_use.load(std::memory_order_relaxed)
 
 PYBIND11_MODULE(_cpu, module) {
   using namespace spade_fast;
-  const char* asked_for = std::getenv("SPADE_FAST_ISA");
-  in_use = named(asked_for != nullptr && *asked_for != '\0' ? asked_for : instruction_sets().front());
+  in_use = named(instruction_sets().front());
   module.doc() = "The kernels of spade_fast for the CPU.";
   module.def("instruction_sets", &instruction_sets,
              "The instruction sets, among those that the kernels know, that this processor runs; the best first.");
   module.def("instruction_set", [] { return kNames[static_cast<int>(instruction_set())]; },
-             "The one that the kernels use: the best, or what the environment variable SPADE_FAST_ISA says at import.");
+             "The one that the kernels use: the best, unless another was asked for.");
   module.def("find_codes", &find_codes_of, "The codes of a condition, and the first place of each; None where it has too many.");
   module.def("number_windows", &number_windows_of, "The windows of a map [N, *spatial]: their numbers, and what each sees.",
              pybind11::arg("map"), pybind11::arg("kernel_size"), pybind11::arg("hash_mask") = ~uint64_t{0});

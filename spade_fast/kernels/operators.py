@@ -275,3 +275,20 @@ def without_kernel(dispatch_key):
         for name in SCHEMAS
         if not torch._C._dispatch_has_kernel_for_dispatch_key(f"spade_fast::{name}", dispatch_key)
     ]
+
+
+def not_built(library, needs):
+    """Why a library that is missing is missing, and what to do."""
+    return (
+        f"the library {library} is not there: it was not built when the package was installed. It"
+        f" takes {needs}; install that, then the package again with `pip install -v`, whose output"
+        " says what was built and why not"
+    )
+
+
+def not_loaded(library, error):
+    """The same for one that is there."""
+    return (
+        f"the library {library} cannot be loaded: {error}. If another torch was installed since it"
+        " was built, install the package again"
+    )
