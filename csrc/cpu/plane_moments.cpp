@@ -143,8 +143,8 @@ Tensor plane_moments(const Tensor& x) {
   const Layout layout = layout_of(x);
   const Tasks tasks(x, layout);
   const int64_t width = tasks.width();
-  std::vector<double> found(2 * width * tasks.count());
   const Tensor moments = torch::stable::new_empty(x, {2, tasks.batch, tasks.channels}, sum_dtype(x.scalar_type()));
+  std::vector<double> found(2 * width * tasks.count());
   dispatch_sum(x.scalar_type(), [&](auto zero) {
     using Sum = decltype(zero);
     const Source<Sum> source(x, layout);
