@@ -34,12 +34,6 @@ struct Operands {
   Activation activation;
   float negative_slope;
   bool vector;  // whether the rows of all tensors begin at addresses divisible by 16
-
-  // The row that index has at a place: of the table, whatever the number, for nobody waits to ask whether it is one.
-  __device__ int32_t row_at(int64_t place) const {
-    const uint32_t row = static_cast<uint32_t>(__ldg(index + place));
-    return static_cast<int32_t>(row < rows ? row : rows - 1);
-  }
 };
 
 }  // namespace spade_fast

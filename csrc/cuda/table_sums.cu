@@ -29,10 +29,10 @@ __device__ Sorted sorted_at(const Operands& o, const Pieces& pieces, int64_t at)
   const int64_t pixels = o.shape.pixels;
   Sorted place = {at / pixels, at % pixels, -1, at < o.shape.images * pixels, false, false, false};
   if (!place.exists) return place;
-  const auto row_at = [&](int64_t other) { return o.row_at(place.image * pixels + pixel_at(o, pieces, other)); };
-  place.row = row_at(at);
-  place.begins_row = place.position == 0 || row_at(at - 1) != place.row;
-  place.ends_row = place.position == pixels - 1 || row_at(at + 1) != place.row;
+  const auto row_of = [&](int64_t other) { return row_at(o, place.image * pixels + pixel_at(o, pieces, other)); };
+  place.row = row_of(at);
+  place.begins_row = place.position == 0 || row_of(at - 1) != place.row;
+  place.ends_row = place.position == pixels - 1 || row_of(at + 1) != place.row;
   place.begins_piece = place.begins_row || place.position % kPiece == 0;
   return place;
 }
