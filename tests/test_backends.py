@@ -5,6 +5,7 @@
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from typer.testing import CliRunner
 import spade_fast
 from spade_fast import kernels
 from spade_fast.cli import app
-from spade_fast.kernels import cpu_backend, torch_backend, triton_backend
+from spade_fast.kernels import cpu_backend, cuda_backend, torch_backend, triton_backend
 
 
 def python(code, **environment):
@@ -117,8 +118,36 @@ def test_the_instruction_set():
     assert python(code, SPADE_FAST_ISA="base")[0].strip() == "base"
     assert (
         "SPADE_FAST_ISA is sse9, it should be base, avx2 or avx512"
-        in python(code, SPADE_FAST_ISA="sse9")[1]
+        in python("import spade_fast", SPADE_FAST_ISA="sse9")[1]
     )
+
+
+def test_an_instruction_set_that_the_processor_lacks():
+    library = SimpleNamespace(instruction_sets=lambda: ["avx2", "base"])
+    with pytest.raises(ValueError, match="SPADE_FAST_ISA is avx512, which this processor does not"):
+        cpu_backend._use_instruction_set("avx512", library)
+
+
+def test_a_library_that_was_not_built_or_cannot_be_loaded(monkeypatch):
+    monkeypatch.setitem(sys.modules, "spade_fast._cpu", None)
+    assert "not built when the package was installed. It takes a C++" in cpu_backend._load()[1]
+
+    def fails(name):
+        raise ImportError("undefined symbol: aoti")
+
+    monkeypatch.setattr(cpu_backend.importlib, "import_module", fails)
+    assert "_cpu cannot be loaded: undefined symbol: aoti. If another" in cpu_backend._load()[1]
+
+
+def test_a_triton_that_cannot_be_imported(monkeypatch):
+    monkeypatch.setattr(triton_backend, "INSTALLED", True)
+    monkeypatch.setattr(triton_backend, "INTERPRETED", True)
+    monkeypatch.setattr(triton_backend, "_failures", [])
+    monkeypatch.delattr(kernels, "triton_kernels", raising=False)
+    monkeypatch.setitem(sys.modules, "spade_fast.kernels.triton_kernels", None)
+    assert triton_backend.why_not().startswith("Triton is installed but cannot be imported: ")
+    assert triton_backend.why_not(torch.randn(1, 2, 3)) == triton_backend.why_not()
+    assert cuda_backend.dtype_at_windows(torch.float16) == torch.float32  # plain PyTorch's
 
 
 def test_info():

@@ -336,10 +336,28 @@ def test_outputs_are_as_the_fakes_say(layout, rows, passes):
 
 
 @needs_compiler
+@pytest.mark.parametrize("layout", [contiguous, channels_last])
+def test_what_is_out_of_range_stays_within_the_table(layout, passes, on_host):
+    x, table = layout(torch.randn(2, 5, 3, 4)), torch.randn(7, 10)
+    gamma, beta = table.chunk(2, dim=1)
+    index = torch.randint(-9, 16, (2, 3, 4), dtype=torch.int32)
+    last = index.clone()
+    last[(index < 0) | (index >= 7)] = 6
+    settings = (1e-5, "relu", 0.2, True)
+    y, signs, planes = on_host.instance_forward(x, gamma, beta, index, *settings)
+    expected, _, _ = on_host.instance_forward(x, gamma, beta, last, *settings)
+    assert torch.equal(y, expected)
+    order = torch.randint(-9, 30, (2, 12), dtype=torch.int32)  # nor is it sorted
+    rest = (signs, "relu", 0.2)
+    found = on_host.instance_backward(x, x, planes, gamma, None, index, order, *rest)
+    assert all(gradient.isfinite().all() for gradient in found)
+
+
+@needs_compiler
 def test_errors_name_the_argument(on_host):
     x = torch.randn(2, 3, 4, 4)
     with pytest.raises(RuntimeError, match="gamma should be float32, bfloat16 or float16"):
-        on_host.instance_forward(x, x.double(), x, None, 1e-5, None, 0.2, False)
+        on_host.instance_forward(x, x.double(), x.double(), None, 1e-5, None, 0.2, False)
     with pytest.raises(RuntimeError, match="activation is gelu"):
         on_host.instance_forward(x, x, x, None, 1e-5, "gelu", 0.2, False)
     with pytest.raises(RuntimeError, match="beta is None, silu's derivative needs it"):

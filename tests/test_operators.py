@@ -1,11 +1,14 @@
 """The operators themselves: schemas, fakes, and the compiled kernels that exist."""
 
+import itertools
+
 import pytest
 import torch
 from conftest import INSTRUCTION_SETS, use_instruction_set
 from modulations import LAYOUTS, channels_last, contiguous, sample
 from torch.library import opcheck
 
+import spade_fast
 from spade_fast.kernels import cpu_backend, numbering, torch_backend
 from spade_fast.ops import norms
 
@@ -196,3 +199,93 @@ def test_nan_goes_where_it_belongs():
     for moments in (torch.ops.spade_fast.plane_moments(x), torch_backend.plane_moments(x)):
         assert torch.equal(moments[0].isnan().nonzero(), torch.tensor([[1, 2]]))
         assert torch.equal(moments[1].isnan().nonzero(), torch.tensor([[1, 2]]))
+
+
+BAD = {
+    "order": torch.full((1, 12), 99, dtype=torch.int32),
+    "index": torch.full((1, 3, 4), 4, dtype=torch.int32),
+    "gamma": torch.randn(4, 1),
+    "dy": torch.randn(1, 2, 3, 4, dtype=torch.float64),
+    "planes": torch.randn(3, 1, 1),
+    "signs": torch.zeros(1, 2, 1, dtype=torch.uint8),
+}
+
+
+@needs_library
+@pytest.mark.parametrize("name", BAD)
+def test_a_bad_operand_is_refused_by_its_name(name):
+    x, table = torch.randn(1, 2, 3, 4), torch.randn(4, 2)
+    index = torch.arange(12, dtype=torch.int32).view(1, 3, 4) % 4
+    arguments = {
+        "dy": torch.randn_like(x),
+        "x": x,
+        "planes": torch.randn(3, 1, 2),
+        "gamma": table,
+        "beta": None,
+        "index": index,
+        "order": torch_backend.sort_pixels(index),
+        "signs": torch.zeros(1, 2, 2, dtype=torch.uint8),
+        "activation": "relu",
+        "negative_slope": 0.2,
+    }
+    ops = torch.ops.spade_fast
+    ops.backward_sums(*arguments.values())
+    for operator in (ops.backward_sums, ops.instance_backward):
+        with pytest.raises(RuntimeError, match=f"spade_fast: {name} "):
+            operator(*(arguments | {name: BAD[name]}).values())
+
+
+def test_an_order_that_is_not_sorted_is_refused():
+    x, table = torch.randn(1, 2, 3, 4), torch.randn(4, 2, requires_grad=True)
+    index = torch.randint(4, (1, 3, 4), dtype=torch.int32)
+    order = torch_backend.sort_pixels(index)
+    with spade_fast.use_backend("cpu"):
+        for bad in (order.flip(1), torch.zeros_like(order), order + 2**20):
+            y = spade_fast.spade_modulate(x, table, table, index=index, order=bad)
+            with pytest.raises(RuntimeError, match="spade_fast: order "):
+                y.sum().backward()
+
+
+def permuted(order):
+    """x with the dimensions in this order in memory."""
+    inverse = [order.index(dim) for dim in range(len(order))]
+    return lambda x: x.permute(order).contiguous().permute(inverse)
+
+
+ODD_LAYOUTS = {
+    **{f"permuted {order}": permuted(order) for order in itertools.permutations(range(4))},
+    "every second": lambda x: x.repeat_interleave(2, dim=3)[..., ::2],
+    "sliced, channels last": lambda x: channels_last(torch.cat([x, x], dim=1))[:, : x.shape[1]],
+    "one image expanded": lambda x: x[:1].expand_as(x),
+    "one pixel expanded": lambda x: x[..., :1, :1].expand_as(x),
+}
+
+
+@pytest.mark.parametrize("shape", [(2, 5, 3, 4), (2, 1, 3, 1), (1, 5, 1, 3)], ids=str)
+def test_results_lie_as_the_fakes_say(shape):
+    ops = torch.ops.spade_fast
+    for layout in ODD_LAYOUTS.values():
+        x, gamma, beta = layout(torch.randn(shape)), torch.randn(shape), torch.randn(shape)
+        y, signs, planes = ops.instance_forward(x, gamma, beta, None, 1e-5, "relu", 0.2, True)
+        assert torch._prims_common.check_significant_strides(y, torch.empty_like(x))[0]
+        forward = (x, planes, gamma, beta, None, "relu", 0.2, True)
+        backward = (torch.randn(shape), x, planes, gamma, None, None)
+        utils = {"test_utils": ("test_faketensor",)}
+        opcheck(ops.apply, forward, **utils)
+        opcheck(ops.instance_forward, (x, gamma, beta, None, 1e-5, "relu", 0.2, True), **utils)
+        opcheck(ops.backward_input, (*backward, signs, None, "relu", 0.2), **utils)
+        opcheck(ops.instance_backward, (*backward, None, signs, "relu", 0.2), **utils)
+
+
+@pytest.mark.parametrize("name", ["permuted (0, 3, 2, 1)", "permuted (2, 3, 0, 1)"])
+def test_a_compiled_modulation_of_an_odd_layout(name):
+    x = ODD_LAYOUTS[name](torch.randn(2, 5, 3, 4)).requires_grad_()
+    gamma, beta = torch.randn(2, 5, 3, 4), torch.randn(2, 5, 3, 4)
+
+    def function(x):
+        return spade_fast.spade_modulate(x, gamma, beta, activation="silu") * 2
+
+    y, compiled = function(x), torch.compile(function, backend="aot_eager", fullgraph=True)(x)
+    assert torch.equal(y, compiled) and y.stride() == compiled.stride() == x.stride()
+    (expected,), (found,) = (torch.autograd.grad(one.sum(), x) for one in (y, compiled))
+    assert torch.equal(expected, found)

@@ -63,15 +63,22 @@ inline std::optional<int64_t> row_distance(const Tensor& x, Layout layout) {
   return contiguous ? x.stride(1) : distance;
 }
 
+// x with its channels behind all else, and the other way round: views.
+inline Tensor channels_behind(Tensor x) {
+  for (int64_t dim = 1; dim + 1 < x.dim(); ++dim) x = torch::stable::transpose(x, dim, dim + 1);
+  return x;
+}
+
+inline Tensor channels_in_front(Tensor x) {
+  for (int64_t dim = x.dim() - 2; dim >= 1; --dim) x = torch::stable::transpose(x, dim, dim + 1);
+  return x;
+}
+
 // x itself where its rows lie alike, else a copy without gaps in the same layout.
 inline Tensor with_rows(const Tensor& x, Layout layout) {
   if (row_distance(x, layout)) return x;
   if (layout == Layout::contiguous) return torch::stable::contiguous(x);
-  Tensor y = x;  // contiguous with the channels behind, seen from the front again
-  for (int64_t dim = 1; dim + 1 < x.dim(); ++dim) y = torch::stable::transpose(y, dim, dim + 1);
-  y = torch::stable::contiguous(y);
-  for (int64_t dim = x.dim() - 2; dim >= 1; --dim) y = torch::stable::transpose(y, dim, dim + 1);
-  return y;
+  return channels_in_front(torch::stable::contiguous(channels_behind(x)));
 }
 
 // An uninitialised tensor. A large one on the CPU is fresh from the system each time, and the first touch of its 4 KiB pages costs three
@@ -93,16 +100,25 @@ inline Tensor new_output(const Tensor& x, Layout layout, ScalarType dtype) {
   std::vector<int64_t> sizes(x.sizes().begin(), x.sizes().end());
   if (layout == Layout::contiguous) return new_tensor(x, sizes, dtype);
   std::rotate(sizes.begin() + 1, sizes.begin() + 2, sizes.end());
-  Tensor y = new_tensor(x, sizes, dtype);
-  for (int64_t dim = x.dim() - 2; dim >= 1; --dim) y = torch::stable::transpose(y, dim, dim + 1);
-  return y;
+  return channels_in_front(new_tensor(x, sizes, dtype));
 }
 
-// What a kernel wrote, with the strides of empty_like(x); a tensor of size 0 that stands for none stays one.
+// Whether x's dimensions follow each other in memory as a kernel writes them: then so do those of empty_like(x).
+inline bool is_in_order(const Tensor& x, Layout layout) {
+  int64_t before = INT64_MAX;
+  for (int64_t i = 0; i < x.dim(); ++i) {
+    const int64_t dim = layout == Layout::contiguous || i == 0 ? i : i + 1 < x.dim() ? i + 1 : 1;
+    if (x.size(dim) == 1) continue;
+    if (x.stride(dim) == 0 || x.stride(dim) >= before) return false;
+    before = x.stride(dim);
+  }
+  return true;
+}
+
+// What a kernel wrote, with the strides of empty_like(x), as the fakes in Python say; a tensor of size 0 that stands for none stays one.
 inline Tensor finished(const Tensor& y, const Tensor& x, Layout layout) {
-  if (layout == Layout::channels_last || x.is_contiguous() || y.dim() != x.dim()) return y;
+  if (y.dim() != x.dim() || is_in_order(x, layout)) return y;
   Tensor like = torch::stable::empty_like(x);
-  if (like.is_contiguous()) return y;
   if (like.scalar_type() != y.scalar_type()) like = torch::stable::to(like, y.scalar_type());
   return torch::stable::copy_(like, y);
 }

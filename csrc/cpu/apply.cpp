@@ -58,6 +58,9 @@ namespace {
 std::tuple<Tensor, Tensor> modulated(const Tensor& x, const Tensor& planes, const Tensor& gamma, const Tensor& beta,
                                      const std::optional<Tensor>& index, const std::optional<std::string>& activation_name,
                                      double negative_slope, bool keep_signs, const std::optional<Tensor>& out) {
+  check_apply(x, planes, gamma, beta, index);
+  if (out) check_out(*out, x, gamma);
+  check_index(index, gamma);
   const Layout layout = layout_of(x);
   const Tasks tasks(x, layout);
   const Activation activation = activation_named(activation_name);

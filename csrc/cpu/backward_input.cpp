@@ -54,13 +54,16 @@ template void input_task(const Tasks&, int64_t, const Modulation<double>&, const
 
 Tensor backward_input(const Tensor& dy, const Tensor& x, const Tensor& planes, const Tensor& gamma, std::optional<Tensor> beta,
                       std::optional<Tensor> index, const Tensor& signs, std::optional<Tensor> terms,
-                      std::optional<std::string> activation, double negative_slope) {
+                      std::optional<std::string> activation_name, double negative_slope) {
+  const Activation activation = activation_named(activation_name);
+  check_backward_input(dy, x, planes, gamma, beta, index, signs, terms, activation);
+  check_index(index, gamma);
   const Layout layout = layout_of(x);
   const Tasks tasks(x, layout);
   const Tensor dx = new_output(x, layout, x.scalar_type());
   dispatch_sum(promoted(x.scalar_type(), gamma.scalar_type()), [&](auto zero) {
     using Sum = decltype(zero);
-    const Modulation<Sum> modulation(x, planes, gamma, beta, index, activation_named(activation), negative_slope, signs, layout);
+    const Modulation<Sum> modulation(x, planes, gamma, beta, index, activation, negative_slope, signs, layout);
     const Source<Sum> source(dy, layout);
     std::optional<Numbers<Sum>> numbers;
     if (terms) numbers.emplace(*terms);

@@ -146,13 +146,16 @@ std::tuple<Tensor, Tensor, Tensor> table_sums(const Tasks& tasks, const Modulati
 
 std::tuple<Tensor, Tensor, Tensor> backward_sums(const Tensor& dy, const Tensor& x, const Tensor& planes, const Tensor& gamma,
                                                  std::optional<Tensor> beta, std::optional<Tensor> index, std::optional<Tensor> order,
-                                                 const Tensor& signs, std::optional<std::string> activation, double negative_slope) {
+                                                 const Tensor& signs, std::optional<std::string> activation_name, double negative_slope) {
+  const Activation activation = activation_named(activation_name);
+  check_backward_sums(dy, x, planes, gamma, beta, index, order, signs, activation);
+  check_index(index, gamma);
   const Layout layout = layout_of(x);
   const Tasks tasks(x, layout);
   std::tuple<Tensor, Tensor, Tensor> found;
   dispatch_sum(promoted(x.scalar_type(), gamma.scalar_type()), [&](auto zero) {
     using Sum = decltype(zero);
-    const Modulation<Sum> modulation(x, planes, gamma, beta, index, activation_named(activation), negative_slope, signs, layout);
+    const Modulation<Sum> modulation(x, planes, gamma, beta, index, activation, negative_slope, signs, layout);
     const Source<Sum> source(dy, layout);
     found = index ? table_sums(tasks, modulation, source, gamma, *index, *order, planes)
                   : dense_sums(tasks, modulation, source, x, planes, gamma.scalar_type());

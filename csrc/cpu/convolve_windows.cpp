@@ -18,12 +18,18 @@ struct Lists {
   const int32_t *offsets, *numbers;
   int64_t count;
 
-  Lists(const Tensor& given_offsets, const Tensor& given_numbers)
+  // The numbers are below `bound`.
+  Lists(const Tensor& given_offsets, const Tensor& given_numbers, int64_t bound)
       : offsets_owner(torch::stable::contiguous(given_offsets)),
         numbers_owner(torch::stable::contiguous(given_numbers)),
         offsets(offsets_owner.const_data_ptr<int32_t>()),
         numbers(numbers_owner.const_data_ptr<int32_t>()),
-        count(given_offsets.numel() - 1) {}
+        count(given_offsets.numel() - 1) {
+    STD_TORCH_CHECK(offsets[0] == 0 && !vectorised<EverFalls>(count + 1, offsets) && offsets[count] == numbers_owner.numel(),
+                    "spade_fast: offsets go from ", offsets[0], " to ", offsets[count], ", they should begin at 0, never fall, and end at ",
+                    numbers_owner.numel(), ", the length of the list");
+    check_range(numbers_owner, "listed", bound);
+  }
 };
 
 // Of the sums first to last − 1 a unit of columns each: sum i goes to `to + (i − first) · to_row`, and begins with `begin`.
@@ -209,25 +215,30 @@ Tensor rows_gradient(const Tensor& given_gradient, const Tensor& given_weight, c
 
 Tensor convolve_windows(const Tensor& rows, const Tensor& weight, std::optional<Tensor> bias, const Tensor& offsets,
                         const Tensor& numbers) {
+  const int64_t taps = check_convolution(weight, offsets, numbers);
+  const int64_t products = product(rows, "rows", {check_matrix(rows, "rows", weight, weight.size(1)), taps}, INT32_MAX);
+  if (bias) check_operand(*bias, "bias", weight, {weight.scalar_type()}, std::vector<int64_t>{weight.size(0)}, "[out]");
+  const Lists lists(offsets, numbers, products);
   std::optional<Tensor> result;
-  dispatch_sum(rows.scalar_type(), [&](auto zero) { result = convolve<decltype(zero)>(rows, weight, bias, Lists(offsets, numbers)); });
+  dispatch_sum(rows.scalar_type(), [&](auto zero) { result = convolve<decltype(zero)>(rows, weight, bias, lists); });
   return *result;
 }
 
 Tensor convolve_windows_weight(const Tensor& gradient, const Tensor& rows, const Tensor& weight, const Tensor& offsets,
                                const Tensor& numbers) {
+  const int64_t count = check_back_convolution(weight, offsets, numbers);
+  const Lists lists(offsets, numbers, check_matrix(gradient, "gradient", weight, weight.size(0)));
+  check_operand(rows, "rows", weight, {weight.scalar_type()}, std::vector<int64_t>{count, weight.size(1)}, "as many as the lists are for");
   std::optional<Tensor> result;
-  dispatch_sum(rows.scalar_type(), [&](auto zero) {
-    result = weight_gradient<decltype(zero)>(gradient, rows, weight, Lists(offsets, numbers));
-  });
+  dispatch_sum(rows.scalar_type(), [&](auto zero) { result = weight_gradient<decltype(zero)>(gradient, rows, weight, lists); });
   return *result;
 }
 
 Tensor convolve_windows_rows(const Tensor& gradient, const Tensor& weight, const Tensor& offsets, const Tensor& numbers) {
+  check_back_convolution(weight, offsets, numbers);
+  const Lists lists(offsets, numbers, check_matrix(gradient, "gradient", weight, weight.size(0)));
   std::optional<Tensor> result;
-  dispatch_sum(weight.scalar_type(), [&](auto zero) {
-    result = rows_gradient<decltype(zero)>(gradient, weight, Lists(offsets, numbers));
-  });
+  dispatch_sum(weight.scalar_type(), [&](auto zero) { result = rows_gradient<decltype(zero)>(gradient, weight, lists); });
   return *result;
 }
 

@@ -1,8 +1,8 @@
 // Numbers for distinct rows of values.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
-#include <cstring>
 #include <utility>
 #include <vector>
 
@@ -22,7 +22,7 @@ class Distinct {
     uint64_t slot = hash & (slots_.size() - 1);
     for (; slots_[slot] != kFree; slot = (slot + 1) & (slots_.size() - 1)) {
       const int32_t found = slots_[slot];
-      if (hashes_[found] == hash && std::memcmp(row, &rows_[found * length_], length_ * sizeof(Value)) == 0) return {found, false};
+      if (hashes_[found] == hash && std::equal(row, row + length_, rows_.data() + found * length_)) return {found, false};
     }
     const int32_t number = count();
     slots_[slot] = number;

@@ -24,6 +24,8 @@ std::tuple<Tensor, Tensor, Tensor> instance_forward(const Tensor& x, const Tenso
                                                     std::optional<Tensor> index, double eps,
                                                     std::optional<std::string> activation_name, double negative_slope,
                                                     bool keep_signs) {
+  check_modulation(x, gamma, beta, index, true);
+  check_index(index, gamma);
   const Layout layout = layout_of(x);
   const Tasks tasks(x, layout);
   const Activation activation = activation_named(activation_name);
@@ -60,6 +62,8 @@ std::tuple<Tensor, Tensor, Tensor> instance_backward(const Tensor& dy, const Ten
                                                      std::optional<Tensor> beta, std::optional<Tensor> index,
                                                      std::optional<Tensor> order, const Tensor& signs,
                                                      std::optional<std::string> activation_name, double negative_slope) {
+  const Activation activation = activation_named(activation_name);
+  check_backward_sums(dy, x, planes, gamma, beta, index, order, signs, activation);
   const Layout layout = layout_of(x);
   const Tasks tasks(x, layout);
   std::tuple<Tensor, Tensor, Tensor> gradients;
@@ -77,7 +81,6 @@ std::tuple<Tensor, Tensor, Tensor> instance_backward(const Tensor& dy, const Ten
       gradients = {dgamma, dbeta, backward_input(dy, x, planes, gamma, beta, index, signs, terms, activation_name, negative_slope)};
       return;
     }
-    const Activation activation = activation_named(activation_name);
     const Modulation<Sum> modulation(x, plane_sums, gamma, beta, index, activation, negative_slope, signs, layout);
     const Source<Sum> source(dy, layout);
     const auto [dgamma, dbeta] = new_dense_gradients(x, layout, activation, gamma.scalar_type());

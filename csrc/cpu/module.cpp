@@ -5,7 +5,6 @@
 #include <pybind11/stl.h>
 
 #include <atomic>
-#include <cstdlib>
 #include <optional>
 #include <string>
 #include <tuple>
@@ -13,7 +12,7 @@
 #include <vector>
 
 #include "codes.h"
-#include "vector.h"
+#include "ranges.h"
 #include "windows.h"
 
 namespace spade_fast {
@@ -23,8 +22,34 @@ using Numbers = pybind11::array_t<int32_t, pybind11::array::c_style>;
 
 Numbers as_array(const std::vector<int32_t>& values, std::vector<int64_t> shape) { return Numbers(std::move(shape), values.data()); }
 
+void require(bool holds, const std::string& message) {
+  if (!holds) throw pybind11::value_error(message);
+}
+
+std::string shape_text(const pybind11::array& given) { return pybind11::str(given.attr("shape")); }
+
+void check_range(const Numbers& given, const char* name, int64_t least, int64_t bound) {
+  const std::string wrong = out_of_range(name, given.data(), given.size(), least, bound);
+  require(wrong.empty(), wrong);
+}
+
+// Whether one · other is a number of places that int32 counts.
+bool countable(int64_t one, int64_t other) {
+  int64_t product;
+  return !__builtin_mul_overflow(one, other, &product) && product < INT32_MAX;
+}
+
 std::tuple<Numbers, Numbers> number_windows_of(const Numbers& map, int64_t kernel_size, uint64_t hash_mask) {
   const std::vector<int64_t> shape(map.shape(), map.shape() + map.ndim());
+  require(map.ndim() >= 2 && map.ndim() <= 4, "map has shape " + shape_text(map) + ", it should be [N, *spatial]");
+  require(map.size() < INT32_MAX, "map has shape " + shape_text(map) + ", it should have fewer than 2147483647 places");
+  int64_t taps = 1;
+  for (size_t axis = 1; axis < shape.size(); ++axis) {
+    require(kernel_size >= 1 && countable(taps, kernel_size),
+            "kernel_size is " + std::to_string(kernel_size) + ", it should be at least 1, with fewer than 2147483647 taps in all");
+    taps *= kernel_size;
+  }
+  check_range(map, "map", 0, INT32_MAX);
   const int32_t* data = map.data();
   Numbered found;
   {
@@ -35,7 +60,12 @@ std::tuple<Numbers, Numbers> number_windows_of(const Numbers& map, int64_t kerne
 }
 
 std::tuple<Numbers, Numbers, Numbers, Numbers> window_sums_of(const Numbers& contents, int64_t rows) {
+  require(contents.ndim() == 2, "contents has shape " + shape_text(contents) + ", it should be [windows, taps]");
   const int64_t windows = contents.shape(0), taps = contents.shape(1);
+  require(rows >= 0 && countable(rows, taps) && countable(windows, taps),
+          "contents has shape " + shape_text(contents) + " and there are " + std::to_string(rows) +
+              " rows, windows and rows should be fewer than 2147483647 in all taps together");
+  check_range(contents, "contents", -1, rows);
   const int32_t* data = contents.data();
   std::vector<int32_t> found[4];
   {
@@ -47,14 +77,17 @@ std::tuple<Numbers, Numbers, Numbers, Numbers> window_sums_of(const Numbers& con
 }
 
 Numbers sort_pixels_of(const Numbers& index, int64_t bound) {
+  require(index.ndim() == 2, "index has shape " + shape_text(index) + ", it should be [N, pixels]");
   const int64_t images = index.shape(0), pixels = index.shape(1);
+  require(countable(1, pixels), "index has shape " + shape_text(index) + ", it should have fewer than 2147483647 pixels");
+  require(bound >= 0 && bound <= int64_t{1} << 31, "bound is " + std::to_string(bound) + ", it should be from 0 to 2147483648");
+  check_range(index, "index", 0, bound);
   Numbers order({images, pixels});
   const int32_t* from = index.data();
   int32_t* to = order.mutable_data();
   {
     const pybind11::gil_scoped_release release;
-    std::vector<int32_t> starts;
-    for (int64_t n = 0; n < images; ++n) sort_by_number(from + n * pixels, pixels, bound, &starts, to + n * pixels);
+    for (int64_t n = 0; n < images; ++n) sort_positions(from + n * pixels, pixels, bound, to + n * pixels);
   }
   return order;
 }
@@ -73,9 +106,9 @@ InstructionSet named(const std::string& name) {
   for (const auto set : {InstructionSet::base, InstructionSet::avx2, InstructionSet::avx512}) {
     if (name != kNames[static_cast<int>(set)]) continue;
     if (supported(set)) return set;
-    throw pybind11::value_error("SPADE_FAST_ISA is " + name + ", which this processor does not have");
+    throw pybind11::value_error("the instruction set is " + name + ", which this processor does not have");
   }
-  throw pybind11::value_error("SPADE_FAST_ISA is " + name + ", it should be base, avx2 or avx512");
+  throw pybind11::value_error("the instruction set is " + name + ", it should be base, avx2 or avx512");
 }
 
 // The instruction sets, among those that the kernels know, that this processor runs; the best first.
@@ -91,10 +124,15 @@ std::atomic<InstructionSet> in_use{InstructionSet::base};
 
 // Of a contiguous condition [N, L, *spatial] as numbers of its element size: codes and places, or nothing where there are too many.
 std::optional<std::tuple<Numbers, pybind11::array_t<int64_t>>> find_codes_of(const pybind11::array& segmap) {
+  require(segmap.ndim() >= 3 && (segmap.flags() & pybind11::array::c_style) != 0,
+          "segmap has shape " + shape_text(segmap) + ", it should be [N, channels, *spatial] and contiguous");
+  require(segmap.itemsize() == 2 || segmap.itemsize() == 4 || segmap.itemsize() == 8,
+          "segmap has elements of " + std::to_string(segmap.itemsize()) + " bytes, they should be of 2, 4 or 8");
   std::vector<int64_t> shape(segmap.shape(), segmap.shape() + segmap.ndim());
   const int64_t batch = shape[0], channels = shape[1];
   shape.erase(shape.begin() + 1);
   Numbers codes(shape);
+  require(codes.size() < INT32_MAX, "segmap has shape " + shape_text(segmap) + ", it should have fewer than 2147483647 pixels");
   int32_t* data = codes.mutable_data();
   const void* elements = segmap.data();
   const int64_t element_size = segmap.itemsize(), pixels = batch > 0 ? codes.size() / batch : 0;
@@ -116,13 +154,12 @@ InstructionSet instruction_set() { return in_use.load(std::memory_order_relaxed)
 
 PYBIND11_MODULE(_cpu, module) {
   using namespace spade_fast;
-  const char* asked_for = std::getenv("SPADE_FAST_ISA");
-  in_use = named(asked_for != nullptr && *asked_for != '\0' ? asked_for : instruction_sets().front());
+  in_use = named(instruction_sets().front());
   module.doc() = "The kernels of spade_fast for the CPU.";
   module.def("instruction_sets", &instruction_sets,
              "The instruction sets, among those that the kernels know, that this processor runs; the best first.");
   module.def("instruction_set", [] { return kNames[static_cast<int>(instruction_set())]; },
-             "The one that the kernels use: the best, or what the environment variable SPADE_FAST_ISA says at import.");
+             "The one that the kernels use: the best, unless another was asked for.");
   module.def("find_codes", &find_codes_of, "The codes of a condition, and the first place of each; None where it has too many.");
   module.def("number_windows", &number_windows_of, "The windows of a map [N, *spatial]: their numbers, and what each sees.",
              pybind11::arg("map"), pybind11::arg("kernel_size"), pybind11::arg("hash_mask") = ~uint64_t{0});

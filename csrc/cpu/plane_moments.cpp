@@ -139,14 +139,15 @@ void combine_moments(const Tasks& tasks, double* found) {
 namespace {
 
 Tensor plane_moments(const Tensor& x) {
+  check_features(x);
   const Layout layout = layout_of(x);
   const Tasks tasks(x, layout);
   const int64_t width = tasks.width();
-  std::vector<double> found(2 * width * tasks.count());
   const Tensor moments = torch::stable::new_empty(x, {2, tasks.batch, tasks.channels}, sum_dtype(x.scalar_type()));
   dispatch_sum(x.scalar_type(), [&](auto zero) {
     using Sum = decltype(zero);
     const Source<Sum> source(x, layout);
+    std::vector<double> found(2 * width * tasks.count());  // after what would fail where x is large in name only
     tasks.for_each([&](int64_t task) { measure_task(tasks, task, source, &found[2 * width * task]); });
     Sum* mean = moments.mutable_data_ptr<Sum>();
     Sum* squares = mean + tasks.planes();

@@ -67,9 +67,30 @@ struct SortedPixels {
 
   SortedPixels(const Tensor& index, const Tensor& given_order, int64_t pixels)
       : owner(torch::stable::contiguous(given_order)), order(owner.const_data_ptr<int32_t>()), windows(index.numel()) {
+    check_range(given_order, "order", pixels);
     const Tensor index_owner = torch::stable::contiguous(index);
     const int32_t* window = index_owner.const_data_ptr<int32_t>();
-    for (int64_t i = 0; i < index.numel(); ++i) windows[i] = window[i / pixels * pixels + order[i]];
+    for (int64_t start = 0; start < index.numel(); start += pixels) {
+      bool sorted = true;  // also among the pixels of one window, as everyone here sorts them: then each is there just once
+      int64_t before = -1;
+      for (int64_t i = start; i < start + pixels; ++i) {
+        windows[i] = window[start + order[i]];
+        const int64_t key = static_cast<int64_t>(windows[i]) << 32 | order[i];
+        sorted = sorted && key > before, before = key;
+      }
+      STD_TORCH_CHECK(sorted || lists_sorted_pixels(start, pixels),
+                      "spade_fast: order is not as it should be: each image's pixels, every one once, sorted by index");
+    }
+  }
+
+  // The same with the pixels of one window in any order.
+  bool lists_sorted_pixels(int64_t start, int64_t pixels) const {
+    std::vector<bool> seen(pixels);
+    for (int64_t i = start; i < start + pixels; ++i) {
+      if (seen[order[i]] || (i > start && windows[i] < windows[i - 1])) return false;
+      seen[order[i]] = true;
+    }
+    return true;
   }
 };
 

@@ -4,9 +4,10 @@
 #include <cstdint>
 #include <optional>
 
-#include "../common/tensors.h"
+#include "../common/checks.h"
 #include "activations.h"
 #include "elements.h"
+#include "ranges.h"
 
 namespace spade_fast {
 
@@ -18,6 +19,17 @@ template <typename F>
 void dispatch_sum(ScalarType dtype, F&& f) {
   if (sum_dtype(dtype) == ScalarType::Double) return f(double());
   f(float());
+}
+
+// Numbers that are used as places: those of `index` are rows of a table, those of `order` pixels.
+inline void check_range(const Tensor& given, const char* name, int64_t bound) {
+  const Tensor numbers = torch::stable::contiguous(given);
+  const std::string wrong = out_of_range(name, numbers.const_data_ptr<int32_t>(), numbers.numel(), 0, bound);
+  STD_TORCH_CHECK(wrong.empty(), wrong);
+}
+
+inline void check_index(const std::optional<Tensor>& index, const Tensor& gamma) {
+  if (index) check_range(*index, "index", gamma.size(0));
 }
 
 // A tensor's rows, to read. With an index [N, *spatial] the tensor is a table [K, C], and each pixel's channels are the row of it
@@ -33,8 +45,6 @@ class Source {
         size_(owner_.element_size()),
         image_(owner_.stride(0)),
         row_(index ? owner_.stride(0) : *row_distance(owner_, layout)) {
-    STD_TORCH_CHECK(type_ == ScalarType::Float || type_ == ScalarType::Double || type_ == ScalarType::BFloat16 ||
-                    type_ == ScalarType::Half, "spade_fast: dtype should be float32, float64, bfloat16 or float16");
     if (!index) return;
     index_owner_.emplace(torch::stable::contiguous(*index));
     index_ = index_owner_->template const_data_ptr<int32_t>();
@@ -129,11 +139,11 @@ class Numbers {
 // The rows of bits that `signs` [N, rows, bytes] holds; none where its size is 0.
 class Signs {
  public:
-  explicit Signs(const Tensor& signs) {
+  explicit Signs(const Tensor& signs) : owner_(torch::stable::contiguous(signs)) {
     if (signs.dim() != 3) return;
-    data_ = signs.mutable_data_ptr<uint8_t>();
-    image_ = signs.stride(0);
-    row_ = signs.stride(1);
+    data_ = owner_.mutable_data_ptr<uint8_t>();
+    image_ = owner_.stride(0);
+    row_ = owner_.stride(1);
   }
 
   uint8_t* at(int64_t n, int64_t row, int64_t start) const {
@@ -141,6 +151,7 @@ class Signs {
   }
 
  private:
+  Tensor owner_;
   uint8_t* data_ = nullptr;
   int64_t image_ = 0, row_ = 0;
 };

@@ -7,7 +7,7 @@
 #include "windows.h"
 
 #include <algorithm>
-#include <stdexcept>
+#include <numeric>
 
 #include "distinct.h"
 
@@ -65,7 +65,6 @@ void number_axis(const int32_t* map, int64_t outer, int64_t length, int64_t inne
 Numbered number_windows(const int32_t* map, const std::vector<int64_t>& shape, int64_t k, uint64_t hash_mask) {
   int64_t places = 1;
   for (const int64_t size : shape) places *= size;
-  if (places >= INT32_MAX) throw std::invalid_argument("a map should have fewer than 2147483647 places");
   Numbered result{};
   std::vector<int64_t> firsts;
   std::vector<int32_t> before;
@@ -103,6 +102,13 @@ Numbered number_windows(const int32_t* map, const std::vector<int64_t>& shape, i
     }
   }
   return result;
+}
+
+void sort_positions(const int32_t* numbers, int64_t count, int64_t bound, int32_t* sorted) {
+  std::vector<int32_t> starts;
+  if (bound <= 4 * count + 1024) return sort_by_number(numbers, count, bound, &starts, sorted);
+  std::iota(sorted, sorted + count, 0);  // there are many more numbers than positions
+  std::stable_sort(sorted, sorted + count, [&](int32_t one, int32_t other) { return numbers[one] < numbers[other]; });
 }
 
 void sort_by_number(const int32_t* numbers, int64_t count, int64_t bound, std::vector<int32_t>* starts, int32_t* sorted) {

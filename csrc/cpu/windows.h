@@ -22,4 +22,7 @@ void window_sums(const int32_t* contents, int64_t windows, int64_t taps, int64_t
 // numbers are left out.
 void sort_by_number(const int32_t* numbers, int64_t count, int64_t bound, std::vector<int32_t>* starts, int32_t* sorted);
 
+// The same of numbers that are not negative, where nobody asks where each number starts.
+void sort_positions(const int32_t* numbers, int64_t count, int64_t bound, int32_t* sorted);
+
 }  // namespace spade_fast

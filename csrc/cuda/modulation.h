@@ -16,16 +16,16 @@ __device__ Modulation load_modulation(const Operands& o, const Place& place, boo
   const Span span = place.span;
   if (kLast || o.index == nullptr) {
     int64_t row = place.row;
-    if (o.index != nullptr) row = span.count > 0 ? __ldg(o.index + place.image * o.shape.pixels + row) : 0;
+    if (o.index != nullptr) row = span.count > 0 ? row_at(o, place.image * o.shape.pixels + row) : 0;
     found.gamma = load<V>(o.gamma.at(place.image, row, place.start), o.gamma.type, span);
     if (wants_beta) found.beta = load<V>(o.beta.at(place.image, row, place.start), o.beta.type, span);
     return found;
   }
-  const int32_t* rows = o.index + place.image * o.shape.pixels + place.start;
+  const int64_t first = place.image * o.shape.pixels + place.start;
 #pragma unroll
   for (int k = 0; k < V; ++k) {
     if (k >= span.count) continue;
-    const int64_t row = __ldg(rows + k * span.step);
+    const int64_t row = row_at(o, first + k * span.step);
     set<V>(&found.gamma, k, o.gamma.type, o.gamma.at(0, row, place.row));
     if (wants_beta) set<V>(&found.beta, k, o.beta.type, o.beta.at(0, row, place.row));
   }

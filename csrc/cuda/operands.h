@@ -28,6 +28,7 @@ struct Operands {
   Shape shape;
   Rows x, gamma, beta, dy;
   const int32_t* index;  // null where γ and β are dense
+  uint32_t rows;         // of their table
   const float* planes;
   uint8_t* signs;
   Activation activation;

@@ -6,7 +6,7 @@
 #include <limits>
 #include <tuple>
 
-#include "../common/tensors.h"
+#include "../common/checks.h"
 #include "kernels.h"
 
 #ifndef SPADE_FAST_NAMESPACE
@@ -60,18 +60,19 @@ class Call {
                 const std::optional<std::string>& activation, double negative_slope) {
     operands.activation = activation_named(activation);
     operands.negative_slope = static_cast<float>(negative_slope);
-    if (index) operands.index = kept(torch::stable::contiguous(*index)).const_data_ptr<int32_t>();
+    if (index) {
+      operands.index = kept(torch::stable::contiguous(*index)).const_data_ptr<int32_t>();
+      operands.rows = static_cast<uint32_t>(gamma.size(0));
+    }
     const auto read_modulation = [&](const Tensor& rows, const char* name) { return index ? read_table(rows, name) : read(rows, name); };
     operands.gamma = read_modulation(gamma, "gamma");
     if (beta) operands.beta = read_modulation(*beta, "beta");
-    STD_TORCH_CHECK(beta || operands.activation != Activation::silu, "spade_fast: beta is None, silu's derivative needs it");
   }
 
   void backward(const Tensor& dy, const Tensor& signs, const Tensor& planes) {
     operands.dy = read(dy, "dy");
     operands.planes = numbers(planes);
     if (signs.numel() > 0) operands.signs = const_cast<uint8_t*>(kept(torch::stable::contiguous(signs)).const_data_ptr<uint8_t>());
-    STD_TORCH_CHECK(signs.numel() > 0 || dy.numel() == 0 || !keeps_signs(operands.activation), "spade_fast: signs are missing");
   }
 
   // Numbers of each plane, [k, N, C].
@@ -156,6 +157,7 @@ void measure(Call& call, double eps, float* moments, float* planes) {
 }
 
 Tensor plane_moments_of(const Tensor& x) {
+  check_features(x);
   Call call(x);
   const Tensor moments = call.per_plane(2);
   measure(call, 0, moments.mutable_data_ptr<float>(), nullptr);
@@ -166,6 +168,8 @@ Tensor plane_moments_of(const Tensor& x) {
 std::tuple<Tensor, Tensor> modulated(const Tensor& x, const Tensor& planes, const Tensor& gamma, const Tensor& beta,
                                      const std::optional<Tensor>& index, const std::optional<std::string>& activation,
                                      double negative_slope, bool keep_signs, const std::optional<Tensor>& out) {
+  check_apply(x, planes, gamma, beta, index);
+  if (out) check_out(*out, x, gamma);
   Call call(x);
   call.modulate(gamma, beta, index, activation, negative_slope);
   call.operands.planes = call.numbers(planes);
@@ -196,9 +200,9 @@ std::tuple<Tensor, Tensor> sum_dense(Call& call, ScalarType dtype, float* sums, 
   return {call.finished(dgamma), call.finished(dbeta)};
 }
 
-std::tuple<Tensor, Tensor> sum_table(Call& call, const Tensor& gamma, const Tensor& order, float* sums, float* terms) {
+std::tuple<Tensor, Tensor> sum_table(Call& call, const Tensor& gamma, const Tensor& index, const Tensor& order, float* sums, float* terms) {
   const auto [images, channels, pixels] = call.operands.shape;
-  const int64_t places = images * pixels, rows = gamma.size(0);
+  const int64_t places = product(index, "index", {images, pixels}, INT32_MAX), rows = gamma.size(0);
   const Type type = type_of(gamma, "gamma");
   const Tensor dgamma = torch::stable::new_empty(gamma, {rows, channels}), dbeta = torch::stable::new_empty(gamma, {rows, channels});
   const Rows dgamma_rows = {static_cast<char*>(dgamma.data_ptr()), 0, channels, type};
@@ -229,26 +233,27 @@ std::tuple<Tensor, Tensor> sum_table(Call& call, const Tensor& gamma, const Tens
 std::tuple<Tensor, Tensor> sum_gradients(Call& call, const Tensor& gamma, const std::optional<Tensor>& index,
                                          const std::optional<Tensor>& order, float* sums, float* terms) {
   if (!index) return sum_dense(call, gamma.scalar_type(), sums, terms);
-  STD_TORCH_CHECK(order, "spade_fast: order is None, with an index it should be the sorted pixels, [N, pixels]");
-  return sum_table(call, gamma, *order, sums, terms);
+  return sum_table(call, gamma, *index, *order, sums, terms);
 }
 
 std::tuple<Tensor, Tensor, Tensor> backward_sums_of(const Tensor& dy, const Tensor& x, const Tensor& planes, const Tensor& gamma,
                                                     std::optional<Tensor> beta, std::optional<Tensor> index,
                                                     std::optional<Tensor> order, const Tensor& signs,
                                                     std::optional<std::string> activation, double negative_slope) {
+  check_backward_sums(dy, x, planes, gamma, beta, index, order, signs, activation_named(activation));
   Call call(x);
   call.modulate(gamma, beta, index, activation, negative_slope);
   call.backward(dy, signs, planes);
   const Tensor sums = call.per_plane(2);
   float* data = sums.mutable_data_ptr<float>();
   const auto [dgamma, dbeta] = sum_gradients(call, gamma, index, order, data, nullptr);
-  return {dgamma, dbeta, sums};
+  return {dgamma, dbeta, torch::stable::to(sums, planes.scalar_type())};
 }
 
 Tensor backward_input_of(const Tensor& dy, const Tensor& x, const Tensor& planes, const Tensor& gamma, std::optional<Tensor> beta,
                          std::optional<Tensor> index, const Tensor& signs, std::optional<Tensor> terms,
                          std::optional<std::string> activation, double negative_slope) {
+  check_backward_input(dy, x, planes, gamma, beta, index, signs, terms, activation_named(activation));
   Call call(x);
   call.modulate(gamma, beta, index, activation, negative_slope);
   call.backward(dy, signs, planes);
@@ -262,6 +267,7 @@ Tensor backward_input_of(const Tensor& dy, const Tensor& x, const Tensor& planes
 std::tuple<Tensor, Tensor, Tensor> instance_forward_of(const Tensor& x, const Tensor& gamma, const Tensor& beta,
                                                        std::optional<Tensor> index, double eps, std::optional<std::string> activation,
                                                        double negative_slope, bool keep_signs) {
+  check_modulation(x, gamma, beta, index, true);
   Call call(x);
   call.modulate(gamma, beta, index, activation, negative_slope);
   const Tensor y = call.output(promoted(x.scalar_type(), gamma.scalar_type())), signs = call.new_signs(keep_signs);
@@ -282,6 +288,7 @@ std::tuple<Tensor, Tensor, Tensor> instance_backward_of(const Tensor& dy, const 
                                                         std::optional<Tensor> beta, std::optional<Tensor> index,
                                                         std::optional<Tensor> order, const Tensor& signs,
                                                         std::optional<std::string> activation, double negative_slope) {
+  check_backward_sums(dy, x, planes, gamma, beta, index, order, signs, activation_named(activation));
   Call call(x);
   call.modulate(gamma, beta, index, activation, negative_slope);
   call.backward(dy, signs, planes);

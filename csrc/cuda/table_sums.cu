@@ -19,14 +19,20 @@ struct Sorted {
   bool exists, begins_row, ends_row, begins_piece;
 };
 
+// The pixel that order has at a place: one that there is, whatever the number.
+__device__ int64_t pixel_at(const Operands& o, const Pieces& pieces, int64_t at) {
+  const uint32_t pixel = static_cast<uint32_t>(__ldg(pieces.order + at)), pixels = static_cast<uint32_t>(o.shape.pixels);
+  return pixel < pixels ? pixel : pixels - 1;
+}
+
 __device__ Sorted sorted_at(const Operands& o, const Pieces& pieces, int64_t at) {
   const int64_t pixels = o.shape.pixels;
   Sorted place = {at / pixels, at % pixels, -1, at < o.shape.images * pixels, false, false, false};
   if (!place.exists) return place;
-  const auto row_at = [&](int64_t other) { return __ldg(o.index + place.image * pixels + __ldg(pieces.order + other)); };
-  place.row = row_at(at);
-  place.begins_row = place.position == 0 || row_at(at - 1) != place.row;
-  place.ends_row = place.position == pixels - 1 || row_at(at + 1) != place.row;
+  const auto row_of = [&](int64_t other) { return row_at(o, place.image * pixels + pixel_at(o, pieces, other)); };
+  place.row = row_of(at);
+  place.begins_row = place.position == 0 || row_of(at - 1) != place.row;
+  place.ends_row = place.position == pixels - 1 || row_of(at + 1) != place.row;
   place.begins_piece = place.begins_row || place.position % kPiece == 0;
   return place;
 }
@@ -72,7 +78,8 @@ __global__ void __launch_bounds__(kPlaces) list_pieces_kernel(Operands o, Pieces
   const int64_t at = blockIdx.x * kPlaces + threadIdx.x;
   const Sorted place = sorted_at(o, pieces, at);
   int all;
-  const int piece = pieces.counts[blockIdx.x] + block_scan(place.begins_piece, &all) - 1;
+  const int64_t found = pieces.counts[blockIdx.x] + block_scan(place.begins_piece, &all) - 1;
+  const int piece = static_cast<int>(found < pieces.most ? found : pieces.most - 1);  // more there are not where order is sorted
   if (!place.exists) return;
   if (place.begins_piece) pieces.firsts[piece] = at, pieces.piece_rows[piece] = place.row;
   int32_t* range = pieces.ranges + 2 * (place.image * pieces.rows + place.row);
@@ -105,7 +112,7 @@ __device__ void sum_piece(const Operands& o, const Pieces& pieces, int64_t piece
   }
   float g_sum[V] = {}, g_deviation_sum[V] = {};
   for (int64_t at = begin + threadIdx.y; at < end; at += blockDim.y) {
-    const int64_t pixel = __ldg(pieces.order + at);
+    const int64_t pixel = pixel_at(o, pieces, at);
     const auto channels_of = [&](const Rows& rows) {
       if (kLast) return load<V>(rows.at(image, pixel, channel), rows.type, in_row);
       return load<V>(rows.at(image, channel, pixel), rows.type, {rows.row, count, false});

@@ -6,6 +6,12 @@
 
 namespace spade_fast {
 
+// The row that index has at a place: of the table, whatever the number, for nobody waits to ask whether it is one.
+__device__ inline int32_t row_at(const Operands& o, int64_t place) {
+  const uint32_t row = static_cast<uint32_t>(__ldg(o.index + place));
+  return static_cast<int32_t>(row < o.rows ? row : o.rows - 1);
+}
+
 // A number of each plane that a thread has elements of: one, or one for each of its channels.
 template <int V, bool kLast>
 struct PerPlane {

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 
 from ..scopes import Scope
-from . import cpu_backend, cuda_backend, torch_backend, triton_backend
+from . import cpu_backend, cuda_backend, flops, torch_backend, triton_backend  # noqa: F401
 
 BEST_FIRST = (cuda_backend, cpu_backend, triton_backend, torch_backend)
 NAMES = tuple(backend.NAME for backend in BEST_FIRST)

@@ -2,16 +2,43 @@
 `torch_backend.py`.
 """
 
+import importlib
+import os
+
 import torch
 
 from . import numbering, operators, torch_backend
 
-try:
-    from .. import _cpu as library  # importing it registers its kernels
+INSTRUCTION_SETS = ("base", "avx2", "avx512")
 
-    failure = None
-except ImportError as error:
-    library, failure = None, f"the library spade_fast._cpu is not there: {error}"
+
+def _load():
+    """The library, and why there is none."""
+    try:
+        return importlib.import_module("spade_fast._cpu"), None  # which registers its kernels
+    except ModuleNotFoundError:
+        return None, operators.not_built("spade_fast._cpu", "a C++ compiler such as g++")
+    except ImportError as error:
+        return None, operators.not_loaded("spade_fast._cpu", error)
+
+
+def _use_instruction_set(name, library):
+    """Has the kernels use the one that the environment variable SPADE_FAST_ISA asks for."""
+    if name not in INSTRUCTION_SETS:
+        raise ValueError(f"SPADE_FAST_ISA is {name}, it should be base, avx2 or avx512")
+    if library is None:
+        return
+    if name not in library.instruction_sets():
+        raise ValueError(
+            f"SPADE_FAST_ISA is {name}, which this processor does not have, it should be one of"
+            f" {', '.join(library.instruction_sets())}"
+        )
+    library.use_instruction_set(name)
+
+
+library, failure = _load()
+if os.environ.get("SPADE_FAST_ISA"):
+    _use_instruction_set(os.environ["SPADE_FAST_ISA"], library)
 
 NAME = "cpu"
 

@@ -31,13 +31,23 @@ instance_backward = torch.ops.spade_fast.instance_backward.default
 convolve_windows_gradients = torch_backend.convolve_windows_gradients
 find_windows, number_windows = numbering.find_windows, numbering.number_windows
 window_sums, sort_pixels = numbering.window_sums, numbering.sort_pixels
-# What Triton has kernels for and this library none; without Triton in plain PyTorch.
-with_triton = triton_backend if triton_backend.INSTALLED else torch_backend
-find_codes, dtype_at_windows, convolve_windows = (
-    with_triton.find_codes,
-    with_triton.dtype_at_windows,
-    with_triton.convolve_windows,
-)
+
+
+def _beside():
+    """What has kernels for what this library has none for: Triton, else plain PyTorch."""
+    return triton_backend if triton_backend.why_not() is None else torch_backend
+
+
+def find_codes(segmap):
+    return _beside().find_codes(segmap)
+
+
+def dtype_at_windows(dtype):
+    return _beside().dtype_at_windows(dtype)
+
+
+def convolve_windows(rows, weight, bias, offsets, listed):
+    return _beside().convolve_windows(rows, weight, bias, offsets, listed)
 
 
 def _load():
@@ -46,11 +56,11 @@ def _load():
         return "this PyTorch is built without CUDA"
     found = sorted(Path(__file__).parent.parent.glob("_cuda.*"))
     if not found:
-        return "the library spade_fast._cuda is not there: it was not built"
+        return operators.not_built("spade_fast._cuda", "nvcc of CUDA's toolkit")
     try:
         torch.ops.load_library(found[0])
     except OSError as error:
-        return f"the library spade_fast._cuda cannot be loaded: {error}"
+        return operators.not_loaded("spade_fast._cuda", error)
     missing = set(KERNELS) & set(operators.without_kernel("CUDA"))
     return f"not compiled for CUDA: {', '.join(sorted(missing))}" if missing else None
 

@@ -95,8 +95,9 @@ def convolve_windows(rows, weight, bias, offsets, listed):
     """
     results = []
     for part in weight.split(_channels_at_a_time(len(rows), weight)):
-        products = rows @ part.flatten(2).permute(2, 0, 1).reshape(-1, part.shape[1]).t()
-        results.append(_sum_listed(products.view(-1, len(part)), offsets, listed))
+        products = rows @ _by_tap(part).t()
+        taps = part.shape[2:].numel()
+        results.append(_sum_listed(products.view(len(rows) * taps, len(part)), offsets, listed))
     return (
         torch.cat(results, dim=1) if bias is None else torch.cat(results, dim=1) + bias
     )  # not in place: see `apply`
@@ -120,8 +121,9 @@ def convolve_windows_gradients(
                 (sums.t() @ rows).view(taps, part.shape[1], rows.shape[1]).permute(1, 2, 0)
             )
         if wants_rows:
-            by_tap = part_weight.flatten(2).permute(2, 0, 1).reshape(-1, weight.shape[1])
-            rows_gradient = rows_gradient + (sums @ by_tap).to(sum_dtype(weight.dtype))
+            rows_gradient = rows_gradient + (sums @ _by_tap(part_weight)).to(
+                sum_dtype(weight.dtype)
+            )
     return (
         rows_gradient.to(weight.dtype) if wants_rows else None,
         torch.cat(weight_parts).reshape(weight.shape) if wants_weight else None,
@@ -244,6 +246,12 @@ def through_activation(dy, x, normalised, gamma, beta, signs, activation, negati
         return dy * (sigmoid * (1 + y * (1 - sigmoid)))
     positive = _unpack(signs, dy.shape, is_channels_last(x))
     return torch.where(positive, dy, dy * negative_slope if activation == "leaky_relu" else 0)
+
+
+def _by_tap(weight):
+    """weight [out, in, *kernel] as a matrix [taps · out, in]."""
+    out, channels, taps = weight.flatten(2).shape
+    return weight.flatten(2).permute(2, 0, 1).reshape(taps * out, channels)
 
 
 def _channels_at_a_time(rows, weight):

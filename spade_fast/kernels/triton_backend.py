@@ -40,7 +40,9 @@ def _kernel(name):
 operators.declare("spade_fast_triton", KERNELS)
 for name in KERNELS:
     for key in ("CUDA", "CPU") if INTERPRETED else ("CUDA",):
-        torch.library.impl(f"spade_fast_triton::{name}", key, _kernel(name))
+        torch.library.impl(
+            f"spade_fast_triton::{name}", key, operators.checked(name, _kernel(name))
+        )
 
 plane_moments = torch.ops.spade_fast_triton.plane_moments.default
 apply = torch.ops.spade_fast_triton.apply.default
@@ -68,15 +70,33 @@ def convolve_windows(rows, weight, bias, offsets, listed):
     )
 
 
+_failures = []  # of the import, once it was tried: why it failed, or None
+
+
+def _import_failure():
+    """Why Triton cannot be imported, or None. Asked only where nothing else is in the way, for the
+    import takes a while.
+    """
+    if not _failures:
+        try:
+            from . import triton_kernels  # noqa: F401
+
+            _failures.append(None)
+        except Exception as error:  # whatever a broken installation raises
+            _failures.append(f"Triton is installed but cannot be imported: {error}")
+    return _failures[0]
+
+
 def why_not(x=None, gamma=None):
     """Why these kernels cannot run (on x and γ), or None."""
     if not INSTALLED:
         return "Triton is not installed"
     devices = ("cuda", "cpu") if INTERPRETED else ("cuda",)
     if x is None:
-        return None if INTERPRETED or torch.cuda.is_available() else "there is no CUDA GPU here"
+        runs = INTERPRETED or torch.cuda.is_available()
+        return _import_failure() if runs else "there is no CUDA GPU here"
     if x.device.type not in devices:
         return f"x is on {x.device}, these kernels run on {' and '.join(devices)}"
     if torch.float64 in (x.dtype, None if gamma is None else gamma.dtype):
         return "x or gamma is float64, these kernels compute in float32"
-    return None
+    return _import_failure()

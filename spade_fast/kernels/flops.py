@@ -1,0 +1,64 @@
+"""What `torch.utils.flop_counter.FlopCounterMode` counts of the operators that multiply matrices.
+
+The formulas are registered when somebody imports that module: it imports Triton, which takes a
+while.
+"""
+
+import importlib.abc
+import importlib.util
+import math
+import sys
+
+import torch
+
+COUNTER = "torch.utils.flop_counter"
+
+
+def of_results(rows, weight, *others, out_shape=None, **settings):
+    return 2 * rows[0] * math.prod(weight)  # of each row with each tap
+
+
+def of_weight(gradient, rows, weight, *others, out_shape=None, **settings):
+    return 2 * rows[0] * math.prod(weight)
+
+
+def of_rows(gradient, weight, *others, out_shape=None, **settings):
+    return 2 * out_shape[0] * math.prod(weight)
+
+
+def of_results_in_triton(rows, weight, *others, out_shape=None, **settings):
+    return 2 * out_shape[0] * math.prod(weight)  # of each window with each tap
+
+
+def register(module):
+    for operator, formula in {
+        torch.ops.spade_fast.convolve_windows: of_results,
+        torch.ops.spade_fast.convolve_windows_weight: of_weight,
+        torch.ops.spade_fast.convolve_windows_rows: of_rows,
+        torch.ops.spade_fast_triton.convolve_windows: of_results_in_triton,
+    }.items():
+        module.register_flop_formula(operator)(formula)
+
+
+class WhenImported(importlib.abc.MetaPathFinder):
+    """Finds the counter's module as others would, once, and registers when it is loaded."""
+
+    def find_spec(self, name, path, target=None):
+        if name != COUNTER:
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(name)
+        load = spec.loader.exec_module
+
+        def exec_module(module):
+            load(module)
+            register(module)
+
+        spec.loader.exec_module = exec_module
+        return spec
+
+
+if COUNTER in sys.modules:
+    register(sys.modules[COUNTER])
+else:
+    sys.meta_path.insert(0, WhenImported())
