@@ -162,3 +162,11 @@ def test_dense_features_are_none():
     late = torch.zeros(1, 3, 64, 64, device=DEVICE)  # where the sample does not see it
     late[:, :, 32:] = torch.randn(1, 3, 32, 64)
     assert numbering.find_codes(late) is None
+
+
+def test_signs_of_two_channels():
+    """Of doubles: they cancelled in the hash, whatever its multiplier was."""
+    segmap = torch.ones(1, 2, 1, 2, dtype=torch.float64)
+    segmap[..., 1] = -1
+    codes, places = numbering.find_codes(segmap)
+    assert codes.tolist() == [[[0, 1]]] and places.tolist() == [0, 1]

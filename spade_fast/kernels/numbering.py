@@ -48,6 +48,9 @@ def hash_vectors(bits, multiplier):
     """A number for each pixel of bits [N, channels, pixels], whole numbers: [N, pixels], int64."""
     hashes = bits.new_zeros(bits.shape[0], bits.shape[2], dtype=torch.int64)
     for channel in bits.unbind(1):
+        # The highest bit, a double's sign, is lost in any product with an even number, and so in
+        # the sum of two powers of any multiplier: it is added lower down as well.
+        channel = channel ^ channel >> 32 if channel.dtype == torch.int64 else channel
         hashes = torch.add(channel, hashes, alpha=multiplier)
     return hashes
 
