@@ -286,8 +286,6 @@ def test_a_condition_that_needs_a_gradient_gets_it(monkeypatch):
 @pytest.mark.parametrize(
     "change",
     [
-        lambda spade: torch.nn.utils.spectral_norm(spade.mlp_gamma),
-        lambda spade: torch.nn.utils.parametrizations.weight_norm(spade.mlp_shared[0]),
         lambda spade: spade.mlp_beta.register_forward_hook(lambda module, inputs, y: 2 * y),
         lambda spade: (
             setattr(spade.mlp_gamma, "padding_mode", "circular"),

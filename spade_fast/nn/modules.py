@@ -8,6 +8,7 @@ from torch.nn.modules import module as calls
 from torch.nn.utils import parametrize
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
+from torch.utils.module_tracker import ModuleTracker
 
 from ..recording import may_overwrite
 
@@ -40,7 +41,21 @@ def is_called_plainly(module: nn.Module) -> bool:
     modules, no forward of this instance's own, nothing compiled in its place.
     """
     replaced = "forward" in module.__dict__ or module._compiled_call_impl is not None
-    return not replaced and not calls._has_any_global_hook()
+    return not replaced and not (calls._has_any_global_hook() and _somebody_watches_all())
+
+
+def _somebody_watches_all() -> bool:
+    """Whether all modules have a hook, besides PyTorch's own that notes which module runs and looks
+    at no values, as FlopCounterMode has it.
+    """
+    kinds = (
+        calls._global_forward_pre_hooks,
+        calls._global_forward_hooks,
+        calls._global_backward_pre_hooks,
+        calls._global_backward_hooks,
+    )
+    hooks = [hook for kind in kinds for hook in kind.values()]
+    return not all(isinstance(getattr(hook, "__self__", None), ModuleTracker) for hook in hooks)
 
 
 def is_watched(module: nn.Module) -> bool:
