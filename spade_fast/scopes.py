@@ -68,8 +68,10 @@ class Scope:
         """The setting that holds here and now. In a compiled graph it is that of the compilation,
         made anew where one begins or ends anywhere.
         """
+        if not cls.anywhere:
+            return default
         if torch.compiler.is_compiling():
-            return _constant_setting(cls, default) if cls.anywhere else default
+            return _constant_setting(cls, default)
         scope = cls.current()
         return default if scope is None else scope.setting
 

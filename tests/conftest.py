@@ -4,6 +4,9 @@ import contextlib
 import importlib.util
 import os
 
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # there is a process for each core already
+
 import pytest
 import torch
 

@@ -13,6 +13,7 @@ from torch.utils.module_tracker import ModuleTracker
 from ..recording import may_overwrite
 
 CONVOLUTIONS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
+CONVOLUTION_TYPES = tuple(CONVOLUTIONS.values())
 INSTANCE_NORMS = {1: nn.InstanceNorm1d, 2: nn.InstanceNorm2d, 3: nn.InstanceNorm3d}
 BATCH_NORMS = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
 KINDS = {
@@ -27,13 +28,12 @@ POINTWISE = (nn.ReLU, nn.LeakyReLU, nn.SiLU, nn.GELU, nn.ELU, nn.Tanh, nn.Sigmoi
 
 def hooks(module: nn.Module) -> list[Callable]:
     """The module's own hooks: what runs when it is called, beside its forward."""
-    kinds = (
-        module._forward_pre_hooks,
-        module._forward_hooks,
-        module._backward_pre_hooks,
-        module._backward_hooks,
-    )
-    return [hook for kind in kinds for hook in kind.values()]
+    return [
+        *module._forward_pre_hooks.values(),
+        *module._forward_hooks.values(),
+        *module._backward_pre_hooks.values(),
+        *module._backward_hooks.values(),
+    ]
 
 
 def is_called_plainly(module: nn.Module) -> bool:
@@ -81,20 +81,16 @@ def leaves(module: nn.Module, inside: bool = False) -> list[nn.Module]:
     return [leaf for child in module.children() for leaf in leaves(child, inside)]
 
 
-def own_class(module: nn.Module) -> type:
-    """A module's class, under a parametrization the one that it had before."""
-    kind = type(module)
-    return kind.__bases__[0] if parametrize.is_parametrized(module) else kind
-
-
 def is_convolution(module: nn.Module) -> bool:
     """Whether a module is a convolution that its settings and `weight_of` say all about: plain, or
     under spectral norm, weight norm or a parametrization.
     """
-    if own_class(module) not in CONVOLUTIONS.values() or not is_called_plainly(module):
+    kind = type(module)
+    if kind not in CONVOLUTION_TYPES and parametrize.is_parametrized(module):
+        kind = kind.__bases__[0]  # the class that it had before
+    if kind not in CONVOLUTION_TYPES or not is_called_plainly(module):
         return False
-    makers = [hook for hook in hooks(module) if isinstance(hook, MAKERS) and hook.name == "weight"]
-    return len(makers) == len(hooks(module))
+    return all(isinstance(hook, MAKERS) and hook.name == "weight" for hook in hooks(module))
 
 
 def weight_of(module: nn.Module) -> torch.Tensor:
@@ -108,17 +104,17 @@ def weight_of(module: nn.Module) -> torch.Tensor:
 
 def shape_of_weight(module: nn.Module) -> torch.Size:
     """The shape of a convolution's weight, which is not made for it."""
-    if parametrize.is_parametrized(module, "weight"):
-        originals = module.parametrizations.weight
-        first = getattr(originals, "original", None)
-        return getattr(originals, "original1", None).shape if first is None else first.shape
-    names = ("weight_orig", "weight_v", "weight")  # of spectral norm, of weight norm, its own
-    return next(module._parameters[name] for name in names if name in module._parameters).shape
+    own = module._parameters
+    for name in ("weight", "weight_orig", "weight_v"):  # its own, of spectral and of weight norm
+        if name in own:
+            return own[name].shape
+    originals = module.parametrizations.weight
+    return (originals.original if hasattr(originals, "original") else originals.original1).shape
 
 
 def changes_itself(module: nn.Module) -> bool:
     """Whether a call changes what the next one's weight is, as spectral norm does in train mode."""
-    makes = hooks(module) or parametrize.is_parametrized(module)
+    makes = type(module) not in CONVOLUTION_TYPES or hooks(module)
     return bool(makes) and any(part.training for part in module.modules())
 
 
@@ -126,24 +122,22 @@ def keeps_size(module: nn.Module, size: int) -> bool:
     """Whether a module is a convolution with `size` taps along each axis, an odd number, around each
     pixel, of the map with zeros around it: the window that a pixel sees alone decides its result.
     """
-    settings = {"kernel_size": size, "padding": size // 2, "stride": 1, "dilation": 1}
+    if size % 2 == 0 or not is_convolution(module):
+        return False
+    ones = (1,) * len(module.kernel_size)
     return (
-        size % 2 == 1
-        and is_convolution(module)
+        module.kernel_size == (size,) * len(ones)
+        and module.padding == (size // 2,) * len(ones)
+        and module.stride == module.dilation == ones
         and module.groups == 1
         and module.padding_mode == "zeros"
-        and all(_each(getattr(module, name), setting) for name, setting in settings.items())
         and shape_of_weight(module)[1:] == (module.in_channels, *module.kernel_size)
     )
 
 
-def _each(values: object, wanted: int) -> bool:
-    return isinstance(values, tuple) and all(value == wanted for value in values)
-
-
 def taps_of(module: nn.Module) -> int:
     """Taps along an axis of a convolution; 0 of what is none."""
-    return module.kernel_size[0] if isinstance(module, tuple(CONVOLUTIONS.values())) else 0
+    return module.kernel_size[0] if isinstance(module, CONVOLUTION_TYPES) else 0
 
 
 def is_known(norm: nn.Module) -> bool:
@@ -155,5 +149,5 @@ def is_known(norm: nn.Module) -> bool:
 
 def may_overwrite_result(module: nn.Module) -> bool:
     """Whether what a module returns is a new tensor that nobody else has seen or keeps."""
-    is_new = type(module) in CONVOLUTIONS.values() and not module._forward_hooks
+    is_new = type(module) in CONVOLUTION_TYPES and not module._forward_hooks
     return is_new and is_called_plainly(module) and may_overwrite()

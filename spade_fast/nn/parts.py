@@ -83,7 +83,8 @@ class Parts(NamedTuple):
     def of(cls, spade: nn.Module) -> "Parts":
         form = spade.spade_form
         names = (form.norm, form.shared, form.gamma, form.beta, form.pad)
-        parts = (None if name is None else spade.get_submodule(name) for name in names)
+        own = spade._modules
+        parts = (own[name] if name in own else _part(spade, name) for name in names)
         return cls(*parts, form.inside)
 
     def convolutions(self) -> Convolutions | None:
@@ -110,3 +111,7 @@ class Parts(NamedTuple):
             return None
         norms = (of[0] if of else None for of in (gamma_norms, beta_norms))
         return Convolutions(shared, activations, gamma, beta, *norms)
+
+
+def _part(spade, name):
+    return None if name is None else spade.get_submodule(name)

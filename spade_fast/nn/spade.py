@@ -115,9 +115,9 @@ class SpatiallyAdaptive(HasParts):
         self._check_tensor("x", x, self.spade_form.norm_nc)
         self.check_segmap(segmap)
         shared = Parts.of(self).shared
-        first = next((module for module in shared.modules() if module._parameters), None)
-        # A convolution that is watched may have its weights only while it is called.
-        weight = segmap if first is None or is_watched(first) else next(first.parameters())
+        weight = next(shared.parameters(), segmap)
+        if weight.device != x.device and any(map(is_watched, shared.modules())):
+            weight = segmap  # a convolution may have its weights only while it is called
         for name, tensor in {"segmap": segmap, "the layer's weight": weight}.items():
             if tensor.device != x.device:
                 raise ValueError(
