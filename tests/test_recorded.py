@@ -279,8 +279,10 @@ def test_function_transforms_over_parameters(name, condition, transform):
         def loss(parameters, x, segmap):
             return forward(parameters, x, segmap).sin().sum()
 
+        def of_one(parameters, x, segmap):
+            return loss(parameters, x[None], segmap[None])
+
         def per_sample(x, segmap):
-            of_one = lambda parameters, x, segmap: loss(parameters, x[None], segmap[None])  # noqa: E731
             return torch.vmap(torch.func.grad(of_one), (None, 0, 0))(parameters, x, segmap)
 
         stacked = {key: torch.stack([one, others[key]]) for key, one in parameters.items()}

@@ -1,4 +1,4 @@
-"""Random sequences of what people do to a model, after each of which it computes what its plain twin
+"""Random sequences of what people do to a model: after each it computes what its plain twin
 does; and random layers, operations and calls against the reference.
 """
 
@@ -379,7 +379,7 @@ def test_layers_against_the_reference(case):
 
 @st.composite
 def operations(draw):
-    """Arguments of modulations.sample: two images or more, for with one, and a dy whose channels lie
+    """Arguments of modulations.sample: two images or more, for with one and a dy whose channels lie
     together, eager PyTorch's gradient of instance norm is wrong.
     """
     dims, channels = draw(st.integers(1, 3)), draw(st.sampled_from([2, 4, 6]))

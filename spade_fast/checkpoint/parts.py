@@ -1,4 +1,4 @@
-"""Which weights there are in what a file has: dictionaries in dictionaries, prefixes, and names that
+"""Which weights a file has: dictionaries in dictionaries, prefixes, and names that
 mean the same; and whether they fit.
 """
 

@@ -163,7 +163,8 @@ class Call:
         _, *parameters = inspect.signature(forward).parameters.values()
         positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
         self.names, self.several = [], False
-        self.neutral = {}  # what each further argument is in a call without it; None where it must be
+        # What each further argument is in a call without it; None where it has to be given.
+        self.neutral = {}
         for parameter in parameters:
             if parameter.kind is inspect.Parameter.VAR_POSITIONAL:
                 self.several = len(self.names) == 1  # forward(x, *conditions)

@@ -119,8 +119,8 @@ def changes_itself(module: nn.Module) -> bool:
 
 
 def keeps_size(module: nn.Module, size: int) -> bool:
-    """Whether a module is a convolution with `size` taps along each axis, an odd number, around each
-    pixel, of the map with zeros around it: the window that a pixel sees alone decides its result.
+    """Whether a module is a convolution with an odd number of taps along each axis, `size`, around
+    each pixel of the map with zeros around it: the window that a pixel sees decides its result.
     """
     if size % 2 == 0 or not is_convolution(module):
         return False

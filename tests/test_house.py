@@ -1,0 +1,42 @@
+"""The house: which file imports which."""
+
+import ast
+from graphlib import TopologicalSorter
+from pathlib import Path
+
+PACKAGE = Path(__file__).parent.parent / "spade_fast"
+# From the ground up: a room imports those before it, and none after it.
+ROOMS = ("kernels", "layout", "ops", "nn", "convert", "checkpoint", "check", "cli")
+
+
+def imports():
+    """The modules that each module of the package imports, also inside of functions."""
+    graph = {}
+    for file in PACKAGE.rglob("*.py"):
+        inside = file.relative_to(PACKAGE).with_suffix("").parts
+        name = inside[:-1] if inside[-1] == "__init__" else inside
+        home = inside[:-1]
+        found = graph.setdefault(".".join(name) or ".", set())
+        for node in ast.walk(ast.parse(file.read_text())):
+            if not isinstance(node, ast.ImportFrom) or node.level == 0:
+                continue
+            source = (*home[: len(home) + 1 - node.level], *(node.module or "").split("."))
+            source = tuple(filter(None, source))
+            for alias in node.names:
+                path = PACKAGE.joinpath(*source, alias.name)
+                is_module = path.is_dir() or path.with_suffix(".py").exists()
+                found.add(".".join((*source, alias.name) if is_module else source) or ".")
+    return graph
+
+
+def test_imports_run_in_no_circle():
+    assert list(TopologicalSorter(imports()).static_order())
+
+
+def test_arrows_go_down():
+    for module, found in imports().items():
+        room = module.split(".")[0]
+        for other in found:
+            there = other.split(".")[0]
+            if room in ROOMS and there in ROOMS:
+                assert ROOMS.index(there) <= ROOMS.index(room), f"{module} imports {other}"
