@@ -103,7 +103,7 @@ class TablesAhead:
     def __init__(self):
         self._asked, self._made = {}, {}
 
-    def get(self, layout, key, weights, compute):
+    def get(self, layout, key, weights, marks, compute):
         if (layout, key) in self._made:
             table, event = self._made[layout, key]
             event.wait()

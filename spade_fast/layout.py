@@ -135,7 +135,7 @@ class SemanticLayout:
             return
         _check_tensors(self.codes, self.palette)
         _check_codes(self.codes, len(self.palette))
-        if before is None or before[0] != now[0] or before[1][2] != now[1][2]:  # codes, or rows
+        if before is None or before[0] != now[0] or before[1][2::2] != now[1][2::2]:  # rows, dtype
             self._windows, self._patches = {}, {}
         self._pooled, self._repeats = {}, None
         self.codes, self.palette = with_version(self.codes), with_version(self.palette)
@@ -364,7 +364,9 @@ class SemanticLayout:
         Errors: ValueError, TypeError where size is not a number of pixels for each axis.
         """
         self._look()
-        return SemanticLayout(resize_codes(self.codes, self._size("size", size)), self.palette)
+        return SemanticLayout(
+            resize_codes(self.codes, self._size("size", size), self.palette.dtype), self.palette
+        )
 
     def avg_pool(
         self,
@@ -491,7 +493,9 @@ class SemanticLayout:
                 hidden, table, *places = source.windows(*key)
                 kept[key] = Windows(hidden, table, *map(self._repeated, places))
             else:
-                kept[key] = number(resize_codes(self.codes, key[0]), key[1], len(self.palette))
+                kept[key] = number(
+                    resize_codes(self.codes, key[0], self.palette.dtype), key[1], len(self.palette)
+                )
         return kept[key]
 
     def _size(self, name, size):
@@ -712,17 +716,18 @@ def _stack_sums(parts):
     )
 
 
-def resize_codes(codes, size):
+def resize_codes(codes, size, dtype):
     """codes [N, *spatial] at another size, by the pixels that `F.interpolate(mode="nearest")` takes
-    of a float32 condition.
+    of a condition in this dtype: on a CPU it reckons in float64 for float64, else in float32.
     """
+    reckoned = torch.float64 if dtype == torch.float64 and codes.is_cpu else torch.float32
     for dim, (given, wanted) in enumerate(zip(codes.shape[1:], size), start=1):
         if given == wanted:
             continue
         if wanted > 0 and given % wanted == 0:
             codes = codes[(slice(None),) * dim + (slice(None, None, given // wanted),)]
         else:
-            pixels = torch.arange(given, dtype=torch.float32, device=codes.device)
+            pixels = torch.arange(given, dtype=reckoned, device=codes.device)
             pixels = F.interpolate(pixels[None, None], size=wanted, mode="nearest")[0, 0]
             codes = codes.index_select(dim, pixels.long())
     return codes.contiguous()

@@ -35,6 +35,10 @@ class Scope:
         self._note(1)
 
     def __enter__(self) -> "Scope":
+        if self._ended or self not in self._open.get():  # once more, or in another thread
+            self._ended = False
+            self._open.set((*self._not_ended(), self))
+            self._note(1)
         self._entered = True
         return self
 

@@ -28,7 +28,7 @@ from .recognise import (
     recognise_spade,
 )
 from .report import Entry, Report
-from .swap import Fast, FastBlock, FastSPADE, Proof, kinds_of_children, make_fast, make_own, marked
+from .swap import Fast, FastBlock, FastSPADE, Proof, kinds_of_children, make_fast, make_own, marks
 
 __all__ = ["Entry", "Fast", "Report", "convert", "revert"]
 
@@ -93,11 +93,12 @@ def _convert(name, module, kind, recognise, probe):
     recognised_as, exceptions = "", []
     try:
         _check_values(module)
+        _check_names(module, kind)
         form, recognised_as = recognise(module)
         if probe:
             form, proof, exceptions = _proved(module, kind, form)
         else:
-            proof = _trusted(module)
+            proof = _trusted(module, form)
     except Unlike as unlike:
         return entry(recognised_as, False, str(unlike))
     make_fast(module, kind, form._replace(proof=proof))
@@ -123,6 +124,17 @@ def _is_opaque(module, form):
     return any(leaf._modules for part in parts for leaf in leaves(part))
 
 
+def _check_names(module, kind):
+    """Raises Unlike for a module that has a name of its own which its fast class needs."""
+    needed = {name for own in kind.__mro__ for name in vars(own) if not name.startswith("__")}
+    needed |= {"kind", "own_class", "call", "spade_form"}
+    needed -= {"forward", "_get_name", *vars(nn.Module)}
+    own = {*module.__dict__, *module._buffers, *module._parameters, *module._modules}
+    own |= {name for name in needed if hasattr(type(module), name)}
+    if taken := sorted(own & needed):
+        raise Unlike(f"it has names that the fast class needs: {', '.join(taken)}")
+
+
 def _check_values(module):
     """Raises Unlike for a module that cannot be probed, whatever it is."""
     if "forward" in module.__dict__:
@@ -136,11 +148,11 @@ def _check_values(module):
         raise Unlike("its parameters are of a class that dispatches for itself")
 
 
-def _trusted(module):
+def _trusted(module, form):
     """The proof of a module that is taken by its word."""
     both, floats = (False, True), (torch.float64, torch.float32, torch.bfloat16, torch.float16)
     return Proof(
-        marked(module),
+        marks(module, form),
         kinds_of_children(module),
         tuple(product(both, both)),
         tuple(product(both, floats, floats, (None, torch.bfloat16, torch.float16))),

@@ -11,9 +11,10 @@ import torch.nn as nn
 
 from ..agreement import excess
 from ..nn.choice import window_mode
+from ..nn.modules import marks_of
 from ..nn.parts import Form
 from .recognise import Unlike
-from .swap import Call, Proof, kinds_of_children, make_fast, marked
+from .swap import Call, Proof, kinds_of_children, make_fast, marks
 
 PIXELS = (6, 4, 4)  # of a probe's x
 # The conditions that a probe has, by how large they are beside x: some of noise, with gradients,
@@ -64,7 +65,7 @@ def prove(module: nn.Module, kind: type, form: Form) -> tuple[Proof, list[str]]:
             except Unlike as unlike:
                 exceptions.append(f"{words} its own forward: {unlike}")
     proof = Proof(
-        marked(module),
+        marks(module, form),
         kinds_of_children(module),
         tuple(modes),
         tuple(dtypes),
@@ -233,8 +234,12 @@ class Probe:
         if kind is not None:
             make_fast(module, kind, self.form)
             return module._fast(x, segmap)
-        further = dict.fromkeys(Call(type(module).forward).required)
-        return type(module).forward(module, x, segmap, **further)
+        further, before = dict.fromkeys(Call(type(module).forward).required), marks_of(module)
+        y = type(module).forward(module, x, segmap, **further)
+        kept = [name for name, mark in marks_of(module).items() if before.get(name) != mark]
+        if kept:
+            raise Unlike(f"its own forward changes what it has: {', '.join(kept)}")
+        return y
 
 
 class Values:
@@ -328,7 +333,8 @@ def _copy(module, copies):
     """
     if id(module) not in copies:
         copies[id(module)] = copy = module.__class__.__new__(module.__class__)
-        copy.__dict__.update(module.__dict__)
+        for name, value in module.__dict__.items():  # lists and dictionaries are not shared
+            copy.__dict__[name] = type(value)(value) if type(value) in (list, dict, set) else value
         for kind in ("_parameters", "_buffers"):
             copy.__dict__[kind] = {
                 name: own if own is None else copies[id(own)]

@@ -12,12 +12,21 @@ import torch.nn as nn
 
 from ..layout import SemanticLayout
 from ..nn.block import ResidualBlock
-from ..nn.modules import KINDS, is_watched
-from ..nn.parts import Form
+from ..nn.modules import (
+    KINDS,
+    MAKERS,
+    PLAIN,
+    Same,
+    hooks,
+    is_watched,
+    mark_of,
+    marks_of,
+    marks_of_settings,
+    weights_in,
+)
+from ..nn.parts import Form, HasParts
 from ..nn.spade import SpatiallyAdaptive, batch_of
 from ..recording import is_recorded
-
-PLAIN = (bool, int, float, str, type(None))
 
 
 class Proof(NamedTuple):
@@ -25,7 +34,7 @@ class Proof(NamedTuple):
     more than its arguments and weights: for anything else, the own forward is what there is.
     """
 
-    attributes: dict  # of the module's own: its numbers, flags, functions, by `marked`
+    marks: list  # the module's own attributes, its class's, and those of wrappers
     children: tuple  # the kinds of its parts
     modes: tuple  # (training, whether gradients are recorded)
     dtypes: tuple  # (training, the weights', x's, autocast's or None)
@@ -35,14 +44,21 @@ class Proof(NamedTuple):
         """Whether it is of the module as it is now, with these arguments."""
         device = x.device.type
         autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-        dtypes = (module.training, next(module.parameters()).dtype, x.dtype, autocast)
+        dtypes = (module.training, weights_in(module)[0].dtype, x.dtype, autocast)
         return (
             (module.training, torch.is_grad_enabled()) in self.modes
             and dtypes in self.dtypes
             and sizes_against(x, segmap) <= self.sizes
             and kinds_of_children(module) == self.children
-            and is_as_marked(module, self.attributes)
+            and follows(module)
+            and marks(module, module.spade_form) == self.marks
         )
+
+
+def marks(module: nn.Module, form: Form) -> list:
+    own_class = getattr(module, "own_class", type(module))
+    parts = [marks_of_settings(part) for part in parts_of(module)]
+    return [marks_of(module), parts, marks_of_class(own_class), marks_of_wrappers(module, form)]
 
 
 def kinds_of_children(module: nn.Module) -> tuple:
@@ -51,26 +67,34 @@ def kinds_of_children(module: nn.Module) -> tuple:
     return tuple("norm" if kind in KINDS else kind for kind in own)
 
 
-def marked(module: nn.Module) -> dict:
-    """The attributes of a module's own, and of tensors how often they were written to."""
-    return {
-        name: (value, version_of(value))
-        for name, value in module.__dict__.items()
-        if not name.startswith("_") and name not in ("training", "spade_form")
-    }
+def marks_of_class(own_class: type) -> list:
+    """What a class and those that it is derived from say: a method may be exchanged."""
+    kinds = own_class.__mro__[: own_class.__mro__.index(nn.Module)]
+    return [
+        (Same(kind), {name: mark_of(own) for name, own in vars(kind).items()}) for kind in kinds
+    ]
 
 
-def is_as_marked(module: nn.Module, marks: dict) -> bool:
-    own = marked(module)
-    return own.keys() == marks.keys() and all(
-        own[name][1] == version and is_same(own[name][0], value)
-        for name, (value, version) in marks.items()
-    )
+def marks_of_wrappers(module: nn.Module, form: Form) -> list:
+    """The attributes of what parts of unknown classes have inside, where that is looked into."""
+    if not form.inside:
+        return []
+    parts = (module.get_submodule(name) for name in (form.shared, form.gamma, form.beta))
+    return [(Same(own), marks_of(own)) for part in parts for own in part.modules() if own._modules]
 
 
-def version_of(value: Any) -> int | None:
-    is_tensor = isinstance(value, torch.Tensor)
-    return value._version if is_tensor and not value.is_inference() else None
+def follows(module: nn.Module) -> bool:
+    """Whether a module's parts are in its mode."""
+    return all(child.training == module.training for child in parts_of(module))
+
+
+def parts_of(module: nn.Module) -> list[nn.Module]:
+    """A module's own parts, but for norms and SPADEs: at those is looked when they are used."""
+    return [
+        child
+        for child in module._modules.values()
+        if child is not None and type(child) not in KINDS and not isinstance(child, HasParts)
+    ]
 
 
 def is_same(one: Any, other: Any) -> bool:
@@ -102,7 +126,12 @@ class Fast:
     spade_form: Form
 
     def __reduce_ex__(self, protocol: int) -> tuple:
-        return _empty, (self.kind, self.own_class), self.__dict__
+        getstate = getattr(self.own_class, "__getstate__", None)  # object's, or the stranger's
+        is_own = getstate is not getattr(object, "__getstate__", None)
+        return _empty, (self.kind, self.own_class), getstate(self) if is_own else self.__dict__
+
+    def __init_subclass__(cls) -> None:
+        """The stranger's is not asked: a registry of its classes is not for this one."""
 
     def _get_name(self) -> str:
         return f"Fast{self.own_class.__name__}"
@@ -114,10 +143,12 @@ class Fast:
                 "torch.fx cannot trace a converted module by itself: revert(model) first, or trace"
                 " the model that it is in"
             )
+        if not isinstance(self, Fast):  # reverted while it was called
+            return self.forward(*arguments, **named)
         pair = self.call.pair(arguments, named)
         if pair is not None and self._is_proved(*pair):
             return self._fast(*pair)
-        dtype = next(self.parameters()).dtype
+        dtype = weights_in(self)[0].dtype
         arguments = [dense(argument, dtype) for argument in arguments]
         named = {name: dense(argument, dtype) for name, argument in named.items()}
         return self.own_class.forward(self, *arguments, **named)
@@ -154,6 +185,10 @@ class FastBlock(Fast, ResidualBlock):
 
     def _fast(self, x, segmap):
         return self.compute(x, segmap)
+
+    def _is_proved(self, x, segmap):
+        """Nor is it where somebody watches a part: the own forward calls them in its own way."""
+        return not watches_inside(self) and super()._is_proved(x, segmap)
 
 
 class Call:
@@ -200,6 +235,16 @@ class Call:
         if name not in self.neutral:
             return False
         return is_same(value, self.neutral[name])
+
+
+def watches_inside(module: nn.Module) -> bool:
+    """Whether a part of a module has hooks, besides those that make its weight."""
+    return any(
+        not isinstance(hook, MAKERS)
+        for part in module.modules()
+        if part is not module
+        for hook in hooks(part)
+    )
 
 
 def dense(argument: Any, dtype: torch.dtype) -> Any:

@@ -53,7 +53,7 @@ class ResidualBlock:
     ) -> torch.Tensor:
         """forward, of arguments that have been checked."""
         x = with_channels_together(ordinary(x), scale)
-        has_shortcut = "norm_s" in self._modules
+        has_shortcut = self._modules.get("norm_s") is not None
         moments = self._moments(x, segmap, scale)
         x = repeat_pixels(x, scale)
         seen = find_layout(segmap)
@@ -79,7 +79,7 @@ class ResidualBlock:
 
     def _moments(self, x, segmap, scale):
         """`plane_moments` of the x that norm_0 and norm_s normalise, where that saves a pass."""
-        norms = [getattr(self, name) for name in ("norm_0", "norm_s") if name in self._modules]
+        norms = [norm for name in ("norm_0", "norm_s") if (norm := self._modules.get(name))]
         taking = [norm for norm in norms if takes_moments(norm, x, segmap)]
         if is_recorded(x) or len(taking) + (scale > 1) < 2:
             return None

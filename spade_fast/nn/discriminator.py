@@ -166,7 +166,7 @@ class MultiscaleDiscriminator(nn.Module):
             times = len(x) // max(1, len(segmap))
             x = torch.cat([segmap.repeat(times, *[1] * (segmap.dim() - 1)), x], dim=1)
         elif layout is not None:
-            layout = layout.repeat(len(x) // max(1, len(layout)))
+            layout = layout.repeat(len(x) // max(1, len(layout))) if len(x) else layout[:0]
             x = x.contiguous(
                 memory_format=FORMATS.get(x.dim(), torch.contiguous_format)
             )  # as rows of a table are looked up
@@ -175,10 +175,10 @@ class MultiscaleDiscriminator(nn.Module):
             if number > 0:
                 x = POOLS[self.spatial_dims](x, **HALF)
                 layout = None if layout is None else layout.avg_pool(**HALF)
-            watched = layout is not None and is_watched(discriminator)
-            results.append(
-                discriminator(together(layout, x)) if watched else discriminator(x, layout)
-            )
+            if layout is not None and not is_watched(discriminator):
+                results.append(discriminator(x, layout))
+            else:
+                results.append(discriminator(x if layout is None else together(layout, x)))
         return results
 
     def _check(self, x, segmap):

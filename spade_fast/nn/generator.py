@@ -19,9 +19,9 @@ from .arguments import remember
 from .block import ResidualBlock, SPADEResnetBlock
 from .choice import current_mode, find_layout
 from .config import dimensions, parse_config, whole_number
-from .modules import CONVOLUTIONS, is_plain, keeps_size, taps_of
+from .modules import CONVOLUTIONS, is_plain, keeps_size, taps_of, weights_in
 from .pixels import resize
-from .spade import batch_of
+from .spade import SpatiallyAdaptive, batch_of
 from .spectral import fold_spectral_norm
 from .upsampled import convolve_repeated, may_sum_weights, repeat_pixels
 
@@ -235,8 +235,9 @@ class SPADEGenerator(nn.Module):
 
     def _checked(self, segmap, z):
         """z, drawn where it is needed and not given. Raises what is wrong with either, by name."""
-        weight = self.fc.weight
-        getattr(self, self.stages[0].name).norm_0.check_segmap(segmap)
+        weight, first = weights_in(self.fc)[0], getattr(self, self.stages[0].name)
+        if isinstance(first, ResidualBlock) and isinstance(first.norm_0, SpatiallyAdaptive):
+            first.norm_0.check_segmap(segmap)
         conditions = batch_of(segmap)
         if self.z_dim is None:
             if z is not None:
@@ -267,7 +268,7 @@ class SPADEGenerator(nn.Module):
         if z is not None:
             return self.fc(z).view(z.shape[0], -1, *self.start)
         if isinstance(segmap, SemanticLayout):
-            segmap = segmap.resize(self.start).to_segmap(self.fc.weight.dtype)
+            segmap = segmap.resize(self.start).to_segmap(weights_in(self.fc)[0].dtype)
         return self.fc(resize(segmap, self.start))
 
 

@@ -1,5 +1,7 @@
 """Questions about modules: what one is, and who watches it."""
 
+import argparse
+import types
 from collections.abc import Callable, Iterable
 
 import torch
@@ -78,7 +80,8 @@ def leaves(module: nn.Module, inside: bool = False) -> list[nn.Module]:
     opens = in_turn or inside and module._modules and not parametrize.is_parametrized(module)
     if not opens or is_watched(module):
         return [module]
-    return [leaf for child in module.children() for leaf in leaves(child, inside)]
+    children = filter(None, module._modules.values())  # one may be there twice
+    return [leaf for child in children for leaf in leaves(child, inside)]
 
 
 def is_convolution(module: nn.Module) -> bool:
@@ -102,14 +105,84 @@ def weight_of(module: nn.Module) -> torch.Tensor:
     return module.weight
 
 
+def weights_in(module: nn.Module) -> list[torch.Tensor]:
+    """What a module has of parameters and buffers. Replicas of DataParallel have their parameters
+    as plain tensors.
+    """
+    own = [*module.parameters(), *module.buffers()]
+    plain = (value for part in module.modules() for value in part.__dict__.values())
+    return own or [value for value in plain if isinstance(value, torch.Tensor)]
+
+
 def shape_of_weight(module: nn.Module) -> torch.Size:
     """The shape of a convolution's weight, which is not made for it."""
-    own = module._parameters
     for name in ("weight", "weight_orig", "weight_v"):  # its own, of spectral and of weight norm
-        if name in own:
-            return own[name].shape
+        for own in (module._parameters, module.__dict__):
+            if name in own:
+                return own[name].shape
     originals = module.parametrizations.weight
     return (originals.original if hasattr(originals, "original") else originals.original1).shape
+
+
+PLAIN = (bool, int, float, str, type(None))
+TORCH_OWN = frozenset(vars(nn.Module())) - {"training"}
+
+
+def marks_of(module: nn.Module) -> dict:
+    """What a forward may read of a module besides its weights: its attributes, of tensors how often
+    they were written to, and buffers that are no floating-point numbers.
+    """
+    marks = {
+        name: mark_of(value)
+        for name, value in module.__dict__.items()
+        if name not in TORCH_OWN and name not in ("training", "spade_form")
+    }
+    for name, value in module._buffers.items():
+        if value is not None and not value.is_floating_point():
+            marks[name] = mark_of(value)
+    return marks
+
+
+def marks_of_settings(module: nn.Module) -> dict:
+    """The marks of what is no tensor: a call may make tensors anew."""
+    own = module.__dict__.items()
+    return {
+        name: mark_of(value)
+        for name, value in own
+        if name not in TORCH_OWN and not isinstance(value, torch.Tensor)
+    }
+
+
+def mark_of(value: object) -> object:
+    """What tells whether a value is as it was: numbers, flags and names by what they are, what has
+    such in it by those, tensors with their version, all else as one object.
+    """
+    if type(value) in PLAIN:
+        return (type(value), value)
+    if isinstance(value, torch.Tensor):
+        return (Same(value), None if value.is_inference() else value._version)
+    if type(value) in (list, tuple):
+        return (type(value), *map(mark_of, value))
+    if type(value) is dict:
+        return (dict, *((key, mark_of(own)) for key, own in value.items()))
+    if type(value) in (argparse.Namespace, types.SimpleNamespace):
+        return (Same(value), mark_of(vars(value)))
+    return Same(value)
+
+
+class Same:
+    """An object that is equal to itself alone."""
+
+    def __init__(self, value: object) -> None:
+        self.value = value
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Same) and other.value is self.value
+
+    def __deepcopy__(self, memo: dict) -> "Same":
+        return Same(memo.get(id(self.value), self.value))  # what was copied before, else itself
+
+    __hash__ = None
 
 
 def changes_itself(module: nn.Module) -> bool:
@@ -142,9 +215,10 @@ def taps_of(module: nn.Module) -> int:
 
 def is_known(norm: nn.Module) -> bool:
     """Whether `spade_modulate` can do what this module does."""
-    return is_plain(norm, KINDS) and not (
-        KINDS[type(norm)] == "instance" and norm.track_running_stats
-    )
+    if not is_plain(norm, KINDS):
+        return False
+    # An instance norm that was made with running statistics updates them.
+    return KINDS[type(norm)] != "instance" or norm.running_mean is None
 
 
 def may_overwrite_result(module: nn.Module) -> bool:

@@ -8,11 +8,14 @@ from ..layout import LARGEST_KERNEL
 from .modules import (
     INSTANCE_NORMS,
     POINTWISE,
+    Same,
     changes_itself,
     is_plain,
     keeps_size,
     leaves,
+    marks_of_settings,
     taps_of,
+    weights_in,
 )
 
 
@@ -60,8 +63,15 @@ class Convolutions(NamedTuple):
     def weights(self) -> list:
         """Every tensor that decides the table."""
         modules = (self.shared, self.gamma, self.beta, self.gamma_norm, self.beta_norm)
-        modules = [module for module in modules if module is not None]
-        return [tensor for of in modules for tensor in (*of.parameters(), *of.buffers())]
+        return [tensor for of in modules if of is not None for tensor in weights_in(of)]
+
+    @property
+    def marks(self) -> list:
+        """What else decides it: the modules, and their attributes."""
+        modules = (self.shared, *self.activations, self.gamma, self.beta)
+        norms = (self.gamma_norm, self.beta_norm)
+        every = [part for of in (*modules, *norms) if of is not None for part in of.modules()]
+        return [(Same(part), type(part), marks_of_settings(part)) for part in every]
 
     @property
     def changes_itself(self) -> bool:

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from ..kernels.torch_backend import is_channels_last
 from ..layout import SemanticLayout
 from ..recording import is_recorded, may_overwrite
-from .modules import CONVOLUTIONS, POINTWISE, is_plain, keeps_size, leaves, taps_of
+from .modules import CONVOLUTIONS, POINTWISE, is_plain, keeps_size, leaves, taps_of, weights_in
 from .parts import Parts
 from .upsampled import convolve_repeated, may_sum_weights, repeats
 
@@ -20,8 +20,7 @@ def at_pixels(
 ) -> list[torch.Tensor]:
     """γ and β of every pixel, of x's size."""
     if isinstance(segmap, SemanticLayout):
-        weight = next(parts.shared.parameters())
-        segmap = segmap.resize(x.shape[2:]).to_segmap(weight.dtype)
+        segmap = segmap.resize(x.shape[2:]).to_segmap(weights_in(parts.shared)[0].dtype)
     hidden = _hidden(parts.shared, like_pixels_of(x, segmap), x.shape[2:])
     if parts.pad is not None:
         hidden = parts.pad(hidden)
@@ -76,7 +75,7 @@ def resize(segmap: torch.Tensor, size: tuple) -> torch.Tensor:
     is a multiple of x's.
     """
     given = segmap.shape[2:]
-    if given == tuple(size):
+    if given == tuple(size) and torch._C._get_tracing_state() is None:  # a trace would fix it
         return segmap
     if not is_recorded(segmap) and all(
         length and wanted and length % wanted == 0 for length, wanted in zip(given, size)

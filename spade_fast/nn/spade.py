@@ -18,6 +18,7 @@ from .modules import (
     is_known,
     is_watched,
     may_overwrite_result,
+    weights_in,
 )
 from .parts import Form, HasParts, Parts
 from .pixels import at_pixels, with_channels_together
@@ -75,11 +76,12 @@ class SpatiallyAdaptive(HasParts):
         parts, layout, images = Parts.of(self), find_layout(segmap), batch_of(segmap)
         x = with_channels_together(ordinary(x))
         several = x.shape[0] != images != 1  # conditions of one x
-        if is_known(parts.norm) and not several:  # asked once: a lazy norm becomes another class
-            count_batch(parts.norm)
-            norm = norm_arguments(parts.norm)
-        else:
-            x, moments, norm = parts.norm(x), None, {"norm": None}
+        # Asked once: a lazy norm becomes another class.
+        own_norm = is_known(parts.norm) and not several
+        if own_norm and hasattr(parts.norm, "_check_input_dim"):
+            parts.norm._check_input_dim(x)
+        elif not own_norm:
+            x, moments = parts.norm(x), None
             x = x.expand(images, *x.shape[1:]) if several else x
         if layout is not None and len(layout) != x.shape[0]:
             layout = layout.repeat(x.shape[0]) if x.shape[0] else layout[:0]
@@ -91,12 +93,14 @@ class SpatiallyAdaptive(HasParts):
             gamma, beta, lookup = *at_pixels(parts, given, x), {}
             if gamma.shape[0] != x.shape[0]:  # one condition's, for every image
                 gamma, beta = gamma.expand(x.shape), beta.expand(x.shape)
+        if own_norm:
+            count_batch(parts.norm)
         y = spade_modulate(
             x,
             gamma,
             beta,
             **lookup,
-            **norm,
+            **(norm_arguments(parts.norm) if own_norm else {"norm": None}),
             activation=activation,
             negative_slope=negative_slope,
             moments=moments,
@@ -115,7 +119,7 @@ class SpatiallyAdaptive(HasParts):
         self._check_tensor("x", x, self.spade_form.norm_nc)
         self.check_segmap(segmap)
         shared = Parts.of(self).shared
-        weight = next(shared.parameters(), segmap)
+        weight = next(iter(weights_in(shared)), segmap)
         if weight.device != x.device and any(map(is_watched, shared.modules())):
             weight = segmap  # a convolution may have its weights only while it is called
         for name, tensor in {"segmap": segmap, "the layer's weight": weight}.items():
@@ -291,7 +295,8 @@ def measures(norm: nn.Module) -> bool:
 
 def count_batch(norm: nn.Module) -> None:
     """What a batch norm does besides normalising, in train mode."""
-    if norm.training and getattr(norm, "num_batches_tracked", None) is not None:
+    tracks = norm.training and getattr(norm, "track_running_stats", False)
+    if tracks and norm.num_batches_tracked is not None:
         norm.num_batches_tracked.add_(1)
 
 
@@ -304,14 +309,15 @@ def norm_arguments(norm: nn.Module) -> dict:
     if kind == "group":
         arguments["num_groups"] = norm.num_groups
     if kind in ("batch", "syncbatch"):
+        tracked = norm.num_batches_tracked if norm.track_running_stats else None
+        cumulative = 0.0 if tracked is None or not norm.training else 1.0 / float(tracked)
+        reads = norm.track_running_stats or not norm.training
         arguments |= {
             "training": measures(norm),
-            "running_mean": norm.running_mean,
-            "running_var": norm.running_var,
-            "momentum": norm.momentum,
+            "running_mean": norm.running_mean if reads else None,
+            "running_var": norm.running_var if reads else None,
+            "momentum": cumulative if norm.momentum is None else norm.momentum,
         }
-        if norm.momentum is None and norm.training and norm.num_batches_tracked is not None:
-            arguments["momentum"] = 1.0 / float(norm.num_batches_tracked)  # a cumulative average
     if kind == "syncbatch":
         arguments["process_group"] = norm.process_group
     return arguments

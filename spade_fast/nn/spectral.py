@@ -68,19 +68,21 @@ class Folded(SpectralNorm):
             self._forget()
             return super().__call__(module, inputs)
         state = [state_of(tensor) for tensor in made_of]
-        if state != self._state or module.__dict__.get(self.name) is not self._weight:
-            with torch.no_grad():
-                self._weight = self.compute_weight(module, do_power_iteration=False)
-            setattr(module, self.name, self._weight)
+        own = module.__dict__.get(self.name)
+        if state != self._state or own is not self._weight or state_of(own) != self._made:
+            with torch.inference_mode(False), torch.no_grad():
+                weight = self.compute_weight(module, do_power_iteration=False)
+            setattr(module, self.name, weight)
             # The memory is held, so that no other weight can come to lie there.
-            self._state, self._held = state, [tensor.detach() for tensor in made_of]
+            self._held = [tensor.detach() for tensor in made_of]
+            self._weight, self._made, self._state = weight, state_of(weight), state
         return None
 
     def _forget(self) -> None:
-        self._state = self._held = self._weight = None
+        self._state = self._held = self._weight = self._made = None
 
     def __getstate__(self) -> dict:
-        return self.__dict__ | {"_state": None, "_held": None, "_weight": None}
+        return self.__dict__ | dict.fromkeys(("_state", "_held", "_weight", "_made"))
 
 
 def fold_spectral_norm(model: nn.Module) -> nn.Module:

@@ -16,7 +16,7 @@ from ..identity import state_of
 from ..layout import SemanticLayout
 from ..ops.convolve_windows import convolve_windows
 from ..scopes import Scope
-from .modules import weight_of
+from .modules import weight_of, weights_in
 from .parts import Convolutions, HasParts, Parts
 
 
@@ -27,7 +27,7 @@ def at_windows(
     `spade_modulate`.
     """
     windows = layout.windows(x.shape[2:], convolutions.gamma.kernel_size[0])
-    dtype = dtype_of_convolution(x, next(convolutions.gamma.parameters()).dtype)
+    dtype = dtype_of_convolution(x, weights_in(convolutions.gamma)[0].dtype)
     kept = None if convolutions.changes_itself else kept_tables(spade)
     if kept is None:
         gamma, beta = compute_table(layout, windows, convolutions, dtype)
@@ -38,6 +38,7 @@ def at_windows(
             layout.source,
             key,
             [layout.source.codes, layout.palette, *convolutions.weights],
+            convolutions.marks,
             lambda: compute_table(layout, windows, convolutions, dtype),
         )
     index = windows.index_of_images if convolutions.normalise else windows.index
@@ -113,12 +114,14 @@ class Tables:
         self,
         layout: SemanticLayout,
         key: tuple,
-        weights: Iterable[torch.Tensor],
+        weights: list[torch.Tensor],
+        marks: list,
         compute: Callable[[], list],
     ) -> list:
-        """The tensors that compute() gave for this layout, key and weights before, or gives now."""
-        weights = list(weights)
-        state = [state_of(weight) for weight in weights]
+        """The tensors that compute() gave for this layout, key, weights and marks before, or gives
+        now.
+        """
+        state = [*map(state_of, weights), marks]
         with self._lock:
             found = self._of(layout).get(key)
         if found is not None and found.state == state:
@@ -168,8 +171,8 @@ class Kept:
 
 
 class keep_in(Scope):
-    """Inside, these SPADEs get their tables by `tables.get(layout, key, weights, compute)`, as they
-    otherwise compute them: those of this thread or task.
+    """Inside, these SPADEs get their tables by `tables.get(layout, key, weights, marks, compute)`, as
+    they otherwise compute them: those of this thread or task.
     """
 
     def __init__(self, tables: object, spades: Iterable[nn.Module]) -> None:

@@ -8,6 +8,8 @@ each output in two dimensions, for f = 4 it is 2.25. Exact: the same function, s
 order.
 """
 
+import functools
+
 import torch
 import torch.nn.functional as F
 
@@ -24,7 +26,22 @@ def repeats(segmap: torch.Tensor, size: tuple) -> int:
         return 1
     lengths = list(zip(segmap.shape[2:], size))
     factor = lengths[0][1] // lengths[0][0] if lengths[0][0] else 1
-    return max(factor, 1) if all(wanted == factor * given for given, wanted in lengths) else 1
+    if factor < 2 or any(wanted != factor * given for given, wanted in lengths):
+        return 1
+    double = segmap.dtype == torch.float64 and segmap.is_cpu
+    return factor if all(_is_exact(given, factor, double) for given, _ in lengths) else 1
+
+
+@functools.cache
+def _is_exact(given, factor, double):
+    """Whether F.interpolate repeats each pixel just so often: it multiplies by a quotient that is
+    rounded, and 47 times 8 pixels are not what they should be.
+    """
+    if torch.compiler.is_compiling() or factor & (factor - 1) == 0:
+        return True
+    pixels = torch.arange(given, dtype=torch.float64 if double else torch.float32, device="cpu")
+    found = F.interpolate(pixels[None, None], size=given * factor, mode="nearest")[0, 0]
+    return torch.equal(found, pixels.repeat_interleave(factor))
 
 
 def repeat_pixels(x, factor):
