@@ -10,6 +10,7 @@ import os
 import shutil
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -30,7 +31,7 @@ from torch.utils.cpp_extension import include_paths, library_paths
 
 import spade_fast
 from spade_fast import kernels
-from spade_fast.kernels import cuda_backend, operators, torch_backend
+from spade_fast.kernels import contract, cuda_backend, numbering, operators, torch_backend
 from spade_fast.ops import norms
 
 ROOT = Path(__file__).parent.parent
@@ -55,7 +56,7 @@ needs_compiler = pytest.mark.skipif(COMPILER is None, reason="there is no C++ co
 
 @pytest.fixture(scope="session")
 def library(tmp_path_factory):
-    """The kernels as a backend that runs on the CPU."""
+    """The kernels as a library whose operators run on the CPU."""
     folder = tmp_path_factory.mktemp("cuda_on_host")
     sources = sorted((ROOT / "csrc" / "cuda").glob("*.c*"))
     includes = [f"-isystem{path}" for path in include_paths()]
@@ -94,24 +95,21 @@ def library(tmp_path_factory):
         ],
         check=True,
     )
-    operators.declare(NAMESPACE, cuda_backend.KERNELS)
+    operators.declare(NAMESPACE, contract.MODULATION)
     torch.ops.load_library(folder / "library.so")
-    found = {
-        name: getattr(getattr(torch.ops, NAMESPACE), name).default for name in cuda_backend.KERNELS
-    }
-    largest_cluster = ctypes.CDLL(folder / "library.so").host_largest_cluster
-    return SimpleNamespace(
-        NAME="cuda on host",
-        why_not=lambda x=None, gamma=None: None,
-        largest_cluster=largest_cluster,
-        **found,
-    )
+    return ctypes.CDLL(folder / "library.so")
 
 
 @pytest.fixture
 def on_host(library, monkeypatch):
-    monkeypatch.setattr(kernels, "BEST_FIRST", (library,))
-    return library
+    """A backend that runs them on the CPU."""
+    backend = replace(
+        torch_backend.BACKEND,
+        name="cuda on host",
+        **operators.declared(NAMESPACE, contract.MODULATION),
+    )
+    monkeypatch.setattr(kernels, "BEST_FIRST", (backend,))
+    return backend
 
 
 @pytest.fixture(params=["one pass", "two passes"])
@@ -129,7 +127,7 @@ def passes(request, on_host, monkeypatch):
     "activation,rows,mean", [("silu", None, 0), ("relu", 7, 0), ("leaky_relu", None, 1000)]
 )
 def test_planes_that_a_cluster_holds(
-    activation, rows, mean, dtype, layout, shared, on_host, monkeypatch
+    activation, rows, mean, dtype, layout, shared, on_host, library, monkeypatch
 ):
     shared = (
         min(8 * shared, 227 << 10) if layout is channels_last else shared
@@ -138,12 +136,12 @@ def test_planes_that_a_cluster_holds(
     arguments, dy = sample(
         (1, 3, 120, 171), "instance", activation, dtype=dtype, layout=layout, rows=rows, mean=mean
     )
-    on_host.largest_cluster()
+    library.host_largest_cluster()
     assert not disagreements(arguments, dy, arguments | {"x": arguments["x"].double() - mean})
-    assert on_host.largest_cluster() > 1
+    assert library.host_largest_cluster() > 1
     monkeypatch.setenv("SPADE_FAST_HOST_CLUSTERS", "0")
     spade_fast.spade_modulate(**arguments)
-    assert on_host.largest_cluster() == 1
+    assert library.host_largest_cluster() == 1
 
 
 @needs_compiler
@@ -316,7 +314,7 @@ def test_outputs_are_as_the_fakes_say(layout, rows, passes):
     )
     x, gamma, beta = arguments["x"], arguments["gamma"], arguments["beta"]
     index = arguments["index"].int() if rows else None
-    order = torch_backend.sort_pixels(index) if rows else None
+    order = numbering.sort_pixels(index) if rows else None
     statistics = norms.measure(norms.Norm("instance"), torch_backend.plane_moments(x), 12)
     planes = norms.planes(statistics, x.shape[:2], None, None)
     signs = torch_backend.apply(x, planes, gamma, beta, index, "relu", 0.2, True)[1]

@@ -33,7 +33,7 @@ def operands(shape, activation, dtype=torch.float32, layout=contiguous, affine=T
     )
     planes = norms.planes(statistics, x.shape[:2], arguments["weight"], arguments["bias"])
     index = arguments["index"].int() if rows else None
-    order = torch_backend.sort_pixels(index) if rows else None
+    order = numbering.sort_pixels(index) if rows else None
     _, signs = torch_backend.apply(x, planes, gamma, beta, index, activation, 0.2, True)
     return x, planes, gamma, beta, index, order, dy, signs, torch.randn_like(planes[:2])
 
@@ -223,7 +223,7 @@ def test_a_bad_operand_is_refused_by_its_name(name):
         "gamma": table,
         "beta": None,
         "index": index,
-        "order": torch_backend.sort_pixels(index),
+        "order": numbering.sort_pixels(index),
         "signs": torch.zeros(1, 2, 2, dtype=torch.uint8),
         "activation": "relu",
         "negative_slope": 0.2,
@@ -238,7 +238,7 @@ def test_a_bad_operand_is_refused_by_its_name(name):
 def test_an_order_that_is_not_sorted_is_refused():
     x, table = torch.randn(1, 2, 3, 4), torch.randn(4, 2, requires_grad=True)
     index = torch.randint(4, (1, 3, 4), dtype=torch.int32)
-    order = torch_backend.sort_pixels(index)
+    order = numbering.sort_pixels(index)
     with spade_fast.use_backend("cpu"):
         for bad in (order.flip(1), torch.zeros_like(order), order + 2**20):
             y = spade_fast.spade_modulate(x, table, table, index=index, order=bad)

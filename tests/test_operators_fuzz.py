@@ -14,7 +14,7 @@ from conftest import INSTRUCTION_SETS, use_instruction_set
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
-from spade_fast.kernels import cpu_backend, numbering, operators, torch_backend
+from spade_fast.kernels import contract, cpu_backend, numbering, torch_backend
 
 pytestmark = pytest.mark.skipif(cpu_backend.library is None, reason=str(cpu_backend.failure))
 
@@ -64,15 +64,15 @@ def modulation(choose):
     if choose.random() < 0.5:
         rows = choose.randint(1, 9)
         index = laid_out(choose, torch.randint(rows, (shape[0], *spatial), dtype=torch.int32))
-        order = laid_out(choose, torch_backend.sort_pixels(index))
+        order = laid_out(choose, numbering.sort_pixels(index))
         gamma, beta = random(choose, (rows, 2 * shape[1]), dtype).split([shape[1]] * 2, dim=1)
     else:
         gamma, beta = random(choose, shape, dtype), random(choose, shape, dtype)
     activation = choose.choice([None, "relu", "leaky_relu", "silu"])
-    wide = torch_backend.sum_dtype(x_dtype)
+    wide = contract.sum_dtype(x_dtype)
     planes = random(choose, (3, *shape[:2]), wide)
     y, signs = torch_backend.apply(x, planes, gamma, beta, index, activation, 0.2, True)
-    out = y.movedim(1, -1) if torch_backend.is_channels_last(x) else y
+    out = y.movedim(1, -1) if contract.is_channels_last(x) else y
     out = torch.empty(out.shape, dtype=y.dtype)
     return {
         "x": x,
@@ -88,7 +88,7 @@ def modulation(choose):
         "activation": activation,
         "negative_slope": 0.2,
         "keep_signs": choose.random() < 0.5,
-        "out": out.movedim(-1, 1) if torch_backend.is_channels_last(x) else out,
+        "out": out.movedim(-1, 1) if contract.is_channels_last(x) else out,
     }
 
 
@@ -182,15 +182,12 @@ def agree(found, truth):
     return bool(((found.double() - truth).abs() <= tolerance).all())
 
 
-MODULATIONS = [name for name in operators.SCHEMAS if not name.startswith("convolve")]
-
-
-@pytest.mark.parametrize("name", operators.SCHEMAS)
+@pytest.mark.parametrize("name", contract.OPERATIONS)
 @fuzz
 @choices
 def test_an_operator_raises_or_agrees(name, choose):
     torch.manual_seed(choose.randrange(2**16))
-    operands = modulation(choose) if name in MODULATIONS else convolution(choose)
+    operands = modulation(choose) if name in contract.MODULATION else convolution(choose)
     arguments, bad = call(choose, name, operands)
     operator = getattr(torch.ops.spade_fast, name)
     with use_instruction_set(choose.choice(INSTRUCTION_SETS)):

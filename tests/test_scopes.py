@@ -12,7 +12,7 @@ from spade_fast.nn.choice import current_mode
 
 X = torch.ones(1, 1, 2, 2)
 SWITCHES = {
-    "backend": (use_backend, "torch", lambda: kernels.select(X).NAME),
+    "backend": (use_backend, "torch", lambda: kernels.select(X).name),
     "windows": (window_mode, "never", current_mode),
 }
 

@@ -43,7 +43,7 @@ inline Activation activation_named(const std::optional<std::string>& name) {
 // together: the pixels of a plane, or the channels of a pixel.
 enum class Layout { contiguous, channels_last };
 
-// As `is_channels_last` in torch_backend.py.
+// As `is_channels_last` in contract.py.
 inline Layout layout_of(const Tensor& x) {
   return !x.is_contiguous() && x.stride(1) == 1 ? Layout::channels_last : Layout::contiguous;
 }

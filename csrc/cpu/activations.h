@@ -42,7 +42,7 @@ ALWAYS_INLINE void activate(int64_t count, Activation activation, Sum negative_s
   }
 }
 
-// One bit for each value, in the order of `torch_backend.py`, and back to bytes that are zero or not.
+// One bit for each value, in the order of `contract.py`, and back to bytes that are zero or not.
 template <typename Sum>
 ALWAYS_INLINE void pack_signs(int64_t count, Activation activation, const Sum* values, uint8_t* signs) {
   uint8_t positive[kBlock];

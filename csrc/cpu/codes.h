@@ -7,7 +7,7 @@
 namespace spade_fast {
 
 // A condition with more distinct vectors than this is no layout: as soon as so many pixels have been seen that it is clear, no more
-// are looked at. `torch_backend.py` has the same rule.
+// are looked at. `numbering.py` has the same rule.
 constexpr int64_t kFewCodes = 64, kPixelsPerCode = 4;
 
 // The code of each pixel of a contiguous condition [batch, channels, pixels], into codes [batch, pixels], and the first place of each

@@ -23,7 +23,7 @@ struct Shape {
   int64_t images, channels, pixels;
 };
 
-// What apply and the backward kernels read, those of it that they need: `torch_backend.py` says what each is.
+// What apply and the backward kernels read, those of it that they need: `contract.py` says what each is.
 struct Operands {
   Shape shape;
   Rows x, gamma, beta, dy;

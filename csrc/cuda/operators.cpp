@@ -1,4 +1,4 @@
-// The operators of operators.py for CUDA: from tensors to what the kernels are given.
+// The operators of contract.py for CUDA: from tensors to what the kernels are given.
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>

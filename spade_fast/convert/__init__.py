@@ -162,7 +162,7 @@ def _trusted(module, form):
 
 def _how(module):
     """How a converted module computes γ and β, and on which backend."""
-    backend = kernels.select(next(module.parameters())).NAME
+    backend = kernels.select(next(module.parameters())).name
     if isinstance(module, FastBlock):
         return f"with its activations; {backend}"
     windows = Parts.of(module).convolutions() is not None

@@ -1,7 +1,7 @@
 """The kernels of the modulation, once for each backend, and the choice between them.
 
-A backend is a module with the functions that `torch_backend.py` describes and `why_not(x, gamma)`,
-which answers both "can it run?" and "why not?".
+A backend is a `contract.Backend`, one from each module below; its `why_not(x, gamma)` answers both
+"can it run?" and "why not?".
 """
 
 import os
@@ -12,8 +12,10 @@ import torch
 from ..scopes import Scope
 from . import cpu_backend, cuda_backend, flops, torch_backend, triton_backend  # noqa: F401
 
-BEST_FIRST = (cuda_backend, cpu_backend, triton_backend, torch_backend)
-NAMES = tuple(backend.NAME for backend in BEST_FIRST)
+BEST_FIRST = tuple(
+    module.BACKEND for module in (cuda_backend, cpu_backend, triton_backend, torch_backend)
+)
+NAMES = tuple(backend.name for backend in BEST_FIRST)
 
 
 class BackendStatus(NamedTuple):
@@ -31,7 +33,7 @@ def backends(x=None, gamma=None):
     With x (and γ), whether they run on these very tensors. `spade_modulate` uses the first that
     runs, unless one is forced.
     """
-    reasons = {backend.NAME: backend.why_not(x, gamma) for backend in BEST_FIRST}
+    reasons = {backend.name: backend.why_not(x, gamma) for backend in BEST_FIRST}
     return [BackendStatus(name, reason is None, reason or "") for name, reason in reasons.items()]
 
 
@@ -66,10 +68,10 @@ def is_exporting():
 def select(x, gamma=None):
     """The backend that x and γ go to: the forced one, else the best that runs."""
     if is_exporting():
-        return torch_backend  # an exported graph must run without this package
+        return torch_backend.BACKEND  # an exported graph must run without this package
     forced = use_backend.setting_here(FORCED)
     for backend in BEST_FIRST:
-        if forced not in (None, backend.NAME):
+        if forced not in (None, backend.name):
             continue
         reason = backend.why_not(x, gamma)
         if reason is None:

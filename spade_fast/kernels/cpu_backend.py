@@ -1,13 +1,14 @@
 """The kernels compiled for the CPU (csrc/cpu), reached as operators. What their arguments are:
-`torch_backend.py`.
+`contract.py`.
 """
 
 import importlib
 import os
+from dataclasses import replace
 
 import torch
 
-from . import numbering, operators, torch_backend
+from . import contract, numbering, operators, torch_backend
 
 INSTRUCTION_SETS = ("base", "avx2", "avx512")
 
@@ -39,18 +40,6 @@ def _use_instruction_set(name, library):
 library, failure = _load()
 if os.environ.get("SPADE_FAST_ISA"):
     _use_instruction_set(os.environ["SPADE_FAST_ISA"], library)
-
-NAME = "cpu"
-
-plane_moments = torch.ops.spade_fast.plane_moments.default
-apply = torch.ops.spade_fast.apply.default
-apply_out = torch.ops.spade_fast.apply_out.default
-backward_sums = torch.ops.spade_fast.backward_sums.default
-backward_input = torch.ops.spade_fast.backward_input.default
-instance_forward = torch.ops.spade_fast.instance_forward.default
-instance_backward = torch.ops.spade_fast.instance_backward.default
-dtype_at_windows = torch_backend.dtype_at_windows
-convolve_windows = torch.ops.spade_fast.convolve_windows.default
 
 if failure is None and (missing := operators.without_kernel("CPU")):
     failure = f"not compiled for the CPU yet: {', '.join(missing)}"
@@ -106,3 +95,17 @@ def window_sums(contents, rows):
 def sort_pixels(index):
     bound = int(index.max()) + 1 if index.numel() else 0
     return torch.from_numpy(library.sort_pixels(index.flatten(1).numpy(), bound))
+
+
+BACKEND = replace(
+    torch_backend.BACKEND,
+    name="cpu",
+    why_not=why_not,
+    **operators.declared("spade_fast", (*contract.MODULATION, "convolve_windows")),
+    convolve_windows_gradients=convolve_windows_gradients,
+    find_codes=find_codes,
+    find_windows=find_windows,
+    number_windows=number_windows,
+    window_sums=window_sums,
+    sort_pixels=sort_pixels,
+)

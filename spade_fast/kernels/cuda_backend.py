@@ -1,53 +1,27 @@
 """The kernels compiled for CUDA GPUs (csrc/cuda), reached as operators. What their arguments are:
-`torch_backend.py`.
+`contract.py`.
 """
 
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
-from . import numbering, operators, torch_backend, triton_backend
+from . import contract, operators, torch_backend, triton_backend
 
-NAME = "cuda"
-KERNELS = (
-    "plane_moments",
-    "apply",
-    "apply_out",
-    "backward_sums",
-    "backward_input",
-    "instance_forward",
-    "instance_backward",
-)
 CAPABILITY = 8  # copies to shared memory that go on beside the computation
 
-plane_moments = torch.ops.spade_fast.plane_moments.default
-apply = torch.ops.spade_fast.apply.default
-apply_out = torch.ops.spade_fast.apply_out.default
-backward_sums = torch.ops.spade_fast.backward_sums.default
-backward_input = torch.ops.spade_fast.backward_input.default
-instance_forward = torch.ops.spade_fast.instance_forward.default
-instance_backward = torch.ops.spade_fast.instance_backward.default
-# Matrix products and sums of listed rows, for which PyTorch has kernels; numbering, which sorts.
-convolve_windows_gradients = torch_backend.convolve_windows_gradients
-find_windows, number_windows = numbering.find_windows, numbering.number_windows
-window_sums, sort_pixels = numbering.window_sums, numbering.sort_pixels
 
+def _beside(name):
+    """An operation of what has kernels for what this library has none for: Triton, else plain
+    PyTorch.
+    """
 
-def _beside():
-    """What has kernels for what this library has none for: Triton, else plain PyTorch."""
-    return triton_backend if triton_backend.why_not() is None else torch_backend
+    def run(*operands):
+        backend = triton_backend if triton_backend.why_not() is None else torch_backend
+        return getattr(backend.BACKEND, name)(*operands)
 
-
-def find_codes(segmap):
-    return _beside().find_codes(segmap)
-
-
-def dtype_at_windows(dtype):
-    return _beside().dtype_at_windows(dtype)
-
-
-def convolve_windows(rows, weight, bias, offsets, listed):
-    return _beside().convolve_windows(rows, weight, bias, offsets, listed)
+    return run
 
 
 def _load():
@@ -61,7 +35,7 @@ def _load():
         torch.ops.load_library(found[0])
     except OSError as error:
         return operators.not_loaded("spade_fast._cuda", error)
-    missing = set(KERNELS) & set(operators.without_kernel("CUDA"))
+    missing = set(contract.MODULATION) & set(operators.without_kernel("CUDA"))
     return f"not compiled for CUDA: {', '.join(sorted(missing))}" if missing else None
 
 
@@ -85,3 +59,15 @@ def why_not(x=None, gamma=None):
     if x is not None and torch.float64 in (x.dtype, None if gamma is None else gamma.dtype):
         return "x or gamma is float64, these kernels compute in float32"
     return None
+
+
+# For matrix products, sums of listed rows, and the sorts of numbering PyTorch has kernels.
+BACKEND = replace(
+    torch_backend.BACKEND,
+    name="cuda",
+    why_not=why_not,
+    **operators.declared("spade_fast", contract.MODULATION),
+    convolve_windows=_beside("convolve_windows"),
+    dtype_at_windows=_beside("dtype_at_windows"),
+    find_codes=_beside("find_codes"),
+)

@@ -1,67 +1,22 @@
 """The kernels in plain PyTorch: any device, any layout, and what torch.export, ONNX and second
-derivatives go through.
-
-Every backend has these functions: four kernels of the modulation, one of them in two forms, for
-instance norm two that each do the work of two; the convolution at distinct windows with its two
-gradients; and those that find and number what `layout.py` holds. Between the kernels of the
-modulation go rows of numbers of each plane (n, c), in float32, or in float64 where x is float64:
-
-    moments [2, N, C]   mean, sum of squared deviations
-    planes  [3, N, C]   shift, scale, offset: x̂ = (x − shift)·scale + offset
-    sums    [2, N, C]   Σq, Σq·(x − shift) over the plane, with q = g·(1 + γ)
-    terms   [2, N, C]   constant, slope: what reaches dx through the statistics, constant + slope·(x
-    − shift)
-
-x, γ, β, y, dy: [N, C, *spatial]. g is dy times the activation's derivative, so dβ = g and dγ =
-    g·x̂. With an index [N, *spatial],
-int32, γ and β are the rows of a table, [K, C], that it names for each pixel; `order` [N, S], int32,
-lists each image's pixels sorted by it.
-`signs` holds one bit for each element of y, all that the derivative of ReLU and leaky ReLU needs:
-bytes [N, C, ⌈S/8⌉], or [N, S, ⌈C/8⌉] where a pixel's channels lie together; bit b of byte j is
-element 8j + b of its row. SiLU needs β instead. `operators.py` declares the same as operators for
-the compiled backends.
+derivatives go through. What their arguments are: `contract.py`.
 """
 
 import torch
 import torch.nn.functional as F
 
 from . import numbering
+from .contract import Backend, is_channels_last, sum_dtype
 
-NAME = "torch"
-KEEPS_SIGNS = ("relu", "leaky_relu")
 PIECE = 256  # numbers of a list that one thread of a GPU adds up: half of a map may be one window
 # Bytes of a convolution's products at windows, at a time: they stay in a GPU's cache, and are never
 # all held.
 PRODUCTS = 2**25
 
-find_codes, find_windows, number_windows = (
-    numbering.find_codes,
-    numbering.find_windows,
-    numbering.number_windows,
-)
-window_sums, sort_pixels = numbering.window_sums, numbering.sort_pixels
-
 
 def why_not(x=None, gamma=None):
     """Plain PyTorch runs everywhere."""
     return None
-
-
-def sum_dtype(dtype):
-    """What sums over elements of `dtype` are held in."""
-    return torch.promote_types(dtype, torch.float32)
-
-
-def is_channels_last(x):
-    """Whether a pixel's channels lie together: the layout of x in any number of dimensions, not of
-    size-1 look-alikes.
-    """
-    return not x.is_contiguous() and x.stride(1) == 1
-
-
-def lies_like(out, x):
-    """Whether `out` lies in memory as a kernel's result for x does."""
-    return (out.movedim(1, -1) if is_channels_last(x) else out).is_contiguous()
 
 
 def plane_moments(x):
@@ -337,3 +292,25 @@ def _unpack(signs, shape, channels_last):
         rows[:, :, : shape[1]].transpose(1, 2) if channels_last else rows[:, :, : shape[2:].numel()]
     )
     return rows.reshape(shape)
+
+
+# The others are this one with kernels of their own in the place of some.
+BACKEND = Backend(
+    name="torch",
+    why_not=why_not,
+    plane_moments=plane_moments,
+    apply=apply,
+    apply_out=apply_out,
+    backward_sums=backward_sums,
+    backward_input=backward_input,
+    instance_forward=instance_forward,
+    instance_backward=instance_backward,
+    convolve_windows=convolve_windows,
+    convolve_windows_gradients=convolve_windows_gradients,
+    dtype_at_windows=dtype_at_windows,
+    find_codes=numbering.find_codes,
+    find_windows=numbering.find_windows,
+    number_windows=numbering.number_windows,
+    window_sums=numbering.window_sums,
+    sort_pixels=numbering.sort_pixels,
+)

@@ -1,30 +1,21 @@
 """The kernels in Triton (triton_kernels/), reached as operators of their own. What their arguments
-are: `torch_backend.py`.
+are: `contract.py`.
 
 They run on CUDA GPUs; on a CPU, slowly, in Triton's interpreter: that is for tests, and
 TRITON_INTERPRET=1 asks for it.
 """
 
 import importlib.util
-import os
+from dataclasses import replace
 
 import torch
 
-from . import numbering, operators, torch_backend
+from . import contract, operators, torch_backend
+from .interpreted import INTERPRETED
 
-NAME = "triton"
 INSTALLED = importlib.util.find_spec("triton") is not None
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-KERNELS = (
-    "plane_moments",
-    "apply",
-    "apply_out",
-    "backward_sums",
-    "backward_input",
-    "instance_forward",
-    "instance_backward",
-    "convolve_windows",
-)
+NAMESPACE = "spade_fast_triton"
+KERNELS = (*contract.MODULATION, "convolve_windows")
 
 
 def _kernel(name):
@@ -37,25 +28,10 @@ def _kernel(name):
     return run
 
 
-operators.declare("spade_fast_triton", KERNELS)
+operators.declare(NAMESPACE, KERNELS)
 for name in KERNELS:
     for key in ("CUDA", "CPU") if INTERPRETED else ("CUDA",):
-        torch.library.impl(
-            f"spade_fast_triton::{name}", key, operators.checked(name, _kernel(name))
-        )
-
-plane_moments = torch.ops.spade_fast_triton.plane_moments.default
-apply = torch.ops.spade_fast_triton.apply.default
-apply_out = torch.ops.spade_fast_triton.apply_out.default
-backward_sums = torch.ops.spade_fast_triton.backward_sums.default
-backward_input = torch.ops.spade_fast_triton.backward_input.default
-instance_forward = torch.ops.spade_fast_triton.instance_forward.default
-instance_backward = torch.ops.spade_fast_triton.instance_backward.default
-# Matrix products and sums of listed rows, for which PyTorch has kernels; numbering, which sorts.
-convolve_windows_gradients = torch_backend.convolve_windows_gradients
-find_windows, number_windows = numbering.find_windows, numbering.number_windows
-window_sums, sort_pixels = numbering.window_sums, numbering.sort_pixels
-find_codes = _kernel("find_codes")
+        operators.implement(NAMESPACE, name, key, _kernel(name))
 
 
 def dtype_at_windows(dtype):
@@ -100,3 +76,15 @@ def why_not(x=None, gamma=None):
     if torch.float64 in (x.dtype, None if gamma is None else gamma.dtype):
         return "x or gamma is float64, these kernels compute in float32"
     return _import_failure()
+
+
+# For matrix products, sums of listed rows, and the sorts of numbering PyTorch has kernels.
+BACKEND = replace(
+    torch_backend.BACKEND,
+    name="triton",
+    why_not=why_not,
+    **operators.declared(NAMESPACE, contract.MODULATION),
+    convolve_windows=convolve_windows,
+    dtype_at_windows=dtype_at_windows,
+    find_codes=_kernel("find_codes"),
+)

@@ -4,7 +4,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from ..kernels.torch_backend import is_channels_last
+from ..kernels.contract import is_channels_last
 from ..layout import SemanticLayout
 from ..recording import is_recorded, may_overwrite
 from .modules import CONVOLUTIONS, POINTWISE, is_plain, keeps_size, leaves, taps_of, weights_in

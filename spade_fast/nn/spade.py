@@ -4,7 +4,7 @@ import torch
 import torch.fx
 import torch.nn as nn
 
-from ..kernels.torch_backend import lies_like
+from ..kernels.contract import lies_like
 from ..layout import SemanticLayout
 from ..ops.modulate import spade_modulate
 from ..recording import of_their_class, ordinary

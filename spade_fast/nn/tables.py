@@ -68,7 +68,7 @@ def compute_table(layout, windows, convolutions, dtype):
     for activation in activations:
         hidden = activation(hidden)
     biased = all(bias is not None for _, bias in others)
-    if biased and kernels.select(hidden) is not kernels.cpu_backend:
+    if biased and kernels.select(hidden).name != "cpu":
         # Half the launches; on a CPU the copies cost more.
         joint, channels = map(torch.cat, zip(*others)), [len(weight) for weight, _ in others]
         rows = convolve_windows(hidden, *joint, windows.table, within).split(channels, dim=1)

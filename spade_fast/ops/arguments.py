@@ -7,7 +7,7 @@ import operator
 
 import torch
 
-from ..kernels import torch_backend
+from ..kernels import contract
 from ..recording import is_recorded
 from .norms import Norm
 
@@ -119,7 +119,7 @@ def _check_out(out, x, dtype):
         raise TypeError(
             f"out has dtype {out.dtype}, it should be what x and gamma promote to, {dtype}"
         )
-    if not torch_backend.lies_like(out, x):
+    if not contract.lies_like(out, x):
         raise ValueError(
             f"out has strides {list(out.stride())}, it should lie without gaps as x does, with"
             f" strides {list(x.stride())}"

@@ -11,7 +11,7 @@ precision on a GPU products cost less than the memory that they would pass throu
 import torch
 
 from .. import kernels
-from ..kernels import torch_backend
+from ..kernels import contract
 from ..recording import is_transformed
 
 
@@ -60,7 +60,7 @@ def _differentiable_backward(gradient, rows, weight, bias, sums):
             None if tensor is None else tensor.view_as(tensor) for tensor in (rows, weight, bias)
         ]
         rows, weight, bias, gradient = (
-            None if tensor is None else tensor.to(torch_backend.sum_dtype(tensor.dtype))
+            None if tensor is None else tensor.to(contract.sum_dtype(tensor.dtype))
             for tensor in (*inputs, gradient)
         )
         offsets, listed, _, _ = sums

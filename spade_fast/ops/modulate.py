@@ -10,7 +10,7 @@ import math
 import torch
 
 from .. import kernels
-from ..kernels import torch_backend
+from ..kernels import contract, numbering, torch_backend
 from ..recording import is_recorded, is_transformed, ordinary
 from . import norms, plain
 from .arguments import check_modulate, check_x
@@ -123,9 +123,9 @@ def spade_modulate(
             moments = backend.plane_moments(x) if moments is None else moments
             statistics = norms.measure(norm, moments, math.prod(x.shape[2:]), *running)
         elif norm.kind is None:
-            statistics = norms.identity(x.shape[1], torch_backend.sum_dtype(x.dtype), x.device)
+            statistics = norms.identity(x.shape[1], contract.sum_dtype(x.dtype), x.device)
         else:
-            statistics = norms.given(*running, eps, torch_backend.sum_dtype(x.dtype))
+            statistics = norms.given(*running, eps, contract.sum_dtype(x.dtype))
     if differentiates:
         return Modulate.apply(
             *differentiable, index, order, *statistics, norm, activation, negative_slope, backend
@@ -199,7 +199,7 @@ class Modulate(torch.autograd.Function):
             )
             return *gradients, *[None] * 9
         activation = (ctx.activation, ctx.negative_slope)
-        order = torch_backend.sort_pixels(index) if order is None and index is not None else order
+        order = numbering.sort_pixels(index) if order is None and index is not None else order
         dgamma, dbeta, sums = ctx.backend.backward_sums(
             dy, x, planes, gamma, beta, index, order, signs, *activation
         )
@@ -245,9 +245,7 @@ class ModulateInstance(torch.autograd.Function):
                 ctx, dy, x, gamma, beta, None, None, index, None, signs
             )
         else:
-            order = (
-                torch_backend.sort_pixels(index) if order is None and index is not None else order
-            )
+            order = numbering.sort_pixels(index) if order is None and index is not None else order
             dgamma, dbeta, dx = ctx.backend.instance_backward(
                 dy, x, planes, gamma, beta, index, order, signs, ctx.activation, ctx.negative_slope
             )
@@ -267,7 +265,7 @@ def _differentiable_backward(ctx, dy, x, gamma, beta, weight, bias, index, stati
     activation = (ctx.activation, ctx.negative_slope)
     if signs.numel():  # the activation is linear on either side of zero, and which side is known
         dy = torch_backend.through_activation(
-            dy, x, x.to(torch_backend.sum_dtype(x.dtype)), None, None, signs, *activation
+            dy, x, x.to(contract.sum_dtype(x.dtype)), None, None, signs, *activation
         )
         activation = (None, 0.0)
     # Aliases, since autograd.grad would also follow a path from γ back to x where γ was made from

@@ -8,7 +8,7 @@ of a group's channels (group). Backward, it pools their sums in the same way. Wi
     dx = r·w·q − r·Σ(w·q)/M − d·r³·Σ(w·q·d)/M        summed over the pool
     dweight = Σ r·q·d,  dbias = Σ q                  summed over all planes of a channel
 
-The rows of numbers (moments, planes, sums, terms) are those of `kernels/torch_backend.py`.
+The rows of numbers (moments, planes, sums, terms) are those of `kernels/contract.py`.
 """
 
 from typing import NamedTuple

@@ -7,7 +7,7 @@ import math
 import torch
 import torch.nn.functional as F
 
-from ..kernels import torch_backend
+from ..kernels import contract, torch_backend
 from . import norms
 
 
@@ -27,7 +27,7 @@ def modulate(
 
     No operation is in place, and x's own statistics are part of what is differentiated.
     """
-    dtype = torch_backend.sum_dtype(x.dtype)
+    dtype = contract.sum_dtype(x.dtype)
     if norm.measures:
         moments = torch_backend.plane_moments(x)
         statistics = norms.measure(norm, moments, math.prod(x.shape[2:]), *running)

@@ -4,7 +4,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ..torch_backend import KEEPS_SIGNS, is_channels_last
+from ..contract import empty_signs, is_channels_last
 from . import plan
 from .tile import (
     activate,
@@ -78,7 +78,7 @@ def apply_kernel(
 
 def apply(x, planes, gamma, beta, index, activation, negative_slope, keep_signs):
     y = empty_rows(x, is_channels_last(x), torch.promote_types(x.dtype, gamma.dtype))
-    signs = empty_signs(x, activation) if keep_signs else x.new_empty(0, dtype=torch.uint8)
+    signs = empty_signs(x, activation, keep_signs)
     launch(x, planes, gamma, beta, index, activation, negative_slope, y, signs)
     return like(y, x), signs
 
@@ -93,7 +93,7 @@ def apply_out(x, planes, gamma, beta, index, activation, negative_slope, out):
         activation,
         negative_slope,
         rows_of(out, is_channels_last(x)),
-        empty_signs(x, None),
+        empty_signs(x, activation, False),
     )
 
 
@@ -117,12 +117,3 @@ def launch(x, planes, gamma, beta, index, activation, negative_slope, y, signs):
         LAST=last,
         **settings,
     )
-
-
-def empty_signs(x, activation):
-    """Where the signs of y go, of size 0 where the activation needs none."""
-    if activation not in KEEPS_SIGNS:
-        return x.new_empty(0, dtype=torch.uint8)
-    images, channels, pixels = x.flatten(2).shape
-    rows, elements = (pixels, channels) if is_channels_last(x) else (channels, pixels)
-    return x.new_empty(images, rows, (elements + 7) // 8, dtype=torch.uint8)

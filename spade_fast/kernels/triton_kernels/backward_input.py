@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from ..torch_backend import is_channels_last
+from ..contract import is_channels_last
 from . import plan
 from .tile import (
     channels_from,

@@ -8,7 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ..torch_backend import is_channels_last
+from ..contract import is_channels_last
 from . import plan
 from .per_plane import combine_sums
 from .table_sums import table_gradients

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 
-from ..triton_backend import INTERPRETED
+from ..interpreted import INTERPRETED
 from . import plan
 
 

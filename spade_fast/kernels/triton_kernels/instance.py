@@ -6,9 +6,9 @@ import torch
 import triton
 import triton.language as tl
 
-from ..torch_backend import is_channels_last
+from ..contract import empty_signs, is_channels_last
 from . import plan
-from .apply import apply, empty_signs
+from .apply import apply
 from .backward_input import backward_input
 from .backward_sums import gradients
 from .per_plane import combine_moments
@@ -173,7 +173,7 @@ def instance_forward(x, gamma, beta, index, eps, activation, negative_slope, kee
         return *apply(x, planes, gamma, beta, index, activation, negative_slope, keep_signs), planes
     grid, settings = held
     y = empty_rows(x, last, torch.promote_types(x.dtype, gamma.dtype))
-    signs = empty_signs(x, activation) if keep_signs else x.new_empty(0, dtype=torch.uint8)
+    signs = empty_signs(x, activation, keep_signs)
     planes = x.new_empty(3, images, channels, dtype=torch.float32)
     forward_kernel[grid](
         rows_of(x, last),

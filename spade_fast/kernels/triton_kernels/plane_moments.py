@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ..torch_backend import is_channels_last
+from ..contract import is_channels_last
 from . import plan
 from .per_plane import combine_moments
 from .tile import channels_from, pixels_from, place, rows_of, store_part, sum_pixels, zeros

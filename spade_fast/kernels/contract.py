@@ -1,0 +1,338 @@
+"""What the kernels are: the operations with their schemas, checks of operands and fakes, what
+passes between them, and the `Backend` that has them all.
+
+A backend has the kernels of the modulation, one of them in two forms, for instance norm two that
+each do the work of two; the convolution at distinct windows with its two gradients; and those that
+find and number what `layout.py` holds. Between the kernels of the modulation go rows of numbers of
+each plane (n, c), in float32, or in float64 where x is float64:
+
+    moments [2, N, C]   mean, sum of squared deviations
+    planes  [3, N, C]   shift, scale, offset: x̂ = (x − shift)·scale + offset
+    sums    [2, N, C]   Σq, Σq·(x − shift) over the plane, with q = g·(1 + γ)
+    terms   [2, N, C]   constant, slope: what reaches dx through the statistics,
+                        constant + slope·(x − shift)
+
+x, γ, β, y, dy: [N, C, *spatial]. g is dy times the activation's derivative, so dβ = g and
+dγ = g·x̂. With an index [N, *spatial], int32, γ and β are the rows of a table, [K, C], that it names
+for each pixel; `order` [N, S], int32, lists each image's pixels sorted by it.
+`signs` holds one bit for each element of y, all that the derivative of ReLU and leaky ReLU needs:
+bytes [N, C, ⌈S/8⌉], or [N, S, ⌈C/8⌉] where a pixel's channels lie together; bit b of byte j is
+element 8j + b of its row. SiLU needs β instead.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+
+from ..recording import has_values
+
+FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+SUMS = (torch.float32, torch.float64)
+KEEPS_SIGNS = ("relu", "leaky_relu")
+
+
+@dataclass(frozen=True)
+class Backend:
+    """The kernels of one kind. What each computes is said where plain PyTorch computes it:
+    `torch_backend.py`, and `numbering.py` for the last five.
+    """
+
+    name: str
+    why_not: Callable  # (x=None, gamma=None): why they cannot run (on x and γ), or None
+    plane_moments: Callable
+    apply: Callable
+    apply_out: Callable
+    backward_sums: Callable
+    backward_input: Callable
+    instance_forward: Callable
+    instance_backward: Callable
+    convolve_windows: Callable
+    convolve_windows_gradients: Callable
+    dtype_at_windows: Callable
+    find_codes: Callable
+    find_windows: Callable
+    number_windows: Callable
+    window_sums: Callable
+    sort_pixels: Callable
+
+
+class Operation(NamedTuple):
+    """A row of the table below. All three have the same arguments."""
+
+    schema: str
+    check: Callable  # raises where operands are not as they should be
+    fake: Callable  # results as the kernel's, without their values
+
+    def checked(self, kernel):
+        """A kernel, or the fake, that first refuses operands which are not as they should be. (csrc
+        asks the same: common/checks.h.)
+        """
+
+        def run(*operands):
+            self.check(*operands)
+            return kernel(*operands)
+
+        return run
+
+
+def sum_dtype(dtype):
+    """What sums over elements of `dtype` are held in."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def is_channels_last(x):
+    """Whether a pixel's channels lie together: the layout of x in any number of dimensions, not of
+    size-1 look-alikes.
+    """
+    return not x.is_contiguous() and x.stride(1) == 1
+
+
+def lies_like(out, x):
+    """Whether `out` lies in memory as a kernel's result for x does."""
+    return (out.movedim(1, -1) if is_channels_last(x) else out).is_contiguous()
+
+
+def signs_shape(x):
+    batch, channels, pixels = *x.shape[:2], x.shape[2:].numel()
+    rows = (pixels, channels) if is_channels_last(x) else (channels, pixels)
+    return batch, rows[0], (rows[1] + 7) // 8
+
+
+def empty_signs(x, activation, keep_signs):
+    """Where the signs of y go, of size 0 unless wanted and needed."""
+    shape = signs_shape(x) if keep_signs and activation in KEEPS_SIGNS else 0
+    return x.new_empty(shape, dtype=torch.uint8)
+
+
+def check_plane_moments(x):
+    _require(3 <= x.dim() <= 5, "x", x, "[N, C, *spatial] with one to three spatial dimensions")
+    _check_dtype("x", x, FLOATING)
+
+
+def check_modulation(x, gamma, beta, index, needs_beta=True):
+    check_plane_moments(x)
+    if index is None:
+        _check("gamma", gamma, x, FLOATING, x.shape, "x's shape")
+    else:
+        _check("index", index, x, (torch.int32,), (x.shape[0], *x.shape[2:]), "[N, *spatial]")
+        table = (gamma.shape[0] if gamma.dim() else 0, x.shape[1])
+        _check("gamma", gamma, x, FLOATING, table, "with an index a table, [K, C]")
+    if beta is not None:
+        _check("beta", beta, gamma, (gamma.dtype,), gamma.shape, "gamma's shape")
+    elif needs_beta:
+        raise ValueError("beta is None, silu's derivative needs it")
+
+
+def check_apply(x, planes, gamma, beta, index, *others):
+    check_modulation(x, gamma, beta, index)
+    _check_numbers("planes", planes, x, 3)
+
+
+def check_apply_out(x, planes, gamma, beta, index, activation, negative_slope, out):
+    check_apply(x, planes, gamma, beta, index)
+    _check("out", out, x, (torch.promote_types(x.dtype, gamma.dtype),), x.shape, "x's shape")
+    if not lies_like(out, x):
+        raise ValueError(
+            f"out has strides {list(out.stride())}, it should lie without gaps as x does, with"
+            f" strides {list(x.stride())}"
+        )
+
+
+def check_backward_input(
+    dy, x, planes, gamma, beta, index, signs, terms, activation, negative_slope
+):
+    check_modulation(x, gamma, beta, index, activation == "silu")
+    _check("dy", dy, x, (torch.promote_types(x.dtype, gamma.dtype),), x.shape, "x's shape")
+    _check_numbers("planes", planes, x, 3)
+    if activation not in KEEPS_SIGNS:
+        _check("signs", signs, x, (torch.uint8,), (0,), "of size 0")
+    elif has_values(x):
+        # Compilers try other memory layouts for x, and copy it to the one it had before they run.
+        _check("signs", signs, x, (torch.uint8,), signs_shape(x), "a bit for each element")
+    if terms is not None:
+        _check_numbers("terms", terms, x, 2)
+
+
+def check_backward_sums(
+    dy, x, planes, gamma, beta, index, order, signs, activation, negative_slope
+):
+    check_backward_input(dy, x, planes, gamma, beta, index, signs, None, activation, negative_slope)
+    if index is not None:
+        if order is None:
+            raise ValueError(
+                "order is None, with an index it should be the sorted pixels, [N, pixels]"
+            )
+        shape = (x.shape[0], x.shape[2:].numel())
+        _check("order", order, x, (torch.int32,), shape, "[N, pixels]")
+
+
+def check_instance_forward(x, gamma, beta, index, *others):
+    check_modulation(x, gamma, beta, index)
+
+
+def check_convolve_windows(rows, weight, bias, offsets, listed):
+    _check_weight(weight, offsets, listed)
+    _check("rows", rows, weight, (weight.dtype,), (rows.shape[0], weight.shape[1]), "[rows, in]")
+    if bias is not None:
+        _check("bias", bias, weight, (weight.dtype,), weight.shape[:1], "[out]")
+
+
+def check_convolve_windows_rows(gradient, weight, back_offsets, back_listed):
+    _check_weight(weight, back_offsets, back_listed)
+    shape = (gradient.shape[0], weight.shape[0])
+    _check("gradient", gradient, weight, (weight.dtype,), shape, "[windows, out]")
+
+
+def check_convolve_windows_weight(gradient, rows, weight, back_offsets, back_listed):
+    check_convolve_windows_rows(gradient, weight, back_offsets, back_listed)
+    shape = ((back_offsets.shape[0] - 1) // weight.shape[2:].numel(), weight.shape[1])
+    _check("rows", rows, weight, (weight.dtype,), shape, "[rows, in]")
+
+
+def _check_weight(weight, *lists):
+    _require(weight.dim() >= 3, "weight", weight, "[out, in, *kernel]")
+    _require(weight.shape[2:].numel() > 0, "weight", weight, "of one tap or more")
+    _check_dtype("weight", weight, FLOATING)
+    for name, given in zip(("offsets", "listed"), lists):
+        _check(name, given, weight, (torch.int32,), (given.numel(),), "a list")
+
+
+def _check_numbers(name, given, x, count):
+    _check(name, given, x, SUMS, (count, *x.shape[:2]), "numbers of each plane")
+
+
+def _check(name, given, other, dtypes, shape, meaning):
+    """Raises where an operand is not of this shape, of one of these dtypes and on the device of
+    another that is known to be on the right one.
+    """
+    if given.device != other.device:
+        raise ValueError(f"{name} is on {given.device}, it should be on {other.device}")
+    _check_dtype(name, given, dtypes)
+    _require(given.dim() == len(shape), name, given, f"{meaning}, {list(shape)}")
+    for size, wanted in zip(given.shape, shape):
+        _require(size == wanted, name, given, f"{meaning}, {list(shape)}")
+
+
+def _check_dtype(name, given, dtypes):
+    if given.dtype not in dtypes:
+        wanted = " or ".join(map(str, dtypes))
+        raise TypeError(f"{name} has dtype {given.dtype}, it should be {wanted}")
+
+
+def _require(holds, name, given, wanted):
+    # In a compiled graph, what is known only when it runs is asked then.
+    torch._check_value(
+        holds, lambda: f"{name} has shape {list(given.shape)}, it should be {wanted}"
+    )
+
+
+def fake_plane_moments(x):
+    return x.new_empty(2, *x.shape[:2], dtype=sum_dtype(x.dtype))
+
+
+def fake_apply(x, planes, gamma, beta, index, activation, negative_slope, keep_signs):
+    y = torch.empty_like(x, dtype=torch.promote_types(x.dtype, gamma.dtype))
+    return y, empty_signs(x, activation, keep_signs)
+
+
+def fake_apply_out(*operands):
+    pass
+
+
+def fake_backward_sums(dy, x, planes, gamma, beta, index, order, signs, activation, negative_slope):
+    sums = planes.new_empty(2, *x.shape[:2])
+    if index is not None:
+        return gamma.new_empty(gamma.shape), gamma.new_empty(gamma.shape), sums
+    dgamma = torch.empty_like(x, dtype=gamma.dtype)
+    dbeta = gamma.new_empty(0) if activation is None else torch.empty_like(x, dtype=gamma.dtype)
+    return dgamma, dbeta, sums
+
+
+def fake_backward_input(dy, x, *others):
+    return torch.empty_like(x)
+
+
+def fake_instance_forward(x, gamma, beta, index, eps, activation, negative_slope, keep_signs):
+    planes = x.new_empty(3, *x.shape[:2], dtype=sum_dtype(x.dtype))
+    results = fake_apply(x, planes, gamma, beta, index, activation, negative_slope, keep_signs)
+    return *results, planes
+
+
+def fake_instance_backward(dy, x, *others):
+    dgamma, dbeta, _ = fake_backward_sums(dy, x, *others)
+    return dgamma, dbeta, torch.empty_like(x)
+
+
+def fake_convolve_windows(rows, weight, bias, offsets, listed):
+    return rows.new_empty(offsets.shape[0] - 1, weight.shape[0])
+
+
+def fake_convolve_windows_weight(gradient, rows, weight, back_offsets, back_listed):
+    return weight.new_empty(weight.shape)
+
+
+def fake_convolve_windows_rows(gradient, weight, back_offsets, back_listed):
+    return gradient.new_empty(
+        (back_offsets.shape[0] - 1) // weight.shape[2:].numel(), weight.shape[1]
+    )
+
+
+FORWARD = "Tensor gamma, Tensor beta, Tensor? index"
+BACKWARD = "Tensor dy, Tensor x, Tensor planes, Tensor gamma, Tensor? beta, Tensor? index"
+ACTIVATION = "str? activation, float negative_slope"
+BACK_LISTS = "Tensor back_offsets, Tensor back_listed"
+
+MODULATION = {
+    "plane_moments": Operation("(Tensor x) -> Tensor", check_plane_moments, fake_plane_moments),
+    "apply": Operation(
+        f"(Tensor x, Tensor planes, {FORWARD}, {ACTIVATION}, bool keep_signs) -> (Tensor, Tensor)",
+        check_apply,
+        fake_apply,
+    ),
+    "apply_out": Operation(
+        f"(Tensor x, Tensor planes, {FORWARD}, {ACTIVATION}, Tensor(a!) out) -> ()",
+        check_apply_out,
+        fake_apply_out,
+    ),
+    "backward_sums": Operation(
+        f"({BACKWARD}, Tensor? order, Tensor signs, {ACTIVATION}) -> (Tensor, Tensor, Tensor)",
+        check_backward_sums,
+        fake_backward_sums,
+    ),
+    "backward_input": Operation(
+        f"({BACKWARD}, Tensor signs, Tensor? terms, {ACTIVATION}) -> Tensor",
+        check_backward_input,
+        fake_backward_input,
+    ),
+    "instance_forward": Operation(
+        f"(Tensor x, {FORWARD}, float eps, {ACTIVATION}, bool keep_signs)"
+        " -> (Tensor, Tensor, Tensor)",
+        check_instance_forward,
+        fake_instance_forward,
+    ),
+    "instance_backward": Operation(
+        f"({BACKWARD}, Tensor? order, Tensor signs, {ACTIVATION}) -> (Tensor, Tensor, Tensor)",
+        check_backward_sums,
+        fake_instance_backward,
+    ),
+}
+CONVOLUTION = {
+    "convolve_windows": Operation(
+        "(Tensor rows, Tensor weight, Tensor? bias, Tensor offsets, Tensor listed) -> Tensor",
+        check_convolve_windows,
+        fake_convolve_windows,
+    ),
+    "convolve_windows_weight": Operation(
+        f"(Tensor gradient, Tensor rows, Tensor weight, {BACK_LISTS}) -> Tensor",
+        check_convolve_windows_weight,
+        fake_convolve_windows_weight,
+    ),
+    "convolve_windows_rows": Operation(
+        f"(Tensor gradient, Tensor weight, {BACK_LISTS}) -> Tensor",
+        check_convolve_windows_rows,
+        fake_convolve_windows_rows,
+    ),
+}
+OPERATIONS = MODULATION | CONVOLUTION
