@@ -716,7 +716,7 @@ def _stack_sums(parts):
     )
 
 
-def resize_codes(codes, size, dtype):
+def resize_codes(codes, size, dtype=torch.float32):
     """codes [N, *spatial] at another size, by the pixels that `F.interpolate(mode="nearest")` takes
     of a condition in this dtype: on a CPU it reckons in float64 for float64, else in float32.
     """

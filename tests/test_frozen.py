@@ -477,3 +477,23 @@ def test_a_model_that_is_gone_takes_its_tables_along():
     del model
     gc.collect()
     assert gone() is None
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda spade: spade.mlp_shared.__setitem__(1, nn.Tanh()),
+        lambda spade: setattr(spade.mlp_shared[1], "negative_slope", 0.9),
+        lambda spade: setattr(spade.mlp_gamma[1], "eps", 1.0),
+    ],
+)
+def test_what_is_no_weight_and_changes(change):
+    spade, layout, x = SPADE(8, 5, 8).eval(), layout_of(), torch.randn(1, 8, 32, 32)
+    spade.mlp_shared[1] = nn.LeakyReLU(0.2)
+    spade.mlp_gamma = nn.Sequential(spade.mlp_gamma, nn.InstanceNorm2d(8))
+    with torch.no_grad(), spade_fast.window_mode("always"):
+        with spade_fast.frozen(spade):
+            before = spade(x, layout)
+            change(spade)
+            found = spade(x, layout)
+        assert torch.equal(found, spade(x, layout)) and not torch.equal(found, before)

@@ -473,3 +473,42 @@ def test_in_half_precision_weights_are_not_summed():
     layer, segmap = SPADE(3, 2, 5).to(torch.bfloat16), torch.randn(1, 2, 4, 4).to(torch.bfloat16)
     hidden = layer.mlp_shared(torch.nn.functional.interpolate(segmap, scale_factor=2))
     assert torch.equal(pixels._hidden(layer.mlp_shared, segmap, (8, 8)), hidden)
+
+
+@pytest.mark.parametrize("factor", [41, 47])
+def test_a_quotient_that_is_rounded_repeats_other_pixels(factor):
+    ours, theirs = SPADE(2, 3, 4), reference.SPADE(2, 3, 4)
+    theirs.load_state_dict(ours.state_dict())
+    segmap = torch.randn(1, 3, 8, 8, requires_grad=True)
+    x = torch.randn(1, 2, 8 * factor, 8 * factor)
+    assert torch.allclose(ours(x, segmap), theirs(x, segmap), atol=1e-4)
+
+
+def test_one_activation_twice():
+    ours, theirs = SPADE(4, 3, 5).double(), reference.SPADE(4, 3, 5).double()
+    theirs.load_state_dict(ours.state_dict())
+    activation = nn.GELU()
+    for layer in (ours, theirs):
+        layer.mlp_shared = nn.Sequential(layer.mlp_shared[0], activation, activation)
+    x, segmap = torch.randn(1, 4, 6, 6).double(), torch.randn(1, 3, 6, 6).double()
+    assert torch.allclose(ours(x, segmap), theirs(x, segmap), rtol=1e-10)
+
+
+def test_running_statistics_that_are_no_longer_tracked():
+    ours, theirs = (
+        package.SPADE(4, 3, 5, norm="batch").double() for package in (spade_fast, reference)
+    )
+    theirs.load_state_dict(ours.state_dict())
+    x, segmap = torch.randn(2, 4, 6, 6).double() + 3, torch.randn(2, 3, 6, 6).double()
+    for train in (True, False):
+        for layer in (ours, theirs):
+            layer.train(train).param_free_norm.track_running_stats = False
+        assert torch.allclose(ours(x, segmap), theirs(x, segmap), rtol=1e-10)
+    for name, buffer in theirs.named_buffers():
+        assert torch.equal(dict(ours.named_buffers())[name], buffer)
+
+
+def test_a_norm_of_fewer_dimensions_is_refused_as_it_refuses():
+    layer = SPADE(4, 3, 5, norm=nn.BatchNorm1d(4))
+    with pytest.raises(ValueError, match="expected 2D or 3D input"):
+        layer(torch.randn(2, 4, 6, 6), torch.randn(2, 3, 6, 6))

@@ -468,3 +468,23 @@ def test_a_volume():
     with spade_fast.window_mode("never"):
         expected = generator(layout.to_segmap(torch.float64), z)
     assert volume.shape == (1, 1, 32, 16, 48) and torch.allclose(volume, expected, rtol=1e-10)
+
+
+def test_a_folded_weight_that_somebody_writes_into():
+    plain = nn.utils.spectral_norm(nn.Conv2d(3, 3, 3)).eval()
+    folded, x = spade_fast.fold_spectral_norm(copy.deepcopy(plain)), torch.randn(1, 3, 8, 8)
+    with torch.no_grad():
+        expected = plain(x)
+        folded(x)
+        nn.init.constant_(folded.weight, 9.0)
+        assert torch.equal(folded(x), expected)
+
+
+def test_a_folded_weight_of_inference_serves_gradients():
+    folded = spade_fast.fold_spectral_norm(
+        nn.utils.spectral_norm(nn.Conv2d(3, 3, 3)).eval().requires_grad_(False)
+    )
+    x = torch.randn(1, 3, 8, 8, requires_grad=True)
+    with torch.inference_mode():
+        folded(x)
+    assert torch.autograd.grad(folded(x).sum(), x)[0].abs().sum() > 0

@@ -540,3 +540,12 @@ def test_export_with_dynamic_height_and_width(name, factor):
 
     with torch.no_grad():
         the_same(exported, name, pictures(size=(8, 12)), label_map(size=other, seed=4))
+
+
+def test_a_trace_does_not_fix_that_sizes_are_equal():
+    ours, theirs = both("instance")
+    x, segmap = pictures(), dense_map(size=(6, 5))
+    traced = torch.jit.trace(ours, (x, segmap))
+    for size in ((6, 5), (12, 10), (1, 1)):
+        segmap = dense_map(size=size)
+        assert_close(traced(x, segmap), theirs(x, segmap))

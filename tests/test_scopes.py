@@ -109,3 +109,12 @@ def test_a_task_that_outlives_the_scope_it_began_in(switch):
     with make():
         inside = contextvars.copy_context()
     assert inside.run(read) == before
+
+
+def test_one_switch_entered_twice(switch):
+    make, read, before, setting = switch
+    scope = make()
+    for _ in range(2):
+        with scope:
+            assert read() == setting
+        assert read() == before

@@ -2,6 +2,7 @@
 values that are zero at first, sizes.
 """
 
+import argparse
 import copy
 
 import families
@@ -259,3 +260,164 @@ def test_a_dtype_that_is_changed_later(dtype):
         module.to(dtype)
     x, segmap = pictures().to(dtype), label_map().to(dtype)
     assert_same_calls(call, model, own, x, segmap, tolerance=0.1)
+
+
+class Reads(families.Layer):
+    """γ is as strong as something says that may change later."""
+
+    def strength(self):
+        return 1.0
+
+    def forward(self, x, segmap):
+        hidden = self.mlp_shared(families.to_size(segmap, x))
+        gamma = self.strength() * self.mlp_gamma(hidden)
+        return self.param_free_norm(x) * (1 + gamma) + self.mlp_beta(hidden)
+
+
+def reads(what, prepare, change):
+    """A class whose strength is what the function says, and what makes and changes it."""
+
+    def make():
+        kind = type("Reads", (Reads,), {"strength": what, "of_the_class": 1.0})
+        module = kind()
+        prepare(module)
+        return module
+
+    return make, change
+
+
+def nothing(module):
+    pass
+
+
+READERS = {
+    "a private attribute": reads(
+        lambda self: self._strength,
+        lambda module: setattr(module, "_strength", 1.0),
+        lambda module: setattr(module, "_strength", 0.0),
+    ),
+    "options": reads(
+        lambda self: self.opt.strength,
+        lambda module: setattr(module, "opt", argparse.Namespace(strength=1.0)),
+        lambda module: setattr(module.opt, "strength", 0.0),
+    ),
+    "a dictionary": reads(
+        lambda self: self.settings["strength"],
+        lambda module: setattr(module, "settings", {"strength": 1.0}),
+        lambda module: module.settings.update(strength=0.0),
+    ),
+    "a buffer of whole numbers": reads(
+        lambda self: float(self.step > 10),
+        lambda module: module.register_buffer("step", torch.tensor(100)),
+        lambda module: module.step.fill_(1),
+    ),
+    "the class": reads(
+        lambda self: self.of_the_class,
+        nothing,
+        lambda module: setattr(getattr(module, "own_class", type(module)), "of_the_class", 0.0),
+    ),
+    "a method": reads(
+        lambda self: 1.0,
+        nothing,
+        lambda module: setattr(
+            getattr(module, "own_class", type(module)), "strength", lambda self: 0.0
+        ),
+    ),
+    "a part": reads(
+        lambda self: self.mlp_gamma.gain,
+        lambda module: setattr(module.mlp_gamma, "gain", 1.0),
+        lambda module: setattr(module.mlp_gamma, "gain", 0.0),
+    ),
+    "a part's mode": reads(
+        lambda self: float(self.mlp_gamma.training),
+        nothing,
+        lambda module: module.mlp_gamma.eval(),
+    ),
+}
+
+
+@pytest.mark.parametrize("what", READERS)
+def test_whatever_a_forward_reads_may_change(what):
+    make, change = READERS[what]
+    model, own = both(make)
+    for module in (model, own):
+        change(module)
+    assert_same_forwards(model, own)
+
+
+class Wrapper(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.act, self.acts = families.conv(5, 6), nn.ReLU(), True
+
+    def forward(self, x):
+        return self.act(self.conv(x)) if self.acts else self.conv(x)
+
+
+def test_a_wrappers_flag_may_change():
+    def make():
+        layer = families.Layer()
+        layer.mlp_shared = Wrapper()
+        return layer
+
+    model, own = both(make)
+    for module in (model, own):
+        module.mlp_shared.acts = False
+    assert_same_forwards(model, own)
+
+
+class Keeps(families.Layer):
+    def __init__(self):
+        super().__init__()
+        self.sizes = []
+
+    def forward(self, x, segmap):
+        self.sizes.append(x.shape)
+        return super().forward(x, segmap)
+
+
+def test_a_forward_that_keeps_something_is_left_alone():
+    layer = Keeps()
+    report = spade_fast.convert(layer)
+    assert not report.converted and "changes what it has: sizes" in report[0].reason
+    assert not layer.sizes
+
+
+@pytest.mark.parametrize("name", ["modulate", "call", "kind", "spade_form"])
+def test_names_that_the_fast_class_needs(name):
+    layer = families.Layer()
+    setattr(layer, name, 1)
+    report = spade_fast.convert(layer)
+    assert not report.converted and f"needs: {name}" in report[0].reason
+
+
+def replica(module):
+    """As DataParallel makes it: parameters are plain tensors, and no longer parameters."""
+    copied = module._replicate_for_data_parallel()
+    for name, parameter in module._parameters.items():
+        copied._parameters.pop(name, None)
+        setattr(copied, name, None if parameter is None else parameter.view_as(parameter))
+    for name, child in module._modules.items():
+        copied._modules[name] = replica(child)
+    return copied
+
+
+@pytest.mark.parametrize("mode", ["always", "never"])
+def test_replicas_of_data_parallel(mode):
+    converted = families.Block(families.Layer, fout=4).eval()
+    spade_fast.convert(converted)
+    block = spade_fast.SPADEResnetBlock(8, 4, "spectralspadebatch3x3", 5).eval()
+    for model in (converted, block, spade_fast.SPADE(8, 5)):
+        x, segmap = pictures().float(), label_map().float()
+        with spade_fast.window_mode(mode):
+            assert torch.allclose(replica(model)(x, segmap), model(x, segmap), atol=1e-5)
+
+
+def test_reverting_while_it_is_called():
+    model, own = both(families.Layer)
+
+    def hook(module, arguments):
+        spade_fast.revert(module)
+
+    model.register_forward_pre_hook(hook)
+    assert_same_forwards(model, own)

@@ -360,3 +360,14 @@ def test_layouts_that_do_not_fit(change, message):
     layout = SemanticLayout.from_labels(patches((2, 8, 8), 5), 5)
     with pytest.raises(ValueError, match=message):
         SPADE(3, 5)(torch.randn(2, 3, 8, 8), change(layout))
+
+
+@pytest.mark.parametrize("mode", ["always", "never"])
+def test_pixels_of_a_condition_in_float64(mode):
+    """They are not those of float32 where one is 82/64 of the other."""
+    ours, theirs = SPADE(2, 3, 4).double(), reference.SPADE(2, 3, 4).double()
+    theirs.load_state_dict(ours.state_dict())
+    labels = torch.nn.functional.one_hot(torch.randint(3, (1, 64, 64)), 3)
+    x, segmap = torch.randn(1, 2, 82, 82).double(), labels.movedim(-1, 1).double()
+    with spade_fast.window_mode(mode):
+        assert torch.allclose(ours(x, segmap), theirs(x, segmap), rtol=1e-9, atol=1e-9)

@@ -53,8 +53,12 @@ class ResidualBlock:
     ) -> torch.Tensor:
         """forward, of arguments that have been checked."""
         x = with_channels_together(ordinary(x), scale)
-        has_shortcut = self._modules.get("norm_s") is not None
-        moments = self._moments(x, segmap, scale)
+        has_shortcut, open_0 = has_part(self, "norm_s"), is_open(self.norm_0, x, segmap)
+        open_s = has_shortcut and is_open(self.norm_s, x, segmap)
+        moments = None
+        taking = (open_0 and self.norm_0.measures) + (open_s and self.norm_s.measures)
+        if taking + (scale > 1) >= 2 and not is_recorded(x):  # one pass for both, or a smaller one
+            moments = repeated_moments(plane_moments(x), scale ** (x.dim() - 2))
         x = repeat_pixels(x, scale)
         seen = find_layout(segmap)
         if seen is None:  # resized once for all SPADEs
@@ -63,46 +67,48 @@ class ResidualBlock:
             seen = like_pixels_of(x, seen)
         shortcut = x
         if has_shortcut:
-            shortcut = convolve(self.conv_s, self._normalise("norm_s", x, segmap, seen, moments))
+            given = seen if open_s else segmap
+            shortcut = convolve(self.conv_s, normalised(self.norm_s, open_s, x, given, moments))
         activation = next(
             (module for module in self.children() if type(module) in ACTIVATIONS), None
         )
-        dx = self._normalise("norm_0", x, segmap, seen, moments, activation, True)
-        dx = convolve(self.conv_0, dx)
-        dx = self._normalise("norm_1", dx, segmap, seen, None, activation, True)
-        dx = convolve(self.conv_1, dx)
+        watched = activation is not None and is_watched(activation)
+        settings = (None, 0.0) if watched else activation_settings(activation)
+        dx = normalised(self.norm_0, open_0, x, seen if open_0 else segmap, moments, *settings)
+        dx = convolve(self.conv_0, activation(dx) if watched else dx)
+        open_1 = is_open(self.norm_1, dx, segmap)
+        dx = normalised(self.norm_1, open_1, dx, seen if open_1 else segmap, None, *settings)
+        dx = convolve(self.conv_1, activation(dx) if watched else dx)
         dx = self.se(dx) if "se" in self._modules else dx
         if has_shortcut and not torch.is_grad_enabled() and may_overwrite_result(self.conv_s):
             if shortcut.dtype == dx.dtype and shortcut.shape == dx.shape:
                 return of_their_class(shortcut.add_(dx), segmap)
         return of_their_class(shortcut + dx, segmap)
 
-    def _moments(self, x, segmap, scale):
-        """`plane_moments` of the x that norm_0 and norm_s normalise, where that saves a pass."""
-        norms = [norm for name in ("norm_0", "norm_s") if (norm := self._modules.get(name))]
-        taking = [norm for norm in norms if takes_moments(norm, x, segmap)]
-        if is_recorded(x) or len(taking) + (scale > 1) < 2:
-            return None
-        return repeated_moments(plane_moments(x), scale ** (x.dim() - 2))
 
-    def _normalise(self, name, x, segmap, seen, moments, activation=None, activates=False):
-        """A norm of x, with the activation that follows it in the same pass where nobody watches:
-        then of `seen`, what was found of segmap.
-        """
-        norm = getattr(self, name)
-        watched = activation is not None and is_watched(activation)
-        settings = activation_settings(activation) if activates and not watched else (None, 0.0)
-        if isinstance(norm, SpatiallyAdaptive) and norm.is_open(x, segmap):
-            moments = moments if norm.measures else None
-            y = norm.modulate(x, seen, *settings, moments)
-        else:
-            y = activate(norm(x, segmap), *settings)
-        return activation(y) if activates and watched else y
+def is_open(norm: nn.Module, x: torch.Tensor, segmap: torch.Tensor | SemanticLayout) -> bool:
+    """Whether a norm is a SPADE that may be given more than it is called with."""
+    return isinstance(norm, SpatiallyAdaptive) and norm.is_open(x, segmap)
 
 
-def takes_moments(norm: nn.Module, x: torch.Tensor, segmap: torch.Tensor | SemanticLayout) -> bool:
-    """Whether a SPADE may be given the moments of its x."""
-    return isinstance(norm, SpatiallyAdaptive) and norm.is_open(x, segmap) and norm.measures
+def normalised(
+    norm: nn.Module,
+    opened: bool,
+    x: torch.Tensor,
+    segmap: torch.Tensor | SemanticLayout,
+    moments: torch.Tensor | None,
+    activation: str | None = None,
+    negative_slope: float = 0.0,
+) -> torch.Tensor:
+    """A norm of x and the activation that follows it: in the same pass where it is open."""
+    if not opened:
+        return activate(norm(x, segmap), activation, negative_slope)
+    moments = moments if norm.measures else None
+    return norm.modulate(x, segmap, activation, negative_slope, moments)
+
+
+def has_part(module: nn.Module, name: str) -> bool:
+    return name in module._modules and module._modules[name] is not None
 
 
 def activation_settings(module: nn.Module | None) -> tuple[str, float]:

@@ -125,7 +125,7 @@ def shape_of_weight(module: nn.Module) -> torch.Size:
 
 
 PLAIN = (bool, int, float, str, type(None))
-TORCH_OWN = frozenset(vars(nn.Module())) - {"training"}
+NOT_MARKED = frozenset(vars(nn.Module())) | {"spade_form"}  # the mode is asked for by itself
 
 
 def marks_of(module: nn.Module) -> dict:
@@ -133,9 +133,7 @@ def marks_of(module: nn.Module) -> dict:
     they were written to, and buffers that are no floating-point numbers.
     """
     marks = {
-        name: mark_of(value)
-        for name, value in module.__dict__.items()
-        if name not in TORCH_OWN and name not in ("training", "spade_form")
+        name: mark_of(value) for name, value in module.__dict__.items() if name not in NOT_MARKED
     }
     for name, value in module._buffers.items():
         if value is not None and not value.is_floating_point():
@@ -149,7 +147,7 @@ def marks_of_settings(module: nn.Module) -> dict:
     return {
         name: mark_of(value)
         for name, value in own
-        if name not in TORCH_OWN and not isinstance(value, torch.Tensor)
+        if name not in NOT_MARKED and not isinstance(value, torch.Tensor)
     }
 
 

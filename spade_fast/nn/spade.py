@@ -310,13 +310,15 @@ def norm_arguments(norm: nn.Module) -> dict:
         arguments["num_groups"] = norm.num_groups
     if kind in ("batch", "syncbatch"):
         tracked = norm.num_batches_tracked if norm.track_running_stats else None
-        cumulative = 0.0 if tracked is None or not norm.training else 1.0 / float(tracked)
+        momentum = norm.momentum
+        if momentum is None:  # a cumulative average
+            momentum = 0.0 if tracked is None or not norm.training else 1.0 / float(tracked)
         reads = norm.track_running_stats or not norm.training
         arguments |= {
             "training": measures(norm),
             "running_mean": norm.running_mean if reads else None,
             "running_var": norm.running_var if reads else None,
-            "momentum": cumulative if norm.momentum is None else norm.momentum,
+            "momentum": momentum,
         }
     if kind == "syncbatch":
         arguments["process_group"] = norm.process_group
