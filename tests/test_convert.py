@@ -449,3 +449,20 @@ def test_lazy_convolutions_are_left_alone():
     layer.mlp_gamma = nn.LazyConv2d(CHANNELS, 3, padding=1)
     report = spade_fast.convert(layer)
     assert not report.converted and "call it once, then convert" in report[0].reason
+
+
+class WithProperty(Layer):
+    """What a class says besides methods cannot be pickled; nor need it be."""
+
+    names = ("param_free_norm", "mlp_shared", "mlp_gamma", "mlp_beta")
+    scaled = property(lambda self: 1.0)
+    twice = staticmethod(lambda x: 2 * x)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, saved_and_loaded])
+def test_copies_of_a_class_with_a_property(copied):
+    layer = WithProperty().double()
+    assert spade_fast.convert(layer).converted == 1
+    twin, given = copied(layer), inputs()
+    assert isinstance(twin, Fast) and torch.equal(twin(*given), layer(*given))
+    assert all(one._is_proved(*given) for one in (layer, twin))

@@ -127,7 +127,7 @@ def _is_opaque(module, form):
 def _check_names(module, kind):
     """Raises Unlike for a module that has a name of its own which its fast class needs."""
     needed = {name for own in kind.__mro__ for name in vars(own) if not name.startswith("__")}
-    needed |= {"kind", "own_class", "call", "spade_form"}
+    needed |= {"kind", "own_class", "class_marks", "call", "spade_form"}
     needed -= {"forward", "_get_name", *vars(nn.Module)}
     own = {*module.__dict__, *module._buffers, *module._parameters, *module._modules}
     own |= {name for name in needed if hasattr(type(module), name)}

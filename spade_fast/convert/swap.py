@@ -34,7 +34,7 @@ class Proof(NamedTuple):
     more than its arguments and weights: for anything else, the own forward is what there is.
     """
 
-    marks: list  # the module's own attributes, its class's, and those of wrappers
+    marks: list  # the module's own attributes, and those of its parts
     children: tuple  # the kinds of its parts
     modes: tuple  # (training, whether gradients are recorded)
     dtypes: tuple  # (training, the weights', x's, autocast's or None)
@@ -52,13 +52,13 @@ class Proof(NamedTuple):
             and kinds_of_children(module) == self.children
             and follows(module)
             and marks(module, module.spade_form) == self.marks
+            and marks_of_class(module.own_class) == module.class_marks
         )
 
 
 def marks(module: nn.Module, form: Form) -> list:
-    own_class = getattr(module, "own_class", type(module))
     parts = [marks_of_settings(part) for part in parts_of(module)]
-    return [marks_of(module), parts, marks_of_class(own_class), marks_of_wrappers(module, form)]
+    return [marks_of(module), parts, marks_of_wrappers(module, form)]
 
 
 def kinds_of_children(module: nn.Module) -> tuple:
@@ -122,6 +122,7 @@ class Fast:
 
     kind: type  # FastSPADE or FastBlock
     own_class: type
+    class_marks: list  # of the own class when this one was made
     call: "Call"
     spade_form: Form
 
@@ -255,7 +256,12 @@ def dense(argument: Any, dtype: torch.dtype) -> Any:
 @functools.cache
 def fast_class(kind: type, own_class: type) -> type:
     """The class that is own_class but for forward."""
-    attributes = {"kind": kind, "own_class": own_class, "call": Call(own_class.forward)}
+    attributes = {
+        "kind": kind,
+        "own_class": own_class,
+        "class_marks": marks_of_class(own_class),
+        "call": Call(own_class.forward),
+    }
     return type(own_class)(own_class.__name__, (kind, own_class), attributes)
 
 
