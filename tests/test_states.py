@@ -394,9 +394,13 @@ def test_names_that_the_fast_class_needs(name):
 def replica(module):
     """As DataParallel makes it: parameters are plain tensors, and no longer parameters."""
     copied = module._replicate_for_data_parallel()
+    copied._former_parameters = {}
     for name, parameter in module._parameters.items():
-        copied._parameters.pop(name, None)
-        setattr(copied, name, None if parameter is None else parameter.view_as(parameter))
+        if parameter is None:
+            copied._parameters[name] = None
+        else:
+            copied._former_parameters[name] = parameter
+            setattr(copied, name, parameter.view_as(parameter))
     for name, child in module._modules.items():
         copied._modules[name] = replica(child)
     return copied
@@ -411,6 +415,7 @@ def test_replicas_of_data_parallel(mode):
         x, segmap = pictures().float(), label_map().float()
         with spade_fast.window_mode(mode):
             assert torch.allclose(replica(model)(x, segmap), model(x, segmap), atol=1e-5)
+    assert replica(converted)._is_proved(x, segmap)
 
 
 def test_reverting_while_it_is_called():

@@ -125,15 +125,19 @@ def shape_of_weight(module: nn.Module) -> torch.Size:
 
 
 PLAIN = (bool, int, float, str, type(None))
-NOT_MARKED = frozenset(vars(nn.Module())) | {"spade_form"}  # the mode is asked for by itself
+# What torch has in every module (the mode is asked for by itself), what DataParallel adds, and ours.
+NOT_MARKED = {*vars(nn.Module()), "_is_replica", "_former_parameters", "spade_form"}
 
 
 def marks_of(module: nn.Module) -> dict:
     """What a forward may read of a module besides its weights: its attributes, of tensors how often
     they were written to, and buffers that are no floating-point numbers.
     """
+    weights = module.__dict__.get("_former_parameters", ())  # a replica's, plain tensors now
     marks = {
-        name: mark_of(value) for name, value in module.__dict__.items() if name not in NOT_MARKED
+        name: mark_of(value)
+        for name, value in module.__dict__.items()
+        if name not in NOT_MARKED and name not in weights
     }
     for name, value in module._buffers.items():
         if value is not None and not value.is_floating_point():
