@@ -80,11 +80,15 @@ def the_same(transform, name, *inputs):
 def compare_all(found, expected):
     found, expected = (torch.utils._pytree.tree_leaves(one) for one in (found, expected))
     assert len(found) == len(expected)
+    # A gradient that is zero in exact arithmetic is rounding beside the others.
+    largest = max(
+        (one.abs().max() for one in expected if one is not None and one.numel()), default=0.0
+    )
     for number, (one, other) in enumerate(zip(found, expected)):
         if one is None or other is None:
             assert one is other, f"result {number} is None on one side"
         else:
-            assert_close(one, other, 1e-9, name=f"result {number}")
+            assert_close(one, other, 1e-9, largest, f"result {number}")
 
 
 @pytest.mark.parametrize("check_trace", [True, False])
@@ -126,8 +130,8 @@ def test_jit_trace_of_a_map_that_was_seen_before():
 
 def test_jit_trace_of_a_generator():
     norm_G = "spectralspadeinstance3x3"
-    ours = spade_fast.SPADEGenerator.official(5, crop_size=32, norm_G=norm_G, ngf=1, nhidden=4)
-    theirs = reference.SPADEGenerator(5, 1, crop_size=32, norm_G=norm_G)
+    ours = spade_fast.SPADEGenerator.official(5, crop_size=64, norm_G=norm_G, ngf=1, nhidden=4)
+    theirs = reference.SPADEGenerator(5, 1, crop_size=64, norm_G=norm_G)
     for stage in ("head_0", "G_middle_0", "G_middle_1", "up_0", "up_1", "up_2", "up_3"):
         before = getattr(theirs, stage)
         after = reference.SPADEResnetBlock(
@@ -136,7 +140,7 @@ def test_jit_trace_of_a_generator():
         setattr(theirs, stage, after)
     ours, theirs = ours.double().eval(), theirs.double().eval()
     theirs.load_state_dict(ours.state_dict())
-    maps = [label_map(1, size=(32, 32), seed=seed) for seed in (0, 1)]
+    maps = [label_map(1, size=(64, 64), seed=seed) for seed in (0, 1)]
     with torch.no_grad():
         right_or_refused(
             lambda: torch.jit.trace(ours, (maps[0],), check_trace=False)(maps[1]), theirs(maps[1])
