@@ -27,7 +27,7 @@ class Scope:
         cls._open, cls._counts = ContextVar(cls.__name__, default=()), Counter()
 
     def __init__(self, setting: Any) -> None:
-        self.setting, self._entered, self._ended = setting, False, False
+        self.setting, self._entered, self._ended, self._opened = setting, False, False, 0
         before = self._not_ended()
         if len(before) > 1 and not any(scope._entered for scope in before[-2:]):
             before.pop(-2).end()  # two without `with`: the later one replaced it for good
@@ -55,7 +55,7 @@ class Scope:
         if not self._ended:
             self._ended = True
             self._open.set(tuple(self._not_ended()))
-            self._note(-1)
+            self._note(-self._opened)
 
     @classmethod
     def current(cls) -> "Scope | None":
@@ -85,6 +85,7 @@ class Scope:
     def _note(self, change: int) -> None:
         cls = type(self)
         with _lock:
+            self._opened += change
             cls._counts[self.setting] += change
             cls._counts += Counter()  # without those that hold nowhere
             cls.anywhere = tuple(cls._counts)

@@ -118,3 +118,16 @@ def test_one_switch_entered_twice(switch):
         with scope:
             assert read() == setting
         assert read() == before
+
+
+def test_a_switch_made_here_and_entered_in_another_thread(switch):
+    make, read, before, setting = switch
+    scope, found = make(), []
+
+    def other():
+        with scope:
+            found.append(read())
+
+    thread = threading.Thread(target=other)
+    thread.start(), thread.join()
+    assert found == [setting] and read() == before  # it has ended, everywhere

@@ -109,9 +109,11 @@ def weights_in(module: nn.Module) -> list[torch.Tensor]:
     """What a module has of parameters and buffers. Replicas of DataParallel have their parameters
     as plain tensors.
     """
-    own = [*module.parameters(), *module.buffers()]
-    plain = (value for part in module.modules() for value in part.__dict__.values())
-    return own or [value for value in plain if isinstance(value, torch.Tensor)]
+    parameters = list(module.parameters())
+    if not parameters:
+        former = (part.__dict__.get("_former_parameters", {}) for part in module.modules())
+        parameters = [tensor for of in former for tensor in of.values()]
+    return [*parameters, *module.buffers()]
 
 
 def shape_of_weight(module: nn.Module) -> torch.Size:
