@@ -15,7 +15,7 @@ from spade_fast.agreement import excess
 from spade_fast.nn import pixels, spade
 from spade_fast.nn.pixels import resize
 from spade_fast.nn.spectral import convolve
-from spade_fast.nn.upsampled import repeats
+from spade_fast.nn.upsampled import RepeatPixels, repeats
 
 pytestmark = pytest.mark.usefixtures("backend")
 
@@ -124,6 +124,7 @@ def test_the_condition_may_have_any_size(size):
     ids=repr,
 )
 def test_a_norm_of_ones_own(norm):
+    norm = copy.deepcopy(norm).to(torch.get_default_device())
     layers = (module.SPADE(4, 3, 6, norm=copy.deepcopy(norm)) for module in (spade_fast, reference))
     assert_same(*layers, (2, 4, 5, 6), (2, 3, 5, 6), steps=3)
 
@@ -133,6 +134,22 @@ def test_resize_takes_torchs_pixels(size):
     segmap = torch.arange(2 * 3 * size[0] * size[1]).float().reshape(2, 3, *size)
     expected = nn.functional.interpolate(segmap, size=(8, 6), mode="nearest")
     assert torch.equal(resize(segmap, torch.Size((8, 6))), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("factor", [2, 4])
+@pytest.mark.parametrize(
+    "shape", [(2, 8, 5, 6), (1, 3, 4, 7), (2, 6, 3), (2, 4, 3, 2, 5), (0, 4, 2, 2)]
+)
+def test_pixels_are_repeated_as_torch_does(shape, factor, dtype):
+    x = torch.randint(-8, 8, shape).to(dtype).movedim(1, -1).contiguous().movedim(-1, 1)
+    x.requires_grad_()
+    repeated = RepeatPixels.apply(x, factor)
+    expected = nn.functional.interpolate(x, scale_factor=factor, mode="nearest")
+    dy = torch.randint_like(expected, -8, 8)
+    assert torch.equal(repeated, expected)
+    gradients = (torch.autograd.grad(y, x, dy)[0] for y in (repeated, expected))
+    assert torch.equal(*gradients)
 
 
 def test_settings_of_the_norm_are_read_when_they_are_used():

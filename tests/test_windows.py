@@ -74,7 +74,8 @@ def test_exact_in_float64(shape, size, kernel_size, norm, classes):
 @pytest.mark.parametrize("channels,size", [(1024, 8), (1024, 32), (256, 64), (64, 128)])
 def test_exact_at_the_published_sizes(channels, size):
     labels, instances = layouts.resized(*layouts.draw_scene(1), (256, 256))
-    layout = SemanticLayout.from_labels(labels[None], 182, instances[None], dont_care=255)
+    labels, instances = torch.tensor(labels[None]), torch.tensor(instances[None])
+    layout = SemanticLayout.from_labels(labels, 182, instances, dont_care=255)
     errors = compare(SPADE(channels, 184), layout, torch.randn(1, channels, size, size))
     assert max(errors.values()) < 1e-12, errors
 
