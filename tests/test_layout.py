@@ -68,7 +68,7 @@ def test_sums_list_what_each_window_sees_and_where_each_row_is_seen(shape, kerne
     backend = spade_fast.kernels.select(codes)
     _, contents = backend.number_windows(codes, kernel_size)
     windows, taps = contents.shape
-    sums, _, _, _ = backend.find_windows(codes, kernel_size, 4)
+    ((sums, _, _, _),) = backend.find_windows(codes, [shape[1:]], kernel_size, 4)
     assert all(tensor.dtype == torch.int32 for tensor in sums)
     offsets, rows, back_offsets, back_rows = (tensor.tolist() for tensor in sums)
     assert len(offsets) == windows + 1 and len(back_offsets) == 4 * taps + 1

@@ -336,3 +336,9 @@ CONVOLUTION = {
     ),
 }
 OPERATIONS = MODULATION | CONVOLUTION
+NUMBERING = {
+    "find_windows": (
+        "(Tensor codes, Tensor nearest, int[] sizes, int kernel_size, int rows, int hash_mask)"
+        " -> Tensor[]"
+    ),
+}

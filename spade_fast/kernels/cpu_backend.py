@@ -41,7 +41,7 @@ library, failure = _load()
 if os.environ.get("SPADE_FAST_ISA"):
     _use_instruction_set(os.environ["SPADE_FAST_ISA"], library)
 
-if failure is None and (missing := operators.without_kernel("CPU")):
+if failure is None and (missing := operators.without_kernel("CPU", contract.OPERATIONS)):
     failure = f"not compiled for the CPU yet: {', '.join(missing)}"
 
 
@@ -76,7 +76,14 @@ def number_windows(codes, kernel_size):
     return tuple(map(torch.from_numpy, library.number_windows(codes.numpy(), kernel_size)))
 
 
-def find_windows(codes, kernel_size, num_codes):
+def find_windows(codes, sizes, kernel_size, num_codes, dtype=torch.float32):
+    return [
+        _find_windows(numbering.resize_codes(codes, size, dtype), kernel_size, num_codes)
+        for size in sizes
+    ]
+
+
+def _find_windows(codes, kernel_size, num_codes):
     first, hidden = number_windows(codes, kernel_size)
     index, table = number_windows(first, kernel_size)
     numbering.check_windows(hidden, num_codes)

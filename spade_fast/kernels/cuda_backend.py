@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from . import contract, operators, torch_backend, triton_backend
+from . import contract, cuda_numbering, operators, torch_backend, triton_backend
 
 CAPABILITY = 8  # copies to shared memory that go on beside the computation
 
@@ -35,8 +35,8 @@ def _load():
         torch.ops.load_library(found[0])
     except OSError as error:
         return operators.not_loaded("spade_fast._cuda", error)
-    missing = set(contract.MODULATION) & set(operators.without_kernel("CUDA"))
-    return f"not compiled for CUDA: {', '.join(sorted(missing))}" if missing else None
+    missing = operators.without_kernel("CUDA", (*contract.MODULATION, *contract.NUMBERING))
+    return f"not compiled for CUDA: {', '.join(missing)}" if missing else None
 
 
 failure = _load()
@@ -61,12 +61,13 @@ def why_not(x=None, gamma=None):
     return None
 
 
-# For matrix products, sums of listed rows, and the sorts of numbering PyTorch has kernels.
+# For matrix products and sums of listed rows PyTorch has kernels.
 BACKEND = replace(
     torch_backend.BACKEND,
     name="cuda",
     why_not=why_not,
     **operators.declared("spade_fast", contract.MODULATION),
+    **cuda_numbering.of("spade_fast"),
     convolve_windows=_beside("convolve_windows"),
     dtype_at_windows=_beside("dtype_at_windows"),
     find_codes=_beside("find_codes"),
