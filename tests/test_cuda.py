@@ -29,13 +29,14 @@ from modulations import (
     transposed,
 )
 from test_layout import patches
-from test_numbering import HAS_LIBRARY, differences, random_codes
+from test_numbering import CONDITIONS, HAS_LIBRARY, condition, differences, random_codes
 from torch.utils.cpp_extension import include_paths, library_paths
 
 import spade_fast
 from spade_fast import kernels
 from spade_fast.kernels import (
     contract,
+    cpu_backend,
     cuda_backend,
     cuda_numbering,
     numbering,
@@ -403,6 +404,29 @@ def test_windows_whose_hashes_collide(hash_mask, on_host):
 
 
 @needs_compiler
+@HAS_LIBRARY
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)
+@pytest.mark.parametrize("hash_mask", [cuda_numbering.ALL_BITS, 1])
+def test_codes_are_the_same_as_the_librarys(hash_mask, dtype, on_host):
+    for shape in [*CONDITIONS, (2, 9, 7, 1), (1, 8, 3, 31)]:
+        for segmap in (condition(shape, dtype), condition(shape, dtype).contiguous()):
+            found = on_host.find_codes(segmap, hash_mask=hash_mask)
+            for one, other in zip(found, cpu_backend.find_codes(segmap), strict=True):
+                assert one.dtype == other.dtype and torch.equal(one, other)
+
+
+@needs_compiler
+def test_vectors_are_compared_bit_for_bit_and_dense_ones_are_none(on_host):
+    segmap = torch.tensor([0.0, -0.0, 0.0, float("nan"), -float("nan"), float("nan")])[None, None]
+    codes, places = on_host.find_codes(segmap)
+    assert codes.tolist() == [[0, 1, 0, 2, 3, 2]] and places.tolist() == [0, 1, 3, 4]
+    for many in (torch.randn(2, 5, 40, 40), torch.arange(89.0).view(1, 1, 89)):
+        assert on_host.find_codes(many) is None
+    few = torch.arange(88.0).repeat(2)[None, None, :96]  # 64 + 96 / 4
+    assert len(on_host.find_codes(few)[1]) == 88
+
+
+@needs_compiler
 @pytest.mark.parametrize("code", [-1, 5])
 def test_codes_that_are_no_rows_of_the_palette_are_refused(code, on_host):
     codes = torch.tensor([[0, 4, code]], dtype=torch.int32)
@@ -415,7 +439,7 @@ def test_codes_that_are_no_rows_of_the_palette_are_refused(code, on_host):
 def test_what_32_bits_cannot_count_is_numbered_otherwise(on_host, monkeypatch):
     codes, sizes = patches((1, 9, 9), 5).int(), [(4, 4), (9, 9)]
     asked, found = [], cuda_numbering.numbering.find_windows
-    monkeypatch.setattr(cuda_numbering, "COUNTED", 10_000)
+    monkeypatch.setattr(cuda_numbering, "COUNTED", 6_000)
     monkeypatch.setattr(
         numbering,
         "find_windows",

@@ -120,31 +120,33 @@ def test_all_sizes_together(seed):
         assert not differences(find, codes, sizes, kernel_size, classes, dtype)
 
 
+CONDITIONS = [
+    (2, 3, 17),
+    (1, 1, 1, 1),
+    (2, 5, 9, 14),
+    (1, 20, 4, 5, 6),
+    (2, 0, 4, 4),
+    (0, 3, 4, 4),
+    (2, 3, 0, 4),
+]
+
+
+def condition(shape, dtype):
+    """One of few vectors at each pixel."""
+    places = (shape[0], *shape[2:])
+    codes = torch.zeros(places).long() if 0 in places else patches(places, 6)
+    return torch.randn(6, shape[1]).to(dtype)[codes].movedim(-1, 1)
+
+
 @HAS_LIBRARY
-@pytest.mark.parametrize(
-    "shape",
-    [
-        (2, 3, 17),
-        (1, 1, 1, 1),
-        (2, 5, 9, 14),
-        (1, 20, 4, 5, 6),
-        (2, 0, 4, 4),
-        (0, 3, 4, 4),
-        (2, 3, 0, 4),
-    ],
-)
+@pytest.mark.parametrize("shape", CONDITIONS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 def test_the_same_codes_as_the_librarys(shape, dtype):
-    palette = torch.randn(6, shape[1]).to(dtype)
-    segmap = palette[
-        patches((shape[0], *shape[2:]), 6)
-        if 0 not in (shape[0], *shape[2:])
-        else torch.zeros(shape[0], *shape[2:]).long()
-    ]
-    segmap = segmap.movedim(-1, 1)
-    ours, theirs = numbering.find_codes(segmap.to(DEVICE)), cpu_backend.find_codes(segmap)
-    for one, other in zip(ours, theirs):
-        assert one.dtype == other.dtype and torch.equal(one.cpu(), other)
+    segmap = condition(shape, dtype)
+    theirs = cpu_backend.find_codes(segmap)
+    for find_codes in (numbering.find_codes, kernels.select(segmap.to(DEVICE)).find_codes):
+        for one, other in zip(find_codes(segmap.to(DEVICE)), theirs, strict=True):
+            assert one.dtype == other.dtype and torch.equal(one.cpu(), other)
 
 
 def test_windows_with_one_synchronisation(reads):

@@ -322,10 +322,53 @@ std::vector<Tensor> find_windows_of(const Tensor& given_codes, const Tensor& nea
   return made.layouts.of(memory);
 }
 
+// A condition with more distinct vectors than this is no layout, as in numbering.py.
+bool are_many(int64_t codes, int64_t places) { return codes > 64 + places / 4; }
+
+// Codes [N, *spatial] and the first place of each, int64, of the vectors of a condition; nothing where they are too many.
+std::vector<Tensor> find_codes_of(const Tensor& given_segmap, int64_t hash_mask) {
+  STD_TORCH_CHECK(given_segmap.dim() >= 3 && given_segmap.dim() <= 2 + kAxes, "spade_fast: segmap has shape ", text(given_segmap.sizes()),
+                  ", it should be [N, label_nc, *spatial] with one to three spatial dimensions");
+  check_dtype(given_segmap, "segmap", kFloating);
+  std::vector<int64_t> shape(given_segmap.sizes().begin(), given_segmap.sizes().end());
+  shape.erase(shape.begin() + 1);
+  int64_t places = 1;
+  for (const int64_t size : shape) places = product(given_segmap, "segmap", {places, size}, int64_t{1} << 30);
+  product(given_segmap, "segmap", {given_segmap.size(1)}, INT32_MAX);
+  const OnDevice on_device(given_segmap);
+  const Stream stream = on_device.stream();
+  const Tensor segmap = torch::stable::contiguous(given_segmap);
+
+  const int64_t chunks = divide_up(places, kThreads);
+  Work work(places, chunks, 1, hash_mask);
+  const int64_t section_part = work.memory.add<Section>(1), totals_part = work.memory.add<uint64_t>(2);
+  work.allocate(segmap, stream);
+  Section section = {};
+  section.count = static_cast<uint32_t>(places);
+  upload(work.memory.at<Section>(section_part), &section, sizeof(section), stream);
+  Vectors vectors = {};
+  vectors.elements = segmap.const_data_ptr(), vectors.size = static_cast<int64_t>(segmap.element_size());
+  vectors.channels = static_cast<uint32_t>(segmap.size(1));
+  vectors.pixels = static_cast<uint32_t>(places / std::max<int64_t>(1, shape[0]));
+  const Level level = work.level(0);
+  find_equal_vectors(stream, vectors, section.count, level);
+  resolve_vectors(stream, section.count, level);
+  uint64_t totals[2], *device_totals = work.memory.at<uint64_t>(totals_part);
+  add_up(stream, work.memory.at<Section>(section_part), 1, &level, 1, work.is_wrong(), device_totals);
+  download(totals, device_totals, sizeof(totals), stream);
+  const int64_t count = Counts::firsts(totals[0]);
+  if (are_many(count, places)) return {};
+  const Tensor codes = torch::stable::new_empty(segmap, shape, ScalarType::Int);
+  const Tensor first_places = torch::stable::new_empty(segmap, {count}, ScalarType::Long);
+  number_vectors(stream, section.count, level, codes.mutable_data_ptr<int32_t>(), first_places.mutable_data_ptr<int64_t>());
+  return {codes, first_places};
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(SPADE_FAST_NAMESPACE, SPADE_FAST_DISPATCH_KEY, library) {
   library.impl("find_windows", TORCH_BOX(&find_windows_of));
+  library.impl("find_codes", TORCH_BOX(&find_codes_of));
 }
 
 }  // namespace spade_fast

@@ -97,13 +97,13 @@ void place_sorted(Stream stream, uint32_t section_count, const Results& results,
 struct Vectors {
   const void* elements;
   int64_t size;
-  uint32_t images, channels, pixels;
+  uint32_t channels, pixels;
 };
 
-void find_equal_vectors(Stream stream, const Vectors& vectors, const Level& level);
+// As for windows, the pixels of all images as one section.
+void find_equal_vectors(Stream stream, const Vectors& vectors, uint32_t places, const Level& level);
 void resolve_vectors(Stream stream, uint32_t places, const Level& level);
-// The code of each place; of the codes' first places those below so many.
-void number_vectors(Stream stream, uint32_t places, const Level& level, int32_t* codes);
-void list_first_places(Stream stream, uint32_t places, const Level& level, int64_t* first_places);
+// The code of each place, and the first place of each code.
+void number_vectors(Stream stream, uint32_t places, const Level& level, int32_t* codes, int64_t* first_places);
 
 }  // namespace spade_fast

@@ -337,6 +337,7 @@ CONVOLUTION = {
 }
 OPERATIONS = MODULATION | CONVOLUTION
 NUMBERING = {
+    "find_codes": "(Tensor segmap, int hash_mask) -> Tensor[]",
     "find_windows": (
         "(Tensor codes, Tensor nearest, int[] sizes, int kernel_size, int rows, int hash_mask)"
         " -> Tensor[]"

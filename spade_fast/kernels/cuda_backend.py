@@ -70,5 +70,4 @@ BACKEND = replace(
     **cuda_numbering.of("spade_fast"),
     convolve_windows=_beside("convolve_windows"),
     dtype_at_windows=_beside("dtype_at_windows"),
-    find_codes=_beside("find_codes"),
 )

@@ -10,17 +10,27 @@ import torch
 from . import numbering
 
 COUNTED = 2**31  # the kernels count in 32 bits, and look at the highest as at a sign
+ALL_BITS = 2**32 - 1
 CHUNK = 256  # places, of which each size has whole ones
 
 
 def of(namespace):
     """What a backend has of them, where the operators are in this namespace."""
     operators = getattr(torch.ops, namespace)
-    return {"find_windows": functools.partial(find_windows, operators)}
+    return {
+        name: functools.partial(function, operators)
+        for name, function in (("find_codes", find_codes), ("find_windows", find_windows))
+    }
+
+
+def find_codes(operators, segmap, hash_mask=ALL_BITS):
+    if len(segmap) * segmap.shape[2:].numel() >= COUNTED // 2:
+        return numbering.find_codes(segmap)
+    return tuple(operators.find_codes(segmap, hash_mask)) or None
 
 
 def find_windows(
-    operators, codes, sizes, kernel_size, num_codes, dtype=torch.float32, hash_mask=2**32 - 1
+    operators, codes, sizes, kernel_size, num_codes, dtype=torch.float32, hash_mask=ALL_BITS
 ):
     if not _can_be_counted(codes, sizes, kernel_size, num_codes):
         if len(sizes) == 1:
