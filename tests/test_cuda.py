@@ -279,6 +279,16 @@ def test_plane_moments(shape, layout, on_host, monkeypatch):
 
 
 @needs_compiler
+def test_more_splits_than_are_under_way_at_once(on_host, monkeypatch):
+    monkeypatch.setenv("SPADE_FAST_HOST_PROCESSORS", "64")
+    x = channels_last(torch.randn(1, 60, 64, 132) + 1000)  # 132 splits, of 32 lanes with four each
+    mean, squares = on_host.plane_moments(x)
+    true_mean, true_squares = torch_backend.plane_moments(x.double())
+    assert torch.allclose(mean.double(), true_mean, rtol=1e-7, atol=0)
+    assert torch.allclose(squares.double(), true_squares, rtol=1e-5, atol=0)
+
+
+@needs_compiler
 @pytest.mark.parametrize("special", [float("nan"), float("inf")])
 @pytest.mark.parametrize("where", ["x", "gamma", "beta", "dy"])
 @pytest.mark.parametrize("activation", ["relu", "silu"])
