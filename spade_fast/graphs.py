@@ -116,6 +116,10 @@ class TablesAhead:
             self._asked[layout, key] = compute
         return compute()
 
+    def derive(self, module, name, weights, settings, compute):
+        """In each replay anew: weights may change in place."""
+        return compute()
+
     @contextmanager
     def made(self, layout):
         """Inside, what was asked for of this layout is there, or under way."""

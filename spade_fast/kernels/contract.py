@@ -223,9 +223,10 @@ def _check_dtype(name, given, dtypes):
 
 def _require(holds, name, given, wanted):
     # In a compiled graph, what is known only when it runs is asked then.
-    torch._check_value(
-        holds, lambda: f"{name} has shape {list(given.shape)}, it should be {wanted}"
-    )
+    if holds is not True:
+        torch._check_value(
+            holds, lambda: f"{name} has shape {list(given.shape)}, it should be {wanted}"
+        )
 
 
 def fake_plane_moments(x):

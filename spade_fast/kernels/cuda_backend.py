@@ -2,6 +2,7 @@
 `contract.py`.
 """
 
+import functools
 from dataclasses import replace
 from pathlib import Path
 
@@ -42,20 +43,26 @@ def _load():
 failure = _load()
 
 
+def _capability(index):
+    properties = torch.cuda.get_device_properties(index)
+    return properties.major, properties.minor
+
+
+_capability_of = functools.cache(_capability)  # it stays, and is asked for in each call
+
+
 def why_not(x=None, gamma=None):
     """Why these kernels cannot run (on x and γ), or None."""
     if failure is not None:
         return failure
-    if not torch.cuda.is_available():
-        return "there is no CUDA GPU here"
-    if x is not None and x.device.type != "cuda":
-        return f"x is on {x.device}, these kernels run on CUDA GPUs"
-    properties = torch.cuda.get_device_properties(None if x is None else x.device)
-    if properties.major < CAPABILITY:
-        return (
-            f"the GPU has compute capability {properties.major}.{properties.minor}, these kernels"
-            f" need {CAPABILITY}.0"
-        )
+    if x is None or not x.is_cuda:
+        if not torch.cuda.is_available():
+            return "there is no CUDA GPU here"
+        if x is not None:
+            return f"x is on {x.device}, these kernels run on CUDA GPUs"
+    major, minor = _capability(None) if x is None else _capability_of(x.get_device())
+    if major < CAPABILITY:
+        return f"the GPU has compute capability {major}.{minor}, these kernels need {CAPABILITY}.0"
     if x is not None and torch.float64 in (x.dtype, None if gamma is None else gamma.dtype):
         return "x or gamma is float64, these kernels compute in float32"
     return None

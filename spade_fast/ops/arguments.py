@@ -84,7 +84,7 @@ def check_modulate(
         "running_var": running_var,
     }
     for name, tensor in per_channel.items():
-        _check_channels(name, tensor, x)
+        check_channels(name, tensor, x)
     running = (running_mean, running_var, training, process_group)
     _check_norm(x, norm, num_groups, weight, bias, *running)
     if moments is not None:
@@ -158,7 +158,7 @@ def _check_order(order, x):
         raise ValueError(f"order is on {order.device}, it should be on x's device, {x.device}")
 
 
-def _check_channels(name, tensor, x):
+def check_channels(name, tensor, x):
     if tensor is None:
         return
     _check_tensor(name, tensor)

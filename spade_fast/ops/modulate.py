@@ -132,11 +132,19 @@ def spade_modulate(
         )
     planes = norms.planes(statistics, x.shape[:2], weight, bias)
     if out is None:
-        return backend.apply(x, planes, gamma, beta, index, activation, negative_slope, False)[0]
+        return modulate_by(planes, x, gamma, beta, index, activation, negative_slope)
     backend.apply_out(x, planes, gamma, beta, index, activation, negative_slope, out)
     if not torch.compiler.is_compiling() and not out.is_inference():
         torch.autograd.graph.increment_version(out)  # a backward that needs what was there says so
     return out
+
+
+def modulate_by(planes, x, gamma, beta, index, activation, negative_slope):
+    """y of arguments that have been checked, without gradients, where the numbers of each plane are
+    known already.
+    """
+    apply = kernels.select(x, gamma).apply
+    return apply(x, planes, gamma, beta, index, activation, negative_slope, False)[0]
 
 
 def plane_moments(x):
