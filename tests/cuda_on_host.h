@@ -154,6 +154,7 @@ inline uint32_t __ballot_sync(unsigned, bool predicate) {
   for (int lanes = 1; lanes < 32; lanes *= 2) bits |= __shfl_xor_sync(~0u, bits, lanes);
   return bits;
 }
+inline int __popc(uint32_t bits) { return __builtin_popcount(bits); }
 template <typename T>
 T __ldg(const T* from) { return *from; }
 inline float __uint_as_float(uint32_t bits) {

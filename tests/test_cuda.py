@@ -95,7 +95,7 @@ def library(tmp_path_factory):
         ],
         check=True,
     )
-    operators.declare(NAMESPACE, contract.MODULATION)
+    operators.declare(NAMESPACE, contract.MODULATION | contract.GATHERING)
     torch.ops.load_library(folder / "library.so")
     return ctypes.CDLL(folder / "library.so")
 
@@ -400,3 +400,71 @@ def test_what_nvcc_makes_of_them():
         "sum_pieces_kernel",
     }
     assert not [(proof, proof.failures) for proof in proofs if proof.failures]
+
+
+def listed(choose_lists, rows):
+    """Lists of these lengths, of random numbers of rows."""
+    offsets = torch.tensor([0, *choose_lists]).cumsum(0).int()
+    return offsets, torch.randint(rows, (int(offsets[-1]),), dtype=torch.int32)
+
+
+@needs_compiler
+@pytest.mark.parametrize("columns", [1, 8, 23, 40, 128, 264])
+@pytest.mark.parametrize(
+    "lengths",
+    [
+        [0],
+        [3, 0, 1, 32, 5],
+        [31, 33, 0, 0, 64, 2, 200],  # long ones that begin inside a piece, at one, and end at one
+        [32, 64, 500, 33, 1, 40, 0],
+        [1] * 70 + [33] * 3,
+    ],
+    ids=lambda lengths: f"{len(lengths)}:{sum(lengths)}",
+)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_sums_of_listed_rows(dtype, lengths, columns, library):
+    sum_lists = getattr(torch.ops, NAMESPACE).sum_lists
+    lists, whole = listed(lengths, 9), torch.randn(9, 2 * columns + 8).to(dtype)
+    for x in (
+        whole[:, :columns].contiguous(),
+        whole[:, 8 : columns + 8],
+        whole[:, 1::2][:, :columns],
+    ):
+        found, truth = sum_lists(x, *lists), torch_backend.sum_lists(x.double(), *lists)
+        size = torch_backend.sum_lists(x.double().abs(), *lists)
+        assert found.dtype == dtype and found.is_contiguous()
+        rounding = torch.finfo(dtype).eps * truth.abs() + 2e-6 * size
+        assert ((found - truth).abs() <= rounding).all()
+        assert torch.equal(found, sum_lists(x, *lists))
+
+
+@needs_compiler
+def test_lists_that_name_no_row_stay_within_them(library):
+    x, (offsets, numbers) = torch.randn(9, 16), listed([3, 40, 0, 2], 9)
+    wrong = torch.where(torch.arange(45) % 3 == 0, numbers + 2**30, numbers)
+    wrong[4] = -5
+    left = numbers.clone()
+    left[(wrong < 0) | (wrong > 8)] = 9
+    padded = torch.cat([x, torch.zeros(1, 16)])
+    sum_lists = getattr(torch.ops, NAMESPACE).sum_lists
+    assert torch.allclose(sum_lists(x, offsets, wrong), sum_lists(padded, offsets, left), atol=1e-5)
+    for bad in ([-9, 2, 99, 1, 2**31 - 1], [45, 0, 45, 0, 0]):
+        assert sum_lists(x, torch.tensor(bad, dtype=torch.int32), numbers).shape == (4, 16)
+
+
+@needs_compiler
+def test_gathering_operators_are_as_the_fakes_say(library):
+    ops, lists = getattr(torch.ops, NAMESPACE), listed([3, 40, 0, 2], 9)
+    torch.library.opcheck(
+        ops.sum_lists, (torch.randn(9, 16), *lists), test_utils=("test_schema", "test_faketensor")
+    )
+    with pytest.raises(RuntimeError, match="x should be float32, bfloat16 or float16"):
+        ops.sum_lists(torch.randn(9, 16).double(), *lists)
+    for wrong, message in {
+        (torch.randn(9), *lists): "x has shape",
+        (torch.randn(9, 2), lists[0].long(), lists[1]): "offsets has dtype",
+        (torch.randn(9, 2), lists[0], lists[1][None]): "listed has shape",
+        (torch.randn(9, 2), lists[0][:0], lists[1]): "offsets has shape",
+    }.items():
+        with pytest.raises(RuntimeError, match=message):
+            ops.sum_lists(*wrong)

@@ -9,7 +9,7 @@ from modulations import LAYOUTS, channels_last, contiguous, sample
 from torch.library import opcheck
 
 import spade_fast
-from spade_fast.kernels import cpu_backend, numbering, torch_backend
+from spade_fast.kernels import cpu_backend, cuda_backend, numbering, torch_backend
 from spade_fast.ops import norms
 
 needs_library = pytest.mark.skipif(cpu_backend.library is None, reason=str(cpu_backend.failure))
@@ -158,6 +158,27 @@ def test_opcheck_of_the_convolution_at_windows():
     opcheck(torch.ops.spade_fast.convolve_windows, (rows, weight, bias, *lists))
     opcheck(torch.ops.spade_fast.convolve_windows_weight, (gradient, rows, weight, *back_lists))
     opcheck(torch.ops.spade_fast.convolve_windows_rows, (gradient, weight, *back_lists))
+    opcheck(torch.ops.spade_fast.sum_lists, (gradient, *back_lists))
+
+
+@pytest.mark.parametrize("sizes", CONVOLUTIONS, ids=str)
+@pytest.mark.parametrize("products", [1, torch_backend.PRODUCTS])
+def test_gradients_from_sums_of_listed_rows(sizes, products, monkeypatch):
+    """As a GPU has them; in one part, and in several."""
+    monkeypatch.setattr(torch_backend, "PRODUCTS", products)
+    rows, weight, bias, lists, back_lists, gradient = convolution(*sizes)
+    inputs = [rows.requires_grad_(), weight.requires_grad_()]
+    windows = torch.arange(len(gradient)).repeat_interleave(lists[0].diff())
+    by_tap = weight.flatten(2).permute(2, 0, 1)
+    seen = torch.einsum("toi,ri->rto", by_tap, rows).flatten(0, 1)[lists[1].long()]
+    result = torch.zeros_like(gradient).index_add(0, windows, seen)
+    truths = torch.autograd.grad(result, inputs, gradient)
+    with torch.no_grad():
+        founds = cuda_backend.convolve_windows_gradients(gradient, rows, weight, *back_lists)
+        for found, truth in zip(founds, truths, strict=True):
+            assert found.shape == truth.shape and torch.allclose(found, truth)
+        only = cuda_backend.convolve_windows_gradients(gradient, rows, weight, *back_lists, False)
+        assert only[0] is None and torch.equal(only[1], founds[1])
 
 
 @needs_library

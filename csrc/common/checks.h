@@ -166,6 +166,22 @@ inline void check_backward_sums(const Tensor& dy, const Tensor& x, const Tensor&
   check_order(order, x, index, check_backward(dy, x, planes, gamma, beta, index, signs, activation));
 }
 
+// Lists of numbers of rows, on the device of another operand.
+inline void check_lists(const Tensor& offsets, const Tensor& listed, const Tensor& other) {
+  for (const auto& [list, name] : {std::pair(&offsets, "offsets"), std::pair(&listed, "listed")}) {
+    check_operand(*list, name, other, kWhole, std::vector<int64_t>{list->numel()}, "a list");
+    product(*list, name, {list->numel()}, INT32_MAX);
+  }
+  STD_TORCH_CHECK(offsets.numel() > 0, "spade_fast: offsets has shape [0], it should have one number more than there are lists");
+}
+
+inline void check_sum_lists(const Tensor& x, const Tensor& offsets, const Tensor& listed) {
+  STD_TORCH_CHECK(x.dim() == 2, "spade_fast: x has shape ", text(x.sizes()), ", it should be [rows, columns]");
+  check_dtype(x, "x", kFloating);
+  check_lists(offsets, listed, x);
+  for (const int64_t rows : {x.size(0), offsets.numel()}) product(x, "x", {std::max<int64_t>(1, rows), std::max<int64_t>(1, x.size(1)), 1024});
+}
+
 // The weight and the lists of every operator that convolves at windows; returns the kernel's taps.
 inline int64_t check_convolution(const Tensor& weight, const Tensor& offsets, const Tensor& listed) {
   check_dtype(weight, "weight", kSums);
@@ -174,11 +190,7 @@ inline int64_t check_convolution(const Tensor& weight, const Tensor& offsets, co
   STD_TORCH_CHECK(weight.dim() >= 3 && taps > 0, "spade_fast: weight has shape ", text(weight.sizes()),
                   ", it should be [out, in, *kernel] with a kernel of one tap or more");
   product(weight, "weight", {taps, std::max<int64_t>(1, weight.size(0)), std::max<int64_t>(1, weight.size(1)), 1024});
-  for (const auto& [list, name] : {std::pair(&offsets, "offsets"), std::pair(&listed, "listed")}) {
-    check_operand(*list, name, weight, kWhole, std::vector<int64_t>{list->numel()}, "a list");
-    product(*list, name, {list->numel()}, INT32_MAX);
-  }
-  STD_TORCH_CHECK(offsets.numel() > 0, "spade_fast: offsets has shape [0], it should have one number more than there are lists");
+  check_lists(offsets, listed, weight);
   return taps;
 }
 

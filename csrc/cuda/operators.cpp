@@ -1,49 +1,14 @@
 // The operators of contract.py for CUDA: from tensors to what the kernels are given.
 
-#include <torch/csrc/inductor/aoti_torch/c/shim.h>
-#include <torch/csrc/stable/accelerator.h>
-
 #include <limits>
 #include <tuple>
 
 #include "../common/checks.h"
 #include "kernels.h"
-
-#ifndef SPADE_FAST_NAMESPACE
-#define SPADE_FAST_NAMESPACE spade_fast
-#define SPADE_FAST_DISPATCH_KEY CUDA
-#endif
+#include "on_device.h"
 
 namespace spade_fast {
 namespace {
-
-#ifndef SPADE_FAST_ON_HOST
-// Makes x's device the current one for as long as this lives.
-class OnDevice {
- public:
-  explicit OnDevice(const Tensor& x) : guard_(x.get_device_index()) {
-    check(cudaSetDevice(x.get_device_index()));  // for this library's own copy of the CUDA runtime
-    void* stream;
-    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(x.get_device_index(), &stream));
-    stream_ = static_cast<Stream>(stream);
-  }
-
-  Stream stream() const { return stream_; }
-
- private:
-  torch::stable::accelerator::DeviceGuard guard_;
-  Stream stream_;
-};
-#endif
-
-Type type_of(const Tensor& x, const char* name) {
-  switch (x.scalar_type()) {
-    case ScalarType::Float: return Type::float32;
-    case ScalarType::BFloat16: return Type::bfloat16;
-    case ScalarType::Half: return Type::float16;
-    default: STD_TORCH_CHECK(false, "spade_fast: ", name, " should be float32, bfloat16 or float16: sums are held in float32");
-  }
-}
 
 // One call of an operator: its tensors as the kernels see them, and how to launch those. Copies that had to be made live as long.
 class Call {

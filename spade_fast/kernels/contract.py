@@ -2,9 +2,10 @@
 passes between them, and the `Backend` that has them all.
 
 A backend has the kernels of the modulation, one of them in two forms, for instance norm two that
-each do the work of two; the convolution at distinct windows with its two gradients; and those that
-find and number what `layout.py` holds. Between the kernels of the modulation go rows of numbers of
-each plane (n, c), in float32, or in float64 where x is float64:
+each do the work of two; the convolution at distinct windows with its two gradients, which GPUs
+make of operations that gather rows; and those that find and number what `layout.py` holds. Between
+the kernels of the modulation go rows of numbers of each plane (n, c), in float32, or in float64
+where x is float64:
 
     moments [2, N, C]   mean, sum of squared deviations
     planes  [3, N, C]   shift, scale, offset: x̂ = (x − shift)·scale + offset
@@ -191,12 +192,22 @@ def check_convolve_windows_weight(gradient, rows, weight, back_offsets, back_lis
     _check("rows", rows, weight, (weight.dtype,), shape, "[rows, in]")
 
 
+def check_sum_lists(x, offsets, listed):
+    _require(x.dim() == 2, "x", x, "[rows, columns]")
+    _check_dtype("x", x, FLOATING)
+    _check_lists(x, offsets, listed)
+
+
 def _check_weight(weight, *lists):
     _require(weight.dim() >= 3, "weight", weight, "[out, in, *kernel]")
     _require(weight.shape[2:].numel() > 0, "weight", weight, "of one tap or more")
     _check_dtype("weight", weight, FLOATING)
+    _check_lists(weight, *lists)
+
+
+def _check_lists(other, *lists):
     for name, given in zip(("offsets", "listed"), lists):
-        _check(name, given, weight, (torch.int32,), (given.numel(),), "a list")
+        _check(name, given, other, (torch.int32,), (given.numel(),), "a list")
 
 
 def _check_numbers(name, given, x, count):
@@ -279,6 +290,10 @@ def fake_convolve_windows_rows(gradient, weight, back_offsets, back_listed):
     )
 
 
+def fake_sum_lists(x, offsets, listed):
+    return x.new_empty(offsets.shape[0] - 1, x.shape[1])
+
+
 FORWARD = "Tensor gamma, Tensor beta, Tensor? index"
 BACKWARD = "Tensor dy, Tensor x, Tensor planes, Tensor gamma, Tensor? beta, Tensor? index"
 ACTIVATION = "str? activation, float negative_slope"
@@ -335,4 +350,9 @@ CONVOLUTION = {
         fake_convolve_windows_rows,
     ),
 }
-OPERATIONS = MODULATION | CONVOLUTION
+GATHERING = {
+    "sum_lists": Operation(
+        "(Tensor x, Tensor offsets, Tensor listed) -> Tensor", check_sum_lists, fake_sum_lists
+    ),
+}
+OPERATIONS = MODULATION | CONVOLUTION | GATHERING

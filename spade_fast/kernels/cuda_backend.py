@@ -35,8 +35,8 @@ def _load():
         torch.ops.load_library(found[0])
     except OSError as error:
         return operators.not_loaded("spade_fast._cuda", error)
-    missing = set(contract.MODULATION) & set(operators.without_kernel("CUDA"))
-    return f"not compiled for CUDA: {', '.join(sorted(missing))}" if missing else None
+    missing = operators.without_kernel(contract.MODULATION | contract.GATHERING, "CUDA")
+    return f"not compiled for CUDA: {', '.join(missing)}" if missing else None
 
 
 failure = _load()
@@ -61,13 +61,21 @@ def why_not(x=None, gamma=None):
     return None
 
 
-# For matrix products, sums of listed rows, and the sorts of numbering PyTorch has kernels.
+def convolve_windows_gradients(gradient, rows, weight, back_offsets, back_listed, *wanted):
+    def sum_lists(part):
+        return torch.ops.spade_fast.sum_lists(part, back_offsets, back_listed)
+
+    return torch_backend.gradients_of_sums(sum_lists, gradient, rows, weight, back_offsets, *wanted)
+
+
+# For matrix products and the sorts of numbering PyTorch has kernels.
 BACKEND = replace(
     torch_backend.BACKEND,
     name="cuda",
     why_not=why_not,
     **operators.declared("spade_fast", contract.MODULATION),
     convolve_windows=_beside("convolve_windows"),
+    convolve_windows_gradients=convolve_windows_gradients,
     dtype_at_windows=_beside("dtype_at_windows"),
     find_codes=_beside("find_codes"),
 )

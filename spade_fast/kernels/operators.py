@@ -34,11 +34,11 @@ for name in OPERATIONS:
     implement("spade_fast", name, "CompositeExplicitAutograd", getattr(torch_backend, name))
 
 
-def without_kernel(dispatch_key):
-    """The operators that have no compiled kernel for a device ("CPU", "CUDA")."""
+def without_kernel(names, dispatch_key):
+    """Those of these operators that have no compiled kernel for a device ("CPU", "CUDA")."""
     return [
         name
-        for name in OPERATIONS
+        for name in names
         if not torch._C._dispatch_has_kernel_for_dispatch_key(f"spade_fast::{name}", dispatch_key)
     ]
 
