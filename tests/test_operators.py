@@ -153,12 +153,30 @@ def test_long_lists_are_summed_in_pieces(rows, windows, piece, monkeypatch):
     )
 
 
+@pytest.mark.parametrize("sizes", [*CONVOLUTIONS, ((3, 4), (7, 7, 8), 5, 6)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_convolution_at_windows_as_a_gpu_has_it(sizes, dtype):
+    """In half precision each result is rounded once, whatever it was summed of."""
+    *floats, lists, _, _ = convolution(*sizes)
+    rows, weight, bias = (tensor.to(dtype) for tensor in floats)
+    for given in (bias, None):
+        found = cuda_backend.convolve_windows(rows, weight, given, *lists)
+        wide = None if given is None else given.double()
+        truth = torch_backend.convolve_windows(rows.double(), weight.double(), wide, *lists)
+        assert found.dtype == dtype and found.shape == truth.shape
+        tolerance = torch.finfo(dtype).eps * (16 if dtype == torch.float32 else 1)
+        assert (found - truth).norm() <= tolerance * truth.norm()
+
+
 def test_opcheck_of_the_convolution_at_windows():
     rows, weight, bias, lists, back_lists, gradient = convolution((5, 3), (3, 3), 7, 20)
     opcheck(torch.ops.spade_fast.convolve_windows, (rows, weight, bias, *lists))
     opcheck(torch.ops.spade_fast.convolve_windows_weight, (gradient, rows, weight, *back_lists))
     opcheck(torch.ops.spade_fast.convolve_windows_rows, (gradient, weight, *back_lists))
     opcheck(torch.ops.spade_fast.sum_lists, (gradient, *back_lists))
+    opcheck(torch.ops.spade_fast.pack_convolution, ([weight, weight], [bias, None]))
+    packed = torch.ops.spade_fast.pack_convolution([weight, weight], [bias, None])
+    opcheck(torch.ops.spade_fast.convolve_packed, (rows, packed, *lists))
 
 
 @pytest.mark.parametrize("sizes", CONVOLUTIONS, ids=str)

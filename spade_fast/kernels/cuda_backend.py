@@ -10,6 +10,7 @@ import torch
 from . import contract, operators, torch_backend, triton_backend
 
 CAPABILITY = 8  # copies to shared memory that go on beside the computation
+MOST_TAPS = 343  # of a convolution at windows: which rows a window sees is kept at hand
 
 
 def _beside(name):
@@ -61,6 +62,20 @@ def why_not(x=None, gamma=None):
     return None
 
 
+def dtype_at_windows(dtype):
+    return dtype
+
+
+def convolve_windows(rows, weight, bias, offsets, listed):
+    """On tensor cores in half precision; in float32, where they would round, in plain PyTorch."""
+    if rows.dtype not in (torch.bfloat16, torch.float16):
+        return torch_backend.convolve_windows(rows, weight, bias, offsets, listed)
+    compiled = weight.shape[2:].numel() <= MOST_TAPS
+    kernels = torch.ops.spade_fast if compiled else torch_backend
+    packed = kernels.pack_convolution([weight], [bias])
+    return kernels.convolve_packed(rows, packed, offsets, listed)
+
+
 def convolve_windows_gradients(gradient, rows, weight, back_offsets, back_listed, *wanted):
     def sum_lists(part):
         return torch.ops.spade_fast.sum_lists(part, back_offsets, back_listed)
@@ -74,8 +89,8 @@ BACKEND = replace(
     name="cuda",
     why_not=why_not,
     **operators.declared("spade_fast", contract.MODULATION),
-    convolve_windows=_beside("convolve_windows"),
+    convolve_windows=convolve_windows,
     convolve_windows_gradients=convolve_windows_gradients,
-    dtype_at_windows=_beside("dtype_at_windows"),
+    dtype_at_windows=dtype_at_windows,
     find_codes=_beside("find_codes"),
 )
