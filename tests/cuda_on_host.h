@@ -94,6 +94,18 @@ T exchange(T value, unsigned from) {
   return value;
 }
 
+// Calls f with a function that says what pointer each thread of the warp came here with; what they point to stays until all are done.
+template <typename T, typename F>
+void with_warp(T* mine, F&& f) {
+  Block& block = *current->block;
+  const unsigned warp = current->number / 32;
+  const uint64_t pointer = reinterpret_cast<uintptr_t>(mine);
+  std::memcpy(&block.exchanged[current->number], &pointer, sizeof(pointer));
+  wait_for(block.warps[warp]);
+  f([&](unsigned lane) { return reinterpret_cast<T*>(static_cast<uintptr_t>(block.exchanged[warp * 32 + lane])); });
+  wait_for(block.warps[warp]);
+}
+
 // The blocks from `first` on, so many together.
 inline void run_cluster(int64_t first, unsigned together, dim3 threads, int64_t shared) {
   const unsigned count = threads.x * threads.y;
@@ -155,6 +167,7 @@ inline uint32_t __ballot_sync(unsigned, bool predicate) {
   for (int lanes = 1; lanes < 32; lanes *= 2) bits |= __shfl_xor_sync(~0u, bits, lanes);
   return bits;
 }
+inline int __popc(uint32_t bits) { return __builtin_popcount(bits); }
 template <typename T>
 T __ldg(const T* from) { return *from; }
 // No thread is interrupted by another.

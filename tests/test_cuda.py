@@ -106,7 +106,7 @@ def library(tmp_path_factory):
         ],
         check=True,
     )
-    operators.declare(NAMESPACE, contract.MODULATION)
+    operators.declare(NAMESPACE, contract.MODULATION | contract.GATHERING)
     operators.declare_numbering(NAMESPACE)
     torch.ops.load_library(folder / "library.so")
     return ctypes.CDLL(folder / "library.so")
@@ -490,3 +490,148 @@ def test_what_nvcc_makes_of_them():
         "sum_pieces_kernel",
     }
     assert not [(proof, proof.failures) for proof in proofs if proof.failures]
+
+
+def listed(choose_lists, rows):
+    """Lists of these lengths, of random numbers of rows."""
+    offsets = torch.tensor([0, *choose_lists]).cumsum(0).int()
+    return offsets, torch.randint(rows, (int(offsets[-1]),), dtype=torch.int32)
+
+
+@needs_compiler
+@pytest.mark.parametrize("columns", [1, 8, 23, 40, 128, 264])
+@pytest.mark.parametrize(
+    "lengths",
+    [
+        [0],
+        [3, 0, 1, 32, 5],
+        [31, 33, 0, 0, 64, 2, 200],  # long ones that begin inside a piece, at one, and end at one
+        [32, 64, 500, 33, 1, 40, 0],
+        [1] * 70 + [33] * 3,
+    ],
+    ids=lambda lengths: f"{len(lengths)}:{sum(lengths)}",
+)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_sums_of_listed_rows(dtype, lengths, columns, library):
+    sum_lists = getattr(torch.ops, NAMESPACE).sum_lists
+    lists, whole = listed(lengths, 9), torch.randn(9, 2 * columns + 8).to(dtype)
+    for x in (
+        whole[:, :columns].contiguous(),
+        whole[:, 8 : columns + 8],
+        whole[:, 1::2][:, :columns],
+    ):
+        found, truth = sum_lists(x, *lists), torch_backend.sum_lists(x.double(), *lists)
+        size = torch_backend.sum_lists(x.double().abs(), *lists)
+        assert found.dtype == dtype and found.is_contiguous()
+        rounding = torch.finfo(dtype).eps * truth.abs() + 2e-6 * size
+        assert ((found - truth).abs() <= rounding).all()
+        assert torch.equal(found, sum_lists(x, *lists))
+
+
+@needs_compiler
+def test_lists_that_name_no_row_stay_within_them(library):
+    x, (offsets, numbers) = torch.randn(9, 16), listed([3, 40, 0, 2], 9)
+    wrong = torch.where(torch.arange(45) % 3 == 0, numbers + 2**30, numbers)
+    wrong[4] = -5
+    left = numbers.clone()
+    left[(wrong < 0) | (wrong > 8)] = 9
+    padded = torch.cat([x, torch.zeros(1, 16)])
+    sum_lists = getattr(torch.ops, NAMESPACE).sum_lists
+    assert torch.allclose(sum_lists(x, offsets, wrong), sum_lists(padded, offsets, left), atol=1e-5)
+    for bad in ([-9, 2, 99, 1, 2**31 - 1], [45, 0, 45, 0, 0]):
+        assert sum_lists(x, torch.tensor(bad, dtype=torch.int32), numbers).shape == (4, 16)
+
+
+@needs_compiler
+def test_gathering_operators_are_as_the_fakes_say(library):
+    ops = getattr(torch.ops, NAMESPACE)
+    rows, weights, biases, lists = packed_sample((6, 13), (3, 3), 7, 5, torch.float16)
+    packed = ops.pack_convolution(weights, biases)
+    for operator, given in {
+        ops.sum_lists: (torch.randn(9, 16), *listed([3, 40, 0, 2], 9)),
+        ops.pack_convolution: (weights, biases),
+        ops.convolve_packed: (rows, packed, *lists),
+    }.items():
+        torch.library.opcheck(operator, given, test_utils=("test_schema", "test_faketensor"))
+    with pytest.raises(RuntimeError, match="x should be float32, bfloat16 or float16"):
+        ops.sum_lists(torch.randn(9, 16).double(), *lists)
+    x, (offsets, numbers) = torch.randn(9, 2), lists
+    for operator, wrong, message in [
+        (ops.sum_lists, (x[0], *lists), "x has shape"),
+        (ops.sum_lists, (x, offsets.long(), numbers), "offsets has dtype"),
+        (ops.sum_lists, (x, offsets, numbers[None]), "listed has shape"),
+        (ops.sum_lists, (x, offsets[:0], numbers), "offsets has shape"),
+        (ops.pack_convolution, (weights, biases[:1]), "biases has 1 members"),
+        (ops.pack_convolution, (weights[:1], [biases[0][1:]]), "biases has shape"),
+        (ops.pack_convolution, ([weights[0].float()], [None]), "weights has dtype float32"),
+        (ops.pack_convolution, ([weights[0], weights[1][:, 1:]], biases), "weights has shape"),
+        (ops.pack_convolution, ([weights[0].repeat(1, 1, 7, 6)], [None]), "343 taps"),
+        (ops.convolve_packed, (rows[:, :8], packed, *lists), "rows has shape"),
+        (ops.convolve_packed, (rows.bfloat16(), packed, *lists), "rows has dtype"),
+        (ops.convolve_packed, (rows, packed[:, :1], *lists), "packed has shape"),
+        (ops.convolve_packed, (rows, packed, offsets.float(), numbers), "offsets has dtype"),
+    ]:
+        with pytest.raises(RuntimeError, match=message):
+            operator(*wrong)
+
+
+def packed_sample(shape, kernel, rows, windows, dtype, layout=contiguous):
+    """rows, weights, biases, lists; of two convolutions, one without a bias."""
+    outputs, channels = shape
+    taps = torch.Size(kernel).numel()
+    contents = torch.randint(-1, rows, (windows, taps), dtype=torch.int32)
+    lists = numbering.list_windows(contents, rows, int((contents >= 0).sum()))[:2]
+    weights = [layout(torch.randn(out, channels, *kernel)).to(dtype) for out in (outputs, 5)]
+    biases = [torch.randn(outputs).to(dtype), None]
+    return torch.randn(rows, channels).to(dtype), weights, biases, lists
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    "processors,sizes",  # many processors have small tiles, few have large ones
+    [
+        (1, ((16, 16), (3, 3), 7, 40)),
+        (1, ((4, 7), (3,), 5, 0)),
+        (2, ((66, 72), (2, 2), 30, 70)),
+        (2, ((127, 8), (1, 1), 9, 129)),
+        (99, ((3, 184), (3,), 5, 3)),
+        (99, ((1, 1), (1,), 1, 1)),
+        (99, ((4, 33), (3, 1, 3), 4, 33)),
+        (99, ((2, 3), (7, 7, 7), 3, 2)),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+def test_convolution_at_windows(dtype, sizes, processors, library, monkeypatch):
+    """What comes of these very numbers in float64, rounded once."""
+    monkeypatch.setenv("SPADE_FAST_HOST_PROCESSORS", str(processors))
+    ops = getattr(torch.ops, NAMESPACE)
+    for layout in (contiguous, channels_last):
+        rows, weights, biases, lists = packed_sample(*sizes, dtype, layout)
+        packed = ops.pack_convolution(weights, biases)
+        assert torch.equal(packed, torch_backend.pack_convolution(weights, biases))
+        found = ops.convolve_packed(rows, packed, *lists)
+        parts = [
+            torch_backend.convolve_windows(rows.double(), weight.double(), None, *lists)
+            for weight in weights
+        ]
+        parts[0] += biases[0].double()
+        truth = torch.cat(parts, dim=1)
+        assert found.dtype == dtype and found.shape == truth.shape
+        assert (found - truth).norm() <= torch.finfo(dtype).eps * truth.norm()
+        assert torch.equal(found, ops.convolve_packed(rows, packed, *lists))
+
+
+@needs_compiler
+def test_windows_see_no_more_than_there_is(library):
+    ops = getattr(torch.ops, NAMESPACE)
+    rows, weights, biases, (offsets, listed) = packed_sample((6, 8), (3, 3), 7, 5, torch.bfloat16)
+    packed = ops.pack_convolution(weights, biases)
+    alone = torch_backend.pack_convolution([weights[1]], [None])[:1]
+    assert torch.equal(
+        ops.convolve_packed(rows, alone, offsets, listed[:0]), torch.zeros(5, 1).bfloat16()
+    )
+    wrong = listed.clone()
+    wrong[::2], wrong[1] = 7 * 9 + 2**30, -3
+    for offsets in (offsets, torch.tensor([-9, 2, 2**31 - 1, 0, 9, 1], dtype=torch.int32)):
+        assert ops.convolve_packed(rows, packed, offsets, wrong).isfinite().all()

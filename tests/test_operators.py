@@ -9,7 +9,7 @@ from modulations import LAYOUTS, channels_last, contiguous, sample
 from torch.library import opcheck
 
 import spade_fast
-from spade_fast.kernels import cpu_backend, numbering, torch_backend
+from spade_fast.kernels import cpu_backend, cuda_backend, numbering, torch_backend
 from spade_fast.ops import norms
 
 needs_library = pytest.mark.skipif(cpu_backend.library is None, reason=str(cpu_backend.failure))
@@ -153,11 +153,50 @@ def test_long_lists_are_summed_in_pieces(rows, windows, piece, monkeypatch):
     )
 
 
+@pytest.mark.parametrize("sizes", [*CONVOLUTIONS, ((3, 4), (7, 7, 8), 5, 6)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_convolution_at_windows_as_a_gpu_has_it(sizes, dtype):
+    """In half precision each result is rounded once, whatever it was summed of."""
+    *floats, lists, _, _ = convolution(*sizes)
+    rows, weight, bias = (tensor.to(dtype) for tensor in floats)
+    for given in (bias, None):
+        found = cuda_backend.convolve_windows(rows, weight, given, *lists)
+        wide = None if given is None else given.double()
+        truth = torch_backend.convolve_windows(rows.double(), weight.double(), wide, *lists)
+        assert found.dtype == dtype and found.shape == truth.shape
+        tolerance = torch.finfo(dtype).eps * (16 if dtype == torch.float32 else 1)
+        assert (found - truth).norm() <= tolerance * truth.norm()
+
+
 def test_opcheck_of_the_convolution_at_windows():
     rows, weight, bias, lists, back_lists, gradient = convolution((5, 3), (3, 3), 7, 20)
     opcheck(torch.ops.spade_fast.convolve_windows, (rows, weight, bias, *lists))
     opcheck(torch.ops.spade_fast.convolve_windows_weight, (gradient, rows, weight, *back_lists))
     opcheck(torch.ops.spade_fast.convolve_windows_rows, (gradient, weight, *back_lists))
+    opcheck(torch.ops.spade_fast.sum_lists, (gradient, *back_lists))
+    opcheck(torch.ops.spade_fast.pack_convolution, ([weight, weight], [bias, None]))
+    packed = torch.ops.spade_fast.pack_convolution([weight, weight], [bias, None])
+    opcheck(torch.ops.spade_fast.convolve_packed, (rows, packed, *lists))
+
+
+@pytest.mark.parametrize("sizes", CONVOLUTIONS, ids=str)
+@pytest.mark.parametrize("products", [1, torch_backend.PRODUCTS])
+def test_gradients_from_sums_of_listed_rows(sizes, products, monkeypatch):
+    """As a GPU has them; in one part, and in several."""
+    monkeypatch.setattr(torch_backend, "PRODUCTS", products)
+    rows, weight, bias, lists, back_lists, gradient = convolution(*sizes)
+    inputs = [rows.requires_grad_(), weight.requires_grad_()]
+    windows = torch.arange(len(gradient)).repeat_interleave(lists[0].diff())
+    by_tap = weight.flatten(2).permute(2, 0, 1)
+    seen = torch.einsum("toi,ri->rto", by_tap, rows).flatten(0, 1)[lists[1].long()]
+    result = torch.zeros_like(gradient).index_add(0, windows, seen)
+    truths = torch.autograd.grad(result, inputs, gradient)
+    with torch.no_grad():
+        founds = cuda_backend.convolve_windows_gradients(gradient, rows, weight, *back_lists)
+        for found, truth in zip(founds, truths, strict=True):
+            assert found.shape == truth.shape and torch.allclose(found, truth)
+        only = cuda_backend.convolve_windows_gradients(gradient, rows, weight, *back_lists, False)
+        assert only[0] is None and torch.equal(only[1], founds[1])
 
 
 @needs_library

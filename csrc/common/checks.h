@@ -166,6 +166,22 @@ inline void check_backward_sums(const Tensor& dy, const Tensor& x, const Tensor&
   check_order(order, x, index, check_backward(dy, x, planes, gamma, beta, index, signs, activation));
 }
 
+// Lists of numbers of rows, on the device of another operand.
+inline void check_lists(const Tensor& offsets, const Tensor& listed, const Tensor& other) {
+  for (const auto& [list, name] : {std::pair(&offsets, "offsets"), std::pair(&listed, "listed")}) {
+    check_operand(*list, name, other, kWhole, std::vector<int64_t>{list->numel()}, "a list");
+    product(*list, name, {list->numel()}, INT32_MAX);
+  }
+  STD_TORCH_CHECK(offsets.numel() > 0, "spade_fast: offsets has shape [0], it should have one number more than there are lists");
+}
+
+inline void check_sum_lists(const Tensor& x, const Tensor& offsets, const Tensor& listed) {
+  STD_TORCH_CHECK(x.dim() == 2, "spade_fast: x has shape ", text(x.sizes()), ", it should be [rows, columns]");
+  check_dtype(x, "x", kFloating);
+  check_lists(offsets, listed, x);
+  for (const int64_t rows : {x.size(0), offsets.numel()}) product(x, "x", {std::max<int64_t>(1, rows), std::max<int64_t>(1, x.size(1)), 1024});
+}
+
 // The weight and the lists of every operator that convolves at windows; returns the kernel's taps.
 inline int64_t check_convolution(const Tensor& weight, const Tensor& offsets, const Tensor& listed) {
   check_dtype(weight, "weight", kSums);
@@ -174,11 +190,7 @@ inline int64_t check_convolution(const Tensor& weight, const Tensor& offsets, co
   STD_TORCH_CHECK(weight.dim() >= 3 && taps > 0, "spade_fast: weight has shape ", text(weight.sizes()),
                   ", it should be [out, in, *kernel] with a kernel of one tap or more");
   product(weight, "weight", {taps, std::max<int64_t>(1, weight.size(0)), std::max<int64_t>(1, weight.size(1)), 1024});
-  for (const auto& [list, name] : {std::pair(&offsets, "offsets"), std::pair(&listed, "listed")}) {
-    check_operand(*list, name, weight, kWhole, std::vector<int64_t>{list->numel()}, "a list");
-    product(*list, name, {list->numel()}, INT32_MAX);
-  }
-  STD_TORCH_CHECK(offsets.numel() > 0, "spade_fast: offsets has shape [0], it should have one number more than there are lists");
+  check_lists(offsets, listed, weight);
   return taps;
 }
 
@@ -197,6 +209,55 @@ inline int64_t check_matrix(const Tensor& given, const char* name, const Tensor&
   STD_TORCH_CHECK(given.dim() == 2 && given.size(1) == columns, "spade_fast: ", name, " has shape ", text(given.sizes()),
                   ", it should have two dimensions, the second ", columns, ", with a weight of shape ", text(weight.sizes()));
   return given.size(0);
+}
+
+// A packed convolution, [out, taps + 1, width].
+struct Packed {
+  int64_t outputs, channels, taps, width;
+};
+
+inline constexpr Dtypes kHalf = {ScalarType::BFloat16, ScalarType::Half};
+inline constexpr int64_t kMostTaps = 343;  // of which a window's rows are kept at hand
+
+inline int64_t packed_width(int64_t channels) { return std::max<int64_t>(8, (channels + 7) / 8 * 8); }
+
+inline Packed check_pack_convolution(const std::vector<Tensor>& weights, const std::vector<std::optional<Tensor>>& biases) {
+  STD_TORCH_CHECK(!weights.empty() && weights.size() == biases.size(), "spade_fast: biases has ", biases.size(),
+                  " members, it should have one, or None, for each weight, of which there are ", weights.size());
+  Packed found = {};
+  for (size_t i = 0; i < weights.size(); ++i) {
+    const Tensor& weight = weights[i];
+    check_device(weight, "weights", weights[0]);
+    check_dtype(weight, "weights", i == 0 ? kHalf : Dtypes{weights[0].scalar_type()});
+    STD_TORCH_CHECK(weight.dim() >= 3, "spade_fast: weights has shape ", text(weight.sizes()), ", it should be [out, in, *kernel]");
+    std::vector<int64_t> sizes(weights[0].sizes().begin(), weights[0].sizes().end());
+    sizes[0] = weight.size(0);
+    check_shape(weight, "weights", sizes, "like the first");
+    if (biases[i]) check_operand(*biases[i], "biases", weight, {weight.scalar_type()}, std::vector<int64_t>{weight.size(0)}, "[out]");
+    found.outputs += weight.size(0);
+  }
+  const Tensor& weight = weights[0];
+  found.channels = weight.size(1), found.taps = 1;
+  for (int64_t dim = 2; dim < weight.dim(); ++dim) found.taps = product(weight, "weights", {found.taps, weight.size(dim)}, INT32_MAX);
+  STD_TORCH_CHECK(found.taps > 0 && found.taps <= kMostTaps, "spade_fast: weights has shape ", text(weight.sizes()),
+                  ", it should have a kernel of one to ", kMostTaps, " taps");
+  product(weight, "weights", {std::max<int64_t>(1, found.outputs), found.taps + 1, found.channels + 8}, INT32_MAX);
+  found.width = packed_width(found.channels);
+  return found;
+}
+
+inline Packed check_convolve_packed(const Tensor& rows, const Tensor& packed, const Tensor& offsets, const Tensor& listed) {
+  check_dtype(packed, "packed", kHalf);
+  STD_TORCH_CHECK(packed.dim() == 3 && packed.size(1) > 1 && packed.size(1) <= kMostTaps + 1, "spade_fast: packed has shape ",
+                  text(packed.sizes()), ", it should be [out, taps + 1, width] with one to ", kMostTaps, " taps");
+  product(packed, "packed", {std::max<int64_t>(1, packed.size(0)), packed.size(1), packed.size(2)}, INT32_MAX);
+  check_device(rows, "rows", packed);
+  check_dtype(rows, "rows", {packed.scalar_type()});
+  STD_TORCH_CHECK(rows.dim() == 2 && packed_width(rows.size(1)) == packed.size(2), "spade_fast: rows has shape ", text(rows.sizes()),
+                  ", it should have two dimensions, the second what packed was made for, ", text(packed.sizes()));
+  product(rows, "rows", {rows.size(0), packed.size(1)}, INT32_MAX);
+  check_lists(offsets, listed, rows);
+  return {packed.size(0), rows.size(1), packed.size(1) - 1, packed.size(2)};
 }
 
 }  // namespace spade_fast

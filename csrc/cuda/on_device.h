@@ -1,21 +1,20 @@
-// What every operator for CUDA needs of PyTorch: x's device and stream, and where operators are registered.
+// What every operator for CUDA needs of PyTorch: x's device and stream, dtypes, and where operators are registered.
 #pragma once
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
 
 #include "../common/tensors.h"
-#include "device.h"
+#include "operands.h"
 
 #ifndef SPADE_FAST_NAMESPACE
 #define SPADE_FAST_NAMESPACE spade_fast
 #define SPADE_FAST_DISPATCH_KEY CUDA
 #endif
 
-#ifndef SPADE_FAST_ON_HOST
 namespace spade_fast {
-namespace {
 
+#ifndef SPADE_FAST_ON_HOST
 // Makes x's device the current one for as long as this lives.
 class OnDevice {
  public:
@@ -32,7 +31,15 @@ class OnDevice {
   torch::stable::accelerator::DeviceGuard guard_;
   Stream stream_;
 };
-
-}  // namespace
-}  // namespace spade_fast
 #endif
+
+inline Type type_of(const Tensor& x, const char* name) {
+  switch (x.scalar_type()) {
+    case ScalarType::Float: return Type::float32;
+    case ScalarType::BFloat16: return Type::bfloat16;
+    case ScalarType::Half: return Type::float16;
+    default: STD_TORCH_CHECK(false, "spade_fast: ", name, " should be float32, bfloat16 or float16: sums are held in float32");
+  }
+}
+
+}  // namespace spade_fast

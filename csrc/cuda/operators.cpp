@@ -10,15 +10,6 @@
 namespace spade_fast {
 namespace {
 
-Type type_of(const Tensor& x, const char* name) {
-  switch (x.scalar_type()) {
-    case ScalarType::Float: return Type::float32;
-    case ScalarType::BFloat16: return Type::bfloat16;
-    case ScalarType::Half: return Type::float16;
-    default: STD_TORCH_CHECK(false, "spade_fast: ", name, " should be float32, bfloat16 or float16: sums are held in float32");
-  }
-}
-
 // One call of an operator: its tensors as the kernels see them, and how to launch those. Copies that had to be made live as long.
 class Call {
  public:

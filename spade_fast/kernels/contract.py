@@ -2,9 +2,10 @@
 passes between them, and the `Backend` that has them all.
 
 A backend has the kernels of the modulation, one of them in two forms, for instance norm two that
-each do the work of two; the convolution at distinct windows with its two gradients; and those that
-find and number what `layout.py` holds. Between the kernels of the modulation go rows of numbers of
-each plane (n, c), in float32, or in float64 where x is float64:
+each do the work of two; the convolution at distinct windows with its two gradients, which GPUs
+make of operations that gather rows; and those that find and number what `layout.py` holds. Between
+the kernels of the modulation go rows of numbers of each plane (n, c), in float32, or in float64
+where x is float64:
 
     moments [2, N, C]   mean, sum of squared deviations
     planes  [3, N, C]   shift, scale, offset: x̂ = (x − shift)·scale + offset
@@ -106,6 +107,11 @@ def empty_signs(x, activation, keep_signs):
     return x.new_empty(shape, dtype=torch.uint8)
 
 
+def packed_width(channels):
+    """Of a packed convolution: whole 16-byte vectors of half precision, one at least."""
+    return max(8, channels + -channels % 8)
+
+
 def check_plane_moments(x):
     _require(3 <= x.dim() <= 5, "x", x, "[N, C, *spatial] with one to three spatial dimensions")
     _check_dtype("x", x, FLOATING)
@@ -191,12 +197,53 @@ def check_convolve_windows_weight(gradient, rows, weight, back_offsets, back_lis
     _check("rows", rows, weight, (weight.dtype,), shape, "[rows, in]")
 
 
+def check_sum_lists(x, offsets, listed):
+    _require(x.dim() == 2, "x", x, "[rows, columns]")
+    _check_dtype("x", x, FLOATING)
+    _check_lists(x, offsets, listed)
+
+
+def check_pack_convolution(weights, biases):
+    if not weights or len(weights) != len(biases):
+        raise ValueError(
+            f"biases has {len(biases)} members, it should have one, or None, for each weight, of"
+            f" which there are {len(weights)}"
+        )
+    first = weights[0]
+    for weight, bias in zip(weights, biases):
+        _require(weight.dim() >= 3, "weights", weight, "[out, in, *kernel]")
+        _check(
+            "weights", weight, first, FLOATING, (len(weight), *first.shape[1:]), "like the first"
+        )
+        _check_dtype("weights", weight, (first.dtype,))
+        if bias is not None:
+            _check("biases", bias, weight, (weight.dtype,), weight.shape[:1], "[out]")
+    _require(first.shape[2:].numel() > 0, "weights", first, "of one tap or more")
+
+
+def check_convolve_packed(rows, packed, offsets, listed):
+    _check_dtype("packed", packed, FLOATING)
+    _require(packed.dim() == 3, "packed", packed, "[out, taps + 1, width]")
+    _require(packed.shape[1] > 1, "packed", packed, "of one tap or more")
+    _require(rows.dim() == 2, "rows", rows, "[rows, in]")
+    _check("rows", rows, packed, (packed.dtype,), rows.shape, "[rows, in]")
+    width = packed.shape[2]
+    _require(
+        packed_width(rows.shape[1]) == width, "rows", rows, f"[rows, in], packed for width {width}"
+    )
+    _check_lists(rows, offsets, listed)
+
+
 def _check_weight(weight, *lists):
     _require(weight.dim() >= 3, "weight", weight, "[out, in, *kernel]")
     _require(weight.shape[2:].numel() > 0, "weight", weight, "of one tap or more")
     _check_dtype("weight", weight, FLOATING)
+    _check_lists(weight, *lists)
+
+
+def _check_lists(other, *lists):
     for name, given in zip(("offsets", "listed"), lists):
-        _check(name, given, weight, (torch.int32,), (given.numel(),), "a list")
+        _check(name, given, other, (torch.int32,), (given.numel(),), "a list")
 
 
 def _check_numbers(name, given, x, count):
@@ -280,6 +327,19 @@ def fake_convolve_windows_rows(gradient, weight, back_offsets, back_listed):
     )
 
 
+def fake_sum_lists(x, offsets, listed):
+    return x.new_empty(offsets.shape[0] - 1, x.shape[1])
+
+
+def fake_pack_convolution(weights, biases):
+    first, outputs = weights[0], sum(weight.shape[0] for weight in weights)
+    return first.new_empty(outputs, first.shape[2:].numel() + 1, packed_width(first.shape[1]))
+
+
+def fake_convolve_packed(rows, packed, offsets, listed):
+    return rows.new_empty(offsets.shape[0] - 1, packed.shape[0])
+
+
 FORWARD = "Tensor gamma, Tensor beta, Tensor? index"
 BACKWARD = "Tensor dy, Tensor x, Tensor planes, Tensor gamma, Tensor? beta, Tensor? index"
 ACTIVATION = "str? activation, float negative_slope"
@@ -336,7 +396,22 @@ CONVOLUTION = {
         fake_convolve_windows_rows,
     ),
 }
-OPERATIONS = MODULATION | CONVOLUTION
+GATHERING = {
+    "sum_lists": Operation(
+        "(Tensor x, Tensor offsets, Tensor listed) -> Tensor", check_sum_lists, fake_sum_lists
+    ),
+    "pack_convolution": Operation(
+        "(Tensor[] weights, Tensor?[] biases) -> Tensor",
+        check_pack_convolution,
+        fake_pack_convolution,
+    ),
+    "convolve_packed": Operation(
+        "(Tensor rows, Tensor packed, Tensor offsets, Tensor listed) -> Tensor",
+        check_convolve_packed,
+        fake_convolve_packed,
+    ),
+}
+OPERATIONS = MODULATION | CONVOLUTION | GATHERING
 NUMBERING = {
     "find_codes": "(Tensor segmap, int hash_mask) -> Tensor[]",
     "find_windows": (

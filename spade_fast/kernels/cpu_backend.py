@@ -41,7 +41,8 @@ library, failure = _load()
 if os.environ.get("SPADE_FAST_ISA"):
     _use_instruction_set(os.environ["SPADE_FAST_ISA"], library)
 
-if failure is None and (missing := operators.without_kernel("CPU", contract.OPERATIONS)):
+COMPILED = contract.MODULATION | contract.CONVOLUTION
+if failure is None and (missing := operators.without_kernel("CPU", COMPILED)):
     failure = f"not compiled for the CPU yet: {', '.join(missing)}"
 
 

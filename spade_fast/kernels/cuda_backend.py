@@ -8,21 +8,10 @@ from pathlib import Path
 
 import torch
 
-from . import contract, cuda_numbering, operators, torch_backend, triton_backend
+from . import contract, cuda_numbering, operators, torch_backend
 
 CAPABILITY = 8  # copies to shared memory that go on beside the computation
-
-
-def _beside(name):
-    """An operation of what has kernels for what this library has none for: Triton, else plain
-    PyTorch.
-    """
-
-    def run(*operands):
-        backend = triton_backend if triton_backend.why_not() is None else torch_backend
-        return getattr(backend.BACKEND, name)(*operands)
-
-    return run
+MOST_TAPS = 343  # of a convolution at windows: which rows a window sees is kept at hand
 
 
 def _load():
@@ -36,7 +25,8 @@ def _load():
         torch.ops.load_library(found[0])
     except OSError as error:
         return operators.not_loaded("spade_fast._cuda", error)
-    missing = operators.without_kernel("CUDA", (*contract.MODULATION, *contract.NUMBERING))
+    compiled = (*contract.MODULATION, *contract.GATHERING, *contract.NUMBERING)
+    missing = operators.without_kernel("CUDA", compiled)
     return f"not compiled for CUDA: {', '.join(missing)}" if missing else None
 
 
@@ -68,13 +58,35 @@ def why_not(x=None, gamma=None):
     return None
 
 
-# For matrix products and sums of listed rows PyTorch has kernels.
+def dtype_at_windows(dtype):
+    return dtype
+
+
+def convolve_windows(rows, weight, bias, offsets, listed):
+    """On tensor cores in half precision; in float32, where they would round, in plain PyTorch."""
+    if rows.dtype not in (torch.bfloat16, torch.float16):
+        return torch_backend.convolve_windows(rows, weight, bias, offsets, listed)
+    compiled = weight.shape[2:].numel() <= MOST_TAPS
+    kernels = torch.ops.spade_fast if compiled else torch_backend
+    packed = kernels.pack_convolution([weight], [bias])
+    return kernels.convolve_packed(rows, packed, offsets, listed)
+
+
+def convolve_windows_gradients(gradient, rows, weight, back_offsets, back_listed, *wanted):
+    def sum_lists(part):
+        return torch.ops.spade_fast.sum_lists(part, back_offsets, back_listed)
+
+    return torch_backend.gradients_of_sums(sum_lists, gradient, rows, weight, back_offsets, *wanted)
+
+
+# For matrix products PyTorch has kernels.
 BACKEND = replace(
     torch_backend.BACKEND,
     name="cuda",
     why_not=why_not,
     **operators.declared("spade_fast", contract.MODULATION),
     **cuda_numbering.of("spade_fast"),
-    convolve_windows=_beside("convolve_windows"),
-    dtype_at_windows=_beside("dtype_at_windows"),
+    convolve_windows=convolve_windows,
+    convolve_windows_gradients=convolve_windows_gradients,
+    dtype_at_windows=dtype_at_windows,
 )

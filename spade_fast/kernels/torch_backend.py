@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from . import numbering
-from .contract import Backend, is_channels_last, sum_dtype
+from .contract import Backend, is_channels_last, packed_width, sum_dtype
 
 PIECE = 256  # numbers of a list that one thread of a GPU adds up: half of a map may be one window
 # Bytes of a convolution's products at windows, at a time: they stay in a GPU's cache, and are never
@@ -64,25 +64,76 @@ def convolve_windows_gradients(
     """The gradients of rows and weight from that of the results, [windows, out]; None for one that
     is not wanted.
     """
-    taps, lists = weight.shape[2:].numel(), _in_pieces(back_offsets, back_listed)
-    count, weight_parts, rows_gradient = (len(back_offsets) - 1) // taps, [], 0
+    lists = _in_pieces(back_offsets, back_listed)
+
+    def sum_lists(part):
+        return _sum_pieces(part, *lists)
+
+    return gradients_of_sums(
+        sum_lists, gradient, rows, weight, back_offsets, wants_rows, wants_weight
+    )
+
+
+def gradients_of_sums(
+    sum_lists, gradient, rows, weight, back_offsets, wants_rows=True, wants_weight=True
+):
+    """The same with any sum_lists(part): some columns of the gradient, [windows, D], summed over
+    the windows that see a row through a tap, [rows · taps, D].
+    """
+    taps = weight.shape[2:].numel()
+    count, weight_parts, row_parts = (len(back_offsets) - 1) // taps, [], []
     channels = _channels_at_a_time(count, weight)
     for part, part_weight in zip(gradient.split(channels, dim=1), weight.split(channels)):
-        sums = _sum_pieces(part, *lists).view(
-            count, taps * part.shape[1]
-        )  # of the windows that see a row through a tap
+        sums = sum_lists(part).view(count, taps * part.shape[1])
         if wants_weight:
             weight_parts.append(
                 (sums.t() @ rows).view(taps, part.shape[1], rows.shape[1]).permute(1, 2, 0)
             )
         if wants_rows:
-            rows_gradient = rows_gradient + (sums @ _by_tap(part_weight)).to(
-                sum_dtype(weight.dtype)
-            )
+            row_parts.append(sums @ _by_tap(part_weight))
     return (
-        rows_gradient.to(weight.dtype) if wants_rows else None,
+        _added(row_parts) if wants_rows else None,
         torch.cat(weight_parts).reshape(weight.shape) if wants_weight else None,
     )
+
+
+def _added(products):
+    """Their sum, with no rounding between them."""
+    if len(products) == 1:
+        return products[0]
+    total = sum(product.to(sum_dtype(product.dtype)) for product in products)
+    return total.to(products[0].dtype)
+
+
+def pack_convolution(weights, biases):
+    """Convolutions with weights [out, in, *kernel] and biases [out] beside each other, as
+    convolve_packed takes them: [out of all, taps + 1, width], with zeros behind the channels of
+    each tap, and the bias in the place of a last tap's first channel.
+    """
+    by_tap = torch.cat([weight.flatten(2) for weight in weights]).transpose(1, 2)
+    width = packed_width(by_tap.shape[2])
+    packed = F.pad(by_tap, (0, width - by_tap.shape[2], 0, 1))
+    packed[:, -1, 0] = torch.cat(
+        [
+            weight.new_zeros(len(weight)) if bias is None else bias
+            for weight, bias in zip(weights, biases)
+        ]
+    )
+    return packed
+
+
+def convolve_packed(rows, packed, offsets, listed):
+    """As convolve_windows, each result rounded once."""
+    wide, packed = (tensor.to(sum_dtype(rows.dtype)) for tensor in (rows, packed))
+    weight = packed[:, :-1, : rows.shape[1]].transpose(1, 2)
+    return convolve_windows(wide, weight, packed[:, -1, 0], offsets, listed).to(rows.dtype)
+
+
+def sum_lists(x, offsets, listed):
+    """Sums of listed rows: x [R, D] to [len(offsets) − 1, D]; sum i is over
+    x[listed[offsets[i]:offsets[i + 1]]].
+    """
+    return _sum_pieces(x, *_in_pieces(offsets, listed))
 
 
 def convolve_windows_rows(gradient, weight, back_offsets, back_listed):

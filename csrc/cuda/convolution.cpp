@@ -1,0 +1,104 @@
+// The operators of contract.py for the convolution at windows, for CUDA: from tensors to what the kernels are given.
+
+#include "../common/checks.h"
+#include "lists.h"
+#include "on_device.h"
+#include "windows.h"
+
+namespace spade_fast {
+namespace {
+
+bool aligned(const Tensor& x) {
+  return (reinterpret_cast<uintptr_t>(x.const_data_ptr()) | x.stride(0) * x.element_size() | x.size(1) * x.element_size()) % 16 == 0;
+}
+
+// A matrix whose rows have no gaps inside.
+Tensor with_whole_rows(const Tensor& x) { return x.size(1) <= 1 || x.stride(1) == 1 ? x : torch::stable::contiguous(x); }
+
+Rows rows_of(const Tensor& x, const char* name) {
+  return {static_cast<char*>(const_cast<void*>(x.const_data_ptr())), 0, x.stride(0), type_of(x, name)};
+}
+
+// Contiguous offsets and numbers.
+Lists lists_of(const Tensor& offsets, const Tensor& listed) {
+  return {offsets.const_data_ptr<int32_t>(), listed.const_data_ptr<int32_t>(), offsets.numel() - 1, listed.numel()};
+}
+
+Tensor sum_lists_of(const Tensor& given_x, const Tensor& given_offsets, const Tensor& given_listed) {
+  check_sum_lists(given_x, given_offsets, given_listed);
+  const OnDevice on_device(given_x);
+  const Tensor x = with_whole_rows(given_x);
+  const Tensor offsets = torch::stable::contiguous(given_offsets), listed = torch::stable::contiguous(given_listed);
+  ListSums s = {};
+  s.lists = lists_of(offsets, listed);
+  s.x = rows_of(x, "x"), s.rows = x.size(0), s.columns = x.size(1);
+  const Tensor sums = torch::stable::new_empty(x, {s.lists.count, s.columns});
+  s.sums = rows_of(sums, "sums");
+  s.vector = aligned(x) && aligned(sums);
+  s.pieces = pieces_of(s.lists);
+  const Tensor parts = torch::stable::new_empty(x, {2 * s.pieces, s.columns}, ScalarType::Float);
+  const Tensor begun = torch::stable::new_empty(x, {s.pieces}, ScalarType::Int);
+  s.parts = parts.mutable_data_ptr<float>(), s.begun = begun.mutable_data_ptr<int32_t>();
+  if (sums.numel() > 0) sum_lists(on_device.stream(), s);
+  return sums;
+}
+
+// How far a weight's taps lie apart, in their order; nothing where that is not always as far.
+std::optional<int64_t> step_of_taps(const Tensor& weight) {
+  int64_t step = 1, taps = 1;
+  for (int64_t dim = weight.dim() - 1; dim >= 2; --dim) {
+    if (weight.size(dim) == 1) continue;
+    if (taps == 1) step = weight.stride(dim);
+    if (weight.stride(dim) != step * taps) return std::nullopt;
+    taps *= weight.size(dim);
+  }
+  return step;
+}
+
+Tensor pack_convolution_of(std::vector<Tensor> weights, std::vector<std::optional<Tensor>> biases) {
+  const Packed shape = check_pack_convolution(weights, biases);
+  const OnDevice on_device(weights[0]);
+  const Tensor packed = torch::stable::new_empty(weights[0], {shape.outputs, shape.taps + 1, shape.width});
+  uint16_t* to = static_cast<uint16_t*>(packed.mutable_data_ptr());
+  for (size_t i = 0; i < weights.size(); ++i) {
+    const Tensor weight = step_of_taps(weights[i]) ? weights[i] : torch::stable::contiguous(weights[i]);
+    Packing p = {};
+    p.weight = static_cast<const uint16_t*>(weight.const_data_ptr());
+    p.output = weight.stride(0), p.channel = weight.stride(1), p.tap = *step_of_taps(weight);
+    p.outputs = weight.size(0);
+    if (biases[i]) p.bias = static_cast<const uint16_t*>(biases[i]->const_data_ptr()), p.bias_step = biases[i]->stride(0);
+    p.channels = static_cast<int>(shape.channels), p.taps = static_cast<int>(shape.taps), p.width = static_cast<int>(shape.width);
+    p.packed = to;
+    pack_convolution(on_device.stream(), p);
+    to += p.outputs * (shape.taps + 1) * shape.width;
+  }
+  return packed;
+}
+
+Tensor convolve_packed_of(const Tensor& given_rows, const Tensor& given_packed, const Tensor& given_offsets, const Tensor& given_listed) {
+  const Packed shape = check_convolve_packed(given_rows, given_packed, given_offsets, given_listed);
+  const OnDevice on_device(given_rows);
+  const Tensor rows = with_whole_rows(given_rows), packed = torch::stable::contiguous(given_packed);
+  const Tensor offsets = torch::stable::contiguous(given_offsets), listed = torch::stable::contiguous(given_listed);
+  Windows w = {};
+  w.lists = lists_of(offsets, listed);
+  const Tensor results = torch::stable::new_empty(rows, {w.lists.count, shape.outputs});
+  w.rows = rows_of(rows, "rows"), w.results = rows_of(results, "results");
+  w.row_count = rows.size(0);
+  w.vector = aligned(rows);
+  w.packed = static_cast<const char*>(packed.const_data_ptr());
+  w.outputs = static_cast<int>(shape.outputs), w.channels = static_cast<int>(shape.channels);
+  w.taps = static_cast<int>(shape.taps), w.width = static_cast<int>(shape.width);
+  if (results.numel() > 0) convolve_windows(on_device.stream(), w);
+  return results;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(SPADE_FAST_NAMESPACE, SPADE_FAST_DISPATCH_KEY, library) {
+  library.impl("sum_lists", TORCH_BOX(&sum_lists_of));
+  library.impl("pack_convolution", TORCH_BOX(&pack_convolution_of));
+  library.impl("convolve_packed", TORCH_BOX(&convolve_packed_of));
+}
+
+}  // namespace spade_fast

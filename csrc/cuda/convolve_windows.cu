@@ -1,0 +1,190 @@
+// A convolution at the distinct windows of a map in half precision, on tensor cores: the rows that windows see are gathered as the matrix
+// product goes through the taps, and only the results are written. Products are summed in float32, as in a convolution of the whole map.
+
+#include "elements.h"
+#include "kernels.h"
+#include "matrix.h"
+#include "windows.h"
+
+namespace spade_fast {
+namespace {
+
+constexpr int kChannels = 64;                 // of a step: 128 bytes of each row
+constexpr int kVectors = kChannels / 8;       // of 16 bytes
+constexpr int kRowBytes = 16 * kVectors;
+
+// What a block has: so many windows and outputs, divided between its warps, and so many steps of them in shared memory.
+template <int kWindows_, int kOutputs_, int kWindowWarps_, int kOutputWarps_, int kSteps_>
+struct Tile {
+  static constexpr int kWindows = kWindows_, kOutputs = kOutputs_, kWindowWarps = kWindowWarps_, kOutputWarps = kOutputWarps_;
+  static constexpr int kSteps = kSteps_, kThreads = 32 * kWindowWarps * kOutputWarps;
+  static constexpr int kWarpWindows = kWindows / kWindowWarps / 16, kWarpOutputs = kOutputs / kOutputWarps / 16;  // by 16
+  static constexpr int kStepBytes = (kWindows + kOutputs) * kRowBytes;
+  static int64_t shared(int taps) { return int64_t{kSteps} * kStepBytes + int64_t{4} * kWindows * taps; }
+  static int64_t blocks(const Windows& w) { return divide_up(w.lists.count, kWindows) * divide_up(w.outputs, kOutputs); }
+};
+
+// Where a vector of a row of a step lies. Vectors of the same number change places from row to row: eight rows are read at once.
+__device__ inline char* place(char* step, int row, int vector) { return step + row * kRowBytes + (vector ^ row % 8) * 16; }
+
+// One of the steps of a product: some channels of a tap.
+struct Step {
+  int tap, channel;
+
+  __device__ void advance(int width) {
+    channel += kChannels;
+    if (channel >= width) channel = 0, ++tap;
+  }
+};
+
+// The row that each window of a block sees through each tap, −1 beyond the border: [kWindows, taps].
+template <typename T>
+__device__ void find_rows(const Windows& w, int64_t first_window, int32_t* seen) {
+  const int all = T::kWindows * w.taps;
+  for (int i = threadIdx.x; i < all; i += T::kThreads) seen[i] = -1;
+  __syncthreads();
+  for (int i = threadIdx.x; i < all; i += T::kThreads) {
+    const int64_t window = first_window + i / w.taps;
+    if (window >= w.lists.count) continue;
+    const int64_t at = w.lists.begin(window) + i % w.taps;
+    if (at >= w.lists.begin(window + 1)) continue;
+    const int32_t number = __ldg(w.lists.listed + at), row = number / w.taps;
+    if (number >= 0 && row < w.row_count) seen[i / w.taps * w.taps + number % w.taps] = row;
+  }
+  __syncthreads();
+}
+
+// Starts to copy a step to shared memory: the channels of the rows that windows see, and behind them those of the outputs' weights.
+template <typename T, Type kType>
+__device__ void fetch(const Windows& w, const Step& step, int64_t first_output, const int32_t* seen, char* to) {
+  const int vector = threadIdx.x % kVectors, channel = step.channel + vector * 8;
+#pragma unroll
+  for (int i = threadIdx.x / kVectors; i < T::kWindows; i += T::kThreads / kVectors) {
+    const int32_t row = seen[i * w.taps + step.tap];
+    const int left = row < 0 ? 0 : w.channels - channel, count = left < 0 ? 0 : left < 8 ? left : 8;
+    load_async<8>(reinterpret_cast<Raw*>(place(to, i, vector)), w.rows.at(0, row, channel), kType, {1, count, w.vector});
+  }
+  to += T::kWindows * kRowBytes;
+#pragma unroll
+  for (int i = threadIdx.x / kVectors; i < T::kOutputs; i += T::kThreads / kVectors) {
+    const int64_t output = first_output + i;
+    const int count = output < w.outputs && channel < w.width ? 8 : 0;
+    const char* from = w.packed + ((output * (w.taps + 1) + step.tap) * w.width + channel) * 2;
+    load_async<8>(reinterpret_cast<Raw*>(place(to, i, vector)), from, kType, {1, count, true});
+  }
+}
+
+// A warp's windows and outputs, by 16.
+template <typename T>
+struct Products {
+  float sums[T::kWarpWindows][2 * T::kWarpOutputs][4] = {};
+  int window = threadIdx.x / 32 / T::kOutputWarps * T::kWarpWindows * 16, output = threadIdx.x / 32 % T::kOutputWarps * T::kWarpOutputs * 16;
+
+  // Adds those of 16 channels of a step.
+  template <Type kType>
+  __device__ void add(char* step, int part) {
+    const int matrix = threadIdx.x % 32 / 8, row = threadIdx.x % 8;
+    uint32_t rows[T::kWarpWindows][4], weights[T::kWarpOutputs][4];
+#pragma unroll
+    for (int i = 0; i < T::kWarpWindows; ++i) {
+      load_matrices(rows[i], place(step, window + i * 16 + matrix % 2 * 8 + row, 2 * part + matrix / 2));
+    }
+#pragma unroll
+    for (int j = 0; j < T::kWarpOutputs; ++j) {
+      load_matrices(weights[j], place(step + T::kWindows * kRowBytes, output + j * 16 + matrix / 2 * 8 + row, 2 * part + matrix % 2));
+    }
+#pragma unroll
+    for (int i = 0; i < T::kWarpWindows; ++i) {
+#pragma unroll
+      for (int j = 0; j < 2 * T::kWarpOutputs; ++j) {
+        multiply_add<kType>(sums[i][j], rows[i], weights[j / 2][j % 2 * 2], weights[j / 2][j % 2 * 2 + 1]);
+      }
+    }
+  }
+
+  // With the bias, to the results of these windows and outputs.
+  template <Type kType>
+  __device__ void write(const Windows& w, int64_t first_window, int64_t first_output) const {
+    const int lane = threadIdx.x % 32;
+#pragma unroll
+    for (int j = 0; j < 2 * T::kWarpOutputs; ++j) {
+      const int64_t at = first_output + output + j * 8 + lane % 4 * 2;
+      float bias[2] = {};
+#pragma unroll
+      for (int k = 0; k < 2; ++k) {
+        if (at + k >= w.outputs) continue;
+        float values[8];
+        unpack<8>(load<8>(w.packed + ((at + k) * (w.taps + 1) + w.taps) * w.width * 2, kType, {1, 1, false}), kType, values);
+        bias[k] = values[0];
+      }
+#pragma unroll
+      for (int i = 0; i < 2 * T::kWarpWindows; ++i) {
+        const int64_t of = first_window + window + i * 8 + lane / 4;
+        if (of >= w.lists.count) continue;
+        const float* found = sums[i / 2][j] + i % 2 * 2;
+        if (w.outputs % 2 == 0 && at < w.outputs) {
+          *reinterpret_cast<uint32_t*>(w.results.at(0, of, at)) =
+              to_16_bits(found[0] + bias[0], kType) | to_16_bits(found[1] + bias[1], kType) << 16;
+        } else {
+#pragma unroll
+          for (int k = 0; k < 2; ++k) {
+            if (at + k < w.outputs) store_one(w.results.at(0, of, at + k), found[k] + bias[k], kType);
+          }
+        }
+      }
+    }
+  }
+};
+
+template <typename T, Type kType>
+__global__ void __launch_bounds__(T::kThreads) convolve_windows_kernel(Windows w) {
+  const int64_t output_blocks = (w.outputs + T::kOutputs - 1) / T::kOutputs;
+  const int64_t first_window = blockIdx.x / output_blocks * T::kWindows, first_output = blockIdx.x % output_blocks * T::kOutputs;
+  char* steps = shared_memory();
+  int32_t* seen = reinterpret_cast<int32_t*>(steps + T::kSteps * T::kStepBytes);
+  find_rows<T>(w, first_window, seen);
+  const int count = w.taps * ((w.width + kChannels - 1) / kChannels);
+  Step next = {};
+  const auto fetch_next = [&](int number) {
+    if (number < count) fetch<T, kType>(w, next, first_output, seen, steps + number % T::kSteps * T::kStepBytes);
+    end_group_of_copies();
+    next.advance(w.width);
+  };
+  for (int number = 0; number < T::kSteps - 1; ++number) fetch_next(number);
+  Products<T> products;
+  Step step = {};
+  for (int number = 0; number < count; ++number) {
+    wait_for_copies_but<T::kSteps - 2>();
+    __syncthreads();  // all have their copies of this step, and are done with the one whose place the next takes
+    fetch_next(number + T::kSteps - 1);
+    char* at = steps + number % T::kSteps * T::kStepBytes;
+#pragma unroll
+    for (int part = 0; part < kChannels / 16; ++part) {
+      if (step.channel + part * 16 < w.width) products.template add<kType>(at, part);
+    }
+    step.advance(w.width);
+  }
+  products.template write<kType>(w, first_window, first_output);
+}
+
+template <typename T>
+void convolve_in(Stream stream, const Windows& w) {
+  const auto kernel = w.rows.type == Type::bfloat16 ? convolve_windows_kernel<T, Type::bfloat16> : convolve_windows_kernel<T, Type::float16>;
+  launch(kernel, T::blocks(w), dim3(T::kThreads), T::shared(w.taps), stream, w);
+}
+
+template <typename T>
+bool suits(const Windows& w) { return T::blocks(w) >= processors() && T::shared(w.taps) <= most_shared_memory(); }
+
+using Large = Tile<128, 128, 2, 4, 3>;
+using Medium = Tile<64, 64, 2, 2, 4>;
+using Small = Tile<32, 32, 2, 2, 6>;
+
+}  // namespace
+
+// In large tiles, which read least, if those keep all processors busy.
+void convolve_windows(Stream stream, const Windows& w) {
+  suits<Large>(w) ? convolve_in<Large>(stream, w) : suits<Medium>(w) ? convolve_in<Medium>(stream, w) : convolve_in<Small>(stream, w);
+}
+
+}  // namespace spade_fast

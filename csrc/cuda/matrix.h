@@ -1,0 +1,72 @@
+// Products of small matrices on tensor cores, and copies to shared memory that go on beside them. Tests put a host in their place.
+#pragma once
+
+#include "operands.h"
+
+namespace spade_fast {
+
+#ifdef __CUDACC__
+// Four matrices of 8 rows of 8 numbers of 16 bits in shared memory: thread 8·i + r of a warp has the address of row r of matrix i, and
+// each thread gets the numbers 2·(thread % 4) and the next of row thread / 4 of all four.
+__device__ inline void load_matrices(uint32_t (&words)[4], const void* row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3])
+               : "r"(static_cast<unsigned>(__cvta_generic_to_shared(row))) : "memory");
+}
+
+// sums [16, 8] += one [16, 16] · other [8, 16]ᵀ, as load_matrices gives them: rows 0 to 7 and 8 to 15 of the first half of one's columns,
+// then of the second; both halves of other's. Of the sums a thread has those of row thread / 4, columns 2·(thread % 4) and the next, and
+// those 8 rows below.
+template <Type kType>
+__device__ void multiply_add(float (&sums)[4], const uint32_t (&one)[4], uint32_t other_first, uint32_t other_second) {
+  if (kType == Type::bfloat16) {
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+        : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
+        : "r"(one[0]), "r"(one[1]), "r"(one[2]), "r"(one[3]), "r"(other_first), "r"(other_second));
+  } else {
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+        : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
+        : "r"(one[0]), "r"(one[1]), "r"(one[2]), "r"(one[3]), "r"(other_first), "r"(other_second));
+  }
+}
+
+// Copies of a thread since the last call belong together; all but so many such groups are waited for.
+__device__ inline void end_group_of_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+template <int kGroups>
+__device__ void wait_for_copies_but() { asm volatile("cp.async.wait_group %0;" ::"n"(kGroups) : "memory"); }
+#elif defined(SPADE_FAST_ON_HOST)
+inline void load_matrices(uint32_t (&words)[4], const void* row) {
+  host::with_warp(row, [&](const auto& row_of) {
+    const unsigned lane = host::current->number % 32;
+    for (unsigned i = 0; i < 4; ++i) words[i] = static_cast<const uint32_t*>(row_of(8 * i + lane / 4))[lane % 4];
+  });
+}
+
+template <Type kType>
+void multiply_add(float (&sums)[4], const uint32_t (&one)[4], uint32_t other_first, uint32_t other_second) {
+  struct Given {
+    uint32_t one[4], other[2];
+  } given = {{one[0], one[1], one[2], one[3]}, {other_first, other_second}};
+  const auto number = [](uint32_t word, int which) {
+    const uint32_t bits = which == 0 ? word & 0xffffu : word >> 16;
+    return kType == Type::bfloat16 ? __uint_as_float(bits << 16) : from_half(bits);
+  };
+  host::with_warp(&given, [&](const auto& given_by) {
+    const unsigned lane = host::current->number % 32;
+    for (unsigned i = 0; i < 4; ++i) {
+      const unsigned row = lane / 4, below = i / 2, column = 2 * (lane % 4) + i % 2;
+      for (unsigned k = 0; k < 16; ++k) {
+        const uint32_t from_one = given_by(4 * row + k % 8 / 2)->one[below + k / 8 * 2];
+        const uint32_t from_other = given_by(4 * column + k % 8 / 2)->other[k / 8];
+        sums[i] += number(from_one, k % 2) * number(from_other, k % 2);
+      }
+    }
+  });
+}
+
+inline void end_group_of_copies() {}
+template <int kGroups>
+void wait_for_copies_but() {}
+#endif
+
+}  // namespace spade_fast

@@ -1,0 +1,151 @@
+// Sums of listed rows: of the gradients of all windows that see a row through a tap. Most lists have few numbers, and neighbouring
+// threads of a warp each have a vector of columns of a list's sum. But a list may have a large part of all windows: long ones are cut
+// into pieces of `listed`, whose sums then are summed. All sums are in float32, and always in the same order.
+
+#include "elements.h"
+#include "kernels.h"
+#include "lists.h"
+
+namespace spade_fast {
+namespace {
+
+constexpr int kLoads = 4;  // of a thread that do not wait for each other
+constexpr int kPartColumns = 128, kPartLanes = 4;  // of the blocks that sum the parts of long lists
+
+// Adds V columns of the rows that are listed at begin, begin + step, ... before `end`.
+template <int V, bool kVector>
+__device__ void add_rows(const ListSums& s, int64_t begin, int64_t end, int step, int64_t column, float (&sum)[V]) {
+  const int count = s.columns - column < V ? static_cast<int>(s.columns - column) : V;
+  for (int64_t first = begin; first < end; first += kLoads * step) {
+    int32_t numbers[kLoads];
+    Raw rows[kLoads];
+#pragma unroll
+    for (int k = 0; k < kLoads; ++k) numbers[k] = first + k * step < end ? __ldg(s.lists.listed + first + k * step) : -1;
+#pragma unroll
+    for (int k = 0; k < kLoads; ++k) {
+      rows[k] = {};
+      if (numbers[k] < 0 || numbers[k] >= s.rows) continue;
+      rows[k] = load<V>(s.x.at(0, numbers[k], column), s.x.type, {1, kVector ? V : count, kVector});
+    }
+#pragma unroll
+    for (int k = 0; k < kLoads; ++k) {
+      if (first + k * step >= end) continue;
+      float values[V];
+      unpack<V>(rows[k], s.x.type, values);
+#pragma unroll
+      for (int j = 0; j < V; ++j) sum[j] += values[j];
+    }
+  }
+}
+
+// The list that has this number of `listed`: the last that begins there or before. The threads of a warp look at 32 lists at a time.
+__device__ int64_t list_with(const Lists& lists, int64_t place) {
+  int64_t first = 0, left = lists.count;
+  while (left > 1) {
+    const int64_t step = (left + 31) / 32, mine = threadIdx.x % 32 * step;
+    const int64_t begun = __popc(__ballot_sync(~0u, mine < left && lists.begin(first + mine) <= place));
+    const int64_t skipped = begun > 0 ? (begun - 1) * step : 0;
+    first += skipped;
+    left = left - skipped < step ? left - skipped : step;
+  }
+  return first;
+}
+
+// What a warp has: some columns, a vector to a thread, with as many lanes as fit beside each other.
+template <int V>
+struct WarpColumns {
+  int lane, lanes;
+  int64_t column;
+
+  __device__ WarpColumns(int64_t block, int columns)
+      : lane(threadIdx.x % 32 / columns), lanes(32 / columns), column((block * columns + threadIdx.x % columns) * V) {}
+};
+
+// The sum of a warp's lanes over [begin, end), to a row of `parts`.
+template <int V, bool kVector>
+__device__ void sum_part(const ListSums& s, const WarpColumns<V>& own, int64_t begin, int64_t end, int64_t part) {
+  float sum[V] = {};
+  if (own.column < s.columns) add_rows<V, kVector>(s, begin + own.lane, end, own.lanes, own.column, sum);
+#pragma unroll
+  for (int k = 0; k < V; ++k) {
+    for (int lanes = 32 / own.lanes; lanes < 32; lanes *= 2) sum[k] += __shfl_xor_sync(~0u, sum[k], lanes);
+    if (own.lane == 0 && own.column + k < s.columns) s.parts[part * s.columns + own.column + k] = sum[k];
+  }
+}
+
+// A long list has more numbers than a piece. So there are two at most in one: that with the first number, and that with the last.
+template <int V, bool kVector>
+__device__ void sum_piece(const ListSums& s, const WarpColumns<V>& own, int64_t piece) {
+  const int64_t first = piece * kShortList, last = first + kShortList < s.lists.entries ? first + kShortList : s.lists.entries;
+  int64_t begun = -1, before = -1;
+#pragma unroll 1
+  for (int which = 0; which < 2; ++which) {
+    const int64_t list = list_with(s.lists, which == 0 ? first : last - 1);
+    const int64_t begin = s.lists.begin(list), end = s.lists.begin(list + 1);
+    if (list != before && end - begin > kShortList) {
+      if (begin >= first) begun = list;
+      sum_part<V, kVector>(s, own, begin > first ? begin : first, end < last ? end : last, 2 * piece + which);
+    }
+    before = list;
+  }
+  if (own.column == 0) s.begun[piece] = static_cast<int32_t>(begun);
+}
+
+// The first warps have some columns of a piece each, the others of as many lists as they have lanes.
+template <int V, bool kVector>
+__global__ void __launch_bounds__(kThreads, 3) sum_lists_kernel(ListSums s, int columns, int64_t column_blocks) {
+  const int64_t warp = blockIdx.x * (kThreads / 32) + threadIdx.x / 32, group = warp / column_blocks;
+  const WarpColumns<V> own(warp % column_blocks, columns);
+  if (group < s.pieces) return sum_piece<V, kVector>(s, own, group);
+  const int64_t list = (group - s.pieces) * own.lanes + own.lane;
+  if (list >= s.lists.count || own.column >= s.columns) return;
+  const int64_t begin = s.lists.begin(list), end = s.lists.begin(list + 1);
+  if (end - begin > kShortList) return;
+  float sum[V] = {};
+  add_rows<V, kVector>(s, begin, end, 1, own.column, sum);
+  const int count = s.columns - own.column < V ? static_cast<int>(s.columns - own.column) : V;
+  store<V>(s.sums.at(0, list, own.column), s.sums.type, {1, kVector ? V : count, kVector}, sum);
+}
+
+// A block has the long list that begins in a piece, if one does.
+__global__ void __launch_bounds__(kPartColumns* kPartLanes) sum_parts_kernel(ListSums s) {
+  const int64_t piece = blockIdx.x, list = s.begun[piece];
+  if (list < 0) return;
+  const int64_t begin = s.lists.begin(list), last = (s.lists.begin(list + 1) - 1) / kShortList;
+  const int64_t own = begin == piece * kShortList ? 2 * piece : 2 * piece + 1;
+  float* scratch = reinterpret_cast<float*>(shared_memory());
+  for (int64_t column = threadIdx.x; column - threadIdx.x < s.columns; column += kPartColumns) {
+    float sum = 0;
+    if (column < s.columns) {
+#pragma unroll 8
+      for (int64_t at = piece + threadIdx.y; at <= last; at += kPartLanes) {
+        sum += s.parts[(at == piece ? own : 2 * at) * s.columns + column];
+      }
+    }
+    scratch[threadIdx.y * kPartColumns + threadIdx.x] = sum;
+    __syncthreads();
+    for (int lane = 1; lane < kPartLanes; ++lane) sum += scratch[lane * kPartColumns + threadIdx.x];
+    if (threadIdx.y == 0 && column < s.columns) store_one(s.sums.at(0, list, column), sum, s.sums.type);
+    __syncthreads();
+  }
+}
+
+template <int V, bool kVector>
+void sum_vectors(Stream stream, const ListSums& s) {
+  const int columns = static_cast<int>(std::min<int64_t>(power_from(divide_up(s.columns, V)), 32));
+  const int64_t column_blocks = divide_up(s.columns, columns * V), warps = (s.pieces + divide_up(s.lists.count, 32 / columns)) * column_blocks;
+  launch(sum_lists_kernel<V, kVector>, divide_up(warps, kThreads / 32), dim3(kThreads), 0, stream, s, columns, column_blocks);
+  launch(sum_parts_kernel, s.pieces, dim3(kPartColumns, kPartLanes), kPartColumns * kPartLanes * 4, stream, s);
+}
+
+}  // namespace
+
+void sum_lists(Stream stream, const ListSums& s) {
+  if (s.x.type != Type::float32) {
+    s.vector ? sum_vectors<8, true>(stream, s) : sum_vectors<8, false>(stream, s);
+  } else {
+    s.vector ? sum_vectors<4, true>(stream, s) : sum_vectors<4, false>(stream, s);
+  }
+}
+
+}  // namespace spade_fast
