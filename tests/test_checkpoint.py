@@ -513,11 +513,28 @@ def test_a_file_that_would_run_code_is_not_read(tmp_path):
             return (tmp_path / "ran").touch, ()
 
     torch.save({"weight": Code()}, tmp_path / "bad.pth")
-    with pytest.raises(pickle.UnpicklingError):
+    with pytest.raises(checkpoint.UnreadableFile, match="bad.pth .* it has getattr in it, which"):
         checkpoint.read(tmp_path / "bad.pth")
     assert not (tmp_path / "ran").exists()
     with pytest.raises(FileNotFoundError):
         checkpoint.load(tmp_path / "none.pth")
+
+
+@pytest.mark.parametrize("zipped", [False, True])
+def test_files_that_end_anywhere(zipped, tmp_path):
+    """Those of torch.save's old format, too."""
+    path = tmp_path / "net.pth"
+    weights = {"weight": torch.ones(2)}
+    torch.save(weights, path, _use_new_zipfile_serialization=zipped)
+    whole = path.read_bytes()
+    for end in range(0, len(whole), 5):
+        path.write_bytes(whole[:end])
+        with pytest.raises(checkpoint.UnreadableFile, match="net.pth is no file of weights, or"):
+            checkpoint.load(path)
+    for content in (3, [torch.ones(2)], {"epoch": 3}):
+        torch.save(content, path, _use_new_zipfile_serialization=zipped)
+        with pytest.raises(checkpoint.UnreadableFile, match="net.pth .* it has .* in it"):
+            checkpoint.read(path)
 
 
 @pytest.mark.parametrize("suffix", ["pth", "safetensors"])
