@@ -190,6 +190,16 @@ def test_published_keys_fit_the_published_wiring():
     assert_same_weights(checkpoint.load(eager.state_dict()), eager)
 
 
+@pytest.mark.parametrize("divided", [0.0, float("nan")])
+@pytest.mark.parametrize("weight,u", [(0.0, 1.0), (1.0, 0.0)])
+def test_a_right_vector_of_nothing_is_a_vector(weight, u, divided):
+    """Of a weight of zeros, whatever it was divided into, and of a u of zeros."""
+    parts = {"orig": torch.full((2, 3), weight), "u": torch.full((2,), u)}
+    weights = {f"weight_{name}": tensor for name, tensor in parts.items()}
+    found = checkpoint.named_as_here(weights | {"weight": torch.full((2, 3), divided)})
+    assert torch.equal(found["weight_v"], torch.zeros(3))
+
+
 def test_what_weights_do_not_say_may_be_said():
     weights = bare(official(184, **SMALL))
     assert checkpoint.load(weights).sizes[-1] == (256, 256)

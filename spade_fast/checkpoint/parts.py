@@ -199,7 +199,8 @@ def _right_vector(weight, u, divided):
     if divided is None:
         return F.normalize(v, dim=0)
     largest = weight.abs().argmax()
-    return v * (weight.flatten()[largest] / divided.flatten()[largest] / v.square().sum())
+    factor = weight.flatten()[largest] / divided.flatten()[largest] / v.square().sum()
+    return torch.where(factor.isfinite(), v * factor, F.normalize(v, dim=0))  # W, or W u, may be 0
 
 
 def _own_names(own):
