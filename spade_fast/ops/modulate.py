@@ -62,7 +62,8 @@ def spade_modulate(
         negative_slope: of leaky ReLU.
         moments: what `plane_moments(x)` returned, for several modulations of one x.
         out: where y is written, in y's shape and dtype and without gaps in x's memory layout; it
-            may be x, gamma or beta itself, which is then gone. Only where no gradient is asked for.
+            may be x, gamma or beta itself, which is then gone, but not overlap one of them in part.
+            Only where no gradient is asked for.
 
     Returns:
         y of x's shape and memory layout, in the dtype that x and γ promote to. Sums are held in
