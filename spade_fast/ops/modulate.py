@@ -11,7 +11,7 @@ import torch
 
 from .. import kernels
 from ..kernels import contract, numbering, torch_backend
-from ..recording import is_recorded, is_transformed, ordinary
+from ..recording import constant, is_recorded, is_transformed, ordinary
 from . import norms, plain
 from .arguments import check_modulate, check_x
 
@@ -100,6 +100,7 @@ def spade_modulate(
         )
         return y if out is None else out.copy_(y)
     x, gamma, beta = map(ordinary, (x, gamma, beta))
+    negative_slope = constant(negative_slope)
     backend = kernels.select(x, gamma)
     differentiable = (x, gamma, beta, weight, bias)
     differentiates = torch.is_grad_enabled() and any(
