@@ -135,6 +135,13 @@ def test_out_beside_what_is_read(place):
     assert torch.allclose(modulate(x, gamma, out=out), expected, atol=1e-5)
 
 
+def test_a_table_without_rows():
+    table = torch.ones(0, 4)
+    with pytest.raises(ValueError, match="gamma has no rows, it should have one for each number"):
+        modulate(gamma=table, beta=table, index=INDEX)
+    assert modulate(X[:0], table, table, index=INDEX[:0]).shape == (0, 4, 5, 6)
+
+
 def test_plane_moments():
     with pytest.raises(TypeError, match="x has dtype torch.int32"):
         spade_fast.plane_moments(X.int())

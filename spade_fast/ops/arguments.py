@@ -173,7 +173,11 @@ def _check_index(index, x, rows):
         )
     if index.device != x.device:
         raise ValueError(f"index is on {index.device}, it should be on x's device, {x.device}")
-    if index.is_cpu and index.numel() and not (torch.compiler.is_compiling() or is_recorded(index)):
+    if torch.compiler.is_compiling() or is_recorded(index) or not index.numel():
+        return
+    if rows == 0:
+        raise ValueError("gamma has no rows, it should have one for each number of index")
+    if index.is_cpu:
         least, most = index.aminmax()
         if least < 0 or most >= rows:
             raise ValueError(
