@@ -58,6 +58,15 @@ def ordinary(tensor: torch.Tensor) -> torch.Tensor:
     return tensor if torch.is_inference_mode_enabled() else tensor.clone()
 
 
+def constant(number: float) -> float:
+    """A number that a compiled graph may depend on: for another value the graph is made anew.
+
+    A number that has changed once is a symbol to Dynamo, and several autograd.Functions of one
+    graph whose backward has the same symbol are an error of its own there.
+    """
+    return {number: number}[number] if torch.compiler.is_compiling() else number  # as a key it is
+
+
 def is_transformed(gradient: torch.Tensor) -> bool:
     """Whether a backward is itself differentiated, or transformed: then it is plain PyTorch."""
     if torch.compiler.is_compiling():

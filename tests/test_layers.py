@@ -13,9 +13,10 @@ import spade_fast
 from spade_fast import SPADE, reference
 from spade_fast.agreement import excess
 from spade_fast.nn import pixels, spade
+from spade_fast.nn.modules import CONVOLUTIONS
 from spade_fast.nn.pixels import resize
 from spade_fast.nn.spectral import convolve
-from spade_fast.nn.upsampled import RepeatPixels, repeats
+from spade_fast.nn.upsampled import RepeatPixels, convolve_repeated, repeat_pixels, repeats
 
 pytestmark = pytest.mark.usefixtures("backend")
 
@@ -472,6 +473,19 @@ def test_a_dense_condition_that_is_smaller_than_x_is_not_made_larger(
         y = module(*inputs)
         found.append([y, *torch.autograd.grad(y.sin().sum(), [*inputs, *module.parameters()])])
     assert not resized and all(torch.allclose(*pair, rtol=1e-9, atol=1e-11) for pair in zip(*found))
+
+
+@pytest.mark.parametrize("dims,taps,factor", [(1, 3, 2), (2, 5, 4), (2, 1, 3), (3, 3, 2)])
+def test_a_convolution_of_repeated_pixels(dims, taps, factor):
+    """With an infinite weight, too: beside the border, where padding may be multiplied by it."""
+    conv = CONVOLUTIONS[dims](2, 3, taps, padding=taps // 2).double()
+    x = torch.rand(1, 2, *[6] * dims, dtype=torch.float64) + 0.1
+    inner = (..., *[slice(taps, -taps)] * dims)
+    for weight in (None, float("inf")):
+        if weight is not None:
+            conv.weight.data[0, 0].view(-1)[0] = weight
+        ours, eager = convolve_repeated(conv, x, factor), conv(repeat_pixels(x, factor))
+        assert torch.allclose(ours[inner], eager[inner], 1e-10) and not ours.isnan().any()
 
 
 @pytest.mark.parametrize("size", [(8, 12), (9, 12), (2, 3), (4, 18)])

@@ -125,6 +125,8 @@ def check_modulation(x, gamma, beta, index, needs_beta=True):
         _check("index", index, x, (torch.int32,), (x.shape[0], *x.shape[2:]), "[N, *spatial]")
         table = (gamma.shape[0] if gamma.dim() else 0, x.shape[1])
         _check("gamma", gamma, x, FLOATING, table, "with an index a table, [K, C]")
+        has_rows = torch.sym_min(index.numel(), 1) <= table[0]
+        _require(has_rows, "gamma", gamma, "a table with a row for each number of index")
     if beta is not None:
         _check("beta", beta, gamma, (gamma.dtype,), gamma.shape, "gamma's shape")
     elif needs_beta:

@@ -90,8 +90,10 @@ def normalise_over_images(table, windows, norm):
     images, count = len(windows.index), windows.count
     if norm is None:
         return table.repeat(images, 1)
-    share, exact = windows.shares, table.double()
-    deviations = exact - (share @ exact)[:, None]
+    share = windows.shares
+    # Not even a product with zero has what an image does not see: it may be infinite, or NaN.
+    exact = table.double().where(share[:, :, None] > 0, 0)
+    deviations = exact - torch.einsum("nk,nkc->nc", share, exact)[:, None]
     variance = torch.einsum("nk,nkc->nc", share, deviations.square())
     normalised = deviations * torch.rsqrt(variance + norm.eps)[:, None]
     if norm.affine:

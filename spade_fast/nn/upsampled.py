@@ -112,13 +112,10 @@ def convolve_repeated(conv, x, factor):
     """conv(repeat_pixels(x, factor)) of a convolution that keeps a map's size by zero padding."""
     weight = conv.weight.transpose(0, 1)
     taps = weight.shape[-1]
-    # meets[t, j]: whether tap t of the convolution is part of tap j of the transposed one.
-    offset = (
-        torch.arange(taps + factor - 1, device=weight.device)
-        + torch.arange(taps, device=weight.device)[:, None]
-        - (taps - 1)
-    )
-    meets = ((offset >= 0) & (offset < factor)).to(weight.dtype)
+    # Tap j of the transposed one is the sum of those taps, `factor` in a row at most, that meet the
+    # same pixel. (A product with zeros and ones would make NaN of an infinite weight.)
+    meeting = [slice(max(0, end - factor), min(taps, end)) for end in range(1, taps + factor)][::-1]
     for dim in range(2, weight.dim()):
-        weight = (weight.movedim(dim, -1) @ meets).movedim(-1, dim)
+        slices = weight.unbind(dim)
+        weight = torch.stack([functools.reduce(torch.add, slices[of]) for of in meeting], dim)
     return TRANSPOSED[weight.dim() - 2](x, weight, conv.bias, stride=factor, padding=conv.padding)
