@@ -177,7 +177,6 @@ template <typename T>
 T atomicMin(T* at, T value) { return std::exchange(*at, std::min(*at, value)); }
 template <typename T>
 T atomicAdd(T* at, T value) { return std::exchange(*at, *at + value); }
-inline int __popc(uint32_t bits) { return __builtin_popcount(bits); }
 inline float __uint_as_float(uint32_t bits) {
   float value;
   std::memcpy(&value, &bits, 4);
