@@ -78,7 +78,7 @@ KERNELS = {
     "native_batch_norm": 2,
     "equal": 2,
 }
-# Of this package's operators, dense and with a table.
+# Launches of this package's operators where it is not one: dense, and with a table.
 OWN = {
     "plane_moments": (2, 2),
     "instance_forward": (1, 1),
@@ -399,7 +399,7 @@ def table(found: dict[str, Counts]) -> Table:
         "allo-\ncations",
         "MiB",
     )
-    shown = narrow_table("what, once", *columns)
+    shown = narrow_table("one call", *columns)
     for name, counts in found.items():
         limit = LIMITS.get(name, Limit(None, None))  # eager's are not ours to limit
         shown.add_row(
