@@ -25,6 +25,8 @@ from spade_fast import SemanticLayout, reference
 from . import layouts
 
 FORWARD, BACKWARD = "forward", "forward+backward"
+# What is timed on a GPU (measure.timed): the host's part is left out, or belongs to it.
+DEVICE_ALONE, WHOLE_CALLS = "device alone", "whole calls"
 # (channels, size) of the 18 SPADEs of the published COCO generator at 256², and of LivePortrait's
 # decoder.
 COCO_SHAPES = [
@@ -77,6 +79,7 @@ class Problem:
         default_factory=lambda: [None]
     )  # each round measures the next one, each is checked
     scene: int = 0  # which of them the functions compute now
+    clock: str = WHOLE_CALLS  # or DEVICE_ALONE
     least_bytes: int | None = (
         None  # that the operation has to read and write, every input and output once
     )
@@ -92,8 +95,13 @@ class Settings:
     labels: str | None = None
     instances: str | None = None
     scenes: int = 1
-    batch: int = 1  # of networks so many scenes at once
-    compile_mode: str = "default"  # of torch.compile, for networks
+    batch: int = 1  # images of an operation, scenes that a network computes at once
+    compile_mode: str = "default"  # torch.compile's, for networks
+    without: tuple = ()  # how the names of variants begin that are not built
+
+    def wanted(self, makers):
+        """The variants that are not left out, built: of functions that make them, by name."""
+        return {name: make() for name, make in makers.items() if not name.startswith(self.without)}
 
 
 def modulate(settings):
@@ -106,7 +114,7 @@ def modulate(settings):
             memory = "channels-last" if layout is torch.channels_last else "contiguous"
             for mode in (FORWARD, BACKWARD):
                 name, shape = f"{channels} × {size}² {memory}", (channels, size, layout)
-                yield _plan(_modulate_problem, settings, name, mode, *shape)
+                yield plan_of(modulate_problem, settings, name, mode, *shape)
 
 
 def lookup(settings):
@@ -119,19 +127,19 @@ def lookup(settings):
     def build(settings, name, mode, channels, size):
         windows = scene().windows((size, size), 3)
         name = f"{channels} × {size}² {windows.count} windows"
-        return _modulate_problem(settings, name, mode, channels, size, torch.channels_last, windows)
+        return modulate_problem(settings, name, mode, channels, size, torch.channels_last, windows)
 
     for channels, size in [(64, 32)] if settings.quick else COCO_SHAPES:
         for mode in (FORWARD, BACKWARD):
-            yield _plan(build, settings, f"{channels} × {size}² windows", mode, channels, size)
+            yield plan_of(build, settings, f"{channels} × {size}² windows", mode, channels, size)
 
 
-def _plan(build, settings, name, mode, *arguments):
+def plan_of(build, settings, name, mode, *arguments):
     """The plan of build(settings, name, mode, *arguments)."""
     return Plan(name, mode, functools.partial(build, settings, name, mode, *arguments))
 
 
-def _modulate_problem(settings, name, mode, channels, size, layout, windows=None):
+def modulate_problem(settings, name, mode, channels, size, layout, windows=None):
     """windows: of the table that γ and β are; without, they are dense."""
 
     def tensor(*shape):
@@ -183,17 +191,20 @@ def _modulate_problem(settings, name, mode, channels, size, layout, windows=None
     return Problem(
         name,
         mode,
-        {
-            "eager": variant(eager, inputs, dy),
-            "torch.compile": variant(_compiled(eager), inputs, dy),
-            "spade_fast": variant(ours, inputs, dy),
-            "floor": variant(floor, inputs, dy, ["x"]),
-        },
+        settings.wanted(
+            {
+                "eager": lambda: variant(eager, inputs, dy),
+                "torch.compile": lambda: variant(_compiled(eager), inputs, dy),
+                "spade_fast": lambda: variant(ours, inputs, dy),
+                "floor": lambda: variant(floor, inputs, dy, ["x"]),
+            }
+        ),
         variant(eager, exact, dy.double()),
         lambda number: variant(
             eager, {name: jitter(value) for name, value in inputs.items()}, dy
         )(),
         least_bytes=least_bytes,
+        clock=DEVICE_ALONE,
     )
 
 
@@ -228,7 +239,7 @@ def layer(settings):
         for kind in ("scene", "noise", "dense features"):
             for mode in (FORWARD, BACKWARD):
                 name = f"{channels} at {size}², {kind}"
-                yield _plan(build, settings, name, mode, channels, size, kind)
+                yield plan_of(build, settings, name, mode, channels, size, kind)
 
 
 def _layer_problem(settings, name, mode, channels, size, segmap):
@@ -254,13 +265,15 @@ def _layer_problem(settings, name, mode, channels, size, segmap):
     return Problem(
         name,
         mode,
-        {
-            "eager": variant(eager, x, segmap),
-            "spade_fast, pixels": variant(ours, x, segmap, "never"),
-            "spade_fast, windows": variant(ours, x, segmap, "always"),
-            "spade_fast, by itself": variant(ours, x, segmap),
-            "spade_fast, new condition": variant(ours, x, segmap, fresh=True),
-        },
+        settings.wanted(
+            {
+                "eager": lambda: variant(eager, x, segmap),
+                "spade_fast, pixels": lambda: variant(ours, x, segmap, "never"),
+                "spade_fast, windows": lambda: variant(ours, x, segmap, "always"),
+                "spade_fast, by itself": lambda: variant(ours, x, segmap),
+                "spade_fast, new condition": lambda: variant(ours, x, segmap, fresh=True),
+            }
+        ),
         variant(exact, x.double(), segmap.double()),
         lambda number: variant(eager, jitter(x), jitter(segmap))(),
     )
@@ -294,12 +307,13 @@ def block(settings):
             segmaps(),
             (x,),
             lambda network, segmap, x: network(x, segmap),
+            takes_layouts=True,
         )
 
     for fin, fout, size in [(128, 64, 64)] if settings.quick else COCO_BLOCKS:
         for mode in (FORWARD, BACKWARD):
             name = _name(settings, f"{fin} → {fout} at {size}²")
-            yield _plan(build, settings, name, mode, fin, fout, size)
+            yield plan_of(build, settings, name, mode, fin, fout, size)
 
 
 def generator(settings):
@@ -344,12 +358,13 @@ def generator(settings):
             z,
             lambda network, segmap, *z: network(segmap.repeat(4, 1, 1, 1) if z else segmap, *z),
             lambda network, segmap, *z: network(segmap, *z),
+            takes_layouts=True,
             graphed=settings.device != "cpu",
         )
 
     for name, *problem in problems[: 2 if settings.quick else None]:
         for mode in (FORWARD, BACKWARD):
-            yield _plan(build, settings, _name(settings, name), mode, *problem)
+            yield plan_of(build, settings, _name(settings, name), mode, *problem)
 
 
 def discriminator(settings):
@@ -377,9 +392,10 @@ def discriminator(settings):
                 torch.cat([segmap.repeat(2, 1, 1, 1), images], dim=1)
             ),
             lambda network, segmap, images: network(images, segmap),
+            takes_layouts=True,
         )
 
-    yield _plan(build, settings, _name(settings, f"COCO {_scene_size(settings)}²"), BACKWARD)
+    yield plan_of(build, settings, _name(settings, f"COCO {_scene_size(settings)}²"), BACKWARD)
 
 
 def converted(settings):
@@ -410,7 +426,7 @@ def converted(settings):
 
     for name, make in {f"COCO {size}²": generator, "LivePortrait's decoder": decoder}.items():
         for mode in (FORWARD, BACKWARD):
-            yield _plan(build, settings, _name(settings, name), mode, make)
+            yield plan_of(build, settings, _name(settings, name), mode, make)
 
 
 def monai(settings):
@@ -473,10 +489,10 @@ def monai(settings):
     size, channels = (32, (8, 16)) if settings.quick else (96, (16, 32, 64))
     for mode in (FORWARD, BACKWARD):
         name = _name(settings, f"SPADENet {size}³")
-        yield _plan(build_generator, settings, name, mode, size, channels)
+        yield plan_of(build_generator, settings, name, mode, size, channels)
     size, channels, steps = (16, (8, 16), 2) if settings.quick else (64, (64, 128, 256), 50)
     name = _name(settings, f"diffusion UNet {size}², {steps} steps")
-    yield _plan(build_diffusion, settings, name, FORWARD, size, channels, steps)
+    yield plan_of(build_diffusion, settings, name, FORWARD, size, channels, steps)
 
 
 def _name(settings, name):
@@ -523,15 +539,19 @@ def _network_problem(
     our_call=None,
     *,
     keeps_tables=False,
+    takes_layouts=False,
     graphed=False,
 ):
     """Measures call(network, segmap, *inputs), of each scene's segmap in turn: with BACKWARD the
-    gradients of all parameters and of those inputs that require them. our_call: of ours, where it
-    takes less. keeps_tables: ours are kept inside of each call.
-    graphed: ours is measured as one CUDA graph, too, where it is for inference.
+    gradients of all parameters and of those inputs that require them.
+
+    our_call: the call of ours, where it takes less. keeps_tables: ours are kept inside of each
+    call. takes_layouts: ours takes SemanticLayouts too, and is measured with layouts that are
+    prepared; where it has SPADEs and infers, with tables that are frozen, too. graphed: ours is
+    measured as one CUDA graph, too, where it infers.
     """
     our_call = our_call or call
-    settle(eager)
+    settle(eager.to(settings.device))
     ours.load_state_dict(eager.state_dict())
     eager, ours = (_set_mode(network.to(settings.device), mode) for network in (eager, ours))
     exact, ours_in_double = (copy.deepcopy(network).double() for network in (eager, ours))
@@ -549,6 +569,7 @@ def _network_problem(
         call=call,
         layout=torch.contiguous_format,
         compile=False,
+        prepared=False,
         frozen=False,
         keeps_tables=False,
     ):
@@ -574,7 +595,7 @@ def _network_problem(
             segmap = segmaps[problem.scene % len(segmaps)]
             # A view is another tensor each time: finding its windows is part of what is measured,
             # as for a new layout.
-            segmap = segmap if frozen else segmap.view_as(segmap)
+            segmap = prepared_layout() if prepared else segmap.view_as(segmap)
             with spade_fast.frozen(network) if keeps_tables else contextlib.nullcontext():
                 y = _flat(call(forward, segmap, *inputs))
             if (
@@ -591,30 +612,56 @@ def _network_problem(
 
         return run
 
-    def run_graph(captured):
-        layout = SemanticLayout.from_segmap(segmaps[problem.scene % len(segmaps)])
-        if not captured:
-            captured.append(spade_fast.Graphed(ours, layout, *inputs))
-        return _outputs(captured[0](layout, *inputs), {}, None, FORWARD)
+    @functools.cache
+    def layout_of_scene(number):
+        return SemanticLayout.from_segmap(segmaps[number])
 
-    variants = {
-        "eager": variant(eager, inputs, segmaps),
-        "torch.compile": variant(copy.deepcopy(eager), inputs, segmaps, compile=True),
-        "spade_fast": variant(ours, inputs, segmaps, our_call, keeps_tables=keeps_tables),
+    def prepared_layout():
+        """The layout of this round's scene: its windows are known from the first call on."""
+        return layout_of_scene(problem.scene % len(segmaps))
+
+    def new_layout():
+        return SemanticLayout.from_segmap(segmaps[problem.scene % len(segmaps)])
+
+    def graph(layout):
+        captured = []
+
+        def run():
+            condition = layout()
+            if not captured:
+                captured.append(spade_fast.Graphed(ours, condition, *inputs))
+            return _outputs(captured[0](condition, *inputs), {}, None, FORWARD)
+
+        return run
+
+    def frozen(fold):
+        own = fold(copy.deepcopy(ours))
+        return variant(own, inputs, segmaps, our_call, prepared=True, frozen=True)
+
+    def floor_in(layout):
+        return variant(copy.deepcopy(floor), inputs, segmaps, layout=layout)
+
+    makers = {
+        "eager": lambda: variant(eager, inputs, segmaps),
+        "torch.compile": lambda: variant(copy.deepcopy(eager), inputs, segmaps, compile=True),
+        "spade_fast": lambda: variant(ours, inputs, segmaps, our_call, keeps_tables=keeps_tables),
     }
-    if graphed and mode == FORWARD:
-        variants["spade_fast, graph"] = functools.partial(run_graph, [])
-    eager_channels_last = copy.deepcopy(eager)
-    if floor is not None:
-        floor = _set_mode(settle(floor).to(settings.device, settings.dtype), mode)
-        if mode == FORWARD:
-            variants["spade_fast, frozen"] = variant(
-                copy.deepcopy(ours), inputs, segmaps, our_call, frozen=True
-            )
-        variants["floor, contiguous"] = variant(floor, inputs, segmaps)
-        variants["floor, channels-last"] = variant(
-            copy.deepcopy(floor), inputs, segmaps, layout=torch.channels_last
+    if takes_layouts:
+        makers["spade_fast, prepared"] = lambda: variant(
+            ours, inputs, segmaps, our_call, prepared=True
         )
+    if takes_layouts and floor is not None and mode == FORWARD:
+        makers["spade_fast, frozen"] = lambda: frozen(lambda network: network)
+        makers["spade_fast, folded, frozen"] = lambda: frozen(spade_fast.fold_spectral_norm)
+    if graphed and mode == FORWARD:
+        makers["spade_fast, graph"] = lambda: graph(new_layout)
+        makers["spade_fast, graph, prepared"] = lambda: graph(prepared_layout)
+    if floor is not None:
+        floor = _set_mode(settle(floor.to(settings.device)).to(settings.dtype), mode)
+        makers["floor, contiguous"] = lambda: floor_in(torch.contiguous_format)
+        makers["floor, channels-last"] = lambda: floor_in(torch.channels_last)
+    variants = settings.wanted(makers)
+    eager_channels_last = copy.deepcopy(eager)
 
     def jittered(number):
         # Every other time in channels-last, where PyTorch's convolutions round five times as much.
@@ -652,14 +699,16 @@ def _flat(results):
 
 
 def conditions(settings, size=(256, 256), label_nc=184):
-    """Of the first scenes of the folder that was named, else of the drawn ones, the conditions
-    [batch, label_nc, *size] (or 64²): fewer classes than COCO-Stuff's share its labels.
+    """Conditions [batch, label_nc, *size] (or 64²) of scenes: the first ones of the folder that was
+    named and, where it has too few, the same ones mirrored; without a folder, drawn ones. A network
+    with fewer classes than COCO-Stuff gives several of them the same number.
     """
     count = settings.scenes * settings.batch
     if settings.labels is None:
         scenes = map(layouts.draw_scene, range(count))
     else:
-        scenes = layouts.load_scenes(settings.labels, settings.instances)[:count]
+        scenes = layouts.load_scenes(settings.labels, settings.instances)
+        scenes = [*scenes, *map(layouts.mirrored, scenes)][:count]
     classes, batch = label_nc - 2, []
     for labels, instances in scenes:
         instances = np.zeros_like(labels) if instances is None else instances
@@ -724,7 +773,7 @@ def settle(network):
     """
     for module in network.modules():
         for _ in range(20 if hasattr(module, "weight_orig") else 0):
-            module(torch.zeros(1, module.in_channels, 1, 1))
+            module(module.weight_orig.new_zeros(1, module.in_channels, 1, 1))
     return network
 
 

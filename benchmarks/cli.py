@@ -50,16 +50,28 @@ def list_cases():
 
 @app.command()
 def run(
-    names: Annotated[list[str], typer.Argument(metavar="NAME...", help=f"Of: {', '.join(CASES)}.")],
+    names: Annotated[
+        list[str], typer.Argument(metavar="NAME...", help=f"One or more: {', '.join(CASES)}.")
+    ],
     quick: Annotated[
         bool, typer.Option("--quick", help="One small problem of each, about a minute.")
     ] = False,
     only: Annotated[
-        str,
+        list[str] | None,
         typer.Option(
-            metavar="TEXT", help="Problems whose name has this in it, such as '128 × 256²'."
+            metavar="TEXT",
+            help="Problems whose name has this in it, such as '128 × 256²'. Given several times:"
+            " those of each, in this order.",
         ),
-    ] = "",
+    ] = None,
+    without: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="TEXT",
+            help="Variants whose name begins with this, such as torch.compile, are neither built"
+            " nor checked nor timed; may be given several times.",
+        ),
+    ] = None,
     seconds: Annotated[
         float, typer.Option(min=0, help="How long the rounds of one problem take.")
     ] = 10,
@@ -67,13 +79,16 @@ def run(
     dtype: Annotated[str, typer.Option(help=f"{', '.join(DTYPES)}.")] = "float32",
     labels: Annotated[
         Path | None,
-        typer.Option(help="Folder of PNGs of COCO-Stuff classes; a drawn scene without."),
+        typer.Option(
+            help="Folder of PNGs of COCO-Stuff classes; where it has too few, the same ones"
+            " mirrored follow; without, scenes are drawn."
+        ),
     ] = None,
     instances: Annotated[
         Path | None, typer.Option(help="Folder of PNGs of instance numbers, named as the labels.")
     ] = None,
     batch: Annotated[
-        int, typer.Option(min=1, help="Batch: of networks, so many scenes at once.")
+        int, typer.Option(min=1, help="How many images or scenes are computed at once.")
     ] = 1,
     scenes: Annotated[
         int,
@@ -82,7 +97,7 @@ def run(
         ),
     ] = 1,
     compile_mode: Annotated[
-        str, typer.Option(help=f"Of torch.compile, for networks: {', '.join(COMPILE_MODES)}.")
+        str, typer.Option(help=f"torch.compile's, for networks: {', '.join(COMPILE_MODES)}.")
     ] = "default",
     json: Annotated[
         Path | None, typer.Option(help="Write everything that was measured to this file.")
@@ -92,7 +107,11 @@ def run(
     """Check, then time, the cases; print a table. Exits with 1 where a row of ours or of eager does
     not match.
     """
-    check_scenes(labels, instances, scenes * batch)
+    check_scenes(labels, instances, -(-scenes * batch // 2))
+    if any("eager".startswith(text) for text in without or ()):
+        raise typer.BadParameter(
+            "eager cannot be left out: all others are compared with it", param_hint="--without"
+        )
     compile_mode = choose("--compile-mode", compile_mode, COMPILE_MODES)
     settings = Settings(
         check_device(device),
@@ -103,6 +122,7 @@ def run(
         scenes,
         batch,
         compile_mode,
+        tuple(without or ()),
     )
     plans = choose_plans({name: choose("NAME", name, CASES) for name in names}, settings, only)
     for option, path in (("--json", json), ("--plot", plot)):
@@ -155,14 +175,14 @@ def run(
 
 @app.command()
 def proofs(
-    capability: Annotated[list[int], typer.Option(help="Of GPUs, such as 90.")] = list(
+    capability: Annotated[list[int], typer.Option(help="A GPU's, such as 90.")] = list(
         compiled.CAPABILITIES
     ),
-    dtype: Annotated[list[str], typer.Option(help=f"Of: {'; '.join(compiled.DTYPES)}.")] = list(
+    dtype: Annotated[list[str], typer.Option(help=f"{'; '.join(compiled.DTYPES)}.")] = list(
         compiled.DTYPES
     ),
     activation: Annotated[
-        list[str], typer.Option(help=f"Of: {', '.join(compiled.ACTIVATIONS)}.")
+        list[str], typer.Option(help=f"{', '.join(compiled.ACTIVATIONS)}.")
     ] = list(compiled.ACTIVATIONS),
     json: Annotated[
         Path | None, typer.Option(help="Write everything that was found to this file.")
@@ -188,7 +208,7 @@ def proofs(
 @app.command("cuda-proofs")
 def prove_cuda(
     capability: Annotated[
-        list[int], typer.Option(help="Of GPUs, such as 90; may be given several times.")
+        list[int], typer.Option(help="A GPU's, such as 90; may be given several times.")
     ] = list(compiled.CAPABILITIES),
 ):
     """Compile the CUDA kernels with nvcc, with no GPU, and read what came of them. Exits with 1
@@ -206,6 +226,10 @@ def gpu(
     stage: Annotated[
         list[str] | None, typer.Option(help="Only this stage; may be given several times.")
     ] = None,
+    labels: Annotated[
+        Path | None, typer.Option(help="As for `run`, for all that is measured on scenes.")
+    ] = None,
+    instances: Annotated[Path | None, typer.Option(help="As for `run`.")] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Only say what would be done.")
     ] = False,
@@ -216,6 +240,8 @@ def gpu(
     """
     known = {one.name: one for one in on_gpu.STAGES}
     stages = [choose("--stage", name, known) for name in stage] if stage else on_gpu.STAGES
+    check_scenes(labels, instances, on_gpu.LEAST_SCENES)
+    stages = on_gpu.with_scenes(stages, labels, instances)
     if dry_run:
         typer.echo(on_gpu.plan(stages))
         return
@@ -307,15 +333,20 @@ def conclude(module, proofs):
 
 
 def choose_plans(cases, settings, only):
-    """What is to be measured, (case, Plan) each; nothing is built for that."""
+    """What is to be measured, a pair of case and Plan each, in the order of `only`; nothing is
+    built for that.
+    """
     plans = [(name, plan) for name, case in cases.items() for plan in case(settings)]
-    chosen = deque((name, plan) for name, plan in plans if only in plan.name)
-    if not chosen:
-        names = "; ".join(dict.fromkeys(plan.name for _, plan in plans))
-        raise typer.BadParameter(
-            f"no problem has {only!r} in its name; there are: {names}", param_hint="--only"
-        )
-    return chosen
+    chosen = {}
+    for text in only or [""]:
+        found = {id(plan): (name, plan) for name, plan in plans if text in plan.name}
+        if not found:
+            names = "; ".join(dict.fromkeys(plan.name for _, plan in plans))
+            raise typer.BadParameter(
+                f"no problem has {text!r} in its name; there are: {names}", param_hint="--only"
+            )
+        chosen |= found  # one that is there keeps its place
+    return deque(chosen.values())
 
 
 def choose(parameter, name, choices):

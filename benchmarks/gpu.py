@@ -1,12 +1,15 @@
-"""Everything that a GPU is needed for, in one call of less than nine minutes: build, tests,
-sanitizer, speed.
+"""What needs a GPU, in one call of less than nine minutes: build, speed, tests, sanitizer.
 
-Each stage is a process of its own with a time limit of its own, and what it found is saved when it
-ends: one that fails or hangs takes nothing from the others, and what is left out for want of time
-    is run by `--stage` in another call. DIR gets log.txt, what every
-stage printed; gpu.json, how each ended; and the results by name.
+The stages are ordered by what they are worth, so that a call that is broken off has done the most:
+a build for this GPU alone, a smoke test, the operation and the generator beside eager PyTorch, the
+tests, the sanitizer, and at last whatever torch.compile has to compile first. Each stage is a
+process of its own with a time limit of its own, and what it found is saved when it ends: one that
+fails or hangs takes nothing from the others. What is left out for want of time is run by `--stage`
+in another call. DIR gets log.txt, what every stage printed; gpu.json, how each ended; and the
+results by name.
 """
 
+import importlib.util
 import json
 import os
 import shutil
@@ -14,7 +17,7 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -23,8 +26,11 @@ from .report import commit
 
 ROOT = Path(__file__).parent.parent
 TOTAL = 530  # seconds, for all stages together
-PYTEST = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
-BENCHMARKS = [sys.executable, "-m", "benchmarks"]
+PROCESSES = 12  # of tests, which share the GPU
+LEAST_SCENES = 8  # in a folder: mirrored, they make a batch of 16
+KEY_SHAPES = ("128 × 256²", "256 × 128²", "512 × 64²", "1024 × 16²")
+# What torch.compile would have to compile before anything is timed.
+NOT_COMPILED = ("--without", "torch.compile")
 
 
 @dataclass(frozen=True)
@@ -36,186 +42,247 @@ class Stage:
     command: list
     seconds: int
     needs: str | None = None  # a program without which it is left out
+    environment: dict = field(default_factory=dict)
 
 
-EXERCISE = [sys.executable, "-c", "from benchmarks.gpu import exercise; exercise()"]
-SANITIZER = ["compute-sanitizer", "--error-exitcode", "1", "--tool"]
-ON_GPU = [*BENCHMARKS, "run", "--device", "cuda"]
+def python(call):
+    """The command that calls a function of this module."""
+    return [sys.executable, "-c", f"from benchmarks import gpu; gpu.{call}"]
+
+
+def measures(case, result, *options, dtype="bfloat16", seconds="0.2"):
+    """The command that measures a case, and saves it as {result}.json."""
+    command = [sys.executable, "-m", "benchmarks", "run", case, "--device", "cuda"]
+    command += ["--dtype", dtype, "--seconds", seconds]
+    return [*command, *options, "--json", f"{{out}}/{result}-{dtype}.json"]
+
+
+def tests(only, *files):
+    """The command that runs those tests of these files whose names fit, in several processes where
+    pytest-xdist is there.
+    """
+    several = importlib.util.find_spec("xdist") is not None
+    processes = min(PROCESSES, os.cpu_count() or 1)
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
+    command += ["-n", str(processes), "--dist", "worksteal"] * several
+    return [*command, *(["-k", only] if only else []), *(f"tests/test_{name}.py" for name in files)]
+
+
+def sanitizer(tool, backend):
+    """The stage that looks at a backend's every kernel with a tool of compute-sanitizer."""
+    program = "compute-sanitizer"
+    looks_for = {"memcheck": "accesses outside of tensors", "racecheck": "races in shared memory"}
+    return Stage(
+        f"{tool} of {backend}",
+        f"every kernel once: {looks_for[tool]}",
+        [program, "--error-exitcode", "1", "--tool", tool, *python(f"exercise('{backend}')")],
+        60 if backend == "cuda" else 150,  # Triton compiles each configuration first
+        program,
+        # Each tensor is an allocation of its own, so that its end is an end of memory.
+        {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
+    )
+
+
+def only(*texts):
+    return [part for text in texts for part in ("--only", text)]
+
+
+GENERATOR = only("COCO 256²")
 STAGES = [
     Stage(
         "build",
-        "the compiled libraries, in place",
+        "the compiled libraries, in place, for this GPU alone",
         [sys.executable, "setup.py", "build_ext", "--inplace"],
-        90,
+        150,
+        environment={"FORCE_CUDA": "1"},
     ),
     Stage(
-        "info",
-        "which backends run, and why not the others",
-        [sys.executable, "-c", "from spade_fast.cli import app; app(['info'])"],
-        20,
+        "smoke",
+        "which backends run, and whether each is right, forward and backward, on a few shapes",
+        python("smoke()"),
+        60,
+    ),
+    Stage(
+        "modulate",
+        "the operation on four shapes at batch 16",
+        measures("modulate", "modulate", "--batch", "16", *only(*KEY_SHAPES), *NOT_COMPILED),
+        60,
+    ),
+    Stage(
+        "lookup",
+        "the same with γ and β looked up in tables",
+        measures("lookup", "lookup", "--batch", "16", *only(*KEY_SHAPES), *NOT_COMPILED),
+        75,
+    ),
+    Stage(
+        "generator",
+        "the published generator at 256²",
+        measures("generator", "generator", *GENERATOR, *NOT_COMPILED, seconds="3"),
+        80,
+    ),
+    Stage(
+        "generator at 16",
+        "the published generator at 256², sixteen scenes at once",
+        measures(
+            "generator",
+            "generator-batch-16",
+            *("--batch", "16", *GENERATOR, *NOT_COMPILED),
+            seconds="3",
+        ),
+        120,
     ),
     Stage(
         "tests of cuda",
         "the suite on the CUDA kernels",
-        [
-            *PYTEST,
-            "-k",
-            "cuda",
-            "tests/test_modulate.py",
-            "tests/test_layers.py",
-            "tests/test_windows.py",
-        ],
+        tests("cuda", "modulate", "layers", "windows", "networks", "frozen"),
         90,
     ),
     Stage(
         "tests of layouts",
         "numbering on the GPU, and steps that are captured in CUDA graphs",
-        [*PYTEST, "tests/test_numbering.py", "tests/test_graphs.py", "tests/test_layout.py"],
-        45,
-    ),
-    Stage(
-        "tests of triton",
-        "those of its own and some of the suite's on the Triton kernels: each configuration is"
-        " compiled first",
-        [
-            *PYTEST,
-            "-k",
-            "triton and (tiles or bits or training_and_affine or layouts_that_differ or"
-            " the_other_dtypes)",
-            "tests/test_triton.py",
-            "tests/test_modulate.py",
-            "tests/test_windows.py",
-        ],
-        110,
-    ),
-    *(
-        Stage(
-            f"modulate {dtype}",
-            "the operation alone, on the published shapes at batch 16",
-            [
-                *ON_GPU,
-                "modulate",
-                "--batch",
-                "16",
-                "--dtype",
-                dtype,
-                "--seconds",
-                "0.2",
-                "--json",
-                f"{{out}}/modulate-{dtype}.json",
-            ],
-            seconds,
-        )
-        for dtype, seconds in (("bfloat16", 110), ("float32", 60))
-    ),
-    Stage(
-        "generator",
-        "the published generator at 256²",
-        [
-            *ON_GPU,
-            "generator",
-            "--only",
-            "COCO 256²",
-            "--dtype",
-            "bfloat16",
-            "--seconds",
-            "5",
-            "--compile-mode",
-            "reduce-overhead",
-            "--json",
-            "{out}/generator-bfloat16.json",
-        ],
-        80,
-    ),
-    Stage(
-        "memcheck",
-        "every kernel once: accesses outside of tensors",
-        [*SANITIZER, "memcheck", *EXERCISE],
-        45,
-        SANITIZER[0],
-    ),
-    Stage(
-        "racecheck",
-        "every kernel once: races in shared memory",
-        [*SANITIZER, "racecheck", *EXERCISE],
-        45,
-        SANITIZER[0],
-    ),
-    Stage(
-        "lookup",
-        "the operation with γ and β looked up in tables",
-        [
-            *ON_GPU,
-            "lookup",
-            "--batch",
-            "16",
-            "--dtype",
-            "bfloat16",
-            "--seconds",
-            "0.2",
-            "--json",
-            "{out}/lookup-bfloat16.json",
-        ],
+        tests("", "numbering", "graphs", "layout"),
         60,
     ),
     Stage(
-        "generator at 16",
-        "the published generator at 256², of sixteen scenes",
-        [
-            *ON_GPU,
-            "generator",
-            "--only",
-            "COCO 256²",
-            "--dtype",
-            "bfloat16",
-            "--seconds",
-            "5",
-            "--batch",
-            "16",
-            "--compile-mode",
-            "max-autotune",
-            "--json",
-            "{out}/generator-batch-16-bfloat16.json",
-        ],
-        300,
+        "tests of triton",
+        "its own tests and some of the suite's on the Triton kernels: each configuration is"
+        " compiled first",
+        tests(
+            "triton and (tiles or bits or training_and_affine or layouts_that_differ or"
+            " the_other_dtypes or hashes or convolution)",
+            *("triton", "modulate", "windows"),
+        ),
+        110,
+    ),
+    sanitizer("memcheck", "cuda"),
+    sanitizer("racecheck", "cuda"),
+    Stage(
+        "modulate at 1",
+        "the operation on four shapes, one image",
+        measures("modulate", "modulate-batch-1", *only(*KEY_SHAPES), *NOT_COMPILED),
+        60,
+    ),
+    Stage(
+        "modulate float32",
+        "the operation on four shapes at batch 16, in float32",
+        measures(
+            "modulate",
+            "modulate",
+            *("--batch", "16", *only(*KEY_SHAPES), *NOT_COMPILED),
+            dtype="float32",
+        ),
+        60,
+    ),
+    Stage(
+        "modulate everywhere",
+        "the operation on all published shapes at batch 16",
+        measures("modulate", "modulate-everywhere", "--batch", "16", *NOT_COMPILED),
+        120,
+    ),
+    Stage(
+        "lookup everywhere",
+        "the same with γ and β looked up in tables",
+        measures("lookup", "lookup-everywhere", "--batch", "16", *NOT_COMPILED),
+        100,
+    ),
+    Stage(
+        "discriminator",
+        "the published discriminator in training",
+        measures("discriminator", "discriminator", *NOT_COMPILED, seconds="3"),
+        60,
     ),
     Stage(
         "decoder",
         "LivePortrait's decoder, converted",
-        [
-            *ON_GPU,
+        measures(
             "converted",
-            "--only",
-            "LivePortrait",
-            "--dtype",
-            "float16",
-            "--seconds",
-            "5",
-            "--compile-mode",
-            "max-autotune",
-            "--json",
-            "{out}/converted-float16.json",
-        ],
+            "converted",
+            *(*only("LivePortrait"), *NOT_COMPILED),
+            dtype="float16",
+            seconds="3",
+        ),
+        80,
+    ),
+    sanitizer("memcheck", "triton"),
+    sanitizer("racecheck", "triton"),
+    Stage(
+        "generator compiled",
+        "the published generator beside torch.compile",
+        measures(
+            "generator",
+            "generator-compiled",
+            *(*GENERATOR, "--compile-mode", "reduce-overhead"),
+            seconds="3",
+        ),
+        150,
+    ),
+    Stage(
+        "modulate compiled",
+        "the operation on four shapes at batch 16 beside torch.compile",
+        measures("modulate", "modulate-compiled", "--batch", "16", *only(*KEY_SHAPES)),
         200,
     ),
+    Stage(
+        "decoder compiled",
+        "LivePortrait's decoder beside torch.compile at its best",
+        measures(
+            "converted",
+            "converted-compiled",
+            *(*only("LivePortrait"), "--compile-mode", "max-autotune"),
+            dtype="float16",
+            seconds="3",
+        ),
+        300,
+    ),
+    Stage(
+        "generator at 16 compiled",
+        "sixteen scenes at once beside torch.compile at its best",
+        measures(
+            "generator",
+            "generator-batch-16-compiled",
+            *("--batch", "16", *GENERATOR, "--compile-mode", "max-autotune"),
+            seconds="3",
+        ),
+        400,
+    ),
 ]
+WIDTH = max(len(stage.name) for stage in STAGES)
+
+
+def with_scenes(stages, labels=None, instances=None):
+    """The stages with the networks and tables measured on the scenes of these folders."""
+    if labels is None:
+        return stages
+    options = ["--labels", str(labels.absolute())]
+    options += [] if instances is None else ["--instances", str(instances.absolute())]
+    return [
+        replace(stage, command=[*stage.command, *options]) if "--json" in stage.command else stage
+        for stage in stages
+    ]
 
 
 def plan(stages=STAGES):
     """The stages as text, for --dry-run."""
     lines = []
     for stage in stages:
-        lines.append(f"{stage.name:18} at most {stage.seconds:3} s   {stage.what_for}")
-        lines.append(f"{'':18} {' '.join(shown(stage.command))}")
+        lines.append(f"{stage.name:{WIDTH}} at most {stage.seconds:3} s   {stage.what_for}")
+        lines.append(f"{'':{WIDTH}} {' '.join(shown(stage))}")
     return "\n".join(
-        [*lines, f"{'together':18} at most {TOTAL} s; a stage that begins late gets what is left"]
+        [
+            *lines,
+            f"{'together':{WIDTH}} at most {TOTAL} s; a stage that begins late gets what is left",
+        ]
     )
 
 
-def shown(command):
+def shown(stage):
+    """A stage's command as one would type it."""
     return [
-        "python" if part == sys.executable else f'"{part}"' if " " in part else part
-        for part in command
+        *(f"{name}={value}" for name, value in stage.environment.items()),
+        *(
+            "python" if part == sys.executable else f'"{part}"' if " " in part else part
+            for part in stage.command
+        ),
     ]
 
 
@@ -236,7 +303,7 @@ def run(out, stages=STAGES, total=TOTAL, say=print):
             seconds = round(time.monotonic() - start, 1)
         ended.append({**asdict(stage), "outcome": outcome, "took": seconds})
         (out / "gpu.json").write_text(json.dumps({"environment": facts, "stages": ended}, indent=1))
-        say(f"{stage.name:18} {seconds:6.1f} s   {outcome}")
+        say(f"{stage.name:{WIDTH}} {seconds:6.1f} s   {outcome}")
     return all(
         stage["outcome"] in ("passed", f"left out: {stage['needs']} is not there")
         for stage in ended
@@ -247,7 +314,7 @@ def execute(stage, out, limit):
     """Runs one stage; how it ended."""
     command = [part.format(out=out) for part in stage.command]
     with open(out / "log.txt", "a") as log:
-        log.write(f"\n==== {stage.name}: {' '.join(shown(command))}\n")
+        log.write(f"\n==== {stage.name}: {' '.join(shown(stage))}\n")
         log.flush()
         process = subprocess.Popen(
             command,
@@ -255,7 +322,7 @@ def execute(stage, out, limit):
             stderr=subprocess.STDOUT,
             cwd=ROOT,
             start_new_session=True,
-            env=os.environ | {"PYTHONPATH": str(ROOT)},
+            env=os.environ | {"PYTHONPATH": str(ROOT)} | for_this_gpu() | stage.environment,
         )
         try:
             code = process.wait(limit)
@@ -266,36 +333,118 @@ def execute(stage, out, limit):
     return "passed" if code == 0 else f"failed with {code}"
 
 
-def exercise():
-    """Every kernel once, in both layouts, dense and with a table, on sizes that fit no tile: for
-    the sanitizer.
+def for_this_gpu():
+    """The environment variables of a build that is no longer than it need be."""
+    if not torch.cuda.is_available():
+        return {}
+    major, minor = torch.cuda.get_device_capability()
+    cores = len(os.sched_getaffinity(0))
+    return {"TORCH_CUDA_ARCH_LIST": f"{major}.{minor}", "MAX_JOBS": str(cores)}
+
+
+def smoke(device="cuda", backends=("cuda", "triton")):
+    """Compares each backend with the reference in float64, forward and backward, on a few shapes;
+    then a small generator in all the ways in which it is measured. Raises where something fails or
+    differs.
+    """
+    import spade_fast
+    from spade_fast.cli import app
+
+    from . import cases
+    from .measure import check
+
+    app(["info"], standalone_mode=False)
+    settings = cases.Settings(device, quick=True, batch=2, without=NOT_COMPILED[1:])
+    problems = [
+        (backend, "modulate", plan)
+        for backend in backends
+        for plan in smoke_plans(settings, few=backend == "triton")
+    ]
+    problems += [(None, "generator", plan) for plan in list(cases.generator(settings))[:2]]
+    wrong = 0
+    for backend, case, plan in problems:
+        with spade_fast.use_backend(backend), torch.set_grad_enabled(plan.mode == cases.BACKWARD):
+            rows = check(case, plan.build()).values()
+        # One operation has no leaky ReLUs behind it, for which gradients are allowed more.
+        differs = [
+            row for row in rows if not row.matches or case == "modulate" and (row.excess or 0) > 1
+        ]
+        words = "DIFFERS" if differs else "agrees"
+        print(f"{backend or 'all backends'}: {case} {plan.name}, {plan.mode} {words}", flush=True)
+        for row in differs:
+            print(row, flush=True)
+        wrong += len(differs)
+    if wrong:
+        raise SystemExit(f"{wrong} results failed or differ from the reference")
+
+
+def smoke_plans(settings, few):
+    """The operation on shapes that fit no tile, in one pass and in two, dense and with a table;
+    few: in bfloat16 alone, for kernels that are compiled first.
+    """
+    from spade_fast import SemanticLayout
+
+    from . import cases
+
+    labels = torch.arange(9).view(1, 3, 3).repeat(settings.batch, 1, 1)
+    layout = SemanticLayout.from_labels(labels, 9).to(settings.device)
+    for dtype in (torch.bfloat16,) if few else (torch.bfloat16, torch.float32):
+        for size in (9, 260):
+            for memory in (torch.contiguous_format, torch.channels_last):
+                for has_table in (False, True):
+                    windows = layout.windows((size, size), 3) if has_table else None
+                    for mode in (cases.FORWARD, cases.BACKWARD):
+                        name = f"33 × {size}² {memory} {'table' if has_table else 'dense'} {dtype}"
+                        yield cases.plan_of(
+                            cases.modulate_problem,
+                            replace(settings, dtype=dtype),
+                            *(name.replace("torch.", ""), mode, 33, size, memory, windows),
+                        )
+
+
+def exercise(backend):
+    """Every kernel of a backend once, in both memory layouts and two dtypes, dense and with a
+    table, on sizes that fit no tile, and those of a layout: for the sanitizer.
     """
     import spade_fast
 
-    for backend in ("cuda", "triton"):
-        for table in (False, True):
+    with spade_fast.use_backend(backend):
+        for dtype in (torch.float32, torch.bfloat16):
             for size in ((9, 7), (260, 259)):  # in one pass and in two
                 for last in (False, True):
-                    x = torch.randn(2, 33, *size, device="cuda")
-                    x = x.to(memory_format=torch.channels_last) if last else x
-                    gamma, beta = (
-                        torch.randn(50, 66, device="cuda").chunk(2, dim=1)
-                        if table
-                        else torch.randn(2, *x.shape, device="cuda")
-                    )
-                    index = torch.randint(50, (2, *size), device="cuda") if table else None
-                    tensors = [
-                        tensor.requires_grad_()
-                        for tensor in (x.detach(), gamma.detach(), beta.detach())
-                    ]
-                    with spade_fast.use_backend(backend):
-                        for norm, activation in (
-                            ("instance", "leaky_relu"),
-                            ("batch", "silu"),
-                            (None, None),
-                        ):
-                            y = spade_fast.spade_modulate(
-                                *tensors, index=index, norm=norm, activation=activation
-                            )
-                            torch.autograd.grad(y, tensors, torch.randn_like(y))
+                    for has_table in (False, True):
+                        exercise_modulation(dtype, size, last, has_table)
+            exercise_layout(dtype)
     torch.cuda.synchronize()
+
+
+def exercise_modulation(dtype, size, last, has_table):
+    import spade_fast
+
+    x = torch.randn(2, 33, *size, device="cuda", dtype=dtype)
+    x = x.to(memory_format=torch.channels_last) if last else x
+    tables = torch.randn(50, 66, device="cuda", dtype=dtype).chunk(2, dim=1)
+    gamma, beta = tables if has_table else (torch.randn_like(x), torch.randn_like(x))
+    index = torch.randint(50, (2, *size), device="cuda") if has_table else None
+    tensors = [tensor.detach().requires_grad_() for tensor in (x, gamma, beta)]
+    for norm, activation in (("instance", "leaky_relu"), ("batch", "silu"), (None, None)):
+        arguments = {"index": index, "norm": norm, "activation": activation}
+        y = spade_fast.spade_modulate(*tensors, **arguments)
+        torch.autograd.grad(y, tensors, torch.randn_like(y))
+        with torch.no_grad():
+            spade_fast.spade_modulate(*tensors, **arguments)
+
+
+def exercise_layout(dtype):
+    """Finds and numbers a layout as networks do, and differentiates a layer of it."""
+    import spade_fast
+
+    labels = torch.randint(5, (2, 1, 11, 9), device="cuda").repeat_interleave(4, 2)[:, 0]
+    segmap = spade_fast.SemanticLayout.from_labels(labels, 5).to_segmap(dtype)
+    layout = spade_fast.SemanticLayout.from_segmap(segmap)
+    spade = spade_fast.SPADE(33, 5, 16).to("cuda", dtype)
+    x = torch.randn(2, 33, 22, 9, device="cuda", dtype=dtype, requires_grad=True)
+    with spade_fast.window_mode("always"):
+        y = spade(x, layout, activation="leaky_relu")
+        torch.autograd.grad(y, [x, *spade.parameters()], torch.randn_like(y))
+    layout.avg_pool(3, 2, 1).patches(4, 2, 2)

@@ -281,6 +281,11 @@ def _read(path):
         return np.array(image)
 
 
+def mirrored(scene):
+    """Labels and instances (or None), left to right."""
+    return tuple(None if values is None else values[:, ::-1].copy() for values in scene)
+
+
 def resized(labels, instances, size):
     """labels and instances (or None) at another size, (height, width): every pixel takes its
     nearest one's number.

@@ -2,6 +2,7 @@
 and its peak memory.
 """
 
+import functools
 import json
 import os
 import statistics
@@ -16,7 +17,7 @@ import torch
 
 from spade_fast.agreement import excess
 
-from .cases import BACKWARD, FORWARD
+from .cases import BACKWARD, DEVICE_ALONE, FORWARD, WHOLE_CALLS
 
 # How far from the truth a variant may be, as a fraction of what the rule of agreement allows,
 # forward and in gradients too. In the gradients of a deep network a leaky ReLU whose sign differs
@@ -28,6 +29,10 @@ LIMITS = {"eager": (1, 1), "spade_fast": (1, 16), "torch.compile": (4, 16)}
 LIMIT_IN_DOUBLE = 1e-9  # of the largest element
 
 FLUSHED_BYTES = 256 << 20  # more than any L2 cache
+HEAD_START = 1 << 21  # cycles of a GPU, about a millisecond: eager's backward takes the host half
+LONGEST_HEAD_START = (
+    1 << 25
+)  # for what takes the host longer; what waits for the GPU never is ahead
 MOST_ROUNDS = 200  # of timing: more tell nothing new of small problems
 JITTERED_RUNS = 7  # of eager, to see how much a rounding matters (agreement.py)
 
@@ -44,6 +49,7 @@ class Row:
     excess: float | None = None
     error_in_double: float | None = None  # of ours in float64, as a fraction of the largest element
     failure: str | None = None  # what it died of
+    clock: str = WHOLE_CALLS  # what was timed: DEVICE_ALONE or WHOLE_CALLS (cases.py)
     times: list[float] = field(default_factory=list)
     ratio: tuple[float, float, float] | None = (
         None  # eager's time over this one's: quartiles over the rounds
@@ -115,7 +121,10 @@ def measure(case, problem, device, seconds, advance=lambda: None):
 
 def check(case, problem, advance=lambda: None):
     """A row for each variant that says whether it computes what it should, for every scene."""
-    rows = {name: Row(case, problem.name, problem.mode, name) for name in problem.variants}
+    rows = {
+        name: Row(case, problem.name, problem.mode, name, clock=problem.clock)
+        for name in problem.variants
+    }
     jittered_runs = max(2, JITTERED_RUNS // len(problem.scenes))
     for problem.scene in range(len(problem.scenes)):
         truth, eagers = (
@@ -167,8 +176,8 @@ def gradient_scales(truth):
 
 
 def time_interleaved(rows, runs, problem, device, seconds):
-    """Rounds of one call each, every round beginning with another variant, for about so many
-    seconds: 5 to MOST_ROUNDS of them, and all scenes.
+    """Times one call of each variant a round, every round beginning with another variant, until
+    `seconds` are over: 5 to MOST_ROUNDS rounds, and each scene at least once.
     """
     for run in runs.values():
         run()
@@ -179,39 +188,74 @@ def time_interleaved(rows, runs, problem, device, seconds):
         problem.scene = rounds % len(problem.scenes)
         for position in range(len(names)):
             name = names[(position + rounds) % len(names)]
-            rows[name].times.append(timed(runs[name], device))
+            rows[name].times.append(timed(runs[name], device, problem.clock))
         rounds += 1
 
 
-def timed(run, device):
-    """Seconds of one call; on a GPU between its events, from a cold L2 cache, and without the
-    host's time as far as it keeps ahead.
+def timed(run, device, clock=WHOLE_CALLS):
+    """Seconds of one call, on a GPU from a cold L2 cache.
+
+    WHOLE_CALLS, for networks: from when the host begins the call to when the device has ended it.
+    The host's time is part of that: where launching takes longer than the kernels do, the launches
+    are what a caller waits for, and nothing may hide them.
+
+    DEVICE_ALONE, for single operations on a GPU: between two events on the device. An operation is
+    launched in the middle of a network, where the device still has work of those before it, so that
+    the host's time is not its own. The device therefore sleeps before the first event, for so long
+    that the host has launched everything when it wakes. Whether it had is looked at each time.
     """
     if torch.device(device).type != "cuda":
-        start = time.perf_counter()
-        result = run()
-        took = time.perf_counter() - start
-        del result
-        return took
+        return timed_by_host(run, lambda: None)
+    if clock == WHOLE_CALLS:
+        flush(device)
+        torch.cuda.synchronize()
+        return timed_by_host(run, torch.cuda.synchronize)
+    cycles = HEAD_START
+    while True:
+        seconds, was_ahead = timed_by_device(run, device, cycles)
+        if was_ahead or cycles >= LONGEST_HEAD_START:
+            return seconds
+        cycles *= 2
+
+
+def timed_by_host(run, wait):
+    """Seconds from the call to the end of wait()."""
+    start = time.perf_counter()
+    result = run()
+    wait()
+    took = time.perf_counter() - start
+    del result  # what is freed is no part of it
+    return took
+
+
+def timed_by_device(run, device, cycles):
+    """Seconds between the events before and after a call on a GPU that slept for these cycles
+    first, and whether the host had launched everything before it woke.
+    """
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    torch.empty(FLUSHED_BYTES, dtype=torch.uint8, device=device).zero_()
+    flush(device)
+    torch.cuda._sleep(cycles)
     begin.record()
-    run()
+    result = run()
     end.record()
+    was_ahead = not begin.query()
     end.synchronize()
-    return begin.elapsed_time(end) / 1e3
+    del result
+    return begin.elapsed_time(end) / 1e3, was_ahead
 
 
+def flush(device):
+    """Writes over all of the L2 cache."""
+    torch.empty(FLUSHED_BYTES, dtype=torch.uint8, device=device).zero_()
+
+
+@functools.cache
 def copy_bandwidth(device):
     """Bytes a second, read and written, of a large copy on a GPU: what memory gives."""
     x = torch.randn(1 << 28, device=device)
     y = torch.empty_like(x)
-    return (
-        2
-        * x.numel()
-        * x.element_size()
-        / statistics.median(timed(lambda: y.copy_(x), device) for _ in range(21))
-    )
+    seconds = [timed(lambda: y.copy_(x), device, DEVICE_ALONE) for _ in range(21)]
+    return 2 * x.nbytes / statistics.median(seconds)
 
 
 def peak_memory(run, device):

@@ -22,7 +22,7 @@ SHOWN = (1001, 1002, 1003)  # and others
 
 
 def save_painting(path, seconds, progress=lambda step, loss: None):
-    """Trains a small generator for so many seconds, and draws three layouts above what it makes of
+    """Trains a small generator for these seconds, and draws three layouts above what it makes of
     them.
     """
     import matplotlib

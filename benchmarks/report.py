@@ -14,7 +14,8 @@ from rich.markup import escape
 
 import spade_fast
 
-from .measure import LIMIT_IN_DOUBLE
+from .cases import DEVICE_ALONE, WHOLE_CALLS
+from .measure import LIMIT_IN_DOUBLE, copy_bandwidth
 from .tables import narrow_table
 
 CAPTION = (
@@ -24,11 +25,15 @@ CAPTION = (
 )
 
 
+CLOCKS = {DEVICE_ALONE: "the operation's time", WHOLE_CALLS: "time of a call"}
+
+
 def tables(rows):
     """What rich prints of measured rows: a table for each problem."""
     problems = {}
     for row in rows:
-        problems.setdefault(f"{row.case} {row.problem}, {row.mode}", []).append(row)
+        title = f"{row.case} {row.problem}, {row.mode}, {CLOCKS[row.clock]}"
+        problems.setdefault(title, []).append(row)
     columns = ["match", "time", "spread", "ratio\n(quartiles)", "overhead", "memory"]
     columns += ["of a\ncopy"] * any(row.bandwidth for row in rows)
     found = []
@@ -70,7 +75,7 @@ def numbers(row):
 
 
 def short(number, decimals):
-    """A number with so many decimals; from 1000 on without."""
+    """A number as text with these decimals; from 1000 on without any."""
     return f"{number:.{decimals if number < 1000 else 0}f}"
 
 
@@ -86,6 +91,7 @@ def environment(settings):
         "torch.compile": settings.compile_mode,
         "spade_fast": spade_fast.__version__,
         "commit": commit(),
+        **({"copy, bytes/s": round(copy_bandwidth(settings.device))} if cuda else {}),
         "allocator": {
             name: value for name, value in os.environ.items() if name.startswith("MALLOC_")
         }
@@ -135,8 +141,11 @@ COLOURS = {
     "eager": "#9aa5b1",
     "torch.compile": "#e0a458",
     "spade_fast": "#2a6f97",
+    "spade_fast, prepared": "#468faf",
     "spade_fast, frozen": "#89c2d9",
+    "spade_fast, folded, frozen": "#a9d6e5",
     "spade_fast, graph": "#014f86",
+    "spade_fast, graph, prepared": "#013a63",
     "spade_fast, pixels": "#c9d6df",
     "spade_fast, windows": "#89c2d9",
     "spade_fast, by itself": "#2a6f97",

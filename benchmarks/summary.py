@@ -52,6 +52,8 @@ def lines_of(measured, kind, case, dtype, only):
             problems.setdefault((row["problem"], row["mode"]), {})[row["variant"]] = row
     lines = []
     for (problem, mode), rows in problems.items():
+        if "spade_fast" not in rows:  # left out, by --without
+            continue
         ours = rows["spade_fast"]
         times = [milliseconds(rows.get(variant)) for variant in VARIANTS]
         ratios = [

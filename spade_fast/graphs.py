@@ -16,10 +16,10 @@ class Graphed:
     """network(layout, *inputs) as one CUDA graph, for all layouts of one size: what is captured
     reads from the same memory each time.
 
-    A layout is numbered first, which waits for the GPU; then everything is one launch. The tables
-    of γ and β, which x has no part in, are made beside the network: small kernels that would else
-    stand in its way. A layout with more windows than there is room for has the graph captured anew,
-    with more.
+    A layout is numbered first, which waits for the GPU, and written over the one before, unless it
+    is that one still; then everything is one launch. The tables of γ and β, which x has no part in,
+    are made beside the network: small kernels that would else stand in its way. A layout with more
+    windows than there is room for has the graph captured anew, with more.
 
     Args:
         network: a module in eval mode, on a GPU, that returns a tensor; its weights may change in
@@ -47,6 +47,7 @@ class Graphed:
         self.network, self.room = network, room
         self._inputs = [given.detach().clone() for given in inputs]
         self._capture(layout)
+        self._written = layout.content
 
     @torch.no_grad()
     def __call__(self, layout, *inputs):
@@ -62,8 +63,10 @@ class Graphed:
             )
         for own, given in zip(self._inputs, inputs):
             own.copy_(given)
-        if not write_over(self._layout, layout):
-            self._capture(layout)
+        if self._written is not layout.content:
+            if not write_over(self._layout, layout):
+                self._capture(layout)
+            self._written = layout.content
         self._graph.replay()
         return self._output.clone()
 
@@ -111,6 +114,10 @@ class TablesAhead:
         *_, images = key
         if images is None:  # else γ and β are normalised over the very images of this run
             self._asked[layout, key] = compute
+        return compute()
+
+    def derive(self, module, name, weights, settings, compute):
+        """In each replay anew: weights may change in place."""
         return compute()
 
     @contextmanager

@@ -10,7 +10,10 @@ def state_of(tensor: torch.Tensor) -> tuple:
     that has). A change that PyTorch does not see (through `.data`, or NumPy) is not seen here.
     Whoever keeps this must keep the memory, too: another tensor may else come to lie there.
     """
-    version = object() if tensor.is_inference() else tensor._version
+    try:
+        version = tensor._version
+    except RuntimeError:
+        version = object()
     return tensor.data_ptr(), version, tensor.shape, tensor.stride(), tensor.dtype, tensor.device
 
 

@@ -19,6 +19,7 @@ from torch.utils.data._utils.collate import default_collate_fn_map
 
 from . import kernels
 from .identity import state_of, with_version
+from .kernels.numbering import resize_codes
 
 LARGEST_KERNEL = 7  # taps per axis of a window
 
@@ -482,21 +483,32 @@ class SemanticLayout:
                     f" {kernel_size}) before the compiled"
                     " call"
                 )
-            key = self._size("size", size), _whole_number("kernel_size", kernel_size)
-            if key[1] % 2 == 0 or not 1 <= key[1] <= LARGEST_KERNEL:
-                raise ValueError(
-                    f"kernel_size is {kernel_size}, it should be odd, from 1 to {LARGEST_KERNEL}"
-                )
-            if key in kept:
-                return kept[key]
-            if (source := self._source()) is not None:
-                hidden, table, *places = source.windows(*key)
-                kept[key] = Windows(hidden, table, *map(self._repeated, places))
-            else:
-                kept[key] = number(
-                    resize_codes(self.codes, key[0], self.palette.dtype), key[1], len(self.palette)
-                )
+            (key,) = self._make_windows([size], kernel_size)
         return kept[key]
+
+    def _make_windows(self, sizes, kernel_size):
+        """Makes those windows that are not there yet, all at once: then a GPU is waited for once.
+        Returns what they are kept by.
+        """
+        kernel_size = _whole_number("kernel_size", kernel_size)
+        if kernel_size % 2 == 0 or not 1 <= kernel_size <= LARGEST_KERNEL:
+            raise ValueError(
+                f"kernel_size is {kernel_size}, it should be odd, from 1 to {LARGEST_KERNEL}"
+            )
+        keys = [(self._size("size", size), kernel_size) for size in sizes]
+        missing = [key for key in dict.fromkeys(keys) if key not in self._windows]
+        if not missing:
+            return keys
+        sizes = [size for size, _ in missing]
+        if (source := self._source()) is not None:
+            source._make_windows(sizes, kernel_size)
+            for key in missing:
+                hidden, table, *places = source.windows(*key)
+                self._windows[key] = Windows(hidden, table, *map(self._repeated, places))
+        else:
+            made = number(self.codes, sizes, kernel_size, len(self.palette), self.palette.dtype)
+            self._windows.update(zip(missing, made))
+        return keys
 
     def _size(self, name, size):
         """size as whole numbers that this layout can be brought to."""
@@ -516,6 +528,10 @@ class SemanticLayout:
         A compiled network needs that, in the process that calls it: then one compilation does for
         all layouts.
         """
+        sizes = list(sizes)
+        if not torch.compiler.is_compiling():
+            self._look()
+            self._make_windows(sizes, kernel_size)
         for size in sizes:
             windows = self.windows(size, kernel_size)
             if (
@@ -655,10 +671,12 @@ default_collate_fn_map[SemanticLayout] = _collate
 
 
 @torch.inference_mode(False)  # as above
-def number(codes, kernel_size, num_codes):
-    """The Windows of codes [N, *size]."""
-    hidden, table, index, order = kernels.select(codes).find_windows(codes, kernel_size, num_codes)
-    return Windows(Sums(*hidden), Sums(*table), index, order)
+def number(codes, sizes, kernel_size, num_codes, dtype):
+    """The Windows of codes [N, *spatial] at each of these sizes, by the pixels of a condition in
+    this dtype.
+    """
+    found = kernels.select(codes).find_windows(codes, sizes, kernel_size, num_codes, dtype)
+    return [Windows(Sums(*hidden), Sums(*table), *places) for hidden, table, *places in found]
 
 
 @torch.inference_mode(False)
@@ -714,23 +732,6 @@ def _stack_sums(parts):
         offsets([part.back_offsets for part in parts]),
         _side_by_side([(part.back_rows, len(part.offsets) - 1) for part in parts]),
     )
-
-
-def resize_codes(codes, size, dtype=torch.float32):
-    """codes [N, *spatial] at another size, by the pixels that `F.interpolate(mode="nearest")` takes
-    of a condition in this dtype: on a CPU it reckons in float64 for float64, else in float32.
-    """
-    reckoned = torch.float64 if dtype == torch.float64 and codes.is_cpu else torch.float32
-    for dim, (given, wanted) in enumerate(zip(codes.shape[1:], size), start=1):
-        if given == wanted:
-            continue
-        if wanted > 0 and given % wanted == 0:
-            codes = codes[(slice(None),) * dim + (slice(None, None, given // wanted),)]
-        else:
-            pixels = torch.arange(given, dtype=reckoned, device=codes.device)
-            pixels = F.interpolate(pixels[None, None], size=wanted, mode="nearest")[0, 0]
-            codes = codes.index_select(dim, pixels.long())
-    return codes.contiguous()
 
 
 def instance_edges(instances):

@@ -3,6 +3,7 @@
 import torch
 from torch.autograd import forward_ad
 
+PLAIN = (torch.Tensor, torch.nn.Parameter)
 _RECORDERS = (
     torch._C._TorchDispatchModeKey.PROXY,  # make_fx
     torch._C._TorchDispatchModeKey.FAKE,
@@ -20,13 +21,19 @@ def is_recorded(*tensors: torch.Tensor | None) -> bool:
     """
     if torch.compiler.is_compiling():
         return torch.compiler._is_exporting_flag
-    return (
+    if (
         torch._C._get_tracing_state() is not None
         or torch._C._functorch.peek_interpreter_stack() is not None
         or forward_ad._current_level >= 0
-        or any(torch._C._get_dispatch_mode(key) is not None for key in _RECORDERS)
-        or not all(tensor is None or has_values(tensor) for tensor in tensors)
-    )
+        or torch._C._len_torch_dispatch_stack() > 0
+        and any(torch._C._get_dispatch_mode(key) is not None for key in _RECORDERS)
+    ):
+        return True
+    for tensor in tensors:
+        if tensor is not None and (type(tensor) not in PLAIN or tensor.is_meta):
+            if not has_values(tensor):
+                return True
+    return False
 
 
 def has_values(tensor: torch.Tensor) -> bool:
@@ -51,6 +58,15 @@ def ordinary(tensor: torch.Tensor) -> torch.Tensor:
     return tensor if torch.is_inference_mode_enabled() else tensor.clone()
 
 
+def constant(number: float) -> float:
+    """A number that a compiled graph may depend on: for another value the graph is made anew.
+
+    A number that has changed once is a symbol to Dynamo, and several autograd.Functions of one
+    graph whose backward has the same symbol are an error of its own there.
+    """
+    return {number: number}[number] if torch.compiler.is_compiling() else number  # as a key it is
+
+
 def is_transformed(gradient: torch.Tensor) -> bool:
     """Whether a backward is itself differentiated, or transformed: then it is plain PyTorch."""
     if torch.compiler.is_compiling():
@@ -65,9 +81,7 @@ def of_their_class(y: torch.Tensor, *others: object) -> torch.Tensor:
     theirs = [
         other
         for other in others
-        if isinstance(other, torch.Tensor)
-        and type(other) not in (torch.Tensor, torch.nn.Parameter)
-        and other.numel()
+        if type(other) not in PLAIN and isinstance(other, torch.Tensor) and other.numel()
     ]
     if not theirs or torch.compiler.is_compiling() or is_recorded(*theirs):
         return y

@@ -266,39 +266,42 @@ class ConvEncoder(nn.Module):
 
 
 class PatchDiscriminator(nn.Module):
-    """x [N, input_nc, H, W] to the results of its five layers, the last of one channel: how real
-    each patch looks.
+    """x [N, input_nc, H, W] to the results of its n_layers + 1 layers, the last of one channel: how
+    real each patch looks. Each layer has twice the channels of the one before, up to 512.
     """
 
-    def __init__(self, input_nc, ndf=64):
+    def __init__(self, input_nc, ndf=64, *, n_layers=4):
         super().__init__()
         self.model0 = nn.Sequential(
             nn.Conv2d(input_nc, ndf, 4, stride=2, padding=2), nn.LeakyReLU(0.2)
         )
-        for number, stride in (1, 2), (2, 2), (3, 1):
-            conv = nn.Conv2d(
-                ndf * 2 ** (number - 1), ndf * 2**number, 4, stride=stride, padding=2, bias=False
-            )
+        width = ndf
+        for number in range(1, n_layers):
+            before, width = width, min(2 * width, 512)
+            stride = 1 if number == n_layers - 1 else 2
+            conv = nn.Conv2d(before, width, 4, stride=stride, padding=2, bias=False)
             self.add_module(f"model{number}", nn.Sequential(normalised(conv), nn.LeakyReLU(0.2)))
-        self.model4 = nn.Sequential(nn.Conv2d(8 * ndf, 1, 4, padding=2))
+        self.add_module(f"model{n_layers}", nn.Sequential(nn.Conv2d(width, 1, 4, padding=2)))
 
     def forward(self, x):
         results = []
-        for layer in (self.model0, self.model1, self.model2, self.model3, self.model4):
+        for layer in self.children():
             x = layer(x)
             results.append(x)
         return results
 
 
 class MultiscaleDiscriminator(nn.Module):
-    """Condition and image together, [N, input_nc, H, W], to the five results of each scale; every
-    scale is half of the one before.
+    """Condition and image together, [N, input_nc, H, W], to the results of each scale; every scale is
+    half of the one before.
     """
 
-    def __init__(self, input_nc, n_scales=2, ndf=64):
+    def __init__(self, input_nc, n_scales=2, ndf=64, *, n_layers=4):
         super().__init__()
         for number in range(n_scales):
-            self.add_module(f"discriminator_{number}", PatchDiscriminator(input_nc, ndf))
+            self.add_module(
+                f"discriminator_{number}", PatchDiscriminator(input_nc, ndf, n_layers=n_layers)
+            )
 
     def forward(self, x):
         results = []

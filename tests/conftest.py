@@ -15,6 +15,9 @@ if not torch.cuda.is_available():
         "TRITON_INTERPRET", "1"
     )  # before the kernels are defined: without a GPU they run in the interpreter
 
+# A GPU else rounds the factors of float32 products to ten bits, in eager too.
+torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+
 import spade_fast
 from spade_fast.kernels import cpu_backend, cuda_backend
 

@@ -23,6 +23,7 @@
 
 #define __global__
 #define __device__
+#define __host__
 #define __launch_bounds__(...)
 
 struct dim3 {
@@ -169,6 +170,14 @@ inline uint32_t __ballot_sync(unsigned, bool predicate) {
 inline int __popc(uint32_t bits) { return __builtin_popcount(bits); }
 template <typename T>
 T __ldg(const T* from) { return *from; }
+// No thread is interrupted by another.
+template <typename T>
+T atomicCAS(T* at, T expected, T value) { return *at == expected ? std::exchange(*at, value) : *at; }
+template <typename T>
+T atomicMin(T* at, T value) { return std::exchange(*at, std::min(*at, value)); }
+template <typename T>
+T atomicAdd(T* at, T value) { return std::exchange(*at, *at + value); }
+inline int __popc(uint32_t bits) { return __builtin_popcount(bits); }
 inline float __uint_as_float(uint32_t bits) {
   float value;
   std::memcpy(&value, &bits, 4);
@@ -208,6 +217,10 @@ void launch_clusters(void (*kernel)(Parameters...), int64_t blocks, int64_t clus
   host::block_size = threads, host::grid_size = dim3(static_cast<unsigned>(blocks));
   for (int64_t block = 0; block < blocks; block += cluster) host::run_cluster(block, static_cast<unsigned>(cluster), threads, shared);
 }
+
+inline void upload(void* to, const void* from, int64_t bytes, Stream) { std::memcpy(to, from, bytes); }
+inline void download(void* to, const void* from, int64_t bytes, Stream) { std::memcpy(to, from, bytes); }
+inline void set_bytes(void* to, int value, int64_t bytes, Stream) { std::memset(to, value, bytes); }
 
 inline char* shared_memory() { return host::current->block->shared.get(); }
 inline void wait_for_cluster() { host::wait_for(host::cluster); }

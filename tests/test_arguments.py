@@ -97,6 +97,51 @@ def test_spade_modulate(arguments, error, words):
     assert all(word in str(raised.value) for word in words), str(raised.value)
 
 
+SHAPE, MEMORY = (2, 4, 5, 6), torch.randn(600)
+
+
+def at(place, shape=SHAPE, dtype=torch.float32, order=None):
+    """A tensor in MEMORY that begins at a place, whose dimensions lie in this order."""
+    order = order or range(len(shape))
+    sizes = torch.Size(shape[dim] for dim in order)
+    tensor = MEMORY[place:].view(dtype)[: sizes.numel()].view(sizes)
+    return tensor.permute([list(order).index(dim) for dim in range(len(shape))])
+
+
+@pytest.mark.parametrize(
+    "name,read",
+    [
+        *((name, {name: at(place)}) for name in ("x", "gamma", "beta") for place in (1, 199, 339)),
+        ("gamma", {"gamma": at(100, order=(0, 2, 3, 1))}),  # in another order
+        ("x", {"x": at(100, dtype=torch.bfloat16), "beta": X, "gamma": X}),  # in another dtype
+        *((name, TABLE | {name: at(150, (3, 4)), "index": INDEX}) for name in ("gamma", "beta")),
+        ("index", TABLE | {"index": at(200, (2, 5, 6), torch.int32)}),
+    ],
+)
+def test_out_that_overlaps_what_is_read(name, read):
+    out = at(100)
+    if "index" in read:
+        read["index"].zero_()
+    before = MEMORY.clone()
+    with pytest.raises(ValueError, match=f"out overlaps {name} in memory, it should be {name} it"):
+        modulate(**read, out=out)
+    assert torch.equal(MEMORY.view(torch.int32), before.view(torch.int32))
+
+
+@pytest.mark.parametrize("place", [0, 240])
+def test_out_beside_what_is_read(place):
+    x, gamma, out = at(place), at(place).clone(), at(240 - place)
+    expected = modulate(x.clone(), gamma)
+    assert torch.allclose(modulate(x, gamma, out=out), expected, atol=1e-5)
+
+
+def test_a_table_without_rows():
+    table = torch.ones(0, 4)
+    with pytest.raises(ValueError, match="gamma has no rows, it should have one for each number"):
+        modulate(gamma=table, beta=table, index=INDEX)
+    assert modulate(X[:0], table, table, index=INDEX[:0]).shape == (0, 4, 5, 6)
+
+
 def test_plane_moments():
     with pytest.raises(TypeError, match="x has dtype torch.int32"):
         spade_fast.plane_moments(X.int())

@@ -9,6 +9,7 @@ import re
 import sys
 import weakref
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from PIL import Image
 from rich.console import Console
 from typer.testing import CliRunner
 
+import spade_fast
 from benchmarks import (
     cases,
     cli,
@@ -34,6 +36,9 @@ from spade_fast import reference
 
 def invoke(*arguments):
     return CliRunner().invoke(cli.app, [str(argument) for argument in arguments])
+
+
+MEMORIES = ("contiguous", "channels-last")
 
 
 def toy(settings):
@@ -79,12 +84,12 @@ def test_what_is_wrong_gets_no_speed(monkeypatch, tmp_path):
     "case", ["modulate", "lookup", "block", "generator", "discriminator", "converted", "monai"]
 )
 def test_every_quick_case_matches_but_for_the_compiler(case):
-    for plan in cases.CASES[case](Settings(quick=True)):
+    for plan in cases.CASES[case](Settings(quick=True, without=("torch.compile",))):
         problem = plan.build()
         counted = re.escape(plan.name).replace("windows", r"\d+\ windows")
         assert re.fullmatch(counted if case == "lookup" else re.escape(plan.name), problem.name)
         assert problem.mode == plan.mode
-        del problem.variants["torch.compile"]
+        assert "torch.compile" not in problem.variants
         rows = measure.measure(case, problem, "cpu", 0)
         assert {
             row.variant for row in rows if row.matches or differs_by_a_sign(row)
@@ -149,6 +154,75 @@ def test_what_is_left_out_is_not_built(monkeypatch):
     assert "toy" in invoke("run", "two", "--quick", "--only", "wanted", "--seconds", "0").output
 
 
+def test_problems_come_in_the_order_in_which_they_are_asked_for():
+    asked = ["64 × 256²", "channels-last", "1024 × 8² contiguous"]
+    names = [
+        plan.name for _, plan in cli.choose_plans({"modulate": cases.modulate}, Settings(), asked)
+    ]
+    assert names[:4] == [f"64 × 256² {memory}" for memory in MEMORIES for _ in range(2)]
+    assert names[4].endswith("channels-last") and names[-1] == "1024 × 8² contiguous"
+    assert all(names.count(name) == 2 for name in names)  # forward, and with backward
+
+
+def test_variants_that_are_left_out_are_not_built(monkeypatch):
+    monkeypatch.setattr(cases, "_compiled", built)
+    monkeypatch.setattr(torch, "compile", built)
+    for case in ("modulate", "block"):
+        settings = Settings(quick=True, without=("torch.compile", "spade_fast, f", "floor"))
+        problem = next(cases.CASES[case](settings)).build()
+        expected = {"eager", "spade_fast"} | (
+            {"spade_fast, prepared"} if case == "block" else set()
+        )
+        assert problem.variants.keys() == expected
+        with pytest.raises(AssertionError, match="something is built"):
+            next(cases.CASES[case](Settings(quick=True))).build()
+    for text in ("eager", "ea", ""):
+        result = invoke("run", "modulate", "--quick", "--without", text)
+        assert result.exit_code == 2 and "eager cannot be left out" in result.output
+    rows = measure.measure("block", problem, "cpu", 0)
+    assert "eager" in in_80_columns(report.tables(rows))
+
+
+class Events:
+    """What stands for a GPU's clock: the host is ahead where the GPU sleeps for long enough."""
+
+    def __init__(self, cycles_of_the_host):
+        self.cycles_of_the_host, self.slept = cycles_of_the_host, []
+
+    def sleep(self, cycles):
+        self.slept.append(cycles)
+
+    def Event(self, enable_timing):
+        return SimpleNamespace(
+            record=lambda: None,
+            query=lambda: self.slept[-1] < self.cycles_of_the_host,
+            synchronize=lambda: None,
+            elapsed_time=lambda end: 2.5,
+        )
+
+
+@pytest.mark.parametrize("cycles,slept", [(0, 1), (measure.HEAD_START + 1, 2), (1 << 60, 5)])
+def test_an_operation_is_timed_while_the_host_is_ahead(cycles, slept, monkeypatch):
+    events = Events(cycles)
+    monkeypatch.setattr(torch.cuda, "Event", events.Event)
+    monkeypatch.setattr(torch.cuda, "_sleep", events.sleep)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: events.slept.append("waited"))
+    monkeypatch.setattr(measure, "flush", lambda device: None)
+    assert measure.timed(lambda: None, "cuda", cases.DEVICE_ALONE) == 2.5e-3
+    assert events.slept == [measure.HEAD_START << number for number in range(slept)]
+    events.slept.clear()
+    assert 0 <= measure.timed(lambda: None, "cuda", cases.WHOLE_CALLS) < 2.5e-3
+    assert events.slept == ["waited", "waited"]  # before the call, and for it
+
+
+def test_rows_say_what_was_timed():
+    settings = Settings(quick=True, without=("torch.compile", "floor"))
+    for case, clock in (("modulate", cases.DEVICE_ALONE), ("block", cases.WHOLE_CALLS)):
+        rows = measure.check(case, next(cases.CASES[case](settings)).build())
+        assert {row.clock for row in rows.values()} == {clock}
+        assert report.CLOCKS[clock] in " ".join(in_80_columns(report.tables(rows.values())).split())
+
+
 def test_a_problem_is_gone_before_the_next_is_built(monkeypatch):
     alive = weakref.WeakSet()
 
@@ -177,6 +251,16 @@ def test_a_batch_is_of_scenes():
     one, two = cases.conditions(Settings(quick=True, scenes=2, batch=3))
     assert one.shape == two.shape == (3, 184, 64, 64)
     assert len({tuple(image.flatten().tolist()) for image in (*one, *two)}) == 6
+
+
+def test_a_folder_with_too_few_scenes_has_them_mirrored(tmp_path):
+    folder, instances = layouts.save_scenes(tmp_path, 2)
+    settings = Settings(quick=True, labels=folder, instances=instances, batch=4)
+    (batch,) = cases.conditions(settings)
+    (drawn,) = cases.conditions(Settings(quick=True, batch=2))
+    assert torch.equal(batch[:2], drawn) and not torch.equal(batch[2:], drawn)
+    flipped = batch[2:].flip(-1)  # sampled from the other side of pixels, that is about the same
+    assert (flipped != drawn).double().mean() < 0.01
 
 
 def test_full_cases_are_the_published_shapes():
@@ -211,7 +295,11 @@ def rows_of_every_kind():
     problem = "generator", "4 samples of one COCO layout, 256², batch 16, 3 scenes", BACKWARD
     variants = [*report.COLOURS, "floor, contiguous", "floor, channels-last"]
     rows = [
-        measure.Row(*problem, variant, 0.5, None, None, [1.2345, 1.25, 1.26], (1.99, 2.05, 2.11))
+        measure.Row(
+            *(*problem, variant, 0.5),
+            times=[1.2345, 1.25, 1.26],
+            ratio=(1.99, 2.05, 2.11),
+        )
         for variant in variants
     ]
     for row in rows:
@@ -353,15 +441,71 @@ def test_what_the_gpu_command_would_do():
     result = invoke("gpu", "--dry-run")
     assert result.exit_code == 0
     for stage in gpu.STAGES:
-        assert f"{stage.name:18} at most {stage.seconds:3} s" in result.output
+        assert f"{stage.name:{gpu.WIDTH}} at most {stage.seconds:3} s" in result.output
     assert gpu.TOTAL < 9 * 60
-    result = invoke("gpu", "--dry-run", "--stage", "racecheck", "--stage", "decoder")
+    result = invoke("gpu", "--dry-run", "--stage", "racecheck of cuda", "--stage", "decoder")
     assert (
         "racecheck" in result.output
         and "decoder" in result.output
         and "memcheck" not in result.output
     )
     assert invoke("gpu", "--stage", "nothing").exit_code == 2
+
+
+def test_the_gpu_command_begins_with_what_is_worth_most():
+    names = [stage.name for stage in gpu.STAGES]
+    order = ("build", "smoke", "modulate", "generator", "tests of cuda", "memcheck of cuda")
+    assert sorted(order, key=names.index) == list(order) and names[0] == order[0]
+    compiled = [stage for stage in gpu.STAGES if stage.name.endswith("compiled")]
+    assert compiled and gpu.STAGES[-len(compiled) :] == compiled
+    measured = [stage for stage in gpu.STAGES if "--json" in stage.command]
+    for stage in measured:
+        assert ("--without torch.compile" in " ".join(stage.command)) == (stage not in compiled)
+    assert "max-autotune" in gpu.STAGES[-1].command
+    assert len({stage.command[-1] for stage in measured}) == len(measured)  # none is written over
+
+
+def test_every_stage_is_a_command_that_there_is():
+    for stage in gpu.STAGES:
+        command = [part.format(out=".") for part in stage.command]
+        if "pytest" in command:
+            assert all((gpu.ROOT / part).exists() for part in command if part.endswith(".py"))
+        elif "-c" in command:
+            compile(command[-1], stage.name, "exec")
+        elif "benchmarks" in command:
+            # The device is asked for after everything else was understood.
+            result = invoke(*command[command.index("benchmarks") + 1 :])
+            there = torch.cuda.is_available()
+            assert there or result.exit_code == 2 and "'cuda' cannot be used" in result.output
+
+
+def test_the_gpu_command_on_real_scenes(tmp_path):
+    folder, instances = layouts.save_scenes(tmp_path, 2)
+    result = invoke("gpu", "--dry-run", "--labels", folder)
+    assert result.exit_code == 2 and "has 2 PNGs, it should have 8" in " ".join(
+        result.output.replace("│", "").split()
+    )
+    stages = gpu.with_scenes(gpu.STAGES, folder, instances)
+    for before, stage in zip(gpu.STAGES, stages):
+        added = stage.command[len(before.command) :]
+        expected = ["--labels", str(folder), "--instances", str(instances)]
+        assert added == (expected if "--json" in stage.command else [])
+
+
+def test_the_smoke_test_sees_what_is_wrong(monkeypatch, capsys):
+    plans = gpu.smoke_plans(Settings("cpu", batch=2, without=("torch.compile",)), few=True)
+    few = [plan for plan in plans if "33 × 9²" in plan.name]
+    assert len(few) == 8
+    monkeypatch.setattr(gpu, "smoke_plans", lambda settings, few_ones=few, **named: few_ones)
+    monkeypatch.setattr(cases, "generator", lambda settings: iter(()))
+    gpu.smoke("cpu", ("cpu", "torch"))
+    assert capsys.readouterr().out.count("agrees") == 16
+    right = spade_fast.spade_modulate
+    monkeypatch.setattr(
+        spade_fast, "spade_modulate", lambda *args, **named: right(*args, **named) * 1.1
+    )
+    with pytest.raises(SystemExit, match="8 results failed or differ"):
+        gpu.smoke("cpu", ("cpu",))
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

@@ -190,6 +190,16 @@ def test_published_keys_fit_the_published_wiring():
     assert_same_weights(checkpoint.load(eager.state_dict()), eager)
 
 
+@pytest.mark.parametrize("divided", [0.0, float("nan")])
+@pytest.mark.parametrize("weight,u", [(0.0, 1.0), (1.0, 0.0)])
+def test_a_right_vector_of_nothing_is_a_vector(weight, u, divided):
+    """Of a weight of zeros, whatever it was divided into, and of a u of zeros."""
+    parts = {"orig": torch.full((2, 3), weight), "u": torch.full((2,), u)}
+    weights = {f"weight_{name}": tensor for name, tensor in parts.items()}
+    found = checkpoint.named_as_here(weights | {"weight": torch.full((2, 3), divided)})
+    assert torch.equal(found["weight_v"], torch.zeros(3))
+
+
 def test_what_weights_do_not_say_may_be_said():
     weights = bare(official(184, **SMALL))
     assert checkpoint.load(weights).sizes[-1] == (256, 256)
@@ -513,11 +523,28 @@ def test_a_file_that_would_run_code_is_not_read(tmp_path):
             return (tmp_path / "ran").touch, ()
 
     torch.save({"weight": Code()}, tmp_path / "bad.pth")
-    with pytest.raises(pickle.UnpicklingError):
+    with pytest.raises(checkpoint.UnreadableFile, match="bad.pth .* it has getattr in it, which"):
         checkpoint.read(tmp_path / "bad.pth")
     assert not (tmp_path / "ran").exists()
     with pytest.raises(FileNotFoundError):
         checkpoint.load(tmp_path / "none.pth")
+
+
+@pytest.mark.parametrize("zipped", [False, True])
+def test_files_that_end_anywhere(zipped, tmp_path):
+    """Those of torch.save's old format, too."""
+    path = tmp_path / "net.pth"
+    weights = {"weight": torch.ones(2)}
+    torch.save(weights, path, _use_new_zipfile_serialization=zipped)
+    whole = path.read_bytes()
+    for end in range(0, len(whole), 5):
+        path.write_bytes(whole[:end])
+        with pytest.raises(checkpoint.UnreadableFile, match="net.pth is no file of weights, or"):
+            checkpoint.load(path)
+    for content in (3, [torch.ones(2)], {"epoch": 3}):
+        torch.save(content, path, _use_new_zipfile_serialization=zipped)
+        with pytest.raises(checkpoint.UnreadableFile, match="net.pth .* it has .* in it"):
+            checkpoint.read(path)
 
 
 @pytest.mark.parametrize("suffix", ["pth", "safetensors"])

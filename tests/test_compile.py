@@ -46,6 +46,30 @@ def test_forward_and_backward_with_changing_batch(norm, activation, layout, rows
     assert counter.frame_count <= 2  # once for the first batch, once for all others
 
 
+def test_a_slope_that_changes_compiles_again(backend):
+    """Also where two modulations of one graph have it."""
+    if backend == "torch":
+        pytest.skip("eight seconds, and nothing that the other two do not show")
+    x, gamma, beta = torch.randn(3, 2, 4, 5, 6).unbind(0)
+    x.requires_grad_()
+
+    def forward(slope):
+        y = x
+        for _ in range(2):
+            y = spade_fast.spade_modulate(
+                y, gamma, beta, activation="leaky_relu", negative_slope=slope
+            )
+        return y
+
+    compiled = torch.compile(forward, fullgraph=True, backend="aot_eager")
+    for slope in (0.2, 0.1):
+        found = [
+            (y, *torch.autograd.grad(y.square().sum(), x))
+            for y in (compiled(slope), forward(slope))
+        ]
+        assert all(torch.allclose(*pair, atol=1e-5) for pair in zip(*found)), slope
+
+
 def test_a_block_through_the_default_compiler():
     # Without spectral norm: of its weights Inductor gets the gradient wrong in train mode, in the
     # reference's block as well.

@@ -11,6 +11,7 @@ import shutil
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -27,11 +28,21 @@ from modulations import (
     sliced_channels,
     transposed,
 )
+from test_layout import patches
+from test_numbering import CONDITIONS, HAS_LIBRARY, condition, differences, random_codes
 from torch.utils.cpp_extension import include_paths, library_paths
 
 import spade_fast
 from spade_fast import kernels
-from spade_fast.kernels import contract, cuda_backend, numbering, operators, torch_backend
+from spade_fast.kernels import (
+    contract,
+    cpu_backend,
+    cuda_backend,
+    cuda_numbering,
+    numbering,
+    operators,
+    torch_backend,
+)
 from spade_fast.ops import norms
 
 ROOT = Path(__file__).parent.parent
@@ -96,6 +107,7 @@ def library(tmp_path_factory):
         check=True,
     )
     operators.declare(NAMESPACE, contract.MODULATION | contract.GATHERING)
+    operators.declare_numbering(NAMESPACE)
     torch.ops.load_library(folder / "library.so")
     return ctypes.CDLL(folder / "library.so")
 
@@ -107,6 +119,7 @@ def on_host(library, monkeypatch):
         torch_backend.BACKEND,
         name="cuda on host",
         **operators.declared(NAMESPACE, contract.MODULATION),
+        **cuda_numbering.of(NAMESPACE),
     )
     monkeypatch.setattr(kernels, "BEST_FIRST", (backend,))
     return backend
@@ -266,6 +279,16 @@ def test_plane_moments(shape, layout, on_host, monkeypatch):
 
 
 @needs_compiler
+def test_more_splits_than_are_under_way_at_once(on_host, monkeypatch):
+    monkeypatch.setenv("SPADE_FAST_HOST_PROCESSORS", "64")
+    x = channels_last(torch.randn(1, 60, 64, 132) + 1000)  # 132 splits, of 32 lanes with four each
+    mean, squares = on_host.plane_moments(x)
+    true_mean, true_squares = torch_backend.plane_moments(x.double())
+    assert torch.allclose(mean.double(), true_mean, rtol=1e-7, atol=0)
+    assert torch.allclose(squares.double(), true_squares, rtol=1e-5, atol=0)
+
+
+@needs_compiler
 @pytest.mark.parametrize("special", [float("nan"), float("inf")])
 @pytest.mark.parametrize("where", ["x", "gamma", "beta", "dy"])
 @pytest.mark.parametrize("activation", ["relu", "silu"])
@@ -370,6 +393,73 @@ def test_errors_name_the_argument(on_host):
             x.new_empty(0, dtype=torch.uint8),
             "silu",
             0.2,
+        )
+
+
+@needs_compiler
+@HAS_LIBRARY
+@pytest.mark.parametrize("first", range(0, 200, 20))
+def test_windows_have_the_same_numbers_as_the_librarys(first, on_host):
+    for seed in range(first, first + 20):
+        assert not differences(on_host.find_windows, *random_codes(seed), device="cpu"), seed
+
+
+@needs_compiler
+@HAS_LIBRARY
+@pytest.mark.parametrize("hash_mask", [0, 3])
+def test_windows_whose_hashes_collide(hash_mask, on_host):
+    find_windows = partial(on_host.find_windows, hash_mask=hash_mask)
+    for seed in range(10):
+        assert not differences(find_windows, *random_codes(seed), device="cpu")
+
+
+@needs_compiler
+@HAS_LIBRARY
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)
+@pytest.mark.parametrize("hash_mask", [cuda_numbering.ALL_BITS, 1])
+def test_codes_are_the_same_as_the_librarys(hash_mask, dtype, on_host):
+    for shape in [*CONDITIONS, (2, 9, 7, 1), (1, 8, 3, 31)]:
+        for segmap in (condition(shape, dtype), condition(shape, dtype).contiguous()):
+            found = on_host.find_codes(segmap, hash_mask=hash_mask)
+            for one, other in zip(found, cpu_backend.find_codes(segmap), strict=True):
+                assert one.dtype == other.dtype and torch.equal(one, other)
+
+
+@needs_compiler
+def test_vectors_are_compared_bit_for_bit_and_dense_ones_are_none(on_host):
+    segmap = torch.tensor([0.0, -0.0, 0.0, float("nan"), -float("nan"), float("nan")])[None, None]
+    codes, places = on_host.find_codes(segmap)
+    assert codes.tolist() == [[0, 1, 0, 2, 3, 2]] and places.tolist() == [0, 1, 3, 4]
+    for many in (torch.randn(2, 5, 40, 40), torch.arange(89.0).view(1, 1, 89)):
+        assert on_host.find_codes(many) is None
+    few = torch.arange(88.0).repeat(2)[None, None, :96]  # 64 + 96 / 4
+    assert len(on_host.find_codes(few)[1]) == 88
+
+
+@needs_compiler
+@pytest.mark.parametrize("code", [-1, 5])
+def test_codes_that_are_no_rows_of_the_palette_are_refused(code, on_host):
+    codes = torch.tensor([[0, 4, code]], dtype=torch.int32)
+    with pytest.raises(ValueError, match="codes has numbers that are no rows of the palette"):
+        on_host.find_windows(codes, [(3,)], 3, 5)
+    on_host.find_windows(codes[:, :2], [(3,)], 3, 5)
+
+
+@needs_compiler
+def test_what_32_bits_cannot_count_is_numbered_otherwise(on_host, monkeypatch):
+    codes, sizes = patches((1, 9, 9), 5).int(), [(4, 4), (9, 9)]
+    asked, found = [], cuda_numbering.numbering.find_windows
+    monkeypatch.setattr(cuda_numbering, "COUNTED", 6_000)
+    monkeypatch.setattr(
+        numbering,
+        "find_windows",
+        lambda codes, sizes, *rest: asked.append(sizes) or found(codes, sizes, *rest),
+    )
+    assert not differences(on_host.find_windows, codes, sizes, 3, 5, torch.float32, device="cpu")
+    assert asked == [[(9, 9)]]
+    with pytest.raises(RuntimeError, match="together they should be below"):
+        getattr(torch.ops, NAMESPACE).find_windows(
+            codes, torch.zeros(2, dtype=torch.int32), [1, 1], 3, 2**30, 0
         )
 
 

@@ -13,9 +13,10 @@ import spade_fast
 from spade_fast import SPADE, reference
 from spade_fast.agreement import excess
 from spade_fast.nn import pixels, spade
+from spade_fast.nn.modules import CONVOLUTIONS
 from spade_fast.nn.pixels import resize
 from spade_fast.nn.spectral import convolve
-from spade_fast.nn.upsampled import repeats
+from spade_fast.nn.upsampled import RepeatPixels, convolve_repeated, repeat_pixels, repeats
 
 pytestmark = pytest.mark.usefixtures("backend")
 
@@ -124,6 +125,7 @@ def test_the_condition_may_have_any_size(size):
     ids=repr,
 )
 def test_a_norm_of_ones_own(norm):
+    norm = copy.deepcopy(norm).to(torch.get_default_device())
     layers = (module.SPADE(4, 3, 6, norm=copy.deepcopy(norm)) for module in (spade_fast, reference))
     assert_same(*layers, (2, 4, 5, 6), (2, 3, 5, 6), steps=3)
 
@@ -133,6 +135,22 @@ def test_resize_takes_torchs_pixels(size):
     segmap = torch.arange(2 * 3 * size[0] * size[1]).float().reshape(2, 3, *size)
     expected = nn.functional.interpolate(segmap, size=(8, 6), mode="nearest")
     assert torch.equal(resize(segmap, torch.Size((8, 6))), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("factor", [2, 4])
+@pytest.mark.parametrize(
+    "shape", [(2, 8, 5, 6), (1, 3, 4, 7), (2, 6, 3), (2, 4, 3, 2, 5), (0, 4, 2, 2)]
+)
+def test_pixels_are_repeated_as_torch_does(shape, factor, dtype):
+    x = torch.randint(-8, 8, shape).to(dtype).movedim(1, -1).contiguous().movedim(-1, 1)
+    x.requires_grad_()
+    repeated = RepeatPixels.apply(x, factor)
+    expected = nn.functional.interpolate(x, scale_factor=factor, mode="nearest")
+    dy = torch.randint_like(expected, -8, 8)
+    assert torch.equal(repeated, expected)
+    gradients = (torch.autograd.grad(y, x, dy)[0] for y in (repeated, expected))
+    assert torch.equal(*gradients)
 
 
 def test_settings_of_the_norm_are_read_when_they_are_used():
@@ -455,6 +473,19 @@ def test_a_dense_condition_that_is_smaller_than_x_is_not_made_larger(
         y = module(*inputs)
         found.append([y, *torch.autograd.grad(y.sin().sum(), [*inputs, *module.parameters()])])
     assert not resized and all(torch.allclose(*pair, rtol=1e-9, atol=1e-11) for pair in zip(*found))
+
+
+@pytest.mark.parametrize("dims,taps,factor", [(1, 3, 2), (2, 5, 4), (2, 1, 3), (3, 3, 2)])
+def test_a_convolution_of_repeated_pixels(dims, taps, factor):
+    """With an infinite weight, too: beside the border, where padding may be multiplied by it."""
+    conv = CONVOLUTIONS[dims](2, 3, taps, padding=taps // 2).double()
+    x = torch.rand(1, 2, *[6] * dims, dtype=torch.float64) + 0.1
+    inner = (..., *[slice(taps, -taps)] * dims)
+    for weight in (None, float("inf")):
+        if weight is not None:
+            conv.weight.data[0, 0].view(-1)[0] = weight
+        ours, eager = convolve_repeated(conv, x, factor), conv(repeat_pixels(x, factor))
+        assert torch.allclose(ours[inner], eager[inner], 1e-10) and not ours.isnan().any()
 
 
 @pytest.mark.parametrize("size", [(8, 12), (9, 12), (2, 3), (4, 18)])

@@ -332,9 +332,11 @@ def test_several_tasks_to_a_plane_and_several_blocks_to_a_row(layout, shape, row
 @pytest.mark.parametrize("layout", [contiguous, channels_last])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_outputs_so_large_that_they_are_written_past_the_caches(layout, dtype):
-    arguments, dy = sample(
-        (4 // dtype.itemsize, 3, 1201, 701), "instance", "leaky_relu", layout=layout, dtype=dtype
-    )
+    # Among millions of y there may be some whose sign is a matter of rounding: with the CPU's
+    # random numbers there are none.
+    activation = "leaky_relu" if torch.get_default_device().type == "cpu" else "silu"
+    shape = (4 // dtype.itemsize, 3, 1201, 701)
+    arguments, dy = sample(shape, "instance", activation, layout=layout, dtype=dtype)
     assert not disagreements(arguments, dy)
 
 

@@ -169,6 +169,18 @@ def test_discriminator(condition, size):
     assert_parity(*networks, inputs, our_inputs=ours_of)
 
 
+@pytest.mark.parametrize("ndf,n_layers", [(3, 1), (3, 3), (300, 2), (5, 6)])
+def test_discriminators_of_other_depth_and_width(ndf, n_layers):
+    """The widths' limit of 512 channels is the reference's, too."""
+    eager, ours = (
+        module.MultiscaleDiscriminator(4, 1, ndf, n_layers=n_layers).double().eval()
+        for module in (reference, spade_fast)
+    )
+    ours.load_state_dict(eager.state_dict())
+    x = torch.randn(1, 4, 33, 18, dtype=torch.float64)
+    assert all(torch.allclose(*pair, 1e-10, 1e-10) for pair in zip(flat(ours(x)), flat(eager(x))))
+
+
 @pytest.mark.parametrize("spatial", [(40,), (20, 24, 12)], ids=str)
 def test_discriminator_of_a_layout_in_one_and_three_dimensions(spatial):
     network = MultiscaleDiscriminator(LABEL_NC + 1, 2, 2, spatial_dims=len(spatial)).double()

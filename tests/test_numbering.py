@@ -2,12 +2,15 @@
 collide, with one synchronisation.
 """
 
+import random
+
 import pytest
 import torch
 from conftest import BACKENDS, tensors_on
 from test_layout import SHAPES, patches
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from spade_fast import kernels
 from spade_fast.kernels import cpu_backend, numbering
 
 DEVICE = "cuda" if "cuda" in BACKENDS.values() else "cpu"
@@ -75,44 +78,80 @@ def test_the_same_numbers_and_lists_as_the_librarys(shape, kernel_size, classes)
     codes = (
         patches(shape, classes).int() if 0 not in shape else torch.zeros(shape, dtype=torch.int32)
     )
-    *ours, index, order = numbering.find_windows(codes.to(DEVICE), kernel_size, classes)
-    *theirs, library_index, library_order = cpu_backend.find_windows(codes, kernel_size, classes)
-    for one, other in zip(
-        [*ours[0], *ours[1], index, order], [*theirs[0], *theirs[1], library_index, library_order]
-    ):
-        assert one.dtype == torch.int32 and torch.equal(one.cpu(), other)
+    asked = ([shape[1:]], kernel_size, classes)
+    assert not differences(numbering.find_windows, codes, *asked)
+
+
+def random_codes(seed):
+    """A layout's codes of any kind, and what else `find_windows` takes: several sizes at once."""
+    choose = random.Random(seed)
+    axes, classes = choose.choice([1, 2, 2, 3]), choose.choice([1, 2, 5, 300])
+    given = [choose.choice([1, 2, 5, 8, 13]) for _ in range(axes)]
+    lengths = [1, 3, 4, 8, 11, 20] if axes < 3 else [1, 3, 4, 6]
+    sizes = {tuple(choose.choices(lengths, k=axes)) for _ in range(choose.choice([1, 2, 3]))}
+    codes = patches((choose.choice([0, 1, 1, 2, 3]), *given), classes, seed).int()
+    dtype = choose.choice([torch.float32, torch.float64])
+    return codes, sorted(sizes), choose.choice([1, 3, 3, 5, 7]), classes, dtype
+
+
+def differences(find_windows, codes, *asked, device=DEVICE):
+    """The lists of windows that differ from those of the CPU's library."""
+    ours = find_windows(codes.to(device), *asked)
+    theirs = cpu_backend.find_windows(codes, *asked)
+    flat = [
+        [tensor for hidden, table, *places in found for tensor in (*hidden, *table, *places)]
+        for found in (ours, theirs)
+    ]
+    assert len(flat[0]) == len(flat[1]) == 10 * len(asked[0])
+    return [
+        number
+        for number, (one, other) in enumerate(zip(*flat))
+        if one.dtype != torch.int32 or not torch.equal(one.cpu(), other)
+    ]
 
 
 @HAS_LIBRARY
-@pytest.mark.parametrize(
-    "shape",
-    [
-        (2, 3, 17),
-        (1, 1, 1, 1),
-        (2, 5, 9, 14),
-        (1, 20, 4, 5, 6),
-        (2, 0, 4, 4),
-        (0, 3, 4, 4),
-        (2, 3, 0, 4),
-    ],
-)
+@pytest.mark.parametrize("seed", range(20))
+def test_all_sizes_together(seed):
+    codes, sizes, kernel_size, classes, dtype = random_codes(seed)
+    dtype = torch.float32 if DEVICE == "cuda" else dtype  # in which GPUs reckon
+    find_windows = kernels.select(codes.to(DEVICE)).find_windows
+    for find in (numbering.find_windows, find_windows):
+        assert not differences(find, codes, sizes, kernel_size, classes, dtype)
+
+
+CONDITIONS = [
+    (2, 3, 17),
+    (1, 1, 1, 1),
+    (2, 5, 9, 14),
+    (1, 20, 4, 5, 6),
+    (2, 0, 4, 4),
+    (0, 3, 4, 4),
+    (2, 3, 0, 4),
+]
+
+
+def condition(shape, dtype):
+    """One of few vectors at each pixel."""
+    places = (shape[0], *shape[2:])
+    codes = torch.zeros(places).long() if 0 in places else patches(places, 6)
+    return torch.randn(6, shape[1]).to(dtype)[codes].movedim(-1, 1)
+
+
+@HAS_LIBRARY
+@pytest.mark.parametrize("shape", CONDITIONS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 def test_the_same_codes_as_the_librarys(shape, dtype):
-    palette = torch.randn(6, shape[1]).to(dtype)
-    segmap = palette[
-        patches((shape[0], *shape[2:]), 6)
-        if 0 not in (shape[0], *shape[2:])
-        else torch.zeros(shape[0], *shape[2:]).long()
-    ]
-    segmap = segmap.movedim(-1, 1)
-    ours, theirs = numbering.find_codes(segmap.to(DEVICE)), cpu_backend.find_codes(segmap)
-    for one, other in zip(ours, theirs):
-        assert one.dtype == other.dtype and torch.equal(one.cpu(), other)
+    segmap = condition(shape, dtype)
+    theirs = cpu_backend.find_codes(segmap)
+    for find_codes in (numbering.find_codes, kernels.select(segmap.to(DEVICE)).find_codes):
+        for one, other in zip(find_codes(segmap.to(DEVICE)), theirs, strict=True):
+            assert one.dtype == other.dtype and torch.equal(one.cpu(), other)
 
 
 def test_windows_with_one_synchronisation(reads):
     codes = patches((2, 40, 33), 7).int().to(DEVICE)
-    numbering.find_windows(codes, 3, 7)
+    numbering.find_windows(codes, [(40, 33), (20, 20), (80, 5)], 3, 7)
     assert len(reads) == 1
 
 
@@ -127,7 +166,7 @@ def test_colliding_hashes_are_found_and_change_nothing(monkeypatch):
     codes = patches((2, 30, 21), 7).int().to(DEVICE)
     segmap = torch.eye(7, device=DEVICE)[codes.long()].movedim(-1, 1)
     plain, attempts, multiplier = (
-        [numbering.find_windows(codes, 3, 7), numbering.find_codes(segmap)],
+        [*numbering.find_windows(codes, [(30, 21)], 3, 7), numbering.find_codes(segmap)],
         [],
         numbering.multiplier,
     )
@@ -137,7 +176,7 @@ def test_colliding_hashes_are_found_and_change_nothing(monkeypatch):
         return 0 if attempt < 2 else multiplier(attempt, axis)  # then a hash is the last tap's code
 
     monkeypatch.setattr(numbering, "multiplier", collides)
-    collided = [numbering.find_windows(codes, 3, 7), numbering.find_codes(segmap)]
+    collided = [*numbering.find_windows(codes, [(30, 21)], 3, 7), numbering.find_codes(segmap)]
     assert max(attempts) == 2
     flat = [
         [*windows[0], *windows[1], *windows[2:], *vectors] for windows, vectors in (plain, collided)

@@ -76,6 +76,68 @@ def test_a_table_whose_rows_no_pixel_has_or_all_have(layout, small_tiles):
     assert not disagreements(arguments, dy)
 
 
+@pytest.mark.parametrize(
+    "layout,activation,held", [(contiguous, "leaky_relu", False), (channels_last, "silu", True)]
+)
+def test_numbers_outside_the_table_are_its_last_row(
+    layout, activation, held, small_tiles, monkeypatch
+):
+    """Nothing is read or written elsewhere, forward and backward, in one pass as in several; nor
+    where order is no order, of which nothing but sums without meaning comes.
+    """
+    from spade_fast.kernels import triton_kernels
+
+    if held:
+        monkeypatch.setattr(triton_kernels.plan, "ONE_PASS", 4096)
+    arguments, dy = sample((2, 5, 4, 6), None, activation, layout=layout, rows=3)
+    x, gamma, beta, index = (arguments[name] for name in ("x", "gamma", "beta", "index"))
+    wrong = index.clone().flatten()
+    wrong[::7] = 2
+    last, wrong = wrong.clone(), wrong.clone()
+    wrong[::7] = torch.tensor([3, -1, 2**31 - 1, -(2**31), 10**6, -5, 3, 7, 4])[: len(wrong[::7])]
+    last, wrong = (numbers.view(index.shape).int() for numbers in (last, wrong))
+    planes, order = torch.randn(3, 2, 5), numbering.sort_pixels(last)
+    kept = beta if activation == "silu" else None
+    found = []
+    for numbers in (last, wrong):
+        y, signs = triton_kernels.apply(x, planes, gamma, beta, numbers, activation, 0.2, True)
+        operands = (gamma, kept, numbers)
+        found.append(
+            [
+                y,
+                *triton_kernels.instance_forward(
+                    x, gamma, beta, numbers, 1e-5, activation, 0.2, True
+                ),
+                *triton_kernels.backward_sums(
+                    dy, x, planes, *operands, order, signs, activation, 0.2
+                ),
+                triton_kernels.backward_input(
+                    dy, x, planes, *operands, signs, None, activation, 0.2
+                ),
+                *triton_kernels.instance_backward(
+                    dy, x, planes, *operands, order, signs, activation, 0.2
+                ),
+            ]
+        )
+        for nonsense in (order.flip(1), wrong.flatten(1)):
+            sums = triton_kernels.backward_sums(
+                dy, x, planes, *operands, nonsense.contiguous(), signs, activation, 0.2
+            )
+            assert [result.shape for result in sums] == [(3, 5), (3, 5), (2, 2, 5)]
+    assert all(torch.equal(*pair) for pair in zip(*found))
+
+
+def test_lists_of_rows_that_there_are_not():
+    """Of a convolution at windows: they see nothing."""
+    with torch.device(BACKENDS["triton"]):
+        rows, weight = torch.randn(2, 16).half(), torch.randn(4, 16, 3, 3).half()
+        offsets = torch.tensor([0, 1, 3, 10**9, -(2**31), 2**31 - 1], dtype=torch.int32)
+        listed = torch.tensor([0, 18, 10**9, -1, 17], dtype=torch.int32)
+        found = triton_backend.convolve_windows(rows, weight, None, offsets, listed)
+        expected = weight[:, :, 0, 0].float() @ rows[0].float()
+    assert torch.allclose(found[0].float(), expected, atol=1e-2) and not found[1].any()
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("layout", [contiguous, channels_last, sliced])
 def test_hashes_of_vectors_and_their_comparison(layout, dtype, small_tiles):

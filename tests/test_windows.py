@@ -74,7 +74,8 @@ def test_exact_in_float64(shape, size, kernel_size, norm, classes):
 @pytest.mark.parametrize("channels,size", [(1024, 8), (1024, 32), (256, 64), (64, 128)])
 def test_exact_at_the_published_sizes(channels, size):
     labels, instances = layouts.resized(*layouts.draw_scene(1), (256, 256))
-    layout = SemanticLayout.from_labels(labels[None], 182, instances[None], dont_care=255)
+    labels, instances = torch.tensor(labels[None]), torch.tensor(instances[None])
+    layout = SemanticLayout.from_labels(labels, 182, instances, dont_care=255)
     errors = compare(SPADE(channels, 184), layout, torch.randn(1, channels, size, size))
     assert max(errors.values()) < 1e-12, errors
 
@@ -371,3 +372,18 @@ def test_pixels_of_a_condition_in_float64(mode):
     x, segmap = torch.randn(1, 2, 82, 82).double(), labels.movedim(-1, 1).double()
     with spade_fast.window_mode(mode):
         assert torch.allclose(ours(x, segmap), theirs(x, segmap), rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("nan")])
+def test_an_image_with_an_infinite_condition_leaves_the_others_as_they_are(value):
+    """Also where γ is normalised over each image."""
+    spade = SPADE(2, 3, 4)
+    spade.mlp_gamma = torch.nn.Sequential(spade.mlp_gamma, torch.nn.InstanceNorm2d(2))
+    segmap = one_hot((2, 16, 16), 3)
+    segmap[0, :, :4, :4] = value
+    x, found = torch.randn(2, 2, 16, 16), []
+    for mode in ("always", "never"):
+        with spade_fast.window_mode(mode):
+            found.append(spade(x, SemanticLayout.from_segmap(segmap)))
+    assert torch.allclose(*found, atol=1e-5, equal_nan=True)
+    assert found[0][0].isnan().any() and not found[0][1].isnan().any()

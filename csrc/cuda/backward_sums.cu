@@ -25,22 +25,34 @@ __global__ void __launch_bounds__(kThreads) backward_sums_kernel(Operands o, Div
   part.store_numbers(o, parts, 2 * split + 1, block_sum<V, kLast>(q_deviation_sum, scratch));
 }
 
-__global__ void __launch_bounds__(kThreads) combine_sums_kernel(Operands o, int64_t splits, const float* parts, float* sums, float* terms) {
-  const int64_t all = o.shape.images * o.shape.channels, plane = blockIdx.x * kThreads + threadIdx.x;
-  if (plane >= all) return;
-  float q_sum = 0, q_deviation_sum = 0;
-  for (int64_t split = 0; split < splits; ++split) {
-    q_sum += parts[2 * split * all + plane];
-    q_deviation_sum += parts[(2 * split + 1) * all + plane];
-  }
+struct Sums {
+  float q, q_deviation;
+};
+
+__device__ Sums combined(const Sums& one, const Sums& other) { return {one.q + other.q, one.q_deviation + other.q_deviation}; }
+
+__device__ Sums shuffled(const Sums& mine, int lanes) {
+  return {__shfl_xor_sync(~0u, mine.q, lanes), __shfl_xor_sync(~0u, mine.q_deviation, lanes)};
+}
+
+__global__ void __launch_bounds__(kCombiners) combine_sums_kernel(Operands o, int64_t splits, const float* parts, float* sums,
+                                                                  float* terms) {
+  const int64_t all = o.shape.images * o.shape.channels, first = blockIdx.x * 32, loaded = first + threadIdx.x;
+  const Sums found = over_splits<Sums>(splits, [&](int64_t split) -> Sums {
+    if (loaded >= all) return {};
+    const float* part = parts + kSumParts * split * all + loaded;
+    return {__ldg(part), __ldg(part + all)};
+  });
+  const int64_t plane = first + threadIdx.y;
+  if (threadIdx.x != 0 || plane >= all) return;
   if (sums != nullptr) {
-    sums[plane] = q_sum;
-    sums[all + plane] = q_deviation_sum;
+    sums[plane] = found.q;
+    sums[all + plane] = found.q_deviation;
     return;
   }
   const float scale = o.planes[all + plane], share = scale / -static_cast<float>(o.shape.pixels > 0 ? o.shape.pixels : 1);
-  terms[plane] = q_sum * share;
-  terms[all + plane] = q_deviation_sum * share * scale * scale;
+  terms[plane] = found.q * share;
+  terms[all + plane] = found.q_deviation * share * scale * scale;
 }
 
 }  // namespace
@@ -52,8 +64,7 @@ void backward_sums(const Settings& settings, const Operands& o, const Division& 
 }
 
 void combine_sums(const Settings& settings, const Operands& o, int64_t splits, const float* parts, float* sums, float* terms) {
-  launch(combine_sums_kernel, divide_up(o.shape.images * o.shape.channels, kThreads), dim3(kThreads), 0, settings.stream, o, splits, parts,
-         sums, terms);
+  launch_combination<Sums>(combine_sums_kernel, settings, o, splits, parts, sums, terms);
 }
 
 }  // namespace spade_fast

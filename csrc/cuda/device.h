@@ -30,6 +30,16 @@ inline int device_attribute(cudaDeviceAttr attribute) {
 inline int64_t most_shared_memory() { return device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin); }
 inline int64_t processors() { return device_attribute(cudaDevAttrMultiProcessorCount); }
 
+// To the device, from memory that may change as soon as this returns; and to the host, which waits.
+inline void upload(void* to, const void* from, int64_t bytes, Stream stream) {
+  check(cudaMemcpyAsync(to, from, bytes, cudaMemcpyHostToDevice, stream));
+}
+inline void download(void* to, const void* from, int64_t bytes, Stream stream) {
+  check(cudaMemcpyAsync(to, from, bytes, cudaMemcpyDeviceToHost, stream));
+  check(cudaStreamSynchronize(stream));
+}
+inline void set_bytes(void* to, int value, int64_t bytes, Stream stream) { check(cudaMemsetAsync(to, value, bytes, stream)); }
+
 #ifdef __CUDACC__
 // Blocks in one dimension, `cluster` neighbours together; none are nothing to do.
 template <typename... Parameters, typename... Arguments>

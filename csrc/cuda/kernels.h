@@ -31,6 +31,13 @@ void launch(void (*kernel)(Parameters...), const Settings& settings, const Divis
   launch(kernel, d.blocks(), dim3(d.columns, d.lanes), shared, settings.stream, arguments...);
 }
 
+// A kernel that combines what splits found: 32 planes of a block.
+template <typename Found, typename... Parameters, typename... Arguments>
+void launch_combination(void (*kernel)(Parameters...), const Settings& settings, const Operands& o, Arguments... arguments) {
+  launch(kernel, divide_up(o.shape.images * o.shape.channels, 32), dim3(32, kCombiners / 32), 32 * 33 * sizeof(Found), settings.stream, o,
+         arguments...);
+}
+
 constexpr int64_t kMomentParts = 3;  // numbers of a plane in the parts of moments
 constexpr int64_t kSumParts = 2;     // and in those of sums
 

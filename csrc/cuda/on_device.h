@@ -1,4 +1,4 @@
-// From tensors to what every kernel is given: the device they are on, its stream, and their dtype.
+// What every operator for CUDA needs of PyTorch: x's device and stream, dtypes, and where operators are registered.
 #pragma once
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>

@@ -64,7 +64,9 @@ inline Division split(Division d, int64_t splits, int vector, bool last) {
 
 constexpr int64_t kThreads = 256;  // of a block
 constexpr int64_t kMostThreads = 512;  // of a block that holds large planes
+constexpr int64_t kCombiners = 1024;  // of a block that combines what splits found
 constexpr int64_t kBlocks = 8;  // for each processor: enough to keep it busy
+constexpr int64_t kSweepBlocks = 4;  // where each leaves something to combine, and has several loads under way
 constexpr int64_t kCluster = 8;  // blocks of a cluster at most: what every GPU with clusters has
 
 inline int columns_of(const Shape& shape, int vector, bool last) { return last ? columns_of(divide_up(shape.channels, vector)) : 32; }
@@ -72,7 +74,7 @@ inline int columns_of(const Shape& shape, int vector, bool last) { return last ?
 // For kernels that find something of whole planes: the fewer blocks, the less there is to combine; four items of a thread at least.
 inline Division sweep(const Shape& shape, int vector, bool last, int64_t processors) {
   const Division d = divide(shape, vector, last, columns_of(shape, vector, last), kThreads);
-  const int64_t wanted = divide_up(kBlocks * processors, std::max<int64_t>(1, d.units));
+  const int64_t wanted = divide_up(kSweepBlocks * processors, std::max<int64_t>(1, d.units));
   return split(d, std::clamp<int64_t>(wanted, 1, std::max<int64_t>(1, d.items / (4 * d.lanes))), vector, last);
 }
 

@@ -79,16 +79,18 @@ __global__ void __launch_bounds__(kThreads, 3) plane_moments_kernel(Operands o, 
   part.store_numbers(o, parts, 3 * split + 2, squares);
 }
 
-__global__ void __launch_bounds__(kThreads) combine_moments_kernel(Operands o, Division d, const float* parts, float eps, float* moments,
-                                                                   float* planes) {
-  const int64_t all = o.shape.images * o.shape.channels, plane = blockIdx.x * kThreads + threadIdx.x;
-  if (plane >= all) return;
-  Moments found = {};
-  for (int64_t split = 0; split < d.splits; ++split) {
-    const float* part = parts + 3 * split * all + plane;
+__global__ void __launch_bounds__(kCombiners) combine_moments_kernel(Operands o, Division d, const float* parts, float eps, float* moments,
+                                                                     float* planes) {
+  const int64_t all = o.shape.images * o.shape.channels, first = blockIdx.x * 32, loaded = first + threadIdx.x;
+  const Moments found = over_splits<Moments>(d.splits, [&](int64_t split) -> Moments {
+    if (loaded >= all) return {};
+    const float* part = parts + kMomentParts * split * all + loaded;
     const int64_t left = o.shape.pixels - split * d.split_pixels;
-    found = combined(found, {part[0], part[all], part[2 * all], static_cast<float>(left < d.split_pixels ? left : d.split_pixels)});
-  }
+    const float count = static_cast<float>(left < d.split_pixels ? left : d.split_pixels);
+    return {__ldg(part), __ldg(part + all), __ldg(part + 2 * all), count};
+  });
+  const int64_t plane = first + threadIdx.y;
+  if (threadIdx.x != 0 || plane >= all) return;
   const float mean = found.pivot + found.beyond;
   if (moments != nullptr) {
     moments[plane] = mean;
@@ -110,8 +112,7 @@ void plane_moments(const Settings& settings, const Operands& o, const Division& 
 
 void combine_moments(const Settings& settings, const Operands& o, const Division& d, const float* parts, float eps, float* moments,
                      float* planes) {
-  launch(combine_moments_kernel, divide_up(o.shape.images * o.shape.channels, kThreads), dim3(kThreads), 0, settings.stream, o, d, parts,
-         eps, moments, planes);
+  launch_combination<Moments>(combine_moments_kernel, settings, o, d, parts, eps, moments, planes);
 }
 
 }  // namespace spade_fast

@@ -143,4 +143,27 @@ __device__ PerPlane<V, kLast> unit_sum(const Division& d, const float (&values)[
   return sums;
 }
 
+// What is found of 32 planes over all splits, by a block of 32 × 32 threads: each warp has 32 planes, which are side by side in memory, of
+// every 32nd split, four of them under way; then each has one plane, and combines what the warps found. The order is always the same.
+template <typename Found, typename Load>
+__device__ Found over_splits(int64_t splits, Load&& load_split) {
+  constexpr int kUnderWay = 4;
+  Found all = {};
+  for (int64_t first = threadIdx.y; first < splits; first += kUnderWay * 32) {
+    Found found[kUnderWay] = {};
+#pragma unroll
+    for (int i = 0; i < kUnderWay; ++i) {
+      if (first + i * 32 < splits) found[i] = load_split(first + i * 32);
+    }
+#pragma unroll
+    for (int i = 0; i < kUnderWay; ++i) all = combined(all, found[i]);
+  }
+  Found* scratch = reinterpret_cast<Found*>(shared_memory());
+  scratch[threadIdx.y * 33 + threadIdx.x] = all;
+  __syncthreads();
+  all = scratch[threadIdx.x * 33 + threadIdx.y];
+  for (int lanes = 16; lanes > 0; lanes /= 2) all = combined(all, shuffled(all, lanes));
+  return all;
+}
+
 }  // namespace spade_fast

@@ -11,7 +11,7 @@ Files are `.safetensors`, or else what torch.save writes, read with weights_only
 
 import torch.nn as nn
 
-from .files import write
+from .files import UnreadableFile, write
 from .networks import Description, described, fitting
 from .parts import (
     Part,
@@ -28,7 +28,16 @@ from .parts import (
     with_name,
 )
 
-__all__ = ["Description", "describe", "load", "load_into", "named_as_here", "read", "write"]
+__all__ = [
+    "Description",
+    "UnreadableFile",
+    "describe",
+    "load",
+    "load_into",
+    "named_as_here",
+    "read",
+    "write",
+]
 
 
 def load(source, *, key: str | None = None, **arguments) -> nn.Module:
@@ -102,8 +111,8 @@ def read(path, *, key: str | None = None) -> dict:
 
     key: which of several it is, as for `load`.
 
-    Errors: FileNotFoundError; IsADirectoryError; ValueError where there is none in it, or it is no
-        file of weights, or a part of one; pickle.UnpicklingError where it would run code.
+    Errors: FileNotFoundError; IsADirectoryError; UnreadableFile, a ValueError, where there is none
+        in it, it is no file of weights, or a part of one, or it would run code.
     """
     found = dictionaries(path)
     parts = [Part(name, weights, None, True) for name, weights in found]

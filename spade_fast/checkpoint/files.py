@@ -14,6 +14,10 @@ import torch.nn as nn
 from ..nn.arguments import ENTRY
 
 
+class UnreadableFile(ValueError, pickle.UnpicklingError):
+    """A file that is none of weights, or not a whole one, or that would run code."""
+
+
 def write(source, path) -> None:
     """Writes a module's state_dict, or a state_dict, to a file: as `.safetensors`, or as torch.save
     does. What was there stays until all is written, and so do its permissions.
@@ -69,9 +73,8 @@ def contents(path):
         raise OSError(f"{path} is a device or the like, it should be a file of weights")
     with open(path, "rb") as file:  # what is wrong with the file system is raised here, as it is
         beginning = file.read(16)
-    wrong = f"{path} is no file of weights, or not a whole one"
     if not beginning:
-        raise ValueError(f"{wrong}: it is empty")
+        raise unreadable(path, "it is empty")
     try:
         if _is_safetensors(path):
             return _read_safetensors(path)
@@ -79,13 +82,21 @@ def contents(path):
     except (ImportError, MemoryError):
         raise
     except Exception as error:  # of any type, by where it ends or what it is instead
-        is_unknown = isinstance(error, pickle.UnpicklingError)
-        if is_unknown and "Unsupported operand" not in str(error):
-            raise  # it is what torch.save writes, with code in it
-        reason = str(error).partition("\n")[0] or repr(error)
-        if is_unknown or isinstance(error, KeyError):  # whose messages mean a byte
-            reason = f"it begins with {beginning}"
-        raise ValueError(f"{wrong}: {reason}") from error
+        raise unreadable(path, _reason(error, beginning)) from error
+
+
+def unreadable(path, reason):
+    return UnreadableFile(f"{path} is no file of weights, or not a whole one: {reason}")
+
+
+def _reason(error, beginning):
+    """What an error says of a file that begins so."""
+    refused = re.search(r"Unsupported global: GLOBAL (\S+)", str(error))
+    if refused:
+        return f"it has {refused[1]} in it, which may run code, or ends within that name"
+    if isinstance(error, (pickle.UnpicklingError, KeyError)):  # whose messages mean a byte
+        return f"it begins with {beginning}"
+    return str(error).partition("\n")[0] or repr(error)
 
 
 def _is_safetensors(path):

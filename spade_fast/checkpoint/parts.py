@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from ..nn.arguments import ENTRY
-from .files import contents
+from .files import contents, unreadable
 
 RENAMED = (
     (r"(^|\.)(?:_orig_mod|_checkpoint_wrapped_module|_fsdp_wrapped_module)\.", r"\1"),
@@ -40,10 +40,10 @@ class Part(NamedTuple):
 
 def dictionaries(source):
     """All (name, dictionary of tensors) in what something is or is the path of. Errors: ValueError
-    where there are none.
+    where there are none, an UnreadableFile of a path.
     """
-    if isinstance(source, (str, os.PathLike)):
-        source = contents(Path(source))
+    path = Path(source) if isinstance(source, (str, os.PathLike)) else None
+    source = source if path is None else contents(path)
     found = list(_dictionaries_in(source)) if isinstance(source, dict) else []
     if not found and source != {}:
         shown = (
@@ -51,6 +51,8 @@ def dictionaries(source):
             if isinstance(source, dict)
             else type(source).__name__
         )
+        if path is not None:
+            raise unreadable(path, f"it has {shown} in it")
         raise ValueError(
             f"source is {shown}, it should be a state_dict, names and tensors, or the path of one"
         )
@@ -197,7 +199,8 @@ def _right_vector(weight, u, divided):
     if divided is None:
         return F.normalize(v, dim=0)
     largest = weight.abs().argmax()
-    return v * (weight.flatten()[largest] / divided.flatten()[largest] / v.square().sum())
+    factor = weight.flatten()[largest] / divided.flatten()[largest] / v.square().sum()
+    return torch.where(factor.isfinite(), v * factor, F.normalize(v, dim=0))  # W, or W u, may be 0
 
 
 def _own_names(own):

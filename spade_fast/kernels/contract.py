@@ -125,6 +125,8 @@ def check_modulation(x, gamma, beta, index, needs_beta=True):
         _check("index", index, x, (torch.int32,), (x.shape[0], *x.shape[2:]), "[N, *spatial]")
         table = (gamma.shape[0] if gamma.dim() else 0, x.shape[1])
         _check("gamma", gamma, x, FLOATING, table, "with an index a table, [K, C]")
+        has_rows = torch.sym_min(index.numel(), 1) <= table[0]
+        _require(has_rows, "gamma", gamma, "a table with a row for each number of index")
     if beta is not None:
         _check("beta", beta, gamma, (gamma.dtype,), gamma.shape, "gamma's shape")
     elif needs_beta:
@@ -270,9 +272,10 @@ def _check_dtype(name, given, dtypes):
 
 def _require(holds, name, given, wanted):
     # In a compiled graph, what is known only when it runs is asked then.
-    torch._check_value(
-        holds, lambda: f"{name} has shape {list(given.shape)}, it should be {wanted}"
-    )
+    if holds is not True:
+        torch._check_value(
+            holds, lambda: f"{name} has shape {list(given.shape)}, it should be {wanted}"
+        )
 
 
 def fake_plane_moments(x):
@@ -411,3 +414,10 @@ GATHERING = {
     ),
 }
 OPERATIONS = MODULATION | CONVOLUTION | GATHERING
+NUMBERING = {
+    "find_codes": "(Tensor segmap, int hash_mask) -> Tensor[]",
+    "find_windows": (
+        "(Tensor codes, Tensor nearest, int[] sizes, int kernel_size, int rows, int hash_mask)"
+        " -> Tensor[]"
+    ),
+}

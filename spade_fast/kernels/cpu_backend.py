@@ -42,7 +42,7 @@ if os.environ.get("SPADE_FAST_ISA"):
     _use_instruction_set(os.environ["SPADE_FAST_ISA"], library)
 
 COMPILED = contract.MODULATION | contract.CONVOLUTION
-if failure is None and (missing := operators.without_kernel(COMPILED, "CPU")):
+if failure is None and (missing := operators.without_kernel("CPU", COMPILED)):
     failure = f"not compiled for the CPU yet: {', '.join(missing)}"
 
 
@@ -77,7 +77,14 @@ def number_windows(codes, kernel_size):
     return tuple(map(torch.from_numpy, library.number_windows(codes.numpy(), kernel_size)))
 
 
-def find_windows(codes, kernel_size, num_codes):
+def find_windows(codes, sizes, kernel_size, num_codes, dtype=torch.float32):
+    return [
+        _find_windows(numbering.resize_codes(codes, size, dtype), kernel_size, num_codes)
+        for size in sizes
+    ]
+
+
+def _find_windows(codes, kernel_size, num_codes):
     first, hidden = number_windows(codes, kernel_size)
     index, table = number_windows(first, kernel_size)
     numbering.check_windows(hidden, num_codes)

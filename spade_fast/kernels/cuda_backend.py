@@ -2,27 +2,16 @@
 `contract.py`.
 """
 
+import functools
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 
-from . import contract, operators, torch_backend, triton_backend
+from . import contract, cuda_numbering, operators, torch_backend
 
 CAPABILITY = 8  # copies to shared memory that go on beside the computation
 MOST_TAPS = 343  # of a convolution at windows: which rows a window sees is kept at hand
-
-
-def _beside(name):
-    """An operation of what has kernels for what this library has none for: Triton, else plain
-    PyTorch.
-    """
-
-    def run(*operands):
-        backend = triton_backend if triton_backend.why_not() is None else torch_backend
-        return getattr(backend.BACKEND, name)(*operands)
-
-    return run
 
 
 def _load():
@@ -36,27 +25,34 @@ def _load():
         torch.ops.load_library(found[0])
     except OSError as error:
         return operators.not_loaded("spade_fast._cuda", error)
-    missing = operators.without_kernel(contract.MODULATION | contract.GATHERING, "CUDA")
+    compiled = (*contract.MODULATION, *contract.GATHERING, *contract.NUMBERING)
+    missing = operators.without_kernel("CUDA", compiled)
     return f"not compiled for CUDA: {', '.join(missing)}" if missing else None
 
 
 failure = _load()
 
 
+def _capability(index):
+    properties = torch.cuda.get_device_properties(index)
+    return properties.major, properties.minor
+
+
+_capability_of = functools.cache(_capability)  # it stays, and is asked for in each call
+
+
 def why_not(x=None, gamma=None):
     """Why these kernels cannot run (on x and γ), or None."""
     if failure is not None:
         return failure
-    if not torch.cuda.is_available():
-        return "there is no CUDA GPU here"
-    if x is not None and x.device.type != "cuda":
-        return f"x is on {x.device}, these kernels run on CUDA GPUs"
-    properties = torch.cuda.get_device_properties(None if x is None else x.device)
-    if properties.major < CAPABILITY:
-        return (
-            f"the GPU has compute capability {properties.major}.{properties.minor}, these kernels"
-            f" need {CAPABILITY}.0"
-        )
+    if x is None or not x.is_cuda:
+        if not torch.cuda.is_available():
+            return "there is no CUDA GPU here"
+        if x is not None:
+            return f"x is on {x.device}, these kernels run on CUDA GPUs"
+    major, minor = _capability(None) if x is None else _capability_of(x.get_device())
+    if major < CAPABILITY:
+        return f"the GPU has compute capability {major}.{minor}, these kernels need {CAPABILITY}.0"
     if x is not None and torch.float64 in (x.dtype, None if gamma is None else gamma.dtype):
         return "x or gamma is float64, these kernels compute in float32"
     return None
@@ -83,14 +79,14 @@ def convolve_windows_gradients(gradient, rows, weight, back_offsets, back_listed
     return torch_backend.gradients_of_sums(sum_lists, gradient, rows, weight, back_offsets, *wanted)
 
 
-# For matrix products and the sorts of numbering PyTorch has kernels.
+# For matrix products PyTorch has kernels.
 BACKEND = replace(
     torch_backend.BACKEND,
     name="cuda",
     why_not=why_not,
     **operators.declared("spade_fast", contract.MODULATION),
+    **cuda_numbering.of("spade_fast"),
     convolve_windows=convolve_windows,
     convolve_windows_gradients=convolve_windows_gradients,
     dtype_at_windows=dtype_at_windows,
-    find_codes=_beside("find_codes"),
 )

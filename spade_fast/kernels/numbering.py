@@ -73,22 +73,47 @@ def number_windows(codes, kernel_size):
     Returns their numbers, int32 [N, *spatial], and what they see, int32 [windows, taps], −1 beyond
     the border. Along each axis a pixel is tap kernel_size // 2 of its own window.
     """
-    ((numbers, contents, _),) = _number(codes, kernel_size, 1)
+    (((numbers, contents, _),),) = _number([codes], kernel_size, 1)
     return numbers, contents
 
 
-def find_windows(codes, kernel_size, num_codes):
-    """The windows of codes, and the windows of those: two of `list_windows`, `index` and `order`,
-    as `layout.Windows` has them.
+def find_windows(codes, sizes, kernel_size, num_codes, dtype=torch.float32):
+    """For each of these sizes, what codes [N, *spatial] become there (`resize_codes`): the windows
+    of those, and the windows of these windows: two of `list_windows`, `index` and `order`, as
+    `layout.Windows` has them.
     """
-    (_, hidden, seen_codes), (index, table, seen_windows) = _number(codes, kernel_size, 2)
-    check_windows(hidden, num_codes)
-    return (
-        list_windows(hidden, num_codes, seen_codes),
-        list_windows(table, len(hidden), seen_windows),
-        index,
-        sort_pixels(index),
-    )
+    maps, found = [resize_codes(codes, size, dtype) for size in sizes], []
+    for (_, hidden, seen_codes), (index, table, seen_windows) in _number(maps, kernel_size, 2):
+        check_windows(hidden, num_codes)
+        found.append(
+            (
+                list_windows(hidden, num_codes, seen_codes),
+                list_windows(table, len(hidden), seen_windows),
+                index,
+                sort_pixels(index),
+            )
+        )
+    return found
+
+
+def resize_codes(codes, size, dtype=torch.float32):
+    """codes [N, *spatial] at another size, by the pixels that `F.interpolate(mode="nearest")` takes
+    of a condition in this dtype: on a CPU it reckons in float64 for float64, else in float32.
+    """
+    for dim, (given, wanted) in enumerate(zip(codes.shape[1:], size), start=1):
+        if given == wanted:
+            continue
+        if wanted > 0 and given % wanted == 0:
+            codes = codes[(slice(None),) * dim + (slice(None, None, given // wanted),)]
+        else:
+            pixels = torch.arange(given, dtype=reckoned(codes, dtype), device=codes.device)
+            pixels = F.interpolate(pixels[None, None], size=wanted, mode="nearest")[0, 0]
+            codes = codes.index_select(dim, pixels.long())
+    return codes.contiguous()
+
+
+def reckoned(codes, dtype):
+    return torch.float64 if dtype == torch.float64 and codes.is_cpu else torch.float32
 
 
 def check_windows(hidden, num_codes):
@@ -152,28 +177,37 @@ class _Level(NamedTuple):
     sizes: tuple  # windows, taps within the border of all of them, whether two have one hash
 
 
-def _number(codes, kernel_size, levels):
-    """The windows of codes, the windows of those, and so on: of each level numbers, contents and
-    how many taps see something.
+def _number(maps, kernel_size, levels):
+    """Of each map of codes the windows, the windows of those, and so on: of each level numbers,
+    contents and how many taps see something.
     """
-    if codes.numel() == 0:
-        return [(codes, codes.new_empty(0, kernel_size ** (codes.dim() - 1)), 0)] * levels
     for attempt in itertools.count():
-        found, numbers = [], codes
-        for _ in range(levels):
-            found.append(_number_level(numbers, kernel_size, attempt))
-            numbers = found[-1].numbers
-        sizes = _read(*(size for level in found for size in level.sizes))
-        sizes = [sizes[first : first + 3] for first in range(0, 3 * levels, 3)]
-        if not any(collided for _, _, collided in sizes):
+        found = [_number_levels(codes, kernel_size, levels, attempt) for codes in maps]
+        sizes = iter(_read(*(size for of_map in found for level in of_map for size in level.sizes)))
+        found = [
+            [(level, next(sizes), next(sizes), next(sizes)) for level in of_map] for of_map in found
+        ]
+        if not any(collided for of_map in found for _, _, _, collided in of_map):
             return [
-                (level.numbers, _contents(level, count), seen)
-                for level, (count, seen, _) in zip(found, sizes)
+                [(level.numbers, _contents(level, count), seen) for level, count, seen, _ in of_map]
+                for of_map in found
             ]
+
+
+def _number_levels(codes, kernel_size, levels, attempt):
+    found = []
+    for _ in range(levels):
+        found.append(_number_level(codes, kernel_size, attempt))
+        codes = found[-1].numbers
+    return found
 
 
 def _number_level(codes, kernel_size, attempt):
     half, axes = kernel_size // 2, codes.dim() - 1
+    if codes.numel() == 0:
+        nothing = codes.new_zeros((), dtype=torch.int64)
+        taps = codes.new_empty(*codes.shape, *[kernel_size] * axes)
+        return _Level(codes, taps, codes.new_empty(0, dtype=torch.int64), (nothing,) * 3)
     padded = F.pad(codes, (half, kernel_size - 1 - half) * axes, value=-1)
     taps, hashes = padded, padded.long()
     for dim in range(1, axes + 1):

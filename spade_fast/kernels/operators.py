@@ -8,7 +8,7 @@ nothing compiled the operators still exist and can be checked.
 import torch
 
 from . import torch_backend
-from .contract import OPERATIONS
+from .contract import NUMBERING, OPERATIONS
 
 
 def declare(namespace, names):
@@ -17,6 +17,14 @@ def declare(namespace, names):
         operator, operation = f"{namespace}::{name}", OPERATIONS[name]
         torch.library.define(operator, operation.schema, tags=[torch.Tag.pt2_compliant_tag])
         torch.library.register_fake(operator, operation.checked(operation.fake))
+
+
+def declare_numbering(namespace):
+    """The same of those that number: only compiled kernels for GPUs have them, and no compiler sees
+    them.
+    """
+    for name, schema in NUMBERING.items():
+        torch.library.define(f"{namespace}::{name}", schema)
 
 
 def implement(namespace, name, key, kernel):
@@ -30,12 +38,13 @@ def declared(namespace, names):
 
 
 declare("spade_fast", OPERATIONS)
+declare_numbering("spade_fast")
 for name in OPERATIONS:
     implement("spade_fast", name, "CompositeExplicitAutograd", getattr(torch_backend, name))
 
 
-def without_kernel(names, dispatch_key):
-    """Those of these operators that have no compiled kernel for a device ("CPU", "CUDA")."""
+def without_kernel(dispatch_key, names):
+    """Which of these operators have no compiled kernel for a device ("CPU", "CUDA")."""
     return [
         name
         for name in names

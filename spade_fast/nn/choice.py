@@ -11,7 +11,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from ..layout import SemanticLayout
 from ..recording import is_recorded
 from ..scopes import Scope
-from .parts import Convolutions, Parts
+from .parts import Convolutions, Known
 from .tables import kept_tables
 
 MODES = ("auto", "always", "never")
@@ -74,14 +74,14 @@ def find_layout(segmap: torch.Tensor | SemanticLayout) -> SemanticLayout | None:
 
 
 def convolutions_at_windows(
-    spade: nn.Module, parts: Parts, layout: SemanticLayout | None, x: torch.Tensor
+    spade: nn.Module, known: Known, layout: SemanticLayout | None, x: torch.Tensor
 ) -> Convolutions | None:
     """What γ and β are computed with where that is at the distinct windows of the layout; None
     where it is at pixels.
     """
     if layout is None or is_recorded(x, layout.palette) or 0 in x.shape[2:]:
         return None
-    convolutions = parts.convolutions()
+    convolutions = known.convolutions
     if convolutions is None or not _pays(spade, layout, x.shape[2:], convolutions):
         return None
     return convolutions

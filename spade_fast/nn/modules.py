@@ -13,6 +13,7 @@ from torch.nn.utils.weight_norm import WeightNorm
 from torch.utils.module_tracker import ModuleTracker
 
 from ..recording import may_overwrite
+from .unchanged import NAME
 
 CONVOLUTIONS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 CONVOLUTION_TYPES = tuple(CONVOLUTIONS.values())
@@ -64,7 +65,13 @@ def is_watched(module: nn.Module) -> bool:
     """Whether anything but its class's forward runs when the module is called, and so sees, or may
     change, what goes in and out. Then it is called, with what its own users would give it.
     """
-    return bool(hooks(module)) or not is_called_plainly(module)
+    has_hooks = (
+        module._forward_pre_hooks
+        or module._forward_hooks
+        or module._backward_pre_hooks
+        or module._backward_hooks
+    )
+    return bool(has_hooks) or not is_called_plainly(module)
 
 
 def is_plain(module: nn.Module, types: Iterable[type]) -> bool:
@@ -128,7 +135,7 @@ def shape_of_weight(module: nn.Module) -> torch.Size:
 
 PLAIN = (bool, int, float, str, type(None))
 # What torch has in every module (the mode is asked for by itself), what DataParallel adds, and ours.
-NOT_MARKED = {*vars(nn.Module()), "_is_replica", "_former_parameters", "spade_form"}
+NOT_MARKED = {*vars(nn.Module()), "_is_replica", "_former_parameters", "spade_form", NAME}
 
 
 def marks_of(module: nn.Module) -> dict:

@@ -1,5 +1,7 @@
 """The parts of a SPADE, whatever its class calls them."""
 
+from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 import torch.nn as nn
@@ -10,6 +12,7 @@ from .modules import (
     POINTWISE,
     Same,
     changes_itself,
+    is_known,
     is_plain,
     keeps_size,
     leaves,
@@ -17,6 +20,7 @@ from .modules import (
     taps_of,
     weights_in,
 )
+from .unchanged import until_changed
 
 
 class Form(NamedTuple):
@@ -40,7 +44,8 @@ class HasParts:
     spade_form: Form
 
 
-class Convolutions(NamedTuple):
+@dataclass(frozen=True)
+class Convolutions:
     """What decides the γ and β of a window: three convolutions, what follows the first, and norms
     of γ's and β's own.
     """
@@ -59,13 +64,13 @@ class Convolutions(NamedTuple):
         """
         return self.gamma_norm is not None or self.beta_norm is not None
 
-    @property
+    @cached_property
     def weights(self) -> list:
         """Every tensor that decides the table."""
         modules = (self.shared, self.gamma, self.beta, self.gamma_norm, self.beta_norm)
         return [tensor for of in modules if of is not None for tensor in weights_in(of)]
 
-    @property
+    @cached_property
     def marks(self) -> list:
         """What else decides it: the modules, and their attributes."""
         modules = (self.shared, *self.activations, self.gamma, self.beta)
@@ -73,7 +78,7 @@ class Convolutions(NamedTuple):
         every = [part for of in (*modules, *norms) if of is not None for part in of.modules()]
         return [(Same(part), type(part), marks_of_settings(part)) for part in every]
 
-    @property
+    @cached_property
     def changes_itself(self) -> bool:
         """Whether each call changes the next one's weights."""
         return any(changes_itself(module) for module in (self.shared, self.gamma, self.beta))
@@ -92,10 +97,14 @@ class Parts(NamedTuple):
     @classmethod
     def of(cls, spade: nn.Module) -> "Parts":
         form = spade.spade_form
-        names = (form.norm, form.shared, form.gamma, form.beta, form.pad)
-        own = spade._modules
-        parts = (own[name] if name in own else _part(spade, name) for name in names)
-        return cls(*parts, form.inside)
+        return cls(
+            _part(spade, form.norm),
+            _part(spade, form.shared),
+            _part(spade, form.gamma),
+            _part(spade, form.beta),
+            _part(spade, form.pad),
+            form.inside,
+        )
 
     def convolutions(self) -> Convolutions | None:
         """What decides γ and β, or None where that is more than a window's codes and the weights
@@ -123,5 +132,26 @@ class Parts(NamedTuple):
         return Convolutions(shared, activations, gamma, beta, *norms)
 
 
+class Known(NamedTuple):
+    """What is asked about a SPADE in each call."""
+
+    parts: Parts
+    own_norm: bool  # whether `spade_modulate` does what its norm does
+    convolutions: Convolutions | None  # as Parts has it
+
+    @classmethod
+    def of(cls, spade: nn.Module) -> "Known":
+        """Asked anew where anything in the layer is another than before."""
+        return until_changed(spade, _known)
+
+
+def _known(spade):
+    parts = Parts.of(spade)
+    return Known(parts, is_known(parts.norm), parts.convolutions())
+
+
 def _part(spade, name):
-    return None if name is None else spade.get_submodule(name)
+    if name is None:
+        return None
+    own = spade._modules
+    return own[name] if name in own else spade.get_submodule(name)

@@ -12,7 +12,9 @@ from .parts import Parts
 from .upsampled import convolve_repeated, may_sum_weights, repeats
 
 FORMATS = {4: torch.channels_last, 5: torch.channels_last_3d}
-FEW_PIXELS = 4096  # below, x keeps its memory layout
+# Below these numbers of pixels x keeps its memory layout. On a GPU the convolutions bring a
+# contiguous x and its weights to channels-last themselves, in each call.
+FEW_PIXELS = {"cpu": 4096, "cuda": 0}
 
 
 def at_pixels(
@@ -57,7 +59,7 @@ def with_channels_together(x: torch.Tensor, scale: int = 1) -> torch.Tensor:
     """
     if is_recorded(x) or x.dim() not in FORMATS:
         return x  # what is recorded may not depend on the batch
-    pays = x[:, 0].numel() * scale ** (x.dim() - 2) >= FEW_PIXELS
+    pays = x[:, 0].numel() * scale ** (x.dim() - 2) >= FEW_PIXELS.get(x.device.type, 4096)
     return x.contiguous(memory_format=FORMATS[x.dim()]) if pays else x
 
 

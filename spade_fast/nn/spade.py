@@ -4,9 +4,12 @@ import torch
 import torch.fx
 import torch.nn as nn
 
-from ..kernels.contract import lies_like
+from ..kernels.contract import lies_like, sum_dtype
 from ..layout import SemanticLayout
-from ..ops.modulate import spade_modulate
+from ..ops.arguments import check_channels, check_x
+from ..ops.modulate import modulate_by, spade_modulate
+from ..ops.norms import given
+from ..ops.norms import planes as planes_of
 from ..recording import of_their_class, ordinary
 from .choice import convolutions_at_windows, find_layout
 from .config import dimensions, odd_number, parse_config, whole_number
@@ -20,9 +23,9 @@ from .modules import (
     may_overwrite_result,
     weights_in,
 )
-from .parts import Form, HasParts, Parts
+from .parts import Form, HasParts, Known, Parts
 from .pixels import at_pixels, with_channels_together
-from .tables import at_windows
+from .tables import at_windows, derived, kept_tables
 
 ALWAYS_FRESH = 2**25  # bytes; of smaller tensors C libraries keep the memory
 
@@ -73,11 +76,12 @@ class SpatiallyAdaptive(HasParts):
         moments: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """forward, of arguments that have been checked."""
-        parts, layout, images = Parts.of(self), find_layout(segmap), batch_of(segmap)
+        known, layout, images = Known.of(self), find_layout(segmap), batch_of(segmap)
+        parts = known.parts
         x = with_channels_together(ordinary(x))
         several = x.shape[0] != images != 1  # conditions of one x
         # Asked once: a lazy norm becomes another class.
-        own_norm = is_known(parts.norm) and not several
+        own_norm = known.own_norm and not several
         if own_norm and hasattr(parts.norm, "_check_input_dim"):
             parts.norm._check_input_dim(x)
         elif not own_norm:
@@ -85,7 +89,7 @@ class SpatiallyAdaptive(HasParts):
             x = x.expand(images, *x.shape[1:]) if several else x
         if layout is not None and len(layout) != x.shape[0]:
             layout = layout.repeat(x.shape[0]) if x.shape[0] else layout[:0]
-        convolutions = convolutions_at_windows(self, parts, layout, x)
+        convolutions = convolutions_at_windows(self, known, layout, x)
         if convolutions is not None:
             gamma, beta, lookup = at_windows(self, layout, x, convolutions)
         else:
@@ -93,6 +97,11 @@ class SpatiallyAdaptive(HasParts):
             gamma, beta, lookup = *at_pixels(parts, given, x), {}
             if gamma.shape[0] != x.shape[0]:  # one condition's, for every image
                 gamma, beta = gamma.expand(x.shape), beta.expand(x.shape)
+        planes = frozen_planes(parts.norm, x) if own_norm and lookup else None
+        if planes is not None:
+            index = lookup["index"]
+            y = modulate_by(planes, x, gamma, beta, index, activation, negative_slope)
+            return of_their_class(y, x, segmap)
         if own_norm:
             count_batch(parts.norm)
         y = spade_modulate(
@@ -323,6 +332,29 @@ def norm_arguments(norm: nn.Module) -> dict:
     if kind == "syncbatch":
         arguments["process_group"] = norm.process_group
     return arguments
+
+
+def frozen_planes(norm: nn.Module, x: torch.Tensor) -> torch.Tensor | None:
+    """The numbers of each plane of x [N, C, *spatial], [3, N, C], that running statistics and a
+    norm's own parameters make, found once; None where the norm is not frozen, or measures x.
+    """
+    count = getattr(norm, "num_batches_tracked", None)
+    if count is None or kept_tables(norm) is None or measures(norm):
+        return None
+    mean, variance, weight, bias = norm.running_mean, norm.running_var, norm.weight, norm.bias
+    shape, dtype = x.shape[:2], sum_dtype(x.dtype)
+
+    def make():
+        check_x(x)
+        for name in ("running_mean", "running_var", "weight", "bias"):
+            check_channels(name, getattr(norm, name), x)
+        statistics = given(mean, variance, norm.eps, dtype)
+        return [planes_of(statistics, shape, weight, bias).contiguous()]
+
+    # PyTorch's own batch norm writes to running statistics without their version's saying so: it is
+    # the count of batches that says it.
+    weights = [mean, variance, count, weight, bias]
+    return derived(norm, "planes", weights, (shape, dtype, norm.eps), make)[0]
 
 
 def reused(module: nn.Module, gamma: torch.Tensor, x: torch.Tensor) -> torch.Tensor | None:

@@ -10,6 +10,7 @@ from torch.nn.utils.spectral_norm import SpectralNorm
 from ..identity import state_of
 from ..recording import is_recorded
 from .modules import CONVOLUTIONS, hooks, is_called_plainly
+from .tables import derived, kept_tables
 
 
 def convolve(convolution: nn.Module, x: torch.Tensor) -> torch.Tensor:
@@ -27,18 +28,35 @@ def convolve(convolution: nn.Module, x: torch.Tensor) -> torch.Tensor:
         and own[0].name == "weight"
         and is_called_plainly(convolution)
     )
-    if not understood or is_recorded(x) or x.numel() >= convolution.weight_orig.numel():
+    if not understood or is_recorded(x):
         return convolution(x)
-    sigma = largest_singular_value(convolution, own[0])
-    return convolution._conv_forward(x / sigma, convolution.weight_orig, convolution.bias)
+    weight, divides_x = convolution.weight_orig, x.numel() < convolution.weight_orig.numel()
+    frozen = not convolution.training and kept_tables(convolution) is not None
+    if not divides_x and not frozen:
+        return convolution(x)
+    sigma = largest_singular_value(convolution, own[0], frozen)
+    x, weight = (x / sigma, weight) if divides_x else (x, weight / sigma)
+    return convolution._conv_forward(x, weight, convolution.bias)
 
 
-def largest_singular_value(module: nn.Module, norm: SpectralNorm) -> torch.Tensor:
+def largest_singular_value(
+    module: nn.Module, norm: SpectralNorm, frozen: bool = False
+) -> torch.Tensor:
     """σ = u · W v, after the power iterations that training makes: what
-    `SpectralNorm.compute_weight` divides by.
+    `SpectralNorm.compute_weight` divides by. Of a frozen module it is found once.
     """
-    matrix = norm.reshape_weight_to_matrix(module.weight_orig)
     u, v = module.weight_u, module.weight_v
+    if frozen:
+        device = u.device.type
+        rounds = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device)
+        return derived(
+            module,
+            "sigma",
+            [module.weight_orig, u, v],
+            (rounds, norm.dim),
+            lambda: [largest_singular_value(module, norm)],
+        )[0]
+    matrix = norm.reshape_weight_to_matrix(module.weight_orig)
     if module.training:
         with torch.no_grad():
             # In place: they are buffers, which replicas of the module share.

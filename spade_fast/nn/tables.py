@@ -15,6 +15,7 @@ from .. import kernels
 from ..identity import state_of
 from ..layout import SemanticLayout
 from ..ops.convolve_windows import convolve_windows
+from ..recording import is_recorded
 from ..scopes import Scope
 from .modules import weight_of, weights_in
 from .parts import Convolutions, HasParts, Parts
@@ -28,8 +29,8 @@ def at_windows(
     """
     windows = layout.windows(x.shape[2:], convolutions.gamma.kernel_size[0])
     dtype = dtype_of_convolution(x, weights_in(convolutions.gamma)[0].dtype)
-    kept = None if convolutions.changes_itself else kept_tables(spade)
-    if kept is None:
+    kept = kept_tables(spade)
+    if kept is None or convolutions.changes_itself:
         gamma, beta = compute_table(layout, windows, convolutions, dtype)
     else:
         images = x.shape[0] if convolutions.normalise else None
@@ -59,13 +60,12 @@ def compute_table(layout, windows, convolutions, dtype):
     """γ and β of the distinct windows, [K, C], in dtype; where they have norms of their own, those
     of each image, [N·K, C].
     """
-    _, activations, *_, gamma_norm, beta_norm = convolutions
     modules = (convolutions.shared, convolutions.gamma, convolutions.beta)
     first, *others = [(weight_of(module), module.bias) for module in modules]
     # Norms see what differs between windows, which half precision would round away.
     within = torch.promote_types(dtype, torch.float32) if convolutions.normalise else dtype
     hidden = convolve_windows(layout.palette, *first, windows.hidden, within)
-    for activation in activations:
+    for activation in convolutions.activations:
         hidden = activation(hidden)
     biased = all(bias is not None for _, bias in others)
     if biased and kernels.select(hidden).name != "cpu":
@@ -75,7 +75,7 @@ def compute_table(layout, windows, convolutions, dtype):
     else:
         rows = [convolve_windows(hidden, *other, windows.table, within) for other in others]
     if convolutions.normalise:
-        norms = (gamma_norm, beta_norm)
+        norms = (convolutions.gamma_norm, convolutions.beta_norm)
         rows = [normalise_over_images(table, windows, norm) for table, norm in zip(rows, norms)]
     return [table.to(dtype) for table in rows]
 
@@ -90,8 +90,10 @@ def normalise_over_images(table, windows, norm):
     images, count = len(windows.index), windows.count
     if norm is None:
         return table.repeat(images, 1)
-    share, exact = windows.shares, table.double()
-    deviations = exact - (share @ exact)[:, None]
+    share = windows.shares
+    # Not even a product with zero has what an image does not see: it may be infinite, or NaN.
+    exact = table.double().where(share[:, :, None] > 0, 0)
+    deviations = exact - torch.einsum("nk,nkc->nc", share, exact)[:, None]
     variance = torch.einsum("nk,nkc->nc", share, deviations.square())
     normalised = deviations * torch.rsqrt(variance + norm.eps)[:, None]
     if norm.affine:
@@ -108,6 +110,7 @@ class Tables:
     def __init__(self, max_bytes: int) -> None:
         self.max_bytes, self.bytes = max_bytes, 0
         self._layouts = OrderedDict()  # by id; the one that was used last at the end
+        self._derived = weakref.WeakKeyDictionary()  # by module, of its weights alone
         self._lock = threading.RLock()  # a layout may go while it is held
 
     def get(
@@ -121,14 +124,37 @@ class Tables:
         """The tensors that compute() gave for this layout, key, weights and marks before, or gives
         now.
         """
-        state = [*map(state_of, weights), marks]
+        state = [*map(state_of, weights), stream_of(layout.codes), marks]
         with self._lock:
             found = self._of(layout).get(key)
         if found is not None and found.state == state:
             return found.tensors
-        kept = Kept(compute(), state, [weight.detach() for weight in weights])
+        kept = Kept(compute(), state, weights)
         with self._lock:
             self._keep(layout, key, kept)
+        return kept.tensors
+
+    def derive(
+        self,
+        module: nn.Module,
+        name: str,
+        weights: list[torch.Tensor | None],
+        settings: tuple,
+        compute: Callable[[], list],
+    ) -> list:
+        """The tensors that compute() makes of this module's weights alone, with these settings; of
+        each name the newest are kept.
+        """
+        if weights[0].is_cuda and torch.cuda.is_current_stream_capturing():
+            return compute()  # a graph has its own, made anew in each replay
+        state = [own if own is None else state_of(own) for own in weights]
+        state += stream_of(weights[0]), settings
+        found = self._derived.get(module, {}).get(name)
+        if found is not None and found.state == state:
+            return found.tensors
+        kept = Kept(compute(), state, weights)
+        with self._lock:
+            self._derived.setdefault(module, {})[name] = kept
         return kept.tensors
 
     def _of(self, layout):
@@ -157,6 +183,7 @@ class Tables:
     def clear(self) -> None:
         with self._lock:
             self._layouts.clear()
+            self._derived.clear()
             self.bytes = 0
 
 
@@ -166,25 +193,47 @@ class Kept:
     """
 
     def __init__(self, tensors: list, state: list, weights: list) -> None:
-        self.tensors, self.state, self.weights = tensors, state, weights
+        self.tensors, self.state = tensors, state
+        self.weights = [weight.detach() for weight in weights if weight is not None]
         self.bytes = sum(tensor.nbytes for tensor in tensors)
 
 
+def stream_of(tensor: torch.Tensor) -> int | None:
+    """The stream that a GPU computes on here: what it was given on another may not be there yet."""
+    return torch._C._cuda_getCurrentRawStream(tensor.get_device()) if tensor.is_cuda else None
+
+
 class keep_in(Scope):
-    """Inside, these SPADEs get their tables by `tables.get(layout, key, weights, marks, compute)`, as
-    they otherwise compute them: those of this thread or task.
+    """Inside, these modules get what they make of their weights from `tables`, as they otherwise
+    compute it: SPADEs by `tables.get(layout, key, weights, marks, compute)`, all of them by
+    `tables.derive(module, name, weights, settings, compute)`; those of this thread or task.
     """
 
-    def __init__(self, tables: object, spades: Iterable[nn.Module]) -> None:
-        self.tables, self.spades = tables, weakref.WeakSet(spades)
+    def __init__(self, tables: object, modules: Iterable[nn.Module]) -> None:
+        self.tables, self.modules = tables, weakref.WeakSet(modules)
         super().__init__(self)
 
 
-def kept_tables(spade: nn.Module) -> Tables | None:
-    """What keeps this layer's tables here and now, or None."""
-    if torch.compiler.is_compiling() or torch.is_grad_enabled():
+def kept_tables(module: nn.Module) -> Tables | None:
+    """What keeps this module's tables here and now, or None."""
+    if not keep_in.anywhere or torch.compiler.is_compiling() or torch.is_grad_enabled():
         return None
-    return next((scope.tables for scope in keep_in.all_here() if spade in scope.spades), None)
+    for scope in keep_in.all_here():
+        if module in scope.modules:
+            return scope.tables
+    return None
+
+
+def derived(
+    module: nn.Module, name: str, weights: list, settings: tuple, compute: Callable[[], list]
+) -> list:
+    """compute(), the tensors that a module makes of these weights of its own: once, where it is
+    frozen.
+    """
+    kept = kept_tables(module)
+    if kept is None or is_recorded(*weights):
+        return compute()
+    return kept.derive(module, name, weights, settings, compute)
 
 
 @contextmanager
@@ -216,7 +265,7 @@ def frozen(model: nn.Module, max_bytes: int = 1 << 30) -> Iterator[Tables]:
         raise ValueError(f"model is a {type(model).__name__} without any SPADE, it should have one")
     tables, before = Tables(max_bytes), fingerprints(layers)
     try:
-        with keep_in(tables, layers.values()):
+        with keep_in(tables, model.modules()):
             yield tables
     finally:
         tables.clear()

@@ -84,7 +84,7 @@ def check_modulate(
         "running_var": running_var,
     }
     for name, tensor in per_channel.items():
-        _check_channels(name, tensor, x)
+        check_channels(name, tensor, x)
     running = (running_mean, running_var, training, process_group)
     _check_norm(x, norm, num_groups, weight, bias, *running)
     if moments is not None:
@@ -96,6 +96,9 @@ def check_modulate(
             )
     if out is not None:
         _check_out(out, x, torch.promote_types(x.dtype, gamma.dtype))
+        read = {"x": x, "gamma": gamma, "beta": beta, "index": index}
+        if not torch.compiler.is_compiling() and not is_recorded(out, *read.values()):
+            _check_overlaps(out, read)
 
 
 def _check_tensor(name, tensor):
@@ -126,6 +129,40 @@ def _check_out(out, x, dtype):
         )
 
 
+def _check_overlaps(out, read):
+    """Raises where `out` would be written over elements of what is read that are still to be read:
+    where the two begin and end at different places, but before each other's end.
+    """
+    for name, other in read.items():
+        if other is None or is_same_memory(out, other):
+            continue
+        (begin, end), (other_begin, other_end) = memory_of(out), memory_of(other)
+        if begin < other_end and other_begin < end:
+            raise ValueError(
+                f"out overlaps {name} in memory, it should be {name} itself, element for element,"
+                " or memory of its own"
+            )
+
+
+def memory_of(tensor):
+    """The addresses at which a tensor begins and ends."""
+    reach = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride()))
+    length = (reach + 1) * tensor.element_size() if tensor.numel() else 0
+    return tensor.data_ptr(), tensor.data_ptr() + length
+
+
+def is_same_memory(one, other):
+    """Whether two tensors have each element at the same place."""
+    return (one.data_ptr(), one.dtype, one.shape) == (
+        other.data_ptr(),
+        other.dtype,
+        other.shape,
+    ) and all(
+        size == 1 or steps == other_steps
+        for size, steps, other_steps in zip(one.shape, one.stride(), other.stride())
+    )
+
+
 def _check_index(index, x, rows):
     if index.dtype not in INTEGERS:
         raise TypeError(f"index has dtype {index.dtype}, it should be a tensor of whole numbers")
@@ -136,7 +173,11 @@ def _check_index(index, x, rows):
         )
     if index.device != x.device:
         raise ValueError(f"index is on {index.device}, it should be on x's device, {x.device}")
-    if index.is_cpu and index.numel() and not (torch.compiler.is_compiling() or is_recorded(index)):
+    if torch.compiler.is_compiling() or is_recorded(index) or not index.numel():
+        return
+    if rows == 0:
+        raise ValueError("gamma has no rows, it should have one for each number of index")
+    if index.is_cpu:
         least, most = index.aminmax()
         if least < 0 or most >= rows:
             raise ValueError(
@@ -158,7 +199,7 @@ def _check_order(order, x):
         raise ValueError(f"order is on {order.device}, it should be on x's device, {x.device}")
 
 
-def _check_channels(name, tensor, x):
+def check_channels(name, tensor, x):
     if tensor is None:
         return
     _check_tensor(name, tensor)

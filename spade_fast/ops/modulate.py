@@ -11,7 +11,7 @@ import torch
 
 from .. import kernels
 from ..kernels import contract, numbering, torch_backend
-from ..recording import is_recorded, is_transformed, ordinary
+from ..recording import constant, is_recorded, is_transformed, ordinary
 from . import norms, plain
 from .arguments import check_modulate, check_x
 
@@ -62,7 +62,8 @@ def spade_modulate(
         negative_slope: of leaky ReLU.
         moments: what `plane_moments(x)` returned, for several modulations of one x.
         out: where y is written, in y's shape and dtype and without gaps in x's memory layout; it
-            may be x, gamma or beta itself, which is then gone. Only where no gradient is asked for.
+            may be x, gamma or beta itself, which is then gone, but not overlap one of them in part.
+            Only where no gradient is asked for.
 
     Returns:
         y of x's shape and memory layout, in the dtype that x and γ promote to. Sums are held in
@@ -99,6 +100,7 @@ def spade_modulate(
         )
         return y if out is None else out.copy_(y)
     x, gamma, beta = map(ordinary, (x, gamma, beta))
+    negative_slope = constant(negative_slope)
     backend = kernels.select(x, gamma)
     differentiable = (x, gamma, beta, weight, bias)
     differentiates = torch.is_grad_enabled() and any(
@@ -132,11 +134,19 @@ def spade_modulate(
         )
     planes = norms.planes(statistics, x.shape[:2], weight, bias)
     if out is None:
-        return backend.apply(x, planes, gamma, beta, index, activation, negative_slope, False)[0]
+        return modulate_by(planes, x, gamma, beta, index, activation, negative_slope)
     backend.apply_out(x, planes, gamma, beta, index, activation, negative_slope, out)
     if not torch.compiler.is_compiling() and not out.is_inference():
         torch.autograd.graph.increment_version(out)  # a backward that needs what was there says so
     return out
+
+
+def modulate_by(planes, x, gamma, beta, index, activation, negative_slope):
+    """y of arguments that have been checked, without gradients, where the numbers of each plane are
+    known already.
+    """
+    apply = kernels.select(x, gamma).apply
+    return apply(x, planes, gamma, beta, index, activation, negative_slope, False)[0]
 
 
 def plane_moments(x):

@@ -23,7 +23,7 @@ from .tile import (
 )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def apply_kernel(
     x,
     planes,
@@ -35,6 +35,7 @@ def apply_kernel(
     images,
     channels,
     pixels,
+    rows,
     negative_slope,
     ACTIVATION: tl.constexpr,
     LAST: tl.constexpr,
@@ -47,7 +48,7 @@ def apply_kernel(
     inside = (channel < channels) & (pixel < pixels)
     row = None
     if index is not None:
-        row = row_of(index, image, pixel, pixels)
+        row = row_of(index, rows, image, pixel, pixels)
     normalised = tl.load(place(x, image, channel, pixel, LAST), inside, 0.0).to(tl.float32)
     normalised -= per_plane(planes, 0, images, image, channels, channel)
     normalised *= per_plane(planes, 1, images, image, channels, channel)
@@ -112,6 +113,7 @@ def launch(x, planes, gamma, beta, index, activation, negative_slope, y, signs):
         images,
         channels,
         pixels,
+        len(gamma),
         negative_slope,
         ACTIVATION=activation,
         LAST=last,

@@ -21,7 +21,7 @@ from .tile import (
 )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def backward_input_kernel(
     dy,
     x,
@@ -35,6 +35,7 @@ def backward_input_kernel(
     images,
     channels,
     pixels,
+    rows,
     negative_slope,
     ACTIVATION: tl.constexpr,
     LAST: tl.constexpr,
@@ -47,7 +48,7 @@ def backward_input_kernel(
     inside = (channel < channels) & (pixel < pixels)
     row = None
     if index is not None:
-        row = row_of(index, image, pixel, pixels)
+        row = row_of(index, rows, image, pixel, pixels)
     scale = per_plane(planes, 1, images, image, channels, channel)
     one_plus = 1 + look_up(gamma, row, image, channel, pixel, inside, LAST)
     g = tl.load(place(dy, image, channel, pixel, LAST), inside, 0.0).to(tl.float32)
@@ -99,6 +100,7 @@ def backward_input(dy, x, planes, gamma, beta, index, signs, terms, activation, 
         images,
         channels,
         pixels,
+        len(gamma),
         negative_slope,
         ACTIVATION=activation,
         LAST=last,

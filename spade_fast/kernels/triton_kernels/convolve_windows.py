@@ -15,7 +15,7 @@ from ..interpreted import INTERPRETED
 from . import plan
 
 
-@triton.jit(do_not_specialize=["windows"])
+@triton.jit(do_not_specialize=["windows", "count", "length"])
 def convolve_windows_kernel(
     rows,
     weight,
@@ -24,6 +24,8 @@ def convolve_windows_kernel(
     listed,
     results,
     windows,
+    count,
+    length,
     channels,
     outputs,
     TAPS: tl.constexpr,
@@ -32,8 +34,9 @@ def convolve_windows_kernel(
     OUTPUTS: tl.constexpr,
     CHANNELS: tl.constexpr,
 ):
-    """Some outputs of some windows. rows [R, channels], weight [outputs, TAPS, channels]; SEEN: a
-    power of two, TAPS or more.
+    """Some outputs of some windows. rows [count, channels], weight [outputs, TAPS, channels],
+    listed [length]; SEEN: a power of two, TAPS or more. Numbers that no row or place has see
+    nothing.
     """
     output_blocks = tl.cdiv(outputs, OUTPUTS)
     window = tl.program_id(0) // output_blocks * WINDOWS + tl.arange(0, WINDOWS)
@@ -41,7 +44,8 @@ def convolve_windows_kernel(
     begin = tl.load(offsets + window, window < windows, 0)
     end = tl.load(offsets + window + 1, window < windows, 0)
     number = begin[:, None] + tl.arange(0, SEEN)[None, :]
-    seen = tl.load(listed + number, number < end[:, None], -1)
+    is_listed = (number >= 0) & (number < tl.minimum(end, length)[:, None])
+    seen = tl.load(listed + number, is_listed, -1)
     channel_blocks = tl.cdiv(channels, CHANNELS)
     total = tl.zeros([WINDOWS, OUTPUTS], tl.float32)
     for step in range(TAPS * channel_blocks):
@@ -54,7 +58,7 @@ def convolve_windows_kernel(
         )  # none beyond the border
         values = tl.load(
             rows + (row.to(tl.int64) * channels)[:, None] + channel[None, :],
-            (row >= 0)[:, None] & (channel < channels)[None, :],
+            ((row >= 0) & (row < count))[:, None] & (channel < channels)[None, :],
             0.0,
         )
         weights = tl.load(
@@ -92,6 +96,8 @@ def convolve_windows(rows, weight, bias, offsets, listed):
             listed,
             results,
             windows,
+            len(rows),
+            len(listed),
             channels,
             outputs,
             TAPS=taps,

@@ -31,7 +31,7 @@ from .tile import (
 )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def forward_kernel(
     x,
     gamma,
@@ -43,6 +43,7 @@ def forward_kernel(
     images,
     channels,
     pixels,
+    rows,
     eps,
     negative_slope,
     ACTIVATION: tl.constexpr,
@@ -70,7 +71,7 @@ def forward_kernel(
     tl.store(plane + 2 * images * channels, zeros(LAST, 1, CHANNELS), channel < channels)
     row = None
     if index is not None:
-        row = row_of(index, image, pixel, pixels)
+        row = row_of(index, rows, image, pixel, pixels)
     modulated = (
         (deviation - correction)
         * scale
@@ -186,6 +187,7 @@ def instance_forward(x, gamma, beta, index, eps, activation, negative_slope, kee
         images,
         channels,
         pixels,
+        len(gamma),
         eps,
         negative_slope,
         ACTIVATION=activation,

@@ -25,6 +25,7 @@ from .tile import (
     store_part,
     sum_pixels,
     through_activation,
+    within,
     zeros,
 )
 
@@ -32,20 +33,34 @@ PIECE = 256  # pixels
 
 
 @triton.jit
+def pixel_at(order, pixels, place, inside):
+    """The pixels that sorted places have."""
+    return within(tl.load(order + place, inside, 0), pixels)
+
+
+@triton.jit
+def row_at(index, rows, order, image, pixels, place, inside):
+    """The rows, of so many in the table, that the pixels of sorted places have."""
+    pixel = pixel_at(order, pixels, place, inside)
+    return within(tl.load(index + (image * pixels + pixel), inside, 0), rows)
+
+
+@triton.jit(do_not_specialize=["rows"])
 def find_pieces_kernel(
-    index, order, begins, images, pixels, PIECE: tl.constexpr, BLOCK: tl.constexpr
+    index, order, begins, images, pixels, rows, PIECE: tl.constexpr, BLOCK: tl.constexpr
 ):
     """1 where a piece begins among the sorted pixels of all images, else 0."""
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = at < images * pixels
     image, position = at // pixels, at % pixels
-    row = tl.load(index + (image * pixels + tl.load(order + at, inside, 0)), inside, 0)
+    row = row_at(index, rows, order, image, pixels, at, inside)
     before = inside & (position > 0)
-    row_before = tl.load(index + (image * pixels + tl.load(order + at - 1, before, 0)), before, -1)
-    tl.store(begins + at, ((row != row_before) | (position % PIECE == 0)).to(tl.int32), inside)
+    row_before = row_at(index, rows, order, image, pixels, at - 1, before)
+    is_first = (position == 0) | (row != row_before)
+    tl.store(begins + at, (is_first | (position % PIECE == 0)).to(tl.int32), inside)
 
 
-@triton.jit(do_not_specialize=["rows"])
+@triton.jit(do_not_specialize=["rows", "capacity"])
 def list_pieces_kernel(
     index,
     order,
@@ -55,6 +70,7 @@ def list_pieces_kernel(
     images,
     pixels,
     rows,
+    capacity,
     PIECE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -64,19 +80,21 @@ def list_pieces_kernel(
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = at < images * pixels
     image, position = at // pixels, at % pixels
-    row = tl.load(index + (image * pixels + tl.load(order + at, inside, 0)), inside, 0)
+    row = row_at(index, rows, order, image, pixels, at, inside)
     before, after = inside & (position > 0), inside & (position < pixels - 1)
-    row_before = tl.load(index + (image * pixels + tl.load(order + at - 1, before, 0)), before, -1)
-    row_after = tl.load(index + (image * pixels + tl.load(order + at + 1, after, 0)), after, -1)
-    piece = tl.load(pieces + at, inside, 0) - 1
-    begins, ends = inside & (row != row_before), inside & (row != row_after)
+    row_before = row_at(index, rows, order, image, pixels, at - 1, before)
+    row_after = row_at(index, rows, order, image, pixels, at + 1, after)
+    begins = inside & ((position == 0) | (row != row_before))
+    ends = inside & ((position == pixels - 1) | (row != row_after))
+    # More than there is room for they are only where order is not sorted.
+    piece = within(tl.load(pieces + at, inside, 1) - 1, capacity)
     tl.store(firsts + piece, at.to(tl.int32), begins | (inside & (position % PIECE == 0)))
     tl.store(firsts + piece + 1, at.to(tl.int32) + 1, ends & (at == images * pixels - 1))
     tl.store(ranges + 2 * (image * rows + row), piece, begins)
     tl.store(ranges + 2 * (image * rows + row) + 1, piece + 1, ends)
 
 
-@triton.jit(do_not_specialize=["capacity"])
+@triton.jit(do_not_specialize=["rows", "capacity"])
 def sum_pieces_kernel(
     dy,
     x,
@@ -92,6 +110,7 @@ def sum_pieces_kernel(
     images,
     channels,
     pixels,
+    rows,
     capacity,
     negative_slope,
     ACTIVATION: tl.constexpr,
@@ -106,13 +125,13 @@ def sum_pieces_kernel(
         channel = channels_from(tl.program_id(0) % channel_blocks * CHANNELS, LAST, CHANNELS)
         begin, end = tl.load(firsts + piece), tl.load(firsts + piece + 1)
         image = (begin // pixels).to(tl.int64)
-        row = tl.load(index + (image * pixels + tl.load(order + begin)))
+        row = row_at(index, rows, order, image, pixels, begin, True)
         shift = per_plane(planes, 0, images, image, channels, channel)
         sum_g, sum_g_deviation = zeros(LAST, PIXELS, CHANNELS), zeros(LAST, PIXELS, CHANNELS)
         for first in range(begin, end, PIXELS):
             position = pixels_from(first, LAST, PIXELS)
             inside = (position < end) & (channel < channels)
-            pixel = tl.load(order + position, position < end, 0)
+            pixel = pixel_at(order, pixels, position, position < end)
             deviation = (
                 tl.load(place(x, image, channel, pixel, LAST), inside, 0.0).to(tl.float32) - shift
             )
@@ -175,7 +194,7 @@ def sum_rows_kernel(
     tl.store(dbeta + places, sum_g, inside)
 
 
-@triton.jit(do_not_specialize=["capacity"])
+@triton.jit(do_not_specialize=["rows", "capacity"])
 def sum_planes_kernel(
     found,
     gamma,
@@ -187,6 +206,7 @@ def sum_planes_kernel(
     images,
     channels,
     pixels,
+    rows,
     capacity,
     PIECES: tl.constexpr,
     CHANNELS: tl.constexpr,
@@ -199,7 +219,7 @@ def sum_planes_kernel(
     count = tl.load(pieces + ((image + 1) * pixels - 1)) - first_piece
     split_pieces = tl.cdiv(tl.cdiv(count, PIECES), tl.num_programs(1)) * PIECES
     begin = first_piece + tl.program_id(1) * split_pieces
-    end = tl.minimum(begin + split_pieces, first_piece + count)
+    end = tl.minimum(tl.minimum(begin + split_pieces, first_piece + count), capacity)
     sum_q, sum_q_deviation = (
         tl.zeros([PIECES, CHANNELS], tl.float32),
         tl.zeros([PIECES, CHANNELS], tl.float32),
@@ -207,8 +227,8 @@ def sum_planes_kernel(
     for first in range(begin, end, PIECES):
         piece = first + tl.arange(0, PIECES)[:, None]
         inside = (piece < end) & (channel < channels)
-        place_of_first = tl.load(order + tl.load(firsts + piece, piece < end, 0), piece < end, 0)
-        row = tl.load(index + (image * pixels + place_of_first), piece < end, 0)
+        first_place = tl.load(firsts + piece, piece < end, 0)
+        row = row_at(index, rows, order, image, pixels, first_place, piece < end)
         one_plus = 1 + look_up(gamma, row, image, channel, None, inside, False)
         places = found + (piece.to(tl.int64) * channels + channel)
         sum_q += tl.where(inside, one_plus * tl.load(places, inside, 0.0), 0.0)
@@ -243,12 +263,22 @@ def table_gradients(dy, x, planes, gamma, beta, index, order, signs, activation,
     capacity = min(places, images * rows + triton.cdiv(places, PIECE) + images)
     pieces = torch.empty(places, dtype=torch.int32, device=x.device)
     grid, settings = plan.blocks(places)
-    find_pieces_kernel[grid](index, order, pieces, images, pixels, PIECE=PIECE, **settings)
+    find_pieces_kernel[grid](index, order, pieces, images, pixels, rows, PIECE=PIECE, **settings)
     pieces = pieces.cumsum(0, dtype=torch.int32)
     firsts = torch.empty(capacity + 1, dtype=torch.int32, device=x.device)
     ranges = torch.zeros(images, rows, 2, dtype=torch.int32, device=x.device)
     list_pieces_kernel[grid](
-        index, order, pieces, firsts, ranges, images, pixels, rows, PIECE=PIECE, **settings
+        index,
+        order,
+        pieces,
+        firsts,
+        ranges,
+        images,
+        pixels,
+        rows,
+        capacity,
+        PIECE=PIECE,
+        **settings,
     )
     found = torch.empty(2, capacity, channels, dtype=torch.float32, device=x.device)
     tile_pixels, tile_channels = plan.piece_tile(channels)
@@ -268,6 +298,7 @@ def table_gradients(dy, x, planes, gamma, beta, index, order, signs, activation,
         images,
         channels,
         pixels,
+        rows,
         capacity,
         negative_slope,
         ACTIVATION=activation,
@@ -302,6 +333,7 @@ def table_gradients(dy, x, planes, gamma, beta, index, order, signs, activation,
         images,
         channels,
         pixels,
+        rows,
         capacity,
         PIECES=tile_pixels,
         CHANNELS=tile_channels,

@@ -138,9 +138,17 @@ def look_up(rows, row, image, channel, pixel, inside, LAST: tl.constexpr):
 
 
 @triton.jit
-def row_of(index, image, pixel, pixels):
-    """The rows of the table that pixels have."""
-    return tl.load(index + (image * pixels + pixel), pixel < pixels, 0)
+def within(number, count):
+    """These numbers, or the last one below a count where one is not: nobody waits to ask whether
+    all are. (A negative one is large without its sign, as csrc/cuda has it, too.)
+    """
+    return tl.minimum(number.to(tl.uint32), tl.cast(count - 1, tl.uint32)).to(tl.int32)
+
+
+@triton.jit
+def row_of(index, rows, image, pixel, pixels):
+    """The rows, of so many in the table, that pixels have."""
+    return within(tl.load(index + (image * pixels + pixel), pixel < pixels, 0), rows)
 
 
 @triton.jit

@@ -1,0 +1,180 @@
+// Finding the places of a map whose windows are equal: each has a slot of a hash table, and the slot the first of them.
+
+#include "places.h"
+
+namespace spade_fast {
+namespace {
+
+// Where a place is: in its section, its image and its map.
+struct Where {
+  const Section* section;
+  uint32_t place, image, position[kAxes];
+  bool exists;
+};
+
+__device__ uint32_t section_of(const Maps& maps, uint32_t chunk) {
+  uint32_t number = maps.section_count - 1;
+  while (chunk * kThreads < maps.sections[number].first) --number;
+  return number;
+}
+
+__device__ Where where_is(const Section* section, uint32_t place) {
+  Where where = {section, place};
+  uint32_t rest = place - section->first;
+  where.exists = rest < section->count;
+  if (!where.exists) return where;
+#pragma unroll
+  for (int axis = kAxes - 1; axis >= 0; --axis) {
+    where.position[axis] = rest % section->size[axis];
+    rest /= section->size[axis];
+  }
+  where.image = rest;
+  return where;
+}
+
+__device__ Where where_am_i(const Maps& maps, uint32_t chunk) {
+  return where_is(maps.sections + section_of(maps, chunk), chunk * kThreads + threadIdx.x);
+}
+
+__device__ uint32_t taps_inside(const Maps& maps, const Where& where) {
+  uint32_t taps = 1;
+#pragma unroll
+  for (int axis = 0; axis < kAxes; ++axis) {
+    const uint32_t half = maps.kernel[axis] / 2, before = where.position[axis];
+    const uint32_t behind = where.section->size[axis] - 1 - before;
+    taps *= (before < half ? before : half) + 1 + (behind < half ? behind : half);
+  }
+  return taps;
+}
+
+// What a tap of a place's window sees.
+__device__ uint32_t seen(const Maps& maps, const uint32_t* map, const Where& where, const uint32_t (&tap)[kAxes]) {
+  bool inside = true;
+  uint32_t place = 0;
+#pragma unroll
+  for (int axis = 0; axis < kAxes; ++axis) {
+    const uint32_t there = where.position[axis] + tap[axis] - maps.kernel[axis] / 2;  // below 0, beyond any size
+    inside = inside && there < where.section->size[axis];
+    place = place * where.section->size[axis] + there;
+  }
+  return inside ? map[where.section->first + where.image * where.section->pixels + place] : kNone;
+}
+
+// Calls f with each tap, until it says no; whether it never did.
+template <typename F>
+__device__ bool each_tap(const Maps& maps, F&& f) {
+  uint32_t tap[kAxes];
+  for (tap[0] = 0; tap[0] < maps.kernel[0]; ++tap[0]) {
+    for (tap[1] = 0; tap[1] < maps.kernel[1]; ++tap[1]) {
+      for (tap[2] = 0; tap[2] < maps.kernel[2]; ++tap[2]) {
+        if (!f(tap)) return false;
+      }
+    }
+  }
+  return true;
+}
+
+__global__ void __launch_bounds__(kThreads) codes_kernel(Maps maps, uint32_t* map) {
+  const Where where = where_am_i(maps, blockIdx.x);
+  if (!where.exists) return;
+  int64_t pixel = where.image;
+#pragma unroll
+  for (int axis = 0; axis < kAxes; ++axis) {
+    pixel = pixel * maps.given[axis] + maps.nearest[where.section->nearest[axis] + where.position[axis]];
+  }
+  const uint32_t code = static_cast<uint32_t>(maps.codes[pixel]);
+  if (code >= maps.rows) *maps.is_wrong = 0;
+  map[where.place] = code < maps.rows ? code : 0;
+}
+
+__global__ void __launch_bounds__(kThreads) equal_windows_kernel(Maps maps, const uint32_t* map, Level level) {
+  const Where where = where_am_i(maps, blockIdx.x);
+  if (!where.exists) return;
+  uint32_t hash = where.section->first;
+  each_tap(maps, [&](const auto& tap) {
+    hash = mixed(hash, seen(maps, map, where, tap));
+    return true;
+  });
+  const uint32_t slot = slot_of(level, where.place, hash, [&](uint32_t other) {
+    const Where there = where_is(where.section, other);
+    return there.exists && each_tap(maps, [&](const auto& tap) { return seen(maps, map, where, tap) == seen(maps, map, there, tap); });
+  });
+  note_first(level, slot, where.place);
+  level.equals[where.place] = slot;
+}
+
+__global__ void __launch_bounds__(kThreads) resolve_windows_kernel(Maps maps, Level level) {
+  const Where where = where_am_i(maps, blockIdx.x);
+  resolve(level, where.place, where.exists, where.exists ? taps_inside(maps, where) : 0);
+}
+
+// A list of what the window sees that is first seen here, and an entry for each number in it. `number` says what a tap sees.
+template <typename Number>
+__device__ void list_window(const Maps& maps, const Where& where, uint32_t chunk, const Level& level, const Segment& back,
+                            const Results& results, int64_t offsets, int64_t rows, Number&& number) {
+  const bool is_first = where.exists && level.equals[where.place] == where.place;
+  const uint32_t taps = is_first ? taps_inside(maps, where) : 0;
+  uint32_t all;
+  const uint32_t before = scan_block(taps, reinterpret_cast<uint32_t*>(shared_memory()), &all) - taps;
+  if (!is_first) return;
+  const uint32_t window = number_of(level, where.place);
+  uint32_t at = Counts::taps(level.chunks[chunk]) + before, tap_number = 0;
+  results.memory[offsets + window] = at;
+  each_tap(maps, [&](const auto& tap) {
+    const uint32_t other = number(tap);
+    if (other != kNone) {
+      const uint32_t row = other * maps.taps + tap_number;
+      results.memory[rows + at] = row;
+      results.buckets[back.entry + at] = back.bucket + row;
+      results.values[back.entry + at] = window;
+      ++at;
+    }
+    ++tap_number;
+    return true;
+  });
+}
+
+// The first half of the blocks has the windows of codes, the second the windows of those, and the index.
+__global__ void __launch_bounds__(kThreads, 4) list_windows_kernel(Maps maps, const uint32_t* codes, Level hidden, Level table,
+                                                                Results results) {
+  const uint32_t chunk = blockIdx.x % maps.chunks, section = section_of(maps, chunk);
+  const Where where = where_am_i(maps, chunk);
+  const Result& result = results.of_sections[section];
+  const Segment* back = results.segments + section * kLevels;
+  if (blockIdx.x < maps.chunks) {
+    list_window(maps, where, chunk, hidden, back[0], results, result.offsets[0], result.rows[0],
+                [&](const auto& tap) { return seen(maps, codes, where, tap); });
+    return;
+  }
+  list_window(maps, where, chunk, table, back[1], results, result.offsets[1], result.rows[1], [&](const auto& tap) {
+    const uint32_t first = seen(maps, hidden.equals, where, tap);
+    return first == kNone ? kNone : number_of(hidden, first);
+  });
+  if (!where.exists) return;
+  const uint32_t window = number_of(table, table.equals[where.place]), local = where.place - where.section->first;
+  const Segment& order = results.segments[maps.section_count * kLevels + section];
+  results.memory[result.index + local] = window;
+  results.buckets[order.entry + local] = order.bucket + where.image * result.windows + window;
+  results.values[order.entry + local] = local - where.image * where.section->pixels;
+}
+
+}  // namespace
+
+void take_codes(Stream stream, const Maps& maps, uint32_t* map) {
+  launch(codes_kernel, maps.chunks, dim3(kThreads), 0, stream, maps, map);
+}
+
+void find_equal_windows(Stream stream, const Maps& maps, const uint32_t* map, const Level& level) {
+  launch(equal_windows_kernel, maps.chunks, dim3(kThreads), 0, stream, maps, map, level);
+}
+
+void resolve_windows(Stream stream, const Maps& maps, const Level& level) {
+  launch(resolve_windows_kernel, maps.chunks, dim3(kThreads), kScanScratch, stream, maps, level);
+}
+
+void list_windows(Stream stream, const Maps& maps, const uint32_t* codes, const Level& hidden, const Level& table,
+                  const Results& results) {
+  launch(list_windows_kernel, 2 * maps.chunks, dim3(kThreads), kScanScratch, stream, maps, codes, hidden, table, results);
+}
+
+}  // namespace spade_fast

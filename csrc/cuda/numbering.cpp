@@ -1,0 +1,374 @@
+// Numbering as operators: what the kernels of numbering.h find, with one wait for how much that is.
+
+#include "numbering.h"
+
+#include <limits>
+
+#include "../common/checks.h"
+#include "on_device.h"
+
+namespace spade_fast {
+namespace {
+
+// Several arrays in one allocation, each at an address as the allocator gives.
+class Memory {
+ public:
+  template <typename T>
+  int64_t add(int64_t count) {
+    const int64_t at = size_;
+    size_ += divide_up(count * sizeof(T), kAligned) * kAligned;
+    return at;
+  }
+
+  void allocate(const Tensor& like) { memory_ = torch::stable::new_empty(like, {size_}, ScalarType::Byte); }
+
+  template <typename T>
+  T* at(int64_t offset) const { return reinterpret_cast<T*>(static_cast<char*>(memory_->data_ptr()) + offset); }
+
+ private:
+  static constexpr int64_t kAligned = 256;
+  int64_t size_ = 0;
+  std::optional<Tensor> memory_;
+};
+
+// A level's arrays.
+struct LevelParts {
+  int64_t table, firsts, equals, words, chunks;
+};
+
+// Levels and totals in one memory. The tables come first, so that one call sets them.
+class Work {
+ public:
+  Work(int64_t places, int64_t chunks, int levels, int64_t hash_mask) : places_(places), hash_mask_(static_cast<uint32_t>(hash_mask)) {
+    slots_ = power_from(2 * std::max<int64_t>(1, places));
+    parts_.resize(levels);
+    for (LevelParts& parts : parts_) parts.table = memory.add<uint32_t>(slots_), parts.firsts = memory.add<uint32_t>(slots_);
+    is_wrong_ = memory.add<uint32_t>(1);
+    set_ = memory.add<char>(0);
+    for (LevelParts& parts : parts_) {
+      parts.equals = memory.add<uint32_t>(chunks * kThreads);
+      parts.words = memory.add<Word>(chunks * kThreads / 32);
+      parts.chunks = memory.add<uint64_t>(chunks);
+    }
+  }
+
+  void allocate(const Tensor& like, Stream stream) {
+    memory.allocate(like);
+    set_bytes(memory.at<char>(0), 0xff, set_, stream);
+  }
+
+  uint32_t* is_wrong() const { return memory.at<uint32_t>(is_wrong_); }
+
+  Level level(int number) const {
+    const LevelParts& parts = parts_[number];
+    Level level = {};
+    level.table = memory.at<uint32_t>(parts.table), level.firsts = memory.at<uint32_t>(parts.firsts);
+    level.slots = static_cast<uint32_t>(slots_), level.hash_mask = hash_mask_;
+    level.equals = memory.at<uint32_t>(parts.equals), level.words = memory.at<Word>(parts.words);
+    level.chunks = memory.at<uint64_t>(parts.chunks);
+    return level;
+  }
+
+  Memory memory;
+
+ private:
+  int64_t places_, slots_, is_wrong_, set_;
+  uint32_t hash_mask_;
+  std::vector<LevelParts> parts_;
+};
+
+// A part of a tensor without gaps, that shares its memory.
+Tensor part_of(const Tensor& whole, int64_t offset, const std::vector<int64_t>& sizes) {
+  std::vector<int64_t> strides(sizes.size(), 1);
+  for (size_t i = sizes.size(); i-- > 1;) strides[i - 1] = strides[i] * std::max<int64_t>(1, sizes[i]);
+  AtenTensorHandle part;
+  TORCH_ERROR_CODE_CHECK(aoti_torch__reinterpret_tensor(whole.get(), static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(),
+                                                        offset, &part));
+  return Tensor(part);
+}
+
+// Where a tensor of several parts has each; every one begins as a tensor of its own would.
+class Layouts {
+ public:
+  int64_t add(std::vector<int64_t> sizes) {
+    int64_t count = 1;
+    for (const int64_t size : sizes) count *= size;
+    parts_.push_back({size_, std::move(sizes)});
+    size_ += divide_up(count, 64) * 64;
+    return parts_.back().first;
+  }
+
+  int64_t size() const { return size_; }
+
+  std::vector<Tensor> of(const Tensor& whole) const {
+    std::vector<Tensor> found;
+    for (const auto& [offset, sizes] : parts_) found.push_back(part_of(whole, offset, sizes));
+    return found;
+  }
+
+ private:
+  int64_t size_ = 0;
+  std::vector<std::pair<int64_t, std::vector<int64_t>>> parts_;
+};
+
+// Sorted numbers, and which of the given ones each was; equal ones stay in their order.
+std::pair<Tensor, Tensor> sort(const Tensor& numbers) {
+  std::array<StableIValue, 4> stack{torch::stable::detail::from(numbers), torch::stable::detail::from(std::optional<bool>(true)),
+                                    torch::stable::detail::from(int64_t{0}), torch::stable::detail::from(false)};
+  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::sort", "stable", stack.data(), TORCH_ABI_VERSION));
+  return {torch::stable::detail::to<Tensor>(stack[0]), torch::stable::detail::to<Tensor>(stack[1])};
+}
+
+int64_t axes_of(const Tensor& codes) { return codes.dim() - 1; }
+
+// The sections of all sizes, in their order; how many chunks they have.
+std::vector<Section> sections_of(const Tensor& codes, const std::vector<int64_t>& sizes, int64_t* chunks) {
+  const int64_t axes = axes_of(codes), images = codes.size(0);
+  std::vector<Section> sections;
+  uint32_t nearest = 0;
+  *chunks = 0;
+  for (size_t size = 0; size + axes <= sizes.size(); size += axes) {
+    Section section = {};
+    section.first = static_cast<uint32_t>(*chunks * kThreads), section.pixels = 1;
+    for (int axis = 0; axis < kAxes; ++axis) {
+      const int64_t own = axis - (kAxes - axes);
+      section.size[axis] = own < 0 ? 1 : static_cast<uint32_t>(sizes[size + own]);
+      section.pixels *= section.size[axis];
+      section.nearest[axis] = own < 0 ? 0 : nearest;
+      if (own >= 0) nearest += section.size[axis];
+    }
+    section.count = static_cast<uint32_t>(images * section.pixels);
+    *chunks += divide_up(section.count, kThreads);
+    sections.push_back(section);
+  }
+  return sections;
+}
+
+int64_t power(int64_t base, int64_t exponent) {
+  int64_t found = 1;
+  while (exponent-- > 0) found *= base;
+  return found;
+}
+
+// Everything is counted in 32 bits: places, entries and buckets of all sizes together.
+void check_counts(const Tensor& codes, const std::vector<int64_t>& sizes, int64_t taps, int64_t rows) {
+  const int64_t axes = axes_of(codes), images = codes.size(0), bound = int64_t{1} << 31;
+  double places = 0;  // exact below 2**53
+  for (size_t size = 0; size + axes <= sizes.size(); size += axes) {
+    double own = static_cast<double>(images);
+    for (int64_t axis = 0; axis < axes; ++axis) own *= static_cast<double>(sizes[size + axis]);
+    places += own + kThreads;
+  }
+  const double count = static_cast<double>(sizes.size() / axes), entries = places * (2.0 * taps + 1 + static_cast<double>(images));
+  STD_TORCH_CHECK(entries + count * (static_cast<double>(rows) * taps + 2) < static_cast<double>(bound), "spade_fast: codes has shape ",
+                  text(codes.sizes()), ", that is too much for the sizes asked for and windows of ", taps,
+                  " taps: together they should be below 2**31");
+}
+
+// What is asked of a layout's codes.
+void check_find_windows(const Tensor& codes, const Tensor& nearest, const std::vector<int64_t>& sizes, int64_t kernel_size, int64_t rows) {
+  check_dtype(codes, "codes", kWhole);
+  STD_TORCH_CHECK(codes.dim() >= 2 && codes.dim() <= 1 + kAxes, "spade_fast: codes has shape ", text(codes.sizes()),
+                  ", it should be [N, *spatial] with one to three spatial dimensions");
+  STD_TORCH_CHECK(sizes.size() % axes_of(codes) == 0, "spade_fast: sizes has ", sizes.size(), " numbers, it should have one for each of ",
+                  axes_of(codes), " axes");
+  STD_TORCH_CHECK(kernel_size % 2 == 1 && kernel_size > 0 && kernel_size < 128, "spade_fast: kernel_size is ", kernel_size,
+                  ", it should be odd, from 1 to 127");
+  STD_TORCH_CHECK(rows >= 0 && rows < INT32_MAX, "spade_fast: rows is ", rows, ", it should be from 0 to 2**31 - 2");
+  int64_t count = 0;
+  for (const int64_t size : sizes) {
+    STD_TORCH_CHECK(size >= 0 && size < INT32_MAX, "spade_fast: sizes has ", size, ", it should have numbers from 0 to 2**31 - 2");
+    count += size;
+  }
+  check_dtype(nearest, "nearest", kWhole);
+  check_shape(nearest, "nearest", std::vector<int64_t>{count}, "a pixel for each place of each axis");
+  STD_TORCH_CHECK(nearest.is_cpu() && nearest.is_contiguous(), "spade_fast: nearest should be on the CPU, without gaps");
+  const int32_t* pixels = nearest.const_data_ptr<int32_t>();
+  for (size_t i = 0; i < sizes.size(); pixels += sizes[i++]) {
+    const int64_t given = codes.size(1 + i % axes_of(codes));
+    for (int64_t place = 0; place < sizes[i]; ++place) {
+      STD_TORCH_CHECK(pixels[place] >= 0 && pixels[place] < given, "spade_fast: nearest has ", pixels[place],
+                      ", it should have pixels of codes, 0 to ", given - 1);
+    }
+  }
+  check_counts(codes, sizes, power(kernel_size, axes_of(codes)), rows);
+}
+
+// What is known of a section once the host has waited.
+struct Found {
+  uint32_t windows[kLevels], taps[kLevels];
+};
+
+// Where the results have everything, and which entries are sorted.
+class Plan {
+ public:
+  Plan(const Tensor& codes, const std::vector<int64_t>& sizes, const std::vector<Section>& sections, const std::vector<Found>& found,
+       int64_t taps, int64_t rows) {
+    const int64_t axes = axes_of(codes), images = codes.size(0);
+    for (size_t number = 0; number < sections.size(); ++number) {
+      Result result = {};
+      for (int level = 0; level < kLevels; ++level) {
+        const int64_t windows = found[number].windows[level], seen = found[number].taps[level];
+        const int64_t buckets = (level == 0 ? rows : found[number].windows[0]) * taps;
+        result.offsets[level] = layouts.add({windows + 1}), result.rows[level] = layouts.add({seen});
+        const int64_t starts = layouts.add({buckets + 1}), sorted = layouts.add({seen});
+        segments.push_back({entries_, static_cast<uint32_t>(seen), buckets_, static_cast<uint32_t>(buckets), sorted, starts,
+                            result.offsets[level] + windows});
+        entries_ += segments.back().entries, buckets_ += segments.back().buckets + 1;
+      }
+      result.windows = found[number].windows[kLevels - 1];
+      std::vector<int64_t> shape = {images};
+      shape.insert(shape.end(), sizes.begin() + number * axes, sizes.begin() + (number + 1) * axes);
+      result.index = layouts.add(shape);
+      orders_.push_back(layouts.add({images, sections[number].pixels}));
+      results.push_back(result);
+    }
+    starts = buckets_;
+    for (size_t number = 0; number < sections.size(); ++number) {
+      const uint32_t buckets = static_cast<uint32_t>(images * results[number].windows);
+      segments.push_back({entries_, sections[number].count, buckets_, buckets, orders_[number], 0, 0});
+      entries_ += sections[number].count, buckets_ += buckets;
+    }
+    entries = entries_;
+  }
+
+  Layouts layouts;
+  std::vector<Result> results;
+  std::vector<Segment> segments;
+  uint32_t entries, starts;
+
+ private:
+  std::vector<int64_t> orders_;
+  uint32_t entries_ = 0, buckets_ = 0;
+};
+
+Maps maps_of(const Tensor& codes, int64_t kernel_size, int64_t taps, int64_t rows) {
+  Maps maps = {};
+  maps.codes = codes.const_data_ptr<int32_t>();
+  for (int axis = 0; axis < kAxes; ++axis) {
+    const int64_t own = axis - (kAxes - axes_of(codes));
+    maps.given[axis] = own < 0 ? 1 : static_cast<uint32_t>(codes.size(1 + own));
+    maps.kernel[axis] = own < 0 ? 1 : static_cast<uint32_t>(kernel_size);
+  }
+  maps.taps = static_cast<uint32_t>(taps), maps.rows = static_cast<uint32_t>(rows);
+  return maps;
+}
+
+// Of each size ten tensors, as `find_windows` of numbering.py gives them; nothing where a code is no row.
+std::vector<Tensor> find_windows_of(const Tensor& given_codes, const Tensor& nearest, std::vector<int64_t> sizes, int64_t kernel_size,
+                                    int64_t rows, int64_t hash_mask) {
+  check_find_windows(given_codes, nearest, sizes, kernel_size, rows);
+  const OnDevice on_device(given_codes);
+  const Stream stream = on_device.stream();
+  const Tensor codes = torch::stable::contiguous(given_codes);
+  const int64_t taps = power(kernel_size, axes_of(codes));
+  int64_t chunks;
+  const std::vector<Section> sections = sections_of(codes, sizes, &chunks);
+  if (sections.empty()) return {};
+
+  Work work(chunks * kThreads, chunks, kLevels, hash_mask);
+  const int64_t map_part = work.memory.add<uint32_t>(chunks * kThreads), totals_part = work.memory.add<uint64_t>(kLevels * sections.size() + 1);
+  const int64_t section_bytes = static_cast<int64_t>(sections.size() * sizeof(Section)), nearest_bytes = nearest.numel() * 4;
+  const int64_t plan_part = work.memory.add<char>(section_bytes + nearest_bytes);
+  work.allocate(codes, stream);
+  std::vector<char> plan(section_bytes + nearest_bytes);
+  std::memcpy(plan.data(), sections.data(), section_bytes);
+  if (nearest_bytes > 0) std::memcpy(plan.data() + section_bytes, nearest.const_data_ptr(), nearest_bytes);
+  upload(work.memory.at<char>(plan_part), plan.data(), static_cast<int64_t>(plan.size()), stream);
+
+  Maps maps = maps_of(codes, kernel_size, taps, rows);
+  maps.sections = work.memory.at<Section>(plan_part), maps.section_count = static_cast<uint32_t>(sections.size());
+  maps.chunks = static_cast<uint32_t>(chunks), maps.nearest = work.memory.at<int32_t>(plan_part + section_bytes);
+  maps.is_wrong = work.is_wrong();
+  uint32_t* map = work.memory.at<uint32_t>(map_part);
+  const Level levels[kLevels] = {work.level(0), work.level(1)};
+  take_codes(stream, maps, map);
+  for (int level = 0; level < kLevels; ++level) {
+    find_equal_windows(stream, maps, level == 0 ? map : levels[0].equals, levels[level]);
+    resolve_windows(stream, maps, levels[level]);
+  }
+  std::vector<uint64_t> totals(kLevels * sections.size() + 1);
+  uint64_t* device_totals = work.memory.at<uint64_t>(totals_part);
+  add_up(stream, maps.sections, maps.section_count, levels, kLevels, maps.is_wrong, device_totals);
+  download(totals.data(), device_totals, static_cast<int64_t>(totals.size() * sizeof(uint64_t)), stream);
+  if (static_cast<uint32_t>(totals.back()) != kNone) return {};
+  std::vector<Found> found(sections.size());
+  for (size_t i = 0; i + 1 < totals.size(); ++i) {
+    found[i / kLevels].windows[i % kLevels] = Counts::firsts(totals[i]);
+    found[i / kLevels].taps[i % kLevels] = Counts::taps(totals[i]);
+  }
+
+  const Plan made(codes, sizes, sections, found, taps, rows);
+  const Tensor memory = torch::stable::new_empty(codes, {made.layouts.size()}, ScalarType::Int);
+  const Tensor buckets = torch::stable::new_empty(codes, {made.entries}, ScalarType::Int);
+  Memory more;
+  const int64_t result_bytes = static_cast<int64_t>(made.results.size() * sizeof(Result));
+  const int64_t segment_bytes = static_cast<int64_t>(made.segments.size() * sizeof(Segment));
+  const int64_t values_part = more.add<uint32_t>(made.entries), made_part = more.add<char>(result_bytes + segment_bytes);
+  more.allocate(codes);
+  plan.resize(result_bytes + segment_bytes);
+  std::memcpy(plan.data(), made.results.data(), result_bytes);
+  std::memcpy(plan.data() + result_bytes, made.segments.data(), segment_bytes);
+  upload(more.at<char>(made_part), plan.data(), static_cast<int64_t>(plan.size()), stream);
+
+  Results results = {};
+  results.of_sections = more.at<Result>(made_part), results.segments = more.at<Segment>(made_part + result_bytes);
+  results.entries = made.entries, results.starts = made.starts;
+  results.buckets = reinterpret_cast<uint32_t*>(buckets.mutable_data_ptr<int32_t>()), results.values = more.at<uint32_t>(values_part);
+  results.memory = memory.mutable_data_ptr<int32_t>();
+  list_windows(stream, maps, map, levels[0], levels[1], results);
+  const auto [sorted_buckets, sorted] = sort(buckets);
+  place_sorted(stream, maps.section_count, results, sorted_buckets.const_data_ptr<int32_t>(), sorted.const_data_ptr<int64_t>());
+  return made.layouts.of(memory);
+}
+
+// A condition with more distinct vectors than this is no layout, as in numbering.py.
+bool are_many(int64_t codes, int64_t places) { return codes > 64 + places / 4; }
+
+// Codes [N, *spatial] and the first place of each, int64, of the vectors of a condition; nothing where they are too many.
+std::vector<Tensor> find_codes_of(const Tensor& given_segmap, int64_t hash_mask) {
+  STD_TORCH_CHECK(given_segmap.dim() >= 3 && given_segmap.dim() <= 2 + kAxes, "spade_fast: segmap has shape ", text(given_segmap.sizes()),
+                  ", it should be [N, label_nc, *spatial] with one to three spatial dimensions");
+  check_dtype(given_segmap, "segmap", kFloating);
+  std::vector<int64_t> shape(given_segmap.sizes().begin(), given_segmap.sizes().end());
+  shape.erase(shape.begin() + 1);
+  int64_t places = 1;
+  for (const int64_t size : shape) places = product(given_segmap, "segmap", {places, size}, int64_t{1} << 30);
+  product(given_segmap, "segmap", {given_segmap.size(1)}, INT32_MAX);
+  const OnDevice on_device(given_segmap);
+  const Stream stream = on_device.stream();
+  const Tensor segmap = torch::stable::contiguous(given_segmap);
+
+  const int64_t chunks = divide_up(places, kThreads);
+  Work work(places, chunks, 1, hash_mask);
+  const int64_t section_part = work.memory.add<Section>(1), totals_part = work.memory.add<uint64_t>(2);
+  work.allocate(segmap, stream);
+  Section section = {};
+  section.count = static_cast<uint32_t>(places);
+  upload(work.memory.at<Section>(section_part), &section, sizeof(section), stream);
+  Vectors vectors = {};
+  vectors.elements = segmap.const_data_ptr(), vectors.size = static_cast<int64_t>(segmap.element_size());
+  vectors.channels = static_cast<uint32_t>(segmap.size(1));
+  vectors.pixels = static_cast<uint32_t>(places / std::max<int64_t>(1, shape[0]));
+  const Level level = work.level(0);
+  find_equal_vectors(stream, vectors, section.count, level);
+  resolve_vectors(stream, section.count, level);
+  uint64_t totals[2], *device_totals = work.memory.at<uint64_t>(totals_part);
+  add_up(stream, work.memory.at<Section>(section_part), 1, &level, 1, work.is_wrong(), device_totals);
+  download(totals, device_totals, sizeof(totals), stream);
+  const int64_t count = Counts::firsts(totals[0]);
+  if (are_many(count, places)) return {};
+  const Tensor codes = torch::stable::new_empty(segmap, shape, ScalarType::Int);
+  const Tensor first_places = torch::stable::new_empty(segmap, {count}, ScalarType::Long);
+  number_vectors(stream, section.count, level, codes.mutable_data_ptr<int32_t>(), first_places.mutable_data_ptr<int64_t>());
+  return {codes, first_places};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(SPADE_FAST_NAMESPACE, SPADE_FAST_DISPATCH_KEY, library) {
+  library.impl("find_windows", TORCH_BOX(&find_windows_of));
+  library.impl("find_codes", TORCH_BOX(&find_codes_of));
+}
+
+}  // namespace spade_fast

@@ -1,0 +1,58 @@
+// From sorted entries to the results: what they say, and where each bucket starts.
+
+#include "places.h"
+
+namespace spade_fast {
+namespace {
+
+// The last of so many segments that begins at or before a number, as `begin` says.
+template <typename Begin>
+__device__ const Segment& segment_at(const Segment* segments, uint32_t count, uint32_t number, Begin&& begin) {
+  const Segment* segment = segments + count - 1;
+  while (number < begin(*segment)) --segment;
+  return *segment;
+}
+
+// How many of the segment's entries have lesser buckets.
+__device__ uint32_t entries_before(const int32_t* sorted_buckets, const Segment& segment, uint32_t bucket) {
+  uint32_t begin = segment.entry, end = begin + segment.entries;
+  while (begin < end) {
+    const uint32_t middle = begin + (end - begin) / 2;
+    if (static_cast<uint32_t>(sorted_buckets[middle]) < bucket) {
+      begin = middle + 1;
+    } else {
+      end = middle;
+    }
+  }
+  return begin - segment.entry;
+}
+
+// The first blocks have the entries, those behind them the starts of the lists' buckets.
+__global__ void __launch_bounds__(kThreads) place_sorted_kernel(uint32_t section_count, Results results, const int32_t* sorted_buckets,
+                                                                const int64_t* sorted, uint32_t entry_blocks) {
+  const uint32_t lists = section_count * kLevels;
+  if (blockIdx.x < entry_blocks) {
+    const uint32_t entry = blockIdx.x * kThreads + threadIdx.x;
+    if (entry >= results.entries) return;
+    const Segment& segment =
+        segment_at(results.segments, lists + section_count, entry, [](const Segment& other) { return other.entry; });
+    results.memory[segment.sorted + (entry - segment.entry)] = results.values[sorted[entry]];
+    return;
+  }
+  const uint32_t bucket = (blockIdx.x - entry_blocks) * kThreads + threadIdx.x;
+  if (bucket >= results.starts) return;
+  const Segment& segment = segment_at(results.segments, lists, bucket, [](const Segment& other) { return other.bucket; });
+  const uint32_t before = entries_before(sorted_buckets, segment, bucket);
+  results.memory[segment.starts + (bucket - segment.bucket)] = before;
+  if (bucket - segment.bucket == segment.buckets) results.memory[segment.ends] = before;
+}
+
+}  // namespace
+
+void place_sorted(Stream stream, uint32_t section_count, const Results& results, const int32_t* sorted_buckets, const int64_t* sorted) {
+  const int64_t entry_blocks = divide_up(results.entries, kThreads), start_blocks = divide_up(results.starts, kThreads);
+  launch(place_sorted_kernel, entry_blocks + start_blocks, dim3(kThreads), 0, stream, section_count, results, sorted_buckets, sorted,
+         static_cast<uint32_t>(entry_blocks));
+}
+
+}  // namespace spade_fast

@@ -1,0 +1,71 @@
+// What a thread does with its place: looks for one that is equal to it, and counts those that are the first of their kind.
+#pragma once
+
+#include "numbering.h"
+
+namespace spade_fast {
+
+// Another thread may write there meanwhile: what was there or is there now, and not what this thread read before.
+__device__ inline uint32_t load_now(const uint32_t* from) { return *static_cast<const volatile uint32_t*>(from); }
+
+__device__ inline uint32_t mixed(uint32_t hash, uint32_t value) {
+  hash = (hash ^ value) * 0x9e3779b1u;
+  return hash ^ hash >> 15;
+}
+
+// The slot of a place: that of the first one that was put in and `is_same`, else a free one, which it takes. A table is at most half
+// full.
+template <typename IsSame>
+__device__ uint32_t slot_of(const Level& level, uint32_t place, uint32_t hash, IsSame&& is_same) {
+  for (uint32_t slot = hash & level.hash_mask & (level.slots - 1);; slot = (slot + 1) & (level.slots - 1)) {
+    uint32_t other = load_now(level.table + slot);
+    if (other == kNone) other = atomicCAS(level.table + slot, kNone, place);
+    if (other == kNone || is_same(other)) return slot;
+  }
+}
+
+// Most places are equal to one before them that was here already: few change anything.
+__device__ inline void note_first(const Level& level, uint32_t slot, uint32_t place) {
+  if (load_now(level.firsts + slot) > place) atomicMin(level.firsts + slot, place);
+}
+
+// The sum of the block's values up to this thread's, and of all. Scratch: a value for each warp.
+template <typename T>
+__device__ T scan_block(T value, T* scratch, T* all) {
+  const int lane = threadIdx.x % 32, mine = threadIdx.x / 32;
+  for (int lanes = 1; lanes < 32; lanes *= 2) {
+    const T before = __shfl_up_sync(~0u, value, lanes);
+    if (lane >= lanes) value += before;
+  }
+  __syncthreads();  // the scratch may still be read
+  if (lane == 31) scratch[mine] = value;
+  __syncthreads();
+  *all = 0;
+  for (int warp = 0; warp < static_cast<int>(blockDim.x / 32); ++warp) {
+    if (warp == mine) value += *all;
+    *all += scratch[warp];
+  }
+  return value;
+}
+
+// The number of a first place in its section, once its level's chunks are added up.
+__device__ inline uint32_t number_of(const Level& level, uint32_t first) {
+  const Word word = level.words[first / 32];
+  const uint32_t before = Counts::firsts(level.chunks[first / kThreads]) + word.before;
+  return before + __popc(word.is_first & ((1u << first % 32) - 1));
+}
+
+// From slots to first places, for the block's places: this thread's, which exists or does not, has so many taps within the border.
+__device__ inline void resolve(const Level& level, uint32_t place, bool exists, uint32_t taps) {
+  uint32_t first = kNone;
+  if (exists) level.equals[place] = first = level.firsts[level.equals[place]];
+  const bool is_first = exists && first == place;
+  const uint32_t bits = __ballot_sync(~0u, is_first);
+  uint64_t all;
+  const uint64_t own = is_first ? Counts::of(1, taps) : 0;
+  const uint64_t before = scan_block(own, reinterpret_cast<uint64_t*>(shared_memory()), &all) - own;
+  if (threadIdx.x % 32 == 0) level.words[place / 32] = {bits, Counts::firsts(before)};
+  if (threadIdx.x == 0) level.chunks[blockIdx.x] = all;
+}
+
+}  // namespace spade_fast

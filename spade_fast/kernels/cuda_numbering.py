@@ -1,0 +1,79 @@
+"""Numbering by kernels compiled for CUDA GPUs, csrc/cuda/numbering.cpp: all sizes of a layout
+together, with one wait. The numbers are those of `numbering.py`.
+"""
+
+import functools
+import math
+
+import torch
+
+from . import numbering
+
+COUNTED = 2**31  # the kernels count in 32 bits, and look at the highest as at a sign
+ALL_BITS = 2**32 - 1
+CHUNK = 256  # places, of which each size has whole ones
+
+
+def of(namespace):
+    """What a backend has of them, where the operators are in this namespace."""
+    operators = getattr(torch.ops, namespace)
+    return {
+        name: functools.partial(function, operators)
+        for name, function in (("find_codes", find_codes), ("find_windows", find_windows))
+    }
+
+
+def find_codes(operators, segmap, hash_mask=ALL_BITS):
+    if len(segmap) * segmap.shape[2:].numel() >= COUNTED // 2:
+        return numbering.find_codes(segmap)
+    return tuple(operators.find_codes(segmap, hash_mask)) or None
+
+
+def find_windows(
+    operators, codes, sizes, kernel_size, num_codes, dtype=torch.float32, hash_mask=ALL_BITS
+):
+    if not _can_be_counted(codes, sizes, kernel_size, num_codes):
+        if len(sizes) == 1:
+            return numbering.find_windows(codes, sizes, kernel_size, num_codes, dtype)
+        return [
+            find_windows(operators, codes, [size], kernel_size, num_codes, dtype)[0]
+            for size in sizes
+        ]
+    found = operators.find_windows(
+        codes,
+        _nearest(tuple(codes.shape[1:]), tuple(sizes), numbering.reckoned(codes, dtype)),
+        [length for size in sizes for length in size],
+        kernel_size,
+        num_codes,
+        hash_mask,
+    )
+    if not found:
+        raise ValueError(
+            f"codes has numbers that are no rows of the palette, they should be 0 to"
+            f" {num_codes - 1}"
+        )
+    return [
+        (tuple(found[at : at + 4]), tuple(found[at + 4 : at + 8]), *found[at + 8 : at + 10])
+        for at in range(0, len(found), 10)
+    ]
+
+
+def _can_be_counted(codes, sizes, kernel_size, num_codes):
+    """Whether all that may be listed of these sizes is less than what the kernels count."""
+    taps, images = kernel_size ** (codes.dim() - 1), len(codes)
+    places = sum(images * math.prod(size) + CHUNK for size in sizes)
+    return places * (2 * taps + 1 + images) + len(sizes) * (num_codes * taps + 2) < COUNTED
+
+
+@functools.lru_cache(1024)
+def _nearest(given, sizes, reckoned):
+    """The pixel along each axis that each place of each size takes, one after the other: int32."""
+    return torch.cat(
+        [
+            numbering.resize_codes(
+                torch.arange(length, dtype=torch.int32, device="cpu")[None], (wanted,), reckoned
+            )[0]
+            for size in sizes
+            for length, wanted in zip(given, size)
+        ]
+    )

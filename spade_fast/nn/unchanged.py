@@ -1,0 +1,124 @@
+"""What was found out about a module, kept until anything in the module is another than it was."""
+
+import argparse
+import operator
+import types
+import weakref
+from collections.abc import Callable, Iterable, Iterator
+from itertools import chain, compress
+from typing import Any
+
+import torch
+import torch.nn as nn
+from torch.nn.modules import module as calls
+
+NAME = "_spade_fast_found"  # the attribute that a module has it as
+_ENTRIES = (
+    "_parameters",
+    "_buffers",
+    "_modules",
+    "_forward_pre_hooks",
+    "_forward_hooks",
+    "_backward_pre_hooks",
+    "_backward_hooks",
+)
+_IN_EVERY_MODULE = frozenset(vars(nn.Module()))
+_of_part = tuple(map(operator.attrgetter, ("__class__", "__class__.forward", "__dict__")))
+_END = object()
+
+
+def until_changed(module: nn.Module, find: Callable[[nn.Module], Any]) -> Any:
+    """find(module), or what it was before, where everything that it can see is as it was: the
+    module's parts, their classes, attributes, hooks, parameters and buffers are the very same
+    objects. What is written in those tensors is for the caller to ask.
+    """
+    if torch.compiler.is_compiling() or calls._has_any_global_hook():
+        return find(module)
+    found = module.__dict__.get(NAME)
+    if found is None:
+        found = module.__dict__[NAME] = Found()
+    elif found.owner is not None and found.owner() is not module:
+        return find(module)  # a replica or shallow copy, which has its module's attributes
+    elif found.holds(module):
+        return found.value
+    found.keep(module, find)
+    return found.value
+
+
+class Found:
+    """What was found out about one module. It holds what it saw, so that nothing else can come to
+    lie there, and not the module itself. Copies and pickles of the module have none.
+    """
+
+    def __init__(self) -> None:
+        self.owner = self.value = None
+        self._parts, self._views, self._others, self._seen = (), (), (), (None,)
+
+    def holds(self, module: nn.Module) -> bool:
+        """Whether the module is as it was."""
+        try:
+            return all(map(operator.is_, self._now(module), self._seen))
+        except RuntimeError:  # another thread changes it
+            return False
+
+    def keep(self, module: nn.Module, find: Callable[[nn.Module], Any]) -> None:
+        new = Found()
+        new._parts = list(module.modules())[1:]
+        new._views = list(views_inside_of_module(module))
+        for part in new._parts:
+            new._views += (vars(part), vars(part).values(), *views_inside_of_module(part))
+        new._others = [name != NAME for name in module.__dict__]
+        new._seen = list(new._now(module))
+        new.value, new.owner = find(module), weakref.ref(module)
+        self.__dict__.update(new.__dict__)
+
+    def _now(self, module: nn.Module) -> Iterator[object]:
+        """Every object that decides what is found out. The views show what is there now."""
+        own = module.__dict__
+        return chain(
+            (type(module), type(module).forward),
+            own,
+            compress(own.values(), self._others),
+            *(map(of, self._parts) for of in _of_part),
+            chain.from_iterable(self._views),
+            (_END,),  # of something shorter or longer, another
+        )
+
+    def __deepcopy__(self, memo: dict) -> "Found":
+        return Found()
+
+    def __reduce__(self) -> tuple:
+        return Found, ()
+
+
+def views_inside_of_module(module: nn.Module) -> Iterator[Iterable]:
+    """Views of what may change inside of a module's attributes."""
+    for name, value in module.__dict__.items():
+        if name in _ENTRIES:
+            yield from (value, value.values())
+        elif name not in _IN_EVERY_MODULE and not isinstance(value, torch.Tensor):
+            yield from views_inside(value)
+
+
+def views_inside(value: object) -> Iterator[Iterable]:
+    """Views of what may change inside of one attribute."""
+    if isinstance(value, torch.Tensor):
+        yield Another()
+    if type(value) in (argparse.Namespace, types.SimpleNamespace):
+        value = vars(value)
+    if type(value) is dict:
+        yield from (value, value.values())
+        value = value.values()
+    elif type(value) in (list, tuple):
+        yield value
+    else:
+        return
+    for inner in value:
+        yield from views_inside(inner)
+
+
+class Another:
+    """A view of what never is as it was: a tensor, whose numbers may change."""
+
+    def __iter__(self) -> Iterator[object]:
+        yield object()

@@ -1,0 +1,146 @@
+"""What was found out about a module is asked anew where anything in it is another than before."""
+
+import argparse
+import copy
+import pickle
+import threading
+import weakref
+
+import pytest
+import torch
+import torch.nn as nn
+
+from spade_fast import SPADE
+from spade_fast.nn.parts import Known
+from spade_fast.nn.unchanged import until_changed
+
+
+class Mine(nn.Conv2d):
+    pass
+
+
+def layer():
+    spade = SPADE(4, 3, nhidden=5)
+    spade.listed, spade.options = [1, [2]], argparse.Namespace(flags={"a": (1, [2])})
+    spade.mlp_gamma.written = [torch.zeros(1)]
+    return spade.eval()
+
+
+def answers(spade):
+    """A list that grows by each question that is asked, and a function that may ask it."""
+    asked = []
+    return asked, lambda: until_changed(spade, lambda module: asked.append(module) or len(asked))
+
+
+CHANGES = {
+    "a mode": lambda spade: spade.mlp_beta.train(),
+    "a part": lambda spade: setattr(spade, "mlp_gamma", nn.Conv2d(5, 4, 3, padding=1)),
+    "a part of a part": lambda spade: spade.mlp_shared.append(nn.ReLU()),
+    "a part that is gone": lambda spade: delattr(spade, "mlp_beta"),
+    "a class": lambda spade: setattr(spade.mlp_gamma, "__class__", Mine),
+    "its class": lambda spade: setattr(spade, "__class__", type("Other", (SPADE,), {})),
+    "a setting": lambda spade: setattr(spade.mlp_gamma, "padding", (2, 2)),
+    "an equal setting": lambda spade: setattr(spade.mlp_gamma, "groups", True),
+    "a new setting": lambda spade: setattr(spade, "new", None),
+    "its own setting": lambda spade: setattr(spade, "norm_nc", 5),
+    "a setting's name": lambda spade: vars(spade).update(other=vars(spade).pop("norm_nc")),
+    "inside a list": lambda spade: spade.listed[1].append(3),
+    "inside a namespace": lambda spade: spade.options.flags.update(a=2),
+    "deep inside a namespace": lambda spade: spade.options.flags["a"][1].append(3),
+    "a weight": lambda spade: setattr(
+        spade.mlp_beta, "weight", nn.Parameter(torch.ones(4, 5, 3, 3))
+    ),
+    "a weight that is gone": lambda spade: setattr(spade.mlp_beta, "bias", None),
+    "a buffer": lambda spade: spade.mlp_beta.register_buffer("own", torch.zeros(1)),
+    "a hook": lambda spade: spade.mlp_beta.register_forward_hook(print),
+    "its own hook": lambda spade: spade.register_forward_pre_hook(print),
+    "a forward": lambda spade: setattr(spade.mlp_beta, "forward", print),
+    "all attributes": lambda spade: setattr(spade.mlp_beta, "__dict__", dict(vars(spade.mlp_beta))),
+    "spectral norm": lambda spade: nn.utils.spectral_norm(spade.mlp_gamma),
+    "a parametrization": lambda spade: nn.utils.parametrizations.weight_norm(spade.mlp_gamma),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_change_asks_anew(change):
+    spade = layer()
+    del spade.mlp_gamma.written
+    asked, ask = answers(spade)
+    assert [ask(), ask()] == [1, 1]
+    CHANGES[change](spade)
+    assert [ask(), ask()] == [2, 2]
+
+
+def test_a_class_whose_forward_is_exchanged(monkeypatch):
+    spade = layer()
+    del spade.mlp_gamma.written
+    spade.mlp_gamma.__class__ = Mine
+    asked, ask = answers(spade)
+    assert [ask(), ask()] == [1, 1]
+    monkeypatch.setattr(Mine, "forward", lambda self, x: x)
+    assert ask() == 2
+
+
+def test_what_has_a_tensor_in_it_is_asked_each_time():
+    asked, ask = answers(layer())
+    assert [ask(), ask(), ask()] == [1, 2, 3]
+
+
+def test_where_all_modules_have_a_hook():
+    spade = layer()
+    del spade.mlp_gamma.written
+    asked, ask = answers(spade)
+    ask()
+    handle = nn.modules.module.register_module_forward_hook(lambda *_: None)
+    try:
+        assert [ask(), ask()] == [2, 3]
+    finally:
+        handle.remove()
+    assert ask() == 1
+
+
+def test_copies_and_replicas_are_asked_themselves():
+    spade = SPADE(4, 3, nhidden=5).eval()
+    found = Known.of(spade)
+    assert Known.of(spade) is found
+    replica = spade._replicate_for_data_parallel()
+    for other in (
+        copy.deepcopy(spade),
+        pickle.loads(pickle.dumps(spade)),
+        copy.copy(spade),
+        replica,
+    ):
+        assert Known.of(other).parts is not found.parts
+        assert Known.of(other).parts.gamma is other.mlp_gamma
+        other.mlp_gamma.weight.data_ptr()
+        assert Known.of(spade) is found
+    assert list(spade.state_dict()) == list(SPADE(4, 3, nhidden=5).state_dict())
+
+
+def test_a_module_that_nobody_has_is_gone_at_once():
+    spade = SPADE(4, 3, nhidden=5)
+    Known.of(spade)
+    gone = weakref.ref(spade), weakref.ref(spade.mlp_gamma.weight)
+    del spade
+    assert [ref() for ref in gone] == [None, None]
+
+
+def test_threads_that_ask_while_it_changes():
+    spade, wrong = SPADE(4, 3, nhidden=5).eval(), []
+    parts = [nn.Conv2d(5, 4, 3, padding=1) for _ in range(2)]
+
+    def ask():
+        for _ in range(200):
+            if Known.of(spade).parts.gamma not in parts:
+                wrong.append(True)
+
+    spade.mlp_gamma = parts[0]
+    threads = [threading.Thread(target=ask) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for number in range(200):
+        spade.mlp_gamma = parts[number % 2]
+        assert Known.of(spade).parts.gamma is parts[number % 2]
+    for thread in threads:
+        thread.join()
+    assert not wrong
