@@ -167,7 +167,6 @@ inline uint32_t __ballot_sync(unsigned, bool predicate) {
   for (int lanes = 1; lanes < 32; lanes *= 2) bits |= __shfl_xor_sync(~0u, bits, lanes);
   return bits;
 }
-inline int __popc(uint32_t bits) { return __builtin_popcount(bits); }
 template <typename T>
 T __ldg(const T* from) { return *from; }
 // No thread is interrupted by another.

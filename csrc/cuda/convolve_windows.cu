@@ -86,8 +86,8 @@ __device__ void fetch_weights(const Windows& w, const Step& step, int64_t first_
   for (int i = threadIdx.x / kVectors; i < T::kOutputs; i += T::kThreads / kVectors) {
     const int64_t output = first_output + i;
     const bool exists = output < w.outputs && channel < w.width;
-    const int64_t from = exists ? (output * (w.taps + 1) + step.tap) * w.width + channel : 0;
-    copy_async_or_zeros(place(to + T::kWindows * kRowBytes, i, vector), w.packed + from * 2, exists);
+    const int64_t from = exists ? output * w.output + step.tap * w.tap + channel : 0;
+    copy_async_or_zeros(place(to + T::kWindows * kRowBytes, i, vector), w.weight + from * 2, exists);
   }
 }
 
@@ -130,9 +130,9 @@ struct Products {
       float bias[2] = {};
 #pragma unroll
       for (int k = 0; k < 2; ++k) {
-        if (at + k >= w.outputs) continue;
+        if (w.bias == nullptr || at + k >= w.outputs) continue;
         float values[8];
-        unpack<8>(load<8>(w.packed + ((at + k) * (w.taps + 1) + w.taps) * w.width * 2, kType, {1, 1, false}), kType, values);
+        unpack<8>(load<8>(w.bias + (at + k) * w.bias_step * 2, kType, {1, 1, false}), kType, values);
         bias[k] = values[0];
       }
 #pragma unroll
