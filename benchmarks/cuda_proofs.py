@@ -61,6 +61,7 @@ class Proof:
     stores: dict
     double: int  # instructions in double precision
     clusters: bool  # whether it waits for other blocks
+    tensor_cores: bool
 
     @property
     def resident(self):
@@ -86,6 +87,8 @@ class Proof:
             found.append("no 16-byte stores")
         if self.kernel in HELD and self.capability >= CLUSTERS and not self.clusters:
             found.append("blocks do not wait for those of their cluster")
+        if self.kernel == "convolve_windows_kernel" and not self.tensor_cores:
+            found.append("its products are not on tensor cores")
         if (
             in_flight := 16 * STREAMS.get(self.kernel, 0) * self.resident
         ) and in_flight < IN_FLIGHT:
@@ -163,6 +166,7 @@ def _prove(source, capability):
                 dict(widths["STG"]),
                 len(re.findall(r"\b(?:DADD|DMUL|DFMA|DSETP|DMNMX)\b|\.F64\b", code[name])),
                 "UCGABAR_WAIT" in code[name],
+                "HMMA" in code[name],
             )
         )
     return proofs

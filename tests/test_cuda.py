@@ -488,6 +488,8 @@ def test_what_nvcc_makes_of_them():
         "forward_kernel",
         "backward_kernel",
         "sum_pieces_kernel",
+        "sum_lists_kernel",
+        "convolve_windows_kernel",
     }
     assert not [(proof, proof.failures) for proof in proofs if proof.failures]
 
@@ -545,37 +547,34 @@ def test_lists_that_name_no_row_stay_within_them(library):
 @needs_compiler
 def test_gathering_operators_are_as_the_fakes_say(library):
     ops = getattr(torch.ops, NAMESPACE)
-    rows, weights, biases, lists = packed_sample((6, 13), (3, 3), 7, 5, torch.float16)
-    packed = ops.pack_convolution(weights, biases)
+    rows, weights, biases, lists = gathered_sample((6, 13), (3, 3), 7, 5, torch.float16)
     for operator, given in {
         ops.sum_lists: (torch.randn(9, 16), *listed([3, 40, 0, 2], 9)),
-        ops.pack_convolution: (weights, biases),
-        ops.convolve_packed: (rows, packed, *lists),
+        ops.convolve_gathered: (rows, weights, biases, *lists),
     }.items():
         torch.library.opcheck(operator, given, test_utils=("test_schema", "test_faketensor"))
     with pytest.raises(RuntimeError, match="x should be float32, bfloat16 or float16"):
         ops.sum_lists(torch.randn(9, 16).double(), *lists)
-    x, (offsets, numbers) = torch.randn(9, 2), lists
+    convolve, x, (offsets, numbers) = ops.convolve_gathered, torch.randn(9, 2), lists
     for operator, wrong, message in [
         (ops.sum_lists, (x[0], *lists), "x has shape"),
         (ops.sum_lists, (x, offsets.long(), numbers), "offsets has dtype"),
         (ops.sum_lists, (x, offsets, numbers[None]), "listed has shape"),
         (ops.sum_lists, (x, offsets[:0], numbers), "offsets has shape"),
-        (ops.pack_convolution, (weights, biases[:1]), "biases has 1 members"),
-        (ops.pack_convolution, (weights[:1], [biases[0][1:]]), "biases has shape"),
-        (ops.pack_convolution, ([weights[0].float()], [None]), "weights has dtype float32"),
-        (ops.pack_convolution, ([weights[0], weights[1][:, 1:]], biases), "weights has shape"),
-        (ops.pack_convolution, ([weights[0].repeat(1, 1, 7, 6)], [None]), "343 taps"),
-        (ops.convolve_packed, (rows[:, :8], packed, *lists), "rows has shape"),
-        (ops.convolve_packed, (rows.bfloat16(), packed, *lists), "rows has dtype"),
-        (ops.convolve_packed, (rows, packed[:, :1], *lists), "packed has shape"),
-        (ops.convolve_packed, (rows, packed, offsets.float(), numbers), "offsets has dtype"),
+        (convolve, (rows, weights, biases[:1], *lists), "biases has 1 members"),
+        (convolve, (rows, weights[:1], [biases[0][1:]], *lists), "biases has shape"),
+        (convolve, (rows, [weights[0].float()], [None], *lists), "weights has dtype float32"),
+        (convolve, (rows, [weights[0], weights[1][:, 1:]], biases, *lists), "weights has shape"),
+        (convolve, (rows, [weights[0].repeat(1, 1, 7, 6)], [None], *lists), "343 taps"),
+        (convolve, (rows[:, :8], weights, biases, *lists), "rows has shape"),
+        (convolve, (rows.float(), weights, biases, *lists), "rows has dtype"),
+        (convolve, (rows, weights, biases, offsets.float(), numbers), "offsets has dtype"),
     ]:
         with pytest.raises(RuntimeError, match=message):
             operator(*wrong)
 
 
-def packed_sample(shape, kernel, rows, windows, dtype, layout=contiguous):
+def gathered_sample(shape, kernel, rows, windows, dtype, layout=contiguous):
     """rows, weights, biases, lists; of two convolutions, one without a bias."""
     outputs, channels = shape
     taps = torch.Size(kernel).numel()
@@ -605,33 +604,33 @@ def packed_sample(shape, kernel, rows, windows, dtype, layout=contiguous):
 def test_convolution_at_windows(dtype, sizes, processors, library, monkeypatch):
     """What comes of these very numbers in float64, rounded once."""
     monkeypatch.setenv("SPADE_FAST_HOST_PROCESSORS", str(processors))
-    ops = getattr(torch.ops, NAMESPACE)
+    convolve = getattr(torch.ops, NAMESPACE).convolve_gathered
     for layout in (contiguous, channels_last):
-        rows, weights, biases, lists = packed_sample(*sizes, dtype, layout)
-        packed = ops.pack_convolution(weights, biases)
-        assert torch.equal(packed, torch_backend.pack_convolution(weights, biases))
-        found = ops.convolve_packed(rows, packed, *lists)
+        rows, weights, biases, lists = gathered_sample(*sizes, dtype, layout)
         parts = [
             torch_backend.convolve_windows(rows.double(), weight.double(), None, *lists)
             for weight in weights
         ]
         parts[0] += biases[0].double()
-        truth = torch.cat(parts, dim=1)
-        assert found.dtype == dtype and found.shape == truth.shape
-        assert (found - truth).norm() <= torch.finfo(dtype).eps * truth.norm()
-        assert torch.equal(found, ops.convolve_packed(rows, packed, *lists))
+        joint = torch.cat(parts, dim=1)
+        for truth, given in (
+            (joint, (weights, biases)),
+            (parts[0], (weights[:1], biases[:1])),
+            (parts[1], (weights[1:], biases[1:])),
+        ):
+            found = convolve(rows, *given, *lists)
+            assert found.dtype == dtype and found.shape == truth.shape
+            assert (found - truth).norm() <= torch.finfo(dtype).eps * truth.norm()
+            assert torch.equal(found, convolve(rows, *given, *lists))
 
 
 @needs_compiler
 def test_windows_see_no_more_than_there_is(library):
-    ops = getattr(torch.ops, NAMESPACE)
-    rows, weights, biases, (offsets, listed) = packed_sample((6, 8), (3, 3), 7, 5, torch.bfloat16)
-    packed = ops.pack_convolution(weights, biases)
-    alone = torch_backend.pack_convolution([weights[1]], [None])[:1]
-    assert torch.equal(
-        ops.convolve_packed(rows, alone, offsets, listed[:0]), torch.zeros(5, 1).bfloat16()
-    )
+    convolve = getattr(torch.ops, NAMESPACE).convolve_gathered
+    rows, weights, biases, (offsets, listed) = gathered_sample((6, 8), (3, 3), 7, 5, torch.bfloat16)
+    empty = convolve(rows, weights[1:], [None], offsets, listed[:0])
+    assert torch.equal(empty, torch.zeros(5, 5).bfloat16())
     wrong = listed.clone()
     wrong[::2], wrong[1] = 7 * 9 + 2**30, -3
     for offsets in (offsets, torch.tensor([-9, 2, 2**31 - 1, 0, 9, 1], dtype=torch.int32)):
-        assert ops.convolve_packed(rows, packed, offsets, wrong).isfinite().all()
+        assert convolve(rows, weights, biases, offsets, wrong).isfinite().all()

@@ -174,9 +174,8 @@ def test_opcheck_of_the_convolution_at_windows():
     opcheck(torch.ops.spade_fast.convolve_windows_weight, (gradient, rows, weight, *back_lists))
     opcheck(torch.ops.spade_fast.convolve_windows_rows, (gradient, weight, *back_lists))
     opcheck(torch.ops.spade_fast.sum_lists, (gradient, *back_lists))
-    opcheck(torch.ops.spade_fast.pack_convolution, ([weight, weight], [bias, None]))
-    packed = torch.ops.spade_fast.pack_convolution([weight, weight], [bias, None])
-    opcheck(torch.ops.spade_fast.convolve_packed, (rows, packed, *lists))
+    two = [weight, 2 * weight], [bias, None]
+    opcheck(torch.ops.spade_fast.convolve_gathered, (rows, *two, *lists))
 
 
 @pytest.mark.parametrize("sizes", CONVOLUTIONS, ids=str)

@@ -211,24 +211,24 @@ inline int64_t check_matrix(const Tensor& given, const char* name, const Tensor&
   return given.size(0);
 }
 
-// A packed convolution, [out, taps + 1, width].
-struct Packed {
-  int64_t outputs, channels, taps, width;
+// Convolutions beside each other: all outputs, and what they have in common.
+struct Convolution {
+  int64_t outputs, channels, taps;
 };
 
 inline constexpr Dtypes kHalf = {ScalarType::BFloat16, ScalarType::Half};
 inline constexpr int64_t kMostTaps = 343;  // of which a window's rows are kept at hand
 
-inline int64_t packed_width(int64_t channels) { return std::max<int64_t>(8, (channels + 7) / 8 * 8); }
-
-inline Packed check_pack_convolution(const std::vector<Tensor>& weights, const std::vector<std::optional<Tensor>>& biases) {
+inline Convolution check_convolve_gathered(const Tensor& rows, const std::vector<Tensor>& weights,
+                                           const std::vector<std::optional<Tensor>>& biases, const Tensor& offsets, const Tensor& listed) {
   STD_TORCH_CHECK(!weights.empty() && weights.size() == biases.size(), "spade_fast: biases has ", biases.size(),
                   " members, it should have one, or None, for each weight, of which there are ", weights.size());
-  Packed found = {};
+  check_dtype(rows, "rows", kHalf);
+  Convolution found = {};
   for (size_t i = 0; i < weights.size(); ++i) {
     const Tensor& weight = weights[i];
-    check_device(weight, "weights", weights[0]);
-    check_dtype(weight, "weights", i == 0 ? kHalf : Dtypes{weights[0].scalar_type()});
+    check_device(weight, "weights", rows);
+    check_dtype(weight, "weights", {rows.scalar_type()});
     STD_TORCH_CHECK(weight.dim() >= 3, "spade_fast: weights has shape ", text(weight.sizes()), ", it should be [out, in, *kernel]");
     std::vector<int64_t> sizes(weights[0].sizes().begin(), weights[0].sizes().end());
     sizes[0] = weight.size(0);
@@ -242,22 +242,11 @@ inline Packed check_pack_convolution(const std::vector<Tensor>& weights, const s
   STD_TORCH_CHECK(found.taps > 0 && found.taps <= kMostTaps, "spade_fast: weights has shape ", text(weight.sizes()),
                   ", it should have a kernel of one to ", kMostTaps, " taps");
   product(weight, "weights", {std::max<int64_t>(1, found.outputs), found.taps + 1, found.channels + 8}, INT32_MAX);
-  found.width = packed_width(found.channels);
-  return found;
-}
-
-inline Packed check_convolve_packed(const Tensor& rows, const Tensor& packed, const Tensor& offsets, const Tensor& listed) {
-  check_dtype(packed, "packed", kHalf);
-  STD_TORCH_CHECK(packed.dim() == 3 && packed.size(1) > 1 && packed.size(1) <= kMostTaps + 1, "spade_fast: packed has shape ",
-                  text(packed.sizes()), ", it should be [out, taps + 1, width] with one to ", kMostTaps, " taps");
-  product(packed, "packed", {std::max<int64_t>(1, packed.size(0)), packed.size(1), packed.size(2)}, INT32_MAX);
-  check_device(rows, "rows", packed);
-  check_dtype(rows, "rows", {packed.scalar_type()});
-  STD_TORCH_CHECK(rows.dim() == 2 && packed_width(rows.size(1)) == packed.size(2), "spade_fast: rows has shape ", text(rows.sizes()),
-                  ", it should have two dimensions, the second what packed was made for, ", text(packed.sizes()));
-  product(rows, "rows", {rows.size(0), packed.size(1)}, INT32_MAX);
+  STD_TORCH_CHECK(rows.dim() == 2 && rows.size(1) == found.channels, "spade_fast: rows has shape ", text(rows.sizes()),
+                  ", it should have two dimensions, the second ", found.channels);
+  product(rows, "rows", {rows.size(0), found.taps}, INT32_MAX);
   check_lists(offsets, listed, rows);
-  return {packed.size(0), rows.size(1), packed.size(1) - 1, packed.size(2)};
+  return found;
 }
 
 }  // namespace spade_fast

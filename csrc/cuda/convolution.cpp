@@ -55,41 +55,59 @@ std::optional<int64_t> step_of_taps(const Tensor& weight) {
   return step;
 }
 
-Tensor pack_convolution_of(std::vector<Tensor> weights, std::vector<std::optional<Tensor>> biases) {
-  const Packed shape = check_pack_convolution(weights, biases);
-  const OnDevice on_device(weights[0]);
-  const Tensor packed = torch::stable::new_empty(weights[0], {shape.outputs, shape.taps + 1, shape.width});
-  uint16_t* to = static_cast<uint16_t*>(packed.mutable_data_ptr());
+// Whether the kernel can read a weight as it lies.
+bool lies_by_taps(const Tensor& weight) {
+  const auto step = step_of_taps(weight);
+  if (!step || weight.stride(1) != 1 || weight.size(1) % 8 != 0) return false;
+  return (reinterpret_cast<uintptr_t>(weight.const_data_ptr()) | *step * 2 | weight.stride(0) * 2) % 16 == 0;
+}
+
+// Convolutions beside each other, as Packing says.
+Tensor packed(const std::vector<Tensor>& weights, const std::vector<std::optional<Tensor>>& biases, const Convolution& shape, Stream stream) {
+  Packing p = {};
+  p.channels = static_cast<int>(shape.channels), p.taps = static_cast<int>(shape.taps), p.width = std::max(8, (p.channels + 7) / 8 * 8);
+  const Tensor result = torch::stable::new_empty(weights[0], {shape.outputs, shape.taps + 1, p.width});
+  p.packed = static_cast<uint16_t*>(result.mutable_data_ptr());
   for (size_t i = 0; i < weights.size(); ++i) {
     const Tensor weight = step_of_taps(weights[i]) ? weights[i] : torch::stable::contiguous(weights[i]);
-    Packing p = {};
     p.weight = static_cast<const uint16_t*>(weight.const_data_ptr());
     p.output = weight.stride(0), p.channel = weight.stride(1), p.tap = *step_of_taps(weight);
     p.outputs = weight.size(0);
-    if (biases[i]) p.bias = static_cast<const uint16_t*>(biases[i]->const_data_ptr()), p.bias_step = biases[i]->stride(0);
-    p.channels = static_cast<int>(shape.channels), p.taps = static_cast<int>(shape.taps), p.width = static_cast<int>(shape.width);
-    p.packed = to;
-    pack_convolution(on_device.stream(), p);
-    to += p.outputs * (shape.taps + 1) * shape.width;
+    p.bias = biases[i] ? static_cast<const uint16_t*>(biases[i]->const_data_ptr()) : nullptr;
+    p.bias_step = biases[i] ? biases[i]->stride(0) : 0;
+    pack_convolution(stream, p);
+    p.packed += p.outputs * (shape.taps + 1) * p.width;
   }
-  return packed;
+  return result;
 }
 
-Tensor convolve_packed_of(const Tensor& given_rows, const Tensor& given_packed, const Tensor& given_offsets, const Tensor& given_listed) {
-  const Packed shape = check_convolve_packed(given_rows, given_packed, given_offsets, given_listed);
+Tensor convolve_gathered_of(const Tensor& given_rows, std::vector<Tensor> weights, std::vector<std::optional<Tensor>> biases,
+                            const Tensor& given_offsets, const Tensor& given_listed) {
+  const Convolution shape = check_convolve_gathered(given_rows, weights, biases, given_offsets, given_listed);
   const OnDevice on_device(given_rows);
-  const Tensor rows = with_whole_rows(given_rows), packed = torch::stable::contiguous(given_packed);
+  const Tensor rows = with_whole_rows(given_rows);
   const Tensor offsets = torch::stable::contiguous(given_offsets), listed = torch::stable::contiguous(given_listed);
   Windows w = {};
   w.lists = lists_of(offsets, listed);
   const Tensor results = torch::stable::new_empty(rows, {w.lists.count, shape.outputs});
+  if (results.numel() == 0) return results;
   w.rows = rows_of(rows, "rows"), w.results = rows_of(results, "results");
   w.row_count = rows.size(0);
   w.vector = aligned(rows);
-  w.packed = static_cast<const char*>(packed.const_data_ptr());
-  w.outputs = static_cast<int>(shape.outputs), w.channels = static_cast<int>(shape.channels);
-  w.taps = static_cast<int>(shape.taps), w.width = static_cast<int>(shape.width);
-  if (results.numel() > 0) convolve_windows(on_device.stream(), w);
+  w.outputs = static_cast<int>(shape.outputs), w.channels = static_cast<int>(shape.channels), w.taps = static_cast<int>(shape.taps);
+  const bool as_it_lies = weights.size() == 1 && lies_by_taps(weights[0]);
+  const Tensor weight = as_it_lies ? weights[0] : packed(weights, biases, shape, on_device.stream());
+  w.weight = static_cast<const char*>(weight.const_data_ptr());
+  w.output = weight.stride(0);
+  if (as_it_lies) {
+    w.tap = *step_of_taps(weight), w.width = w.channels;
+    w.bias = biases[0] ? static_cast<const char*>(biases[0]->const_data_ptr()) : nullptr;
+    w.bias_step = biases[0] ? biases[0]->stride(0) : 0;
+  } else {
+    w.tap = weight.stride(1), w.width = static_cast<int>(weight.size(2));
+    w.bias = w.weight + 2 * w.taps * w.tap, w.bias_step = w.output;
+  }
+  convolve_windows(on_device.stream(), w);
   return results;
 }
 
@@ -97,8 +115,7 @@ Tensor convolve_packed_of(const Tensor& given_rows, const Tensor& given_packed, 
 
 STABLE_TORCH_LIBRARY_IMPL(SPADE_FAST_NAMESPACE, SPADE_FAST_DISPATCH_KEY, library) {
   library.impl("sum_lists", TORCH_BOX(&sum_lists_of));
-  library.impl("pack_convolution", TORCH_BOX(&pack_convolution_of));
-  library.impl("convolve_packed", TORCH_BOX(&convolve_packed_of));
+  library.impl("convolve_gathered", TORCH_BOX(&convolve_gathered_of));
 }
 
 }  // namespace spade_fast

@@ -9,9 +9,11 @@
 namespace spade_fast {
 namespace {
 
-constexpr int kChannels = 64;                 // of a step: 128 bytes of each row
-constexpr int kVectors = kChannels / 8;       // of 16 bytes
+constexpr int kChannels = 64;            // of a step: 128 bytes of each row
+constexpr int kVectors = kChannels / 8;  // of 16 bytes
 constexpr int kRowBytes = 16 * kVectors;
+
+constexpr int64_t kMostThreads = 256;  // of a block
 
 // What a block has: so many windows and outputs, divided between its warps, and so many steps of them in shared memory.
 template <int kWindows_, int kOutputs_, int kWindowWarps_, int kOutputWarps_, int kSteps_>
@@ -20,7 +22,8 @@ struct Tile {
   static constexpr int kSteps = kSteps_, kThreads = 32 * kWindowWarps * kOutputWarps;
   static constexpr int kWarpWindows = kWindows / kWindowWarps / 16, kWarpOutputs = kOutputs / kOutputWarps / 16;  // by 16
   static constexpr int kStepBytes = (kWindows + kOutputs) * kRowBytes;
-  static int64_t shared(int taps) { return int64_t{kSteps} * kStepBytes + int64_t{4} * kWindows * taps; }
+  static constexpr int kBegins = kWindows + 4;  // with the end of the last list
+  static int64_t shared(int taps) { return int64_t{kSteps} * kStepBytes + int64_t{4} * (kBegins + kWindows * taps); }
   static int64_t blocks(const Windows& w) { return divide_up(w.lists.count, kWindows) * divide_up(w.outputs, kOutputs); }
 };
 
@@ -37,40 +40,54 @@ struct Step {
   }
 };
 
-// The row that each window of a block sees through each tap, −1 beyond the border: [kWindows, taps].
+// The row that each window of a block sees through each tap, −1 beyond the border: [kWindows, taps], behind where their lists begin.
 template <typename T>
-__device__ void find_rows(const Windows& w, int64_t first_window, int32_t* seen) {
+__device__ void find_rows(const Windows& w, int64_t first_window, int32_t* begins) {
+  int32_t* seen = begins + T::kBegins;
   const int all = T::kWindows * w.taps;
+  for (int i = threadIdx.x; i <= T::kWindows; i += T::kThreads) {
+    const int64_t window = first_window + i;
+    begins[i] = static_cast<int32_t>(w.lists.begin(window < w.lists.count ? window : w.lists.count));
+  }
   for (int i = threadIdx.x; i < all; i += T::kThreads) seen[i] = -1;
   __syncthreads();
+#pragma unroll 4
   for (int i = threadIdx.x; i < all; i += T::kThreads) {
-    const int64_t window = first_window + i / w.taps;
-    if (window >= w.lists.count) continue;
-    const int64_t at = w.lists.begin(window) + i % w.taps;
-    if (at >= w.lists.begin(window + 1)) continue;
-    const int32_t number = __ldg(w.lists.listed + at), row = number / w.taps;
-    if (number >= 0 && row < w.row_count) seen[i / w.taps * w.taps + number % w.taps] = row;
+    const int window = i / w.taps, place = i % w.taps;
+    const bool exists = place < begins[window + 1] - begins[window];
+    const int32_t number = exists ? __ldg(w.lists.listed + begins[window] + place) : -1, row = number / w.taps;
+    if (number >= 0 && row < w.row_count) seen[window * w.taps + number % w.taps] = row;
   }
   __syncthreads();
 }
 
-// Starts to copy a step to shared memory: the channels of the rows that windows see, and behind them those of the outputs' weights.
+// Starts to copy a step of the rows that windows see to shared memory.
 template <typename T, Type kType>
-__device__ void fetch(const Windows& w, const Step& step, int64_t first_output, const int32_t* seen, char* to) {
+__device__ void fetch_rows(const Windows& w, const Step& step, const int32_t* seen, char* to) {
   const int vector = threadIdx.x % kVectors, channel = step.channel + vector * 8;
 #pragma unroll
   for (int i = threadIdx.x / kVectors; i < T::kWindows; i += T::kThreads / kVectors) {
     const int32_t row = seen[i * w.taps + step.tap];
-    const int left = row < 0 ? 0 : w.channels - channel, count = left < 0 ? 0 : left < 8 ? left : 8;
-    load_async<8>(reinterpret_cast<Raw*>(place(to, i, vector)), w.rows.at(0, row, channel), kType, {1, count, w.vector});
+    const int left = row < 0 ? 0 : w.channels - channel;
+    const char* from = w.rows.data + (left > 0 ? row * w.rows.row + channel : 0) * 2;
+    if (w.vector) {
+      copy_async_or_zeros(place(to, i, vector), from, left > 0);
+    } else {
+      load_async<8>(reinterpret_cast<Raw*>(place(to, i, vector)), from, kType, {1, left < 0 ? 0 : left < 8 ? left : 8, false});
+    }
   }
-  to += T::kWindows * kRowBytes;
+}
+
+// And of the outputs' weights, behind them.
+template <typename T>
+__device__ void fetch_weights(const Windows& w, const Step& step, int64_t first_output, char* to) {
+  const int vector = threadIdx.x % kVectors, channel = step.channel + vector * 8;
 #pragma unroll
   for (int i = threadIdx.x / kVectors; i < T::kOutputs; i += T::kThreads / kVectors) {
     const int64_t output = first_output + i;
-    const int count = output < w.outputs && channel < w.width ? 8 : 0;
-    const char* from = w.packed + ((output * (w.taps + 1) + step.tap) * w.width + channel) * 2;
-    load_async<8>(reinterpret_cast<Raw*>(place(to, i, vector)), from, kType, {1, count, true});
+    const bool exists = output < w.outputs && channel < w.width;
+    const int64_t from = exists ? output * w.output + step.tap * w.tap + channel : 0;
+    copy_async_or_zeros(place(to + T::kWindows * kRowBytes, i, vector), w.weight + from * 2, exists);
   }
 }
 
@@ -78,7 +95,8 @@ __device__ void fetch(const Windows& w, const Step& step, int64_t first_output, 
 template <typename T>
 struct Products {
   float sums[T::kWarpWindows][2 * T::kWarpOutputs][4] = {};
-  int window = threadIdx.x / 32 / T::kOutputWarps * T::kWarpWindows * 16, output = threadIdx.x / 32 % T::kOutputWarps * T::kWarpOutputs * 16;
+  int window = threadIdx.x / 32 / T::kOutputWarps * T::kWarpWindows * 16;  // the first of them, in the block
+  int output = threadIdx.x / 32 % T::kOutputWarps * T::kWarpOutputs * 16;
 
   // Adds those of 16 channels of a step.
   template <Type kType>
@@ -112,9 +130,9 @@ struct Products {
       float bias[2] = {};
 #pragma unroll
       for (int k = 0; k < 2; ++k) {
-        if (at + k >= w.outputs) continue;
+        if (w.bias == nullptr || at + k >= w.outputs) continue;
         float values[8];
-        unpack<8>(load<8>(w.packed + ((at + k) * (w.taps + 1) + w.taps) * w.width * 2, kType, {1, 1, false}), kType, values);
+        unpack<8>(load<8>(w.bias + (at + k) * w.bias_step * 2, kType, {1, 1, false}), kType, values);
         bias[k] = values[0];
       }
 #pragma unroll
@@ -137,30 +155,39 @@ struct Products {
 };
 
 template <typename T, Type kType>
-__global__ void __launch_bounds__(T::kThreads) convolve_windows_kernel(Windows w) {
+__global__ void __launch_bounds__(kMostThreads) convolve_windows_kernel(Windows w) {
   const int64_t output_blocks = (w.outputs + T::kOutputs - 1) / T::kOutputs;
   const int64_t first_window = blockIdx.x / output_blocks * T::kWindows, first_output = blockIdx.x % output_blocks * T::kOutputs;
   char* steps = shared_memory();
-  int32_t* seen = reinterpret_cast<int32_t*>(steps + T::kSteps * T::kStepBytes);
-  find_rows<T>(w, first_window, seen);
+  int32_t *begins = reinterpret_cast<int32_t*>(steps + T::kSteps * T::kStepBytes), *seen = begins + T::kBegins;
   const int count = w.taps * ((w.width + kChannels - 1) / kChannels);
+  const auto at = [&](int number) { return steps + number % T::kSteps * T::kStepBytes; };
   Step next = {};
-  const auto fetch_next = [&](int number) {
-    if (number < count) fetch<T, kType>(w, next, first_output, seen, steps + number % T::kSteps * T::kStepBytes);
+  for (int number = 0; number < T::kSteps - 1 && number < count; ++number) {  // weights first: they need not know what windows see
+    fetch_weights<T>(w, next, first_output, at(number));
+    next.advance(w.width);
+  }
+  find_rows<T>(w, first_window, begins);
+  next = {};
+  for (int number = 0; number < T::kSteps - 1; ++number) {
+    if (number < count) fetch_rows<T, kType>(w, next, seen, at(number));
     end_group_of_copies();
     next.advance(w.width);
-  };
-  for (int number = 0; number < T::kSteps - 1; ++number) fetch_next(number);
+  }
   Products<T> products;
   Step step = {};
   for (int number = 0; number < count; ++number) {
     wait_for_copies_but<T::kSteps - 2>();
     __syncthreads();  // all have their copies of this step, and are done with the one whose place the next takes
-    fetch_next(number + T::kSteps - 1);
-    char* at = steps + number % T::kSteps * T::kStepBytes;
+    if (const int later = number + T::kSteps - 1; later < count) {
+      fetch_rows<T, kType>(w, next, seen, at(later));
+      fetch_weights<T>(w, next, first_output, at(later));
+      next.advance(w.width);
+    }
+    end_group_of_copies();
 #pragma unroll
     for (int part = 0; part < kChannels / 16; ++part) {
-      if (step.channel + part * 16 < w.width) products.template add<kType>(at, part);
+      if (step.channel + part * 16 < w.width) products.template add<kType>(at(number), part);
     }
     step.advance(w.width);
   }

@@ -30,6 +30,12 @@ __device__ void multiply_add(float (&sums)[4], const uint32_t (&one)[4], uint32_
   }
 }
 
+// As copy_async; zeros where there is nothing to copy.
+__device__ inline void copy_async_or_zeros(void* shared, const void* global, bool exists) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(static_cast<unsigned>(__cvta_generic_to_shared(shared))), "l"(global),
+               "r"(exists ? 16 : 0) : "memory");
+}
+
 // Copies of a thread since the last call belong together; all but so many such groups are waited for.
 __device__ inline void end_group_of_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 template <int kGroups>
@@ -64,6 +70,9 @@ void multiply_add(float (&sums)[4], const uint32_t (&one)[4], uint32_t other_fir
   });
 }
 
+inline void copy_async_or_zeros(void* shared, const void* global, bool exists) {
+  exists ? static_cast<void>(std::memcpy(shared, global, 16)) : static_cast<void>(std::memset(shared, 0, 16));
+}
 inline void end_group_of_copies() {}
 template <int kGroups>
 void wait_for_copies_but() {}

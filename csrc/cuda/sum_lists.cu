@@ -10,7 +10,9 @@ namespace spade_fast {
 namespace {
 
 constexpr int kLoads = 4;  // of a thread that do not wait for each other
-constexpr int kPartColumns = 128, kPartLanes = 4;  // of the blocks that sum the parts of long lists
+// Of the blocks that sum the parts of long lists.
+constexpr int64_t kPartThreads = 512;
+constexpr int kPartColumns = 128, kPartLanes = kPartThreads / kPartColumns;
 
 // Adds V columns of the rows that are listed at begin, begin + step, ... before `end`.
 template <int V, bool kVector>
@@ -92,7 +94,7 @@ __device__ void sum_piece(const ListSums& s, const WarpColumns<V>& own, int64_t 
 }
 
 // The first warps have some columns of a piece each, the others of as many lists as they have lanes.
-template <int V, bool kVector>
+template <bool kVector, int V>
 __global__ void __launch_bounds__(kThreads, 3) sum_lists_kernel(ListSums s, int columns, int64_t column_blocks) {
   const int64_t warp = blockIdx.x * (kThreads / 32) + threadIdx.x / 32, group = warp / column_blocks;
   const WarpColumns<V> own(warp % column_blocks, columns);
@@ -108,7 +110,7 @@ __global__ void __launch_bounds__(kThreads, 3) sum_lists_kernel(ListSums s, int 
 }
 
 // A block has the long list that begins in a piece, if one does.
-__global__ void __launch_bounds__(kPartColumns* kPartLanes) sum_parts_kernel(ListSums s) {
+__global__ void __launch_bounds__(kPartThreads) sum_parts_kernel(ListSums s) {
   const int64_t piece = blockIdx.x, list = s.begun[piece];
   if (list < 0) return;
   const int64_t begin = s.lists.begin(list), last = (s.lists.begin(list + 1) - 1) / kShortList;
@@ -134,8 +136,8 @@ template <int V, bool kVector>
 void sum_vectors(Stream stream, const ListSums& s) {
   const int columns = static_cast<int>(std::min<int64_t>(power_from(divide_up(s.columns, V)), 32));
   const int64_t column_blocks = divide_up(s.columns, columns * V), warps = (s.pieces + divide_up(s.lists.count, 32 / columns)) * column_blocks;
-  launch(sum_lists_kernel<V, kVector>, divide_up(warps, kThreads / 32), dim3(kThreads), 0, stream, s, columns, column_blocks);
-  launch(sum_parts_kernel, s.pieces, dim3(kPartColumns, kPartLanes), kPartColumns * kPartLanes * 4, stream, s);
+  launch(sum_lists_kernel<kVector, V>, divide_up(warps, kThreads / 32), dim3(kThreads), 0, stream, s, columns, column_blocks);
+  launch(sum_parts_kernel, s.pieces, dim3(kPartColumns, kPartLanes), kPartThreads * 4, stream, s);
 }
 
 }  // namespace

@@ -22,8 +22,9 @@ struct Windows {
   Rows rows, results;
   int64_t row_count;
   bool vector;  // whether rows begin at addresses divisible by 16, and have whole vectors
-  const char* packed;
-  int outputs, channels, taps, width;
+  const char *weight, *bias;  // of two bytes a number; no bias is null
+  int64_t output, tap, bias_step;  // steps from one to the next; the channels of a tap lie side by side
+  int outputs, channels, taps, width;  // width: the weight's channels, a multiple of eight; the last may be zeros
 };
 
 void convolve_windows(Stream stream, const Windows& w);

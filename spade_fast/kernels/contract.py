@@ -107,11 +107,6 @@ def empty_signs(x, activation, keep_signs):
     return x.new_empty(shape, dtype=torch.uint8)
 
 
-def packed_width(channels):
-    """Of a packed convolution: whole 16-byte vectors of half precision, one at least."""
-    return max(8, channels + -channels % 8)
-
-
 def check_plane_moments(x):
     _require(3 <= x.dim() <= 5, "x", x, "[N, C, *spatial] with one to three spatial dimensions")
     _check_dtype("x", x, FLOATING)
@@ -205,34 +200,21 @@ def check_sum_lists(x, offsets, listed):
     _check_lists(x, offsets, listed)
 
 
-def check_pack_convolution(weights, biases):
+def check_convolve_gathered(rows, weights, biases, offsets, listed):
     if not weights or len(weights) != len(biases):
         raise ValueError(
             f"biases has {len(biases)} members, it should have one, or None, for each weight, of"
             f" which there are {len(weights)}"
         )
-    first = weights[0]
+    shape = weights[0].shape
     for weight, bias in zip(weights, biases):
         _require(weight.dim() >= 3, "weights", weight, "[out, in, *kernel]")
-        _check(
-            "weights", weight, first, FLOATING, (len(weight), *first.shape[1:]), "like the first"
-        )
-        _check_dtype("weights", weight, (first.dtype,))
+        _require(weight.shape[2:].numel() > 0, "weights", weight, "of one tap or more")
+        _check_dtype("weights", weight, FLOATING)
+        _check("weights", weight, rows, (rows.dtype,), (len(weight), *shape[1:]), "like the first")
         if bias is not None:
             _check("biases", bias, weight, (weight.dtype,), weight.shape[:1], "[out]")
-    _require(first.shape[2:].numel() > 0, "weights", first, "of one tap or more")
-
-
-def check_convolve_packed(rows, packed, offsets, listed):
-    _check_dtype("packed", packed, FLOATING)
-    _require(packed.dim() == 3, "packed", packed, "[out, taps + 1, width]")
-    _require(packed.shape[1] > 1, "packed", packed, "of one tap or more")
-    _require(rows.dim() == 2, "rows", rows, "[rows, in]")
-    _check("rows", rows, packed, (packed.dtype,), rows.shape, "[rows, in]")
-    width = packed.shape[2]
-    _require(
-        packed_width(rows.shape[1]) == width, "rows", rows, f"[rows, in], packed for width {width}"
-    )
+    _check("rows", rows, rows, FLOATING, (rows.shape[0], shape[1]), "[rows, in]")
     _check_lists(rows, offsets, listed)
 
 
@@ -333,13 +315,8 @@ def fake_sum_lists(x, offsets, listed):
     return x.new_empty(offsets.shape[0] - 1, x.shape[1])
 
 
-def fake_pack_convolution(weights, biases):
-    first, outputs = weights[0], sum(weight.shape[0] for weight in weights)
-    return first.new_empty(outputs, first.shape[2:].numel() + 1, packed_width(first.shape[1]))
-
-
-def fake_convolve_packed(rows, packed, offsets, listed):
-    return rows.new_empty(offsets.shape[0] - 1, packed.shape[0])
+def fake_convolve_gathered(rows, weights, biases, offsets, listed):
+    return rows.new_empty(offsets.shape[0] - 1, sum(weight.shape[0] for weight in weights))
 
 
 FORWARD = "Tensor gamma, Tensor beta, Tensor? index"
@@ -402,15 +379,11 @@ GATHERING = {
     "sum_lists": Operation(
         "(Tensor x, Tensor offsets, Tensor listed) -> Tensor", check_sum_lists, fake_sum_lists
     ),
-    "pack_convolution": Operation(
-        "(Tensor[] weights, Tensor?[] biases) -> Tensor",
-        check_pack_convolution,
-        fake_pack_convolution,
-    ),
-    "convolve_packed": Operation(
-        "(Tensor rows, Tensor packed, Tensor offsets, Tensor listed) -> Tensor",
-        check_convolve_packed,
-        fake_convolve_packed,
+    "convolve_gathered": Operation(
+        "(Tensor rows, Tensor[] weights, Tensor?[] biases, Tensor offsets, Tensor listed)"
+        " -> Tensor",
+        check_convolve_gathered,
+        fake_convolve_gathered,
     ),
 }
 OPERATIONS = MODULATION | CONVOLUTION | GATHERING

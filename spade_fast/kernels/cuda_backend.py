@@ -68,8 +68,7 @@ def convolve_windows(rows, weight, bias, offsets, listed):
         return torch_backend.convolve_windows(rows, weight, bias, offsets, listed)
     compiled = weight.shape[2:].numel() <= MOST_TAPS
     kernels = torch.ops.spade_fast if compiled else torch_backend
-    packed = kernels.pack_convolution([weight], [bias])
-    return kernels.convolve_packed(rows, packed, offsets, listed)
+    return kernels.convolve_gathered(rows, [weight], [bias], offsets, listed)
 
 
 def convolve_windows_gradients(gradient, rows, weight, back_offsets, back_listed, *wanted):

@@ -30,8 +30,8 @@ def of_results_in_triton(rows, weight, *others, out_shape=None, **settings):
     return 2 * out_shape[0] * math.prod(weight)  # of each window with each tap
 
 
-def of_packed(rows, packed, *others, out_shape=None, **settings):
-    return 2 * out_shape[0] * packed[0] * (packed[1] - 1) * rows[1]
+def of_gathered(rows, weights, *others, out_shape=None, **settings):
+    return 2 * math.prod(out_shape) * math.prod(weights[0][1:])
 
 
 def register(module):
@@ -39,7 +39,7 @@ def register(module):
         torch.ops.spade_fast.convolve_windows: of_results,
         torch.ops.spade_fast.convolve_windows_weight: of_weight,
         torch.ops.spade_fast.convolve_windows_rows: of_rows,
-        torch.ops.spade_fast.convolve_packed: of_packed,
+        torch.ops.spade_fast.convolve_gathered: of_gathered,
         torch.ops.spade_fast_triton.convolve_windows: of_results_in_triton,
     }.items():
         module.register_flop_formula(operator)(formula)

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from . import numbering
-from .contract import Backend, is_channels_last, packed_width, sum_dtype
+from .contract import Backend, is_channels_last, sum_dtype
 
 PIECE = 256  # numbers of a list that one thread of a GPU adds up: half of a map may be one window
 # Bytes of a convolution's products at windows, at a time: they stay in a GPU's cache, and are never
@@ -105,28 +105,18 @@ def _added(products):
     return total.to(products[0].dtype)
 
 
-def pack_convolution(weights, biases):
-    """Convolutions with weights [out, in, *kernel] and biases [out] beside each other, as
-    convolve_packed takes them: [out of all, taps + 1, width], with zeros behind the channels of
-    each tap, and the bias in the place of a last tap's first channel.
+def convolve_gathered(rows, weights, biases, offsets, listed):
+    """convolve_windows with several weights of the same inputs, beside each other; each result is
+    summed in no less than float32, and rounded once.
     """
-    by_tap = torch.cat([weight.flatten(2) for weight in weights]).transpose(1, 2)
-    width = packed_width(by_tap.shape[2])
-    packed = F.pad(by_tap, (0, width - by_tap.shape[2], 0, 1))
-    packed[:, -1, 0] = torch.cat(
-        [
-            weight.new_zeros(len(weight)) if bias is None else bias
-            for weight, bias in zip(weights, biases)
-        ]
-    )
-    return packed
-
-
-def convolve_packed(rows, packed, offsets, listed):
-    """As convolve_windows, each result rounded once."""
-    wide, packed = (tensor.to(sum_dtype(rows.dtype)) for tensor in (rows, packed))
-    weight = packed[:, :-1, : rows.shape[1]].transpose(1, 2)
-    return convolve_windows(wide, weight, packed[:, -1, 0], offsets, listed).to(rows.dtype)
+    wide = sum_dtype(rows.dtype)
+    results = [
+        convolve_windows(
+            rows.to(wide), weight.to(wide), None if bias is None else bias.to(wide), offsets, listed
+        )
+        for weight, bias in zip(weights, biases)
+    ]
+    return torch.cat(results, dim=1).to(rows.dtype)
 
 
 def sum_lists(x, offsets, listed):
