@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
 
+import torch
 import torch.nn as nn
 
 from ..layout import LARGEST_KERNEL
@@ -69,6 +70,11 @@ class Convolutions:
         """Every tensor that decides the table."""
         modules = (self.shared, self.gamma, self.beta, self.gamma_norm, self.beta_norm)
         return [tensor for of in modules if of is not None for tensor in weights_in(of)]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """γ's and β's."""
+        return weights_in(self.gamma)[0].dtype
 
     @cached_property
     def marks(self) -> list:
@@ -136,6 +142,7 @@ class Known(NamedTuple):
     """What is asked about a SPADE in each call."""
 
     parts: Parts
+    weight: torch.Tensor | None  # of the shared convolution, where it has one by itself
     own_norm: bool  # whether `spade_modulate` does what its norm does
     convolutions: Convolutions | None  # as Parts has it
 
@@ -147,7 +154,8 @@ class Known(NamedTuple):
 
 def _known(spade):
     parts = Parts.of(spade)
-    return Known(parts, is_known(parts.norm), parts.convolutions())
+    weight = next(iter(weights_in(parts.shared)), None)
+    return Known(parts, weight, is_known(parts.norm), parts.convolutions())
 
 
 def _part(spade, name):

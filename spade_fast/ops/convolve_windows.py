@@ -8,6 +8,8 @@ precision on a GPU products cost less than the memory that they would pass throu
 `triton_kernels/convolve_windows.py`.)
 """
 
+from contextlib import nullcontext
+
 import torch
 
 from .. import kernels
@@ -23,11 +25,14 @@ def convolve_windows(rows, weight, bias, sums, dtype):
     products in float32, else at least float32, and the result is what it was computed in.
     Differentiable in rows, weight and bias, twice.
     """
-    dtype = kernels.select(weight).dtype_at_windows(dtype)
-    with torch.autocast(rows.device.type, enabled=False):
-        return ConvolveWindows.apply(
-            rows.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype), *sums
-        )
+    backend = kernels.select(weight)
+    dtype = backend.dtype_at_windows(dtype)
+    operands = rows.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+    rounds = torch.is_autocast_enabled(rows.device.type)
+    with torch.autocast(rows.device.type, enabled=False) if rounds else nullcontext():
+        if not torch.is_grad_enabled():
+            return kernels.select(operands[0]).convolve_windows(*operands, *sums[:2])
+        return ConvolveWindows.apply(*operands, *sums)
 
 
 class ConvolveWindows(torch.autograd.Function):
