@@ -101,7 +101,7 @@ def _pays(kept, layout, size, convolutions):
     taps, hidden = math.prod(gamma.kernel_size), gamma.in_channels
     outputs = 2 * gamma.out_channels
     at_pixels = windows.index.numel() * (shared.in_channels + outputs) + COST_OF_WEIGHT * outputs
-    products = len(layout.palette) * shared.in_channels + windows.hidden_count * outputs
+    products = layout.palette.shape[0] * shared.in_channels + windows.hidden_count * outputs
     additions = taps * (windows.hidden_count * hidden + windows.count * outputs)
     at_windows = taps * hidden * products + COST_OF_ADDITION * additions
     return COST_OF_WINDOWS * at_windows < taps * hidden * at_pixels

@@ -74,7 +74,11 @@ class Convolutions:
     @property
     def dtype(self) -> torch.dtype:
         """γ's and β's."""
-        return weights_in(self.gamma)[0].dtype
+        return self._weight_of_gamma.dtype
+
+    @cached_property
+    def _weight_of_gamma(self):
+        return weights_in(self.gamma)[0]
 
     @cached_property
     def marks(self) -> list:
@@ -104,11 +108,11 @@ class Parts(NamedTuple):
     def of(cls, spade: nn.Module) -> "Parts":
         form = spade.spade_form
         return cls(
-            _part(spade, form.norm),
-            _part(spade, form.shared),
-            _part(spade, form.gamma),
-            _part(spade, form.beta),
-            _part(spade, form.pad),
+            part_of(spade, form.norm),
+            part_of(spade, form.shared),
+            part_of(spade, form.gamma),
+            part_of(spade, form.beta),
+            part_of(spade, form.pad),
             form.inside,
         )
 
@@ -158,7 +162,8 @@ def _known(spade):
     return Known(parts, weight, is_known(parts.norm), parts.convolutions())
 
 
-def _part(spade, name):
+def part_of(spade: nn.Module, name: str | None) -> nn.Module | None:
+    """The sub-module of this name, which may lie deeper."""
     if name is None:
         return None
     own = spade._modules

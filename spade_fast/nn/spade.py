@@ -22,7 +22,7 @@ from .modules import (
     is_watched,
     may_overwrite_result,
 )
-from .parts import Form, HasParts, Known, Parts
+from .parts import Form, HasParts, Known, part_of
 from .pixels import at_pixels, with_channels_together
 from .tables import Tables, at_windows, kept_tables
 
@@ -120,7 +120,7 @@ class SpatiallyAdaptive(HasParts):
     @property
     def measures(self) -> bool:
         """Whether x is normalised with its own moments, by a norm that takes `moments`."""
-        norm = Parts.of(self).norm
+        norm = part_of(self, self.spade_form.norm)
         return is_known(norm) and measures(norm)
 
     def check(self, x: torch.Tensor, segmap: torch.Tensor | SemanticLayout) -> None:

@@ -80,7 +80,7 @@ def compute_table(layout, windows, convolutions, dtype, kept=None):
     biased = all(bias is not None for _, bias in others)
     if biased and kernels.select(hidden).name != "cpu":
         # Half the launches; on a CPU the copies cost more.
-        joint, channels = map(torch.cat, zip(*others)), [len(weight) for weight, _ in others]
+        joint, channels = map(torch.cat, zip(*others)), [weight.shape[0] for weight, _ in others]
         rows = convolve_windows(hidden, *joint, windows.table, within).split(channels, dim=1)
     else:
         rows = [convolve_windows(hidden, *other, windows.table, within) for other in others]
@@ -108,10 +108,10 @@ def gathered_table(layout, windows, convolutions, dtype, kept):
     def packed():
         joint = [weight.to(dtype) for weight in weights]
         of_joint = [
-            weight.new_zeros(len(weight)) if bias is None else bias.to(dtype)
+            weight.new_zeros(weight.shape[0]) if bias is None else bias.to(dtype)
             for weight, bias in zip(joint, biases)
         ]
-        own_bias = first.new_zeros(len(first)) if first_bias is None else first_bias
+        own_bias = first.new_zeros(first.shape[0]) if first_bias is None else first_bias
         return [
             by_taps(first.to(dtype)),
             own_bias.to(dtype),
@@ -126,7 +126,7 @@ def gathered_table(layout, windows, convolutions, dtype, kept):
     for activation in convolutions.activations:
         hidden = activation(hidden)
     rows = convolve_windows(padded(hidden), *packs[2:], windows.table, dtype)
-    return rows.split([len(weight) for weight in weights], dim=1)
+    return rows.split([weight.shape[0] for weight in weights], dim=1)
 
 
 def by_taps(weight):

@@ -25,14 +25,15 @@ def convolve_windows(rows, weight, bias, sums, dtype):
     products in float32, else at least float32, and the result is what it was computed in.
     Differentiable in rows, weight and bias, twice.
     """
-    backend = kernels.select(weight)
-    dtype = backend.dtype_at_windows(dtype)
-    operands = rows.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+    dtype = kernels.select(weight).dtype_at_windows(dtype)
+    operands = (rows, weight, bias)
+    if any(given is not None and given.dtype != dtype for given in operands):
+        operands = [None if given is None else given.to(dtype) for given in operands]
     rounds = torch.is_autocast_enabled(rows.device.type)
     with torch.autocast(rows.device.type, enabled=False) if rounds else nullcontext():
-        if not torch.is_grad_enabled():
-            return kernels.select(operands[0]).convolve_windows(*operands, *sums[:2])
-        return ConvolveWindows.apply(*operands, *sums)
+        if torch.is_grad_enabled():
+            return ConvolveWindows.apply(*operands, *sums)
+        return kernels.select(operands[0]).convolve_windows(*operands, *sums[:2])
 
 
 class ConvolveWindows(torch.autograd.Function):
