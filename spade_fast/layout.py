@@ -57,12 +57,12 @@ class Windows(NamedTuple):
     @property
     def hidden_count(self):
         """K1, the rows of the hidden map."""
-        return len(self.hidden.offsets) - 1
+        return self.hidden.offsets.shape[0] - 1
 
     @property
     def count(self):
         """K2, the rows of γ and β."""
-        return len(self.table.offsets) - 1
+        return self.table.offsets.shape[0] - 1
 
     @property
     def index_of_images(self):
