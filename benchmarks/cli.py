@@ -15,6 +15,7 @@ from rich.progress import Progress
 
 from . import cuda_proofs, report
 from . import gpu as on_gpu
+from . import launches as counted
 from . import layouts as drawn
 from . import proofs as compiled
 from . import summary as committed
@@ -218,6 +219,38 @@ def prove_cuda(
         typer.echo("there is no nvcc on PATH", err=True)
         raise typer.Exit(2)
     conclude(cuda_proofs, cuda_proofs.prove(capability))
+
+
+@app.command()
+def launches(
+    only: Annotated[
+        str, typer.Option(metavar="TEXT", help="Paths whose name has this in it.")
+    ] = "",
+    operators: Annotated[
+        int, typer.Option(min=0, help="Show that many operators with the most launches, too.")
+    ] = 0,
+):
+    """Count what a GPU would launch, and how often the host would wait for it, with no GPU. Exits
+    with 1 where something is more than its limit.
+    """
+    names = [name for name in counted.PATHS if only in name]
+    if not names:
+        raise typer.BadParameter(
+            f"no path has {only!r} in its name; there are: {'; '.join(counted.PATHS)}",
+            param_hint="--only",
+        )
+    found = counted.count_all(names)
+    console = console_of_any_width()
+    console.print(counted.table(found))
+    console.print(counted.CAPTION)
+    for name, counts in found.items() if operators else ():
+        most = counts.operators.most_common(operators)
+        words = ", ".join(f"{operator} {number}" for operator, number in most)
+        console.print(f"{name}: {words}", highlight=False)
+    if excesses := counted.excesses(found):
+        for words in excesses:
+            typer.echo(words)
+        raise typer.Exit(1)
 
 
 @app.command()

@@ -21,6 +21,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import torch
+from torch.utils.cpp_extension import CUDA_HOME
 
 from .report import commit
 
@@ -293,7 +294,7 @@ def run(out, stages=STAGES, total=TOTAL, say=print):
     facts = {"device": device, "torch": torch.__version__, "commit": commit()}
     for stage in stages:
         limit = min(stage.seconds, total - (time.monotonic() - began))
-        if stage.needs is not None and shutil.which(stage.needs) is None:
+        if stage.needs is not None and shutil.which(stage.needs, path=search_path()) is None:
             outcome, seconds = f"left out: {stage.needs} is not there", 0.0
         elif limit <= 0:
             outcome, seconds = "left out: no time is left", 0.0
@@ -322,7 +323,7 @@ def execute(stage, out, limit):
             stderr=subprocess.STDOUT,
             cwd=ROOT,
             start_new_session=True,
-            env=os.environ | {"PYTHONPATH": str(ROOT)} | for_this_gpu() | stage.environment,
+            env=os.environ | for_all() | for_this_gpu() | stage.environment,
         )
         try:
             code = process.wait(limit)
@@ -331,6 +332,17 @@ def execute(stage, out, limit):
             process.wait()
             return f"stopped after {limit:.0f} s"
     return "passed" if code == 0 else f"failed with {code}"
+
+
+def for_all():
+    """The environment variables of every stage."""
+    return {"PYTHONPATH": str(ROOT), "PATH": search_path()}
+
+
+def search_path():
+    """Where programs are looked for: in CUDA's toolkit at last, which may not be on PATH."""
+    toolkit = [str(Path(CUDA_HOME, "bin"))] if CUDA_HOME else []
+    return os.pathsep.join([os.environ.get("PATH", os.defpath), *toolkit])
 
 
 def for_this_gpu():

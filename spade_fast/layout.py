@@ -57,12 +57,12 @@ class Windows(NamedTuple):
     @property
     def hidden_count(self):
         """K1, the rows of the hidden map."""
-        return len(self.hidden.offsets) - 1
+        return self.hidden.offsets.shape[0] - 1
 
     @property
     def count(self):
         """K2, the rows of γ and β."""
-        return len(self.table.offsets) - 1
+        return self.table.offsets.shape[0] - 1
 
     @property
     def index_of_images(self):
@@ -182,12 +182,8 @@ class SemanticLayout:
         if dont_care is not None:
             dont_care = _whole_number("dont_care", dont_care)
         with torch.inference_mode(False):  # what is found in inference may be used in training
-            codes = _label_map("labels", labels)
-            is_cared_for = _check_labels(codes, num_classes, dont_care)
-            channels = num_classes
-            if dont_care is not None:
-                channels += 1
-                codes = torch.where(is_cared_for, codes, num_classes)
+            labels = _label_map("labels", labels)
+            codes, channels = _classes(labels, num_classes, dont_care)
             if instances is not None:
                 instances = _label_map("instances", instances)
                 if instances.shape != codes.shape:
@@ -201,10 +197,13 @@ class SemanticLayout:
                         f" {codes.device}"
                     )
                 codes = codes + channels * instance_edges(instances)
-            codes, present = _compact(codes)
+            codes, present, are_classes = _compact(codes, channels * (1 + (instances is not None)))
+            if not are_classes:
+                _refuse_labels(labels, num_classes, dont_care)
             palette = F.one_hot(present % channels, channels).float()
             if instances is not None:
                 palette = torch.cat([palette, (present // channels)[:, None].float()], dim=1)
+            palette = palette.to(codes.device, non_blocking=True)
             return cls(codes, palette)
 
     @classmethod
@@ -351,8 +350,13 @@ class SemanticLayout:
 
     def _with_codes(self, codes):
         """Some of this layout's codes, with the rows of the palette that they need."""
-        codes, present = _compact(codes)
-        return SemanticLayout(codes, self.palette[present])
+        codes, present, are_rows = _compact(codes, len(self.palette))
+        if not are_rows:
+            raise ValueError(
+                f"codes has numbers that are no rows of the palette, they should be 0 to"
+                f" {len(self.palette) - 1}"
+            )
+        return SemanticLayout(codes, self.palette[present.to(codes.device, non_blocking=True)])
 
     def to_segmap(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """The condition [N, label_nc, *spatial] itself."""
@@ -753,16 +757,18 @@ def instance_edges(instances):
     return edges.long()
 
 
-def _compact(numbers):
-    """numbers, small and not negative, as int32 from 0 on without a gap, in the same order; and
-    which each one stands for, int64.
+def _compact(numbers, bound):
+    """Numbers from 0 to below `bound` as int32 from 0 on without a gap, in the same order; which
+    each one stands for, int64 on the CPU; and whether all are in that range. A GPU is waited for
+    once.
     """
-    present = torch.bincount(numbers.flatten(), minlength=1).nonzero().squeeze(1)
-    compact = torch.zeros(
-        int(present[-1]) + 1 if len(present) else 1, dtype=torch.int32, device=numbers.device
-    )
-    compact[present] = torch.arange(len(present), dtype=torch.int32, device=numbers.device)
-    return compact[numbers.long()], present
+    numbers = numbers.long()
+    numbers = torch.where((numbers >= 0) & (numbers < bound), numbers, bound)
+    is_present = torch.zeros(bound + 1, dtype=torch.bool, device=numbers.device)
+    is_present.index_fill_(0, numbers.flatten(), True)
+    compact = is_present.cumsum(0, dtype=torch.int32) - 1
+    found = is_present.cpu()
+    return compact[numbers], found[:bound].nonzero().squeeze(1), not found[bound]
 
 
 def _label_map(name, values):
@@ -794,15 +800,21 @@ def _label_map(name, values):
     return signed
 
 
-def _check_labels(labels, num_classes, dont_care):
-    """Which of the labels are a class, bool; raises where one is neither that nor dont_care."""
-    is_class = (labels >= 0) & (labels < num_classes)
+def _classes(labels, num_classes, dont_care):
+    """The class of each label, int64, and how many there are. Negative, even with that number added
+    to it, where a label is neither a class nor dont_care.
+    """
+    channels = num_classes + (dont_care is not None)
+    codes = torch.where((labels >= 0) & (labels < num_classes), labels, -1 - channels)
     if dont_care is not None:
-        is_dont_care = labels == dont_care
-        is_class &= ~is_dont_care
-    wrong = ~is_class if dont_care is None else ~(is_class | is_dont_care)
-    if not wrong.any():
-        return is_class
+        codes = torch.where(labels == dont_care, num_classes, codes)
+    return codes, channels
+
+
+def _refuse_labels(labels, num_classes, dont_care):
+    """Raises for labels of which some are neither a class nor dont_care."""
+    codes, _ = _classes(labels, num_classes, dont_care)
+    wrong = codes < 0
     place = wrong.nonzero()[0].tolist()
     value = labels[tuple(place)].item()
     allowed = f"0 to {num_classes - 1}" + (

@@ -83,27 +83,37 @@ inline void wait_for(Group& group) {
   }
 }
 
-template <typename T>
-T exchange(T value, unsigned from) {
+// What f makes of the values that the warp's threads give, by lane.
+template <typename T, typename F>
+auto with_warp(T value, F&& f) {  // what they point to stays until all are done
   Block& block = *current->block;
   const unsigned warp = current->number / 32;
   std::memcpy(&block.exchanged[current->number], &value, sizeof(T));
   wait_for(block.warps[warp]);
-  std::memcpy(&value, &block.exchanged[warp * 32 + from], sizeof(T));
-  wait_for(block.warps[warp]);
-  return value;
+  struct AtEnd {
+    Group& group;
+    ~AtEnd() { wait_for(group); }
+  } at_end = {block.warps[warp]};
+  return f([&](unsigned lane) {
+    T other;
+    std::memcpy(&other, &block.exchanged[warp * 32 + lane], sizeof(T));
+    return other;
+  });
 }
 
-// Calls f with a function that says what pointer each thread of the warp came here with; what they point to stays until all are done.
-template <typename T, typename F>
-void with_warp(T* mine, F&& f) {
-  Block& block = *current->block;
-  const unsigned warp = current->number / 32;
-  const uint64_t pointer = reinterpret_cast<uintptr_t>(mine);
-  std::memcpy(&block.exchanged[current->number], &pointer, sizeof(pointer));
-  wait_for(block.warps[warp]);
-  f([&](unsigned lane) { return reinterpret_cast<T*>(static_cast<uintptr_t>(block.exchanged[warp * 32 + lane])); });
-  wait_for(block.warps[warp]);
+template <typename T>
+T exchange(T value, unsigned from) {
+  return with_warp(value, [&](auto&& of_lane) { return of_lane(from); });
+}
+
+// A bit for each lane of the warp whose value is this one.
+template <typename T>
+uint32_t lanes_with(T value, T own) {
+  return with_warp(own, [&](auto&& of_lane) {
+    uint32_t bits = 0;
+    for (unsigned lane = 0; lane < 32; ++lane) bits |= (of_lane(lane) == value ? 1u : 0u) << lane;
+    return bits;
+  });
 }
 
 // The blocks from `first` on, so many together.
@@ -162,11 +172,11 @@ T __shfl_up_sync(unsigned, T value, int lanes) {
   const int lane = host::current->number % 32;
   return host::exchange(value, lane < lanes ? lane : lane - lanes);
 }
-inline uint32_t __ballot_sync(unsigned, bool predicate) {
-  uint32_t bits = predicate ? 1u << host::current->number % 32 : 0;
-  for (int lanes = 1; lanes < 32; lanes *= 2) bits |= __shfl_xor_sync(~0u, bits, lanes);
-  return bits;
-}
+inline uint32_t __ballot_sync(unsigned, bool predicate) { return host::lanes_with(true, predicate); }
+template <typename T>
+uint32_t __match_any_sync(unsigned, T value) { return host::lanes_with(value, value); }
+inline int __popc(uint32_t bits) { return __builtin_popcount(bits); }
+inline void __syncwarp() { host::wait_for(host::current->block->warps[host::current->number / 32]); }
 template <typename T>
 T __ldg(const T* from) { return *from; }
 // No thread is interrupted by another.
@@ -176,7 +186,6 @@ template <typename T>
 T atomicMin(T* at, T value) { return std::exchange(*at, std::min(*at, value)); }
 template <typename T>
 T atomicAdd(T* at, T value) { return std::exchange(*at, *at + value); }
-inline int __popc(uint32_t bits) { return __builtin_popcount(bits); }
 inline float __uint_as_float(uint32_t bits) {
   float value;
   std::memcpy(&value, &bits, 4);

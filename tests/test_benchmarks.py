@@ -14,6 +14,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+import typer
 from PIL import Image
 from rich.console import Console
 from typer.testing import CliRunner
@@ -465,7 +466,12 @@ def test_the_gpu_command_begins_with_what_is_worth_most():
     assert len({stage.command[-1] for stage in measured}) == len(measured)  # none is written over
 
 
-def test_every_stage_is_a_command_that_there_is():
+def test_every_stage_is_a_command_that_there_is(monkeypatch):
+    def stop(option, path):
+        raise typer.BadParameter("all else is understood")
+
+    monkeypatch.setattr(cli, "check_device", lambda name: name)
+    monkeypatch.setattr(cli, "check_folder", stop)  # what is asked last
     for stage in gpu.STAGES:
         command = [part.format(out=".") for part in stage.command]
         if "pytest" in command:
@@ -473,10 +479,25 @@ def test_every_stage_is_a_command_that_there_is():
         elif "-c" in command:
             compile(command[-1], stage.name, "exec")
         elif "benchmarks" in command:
-            # The device is asked for after everything else was understood.
             result = invoke(*command[command.index("benchmarks") + 1 :])
-            there = torch.cuda.is_available()
-            assert there or result.exit_code == 2 and "'cuda' cannot be used" in result.output
+            assert result.exit_code == 2 and "all else is understood" in result.output
+
+
+def test_programs_are_found_in_the_toolkit(monkeypatch, tmp_path):
+    monkeypatch.setattr(gpu, "CUDA_HOME", str(tmp_path))
+    tool = tmp_path / "bin" / "only-in-the-toolkit"
+    tool.parent.mkdir()
+    tool.write_text(f"#!{sys.executable}\nprint('it ran')\n")
+    tool.chmod(0o755)
+    assert gpu.run(tmp_path, [gpu.Stage("tool", "", [tool.name], 60, tool.name)], say=str)
+    assert "it ran" in (tmp_path / "log.txt").read_text()
+
+
+def test_a_build_is_for_the_gpu_that_is_here(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    found = gpu.for_this_gpu()
+    assert found["TORCH_CUDA_ARCH_LIST"] == "9.0" and int(found["MAX_JOBS"]) >= 1
 
 
 def test_the_gpu_command_on_real_scenes(tmp_path):

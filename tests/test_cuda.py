@@ -446,7 +446,7 @@ def test_codes_that_are_no_rows_of_the_palette_are_refused(code, on_host):
 
 
 @needs_compiler
-def test_what_32_bits_cannot_count_is_numbered_otherwise(on_host, monkeypatch):
+def test_what_30_bits_cannot_count_is_numbered_otherwise(on_host, monkeypatch):
     codes, sizes = patches((1, 9, 9), 5).int(), [(4, 4), (9, 9)]
     asked, found = [], cuda_numbering.numbering.find_windows
     monkeypatch.setattr(cuda_numbering, "COUNTED", 6_000)

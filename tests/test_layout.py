@@ -61,6 +61,24 @@ def test_windows_have_the_same_number_just_where_they_are_the_same(shape, kernel
     )  # and each occurs
 
 
+def test_all_sizes_that_are_missing_are_numbered_at_once(monkeypatch):
+    asked, number = [], spade_fast.layout.number
+
+    def counted(codes, sizes, *rest):
+        asked.append(sizes)
+        return number(codes, sizes, *rest)
+
+    monkeypatch.setattr(spade_fast.layout, "number", counted)
+    layout = SemanticLayout(patches((1, 8, 8), 4).int(), torch.eye(4))
+    kept = layout.windows((4, 4), 3)
+    layout.prepare([(2, 2), (4, 4), (8, 8), [2, 2]], 3)
+    assert asked == [[(4, 4)], [(2, 2), (8, 8)]] and layout.windows((4, 4), 3) is kept
+    repeated = layout.repeat(2).prepare(((8, 8), (3, 5)), 3)
+    assert asked[2:] == [[(3, 5)]] and repeated.windows((3, 5), 3).index.shape == (2, 3, 5)
+    with pytest.raises(ValueError, match="size is"):
+        layout.prepare([(7, 7), (7,)], 3)
+
+
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("kernel_size", [1, 3])
 def test_sums_list_what_each_window_sees_and_where_each_row_is_seen(shape, kernel_size):

@@ -3,6 +3,7 @@ collide, with one synchronisation.
 """
 
 import random
+import warnings
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from conftest import BACKENDS, tensors_on
 from test_layout import SHAPES, patches
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from spade_fast import kernels
+from spade_fast import SemanticLayout, kernels
 from spade_fast.kernels import cpu_backend, numbering
 
 DEVICE = "cuda" if "cuda" in BACKENDS.values() else "cpu"
@@ -153,6 +154,24 @@ def test_windows_with_one_synchronisation(reads):
     codes = patches((2, 40, 33), 7).int().to(DEVICE)
     numbering.find_windows(codes, [(40, 33), (20, 20), (80, 5)], 3, 7)
     assert len(reads) == 1
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="there is no GPU to wait for")
+def test_what_waits_for_a_gpu_waits_once():
+    labels, instances = (patches((2, 40, 33), 7, seed).to(DEVICE) for seed in range(2))
+    segmap = torch.eye(7, device=DEVICE)[labels].movedim(-1, 1).contiguous()
+    layout = SemanticLayout.from_segmap(segmap)
+    for waits in (
+        lambda: SemanticLayout.from_labels(labels, 8, instances, dont_care=6),
+        lambda: SemanticLayout.from_segmap(segmap),
+        lambda: layout.prepare([(8, 8), (40, 33), (20, 16)], 3),
+    ):
+        with warnings.catch_warnings(record=True) as found:
+            warnings.simplefilter("always")
+            torch.cuda.set_sync_debug_mode("warn")
+            waits()
+            torch.cuda.set_sync_debug_mode("default")
+        assert len([one for one in found if "synchroniz" in str(one.message)]) <= 1
 
 
 def test_codes_with_one_synchronisation_beside_the_look_for_dense_features(reads, monkeypatch):

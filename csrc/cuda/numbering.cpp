@@ -111,14 +111,6 @@ class Layouts {
   std::vector<std::pair<int64_t, std::vector<int64_t>>> parts_;
 };
 
-// Sorted numbers, and which of the given ones each was; equal ones stay in their order.
-std::pair<Tensor, Tensor> sort(const Tensor& numbers) {
-  std::array<StableIValue, 4> stack{torch::stable::detail::from(numbers), torch::stable::detail::from(std::optional<bool>(true)),
-                                    torch::stable::detail::from(int64_t{0}), torch::stable::detail::from(false)};
-  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::sort", "stable", stack.data(), TORCH_ABI_VERSION));
-  return {torch::stable::detail::to<Tensor>(stack[0]), torch::stable::detail::to<Tensor>(stack[1])};
-}
-
 int64_t axes_of(const Tensor& codes) { return codes.dim() - 1; }
 
 // The sections of all sizes, in their order; how many chunks they have.
@@ -150,9 +142,11 @@ int64_t power(int64_t base, int64_t exponent) {
   return found;
 }
 
-// Everything is counted in 32 bits: places, entries and buckets of all sizes together.
+// Places, entries and buckets of all sizes together are counted in 30 bits: two more say what a count is (sort_entries.cu).
+constexpr int64_t kCounted = int64_t{1} << 30;
+
 void check_counts(const Tensor& codes, const std::vector<int64_t>& sizes, int64_t taps, int64_t rows) {
-  const int64_t axes = axes_of(codes), images = codes.size(0), bound = int64_t{1} << 31;
+  const int64_t axes = axes_of(codes), images = codes.size(0), bound = kCounted;
   double places = 0;  // exact below 2**53
   for (size_t size = 0; size + axes <= sizes.size(); size += axes) {
     double own = static_cast<double>(images);
@@ -162,7 +156,7 @@ void check_counts(const Tensor& codes, const std::vector<int64_t>& sizes, int64_
   const double count = static_cast<double>(sizes.size() / axes), entries = places * (2.0 * taps + 1 + static_cast<double>(images));
   STD_TORCH_CHECK(entries + count * (static_cast<double>(rows) * taps + 2) < static_cast<double>(bound), "spade_fast: codes has shape ",
                   text(codes.sizes()), ", that is too much for the sizes asked for and windows of ", taps,
-                  " taps: together they should be below 2**31");
+                  " taps: together they should be below 2**30");
 }
 
 // What is asked of a layout's codes.
@@ -229,17 +223,67 @@ class Plan {
       segments.push_back({entries_, sections[number].count, buckets_, buckets, orders_[number], 0, 0});
       entries_ += sections[number].count, buckets_ += buckets;
     }
-    entries = entries_;
+    entries = entries_, buckets = buckets_;
   }
 
   Layouts layouts;
   std::vector<Result> results;
   std::vector<Segment> segments;
-  uint32_t entries, starts;
+  uint32_t entries, starts, buckets;
 
  private:
   std::vector<int64_t> orders_;
   uint32_t entries_ = 0, buckets_ = 0;
+};
+
+// What sorts a plan's entries, and the plan on the device.
+class SortingWork {
+ public:
+  explicit SortingWork(const Plan& plan) : plan_(plan) {
+    sorting_.count = plan.entries, sorting_.tiles = divide_up(plan.entries, kSortTile);
+    while (plan.buckets > uint64_t{1} << kDigitBits * sorting_.passes) ++sorting_.passes;
+    counts_ = memory_.add<uint32_t>(sorting_.passes * kDigits);
+    said_ = memory_.add<uint32_t>(sorting_.passes * sorting_.tiles * kDigits);
+    tickets_ = memory_.add<uint32_t>(sorting_.passes);
+    zeros_ = memory_.add<char>(0);
+    for (int64_t& part : entries_) part = memory_.add<uint32_t>(plan.entries);
+    results_ = memory_.add<char>(result_bytes() + segment_bytes());
+  }
+
+  void allocate(const Tensor& like, Stream stream) {
+    memory_.allocate(like);
+    set_bytes(memory_.at<char>(0), 0, zeros_, stream);
+    std::vector<char> plan(result_bytes() + segment_bytes());
+    std::memcpy(plan.data(), plan_.results.data(), result_bytes());
+    std::memcpy(plan.data() + result_bytes(), plan_.segments.data(), segment_bytes());
+    upload(memory_.at<char>(results_), plan.data(), static_cast<int64_t>(plan.size()), stream);
+    for (int side = 0; side < 2; ++side) {
+      sorting_.buckets[side] = memory_.at<uint32_t>(entries_[2 * side]), sorting_.values[side] = memory_.at<uint32_t>(entries_[2 * side + 1]);
+    }
+    sorting_.counts = memory_.at<uint32_t>(counts_), sorting_.said = memory_.at<uint32_t>(said_);
+    sorting_.tickets = memory_.at<uint32_t>(tickets_);
+  }
+
+  const Sorting& sorting() const { return sorting_; }
+
+  // Where they go, with the entries of one side.
+  Results results(int side, int32_t* memory) const {
+    Results results = {};
+    results.memory = memory;
+    results.of_sections = memory_.at<Result>(results_), results.segments = memory_.at<Segment>(results_ + result_bytes());
+    results.entries = plan_.entries, results.starts = plan_.starts;
+    results.buckets = sorting_.buckets[side], results.values = sorting_.values[side];
+    return results;
+  }
+
+ private:
+  int64_t result_bytes() const { return static_cast<int64_t>(plan_.results.size() * sizeof(Result)); }
+  int64_t segment_bytes() const { return static_cast<int64_t>(plan_.segments.size() * sizeof(Segment)); }
+
+  const Plan& plan_;
+  Memory memory_;
+  Sorting sorting_ = {};
+  int64_t counts_, said_, tickets_, zeros_, entries_[4], results_;
 };
 
 Maps maps_of(const Tensor& codes, int64_t kernel_size, int64_t taps, int64_t rows) {
@@ -300,25 +344,12 @@ std::vector<Tensor> find_windows_of(const Tensor& given_codes, const Tensor& nea
 
   const Plan made(codes, sizes, sections, found, taps, rows);
   const Tensor memory = torch::stable::new_empty(codes, {made.layouts.size()}, ScalarType::Int);
-  const Tensor buckets = torch::stable::new_empty(codes, {made.entries}, ScalarType::Int);
-  Memory more;
-  const int64_t result_bytes = static_cast<int64_t>(made.results.size() * sizeof(Result));
-  const int64_t segment_bytes = static_cast<int64_t>(made.segments.size() * sizeof(Segment));
-  const int64_t values_part = more.add<uint32_t>(made.entries), made_part = more.add<char>(result_bytes + segment_bytes);
-  more.allocate(codes);
-  plan.resize(result_bytes + segment_bytes);
-  std::memcpy(plan.data(), made.results.data(), result_bytes);
-  std::memcpy(plan.data() + result_bytes, made.segments.data(), segment_bytes);
-  upload(more.at<char>(made_part), plan.data(), static_cast<int64_t>(plan.size()), stream);
-
-  Results results = {};
-  results.of_sections = more.at<Result>(made_part), results.segments = more.at<Segment>(made_part + result_bytes);
-  results.entries = made.entries, results.starts = made.starts;
-  results.buckets = reinterpret_cast<uint32_t*>(buckets.mutable_data_ptr<int32_t>()), results.values = more.at<uint32_t>(values_part);
-  results.memory = memory.mutable_data_ptr<int32_t>();
-  list_windows(stream, maps, map, levels[0], levels[1], results);
-  const auto [sorted_buckets, sorted] = sort(buckets);
-  place_sorted(stream, maps.section_count, results, sorted_buckets.const_data_ptr<int32_t>(), sorted.const_data_ptr<int64_t>());
+  SortingWork sorting(made);
+  sorting.allocate(codes, stream);
+  int32_t* to = memory.mutable_data_ptr<int32_t>();
+  list_windows(stream, maps, map, levels[0], levels[1], sorting.results(0, to));
+  sort_entries(stream, sorting.sorting());
+  place_sorted(stream, maps.section_count, sorting.results(sorting.sorting().passes % 2, to));
   return made.layouts.of(memory);
 }
 

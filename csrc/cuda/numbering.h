@@ -90,8 +90,24 @@ void add_up(Stream stream, const Section* sections, uint32_t section_count, cons
             uint64_t* totals);
 // The index, the lists of windows, and the entries that are to be sorted.
 void list_windows(Stream stream, const Maps& maps, const uint32_t* codes, const Level& hidden, const Level& table, const Results& results);
-// From sorted entries, numbers of those that list_windows made, to what they say and where each bucket starts.
-void place_sorted(Stream stream, uint32_t section_count, const Results& results, const int32_t* sorted_buckets, const int64_t* sorted);
+// Entries that are to be sorted by their buckets, so many passes of a digit each. Every pass takes them from one place to the other.
+struct Sorting {
+  uint32_t count;
+  int64_t tiles;
+  int passes;
+  uint32_t *buckets[2], *values[2];  // [count]
+  uint32_t* counts;   // [passes, kDigits], zeros: how many entries have each digit
+  uint32_t* said;     // [passes, tiles, kDigits], zeros: what the blocks say to those behind them
+  uint32_t* tickets;  // [passes], zeros
+};
+
+constexpr int kDigitBits = 8;
+constexpr int64_t kDigits = kThreads;
+constexpr int64_t kSortTile = 8 * kThreads;  // entries of a block
+
+void sort_entries(Stream stream, const Sorting& sorting);
+// From sorted entries to what they say and where each bucket starts.
+void place_sorted(Stream stream, uint32_t section_count, const Results& results);
 
 // Vectors of a condition [N, channels, pixels], of elements of 2, 4 or 8 bytes.
 struct Vectors {

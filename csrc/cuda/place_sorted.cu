@@ -14,11 +14,11 @@ __device__ const Segment& segment_at(const Segment* segments, uint32_t count, ui
 }
 
 // How many of the segment's entries have lesser buckets.
-__device__ uint32_t entries_before(const int32_t* sorted_buckets, const Segment& segment, uint32_t bucket) {
+__device__ uint32_t entries_before(const Results& results, const Segment& segment, uint32_t bucket) {
   uint32_t begin = segment.entry, end = begin + segment.entries;
   while (begin < end) {
     const uint32_t middle = begin + (end - begin) / 2;
-    if (static_cast<uint32_t>(sorted_buckets[middle]) < bucket) {
+    if (results.buckets[middle] < bucket) {
       begin = middle + 1;
     } else {
       end = middle;
@@ -28,30 +28,29 @@ __device__ uint32_t entries_before(const int32_t* sorted_buckets, const Segment&
 }
 
 // The first blocks have the entries, those behind them the starts of the lists' buckets.
-__global__ void __launch_bounds__(kThreads) place_sorted_kernel(uint32_t section_count, Results results, const int32_t* sorted_buckets,
-                                                                const int64_t* sorted, uint32_t entry_blocks) {
+__global__ void __launch_bounds__(kThreads) place_sorted_kernel(uint32_t section_count, Results results, uint32_t entry_blocks) {
   const uint32_t lists = section_count * kLevels;
   if (blockIdx.x < entry_blocks) {
     const uint32_t entry = blockIdx.x * kThreads + threadIdx.x;
     if (entry >= results.entries) return;
     const Segment& segment =
         segment_at(results.segments, lists + section_count, entry, [](const Segment& other) { return other.entry; });
-    results.memory[segment.sorted + (entry - segment.entry)] = results.values[sorted[entry]];
+    results.memory[segment.sorted + (entry - segment.entry)] = results.values[entry];
     return;
   }
   const uint32_t bucket = (blockIdx.x - entry_blocks) * kThreads + threadIdx.x;
   if (bucket >= results.starts) return;
   const Segment& segment = segment_at(results.segments, lists, bucket, [](const Segment& other) { return other.bucket; });
-  const uint32_t before = entries_before(sorted_buckets, segment, bucket);
+  const uint32_t before = entries_before(results, segment, bucket);
   results.memory[segment.starts + (bucket - segment.bucket)] = before;
   if (bucket - segment.bucket == segment.buckets) results.memory[segment.ends] = before;
 }
 
 }  // namespace
 
-void place_sorted(Stream stream, uint32_t section_count, const Results& results, const int32_t* sorted_buckets, const int64_t* sorted) {
+void place_sorted(Stream stream, uint32_t section_count, const Results& results) {
   const int64_t entry_blocks = divide_up(results.entries, kThreads), start_blocks = divide_up(results.starts, kThreads);
-  launch(place_sorted_kernel, entry_blocks + start_blocks, dim3(kThreads), 0, stream, section_count, results, sorted_buckets, sorted,
+  launch(place_sorted_kernel, entry_blocks + start_blocks, dim3(kThreads), 0, stream, section_count, results,
          static_cast<uint32_t>(entry_blocks));
 }
 

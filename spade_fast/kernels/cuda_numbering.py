@@ -9,7 +9,7 @@ import torch
 
 from . import numbering
 
-COUNTED = 2**31  # the kernels count in 32 bits, and look at the highest as at a sign
+COUNTED = 2**30  # the kernels count in 30 bits: two more say what a count is
 ALL_BITS = 2**32 - 1
 CHUNK = 256  # places, of which each size has whole ones
 
@@ -24,7 +24,7 @@ def of(namespace):
 
 
 def find_codes(operators, segmap, hash_mask=ALL_BITS):
-    if len(segmap) * segmap.shape[2:].numel() >= COUNTED // 2:
+    if len(segmap) * segmap.shape[2:].numel() >= COUNTED:
         return numbering.find_codes(segmap)
     return tuple(operators.find_codes(segmap, hash_mask)) or None
 

@@ -69,9 +69,8 @@ class ResidualBlock:
         if has_shortcut:
             given = seen if open_s else segmap
             shortcut = convolve(self.conv_s, normalised(self.norm_s, open_s, x, given, moments))
-        activation = next(
-            (module for module in self.children() if type(module) in ACTIVATIONS), None
-        )
+        parts = self._modules.values()
+        activation = next((module for module in parts if type(module) in ACTIVATIONS), None)
         watched = activation is not None and is_watched(activation)
         settings = (None, 0.0) if watched else activation_settings(activation)
         dx = normalised(self.norm_0, open_0, x, seen if open_0 else segmap, moments, *settings)

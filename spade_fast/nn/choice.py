@@ -5,14 +5,12 @@ its condition, its parts and whoever looks on allow, and what pays.
 import math
 
 import torch
-import torch.nn as nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..layout import SemanticLayout
 from ..recording import is_recorded
 from ..scopes import Scope
 from .parts import Convolutions, Known
-from .tables import kept_tables
 
 MODES = ("auto", "always", "never")
 # Beside a multiply-add, as `python -m benchmarks run layer` shows on a CPU: an addition of rows,
@@ -74,20 +72,20 @@ def find_layout(segmap: torch.Tensor | SemanticLayout) -> SemanticLayout | None:
 
 
 def convolutions_at_windows(
-    spade: nn.Module, known: Known, layout: SemanticLayout | None, x: torch.Tensor
+    known: Known, layout: SemanticLayout | None, x: torch.Tensor, kept: object
 ) -> Convolutions | None:
     """What γ and β are computed with where that is at the distinct windows of the layout; None
-    where it is at pixels.
+    where it is at pixels. kept: what keeps the layer's tables, or None.
     """
     if layout is None or is_recorded(x, layout.palette) or 0 in x.shape[2:]:
         return None
     convolutions = known.convolutions
-    if convolutions is None or not _pays(spade, layout, x.shape[2:], convolutions):
+    if convolutions is None or not _pays(kept, layout, x.shape[2:], convolutions):
         return None
     return convolutions
 
 
-def _pays(spade, layout, size, convolutions):
+def _pays(kept, layout, size, convolutions):
     """Whether windows take less time, or are asked for. A compiled graph has them: it may not
     depend on how many they are.
     """
@@ -96,14 +94,14 @@ def _pays(spade, layout, size, convolutions):
     mode = current_mode()
     if mode != "auto":
         return mode == "always"
-    if kept_tables(spade) is not None:
+    if kept is not None:
         return True  # once for many forward passes
     shared, gamma = convolutions.shared, convolutions.gamma
     windows = layout.windows(size, gamma.kernel_size[0])
     taps, hidden = math.prod(gamma.kernel_size), gamma.in_channels
     outputs = 2 * gamma.out_channels
     at_pixels = windows.index.numel() * (shared.in_channels + outputs) + COST_OF_WEIGHT * outputs
-    products = len(layout.palette) * shared.in_channels + windows.hidden_count * outputs
+    products = layout.palette.shape[0] * shared.in_channels + windows.hidden_count * outputs
     additions = taps * (windows.hidden_count * hidden + windows.count * outputs)
     at_windows = taps * hidden * products + COST_OF_ADDITION * additions
     return COST_OF_WINDOWS * at_windows < taps * hidden * at_pixels

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
 
+import torch
 import torch.nn as nn
 
 from ..layout import LARGEST_KERNEL
@@ -70,6 +71,15 @@ class Convolutions:
         modules = (self.shared, self.gamma, self.beta, self.gamma_norm, self.beta_norm)
         return [tensor for of in modules if of is not None for tensor in weights_in(of)]
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """γ's and β's."""
+        return self._weight_of_gamma.dtype
+
+    @cached_property
+    def _weight_of_gamma(self):
+        return weights_in(self.gamma)[0]
+
     @cached_property
     def marks(self) -> list:
         """What else decides it: the modules, and their attributes."""
@@ -98,11 +108,11 @@ class Parts(NamedTuple):
     def of(cls, spade: nn.Module) -> "Parts":
         form = spade.spade_form
         return cls(
-            _part(spade, form.norm),
-            _part(spade, form.shared),
-            _part(spade, form.gamma),
-            _part(spade, form.beta),
-            _part(spade, form.pad),
+            part_of(spade, form.norm),
+            part_of(spade, form.shared),
+            part_of(spade, form.gamma),
+            part_of(spade, form.beta),
+            part_of(spade, form.pad),
             form.inside,
         )
 
@@ -136,6 +146,7 @@ class Known(NamedTuple):
     """What is asked about a SPADE in each call."""
 
     parts: Parts
+    weight: torch.Tensor | None  # of the shared convolution, where it has one by itself
     own_norm: bool  # whether `spade_modulate` does what its norm does
     convolutions: Convolutions | None  # as Parts has it
 
@@ -147,10 +158,12 @@ class Known(NamedTuple):
 
 def _known(spade):
     parts = Parts.of(spade)
-    return Known(parts, is_known(parts.norm), parts.convolutions())
+    weight = next(iter(weights_in(parts.shared)), None)
+    return Known(parts, weight, is_known(parts.norm), parts.convolutions())
 
 
-def _part(spade, name):
+def part_of(spade: nn.Module, name: str | None) -> nn.Module | None:
+    """The sub-module of this name, which may lie deeper."""
     if name is None:
         return None
     own = spade._modules

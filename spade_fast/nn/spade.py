@@ -21,11 +21,10 @@ from .modules import (
     is_known,
     is_watched,
     may_overwrite_result,
-    weights_in,
 )
-from .parts import Form, HasParts, Known, Parts
+from .parts import Form, HasParts, Known, part_of
 from .pixels import at_pixels, with_channels_together
-from .tables import at_windows, derived, kept_tables
+from .tables import Tables, at_windows, kept_tables
 
 ALWAYS_FRESH = 2**25  # bytes; of smaller tensors C libraries keep the memory
 
@@ -77,7 +76,7 @@ class SpatiallyAdaptive(HasParts):
     ) -> torch.Tensor:
         """forward, of arguments that have been checked."""
         known, layout, images = Known.of(self), find_layout(segmap), batch_of(segmap)
-        parts = known.parts
+        parts, kept = known.parts, kept_tables(self)
         x = with_channels_together(ordinary(x))
         several = x.shape[0] != images != 1  # conditions of one x
         # Asked once: a lazy norm becomes another class.
@@ -89,15 +88,16 @@ class SpatiallyAdaptive(HasParts):
             x = x.expand(images, *x.shape[1:]) if several else x
         if layout is not None and len(layout) != x.shape[0]:
             layout = layout.repeat(x.shape[0]) if x.shape[0] else layout[:0]
-        convolutions = convolutions_at_windows(self, known, layout, x)
+        convolutions = convolutions_at_windows(known, layout, x, kept)
         if convolutions is not None:
-            gamma, beta, lookup = at_windows(self, layout, x, convolutions)
+            gamma, beta, lookup = at_windows(self, layout, x, convolutions, kept)
         else:
             given = ordinary(segmap) if isinstance(segmap, torch.Tensor) else layout
             gamma, beta, lookup = *at_pixels(parts, given, x), {}
             if gamma.shape[0] != x.shape[0]:  # one condition's, for every image
                 gamma, beta = gamma.expand(x.shape), beta.expand(x.shape)
-        planes = frozen_planes(parts.norm, x) if own_norm and lookup else None
+        frozen = kept is not None and own_norm and convolutions is not None
+        planes = frozen_planes(kept, parts.norm, x) if frozen else None
         if planes is not None:
             index = lookup["index"]
             y = modulate_by(planes, x, gamma, beta, index, activation, negative_slope)
@@ -120,15 +120,15 @@ class SpatiallyAdaptive(HasParts):
     @property
     def measures(self) -> bool:
         """Whether x is normalised with its own moments, by a norm that takes `moments`."""
-        norm = Parts.of(self).norm
+        norm = part_of(self, self.spade_form.norm)
         return is_known(norm) and measures(norm)
 
     def check(self, x: torch.Tensor, segmap: torch.Tensor | SemanticLayout) -> None:
         """Raises what is wrong with x or segmap, by name."""
         self._check_tensor("x", x, self.spade_form.norm_nc)
         self.check_segmap(segmap)
-        shared = Parts.of(self).shared
-        weight = next(iter(weights_in(shared)), segmap)
+        known = Known.of(self)
+        shared, weight = known.parts.shared, segmap if known.weight is None else known.weight
         if weight.device != x.device and any(map(is_watched, shared.modules())):
             weight = segmap  # a convolution may have its weights only while it is called
         for name, tensor in {"segmap": segmap, "the layer's weight": weight}.items():
@@ -334,12 +334,12 @@ def norm_arguments(norm: nn.Module) -> dict:
     return arguments
 
 
-def frozen_planes(norm: nn.Module, x: torch.Tensor) -> torch.Tensor | None:
+def frozen_planes(kept: Tables, norm: nn.Module, x: torch.Tensor) -> torch.Tensor | None:
     """The numbers of each plane of x [N, C, *spatial], [3, N, C], that running statistics and a
-    norm's own parameters make, found once; None where the norm is not frozen, or measures x.
+    norm's own parameters make, found once; None where the norm measures x.
     """
     count = getattr(norm, "num_batches_tracked", None)
-    if count is None or kept_tables(norm) is None or measures(norm):
+    if count is None or measures(norm):
         return None
     mean, variance, weight, bias = norm.running_mean, norm.running_var, norm.weight, norm.bias
     shape, dtype = x.shape[:2], sum_dtype(x.dtype)
@@ -354,7 +354,7 @@ def frozen_planes(norm: nn.Module, x: torch.Tensor) -> torch.Tensor | None:
     # PyTorch's own batch norm writes to running statistics without their version's saying so: it is
     # the count of batches that says it.
     weights = [mean, variance, count, weight, bias]
-    return derived(norm, "planes", weights, (shape, dtype, norm.eps), make)[0]
+    return kept.derive(norm, "planes", weights, (shape, dtype, norm.eps), make)[0]
 
 
 def reused(module: nn.Module, gamma: torch.Tensor, x: torch.Tensor) -> torch.Tensor | None:

@@ -10,7 +10,7 @@ from torch.nn.utils.spectral_norm import SpectralNorm
 from ..identity import state_of
 from ..recording import is_recorded
 from .modules import CONVOLUTIONS, hooks, is_called_plainly
-from .tables import derived, kept_tables
+from .tables import Tables, kept_tables
 
 
 def convolve(convolution: nn.Module, x: torch.Tensor) -> torch.Tensor:
@@ -31,25 +31,25 @@ def convolve(convolution: nn.Module, x: torch.Tensor) -> torch.Tensor:
     if not understood or is_recorded(x):
         return convolution(x)
     weight, divides_x = convolution.weight_orig, x.numel() < convolution.weight_orig.numel()
-    frozen = not convolution.training and kept_tables(convolution) is not None
-    if not divides_x and not frozen:
+    kept = None if convolution.training else kept_tables(convolution)
+    if not divides_x and kept is None:
         return convolution(x)
-    sigma = largest_singular_value(convolution, own[0], frozen)
+    sigma = largest_singular_value(convolution, own[0], kept)
     x, weight = (x / sigma, weight) if divides_x else (x, weight / sigma)
     return convolution._conv_forward(x, weight, convolution.bias)
 
 
 def largest_singular_value(
-    module: nn.Module, norm: SpectralNorm, frozen: bool = False
+    module: nn.Module, norm: SpectralNorm, kept: Tables | None = None
 ) -> torch.Tensor:
     """σ = u · W v, after the power iterations that training makes: what
-    `SpectralNorm.compute_weight` divides by. Of a frozen module it is found once.
+    `SpectralNorm.compute_weight` divides by. It is found once where something keeps it.
     """
     u, v = module.weight_u, module.weight_v
-    if frozen:
+    if kept is not None:
         device = u.device.type
         rounds = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device)
-        return derived(
+        return kept.derive(
             module,
             "sigma",
             [module.weight_orig, u, v],

@@ -10,37 +10,44 @@ from contextlib import contextmanager
 
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 
 from .. import kernels
-from ..identity import state_of
+from ..identity import states_of
 from ..layout import SemanticLayout
 from ..ops.convolve_windows import convolve_windows
-from ..recording import is_recorded
 from ..scopes import Scope
-from .modules import weight_of, weights_in
+from .modules import weight_of
 from .parts import Convolutions, HasParts, Parts
+
+ALIGNED = 16  # numbers: then rows begin where one access can take eight
+_palettes = weakref.WeakKeyDictionary()  # `padded_palette` of layouts
 
 
 def at_windows(
-    spade: nn.Module, layout: SemanticLayout, x: torch.Tensor, convolutions: Convolutions
+    spade: nn.Module,
+    layout: SemanticLayout,
+    x: torch.Tensor,
+    convolutions: Convolutions,
+    kept: "Tables | None",
 ) -> tuple[torch.Tensor, torch.Tensor, dict]:
     """γ and β of every distinct window, [K, C], and how a pixel finds its own: the arguments of
-    `spade_modulate`.
+    `spade_modulate`. kept: `kept_tables(spade)`.
     """
     windows = layout.windows(x.shape[2:], convolutions.gamma.kernel_size[0])
-    dtype = dtype_of_convolution(x, weights_in(convolutions.gamma)[0].dtype)
-    kept = kept_tables(spade)
+    dtype = dtype_of_convolution(x, convolutions.dtype)
     if kept is None or convolutions.changes_itself:
         gamma, beta = compute_table(layout, windows, convolutions, dtype)
     else:
         images = x.shape[0] if convolutions.normalise else None
         key = (spade, x.shape[2:], dtype, images)
+        source = layout.source
         gamma, beta = kept.get(
-            layout.source,
+            source,
             key,
-            [layout.source.codes, layout.palette, *convolutions.weights],
+            [source.codes, source.palette, *convolutions.weights],
             convolutions.marks,
-            lambda: compute_table(layout, windows, convolutions, dtype),
+            lambda: compute_table(layout, windows, convolutions, dtype, kept),
         )
     index = windows.index_of_images if convolutions.normalise else windows.index
     return gamma, beta, {"index": index, "order": windows.order}
@@ -56,10 +63,13 @@ def dtype_of_convolution(x: torch.Tensor, own: torch.dtype) -> torch.dtype:
     return own
 
 
-def compute_table(layout, windows, convolutions, dtype):
+def compute_table(layout, windows, convolutions, dtype, kept=None):
     """γ and β of the distinct windows, [K, C], in dtype; where they have norms of their own, those
     of each image, [N·K, C].
     """
+    plain = not torch.is_grad_enabled() and not convolutions.normalise
+    if plain and gathers(layout.palette, dtype):
+        return gathered_table(layout, windows, convolutions, dtype, kept)
     modules = (convolutions.shared, convolutions.gamma, convolutions.beta)
     first, *others = [(weight_of(module), module.bias) for module in modules]
     # Norms see what differs between windows, which half precision would round away.
@@ -70,7 +80,7 @@ def compute_table(layout, windows, convolutions, dtype):
     biased = all(bias is not None for _, bias in others)
     if biased and kernels.select(hidden).name != "cpu":
         # Half the launches; on a CPU the copies cost more.
-        joint, channels = map(torch.cat, zip(*others)), [len(weight) for weight, _ in others]
+        joint, channels = map(torch.cat, zip(*others)), [weight.shape[0] for weight, _ in others]
         rows = convolve_windows(hidden, *joint, windows.table, within).split(channels, dim=1)
     else:
         rows = [convolve_windows(hidden, *other, windows.table, within) for other in others]
@@ -78,6 +88,72 @@ def compute_table(layout, windows, convolutions, dtype):
         norms = (convolutions.gamma_norm, convolutions.beta_norm)
         rows = [normalise_over_images(table, windows, norm) for table, norm in zip(rows, norms)]
     return [table.to(dtype) for table in rows]
+
+
+def gathers(palette, dtype):
+    """Whether convolutions at windows are computed in half precision, by kernels that gather rows:
+    they read what lies as `by_taps` makes it.
+    """
+    return dtype.itemsize == 2 and kernels.select(palette).dtype_at_windows(dtype) == dtype
+
+
+def gathered_table(layout, windows, convolutions, dtype, kept):
+    """compute_table's result by kernels that gather rows; what weights alone decide is made once
+    where something keeps it.
+    """
+    modules = (convolutions.shared, convolutions.gamma, convolutions.beta)
+    (first, first_bias), *others = [(weight_of(module), module.bias) for module in modules]
+    weights, biases = zip(*others)
+
+    def packed():
+        joint = [weight.to(dtype) for weight in weights]
+        of_joint = [
+            weight.new_zeros(weight.shape[0]) if bias is None else bias.to(dtype)
+            for weight, bias in zip(joint, biases)
+        ]
+        own_bias = first.new_zeros(first.shape[0]) if first_bias is None else first_bias
+        return [
+            by_taps(first.to(dtype)),
+            own_bias.to(dtype),
+            by_taps(torch.cat(joint)),
+            torch.cat(of_joint),
+        ]
+
+    tensors = [first, first_bias, *weights, *biases]
+    packs = kept and kept.derive(convolutions.gamma, "packed", tensors, (dtype,), packed)
+    packs = packs or packed()
+    hidden = convolve_windows(padded_palette(layout, dtype), *packs[:2], windows.hidden, dtype)
+    for activation in convolutions.activations:
+        hidden = activation(hidden)
+    rows = convolve_windows(padded(hidden), *packs[2:], windows.table, dtype)
+    return rows.split([weight.shape[0] for weight in weights], dim=1)
+
+
+def by_taps(weight):
+    """weight [out, in, *kernel] in memory as [out, *kernel, in], with zeros for channels that make
+    them a multiple of ALIGNED.
+    """
+    rows = padded(weight.flatten(2).transpose(1, 2)).contiguous()
+    return rows.transpose(1, 2).unflatten(2, weight.shape[2:])
+
+
+def padded(rows):
+    """rows [..., C] with zeros behind each to a multiple of ALIGNED numbers."""
+    missing = -rows.shape[-1] % ALIGNED
+    return F.pad(rows, (0, missing)) if missing else rows
+
+
+def padded_palette(layout, dtype):
+    """A layout's palette in dtype, `padded`; kept as long as the layout is as it was."""
+    palette = layout.palette
+    fits = palette.dtype == dtype and palette.shape[1] % ALIGNED == 0
+    if fits or torch.compiler.is_compiling() or is_capturing(palette):
+        return padded(palette.to(dtype))
+    state = [layout.content, dtype, stream_of(palette)]
+    found = _palettes.get(layout)
+    if found is None or found[0] != state:
+        found = _palettes[layout] = state, padded(palette.to(dtype))
+    return found[1]
 
 
 def normalise_over_images(table, windows, norm):
@@ -124,7 +200,7 @@ class Tables:
         """The tensors that compute() gave for this layout, key, weights and marks before, or gives
         now.
         """
-        state = [*map(state_of, weights), stream_of(layout.codes), marks]
+        state = [*states_of(weights), stream_of(layout.codes), marks]
         with self._lock:
             found = self._of(layout).get(key)
         if found is not None and found.state == state:
@@ -145,14 +221,15 @@ class Tables:
         """The tensors that compute() makes of this module's weights alone, with these settings; of
         each name the newest are kept.
         """
-        if weights[0].is_cuda and torch.cuda.is_current_stream_capturing():
+        if is_capturing(weights[0]):
             return compute()  # a graph has its own, made anew in each replay
-        state = [own if own is None else state_of(own) for own in weights]
-        state += stream_of(weights[0]), settings
+        given = [weight for weight in weights if weight is not None]
+        missing = [weight is None for weight in weights]
+        state = [*states_of(given), *missing, stream_of(given[0]), settings]
         found = self._derived.get(module, {}).get(name)
         if found is not None and found.state == state:
             return found.tensors
-        kept = Kept(compute(), state, weights)
+        kept = Kept(compute(), state, given)
         with self._lock:
             self._derived.setdefault(module, {})[name] = kept
         return kept.tensors
@@ -194,13 +271,18 @@ class Kept:
 
     def __init__(self, tensors: list, state: list, weights: list) -> None:
         self.tensors, self.state = tensors, state
-        self.weights = [weight.detach() for weight in weights if weight is not None]
+        self.weights = [weight.detach() for weight in weights]
         self.bytes = sum(tensor.nbytes for tensor in tensors)
 
 
 def stream_of(tensor: torch.Tensor) -> int | None:
     """The stream that a GPU computes on here: what it was given on another may not be there yet."""
     return torch._C._cuda_getCurrentRawStream(tensor.get_device()) if tensor.is_cuda else None
+
+
+def is_capturing(tensor: torch.Tensor) -> bool:
+    """Whether what is computed of it becomes part of a CUDA graph, and is not there yet."""
+    return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 class keep_in(Scope):
@@ -222,18 +304,6 @@ def kept_tables(module: nn.Module) -> Tables | None:
         if module in scope.modules:
             return scope.tables
     return None
-
-
-def derived(
-    module: nn.Module, name: str, weights: list, settings: tuple, compute: Callable[[], list]
-) -> list:
-    """compute(), the tensors that a module makes of these weights of its own: once, where it is
-    frozen.
-    """
-    kept = kept_tables(module)
-    if kept is None or is_recorded(*weights):
-        return compute()
-    return kept.derive(module, name, weights, settings, compute)
 
 
 @contextmanager

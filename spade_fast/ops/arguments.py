@@ -56,9 +56,9 @@ def check_modulate(
                 f"{name} has shape {list(tensor.shape)}, it should be x's, {list(x.shape)}"
             )
         if index is not None and (
-            tensor.dim() != 2 or tensor.shape[1] != x.shape[1] or len(tensor) != len(gamma)
+            tensor.dim() != 2 or tensor.shape[1] != x.shape[1] or tensor.shape[0] != gamma.shape[0]
         ):
-            rows = "K" if name == "gamma" else len(gamma)
+            rows = "K" if name == "gamma" else gamma.shape[0]
             raise ValueError(
                 f"{name} has shape {list(tensor.shape)}, with an index it should be a table,"
                 f" [{rows}, {x.shape[1]}]"
@@ -70,7 +70,7 @@ def check_modulate(
     if beta.dtype != gamma.dtype:
         raise TypeError(f"beta has dtype {beta.dtype}, it should be gamma's, {gamma.dtype}")
     if index is not None:
-        _check_index(index, x, len(gamma))
+        _check_index(index, x, gamma.shape[0])
     if order is not None:
         _check_order(order, x)
     if norm not in NORMS:

@@ -8,6 +8,8 @@ precision on a GPU products cost less than the memory that they would pass throu
 `triton_kernels/convolve_windows.py`.)
 """
 
+from contextlib import nullcontext
+
 import torch
 
 from .. import kernels
@@ -24,10 +26,14 @@ def convolve_windows(rows, weight, bias, sums, dtype):
     Differentiable in rows, weight and bias, twice.
     """
     dtype = kernels.select(weight).dtype_at_windows(dtype)
-    with torch.autocast(rows.device.type, enabled=False):
-        return ConvolveWindows.apply(
-            rows.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype), *sums
-        )
+    operands = (rows, weight, bias)
+    if any(given is not None and given.dtype != dtype for given in operands):
+        operands = [None if given is None else given.to(dtype) for given in operands]
+    rounds = torch.is_autocast_enabled(rows.device.type)
+    with torch.autocast(rows.device.type, enabled=False) if rounds else nullcontext():
+        if torch.is_grad_enabled():
+            return ConvolveWindows.apply(*operands, *sums)
+        return kernels.select(operands[0]).convolve_windows(*operands, *sums[:2])
 
 
 class ConvolveWindows(torch.autograd.Function):

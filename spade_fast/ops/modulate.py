@@ -129,6 +129,8 @@ def spade_modulate(
         else:
             statistics = norms.given(*running, eps, contract.sum_dtype(x.dtype))
     if differentiates:
+        if norm.kind is not None and not norm.measures:  # they may change before backward
+            statistics = statistics._replace(mean=statistics.mean.clone())
         return Modulate.apply(
             *differentiable, index, order, *statistics, norm, activation, negative_slope, backend
         )

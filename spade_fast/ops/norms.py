@@ -89,8 +89,8 @@ def measure(norm, moments, count, running_mean=None, running_var=None):
 
 
 def given(running_mean, running_var, eps, dtype):
-    """Statistics from running statistics, [C]: a copy, for those may change before backward."""
-    mean, variance = running_mean.to(dtype, copy=True), running_var.to(dtype)
+    """Statistics from running statistics, [C]."""
+    mean, variance = running_mean.to(dtype), running_var.to(dtype)
     return Statistics(mean[None], torch.rsqrt(variance[None] + eps), 1)
 
 
@@ -156,7 +156,7 @@ def _pool_processes(norm, mean, squares, count):
     different sizes.
     """
     channels = mean.shape[1]
-    own = torch.cat([mean[0], squares[0], mean.new_tensor([count])])
+    own = torch.cat([mean[0], squares[0], mean.new_full((1,), count)])  # without a wait for it
     everyone = own.new_empty(norm.processes, own.numel())
     dist.all_gather(list(everyone.unbind(0)), own, group=norm.process_group)
     means, squares, counts = everyone.split([channels, channels, 1], dim=1)

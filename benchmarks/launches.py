@@ -1,0 +1,442 @@
+"""What a GPU would be asked to do, counted without one: launches, waits of the host, allocations.
+
+Everything runs on the CPU, with the layout's true numbers, while each tensor says that it is on a
+GPU: a TorchFunctionMode answers for the tensors, so that the package takes the ways that it takes
+on a GPU, and a TorchDispatchMode counts the operators, those of backward too. Operators of PyTorch
+are taken for as many launches as CUDA's implementation of them has (KERNELS, one where nothing is
+said), views for none; operators of this package for those in csrc/cuda. What makes floating-point
+numbers of floating-point numbers is not computed: no count depends on what comes of it.
+
+A wait is where the host needs a number from the device, or copies pageable memory to it. What is
+said of bytes is what operators return in new memory; workspaces are not seen. Tensors that are made
+on the host inside a counted call count as the device's.
+"""
+
+import copy
+import functools
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field, replace
+from typing import NamedTuple
+from unittest import mock
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from rich.table import Table
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+import spade_fast
+from spade_fast import SemanticLayout, kernels, reference
+from spade_fast.kernels import contract, cuda_backend, numbering
+
+from .cases import COCO_NORM, Settings, conditions
+from .tables import narrow_table
+
+GPU, HOST = torch.device("cuda", 0), torch.device("cpu")
+DTYPE = torch.bfloat16
+
+
+class Limit(NamedTuple):
+    """The most launches and waits that a path may have: as it is now, and as it should be."""
+
+    launches: int
+    waits: int
+    wanted_launches: int | None = None
+    wanted_waits: int | None = None
+
+
+# For the paths below. Who lowers a count lowers its limit here.
+LIMITS = {
+    "from_segmap": Limit(56, 2, wanted_launches=8, wanted_waits=1),
+    "numbering, six sizes": Limit(1469, 6, wanted_launches=12, wanted_waits=1),
+    "layer": Limit(11, 0),
+    "block": Limit(68, 0),
+    "generator, new layout": Limit(1949, 8, wanted_launches=8 + 12 + 230, wanted_waits=2),
+    "generator, windows known": Limit(424, 0, wanted_launches=230),
+    "generator, frozen": Limit(244, 0, wanted_launches=130),
+    "generator, folded, frozen": Limit(190, 0, wanted_launches=100),
+    "discriminator, new layout": Limit(602, 9),
+    "discriminator, windows known": Limit(87, 0),
+    "training step, windows known": Limit(2649, 0),
+}
+
+# Launches of PyTorch's own operators where it is not one; names without overloads.
+KERNELS = {
+    "sort": 12,  # a radix sort of whole numbers: histogram, eight passes, the order
+    "cumsum": 2,
+    "cummax": 2,
+    "_unique2": 16,
+    "nonzero": 3,
+    "bincount": 4,
+    "convolution": 2,  # with what brings weights or images into the order that cuDNN wants
+    "convolution_backward": 4,
+    "constant_pad_nd": 2,  # fills, then copies
+    "native_batch_norm": 2,
+    "equal": 2,
+}
+# Launches of this package's operators where it is not one: dense, and with a table.
+OWN = {
+    "plane_moments": (2, 2),
+    "instance_forward": (1, 1),
+    "backward_sums": (2, 6),
+    "instance_backward": (3, 7),
+}
+WAITS = {"_local_scalar_dense", "nonzero", "equal", "_unique2", "unique_dim", "bincount"}
+WAITS |= {"masked_select", "repeat_interleave"}
+UPLOADS = {torch.tensor, torch.as_tensor, torch.from_numpy, torch.Tensor.new_tensor}
+DOWNLOADS = {torch.Tensor.tolist, torch.Tensor.cpu, torch.Tensor.numpy}
+FREE = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "lift_fresh"}
+
+
+@dataclass
+class Counts:
+    """What one call asked for."""
+
+    launches: int = 0
+    waits: int = 0
+    allocations: int = 0
+    bytes: int = 0
+    operators: Counter = field(default_factory=Counter)
+
+    def launch(self, name: str, number: int = 1) -> None:
+        self.launches += number
+        self.operators[name] += number
+
+
+class OnGPU(TorchFunctionMode):
+    """Inside, every tensor says that it is on a GPU, and what is made there is made on the host."""
+
+    ANSWERS = {
+        torch.Tensor.device.__get__: GPU,
+        torch.Tensor.is_cuda.__get__: True,
+        torch.Tensor.is_cpu.__get__: False,
+        torch.Tensor.get_device: 0,
+    }
+
+    def __init__(self, counts: Counts) -> None:
+        super().__init__()
+        self.counts = counts
+
+    def __torch_function__(self, function, classes, arguments=(), named=None):
+        if function in self.ANSWERS:
+            return self.ANSWERS[function]
+        if function is torch.Tensor.cuda:
+            return arguments[0]
+        if function in UPLOADS:
+            self.counts.waits += 1
+            self.counts.launch("copy to the device")
+        elif function in DOWNLOADS:
+            self.counts.waits += 1
+            self.counts.launch("copy to the host")
+        named = {name: on_host(value) for name, value in (named or {}).items()}
+        return function(*map(on_host, arguments), **named)
+
+
+def on_host(value):
+    """A device as the one where tensors truly are."""
+    if isinstance(value, torch.device) or isinstance(value, str) and value.startswith("cuda"):
+        return HOST
+    return value
+
+
+class Counting(TorchDispatchMode):
+    """Counts what operators would launch, wait for and allocate."""
+
+    def __init__(self, counts: Counts) -> None:
+        super().__init__()
+        self.counts = counts
+
+    def __torch_dispatch__(self, operator, classes, arguments=(), named=None):
+        space, _, name = operator._schema.name.partition("::")
+        own, named = space.startswith("spade_fast"), named or {}
+        if decides_nothing(operator, name, own, tensors_in((arguments, named))):
+            results = only_allocated(operator, arguments, named)
+        else:
+            results = operator(*arguments, **named)
+        self.counts.waits += name in WAITS
+        given = {memory(tensor) for tensor in tensors_in((arguments, named))}
+        made = {memory(tensor): tensor for tensor in tensors_in(results)}
+        new = [tensor for key, tensor in made.items() if key not in given and tensor.nbytes]
+        self.counts.allocations += len(new)
+        self.counts.bytes += sum(tensor.untyped_storage().nbytes() for tensor in new)
+        is_view = not new and not operator._schema.is_mutable
+        if own:
+            self.counts.launch(f"{space}::{name}", own_launches(operator, name, arguments))
+        elif name not in FREE and not (is_view and name not in WAITS):
+            self.counts.launch(name, KERNELS.get(name, 1))
+        return results
+
+
+def own_launches(operator, name, arguments):
+    """How many kernels an operator of this package launches."""
+    dense, table = OWN.get(name, (1, 1))
+    given = dict(zip((argument.name for argument in operator._schema.arguments), arguments))
+    return dense if given.get("index") is None else table
+
+
+def decides_nothing(operator, name, own, tensors):
+    """Whether no count can depend on an operator's results: kernels of the modulation, and what
+    makes floating-point numbers of others.
+    """
+    if own:
+        return name in contract.OPERATIONS
+    of_floats = tensors and all(tensor.is_floating_point() for tensor in tensors)
+    schema = operator._schema
+    changes_or_views = schema.is_mutable or any(result.alias_info for result in schema.returns)
+    return of_floats and not changes_or_views and name not in WAITS
+
+
+def only_allocated(operator, arguments, named):
+    """An operator's results, in new memory, without their numbers."""
+    shapes = tree_map_only(torch.Tensor, lambda tensor: tensor.to("meta"), (arguments, named))
+    results = operator(*shapes[0], **shapes[1])
+    return tree_map_only(torch.Tensor, allocated, results)
+
+
+def allocated(shape):
+    """Memory for a tensor of the meta device: of zeros where they may be places of others."""
+    memory = torch.empty_like(shape, device=HOST)
+    return memory if memory.is_floating_point() else memory.zero_()
+
+
+def tensors_in(values):
+    return [value for value in tree_leaves(values) if isinstance(value, torch.Tensor)]
+
+
+def memory(tensor):
+    return tensor.untyped_storage()._cdata
+
+
+def stand_in(counts: Counts) -> contract.Backend:
+    """The CUDA backend, whose operators the CPU has too; in place of kernels in Triton beside it,
+    which have no operators, what counts them.
+    """
+    own = cuda_backend.BACKEND
+    beside = (
+        {}
+        if isinstance(own.convolve_windows, torch._ops.OpOverload)
+        else {
+            "convolve_windows": convolve_windows,
+            "dtype_at_windows": lambda dtype: dtype,
+        }
+    )
+    if not isinstance(own.find_codes, torch._ops.OpOverload):
+        beside["find_codes"] = functools.partial(find_codes, counts)
+    return replace(own, why_not=lambda x=None, gamma=None: None, **beside)
+
+
+def convolve_windows(rows, weight, bias, offsets, listed):
+    """One kernel of tensor cores, for which the weights are brought into its order."""
+    by_tap = weight.flatten(2).transpose(1, 2)
+    for matrix in (rows, by_tap):
+        missing = -matrix.shape[-1] % 16
+        (F.pad(matrix, (0, missing)) if missing else matrix).contiguous()
+    return torch.ops.spade_fast.convolve_windows(rows, weight, bias, offsets, listed)
+
+
+def find_codes(counts, segmap):
+    """A kernel that hashes, and one that compares, whose flags are then summed."""
+
+    def launched(name, number, function):
+        def run(*arguments):
+            counts.launch(name, number)
+            with _disable_current_modes():
+                return function(*arguments)
+
+        return run
+
+    return numbering.find_codes_by(
+        segmap,
+        launched("hash_vectors", 1, numbering.hash_vectors),
+        launched("vectors_differ", 2, numbering.vectors_differ),
+    )
+
+
+@contextmanager
+def on_gpu(counts: Counts) -> Iterator[None]:
+    """Inside, calls are counted."""
+    with (
+        mock.patch.object(kernels, "BEST_FIRST", (stand_in(counts),)),
+        # The modes that count keep nothing of what they see: results may be written over.
+        mock.patch.object(torch._C, "_len_torch_dispatch_stack", lambda: 0),
+        mock.patch.object(torch.cuda, "is_current_stream_capturing", lambda: False),
+        OnGPU(counts),
+        Counting(counts),
+    ):
+        yield
+
+
+def count(call: Callable[[], object]) -> Counts:
+    """What a call asks for."""
+    counts = Counts()
+    with on_gpu(counts):
+        call()
+    return counts
+
+
+class Networks:
+    """The published networks at COCO's 256², and what they are called with: one scene, bfloat16."""
+
+    def __init__(self) -> None:
+        (segmap,) = conditions(Settings())
+        self.segmap = segmap.to(DTYPE)
+        self.generator = in_inference(spade_fast.SPADEGenerator.official("coco"))
+        self.discriminator = in_inference(spade_fast.MultiscaleDiscriminator(187, 2))
+        self.layer = in_inference(spade_fast.SPADE(128, 184))
+        self.block = in_inference(spade_fast.SPADEResnetBlock(128, 64, COCO_NORM, 184))
+        self.eager = in_inference(reference.SPADEGenerator(184, crop_size=256, norm_G=COCO_NORM))
+        self.images = torch.zeros(2, 3, 256, 256, dtype=DTYPE)
+        self.x = torch.zeros(1, 128, 256, 256, dtype=DTYPE)
+        self.x = self.x.to(memory_format=torch.channels_last)
+
+    def found(self) -> SemanticLayout:
+        """A layout of the scene that nothing else is known of."""
+        return SemanticLayout.from_segmap(self.segmap)
+
+    @functools.cached_property
+    def layout(self) -> SemanticLayout:
+        """One whose windows are known, at all sizes of the generator."""
+        return self.found().prepare(self.generator.sizes, 3)
+
+
+def in_inference(network: nn.Module) -> nn.Module:
+    return network.eval().to(DTYPE)
+
+
+def numbering_windows(networks, stack):
+    layout = networks.found()
+    return lambda: layout.prepare(networks.generator.sizes, 3)
+
+
+def generator_known(networks, stack):
+    networks.generator(networks.layout)
+    return lambda: networks.generator(networks.layout)
+
+
+def generator_frozen(networks, stack):
+    stack.enter_context(spade_fast.frozen(networks.generator))
+    return generator_known(networks, stack)
+
+
+def generator_folded(networks, stack):
+    generator = spade_fast.fold_spectral_norm(copy.deepcopy(networks.generator))
+    stack.enter_context(spade_fast.frozen(generator))
+    generator(networks.layout)
+    return lambda: generator(networks.layout)
+
+
+def discriminator_new(networks, stack):
+    layout = networks.found()
+    return lambda: networks.discriminator(networks.images, layout)
+
+
+def discriminator_known(networks, stack):
+    networks.discriminator(networks.images, networks.layout)
+    return lambda: networks.discriminator(networks.images, networks.layout)
+
+
+def training_step(networks, stack):
+    """Gradients of both networks' weights from what the discriminator says of both images."""
+    generator, discriminator = networks.generator, networks.discriminator
+    discriminator(networks.images, networks.layout)
+    weights = [*generator.parameters(), *discriminator.parameters()]
+    for network in (generator, discriminator):
+        stack.callback(network.train().eval)
+
+    def step():
+        with torch.enable_grad():
+            images = torch.cat([generator(networks.layout), networks.images[:1]])
+            results = tree_leaves(discriminator(images, networks.layout))
+            torch.autograd.grad(sum(result.mean() for result in results), weights)
+
+    return step
+
+
+# What is counted: functions of the networks, and of a stack for what is left afterwards, that
+# return the call. What they do themselves is not counted.
+PATHS = {
+    "from_segmap": lambda networks, stack: networks.found,
+    "numbering, six sizes": numbering_windows,
+    "layer": lambda networks, stack: lambda: networks.layer(networks.x, networks.layout),
+    "block": lambda networks, stack: lambda: networks.block(networks.x, networks.layout),
+    "generator, new layout": lambda networks, stack: (
+        lambda: networks.generator(networks.segmap.view_as(networks.segmap))
+    ),
+    "generator, windows known": generator_known,
+    "generator, frozen": generator_frozen,
+    "generator, folded, frozen": generator_folded,
+    "generator, eager": lambda networks, stack: lambda: networks.eager(networks.segmap),
+    "discriminator, new layout": discriminator_new,
+    "discriminator, windows known": discriminator_known,
+    "training step, windows known": training_step,
+}
+
+
+@torch.no_grad()
+def count_all(names: Iterable[str] = PATHS) -> dict[str, Counts]:
+    """What each path asks for, by its name."""
+    networks, found = Networks(), {}
+    for name in names:
+        with ExitStack() as stack:
+            with on_gpu(Counts()):
+                networks.layout  # made here, where it is not counted
+                call = PATHS[name](networks, stack)
+            found[name] = count(call)
+    return found
+
+
+def table(found: dict[str, Counts]) -> Table:
+    """Counts beside their limits."""
+    columns = (
+        "launches",
+        "at most\n(wanted)",
+        "waits",
+        "at most\n(wanted)",
+        "allo-\ncations",
+        "MiB",
+    )
+    shown = narrow_table("one call", *columns)
+    for name, counts in found.items():
+        limit = LIMITS.get(name, Limit(None, None))  # eager's are not ours to limit
+        shown.add_row(
+            name,
+            marked(counts.launches, limit.launches),
+            allowed(limit.launches, limit.wanted_launches),
+            marked(counts.waits, limit.waits),
+            allowed(limit.waits, limit.wanted_waits),
+            str(counts.allocations),
+            f"{counts.bytes / 2**20:.0f}",
+        )
+    return shown
+
+
+CAPTION = (
+    "COCO at 256², one scene, bfloat16. launches: kernels and copies. waits: of the host for the"
+    " device. at most: the limit, with what is wanted where that is less."
+)
+
+
+def marked(number, limit):
+    return str(number) if limit is None or number <= limit else f"[red]{number}"
+
+
+def allowed(limit, wanted):
+    return f"{'–' if limit is None else limit}{'' if wanted is None else f' ({wanted})'}"
+
+
+def excesses(found: dict[str, Counts]) -> list[str]:
+    """What is more than its limit, in words."""
+    return [
+        f"{name}: {number} {what}, the limit is {limit}"
+        for name, counts in found.items()
+        if name in LIMITS
+        for what, number, limit in (
+            ("launches", counts.launches, LIMITS[name].launches),
+            ("waits", counts.waits, LIMITS[name].waits),
+        )
+        if number > limit
+    ]

@@ -1,0 +1,93 @@
+"""What is counted of a GPU's work without a GPU: that the counting is right, and that no path asks
+for more than its limit.
+"""
+
+import pytest
+import torch
+from rich.console import Console
+from typer.testing import CliRunner
+
+import spade_fast
+from benchmarks import cli, launches
+from spade_fast import SemanticLayout, kernels
+
+
+def test_no_path_asks_for_more_than_its_limit():
+    found = launches.count_all()
+    assert launches.excesses(found) == []
+    assert launches.LIMITS.keys() == found.keys() - {"generator, eager"}
+    for name, limit in launches.LIMITS.items():
+        assert limit.wanted_launches is None or limit.wanted_launches <= limit.launches, name
+    console = Console(width=80, color_system=None)
+    with console.capture() as capture:
+        console.print(launches.table(found))
+    text = capture.get()
+    assert max(map(len, text.splitlines())) <= 80 and "…" not in text
+    assert all(name.split(",")[0] in text for name in found) and "(230)" in text
+
+
+def test_more_than_a_limit_is_said(monkeypatch):
+    monkeypatch.setattr(launches, "count_all", lambda names: {"layer": launches.Counts(12, 1)})
+    monkeypatch.setitem(launches.LIMITS, "layer", launches.Limit(11, 0))
+    result = CliRunner().invoke(cli.app, ["launches", "--only", "layer"])
+    assert result.exit_code == 1
+    assert "layer: 12 launches, the limit is 11" in result.output
+    assert "layer: 1 waits, the limit is 0" in result.output
+    monkeypatch.setitem(launches.LIMITS, "layer", launches.Limit(12, 1))
+    assert CliRunner().invoke(cli.app, ["launches", "--only", "layer"]).exit_code == 0
+    assert CliRunner().invoke(cli.app, ["launches", "--only", "nothing"]).exit_code == 2
+
+
+X = torch.ones(2, 3)
+OWN = ("convolve_windows", "instance_forward", "instance_backward")
+
+
+@pytest.mark.parametrize(
+    "call,found",
+    [
+        (lambda: X + X, (1, 0, 1, 24)),
+        (lambda: X.t()[1:].unsqueeze(0), (0, 0, 0, 0)),
+        (lambda: torch.empty(5, device="cuda"), (0, 0, 1, 20)),
+        (lambda: torch.zeros(5, device=X.device), (1, 0, 1, 20)),
+        (lambda: X.clone().mul_(2), (2, 0, 1, 24)),
+        (lambda: X.to("cuda:0").cuda(), (0, 0, 0, 0)),
+        (lambda: X.new_tensor([1.0]), (1, 1, 0, 0)),
+        (lambda: X.tolist(), (1, 1, 0, 0)),
+        (lambda: X.sum().item(), (2, 1, 1, 4)),
+        (lambda: bool((X > 0).all()), (3, 1, 2, 7)),
+        (lambda: X.nonzero(), (3, 1, 1, 96)),
+    ],
+)
+def test_what_is_counted(call, found):
+    counts = launches.count(call)
+    assert (counts.launches, counts.waits, counts.allocations, counts.bytes) == found
+
+
+def test_backward_is_counted():
+    x = X.clone().requires_grad_()
+    counts = launches.count(lambda: torch.autograd.grad((x * x).sum(), x))
+    # The product; then two of the gradient with either factor, which are added.
+    assert counts.operators["mul"] == 3 and counts.operators["add"] == 1
+
+
+def test_inside_the_package_takes_the_ways_of_a_gpu():
+    spade, x = spade_fast.SPADE(8, 5, 4), torch.randn(1, 8, 6, 6, requires_grad=True)
+    labels = torch.arange(36).view(1, 6, 6) // 8
+    counts = launches.Counts()
+    with launches.on_gpu(counts):
+        assert X.is_cuda and not X.is_cpu and X.device.type == "cuda"
+        layout = SemanticLayout.from_labels(labels, 5)
+        with spade_fast.window_mode("always"):
+            torch.autograd.grad(spade(x, layout).sum(), [x, *spade.parameters()])
+    own = {name for name in counts.operators if name.startswith("spade_fast")}
+    assert own == {f"spade_fast::{name}" for name in OWN}
+    assert counts.operators["spade_fast::instance_backward"] == 7
+    assert X.is_cpu and X.device.type == "cpu" and len(kernels.BEST_FIRST) > 1
+
+
+def test_windows_are_numbered_as_on_the_host():
+    labels = torch.randint(3, (1, 12, 12))
+    expected = SemanticLayout.from_labels(labels, 3).windows((12, 12), 3)
+    with launches.on_gpu(launches.Counts()):
+        found = SemanticLayout.from_labels(labels, 3).windows((12, 12), 3)
+    assert torch.equal(found.index, expected.index) and found.count == expected.count
