@@ -11,6 +11,8 @@ import sys
 
 import torch
 
+from . import operators, triton_backend  # noqa: F401  they declare the operators
+
 COUNTER = "torch.utils.flop_counter"
 
 
