@@ -155,7 +155,11 @@ inline uint32_t __ballot_sync(unsigned, bool predicate) {
   return bits;
 }
 template <typename T>
-T __ldg(const T* from) { return *from; }
+T __ldg(const T* from) {
+  const bool aligned = reinterpret_cast<uintptr_t>(from) % sizeof(T) == 0;
+  if (!aligned) std::fprintf(stderr, "%zu bytes are read at an address that they do not divide\n", sizeof(T)), std::abort();
+  return *from;
+}
 inline float __uint_as_float(uint32_t bits) {
   float value;
   std::memcpy(&value, &bits, 4);

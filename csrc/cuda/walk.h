@@ -75,7 +75,9 @@ template <int V>
 __device__ Raw load(const Cursor& from, const Place& place) { return load<V>(from.at(place.item), from.type, place.span); }
 
 template <int V>
-__device__ void store(const Cursor& to, const Place& place, const float (&values)[V]) { store<V>(to.at(place.item), to.type, place.span, values); }
+__device__ void store(const Cursor& to, const Place& place, const float (&values)[V]) {
+  store<V>(to.at(place.item), to.type, place.span, values);
+}
 
 // A thread's part of a tensor: of one plane, or V channels of one image; the items [begin, end) are those of the block. kWhole: everywhere
 // there are V elements or none.
@@ -133,8 +135,8 @@ struct Part {
   }
 };
 
-// Sums over all items of a block, to the first numbers of scratch: those of each warp in one order, then, by a thread for each number, those
-// of the warps in one order. How many numbers there are.
+// Sums over all items of a block, to the first numbers of scratch: those of each warp in one order, then, by a thread for each number,
+// those of the warps in one order. How many numbers there are.
 template <int V, bool kLast>
 __device__ int sum_in_scratch(const float (&values)[V], float* scratch) {
   constexpr int kCount = PerPlane<V, kLast>::kCount;
