@@ -541,12 +541,10 @@ class SemanticLayout:
             if (
                 "torch._dynamo" in sys.modules
             ):  # else nothing has been compiled, and importing it takes more than a second
-                for tensor in filter(
-                    torch.is_tensor, (self.palette, *windows.hidden, *windows.table)
-                ):
-                    torch._dynamo.decorators.mark_unbacked(
-                        tensor, 0
-                    )  # each layout has another number of rows
+                for tensor in (self.palette, *windows.hidden, *windows.table):
+                    marked = tensor is None or 0 in getattr(tensor, "_dynamo_unbacked_indices", ())
+                    if not marked:  # each layout has another number of rows
+                        torch._dynamo.decorators.mark_unbacked(tensor, 0)
         return self
 
     def to(self, device: torch.device | str | int, non_blocking: bool = True) -> "SemanticLayout":
