@@ -5,7 +5,7 @@ rows[row(i, t)]: a matrix product makes weight[:, :, t] · row for every row and
 those make the results. There are fewer rows than windows, so that the product is the smallest that
 there can be. It is made for some output channels at a time, and never held whole. (In half
 precision on a GPU products cost less than the memory that they would pass through:
-`triton_kernels/convolve_windows.py`.)
+`csrc/cuda/convolve_windows.cu` and `triton_kernels/convolve_windows.py`.)
 """
 
 from contextlib import nullcontext
