@@ -31,7 +31,7 @@ STREAMS = {
     "apply_kernel": 3,
     "backward_input_kernel": 3,
     "backward_sums_kernel": 3,
-    "plane_moments_kernel": 2,
+    "plane_moments_kernel": 4,
 }
 HELD = {
     "forward_kernel",
@@ -51,6 +51,7 @@ class Proof:
     kernel: str
     vector: int | None  # elements of a thread at a time
     layout: str | None
+    case: str | None  # sizes, and activation, that it is for
     capability: int
     registers: int
     stack: int  # bytes
@@ -144,7 +145,10 @@ def _prove(source, capability):
     }
     proofs = []
     for name, stack, stored, loaded, registers, rest in re.findall(pattern, said, re.DOTALL):
-        kernel, vector, last = re.search(r"\d([a-z_]+_kernel)(?:ILi(\d)ELb(\d)E)?", name).groups()
+        kernel, vector, flags = re.search(
+            r"\d([a-z_]+_kernel)(?:I(?:Li(\d)E)?((?:Lb\dE)+))?", name
+        ).groups()
+        last, whole, silu = (*re.findall(r"\d", flags or ""), None, None, None)[:3]
         shared = re.search(r"(\d+) bytes smem", rest)
         widths = {"LDG": collections.Counter(), "STG": collections.Counter()}
         # What is copied to shared memory goes through memory as what is loaded does.
@@ -156,6 +160,10 @@ def _prove(source, capability):
                 kernel,
                 int(vector) if vector else None,
                 {"0": "contiguous", "1": "channels-last"}.get(last),
+                ", ".join(
+                    [*(["any size"] if whole == "0" else []), *(["SiLU"] if silu == "1" else [])]
+                )
+                or None,
                 capability,
                 int(registers),
                 int(stack),
@@ -187,7 +195,7 @@ def _cuobjdump():
 def table(proofs):
     """A line for each kernel and GPU."""
     result = narrow_table(
-        "kernel\n  elements, layout, GPU",
+        "kernel\n  elements, layout, case, GPU",
         *("registers", "spilled", "threads", "loads", "stores", "double"),
         caption=(
             "elements: of a thread at a time; loads and stores: bytes at a time; threads: of a"
@@ -196,13 +204,17 @@ def table(proofs):
     )
     for proof in sorted(
         proofs,
-        key=lambda proof: (proof.kernel, str(proof.vector), str(proof.layout), proof.capability),
+        key=lambda proof: (
+            proof.kernel,
+            *map(str, (proof.vector, proof.layout, proof.case)),
+            proof.capability,
+        ),
     ):
         widths = [
             ", ".join(map(str, sorted(found, reverse=True)))
             for found in (proof.loads, proof.stores)
         ]
-        of = (proof.vector, proof.layout, f"sm_{proof.capability}")
+        of = (proof.vector, proof.layout, proof.case, f"sm_{proof.capability}")
         result.add_row(
             f"{proof.kernel.removesuffix('_kernel')}\n  {', '.join(str(one) for one in of if one)}",
             str(proof.registers),

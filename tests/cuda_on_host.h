@@ -250,8 +250,11 @@ inline float in_block(uint32_t block, const float* shared) {
 }
 inline void copy_async(void* shared, const void* global) { std::memcpy(shared, global, 16); }
 inline void wait_for_copies() {}
+inline void add_atomically(int32_t* to, int32_t number) { *to += number; }
 inline float from_half(uint32_t bits) { return c10::Half(static_cast<uint16_t>(bits), c10::Half::from_bits()); }
 inline uint32_t to_half(float value) { return c10::Half(value).x; }
 inline uint32_t to_bfloat16(float value) { return c10::BFloat16(value).x; }
+inline uint32_t to_halves(float first, float second) { return to_half(first) | to_half(second) << 16; }
+inline uint32_t to_bfloat16s(float first, float second) { return to_bfloat16(first) | to_bfloat16(second) << 16; }
 
 }  // namespace spade_fast

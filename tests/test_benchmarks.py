@@ -338,7 +338,18 @@ def test_tables_can_be_read_in_80_columns():
         cuda_proofs.table(
             [
                 cuda_proofs.Proof(
-                    *("backward_input_kernel", 8, "channels-last", 90, 128, 0, 0, 1000, 256),
+                    *(
+                        "backward_input_kernel",
+                        8,
+                        "channels-last",
+                        "SiLU",
+                        90,
+                        128,
+                        0,
+                        0,
+                        1000,
+                        256,
+                    ),
                     *(widths, widths, 0, False, False),
                 )
             ]

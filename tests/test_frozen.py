@@ -497,3 +497,136 @@ def test_what_is_no_weight_and_changes(change):
             change(spade)
             found = spade(x, layout)
         assert torch.equal(found, spade(x, layout)) and not torch.equal(found, before)
+
+
+def by_pytorchs_own_norm(model):
+    """Which writes to running statistics without their versions' saying so."""
+    model.norm_0.param_free_norm.train()(torch.randn(2, 8, 4, 4))
+    model.norm_0.param_free_norm.eval()
+
+
+def by_loading(model):
+    state = {name: one + 1 for name, one in model.state_dict().items() if "mlp" not in name}
+    model.load_state_dict(state, strict=False)
+
+
+NORMS_AND_SIGMA = {
+    "running statistics": lambda model: model.norm_0.param_free_norm.running_mean.add_(1),
+    "PyTorch's own norm": by_pytorchs_own_norm,
+    "other running statistics": lambda model: setattr(
+        model.norm_1.param_free_norm, "running_var", torch.full((4,), 2.0)
+    ),
+    "their data": lambda model: setattr(
+        model.norm_1.param_free_norm.running_var, "data", torch.full((4,), 2.0)
+    ),
+    "eps": lambda model: setattr(model.norm_1.param_free_norm, "eps", 0.5),
+    "a weight where there was none": lambda model: setattr(
+        model.norm_0.param_free_norm, "weight", nn.Parameter(torch.full((8,), 2.0))
+    ),
+    "a bias": lambda model: setattr(
+        model.norm_0.param_free_norm, "bias", nn.Parameter(torch.full((8,), 2.0))
+    ),
+    "another norm": lambda model: setattr(
+        model.norm_0, "param_free_norm", nn.BatchNorm2d(8, eps=1, affine=True).eval()
+    ),
+    "a norm that measures": lambda model: model.norm_0.param_free_norm.train(),
+    "a convolution's weight": lambda model: model.conv_0.weight_orig.mul_(2).add_(1),
+    "its data": lambda model: setattr(model.conv_1.weight_orig, "data", torch.randn(4, 4, 3, 3)),
+    "another weight": lambda model: setattr(
+        model.conv_0, "weight_orig", nn.Parameter(torch.randn(4, 8, 3, 3))
+    ),
+    "a singular vector": lambda model: model.conv_0.weight_u.add_(1),
+    "a step of training": lambda model: (
+        model.conv_0.train()(torch.randn(1, 8, 4, 4)) is model.conv_0.eval()
+    ),
+    "loaded": by_loading,
+    "another dtype": lambda model: model.double(),
+}
+
+
+@pytest.mark.parametrize("change", NORMS_AND_SIGMA)
+def test_norms_and_spectral_norm_that_change(change):
+    model = SPADEResnetBlock(8, 4, "spectralspadebatch3x3", 5, nhidden=8).eval()
+    layout, x = layout_of(), torch.randn(1, 8, 32, 32)
+    with torch.no_grad():
+        try:
+            with spade_fast.frozen(model):
+                for size in (32, 2):  # x is divided by sigma where it is smaller than the weight
+                    model(x[..., :size, :size], layout)
+                NORMS_AND_SIGMA[change](model)
+                dtype = model.conv_0.bias.dtype
+                given, condition = (
+                    x.to(dtype),
+                    SemanticLayout(layout.codes, layout.palette.to(dtype)),
+                )
+                other = copy.deepcopy(model)
+                for size in (32, 2):
+                    part = given[..., :size, :size]
+                    assert torch.equal(model(part, condition), outside(other, part, condition))
+        except RuntimeError as error:
+            assert change in ("another dtype", "their data", "its data"), error
+            assert "weights changed inside frozen" in str(error)
+
+
+def outside(model, x, layout):
+    """What the model gives where nothing is frozen: in a thread of its own, which has no scope."""
+    found = []
+
+    def run():
+        with torch.no_grad(), spade_fast.window_mode("always"):
+            found.append(model(x, layout))
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    return found[0]
+
+
+def test_norms_and_sigma_are_found_once(monkeypatch):
+    model, x = (
+        SPADEResnetBlock(8, 4, "spectralspadebatch3x3", 5, nhidden=8).eval(),
+        torch.randn(2, 8, 2, 2),
+    )
+    calls = []
+    for name in ("mv", "rsqrt"):
+        own = getattr(torch, name)
+        monkeypatch.setattr(
+            torch, name, lambda *arguments, own=own: calls.append(own) or own(*arguments)
+        )
+    with torch.no_grad(), spade_fast.frozen(model):
+        found = [model(x, layout_of(seed)) for seed in (0, 1, 0)]
+        assert len(calls) == 2 * 3  # sigma of three convolutions, planes of three norms
+        model(x[:1], layout_of(0))
+        assert len(calls) == 3 * 3  # the planes of one image
+    assert torch.equal(found[0], found[2])
+    with torch.no_grad():
+        model(x, layout_of(0))
+    assert len(calls) == 5 * 3
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_sigma_with_and_without_autocast(dtype):
+    model = SPADEResnetBlock(8, 4, "spectralspadeinstance3x3", 5, nhidden=8).eval()
+    layout, x = layout_of(), torch.randn(1, 8, 2, 2)
+    with torch.no_grad(), spade_fast.frozen(model):
+        for enabled in (False, True, False):
+            with torch.autocast("cpu", dtype, enabled=enabled):
+                found = model(x, layout)
+            with torch.autocast("cpu", dtype, enabled=enabled):
+                with spade_fast.window_mode("always"):
+                    expected = copy.deepcopy(model)(x, layout)
+            assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize(
+    "tensor", ["norm_0.param_free_norm.running_mean", "conv_0.weight_orig", "conv_1.weight_u"]
+)
+def test_a_change_of_norms_and_convolutions_that_pytorch_does_not_see(tensor):
+    model = SPADEResnetBlock(8, 4, "spectralspadebatch3x3", 5, nhidden=8).eval()
+    module, x = tensor.rpartition(".")[0], torch.randn(1, 8, 2, 2)
+    with pytest.raises(RuntimeError, match=f"changed inside frozen.*: {module};"):
+        with torch.no_grad(), spade_fast.frozen(model):
+            model(x, layout_of())
+            model.get_parameter(tensor).data.add_(1) if "orig" in tensor else model.get_buffer(
+                tensor
+            ).data.add_(1)

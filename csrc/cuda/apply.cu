@@ -6,26 +6,31 @@
 namespace spade_fast {
 namespace {
 
-template <int V, bool kLast>
+template <int V, bool kLast, bool kWhole>
 __global__ void __launch_bounds__(kThreads, 3) apply_kernel(Operands o, Division d, Rows y) {
-  const Part<V, kLast> part(o, d);
+  const Part<V, kLast, kWhole> part(o, d);
+  const Cursors<kLast> in(o, part.image, part.channel);
+  const Cursor to = in.in(y);
   const auto shift = part.numbers(o, o.planes, 0), scale = part.numbers(o, o.planes, 1), offset = part.numbers(o, o.planes, 2);
-  for (int64_t first = part.begin; first < part.end; first += blockDim.y) {
+  uint32_t next_row = modulation_row(in, part.at(part.begin + threadIdx.y));  // the next item's, so that only one load waits for another
+  for (uint32_t first = part.begin; first < part.end; first += blockDim.y) {
     const Place place = part.at(first + threadIdx.y);
-    const Raw x = load<V>(place.in(o.x), o.x.type, place.span);
-    const Modulation modulation = load_modulation<V, kLast>(o, place, true);
+    const uint32_t row = next_row;
+    next_row = modulation_row(in, part.at(first + threadIdx.y + blockDim.y));
+    const Raw x = load<V>(in.x, place);
+    const Modulation modulation = load_modulation<V>(in, place, row, true);
     float values[V];
     unpack<V>(x, o.x.type, values);
 #pragma unroll
     for (int k = 0; k < V; ++k) values[k] = (values[k] - shift[k]) * scale[k] + offset[k];
-    modulate<V, kLast>(o, place, values, modulation, y);
+    modulate<V>(in, place, values, modulation, to);
   }
 }
 
 }  // namespace
 
 void apply(const Settings& settings, const Operands& o, const Division& d, const Rows& y) {
-  specialised(settings, [&](auto vector, auto last) { launch(apply_kernel<vector(), last()>, settings, d, 0, o, d, y); });
+  specialised(settings, [&](auto vector, auto last, auto whole) { launch(apply_kernel<vector(), last(), whole()>, settings, d, 0, o, d, y); });
 }
 
 }  // namespace spade_fast

@@ -6,18 +6,21 @@
 namespace spade_fast {
 namespace {
 
-template <int V, bool kLast>
-__global__ void __launch_bounds__(kThreads) backward_sums_kernel(Operands o, Division d, Rows dgamma, Rows dbeta, float* parts) {
-  const Part<V, kLast> part(o, d);
+template <int V, bool kLast, bool kWhole, bool kSilu>
+__global__ void __launch_bounds__(kThreads, 2) backward_sums_kernel(Operands o, Division d, Rows dgamma, Rows dbeta, float* parts) {
+  const Part<V, kLast, kWhole> part(o, d);
+  const Cursors<kLast> in(o, part.image, part.channel);
+  const Cursor to_dgamma = in.in(dgamma);
+  const Cursor to_dbeta = dbeta.data != nullptr ? in.in(dbeta) : Cursor{};
   const auto shift = part.numbers(o, o.planes, 0), scale = part.numbers(o, o.planes, 1), offset = part.numbers(o, o.planes, 2);
   float q_sum[V] = {}, q_deviation_sum[V] = {};
-  for (int64_t first = part.begin; first < part.end; first += blockDim.y) {
+  for (uint32_t first = part.begin; first < part.end; first += blockDim.y) {
     const Place place = part.at(first + threadIdx.y);
-    const Raw x = load<V>(place.in(o.x), o.x.type, place.span), dy = load<V>(place.in(o.dy), o.dy.type, place.span);
-    const Modulation modulation = load_modulation<V, kLast>(o, place, o.activation == Activation::silu);
-    const uint32_t signs = load_signs<V, kLast>(o, place);
-    const Gradient<V> found = gradient<V>(o, x, dy, modulation, signs, shift, scale, offset);
-    store_gradient<V>(place, found, scale, offset, dgamma, dbeta, q_sum, q_deviation_sum);
+    const Raw x = load<V>(in.x, place), dy = load<V>(in.dy, place);
+    const Modulation modulation = load_modulation<V>(in, place, modulation_row(in, place), kSilu);
+    const uint32_t signs = load_signs<V>(in, place);
+    const Gradient<V> found = gradient<V, kSilu>(o, x, dy, modulation, signs, shift, scale, offset);
+    store_gradient<V>(place, found, scale, offset, to_dgamma, to_dbeta, q_sum, q_deviation_sum);
   }
   float* scratch = reinterpret_cast<float*>(shared_memory());
   const int64_t split = part.split(d);
@@ -58,8 +61,8 @@ __global__ void __launch_bounds__(kCombiners) combine_sums_kernel(Operands o, in
 }  // namespace
 
 void backward_sums(const Settings& settings, const Operands& o, const Division& d, const Rows& dgamma, const Rows& dbeta, float* parts) {
-  specialised(settings, [&](auto vector, auto last) {
-    launch(backward_sums_kernel<vector(), last()>, settings, d, d.shared(1, last() ? vector() : 1), o, d, dgamma, dbeta, parts);
+  specialised(settings, o, [&](auto vector, auto last, auto whole, auto is_silu) {
+    launch(backward_sums_kernel<vector(), last(), whole(), is_silu()>, settings, d, d.shared(1, last() ? vector() : 1), o, d, dgamma, dbeta, parts);
   });
 }
 

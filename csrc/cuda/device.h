@@ -95,9 +95,21 @@ __device__ inline void copy_async(void* shared, const void* global) {
 }
 __device__ inline void wait_for_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 
+// Whole numbers, so that the order is all the same.
+__device__ inline void add_atomically(int32_t* to, int32_t number) { atomicAdd(to, number); }
+
 __device__ inline float from_half(uint32_t bits) { return __half2float(__ushort_as_half(static_cast<uint16_t>(bits))); }
 __device__ inline uint32_t to_half(float value) { return __half_as_ushort(__float2half_rn(value)); }
 __device__ inline uint32_t to_bfloat16(float value) { return __bfloat16_as_ushort(__float2bfloat16_rn(value)); }
+// Two at once, the first in the lower bits.
+__device__ inline uint32_t to_halves(float first, float second) {
+  const __half2 both = __floats2half2_rn(first, second);
+  return __half_as_ushort(__low2half(both)) | static_cast<uint32_t>(__half_as_ushort(__high2half(both))) << 16;
+}
+__device__ inline uint32_t to_bfloat16s(float first, float second) {
+  const __nv_bfloat162 both = __floats2bfloat162_rn(first, second);
+  return __bfloat16_as_ushort(__low2bfloat16(both)) | static_cast<uint32_t>(__bfloat16_as_ushort(__high2bfloat16(both))) << 16;
+}
 #endif
 
 }  // namespace spade_fast

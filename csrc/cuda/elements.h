@@ -92,13 +92,15 @@ __device__ void store(char* first, Type type, Span span, const float (&values)[V
     return;
   }
   uint32_t words[4] = {};
+  if (is_float<V>(type)) {
 #pragma unroll
-  for (int k = 0; k < V; ++k) {
-    if (is_float<V>(type)) {
-      words[k % 4] = __float_as_uint(values[k]);
-    } else {
-      words[k / 2] |= to_16_bits(values[k], type) << k % 2 * 16;
-    }
+    for (int k = 0; k < V; ++k) words[k % 4] = __float_as_uint(values[k]);
+  } else if (type == Type::bfloat16) {
+#pragma unroll
+    for (int k = 0; k < V; k += 2) words[k / 2] = to_bfloat16s(values[k], values[k + 1]);
+  } else {
+#pragma unroll
+    for (int k = 0; k < V; k += 2) words[k / 2] = to_halves(values[k], values[k + 1]);
   }
   if (V == 8 || type == Type::float32) {
     *reinterpret_cast<uint4*>(first) = make_uint4(words[0], words[1], words[2], words[3]);

@@ -7,19 +7,21 @@
 namespace spade_fast {
 namespace {
 
-template <int V, bool kLast>
+template <int V, bool kLast, bool kWhole>
 __global__ void __launch_bounds__(kMostThreads, 1) forward_kernel(Operands o, Division d, float eps, Rows y, float* planes) {
-  const Part<V, kLast> part(o, d);
+  const Part<V, kLast, kWhole> part(o, d);
+  const Cursors<kLast> in(o, part.image, part.channel);
+  const Cursor to = in.in(y);
   Raw* held = reinterpret_cast<Raw*>(shared_memory());
   float* scratch = reinterpret_cast<float*>(shared_memory() + d.held_bytes);
-  const auto held_at = [&](int64_t item) { return (item - part.begin) * blockDim.x + threadIdx.x; };
-  for (int64_t item = part.begin + threadIdx.y; item < part.end; item += blockDim.y) {
+  const auto held_at = [&](uint32_t item) { return (item - part.begin) * blockDim.x + threadIdx.x; };
+  for (uint32_t item = part.begin + threadIdx.y; item < part.end; item += blockDim.y) {
     const Place place = part.at(item);
-    load_async<V>(held + held_at(item), place.in(o.x), o.x.type, place.span);
+    load_async<V>(held + held_at(item), in.x.at(place.item), o.x.type, place.span);
   }
   wait_for_copies();
   float sum[V] = {}, deviations[V] = {}, squares[V] = {};
-  for (int64_t item = part.begin + threadIdx.y; item < part.end; item += blockDim.y) {
+  for (uint32_t item = part.begin + threadIdx.y; item < part.end; item += blockDim.y) {
     if (part.at(item).span.count == 0) continue;
     float values[V];
     unpack<V>(held[held_at(item)], o.x.type, values);
@@ -29,7 +31,7 @@ __global__ void __launch_bounds__(kMostThreads, 1) forward_kernel(Operands o, Di
   const float share = 1 / static_cast<float>(o.shape.pixels);
   PerPlane<V, kLast> mean = unit_sum<V, kLast>(d, sum, scratch), correction, scale;
   for (float& value : mean.values) value *= share;
-  for (int64_t item = part.begin + threadIdx.y; item < part.end; item += blockDim.y) {
+  for (uint32_t item = part.begin + threadIdx.y; item < part.end; item += blockDim.y) {
     const int count = part.at(item).span.count;
     if (count == 0) continue;
     float values[V];
@@ -60,49 +62,52 @@ __global__ void __launch_bounds__(kMostThreads, 1) forward_kernel(Operands o, Di
     if (place.span.count > 0) unpack<V>(held[held_at(item)], o.x.type, values);
 #pragma unroll
     for (int k = 0; k < V; ++k) values[k] = (values[k] - mean[k] - correction[k]) * scale[k];
-    modulate<V, kLast>(o, place, values, modulation, y);
+    modulate<V>(in, place, values, modulation, to);
   };
-  for (int64_t first = part.begin; first < part.end; first += 2 * blockDim.y) {  // two items' loads under way
-    const int64_t item = first + threadIdx.y, other_item = item + blockDim.y;
+  for (uint32_t first = part.begin; first < part.end; first += 2 * blockDim.y) {  // two items' loads under way
+    const uint32_t item = first + threadIdx.y, other_item = item + blockDim.y;
     const Place place = part.at(item), other_place = part.at(other_item);
-    const Modulation modulation = load_modulation<V, kLast>(o, place, true);
-    const Modulation other_modulation = load_modulation<V, kLast>(o, other_place, true);
+    const Modulation modulation = load_modulation<V>(in, place, modulation_row(in, place), true);
+    const Modulation other_modulation = load_modulation<V>(in, other_place, modulation_row(in, other_place), true);
     finish(item, place, modulation);
     if (first + blockDim.y < part.end) finish(other_item, other_place, other_modulation);  // else it is the next block's
   }
 }
 
-template <int V, bool kLast>
+template <int V, bool kLast, bool kWhole, bool kSilu>
 __global__ void __launch_bounds__(kMostThreads, 1) backward_kernel(Operands o, Division d, Rows dgamma, Rows dbeta, Rows dx) {
-  const Part<V, kLast> part(o, d);
+  const Part<V, kLast, kWhole> part(o, d);
+  const Cursors<kLast> in(o, part.image, part.channel);
+  const Cursor to_dgamma = in.in(dgamma);
+  const Cursor to_dbeta = dbeta.data != nullptr ? in.in(dbeta) : Cursor{};
+  const Cursor to_dx = in.in(dx);
   Raw *held_x = reinterpret_cast<Raw*>(shared_memory()), *held_dy = held_x + d.split_items * blockDim.x;
   float* scratch = reinterpret_cast<float*>(shared_memory() + d.held_bytes);
-  const auto held_at = [&](int64_t item) { return (item - part.begin) * blockDim.x + threadIdx.x; };
-  for (int64_t item = part.begin + threadIdx.y; item < part.end; item += blockDim.y) {
+  const auto held_at = [&](uint32_t item) { return (item - part.begin) * blockDim.x + threadIdx.x; };
+  for (uint32_t item = part.begin + threadIdx.y; item < part.end; item += blockDim.y) {
     const Place place = part.at(item);
-    load_async<V>(held_x + held_at(item), place.in(o.x), o.x.type, place.span);
-    load_async<V>(held_dy + held_at(item), place.in(o.dy), o.dy.type, place.span);
+    load_async<V>(held_x + held_at(item), in.x.at(place.item), o.x.type, place.span);
+    load_async<V>(held_dy + held_at(item), in.dy.at(place.item), o.dy.type, place.span);
   }
   const PerPlane<V, kLast> shift = part.numbers(o, o.planes, 0), scale = part.numbers(o, o.planes, 1), offset = {};
   float q_sum[V] = {}, q_deviation_sum[V] = {};
   wait_for_copies();
   // Calls f with each item's place and gradient; two items' loads are under way.
   const auto for_each = [&](auto&& f) {
-    const bool wants_beta = o.activation == Activation::silu;
-    for (int64_t item = part.begin + threadIdx.y; item < part.end; item += 2 * blockDim.y) {
-      const int64_t other_item = item + blockDim.y;
+    for (uint32_t item = part.begin + threadIdx.y; item < part.end; item += 2 * blockDim.y) {
+      const uint32_t other_item = item + blockDim.y;
       const Place place = part.at(item), other_place = part.at(other_item);
-      const Modulation modulation = load_modulation<V, kLast>(o, place, wants_beta);
-      const Modulation other_modulation = load_modulation<V, kLast>(o, other_place, wants_beta);
-      const uint32_t signs = load_signs<V, kLast>(o, place), other_signs = load_signs<V, kLast>(o, other_place);
-      const int64_t at = held_at(item), other_at = held_at(other_item);
-      f(place, gradient<V>(o, held_x[at], held_dy[at], modulation, signs, shift, scale, offset));
+      const Modulation modulation = load_modulation<V>(in, place, modulation_row(in, place), kSilu);
+      const Modulation other_modulation = load_modulation<V>(in, other_place, modulation_row(in, other_place), kSilu);
+      const uint32_t signs = load_signs<V>(in, place), other_signs = load_signs<V>(in, other_place);
+      const uint32_t at = held_at(item), other_at = held_at(other_item);
+      f(place, gradient<V, kSilu>(o, held_x[at], held_dy[at], modulation, signs, shift, scale, offset));
       if (other_item >= part.end) continue;
-      f(other_place, gradient<V>(o, held_x[other_at], held_dy[other_at], other_modulation, other_signs, shift, scale, offset));
+      f(other_place, gradient<V, kSilu>(o, held_x[other_at], held_dy[other_at], other_modulation, other_signs, shift, scale, offset));
     }
   };
   for_each([&](const Place& place, const Gradient<V>& found) {
-    store_gradient<V>(place, found, scale, offset, dgamma, dbeta, q_sum, q_deviation_sum);
+    store_gradient<V>(place, found, scale, offset, to_dgamma, to_dbeta, q_sum, q_deviation_sum);
   });
   const float share = 1 / static_cast<float>(o.shape.pixels);
   PerPlane<V, kLast> constant = unit_sum<V, kLast>(d, q_sum, scratch), slope = unit_sum<V, kLast>(d, q_deviation_sum, scratch);
@@ -115,7 +120,7 @@ __global__ void __launch_bounds__(kMostThreads, 1) backward_kernel(Operands o, D
     float values[V];
 #pragma unroll
     for (int k = 0; k < V; ++k) values[k] = scale[k] * (found.g[k] * found.one_plus[k] - constant[k] - found.deviation[k] * slope[k]);
-    store<V>(place.in(dx), dx.type, place.span, values);
+    store<V>(to_dx, place, values);
   });
 }
 
@@ -127,18 +132,18 @@ void launch_units(Kernel* kernel, const Settings& settings, const Division& d, i
 
 }  // namespace
 
-int64_t most_blocks() { return knows_clusters(forward_kernel<4, false>) ? kCluster : 1; }
+int64_t most_blocks() { return knows_clusters(forward_kernel<4, false, false>) ? kCluster : 1; }
 
 void instance_forward(const Settings& settings, const Operands& o, const Division& d, float eps, const Rows& y, float* planes) {
-  specialised(settings, [&](auto vector, auto last) {
-    launch_units(forward_kernel<vector(), last()>, settings, d, last() ? vector() : 1, o, d, eps, y, planes);
+  specialised(settings, [&](auto vector, auto last, auto whole) {
+    launch_units(forward_kernel<vector(), last(), whole()>, settings, d, last() ? vector() : 1, o, d, eps, y, planes);
   });
 }
 
 void instance_backward(const Settings& settings, const Operands& o, const Division& d, const Rows& dgamma, const Rows& dbeta,
                        const Rows& dx) {
-  specialised(settings, [&](auto vector, auto last) {
-    launch_units(backward_kernel<vector(), last()>, settings, d, last() ? vector() : 1, o, d, dgamma, dbeta, dx);
+  specialised(settings, o, [&](auto vector, auto last, auto whole, auto is_silu) {
+    launch_units(backward_kernel<vector(), last(), whole(), is_silu()>, settings, d, last() ? vector() : 1, o, d, dgamma, dbeta, dx);
   });
 }
 

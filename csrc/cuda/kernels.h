@@ -7,18 +7,31 @@
 
 namespace spade_fast {
 
-// How to launch: V elements of a thread at a time, channels last or not.
+// How to launch: V elements of a thread at a time, channels last or not, and whether there are everywhere V of them or none, as there are
+// where V is 8.
 struct Settings {
   Stream stream;
   int vector;
-  bool last;
+  bool last, whole;
 };
 
-// Calls f with both as constants.
+// Calls f with all three as constants.
 template <typename F>
 void specialised(const Settings& settings, F&& f) {
-  const auto with_last = [&](auto vector) { settings.last ? f(vector, std::true_type()) : f(vector, std::false_type()); };
-  settings.vector == 8 ? with_last(std::integral_constant<int, 8>()) : with_last(std::integral_constant<int, 4>());
+  const auto with_last = [&](auto vector, auto whole) {
+    settings.last ? f(vector, std::true_type(), whole) : f(vector, std::false_type(), whole);
+  };
+  if (!settings.whole) return with_last(std::integral_constant<int, 4>(), std::false_type());
+  settings.vector == 8 ? with_last(std::integral_constant<int, 8>(), std::true_type())
+                       : with_last(std::integral_constant<int, 4>(), std::true_type());
+}
+
+// As that, and whether the activation is SiLU, whose derivative needs more numbers than a bit.
+template <typename F>
+void specialised(const Settings& settings, const Operands& o, F&& f) {
+  specialised(settings, [&](auto vector, auto last, auto whole) {
+    o.activation == Activation::silu ? f(vector, last, whole, std::true_type()) : f(vector, last, whole, std::false_type());
+  });
 }
 
 template <typename... Parameters, typename... Arguments>
@@ -62,18 +75,21 @@ void instance_backward(const Settings& settings, const Operands& o, const Divisi
 // The pieces that the sorted pixels of all images are cut into, so many at most. All of it is found on the device.
 struct Pieces {
   const int32_t* order;
-  int64_t rows, most;
+  int64_t rows, most, kept;
   int32_t* counts;  // [blocks of places]: pieces that begin in each; then before each
-  int64_t* firsts;  // [most + 1]: the place of a piece's first pixel, and after the last the end
+  int32_t* firsts;  // [most + 1]: the place of a piece's first pixel, and after the last the end
   int32_t* piece_rows;  // [most]: the row of each
-  int32_t* image_firsts;  // [N + 1]: the first piece of each image, and the end
-  int32_t* ranges;  // [N, rows, 2], zeros: each row's first piece, and the one after its last
-  float* found;  // [2, most, C]: Σg and Σg·(x − shift) of each
+  int32_t* image_firsts;  // [N + 1], zeros: the first piece of each image, and the end
+  int32_t* ranges;  // [rows, N, 2], zeros: each row's first piece, and the one after its last
+  int32_t* row_pieces;  // [rows], zeros: how many pieces each row has
+  float* found;  // [kept, 2, C]: Σg and Σg·(x − shift) of the first, where their rows have others too
 };
 
 constexpr int64_t kPlaces = 1024;  // of a block that looks for pieces
-constexpr int64_t kPiece = 256;    // pixels
+constexpr int64_t kPiece = 32;     // pixels
 
+// Pieces of an image that a block sums at a time.
+int64_t lanes_of_pieces(const Settings& settings, const Shape& shape);
 // dγ and dβ [rows, C] of a table, and parts [splits, 2, N, C] of the planes' sums.
 void table_sums(const Settings& settings, const Operands& o, const Pieces& pieces, int64_t splits, const Rows& dgamma, const Rows& dbeta,
                 float* parts);

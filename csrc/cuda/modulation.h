@@ -9,48 +9,64 @@ struct Modulation {
   Raw gamma, beta;
 };
 
+// Which row of γ and β these elements have, where all have the same.
+template <bool kLast>
+__device__ uint32_t modulation_row(const Cursors<kLast>& in, const Place& place) {
+  return kLast && in.o.index != nullptr && place.span.count > 0 ? row_at(in.o, in.index + place.item) : place.item;
+}
+
 // γ and, where it is wanted, β of these elements: from where x has its own, or from the row of the table that each pixel has.
 template <int V, bool kLast>
-__device__ Modulation load_modulation(const Operands& o, const Place& place, bool wants_beta) {
-  Modulation found = {};
+__device__ Modulation load_modulation(const Cursors<kLast>& in, const Place& place, uint32_t row, bool wants_beta) {
+  const Operands& o = in.o;
   const Span span = place.span;
+  Modulation found = {};
   if (kLast || o.index == nullptr) {
-    int64_t row = place.row;
-    if (o.index != nullptr) row = span.count > 0 ? row_at(o, place.image * o.shape.pixels + row) : 0;
-    found.gamma = load<V>(o.gamma.at(place.image, row, place.start), o.gamma.type, span);
-    if (wants_beta) found.beta = load<V>(o.beta.at(place.image, row, place.start), o.beta.type, span);
+    found.gamma = load<V>(in.gamma.at(row), o.gamma.type, span);
+    if (wants_beta) found.beta = load<V>(in.beta.at(row), o.beta.type, span);
     return found;
   }
-  const int64_t first = place.image * o.shape.pixels + place.start;
+  const int32_t* first = in.index + place.start;
+  uint32_t rows[V] = {};
+  if (span.vector && span.count == V && reinterpret_cast<uintptr_t>(first) % 16 == 0) {
+#pragma unroll
+    for (int k = 0; k < V; k += 4) {
+      const uint4 four = __ldg(reinterpret_cast<const uint4*>(first + k));
+      rows[k] = four.x, rows[k + 1] = four.y, rows[k + 2] = four.z, rows[k + 3] = four.w;
+    }
+  } else {
+#pragma unroll
+    for (int k = 0; k < V; ++k) {
+      if (k < span.count) rows[k] = static_cast<uint32_t>(__ldg(first + k * span.step));
+    }
+  }
 #pragma unroll
   for (int k = 0; k < V; ++k) {
     if (k >= span.count) continue;
-    const int64_t row = row_at(o, first + k * span.step);
-    set<V>(&found.gamma, k, o.gamma.type, o.gamma.at(0, row, place.row));
-    if (wants_beta) set<V>(&found.beta, k, o.beta.type, o.beta.at(0, row, place.row));
+    set<V>(&found.gamma, k, o.gamma.type, in.gamma.at(row_of(o, rows[k])));
+    if (wants_beta) set<V>(&found.beta, k, o.beta.type, in.beta.at(row_of(o, rows[k])));
   }
   return found;
 }
 
 template <bool kLast>
-__device__ uint8_t* signs_of_row(const Operands& o, const Place& place) {
-  const int64_t rows = kLast ? o.shape.pixels : o.shape.channels, length = kLast ? o.shape.channels : o.shape.pixels;
-  return o.signs + (place.image * rows + place.row) * ((length + 7) / 8);
+__device__ uint8_t* signs_at(const Cursors<kLast>& in, const Place& place) {
+  return in.signs + (kLast ? static_cast<uint64_t>(place.item) * in.signs_step : place.start / 8);
 }
 
 // The bits of these elements, for the derivative. All threads of a warp come here together, those with no elements too.
 template <int V, bool kLast>
-__device__ void store_signs(const Operands& o, const Place& place, const float (&y)[V]) {
+__device__ void store_signs(const Cursors<kLast>& in, const Place& place, const float (&y)[V]) {
+  const Operands& o = in.o;
   const bool keeps_nan = o.activation == Activation::relu;  // PyTorch's ReLU passes the gradient on there
   uint32_t bits = 0;
 #pragma unroll
   for (int k = 0; k < V; ++k) {
     if (k < place.span.count && (keeps_nan ? !(y[k] <= 0) : y[k] > 0)) bits |= 1u << k;
   }
-  uint8_t* row = signs_of_row<kLast>(o, place);
   if (place.span.step == 1) {
     if (V == 4) bits |= __shfl_xor_sync(~0u, bits, 1) << 4;  // the neighbour's are the byte's other half
-    if (place.span.count > 0 && place.start % 8 == 0) row[place.start / 8] = static_cast<uint8_t>(bits);
+    if (place.span.count > 0 && place.start % 8 == 0) *signs_at(in, place) = static_cast<uint8_t>(bits);
     return;
   }
   const int lane = threadIdx.x;
@@ -60,14 +76,15 @@ __device__ void store_signs(const Operands& o, const Place& place, const float (
     const uint32_t word = __ballot_sync(~0u, bits >> k & 1);
     if (lane / 4 == k) byte = word >> lane % 4 * 8;
   }
-  const int64_t at = (place.start - lane) / 8 + lane;
-  if (lane < 4 * V && at < (o.shape.pixels + 7) / 8) row[at] = static_cast<uint8_t>(byte);
+  const uint32_t at = (place.start - lane) / 8 + lane;
+  if (lane < 4 * V && at < in.signs_step) in.signs[at] = static_cast<uint8_t>(byte);
 }
 
 template <int V, bool kLast>
-__device__ uint32_t load_signs(const Operands& o, const Place& place) {
+__device__ uint32_t load_signs(const Cursors<kLast>& in, const Place& place) {
+  const Operands& o = in.o;
   if ((o.activation != Activation::relu && o.activation != Activation::leaky_relu) || place.span.count == 0) return 0;
-  const uint8_t* byte = signs_of_row<kLast>(o, place) + place.start / 8;
+  const uint8_t* byte = signs_at(in, place);
   const int shift = place.start % 8;
   if (place.span.step == 1) return __ldg(byte) >> shift;
   uint32_t bits = 0;
@@ -80,13 +97,14 @@ __device__ uint32_t load_signs(const Operands& o, const Place& place) {
 
 // y = act(x̂·(1 + γ) + β), from x̂.
 template <int V, bool kLast>
-__device__ void modulate(const Operands& o, const Place& place, float (&values)[V], const Modulation& modulation, const Rows& y) {
+__device__ void modulate(const Cursors<kLast>& in, const Place& place, float (&values)[V], const Modulation& modulation, const Cursor& y) {
+  const Operands& o = in.o;
   float gamma[V], beta[V];
   unpack<V>(modulation.gamma, o.gamma.type, gamma);
   unpack<V>(modulation.beta, o.beta.type, beta);
 #pragma unroll
   for (int k = 0; k < V; ++k) values[k] = values[k] * (1 + gamma[k]) + beta[k];
-  if (o.signs != nullptr) store_signs<V, kLast>(o, place, values);
+  if (o.signs != nullptr) store_signs<V>(in, place, values);
   if (o.activation == Activation::relu) {
 #pragma unroll
     for (int k = 0; k < V; ++k) values[k] = values[k] <= 0 ? 0.0f : values[k];  // NaN stays
@@ -97,7 +115,7 @@ __device__ void modulate(const Operands& o, const Place& place, float (&values)[
 #pragma unroll
     for (int k = 0; k < V; ++k) values[k] = values[k] / (1 + expf(-values[k]));
   }
-  store<V>(place.in(y), y.type, place.span, values);
+  store<V>(y, place, values);
 }
 
 template <int V>
@@ -105,7 +123,7 @@ struct Gradient {
   float deviation[V], g[V], one_plus[V];  // x − shift, dy through the activation, 1 + γ
 };
 
-template <int V, typename Number>
+template <int V, bool kSilu, typename Number>
 __device__ Gradient<V> gradient(const Operands& o, const Raw& x, const Raw& dy, const Modulation& modulation, uint32_t signs,
                                 const Number& shift, const Number& scale, const Number& offset) {
   Gradient<V> found;
@@ -117,13 +135,13 @@ __device__ Gradient<V> gradient(const Operands& o, const Raw& x, const Raw& dy, 
     found.deviation[k] -= shift[k];
     found.one_plus[k] += 1;
   }
-  if (o.activation == Activation::relu || o.activation == Activation::leaky_relu) {
+  if (!kSilu && o.activation != Activation::none) {
     const float slope = o.negative_slope;
 #pragma unroll
     for (int k = 0; k < V; ++k) {
       if (!(signs >> k & 1)) found.g[k] = o.activation == Activation::relu ? 0.0f : found.g[k] * slope;
     }
-  } else if (o.activation == Activation::silu) {
+  } else if (kSilu) {
     float beta[V];
     unpack<V>(modulation.beta, o.beta.type, beta);
 #pragma unroll
@@ -138,9 +156,9 @@ __device__ Gradient<V> gradient(const Operands& o, const Raw& x, const Raw& dy, 
 
 // dγ = g·x̂ and dβ = g, which is not written where it is dy itself; adds q = g·(1 + γ) and q·(x − shift) to sums.
 template <int V, typename Number>
-__device__ void store_gradient(const Place& place, const Gradient<V>& found, const Number& scale, const Number& offset, const Rows& dgamma,
-                               const Rows& dbeta, float (&q_sum)[V], float (&q_deviation_sum)[V]) {
-  if (dbeta.data != nullptr) store<V>(place.in(dbeta), dbeta.type, place.span, found.g);
+__device__ void store_gradient(const Place& place, const Gradient<V>& found, const Number& scale, const Number& offset, const Cursor& dgamma,
+                               const Cursor& dbeta, float (&q_sum)[V], float (&q_deviation_sum)[V]) {
+  if (dbeta.first != nullptr) store<V>(dbeta, place, found.g);
   float product[V];
 #pragma unroll
   for (int k = 0; k < V; ++k) {
@@ -149,7 +167,7 @@ __device__ void store_gradient(const Place& place, const Gradient<V>& found, con
     q_sum[k] += q;
     q_deviation_sum[k] += k < place.span.count ? q * found.deviation[k] : 0.0f;
   }
-  store<V>(place.in(dgamma), dgamma.type, place.span, product);
+  store<V>(dgamma, place, product);
 }
 
 }  // namespace spade_fast

@@ -8,6 +8,15 @@ namespace spade_fast {
 
 enum class Type : int32_t { float32, bfloat16, float16 };
 
+// Where a thread has a tensor's elements: a few bytes from one item to the next, an address of one multiplication.
+struct Cursor {
+  char* first;
+  uint32_t step;  // bytes
+  Type type;
+
+  __device__ char* at(uint32_t item) const { return first + static_cast<uint64_t>(item) * step; }
+};
+
 // A tensor: its images and the rows of each so many elements apart. The rows of a table belong to no image.
 struct Rows {
   char* data;
@@ -15,8 +24,13 @@ struct Rows {
   Type type;
 
   __device__ char* at(int64_t of_image, int64_t of_row, int64_t element) const {
-    return data + (of_image * image + of_row * row + element) * (type == Type::float32 ? 4 : 2);
+    return data + (of_image * image + of_row * row + element) * size();
   }
+  __device__ Cursor rows_from(int64_t of_image, int64_t element) const {
+    return {at(of_image, 0, element), static_cast<uint32_t>(row) * size(), type};
+  }
+  __device__ Cursor elements_from(int64_t of_image, int64_t of_row) const { return {at(of_image, of_row, 0), size(), type}; }
+  __device__ uint32_t size() const { return type == Type::float32 ? 4 : 2; }
 };
 
 struct Shape {

@@ -17,6 +17,8 @@ class Call {
       : on_device_(x), x_(x), layout_(layout_of(x)), last_(layout_ == Layout::channels_last) {
     operands.shape = {x.size(0), x.size(1), 1};
     for (int64_t dim = 2; dim < x.dim(); ++dim) operands.shape.pixels *= x.size(dim);
+    STD_TORCH_CHECK(operands.shape.pixels <= INT32_MAX, "spade_fast: x has ", operands.shape.pixels, " pixels, it should have at most ",
+                    INT32_MAX);
     operands.vector = !last_ || x.size(1) % 4 == 0;  // numbers of channels are read by four
     operands.x = read(x, "x");
   }
@@ -70,7 +72,11 @@ class Call {
   int64_t planes() const { return operands.shape.images * operands.shape.channels; }
 
   // How the kernels run, once all tensors are known.
-  Settings settings() const { return {on_device_.stream(), narrow_ ? 8 : 4, last_}; }
+  Settings settings() const {
+    const int64_t length = last_ ? operands.shape.channels : operands.shape.pixels;
+    const int vector = narrow_ && operands.vector && length % 8 == 0 ? 8 : 4;
+    return {on_device_.stream(), vector, last_, operands.vector && length % vector == 0};
+  }
   Division sweep() const { return spade_fast::sweep(operands.shape, settings().vector, last_, processors()); }
   Division tiles() const { return spade_fast::tiles(operands.shape, settings().vector, last_, operands.index != nullptr, processors()); }
   std::optional<Division> one_pass(int64_t held) const {
@@ -84,13 +90,22 @@ class Call {
   Rows read(const Tensor& x, const char* name) {
     const Type type = type_of(x, name);
     const Tensor& rows = kept(with_rows(x, layout_));
-    return noted({static_cast<char*>(const_cast<void*>(rows.const_data_ptr())), rows.stride(0), *row_distance(rows, layout_), type});
+    const int64_t distance = *row_distance(rows, layout_);
+    if (last_) check_distance(distance, name);
+    return noted({static_cast<char*>(const_cast<void*>(rows.const_data_ptr())), rows.stride(0), distance, type});
   }
 
   Rows read_table(const Tensor& table, const char* name) {
     const Type type = type_of(table, name);
     const Tensor& rows = kept(table.stride(1) == 1 ? table : torch::stable::contiguous(table));
+    check_distance(rows.stride(0), name);
     return noted({static_cast<char*>(const_cast<void*>(rows.const_data_ptr())), 0, rows.stride(0), type});
+  }
+
+  // Cursors have 32 bits for bytes from one row to the next.
+  static void check_distance(int64_t elements, const char* name) {
+    STD_TORCH_CHECK(elements <= UINT32_MAX / 4, "spade_fast: ", name, " has rows ", elements, " elements apart, they should be at most ",
+                    UINT32_MAX / 4);
   }
 
   Rows noted(const Rows& rows) {
@@ -177,17 +192,20 @@ std::tuple<Tensor, Tensor> sum_table(Call& call, const Tensor& gamma, const Tens
   pieces.order = order_of_all.const_data_ptr<int32_t>();
   pieces.rows = rows;
   pieces.most = std::min(places, images * rows + divide_up(pixels, kPiece) * images);
+  pieces.kept = std::min(pieces.most, divide_up(places, 8));  // as much memory as x in 16 bits; few have more, those are summed twice
   const auto whole_numbers = [&](int64_t size) { return call.workspace(size, ScalarType::Int).mutable_data_ptr<int32_t>(); };
   pieces.counts = whole_numbers(divide_up(places, kPlaces));
-  pieces.firsts = call.workspace(pieces.most + 1, ScalarType::Long).mutable_data_ptr<int64_t>();
+  pieces.firsts = whole_numbers(pieces.most + 1);
   pieces.piece_rows = whole_numbers(pieces.most);
-  const Tensor image_firsts = torch::stable::new_zeros(gamma, {images + 1}, ScalarType::Int);
-  const Tensor ranges = torch::stable::new_zeros(gamma, {images, rows, 2}, ScalarType::Int);
-  pieces.image_firsts = image_firsts.mutable_data_ptr<int32_t>();
-  pieces.ranges = ranges.mutable_data_ptr<int32_t>();
-  pieces.found = call.workspace(2 * pieces.most * channels).mutable_data_ptr<float>();
-  const int64_t wanted = kBlocks * processors() / std::max<int64_t>(1, images * divide_up(channels, 32));
-  const int64_t splits = std::clamp<int64_t>(wanted, 1, std::max<int64_t>(1, pieces.most / std::max<int64_t>(1, images) / 32));
+  const Tensor zeros = torch::stable::new_zeros(gamma, {images + 1 + rows + 2 * rows * images}, ScalarType::Int);
+  pieces.image_firsts = zeros.mutable_data_ptr<int32_t>();
+  pieces.row_pieces = pieces.image_firsts + images + 1;
+  pieces.ranges = pieces.row_pieces + rows;
+  pieces.found = call.workspace(2 * pieces.kept * channels).mutable_data_ptr<float>();
+  const int64_t lanes = lanes_of_pieces(call.settings(), call.operands.shape);
+  const int64_t channel_blocks = divide_up(channels, kThreads / lanes * call.settings().vector);
+  const int64_t wanted = divide_up(kBlocks * processors(), std::max<int64_t>(1, images * channel_blocks));
+  const int64_t splits = std::clamp<int64_t>(wanted, 1, std::max<int64_t>(1, pieces.most / std::max<int64_t>(1, images) / lanes));
   float* parts = call.workspace(kSumParts * splits * call.planes()).mutable_data_ptr<float>();
   table_sums(call.settings(), call.operands, pieces, splits, dgamma_rows, dbeta_rows, parts);
   combine_sums(call.settings(), call.operands, splits, parts, sums, terms);

@@ -25,58 +25,66 @@ __device__ Moments shuffled(const Moments& mine, int lanes) {
           __shfl_xor_sync(~0u, mine.count, lanes)};
 }
 
-template <int V, bool kLast>
-__global__ void __launch_bounds__(kThreads, 3) plane_moments_kernel(Operands o, Division d, float* parts) {
-  constexpr int kCount = PerPlane<V, kLast>::kCount;
-  const Part<V, kLast> part(o, d);
-  Moments moments[V] = {};
-  float count = 0;
-  const auto add = [&](const Raw& raw, const Span& span) {
-    float values[V];
-    unpack<V>(raw, o.x.type, values);
-    count += 1;  // an element that is not there is of the last item: none comes after it
-    const float share = 1 / count;
-#pragma unroll
-    for (int k = 0; k < V; ++k) {
-      if (k >= span.count) continue;
-      if (count == 1) moments[k].pivot = values[k];
-      const float difference = (values[k] - moments[k].pivot) - moments[k].beyond;
-      moments[k].beyond += difference * share;
-      moments[k].squares += difference * difference * (1 - share);
-      moments[k].count = count;
-    }
+// A thread adds up what its values of a plane are beyond the first of them, and the squares of that. At most as many digits are lost as
+// the number of its values has: the first is one of them.
+template <int V, bool kLast, bool kWhole>
+__global__ void __launch_bounds__(kThreads, 4) plane_moments_kernel(Operands o, Division d, float* parts) {
+  constexpr int kCount = PerPlane<V, kLast>::kCount, kUnderWay = 4;
+  const Part<V, kLast, kWhole> part(o, d);
+  const Cursors<kLast> in(o, part.image, part.channel);
+  float pivot[kCount] = {}, sum[kCount] = {}, squares[kCount] = {};
+  int32_t count = 0;
+  const auto add = [&](float value, int of) {
+    const float beyond = value - pivot[of];
+    sum[of] += beyond;
+    squares[of] += beyond * beyond;
   };
-  for (int64_t item = part.begin + threadIdx.y; item < part.end; item += 2 * blockDim.y) {  // two loads under way
-    const Place one = part.at(item), other = part.at(item + blockDim.y);
-    const Raw x = load<V>(one.in(o.x), o.x.type, one.span), other_x = load<V>(other.in(o.x), o.x.type, other.span);
-    add(x, one.span);
-    add(other_x, other.span);
-  }
-  if (!kLast) {
+  for (uint32_t item = part.begin + threadIdx.y; item < part.end; item += kUnderWay * blockDim.y) {
+    Raw raw[kUnderWay];
 #pragma unroll
-    for (int k = 1; k < V; ++k) moments[0] = combined(moments[0], moments[k]);
+    for (int i = 0; i < kUnderWay; ++i) raw[i] = load<V>(in.x, part.at(item + i * blockDim.y));
+#pragma unroll
+    for (int i = 0; i < kUnderWay; ++i) {
+      const int here = part.at(item + i * blockDim.y).span.count;
+      if (here == 0) continue;
+      float values[V];
+      unpack<V>(raw[i], o.x.type, values);
+      if (count == 0) {
+#pragma unroll
+        for (int k = 0; k < kCount; ++k) pivot[k] = values[k];
+      }
+      count += kLast ? 1 : here;
+#pragma unroll
+      for (int k = 0; k < V; ++k) {
+        if (kLast || k < here) add(values[k], kLast ? k : 0);  // what channels have that are not there, nobody asks for
+      }
+    }
+  }
+  Moments moments[kCount];
+#pragma unroll
+  for (int k = 0; k < kCount; ++k) {
+    const float number = static_cast<float>(count), beyond = count > 0 ? sum[k] / number : 0.0f;
+    const float about_mean = squares[k] - sum[k] * beyond;
+    moments[k] = {pivot[k], beyond, about_mean < 0 ? 0.0f : about_mean, number};
   }
   const int thread = threadIdx.y * blockDim.x + threadIdx.x, warps = blockDim.x * blockDim.y / 32;
   const int columns = kLast ? blockDim.x : 1, column = kLast ? threadIdx.x : 0;
-  Moments* scratch = reinterpret_cast<Moments*>(shared_memory());
+  Moments* scratch = reinterpret_cast<Moments*>(shared_memory());  // [warps, columns, kCount]
 #pragma unroll
   for (int k = 0; k < kCount; ++k) {
     for (int lanes = columns; lanes < 32; lanes *= 2) moments[k] = combined(moments[k], shuffled(moments[k], lanes));
-    if (thread % 32 < columns) scratch[(thread / 32 * kCount + k) * columns + column] = moments[k];
+    if (thread % 32 < columns) scratch[(thread / 32 * columns + column) * kCount + k] = moments[k];
   }
   __syncthreads();
-  if (threadIdx.y != 0) return;
-  PerPlane<V, kLast> pivot, beyond, squares;
-#pragma unroll
-  for (int k = 0; k < kCount; ++k) {
-    Moments all = {};
-    for (int warp = 0; warp < warps; ++warp) all = combined(all, scratch[(warp * kCount + k) * columns + column]);
-    pivot.values[k] = all.pivot, beyond.values[k] = all.beyond, squares.values[k] = all.squares;
+  const int64_t all = o.shape.images * o.shape.channels, split = part.split(d);
+  for (int plane = thread; plane < columns * kCount; plane += blockDim.x * blockDim.y) {  // a thread for each
+    Moments found = {};
+    for (int warp = 0; warp < warps; ++warp) found = combined(found, scratch[warp * columns * kCount + plane]);
+    const int64_t channel = part.channel - threadIdx.x * (kLast ? V : 0) + plane;
+    if (channel >= o.shape.channels) continue;
+    float* to = parts + kMomentParts * split * all + part.image * o.shape.channels + channel;
+    to[0] = found.pivot, to[all] = found.beyond, to[2 * all] = found.squares;
   }
-  const int64_t split = part.split(d);
-  part.store_numbers(o, parts, 3 * split, pivot);
-  part.store_numbers(o, parts, 3 * split + 1, beyond);
-  part.store_numbers(o, parts, 3 * split + 2, squares);
 }
 
 __global__ void __launch_bounds__(kCombiners) combine_moments_kernel(Operands o, Division d, const float* parts, float eps, float* moments,
@@ -105,8 +113,8 @@ __global__ void __launch_bounds__(kCombiners) combine_moments_kernel(Operands o,
 }  // namespace
 
 void plane_moments(const Settings& settings, const Operands& o, const Division& d, float* parts) {
-  specialised(settings, [&](auto vector, auto last) {
-    launch(plane_moments_kernel<vector(), last()>, settings, d, d.shared(4, last() ? vector() : 1), o, d, parts);
+  specialised(settings, [&](auto vector, auto last, auto whole) {
+    launch(plane_moments_kernel<vector(), last(), whole()>, settings, d, d.shared(4, last() ? vector() : 1), o, d, parts);
   });
 }
 

@@ -1,8 +1,9 @@
 // dγ and dβ of a table: for each of its rows the sums over the pixels that have it, always in the same order.
 //
-// Pixels sorted by their row are cut into pieces of one row and at most kPiece pixels. A block sums a piece, then each row's pieces are
-// summed. With d = x − shift a piece has Σg and Σg·d, whence dβ = Σg and dγ = scale·Σg·d + offset·Σg, and for the planes, with the
-// row's γ, Σq = (1 + γ)·Σg and Σq·d = (1 + γ)·Σg·d: no other pass over x. How many pieces there are stays on the device.
+// Pixels sorted by their row are cut into pieces of one row and at most kPiece pixels. Threads with neighbouring channels sum a piece, and
+// write what a row of one piece has; then the pieces of the other rows are summed. With d = x − shift a piece has Σg and Σg·d, whence
+// dβ = Σg and dγ = scale·Σg·d + offset·Σg, and for the planes, with the row's γ, Σq = (1 + γ)·Σg and Σq·d = (1 + γ)·Σg·d: no other pass
+// over x. How many pieces there are stays on the device.
 
 #include "kernels.h"
 #include "modulation.h"
@@ -10,26 +11,27 @@
 namespace spade_fast {
 namespace {
 
-constexpr int64_t kPieceThreads = 128;  // most pieces have few pixels
+constexpr int64_t kRowThreads = 256;  // of a block that sums pieces of a row: 32, of four channels each, at each of 8 pieces
 
 // A place among the sorted pixels of all images.
 struct Sorted {
-  int64_t image, position;
+  uint32_t image, position;
   int32_t row;
   bool exists, begins_row, ends_row, begins_piece;
 };
 
 // The pixel that order has at a place: one that there is, whatever the number.
-__device__ int64_t pixel_at(const Operands& o, const Pieces& pieces, int64_t at) {
+__device__ uint32_t pixel_at(const Operands& o, const Pieces& pieces, int64_t at) {
   const uint32_t pixel = static_cast<uint32_t>(__ldg(pieces.order + at)), pixels = static_cast<uint32_t>(o.shape.pixels);
   return pixel < pixels ? pixel : pixels - 1;
 }
 
 __device__ Sorted sorted_at(const Operands& o, const Pieces& pieces, int64_t at) {
-  const int64_t pixels = o.shape.pixels;
-  Sorted place = {at / pixels, at % pixels, -1, at < o.shape.images * pixels, false, false, false};
+  const uint32_t pixels = static_cast<uint32_t>(o.shape.pixels), place_of_all = static_cast<uint32_t>(at);
+  Sorted place = {place_of_all / pixels, place_of_all % pixels, -1, at < o.shape.images * pixels, false, false, false};
   if (!place.exists) return place;
-  const auto row_of = [&](int64_t other) { return row_at(o, place.image * pixels + pixel_at(o, pieces, other)); };
+  const int32_t* index = o.index + static_cast<int64_t>(place.image) * pixels;
+  const auto row_of = [&](int64_t other) { return static_cast<int32_t>(row_at(o, index + pixel_at(o, pieces, other))); };
   place.row = row_of(at);
   place.begins_row = place.position == 0 || row_of(at - 1) != place.row;
   place.ends_row = place.position == pixels - 1 || row_of(at + 1) != place.row;
@@ -81,125 +83,213 @@ __global__ void __launch_bounds__(kPlaces) list_pieces_kernel(Operands o, Pieces
   const int64_t found = pieces.counts[blockIdx.x] + block_scan(place.begins_piece, &all) - 1;
   const int piece = static_cast<int>(found < pieces.most ? found : pieces.most - 1);  // more there are not where order is sorted
   if (!place.exists) return;
-  if (place.begins_piece) pieces.firsts[piece] = at, pieces.piece_rows[piece] = place.row;
-  int32_t* range = pieces.ranges + 2 * (place.image * pieces.rows + place.row);
+  if (place.begins_piece) {
+    pieces.firsts[piece] = static_cast<int32_t>(at), pieces.piece_rows[piece] = place.row;
+    add_atomically(pieces.row_pieces + place.row, found < pieces.most - 1 ? 1 : 2);  // two pieces may be in the last place
+  }
+  int32_t* range = pieces.ranges + 2 * (place.row * o.shape.images + place.image);
   if (place.begins_row) range[0] = piece;
   if (place.ends_row) range[1] = piece + 1;
   if (place.position == 0) pieces.image_firsts[place.image] = piece;
-  if (at == o.shape.images * o.shape.pixels - 1) pieces.firsts[piece + 1] = at + 1, pieces.image_firsts[o.shape.images] = piece + 1;
+  if (at == o.shape.images * o.shape.pixels - 1) pieces.firsts[piece + 1] = static_cast<int32_t>(at + 1), pieces.image_firsts[o.shape.images] = piece + 1;
 }
 
-// A thread has V channels of every so many-th pixel of the piece.
-template <int V, bool kLast>
-__device__ void sum_piece(const Operands& o, const Pieces& pieces, int64_t piece, uint32_t channel_block) {
-  const int64_t channels = o.shape.channels, pixels = o.shape.pixels;
-  const int64_t begin = pieces.firsts[piece], end = pieces.firsts[piece + 1], image = begin / pixels;
-  const int64_t channel = (channel_block * blockDim.x + threadIdx.x) * V, row = pieces.piece_rows[piece];
-  const int count = Part<V, true>::limited(channels - channel);
-  const Span in_row = {1, count, o.vector};
-  PerPlane<V, true> shift = {}, scale = {}, offset = {};
-#pragma unroll
-  for (int k = 0; k < V; ++k) {
-    if (k >= count) continue;
-    const float* plane = o.planes + image * channels + channel + k;
-    const int64_t planes = o.shape.images * channels;
-    shift.values[k] = __ldg(plane), scale.values[k] = __ldg(plane + planes), offset.values[k] = __ldg(plane + 2 * planes);
+// V channels of an image, as the threads that sum pieces have them.
+template <int V, bool kLast, bool kWhole>
+struct Channels {
+  Cursors<kLast> in;
+  Span span;
+  PerPlane<V, true> shift;
+
+  __device__ Channels(const Operands& o, int64_t image, int64_t first)
+      : in(o, image, first), span{1, Part<V, true, kWhole>::limited(o.shape.channels - first), kWhole || o.vector}, shift(numbers(0)) {}
+
+  __device__ PerPlane<V, true> numbers(int64_t which) const {
+    return numbers_of<V, true>(in.o, in.o.planes, which, in.image, in.channel, span);
   }
+};
+
+template <int V>
+struct PieceSums {
+  float g[V], g_deviation[V];  // Σg and Σg·(x − shift)
+};
+
+// Over the pixels that order has in [begin, end).
+template <int V, bool kLast, bool kWhole, bool kSilu>
+__device__ PieceSums<V> sum_pixels(const Operands& o, const Pieces& pieces, const Channels<V, kLast, kWhole>& channels, uint32_t row, int32_t begin,
+                                   int32_t end) {
+  constexpr int kUnderWay = kLast ? 2 : 8 / V;  // pixels
+  const Cursors<kLast>& in = channels.in;
   Modulation modulation = {};
-  if (o.activation == Activation::silu) {
-    modulation.gamma = load<V>(o.gamma.at(0, row, channel), o.gamma.type, in_row);
-    modulation.beta = load<V>(o.beta.at(0, row, channel), o.beta.type, in_row);
+  PerPlane<V, true> scale = {}, offset = {};
+  if (kSilu) {
+    scale = channels.numbers(1), offset = channels.numbers(2);
+    modulation.gamma = load<V>(in.gamma.at(row), o.gamma.type, channels.span);
+    modulation.beta = load<V>(in.beta.at(row), o.beta.type, channels.span);
   }
-  float g_sum[V] = {}, g_deviation_sum[V] = {};
-  for (int64_t at = begin + threadIdx.y; at < end; at += blockDim.y) {
-    const int64_t pixel = pixel_at(o, pieces, at);
-    const auto channels_of = [&](const Rows& rows) {
-      if (kLast) return load<V>(rows.at(image, pixel, channel), rows.type, in_row);
-      return load<V>(rows.at(image, channel, pixel), rows.type, {rows.row, count, false});
-    };
-    const Raw x = channels_of(o.x), dy = channels_of(o.dy);
+  const auto load_pixel = [&](const Rows& rows, const Cursor& from, uint32_t pixel) {
+    const Span span = kLast ? channels.span : Span{rows.row, channels.span.count, false};
+    return load<V>(from.at(pixel), from.type, span);
+  };
+  const auto load_pixel_signs = [&](uint32_t pixel) {
+    if (kLast) return load_signs<V>(in, {pixel, static_cast<uint32_t>(in.channel), channels.span});
     uint32_t signs = 0;
-    if (kLast) {
-      signs = load_signs<V, true>(o, {image, pixel, channel, in_row});
-    } else {
-#pragma unroll
-      for (int k = 0; k < V; ++k) signs |= load_signs<1, false>(o, {image, channel + k, pixel, {1, k < count, false}}) % 2 << k;
-    }
-    const Gradient<V> found = gradient<V>(o, x, dy, modulation, signs, shift, scale, offset);
 #pragma unroll
     for (int k = 0; k < V; ++k) {
-      g_sum[k] += found.g[k];
-      g_deviation_sum[k] += found.g[k] * found.deviation[k];
+      const Place place = {pixel, pixel, {1, k < channels.span.count, false}};
+      Cursors<kLast> of_channel = in;
+      of_channel.signs += k * in.signs_step;
+      signs |= (load_signs<1>(of_channel, place) & 1u) << k;
     }
-  }
-  float* scratch = reinterpret_cast<float*>(shared_memory());
-  const PerPlane<V, true> g = block_sum<V, true>(g_sum, scratch), g_deviation = block_sum<V, true>(g_deviation_sum, scratch);
-  if (threadIdx.y != 0) return;
-  float* found = pieces.found + piece * channels + channel;
+    return signs;
+  };
+  PieceSums<V> sums = {};
+  for (int32_t at = begin; at < end; at += kUnderWay) {
+    Raw x[kUnderWay], dy[kUnderWay];
+    uint32_t signs[kUnderWay];
 #pragma unroll
-  for (int k = 0; k < V; ++k) {
-    if (k < count) found[k] = g.values[k], found[pieces.most * channels + k] = g_deviation.values[k];
+    for (int i = 0; i < kUnderWay; ++i) {
+      const uint32_t pixel = pixel_at(o, pieces, at + i < end ? at + i : at);
+      x[i] = load_pixel(o.x, in.x, pixel), dy[i] = load_pixel(o.dy, in.dy, pixel), signs[i] = load_pixel_signs(pixel);
+    }
+#pragma unroll
+    for (int i = 0; i < kUnderWay; ++i) {
+      if (at + i >= end) continue;
+      const Gradient<V> found = gradient<V, kSilu>(o, x[i], dy[i], modulation, signs[i], channels.shift, scale, offset);
+#pragma unroll
+      for (int k = 0; k < V; ++k) {
+        sums.g[k] += found.g[k];
+        sums.g_deviation[k] += found.g[k] * found.deviation[k];
+      }
+    }
+  }
+  return sums;
+}
+
+struct Piece {
+  int32_t begin, end;
+  uint32_t row;
+};
+
+__device__ Piece piece_at(const Pieces& pieces, int32_t piece) {
+  return {__ldg(pieces.firsts + piece), __ldg(pieces.firsts + piece + 1), static_cast<uint32_t>(__ldg(pieces.piece_rows + piece))};
+}
+
+// A block has a split of an image's pieces, and of its channels as many as it has columns. Each of its lanes sums a piece at a time. What
+// they find of the planes is added up in shared memory, where each thread has places of its own until the end.
+template <int V, bool kLast, bool kWhole, bool kSilu>
+__global__ void __launch_bounds__(kThreads, kLast && kWhole && !kSilu ? 3 : 2) sum_pieces_kernel(Operands o, Pieces pieces, uint32_t channel_blocks,
+                                                                             uint32_t splits, Rows dgamma, Rows dbeta, float* parts) {
+  const uint32_t unit = blockIdx.x / splits, split = blockIdx.x % splits, columns = blockDim.x, lanes = blockDim.y;
+  const int64_t image = unit / channel_blocks, block_channel = static_cast<int64_t>(unit % channel_blocks) * columns * V;
+  const Channels<V, kLast, kWhole> channels(o, image, block_channel + threadIdx.x * V);
+  const int32_t begin = pieces.image_firsts[image], end = pieces.image_firsts[image + 1];
+  float* q_sums = reinterpret_cast<float*>(shared_memory());  // [lanes, columns, V], twice
+  float *mine = q_sums + (threadIdx.y * columns + threadIdx.x) * V, *mine_with_deviation = mine + kThreads * V;
+#pragma unroll
+  for (int k = 0; k < V; ++k) mine[k] = mine_with_deviation[k] = 0;
+  for (int32_t piece = begin + static_cast<int32_t>(split * lanes + threadIdx.y); piece < end; piece += splits * lanes) {
+    const Piece found = piece_at(pieces, piece);
+    const PieceSums<V> sums = sum_pixels<V, kLast, kWhole, kSilu>(o, pieces, channels, found.row, found.begin, found.end);
+    const int32_t of_row = __ldg(pieces.row_pieces + found.row);
+    float one_plus[V];
+    const Raw gamma = load<V>(channels.in.gamma.at(found.row), o.gamma.type, channels.span);
+    unpack<V>(gamma, o.gamma.type, one_plus);
+#pragma unroll
+    for (int k = 0; k < V; ++k) {
+      mine[k] += (1 + one_plus[k]) * sums.g[k];
+      mine_with_deviation[k] += (1 + one_plus[k]) * sums.g_deviation[k];
+    }
+    if (of_row == 1) {
+      const auto scale = channels.numbers(1), offset = channels.numbers(2);
+      float normalised[V];
+#pragma unroll
+      for (int k = 0; k < V; ++k) normalised[k] = scale[k] * sums.g_deviation[k] + offset[k] * sums.g[k];
+      store<V>(dgamma.at(0, found.row, channels.in.channel), dgamma.type, channels.span, normalised);
+      store<V>(dbeta.at(0, found.row, channels.in.channel), dbeta.type, channels.span, sums.g);
+    } else if (piece < pieces.kept) {
+      float* kept = pieces.found + 2 * static_cast<int64_t>(piece) * o.shape.channels + channels.in.channel;
+#pragma unroll
+      for (int k = 0; k < V; k += 4) {
+        const Span four = {1, Part<4, true, kWhole>::limited(channels.span.count - k), channels.span.vector};
+        const float g[4] = {sums.g[k], sums.g[k + 1], sums.g[k + 2], sums.g[k + 3]};
+        const float g_deviation[4] = {sums.g_deviation[k], sums.g_deviation[k + 1], sums.g_deviation[k + 2], sums.g_deviation[k + 3]};
+        store<4>(reinterpret_cast<char*>(kept + k), Type::float32, four, g);
+        store<4>(reinterpret_cast<char*>(kept + o.shape.channels + k), Type::float32, four, g_deviation);
+      }
+    }
+  }
+  __syncthreads();
+  const int64_t all = o.shape.images * o.shape.channels, thread = threadIdx.y * columns + threadIdx.x;
+  for (int64_t k = thread; k < 2 * columns * V; k += kThreads) {
+    const int64_t which = k / (columns * V), channel = block_channel + k % (columns * V);
+    float sum = 0;
+    for (uint32_t lane = 0; lane < lanes; ++lane) sum += q_sums[which * kThreads * V + lane * columns * V + k % (columns * V)];
+    if (channel < o.shape.channels) parts[(kSumParts * split + which) * all + image * o.shape.channels + channel] = sum;
   }
 }
 
-template <int V, bool kLast>
-__global__ void __launch_bounds__(kPieceThreads, 1) sum_pieces_kernel(Operands o, Pieces pieces, uint32_t channel_blocks) {
-  const int64_t count = pieces.image_firsts[o.shape.images], step = gridDim.x / channel_blocks;
-  for (int64_t piece = blockIdx.x / channel_blocks; piece < count; piece += step) {
-    sum_piece<V, kLast>(o, pieces, piece, blockIdx.x % channel_blocks);
-  }
-}
-
-// A thread has a channel of a row.
-__global__ void __launch_bounds__(kThreads) sum_rows_kernel(Operands o, Pieces pieces, uint32_t channel_blocks, Rows dgamma, Rows dbeta) {
-  const int64_t row = blockIdx.x / channel_blocks, channel = blockIdx.x % channel_blocks * blockDim.x + threadIdx.x;
-  const int64_t channels = o.shape.channels;
-  if (channel >= channels) return;
-  float g_sum = 0, g_normalised_sum = 0;
-  for (int64_t image = 0; image < o.shape.images; ++image) {
-    const float *scale = o.planes + (o.shape.images + image) * channels + channel, *offset = scale + o.shape.images * channels;
-    const int32_t* range = pieces.ranges + 2 * (image * pieces.rows + row);
-    const int64_t begin = range[0], end = range[1];
+// dγ and dβ of the rows that have more pieces than one, or none. A block has a row at a time, and four channels of each column: its lanes
+// go through the row's pieces in each image. Sums of pieces that were not kept are found again.
+template <bool kLast, bool kWhole, bool kSilu>
+__global__ void __launch_bounds__(kRowThreads, 1) sum_rows_kernel(Operands o, Pieces pieces, uint32_t channel_blocks, Rows dgamma, Rows dbeta) {
+  const int64_t step = gridDim.x / channel_blocks, images = o.shape.images, channels_of_all = o.shape.channels;
+  const int64_t channel = (blockIdx.x % channel_blocks * blockDim.x + threadIdx.x) * 4;
+  int32_t* ranges = reinterpret_cast<int32_t*>(shared_memory());
+  float* scratch = reinterpret_cast<float*>(ranges + 2 * kRowThreads);
+  const int thread = threadIdx.y * blockDim.x + threadIdx.x;
+  for (int64_t row = blockIdx.x / channel_blocks; row < pieces.rows; row += step) {
+    if (__ldg(pieces.row_pieces + row) == 1) continue;
+    float g_sum[4] = {}, g_normalised_sum[4] = {};
+    for (int64_t first = 0; first < images; first += kRowThreads) {
+      __syncthreads();  // ranges were read
+      if (first + thread < images) {
+        const int32_t* range = pieces.ranges + 2 * (row * images + first + thread);
+        ranges[2 * thread] = __ldg(range), ranges[2 * thread + 1] = __ldg(range + 1);
+      }
+      __syncthreads();
+      for (int64_t image = first; image < images && image < first + kRowThreads; ++image) {
+        const int32_t end = ranges[2 * (image - first) + 1];
+        int64_t piece = ranges[2 * (image - first)] + threadIdx.y;
+        if (piece >= end) continue;
+        const Channels<4, kLast, kWhole> channels(o, image, channel);
+        PieceSums<4> sums = {};
+        const auto add = [&](const PieceSums<4>& found) {
+#pragma unroll
+          for (int k = 0; k < 4; ++k) sums.g[k] += found.g[k], sums.g_deviation[k] += found.g_deviation[k];
+        };
 #pragma unroll 4
-    for (int64_t piece = begin; piece < end; ++piece) {
-      const float* found = pieces.found + piece * channels + channel;
-      const float g = __ldg(found), g_deviation = __ldg(found + pieces.most * channels);
-      g_sum += g;
-      g_normalised_sum += *scale * g_deviation + *offset * g;
+        for (; piece < end && piece < pieces.kept; piece += blockDim.y) {
+          const char* kept = reinterpret_cast<const char*>(pieces.found + 2 * piece * channels_of_all + channel);
+          PieceSums<4> found;
+          unpack<4>(load<4>(kept, Type::float32, channels.span), Type::float32, found.g);
+          unpack<4>(load<4>(kept + 4 * channels_of_all, Type::float32, channels.span), Type::float32, found.g_deviation);
+          add(found);
+        }
+        for (; piece < end; piece += blockDim.y) {
+          add(sum_pixels<4, kLast, kWhole, kSilu>(o, pieces, channels, row, __ldg(pieces.firsts + piece), __ldg(pieces.firsts + piece + 1)));
+        }
+        const auto scale = channels.numbers(1), offset = channels.numbers(2);
+#pragma unroll
+        for (int k = 0; k < 4; ++k) {
+          g_sum[k] += sums.g[k];
+          g_normalised_sum[k] += scale[k] * sums.g_deviation[k] + offset[k] * sums.g[k];
+        }
+      }
     }
+    const PerPlane<4, true> g = block_sum<4, true>(g_sum, scratch), g_normalised = block_sum<4, true>(g_normalised_sum, scratch);
+    if (threadIdx.y != 0) continue;
+    const Span span = {1, Part<4, true, kWhole>::limited(channels_of_all - channel), kWhole || o.vector};
+    store<4>(dgamma.at(0, row, channel), dgamma.type, span, g_normalised.values);
+    store<4>(dbeta.at(0, row, channel), dbeta.type, span, g.values);
   }
-  store_one(dgamma.at(0, row, channel), g_normalised_sum, dgamma.type);
-  store_one(dbeta.at(0, row, channel), g_sum, dbeta.type);
-}
-
-// A thread has a channel of every so many-th piece of this split of an image's.
-__global__ void __launch_bounds__(kThreads) sum_planes_kernel(Operands o, Pieces pieces, uint32_t channel_blocks, int64_t splits,
-                                                              float* parts) {
-  const int64_t channels = o.shape.channels, split = blockIdx.x % splits, unit = blockIdx.x / splits;
-  const int64_t image = unit / channel_blocks, channel = unit % channel_blocks * blockDim.x + threadIdx.x;
-  const int64_t first = pieces.image_firsts[image], count = pieces.image_firsts[image + 1] - first;
-  const int64_t split_pieces = (count + splits - 1) / splits, begin = first + split * split_pieces;
-  const int64_t end = begin + split_pieces < first + count ? begin + split_pieces : first + count;
-  float q_sum[1] = {}, q_deviation_sum[1] = {};
-  if (channel < channels) {
-#pragma unroll 2
-    for (int64_t piece = begin + threadIdx.y; piece < end; piece += blockDim.y) {
-      float one_plus[4];
-      unpack<4>(load<4>(o.gamma.at(0, __ldg(pieces.piece_rows + piece), channel), o.gamma.type, {1, 1, false}), o.gamma.type, one_plus);
-      const float* found = pieces.found + piece * channels + channel;
-      q_sum[0] += (1 + one_plus[0]) * __ldg(found);
-      q_deviation_sum[0] += (1 + one_plus[0]) * __ldg(found + pieces.most * channels);
-    }
-  }
-  float* scratch = reinterpret_cast<float*>(shared_memory());
-  const PerPlane<1, true> q = block_sum<1, true>(q_sum, scratch), q_deviation = block_sum<1, true>(q_deviation_sum, scratch);
-  if (threadIdx.y != 0 || channel >= channels) return;
-  const int64_t all = o.shape.images * channels, plane = image * channels + channel;
-  parts[2 * split * all + plane] = q.values[0];
-  parts[(2 * split + 1) * all + plane] = q_deviation.values[0];
 }
 
 }  // namespace
+
+int64_t lanes_of_pieces(const Settings& settings, const Shape& shape) {
+  return kThreads / columns_of(divide_up(shape.channels, shape.channels % 8 == 0 ? settings.vector : 4));
+}
 
 void table_sums(const Settings& settings, const Operands& o, const Pieces& pieces, int64_t splits, const Rows& dgamma, const Rows& dbeta,
                 float* parts) {
@@ -208,17 +298,21 @@ void table_sums(const Settings& settings, const Operands& o, const Pieces& piece
   launch(count_pieces_kernel, blocks, dim3(kPlaces), kPlaces / 8, stream, o, pieces);
   launch(scan_counts_kernel, 1, dim3(kPlaces), kPlaces / 8, stream, pieces, blocks);
   launch(list_pieces_kernel, blocks, dim3(kPlaces), kPlaces / 8, stream, o, pieces);
-  specialised(settings, [&](auto vector, auto last) {
-    const int columns = columns_of(divide_up(channels, vector())), lanes = kPieceThreads / columns;
+  Settings of_channels = settings;  // of which threads have V here, whatever the layout
+  of_channels.vector = channels % 8 == 0 ? settings.vector : 4;
+  of_channels.whole = settings.whole && channels % of_channels.vector == 0;
+  specialised(of_channels, o, [&](auto vector, auto last, auto whole, auto is_silu) {
+    const int columns = columns_of(divide_up(channels, vector()));
     const int64_t channel_blocks = divide_up(channels, columns * vector());
-    const int64_t blocks_of_channels = std::min(pieces.most, divide_up(4 * kBlocks * processors(), std::max<int64_t>(1, channel_blocks)));
-    launch(sum_pieces_kernel<vector(), last()>, blocks_of_channels * channel_blocks, dim3(columns, lanes),
-           columns * lanes / 8 * columns * vector(), stream, o, pieces, static_cast<uint32_t>(channel_blocks));
+    launch(sum_pieces_kernel<vector(), last(), whole(), is_silu()>, o.shape.images * channel_blocks * splits, dim3(columns, kThreads / columns),
+           2 * kThreads * vector() * 4, stream, o, pieces, static_cast<uint32_t>(channel_blocks), static_cast<uint32_t>(splits), dgamma,
+           dbeta, parts);
+    const int row_columns = static_cast<int>(std::clamp<int64_t>(power_from(divide_up(channels, 4)), 1, 32));
+    const int64_t row_blocks = divide_up(channels, 4 * row_columns);
+    const int64_t blocks_of_channels = std::min(pieces.rows, divide_up(kSweepBlocks * processors(), std::max<int64_t>(1, row_blocks)));
+    launch(sum_rows_kernel<last(), whole(), is_silu()>, blocks_of_channels * row_blocks, dim3(row_columns, kRowThreads / row_columns),
+           2 * kRowThreads * 4 + kRowThreads / 32 * 4 * row_columns * 4, stream, o, pieces, static_cast<uint32_t>(row_blocks), dgamma, dbeta);
   });
-  const int64_t row_blocks = divide_up(channels, 128), plane_blocks = divide_up(channels, 32);
-  launch(sum_rows_kernel, pieces.rows * row_blocks, dim3(128), 0, stream, o, pieces, static_cast<uint32_t>(row_blocks), dgamma, dbeta);
-  launch(sum_planes_kernel, o.shape.images * plane_blocks * splits, dim3(32, 8), 8 * 32 * 4, stream, o, pieces,
-         static_cast<uint32_t>(plane_blocks), splits, parts);
 }
 
 }  // namespace spade_fast

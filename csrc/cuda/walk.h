@@ -6,11 +6,9 @@
 
 namespace spade_fast {
 
-// The row that index has at a place: of the table, whatever the number, for nobody waits to ask whether it is one.
-__device__ inline int32_t row_at(const Operands& o, int64_t place) {
-  const uint32_t row = static_cast<uint32_t>(__ldg(o.index + place));
-  return static_cast<int32_t>(row < o.rows ? row : o.rows - 1);
-}
+// A row of the table, whatever number index has, for nobody waits to ask whether it is one.
+__device__ inline uint32_t row_of(const Operands& o, uint32_t number) { return number < o.rows ? number : o.rows - 1; }
+__device__ inline uint32_t row_at(const Operands& o, const int32_t* index) { return row_of(o, static_cast<uint32_t>(__ldg(index))); }
 
 // A number of each plane that a thread has elements of: one, or one for each of its channels.
 template <int V, bool kLast>
@@ -21,27 +19,79 @@ struct PerPlane {
   __device__ float operator[](int k) const { return values[kLast ? k : 0]; }
 };
 
-// V elements of a thread: in row `row` of an image (a channel's plane, or a pixel), from `start` on.
-struct Place {
-  int64_t image, row, start;
-  Span span;
+// Of the numbers of all planes those of a channel, or of the channels that a span has.
+template <int V, bool kLast>
+__device__ PerPlane<V, kLast> numbers_of(const Operands& o, const float* all, int64_t which, int64_t image, int64_t channel, Span span) {
+  const float* first = all + (which * o.shape.images + image) * o.shape.channels + channel;
+  PerPlane<V, kLast> result = {};
+  if (!kLast) {
+    result.values[0] = __ldg(first);
+  } else if (span.vector && span.count == V) {
+#pragma unroll
+    for (int k = 0; k < PerPlane<V, kLast>::kCount; k += 4) {
+      const float4 four = __ldg(reinterpret_cast<const float4*>(first + k));
+      const float values[4] = {four.x, four.y, four.z, four.w};
+#pragma unroll
+      for (int i = 0; i < 4; ++i) result.values[(k + i) % PerPlane<V, kLast>::kCount] = values[i];
+    }
+  } else {
+#pragma unroll
+    for (int k = 0; k < V; ++k) {
+      if (k < span.count) result.values[k % PerPlane<V, kLast>::kCount] = __ldg(first + k);
+    }
+  }
+  return result;
+}
 
-  __device__ char* in(const Rows& rows) const { return rows.at(image, row, start); }
+// Where threads find what they read, of an image: from a channel on, or of a channel's plane.
+template <bool kLast>
+struct Cursors {
+  const Operands& o;
+  int64_t image, channel;
+  Cursor x, dy, gamma, beta;
+  const int32_t* index;
+  uint8_t* signs;  // of the plane, or the byte of the first pixel
+  uint32_t signs_step;
+
+  __device__ Cursors(const Operands& o, int64_t image, int64_t channel)
+      : o(o), image(image), channel(channel), x(in(o.x)), dy(in(o.dy)), gamma(modulation(o.gamma)), beta(modulation(o.beta)),
+        index(o.index + image * o.shape.pixels) {
+    signs_step = static_cast<uint32_t>((kLast ? o.shape.channels : o.shape.pixels) + 7) / 8;
+    signs = o.signs + (kLast ? image * o.shape.pixels * signs_step + channel / 8 : (image * o.shape.channels + channel) * signs_step);
+  }
+
+  __device__ Cursor in(const Rows& rows) const { return kLast ? rows.rows_from(image, channel) : rows.elements_from(image, channel); }
+  __device__ Cursor modulation(const Rows& rows) const { return o.index != nullptr ? rows.rows_from(0, channel) : in(rows); }
 };
 
-// A thread's part of a tensor: of one plane, or V channels of one image; the items [begin, end) are those of the block.
-template <int V, bool kLast>
+// V elements of a thread, in a channel's plane or at a pixel.
+struct Place {
+  uint32_t item;   // where cursors find them: the first's place in the plane, or the pixel
+  uint32_t start;  // the first's place in its row: in the plane, or among the channels
+  Span span;
+};
+
+template <int V>
+__device__ Raw load(const Cursor& from, const Place& place) { return load<V>(from.at(place.item), from.type, place.span); }
+
+template <int V>
+__device__ void store(const Cursor& to, const Place& place, const float (&values)[V]) { store<V>(to.at(place.item), to.type, place.span, values); }
+
+// A thread's part of a tensor: of one plane, or V channels of one image; the items [begin, end) are those of the block. kWhole: everywhere
+// there are V elements or none.
+template <int V, bool kLast, bool kWhole>
 struct Part {
-  int64_t image, channel, begin, end;
-  int64_t pixels;
+  int64_t image, channel;
+  uint32_t begin, end, pixels;
   int channels;  // that exist
   bool vector;
 
-  __device__ Part(const Operands& o, const Division& d) : pixels(o.shape.pixels), vector(o.vector) {
+  __device__ Part(const Operands& o, const Division& d) : pixels(static_cast<uint32_t>(o.shape.pixels)), vector(kWhole || o.vector) {
     const uint32_t units = static_cast<uint32_t>(d.units), splits = static_cast<uint32_t>(d.splits);
     const uint32_t unit = d.units_first ? blockIdx.x % units : blockIdx.x / splits;
-    begin = split(d) * d.split_items;
-    end = begin + d.split_items < d.items ? begin + d.split_items : d.items;
+    const uint32_t items = static_cast<uint32_t>(d.items), split_items = static_cast<uint32_t>(d.split_items);
+    begin = static_cast<uint32_t>(split(d)) * split_items;
+    end = begin + split_items < items ? begin + split_items : items;
     const uint32_t columns = blockDim.x, all = static_cast<uint32_t>(o.shape.channels);
     const uint32_t units_of_image = kLast ? (all + V * columns - 1) / (V * columns) : all;
     image = unit / units_of_image;
@@ -53,38 +103,23 @@ struct Part {
     return d.units_first ? blockIdx.x / static_cast<uint32_t>(d.units) : blockIdx.x % static_cast<uint32_t>(d.splits);
   }
 
-  static __device__ int limited(int64_t count) { return count < 0 ? 0 : count < V ? static_cast<int>(count) : V; }
+  static __device__ int limited(int64_t count) {
+    if (kWhole) return count > 0 ? V : 0;
+    return count < 0 ? 0 : count < V ? static_cast<int>(count) : V;
+  }
 
   // The elements at an item; none beyond the end. Where rows begin anywhere, a warp has the elements of a strip by turns.
-  __device__ Place at(int64_t item) const {
-    if (kLast) return {image, item, channel, {1, item < end ? channels : 0, vector}};
-    const int64_t strip = item * 32 * V;
-    const int64_t start = strip + threadIdx.x * (vector ? V : 1), left = item < end ? pixels - start : 0;
-    if (vector) return {image, channel, start, {1, limited(left), true}};
-    return {image, channel, start, {32, limited((left + 31) / 32), false}};
+  __device__ Place at(uint32_t item) const {
+    if (kLast) return {item, static_cast<uint32_t>(channel), {1, item < end ? channels : 0, vector}};
+    const uint32_t start = item * 32 * V + threadIdx.x * (vector ? V : 1);
+    const int64_t left = item < end ? static_cast<int64_t>(pixels) - start : 0;
+    if (vector) return {start, start, {1, limited(left), true}};
+    return {start, start, {32, limited((left + 31) / 32), false}};
   }
 
   // Numbers of these planes, from numbers of all.
   __device__ PerPlane<V, kLast> numbers(const Operands& o, const float* all, int64_t which) const {
-    const float* first = all + (which * o.shape.images + image) * o.shape.channels + channel;
-    PerPlane<V, kLast> result = {};
-    if (!kLast) {
-      result.values[0] = __ldg(first);
-    } else if (vector && channels == V) {
-#pragma unroll
-      for (int k = 0; k < PerPlane<V, kLast>::kCount; k += 4) {
-        const float4 four = __ldg(reinterpret_cast<const float4*>(first + k));
-        const float values[4] = {four.x, four.y, four.z, four.w};
-#pragma unroll
-        for (int i = 0; i < 4; ++i) result.values[(k + i) % PerPlane<V, kLast>::kCount] = values[i];
-      }
-    } else {
-#pragma unroll
-      for (int k = 0; k < V; ++k) {
-        if (k < channels) result.values[k % PerPlane<V, kLast>::kCount] = __ldg(first + k);
-      }
-    }
-    return result;
+    return numbers_of<V, kLast>(o, all, which, image, channel, {1, channels, vector});
   }
 
   // The other way; one thread of the block for each plane does it.

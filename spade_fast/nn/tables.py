@@ -239,6 +239,7 @@ class Tables:
         if found is not None and found.state == state:
             return found.tensors
         kept = Kept(compute(), state, given)
+        kept.note()
         with self._lock:
             self._derived.setdefault(module, {})[name] = kept
         return kept.tensors
@@ -266,6 +267,14 @@ class Tables:
             _, dropped = self._layouts.pop(number, (None, {}))
             self.bytes -= sum(kept.bytes for kept in dropped.values())
 
+    def changed_unseen(self) -> set[nn.Module]:
+        """The modules of whose weights something was made that were since written to in a way that
+        PyTorch does not see.
+        """
+        with self._lock:
+            made = [(module, kept) for module, of in self._derived.items() for kept in of.values()]
+        return {module for module, kept in made if kept.changed_unseen()}
+
     def clear(self) -> None:
         with self._lock:
             self._layouts.clear()
@@ -282,6 +291,16 @@ class Kept:
         self.tensors, self.state = tensors, state
         self.weights = [weight.detach() for weight in weights]
         self.bytes = sum(tensor.nbytes for tensor in tensors)
+
+    def note(self) -> None:
+        """Notes what the weights are, for `changed_unseen`."""
+        self._noted = states_of(self.weights), list(map(sum_of_bits, self.weights))
+
+    def changed_unseen(self) -> bool:
+        """Whether the weights look as when they were noted, and are others."""
+        states, sums = self._noted
+        same = states_of(self.weights) == states
+        return same and not all(map(torch.equal, sums, map(sum_of_bits, self.weights)))
 
 
 def stream_of(tensor: torch.Tensor) -> int | None:
@@ -324,6 +343,8 @@ def frozen(model: nn.Module, max_bytes: int = 1 << 30) -> Iterator[Tables]:
     It holds in this thread or asyncio task; `contextvars.copy_context().run` takes it along into
     another thread. Weights that are exchanged inside are noticed: what was computed with others is
     not used. What PyTorch does not see of a change (through `.data`, or NumPy) is found at the end.
+    What else weights alone decide is computed once as well: the σ of spectral norm, what batch
+    norms make of running statistics, and the order in which kernels read the weights.
 
     Args:
         model: a module with SPADEs.
@@ -347,13 +368,21 @@ def frozen(model: nn.Module, max_bytes: int = 1 << 30) -> Iterator[Tables]:
         with keep_in(tables, model.modules()):
             yield tables
     finally:
+        unseen = tables.changed_unseen()
         tables.clear()
-    changed = sorted({name for name, _ in before.items() ^ fingerprints(layers).items()})
+    changed = {name for name, _ in before.items() ^ fingerprints(layers).items()}
+    changed |= {name for name, module in model.named_modules() if module in unseen}
     if changed:
         raise RuntimeError(
-            f"weights changed inside frozen(model): {', '.join(changed)}; what was computed there"
+            f"weights changed inside frozen(model): {', '.join(sorted(changed))}; what was computed there"
             " may be of the old ones"
         )
+
+
+@torch.no_grad()
+def sum_of_bits(tensor: torch.Tensor) -> torch.Tensor:
+    integers = {8: torch.int64, 4: torch.int32, 2: torch.int16}
+    return tensor.view(integers[tensor.element_size()]).sum(dtype=torch.int64)
 
 
 @torch.no_grad()
@@ -366,11 +395,8 @@ def fingerprints(layers: dict[str, nn.Module]) -> dict[str, tuple]:
         parts = Parts.of(layer)
         for part in ("shared", "gamma", "beta"):
             for weight_name, weight in getattr(parts, part).named_parameters():
-                bits = weight.view(
-                    {8: torch.int64, 4: torch.int32, 2: torch.int16}[weight.element_size()]
-                )
                 version = None if weight.is_inference() else weight._version
                 state = (weight.data_ptr(), version, weight.shape, weight.dtype)
                 own = (name, getattr(layer.spade_form, part), weight_name)
-                found[".".join(filter(None, own))] = (*state, bits.sum(dtype=torch.int64).item())
+                found[".".join(filter(None, own))] = (*state, sum_of_bits(weight).item())
     return found
