@@ -116,6 +116,18 @@ uint32_t lanes_with(T value, T own) {
   });
 }
 
+inline unsigned lane() { return current->number % 32; }
+
+// What each thread of the warp gives.
+inline void gather(uint64_t value, uint64_t (&of_lanes)[32]) {
+  Block& block = *current->block;
+  const unsigned warp = current->number / 32;
+  block.exchanged[current->number] = value;
+  wait_for(block.warps[warp]);
+  std::copy_n(&block.exchanged[warp * 32], 32, of_lanes);
+  wait_for(block.warps[warp]);
+}
+
 // The blocks from `first` on, so many together.
 inline void run_cluster(int64_t first, unsigned together, dim3 threads, int64_t shared) {
   const unsigned count = threads.x * threads.y;

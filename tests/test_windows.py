@@ -2,7 +2,9 @@
 forward and backward.
 """
 
+import contextlib
 import threading
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,8 +14,9 @@ from test_layout import patches
 
 import spade_fast
 from benchmarks import layouts
-from spade_fast import SPADE, SemanticLayout, SPADEResnetBlock, reference
+from spade_fast import SPADE, SemanticLayout, SPADEResnetBlock, kernels, reference
 from spade_fast.agreement import excess
+from spade_fast.kernels import torch_backend
 from spade_fast.nn import spade
 from spade_fast.nn.choice import current_mode
 
@@ -387,3 +390,34 @@ def test_an_image_with_an_infinite_condition_leaves_the_others_as_they_are(value
             found.append(spade(x, SemanticLayout.from_segmap(segmap)))
     assert torch.allclose(*found, atol=1e-5, equal_nan=True)
     assert found[0][0].isnan().any() and not found[0][1].isnan().any()
+
+
+@pytest.mark.parametrize("kept", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_tables_of_gathered_rows(dtype, kept, monkeypatch):
+    """As GPUs make them in half precision, without gradients."""
+    calls, gathered = [], torch_backend.convolve_gathered
+
+    def one(rows, weight, bias, *lists):
+        return gathered(rows, [weight], [bias], *lists)
+
+    backend = replace(
+        torch_backend.BACKEND,
+        dtype_at_windows=lambda dtype: dtype,
+        convolve_windows=one,
+        convolve_gathered=lambda *given: calls.append(len(given[1])) or gathered(*given),
+    )
+    monkeypatch.setattr(kernels, "BEST_FIRST", (backend,))
+    layout = SemanticLayout.from_labels(patches((2, 12, 12), 5), 5)
+    spade, eager = SPADE(24, 5, 17).to(dtype), reference.SPADE(24, 5, 17).to(dtype)
+    eager.load_state_dict(spade.state_dict())
+    truth = reference.SPADE(24, 5, 17).double()
+    truth.load_state_dict(spade.state_dict())
+    x = torch.randn(2, 24, 12, 12).to(dtype)
+    with spade_fast.use_backend(None), spade_fast.window_mode("always"), torch.no_grad():
+        with spade_fast.frozen(spade) if kept else contextlib.nullcontext():
+            found = spade(x, layout)
+        theirs = eager(x, layout.to_segmap(dtype))
+        true = truth(x.double(), layout.to_segmap(torch.float64))
+    assert excess(found, theirs, true, eps=torch.finfo(dtype).eps) <= 1
+    assert calls == ([] if kept else [1, 2])

@@ -42,40 +42,38 @@ template <int kGroups>
 __device__ void wait_for_copies_but() { asm volatile("cp.async.wait_group %0;" ::"n"(kGroups) : "memory"); }
 #elif defined(SPADE_FAST_ON_HOST)
 inline void load_matrices(uint32_t (&words)[4], const void* row) {
-  host::with_warp(row, [&](const auto& row_of) {
-    const unsigned lane = host::current->number % 32;
-    for (unsigned i = 0; i < 4; ++i) words[i] = static_cast<const uint32_t*>(row_of(8 * i + lane / 4))[lane % 4];
-  });
+  uint64_t rows[32];
+  host::gather(reinterpret_cast<uintptr_t>(row), rows);
+  const unsigned lane = host::lane();
+  for (unsigned i = 0; i < 4; ++i) words[i] = reinterpret_cast<const uint32_t*>(static_cast<uintptr_t>(rows[8 * i + lane / 4]))[lane % 4];
 }
 
 template <Type kType>
 void multiply_add(float (&sums)[4], const uint32_t (&one)[4], uint32_t other_first, uint32_t other_second) {
-  struct Given {
-    uint32_t one[4], other[2];
-  } given = {{one[0], one[1], one[2], one[3]}, {other_first, other_second}};
-  const auto number = [](uint32_t word, int which) {
-    const uint32_t bits = which == 0 ? word & 0xffffu : word >> 16;
+  const auto both = [](uint32_t first, uint32_t second) { return static_cast<uint64_t>(second) << 32 | first; };
+  uint64_t of_one[2][32], of_other[32];  // the halves of one's columns
+  for (int half = 0; half < 2; ++half) host::gather(both(one[2 * half], one[2 * half + 1]), of_one[half]);
+  host::gather(both(other_first, other_second), of_other);
+  const auto number = [](uint64_t words, int which) {
+    const uint32_t bits = words >> 16 * which & 0xffff;
     return kType == Type::bfloat16 ? __uint_as_float(bits << 16) : from_half(bits);
   };
-  host::with_warp(&given, [&](const auto& given_by) {
-    const unsigned lane = host::current->number % 32;
-    for (unsigned i = 0; i < 4; ++i) {
-      const unsigned row = lane / 4, below = i / 2, column = 2 * (lane % 4) + i % 2;
-      for (unsigned k = 0; k < 16; ++k) {
-        const uint32_t from_one = given_by(4 * row + k % 8 / 2)->one[below + k / 8 * 2];
-        const uint32_t from_other = given_by(4 * column + k % 8 / 2)->other[k / 8];
-        sums[i] += number(from_one, k % 2) * number(from_other, k % 2);
-      }
+  const unsigned lane = host::lane();
+  for (unsigned i = 0; i < 4; ++i) {
+    const unsigned row = lane / 4, below = i / 2, column = 2 * (lane % 4) + i % 2;
+    for (unsigned k = 0; k < 16; ++k) {
+      const unsigned half = k / 8, pair = k % 8 / 2;
+      sums[i] += number(of_one[half][4 * row + pair], 2 * below + k % 2) * number(of_other[4 * column + pair], 2 * half + k % 2);
     }
-  });
+  }
 }
 
 inline void copy_async_or_zeros(void* shared, const void* global, bool exists) {
-  exists ? static_cast<void>(std::memcpy(shared, global, 16)) : static_cast<void>(std::memset(shared, 0, 16));
+  exists ? copy_async(shared, global) : static_cast<void>(std::memset(shared, 0, 16));
 }
 inline void end_group_of_copies() {}
 template <int kGroups>
-void wait_for_copies_but() {}
+void wait_for_copies_but() { wait_for_copies(); }
 #endif
 
 }  // namespace spade_fast

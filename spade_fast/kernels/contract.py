@@ -50,6 +50,7 @@ class Backend:
     instance_forward: Callable
     instance_backward: Callable
     convolve_windows: Callable
+    convolve_gathered: Callable
     convolve_windows_gradients: Callable
     dtype_at_windows: Callable
     find_codes: Callable

@@ -11,6 +11,7 @@ import torch
 from . import contract, cuda_numbering, operators, torch_backend
 
 CAPABILITY = 8  # copies to shared memory that go on beside the computation
+HALF = (torch.bfloat16, torch.float16)
 MOST_TAPS = 343  # of a convolution at windows: which rows a window sees is kept at hand
 
 
@@ -64,11 +65,15 @@ def dtype_at_windows(dtype):
 
 def convolve_windows(rows, weight, bias, offsets, listed):
     """On tensor cores in half precision; in float32, where they would round, in plain PyTorch."""
-    if rows.dtype not in (torch.bfloat16, torch.float16):
+    if rows.dtype not in HALF:
         return torch_backend.convolve_windows(rows, weight, bias, offsets, listed)
-    compiled = weight.shape[2:].numel() <= MOST_TAPS
+    return convolve_gathered(rows, [weight], [bias], offsets, listed)
+
+
+def convolve_gathered(rows, weights, biases, offsets, listed):
+    compiled = rows.dtype in HALF and weights[0].shape[2:].numel() <= MOST_TAPS
     kernels = torch.ops.spade_fast if compiled else torch_backend
-    return kernels.convolve_gathered(rows, [weight], [bias], offsets, listed)
+    return kernels.convolve_gathered(rows, weights, biases, offsets, listed)
 
 
 def convolve_windows_gradients(gradient, rows, weight, back_offsets, back_listed, *wanted):
@@ -86,6 +91,7 @@ BACKEND = replace(
     **operators.declared("spade_fast", contract.MODULATION),
     **cuda_numbering.of("spade_fast"),
     convolve_windows=convolve_windows,
+    convolve_gathered=convolve_gathered,
     convolve_windows_gradients=convolve_windows_gradients,
     dtype_at_windows=dtype_at_windows,
 )

@@ -347,6 +347,7 @@ BACKEND = Backend(
     instance_forward=instance_forward,
     instance_backward=instance_backward,
     convolve_windows=convolve_windows,
+    convolve_gathered=convolve_gathered,
     convolve_windows_gradients=convolve_windows_gradients,
     dtype_at_windows=dtype_at_windows,
     find_codes=numbering.find_codes,

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from .. import kernels
 from ..identity import states_of
 from ..layout import SemanticLayout
-from ..ops.convolve_windows import convolve_windows
+from ..ops.convolve_windows import convolve_beside, convolve_windows
 from ..scopes import Scope
 from .modules import weight_of
 from .parts import Convolutions, HasParts, Parts
@@ -115,13 +115,23 @@ def gathered_table(layout, windows, convolutions, dtype, kept, backend):
         ]
 
     tensors = [first, first_bias, *weights, *biases]
-    packs = kept and kept.derive(convolutions.gamma, "packed", tensors, (dtype,), packed)
-    packs = packs or packed()
-    convolve, palette = backend.convolve_windows, padded_palette(layout, dtype)
-    hidden = convolve(palette, *packs[:2], windows.hidden.offsets, windows.hidden.rows)
-    for activation in convolutions.activations:
-        hidden = activation(hidden)
-    rows = convolve(padded(hidden), *packs[2:], windows.table.offsets, windows.table.rows)
+
+    def activated(hidden):
+        for activation in convolutions.activations:
+            hidden = activation(hidden)
+        return hidden
+
+    palette = padded_palette(layout, dtype)
+    if kept is None:  # the kernels join them, and bring them into their order, faster
+        palette = palette[:, : first.shape[1]]
+        hidden = convolve_beside(palette, [first], [first_bias], windows.hidden, dtype)
+        rows = convolve_beside(activated(hidden), weights, biases, windows.table, dtype)
+    else:
+        packs = kept.derive(convolutions.gamma, "packed", tensors, (dtype,), packed)
+        convolve = backend.convolve_windows
+        hidden = convolve(palette, *packs[:2], windows.hidden.offsets, windows.hidden.rows)
+        hidden = padded(activated(hidden))
+        rows = convolve(hidden, *packs[2:], windows.table.offsets, windows.table.rows)
     return rows.split([weight.shape[0] for weight in weights], dim=1)
 
 

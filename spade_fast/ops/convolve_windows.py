@@ -5,7 +5,7 @@ rows[row(i, t)]: a matrix product makes weight[:, :, t] · row for every row and
 those make the results. There are fewer rows than windows, so that the product is the smallest that
 there can be. It is made for some output channels at a time, and never held whole. (In half
 precision on a GPU products cost less than the memory that they would pass through:
-`triton_kernels/convolve_windows.py`.)
+`csrc/cuda/convolve_windows.cu` and `triton_kernels/convolve_windows.py`.)
 """
 
 from contextlib import nullcontext
@@ -26,14 +26,34 @@ def convolve_windows(rows, weight, bias, sums, dtype):
     Differentiable in rows, weight and bias, twice.
     """
     dtype = kernels.select(weight).dtype_at_windows(dtype)
-    operands = (rows, weight, bias)
-    if any(given is not None and given.dtype != dtype for given in operands):
-        operands = [None if given is None else given.to(dtype) for given in operands]
-    rounds = torch.is_autocast_enabled(rows.device.type)
-    with torch.autocast(rows.device.type, enabled=False) if rounds else nullcontext():
+    operands = _in_dtype((rows, weight, bias), dtype)
+    with _without_autocast(rows):
         if torch.is_grad_enabled():
             return ConvolveWindows.apply(*operands, *sums)
         return kernels.select(operands[0]).convolve_windows(*operands, *sums[:2])
+
+
+def convolve_beside(rows, weights, biases, sums, dtype):
+    """Several convolutions of the same rows, [windows, out of all]; a bias may be None. As
+    convolve_windows does each, but without gradients.
+    """
+    dtype = kernels.select(weights[0]).dtype_at_windows(dtype)
+    rows, *weights = _in_dtype((rows, *weights), dtype)
+    with _without_autocast(rows):
+        return kernels.select(rows).convolve_gathered(
+            rows, list(weights), list(_in_dtype(biases, dtype)), *sums[:2]
+        )
+
+
+def _in_dtype(tensors, dtype):
+    if any(given is not None and given.dtype != dtype for given in tensors):
+        return [None if given is None else given.to(dtype) for given in tensors]
+    return tensors
+
+
+def _without_autocast(rows):
+    kind = rows.device.type
+    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
 
 
 class ConvolveWindows(torch.autograd.Function):
