@@ -29,7 +29,15 @@ from modulations import (
     transposed,
 )
 from test_layout import patches
-from test_numbering import CONDITIONS, HAS_LIBRARY, condition, differences, random_codes
+from test_numbering import (
+    CONDITIONS,
+    HAS_LIBRARY,
+    condition,
+    differences,
+    patches_differ,
+    random_codes,
+    random_patches,
+)
 from torch.utils.cpp_extension import include_paths, library_paths
 
 import spade_fast
@@ -396,6 +404,14 @@ def test_windows_have_the_same_numbers_as_the_librarys(first, on_host):
 
 @needs_compiler
 @HAS_LIBRARY
+@pytest.mark.parametrize("first", range(0, 60, 20))
+def test_patches_are_the_same_as_the_librarys(first, on_host):
+    for seed in range(first, first + 20):
+        assert not patches_differ(on_host.find_patches, *random_patches(seed), device="cpu"), seed
+
+
+@needs_compiler
+@HAS_LIBRARY
 @pytest.mark.parametrize("hash_mask", [0, 3])
 def test_windows_whose_hashes_collide(hash_mask, on_host):
     find_windows = partial(on_host.find_windows, hash_mask=hash_mask)
@@ -432,6 +448,8 @@ def test_codes_that_are_no_rows_of_the_palette_are_refused(code, on_host):
     codes = torch.tensor([[0, 4, code]], dtype=torch.int32)
     with pytest.raises(ValueError, match="codes has numbers that are no rows of the palette"):
         on_host.find_windows(codes, [(3,)], 3, 5)
+    with pytest.raises(ValueError, match="codes has numbers that are no rows of the palette"):
+        on_host.find_patches(codes, 2, 1, 0, 5)
     on_host.find_windows(codes[:, :2], [(3,)], 3, 5)
 
 
