@@ -659,12 +659,24 @@ class SemanticLayout:
 
     def __getstate__(self):
         self._look()
-        return {name: value for name, value in self.__dict__.items() if name != "_state"}
+        values = {name: value for name, value in self.__dict__.items() if name != "_state"}
+        for name in ("_windows", "_patches"):
+            values[name] = {key: _on_its_own(found) for key, found in values[name].items()}
+        return values
 
     def __setstate__(self, values):
         self.__dict__.update(values)
         # The same tensors lie elsewhere; without versions, all is made of copies.
         self._state = self._state_now()
+
+
+def _on_its_own(found):
+    """Windows or Patches whose tensors have memory of their own: those found on a GPU share it, and
+    all of it would be pickled with each.
+    """
+    if isinstance(found, tuple):
+        return type(found)(*map(_on_its_own, found))
+    return found.clone() if found.untyped_storage().nbytes() > found.nbytes else found
 
 
 def _collate(layouts, *, collate_fn_map=None):

@@ -7,6 +7,7 @@ On a GPU they are a backend of the whole suite.
 import ctypes
 import itertools
 import os
+import pickle
 import shutil
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
@@ -41,7 +42,7 @@ from test_numbering import (
 from torch.utils.cpp_extension import include_paths, library_paths
 
 import spade_fast
-from spade_fast import kernels
+from spade_fast import SemanticLayout, kernels
 from spade_fast.kernels import (
     contract,
     cpu_backend,
@@ -429,6 +430,23 @@ def test_codes_are_the_same_as_the_librarys(hash_mask, dtype, on_host):
             found = on_host.find_codes(segmap, hash_mask=hash_mask)
             for one, other in zip(found, cpu_backend.find_codes(segmap), strict=True):
                 assert one.dtype == other.dtype and torch.equal(one, other)
+
+
+@needs_compiler
+@HAS_LIBRARY
+def test_a_layout_that_they_found_and_numbered(on_host):
+    segmap, sizes = condition((2, 5, 16, 12), torch.float32), [(4, 3), (16, 12), (20, 24)]
+    layout = SemanticLayout.from_segmap(segmap).prepare(sizes, 3)
+    assert torch.equal(layout.to_segmap(), segmap)
+    expected = cpu_backend.find_windows(layout.codes, sizes, 3, len(layout.palette))
+    found = [layout.windows(size, 3) for size in sizes]
+    layout.patches(4, 2, 2)
+    pickled = pickle.dumps(layout)
+    assert len(pickled) < 2 * len(pickle.dumps(expected))  # the memory that they share, once
+    found += [pickle.loads(pickled).windows(size, 3) for size in sizes]
+    for (hidden, table, *places), windows in zip(expected * 2, found, strict=True):
+        pairs = zip((*hidden, *table, *places), (*windows[0], *windows[1], *windows[2:]))
+        assert all(torch.equal(*pair) for pair in pairs)
 
 
 @needs_compiler
