@@ -29,6 +29,7 @@ inline int device_attribute(cudaDeviceAttr attribute) {
 
 inline int64_t most_shared_memory() { return device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin); }
 inline int64_t processors() { return device_attribute(cudaDevAttrMultiProcessorCount); }
+constexpr int64_t kAlwaysKept = 64 << 20;  // bytes of a workspace that may be larger than x
 
 // To the device, from memory that may change as soon as this returns; and to the host, which waits.
 inline void upload(void* to, const void* from, int64_t bytes, Stream stream) {
@@ -95,8 +96,8 @@ __device__ inline void copy_async(void* shared, const void* global) {
 }
 __device__ inline void wait_for_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 
-// Whole numbers, so that the order is all the same.
-__device__ inline void add_atomically(int32_t* to, int32_t number) { atomicAdd(to, number); }
+// Whole numbers, so that the order is all the same. Returns what was there before.
+__device__ inline int32_t add_atomically(int32_t* to, int32_t number) { return atomicAdd(to, number); }
 
 __device__ inline float from_half(uint32_t bits) { return __half2float(__ushort_as_half(static_cast<uint16_t>(bits))); }
 __device__ inline uint32_t to_half(float value) { return __half_as_ushort(__float2half_rn(value)); }

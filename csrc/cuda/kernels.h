@@ -82,11 +82,14 @@ struct Pieces {
   int32_t* image_firsts;  // [N + 1], zeros: the first piece of each image, and the end
   int32_t* ranges;  // [rows, N, 2], zeros: each row's first piece, and the one after its last
   int32_t* row_pieces;  // [rows], zeros: how many pieces each row has
-  float* found;  // [kept, 2, C]: Σg and Σg·(x − shift) of the first, where their rows have others too
+  int32_t* taken;  // [1], zero: how many places in `found` are taken
+  int32_t* places;  // [most]: the place of each there, or kNotKept
+  float* found;  // [kept, 2, C]: Σg and Σg·(x − shift) of pieces whose rows have others too
 };
 
 constexpr int64_t kPlaces = 1024;  // of a block that looks for pieces
 constexpr int64_t kPiece = 32;     // pixels
+constexpr int32_t kNotKept = -1;
 
 // Pieces of an image that a block sums at a time.
 int64_t lanes_of_pieces(const Settings& settings, const Shape& shape);

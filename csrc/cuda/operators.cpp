@@ -192,14 +192,17 @@ std::tuple<Tensor, Tensor> sum_table(Call& call, const Tensor& gamma, const Tens
   pieces.order = order_of_all.const_data_ptr<int32_t>();
   pieces.rows = rows;
   pieces.most = std::min(places, images * rows + divide_up(pixels, kPiece) * images);
-  pieces.kept = std::min(pieces.most, divide_up(places, 8));  // as much memory as x in 16 bits; few have more, those are summed twice
+  // As much memory as x in 16 bits, or kAlwaysKept: scenes have fewer pieces whose rows have others. Those beyond are summed twice.
+  pieces.kept = std::min(pieces.most, std::max(divide_up(places, 8), kAlwaysKept / (8 * std::max<int64_t>(1, channels))));
   const auto whole_numbers = [&](int64_t size) { return call.workspace(size, ScalarType::Int).mutable_data_ptr<int32_t>(); };
   pieces.counts = whole_numbers(divide_up(places, kPlaces));
   pieces.firsts = whole_numbers(pieces.most + 1);
   pieces.piece_rows = whole_numbers(pieces.most);
-  const Tensor zeros = torch::stable::new_zeros(gamma, {images + 1 + rows + 2 * rows * images}, ScalarType::Int);
+  pieces.places = whole_numbers(pieces.most);
+  const Tensor zeros = torch::stable::new_zeros(gamma, {images + 1 + 1 + rows + 2 * rows * images}, ScalarType::Int);
   pieces.image_firsts = zeros.mutable_data_ptr<int32_t>();
-  pieces.row_pieces = pieces.image_firsts + images + 1;
+  pieces.taken = pieces.image_firsts + images + 1;
+  pieces.row_pieces = pieces.taken + 1;
   pieces.ranges = pieces.row_pieces + rows;
   pieces.found = call.workspace(2 * pieces.kept * channels).mutable_data_ptr<float>();
   const int64_t lanes = lanes_of_pieces(call.settings(), call.operands.shape);

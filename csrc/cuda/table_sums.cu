@@ -95,6 +95,15 @@ __global__ void __launch_bounds__(kPlaces) list_pieces_kernel(Operands o, Pieces
   pieces.firsts[piece + 1] = static_cast<int32_t>(at + 1), pieces.image_firsts[o.shape.images] = piece + 1;
 }
 
+// A place in `found` for each piece whose row has others too. Which it is may differ from run to run: what is there does not.
+__global__ void __launch_bounds__(kThreads) place_pieces_kernel(Pieces pieces, int64_t images) {
+  const int32_t piece = blockIdx.x * kThreads + threadIdx.x;
+  if (piece >= pieces.image_firsts[images]) return;
+  const bool has_others = pieces.row_pieces[pieces.piece_rows[piece]] > 1;
+  const int32_t place = has_others ? add_atomically(pieces.taken, 1) : 0;
+  pieces.places[piece] = has_others && place < pieces.kept ? place : kNotKept;
+}
+
 // Whether four or eight channels are together, in what has them side by side whatever x's layout.
 __device__ bool channels_together(const Operands& o) { return o.vector && o.shape.channels % 4 == 0; }
 
@@ -213,8 +222,8 @@ __global__ void __launch_bounds__(kThreads, kLast && kWhole && !kSilu ? 3 : 2) s
       for (int k = 0; k < V; ++k) normalised[k] = scale[k] * sums.g_deviation[k] + offset[k] * sums.g[k];
       store<V>(dgamma.at(0, found.row, channels.in.channel), dgamma.type, channels.span, normalised);
       store<V>(dbeta.at(0, found.row, channels.in.channel), dbeta.type, channels.span, sums.g);
-    } else if (piece < pieces.kept) {
-      float* kept = pieces.found + 2 * static_cast<int64_t>(piece) * o.shape.channels + channels.in.channel;
+    } else if (const int32_t place = __ldg(pieces.places + piece); place != kNotKept) {
+      float* kept = pieces.found + 2 * static_cast<int64_t>(place) * o.shape.channels + channels.in.channel;
 #pragma unroll
       for (int k = 0; k < V; k += 4) {
         const Span four = {1, Part<4, true, kWhole>::limited(channels.span.count - k), channels.span.vector};
@@ -242,6 +251,7 @@ __global__ void __launch_bounds__(kRowThreads, 1) sum_rows_kernel(Operands o, Pi
                                                                   Rows dbeta) {
   const int64_t step = gridDim.x / channel_blocks, images = o.shape.images, channels_of_all = o.shape.channels;
   const int64_t channel = (blockIdx.x % channel_blocks * blockDim.x + threadIdx.x) * 4;
+  constexpr int kUnderWay = 4;
   int32_t* ranges = reinterpret_cast<int32_t*>(shared_memory());
   float* scratch = reinterpret_cast<float*>(ranges + 2 * kRowThreads);
   const int thread = threadIdx.y * blockDim.x + threadIdx.x;
@@ -265,17 +275,38 @@ __global__ void __launch_bounds__(kRowThreads, 1) sum_rows_kernel(Operands o, Pi
 #pragma unroll
           for (int k = 0; k < 4; ++k) sums.g[k] += found.g[k], sums.g_deviation[k] += found.g_deviation[k];
         };
-#pragma unroll 4
-        for (; piece < end && piece < pieces.kept; piece += blockDim.y) {
-          const char* kept = reinterpret_cast<const char*>(pieces.found + 2 * piece * channels_of_all + channel);
+        const auto load_kept = [&](int32_t place) {
+          const char* kept = reinterpret_cast<const char*>(pieces.found + 2 * place * channels_of_all + channel);
           PieceSums<4> found;
           unpack<4>(load<4>(kept, Type::float32, channels.span), Type::float32, found.g);
           unpack<4>(load<4>(kept + 4 * channels_of_all, Type::float32, channels.span), Type::float32, found.g_deviation);
-          add(found);
-        }
-        for (; piece < end; piece += blockDim.y) {
-          const Piece again = piece_at(pieces, static_cast<uint32_t>(piece));
-          add(sum_pixels<4, kLast, kWhole, kSilu>(o, pieces, channels, static_cast<uint32_t>(row), again.begin, again.end));
+          return found;
+        };
+        for (; piece < end; piece += kUnderWay * blockDim.y) {
+          int32_t places[kUnderWay];
+          bool all_kept = true;
+#pragma unroll
+          for (int i = 0; i < kUnderWay; ++i) {
+            const int64_t other = piece + i * blockDim.y;
+            places[i] = __ldg(pieces.places + (other < end ? other : piece));
+            all_kept = all_kept && places[i] != kNotKept;
+          }
+          if (all_kept) {
+            PieceSums<4> found[kUnderWay];
+#pragma unroll
+            for (int i = 0; i < kUnderWay; ++i) found[i] = load_kept(places[i]);
+#pragma unroll
+            for (int i = 0; i < kUnderWay; ++i) {
+              if (piece + i * blockDim.y < end) add(found[i]);
+            }
+            continue;
+          }
+          for (int64_t other = piece; other < end && other < piece + kUnderWay * blockDim.y; other += blockDim.y) {
+            const int32_t place = __ldg(pieces.places + other);
+            const Piece again = piece_at(pieces, static_cast<uint32_t>(other));
+            add(place != kNotKept ? load_kept(place)
+                                  : sum_pixels<4, kLast, kWhole, kSilu>(o, pieces, channels, static_cast<uint32_t>(row), again.begin, again.end));
+          }
         }
         const auto scale = channels.numbers(1), offset = channels.numbers(2);
 #pragma unroll
@@ -306,6 +337,7 @@ void table_sums(const Settings& settings, const Operands& o, const Pieces& piece
   launch(count_pieces_kernel, blocks, dim3(kPlaces), kPlaces / 8, stream, o, pieces);
   launch(scan_counts_kernel, 1, dim3(kPlaces), kPlaces / 8, stream, pieces, blocks);
   launch(list_pieces_kernel, blocks, dim3(kPlaces), kPlaces / 8, stream, o, pieces);
+  launch(place_pieces_kernel, divide_up(pieces.most, kThreads), dim3(kThreads), 0, stream, pieces, o.shape.images);
   Settings of_channels = settings;  // of which threads have V here, whatever the layout
   of_channels.vector = channels % 8 == 0 ? settings.vector : 4;
   of_channels.whole = settings.whole && channels % of_channels.vector == 0;
