@@ -541,12 +541,10 @@ class SemanticLayout:
             if (
                 "torch._dynamo" in sys.modules
             ):  # else nothing has been compiled, and importing it takes more than a second
-                for tensor in filter(
-                    torch.is_tensor, (self.palette, *windows.hidden, *windows.table)
-                ):
-                    torch._dynamo.decorators.mark_unbacked(
-                        tensor, 0
-                    )  # each layout has another number of rows
+                for tensor in (self.palette, *windows.hidden, *windows.table):
+                    marked = tensor is None or 0 in getattr(tensor, "_dynamo_unbacked_indices", ())
+                    if not marked:  # each layout has another number of rows
+                        torch._dynamo.decorators.mark_unbacked(tensor, 0)
         return self
 
     def to(self, device: torch.device | str | int, non_blocking: bool = True) -> "SemanticLayout":
@@ -659,12 +657,24 @@ class SemanticLayout:
 
     def __getstate__(self):
         self._look()
-        return {name: value for name, value in self.__dict__.items() if name != "_state"}
+        values = {name: value for name, value in self.__dict__.items() if name != "_state"}
+        for name in ("_windows", "_patches"):
+            values[name] = {key: _on_its_own(found) for key, found in values[name].items()}
+        return values
 
     def __setstate__(self, values):
         self.__dict__.update(values)
         # The same tensors lie elsewhere; without versions, all is made of copies.
         self._state = self._state_now()
+
+
+def _on_its_own(found):
+    """Windows or Patches whose tensors have memory of their own: those found on a GPU share it, and
+    all of it would be pickled with each.
+    """
+    if isinstance(found, tuple):
+        return type(found)(*map(_on_its_own, found))
+    return found.clone() if found.untyped_storage().nbytes() > found.nbytes else found
 
 
 def _collate(layouts, *, collate_fn_map=None):
@@ -694,20 +704,10 @@ def number_patches(codes, kernel_size, stride, padding, num_codes):
             f"the layout is {list(codes.shape[1:])}, it should be no smaller than kernel_size,"
             f" {kernel_size}"
         )
-    backend = kernels.select(codes)
-    # With the border around it as one more code, every window is within the map.
-    numbers, contents = backend.number_windows(
-        F.pad(codes, (padding,) * 2 * len(size), value=num_codes), kernel_size
+    contents, sums, *places = kernels.select(codes).find_patches(
+        codes, kernel_size, stride, padding, num_codes
     )
-    for dim, length in enumerate(size, start=1):
-        numbers = numbers.narrow(dim, kernel_size // 2, (length - 1) * stride + 1)
-        numbers = numbers[(slice(None),) * dim + (slice(None, None, stride),)]
-    present, index = numbers.unique(return_inverse=True)
-    contents, index = contents[present.long()], index.to(torch.int32)
-    contents = torch.where(contents == num_codes, -1, contents)
-    return Patches(
-        contents, Sums(*backend.window_sums(contents, num_codes)), index, backend.sort_pixels(index)
-    )
+    return Patches(contents, Sums(*sums), *places)
 
 
 def _repeat(tensor, times):

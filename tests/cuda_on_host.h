@@ -190,7 +190,11 @@ uint32_t __match_any_sync(unsigned, T value) { return host::lanes_with(value, va
 inline int __popc(uint32_t bits) { return __builtin_popcount(bits); }
 inline void __syncwarp() { host::wait_for(host::current->block->warps[host::current->number / 32]); }
 template <typename T>
-T __ldg(const T* from) { return *from; }
+T __ldg(const T* from) {
+  const bool aligned = reinterpret_cast<uintptr_t>(from) % sizeof(T) == 0;
+  if (!aligned) std::fprintf(stderr, "%zu bytes are read at an address that they do not divide\n", sizeof(T)), std::abort();
+  return *from;
+}
 // No thread is interrupted by another.
 template <typename T>
 T atomicCAS(T* at, T expected, T value) { return *at == expected ? std::exchange(*at, value) : *at; }

@@ -7,6 +7,7 @@ On a GPU they are a backend of the whole suite.
 import ctypes
 import itertools
 import os
+import pickle
 import shutil
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
@@ -29,11 +30,19 @@ from modulations import (
     transposed,
 )
 from test_layout import patches
-from test_numbering import CONDITIONS, HAS_LIBRARY, condition, differences, random_codes
+from test_numbering import (
+    CONDITIONS,
+    HAS_LIBRARY,
+    condition,
+    differences,
+    patches_differ,
+    random_codes,
+    random_patches,
+)
 from torch.utils.cpp_extension import include_paths, library_paths
 
 import spade_fast
-from spade_fast import kernels
+from spade_fast import SemanticLayout, kernels
 from spade_fast.kernels import (
     contract,
     cpu_backend,
@@ -279,6 +288,16 @@ def test_plane_moments(shape, layout, on_host, monkeypatch):
 
 
 @needs_compiler
+def test_rows_at_vectors_of_channels_that_are_none(on_host):
+    arguments, dy = sample((2, 6, 4, 4), "instance", "relu", rows=7)
+    for name in ("gamma", "beta"):  # rows 32 bytes apart, numbers of planes 24
+        table = torch.zeros(7, 8)
+        table[:, :6] = arguments[name]
+        arguments[name] = table[:, :6]
+    assert not disagreements(arguments, dy)
+
+
+@needs_compiler
 def test_more_splits_than_are_under_way_at_once(on_host, monkeypatch):
     monkeypatch.setenv("SPADE_FAST_HOST_PROCESSORS", "64")
     x = channels_last(torch.randn(1, 60, 64, 132) + 1000)  # 132 splits, of 32 lanes with four each
@@ -406,6 +425,14 @@ def test_windows_have_the_same_numbers_as_the_librarys(first, on_host):
 
 @needs_compiler
 @HAS_LIBRARY
+@pytest.mark.parametrize("first", range(0, 60, 20))
+def test_patches_are_the_same_as_the_librarys(first, on_host):
+    for seed in range(first, first + 20):
+        assert not patches_differ(on_host.find_patches, *random_patches(seed), device="cpu"), seed
+
+
+@needs_compiler
+@HAS_LIBRARY
 @pytest.mark.parametrize("hash_mask", [0, 3])
 def test_windows_whose_hashes_collide(hash_mask, on_host):
     find_windows = partial(on_host.find_windows, hash_mask=hash_mask)
@@ -426,6 +453,23 @@ def test_codes_are_the_same_as_the_librarys(hash_mask, dtype, on_host):
 
 
 @needs_compiler
+@HAS_LIBRARY
+def test_a_layout_that_they_found_and_numbered(on_host):
+    segmap, sizes = condition((2, 5, 16, 12), torch.float32), [(4, 3), (16, 12), (20, 24)]
+    layout = SemanticLayout.from_segmap(segmap).prepare(sizes, 3)
+    assert torch.equal(layout.to_segmap(), segmap)
+    expected = cpu_backend.find_windows(layout.codes, sizes, 3, len(layout.palette))
+    found = [layout.windows(size, 3) for size in sizes]
+    layout.patches(4, 2, 2)
+    pickled = pickle.dumps(layout)
+    assert len(pickled) < 2 * len(pickle.dumps(expected))  # the memory that they share, once
+    found += [pickle.loads(pickled).windows(size, 3) for size in sizes]
+    for (hidden, table, *places), windows in zip(expected * 2, found, strict=True):
+        pairs = zip((*hidden, *table, *places), (*windows[0], *windows[1], *windows[2:]))
+        assert all(torch.equal(*pair) for pair in pairs)
+
+
+@needs_compiler
 def test_vectors_are_compared_bit_for_bit_and_dense_ones_are_none(on_host):
     segmap = torch.tensor([0.0, -0.0, 0.0, float("nan"), -float("nan"), float("nan")])[None, None]
     codes, places = on_host.find_codes(segmap)
@@ -442,6 +486,8 @@ def test_codes_that_are_no_rows_of_the_palette_are_refused(code, on_host):
     codes = torch.tensor([[0, 4, code]], dtype=torch.int32)
     with pytest.raises(ValueError, match="codes has numbers that are no rows of the palette"):
         on_host.find_windows(codes, [(3,)], 3, 5)
+    with pytest.raises(ValueError, match="codes has numbers that are no rows of the palette"):
+        on_host.find_patches(codes, 2, 1, 0, 5)
     on_host.find_windows(codes[:, :2], [(3,)], 3, 5)
 
 

@@ -3,6 +3,7 @@
 import asyncio
 import contextvars
 import copy
+import dataclasses
 import functools
 import gc
 import threading
@@ -15,7 +16,8 @@ from test_layout import patches
 from torch.func import functional_call
 
 import spade_fast
-from spade_fast import SPADE, SemanticLayout, SPADEResnetBlock, reference
+from spade_fast import SPADE, SemanticLayout, SPADEResnetBlock, kernels, reference
+from spade_fast.kernels import torch_backend
 from spade_fast.nn import tables as tables_of_windows
 
 
@@ -630,3 +632,73 @@ def test_a_change_of_norms_and_convolutions_that_pytorch_does_not_see(tensor):
             model.get_parameter(tensor).data.add_(1) if "orig" in tensor else model.get_buffer(
                 tensor
             ).data.add_(1)
+
+
+@pytest.fixture
+def gathering(monkeypatch):
+    """Kernels that gather rows in half precision, as on a GPU. What they were given of weights."""
+    given = []
+
+    def convolve(rows, weight, bias, offsets, listed):
+        if rows.element_size() > 2:
+            return torch_backend.convolve_windows(rows, weight, bias, offsets, listed)
+        assert rows.shape[1] == weight.shape[1] and rows.shape[1] % 16 == 0
+        assert weight.flatten(2).transpose(1, 2).is_contiguous()
+        given.append(weight.data_ptr())
+        operands = (rows.float(), weight.float(), bias.float(), offsets, listed)
+        return torch_backend.convolve_windows(*operands).to(rows.dtype)
+
+    backend = dataclasses.replace(
+        torch_backend.BACKEND, dtype_at_windows=lambda dtype: dtype, convolve_windows=convolve
+    )
+    monkeypatch.setattr(kernels, "BEST_FIRST", (backend,))
+    return given
+
+
+PACKED = {
+    "nothing": lambda spade: None,
+    "in place": lambda spade: spade.mlp_beta.weight.mul_(2),
+    "the first": lambda spade: spade.mlp_shared[0].weight.mul_(2),
+    "a bias": lambda spade: spade.mlp_gamma.bias.add_(1),
+    "no bias": lambda spade: setattr(spade.mlp_beta, "bias", None),
+    "another weight": lambda spade: setattr(
+        spade.mlp_gamma, "weight", nn.Parameter(torch.randn_like(spade.mlp_gamma.weight))
+    ),
+    "data": lambda spade: setattr(
+        spade.mlp_gamma.weight, "data", torch.randn_like(spade.mlp_gamma.weight)
+    ),
+    "a dtype": lambda spade: spade.half(),
+}
+
+
+@pytest.mark.parametrize("change", PACKED)
+@pytest.mark.parametrize("kernel_size", [1, 3])
+def test_weights_in_the_order_of_the_kernels(gathering, change, kernel_size):
+    spade = SPADE(8, 5, 8, kernel_size=kernel_size).eval().bfloat16()
+    x = torch.randn(1, 8, 32, 32)
+    try:
+        with torch.no_grad(), spade_fast.frozen(spade):
+            spade(x.bfloat16(), layout_of(0))
+            before = [*gathering]
+            PACKED[change](spade)
+            dtype = spade.mlp_gamma.weight.dtype
+            found = spade(x.to(dtype), layout_of(1))
+            assert (gathering[2:] == before) == (change == "nothing")
+            again = outside(spade, x.to(dtype), layout_of(1))
+            assert torch.equal(found, again)
+            exact = outside(
+                copy.deepcopy(spade).double(), x.double(), layout_of(1).to_segmap().double()
+            )
+            assert (found.double() - exact).abs().max() < 0.1 * exact.abs().max()
+    except RuntimeError as error:
+        assert change != "nothing" and "weights changed inside frozen" in str(error)
+
+
+def test_the_palette_is_read_anew_when_it_is_edited(gathering):
+    spade, x, layout = SPADE(8, 5, 8).eval().bfloat16(), torch.randn(1, 8, 32, 32), layout_of()
+    with torch.no_grad(), spade_fast.window_mode("always"):
+        spade(x.bfloat16(), layout)
+        layout.palette.mul_(2)
+        found = spade(x.bfloat16(), layout)
+        fresh = SemanticLayout(layout.codes.clone(), layout.palette.clone())
+        assert torch.equal(found, spade(x.bfloat16(), fresh))

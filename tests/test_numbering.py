@@ -156,6 +156,36 @@ def test_windows_with_one_synchronisation(reads):
     assert len(reads) == 1
 
 
+def random_patches(seed):
+    """What `find_patches` takes, of any kind."""
+    choose = random.Random(seed)
+    axes, classes = choose.choice([1, 2, 2, 3]), choose.choice([1, 3, 200])
+    kernel_size, stride = choose.choice([1, 2, 3, 4, 7]), choose.choice([1, 2, 3])
+    padding = choose.choice([0, 1, 2, 5])
+    lengths = [1, 2, 5, 9, 13] if axes < 3 else [2, 4, 6]
+    least = max(1, kernel_size - 2 * padding)
+    shape = (choose.choice([0, 1, 2]), *(max(least, choose.choice(lengths)) for _ in range(axes)))
+    return patches(shape, classes, seed).int(), kernel_size, stride, padding, classes
+
+
+def patches_differ(find_patches, codes, *asked, device=DEVICE):
+    """Whether they are others than those of the CPU's library."""
+    contents, sums, *places = find_patches(codes.to(device), *asked)
+    library_contents, library_sums, *library_places = cpu_backend.find_patches(codes, *asked)
+    pairs = zip(
+        (contents, *sums, *places), (library_contents, *library_sums, *library_places), strict=True
+    )
+    return any(one.dtype != torch.int32 or not torch.equal(one.cpu(), two) for one, two in pairs)
+
+
+@HAS_LIBRARY
+@pytest.mark.parametrize("seed", range(10))
+def test_the_same_patches_as_the_librarys(seed):
+    codes, *asked = random_patches(seed)
+    for find in (numbering.find_patches, kernels.select(codes.to(DEVICE)).find_patches):
+        assert not patches_differ(find, codes, *asked)
+
+
 @pytest.mark.skipif(DEVICE == "cpu", reason="there is no GPU to wait for")
 def test_what_waits_for_a_gpu_waits_once():
     labels, instances = (patches((2, 40, 33), 7, seed).to(DEVICE) for seed in range(2))
@@ -165,6 +195,7 @@ def test_what_waits_for_a_gpu_waits_once():
         lambda: SemanticLayout.from_labels(labels, 8, instances, dont_care=6),
         lambda: SemanticLayout.from_segmap(segmap),
         lambda: layout.prepare([(8, 8), (40, 33), (20, 16)], 3),
+        lambda: layout.patches(4, 2, 2),
     ):
         with warnings.catch_warnings(record=True) as found:
             warnings.simplefilter("always")

@@ -30,7 +30,9 @@ __global__ void __launch_bounds__(kThreads, 3) apply_kernel(Operands o, Division
 }  // namespace
 
 void apply(const Settings& settings, const Operands& o, const Division& d, const Rows& y) {
-  specialised(settings, [&](auto vector, auto last, auto whole) { launch(apply_kernel<vector(), last(), whole()>, settings, d, 0, o, d, y); });
+  specialised(settings, [&](auto vector, auto last, auto whole) {
+    launch(apply_kernel<vector(), last(), whole()>, settings, d, 0, o, d, y);
+  });
 }
 
 }  // namespace spade_fast

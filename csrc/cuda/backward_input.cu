@@ -39,7 +39,9 @@ __global__ void __launch_bounds__(kThreads, kSilu ? 2 : 3) backward_input_kernel
 }  // namespace
 
 void backward_input(const Settings& settings, const Operands& o, const Division& d, const float* terms, const Rows& dx) {
-  specialised(settings, o, [&](auto vector, auto last, auto whole, auto is_silu) { launch(backward_input_kernel<vector(), last(), whole(), is_silu()>, settings, d, 0, o, d, terms, dx); });
+  specialised(settings, o, [&](auto vector, auto last, auto whole, auto is_silu) {
+    launch(backward_input_kernel<vector(), last(), whole(), is_silu()>, settings, d, 0, o, d, terms, dx);
+  });
 }
 
 }  // namespace spade_fast

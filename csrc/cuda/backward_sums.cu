@@ -62,7 +62,8 @@ __global__ void __launch_bounds__(kCombiners) combine_sums_kernel(Operands o, in
 
 void backward_sums(const Settings& settings, const Operands& o, const Division& d, const Rows& dgamma, const Rows& dbeta, float* parts) {
   specialised(settings, o, [&](auto vector, auto last, auto whole, auto is_silu) {
-    launch(backward_sums_kernel<vector(), last(), whole(), is_silu()>, settings, d, d.shared(1, last() ? vector() : 1), o, d, dgamma, dbeta, parts);
+    launch(backward_sums_kernel<vector(), last(), whole(), is_silu()>, settings, d, d.shared(1, last() ? vector() : 1), o, d, dgamma, dbeta,
+           parts);
   });
 }
 

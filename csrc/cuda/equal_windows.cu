@@ -40,24 +40,26 @@ __device__ uint32_t taps_inside(const Maps& maps, const Where& where) {
   uint32_t taps = 1;
 #pragma unroll
   for (int axis = 0; axis < kAxes; ++axis) {
-    const uint32_t half = maps.kernel[axis] / 2, before = where.position[axis];
-    const uint32_t behind = where.section->size[axis] - 1 - before;
-    taps *= (before < half ? before : half) + 1 + (behind < half ? behind : half);
+    const int32_t begin = static_cast<int32_t>(where.position[axis] * maps.stride - maps.padding[axis]), kernel = maps.kernel[axis];
+    const int32_t rest = static_cast<int32_t>(where.section->seen_size[axis]) - begin;
+    const int32_t inside = (rest < kernel ? rest : kernel) + (begin < 0 ? begin : 0);
+    taps *= inside > 0 ? inside : 0;
   }
   return taps;
 }
 
 // What a tap of a place's window sees.
 __device__ uint32_t seen(const Maps& maps, const uint32_t* map, const Where& where, const uint32_t (&tap)[kAxes]) {
+  const Section& section = *where.section;
   bool inside = true;
   uint32_t place = 0;
 #pragma unroll
   for (int axis = 0; axis < kAxes; ++axis) {
-    const uint32_t there = where.position[axis] + tap[axis] - maps.kernel[axis] / 2;  // below 0, beyond any size
-    inside = inside && there < where.section->size[axis];
-    place = place * where.section->size[axis] + there;
+    const uint32_t there = where.position[axis] * maps.stride + tap[axis] - maps.padding[axis];  // below 0, beyond any size
+    inside = inside && there < section.seen_size[axis];
+    place = place * section.seen_size[axis] + there;
   }
-  return inside ? map[where.section->first + where.image * where.section->pixels + place] : kNone;
+  return inside ? map[section.seen_first + where.image * section.seen_pixels + place] : kNone;
 }
 
 // Calls f with each tap, until it says no; whether it never did.
@@ -134,6 +136,14 @@ __device__ void list_window(const Maps& maps, const Where& where, uint32_t chunk
   });
 }
 
+// The number of a place's window, and an entry for the place.
+__device__ void list_place(const Where& where, const Level& level, const Segment& order, const Results& results, const Result& result) {
+  const uint32_t window = number_of(level, level.equals[where.place]), local = where.place - where.section->first;
+  results.memory[result.index + local] = window;
+  results.buckets[order.entry + local] = order.bucket + where.image * result.windows + window;
+  results.values[order.entry + local] = local - where.image * where.section->pixels;
+}
+
 // The first half of the blocks has the windows of codes, the second the windows of those, and the index.
 __global__ void __launch_bounds__(kThreads, 4) list_windows_kernel(Maps maps, const uint32_t* codes, Level hidden, Level table,
                                                                 Results results) {
@@ -150,12 +160,22 @@ __global__ void __launch_bounds__(kThreads, 4) list_windows_kernel(Maps maps, co
     const uint32_t first = seen(maps, hidden.equals, where, tap);
     return first == kNone ? kNone : number_of(hidden, first);
   });
+  if (where.exists) list_place(where, table, results.segments[results.lists + section], results, result);
+}
+
+__global__ void __launch_bounds__(kThreads, 4) list_patches_kernel(Maps maps, const uint32_t* codes, Level level, Results results) {
+  const Where where = where_am_i(maps, blockIdx.x);
+  const Result& result = *results.of_sections;
+  list_window(maps, where, blockIdx.x, level, *results.segments, results, result.offsets[0], result.rows[0],
+              [&](const auto& tap) { return seen(maps, codes, where, tap); });
   if (!where.exists) return;
-  const uint32_t window = number_of(table, table.equals[where.place]), local = where.place - where.section->first;
-  const Segment& order = results.segments[maps.section_count * kLevels + section];
-  results.memory[result.index + local] = window;
-  results.buckets[order.entry + local] = order.bucket + where.image * result.windows + window;
-  results.values[order.entry + local] = local - where.image * where.section->pixels;
+  list_place(where, level, results.segments[results.lists], results, result);
+  if (level.equals[where.place] != where.place) return;
+  int64_t at = result.contents + static_cast<int64_t>(number_of(level, where.place)) * maps.taps;
+  each_tap(maps, [&](const auto& tap) {
+    results.memory[at++] = static_cast<int32_t>(seen(maps, codes, where, tap));  // kNone is -1
+    return true;
+  });
 }
 
 }  // namespace
@@ -175,6 +195,10 @@ void resolve_windows(Stream stream, const Maps& maps, const Level& level) {
 void list_windows(Stream stream, const Maps& maps, const uint32_t* codes, const Level& hidden, const Level& table,
                   const Results& results) {
   launch(list_windows_kernel, 2 * maps.chunks, dim3(kThreads), kScanScratch, stream, maps, codes, hidden, table, results);
+}
+
+void list_patches(Stream stream, const Maps& maps, const uint32_t* codes, const Level& level, const Results& results) {
+  launch(list_patches_kernel, maps.chunks, dim3(kThreads), kScanScratch, stream, maps, codes, level, results);
 }
 
 }  // namespace spade_fast

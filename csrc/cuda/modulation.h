@@ -156,8 +156,8 @@ __device__ Gradient<V> gradient(const Operands& o, const Raw& x, const Raw& dy, 
 
 // dγ = g·x̂ and dβ = g, which is not written where it is dy itself; adds q = g·(1 + γ) and q·(x − shift) to sums.
 template <int V, typename Number>
-__device__ void store_gradient(const Place& place, const Gradient<V>& found, const Number& scale, const Number& offset, const Cursor& dgamma,
-                               const Cursor& dbeta, float (&q_sum)[V], float (&q_deviation_sum)[V]) {
+__device__ void store_gradient(const Place& place, const Gradient<V>& found, const Number& scale, const Number& offset,
+                               const Cursor& dgamma, const Cursor& dbeta, float (&q_sum)[V], float (&q_deviation_sum)[V]) {
   if (dbeta.first != nullptr) store<V>(dbeta, place, found.g);
   float product[V];
 #pragma unroll

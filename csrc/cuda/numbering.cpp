@@ -2,7 +2,7 @@
 
 #include "numbering.h"
 
-#include <limits>
+#include <cstring>
 
 #include "../common/checks.h"
 #include "on_device.h"
@@ -113,15 +113,22 @@ class Layouts {
 
 int64_t axes_of(const Tensor& codes) { return codes.dim() - 1; }
 
-// The sections of all sizes, in their order; how many chunks they have.
-std::vector<Section> sections_of(const Tensor& codes, const std::vector<int64_t>& sizes, int64_t* chunks) {
+// The sections of all sizes, in their order.
+struct Sections {
+  std::vector<Section> all;
+  int64_t chunks = 0;
+
+  uint32_t count() const { return static_cast<uint32_t>(all.size()); }
+  int64_t bytes() const { return static_cast<int64_t>(all.size() * sizeof(Section)); }
+};
+
+Sections sections_of(const Tensor& codes, const std::vector<int64_t>& sizes) {
   const int64_t axes = axes_of(codes), images = codes.size(0);
-  std::vector<Section> sections;
+  Sections sections;
   uint32_t nearest = 0;
-  *chunks = 0;
   for (size_t size = 0; size + axes <= sizes.size(); size += axes) {
     Section section = {};
-    section.first = static_cast<uint32_t>(*chunks * kThreads), section.pixels = 1;
+    section.first = static_cast<uint32_t>(sections.chunks * kThreads), section.pixels = 1;
     for (int axis = 0; axis < kAxes; ++axis) {
       const int64_t own = axis - (kAxes - axes);
       section.size[axis] = own < 0 ? 1 : static_cast<uint32_t>(sizes[size + own]);
@@ -130,8 +137,10 @@ std::vector<Section> sections_of(const Tensor& codes, const std::vector<int64_t>
       if (own >= 0) nearest += section.size[axis];
     }
     section.count = static_cast<uint32_t>(images * section.pixels);
-    *chunks += divide_up(section.count, kThreads);
-    sections.push_back(section);
+    section.seen_first = section.first, section.seen_pixels = section.pixels;
+    std::copy_n(section.size, kAxes, section.seen_size);
+    sections.chunks += divide_up(section.count, kThreads);
+    sections.all.push_back(section);
   }
   return sections;
 }
@@ -145,30 +154,34 @@ int64_t power(int64_t base, int64_t exponent) {
 // Places, entries and buckets of all sizes together are counted in 30 bits: two more say what a count is (sort_entries.cu).
 constexpr int64_t kCounted = int64_t{1} << 30;
 
-void check_counts(const Tensor& codes, const std::vector<int64_t>& sizes, int64_t taps, int64_t rows) {
-  const int64_t axes = axes_of(codes), images = codes.size(0), bound = kCounted;
-  double places = 0;  // exact below 2**53
+void check_counts(const Tensor& codes, const std::vector<int64_t>& sizes, int64_t kernel_size, int64_t rows) {
+  const int64_t axes = axes_of(codes), images = codes.size(0);
+  double places = 0, taps = 1;  // exact below 2**53
+  for (int64_t axis = 0; axis < axes; ++axis) taps *= static_cast<double>(kernel_size);
   for (size_t size = 0; size + axes <= sizes.size(); size += axes) {
     double own = static_cast<double>(images);
     for (int64_t axis = 0; axis < axes; ++axis) own *= static_cast<double>(sizes[size + axis]);
     places += own + kThreads;
   }
-  const double count = static_cast<double>(sizes.size() / axes), entries = places * (2.0 * taps + 1 + static_cast<double>(images));
-  STD_TORCH_CHECK(entries + count * (static_cast<double>(rows) * taps + 2) < static_cast<double>(bound), "spade_fast: codes has shape ",
+  const double count = static_cast<double>(sizes.size() / axes), entries = places * (2 * taps + 1 + static_cast<double>(images));
+  STD_TORCH_CHECK(entries + count * (static_cast<double>(rows) * taps + 2) < static_cast<double>(kCounted), "spade_fast: codes has shape ",
                   text(codes.sizes()), ", that is too much for the sizes asked for and windows of ", taps,
                   " taps: together they should be below 2**30");
 }
 
-// What is asked of a layout's codes.
-void check_find_windows(const Tensor& codes, const Tensor& nearest, const std::vector<int64_t>& sizes, int64_t kernel_size, int64_t rows) {
+void check_codes(const Tensor& codes, int64_t rows) {
   check_dtype(codes, "codes", kWhole);
   STD_TORCH_CHECK(codes.dim() >= 2 && codes.dim() <= 1 + kAxes, "spade_fast: codes has shape ", text(codes.sizes()),
                   ", it should be [N, *spatial] with one to three spatial dimensions");
+  STD_TORCH_CHECK(rows >= 0 && rows < INT32_MAX, "spade_fast: rows is ", rows, ", it should be from 0 to 2**31 - 2");
+}
+
+void check_find_windows(const Tensor& codes, const Tensor& nearest, const std::vector<int64_t>& sizes, int64_t kernel_size, int64_t rows) {
+  check_codes(codes, rows);
   STD_TORCH_CHECK(sizes.size() % axes_of(codes) == 0, "spade_fast: sizes has ", sizes.size(), " numbers, it should have one for each of ",
                   axes_of(codes), " axes");
   STD_TORCH_CHECK(kernel_size % 2 == 1 && kernel_size > 0 && kernel_size < 128, "spade_fast: kernel_size is ", kernel_size,
                   ", it should be odd, from 1 to 127");
-  STD_TORCH_CHECK(rows >= 0 && rows < INT32_MAX, "spade_fast: rows is ", rows, ", it should be from 0 to 2**31 - 2");
   int64_t count = 0;
   for (const int64_t size : sizes) {
     STD_TORCH_CHECK(size >= 0 && size < INT32_MAX, "spade_fast: sizes has ", size, ", it should have numbers from 0 to 2**31 - 2");
@@ -185,7 +198,7 @@ void check_find_windows(const Tensor& codes, const Tensor& nearest, const std::v
                       ", it should have pixels of codes, 0 to ", given - 1);
     }
   }
-  check_counts(codes, sizes, power(kernel_size, axes_of(codes)), rows);
+  check_counts(codes, sizes, kernel_size, rows);
 }
 
 // What is known of a section once the host has waited.
@@ -197,11 +210,11 @@ struct Found {
 class Plan {
  public:
   Plan(const Tensor& codes, const std::vector<int64_t>& sizes, const std::vector<Section>& sections, const std::vector<Found>& found,
-       int64_t taps, int64_t rows) {
+       int levels, int64_t taps, int64_t rows) {
     const int64_t axes = axes_of(codes), images = codes.size(0);
     for (size_t number = 0; number < sections.size(); ++number) {
       Result result = {};
-      for (int level = 0; level < kLevels; ++level) {
+      for (int level = 0; level < levels; ++level) {
         const int64_t windows = found[number].windows[level], seen = found[number].taps[level];
         const int64_t buckets = (level == 0 ? rows : found[number].windows[0]) * taps;
         result.offsets[level] = layouts.add({windows + 1}), result.rows[level] = layouts.add({seen});
@@ -210,11 +223,12 @@ class Plan {
                             result.offsets[level] + windows});
         entries_ += segments.back().entries, buckets_ += segments.back().buckets + 1;
       }
-      result.windows = found[number].windows[kLevels - 1];
+      result.windows = found[number].windows[levels - 1];
       std::vector<int64_t> shape = {images};
       shape.insert(shape.end(), sizes.begin() + number * axes, sizes.begin() + (number + 1) * axes);
       result.index = layouts.add(shape);
       orders_.push_back(layouts.add({images, sections[number].pixels}));
+      if (levels == 1) result.contents = layouts.add({result.windows, taps});
       results.push_back(result);
     }
     starts = buckets_;
@@ -272,6 +286,8 @@ class SortingWork {
     results.memory = memory;
     results.of_sections = memory_.at<Result>(results_), results.segments = memory_.at<Segment>(results_ + result_bytes());
     results.entries = plan_.entries, results.starts = plan_.starts;
+    results.orders = static_cast<uint32_t>(plan_.results.size());
+    results.lists = static_cast<uint32_t>(plan_.segments.size()) - results.orders;
     results.buckets = sorting_.buckets[side], results.values = sorting_.values[side];
     return results;
   }
@@ -286,71 +302,147 @@ class SortingWork {
   int64_t counts_, said_, tickets_, zeros_, entries_[4], results_;
 };
 
-Maps maps_of(const Tensor& codes, int64_t kernel_size, int64_t taps, int64_t rows) {
+// What is to be numbered: windows of codes, and of two levels windows of those, at the places of `sections`. They see those of `taken`.
+struct Task {
+  Sections taken, sections;
+  std::vector<int64_t> sizes;        // of the sections
+  const int32_t* nearest;            // which pixels are taken along each axis
+  int64_t nearest_count, kernel_size, stride, padding, rows;
+  int levels;
+};
+
+Maps maps_of(const Tensor& codes, const Task& task) {
   Maps maps = {};
   maps.codes = codes.const_data_ptr<int32_t>();
   for (int axis = 0; axis < kAxes; ++axis) {
     const int64_t own = axis - (kAxes - axes_of(codes));
     maps.given[axis] = own < 0 ? 1 : static_cast<uint32_t>(codes.size(1 + own));
-    maps.kernel[axis] = own < 0 ? 1 : static_cast<uint32_t>(kernel_size);
+    maps.kernel[axis] = own < 0 ? 1 : static_cast<uint32_t>(task.kernel_size);
+    maps.padding[axis] = own < 0 ? 0 : static_cast<uint32_t>(task.padding);
   }
-  maps.taps = static_cast<uint32_t>(taps), maps.rows = static_cast<uint32_t>(rows);
+  maps.stride = static_cast<uint32_t>(task.stride), maps.rows = static_cast<uint32_t>(task.rows);
+  maps.taps = static_cast<uint32_t>(power(task.kernel_size, axes_of(codes)));
   return maps;
 }
 
-// Of each size ten tensors, as `find_windows` of numbering.py gives them; nothing where a code is no row.
-std::vector<Tensor> find_windows_of(const Tensor& given_codes, const Tensor& nearest, std::vector<int64_t> sizes, int64_t kernel_size,
-                                    int64_t rows, int64_t hash_mask) {
-  check_find_windows(given_codes, nearest, sizes, kernel_size, rows);
+// What the device has when the host begins to wait.
+class Search {
+ public:
+  Search(const Tensor& codes, const Task& task, int64_t hash_mask, Stream stream)
+      : task_(task), work_(task.sections.chunks * kThreads, task.sections.chunks, task.levels, hash_mask), stream_(stream) {
+    const int64_t map = work_.memory.add<uint32_t>(task.taken.chunks * kThreads), totals = work_.memory.add<uint64_t>(total_count());
+    const int64_t taken_bytes = task.taken.bytes(), bytes = taken_bytes + task.sections.bytes();
+    const int64_t plan = work_.memory.add<char>(bytes + 4 * task.nearest_count);
+    work_.allocate(codes, stream);
+    std::vector<char> uploaded(bytes + 4 * task.nearest_count);
+    std::memcpy(uploaded.data(), task.taken.all.data(), taken_bytes);
+    std::memcpy(uploaded.data() + taken_bytes, task.sections.all.data(), bytes - taken_bytes);
+    if (task.nearest_count > 0) std::memcpy(uploaded.data() + bytes, task.nearest, 4 * task.nearest_count);
+    upload(work_.memory.at<char>(plan), uploaded.data(), static_cast<int64_t>(uploaded.size()), stream);
+    totals_ = work_.memory.at<uint64_t>(totals);
+    this->map = work_.memory.at<uint32_t>(map);
+    for (int level = 0; level < task.levels; ++level) levels[level] = work_.level(level);
+    maps = maps_of(codes, task);
+    maps.sections = work_.memory.at<Section>(plan + taken_bytes), maps.section_count = task.sections.count();
+    maps.chunks = static_cast<uint32_t>(task.sections.chunks), maps.nearest = work_.memory.at<int32_t>(plan + bytes);
+    maps.is_wrong = work_.is_wrong();
+    Maps taken = maps;
+    taken.sections = work_.memory.at<Section>(plan), taken.section_count = task.taken.count();
+    taken.chunks = static_cast<uint32_t>(task.taken.chunks);
+    take_codes(stream, taken, this->map);
+    for (int level = 0; level < task.levels; ++level) {
+      find_equal_windows(stream, maps, level == 0 ? this->map : levels[0].equals, levels[level]);
+      resolve_windows(stream, maps, levels[level]);
+    }
+    add_up(stream, maps.sections, maps.section_count, levels, task.levels, maps.is_wrong, totals_);
+  }
+
+  // Waits for it. Nothing where a code is no row.
+  std::optional<std::vector<Found>> wait() const {
+    std::vector<uint64_t> totals(total_count());
+    download(totals.data(), totals_, total_count() * static_cast<int64_t>(sizeof(uint64_t)), stream_);
+    if (static_cast<uint32_t>(totals.back()) != kNone) return std::nullopt;
+    std::vector<Found> found(task_.sections.all.size());
+    for (size_t i = 0; i + 1 < totals.size(); ++i) {
+      found[i / task_.levels].windows[i % task_.levels] = Counts::firsts(totals[i]);
+      found[i / task_.levels].taps[i % task_.levels] = Counts::taps(totals[i]);
+    }
+    return found;
+  }
+
+  Maps maps;
+  uint32_t* map;
+  Level levels[kLevels] = {};
+
+ private:
+  int64_t total_count() const { return task_.levels * static_cast<int64_t>(task_.sections.all.size()) + 1; }
+
+  const Task& task_;
+  Work work_;
+  Stream stream_;
+  uint64_t* totals_;
+};
+
+// All tensors of the results, section by section; none where a code is no row.
+std::vector<Tensor> numbered(const Tensor& given_codes, const Task& task, int64_t hash_mask) {
   const OnDevice on_device(given_codes);
   const Stream stream = on_device.stream();
   const Tensor codes = torch::stable::contiguous(given_codes);
-  const int64_t taps = power(kernel_size, axes_of(codes));
-  int64_t chunks;
-  const std::vector<Section> sections = sections_of(codes, sizes, &chunks);
-  if (sections.empty()) return {};
-
-  Work work(chunks * kThreads, chunks, kLevels, hash_mask);
-  const int64_t map_part = work.memory.add<uint32_t>(chunks * kThreads), totals_part = work.memory.add<uint64_t>(kLevels * sections.size() + 1);
-  const int64_t section_bytes = static_cast<int64_t>(sections.size() * sizeof(Section)), nearest_bytes = nearest.numel() * 4;
-  const int64_t plan_part = work.memory.add<char>(section_bytes + nearest_bytes);
-  work.allocate(codes, stream);
-  std::vector<char> plan(section_bytes + nearest_bytes);
-  std::memcpy(plan.data(), sections.data(), section_bytes);
-  if (nearest_bytes > 0) std::memcpy(plan.data() + section_bytes, nearest.const_data_ptr(), nearest_bytes);
-  upload(work.memory.at<char>(plan_part), plan.data(), static_cast<int64_t>(plan.size()), stream);
-
-  Maps maps = maps_of(codes, kernel_size, taps, rows);
-  maps.sections = work.memory.at<Section>(plan_part), maps.section_count = static_cast<uint32_t>(sections.size());
-  maps.chunks = static_cast<uint32_t>(chunks), maps.nearest = work.memory.at<int32_t>(plan_part + section_bytes);
-  maps.is_wrong = work.is_wrong();
-  uint32_t* map = work.memory.at<uint32_t>(map_part);
-  const Level levels[kLevels] = {work.level(0), work.level(1)};
-  take_codes(stream, maps, map);
-  for (int level = 0; level < kLevels; ++level) {
-    find_equal_windows(stream, maps, level == 0 ? map : levels[0].equals, levels[level]);
-    resolve_windows(stream, maps, levels[level]);
-  }
-  std::vector<uint64_t> totals(kLevels * sections.size() + 1);
-  uint64_t* device_totals = work.memory.at<uint64_t>(totals_part);
-  add_up(stream, maps.sections, maps.section_count, levels, kLevels, maps.is_wrong, device_totals);
-  download(totals.data(), device_totals, static_cast<int64_t>(totals.size() * sizeof(uint64_t)), stream);
-  if (static_cast<uint32_t>(totals.back()) != kNone) return {};
-  std::vector<Found> found(sections.size());
-  for (size_t i = 0; i + 1 < totals.size(); ++i) {
-    found[i / kLevels].windows[i % kLevels] = Counts::firsts(totals[i]);
-    found[i / kLevels].taps[i % kLevels] = Counts::taps(totals[i]);
-  }
-
-  const Plan made(codes, sizes, sections, found, taps, rows);
-  const Tensor memory = torch::stable::new_empty(codes, {made.layouts.size()}, ScalarType::Int);
-  SortingWork sorting(made);
+  const Search search(codes, task, hash_mask, stream);
+  const auto found = search.wait();
+  if (!found) return {};
+  const Plan plan(codes, task.sizes, task.sections.all, *found, task.levels, search.maps.taps, task.rows);
+  const Tensor memory = torch::stable::new_empty(codes, {plan.layouts.size()}, ScalarType::Int);
+  SortingWork sorting(plan);
   sorting.allocate(codes, stream);
   int32_t* to = memory.mutable_data_ptr<int32_t>();
-  list_windows(stream, maps, map, levels[0], levels[1], sorting.results(0, to));
+  if (task.levels == 1) {
+    list_patches(stream, search.maps, search.map, search.levels[0], sorting.results(0, to));
+  } else {
+    list_windows(stream, search.maps, search.map, search.levels[0], search.levels[1], sorting.results(0, to));
+  }
   sort_entries(stream, sorting.sorting());
-  place_sorted(stream, maps.section_count, sorting.results(sorting.sorting().passes % 2, to));
-  return made.layouts.of(memory);
+  place_sorted(stream, sorting.results(sorting.sorting().passes % 2, to));
+  return plan.layouts.of(memory);
+}
+
+// Of each size ten tensors, as `find_windows` of numbering.py gives them.
+std::vector<Tensor> find_windows_of(const Tensor& codes, const Tensor& nearest, std::vector<int64_t> sizes, int64_t kernel_size,
+                                    int64_t rows, int64_t hash_mask) {
+  check_find_windows(codes, nearest, sizes, kernel_size, rows);
+  if (sizes.empty()) return {};
+  const Sections sections = sections_of(codes, sizes);
+  const int32_t* pixels = nearest.const_data_ptr<int32_t>();
+  return numbered(codes, {sections, sections, sizes, pixels, nearest.numel(), kernel_size, 1, kernel_size / 2, rows, kLevels}, hash_mask);
+}
+
+// Seven tensors: the four of `list_windows` of numbering.py, `index`, `order` and `contents`.
+std::vector<Tensor> find_patches_of(const Tensor& codes, int64_t kernel_size, int64_t stride, int64_t padding, int64_t rows,
+                                    int64_t hash_mask) {
+  check_codes(codes, rows);
+  STD_TORCH_CHECK(kernel_size > 0 && stride > 0 && padding >= 0 && std::max({kernel_size, stride, padding}) < kCounted,
+                  "spade_fast: kernel_size is ", kernel_size, ", stride ", stride, ", padding ", padding,
+                  ": they should be below 2**30, and 1 or more, 1 or more, and 0 or more");
+  const std::vector<int64_t> given(codes.sizes().begin() + 1, codes.sizes().end());
+  std::vector<int64_t> sizes;
+  std::vector<int32_t> nearest;
+  for (const int64_t length : given) {
+    STD_TORCH_CHECK(length + 2 * padding >= kernel_size, "spade_fast: codes has shape ", text(codes.sizes()),
+                    ", it should be no smaller than kernel_size, ", kernel_size);
+    sizes.push_back((length + 2 * padding - kernel_size) / stride + 1);
+  }
+  check_counts(codes, sizes, kernel_size, rows);
+  check_counts(codes, given, 1, rows);
+  for (const int64_t length : given) {
+    for (int64_t pixel = 0; pixel < length; ++pixel) nearest.push_back(static_cast<int32_t>(pixel));
+  }
+  const Sections taken = sections_of(codes, given);
+  Sections sections = sections_of(codes, sizes);
+  Section& section = sections.all[0];
+  section.seen_first = taken.all[0].first, section.seen_pixels = taken.all[0].pixels;
+  std::copy_n(taken.all[0].size, kAxes, section.seen_size);
+  return numbered(codes, {taken, sections, sizes, nearest.data(), static_cast<int64_t>(nearest.size()), kernel_size, stride, padding, rows, 1},
+                  hash_mask);
 }
 
 // A condition with more distinct vectors than this is no layout, as in numbering.py.
@@ -361,8 +453,8 @@ std::vector<Tensor> find_codes_of(const Tensor& given_segmap, int64_t hash_mask)
   STD_TORCH_CHECK(given_segmap.dim() >= 3 && given_segmap.dim() <= 2 + kAxes, "spade_fast: segmap has shape ", text(given_segmap.sizes()),
                   ", it should be [N, label_nc, *spatial] with one to three spatial dimensions");
   check_dtype(given_segmap, "segmap", kFloating);
-  std::vector<int64_t> shape(given_segmap.sizes().begin(), given_segmap.sizes().end());
-  shape.erase(shape.begin() + 1);
+  std::vector<int64_t> shape = {given_segmap.size(0)};
+  for (int64_t dim = 2; dim < given_segmap.dim(); ++dim) shape.push_back(given_segmap.size(dim));
   int64_t places = 1;
   for (const int64_t size : shape) places = product(given_segmap, "segmap", {places, size}, int64_t{1} << 30);
   product(given_segmap, "segmap", {given_segmap.size(1)}, INT32_MAX);
@@ -399,6 +491,7 @@ std::vector<Tensor> find_codes_of(const Tensor& given_segmap, int64_t hash_mask)
 
 STABLE_TORCH_LIBRARY_IMPL(SPADE_FAST_NAMESPACE, SPADE_FAST_DISPATCH_KEY, library) {
   library.impl("find_windows", TORCH_BOX(&find_windows_of));
+  library.impl("find_patches", TORCH_BOX(&find_patches_of));
   library.impl("find_codes", TORCH_BOX(&find_codes_of));
 }
 

@@ -19,6 +19,7 @@ struct Section {
   uint32_t first, count;   // places
   uint32_t pixels;         // of an image
   uint32_t size[kAxes];
+  uint32_t seen_first, seen_pixels, seen_size[kAxes];  // the same of the places that its windows see
   uint32_t nearest[kAxes];  // where the numbers of each axis begin: which pixel of the codes each place takes
 };
 
@@ -52,7 +53,7 @@ struct Maps {
   uint32_t section_count, chunks;
   const int32_t* nearest;
   const int32_t* codes;  // [N, *given]
-  uint32_t given[kAxes], kernel[kAxes];
+  uint32_t given[kAxes], kernel[kAxes], padding[kAxes], stride;
   uint32_t taps, rows;   // of a window, and of the palette
   uint32_t* is_wrong;    // not kNone where a code is no row
 };
@@ -67,13 +68,14 @@ struct Segment {
 
 // What is made of a section, where the results have it: `layout.Sums` and `layout.Windows` have the names.
 struct Result {
-  int64_t offsets[kLevels], rows[kLevels], index;
+  int64_t offsets[kLevels], rows[kLevels], index, contents;
   uint32_t windows;  // of the last level
 };
 
 struct Results {
   const Result* of_sections;
   const Segment* segments;  // [sections, levels]: their lists the other way round; then of each section its order
+  uint32_t lists, orders;  // how many segments are of which kind
   uint32_t entries, starts;  // of all segments
   uint32_t *buckets, *values;  // [entries]
   int32_t* memory;
@@ -90,6 +92,8 @@ void add_up(Stream stream, const Section* sections, uint32_t section_count, cons
             uint64_t* totals);
 // The index, the lists of windows, and the entries that are to be sorted.
 void list_windows(Stream stream, const Maps& maps, const uint32_t* codes, const Level& hidden, const Level& table, const Results& results);
+// The same of windows of codes alone, and their contents.
+void list_patches(Stream stream, const Maps& maps, const uint32_t* codes, const Level& level, const Results& results);
 // Entries that are to be sorted by their buckets, so many passes of a digit each. Every pass takes them from one place to the other.
 struct Sorting {
   uint32_t count;
@@ -107,7 +111,7 @@ constexpr int64_t kSortTile = 8 * kThreads;  // entries of a block
 
 void sort_entries(Stream stream, const Sorting& sorting);
 // From sorted entries to what they say and where each bucket starts.
-void place_sorted(Stream stream, uint32_t section_count, const Results& results);
+void place_sorted(Stream stream, const Results& results);
 
 // Vectors of a condition [N, channels, pixels], of elements of 2, 4 or 8 bytes.
 struct Vectors {

@@ -28,19 +28,18 @@ __device__ uint32_t entries_before(const Results& results, const Segment& segmen
 }
 
 // The first blocks have the entries, those behind them the starts of the lists' buckets.
-__global__ void __launch_bounds__(kThreads) place_sorted_kernel(uint32_t section_count, Results results, uint32_t entry_blocks) {
-  const uint32_t lists = section_count * kLevels;
+__global__ void __launch_bounds__(kThreads) place_sorted_kernel(Results results, uint32_t entry_blocks) {
   if (blockIdx.x < entry_blocks) {
     const uint32_t entry = blockIdx.x * kThreads + threadIdx.x;
     if (entry >= results.entries) return;
     const Segment& segment =
-        segment_at(results.segments, lists + section_count, entry, [](const Segment& other) { return other.entry; });
+        segment_at(results.segments, results.lists + results.orders, entry, [](const Segment& other) { return other.entry; });
     results.memory[segment.sorted + (entry - segment.entry)] = results.values[entry];
     return;
   }
   const uint32_t bucket = (blockIdx.x - entry_blocks) * kThreads + threadIdx.x;
   if (bucket >= results.starts) return;
-  const Segment& segment = segment_at(results.segments, lists, bucket, [](const Segment& other) { return other.bucket; });
+  const Segment& segment = segment_at(results.segments, results.lists, bucket, [](const Segment& other) { return other.bucket; });
   const uint32_t before = entries_before(results, segment, bucket);
   results.memory[segment.starts + (bucket - segment.bucket)] = before;
   if (bucket - segment.bucket == segment.buckets) results.memory[segment.ends] = before;
@@ -48,9 +47,9 @@ __global__ void __launch_bounds__(kThreads) place_sorted_kernel(uint32_t section
 
 }  // namespace
 
-void place_sorted(Stream stream, uint32_t section_count, const Results& results) {
+void place_sorted(Stream stream, const Results& results) {
   const int64_t entry_blocks = divide_up(results.entries, kThreads), start_blocks = divide_up(results.starts, kThreads);
-  launch(place_sorted_kernel, entry_blocks + start_blocks, dim3(kThreads), 0, stream, section_count, results,
+  launch(place_sorted_kernel, entry_blocks + start_blocks, dim3(kThreads), 0, stream, results,
          static_cast<uint32_t>(entry_blocks));
 }
 

@@ -91,8 +91,12 @@ __global__ void __launch_bounds__(kPlaces) list_pieces_kernel(Operands o, Pieces
   if (place.begins_row) range[0] = piece;
   if (place.ends_row) range[1] = piece + 1;
   if (place.position == 0) pieces.image_firsts[place.image] = piece;
-  if (at == o.shape.images * o.shape.pixels - 1) pieces.firsts[piece + 1] = static_cast<int32_t>(at + 1), pieces.image_firsts[o.shape.images] = piece + 1;
+  if (at < o.shape.images * o.shape.pixels - 1) return;
+  pieces.firsts[piece + 1] = static_cast<int32_t>(at + 1), pieces.image_firsts[o.shape.images] = piece + 1;
 }
+
+// Whether four or eight channels are together, in what has them side by side whatever x's layout.
+__device__ bool channels_together(const Operands& o) { return o.vector && o.shape.channels % 4 == 0; }
 
 // V channels of an image, as the threads that sum pieces have them.
 template <int V, bool kLast, bool kWhole>
@@ -102,7 +106,8 @@ struct Channels {
   PerPlane<V, true> shift;
 
   __device__ Channels(const Operands& o, int64_t image, int64_t first)
-      : in(o, image, first), span{1, Part<V, true, kWhole>::limited(o.shape.channels - first), kWhole || o.vector}, shift(numbers(0)) {}
+      : in(o, image, first), span{1, Part<V, true, kWhole>::limited(o.shape.channels - first), kWhole || channels_together(o)},
+        shift(numbers(0)) {}
 
   __device__ PerPlane<V, true> numbers(int64_t which) const {
     return numbers_of<V, true>(in.o, in.o.planes, which, in.image, in.channel, span);
@@ -116,8 +121,8 @@ struct PieceSums {
 
 // Over the pixels that order has in [begin, end).
 template <int V, bool kLast, bool kWhole, bool kSilu>
-__device__ PieceSums<V> sum_pixels(const Operands& o, const Pieces& pieces, const Channels<V, kLast, kWhole>& channels, uint32_t row, int32_t begin,
-                                   int32_t end) {
+__device__ PieceSums<V> sum_pixels(const Operands& o, const Pieces& pieces, const Channels<V, kLast, kWhole>& channels, uint32_t row,
+                                   uint32_t begin, uint32_t end) {
   constexpr int kUnderWay = kLast ? 2 : 8 / V;  // pixels
   const Cursors<kLast>& in = channels.in;
   Modulation modulation = {};
@@ -144,7 +149,7 @@ __device__ PieceSums<V> sum_pixels(const Operands& o, const Pieces& pieces, cons
     return signs;
   };
   PieceSums<V> sums = {};
-  for (int32_t at = begin; at < end; at += kUnderWay) {
+  for (uint32_t at = begin; at < end; at += kUnderWay) {
     Raw x[kUnderWay], dy[kUnderWay];
     uint32_t signs[kUnderWay];
 #pragma unroll
@@ -167,28 +172,29 @@ __device__ PieceSums<V> sum_pixels(const Operands& o, const Pieces& pieces, cons
 }
 
 struct Piece {
-  int32_t begin, end;
-  uint32_t row;
+  uint32_t begin, end, row;
 };
 
-__device__ Piece piece_at(const Pieces& pieces, int32_t piece) {
-  return {__ldg(pieces.firsts + piece), __ldg(pieces.firsts + piece + 1), static_cast<uint32_t>(__ldg(pieces.piece_rows + piece))};
+__device__ Piece piece_at(const Pieces& pieces, uint32_t piece) {
+  const auto number = [](const int32_t* from) { return static_cast<uint32_t>(__ldg(from)); };
+  return {number(pieces.firsts + piece), number(pieces.firsts + piece + 1), number(pieces.piece_rows + piece)};
 }
 
 // A block has a split of an image's pieces, and of its channels as many as it has columns. Each of its lanes sums a piece at a time. What
 // they find of the planes is added up in shared memory, where each thread has places of its own until the end.
 template <int V, bool kLast, bool kWhole, bool kSilu>
-__global__ void __launch_bounds__(kThreads, kLast && kWhole && !kSilu ? 3 : 2) sum_pieces_kernel(Operands o, Pieces pieces, uint32_t channel_blocks,
-                                                                             uint32_t splits, Rows dgamma, Rows dbeta, float* parts) {
+__global__ void __launch_bounds__(kThreads, kLast && kWhole && !kSilu ? 3 : 2) sum_pieces_kernel(Operands o, Pieces pieces,
+                                                                                                  uint32_t channel_blocks, uint32_t splits,
+                                                                                                  Rows dgamma, Rows dbeta, float* parts) {
   const uint32_t unit = blockIdx.x / splits, split = blockIdx.x % splits, columns = blockDim.x, lanes = blockDim.y;
   const int64_t image = unit / channel_blocks, block_channel = static_cast<int64_t>(unit % channel_blocks) * columns * V;
   const Channels<V, kLast, kWhole> channels(o, image, block_channel + threadIdx.x * V);
-  const int32_t begin = pieces.image_firsts[image], end = pieces.image_firsts[image + 1];
+  const uint32_t begin = pieces.image_firsts[image], end = pieces.image_firsts[image + 1];
   float* q_sums = reinterpret_cast<float*>(shared_memory());  // [lanes, columns, V], twice
   float *mine = q_sums + (threadIdx.y * columns + threadIdx.x) * V, *mine_with_deviation = mine + kThreads * V;
 #pragma unroll
   for (int k = 0; k < V; ++k) mine[k] = mine_with_deviation[k] = 0;
-  for (int32_t piece = begin + static_cast<int32_t>(split * lanes + threadIdx.y); piece < end; piece += splits * lanes) {
+  for (uint32_t piece = begin + split * lanes + threadIdx.y; piece < end; piece += splits * lanes) {
     const Piece found = piece_at(pieces, piece);
     const PieceSums<V> sums = sum_pixels<V, kLast, kWhole, kSilu>(o, pieces, channels, found.row, found.begin, found.end);
     const int32_t of_row = __ldg(pieces.row_pieces + found.row);
@@ -232,7 +238,8 @@ __global__ void __launch_bounds__(kThreads, kLast && kWhole && !kSilu ? 3 : 2) s
 // dγ and dβ of the rows that have more pieces than one, or none. A block has a row at a time, and four channels of each column: its lanes
 // go through the row's pieces in each image. Sums of pieces that were not kept are found again.
 template <bool kLast, bool kWhole, bool kSilu>
-__global__ void __launch_bounds__(kRowThreads, 1) sum_rows_kernel(Operands o, Pieces pieces, uint32_t channel_blocks, Rows dgamma, Rows dbeta) {
+__global__ void __launch_bounds__(kRowThreads, 1) sum_rows_kernel(Operands o, Pieces pieces, uint32_t channel_blocks, Rows dgamma,
+                                                                  Rows dbeta) {
   const int64_t step = gridDim.x / channel_blocks, images = o.shape.images, channels_of_all = o.shape.channels;
   const int64_t channel = (blockIdx.x % channel_blocks * blockDim.x + threadIdx.x) * 4;
   int32_t* ranges = reinterpret_cast<int32_t*>(shared_memory());
@@ -267,7 +274,8 @@ __global__ void __launch_bounds__(kRowThreads, 1) sum_rows_kernel(Operands o, Pi
           add(found);
         }
         for (; piece < end; piece += blockDim.y) {
-          add(sum_pixels<4, kLast, kWhole, kSilu>(o, pieces, channels, row, __ldg(pieces.firsts + piece), __ldg(pieces.firsts + piece + 1)));
+          const Piece again = piece_at(pieces, static_cast<uint32_t>(piece));
+          add(sum_pixels<4, kLast, kWhole, kSilu>(o, pieces, channels, static_cast<uint32_t>(row), again.begin, again.end));
         }
         const auto scale = channels.numbers(1), offset = channels.numbers(2);
 #pragma unroll
@@ -279,7 +287,7 @@ __global__ void __launch_bounds__(kRowThreads, 1) sum_rows_kernel(Operands o, Pi
     }
     const PerPlane<4, true> g = block_sum<4, true>(g_sum, scratch), g_normalised = block_sum<4, true>(g_normalised_sum, scratch);
     if (threadIdx.y != 0) continue;
-    const Span span = {1, Part<4, true, kWhole>::limited(channels_of_all - channel), kWhole || o.vector};
+    const Span span = {1, Part<4, true, kWhole>::limited(channels_of_all - channel), kWhole || channels_together(o)};
     store<4>(dgamma.at(0, row, channel), dgamma.type, span, g_normalised.values);
     store<4>(dbeta.at(0, row, channel), dbeta.type, span, g.values);
   }
@@ -304,14 +312,15 @@ void table_sums(const Settings& settings, const Operands& o, const Pieces& piece
   specialised(of_channels, o, [&](auto vector, auto last, auto whole, auto is_silu) {
     const int columns = columns_of(divide_up(channels, vector()));
     const int64_t channel_blocks = divide_up(channels, columns * vector());
-    launch(sum_pieces_kernel<vector(), last(), whole(), is_silu()>, o.shape.images * channel_blocks * splits, dim3(columns, kThreads / columns),
-           2 * kThreads * vector() * 4, stream, o, pieces, static_cast<uint32_t>(channel_blocks), static_cast<uint32_t>(splits), dgamma,
-           dbeta, parts);
+    launch(sum_pieces_kernel<vector(), last(), whole(), is_silu()>, o.shape.images * channel_blocks * splits,
+           dim3(columns, kThreads / columns), 2 * kThreads * vector() * 4, stream, o, pieces, static_cast<uint32_t>(channel_blocks),
+           static_cast<uint32_t>(splits), dgamma, dbeta, parts);
     const int row_columns = static_cast<int>(std::clamp<int64_t>(power_from(divide_up(channels, 4)), 1, 32));
     const int64_t row_blocks = divide_up(channels, 4 * row_columns);
     const int64_t blocks_of_channels = std::min(pieces.rows, divide_up(kSweepBlocks * processors(), std::max<int64_t>(1, row_blocks)));
     launch(sum_rows_kernel<last(), whole(), is_silu()>, blocks_of_channels * row_blocks, dim3(row_columns, kRowThreads / row_columns),
-           2 * kRowThreads * 4 + kRowThreads / 32 * 4 * row_columns * 4, stream, o, pieces, static_cast<uint32_t>(row_blocks), dgamma, dbeta);
+           2 * kRowThreads * 4 + kRowThreads / 32 * 4 * row_columns * 4, stream, o, pieces, static_cast<uint32_t>(row_blocks),
+           dgamma, dbeta);
   });
 }
 

@@ -75,7 +75,9 @@ template <int V>
 __device__ Raw load(const Cursor& from, const Place& place) { return load<V>(from.at(place.item), from.type, place.span); }
 
 template <int V>
-__device__ void store(const Cursor& to, const Place& place, const float (&values)[V]) { store<V>(to.at(place.item), to.type, place.span, values); }
+__device__ void store(const Cursor& to, const Place& place, const float (&values)[V]) {
+  store<V>(to.at(place.item), to.type, place.span, values);
+}
 
 // A thread's part of a tensor: of one plane, or V channels of one image; the items [begin, end) are those of the block. kWhole: everywhere
 // there are V elements or none.
@@ -133,49 +135,62 @@ struct Part {
   }
 };
 
-// Over all items of a block: each of the warps in one order, then the warps in one order.
+// Sums over all items of a block, to the first numbers of scratch: those of each warp in one order, then, by a thread for each number,
+// those of the warps in one order. How many numbers there are.
 template <int V, bool kLast>
-__device__ PerPlane<V, kLast> block_sum(const float (&values)[V], float* scratch) {
+__device__ int sum_in_scratch(const float (&values)[V], float* scratch) {
   constexpr int kCount = PerPlane<V, kLast>::kCount;
+  const int thread = threadIdx.y * blockDim.x + threadIdx.x, threads = blockDim.x * blockDim.y;
+  const int columns = kLast ? blockDim.x : 1, column = kLast ? threadIdx.x : 0, numbers = columns * kCount;
   PerPlane<V, kLast> sums = {};
 #pragma unroll
   for (int k = 0; k < V; ++k) sums.values[kLast ? k : 0] += values[k];
-  const int thread = threadIdx.y * blockDim.x + threadIdx.x, warps = blockDim.x * blockDim.y / 32;
-  const int columns = kLast ? blockDim.x : 1, column = kLast ? threadIdx.x : 0;
 #pragma unroll
   for (int k = 0; k < kCount; ++k) {
     for (int lanes = columns; lanes < 32; lanes *= 2) sums.values[k] += __shfl_xor_sync(~0u, sums.values[k], lanes);
-    if (thread % 32 < columns) scratch[(thread / 32 * kCount + k) * columns + column] = sums.values[k];
+    if (thread % 32 < columns) scratch[thread / 32 * numbers + column * kCount + k] = sums.values[k];
   }
   __syncthreads();
-#pragma unroll
-  for (int k = 0; k < kCount; ++k) {
-    sums.values[k] = 0;
-    for (int warp = 0; warp < warps; ++warp) sums.values[k] += scratch[(warp * kCount + k) * columns + column];
+  for (int number = thread; number < numbers; number += threads) {
+    float sum = 0;
+    for (int warp = 0; warp < threads / 32; ++warp) sum += scratch[warp * numbers + number];
+    scratch[number] = sum;
   }
+  return numbers;
+}
+
+// A thread's of the numbers that others wrote there before a barrier.
+template <int V, bool kLast>
+__device__ PerPlane<V, kLast> read_scratch(const float* scratch) {
+  PerPlane<V, kLast> sums;
+#pragma unroll
+  for (int k = 0; k < PerPlane<V, kLast>::kCount; ++k) sums.values[k] = scratch[(kLast ? threadIdx.x : 0) * PerPlane<V, kLast>::kCount + k];
   __syncthreads();  // scratch may be used again
   return sums;
 }
 
-// Over all items of a unit, which the blocks of a cluster share: each finds its own sum, then all add them up in one order.
+template <int V, bool kLast>
+__device__ PerPlane<V, kLast> block_sum(const float (&values)[V], float* scratch) {
+  sum_in_scratch<V, kLast>(values, scratch);
+  __syncthreads();
+  return read_scratch<V, kLast>(scratch);
+}
+
+// Over all items of a unit, which the blocks of a cluster share: each finds its own sums, then all add them up in one order, to behind
+// their own, which others read.
 template <int V, bool kLast>
 __device__ PerPlane<V, kLast> unit_sum(const Division& d, const float (&values)[V], float* scratch) {
-  constexpr int kCount = PerPlane<V, kLast>::kCount;
-  PerPlane<V, kLast> sums = block_sum<V, kLast>(values, scratch);
-  if (d.splits == 1) return sums;
-  const int columns = kLast ? blockDim.x : 1, column = kLast ? threadIdx.x : 0;
-#pragma unroll
-  for (int k = 0; k < kCount; ++k) {
-    if (threadIdx.y == 0 && (kLast || threadIdx.x == 0)) scratch[k * columns + column] = sums.values[k];
-    sums.values[k] = 0;
-  }
+  if (d.splits == 1) return block_sum<V, kLast>(values, scratch);
+  const int numbers = sum_in_scratch<V, kLast>(values, scratch);
   wait_for_cluster();
-  for (uint32_t block = 0; block < d.splits; ++block) {
-#pragma unroll
-    for (int k = 0; k < kCount; ++k) sums.values[k] += in_block(block, scratch + k * columns + column);
+  for (int number = threadIdx.y * blockDim.x + threadIdx.x; number < numbers; number += blockDim.x * blockDim.y) {
+    float sum = 0;
+#pragma unroll 4
+    for (uint32_t block = 0; block < d.splits; ++block) sum += in_block(block, scratch + number);
+    scratch[numbers + number] = sum;
   }
   wait_for_cluster();  // scratch may be used again, and the block may end
-  return sums;
+  return read_scratch<V, kLast>(scratch + numbers);
 }
 
 // What is found of 32 planes over all splits, by a block of 32 × 32 threads: each warp has 32 planes, which are side by side in memory, of

@@ -37,7 +37,7 @@ KEEPS_SIGNS = ("relu", "leaky_relu")
 @dataclass(frozen=True)
 class Backend:
     """The kernels of one kind. What each computes is said where plain PyTorch computes it:
-    `torch_backend.py`, and `numbering.py` for the last five.
+    `torch_backend.py`, and `numbering.py` for the last six.
     """
 
     name: str
@@ -55,6 +55,7 @@ class Backend:
     dtype_at_windows: Callable
     find_codes: Callable
     find_windows: Callable
+    find_patches: Callable
     number_windows: Callable
     window_sums: Callable
     sort_pixels: Callable
@@ -389,6 +390,10 @@ GATHERING = {
 }
 OPERATIONS = MODULATION | CONVOLUTION | GATHERING
 NUMBERING = {
+    "find_patches": (
+        "(Tensor codes, int kernel_size, int stride, int padding, int rows, int hash_mask)"
+        " -> Tensor[]"
+    ),
     "find_codes": "(Tensor segmap, int hash_mask) -> Tensor[]",
     "find_windows": (
         "(Tensor codes, Tensor nearest, int[] sizes, int kernel_size, int rows, int hash_mask)"

@@ -96,6 +96,10 @@ def _find_windows(codes, kernel_size, num_codes):
     )
 
 
+def find_patches(*asked):
+    return numbering.find_patches_by(*asked, number_windows, window_sums, sort_pixels)
+
+
 def window_sums(contents, rows):
     return tuple(map(torch.from_numpy, library.window_sums(contents.numpy(), rows)))
 
@@ -113,6 +117,7 @@ BACKEND = replace(
     convolve_windows_gradients=convolve_windows_gradients,
     find_codes=find_codes,
     find_windows=find_windows,
+    find_patches=find_patches,
     number_windows=number_windows,
     window_sums=window_sums,
     sort_pixels=sort_pixels,

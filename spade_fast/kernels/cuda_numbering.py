@@ -1,5 +1,8 @@
 """Numbering by kernels compiled for CUDA GPUs, csrc/cuda/numbering.cpp: all sizes of a layout
-together, with one wait. The numbers are those of `numbering.py`.
+together, with one wait. The numbers are those of `numbering.py`, which does what is too much for
+the kernels to count.
+
+hash_mask: which bits of hashes are used, so that a test can make them collide.
 """
 
 import functools
@@ -19,7 +22,11 @@ def of(namespace):
     operators = getattr(torch.ops, namespace)
     return {
         name: functools.partial(function, operators)
-        for name, function in (("find_codes", find_codes), ("find_windows", find_windows))
+        for name, function in {
+            "find_codes": find_codes,
+            "find_windows": find_windows,
+            "find_patches": find_patches,
+        }.items()
     }
 
 
@@ -47,15 +54,33 @@ def find_windows(
         num_codes,
         hash_mask,
     )
+    _require_rows(found, num_codes)
+    return [
+        (tuple(found[at : at + 4]), tuple(found[at + 4 : at + 8]), *found[at + 8 : at + 10])
+        for at in range(0, len(found), 10)
+    ]
+
+
+def find_patches(operators, codes, kernel_size, stride, padding, num_codes, hash_mask=ALL_BITS):
+    size = [(length + 2 * padding - kernel_size) // stride + 1 for length in codes.shape[1:]]
+    if (
+        max(kernel_size, stride, padding) >= COUNTED
+        or not _can_be_counted(codes, [size], kernel_size, num_codes)
+        or not _can_be_counted(codes, [codes.shape[1:]], 1, num_codes)
+    ):
+        return numbering.find_patches(codes, kernel_size, stride, padding, num_codes)
+    found = operators.find_patches(codes, kernel_size, stride, padding, num_codes, hash_mask)
+    _require_rows(found, num_codes)
+    *sums, index, order, contents = found
+    return contents, tuple(sums), index, order
+
+
+def _require_rows(found, num_codes):
     if not found:
         raise ValueError(
             f"codes has numbers that are no rows of the palette, they should be 0 to"
             f" {num_codes - 1}"
         )
-    return [
-        (tuple(found[at : at + 4]), tuple(found[at + 4 : at + 8]), *found[at + 8 : at + 10])
-        for at in range(0, len(found), 10)
-    ]
 
 
 def _can_be_counted(codes, sizes, kernel_size, num_codes):

@@ -96,6 +96,34 @@ def find_windows(codes, sizes, kernel_size, num_codes, dtype=torch.float32):
     return found
 
 
+def find_patches(*asked):
+    """The windows that a convolution of codes [N, *spatial] sees: `contents`, `list_windows` of
+    them, `index` and `order`, as `layout.Patches` has them.
+
+    asked: codes, kernel_size, stride, padding, num_codes; no window is larger than codes and
+        padding.
+    """
+    return find_patches_by(*asked, number_windows, window_sums, sort_pixels)
+
+
+def find_patches_by(
+    codes, kernel_size, stride, padding, num_codes, number_windows, window_sums, sort_pixels
+):
+    """The same with other ways to do its parts."""
+    # With the border around it as one more code, every window is within the map.
+    numbers, contents = number_windows(
+        F.pad(codes, (padding,) * 2 * (codes.dim() - 1), value=num_codes), kernel_size
+    )
+    for dim in range(1, codes.dim()):
+        last = (numbers.shape[dim] - kernel_size) // stride * stride
+        numbers = numbers.narrow(dim, kernel_size // 2, last + 1)
+        numbers = numbers[(slice(None),) * dim + (slice(None, None, stride),)]
+    index, present = number_windows(numbers.contiguous(), 1)
+    contents = contents[present[:, 0].long()]
+    contents = torch.where(contents == num_codes, -1, contents)
+    return contents, window_sums(contents, num_codes), index, sort_pixels(index)
+
+
 def resize_codes(codes, size, dtype=torch.float32):
     """codes [N, *spatial] at another size, by the pixels that `F.interpolate(mode="nearest")` takes
     of a condition in this dtype: on a CPU it reckons in float64 for float64, else in float32.

@@ -352,6 +352,7 @@ BACKEND = Backend(
     dtype_at_windows=dtype_at_windows,
     find_codes=numbering.find_codes,
     find_windows=numbering.find_windows,
+    find_patches=numbering.find_patches,
     number_windows=numbering.number_windows,
     window_sums=numbering.window_sums,
     sort_pixels=numbering.sort_pixels,

@@ -9,7 +9,7 @@ from torch.nn.utils.spectral_norm import SpectralNorm
 
 from ..identity import state_of
 from ..recording import is_recorded
-from .modules import CONVOLUTIONS, hooks, is_called_plainly
+from .modules import CONVOLUTION_TYPES, is_called_plainly
 from .tables import Tables, kept_tables
 
 
@@ -20,23 +20,28 @@ def convolve(convolution: nn.Module, x: torch.Tensor) -> torch.Tensor:
     conv(x, W / σ) = conv(x / σ, W), and the gradients follow. `convolution.weight`, which spectral
     norm sets, is then left as it was.
     """
-    own = hooks(convolution)
-    understood = (
-        type(convolution) in CONVOLUTIONS.values()
-        and len(own) == 1
-        and type(own[0]) is SpectralNorm
-        and own[0].name == "weight"
-        and is_called_plainly(convolution)
-    )
-    if not understood or is_recorded(x):
+    norm = spectral_norm_of(convolution)
+    if norm is None or is_recorded(x):
         return convolution(x)
     weight, divides_x = convolution.weight_orig, x.numel() < convolution.weight_orig.numel()
     kept = None if convolution.training else kept_tables(convolution)
     if not divides_x and kept is None:
         return convolution(x)
-    sigma = largest_singular_value(convolution, own[0], kept)
+    sigma = largest_singular_value(convolution, norm, kept)
     x, weight = (x / sigma, weight) if divides_x else (x, weight / sigma)
     return convolution._conv_forward(x, weight, convolution.bias)
+
+
+def spectral_norm_of(module: nn.Module) -> SpectralNorm | None:
+    """The spectral norm of a convolution that nothing else is done to."""
+    if type(module) not in CONVOLUTION_TYPES or not is_called_plainly(module):
+        return None
+    own = module._forward_pre_hooks
+    watched = module._forward_hooks or module._backward_pre_hooks or module._backward_hooks
+    if len(own) != 1 or watched:
+        return None
+    (norm,) = own.values()
+    return norm if type(norm) is SpectralNorm and norm.name == "weight" else None
 
 
 def largest_singular_value(

@@ -67,9 +67,10 @@ def compute_table(layout, windows, convolutions, dtype, kept=None):
     """γ and β of the distinct windows, [K, C], in dtype; where they have norms of their own, those
     of each image, [N·K, C].
     """
-    plain = not torch.is_grad_enabled() and not convolutions.normalise
-    if plain and gathers(layout.palette, dtype):
-        return gathered_table(layout, windows, convolutions, dtype, kept)
+    backend = kernels.select(layout.palette)
+    gathers = dtype.itemsize == 2 and backend.dtype_at_windows(dtype) == dtype
+    if gathers and not torch.is_grad_enabled() and not convolutions.normalise:
+        return gathered_table(layout, windows, convolutions, dtype, kept, backend)
     modules = (convolutions.shared, convolutions.gamma, convolutions.beta)
     first, *others = [(weight_of(module), module.bias) for module in modules]
     # Norms see what differs between windows, which half precision would round away.
@@ -90,16 +91,10 @@ def compute_table(layout, windows, convolutions, dtype, kept=None):
     return [table.to(dtype) for table in rows]
 
 
-def gathers(palette, dtype):
-    """Whether convolutions at windows are computed in half precision, by kernels that gather rows:
-    they read what lies as `by_taps` makes it.
-    """
-    return dtype.itemsize == 2 and kernels.select(palette).dtype_at_windows(dtype) == dtype
-
-
-def gathered_table(layout, windows, convolutions, dtype, kept):
-    """compute_table's result by kernels that gather rows; what weights alone decide is made once
-    where something keeps it.
+def gathered_table(layout, windows, convolutions, dtype, kept, backend):
+    """compute_table's result, without gradients, by kernels that gather rows in half precision,
+    which they read as `by_taps` makes them lie; what weights alone decide is made once where
+    something keeps it.
     """
     modules = (convolutions.shared, convolutions.gamma, convolutions.beta)
     (first, first_bias), *others = [(weight_of(module), module.bias) for module in modules]
@@ -133,8 +128,10 @@ def gathered_table(layout, windows, convolutions, dtype, kept):
         rows = convolve_beside(activated(hidden), weights, biases, windows.table, dtype)
     else:
         packs = kept.derive(convolutions.gamma, "packed", tensors, (dtype,), packed)
-        hidden = activated(convolve_windows(palette, *packs[:2], windows.hidden, dtype))
-        rows = convolve_windows(padded(hidden), *packs[2:], windows.table, dtype)
+        convolve = backend.convolve_windows
+        hidden = convolve(palette, *packs[:2], windows.hidden.offsets, windows.hidden.rows)
+        hidden = padded(activated(hidden))
+        rows = convolve(hidden, *packs[2:], windows.table.offsets, windows.table.rows)
     return rows.split([weight.shape[0] for weight in weights], dim=1)
 
 
