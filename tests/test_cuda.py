@@ -637,7 +637,7 @@ def gathered_sample(shape, kernel, rows, windows, dtype, layout=contiguous):
     [
         (1, ((16, 16), (3, 3), 7, 40)),
         (1, ((4, 7), (3,), 5, 0)),
-        (2, ((66, 72), (2, 2), 30, 70)),
+        (2, ((66, 24), (3,), 30, 66)),
         (2, ((127, 8), (1, 1), 9, 129)),
         (99, ((3, 184), (3,), 5, 3)),
         (99, ((1, 1), (1,), 1, 1)),
@@ -680,3 +680,24 @@ def test_windows_see_no_more_than_there_is(library):
     wrong[::2], wrong[1] = 7 * 9 + 2**30, -3
     for offsets in (offsets, torch.tensor([-9, 2, 2**31 - 1, 0, 9, 1], dtype=torch.int32)):
         assert convolve(rows, weights, biases, offsets, wrong).isfinite().all()
+
+
+def test_compiled_with_gathered_rows_in_half_precision(monkeypatch):
+    """With gradients and without, as a GPU has them."""
+    torch._dynamo.reset()
+    names = ("dtype_at_windows", "convolve_windows", "convolve_gathered")
+    own = {name: getattr(cuda_backend, name) for name in (*names, "convolve_windows_gradients")}
+    monkeypatch.setattr(kernels, "BEST_FIRST", (replace(torch_backend.BACKEND, **own),))
+    spade, x = spade_fast.SPADE(8, 5, 16).bfloat16(), torch.randn(1, 8, 12, 12).bfloat16()
+    layout = spade_fast.SemanticLayout.from_labels(torch.arange(144).view(1, 12, 12) // 30, 5)
+
+    def results(module):
+        y = module(x, layout)
+        gradients = torch.autograd.grad(y.square().sum(), list(spade.parameters()))
+        with torch.no_grad():
+            return [y, *gradients, module(x, layout)]
+
+    with spade_fast.use_backend(None), spade_fast.window_mode("always"):
+        expected = results(spade)
+        found = results(torch.compile(spade, fullgraph=True, backend="aot_eager"))
+    assert all(torch.allclose(*pair, rtol=0.02, atol=1e-3) for pair in zip(found, expected))

@@ -74,11 +74,7 @@ class Convolutions:
     @property
     def dtype(self) -> torch.dtype:
         """γ's and β's."""
-        return self._weight_of_gamma.dtype
-
-    @cached_property
-    def _weight_of_gamma(self):
-        return weights_in(self.gamma)[0]
+        return weights_in(self.gamma)[0].dtype
 
     @cached_property
     def marks(self) -> list:
