@@ -202,7 +202,7 @@ def test_what_waits_for_a_gpu_waits_once():
             torch.cuda.set_sync_debug_mode("warn")
             waits()
             torch.cuda.set_sync_debug_mode("default")
-        assert len([one for one in found if "synchroniz" in str(one.message)]) <= 1
+        assert len([one for one in found if "called a synchronizing" in str(one.message)]) <= 1
 
 
 def test_codes_with_one_synchronisation_beside_the_look_for_dense_features(reads, monkeypatch):
