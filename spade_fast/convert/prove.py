@@ -14,6 +14,7 @@ from ..nn.choice import window_mode
 from ..nn.modules import marks_of
 from ..nn.parts import Form
 from .recognise import Unlike
+from .seen import Seen
 from .swap import Call, Proof, kinds_of_children, make_fast, marks
 
 PIXELS = (6, 4, 4)  # of a probe's x
@@ -70,6 +71,7 @@ def prove(module: nn.Module, kind: type, form: Form) -> tuple[Proof, list[str]]:
         tuple(modes),
         tuple(dtypes),
         frozenset(sizes),
+        Seen(),
     )
     return proof, exceptions
 

@@ -15,10 +15,10 @@ from .modules import (
     CONVOLUTIONS,
     INSTANCE_NORMS,
     KINDS,
+    first_weight,
     is_known,
     is_watched,
     may_overwrite_result,
-    weights_in,
 )
 from .parts import Form, HasParts, Parts
 from .pixels import at_pixels, with_channels_together
@@ -119,7 +119,8 @@ class SpatiallyAdaptive(HasParts):
         self._check_tensor("x", x, self.spade_form.norm_nc)
         self.check_segmap(segmap)
         shared = Parts.of(self).shared
-        weight = next(iter(weights_in(shared)), segmap)
+        weight = first_weight(shared)
+        weight = segmap if weight is None else weight
         if weight.device != x.device and any(map(is_watched, shared.modules())):
             weight = segmap  # a convolution may have its weights only while it is called
         for name, tensor in {"segmap": segmap, "the layer's weight": weight}.items():
