@@ -120,6 +120,11 @@ def _candidates(part, given):
                 )
     if part.written is not None:
         name, arguments = part.written["network"], part.written["arguments"]
+        if part.written.get("changed"):
+            raise ValueError(
+                f"they are of a {name} that was changed after it was made:"
+                f" {first_of(part.written['changed'])}. load_into one that was changed likewise"
+            )
         if name not in NETWORKS:
             raise ValueError(
                 f"they are of {name}, which is not known here: load_into a module of that class"
