@@ -471,6 +471,23 @@ def test_a_convolution_of_repeated_pixels(dims, taps, factor):
         assert torch.allclose(ours[inner], eager[inner], 1e-10) and not ours.isnan().any()
 
 
+@pytest.mark.parametrize("mode", ["always", "never"])
+@pytest.mark.parametrize("part", ["mlp_gamma", "mlp_beta"])
+@pytest.mark.parametrize("training", [True, False])
+def test_a_call_that_fails_in_a_convolution_has_counted_its_batch(part, training, mode):
+    """As it has in plain PyTorch, where x is normalised before."""
+    layers = [kind(3, 2, 4, norm="batch") for kind in (SPADE, reference.SPADE)]
+    x, segmap = torch.randn(2, 3, 6, 6), torch.eye(2)[torch.randint(2, (2, 6, 6))].movedim(-1, 1)
+    for layer in layers:
+        layer.train(training)
+        setattr(layer, part, nn.Conv2d(5, 3, 3, padding=1))
+        with spade_fast.window_mode(mode), pytest.raises((RuntimeError, ValueError)):
+            layer(x, segmap)
+    ours, eager = (dict(layer.named_buffers()) for layer in layers)
+    assert all(torch.allclose(ours[name], eager[name]) for name in eager)
+    assert ours["param_free_norm.num_batches_tracked"] == int(training)
+
+
 @pytest.mark.parametrize("size", [(8, 12), (9, 12), (2, 3), (4, 18)])
 def test_repeats_are_those_of_interpolate(size):
     segmap = torch.arange(24.0).view(1, 1, 4, 6)

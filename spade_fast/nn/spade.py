@@ -85,14 +85,12 @@ class SpatiallyAdaptive(HasParts):
             x = x.expand(images, *x.shape[1:]) if several else x
         if layout is not None and len(layout) != x.shape[0]:
             layout = layout.repeat(x.shape[0]) if x.shape[0] else layout[:0]
-        convolutions = convolutions_at_windows(self, parts, layout, x)
-        if convolutions is not None:
-            gamma, beta, lookup = at_windows(self, layout, x, convolutions)
-        else:
-            given = ordinary(segmap) if isinstance(segmap, torch.Tensor) else layout
-            gamma, beta, lookup = *at_pixels(parts, given, x), {}
-            if gamma.shape[0] != x.shape[0]:  # one condition's, for every image
-                gamma, beta = gamma.expand(x.shape), beta.expand(x.shape)
+        try:
+            gamma, beta, lookup = self._modulation(parts, layout, segmap, x)
+        except Exception:
+            if own_norm:  # the published forward normalises x first: it has counted this batch
+                parts.norm(x)
+            raise
         if own_norm:
             count_batch(parts.norm)
         y = spade_modulate(
@@ -107,6 +105,17 @@ class SpatiallyAdaptive(HasParts):
             out=None if lookup else reused(parts.gamma, gamma, x),
         )
         return of_their_class(y, x, segmap)
+
+    def _modulation(self, parts, layout, segmap, x):
+        """γ and β of x's pixels, and how a pixel finds its own: arguments of `spade_modulate`."""
+        convolutions = convolutions_at_windows(self, parts, layout, x)
+        if convolutions is not None:
+            return at_windows(self, layout, x, convolutions)
+        given = ordinary(segmap) if isinstance(segmap, torch.Tensor) else layout
+        gamma, beta = at_pixels(parts, given, x)
+        if gamma.shape[0] != x.shape[0]:  # one condition's, for every image
+            gamma, beta = gamma.expand(x.shape), beta.expand(x.shape)
+        return gamma, beta, {}
 
     @property
     def measures(self) -> bool:
