@@ -29,8 +29,8 @@ def write(source, path) -> None:
     nothing in it that they do not know.
 
     Errors: ValueError if a network is no longer what its arguments make, since something in it was
-        exchanged: the message says what. OSError, if there is no such folder, `path` is no file or the disk is full; TypeError or
-        what torch.save raises, if something cannot be written.
+        exchanged: the message says what. OSError, if there is no such folder, `path` is no file or
+        the disk is full; TypeError or what torch.save raises, if something cannot be written.
     """
     path = Path(os.path.realpath(path))  # what a link points to is written, the link stays
     if not path.parent.is_dir():

@@ -41,8 +41,8 @@ class ConvEncoder(nn.Module):
         remember(self, {"ndf": ndf, "z_dim": z_dim, "input_nc": input_nc})
 
     def forward(self, image):
-        """Of images [N, input_nc, H, W], between −1 and 1: mean and logarithm of the variance of z,
-        both [N, z_dim].
+        """The mean and the logarithm of the variance of z, both [N, z_dim], for images [N,
+        input_nc, H, W] between −1 and 1.
         """
         channels = self.layer1.convolution.in_channels
         if not isinstance(image, torch.Tensor) or image.dim() != 4 or image.shape[1] != channels:

@@ -182,7 +182,7 @@ class SPADEGenerator(nn.Module):
 
     @property
     def sizes(self):
-        """Of x in each block: what `SemanticLayout.prepare` makes windows for."""
+        """The sizes of x in the blocks, for which `SemanticLayout.prepare` makes windows."""
         sizes, size = [], self.start
         for stage in self.stages:
             size = tuple(stage.scale * length for length in size)

@@ -156,7 +156,7 @@ def marks_of(module: nn.Module) -> dict:
 
 
 def marks_of_settings(module: nn.Module) -> dict:
-    """The marks of what is no tensor: a call may make tensors anew."""
+    """The marks of those attributes that are no tensors: a call may make tensors anew."""
     own = module.__dict__.items()
     return {
         name: mark_of(value)
@@ -257,7 +257,7 @@ def keeps_size(module: nn.Module, size: int) -> bool:
 
 
 def taps_of(module: nn.Module) -> int:
-    """Taps along an axis of a convolution; 0 of what is none."""
+    """A convolution's taps along an axis; 0 for any other module."""
     return module.kernel_size[0] if isinstance(module, CONVOLUTION_TYPES) else 0
 
 

@@ -45,7 +45,7 @@ def _is_exact(given, factor, double):
 
 
 def repeat_pixels(x, factor):
-    """x with each pixel so many times along every axis."""
+    """x with each pixel `factor` times along every axis."""
     return x if factor == 1 else F.interpolate(x, scale_factor=factor, mode="nearest")
 
 
