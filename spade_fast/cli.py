@@ -83,7 +83,7 @@ def check(
     console.print(table)
     if any(ways["pixels"] for ways in result.ways.values()):
         console.print(
-            "Pixels: γ and β were computed at every pixel in so many calls of SPADEs, because of"
+            "Pixels: the calls of SPADEs in which γ and β were computed at every pixel, because of"
             " what the layers are, or of the condition: dense, or small. For a model of label maps"
             " give arguments with label maps: random numbers have no windows that repeat."
         )

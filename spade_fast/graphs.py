@@ -189,8 +189,8 @@ def _more_codes(palette, count):
 
 
 def _more_windows(sums, key, count):
-    """Sums of so many windows, one more at least: those that are too many see the first row, about
-    as often as others see theirs.
+    """Sums of `count` windows, one more than there are at least: those that are added see the first
+    row, about as often as others see theirs.
     """
     size, kernel_size = key
     length, listed, more = (

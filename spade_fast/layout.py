@@ -211,8 +211,8 @@ class SemanticLayout:
         """The layout of any condition [N, label_nc, *spatial] that is piecewise constant: one-hot,
         multi-hot, edges, noise per image.
 
-        Its vectors are compared bit for bit. None where they are so many that looking them up would
-        not pay, as in dense features.
+        Its vectors are compared bit for bit. None where they are too many for looking them up to
+        pay, as in dense features.
 
         Errors: ValueError where it is no such tensor, or has a gradient to get.
         """
@@ -441,7 +441,7 @@ class SemanticLayout:
         return kept[key]
 
     def repeat(self, times: int) -> "SemanticLayout":
-        """The layouts of this batch, all of them so many times over: for several images of each.
+        """The layouts of this batch, all of them `times` times over: for several images of each.
         They share their windows.
 
         Errors: ValueError, TypeError where times is not 1 or more.
@@ -908,7 +908,7 @@ def _whole_number_for_each_axis(name, values, axes):
 
 
 def _numbers_of_images(images, count):
-    """Which of so many images an index names, as a list."""
+    """The numbers of the images that an index names among `count`, as a list."""
     if isinstance(images, slice):
         return list(range(count))[images]
     found = images.tolist() if isinstance(images, (torch.Tensor, np.ndarray)) else images

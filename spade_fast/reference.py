@@ -292,8 +292,8 @@ class PatchDiscriminator(nn.Module):
 
 
 class MultiscaleDiscriminator(nn.Module):
-    """Condition and image together, [N, input_nc, H, W], to the results of each scale; every scale is
-    half of the one before.
+    """Condition and image together, [N, input_nc, H, W], to the results of each scale; every scale
+    is half of the one before.
     """
 
     def __init__(self, input_nc, n_scales=2, ndf=64, *, n_layers=4):

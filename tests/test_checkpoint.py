@@ -508,6 +508,66 @@ def test_what_is_no_state_dict(source, message):
         checkpoint.load(source)
 
 
+@pytest.mark.parametrize("suffix", ["pth", "safetensors"])
+def test_arguments_that_were_changed_later_are_written_as_they_are(suffix, tmp_path):
+    """Those of the constructor that are attributes."""
+    network, path = SPADEGenerator(3, 4, 1, nhidden=2).eval(), tmp_path / f"net.{suffix}"
+    network.last_scale, network.start = 3, (2, 8)
+    checkpoint.write(network, path)
+    found = checkpoint.load(path)
+    assert (found.last_scale, found.start) == (3, (2, 8))
+    segmap, z = torch.randn(1, 3, 8, 8), torch.randn(1, 4)
+    assert torch.equal(found(segmap, z), network(segmap, z))
+
+
+def change_kind(network):
+    network.up_1.norm_0.param_free_norm = nn.GroupNorm(1, 16, affine=False)
+
+
+@pytest.mark.parametrize(
+    "change,words",
+    [
+        (lambda network: setattr(network.up_1.norm_0.param_free_norm, "eps", 0.1), "eps is 0.1, "),
+        (
+            change_kind,
+            "up_1.norm_0.param_free_norm is a GroupNorm, it was made as a InstanceNorm2d",
+        ),
+        (lambda network: network.up_1.add_module("act", nn.ReLU()), "up_1.act was added"),
+        (lambda network: delattr(network, "up_5"), "up_5 is not there any more"),
+        (
+            lambda network: nn.utils.spectral_norm(network.up_1.conv_0),
+            "conv_0.tensors is .*weight_u",
+        ),
+    ],
+)
+def test_a_network_that_was_changed_is_not_written_as_what_it_was(change, words, tmp_path):
+    network, path = SPADEGenerator(3, 4, 1, nhidden=2), tmp_path / "net.pth"
+    change(network)
+    for source in (network, network.state_dict(), nn.ModuleDict({"ema": network})):
+        with pytest.raises(ValueError, match=words):
+            checkpoint.write(source, path)
+    assert not path.exists()
+    torch.save(network.state_dict(), path)
+    with pytest.raises(ValueError, match=f"SPADEGenerator that was changed after .*{words}"):
+        checkpoint.load(path)
+    checkpoint.write(dict(network.state_dict()), path)
+    assert_same_weights(checkpoint.load_into(copy.deepcopy(network), path), network)
+
+
+def test_what_makes_no_other_network_may_change(tmp_path):
+    network = SPADEGenerator.official(3, crop_size=64, ngf=2, nhidden=2, norm_G="spadebatch3x3")
+    network.note, network.up_0 = "mine", torch.compile(network.up_0)
+    network = nn.SyncBatchNorm.convert_sync_batchnorm(network)
+    network.up_1.conv_0.register_forward_hook(lambda *_: None)
+    for source in (network, copy.deepcopy(network), pickle.loads(pickle.dumps(network.up_2))):
+        checkpoint.write(source, tmp_path / "net.pth")
+    checkpoint.write(network, tmp_path / "net.pth")
+    found, weights = checkpoint.load(tmp_path / "net.pth").state_dict(), network.state_dict()
+    weights = checkpoint.named_as_here(weights)
+    assert found.keys() == weights.keys()
+    assert all(torch.equal(found[key], weights[key]) for key in weights)
+
+
 def test_networks_of_classes_that_are_not_known_are_not_taken_for_others():
     class Own(SPADEGenerator):
         def forward(self, segmap, z=None):

@@ -4,6 +4,8 @@ values that are zero at first, sizes.
 
 import argparse
 import copy
+import gc
+import weakref
 
 import families
 import pytest
@@ -14,12 +16,12 @@ from twins import assert_same_calls, dense_map, label_map, pictures
 import spade_fast
 
 
-def both(make, train=True):
+def both(make, train=True, probe=True):
     """A model that was converted in this mode, and its plain twin."""
     torch.manual_seed(0)
     own = make().double().train(train)
     model = copy.deepcopy(own)
-    spade_fast.convert(model)
+    spade_fast.convert(model, probe=probe)
     return model, own
 
 
@@ -343,6 +345,118 @@ def test_whatever_a_forward_reads_may_change(what):
     for module in (model, own):
         change(module)
     assert_same_forwards(model, own)
+
+
+SEEN = {
+    "a list in a tuple in a dictionary": reads(
+        lambda self: self.settings["of"][0][-1],
+        lambda module: setattr(module, "settings", {"of": ([1.0],)}),
+        lambda module: module.settings["of"][0].append(0.0),
+    ),
+    "a dictionary's order": reads(
+        lambda self: float(next(iter(self.settings)) == "first"),
+        lambda module: setattr(module, "settings", {"first": 0, "second": 0}),
+        lambda module: module.settings.update(first=module.settings.pop("first")),
+    ),
+    "a list in itself": reads(
+        lambda self: self.settings[1][1][0],
+        lambda module: (
+            setattr(module, "settings", [1.0]),
+            module.settings.append(module.settings),
+        ),
+        lambda module: module.settings.__setitem__(0, 0.0),
+    ),
+    "a tensor": reads(
+        lambda self: self.gain,
+        lambda module: setattr(module, "gain", torch.ones((), dtype=torch.float64)),
+        lambda module: module.gain.zero_(),
+    ),
+    "a number's type": reads(
+        lambda self: float(type(self.gain) is float),
+        lambda module: setattr(module, "gain", 1.0),
+        lambda module: setattr(module, "gain", 1),
+    ),
+    "an attribute that was not there": reads(
+        lambda self: float(not hasattr(self, "gain")),
+        nothing,
+        lambda module: setattr(module, "gain", None),
+    ),
+    "an attribute that has gone": reads(
+        lambda self: float(hasattr(self, "gain")),
+        lambda module: setattr(module, "gain", None),
+        lambda module: delattr(module, "gain"),
+    ),
+    "a buffer that is exchanged": reads(
+        lambda self: float(self.step),
+        lambda module: module.register_buffer("step", torch.tensor(1)),
+        lambda module: setattr(module, "step", torch.tensor(0)),
+    ),
+    "a list of the class": reads(
+        lambda self: self.of_all[0],
+        lambda module: setattr(type(module), "of_all", [1.0]),
+        lambda module: module.of_all.__setitem__(0, 0.0),
+    ),
+}
+
+
+@pytest.mark.parametrize("what", SEEN)
+def test_what_changes_between_calls(what):
+    """Calls in which nothing did come before."""
+    make, change = SEEN[what]
+    model, own = both(make, probe=False)
+    x, segmap = pictures(), dense_map()
+    with torch.no_grad():
+        before = model(x, segmap)
+        assert model.spade_form.proof.seen.has_the_same(model)
+        for module in (model, own):
+            change(module)
+        assert torch.equal(model(x, segmap), own(x, segmap))
+        assert not torch.allclose(own(x, segmap), before)
+
+
+def test_what_was_seen_is_of_one_module():
+    model, _ = both(families.Layer, probe=False)
+    model(pictures(), dense_map())
+    for other in (copy.deepcopy(model), copy.copy(model), replica(model)):
+        assert not other.spade_form.proof.seen.has_the_same(other)
+        assert other._is_proved(pictures(), dense_map())
+    gone = weakref.ref(model)
+    gc.disable()
+    try:
+        del model
+        assert gone() is None  # without a garbage collector: its tensors may be large
+    finally:
+        gc.enable()
+
+
+def nested(depth):
+    return [nested(depth - 1)] if depth else []
+
+
+@pytest.mark.parametrize(
+    "value", [list(range(10**6)), dict.fromkeys(range(600)), [[0] * 600, [1] * 600]]
+)
+def test_attributes_with_too_much_in_them_to_be_watched(value):
+    layer = families.Layer()
+    layer.history = value
+    report = spade_fast.convert(layer)
+    assert not report.converted
+    assert report[0].reason == "attributes have too much in them to be watched: history"
+
+
+@pytest.mark.parametrize("value", [nested(300), [[]] * 300, {"a": dict.fromkeys(range(300))}])
+def test_attributes_that_are_deep_or_long(value):
+    def make():
+        layer = families.Layer()
+        layer.history = value
+        return layer
+
+    model, own = both(make, probe=False)
+    for segmap in (dense_map(), label_map()):
+        assert_same_calls(call, model, own, pictures(), segmap, tolerance=1e-10)
+        assert model.spade_form.proof.seen.has_the_same(model)
+    model.history.clear()
+    assert not model.spade_form.proof.seen.has_the_same(model)
 
 
 class Wrapper(nn.Module):

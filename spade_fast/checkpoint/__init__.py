@@ -1,7 +1,7 @@
 """Weights in files: how they get in and out, and which network they are of.
 
 What is written here, and every state_dict of a network of this package, says with which arguments
-the network was made. Of other weights names and shapes say what can be known. Known are the
+the network was made. What can be known of other weights is said by names and shapes. Known are the
 published `latest_net_{G,D,E}.pth`, with spectral norm's vectors as PyTorch has had them
 (`weight_orig`, `weight_u` with `weight_v` or without; `parametrizations.weight.…`), and the names
 of the paper's sketch (`shared.0`, `conv_gamma`, `conv_beta`); with the prefixes of DataParallel,

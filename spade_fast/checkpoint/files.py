@@ -13,6 +13,8 @@ import torch.nn as nn
 
 from ..nn.arguments import ENTRY
 
+MOST_LISTED = 5  # keys that do not fit, or networks that do, in a message
+
 
 class UnreadableFile(ValueError, pickle.UnpicklingError):
     """A file that is none of weights, or not a whole one, or that would run code."""
@@ -26,8 +28,9 @@ def write(source, path) -> None:
     so has the file: `load` makes the same network of it. `load_state_dict` and torch.load find
     nothing in it that they do not know.
 
-    Errors: OSError, if there is no such folder, `path` is no file or the disk is full; TypeError or
-        what torch.save raises, if something cannot be written.
+    Errors: ValueError if a network is no longer what its arguments make, since something in it was
+        exchanged: the message says what. OSError, if there is no such folder, `path` is no file or
+        the disk is full; TypeError or what torch.save raises, if something cannot be written.
     """
     path = Path(os.path.realpath(path))  # what a link points to is written, the link stays
     if not path.parent.is_dir():
@@ -37,6 +40,7 @@ def write(source, path) -> None:
     if path.exists() and not path.is_file():
         raise OSError(f"{path} is a device or the like, it should be a file")
     weights = source.state_dict() if isinstance(source, nn.Module) else source
+    _check_makes_itself(weights)
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=".spade_fast.") as folder:
         written = Path(folder, "weights")
         written.touch()  # with the permissions that new files have
@@ -52,6 +56,23 @@ def write(source, path) -> None:
             raise
         written.chmod(permissions)
         os.replace(written, path)
+
+
+def _check_makes_itself(weights):
+    """Raises where `load` would make another network of what a state_dict says of itself."""
+    for place, entry in getattr(weights, "_metadata", {}).items():
+        changed = entry.get(ENTRY, {}).get("changed")
+        if changed:
+            raise ValueError(
+                f"source is not what its arguments make: {first_of(changed)}."
+                " write(dict(source.state_dict()), path) writes the weights alone, for load_into"
+            )
+
+
+def first_of(words):
+    """The first of several things, and how many more there are."""
+    more = len(words) - MOST_LISTED
+    return ", ".join(words[:MOST_LISTED]) + (f" and {more} more" if more > 0 else "")
 
 
 def _raise_of_system(error, path):

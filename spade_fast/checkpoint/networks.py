@@ -1,4 +1,4 @@
-"""Which network weights are of: what is given, what is written, what names and shapes say."""
+"""The network that weights are of, by the arguments given and written, by names and by shapes."""
 
 import contextlib
 import inspect
@@ -35,7 +35,7 @@ class Description(NamedTuple):
     arguments: dict
 
     def as_made(self):
-        """Name and arguments of what is called to make it."""
+        """The name and the arguments of the function that makes it."""
         official = _as_official(self.arguments) if self.network is SPADEGenerator else None
         if official is None:
             return self.network.__name__, self.arguments
@@ -120,6 +120,11 @@ def _candidates(part, given):
                 )
     if part.written is not None:
         name, arguments = part.written["network"], part.written["arguments"]
+        if part.written.get("changed"):
+            raise ValueError(
+                f"they are of a {name} that was changed after it was made:"
+                f" {first_of(part.written['changed'])}. load_into one that was changed likewise"
+            )
         if name not in NETWORKS:
             raise ValueError(
                 f"they are of {name}, which is not known here: load_into a module of that class"
@@ -244,8 +249,8 @@ def _can_be(arguments, places, blocks):
 
 
 def _sizes(places, official, layers):
-    """The settings, those that are given among them, with which the first map has so many places;
-    where that is not known, examples.
+    """The settings, those that are given among them, with which the first map has `places` places;
+    where their number is not known, examples.
     """
     for number in layers:
         doublings = DOUBLINGS[number]
@@ -300,7 +305,7 @@ def _generators(weights, blocks, given):
 
 
 def _shapes(places, dimensions):
-    """All sizes with so many places."""
+    """All sizes with `places` places."""
     if dimensions == 1:
         return [(places,)]
     return [
@@ -367,7 +372,7 @@ def _as_official(arguments):
 
 
 def _dataset(label_nc):
-    """The published one with so many channels, or their number."""
+    """The published data set whose conditions have `label_nc` channels, or their number."""
     return next(
         (name for name in PUBLISHED if published_settings(name).label_nc == label_nc), label_nc
     )

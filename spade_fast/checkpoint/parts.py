@@ -12,11 +12,11 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from ..nn.arguments import ENTRY
-from .files import contents, unreadable
+from ..nn.arguments import ENTRY, WRAPPED
+from .files import MOST_LISTED, contents, first_of, unreadable
 
 RENAMED = (
-    (r"(^|\.)(?:_orig_mod|_checkpoint_wrapped_module|_fsdp_wrapped_module)\.", r"\1"),
+    (rf"(^|\.)(?:{'|'.join(WRAPPED)})\.", r"\1"),
     (r"(^|\.)shared\.0\.", r"\1mlp_shared.0."),
     (r"(^|\.)conv_(gamma|beta)\.", r"\1mlp_\2."),
     (r"(^|\.)parametrizations\.weight\.original$", r"\1weight_orig"),
@@ -26,7 +26,6 @@ OF_EACH_NETWORK = re.compile(  # what stands before it is the network's prefix
     r"(|.*\.)(?:conv_img\.weight|fc_mu\.weight|discriminator_0\.model0\.0\.weight)"
 )
 COUNTERS = ("num_batches_tracked", "n_averaged")  # of batches and of averages: old files lack them
-MOST_LISTED = 5  # keys that do not fit, or networks that do, in a message
 
 
 class Part(NamedTuple):
@@ -254,11 +253,6 @@ def fill(module, weights):
             module.load_state_dict(before)
         raise
     return module
-
-
-def first_of(keys):
-    more = len(keys) - MOST_LISTED
-    return ", ".join(keys[:MOST_LISTED]) + (f" and {more} more" if more > 0 else "")
 
 
 def unknown(keys):

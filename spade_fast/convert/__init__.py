@@ -15,7 +15,7 @@ import torch.nn as nn
 
 from .. import kernels
 from ..nn.block import ResidualBlock
-from ..nn.modules import leaves
+from ..nn.modules import NeverTheSame, leaves
 from ..nn.parts import Parts
 from ..nn.spade import SpatiallyAdaptive
 from ..recording import has_values
@@ -28,7 +28,18 @@ from .recognise import (
     recognise_spade,
 )
 from .report import Entry, Report
-from .swap import Fast, FastBlock, FastSPADE, Proof, kinds_of_children, make_fast, make_own, marks
+from .seen import Seen
+from .swap import (
+    Fast,
+    FastBlock,
+    FastSPADE,
+    Proof,
+    kinds_of_children,
+    make_fast,
+    make_own,
+    marks,
+    marks_of_class,
+)
 
 __all__ = ["Entry", "Fast", "Report", "convert", "revert"]
 
@@ -95,6 +106,7 @@ def _convert(name, module, kind, recognise, probe):
         _check_values(module)
         _check_names(module, kind)
         form, recognised_as = recognise(module)
+        _check_marks(module, form)
         if probe:
             form, proof, exceptions = _proved(module, kind, form)
         else:
@@ -135,6 +147,22 @@ def _check_names(module, kind):
         raise Unlike(f"it has names that the fast class needs: {', '.join(taken)}")
 
 
+def _check_marks(module, form):
+    """Raises Unlike for a module that has attributes with too much in them to be looked at in each
+    call.
+    """
+    own, parts, wrappers = marks(module, form)
+    of_others = [marked for _, marked in (*wrappers, *marks_of_class(type(module)))]
+    found = {
+        name
+        for marked in (own, *parts, *of_others)
+        for name, mark in marked.items()
+        if isinstance(mark, NeverTheSame)
+    }
+    if found:
+        raise Unlike(f"attributes have too much in them to be watched: {', '.join(sorted(found))}")
+
+
 def _check_values(module):
     """Raises Unlike for a module that cannot be probed, whatever it is."""
     if "forward" in module.__dict__:
@@ -157,6 +185,7 @@ def _trusted(module, form):
         tuple(product(both, both)),
         tuple(product(both, floats, floats, (None, torch.bfloat16, torch.float16))),
         frozenset(CONDITIONS),
+        Seen(),
     )
 
 

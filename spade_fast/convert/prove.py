@@ -14,6 +14,7 @@ from ..nn.choice import window_mode
 from ..nn.modules import marks_of
 from ..nn.parts import Form
 from .recognise import Unlike
+from .seen import Seen
 from .swap import Call, Proof, kinds_of_children, make_fast, marks
 
 PIXELS = (6, 4, 4)  # of a probe's x
@@ -24,8 +25,9 @@ CONDITIONS = {
     "smaller": [((3, 2, 2), "noise"), ((4, 3, 3), "labels")],
     "same": [(PIXELS, "noise")],
 }
-# Of what agreement allows. In float64 that is 1e-12, and proves the formula; in other dtypes, where
-# one sum of a few numbers may be luckier than another, it shows that the module's dtype works.
+# Multiples of the error that agreement allows. In float64 that is 1e-12, and proves the formula; in
+# other dtypes, where one sum of a few numbers may be luckier than another, it shows that the
+# module's dtype works.
 SLACK_IN_DOUBLE, SLACK = 100, 30
 # From one computation's y to the other's, as a share of the largest element: rounding is amplified
 # where a channel's mean is large beside its deviation, which a hundredth here is.
@@ -70,6 +72,7 @@ def prove(module: nn.Module, kind: type, form: Form) -> tuple[Proof, list[str]]:
         tuple(modes),
         tuple(dtypes),
         frozenset(sizes),
+        Seen(),
     )
     return proof, exceptions
 
@@ -146,7 +149,7 @@ class Probe:
         """Raises Unlike where the fast forward rounds more, or gives another dtype."""
         tensors = self.tensors(size, content)
         with torch.autocast(tensors[0].device.type, dtype):
-            # Of what rounds to this dtype alone; float64 is left as it is.
+            # The truth has the roundings to this dtype alone: autocast leaves float64 as it is.
             truth = self.outcome(None, tensors, torch.float64, training)
             theirs, ours = (
                 self.outcome(of, tensors, self.dtype, training, dtype_of_x)
@@ -266,7 +269,9 @@ class Values:
 
 
 def _random_weight(name, own):
-    """Of a convolution as large as its results should be, of a norm near one; in its dtype."""
+    """A weight in its own dtype: a convolution's of the size that gives results near one, a norm's
+    near one.
+    """
     noise = torch.randn(own.shape, dtype=torch.float64)
     if own.dim() > 1:
         noise = noise / max(1, own[0].numel()) ** 0.5

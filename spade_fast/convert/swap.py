@@ -17,16 +17,17 @@ from ..nn.modules import (
     MAKERS,
     PLAIN,
     Same,
+    first_weight,
     hooks,
     is_watched,
     mark_of,
     marks_of,
     marks_of_settings,
-    weights_in,
 )
 from ..nn.parts import Form, HasParts
 from ..nn.spade import SpatiallyAdaptive, batch_of
 from ..recording import is_recorded
+from .seen import Seen
 
 
 class Proof(NamedTuple):
@@ -39,21 +40,35 @@ class Proof(NamedTuple):
     modes: tuple  # (training, whether gradients are recorded)
     dtypes: tuple  # (training, the weights', x's, autocast's or None)
     sizes: frozenset  # of a condition beside x, along an axis: "same", "larger", "smaller"
+    seen: Seen  # what the module had when it was found to be as it was
 
     def holds(self, module: nn.Module, x: torch.Tensor, segmap: torch.Tensor) -> bool:
         """Whether it is of the module as it is now, with these arguments."""
         device = x.device.type
         autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-        dtypes = (module.training, weights_in(module)[0].dtype, x.dtype, autocast)
+        dtypes = (module.training, first_weight(module).dtype, x.dtype, autocast)
         return (
             (module.training, torch.is_grad_enabled()) in self.modes
             and dtypes in self.dtypes
             and sizes_against(x, segmap) <= self.sizes
-            and kinds_of_children(module) == self.children
+            and self._is_of(module)
+        )
+
+    def _is_of(self, module):
+        """Whether the module is as it was."""
+        compiling = torch.compiler.is_compiling()
+        if not compiling and self.seen.has_the_same(module):
+            return True
+        is_as_it_was = (
+            kinds_of_children(module) == self.children
             and follows(module)
             and marks(module, module.spade_form) == self.marks
             and marks_of_class(module.own_class) == module.class_marks
         )
+        if is_as_it_was and not compiling:
+            wrappers = wrappers_in(module, module.spade_form)
+            self.seen.see(module, parts_of(module), wrappers, kinds_of(module.own_class))
+        return is_as_it_was
 
 
 def marks(module: nn.Module, form: Form) -> list:
@@ -69,18 +84,28 @@ def kinds_of_children(module: nn.Module) -> tuple:
 
 def marks_of_class(own_class: type) -> list:
     """What a class and those that it is derived from say: a method may be exchanged."""
-    kinds = own_class.__mro__[: own_class.__mro__.index(nn.Module)]
     return [
-        (Same(kind), {name: mark_of(own) for name, own in vars(kind).items()}) for kind in kinds
+        (Same(kind), {name: mark_of(own) for name, own in vars(kind).items()})
+        for kind in kinds_of(own_class)
     ]
+
+
+def kinds_of(own_class: type) -> tuple:
+    """A class and those that it is derived from, up to torch's."""
+    return own_class.__mro__[: own_class.__mro__.index(nn.Module)]
 
 
 def marks_of_wrappers(module: nn.Module, form: Form) -> list:
     """The attributes of what parts of unknown classes have inside, where that is looked into."""
+    return [(Same(own), marks_of(own)) for own in wrappers_in(module, form)]
+
+
+def wrappers_in(module: nn.Module, form: Form) -> list[nn.Module]:
+    """The modules with others in them, where parts of unknown classes are looked into."""
     if not form.inside:
         return []
     parts = (module.get_submodule(name) for name in (form.shared, form.gamma, form.beta))
-    return [(Same(own), marks_of(own)) for part in parts for own in part.modules() if own._modules]
+    return [own for part in parts for own in part.modules() if own._modules]
 
 
 def follows(module: nn.Module) -> bool:
@@ -149,7 +174,7 @@ class Fast:
         pair = self.call.pair(arguments, named)
         if pair is not None and self._is_proved(*pair):
             return self._fast(*pair)
-        dtype = weights_in(self)[0].dtype
+        dtype = first_weight(self).dtype
         arguments = [dense(argument, dtype) for argument in arguments]
         named = {name: dense(argument, dtype) for name, argument in named.items()}
         return self.own_class.forward(self, *arguments, **named)
@@ -240,12 +265,15 @@ class Call:
 
 def watches_inside(module: nn.Module) -> bool:
     """Whether a part of a module has hooks, besides those that make its weight."""
-    return any(
-        not isinstance(hook, MAKERS)
-        for part in module.modules()
-        if part is not module
-        for hook in hooks(part)
-    )
+    waiting = list(module._modules.values())
+    while waiting:
+        part = waiting.pop()
+        if part is None:
+            continue
+        if not all(isinstance(hook, MAKERS) for hook in hooks(part)):
+            return True
+        waiting += part._modules.values()
+    return False
 
 
 def dense(argument: Any, dtype: torch.dtype) -> Any:

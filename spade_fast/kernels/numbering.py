@@ -21,8 +21,8 @@ BITS = {8: torch.int64, 4: torch.int32, 2: torch.int16}
 
 def find_codes(segmap):
     """The distinct vectors of a condition's pixels, bit for bit: codes, int32 [N, *spatial], and
-    the first of all N · pixels places that has each. None where they are so many that it is no
-    layout: more than 64 and a quarter of the pixels.
+    the first of all N · pixels places that has each. None where they are too many for a layout:
+    more than 64 and a quarter of the pixels.
     """
     return find_codes_by(segmap, hash_vectors, vectors_differ)
 
@@ -155,13 +155,15 @@ def check_windows(hidden, num_codes):
 
 
 def window_sums(contents, rows):
-    """The lists of windows of so many rows, [windows, taps], −1 beyond the border."""
+    """The lists of windows, whose contents are [windows, taps] of `rows` rows, −1 beyond the
+    border.
+    """
     return list_windows(contents, rows, int((contents >= 0).sum()))
 
 
 def list_windows(contents, rows, seen):
-    """What windows of so many rows see, [windows, taps], as lists for sums over them: `layout.Sums`
-    says what they are.
+    """The contents of windows, [windows, taps] of `rows` rows, as the lists for sums over them that
+    `layout.Sums` describes.
 
     seen: how many taps of all windows are within the border.
     """
@@ -274,7 +276,7 @@ def _taps_inside(codes, kernel_size):
 
 
 def multiplier(attempt, axis=0):
-    """Of a hash: large and odd, another for each attempt and axis."""
+    """A hash's multiplier: large and odd, another for each attempt and axis."""
     return random.Random(f"{attempt} {axis}").getrandbits(62) | 1
 
 

@@ -251,8 +251,8 @@ def _by_tap(weight):
 
 
 def _channels_at_a_time(rows, weight):
-    """How many of a convolution's output channels have no more than PRODUCTS bytes of products with
-    so many rows; a few at least.
+    """The number of a convolution's output channels that have no more than PRODUCTS bytes of
+    products with `rows` rows; a few at least.
     """
     if torch.compiler.is_compiling():
         return 64  # a graph may not depend on the number of rows

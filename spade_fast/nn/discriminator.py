@@ -129,6 +129,13 @@ class MultiscaleDiscriminator(nn.Module):
             whole_number("n_layers", n_layers),
         )
         self.input_nc, self.spatial_dims = input_nc, dimensions(spatial_dims)
+        for number in range(n_scales):
+            self.add_module(
+                f"discriminator_{number}",
+                PatchDiscriminator(
+                    input_nc, ndf, n_layers=n_layers, spatial_dims=self.spatial_dims
+                ),
+            )
         remember(
             self,
             {
@@ -139,13 +146,6 @@ class MultiscaleDiscriminator(nn.Module):
                 "spatial_dims": self.spatial_dims,
             },
         )
-        for number in range(n_scales):
-            self.add_module(
-                f"discriminator_{number}",
-                PatchDiscriminator(
-                    input_nc, ndf, n_layers=n_layers, spatial_dims=self.spatial_dims
-                ),
-            )
 
     def forward(self, x, segmap=None):
         """A list for each scale, of the results of its layers: the last one [M, 1, *size],

@@ -30,7 +30,6 @@ class ConvEncoder(nn.Module):
             whole_number("z_dim", z_dim),
             whole_number("input_nc", input_nc),
         )
-        remember(self, {"ndf": ndf, "z_dim": z_dim, "input_nc": input_nc})
         widths = [input_nc, *(ndf * multiple for multiple in (1, 2, 4, 8, 8, 8))]
         for number, (before, width) in enumerate(zip(widths, widths[1:]), start=1):
             self.add_module(
@@ -39,10 +38,11 @@ class ConvEncoder(nn.Module):
         features = widths[-1] * (SIZE // 2 ** (len(widths) - 1)) ** 2
         self.fc_mu = nn.Linear(features, z_dim)
         self.fc_var = nn.Linear(features, z_dim)
+        remember(self, {"ndf": ndf, "z_dim": z_dim, "input_nc": input_nc})
 
     def forward(self, image):
-        """Of images [N, input_nc, H, W], between −1 and 1: mean and logarithm of the variance of z,
-        both [N, z_dim].
+        """The mean and the logarithm of the variance of z, both [N, z_dim], for images [N,
+        input_nc, H, W] between −1 and 1.
         """
         channels = self.layer1.convolution.in_channels
         if not isinstance(image, torch.Tensor) or image.dim() != 4 or image.shape[1] != channels:

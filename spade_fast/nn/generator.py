@@ -107,6 +107,20 @@ class SPADEGenerator(nn.Module):
         self.stages = _checked(stages, ngf)
         self.label_nc, self.z_dim, self.last_scale = label_nc, z_dim, last_scale
         self.kernel_size = parse_config(norm_G, "norm_G").kernel_size
+        width, convolution = 16 * ngf, CONVOLUTIONS[spatial_dims]
+        if z_dim is None:
+            self.fc = convolution(label_nc, width, 3, padding=1)
+        else:
+            self.fc = nn.Linear(z_dim, width * torch.Size(self.start).numel())
+        for stage in self.stages:
+            before, width = width, int(stage.width * ngf)
+            self.add_module(
+                stage.name,
+                SPADEResnetBlock(
+                    before, width, norm_G, label_nc, nhidden=nhidden, spatial_dims=spatial_dims
+                ),
+            )
+        self.conv_img = convolution(width, output_nc, 3, padding=1)
         remember(
             self,
             {
@@ -122,20 +136,6 @@ class SPADEGenerator(nn.Module):
                 "spatial_dims": spatial_dims,
             },
         )
-        width, convolution = 16 * ngf, CONVOLUTIONS[spatial_dims]
-        if z_dim is None:
-            self.fc = convolution(label_nc, width, 3, padding=1)
-        else:
-            self.fc = nn.Linear(z_dim, width * torch.Size(self.start).numel())
-        for stage in self.stages:
-            before, width = width, int(stage.width * ngf)
-            self.add_module(
-                stage.name,
-                SPADEResnetBlock(
-                    before, width, norm_G, label_nc, nhidden=nhidden, spatial_dims=spatial_dims
-                ),
-            )
-        self.conv_img = convolution(width, output_nc, 3, padding=1)
 
     @classmethod
     def official(
@@ -182,7 +182,7 @@ class SPADEGenerator(nn.Module):
 
     @property
     def sizes(self):
-        """Of x in each block: what `SemanticLayout.prepare` makes windows for."""
+        """The sizes of x in the blocks, for which `SemanticLayout.prepare` makes windows."""
         sizes, size = [], self.start
         for stage in self.stages:
             size = tuple(stage.scale * length for length in size)

@@ -123,6 +123,12 @@ def weights_in(module: nn.Module) -> list[torch.Tensor]:
     return [*parameters, *module.buffers()]
 
 
+def first_weight(module: nn.Module) -> torch.Tensor | None:
+    """The first of `weights_in`, or None, for less."""
+    weight = next(module.parameters(), None)
+    return next(iter(weights_in(module)), None) if weight is None else weight
+
+
 def shape_of_weight(module: nn.Module) -> torch.Size:
     """The shape of a convolution's weight, which is not made for it."""
     for name in ("weight", "weight_orig", "weight_v"):  # its own, of spectral and of weight norm
@@ -134,6 +140,8 @@ def shape_of_weight(module: nn.Module) -> torch.Size:
 
 
 PLAIN = (bool, int, float, str, type(None))
+CONTAINERS = (list, tuple, dict, argparse.Namespace, types.SimpleNamespace)
+MOST_MARKED = 1000  # values in an attribute
 # What torch has in every module (the mode is asked for by itself), what DataParallel adds, and ours.
 NOT_MARKED = {*vars(nn.Module()), "_is_replica", "_former_parameters", "spade_form", NAME}
 
@@ -155,7 +163,7 @@ def marks_of(module: nn.Module) -> dict:
 
 
 def marks_of_settings(module: nn.Module) -> dict:
-    """The marks of what is no tensor: a call may make tensors anew."""
+    """The marks of those attributes that are no tensors: a call may make tensors anew."""
     own = module.__dict__.items()
     return {
         name: mark_of(value)
@@ -166,19 +174,55 @@ def marks_of_settings(module: nn.Module) -> dict:
 
 def mark_of(value: object) -> object:
     """What tells whether a value is as it was: numbers, flags and names by what they are, what has
-    such in it by those, tensors with their version, all else as one object.
+    such in it by those, tensors with their version, all else as one object. A value with more than
+    MOST_MARKED others in it is never as it was.
     """
+    if type(value) not in CONTAINERS:
+        return _mark_of_one(value)
+    marks, places, waiting = [], {}, [value]
+    while waiting:
+        value = waiting.pop()
+        if type(value) not in CONTAINERS:
+            marks.append(_mark_of_one(value))
+        elif id(value) in places:  # it may be in itself
+            marks.append((type(value), places[id(value)]))
+        else:
+            inside = contents_of(value, MOST_MARKED - len(marks) - len(waiting))
+            if inside is None:
+                return NeverTheSame()
+            places[id(value)] = len(marks)
+            marks.append((type(value), len(inside), Same(value) if _is_namespace(value) else None))
+            waiting.extend(reversed(inside))
+    return marks
+
+
+def contents_of(value: object, most: int) -> list | None:
+    """What a container has in it, keys and values; None where that is more than `most`."""
+    inside = vars(value) if _is_namespace(value) else value
+    if len(inside) * (1 + (type(inside) is dict)) > most:
+        return None
+    return [*inside, *inside.values()] if type(inside) is dict else list(inside)
+
+
+def _is_namespace(value):
+    return type(value) in (argparse.Namespace, types.SimpleNamespace)
+
+
+def _mark_of_one(value):
     if type(value) in PLAIN:
         return (type(value), value)
     if isinstance(value, torch.Tensor):
         return (Same(value), None if value.is_inference() else value._version)
-    if type(value) in (list, tuple):
-        return (type(value), *map(mark_of, value))
-    if type(value) is dict:
-        return (dict, *((key, mark_of(own)) for key, own in value.items()))
-    if type(value) in (argparse.Namespace, types.SimpleNamespace):
-        return (Same(value), mark_of(vars(value)))
     return Same(value)
+
+
+class NeverTheSame:
+    """The mark of a value with too much in it to be looked at in each call."""
+
+    def __eq__(self, other: object) -> bool:
+        return False
+
+    __hash__ = None
 
 
 class Same:
@@ -220,7 +264,7 @@ def keeps_size(module: nn.Module, size: int) -> bool:
 
 
 def taps_of(module: nn.Module) -> int:
-    """Taps along an axis of a convolution; 0 of what is none."""
+    """A convolution's taps along an axis; 0 for any other module."""
     return module.kernel_size[0] if isinstance(module, CONVOLUTION_TYPES) else 0
 
 

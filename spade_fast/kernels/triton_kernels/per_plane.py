@@ -70,8 +70,8 @@ def combine_sums_kernel(
 
 
 def combine_moments(parts, split_pixels, x, eps=None):
-    """Of parts [splits, 3, N, C]: moments [2, N, C], or for instance norm, with its eps, planes [3,
-    N, C].
+    """Moments [2, N, C] from parts [splits, 3, N, C]; for instance norm, which gives its eps,
+    planes [3, N, C].
     """
     splits, _, images, channels = parts.shape
     result = parts.new_empty(2 if eps is None else 3, images, channels)
@@ -91,8 +91,8 @@ def combine_moments(parts, split_pixels, x, eps=None):
 
 
 def combine_sums(parts, x, planes=None):
-    """Of parts [splits, 2, N, C]: sums [2, N, C], or for instance norm, with its planes, terms [2,
-    N, C].
+    """Sums [2, N, C] from parts [splits, 2, N, C]; for instance norm, which gives its planes, terms
+    [2, N, C].
     """
     splits, _, images, channels = parts.shape
     result = parts.new_empty(2, images, channels)

@@ -70,8 +70,8 @@ def sweeps(images, channels, pixels, last, device):
 
 
 def splits(programs, elements, tile_elements, device):
-    """In how many parts programs that go through so many elements are cut, to keep all processors
-    busy.
+    """The number of parts into which programs that go through `elements` elements each are cut, to
+    keep all processors busy.
     """
     return max(
         1,
@@ -83,7 +83,7 @@ def splits(programs, elements, tile_elements, device):
 
 
 def products(windows, taps, outputs, device):
-    """Grid and settings of a convolution at so many windows: in large tiles, which read least, if
+    """Grid and settings of a convolution at distinct windows: in large tiles, which read least, if
     those keep all processors busy.
     """
     seen = triton.next_power_of_2(taps)
@@ -104,8 +104,8 @@ def piece_tile(channels):
 
 
 def one_pass(images, channels, pixels, last, table, tensors):
-    """Grid and settings of a kernel in which each program holds so many tensors' whole planes; None
-    where they do not fit.
+    """Grid and settings of a kernel in which each program holds whole planes of `tensors` tensors;
+    None where they do not fit.
     """
     tile_pixels = next_power(pixels)
     tile_channels = min(8 if last or table else max(1, TILE // tile_pixels), next_power(channels))

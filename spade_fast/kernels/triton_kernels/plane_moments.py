@@ -57,8 +57,8 @@ def plane_moments_kernel(
 
 
 def partial_moments(x):
-    """Of each split of each plane its pivot, its mean's distance from it and its squared
-    deviations, [splits, 3, N, C]; and its pixels.
+    """The pivot of each split of each plane, its mean's distance from it and its squared
+    deviations, [splits, 3, N, C]; and how many pixels a split has.
     """
     last = is_channels_last(x)
     images, channels, pixels = x.flatten(2).shape

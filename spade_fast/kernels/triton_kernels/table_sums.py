@@ -40,7 +40,7 @@ def pixel_at(order, pixels, place, inside):
 
 @triton.jit
 def row_at(index, rows, order, image, pixels, place, inside):
-    """The rows, of so many in the table, that the pixels of sorted places have."""
+    """The rows of a table of `rows` rows that the pixels of sorted places have."""
     pixel = pixel_at(order, pixels, place, inside)
     return within(tl.load(index + (image * pixels + pixel), inside, 0), rows)
 

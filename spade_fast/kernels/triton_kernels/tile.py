@@ -111,7 +111,7 @@ def zeros(LAST: tl.constexpr, PIXELS: tl.constexpr, CHANNELS: tl.constexpr):
 
 @triton.jit
 def sum_pixels(values, LAST: tl.constexpr):
-    """Of a tile, over its pixels: as `channels_from`."""
+    """The sums of a tile's values over its pixels, in the shape of `channels_from`."""
     return tl.sum(values, axis=0 if LAST else 1, keep_dims=True)
 
 
@@ -147,7 +147,7 @@ def within(number, count):
 
 @triton.jit
 def row_of(index, rows, image, pixel, pixels):
-    """The rows, of so many in the table, that pixels have."""
+    """The rows of a table of `rows` rows that pixels have."""
     return within(tl.load(index + (image * pixels + pixel), pixel < pixels, 0), rows)
 
 
