@@ -22,6 +22,7 @@ _ENTRIES = (
     "_backward_pre_hooks",
     "_backward_hooks",
 )
+MOST_INSIDE = 1000  # values of an attribute's containers
 _IN_EVERY_MODULE = frozenset(vars(nn.Module()))
 _of_part = tuple(map(operator.attrgetter, ("__class__", "__class__.forward", "__dict__")))
 _END = object()
@@ -101,24 +102,27 @@ def views_inside_of_module(module: nn.Module) -> Iterator[Iterable]:
 
 
 def views_inside(value: object) -> Iterator[Iterable]:
-    """Views of what may change inside of one attribute."""
-    if isinstance(value, torch.Tensor):
-        yield Another()
-    if type(value) in (argparse.Namespace, types.SimpleNamespace):
-        value = vars(value)
-    if type(value) is dict:
-        yield from (value, value.values())
-        value = value.values()
-    elif type(value) in (list, tuple):
-        yield value
-    else:
-        return
-    for inner in value:
-        yield from views_inside(inner)
+    """Views of what may change inside of one attribute, whose containers may be in themselves."""
+    waiting, taken = [value], set()
+    while waiting:
+        value = waiting.pop()
+        if type(value) in (argparse.Namespace, types.SimpleNamespace):
+            value = vars(value)
+        is_dict = type(value) is dict
+        if isinstance(value, torch.Tensor) or len(waiting) > MOST_INSIDE:
+            yield Another()
+        elif (is_dict or type(value) in (list, tuple)) and id(value) not in taken:
+            taken.add(id(value))
+            yield value
+            if is_dict:
+                yield value.values()
+            waiting += value.values() if is_dict else value
 
 
 class Another:
-    """A view of what never is as it was: a tensor, whose numbers may change."""
+    """A view of what never is as it was: a tensor, whose numbers may change, or too much to look at
+    in each call.
+    """
 
     def __iter__(self) -> Iterator[object]:
         yield object()
