@@ -20,6 +20,7 @@ from torch.utils.data._utils.collate import default_collate_fn_map
 from . import kernels
 from .identity import state_of, with_version
 from .kernels.numbering import resize_codes
+from .streams import made_here, read_here
 
 LARGEST_KERNEL = 7  # taps per axis of a window
 
@@ -118,6 +119,7 @@ class SemanticLayout:
     def __init__(self, codes: torch.Tensor, palette: torch.Tensor) -> None:
         self.codes, self.palette = codes, palette
         self._windows, self._patches, self._pooled = {}, {}, {}
+        self._made = {}  # by what windows and patches are kept by: on which stream of a GPU
         self._repeats = None  # the layout that this one is a repetition of, its content, how often
         self._seen = self._state = self._content = None
         if torch.compiler.is_compiling():
@@ -438,6 +440,8 @@ class SemanticLayout:
                 kept[key] = Patches(contents, sums, *map(self._repeated, places))
             else:
                 kept[key] = number_patches(self.codes, *key, len(self.palette))
+            self._made[key] = made_here(_tensors_in(kept[key]))
+        read_here(self._made.get(key), _tensors_in(kept[key]))
         return kept[key]
 
     def repeat(self, times: int) -> "SemanticLayout":
@@ -488,6 +492,8 @@ class SemanticLayout:
                     " call"
                 )
             (key,) = self._make_windows([size], kernel_size)
+        if not torch.compiler.is_compiling():
+            read_here(self._made.get(key), _tensors_in(kept[key]))
         return kept[key]
 
     def _make_windows(self, sizes, kernel_size):
@@ -512,6 +518,8 @@ class SemanticLayout:
         else:
             made = number(self.codes, sizes, kernel_size, len(self.palette), self.palette.dtype)
             self._windows.update(zip(missing, made))
+        for key in missing:
+            self._made[key] = made_here(_tensors_in(self._windows[key]))
         return keys
 
     def _size(self, name, size):
@@ -658,6 +666,7 @@ class SemanticLayout:
     def __getstate__(self):
         self._look()
         values = {name: value for name, value in self.__dict__.items() if name != "_state"}
+        values["_made"] = {}  # who copies or pickles has read it
         for name in ("_windows", "_patches"):
             values[name] = {key: _on_its_own(found) for key, found in values[name].items()}
         return values
@@ -666,6 +675,15 @@ class SemanticLayout:
         self.__dict__.update(values)
         # The same tensors lie elsewhere; without versions, all is made of copies.
         self._state = self._state_now()
+
+
+def _tensors_in(found):
+    """The tensors of Windows or Patches, one after the other."""
+    for part in found:
+        if isinstance(part, tuple):
+            yield from _tensors_in(part)
+        elif part is not None:
+            yield part
 
 
 def _on_its_own(found):

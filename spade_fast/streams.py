@@ -29,7 +29,7 @@ def made_here(tensors: Iterable[torch.Tensor]) -> Made | None:
 
 def read_here(made: Made | None, tensors: Iterable[torch.Tensor]) -> None:
     """To be called before these tensors are read: what reads them from here on waits for them."""
-    if made is None or torch.compiler.is_compiling():
+    if made is None:
         return
     if torch._C._cuda_getCurrentRawStream(made.device) == made.stream:
         return

@@ -10,6 +10,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from ..layout import SemanticLayout
 from ..recording import is_recorded
 from ..scopes import Scope
+from ..streams import made_here, read_here
 from .parts import Convolutions, Known
 
 MODES = ("auto", "always", "never")
@@ -63,11 +64,14 @@ def find_layout(segmap: torch.Tensor | SemanticLayout) -> SemanticLayout | None:
     )
     before = _found.get(segmap)
     if before is not None and before[0] == state and state[0] is not None:
-        return before[1]
+        _, layout, made = before
+        read_here(made, () if layout is None else (layout.codes, layout.palette))
+        return layout
     layout = SemanticLayout.from_segmap(segmap.as_subclass(torch.Tensor))
     if layout is not None and before is not None and layout.equal(before[1]):
         layout = before[1]  # with its windows
-    _found[segmap] = (state, layout)
+    made = None if layout is None else made_here((layout.codes, layout.palette))
+    _found[segmap] = (state, layout, made)
     return layout
 
 
