@@ -46,9 +46,14 @@ def tiles(images, channels, pixels, last, table):
     programs = images * triton.cdiv(channels, tile_channels) * triton.cdiv(pixels, tile_pixels)
     # Eight elements to a thread, which one access takes where rows are aligned; four where each has
     # an access and an address of its own.
-    elements = 256 if (channels if last else pixels) % 8 == 0 else 128
+    elements = 256 if aligned(channels, pixels, last) else 128
     warps = max(1, min(8, tile_pixels * tile_channels // elements))
     return (programs,), {"PIXELS": tile_pixels, "CHANNELS": tile_channels, "num_warps": warps}
+
+
+def aligned(channels, pixels, last):
+    """Whether one access can take eight elements."""
+    return (channels if last else pixels) % 8 == 0
 
 
 def blocks(pixels):
@@ -56,30 +61,27 @@ def blocks(pixels):
     return (triton.cdiv(pixels, TILE),), {"BLOCK": TILE, "num_warps": 4}
 
 
-def sweeps(images, channels, pixels, last, device):
-    """Grid and settings of a kernel in which each program goes through a part of some planes, tile
-    by tile.
+def sweeps(images, channels, pixels, last, device, at_once, under_way):
+    """Grid and settings of a kernel in which each program goes through a part of some planes: every
+    so many tiles, as many as it has under way, so that all programs together go through memory in
+    order. So many of them run at once on a processor.
     """
     tile_pixels, tile_channels = tile_of(channels, pixels, last, False)
     programs = images * triton.cdiv(channels, tile_channels)
-    return (programs, splits(programs, pixels, tile_pixels, device)), {
+    parts = triton.cdiv(pixels, under_way * tile_pixels)
+    return (programs, splits(programs, parts, device, at_once)), {
+        "UNDER_WAY": under_way,
         "PIXELS": tile_pixels,
         "CHANNELS": tile_channels,
         "num_warps": 4,
     }
 
 
-def splits(programs, elements, tile_elements, device):
-    """In how many parts programs that go through so many elements are cut, to keep all processors
-    busy.
+def splits(programs, parts, device, at_once):
+    """In how many splits programs that go through so many parts are cut, to keep all processors
+    busy; not in more than run at once, or the last ones would run alone.
     """
-    return max(
-        1,
-        min(
-            triton.cdiv(elements, tile_elements),
-            triton.cdiv(8 * processors(device), max(1, programs)),
-        ),
-    )
+    return max(1, min(parts, at_once * processors(device) // max(1, programs)))
 
 
 def products(windows, taps, outputs, device):

@@ -320,7 +320,8 @@ def table_gradients(dy, x, planes, gamma, beta, index, order, signs, activation,
         CHANNELS=tile_channels,
         num_warps=1,
     )
-    splits = plan.splits(images * blocks, capacity // images, tile_pixels, x.device)
+    tiles = triton.cdiv(capacity // images, tile_pixels)
+    splits = plan.splits(images * blocks, tiles, x.device, at_once=8)
     parts = x.new_empty(splits, 2, images, channels, dtype=torch.float32)
     sum_planes_kernel[(images * blocks, splits)](
         found,
