@@ -12,7 +12,10 @@ TABLE_TILE = (
     16,
     64,
 )  # pixels and channels: the rows of a table lie by channels, and are read whole lines at a time
-PIECE_TILE = (8, 128)
+PIECE_TILE = (8, 128)  # pixels and channels where channels are last
+PLANES_PIECE_TILE = (32, 32)  # and where not: neighbours mostly have the same row
+PIECE_UNDER_WAY = 4  # of these tiles
+ROW_TILE = (32, 32)  # pieces and channels
 PRODUCT_TILES = (
     (128, 128, 8),
     (64, 64, 4),
@@ -97,12 +100,25 @@ def products(windows, taps, outputs, device):
     return (programs,), tile | {"num_warps": warps, "num_stages": 3}
 
 
-def piece_tile(channels):
-    """Pixels and channels of a tile of pixels that have one row of a table, of which there are
-    mostly few.
-    """
-    most_pixels, most_channels = PIECE_TILE
-    return most_pixels, min(most_channels, next_power(channels))
+def piece_tile(channels, last):
+    """Settings of a kernel that goes through pixels that have one row of a table."""
+    most_pixels, most_channels = PIECE_TILE if last else PLANES_PIECE_TILE
+    return {
+        "UNDER_WAY": PIECE_UNDER_WAY,
+        "PIXELS": most_pixels,
+        "CHANNELS": min(most_channels, next_power(channels)),
+        "num_warps": 4,
+    }
+
+
+def row_tile(channels):
+    """Settings of a kernel that goes through the sums of pieces."""
+    most_pieces, most_channels = ROW_TILE
+    return {
+        "PIECES": most_pieces,
+        "CHANNELS": min(most_channels, next_power(channels)),
+        "num_warps": 4,
+    }
 
 
 def one_pass(images, channels, pixels, last, table, tensors):
