@@ -36,7 +36,10 @@ def small_tiles(monkeypatch):
 
     monkeypatch.setattr(plan, "TILE", 32)
     monkeypatch.setattr(plan, "TABLE_TILE", (16, 8))
-    monkeypatch.setattr(plan, "PIECE_TILE", (8, 16))
+    monkeypatch.setattr(plan, "PIECE_TILE", (4, 16))
+    monkeypatch.setattr(plan, "PLANES_PIECE_TILE", (4, 8))
+    monkeypatch.setattr(plan, "PIECE_UNDER_WAY", 2)
+    monkeypatch.setattr(plan, "ROW_TILE", (4, 8))
     monkeypatch.setattr(plan, "ONE_PASS", 0)
     monkeypatch.setattr(table_sums, "PIECE", 16)
     with spade_fast.use_backend("triton"), torch.device(BACKENDS["triton"]):

@@ -15,6 +15,7 @@ from .table_sums import table_gradients
 from .tile import (
     channels_from,
     empty_rows,
+    fold_pixels,
     like,
     look_up,
     per_plane,
@@ -42,9 +43,9 @@ def backward_sums_kernel(
     images,
     channels,
     pixels,
-    split_pixels,
     negative_slope,
     ACTIVATION: tl.constexpr,
+    UNDER_WAY: tl.constexpr,
     LAST: tl.constexpr,
     PIXELS: tl.constexpr,
     CHANNELS: tl.constexpr,
@@ -52,15 +53,15 @@ def backward_sums_kernel(
     channel_blocks = tl.cdiv(channels, CHANNELS)
     image = (tl.program_id(0) // channel_blocks).to(tl.int64)
     channel = channels_from(tl.program_id(0) % channel_blocks * CHANNELS, LAST, CHANNELS)
-    begin = tl.program_id(1) * split_pixels
-    end = tl.minimum(begin + split_pixels, pixels)
+    TOGETHER: tl.constexpr = UNDER_WAY * PIXELS
+    begin, step = tl.program_id(1) * TOGETHER, tl.num_programs(1) * TOGETHER
     shift = per_plane(planes, 0, images, image, channels, channel)
     scale = per_plane(planes, 1, images, image, channels, channel)
     offset = per_plane(planes, 2, images, image, channels, channel)
     sum_q, sum_q_deviation = zeros(LAST, PIXELS, CHANNELS), zeros(LAST, PIXELS, CHANNELS)
-    for first in range(begin, end, PIXELS):
-        pixel = pixels_from(first, LAST, PIXELS)
-        inside = (pixel < end) & (channel < channels)
+    for first in range(begin, pixels, step):
+        pixel = pixels_from(first, LAST, TOGETHER)
+        inside = (pixel < pixels) & (channel < channels)
         deviation = (
             tl.load(place(x, image, channel, pixel, LAST), inside, 0.0).to(tl.float32) - shift
         )
@@ -90,8 +91,9 @@ def backward_sums_kernel(
         if ACTIVATION is not None:
             tl.store(place(dbeta, image, channel, pixel, LAST), g, inside)
         q = tl.where(inside, g * one_plus, 0.0)
-        sum_q += q
-        sum_q_deviation += tl.where(inside, q * deviation, 0.0)
+        q_deviation = tl.where(inside, q * deviation, 0.0)
+        sum_q += fold_pixels(q, LAST, UNDER_WAY, PIXELS, CHANNELS)
+        sum_q_deviation += fold_pixels(q_deviation, LAST, UNDER_WAY, PIXELS, CHANNELS)
     sum_q, sum_q_deviation = sum_pixels(sum_q, LAST), sum_pixels(sum_q_deviation, LAST)
     store_part(parts, 0, 2, sum_q, images, image, channels, channel)
     store_part(parts, 1, 2, sum_q_deviation, images, image, channels, channel)
@@ -118,9 +120,16 @@ def gradients(
     else:
         last = is_channels_last(x)
         images, channels, pixels = x.flatten(2).shape
-        grid, settings = plan.sweeps(images, channels, pixels, last, x.device)
-        split_pixels = (
-            triton.cdiv(triton.cdiv(pixels, settings["PIXELS"]), grid[1]) * settings["PIXELS"]
+        # What a processor has registers for: with SiLU there is β, and where accesses are not wide
+        # each element has an address of its own.
+        grid, settings = plan.sweeps(
+            images,
+            channels,
+            pixels,
+            last,
+            x.device,
+            at_once=3 if activation == "silu" else 4,
+            under_way=2 if plan.aligned(channels, pixels, last) else 1,
         )
         dgamma_rows = empty_rows(x, last, gamma.dtype)
         dbeta_rows = None if activation is None else empty_rows(x, last, gamma.dtype)
@@ -138,7 +147,6 @@ def gradients(
             images,
             channels,
             pixels,
-            split_pixels,
             negative_slope,
             ACTIVATION=activation,
             LAST=last,

@@ -170,7 +170,7 @@ def instance_forward(x, gamma, beta, index, eps, activation, negative_slope, kee
     images, channels, pixels = x.flatten(2).shape
     held = plan.one_pass(images, channels, pixels, last, index is not None, tensors=1)
     if held is None or pixels == 0:
-        planes = combine_moments(*partial_moments(x), x, eps)
+        planes = combine_moments(partial_moments(x), x, eps)
         return *apply(x, planes, gamma, beta, index, activation, negative_slope, keep_signs), planes
     grid, settings = held
     y = empty_rows(x, last, torch.promote_types(x.dtype, gamma.dtype))

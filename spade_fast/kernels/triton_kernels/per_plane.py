@@ -3,36 +3,48 @@
 import triton
 import triton.language as tl
 
-BLOCK = 128  # planes of a program
+PLANES = tl.constexpr(8)  # of a program: what one access to memory reads
+SPLITS = tl.constexpr(256)  # of these planes that a program combines at once
+WARPS = 8
 
 
 @triton.jit
-def combine_moments_kernel(
-    parts, moments, planes, eps, images_channels, pixels, splits, split_pixels, BLOCK: tl.constexpr
-):
-    """Mean and squared deviations of parts [splits, 3, N·C] together (Chan et al. 1979); for
-    instance norm, its planes.
+def moments_together(distance, squares, count, AXIS: tl.constexpr):
+    """Of parts along an axis, what their means are beyond one pivot, their squared deviations, and
+    how many numbers they have: the same of all together (Chan et al. 1979).
     """
-    plane = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    inside = plane < images_channels
-    pivot = tl.load(parts + plane, inside, 0.0)  # as in plane_moments.py
-    distance, squares, count = tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32), 0.0
-    for split in range(splits):
-        part = parts + 3 * split * images_channels + plane
-        added = tl.maximum(0, tl.minimum(split_pixels, pixels - split * split_pixels)).to(
-            tl.float32
-        )
+    total = tl.sum(count, axis=AXIS, keep_dims=True)
+    mean = tl.sum(count * distance, axis=AXIS, keep_dims=True) / tl.maximum(total, 1.0)
+    rest = distance - mean
+    return mean, tl.sum(squares + count * rest * rest, axis=AXIS, keep_dims=True), total
+
+
+@triton.jit
+def combine_moments_kernel(parts, moments, planes, eps, images_channels, pixels, splits):
+    """Mean and squared deviations of parts [splits, 4, N·C] together; for instance norm, its
+    planes. Each place of a tile combines every so many splits, then all places are.
+    """
+    plane = tl.program_id(0) * PLANES + tl.arange(0, PLANES)[None, :]
+    pivot = tl.load(parts + plane, plane < images_channels, 0.0)  # as in plane_moments.py
+    distance, squares, count = (
+        tl.zeros([SPLITS, PLANES], tl.float32),
+        tl.zeros([SPLITS, PLANES], tl.float32),
+        tl.zeros([SPLITS, PLANES], tl.float32),
+    )
+    for first in range(0, splits, SPLITS):
+        split = first + tl.arange(0, SPLITS)[:, None]
+        inside = (split < splits) & (plane < images_channels)
+        part = parts + 4 * split.to(tl.int64) * images_channels + plane
+        difference = tl.load(part, inside, 0.0) - pivot
+        difference += tl.load(part + images_channels, inside, 0.0) - distance
+        added = tl.load(part + 3 * images_channels, inside, 0.0)
         total = tl.maximum(count + added, 1.0)
-        difference = (
-            (tl.load(part, inside, 0.0) - pivot)
-            + tl.load(part + images_channels, inside, 0.0)
-            - distance
-        )
         distance += difference * (added / total)
-        squares += tl.load(part + 2 * images_channels, inside, 0.0) + difference * difference * (
-            count * added / total
-        )
+        squares += tl.load(part + 2 * images_channels, inside, 0.0)
+        squares += difference * difference * (count * added / total)
         count += added
+    distance, squares, _ = moments_together(distance, squares, count, 0)
+    inside = plane < images_channels
     mean = pivot + distance
     if planes is None:
         tl.store(moments + plane, mean, inside)
@@ -44,21 +56,28 @@ def combine_moments_kernel(
             1 / tl.sqrt_rn(squares / tl.maximum(pixels, 1).to(tl.float32) + eps),
             inside,
         )
-        tl.store(planes + 2 * images_channels + plane, tl.zeros([BLOCK], tl.float32), inside)
+        tl.store(planes + 2 * images_channels + plane, tl.zeros([1, PLANES], tl.float32), inside)
 
 
 @triton.jit
-def combine_sums_kernel(
-    parts, sums, planes, terms, images_channels, pixels, splits, BLOCK: tl.constexpr
-):
+def combine_sums_kernel(parts, sums, planes, terms, images_channels, pixels, splits):
     """Sums of parts [splits, 2, N·C]; for instance norm, with its planes, the terms of dx."""
-    plane = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    inside = plane < images_channels
-    q, q_deviation = tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32)
-    for split in range(splits):
-        part = parts + 2 * split * images_channels + plane
+    plane = tl.program_id(0) * PLANES + tl.arange(0, PLANES)[None, :]
+    q, q_deviation = (
+        tl.zeros([SPLITS, PLANES], tl.float32),
+        tl.zeros([SPLITS, PLANES], tl.float32),
+    )
+    for first in range(0, splits, SPLITS):
+        split = first + tl.arange(0, SPLITS)[:, None]
+        inside = (split < splits) & (plane < images_channels)
+        part = parts + 2 * split.to(tl.int64) * images_channels + plane
         q += tl.load(part, inside, 0.0)
         q_deviation += tl.load(part + images_channels, inside, 0.0)
+    q, q_deviation = (
+        tl.sum(q, axis=0, keep_dims=True),
+        tl.sum(q_deviation, axis=0, keep_dims=True),
+    )
+    inside = plane < images_channels
     if terms is None:
         tl.store(sums + plane, q, inside)
         tl.store(sums + images_channels + plane, q_deviation, inside)
@@ -69,14 +88,14 @@ def combine_sums_kernel(
         tl.store(terms + images_channels + plane, q_deviation * mean_scale * scale * scale, inside)
 
 
-def combine_moments(parts, split_pixels, x, eps=None):
-    """Moments [2, N, C] from parts [splits, 3, N, C]; for instance norm, which gives its eps,
+def combine_moments(parts, x, eps=None):
+    """Moments [2, N, C] from parts [splits, 4, N, C]; for instance norm, which gives its eps,
     planes [3, N, C].
     """
     splits, _, images, channels = parts.shape
     result = parts.new_empty(2 if eps is None else 3, images, channels)
     moments, planes = (result, None) if eps is None else (None, result)
-    combine_moments_kernel[(triton.cdiv(images * channels, BLOCK),)](
+    combine_moments_kernel[(triton.cdiv(images * channels, PLANES.value),)](
         parts,
         moments,
         planes,
@@ -84,8 +103,7 @@ def combine_moments(parts, split_pixels, x, eps=None):
         images * channels,
         x.shape[2:].numel(),
         splits,
-        split_pixels,
-        BLOCK=BLOCK,
+        num_warps=WARPS,
     )
     return result
 
@@ -97,7 +115,7 @@ def combine_sums(parts, x, planes=None):
     splits, _, images, channels = parts.shape
     result = parts.new_empty(2, images, channels)
     sums, terms = (result, None) if planes is None else (None, result)
-    combine_sums_kernel[(triton.cdiv(images * channels, BLOCK),)](
-        parts, sums, planes, terms, images * channels, x.shape[2:].numel(), splits, BLOCK=BLOCK
+    combine_sums_kernel[(triton.cdiv(images * channels, PLANES.value),)](
+        parts, sums, planes, terms, images * channels, x.shape[2:].numel(), splits, num_warps=WARPS
     )
     return result

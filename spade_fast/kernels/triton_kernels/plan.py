@@ -12,7 +12,10 @@ TABLE_TILE = (
     16,
     64,
 )  # pixels and channels: the rows of a table lie by channels, and are read whole lines at a time
-PIECE_TILE = (8, 128)
+PIECE_TILE = (8, 128)  # pixels and channels where channels are last
+PLANES_PIECE_TILE = (32, 32)  # and where not: neighbours mostly have the same row
+PIECE_UNDER_WAY = 4  # of these tiles
+ROW_TILE = (32, 32)  # pieces and channels
 PRODUCT_TILES = (
     (128, 128, 8),
     (64, 64, 4),
@@ -46,9 +49,14 @@ def tiles(images, channels, pixels, last, table):
     programs = images * triton.cdiv(channels, tile_channels) * triton.cdiv(pixels, tile_pixels)
     # Eight elements to a thread, which one access takes where rows are aligned; four where each has
     # an access and an address of its own.
-    elements = 256 if (channels if last else pixels) % 8 == 0 else 128
+    elements = 256 if aligned(channels, pixels, last) else 128
     warps = max(1, min(8, tile_pixels * tile_channels // elements))
     return (programs,), {"PIXELS": tile_pixels, "CHANNELS": tile_channels, "num_warps": warps}
+
+
+def aligned(channels, pixels, last):
+    """Whether one access can take eight elements."""
+    return (channels if last else pixels) % 8 == 0
 
 
 def blocks(pixels):
@@ -56,30 +64,27 @@ def blocks(pixels):
     return (triton.cdiv(pixels, TILE),), {"BLOCK": TILE, "num_warps": 4}
 
 
-def sweeps(images, channels, pixels, last, device):
-    """Grid and settings of a kernel in which each program goes through a part of some planes, tile
-    by tile.
+def sweeps(images, channels, pixels, last, device, at_once, under_way):
+    """Grid and settings of a kernel in which each program goes through a part of some planes: every
+    so many tiles, as many as it has under way, so that all programs together go through memory in
+    order. So many of them run at once on a processor.
     """
     tile_pixels, tile_channels = tile_of(channels, pixels, last, False)
     programs = images * triton.cdiv(channels, tile_channels)
-    return (programs, splits(programs, pixels, tile_pixels, device)), {
+    parts = triton.cdiv(pixels, under_way * tile_pixels)
+    return (programs, splits(programs, parts, device, at_once)), {
+        "UNDER_WAY": under_way,
         "PIXELS": tile_pixels,
         "CHANNELS": tile_channels,
         "num_warps": 4,
     }
 
 
-def splits(programs, elements, tile_elements, device):
-    """The number of parts into which programs that go through `elements` elements each are cut, to
-    keep all processors busy.
+def splits(programs, parts, device, at_once):
+    """The number of splits into which programs that each go through `parts` parts are cut, to keep
+    all processors busy; no more than run at once, or the last ones would run alone.
     """
-    return max(
-        1,
-        min(
-            triton.cdiv(elements, tile_elements),
-            triton.cdiv(8 * processors(device), max(1, programs)),
-        ),
-    )
+    return max(1, min(parts, at_once * processors(device) // max(1, programs)))
 
 
 def products(windows, taps, outputs, device):
@@ -95,12 +100,25 @@ def products(windows, taps, outputs, device):
     return (programs,), tile | {"num_warps": warps, "num_stages": 3}
 
 
-def piece_tile(channels):
-    """Pixels and channels of a tile of pixels that have one row of a table, of which there are
-    mostly few.
-    """
-    most_pixels, most_channels = PIECE_TILE
-    return most_pixels, min(most_channels, next_power(channels))
+def piece_tile(channels, last):
+    """Settings of a kernel that goes through pixels that have one row of a table."""
+    most_pixels, most_channels = PIECE_TILE if last else PLANES_PIECE_TILE
+    return {
+        "UNDER_WAY": PIECE_UNDER_WAY,
+        "PIXELS": most_pixels,
+        "CHANNELS": min(most_channels, next_power(channels)),
+        "num_warps": 4,
+    }
+
+
+def row_tile(channels):
+    """Settings of a kernel that goes through the sums of pieces."""
+    most_pieces, most_channels = ROW_TILE
+    return {
+        "PIECES": most_pieces,
+        "CHANNELS": min(most_channels, next_power(channels)),
+        "num_warps": 4,
+    }
 
 
 def one_pass(images, channels, pixels, last, table, tensors):

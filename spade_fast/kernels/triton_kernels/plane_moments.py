@@ -8,7 +8,7 @@ import triton.language as tl
 
 from ..contract import is_channels_last
 from . import plan
-from .per_plane import combine_moments
+from .per_plane import combine_moments, moments_together
 from .tile import channels_from, pixels_from, place, rows_of, store_part, sum_pixels, zeros
 
 
@@ -19,7 +19,7 @@ def plane_moments_kernel(
     images,
     channels,
     pixels,
-    split_pixels,
+    UNDER_WAY: tl.constexpr,
     LAST: tl.constexpr,
     PIXELS: tl.constexpr,
     CHANNELS: tl.constexpr,
@@ -27,51 +27,47 @@ def plane_moments_kernel(
     channel_blocks = tl.cdiv(channels, CHANNELS)
     image = (tl.program_id(0) // channel_blocks).to(tl.int64)
     channel = channels_from(tl.program_id(0) % channel_blocks * CHANNELS, LAST, CHANNELS)
-    begin = tl.program_id(1) * split_pixels
-    end = tl.minimum(begin + split_pixels, pixels)
-    # The mean is held as a pivot, the first tile's, and its distance from it: where it is large,
-    # each sum with it would be rounded.
-    pivot, distance, squares, count = (
-        zeros(LAST, 1, CHANNELS),
-        zeros(LAST, 1, CHANNELS),
-        zeros(LAST, 1, CHANNELS),
-        0.0,
-    )
-    for first in range(begin, end, PIXELS):
-        pixel = pixels_from(first, LAST, PIXELS)
-        inside = (pixel < end) & (channel < channels)
-        value = tl.load(place(x, image, channel, pixel, LAST), inside, 0.0).to(tl.float32)
-        added = tl.minimum(PIXELS, end - first).to(tl.float32)
-        tile_mean = sum_pixels(value, LAST) / added
-        deviation = tl.where(inside, value - tile_mean, 0.0)
-        correction = sum_pixels(deviation, LAST) / added  # the tile's mean was rounded as well
-        tile_squares = sum_pixels(deviation * deviation, LAST) - added * correction * correction
-        pivot = tl.where(count == 0, tile_mean, pivot)
-        difference, total = (tile_mean - pivot) + correction - distance, count + added
-        distance += difference * (added / total)
-        squares += tile_squares + difference * difference * (count * added / total)
-        count = total
-    store_part(parts, 0, 3, pivot, images, image, channels, channel)
-    store_part(parts, 1, 3, distance, images, image, channels, channel)
-    store_part(parts, 2, 3, squares, images, image, channels, channel)
+    begin, step = tl.program_id(1) * PIXELS, tl.num_programs(1) * PIXELS
+    # Each place of a tile adds up by itself what its values are beyond the first of them, and the
+    # squares of that: nothing waits for another place, and at most as many digits are lost as the
+    # number of its values has, for the first is one of them.
+    pixel = pixels_from(begin, LAST, PIXELS)
+    inside = (pixel < pixels) & (channel < channels)
+    pivot = tl.load(place(x, image, channel, pixel, LAST), inside, 0.0).to(tl.float32)
+    count = tl.maximum(tl.cdiv(pixels - pixel, step), 0).to(tl.float32)
+    beyond, squares = zeros(LAST, PIXELS, CHANNELS), zeros(LAST, PIXELS, CHANNELS)
+    for first in range(begin + step, pixels, UNDER_WAY * step):
+        for i in tl.static_range(UNDER_WAY):
+            pixel = pixels_from(first + i * step, LAST, PIXELS)
+            inside = (pixel < pixels) & (channel < channels)
+            value = tl.load(place(x, image, channel, pixel, LAST), inside, 0.0).to(tl.float32)
+            deviation = tl.where(inside, value - pivot, 0.0)
+            beyond += deviation
+            squares += deviation * deviation
+    mean = beyond / tl.maximum(count, 1.0)
+    squares = tl.maximum(squares - beyond * mean, 0.0, propagate_nan=tl.PropagateNan.ALL)
+    first_pivot = sum_pixels(tl.where(pixels_from(0, LAST, PIXELS) == 0, pivot, 0.0), LAST)
+    distance = tl.where(count > 0, (pivot - first_pivot) + mean, 0.0)
+    distance, squares, count = moments_together(distance, squares, count, 0 if LAST else 1)
+    store_part(parts, 0, 4, first_pivot, images, image, channels, channel)
+    store_part(parts, 1, 4, distance, images, image, channels, channel)
+    store_part(parts, 2, 4, squares, images, image, channels, channel)
+    store_part(parts, 3, 4, count, images, image, channels, channel)
 
 
 def partial_moments(x):
-    """The pivot of each split of each plane, its mean's distance from it and its squared
-    deviations, [splits, 3, N, C]; and how many pixels a split has.
+    """A pivot of each split of each plane, its mean's distance from that, its squared deviations
+    and its pixels: [splits, 4, N, C].
     """
     last = is_channels_last(x)
     images, channels, pixels = x.flatten(2).shape
-    grid, settings = plan.sweeps(images, channels, pixels, last, x.device)
-    split_pixels = (
-        triton.cdiv(triton.cdiv(pixels, settings["PIXELS"]), grid[1]) * settings["PIXELS"]
-    )
-    parts = x.new_empty(grid[1], 3, images, channels, dtype=torch.float32)
+    grid, settings = plan.sweeps(images, channels, pixels, last, x.device, at_once=8, under_way=4)
+    parts = x.new_empty(grid[1], 4, images, channels, dtype=torch.float32)
     plane_moments_kernel[grid](
-        rows_of(x, last), parts, images, channels, pixels, split_pixels, LAST=last, **settings
+        rows_of(x, last), parts, images, channels, pixels, LAST=last, **settings
     )
-    return parts, split_pixels
+    return parts
 
 
 def plane_moments(x):
-    return combine_moments(*partial_moments(x), x)
+    return combine_moments(partial_moments(x), x)

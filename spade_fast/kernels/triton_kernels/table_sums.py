@@ -113,6 +113,7 @@ def sum_pieces_kernel(
     rows,
     capacity,
     negative_slope,
+    UNDER_WAY: tl.constexpr,
     ACTIVATION: tl.constexpr,
     LAST: tl.constexpr,
     PIXELS: tl.constexpr,
@@ -128,36 +129,40 @@ def sum_pieces_kernel(
         row = row_at(index, rows, order, image, pixels, begin, True)
         shift = per_plane(planes, 0, images, image, channels, channel)
         sum_g, sum_g_deviation = zeros(LAST, PIXELS, CHANNELS), zeros(LAST, PIXELS, CHANNELS)
-        for first in range(begin, end, PIXELS):
-            position = pixels_from(first, LAST, PIXELS)
-            inside = (position < end) & (channel < channels)
-            pixel = pixel_at(order, pixels, position, position < end)
-            deviation = (
-                tl.load(place(x, image, channel, pixel, LAST), inside, 0.0).to(tl.float32) - shift
-            )
-            g = tl.load(place(dy, image, channel, pixel, LAST), inside, 0.0).to(tl.float32)
-            y = None
-            if ACTIVATION == "silu":
-                y = deviation * per_plane(planes, 1, images, image, channels, channel)
-                y += per_plane(planes, 2, images, image, channels, channel)
-                y = y * (1 + look_up(gamma, row, image, channel, pixel, channel < channels, LAST))
-                y += look_up(beta, row, image, channel, pixel, channel < channels, LAST)
-            g = through_activation(
-                g,
-                signs,
-                y,
-                image,
-                channel,
-                pixel,
-                channels,
-                pixels,
-                inside,
-                negative_slope,
-                ACTIVATION,
-                LAST,
-            )
-            sum_g += tl.where(inside, g, 0.0)
-            sum_g_deviation += tl.where(inside, g * deviation, 0.0)
+        for first in range(begin, end, UNDER_WAY * PIXELS):
+            for i in tl.static_range(UNDER_WAY):
+                position = pixels_from(first + i * PIXELS, LAST, PIXELS)
+                inside = (position < end) & (channel < channels)
+                pixel = pixel_at(order, pixels, position, position < end)
+                deviation = (
+                    tl.load(place(x, image, channel, pixel, LAST), inside, 0.0).to(tl.float32)
+                    - shift
+                )
+                g = tl.load(place(dy, image, channel, pixel, LAST), inside, 0.0).to(tl.float32)
+                y = None
+                if ACTIVATION == "silu":
+                    y = deviation * per_plane(planes, 1, images, image, channels, channel)
+                    y += per_plane(planes, 2, images, image, channels, channel)
+                    y = y * (
+                        1 + look_up(gamma, row, image, channel, pixel, channel < channels, LAST)
+                    )
+                    y += look_up(beta, row, image, channel, pixel, channel < channels, LAST)
+                g = through_activation(
+                    g,
+                    signs,
+                    y,
+                    image,
+                    channel,
+                    pixel,
+                    channels,
+                    pixels,
+                    inside,
+                    negative_slope,
+                    ACTIVATION,
+                    LAST,
+                )
+                sum_g += tl.where(inside, g, 0.0)
+                sum_g_deviation += tl.where(inside, g * deviation, 0.0)
         places = found + (piece.to(tl.int64) * channels + channel)
         tl.store(places, sum_pixels(sum_g, LAST), channel < channels)
         tl.store(
@@ -167,31 +172,46 @@ def sum_pieces_kernel(
 
 @triton.jit(do_not_specialize=["rows", "capacity"])
 def sum_rows_kernel(
-    found, ranges, planes, dgamma, dbeta, images, channels, rows, capacity, CHANNELS: tl.constexpr
+    found,
+    ranges,
+    planes,
+    dgamma,
+    dbeta,
+    images,
+    channels,
+    rows,
+    capacity,
+    PIECES: tl.constexpr,
+    CHANNELS: tl.constexpr,
 ):
     """dγ and dβ of a row of the table, for some channels, from its pieces."""
     channel_blocks = tl.cdiv(channels, CHANNELS)
     row = tl.program_id(0) // channel_blocks
-    channel = tl.program_id(0) % channel_blocks * CHANNELS + tl.arange(0, CHANNELS)
-    inside = channel < channels
-    sum_g, sum_g_normalised = tl.zeros([CHANNELS], tl.float32), tl.zeros([CHANNELS], tl.float32)
+    channel = tl.program_id(0) % channel_blocks * CHANNELS + tl.arange(0, CHANNELS)[None, :]
+    sum_g, sum_g_normalised = (
+        tl.zeros([PIECES, CHANNELS], tl.float32),
+        tl.zeros([PIECES, CHANNELS], tl.float32),
+    )
     for image in range(images):
-        scale = tl.load(planes + (images + image) * channels + channel, inside, 0.0)
-        offset = tl.load(planes + (2 * images + image) * channels + channel, inside, 0.0)
+        scale = per_plane(planes, 1, images, image, channels, channel)
+        offset = per_plane(planes, 2, images, image, channels, channel)
         range_of_row = ranges + 2 * (image * rows + row)
-        for piece in range(
-            tl.load(range_of_row).to(tl.int64), tl.load(range_of_row + 1).to(tl.int64)
-        ):
-            places = found + (piece * channels + channel)
+        end = tl.load(range_of_row + 1)
+        for first in range(tl.load(range_of_row), end, PIECES):
+            piece = first + tl.arange(0, PIECES)[:, None]
+            inside = (piece < end) & (channel < channels)
+            places = found + (piece.to(tl.int64) * channels + channel)
             g, g_deviation = (
                 tl.load(places, inside, 0.0),
                 tl.load(places + capacity * channels, inside, 0.0),
             )
             sum_g += g
-            sum_g_normalised += scale * g_deviation + offset * g
+            sum_g_normalised += tl.where(inside, scale * g_deviation + offset * g, 0.0)
     places = row.to(tl.int64) * channels + channel
-    tl.store(dgamma + places, sum_g_normalised, inside)
-    tl.store(dbeta + places, sum_g, inside)
+    sum_g = tl.sum(sum_g, axis=0, keep_dims=True)
+    sum_g_normalised = tl.sum(sum_g_normalised, axis=0, keep_dims=True)
+    tl.store(dgamma + places, sum_g_normalised, channel < channels)
+    tl.store(dbeta + places, sum_g, channel < channels)
 
 
 @triton.jit(do_not_specialize=["rows", "capacity"])
@@ -281,9 +301,8 @@ def table_gradients(dy, x, planes, gamma, beta, index, order, signs, activation,
         **settings,
     )
     found = torch.empty(2, capacity, channels, dtype=torch.float32, device=x.device)
-    tile_pixels, tile_channels = plan.piece_tile(channels)
-    blocks = triton.cdiv(channels, tile_channels)
-    sum_pieces_kernel[(capacity * blocks,)](
+    settings = plan.piece_tile(channels, last)
+    sum_pieces_kernel[(capacity * triton.cdiv(channels, settings["CHANNELS"]),)](
         rows_of(dy, last),
         rows_of(x, last),
         planes,
@@ -303,24 +322,15 @@ def table_gradients(dy, x, planes, gamma, beta, index, order, signs, activation,
         negative_slope,
         ACTIVATION=activation,
         LAST=last,
-        PIXELS=tile_pixels,
-        CHANNELS=tile_channels,
-        num_warps=4,
+        **settings,
     )
+    settings = plan.row_tile(channels)
+    blocks = triton.cdiv(channels, settings["CHANNELS"])
     sum_rows_kernel[(rows * blocks,)](
-        found,
-        ranges,
-        planes,
-        dgamma,
-        dbeta,
-        images,
-        channels,
-        rows,
-        capacity,
-        CHANNELS=tile_channels,
-        num_warps=1,
+        found, ranges, planes, dgamma, dbeta, images, channels, rows, capacity, **settings
     )
-    splits = plan.splits(images * blocks, capacity // images, tile_pixels, x.device)
+    tiles = triton.cdiv(capacity // images, settings["PIECES"])
+    splits = plan.splits(images * blocks, tiles, x.device, at_once=8)
     parts = x.new_empty(splits, 2, images, channels, dtype=torch.float32)
     sum_planes_kernel[(images * blocks, splits)](
         found,
@@ -335,8 +345,6 @@ def table_gradients(dy, x, planes, gamma, beta, index, order, signs, activation,
         pixels,
         rows,
         capacity,
-        PIECES=tile_pixels,
-        CHANNELS=tile_channels,
-        num_warps=4,
+        **settings,
     )
     return dgamma, dbeta, parts

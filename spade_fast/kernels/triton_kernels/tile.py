@@ -116,6 +116,21 @@ def sum_pixels(values, LAST: tl.constexpr):
 
 
 @triton.jit
+def fold_pixels(
+    values,
+    LAST: tl.constexpr,
+    TILES: tl.constexpr,
+    PIXELS: tl.constexpr,
+    CHANNELS: tl.constexpr,
+):
+    """The sum of so many tiles, whose pixels follow each other: each thread adds up its own."""
+    if LAST:
+        return tl.sum(tl.reshape(values, [TILES, PIXELS, CHANNELS]), axis=0)
+    else:
+        return tl.sum(tl.reshape(values, [CHANNELS, TILES, PIXELS]), axis=1)
+
+
+@triton.jit
 def place(rows, image, channel, pixel, LAST: tl.constexpr):
     """Where elements are."""
     if LAST:
