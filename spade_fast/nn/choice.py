@@ -12,12 +12,17 @@ from ..recording import is_recorded
 from ..scopes import Scope
 from ..streams import made_here, read_here
 from .parts import Convolutions, Known
+from .tables import dtype_of_convolution
 
 MODES = ("auto", "always", "never")
 # Beside a multiply-add, as `python -m benchmarks run layer` shows on a CPU: an addition of rows,
 # which memory limits; what a convolution spends on bringing one weight into its own order; and what
 # windows cost more than their count, mostly in backward.
 COST_OF_ADDITION, COST_OF_WEIGHT, COST_OF_WINDOWS = 8, 100, 1.25
+# What a multiply-add costs on a GPU where its rows are gathered, in half precision, beside one of
+# PyTorch's convolution of pixels: forward, and forward and backward. On an H200 in bfloat16, for the
+# published generator's ten shapes, 1.8 to 2.7 and 3 to 5 (`python -m benchmarks run layer`).
+COST_OF_GATHERED, COST_OF_GATHERED_TRAINING = 1.8, 4
 
 _found = WeakTensorKeyDictionary()  # what `find_layout` found of each condition
 
@@ -84,12 +89,12 @@ def convolutions_at_windows(
     if layout is None or is_recorded(x, layout.palette) or 0 in x.shape[2:]:
         return None
     convolutions = known.convolutions
-    if convolutions is None or not _pays(kept, layout, x.shape[2:], convolutions):
+    if convolutions is None or not _pays(kept, layout, x, convolutions):
         return None
     return convolutions
 
 
-def _pays(kept, layout, size, convolutions):
+def _pays(kept, layout, x, convolutions):
     """Whether windows take less time, or are asked for. A compiled graph has them: it may not
     depend on how many they are.
     """
@@ -101,9 +106,13 @@ def _pays(kept, layout, size, convolutions):
     if kept is not None:
         return True  # once for many forward passes
     shared, gamma = convolutions.shared, convolutions.gamma
-    windows = layout.windows(size, gamma.kernel_size[0])
+    windows = layout.windows(x.shape[2:], gamma.kernel_size[0])
     taps, hidden = math.prod(gamma.kernel_size), gamma.in_channels
     outputs = 2 * gamma.out_channels
+    if x.is_cuda and dtype_of_convolution(x, convolutions.dtype).itemsize == 2:
+        gathered = windows.hidden_count * shared.in_channels + windows.count * outputs
+        cost = COST_OF_GATHERED_TRAINING if torch.is_grad_enabled() else COST_OF_GATHERED
+        return cost * gathered < windows.index.numel() * (shared.in_channels + outputs)
     at_pixels = windows.index.numel() * (shared.in_channels + outputs) + COST_OF_WEIGHT * outputs
     products = layout.palette.shape[0] * shared.in_channels + windows.hidden_count * outputs
     additions = taps * (windows.hidden_count * hidden + windows.count * outputs)
