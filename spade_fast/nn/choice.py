@@ -21,8 +21,10 @@ MODES = ("auto", "always", "never")
 COST_OF_ADDITION, COST_OF_WEIGHT, COST_OF_WINDOWS = 8, 100, 1.25
 # What a multiply-add costs on a GPU where its rows are gathered, in half precision, beside one of
 # PyTorch's convolution of pixels: forward, and forward and backward. On an H200 in bfloat16, for the
-# published generator's ten shapes, 1.8 to 2.7 and 3 to 5 (`python -m benchmarks run layer`).
-COST_OF_GATHERED, COST_OF_GATHERED_TRAINING = 1.8, 4
+# published generator's ten shapes, 1.8 to 2.7 and 3 to 5. Forward, pixels need seven launches more,
+# of about 6 µs each, in which a convolution makes these many products for each tap and hidden
+# channel; with backward they need fewer.
+COST_OF_GATHERED, COST_OF_GATHERED_TRAINING, COST_OF_LAUNCHES = 1.8, 4, 5_000_000
 
 _found = WeakTensorKeyDictionary()  # what `find_layout` found of each condition
 
@@ -111,8 +113,10 @@ def _pays(kept, layout, x, convolutions):
     outputs = 2 * gamma.out_channels
     if x.is_cuda and dtype_of_convolution(x, convolutions.dtype).itemsize == 2:
         gathered = windows.hidden_count * shared.in_channels + windows.count * outputs
-        cost = COST_OF_GATHERED_TRAINING if torch.is_grad_enabled() else COST_OF_GATHERED
-        return cost * gathered < windows.index.numel() * (shared.in_channels + outputs)
+        at_pixels = windows.index.numel() * (shared.in_channels + outputs)
+        if torch.is_grad_enabled():
+            return COST_OF_GATHERED_TRAINING * gathered < at_pixels
+        return COST_OF_GATHERED * gathered < at_pixels + COST_OF_LAUNCHES
     at_pixels = windows.index.numel() * (shared.in_channels + outputs) + COST_OF_WEIGHT * outputs
     products = layout.palette.shape[0] * shared.in_channels + windows.hidden_count * outputs
     additions = taps * (windows.hidden_count * hidden + windows.count * outputs)
