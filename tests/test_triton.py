@@ -72,6 +72,40 @@ def test_mean_1000_in_several_splits(layout, small_tiles):
     assert not disagreements(arguments, dy, arguments | {"x": arguments["x"].double() - 1000})
 
 
+def test_more_splits_than_are_combined_at_once():
+    """Also splits without pixels, and of planes whose mean is large."""
+    from spade_fast.kernels.triton_kernels import per_plane
+
+    with torch.device(BACKENDS["triton"]):
+        x = torch.randn(1, 3, 600) + 1000
+        splits = x.double().unflatten(2, (300, 2))
+        mean = splits.mean(3)
+        squares = (splits - mean[..., None]).square().sum(3)
+        found = torch.stack([splits[..., 0], mean - splits[..., 0], squares, mean * 0 + 2])
+        parts = torch.cat([found.permute(3, 0, 1, 2), torch.zeros(4, 4, 1, 3)]).float()
+        expected = torch.stack([x.double().mean(2), x.double().var(2, correction=0) * 600])
+        moments = per_plane.combine_moments(parts, x)
+        assert torch.allclose(moments.double(), expected, rtol=1e-6)
+        sums = per_plane.combine_sums(parts[:, 1:3].contiguous(), x)
+        assert torch.allclose(sums, parts[:, 1:3].double().sum(0).float(), rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("layout", [contiguous, channels_last])
+def test_planes_whose_first_value_is_far_from_the_others(layout, small_tiles):
+    from spade_fast.kernels.triton_kernels import plane_moments
+
+    x = layout(torch.randn(2, 9, 31, 13))
+    x[:, :, 0, 0] = 1e4
+    x[1, 3] = 7.3  # and one whose values are all the same
+    planes = x.double().flatten(2)
+    mean = planes.mean(2, keepdim=True)
+    squares = (planes - mean).square().sum(2)
+    moments = plane_moments(x)
+    deviation = (squares / planes.shape[2]).sqrt()
+    assert ((moments[0] - mean[..., 0]).abs() <= 2e-6 * deviation + 1e-12).all()
+    assert torch.allclose(moments[1].double(), squares, rtol=1e-5)
+
+
 @pytest.mark.parametrize("layout", [contiguous, channels_last])
 def test_a_table_whose_rows_no_pixel_has_or_all_have(layout, small_tiles):
     arguments, dy = sample((2, 9, 8, 9), "instance", "relu", layout=layout, rows=40)

@@ -10,13 +10,13 @@ WARPS = 8
 
 @triton.jit
 def moments_together(distance, squares, count, AXIS: tl.constexpr):
-    """Of parts along an axis, what their means are beyond one pivot, their squared deviations, and
-    how many numbers they have: the same of all together (Chan et al. 1979).
+    """Of parts along an axis, that have so many numbers, what their means are beyond one pivot, and
+    their squared deviations: the same of all together (Chan et al. 1979).
     """
-    total = tl.sum(count, axis=AXIS, keep_dims=True)
-    mean = tl.sum(count * distance, axis=AXIS, keep_dims=True) / tl.maximum(total, 1.0)
+    total = tl.maximum(tl.sum(count, axis=AXIS, keep_dims=True), 1.0)
+    mean = tl.sum(count * distance, axis=AXIS, keep_dims=True) / total
     rest = distance - mean
-    return mean, tl.sum(squares + count * rest * rest, axis=AXIS, keep_dims=True), total
+    return mean, tl.sum(squares + count * rest * rest, axis=AXIS, keep_dims=True)
 
 
 @triton.jit
@@ -43,7 +43,7 @@ def combine_moments_kernel(parts, moments, planes, eps, images_channels, pixels,
         squares += tl.load(part + 2 * images_channels, inside, 0.0)
         squares += difference * difference * (count * added / total)
         count += added
-    distance, squares, _ = moments_together(distance, squares, count, 0)
+    distance, squares = moments_together(distance, squares, count, 0)
     inside = plane < images_channels
     mean = pivot + distance
     if planes is None:

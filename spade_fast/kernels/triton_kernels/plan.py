@@ -47,16 +47,20 @@ def tiles(images, channels, pixels, last, table):
     """Grid and settings of a kernel in which each program has one tile."""
     tile_pixels, tile_channels = tile_of(channels, pixels, last, table)
     programs = images * triton.cdiv(channels, tile_channels) * triton.cdiv(pixels, tile_pixels)
-    # Eight elements to a thread, which one access takes where rows are aligned; four where each has
-    # an access and an address of its own.
-    elements = 256 if aligned(channels, pixels, last) else 128
-    warps = max(1, min(8, tile_pixels * tile_channels // elements))
+    warps = warps_of(tile_pixels * tile_channels, channels, pixels, last)
     return (programs,), {"PIXELS": tile_pixels, "CHANNELS": tile_channels, "num_warps": warps}
 
 
 def aligned(channels, pixels, last):
     """Whether one access can take eight elements."""
     return (channels if last else pixels) % 8 == 0
+
+
+def warps_of(elements, channels, pixels, last):
+    """Warps of a tile: eight elements to a thread where one access takes them; four where each has
+    an access and an address of its own.
+    """
+    return max(1, min(8, elements // (256 if aligned(channels, pixels, last) else 128)))
 
 
 def blocks(pixels):
@@ -76,7 +80,7 @@ def sweeps(images, channels, pixels, last, device, at_once, under_way):
         "UNDER_WAY": under_way,
         "PIXELS": tile_pixels,
         "CHANNELS": tile_channels,
-        "num_warps": 4,
+        "num_warps": warps_of(tile_pixels * tile_channels, channels, pixels, last),
     }
 
 

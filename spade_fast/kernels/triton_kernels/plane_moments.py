@@ -46,13 +46,15 @@ def plane_moments_kernel(
             squares += deviation * deviation
     mean = beyond / tl.maximum(count, 1.0)
     squares = tl.maximum(squares - beyond * mean, 0.0, propagate_nan=tl.PropagateNan.ALL)
-    first_pivot = sum_pixels(tl.where(pixels_from(0, LAST, PIXELS) == 0, pivot, 0.0), LAST)
-    distance = tl.where(count > 0, (pivot - first_pivot) + mean, 0.0)
-    distance, squares, count = moments_together(distance, squares, count, 0 if LAST else 1)
-    store_part(parts, 0, 4, first_pivot, images, image, channels, channel)
+    # What all are counted from is amid them: the first value of all may be far from the others.
+    total = sum_pixels(count, LAST)
+    middle = sum_pixels(count * pivot, LAST) / tl.maximum(total, 1.0)
+    distance = tl.where(count > 0, (pivot - middle) + mean, 0.0)
+    distance, squares = moments_together(distance, squares, count, 0 if LAST else 1)
+    store_part(parts, 0, 4, middle, images, image, channels, channel)
     store_part(parts, 1, 4, distance, images, image, channels, channel)
     store_part(parts, 2, 4, squares, images, image, channels, channel)
-    store_part(parts, 3, 4, count, images, image, channels, channel)
+    store_part(parts, 3, 4, total, images, image, channels, channel)
 
 
 def partial_moments(x):
