@@ -1,0 +1,80 @@
+"""csrc/cuda compiled for the host, as a library whose operators run on the CPU."""
+
+import ctypes
+import os
+import re
+import shutil
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch.utils.cpp_extension import include_paths, library_paths
+
+from spade_fast.kernels import contract, operators, torch_backend
+
+TESTS = Path(__file__).parent
+CSRC = TESTS.parent / "csrc"
+COMPILER = shutil.which(os.environ.get("CXX", "g++"))
+FLAGS = os.environ.get("CXXFLAGS", "").split()
+
+
+def build(folder, namespace, watched=False, numbers={}):
+    """The library, loaded, and a backend of its operators.
+
+    watched: the kernels are compiled so that their accesses to memory are watched.
+    numbers: other values of constants of csrc, by name.
+    """
+    shutil.copytree(CSRC, folder / "csrc")
+    for name, value in numbers.items():
+        set_constant(folder / "csrc" / "cuda", name, value)
+    sources = [TESTS / "cuda_on_host.cpp", *sorted((folder / "csrc" / "cuda").glob("*.c*"))]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        objects = list(
+            pool.map(lambda source: compile_one(source, folder, namespace, watched), sources)
+        )
+    libraries = [*(f"-L{path}" for path in library_paths()), "-Wl,--no-as-needed"]
+    library = folder / "library.so"
+    torch_libraries = ["-ltorch", "-ltorch_cpu"]
+    subprocess.run(
+        [COMPILER, "-shared", *FLAGS, *objects, "-o", library, *libraries, *torch_libraries],
+        check=True,
+    )
+    operators.declare(namespace, contract.MODULATION)
+    torch.ops.load_library(library)
+    declared = operators.declared(namespace, contract.MODULATION)
+    return ctypes.CDLL(library), replace(torch_backend.BACKEND, name="cuda on host", **declared)
+
+
+def set_constant(folder, name, value):
+    """In the one file that says what it is."""
+    count = 0
+    for path in folder.iterdir():
+        text, found = re.subn(
+            rf"(constexpr \w+ {name} = )\w+;", rf"\g<1>{value};", path.read_text()
+        )
+        path.write_text(text)
+        count += found
+    if count != 1:
+        raise ValueError(f"name is {name}, it should be a constant of {folder}: {count} are found")
+
+
+def compile_one(source, folder, namespace, watched=False):
+    result = folder / f"{source.name}.o"
+    flags = [
+        "-std=c++17",
+        "-O1",
+        "-fPIC",
+        "-DTORCH_TARGET_VERSION=0x020a000000000000",
+        f"-DSPADE_FAST_NAMESPACE={namespace}",
+        "-DSPADE_FAST_DISPATCH_KEY=CPU",
+        *FLAGS,
+        *(f"-isystem{path}" for path in include_paths()),
+    ]
+    if watched and source.suffix == ".cu":
+        flags.append("-fsanitize=thread")
+    if source.name != "cuda_on_host.cpp":
+        flags += ["-include", TESTS / "cuda_on_host.h"]
+    subprocess.run([COMPILER, *flags, "-x", "c++", "-c", source, "-o", result], check=True)
+    return result
