@@ -18,6 +18,7 @@ TESTS = Path(__file__).parent
 CSRC = TESTS.parent / "csrc"
 COMPILER = shutil.which(os.environ.get("CXX", "g++"))
 FLAGS = os.environ.get("CXXFLAGS", "").split()
+CAN_WATCH = not any(flag.startswith("-fsanitize") for flag in FLAGS)  # one such option at a time
 
 
 def build(folder, namespace, watched=False, numbers={}):
@@ -34,17 +35,18 @@ def build(folder, namespace, watched=False, numbers={}):
         objects = list(
             pool.map(lambda source: compile_one(source, folder, namespace, watched), sources)
         )
-    libraries = [*(f"-L{path}" for path in library_paths()), "-Wl,--no-as-needed"]
-    library = folder / "library.so"
-    torch_libraries = ["-ltorch", "-ltorch_cpu"]
-    subprocess.run(
-        [COMPILER, "-shared", *FLAGS, *objects, "-o", library, *libraries, *torch_libraries],
-        check=True,
-    )
+    library = link(objects, folder)
     operators.declare(namespace, contract.MODULATION)
     torch.ops.load_library(library)
     declared = operators.declared(namespace, contract.MODULATION)
     return ctypes.CDLL(library), replace(torch_backend.BACKEND, name="cuda on host", **declared)
+
+
+def build_one(source, folder):
+    """A library of one file of kernels, which are watched, and of no operators."""
+    sources = [TESTS / "cuda_on_host.cpp", source]
+    objects = [compile_one(source, folder, "", watched=True) for source in sources]
+    return ctypes.CDLL(link(objects, folder))
 
 
 def set_constant(folder, name, value):
@@ -73,8 +75,18 @@ def compile_one(source, folder, namespace, watched=False):
         *(f"-isystem{path}" for path in include_paths()),
     ]
     if watched and source.suffix == ".cu":
-        flags.append("-fsanitize=thread")
+        flags += ["-fsanitize=thread", "--param", "tsan-distinguish-volatile=1"]
     if source.name != "cuda_on_host.cpp":
         flags += ["-include", TESTS / "cuda_on_host.h"]
     subprocess.run([COMPILER, *flags, "-x", "c++", "-c", source, "-o", result], check=True)
     return result
+
+
+def link(objects, folder):
+    library = folder / "library.so"
+    libraries = ["-Wl,--no-as-needed", "-ltorch", "-ltorch_cpu"]
+    paths = [f"-L{path}" for path in library_paths()]
+    subprocess.run(
+        [COMPILER, "-shared", *FLAGS, *objects, "-o", library, *paths, *libraries], check=True
+    )
+    return library

@@ -28,7 +28,7 @@ struct Group {  // threads that wait for each other
 
 struct Block {
   unsigned index;
-  Group threads, warps[32];
+  Group threads, warps[32], exchanging[32];  // the last two: each warp's threads
   uint64_t exchanged[1024];
 };
 
@@ -71,38 +71,64 @@ void found(const std::string& what) {
   if (fault.empty()) fault = name(current->number, current->block.x) + " " + what;
 }
 
-// The watch. What waits order is known from how often the block and the cluster have waited, for all of their threads do, each time.
+// Jumps, for swapcontext asks the system each time.
+void to_scheduler() {
+  if (_setjmp(me().place) == 0) _longjmp(scheduler, 1);
+}
 
-enum Scope : uint8_t { nobody, one_thread, one_block, one_cluster, everybody };
+void resume(Fiber& fiber) {
+  if (_setjmp(scheduler) != 0) return;
+  if (fiber.begun) _longjmp(fiber.place, 1);
+  fiber.begun = true;
+  setcontext(&fiber.beginning);
+}
+
+// A thread with a fault that leaves it nothing to do.
+void stop(const std::string& what) {
+  found(what);
+  me().done = true;
+  to_scheduler();
+}
+
+// The watch. What waits order is known from how often the warp, the block and the cluster have waited: all of their threads do, each time.
+
+enum Scope : uint8_t { nobody, one_thread, one_warp, one_block, one_cluster, everybody };
 
 // The accesses to a byte that nothing has ordered with each other: one of them, and among whom they are.
 struct Access {
   Scope scope = nobody;
   bool atomic;  // all of them
   uint16_t thread;
-  uint32_t block, block_round, cluster_round;
+  uint32_t block, rounds[3];  // of the warp, the block and the cluster
 
-  Scope scope_with_mine() const {
-    const Block& mine = *me().of;
-    const unsigned together = cluster.size / mine.threads.size;
-    if (block / together != mine.index / together) return everybody;
-    if (block != mine.index) return one_cluster;
-    return thread != current->number ? one_block : one_thread;
+  static Access mine(bool atomic) {
+    const Block& block = *me().of;
+    const unsigned number = current->number;
+    return {one_thread, atomic, static_cast<uint16_t>(number), block.index, {block.warps[number / 32].round, block.threads.round, cluster.round}};
   }
-  bool waited_for() const {
-    const Scope with_mine = std::max(scope, scope_with_mine());
-    return scope == nobody || (with_mine <= one_cluster && cluster.round > cluster_round) ||
-           (with_mine <= one_block && me().of->threads.round > block_round);
+  // Who they are among, together with the current thread's.
+  Scope with(const Access& mine) const {
+    const unsigned together = cluster.size / me().of->threads.size;
+    const bool same_warp = thread / 32 == mine.thread / 32;
+    const Scope both = block / together != mine.block / together ? everybody
+                       : block != mine.block                     ? one_cluster
+                       : !same_warp                              ? one_block
+                       : thread != mine.thread                   ? one_warp
+                                                                 : one_thread;
+    return std::max(scope, both);
   }
-  bool conflicts(bool with_atomic) const {
-    return !waited_for() && std::max(scope, scope_with_mine()) > one_thread && !(atomic && with_atomic);
+  bool waited_for(const Access& mine) const {
+    if (scope == nobody) return true;
+    const Scope both = with(mine);
+    return (both <= one_warp && mine.rounds[0] > rounds[0]) || (both <= one_block && mine.rounds[1] > rounds[1]) ||
+           (both <= one_cluster && mine.rounds[2] > rounds[2]);
   }
-  void add(bool is_atomic) {
-    if (waited_for()) {
-      const Block& mine = *me().of;
-      *this = {one_thread, is_atomic, static_cast<uint16_t>(current->number), mine.index, mine.threads.round, cluster.round};
+  bool conflicts(const Access& mine) const { return !waited_for(mine) && with(mine) > one_thread && !(atomic && mine.atomic); }
+  void add(const Access& mine) {
+    if (waited_for(mine)) {
+      *this = mine;
     } else {
-      scope = std::max(scope, scope_with_mine()), atomic &= is_atomic;
+      scope = with(mine), atomic &= mine.atomic;
     }
   }
 };
@@ -116,7 +142,6 @@ constexpr uintptr_t kPage = 1024, kMostPages = 4096;
 std::unordered_map<uintptr_t, std::vector<Cell>> cells;  // of a page's bytes
 std::pair<uintptr_t, Cell*> recent[64];                  // the pages that were asked for last
 uint32_t moments = 0, this_launch, this_cluster;         // memory is watched within a launch, shared memory within a cluster
-bool watching = false;
 
 Cell& cell_at(uintptr_t address) {
   auto& [page, first] = recent[address / kPage % 64];
@@ -136,61 +161,38 @@ void forget_old_pages() {
 
 bool is_shared(uintptr_t address) { return address - reinterpret_cast<uintptr_t>(arena.data()) < arena.size() * sizeof(uint4); }
 
-void watch(const void* address, size_t bytes, Kind kind) {
+void note_bytes(const void* address, size_t bytes, int kind) {
   const uintptr_t first = reinterpret_cast<uintptr_t>(address);
-  const bool shared = is_shared(first);
+  const bool shared = is_shared(first), writes = kind & kWrite;
   const uint32_t when = shared ? this_cluster : this_launch;
+  const Access mine = Access::mine(kind & kAtomic);
   for (size_t i = 0; i < bytes; ++i) {
     Cell& cell = cell_at(first + i);
     if (cell.when != when) cell = {when};
-    const bool atomic = kind == Kind::atomic, writes = kind != Kind::read;
     for (const Access* other : {&cell.writes, writes ? &cell.reads : &cell.writes}) {
-      if (other->conflicts(atomic)) {
-        const std::string place = shared ? "shared memory" : "memory";
-        const std::string others = name(other->thread, other->block) + (other->scope > one_thread ? ", not alone," : "");
-        found((writes ? "writes " : "reads ") + place + " that " + others + (other == &cell.writes ? " writes" : " reads") +
-              ", and no wait is between them");
-      }
+      if (!other->conflicts(mine)) continue;
+      const std::string others = name(other->thread, other->block) + (other->scope > one_thread ? ", not alone," : "");
+      found((writes ? "writes " : "reads ") + std::string(shared ? "shared memory" : "memory") + " that " + others +
+            (other == &cell.writes ? " writes" : " reads") + ", and no wait is between them");
     }
-    (writes ? cell.writes : cell.reads).add(atomic);
+    (writes ? cell.writes : cell.reads).add(mine);
   }
 }
 
-void check_place(const void* address, size_t bytes) {
+// Nothing is read or written where the device would not.
+void check_place(const void* address, size_t bytes, size_t divisor) {
   const uintptr_t first = reinterpret_cast<uintptr_t>(address), mine = reinterpret_cast<uintptr_t>(shared_memory());
-  if (is_shared(first) && (first < mine || first + bytes > mine + shared_bytes)) found("has a place beyond its block's shared memory");
-}
-
-void seen(const void* address, size_t bytes, Kind kind, bool has_width) {
-  if (!watching || current == nullptr || static_cast<size_t>(static_cast<const char*>(address) - me().stack.get()) < kStack) return;
-  watching = false;  // in here
-  check_place(address, bytes);
-  if (has_width && reinterpret_cast<uintptr_t>(address) % bytes != 0) {
-    found("has a place that " + std::to_string(bytes) + " bytes do not divide");
-  }
-  watch(address, bytes, kind);
-  watching = true;
+  if (is_shared(first) && (first < mine || first + bytes > mine + shared_bytes)) stop("has a place beyond its block's shared memory");
+  if (first % divisor != 0) stop("has a place that " + std::to_string(divisor) + " bytes do not divide");
 }
 
 // The fibers.
 
-// Jumps, for swapcontext asks the system each time.
-void to_scheduler() {
-  if (_setjmp(me().place) == 0) _longjmp(scheduler, 1);
-}
-
-void resume(Fiber& fiber) {
-  if (_setjmp(scheduler) != 0) return;
-  if (fiber.begun) _longjmp(fiber.place, 1);
-  fiber.begun = true;
-  setcontext(&fiber.beginning);
-}
-
 void run() {
   body();
-  if (current->number == 0 && watching) watch(running(*me().of), 1, Kind::write);
+  if (current->number == 0 && watching) note_bytes(running(*me().of), 1, kWrite);
   me().done = true;
-  _longjmp(scheduler, 1);
+  to_scheduler();
 }
 
 void wait_for(Group& group) {
@@ -244,7 +246,7 @@ void run_cluster(int64_t first, unsigned together, Order& order) {
     Block& block = blocks[i];
     block.index = static_cast<unsigned>(first + i), block.threads = {count};
     std::memset(shared_of(block), 0xff, shared_bytes);
-    for (unsigned warp = 0; warp < count / 32; ++warp) block.warps[warp] = {32};
+    for (unsigned warp = 0; warp < count / 32; ++warp) block.warps[warp] = block.exchanging[warp] = {32};
     for (unsigned number = 0; number < count; ++number) start(fibers[i * count + number], block, number);
   }
   for (bool progress = true; progress;) {
@@ -269,14 +271,17 @@ void run_cluster(int64_t first, unsigned together, Order& order) {
 
 }  // namespace
 
-uint64_t exchange(uint64_t value, unsigned from) {
+void gather(uint64_t value, uint64_t (&of_lanes)[32]) {
   Block& block = *me().of;
   const unsigned warp = current->number / 32;
   block.exchanged[current->number] = value;
-  wait_for(block.warps[warp]);
-  value = block.exchanged[warp * 32 + from];
-  wait_for(block.warps[warp]);
-  return value;
+  wait_for(block.exchanging[warp]);
+  std::copy_n(&block.exchanged[warp * 32], 32, of_lanes);
+  wait_for(block.exchanging[warp]);
+}
+
+void wait_for_warp(const char* file, int line) {
+  if (!is_left_out(file, line)) wait_for(me().of->warps[current->number / 32]);
 }
 
 void wait_for_block(const char* file, int line) {
@@ -288,7 +293,7 @@ void wait_for_cluster(const char* file, int line) {
 }
 
 void copy_async(void* shared, const void* global) {
-  note(global, kCopy, Kind::read), note(shared, kCopy, Kind::write);
+  note(global, kCopy, kRead), note(shared, kCopy, kWrite);
   std::memset(shared, 0xff, kCopy);
   me().copies.push_back({shared, global});
 }
@@ -296,7 +301,7 @@ void copy_async(void* shared, const void* global) {
 void wait_for_copies(const char* file, int line) {
   if (is_left_out(file, line)) return;
   for (const Copy& copy : me().copies) {
-    note(copy.to, kCopy, Kind::write);
+    note(copy.to, kCopy, kWrite);
     std::memcpy(copy.to, copy.from, kCopy);
   }
   me().copies.clear();
@@ -305,16 +310,22 @@ void wait_for_copies(const char* file, int line) {
 float in_block(uint32_t block, const float* shared) {
   const float* there = reinterpret_cast<const float*>(shared_of(blocks[block]) + (reinterpret_cast<const char*>(shared) - shared_memory()));
   if (watching) {
+    check_place(shared, sizeof(float), sizeof(float));
     watching = false;
-    check_place(shared, sizeof(float));
-    watch(there, sizeof(float), Kind::read);
-    if (&blocks[block] != me().of) watch(running(blocks[block]), 1, Kind::read);
+    note_bytes(there, sizeof(float), kRead);
+    if (&blocks[block] != me().of) note_bytes(running(blocks[block]), 1, kRead);
     watching = true;
   }
   return *there;
 }
 
-void note(const void* address, size_t bytes, Kind kind) { seen(address, bytes, kind, true); }
+void watch(const void* address, size_t bytes, int kind, size_t divisor) {
+  if (!watching || current == nullptr || static_cast<size_t>(static_cast<const char*>(address) - me().stack.get()) < kStack) return;
+  check_place(address, bytes, divisor);
+  watching = false;  // in here
+  note_bytes(address, bytes, kind);
+  watching = true;
+}
 
 int64_t limit(const char* name, int64_t otherwise) {
   const char* value = std::getenv(name);
@@ -346,18 +357,21 @@ extern "C" {
 int64_t host_largest_cluster() { return std::exchange(host::largest_cluster, 0); }
 
 // What the compiler calls at each access of the code that is watched.
-#define HOST_SEEN(bytes)                                                                                        \
-  void __tsan_read##bytes(void* address) { host::seen(address, bytes, host::Kind::read, true); }                \
-  void __tsan_write##bytes(void* address) { host::seen(address, bytes, host::Kind::write, true); }              \
-  void __tsan_unaligned_read##bytes(void* address) { host::seen(address, bytes, host::Kind::read, false); }     \
-  void __tsan_unaligned_write##bytes(void* address) { host::seen(address, bytes, host::Kind::write, false); }
-HOST_SEEN(1)
-HOST_SEEN(2)
-HOST_SEEN(4)
-HOST_SEEN(8)
-HOST_SEEN(16)
-void __tsan_read_range(void* address, size_t bytes) { host::seen(address, bytes, host::Kind::read, false); }
-void __tsan_write_range(void* address, size_t bytes) { host::seen(address, bytes, host::Kind::write, false); }
+#define HOST_WATCH(bytes)                                                                                        \
+  void __tsan_read##bytes(void* address) { host::watch(address, bytes, host::kRead, bytes); }                \
+  void __tsan_write##bytes(void* address) { host::watch(address, bytes, host::kWrite, bytes); }              \
+  void __tsan_volatile_read##bytes(void* address) { host::watch(address, bytes, host::kAtomic, bytes); }              \
+  void __tsan_volatile_write##bytes(void* address) { host::watch(address, bytes, host::kWrite | host::kAtomic, bytes); } \
+  void __tsan_unaligned_read##bytes(void* address) { host::watch(address, bytes, host::kRead, 1); }     \
+  void __tsan_unaligned_write##bytes(void* address) { host::watch(address, bytes, host::kWrite, 1); }
+HOST_WATCH(1)
+HOST_WATCH(2)
+HOST_WATCH(4)
+HOST_WATCH(8)
+HOST_WATCH(16)
+void __tsan_read_range(void* address, size_t bytes) { host::watch(address, bytes, host::kRead, 1); }
+void __tsan_write_range(void* address, size_t bytes) { host::watch(address, bytes, host::kWrite, 1); }
+char __tsan_atomic8_load(const volatile char* address, int) { return *address; }  // whether a static variable is made already
 void __tsan_init() { host::watching = true; }
 void __tsan_func_entry(void*) {}
 void __tsan_func_exit() {}

@@ -10,7 +10,7 @@
 //
 // A file that is compiled with -fsanitize=thread is watched: an access that no wait orders with another thread's to the same bytes, one
 // of the two a write, is an error, and so is one beyond the block's shared memory or at an address that its width does not divide. Waits
-// for the block and for the cluster order memory; shuffles and atomics do not.
+// for the warp, the block and the cluster order memory; shuffles and atomics do not. Atomics may meet each other, and volatile accesses.
 #pragma once
 #define SPADE_FAST_ON_HOST
 
@@ -54,25 +54,48 @@ HOST_UNWATCHED inline dim3 grid_size() { return blocks_of_grid; }
 HOST_UNWATCHED inline unsigned lane() { return current->number % 32; }
 HOST_UNWATCHED inline char* shared_memory() { return current->shared; }
 
-uint64_t exchange(uint64_t value, unsigned from);  // what this lane of the warp gives
+void gather(uint64_t value, uint64_t (&of_lanes)[32]);  // what each lane of the warp gives
+void wait_for_warp(const char* file, int line);
 void wait_for_block(const char* file, int line);
 void wait_for_cluster(const char* file, int line);
 void wait_for_copies(const char* file, int line);
 void copy_async(void* shared, const void* global);
 float in_block(uint32_t block, const float* shared);
-// An access that the watch does not see by itself: where the caller is HOST_UNWATCHED.
-enum class Kind : uint8_t { read, write, atomic };
-void note(const void* address, size_t bytes, Kind kind);
+enum Kind : uint8_t { kRead = 0, kWrite = 1, kAtomic = 2 };  // an atomic write is both
+inline bool watching = false;
+void watch(const void* address, size_t bytes, int kind, size_t divisor);  // of the address
+// An access that the watch does not see by itself, where the caller is HOST_UNWATCHED, or not in one piece.
+HOST_UNWATCHED inline void note(const void* address, size_t bytes, int kind) {
+  if (watching) watch(address, bytes, kind, bytes);
+}
 void launch(int64_t blocks, int64_t cluster, dim3 threads, int64_t shared, const std::function<void()>& body);
 int64_t limit(const char* name, int64_t otherwise);
 
 template <typename T>
-HOST_UNWATCHED T exchange_of(T value, unsigned from) {
-  uint64_t bits = 0;
+HOST_UNWATCHED T exchange(T value, unsigned from) {
+  uint64_t bits = 0, of_lanes[32];
   std::memcpy(&bits, &value, sizeof(T));
-  bits = exchange(bits, from);
-  std::memcpy(&value, &bits, sizeof(T));
+  gather(bits, of_lanes);
+  std::memcpy(&value, &of_lanes[from], sizeof(T));
   return value;
+}
+
+// A bit for each lane of the warp whose value is this one.
+HOST_UNWATCHED inline uint32_t lanes_with(uint64_t value, uint64_t own) {
+  uint64_t of_lanes[32];
+  gather(own, of_lanes);
+  uint32_t bits = 0;
+  for (unsigned lane = 0; lane < 32; ++lane) bits |= (of_lanes[lane] == value ? 1u : 0u) << lane;
+  return bits;
+}
+
+// Puts what f makes of it there, and gives what was there. No thread is interrupted by another.
+template <typename T, typename F>
+HOST_UNWATCHED T atomically(T* at, F&& f) {
+  note(at, sizeof(T), kWrite | kAtomic);
+  const T before = *at;
+  *at = f(before);
+  return before;
 }
 
 }  // namespace host
@@ -83,20 +106,22 @@ HOST_UNWATCHED T exchange_of(T value, unsigned from) {
 #define gridDim (host::grid_size())
 
 inline void __syncthreads(const char* file = __builtin_FILE(), int line = __builtin_LINE()) { host::wait_for_block(file, line); }
+inline void __syncwarp(const char* file = __builtin_FILE(), int line = __builtin_LINE()) { host::wait_for_warp(file, line); }
 template <typename T>
-T __shfl_xor_sync(unsigned, T value, int lanes) { return host::exchange_of(value, host::lane() ^ lanes); }
+T __shfl_xor_sync(unsigned, T value, int lanes) { return host::exchange(value, host::lane() ^ lanes); }
 template <typename T>
 T __shfl_up_sync(unsigned, T value, int lanes) {
   const int lane = host::lane();
-  return host::exchange_of(value, lane < lanes ? lane : lane - lanes);
+  return host::exchange(value, lane < lanes ? lane : lane - lanes);
 }
-inline uint32_t __ballot_sync(unsigned, bool predicate) {
-  uint32_t bits = predicate ? 1u << host::lane() : 0;
-  for (int lanes = 1; lanes < 32; lanes *= 2) bits |= __shfl_xor_sync(~0u, bits, lanes);
-  return bits;
-}
+inline uint32_t __ballot_sync(unsigned, bool predicate) { return host::lanes_with(true, predicate); }
 template <typename T>
-T __ldg(const T* from) { return *from; }
+T atomicAdd(T* at, T value) { return host::atomically(at, [=](T before) { return before + value; }); }
+template <typename T>
+HOST_UNWATCHED T __ldg(const T* from) {
+  host::note(from, sizeof(T), host::kRead);
+  return *from;
+}
 inline float __uint_as_float(uint32_t bits) {
   float value;
   std::memcpy(&value, &bits, 4);
