@@ -103,8 +103,8 @@ struct Access {
 
   static Access mine(bool atomic) {
     const Block& block = *me().of;
-    const unsigned number = current->number;
-    return {one_thread, atomic, static_cast<uint16_t>(number), block.index, {block.warps[number / 32].round, block.threads.round, cluster.round}};
+    const uint16_t number = static_cast<uint16_t>(current->number);
+    return {one_thread, atomic, number, block.index, {block.warps[number / 32].round, block.threads.round, cluster.round}};
   }
   // Who they are among, together with the current thread's.
   Scope with(const Access& mine) const {
