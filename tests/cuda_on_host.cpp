@@ -67,9 +67,7 @@ const char* running(const Block& block) { return shared_of(block) + kStride - 1;
 
 std::string name(unsigned thread, unsigned block) { return "thread " + std::to_string(thread) + " of block " + std::to_string(block); }
 
-void found(const std::string& what) {
-  if (fault.empty()) fault = name(current->number, current->block.x) + " " + what;
-}
+std::string name(const Thread& thread) { return name(thread.number, thread.block.x); }
 
 // Jumps, for swapcontext asks the system each time.
 void to_scheduler() {
@@ -83,10 +81,9 @@ void resume(Fiber& fiber) {
   setcontext(&fiber.beginning);
 }
 
-// A thread with a fault that leaves it nothing to do.
-void stop(const std::string& what) {
-  found(what);
-  me().done = true;
+// What the current thread would do is not done, and the launch ends.
+void fail(const std::string& what) {
+  fault = name(*current) + " " + what, watching = true;
   to_scheduler();
 }
 
@@ -172,9 +169,10 @@ void note_bytes(const void* address, size_t bytes, int kind) {
     for (const Access* other : {&cell.writes, writes ? &cell.reads : &cell.writes}) {
       if (!other->conflicts(mine)) continue;
       const std::string others = name(other->thread, other->block) + (other->scope > one_thread ? ", not alone," : "");
-      found((writes ? "writes " : "reads ") + std::string(shared ? "shared memory" : "memory") + " that " + others +
-            (other == &cell.writes ? " writes" : " reads") + ", and no wait is between them");
+      fail((writes ? "writes " : "reads ") + std::string(shared ? "shared memory" : "memory") + " that " + others +
+           (other == &cell.writes ? " writes" : " reads") + ", and no wait is between them");
     }
+    if (shared && kind == kRead && cell.writes.scope == nobody) fail("reads shared memory that nothing has written");
     (writes ? cell.writes : cell.reads).add(mine);
   }
 }
@@ -182,8 +180,8 @@ void note_bytes(const void* address, size_t bytes, int kind) {
 // Nothing is read or written where the device would not.
 void check_place(const void* address, size_t bytes, size_t divisor) {
   const uintptr_t first = reinterpret_cast<uintptr_t>(address), mine = reinterpret_cast<uintptr_t>(shared_memory());
-  if (is_shared(first) && (first < mine || first + bytes > mine + shared_bytes)) stop("has a place beyond its block's shared memory");
-  if (first % divisor != 0) stop("has a place that " + std::to_string(divisor) + " bytes do not divide");
+  if (is_shared(first) && (first < mine || first + bytes > mine + shared_bytes)) fail("has a place beyond its block's shared memory");
+  if (first % divisor != 0) fail("has a place that " + std::to_string(divisor) + " bytes do not divide");
 }
 
 // The fibers.
@@ -249,7 +247,7 @@ void run_cluster(int64_t first, unsigned together, Order& order) {
     for (unsigned warp = 0; warp < count / 32; ++warp) block.warps[warp] = block.exchanging[warp] = {32};
     for (unsigned number = 0; number < count; ++number) start(fibers[i * count + number], block, number);
   }
-  for (bool progress = true; progress;) {
+  for (bool progress = true; progress && fault.empty();) {
     progress = false;
     const std::vector<int64_t> warps = order.of(cluster.size / 32);
     const int64_t running_now = order.some(warps.size());
@@ -259,13 +257,12 @@ void run_cluster(int64_t first, unsigned together, Order& order) {
         Fiber& fiber = fibers[warps[i] * 32 + (lane ^ lanes)];
         if (!fiber.ready()) continue;
         progress = true, current = &fiber;
-        if (static_cast<int64_t>(i) < running_now) resume(fiber);
+        if (static_cast<int64_t>(i) < running_now && fault.empty()) resume(fiber);
       }
     }
   }
-  for (unsigned i = 0; i < cluster.size; ++i) {
-    current = &fibers[i];
-    if (!fibers[i].done) found("waits for ever");
+  for (unsigned i = 0; i < cluster.size && fault.empty(); ++i) {
+    if (!fibers[i].done) fault = name(fibers[i]) + " waits for ever";
   }
 }
 
@@ -313,7 +310,7 @@ float in_block(uint32_t block, const float* shared) {
     check_place(shared, sizeof(float), sizeof(float));
     watching = false;
     note_bytes(there, sizeof(float), kRead);
-    if (&blocks[block] != me().of) note_bytes(running(blocks[block]), 1, kRead);
+    if (&blocks[block] != me().of) note_bytes(running(blocks[block]), 1, kRead | kAtomic);  // may be unwritten
     watching = true;
   }
   return *there;
@@ -345,7 +342,9 @@ void launch(int64_t count, int64_t together, dim3 threads, int64_t shared, const
   forget_old_pages();
   this_launch = ++moments;
   Order order;
-  for (const int64_t first : order.of(count / together)) run_cluster(first * together, static_cast<unsigned>(together), order);
+  for (const int64_t first : order.of(count / together)) {
+    if (fault.empty()) run_cluster(first * together, static_cast<unsigned>(together), order);
+  }
   current = nullptr;
   if (!fault.empty()) throw std::runtime_error(fault);
 }

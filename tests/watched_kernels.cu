@@ -84,6 +84,11 @@ void read_what_others_copy(Memory& memory, bool wrong) {
 
 void go_beyond_shared_memory(Memory&, bool wrong) { shared_numbers()[threadIdx.x + wrong] = 1; }
 
+void read_what_nothing_wrote(Memory& memory, bool wrong) {
+  if (!wrong) shared_numbers()[threadIdx.x] = 1;
+  memory.numbers[place()] = shared_numbers()[threadIdx.x] > 0 ? 1.0f : 0.0f;
+}
+
 void load_from_anywhere(Memory& memory, bool wrong) {
   if (place() == 0) *reinterpret_cast<uint4*>(memory.numbers) = __ldg(reinterpret_cast<const uint4*>(memory.copied + wrong));
 }
@@ -120,6 +125,7 @@ const Kernel kKernels[] = {
     KERNEL(take_a_warp_for_the_block),
     KERNEL(read_what_others_copy),
     KERNEL(go_beyond_shared_memory),
+    KERNEL(read_what_nothing_wrote),
     KERNEL(load_from_anywhere),
     KERNEL(leave_one_waiting),
     KERNEL(read_a_copy_too_early),
