@@ -10,8 +10,8 @@
 //
 // A file that is compiled with -fsanitize=thread is watched: an access that no wait orders with another thread's to the same bytes, one
 // of the two a write, is an error, and so is one beyond the block's shared memory, one that reads there what nothing has written, and one
-// at an address that its width does not divide. The launch then ends. Waits for
-// the warp, the block and the cluster order memory; shuffles and atomics do not. Atomics may meet each other, and volatile accesses.
+// at an address that its width does not divide. The launch then ends. Waits for the warp, the block and the cluster order memory; shuffles
+// and atomics do not. Atomics may meet each other, and volatile accesses.
 #pragma once
 #define SPADE_FAST_ON_HOST
 
