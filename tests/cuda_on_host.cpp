@@ -10,6 +10,7 @@
 
 #include <algorithm>
 #include <cstdlib>
+#include <deque>
 #include <filesystem>
 #include <memory>
 #include <random>
@@ -34,7 +35,7 @@ struct Block {
 
 struct Copy {
   void* to;
-  const void* from;
+  const void* from;  // null: zeros
 };
 
 struct Fiber : Thread {
@@ -45,7 +46,7 @@ struct Fiber : Thread {
   bool begun, done;
   Group* awaited;
   unsigned round;  // of that group, when it began to wait
-  std::vector<Copy> copies;
+  std::deque<std::vector<Copy>> copies;  // groups, of which the last has not ended
 
   bool ready() const { return !done && (awaited == nullptr || awaited->round != round); }
 };
@@ -233,7 +234,7 @@ void start(Fiber& fiber, Block& block, unsigned number) {
   makecontext(&fiber.beginning, &run, 0);
   fiber.index = dim3(number % threads_of_block.x, number / threads_of_block.x), fiber.block = dim3(block.index);
   fiber.number = number, fiber.shared = shared_of(block), fiber.of = &block;
-  fiber.begun = fiber.done = false, fiber.awaited = nullptr, fiber.copies.clear();
+  fiber.begun = fiber.done = false, fiber.awaited = nullptr, fiber.copies.assign(1, {});
 }
 
 // The blocks from `first` on, so many together. Each time some of the warps, in an order, run as far as they can.
@@ -290,18 +291,23 @@ void wait_for_cluster(const char* file, int line) {
 }
 
 void copy_async(void* shared, const void* global) {
-  note(global, kCopy, kRead), note(shared, kCopy, kWrite);
+  if (global != nullptr) note(global, kCopy, kRead);
+  note(shared, kCopy, kWrite);
   std::memset(shared, 0xff, kCopy);
-  me().copies.push_back({shared, global});
+  me().copies.back().push_back({shared, global});
 }
 
-void wait_for_copies(const char* file, int line) {
+void end_group_of_copies() { me().copies.emplace_back(); }
+
+// Those that are waited for land now, as late as they may.
+void wait_for_copies_but(size_t groups, const char* file, int line) {
   if (is_left_out(file, line)) return;
-  for (const Copy& copy : me().copies) {
-    note(copy.to, kCopy, kWrite);
-    std::memcpy(copy.to, copy.from, kCopy);
+  for (; me().copies.size() - 1 > groups; me().copies.pop_front()) {
+    for (const Copy& copy : me().copies.front()) {
+      note(copy.to, kCopy, kWrite);
+      copy.from != nullptr ? std::memcpy(copy.to, copy.from, kCopy) : std::memset(copy.to, 0, kCopy);
+    }
   }
-  me().copies.clear();
 }
 
 float in_block(uint32_t block, const float* shared) {

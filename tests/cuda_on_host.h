@@ -60,8 +60,9 @@ void gather(uint64_t value, uint64_t (&of_lanes)[32]);  // what each lane of the
 void wait_for_warp(const char* file, int line);
 void wait_for_block(const char* file, int line);
 void wait_for_cluster(const char* file, int line);
-void wait_for_copies(const char* file, int line);
-void copy_async(void* shared, const void* global);
+void wait_for_copies_but(size_t groups, const char* file, int line);
+void copy_async(void* shared, const void* global);  // of zeros, where null
+void end_group_of_copies();
 float in_block(uint32_t block, const float* shared);
 enum Kind : uint8_t { kRead = 0, kWrite = 1, kAtomic = 2 };  // an atomic write is both
 inline bool watching = false;
@@ -174,7 +175,15 @@ inline char* shared_memory() { return host::shared_memory(); }
 inline void wait_for_cluster(const char* file = __builtin_FILE(), int line = __builtin_LINE()) { host::wait_for_cluster(file, line); }
 inline float in_block(uint32_t block, const float* shared) { return host::in_block(block, shared); }
 inline void copy_async(void* shared, const void* global) { host::copy_async(shared, global); }
-inline void wait_for_copies(const char* file = __builtin_FILE(), int line = __builtin_LINE()) { host::wait_for_copies(file, line); }
+inline void copy_async_or_zeros(void* shared, const void* global, bool exists) { host::copy_async(shared, exists ? global : nullptr); }
+inline void end_group_of_copies() { host::end_group_of_copies(); }
+template <int kGroups>
+void wait_for_copies_but(const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
+  host::wait_for_copies_but(kGroups, file, line);
+}
+inline void wait_for_copies(const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
+  host::end_group_of_copies(), host::wait_for_copies_but(0, file, line);
+}
 inline int32_t add_atomically(int32_t* to, int32_t number) { return atomicAdd(to, number); }
 inline float from_half(uint32_t bits) { return c10::Half(static_cast<uint16_t>(bits), c10::Half::from_bits()); }
 inline uint32_t to_half(float value) { return c10::Half(value).x; }

@@ -104,6 +104,24 @@ void read_a_copy_too_early(Memory& memory, bool wrong) {
   memory.numbers[place()] = shared_numbers()[4 * threadIdx.x];
 }
 
+void read_a_group_too_early(Memory& memory, bool wrong) {
+  if (threadIdx.x >= 8) return;
+  for (unsigned first : {4 * threadIdx.x, 32 + 4 * threadIdx.x}) {
+    copy_async(shared_numbers() + first, memory.copied + first);
+    end_group_of_copies();
+  }
+  wait_for_copies_but<1>();
+  memory.numbers[place()] = shared_numbers()[4 * threadIdx.x + (wrong ? 32 : 0)];
+}
+
+void read_a_group_that_has_not_ended(Memory& memory, bool wrong) {
+  if (threadIdx.x >= 16) return;
+  copy_async_or_zeros(shared_numbers() + 4 * threadIdx.x, nullptr, false);
+  if (!wrong) end_group_of_copies();
+  wait_for_copies_but<0>();
+  memory.numbers[place()] = shared_numbers()[4 * threadIdx.x];
+}
+
 struct Kernel {
   const char* name;
   void (*run)(Memory&, bool);
@@ -129,6 +147,8 @@ const Kernel kKernels[] = {
     KERNEL(load_from_anywhere),
     KERNEL(leave_one_waiting),
     KERNEL(read_a_copy_too_early),
+    KERNEL(read_a_group_too_early),
+    KERNEL(read_a_group_that_has_not_ended),
 };
 
 }  // namespace
