@@ -44,6 +44,15 @@ ODD_SIZES = (
     (91, 89),
 )  # of 35 channels; nearly the largest planes that one pass holds
 ROWS = 100  # of a table
+# Triton compiles anew where a number is 1: images, channels, rows of a table and sizes, and whether
+# aligned; each with the last activation alone.
+ONES = (
+    (1, 128, 1, (64, 64), True),
+    (2, 1, ROWS, (5, 9), False),
+    (1, 1, 1, (1, 1), False),
+)
+TAPS = ((7, 7), (5, 5, 5))  # of convolutions, besides 3 × 3
+WINDOWS = (100, 1000, 3000, 30000)  # of convolutions: in tiles of each size
 PROCESSORS = 132  # of the GPU that there would be
 
 
@@ -126,53 +135,49 @@ def _prove(capability, dtype, activations):
     for layout, modulation, activation in itertools.product(
         ("contiguous", "channels-last"), ("dense", "table"), activations
     ):
-        for channels, sizes, aligned in ((128, ALIGNED_SIZES, True), (35, ODD_SIZES, False)):
-            for size in sizes:
-                with _compiling(capability) as launched:
-                    _call_everything(
-                        channels,
-                        size,
-                        *DTYPES[dtype],
-                        layout == "channels-last",
-                        modulation == "table",
-                        activation,
-                    )
-                for kernel, compiled in launched:
-                    if compiled.hash not in proofs:
-                        proofs[compiled.hash] = Proof(
-                            kernel,
-                            dtype,
-                            layout,
-                            modulation,
-                            activation,
-                            aligned,
-                            capability,
-                            **_read(compiled),
-                        )
+        shapes = [(2, 128, ROWS, size, True) for size in ALIGNED_SIZES]
+        shapes += [(2, 35, ROWS, size, False) for size in ODD_SIZES]
+        if activation == activations[-1]:
+            shapes += ONES
+        for *shape, aligned in shapes:
+            settings = (layout == "channels-last", modulation == "table", activation)
+            with _compiling(capability) as launched:
+                _call_everything(*shape, *DTYPES[dtype], *settings)
+            _note(proofs, launched, dtype, layout, modulation, activation, aligned, capability)
+    for taps in TAPS:
+        with _compiling(capability) as launched:
+            _convolve(128, taps, WINDOWS[1:2], *DTYPES[dtype])
+        _note(proofs, launched, dtype, "contiguous", "table", None, True, capability)
     return list(proofs.values())
 
 
-def _call_everything(channels, size, dtype, gamma_dtype, last, table, activation):
+def _note(proofs, launched, *configuration):
+    for kernel, compiled in launched:
+        if compiled.hash not in proofs:
+            proofs[compiled.hash] = Proof(kernel, *configuration, **_read(compiled))
+
+
+def _call_everything(images, channels, rows, size, dtype, gamma_dtype, last, table, activation):
     """Every function of the backend, on one shape."""
     from spade_fast.kernels import numbering, triton_kernels
 
     def tensor(dtype):
         x = (
-            torch.empty(2, *size, channels, dtype=dtype).movedim(-1, 1)
+            torch.empty(images, *size, channels, dtype=dtype).movedim(-1, 1)
             if last
-            else torch.empty(2, channels, *size, dtype=dtype)
+            else torch.empty(images, channels, *size, dtype=dtype)
         )
         return x
 
     x, dy, index, order = tensor(dtype), tensor(torch.promote_types(dtype, gamma_dtype)), None, None
     if table:
-        gamma, beta = torch.empty(ROWS, 2 * channels, dtype=gamma_dtype).chunk(2, dim=1)
-        index = torch.zeros(2, *size, dtype=torch.int32)
+        gamma, beta = torch.empty(rows, 2 * channels, dtype=gamma_dtype).chunk(2, dim=1)
+        index = torch.zeros(images, *size, dtype=torch.int32)
         order = numbering.sort_pixels(index)
     else:
         gamma, beta = tensor(gamma_dtype), tensor(gamma_dtype)
     kept_beta = beta if activation == "silu" else None
-    planes = torch.empty(3, 2, channels)
+    planes = torch.empty(3, images, channels)
     modulation, settings = (planes, gamma, kept_beta, index), (activation, 0.2)
     triton_kernels.plane_moments(x)
     _, signs = triton_kernels.apply(x, planes, gamma, beta, index, *settings, True)
@@ -182,20 +187,24 @@ def _call_everything(channels, size, dtype, gamma_dtype, last, table, activation
     triton_kernels.backward_input(dy, x, *modulation, signs, planes[:2], *settings)
     triton_kernels.backward_input(dy, x, *modulation, signs, None, *settings)
     triton_kernels.instance_backward(dy, x, *modulation, order, signs, *settings)
-    if dtype == gamma_dtype != torch.float32:
-        rows, weight = (
-            torch.empty(ROWS, channels, dtype=dtype),
-            torch.empty(2 * channels, channels, 3, 3, dtype=dtype),
-        )
-        for windows in (100, 1000, 3000, 30000):  # in tiles of each size
-            lists = torch.empty(windows + 1, dtype=torch.int32)
-            triton_kernels.convolve_windows(
-                rows, weight, weight.new_empty(2 * channels), lists, lists
-            )
+    _convolve(channels, (3, 3), WINDOWS, dtype, gamma_dtype)
     bits = x.view(numbering.BITS[x.element_size()]).flatten(2)
     triton_kernels.vectors_differ(
         bits, triton_kernels.hash_vectors(bits, numbering.multiplier(0)).flatten()
     )
+
+
+def _convolve(channels, taps, windows, dtype, gamma_dtype):
+    """At so many windows each, in half precision: no kernel is made for other convolutions."""
+    from spade_fast.kernels import triton_kernels
+
+    if dtype != gamma_dtype or dtype == torch.float32:
+        return
+    rows = torch.empty(ROWS, channels, dtype=dtype)
+    weight = torch.empty(2 * channels, channels, *taps, dtype=dtype)
+    for count in windows:
+        lists = torch.empty(count + 1, dtype=torch.int32)
+        triton_kernels.convolve_windows(rows, weight, weight.new_empty(2 * channels), lists, lists)
 
 
 class _compiling:

@@ -4,18 +4,15 @@ compiled by nvcc and read.
 On a GPU they are a backend of the whole suite.
 """
 
-import ctypes
 import itertools
-import os
 import pickle
 import shutil
-import subprocess
-from concurrent.futures import ThreadPoolExecutor
+import zlib
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from types import SimpleNamespace
 
+import cuda_library
 import pytest
 import torch
 from modulations import (
@@ -39,99 +36,48 @@ from test_numbering import (
     random_codes,
     random_patches,
 )
-from torch.utils.cpp_extension import include_paths, library_paths
 
 import spade_fast
 from spade_fast import SemanticLayout, kernels
 from spade_fast.kernels import (
-    contract,
     cpu_backend,
     cuda_backend,
     cuda_numbering,
     numbering,
-    operators,
     torch_backend,
 )
 from spade_fast.ops import norms
 
-ROOT = Path(__file__).parent.parent
 NAMESPACE = "spade_fast_cuda_on_host"
-FLAGS = [
-    "-std=c++17",
-    "-O1",
-    "-fPIC",
-    "-DTORCH_TARGET_VERSION=0x020a000000000000",
-    f"-DSPADE_FAST_NAMESPACE={NAMESPACE}",
-    "-DSPADE_FAST_DISPATCH_KEY=CPU",
-    "-include",
-    str(ROOT / "tests" / "cuda_on_host.h"),
-    *os.environ.get("CXXFLAGS", "").split(),
-]
-COMPILER = shutil.which(os.environ.get("CXX", "g++"))
+ORDERS = ["forward", "reverse", "1", "2"]  # of the threads and blocks
 ACTIVATIONS = [None, "relu", "leaky_relu", "silu"]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
-needs_compiler = pytest.mark.skipif(COMPILER is None, reason="there is no C++ compiler")
+needs_compiler = pytest.mark.skipif(
+    cuda_library.COMPILER is None, reason="there is no C++ compiler"
+)
 
 
 @pytest.fixture(scope="session")
-def library(tmp_path_factory):
-    """The kernels as a library whose operators run on the CPU."""
-    folder = tmp_path_factory.mktemp("cuda_on_host")
-    sources = sorted((ROOT / "csrc" / "cuda").glob("*.c*"))
-    includes = [f"-isystem{path}" for path in include_paths()]
-
-    def compile_one(source):
-        subprocess.run(
-            [
-                COMPILER,
-                *FLAGS,
-                *includes,
-                "-x",
-                "c++",
-                "-c",
-                source,
-                "-o",
-                folder / f"{source.name}.o",
-            ],
-            check=True,
-        )
-
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        list(pool.map(compile_one, sources))
-    paths = [f"-L{path}" for path in library_paths()]
-    subprocess.run(
-        [
-            COMPILER,
-            "-shared",
-            *os.environ.get("CXXFLAGS", "").split(),
-            *folder.glob("*.o"),
-            "-o",
-            folder / "library.so",
-            *paths,
-            "-Wl,--no-as-needed",
-            "-ltorch",
-            "-ltorch_cpu",
-        ],
-        check=True,
-    )
-    operators.declare(NAMESPACE, contract.MODULATION | contract.GATHERING)
-    operators.declare_numbering(NAMESPACE)
-    torch.ops.load_library(folder / "library.so")
-    return ctypes.CDLL(folder / "library.so")
+def built(tmp_path_factory):
+    return cuda_library.build(tmp_path_factory.mktemp("cuda_on_host"), NAMESPACE)
 
 
 @pytest.fixture
-def on_host(library, monkeypatch):
+def library(built, monkeypatch, request):
+    """The kernels as a library whose operators run on the CPU; each test in one of the orders, its
+    name says which.
+    """
+    order = ORDERS[zlib.crc32(request.node.name.encode()) % len(ORDERS)]
+    monkeypatch.setenv("SPADE_FAST_HOST_ORDER", order)
+    return built[0]
+
+
+@pytest.fixture
+def on_host(library, built, monkeypatch):
     """A backend that runs them on the CPU."""
-    backend = replace(
-        torch_backend.BACKEND,
-        name="cuda on host",
-        **operators.declared(NAMESPACE, contract.MODULATION),
-        **cuda_numbering.of(NAMESPACE),
-    )
-    monkeypatch.setattr(kernels, "BEST_FIRST", (backend,))
-    return backend
+    monkeypatch.setattr(kernels, "BEST_FIRST", (built[1],))
+    return built[1]
 
 
 @pytest.fixture(params=["one pass", "two passes"])
@@ -336,15 +282,18 @@ def test_nothing_in_nothing_out(norm, shape, layout, rows, on_host):
 @pytest.mark.parametrize("layout", [contiguous, channels_last])
 @pytest.mark.parametrize("shape", [(1, 3, 60, 101), (2, 70, 9, 11)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_many_splits_and_long_pieces_and_the_same_bits_again(
+def test_many_splits_and_long_pieces_and_the_same_bits_in_every_order(
     layout, shape, rows, dtype, on_host, monkeypatch
 ):
     monkeypatch.setenv("SPADE_FAST_HOST_PROCESSORS", "64")
     monkeypatch.setenv("SPADE_FAST_HOST_SHARED", "0")
     arguments, dy = sample(shape, "instance", "leaky_relu", layout=layout, rows=rows, dtype=dtype)
     assert not disagreements(arguments, dy)
-    found, again = (results(spade_fast.spade_modulate, arguments, dy) for _ in range(2))
-    assert all(torch.equal(found[name], again[name]) for name in found)
+    found = []
+    for order in ("reverse", "3"):
+        monkeypatch.setenv("SPADE_FAST_HOST_ORDER", order)
+        found.append(results(spade_fast.spade_modulate, arguments, dy))
+    assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
 
 
 @needs_compiler

@@ -28,7 +28,22 @@ pytestmark = pytest.mark.skipif("triton" not in BACKENDS, reason="Triton is not 
 
 
 @pytest.fixture
-def small_tiles(monkeypatch):
+def watch():
+    """What the kernels of a test read and write in the interpreter, and at the end nothing is
+    wrong with it.
+    """
+    if BACKENDS["triton"] != "cpu":
+        yield None
+        return
+    from triton_watch import Watch
+
+    with Watch() as watch:
+        yield watch
+    assert not watch.faults
+
+
+@pytest.fixture
+def small_tiles(watch, monkeypatch):
     """So that small planes have several tiles and splits, do not fit in one pass, and rows of a
     table have several pieces.
     """
@@ -56,6 +71,14 @@ def test_several_tiles_splits_and_pieces(norm, activation, layout, rows, small_t
         (2, 10, 7, 9), norm, activation, layout=layout, affine=norm != "instance", rows=rows
     )
     assert not disagreements(arguments, dy)
+
+
+@pytest.mark.parametrize("layout", [contiguous, channels_last, sliced])
+def test_planes_in_one_pass(layout, watch):
+    arguments, dy = sample((2, 5, 7, 9), "instance", "leaky_relu", layout=layout)
+    with spade_fast.use_backend("triton"), torch.device(BACKENDS["triton"]):
+        assert not disagreements(arguments, dy)
+    assert watch is None or watch.kernels == {"forward_kernel", "backward_kernel"}
 
 
 @pytest.mark.parametrize("rows", [None, 5])
@@ -221,6 +244,15 @@ def test_convolution_at_windows_in_half_precision(sizes, tile, dtype, monkeypatc
             truth = torch_backend.convolve_windows(*wide, *lists)
             assert found.dtype == dtype and found.shape == truth.shape
             assert (found - truth).norm() <= torch.finfo(dtype).eps * truth.norm()
+
+
+@pytest.mark.parametrize("sizes", CONVOLUTIONS[1:3], ids=str)
+def test_convolution_keeps_to_its_arguments(sizes, watch):
+    with torch.device(BACKENDS["triton"]):
+        *floats, lists, _, _ = convolution(*sizes)
+        tensors = (tensor.to(torch.bfloat16) for tensor in floats)
+        assert triton_backend.convolve_windows(*tensors, *lists).isfinite().all()
+    assert watch is None or watch.kernels == {"convolve_windows_kernel"}
 
 
 def test_float64_says_why_not():

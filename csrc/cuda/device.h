@@ -94,7 +94,16 @@ __device__ inline void copy_async(void* shared, const void* global) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(static_cast<unsigned>(__cvta_generic_to_shared(shared))), "l"(global)
                : "memory");
 }
+// As copy_async; zeros where there is nothing to copy.
+__device__ inline void copy_async_or_zeros(void* shared, const void* global, bool exists) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(static_cast<unsigned>(__cvta_generic_to_shared(shared))), "l"(global),
+               "r"(exists ? 16 : 0) : "memory");
+}
 __device__ inline void wait_for_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
+// Copies of a thread since the last call belong together; all but so many such groups are waited for.
+__device__ inline void end_group_of_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+template <int kGroups>
+__device__ void wait_for_copies_but() { asm volatile("cp.async.wait_group %0;" ::"n"(kGroups) : "memory"); }
 
 // Whole numbers, so that the order is all the same. Returns what was there before.
 __device__ inline int32_t add_atomically(int32_t* to, int32_t number) { return atomicAdd(to, number); }

@@ -85,7 +85,7 @@ __global__ void __launch_bounds__(kThreads) codes_kernel(Maps maps, uint32_t* ma
     pixel = pixel * maps.given[axis] + maps.nearest[where.section->nearest[axis] + where.position[axis]];
   }
   const uint32_t code = static_cast<uint32_t>(maps.codes[pixel]);
-  if (code >= maps.rows) *maps.is_wrong = 0;
+  if (code >= maps.rows) *static_cast<volatile uint32_t*>(maps.is_wrong) = 0;  // of other threads, too
   map[where.place] = code < maps.rows ? code : 0;
 }
 

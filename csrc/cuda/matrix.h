@@ -1,4 +1,4 @@
-// Products of small matrices on tensor cores, and copies to shared memory that go on beside them. Tests put a host in their place.
+// Products of small matrices on tensor cores. Tests put a host in their place.
 #pragma once
 
 #include "operands.h"
@@ -29,17 +29,6 @@ __device__ void multiply_add(float (&sums)[4], const uint32_t (&one)[4], uint32_
         : "r"(one[0]), "r"(one[1]), "r"(one[2]), "r"(one[3]), "r"(other_first), "r"(other_second));
   }
 }
-
-// As copy_async; zeros where there is nothing to copy.
-__device__ inline void copy_async_or_zeros(void* shared, const void* global, bool exists) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(static_cast<unsigned>(__cvta_generic_to_shared(shared))), "l"(global),
-               "r"(exists ? 16 : 0) : "memory");
-}
-
-// Copies of a thread since the last call belong together; all but so many such groups are waited for.
-__device__ inline void end_group_of_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-template <int kGroups>
-__device__ void wait_for_copies_but() { asm volatile("cp.async.wait_group %0;" ::"n"(kGroups) : "memory"); }
 #elif defined(SPADE_FAST_ON_HOST)
 inline void load_matrices(uint32_t (&words)[4], const void* row) {
   uint64_t rows[32];
@@ -67,13 +56,6 @@ void multiply_add(float (&sums)[4], const uint32_t (&one)[4], uint32_t other_fir
     }
   }
 }
-
-inline void copy_async_or_zeros(void* shared, const void* global, bool exists) {
-  exists ? copy_async(shared, global) : static_cast<void>(std::memset(shared, 0, 16));
-}
-inline void end_group_of_copies() {}
-template <int kGroups>
-void wait_for_copies_but() { wait_for_copies(); }
 #endif
 
 }  // namespace spade_fast

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "numbering.h"
+#include "scan.h"
 
 namespace spade_fast {
 
@@ -27,25 +28,6 @@ __device__ uint32_t slot_of(const Level& level, uint32_t place, uint32_t hash, I
 // Most places are equal to one before them that was here already: few change anything.
 __device__ inline void note_first(const Level& level, uint32_t slot, uint32_t place) {
   if (load_now(level.firsts + slot) > place) atomicMin(level.firsts + slot, place);
-}
-
-// The sum of the block's values up to this thread's, and of all. Scratch: a value for each warp.
-template <typename T>
-__device__ T scan_block(T value, T* scratch, T* all) {
-  const int lane = threadIdx.x % 32, mine = threadIdx.x / 32;
-  for (int lanes = 1; lanes < 32; lanes *= 2) {
-    const T before = __shfl_up_sync(~0u, value, lanes);
-    if (lane >= lanes) value += before;
-  }
-  __syncthreads();  // the scratch may still be read
-  if (lane == 31) scratch[mine] = value;
-  __syncthreads();
-  *all = 0;
-  for (int warp = 0; warp < static_cast<int>(blockDim.x / 32); ++warp) {
-    if (warp == mine) value += *all;
-    *all += scratch[warp];
-  }
-  return value;
 }
 
 // The number of a first place in its section, once its level's chunks are added up.

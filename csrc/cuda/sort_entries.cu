@@ -92,9 +92,8 @@ __global__ void __launch_bounds__(kThreads, 4) sort_digit_kernel(Sorting s, int 
     uint32_t all;
     const uint32_t start = scan_block(count, shared.scratch, &all) - count, of_all = s.counts[pass * kDigits + digit];
     shared.starts[digit] = start;
-    shared.targets[digit] = scan_block(of_all, shared.scratch, &all) - of_all + before - start;
+    shared.targets[digit] = scan_block(of_all, shared.scratch, &all) - of_all + before - start;  // waits, so that all see the starts
   }
-  __syncthreads();
 #pragma unroll
   for (int item = 0; item < kItems; ++item) {
     const uint32_t digit = digit_of(bucket[item], pass), at = shared.starts[digit] + own_warp[digit] + rank[item];

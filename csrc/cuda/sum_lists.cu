@@ -90,7 +90,7 @@ __device__ void sum_piece(const ListSums& s, const WarpColumns<V>& own, int64_t 
     }
     before = list;
   }
-  if (own.column == 0) s.begun[piece] = static_cast<int32_t>(begun);
+  if (own.column == 0 && own.lane == 0) s.begun[piece] = static_cast<int32_t>(begun);
 }
 
 // The first warps have some columns of a piece each, the others of as many lists as they have lanes.

@@ -7,6 +7,7 @@
 
 #include "kernels.h"
 #include "modulation.h"
+#include "scan.h"
 
 namespace spade_fast {
 namespace {
@@ -39,28 +40,11 @@ __device__ Sorted sorted_at(const Operands& o, const Pieces& pieces, int64_t at)
   return place;
 }
 
-// The sum of the block's values up to this thread's, and of all.
-__device__ int block_scan(int value, int* all) {
-  int* of_warps = reinterpret_cast<int*>(shared_memory());
-  const int lane = threadIdx.x % 32, mine = threadIdx.x / 32;
-  for (int lanes = 1; lanes < 32; lanes *= 2) {
-    const int before = __shfl_up_sync(~0u, value, lanes);
-    if (lane >= lanes) value += before;
-  }
-  if (lane == 31) of_warps[mine] = value;
-  __syncthreads();
-  *all = 0;
-  for (int warp = 0; warp < static_cast<int>(blockDim.x / 32); ++warp) {
-    if (warp == mine) value += *all;
-    *all += of_warps[warp];
-  }
-  __syncthreads();
-  return value;
-}
+__device__ int scan(int value, int* all) { return scan_block(value, reinterpret_cast<int*>(shared_memory()), all); }
 
 __global__ void __launch_bounds__(kPlaces) count_pieces_kernel(Operands o, Pieces pieces) {
   int all;
-  block_scan(sorted_at(o, pieces, blockIdx.x * kPlaces + threadIdx.x).begins_piece, &all);
+  scan(sorted_at(o, pieces, blockIdx.x * kPlaces + threadIdx.x).begins_piece, &all);
   if (threadIdx.x == 0) pieces.counts[blockIdx.x] = all;
 }
 
@@ -70,7 +54,7 @@ __global__ void __launch_bounds__(kPlaces) scan_counts_kernel(Pieces pieces, int
     const int64_t block = first + threadIdx.x;
     const int count = block < blocks ? pieces.counts[block] : 0;
     int all;
-    const int scanned = block_scan(count, &all);
+    const int scanned = scan(count, &all);
     if (block < blocks) pieces.counts[block] = before + scanned - count;
     before += all;
   }
@@ -80,7 +64,7 @@ __global__ void __launch_bounds__(kPlaces) list_pieces_kernel(Operands o, Pieces
   const int64_t at = blockIdx.x * kPlaces + threadIdx.x;
   const Sorted place = sorted_at(o, pieces, at);
   int all;
-  const int64_t found = pieces.counts[blockIdx.x] + block_scan(place.begins_piece, &all) - 1;
+  const int64_t found = pieces.counts[blockIdx.x] + scan(place.begins_piece, &all) - 1;
   const int piece = static_cast<int>(found < pieces.most ? found : pieces.most - 1);  // more there are not where order is sorted
   if (!place.exists) return;
   if (place.begins_piece) {

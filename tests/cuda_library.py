@@ -1,0 +1,93 @@
+"""csrc/cuda compiled for the host, as a library whose operators run on the CPU."""
+
+import ctypes
+import os
+import re
+import shutil
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch.utils.cpp_extension import include_paths, library_paths
+
+from spade_fast.kernels import contract, cuda_numbering, operators, torch_backend
+
+TESTS = Path(__file__).parent
+CSRC = TESTS.parent / "csrc"
+COMPILER = shutil.which(os.environ.get("CXX", "g++"))
+FLAGS = os.environ.get("CXXFLAGS", "").split()
+CAN_WATCH = not any(flag.startswith("-fsanitize") for flag in FLAGS)  # one such option at a time
+
+
+def build(folder, namespace, watched=False, numbers={}):
+    """The library, loaded, and a backend of its operators.
+
+    watched: the kernels are compiled so that their accesses to memory are watched.
+    numbers: other values of constants of csrc, by name.
+    """
+    shutil.copytree(CSRC, folder / "csrc")
+    for name, value in numbers.items():
+        set_constant(folder / "csrc" / "cuda", name, value)
+    sources = [TESTS / "cuda_on_host.cpp", *sorted((folder / "csrc" / "cuda").glob("*.c*"))]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        objects = list(
+            pool.map(lambda source: compile_one(source, folder, namespace, watched), sources)
+        )
+    library = link(objects, folder)
+    operators.declare(namespace, contract.MODULATION | contract.GATHERING)
+    operators.declare_numbering(namespace)
+    torch.ops.load_library(library)
+    own = operators.declared(namespace, contract.MODULATION) | cuda_numbering.of(namespace)
+    return ctypes.CDLL(library), replace(torch_backend.BACKEND, name="cuda on host", **own)
+
+
+def build_one(source, folder):
+    """A library of one file of kernels, which are watched, and of no operators."""
+    sources = [TESTS / "cuda_on_host.cpp", source]
+    objects = [compile_one(source, folder, "", watched=True) for source in sources]
+    return ctypes.CDLL(link(objects, folder))
+
+
+def set_constant(folder, name, value):
+    """In the one file that says what it is."""
+    count = 0
+    for path in folder.iterdir():
+        text, found = re.subn(
+            rf"(constexpr \w+ {name} = )\w+;", rf"\g<1>{value};", path.read_text()
+        )
+        path.write_text(text)
+        count += found
+    if count != 1:
+        raise ValueError(f"name is {name}, it should be a constant of {folder}: {count} are found")
+
+
+def compile_one(source, folder, namespace, watched=False):
+    result = folder / f"{source.name}.o"
+    flags = [
+        "-std=c++17",
+        "-O1",
+        "-fPIC",
+        "-DTORCH_TARGET_VERSION=0x020a000000000000",
+        f"-DSPADE_FAST_NAMESPACE={namespace}",
+        "-DSPADE_FAST_DISPATCH_KEY=CPU",
+        *FLAGS,
+        *(f"-isystem{path}" for path in include_paths()),
+    ]
+    if watched and source.suffix == ".cu":
+        flags += ["-fsanitize=thread", "--param", "tsan-distinguish-volatile=1"]
+    if source.name != "cuda_on_host.cpp":
+        flags += ["-include", TESTS / "cuda_on_host.h"]
+    subprocess.run([COMPILER, *flags, "-x", "c++", "-c", source, "-o", result], check=True)
+    return result
+
+
+def link(objects, folder):
+    library = folder / "library.so"
+    libraries = ["-Wl,--no-as-needed", "-ltorch", "-ltorch_cpu"]
+    paths = [f"-L{path}" for path in library_paths()]
+    subprocess.run(
+        [COMPILER, "-shared", *FLAGS, *objects, "-o", library, *paths, *libraries], check=True
+    )
+    return library

@@ -1,0 +1,201 @@
+"""The waits of csrc/cuda: no access to memory lacks one, and none is there for nothing. The kernels
+run on the host and their accesses are watched (cuda_on_host.h).
+
+Whatever the order in which threads run: a wait that is missing is found by what it does not order.
+"""
+
+import ctypes
+import re
+from pathlib import Path
+
+import cuda_library
+import pytest
+import torch
+from modulations import channels_last, contiguous, disagreements, sample
+from test_cuda import gathered_sample, listed
+from test_layout import patches
+from test_numbering import condition
+from torch.utils._pytree import tree_leaves, tree_map
+
+from spade_fast import kernels
+from spade_fast.kernels import numbering, torch_backend
+
+KERNELS = cuda_library.CSRC / "cuda"
+WAIT = re.compile(
+    r"(?<!void )\b(?:__sync\w+|__threadfence\w*|wait_for_\w+(?:<.*?>)?)\(.*?\)(?=.*;)"
+)
+PLACES = 64  # of a block that numbers pieces, so that few pixels need many blocks
+NAMESPACE = "spade_fast_cuda_watched"
+ROW_THREADS = 64  # of a block that sums a row, so that few images are more than it looks at at once
+HELD = 64  # numbers of a weight that a block holds, so that few channels are more than it holds
+
+
+def modulation(shared, layout, rows=None, clusters=False, shape=(2, 8, 48, 48)):
+    """A case: forward and backward where a block has so many bytes of shared memory at most."""
+
+    def run(library, backend, monkeypatch):
+        monkeypatch.setattr(kernels, "BEST_FIRST", (backend,))
+        monkeypatch.setenv("SPADE_FAST_HOST_SHARED", str(shared))
+        arguments, dy = sample(shape, "instance", "leaky_relu", layout=layout, rows=rows)
+        assert dy[:, 0].numel() > PLACES**2 or len(dy) > ROW_THREADS
+        library.host_largest_cluster()
+        found = disagreements(arguments, dy)
+        assert found or (library.host_largest_cluster() > 1) == clusters
+        return found
+
+    return run
+
+
+def numbers(name, *asked, **settings):
+    """A case: what the backend finds is what plain PyTorch finds."""
+
+    def run(library, backend, monkeypatch):
+        found = tree_leaves(getattr(backend, name)(*asked, **settings))
+        pairs = zip(found, tree_leaves(getattr(numbering, name)(*asked)), strict=True)
+        return [number for number, pair in enumerate(pairs) if not torch.equal(*pair)]
+
+    return run
+
+
+def refused(name, *asked):
+    """A case: codes that are no rows of the palette."""
+
+    def run(library, backend, monkeypatch):
+        with pytest.raises(ValueError, match="codes has numbers that are no rows"):
+            getattr(backend, name)(*asked)
+
+    return run
+
+
+def gathers(name, sample):
+    """A case: what the operator finds of numbers of its dtype is what PyTorch finds in float64."""
+
+    def run(library, backend, monkeypatch):
+        given = sample()
+        found = getattr(getattr(torch.ops, NAMESPACE), name)(*given)
+        truth = getattr(torch_backend, name)(*tree_map(in_double, given))
+        is_close = (found - truth).norm() <= torch.finfo(found.dtype).eps * truth.norm()
+        return [] if is_close else [name]
+
+    return run
+
+
+def convolution(*asked):
+    *tensors, lists = gathered_sample(*asked)
+    return *tensors, *lists
+
+
+def in_double(x):
+    return x.double() if isinstance(x, torch.Tensor) and x.is_floating_point() else x
+
+
+# Together they reach every wait. What one returns is what it found wrong.
+CASES = {
+    "vectors whose hashes collide": numbers(
+        "find_codes", condition((1, 9, 9, 7), torch.float32), hash_mask=1
+    ),
+    "windows, sorted in tiles": numbers(
+        "find_windows", patches((1, 17, 13), 5).int(), [(17, 13), (8, 9)], 3, 5
+    ),
+    "patches": numbers("find_patches", patches((2, 9, 7), 5).int(), 3, 1, 1, 5),
+    "codes that are no rows": refused(
+        "find_windows", torch.full((1, 9, 9), 5).int(), [(9, 9)], 3, 5
+    ),
+    "long lists of few columns": gathers(
+        "sum_lists", lambda: (torch.randn(9, 8), *listed([3, 200, 0, 40], 9))
+    ),
+    "long lists of many columns": gathers(
+        "sum_lists", lambda: (torch.randn(9, 132), *listed([3, 200, 0, 40], 9))
+    ),
+    "a convolution of two weights": gathers(
+        "convolve_gathered", lambda: convolution((6, 24), (3, 3), 7, 5, torch.float16)
+    ),
+    "planes in one block": modulation(100_000, contiguous),
+    "planes in clusters, forward": modulation(9_000, contiguous, clusters=True),
+    "planes in clusters, backward": modulation(17_000, contiguous, clusters=True),
+    "two passes": modulation(0, contiguous),
+    "a table, with pieces of many blocks": modulation(0, contiguous, rows=7),
+    "a table of many images": modulation(0, contiguous, rows=7, shape=(ROW_THREADS + 2, 8, 2, 2)),
+    "channels last, in one block": modulation(227 << 10, channels_last),
+    "channels last, in clusters": modulation(80_000, channels_last, clusters=True),
+    "channels last, two passes": modulation(0, channels_last),
+    "channels last, a table": modulation(0, channels_last, rows=7),
+}
+WATCHED_KERNELS = Path(__file__).parent / "watched_kernels.cu"
+NAMES = re.findall(r"^    KERNEL\((\w+)", WATCHED_KERNELS.read_text(), re.M)
+
+pytestmark = pytest.mark.skipif(
+    cuda_library.COMPILER is None or not cuda_library.CAN_WATCH,
+    reason="there is no C++ compiler, or another sanitizer than the watch",
+)
+
+
+def waits():
+    """Where each stands, as a test's parameter; its id says how it is written, too."""
+    found = []
+    for path in sorted(KERNELS.iterdir()):
+        for number, line in enumerate(path.read_text().splitlines(), 1):
+            code = line.split("//")[0]
+            place = f"{path.name}:{number}"
+            found += [pytest.param(place, id=f"{place} {wait}") for wait in WAIT.findall(code)]
+    return found
+
+
+@pytest.fixture(scope="session")
+def watched_build(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("watched")
+    numbers = {"kPlaces": PLACES, "kRowThreads": ROW_THREADS, "kHeld": HELD}
+    return cuda_library.build(folder, NAMESPACE, watched=True, numbers=numbers)
+
+
+@pytest.fixture
+def fault_of(watched_build, monkeypatch):
+    """What is wrong when a case runs, in words; nothing where all is well."""
+
+    def run(case):
+        try:
+            found = CASES[case](*watched_build, monkeypatch)
+        except RuntimeError as error:
+            return str(error).splitlines()[0]
+        return f"other results: {found}" if found else None
+
+    return run
+
+
+@pytest.mark.parametrize("order", ["forward", "5"])
+@pytest.mark.parametrize("case", CASES)
+def test_no_access_lacks_a_wait(case, order, fault_of, monkeypatch):
+    monkeypatch.setenv("SPADE_FAST_HOST_ORDER", order)
+    assert fault_of(case) is None
+
+
+@pytest.mark.parametrize("place", waits())
+def test_each_wait_is_missed(place, fault_of, monkeypatch):
+    """Where it is left out, by the first case that notices: `pytest -rP` shows which, and how."""
+    monkeypatch.setenv("SPADE_FAST_HOST_WITHOUT", place)
+    for case in CASES:
+        if (fault := fault_of(case)) is not None:
+            print(f"{place} is missed in {case}: {fault}")
+            return
+    pytest.fail(f"nothing notices that the wait of {place} is left out")
+
+
+def test_waits_stand_on_lines_of_their_own():
+    """Else two would be left out at once."""
+    places = [wait.values[0] for wait in waits()]
+    assert len(places) == len(set(places)) > 0
+
+
+@pytest.fixture(scope="session")
+def wrong_kernels(tmp_path_factory):
+    library = cuda_library.build_one(WATCHED_KERNELS, tmp_path_factory.mktemp("wrong"))
+    library.run_kernel.restype = ctypes.c_char_p
+    return lambda name, wrong: library.run_kernel(name.encode(), wrong).decode()
+
+
+@pytest.mark.parametrize("order", ["forward", "reverse", "1"])
+@pytest.mark.parametrize("name", NAMES)
+def test_what_is_wrong_on_purpose_is_found(name, order, wrong_kernels, monkeypatch):
+    monkeypatch.setenv("SPADE_FAST_HOST_ORDER", order)
+    assert wrong_kernels(name, False) == ""
+    assert wrong_kernels(name, True) != ""
