@@ -198,6 +198,13 @@ def test_gradients_from_sums_of_listed_rows(sizes, products, monkeypatch):
         assert only[0] is None and torch.equal(only[1], founds[1])
 
 
+@pytest.mark.parametrize("rows", [0, 57, 3001, 12345, 10**9])
+def test_parts_of_a_convolution_are_of_channels_that_a_gpu_reads_fast(rows):
+    channels = torch_backend._channels_at_a_time(rows, torch.empty(4, 5, 3, 3, device="meta"))
+    assert channels % 16 == 0 and channels >= 16
+    assert channels == 16 or channels * rows * 9 * 4 <= torch_backend.PRODUCTS
+
+
 @needs_library
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize(

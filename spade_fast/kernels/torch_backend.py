@@ -252,11 +252,13 @@ def _by_tap(weight):
 
 def _channels_at_a_time(rows, weight):
     """How many of a convolution's output channels have no more than PRODUCTS bytes of products with
-    so many rows; a few at least.
+    so many rows; a few at least, and as many as a GPU reads and multiplies fast: their rows begin
+    where one access can take several numbers.
     """
     if torch.compiler.is_compiling():
         return 64  # a graph may not depend on the number of rows
-    return max(16, PRODUCTS // (weight.element_size() * max(1, rows * weight.shape[2:].numel())))
+    fitting = PRODUCTS // (weight.element_size() * max(1, rows * weight.shape[2:].numel()))
+    return max(16, fitting // 16 * 16)
 
 
 def _sum_listed(x, offsets, listed):
