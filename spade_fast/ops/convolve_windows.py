@@ -14,7 +14,7 @@ import torch
 
 from .. import kernels
 from ..kernels import contract
-from ..recording import is_transformed
+from ..recording import gradients_of, is_transformed
 
 
 def convolve_windows(rows, weight, bias, sums, dtype):
@@ -97,11 +97,4 @@ def _differentiable_backward(gradient, rows, weight, bias, sums):
         products = (rows @ by_tap.t()).view(-1, len(weight))[listed.long()]
         result = products.new_zeros(len(offsets) - 1, len(weight)).index_add(0, windows, products)
         result = result if bias is None else result + bias
-    wanted = [tensor for tensor in inputs if tensor is not None and tensor.requires_grad]
-    gradients = iter(
-        torch.autograd.grad(result, wanted, gradient, create_graph=torch.is_grad_enabled())
-    )
-    return [
-        next(gradients) if tensor is not None and tensor.requires_grad else None
-        for tensor in inputs
-    ]
+    return gradients_of(result, inputs, gradient)
