@@ -23,7 +23,6 @@ from unittest import mock
 
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 from rich.table import Table
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
@@ -51,17 +50,18 @@ class Limit(NamedTuple):
 
 # For the paths below. Who lowers a count lowers its limit here.
 LIMITS = {
-    "from_segmap": Limit(56, 2, wanted_launches=8, wanted_waits=1),
-    "numbering, six sizes": Limit(1469, 6, wanted_launches=12, wanted_waits=1),
-    "layer": Limit(11, 0),
-    "block": Limit(68, 0),
-    "generator, new layout": Limit(1949, 8, wanted_launches=8 + 12 + 230, wanted_waits=2),
-    "generator, windows known": Limit(424, 0, wanted_launches=230),
-    "generator, frozen": Limit(244, 0, wanted_launches=130),
-    "generator, folded, frozen": Limit(190, 0, wanted_launches=100),
-    "discriminator, new layout": Limit(602, 9),
-    "discriminator, windows known": Limit(87, 0),
-    "training step, windows known": Limit(2649, 0),
+    "from_segmap": Limit(9, 2, wanted_launches=8, wanted_waits=1),
+    "numbering, six sizes": Limit(18, 2, wanted_launches=12, wanted_waits=1),
+    "layer": Limit(9, 0),
+    "block": Limit(56, 0),
+    "generator, new layout": Limit(386, 4, wanted_launches=8 + 12 + 230, wanted_waits=2),
+    "generator, windows known": Limit(357, 0, wanted_launches=230),
+    "generator, frozen": Limit(105, 0),
+    "generator, folded, frozen": Limit(87, 0),
+    "generator, training": Limit(1289, 0),
+    "discriminator, new layout": Limit(166, 9),
+    "discriminator, windows known": Limit(81, 0),
+    "training step, windows known": Limit(1603, 0),
 }
 
 # Launches of PyTorch's own operators where it is not one; names without overloads.
@@ -84,7 +84,10 @@ OWN = {
     "instance_forward": (1, 1),
     "backward_sums": (2, 6),
     "instance_backward": (3, 7),
+    "sum_lists": (2, 2),
 }
+# Those that number, with what they copy and fill.
+NUMBERING = {"find_codes": 5, "find_windows": 17, "find_patches": 15}
 WAITS = {"_local_scalar_dense", "nonzero", "equal", "_unique2", "unique_dim", "bincount"}
 WAITS |= {"masked_select", "repeat_interleave"}
 UPLOADS = {torch.tensor, torch.as_tensor, torch.from_numpy, torch.Tensor.new_tensor}
@@ -175,6 +178,8 @@ def own_launches(operator, name, arguments):
     """How many kernels an operator of this package launches."""
     dense, table = OWN.get(name, (1, 1))
     given = dict(zip((argument.name for argument in operator._schema.arguments), arguments))
+    if name == "convolve_gathered":
+        return 1 + len(given["weights"])  # each is first brought into the kernel's order
     return dense if given.get("index") is None else table
 
 
@@ -212,48 +217,21 @@ def memory(tensor):
 
 
 def stand_in(counts: Counts) -> contract.Backend:
-    """The CUDA backend, whose operators the CPU has too; in place of kernels in Triton beside it,
-    which have no operators, what counts them.
+    """The CUDA backend, whose operators the CPU has too; in place of those that number, which it
+    has not, what finds the same and counts.
     """
-    own = cuda_backend.BACKEND
-    beside = (
-        {}
-        if isinstance(own.convolve_windows, torch._ops.OpOverload)
-        else {
-            "convolve_windows": convolve_windows,
-            "dtype_at_windows": lambda dtype: dtype,
-        }
-    )
-    if not isinstance(own.find_codes, torch._ops.OpOverload):
-        beside["find_codes"] = functools.partial(find_codes, counts)
-    return replace(own, why_not=lambda x=None, gamma=None: None, **beside)
+    numbers = {name: functools.partial(numbered, counts, name) for name in NUMBERING}
+    return replace(cuda_backend.BACKEND, why_not=lambda x=None, gamma=None: None, **numbers)
 
 
-def convolve_windows(rows, weight, bias, offsets, listed):
-    """One kernel of tensor cores, for which the weights are brought into its order."""
-    by_tap = weight.flatten(2).transpose(1, 2)
-    for matrix in (rows, by_tap):
-        missing = -matrix.shape[-1] % 16
-        (F.pad(matrix, (0, missing)) if missing else matrix).contiguous()
-    return torch.ops.spade_fast.convolve_windows(rows, weight, bias, offsets, listed)
-
-
-def find_codes(counts, segmap):
-    """A kernel that hashes, and one that compares, whose flags are then summed."""
-
-    def launched(name, number, function):
-        def run(*arguments):
-            counts.launch(name, number)
-            with _disable_current_modes():
-                return function(*arguments)
-
-        return run
-
-    return numbering.find_codes_by(
-        segmap,
-        launched("hash_vectors", 1, numbering.hash_vectors),
-        launched("vectors_differ", 2, numbering.vectors_differ),
-    )
+def numbered(counts, name, *arguments):
+    """What an operator of csrc/cuda/numbering.cpp, which the host does not have, finds and does: it
+    waits once, for how much that is.
+    """
+    counts.launch(f"spade_fast::{name}", NUMBERING[name])
+    counts.waits += 1
+    with _disable_current_modes():
+        return getattr(numbering, name)(*arguments)
 
 
 @contextmanager
@@ -264,6 +242,7 @@ def on_gpu(counts: Counts) -> Iterator[None]:
         # The modes that count keep nothing of what they see: results may be written over.
         mock.patch.object(torch._C, "_len_torch_dispatch_stack", lambda: 0),
         mock.patch.object(torch.cuda, "is_current_stream_capturing", lambda: False),
+        mock.patch.object(torch._C, "_cuda_getCurrentRawStream", lambda device: 0, create=True),
         OnGPU(counts),
         Counting(counts),
     ):
@@ -339,6 +318,19 @@ def discriminator_known(networks, stack):
     return lambda: networks.discriminator(networks.images, networks.layout)
 
 
+def generator_trained(networks, stack):
+    """The gradients of the generator's weights, and the image they are of."""
+    generator = networks.generator
+    stack.callback(generator.train().eval)
+    weights = list(generator.parameters())
+
+    def step():
+        with torch.enable_grad():
+            torch.autograd.grad(generator(networks.layout).sum(), weights)
+
+    return step
+
+
 def training_step(networks, stack):
     """Gradients of both networks' weights from what the discriminator says of both images."""
     generator, discriminator = networks.generator, networks.discriminator
@@ -369,6 +361,7 @@ PATHS = {
     "generator, windows known": generator_known,
     "generator, frozen": generator_frozen,
     "generator, folded, frozen": generator_folded,
+    "generator, training": generator_trained,
     "generator, eager": lambda networks, stack: lambda: networks.eager(networks.segmap),
     "discriminator, new layout": discriminator_new,
     "discriminator, windows known": discriminator_known,

@@ -74,6 +74,20 @@ def is_transformed(gradient: torch.Tensor) -> bool:
     return torch.is_grad_enabled() or is_recorded(gradient)
 
 
+def gradients_of(
+    result: torch.Tensor, inputs: list[torch.Tensor | None], gradient: torch.Tensor
+) -> list[torch.Tensor | None]:
+    """The gradients of these inputs of a result that a transformed backward has made anew, None
+    for those that need none; themselves differentiable where gradients are on.
+    """
+    needed = [tensor is not None and tensor.requires_grad for tensor in inputs]
+    wanted = [tensor for tensor, needs in zip(inputs, needed) if needs]
+    found = iter(
+        torch.autograd.grad(result, wanted, gradient, create_graph=torch.is_grad_enabled())
+    )
+    return [next(found) if needs else None for needs in needed]
+
+
 def of_their_class(y: torch.Tensor, *others: object) -> torch.Tensor:
     """y as what an operation on it and the other tensors gives: some classes of tensors pass
     themselves on. The operation moves nothing.

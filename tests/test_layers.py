@@ -276,6 +276,24 @@ def test_spectral_norm_divides_the_smaller_of_x_and_weight(dtype, size, divides_
     assert (ours.weight is stale) == divides_x
 
 
+@pytest.mark.parametrize("size", [2, 9])  # x is the smaller one, or the weight
+def test_second_derivatives_through_spectral_norm(size):
+    ours = nn.utils.spectral_norm(nn.Conv2d(6, 5, 3, padding=1)).double()
+    eager = copy.deepcopy(ours)
+    x = torch.randn(1, 6, size, size, dtype=torch.float64, requires_grad=True)
+
+    def numbers(forward, module):
+        inputs = [x, module.weight_orig]
+        y = forward(module, x)
+        first = torch.autograd.grad(y.square().sum(), inputs, create_graph=True)
+        second = torch.autograd.grad(sum(one.square().sum() for one in first), inputs)
+        again = torch.autograd.grad(forward(module, x).square().sum(), inputs)
+        return [y, *first, *second, *again, module.weight_u, module.weight_v]
+
+    for found, true in zip(numbers(convolve, ours), numbers(nn.Module.__call__, eager)):
+        assert torch.allclose(found, true)
+
+
 def test_hooks_beside_spectral_norm_are_called():
     block, calls = spade_fast.SPADEResnetBlock(24, 20, "spectralspadebatch3x3", 3), []
     block.conv_0.register_forward_hook(lambda *arguments: calls.append("forward"))

@@ -191,11 +191,21 @@ def test_gradients_from_sums_of_listed_rows(sizes, products, monkeypatch):
     result = torch.zeros_like(gradient).index_add(0, windows, seen)
     truths = torch.autograd.grad(result, inputs, gradient)
     with torch.no_grad():
-        founds = cuda_backend.convolve_windows_gradients(gradient, rows, weight, *back_lists)
+        of_rows, of_weights = cuda_backend.convolve_windows_gradients(
+            gradient, rows, weight.split([1, len(weight) - 1]), *back_lists
+        )
+        founds = (of_rows, torch.cat(of_weights))
         for found, truth in zip(founds, truths, strict=True):
             assert found.shape == truth.shape and torch.allclose(found, truth)
-        only = cuda_backend.convolve_windows_gradients(gradient, rows, weight, *back_lists, False)
-        assert only[0] is None and torch.equal(only[1], founds[1])
+        only = cuda_backend.convolve_windows_gradients(gradient, rows, [weight], *back_lists, False)
+        assert only[0] is None and torch.allclose(only[1][0], founds[1])
+
+
+@pytest.mark.parametrize("rows", [0, 57, 3001, 12345, 10**9])
+def test_parts_of_a_convolution_are_of_channels_that_a_gpu_reads_fast(rows):
+    channels = torch_backend._channels_at_a_time(rows, torch.empty(4, 5, 3, 3, device="meta"))
+    assert channels % 16 == 0 and channels >= 16
+    assert channels == 16 or channels * rows * 9 * 4 <= torch_backend.PRODUCTS
 
 
 @needs_library

@@ -546,6 +546,15 @@ def test_export_with_dynamic_height_and_width(name, factor):
         the_same(exported, name, pictures(size=(8, 12)), label_map(size=other, seed=4))
 
 
+def test_a_trace_of_one_image_is_right_of_several():
+    def modulated(x):
+        return spade_fast.spade_modulate(x, 0.5 * x, x, norm="batch")
+
+    one, several = torch.randn(1, 2, 3, 4), torch.randn(3, 2, 3, 4)
+    traced = torch.jit.trace(modulated, (one,))
+    assert torch.allclose(traced(several), modulated(several), atol=1e-5)
+
+
 def test_a_trace_does_not_fix_that_sizes_are_equal():
     ours, theirs = both("instance")
     x, segmap = pictures(), dense_map(size=(6, 5))

@@ -56,12 +56,18 @@ def why_not(x=None, gamma=None):
 
 
 def convolve_windows_gradients(
-    gradient, rows, weight, back_offsets, back_listed, wants_rows=True, wants_weight=True
+    gradient, rows, weights, back_offsets, back_listed, wants_rows=True, wants_weights=True
 ):
     ops, back = torch.ops.spade_fast, (back_offsets, back_listed)
+    weight, _ = torch_backend.joined(weights, [None] * len(weights))
+    of_weights = [None] * len(weights)
+    if wants_weights:
+        of_weights = ops.convolve_windows_weight(gradient, rows, weight, *back).split(
+            [len(one) for one in weights]
+        )
     return (
         ops.convolve_windows_rows(gradient, weight, *back) if wants_rows else None,
-        ops.convolve_windows_weight(gradient, rows, weight, *back) if wants_weight else None,
+        of_weights,
     )
 
 

@@ -76,11 +76,13 @@ def convolve_gathered(rows, weights, biases, offsets, listed):
     return kernels.convolve_gathered(rows, weights, biases, offsets, listed)
 
 
-def convolve_windows_gradients(gradient, rows, weight, back_offsets, back_listed, *wanted):
+def convolve_windows_gradients(gradient, rows, weights, back_offsets, back_listed, *wanted):
     def sum_lists(part):
         return torch.ops.spade_fast.sum_lists(part, back_offsets, back_listed)
 
-    return torch_backend.gradients_of_sums(sum_lists, gradient, rows, weight, back_offsets, *wanted)
+    return torch_backend.gradients_of_sums(
+        sum_lists, gradient, rows, weights, back_offsets, *wanted
+    )
 
 
 # For matrix products PyTorch has kernels.

@@ -59,10 +59,10 @@ def convolve_windows(rows, weight, bias, offsets, listed):
 
 
 def convolve_windows_gradients(
-    gradient, rows, weight, back_offsets, back_listed, wants_rows=True, wants_weight=True
+    gradient, rows, weights, back_offsets, back_listed, wants_rows=True, wants_weights=True
 ):
-    """The gradients of rows and weight from that of the results, [windows, out]; None for one that
-    is not wanted.
+    """The gradients of rows and of each weight from that of the results of all, [windows, out of
+    all]; None for what is not wanted.
     """
     lists = _in_pieces(back_offsets, back_listed)
 
@@ -70,31 +70,35 @@ def convolve_windows_gradients(
         return _sum_pieces(part, *lists)
 
     return gradients_of_sums(
-        sum_lists, gradient, rows, weight, back_offsets, wants_rows, wants_weight
+        sum_lists, gradient, rows, weights, back_offsets, wants_rows, wants_weights
     )
 
 
 def gradients_of_sums(
-    sum_lists, gradient, rows, weight, back_offsets, wants_rows=True, wants_weight=True
+    sum_lists, gradient, rows, weights, back_offsets, wants_rows=True, wants_weights=True
 ):
     """The same with any sum_lists(part): some columns of the gradient, [windows, D], summed over
     the windows that see a row through a tap, [rows · taps, D].
     """
-    taps = weight.shape[2:].numel()
-    count, weight_parts, row_parts = (len(back_offsets) - 1) // taps, [], []
-    channels = _channels_at_a_time(count, weight)
-    for part, part_weight in zip(gradient.split(channels, dim=1), weight.split(channels)):
+    shape = weights[0].shape[1:]
+    taps, channels = shape[1:].numel(), shape[0]
+    count, weight_parts, row_parts, end = (len(back_offsets) - 1) // taps, [], [], 0
+    by_tap = [weight.flatten(2).permute(2, 0, 1) for weight in weights]
+    if wants_rows:
+        by_tap = by_tap[0] if len(by_tap) == 1 else torch.cat(by_tap, dim=1)
+    for part in gradient.split(_channels_at_a_time(count, weights[0]), dim=1):
+        begin, end = end, end + part.shape[1]
         sums = sum_lists(part).view(count, taps * part.shape[1])
-        if wants_weight:
-            weight_parts.append(
-                (sums.t() @ rows).view(taps, part.shape[1], rows.shape[1]).permute(1, 2, 0)
-            )
+        if wants_weights:
+            product = (sums.t() @ rows).view(taps, part.shape[1], channels)
+            weight_parts.append(product.permute(1, 2, 0))
         if wants_rows:
-            row_parts.append(sums @ _by_tap(part_weight))
-    return (
-        _added(row_parts) if wants_rows else None,
-        torch.cat(weight_parts).reshape(weight.shape) if wants_weight else None,
-    )
+            row_parts.append(sums @ by_tap[:, begin:end].reshape(-1, channels))
+    of_weights = [None] * len(weights)
+    if wants_weights:
+        joint = torch.cat(weight_parts).reshape(-1, *shape)
+        of_weights = joint.split([weight.shape[0] for weight in weights])
+    return _added(row_parts) if wants_rows else None, of_weights
 
 
 def _added(products):
@@ -110,13 +114,22 @@ def convolve_gathered(rows, weights, biases, offsets, listed):
     summed in no less than float32, and rounded once.
     """
     wide = sum_dtype(rows.dtype)
-    results = [
-        convolve_windows(
-            rows.to(wide), weight.to(wide), None if bias is None else bias.to(wide), offsets, listed
-        )
+    weight, bias = joined(weights, biases)
+    bias = None if bias is None else bias.to(wide)
+    return convolve_windows(rows.to(wide), weight.to(wide), bias, offsets, listed).to(rows.dtype)
+
+
+def joined(weights, biases):
+    """Several convolutions of the same inputs as one: its weight, and its bias where one has one."""
+    if len(weights) == 1:
+        return weights[0], biases[0]
+    if all(bias is None for bias in biases):
+        return torch.cat(weights), None
+    parts = [
+        weight.new_zeros(weight.shape[0]) if bias is None else bias
         for weight, bias in zip(weights, biases)
     ]
-    return torch.cat(results, dim=1).to(rows.dtype)
+    return torch.cat(weights), torch.cat(parts)
 
 
 def sum_lists(x, offsets, listed):
@@ -128,14 +141,14 @@ def sum_lists(x, offsets, listed):
 
 def convolve_windows_rows(gradient, weight, back_offsets, back_listed):
     return convolve_windows_gradients(
-        gradient, None, weight, back_offsets, back_listed, wants_weight=False
+        gradient, None, [weight], back_offsets, back_listed, wants_weights=False
     )[0]
 
 
 def convolve_windows_weight(gradient, rows, weight, back_offsets, back_listed):
     return convolve_windows_gradients(
-        gradient, rows, weight, back_offsets, back_listed, wants_rows=False
-    )[1]
+        gradient, rows, [weight], back_offsets, back_listed, wants_rows=False
+    )[1][0]
 
 
 def apply(x, planes, gamma, beta, index, activation, negative_slope, keep_signs):
@@ -252,11 +265,13 @@ def _by_tap(weight):
 
 def _channels_at_a_time(rows, weight):
     """The number of a convolution's output channels that have no more than PRODUCTS bytes of
-    products with `rows` rows; a few at least.
+    products with `rows` rows; a few at least, and as many as a GPU reads and multiplies fast: their
+    rows begin where one access can take several numbers.
     """
     if torch.compiler.is_compiling():
         return 64  # a graph may not depend on the number of rows
-    return max(16, PRODUCTS // (weight.element_size() * max(1, rows * weight.shape[2:].numel())))
+    fitting = PRODUCTS // (weight.element_size() * max(1, rows * weight.shape[2:].numel()))
+    return max(16, fitting // 16 * 16)
 
 
 def _sum_listed(x, offsets, listed):

@@ -48,11 +48,8 @@ def convolve_windows(rows, weight, bias, offsets, listed):
 
 def convolve_gathered(rows, weights, biases, offsets, listed):
     """As one convolution: what joins them costs less than a second launch."""
-    parts = [
-        weight.new_zeros(weight.shape[0]) if bias is None else bias
-        for weight, bias in zip(weights, biases)
-    ]
-    return convolve_windows(rows, torch.cat(weights), torch.cat(parts), offsets, listed)
+    weight, bias = torch_backend.joined(weights, biases)
+    return convolve_windows(rows, weight, bias, offsets, listed)
 
 
 _failures = []  # of the import, once it was tried: why it failed, or None

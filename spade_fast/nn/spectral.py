@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from torch.nn.utils.spectral_norm import SpectralNorm
 
 from ..identity import state_of
-from ..recording import is_recorded
+from ..kernels.contract import sum_dtype
+from ..recording import gradients_of, is_recorded, is_transformed
 from .modules import CONVOLUTION_TYPES, is_called_plainly
 from .tables import Tables, kept_tables
 
@@ -17,19 +18,34 @@ def convolve(convolution: nn.Module, x: torch.Tensor) -> torch.Tensor:
     """convolution(x); where spectral norm has its weight W divided by σ, and x is the smaller of
     the two, x is divided instead.
 
-    conv(x, W / σ) = conv(x / σ, W), and the gradients follow. `convolution.weight`, which spectral
-    norm sets, is then left as it was.
+    conv(x, W / σ) = conv(x / σ, W), and the gradients follow: `Quotient` has them with fewer passes
+    over the weight than PyTorch. `convolution.weight`, which spectral norm sets, is left as it was
+    where x is divided.
     """
     norm = spectral_norm_of(convolution)
     if norm is None or is_recorded(x):
         return convolution(x)
     weight, divides_x = convolution.weight_orig, x.numel() < convolution.weight_orig.numel()
     kept = None if convolution.training else kept_tables(convolution)
-    if not divides_x and kept is None:
+    if kept is None and _has_own_gradients(weight, norm):
+        with torch.no_grad():
+            found = after_iterations(convolution, norm)
+        divided = Quotient.apply(x if divides_x else None, weight, *found)
+        if not divides_x:
+            convolution.weight = divided  # as spectral norm has it
+    elif not divides_x and kept is None:
         return convolution(x)
-    sigma = largest_singular_value(convolution, norm, kept)
-    x, weight = (x / sigma, weight) if divides_x else (x, weight / sigma)
+    else:
+        sigma = largest_singular_value(convolution, norm, kept)
+        divided = (x if divides_x else weight) / sigma
+    x, weight = (divided, weight) if divides_x else (x, divided)
     return convolution._conv_forward(x, weight, convolution.bias)
+
+
+def _has_own_gradients(weight, norm):
+    """Whether gradients are wanted that `Quotient` has; a compiler finds its own."""
+    wanted = torch.is_grad_enabled() and weight.requires_grad and norm.dim == 0
+    return wanted and not torch.compiler.is_compiling()
 
 
 def spectral_norm_of(module: nn.Module) -> SpectralNorm | None:
@@ -61,15 +77,67 @@ def largest_singular_value(
             (rounds, norm.dim),
             lambda: [largest_singular_value(module, norm)],
         )[0]
-    matrix = norm.reshape_weight_to_matrix(module.weight_orig)
-    if module.training:
+    return after_iterations(module, norm)[0]
+
+
+def after_iterations(module: nn.Module, norm: SpectralNorm) -> tuple[torch.Tensor, ...]:
+    """σ = u · W v, and u and v, after the power iterations that training makes."""
+    u, v = module.weight_u, module.weight_v
+    matrix, product = norm.reshape_weight_to_matrix(module.weight_orig), None
+    if module.training and norm.n_power_iterations > 0:
         with torch.no_grad():
-            # In place: they are buffers, which replicas of the module share.
             for _ in range(norm.n_power_iterations):
-                F.normalize(torch.mv(matrix.t(), u), dim=0, eps=norm.eps, out=v)
-                F.normalize(torch.mv(matrix, v), dim=0, eps=norm.eps, out=u)
-        u, v = u.clone(), v.clone()  # of a second forward before the first one's backward
-    return torch.dot(u, torch.mv(matrix, v))
+                v = _normalised(torch.mv(matrix.t(), u), v, norm.eps)
+                product = torch.mv(matrix, v)
+                u = _normalised(product, u, norm.eps)
+            # In place: they are buffers, which replicas of the module share. Those that are
+            # returned stay, for a second forward before the first one's backward.
+            torch._foreach_copy_([module.weight_u, module.weight_v], [u, v])
+    if product is None or torch.is_grad_enabled():
+        product = torch.mv(matrix, v)
+    return torch.dot(u, product), u, v
+
+
+def _normalised(vector, like, eps):
+    return F.normalize(vector, dim=0, eps=eps, out=torch.empty_like(like))
+
+
+class Quotient(torch.autograd.Function):
+    """x, or where that is None the weight W, divided by σ = u · W v; W [out, ...] is a matrix of
+    `out` rows there. With g the gradient of the quotient q, g/σ is that of what is divided, and
+    −Σ(g·q)/σ · u vᵀ that of W through σ.
+    """
+
+    @staticmethod
+    def forward(ctx, x, weight, sigma, u, v):
+        quotient = (weight if x is None else x) / sigma
+        ctx.save_for_backward(x, weight, sigma, u, v, quotient)
+        return quotient
+
+    @staticmethod
+    def backward(ctx, gradient):
+        x, weight, sigma, u, v, quotient = ctx.saved_tensors
+        if is_transformed(gradient):
+            return *_differentiable_backward(gradient, x, weight, u, v), None, None, None
+        share = (gradient * quotient).sum(dtype=sum_dtype(gradient.dtype))
+        rows = u.view(-1, *[1] * (weight.dim() - 1))
+        columns, of_weight = v.view(1, *weight.shape[1:]), torch.empty_like(weight)
+        if x is None:  # in the weight's memory layout, so that it may become its `grad`
+            torch.addcmul(gradient, rows * share, columns, value=-1, out=of_weight).div_(sigma)
+            return None, of_weight, None, None, None
+        torch.mul(rows * (share / -sigma), columns, out=of_weight)
+        return gradient / sigma if ctx.needs_input_grad[0] else None, of_weight, None, None, None
+
+
+def _differentiable_backward(gradient, x, weight, u, v):
+    """The same gradients of x and W through plain PyTorch, for second derivatives and transformed
+    backwards.
+    """
+    with torch.enable_grad():
+        x, weight = inputs = [None if one is None else one.view_as(one) for one in (x, weight)]
+        sigma = torch.dot(u, torch.mv(weight.flatten(1), v))
+        quotient = (weight if x is None else x) / sigma
+    return gradients_of(quotient, inputs, gradient)
 
 
 class Folded(SpectralNorm):

@@ -78,13 +78,11 @@ def compute_table(layout, windows, convolutions, dtype, kept=None):
     hidden = convolve_windows(layout.palette, *first, windows.hidden, within)
     for activation in convolutions.activations:
         hidden = activation(hidden)
-    biased = all(bias is not None for _, bias in others)
-    if biased and kernels.select(hidden).name != "cpu":
-        # Half the launches; on a CPU the copies cost more.
-        joint, channels = map(torch.cat, zip(*others)), [weight.shape[0] for weight, _ in others]
-        rows = convolve_windows(hidden, *joint, windows.table, within).split(channels, dim=1)
-    else:
+    if kernels.select(hidden).name == "cpu":  # where the copies that join them cost more
         rows = [convolve_windows(hidden, *other, windows.table, within) for other in others]
+    else:
+        rows = convolve_beside(hidden, *zip(*others), windows.table, within)
+        rows = rows.split([weight.shape[0] for weight, _ in others], dim=1)
     if convolutions.normalise:
         norms = (convolutions.gamma_norm, convolutions.beta_norm)
         rows = [normalise_over_images(table, windows, norm) for table, norm in zip(rows, norms)]

@@ -13,8 +13,8 @@ from contextlib import nullcontext
 import torch
 
 from .. import kernels
-from ..kernels import contract
-from ..recording import is_transformed
+from ..kernels import contract, torch_backend
+from ..recording import gradients_of, is_transformed
 
 
 def convolve_windows(rows, weight, bias, sums, dtype):
@@ -25,24 +25,30 @@ def convolve_windows(rows, weight, bias, sums, dtype):
     products in float32, else at least float32, and the result is what it was computed in.
     Differentiable in rows, weight and bias, twice.
     """
-    dtype = kernels.select(weight).dtype_at_windows(dtype)
-    operands = _in_dtype((rows, weight, bias), dtype)
+    if torch.is_grad_enabled():
+        return convolve_beside(rows, [weight], [bias], sums, dtype)
+    rows, weight, bias = _in_dtype(
+        (rows, weight, bias), kernels.select(weight).dtype_at_windows(dtype)
+    )
     with _without_autocast(rows):
-        if torch.is_grad_enabled():
-            return ConvolveWindows.apply(*operands, *sums)
-        return kernels.select(operands[0]).convolve_windows(*operands, *sums[:2])
+        return kernels.select(rows).convolve_windows(rows, weight, bias, *sums[:2])
 
 
 def convolve_beside(rows, weights, biases, sums, dtype):
-    """Several convolutions of the same rows, [windows, out of all]; a bias may be None. As
-    convolve_windows does each, but without gradients.
+    """Several convolutions of the same rows, as convolve_windows does each: [windows, out of all].
+    A bias may be None.
     """
     dtype = kernels.select(weights[0]).dtype_at_windows(dtype)
-    rows, *weights = _in_dtype((rows, *weights), dtype)
+    rows, *both = _in_dtype((rows, *weights, *biases), dtype)
     with _without_autocast(rows):
-        return kernels.select(rows).convolve_gathered(
-            rows, list(weights), list(_in_dtype(biases, dtype)), *sums[:2]
-        )
+        if torch.is_grad_enabled():
+            return ConvolveWindows.apply(rows, *sums, *both)
+        return kernels.select(rows).convolve_gathered(rows, *_halves(both), *sums[:2])
+
+
+def _halves(both):
+    """Weights and biases of what lists both."""
+    return list(both[: len(both) // 2]), list(both[len(both) // 2 :])
 
 
 def _in_dtype(tensors, dtype):
@@ -58,38 +64,54 @@ def _without_autocast(rows):
 
 class ConvolveWindows(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, rows, weight, bias, *sums):
-        ctx.save_for_backward(rows, weight, bias, *sums)
+    def forward(ctx, rows, offsets, listed, back_offsets, back_listed, *both):
+        ctx.save_for_backward(rows, offsets, listed, back_offsets, back_listed, *both)
         ctx.backend = kernels.select(rows)
-        offsets, listed, _, _ = sums
-        return ctx.backend.convolve_windows(rows, weight, bias, offsets, listed)
+        weights, biases = _halves(both)
+        if len(weights) == 1:
+            return ctx.backend.convolve_windows(rows, *both, offsets, listed)
+        return ctx.backend.convolve_gathered(rows, weights, biases, offsets, listed)
 
     @staticmethod
     def backward(ctx, gradient):
-        rows, weight, bias, *sums = ctx.saved_tensors
+        rows, offsets, listed, back_offsets, back_listed, *both = ctx.saved_tensors
+        weights, biases = _halves(both)
         if is_transformed(gradient):
-            return *_differentiable_backward(gradient, rows, weight, bias, sums), *[None] * 4
-        *wanted, wants_bias = ctx.needs_input_grad[:3]
-        _, _, *back = sums
-        of_rows, of_weight = ctx.backend.convolve_windows_gradients(
-            gradient, rows, weight, *back, *wanted
+            of_rows, *of_both = _differentiable_backward(
+                gradient, rows, weights, biases, offsets, listed
+            )
+            return of_rows, *[None] * 4, *of_both
+        wants_weights, wants_biases = map(any, _halves(ctx.needs_input_grad[5:]))
+        of_rows, of_weights = ctx.backend.convolve_windows_gradients(
+            gradient,
+            rows,
+            weights,
+            back_offsets,
+            back_listed,
+            ctx.needs_input_grad[0],
+            wants_weights,
         )
-        return of_rows, of_weight, gradient.sum(0) if wants_bias else None, *[None] * 4
+        of_biases = [None] * len(biases)
+        if wants_biases:
+            parts = gradient.sum(0).split([weight.shape[0] for weight in weights])
+            of_biases = [None if bias is None else part for part, bias in zip(parts, biases)]
+        return of_rows, *[None] * 4, *of_weights, *of_biases
 
 
-def _differentiable_backward(gradient, rows, weight, bias, sums):
+def _differentiable_backward(gradient, rows, weights, biases, offsets, listed):
     """The same gradients through plain PyTorch, for second derivatives and transformed backwards,
     with sums in no less than float32.
     """
     with torch.enable_grad():
         inputs = [
-            None if tensor is None else tensor.view_as(tensor) for tensor in (rows, weight, bias)
+            None if tensor is None else tensor.view_as(tensor)
+            for tensor in (rows, *weights, *biases)
         ]
-        rows, weight, bias, gradient = (
+        rows, *both = (
             None if tensor is None else tensor.to(contract.sum_dtype(tensor.dtype))
-            for tensor in (*inputs, gradient)
+            for tensor in inputs
         )
-        offsets, listed, _, _ = sums
+        weight, bias = torch_backend.joined(*_halves(both))
         windows = torch.repeat_interleave(
             torch.arange(len(offsets) - 1, device=rows.device), offsets.diff()
         )
@@ -97,11 +119,4 @@ def _differentiable_backward(gradient, rows, weight, bias, sums):
         products = (rows @ by_tap.t()).view(-1, len(weight))[listed.long()]
         result = products.new_zeros(len(offsets) - 1, len(weight)).index_add(0, windows, products)
         result = result if bias is None else result + bias
-    wanted = [tensor for tensor in inputs if tensor is not None and tensor.requires_grad]
-    gradients = iter(
-        torch.autograd.grad(result, wanted, gradient, create_graph=torch.is_grad_enabled())
-    )
-    return [
-        next(gradients) if tensor is not None and tensor.requires_grad else None
-        for tensor in inputs
-    ]
+    return gradients_of(result, inputs, gradient.to(result.dtype))

@@ -11,7 +11,7 @@ import torch
 
 from .. import kernels
 from ..kernels import contract, numbering, torch_backend
-from ..recording import constant, is_recorded, is_transformed, ordinary
+from ..recording import constant, gradients_of, is_recorded, is_transformed, ordinary
 from . import norms, plain
 from .arguments import check_modulate, check_x
 
@@ -293,11 +293,4 @@ def _differentiable_backward(ctx, dy, x, gamma, beta, weight, bias, index, stati
             moments = torch_backend.plane_moments(x)
             statistics = norms.measure(ctx.norm, moments, math.prod(x.shape[2:]))
         y = plain.modulate_with(x, gamma, beta, index, statistics, weight, bias, *activation)
-    wanted = [tensor for tensor in inputs if tensor is not None and tensor.requires_grad]
-    gradients = iter(
-        torch.autograd.grad(y, wanted, dy.to(y.dtype), create_graph=torch.is_grad_enabled())
-    )
-    return [
-        next(gradients) if tensor is not None and tensor.requires_grad else None
-        for tensor in inputs
-    ]
+    return gradients_of(y, inputs, dy.to(y.dtype))

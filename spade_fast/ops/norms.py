@@ -68,13 +68,14 @@ def measure(norm, moments, count, running_mean=None, running_var=None):
         norm.kind, mean.shape[0]
     )
     total = count * parts
-    if norm.kind == "instance":
+    if _is_one(parts):
         pooled_mean, pooled_squares = mean, squares
     # squared deviations combine exactly (Chan et al., 1979); E[x²] − E[x]² would lose them where
     # the mean is large
     else:
         pooled_mean = _pool(norm, mean) / max(parts, 1)
-        pooled_squares = _pool(norm, squares + count * (mean - pooled_mean).square())
+        deviations = mean - pooled_mean
+        pooled_squares = _pool(norm, torch.addcmul(squares, count * deviations, deviations))
     if norm.processes > 1:
         pooled_mean, pooled_squares, total = _pool_processes(
             norm, pooled_mean, pooled_squares, total
@@ -146,9 +147,14 @@ def _pool(norm, numbers):
             *numbers.shape[:-1], norm.num_groups, numbers.shape[-1] // norm.num_groups
         )
         return groups.sum(-1, keepdim=True).expand_as(groups).flatten(-2)
-    if norm.kind == "instance":
+    if norm.kind == "instance" or _is_one(numbers.shape[-2]):
         return numbers
     return numbers.sum(-2, keepdim=True)
+
+
+def _is_one(size):
+    """Whether a size is one in every call: one that somebody records may be another later."""
+    return isinstance(size, int) and size == 1
 
 
 def _pool_processes(norm, mean, squares, count):
