@@ -33,7 +33,8 @@ def until_changed(module: nn.Module, find: Callable[[nn.Module], Any]) -> Any:
     module's parts, their classes, attributes, hooks, parameters and buffers are the very same
     objects. What is written in those tensors is for the caller to ask.
     """
-    if torch.compiler.is_compiling() or calls._has_any_global_hook():
+    traced = torch._C._get_tracing_state() is not None  # and what is asked for is recorded
+    if traced or torch.compiler.is_compiling() or calls._has_any_global_hook():
         return find(module)
     found = module.__dict__.get(NAME)
     if found is None:
