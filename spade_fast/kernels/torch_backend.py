@@ -97,7 +97,7 @@ def gradients_of_sums(
     of_weights = [None] * len(weights)
     if wants_weights:
         joint = torch.cat(weight_parts).reshape(-1, *shape)
-        of_weights = joint.split([weight.shape[0] for weight in weights])
+        of_weights = joint.split_with_sizes([weight.shape[0] for weight in weights])
     return _added(row_parts) if wants_rows else None, of_weights
 
 

@@ -4,7 +4,6 @@ division by σ in each call.
 
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 from torch.nn.utils.spectral_norm import SpectralNorm
 
 from ..identity import state_of
@@ -99,7 +98,9 @@ def after_iterations(module: nn.Module, norm: SpectralNorm) -> tuple[torch.Tenso
 
 
 def _normalised(vector, like, eps):
-    return F.normalize(vector, dim=0, eps=eps, out=torch.empty_like(like))
+    """F.normalize(vector, dim=0, eps=eps) in the dtype of `like`, without its many calls."""
+    length = torch.linalg.vector_norm(vector, keepdim=True).clamp_min_(eps)
+    return torch.div(vector, length, out=torch.empty_like(like))
 
 
 class Quotient(torch.autograd.Function):

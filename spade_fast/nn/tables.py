@@ -82,7 +82,7 @@ def compute_table(layout, windows, convolutions, dtype, kept=None):
         rows = [convolve_windows(hidden, *other, windows.table, within) for other in others]
     else:
         rows = convolve_beside(hidden, *zip(*others), windows.table, within)
-        rows = rows.split([weight.shape[0] for weight, _ in others], dim=1)
+        rows = rows.split_with_sizes([weight.shape[0] for weight, _ in others], dim=1)
     if convolutions.normalise:
         norms = (convolutions.gamma_norm, convolutions.beta_norm)
         rows = [normalise_over_images(table, windows, norm) for table, norm in zip(rows, norms)]

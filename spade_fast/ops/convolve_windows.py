@@ -93,7 +93,8 @@ class ConvolveWindows(torch.autograd.Function):
         )
         of_biases = [None] * len(biases)
         if wants_biases:
-            parts = gradient.sum(0).split([weight.shape[0] for weight in weights])
+            sizes = [weight.shape[0] for weight in weights]
+            parts = gradient.sum(0).split_with_sizes(sizes)
             of_biases = [None if bias is None else part for part, bias in zip(parts, biases)]
         return of_rows, *[None] * 4, *of_weights, *of_biases
 
