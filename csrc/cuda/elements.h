@@ -55,7 +55,8 @@ __device__ Raw load(const char* first, Type type, Span span) {
 template <int V>
 __device__ void load_async(Raw* to, const char* first, Type type, Span span) {
   if (span.vector && span.count == V && (V == 8 || type == Type::float32)) return copy_async(to, first);
-  *to = load<V>(first, type, span);
+  const Raw raw = load<V>(first, type, span);
+  *to = raw;  // in one piece, which a watch over memory sees
 }
 
 template <int V>
