@@ -102,9 +102,11 @@ def environment(settings):
 
 
 def commit():
-    """Which commit of this project runs; where there is no git to ask, what the environment
-    variable COMMIT says.
+    """Which commit of this project runs: what the environment variable COMMIT says, for copies of
+    the files that have another history or none, else what git says.
     """
+    if os.environ.get("COMMIT"):
+        return os.environ["COMMIT"]
     try:
         command = ["git", "describe", "--always", "--dirty"]
         found = subprocess.run(
@@ -112,7 +114,7 @@ def commit():
         ).stdout.strip()
     except OSError:
         found = ""
-    return found or os.environ.get("COMMIT", "unknown")
+    return found or "unknown"
 
 
 def processor():
