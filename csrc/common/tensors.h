@@ -39,6 +39,10 @@ inline Activation activation_named(const std::optional<std::string>& name) {
   STD_TORCH_CHECK(false, "spade_fast: activation is ", *name, ", it should be None, relu, leaky_relu or silu");
 }
 
+// x without gaps, and in this dtype. Where it is so already PyTorch is not asked: each time takes microseconds of the host.
+inline Tensor without_gaps(const Tensor& x) { return x.is_contiguous() ? x : torch::stable::contiguous(x); }
+inline Tensor in_dtype(const Tensor& x, ScalarType dtype) { return x.scalar_type() == dtype ? x : torch::stable::to(x, dtype); }
+
 // How x [N, C, *spatial] lies in memory: planes one after the other, or pixels with all their channels. A row is what lies
 // together: the pixels of a plane, or the channels of a pixel.
 enum class Layout { contiguous, channels_last };
@@ -77,7 +81,7 @@ inline Tensor channels_in_front(Tensor x) {
 // x itself where its rows lie alike, else a copy without gaps in the same layout.
 inline Tensor with_rows(const Tensor& x, Layout layout) {
   if (row_distance(x, layout)) return x;
-  if (layout == Layout::contiguous) return torch::stable::contiguous(x);
+  if (layout == Layout::contiguous) return without_gaps(x);
   return channels_in_front(torch::stable::contiguous(channels_behind(x)));
 }
 
@@ -118,8 +122,7 @@ inline bool is_in_order(const Tensor& x, Layout layout) {
 // What a kernel wrote, with the strides of empty_like(x), as the fakes in Python say; a tensor of size 0 that stands for none stays one.
 inline Tensor finished(const Tensor& y, const Tensor& x, Layout layout) {
   if (y.dim() != x.dim() || is_in_order(x, layout)) return y;
-  Tensor like = torch::stable::empty_like(x);
-  if (like.scalar_type() != y.scalar_type()) like = torch::stable::to(like, y.scalar_type());
+  Tensor like = in_dtype(torch::stable::empty_like(x), y.scalar_type());
   return torch::stable::copy_(like, y);
 }
 

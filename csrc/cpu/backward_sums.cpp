@@ -138,7 +138,7 @@ std::tuple<Tensor, Tensor, Tensor> table_sums(const Tasks& tasks, const Modulati
     sum_table_by_pixels(tasks, modulation, dy, sorted, dgamma_data, dbeta_data, found.data());
     for (int64_t n = 0; n < tasks.batch; ++n) combine_sums(tasks, n, &found[width * n * tasks.parts], sums.data());
   }
-  const auto finish = [&](const Tensor& x) { return torch::stable::contiguous(torch::stable::to(x, gamma.scalar_type())); };
+  const auto finish = [&](const Tensor& x) { return without_gaps(in_dtype(x, gamma.scalar_type())); };
   return {finish(dgamma), finish(dbeta), as_planes(sums, tasks, planes)};
 }
 

@@ -20,8 +20,8 @@ struct Lists {
 
   // The numbers are below `bound`.
   Lists(const Tensor& given_offsets, const Tensor& given_numbers, int64_t bound)
-      : offsets_owner(torch::stable::contiguous(given_offsets)),
-        numbers_owner(torch::stable::contiguous(given_numbers)),
+      : offsets_owner(without_gaps(given_offsets)),
+        numbers_owner(without_gaps(given_numbers)),
         offsets(offsets_owner.const_data_ptr<int32_t>()),
         numbers(numbers_owner.const_data_ptr<int32_t>()),
         count(given_offsets.numel() - 1) {
@@ -104,16 +104,16 @@ struct Sizes {
 
 // x [rows, whole units] without the columns that fill up its last unit.
 Tensor without_filling(Tensor x, int64_t columns) {
-  return x.size(1) == columns ? x : torch::stable::contiguous(torch::stable::narrow(x, 1, 0, columns));
+  return x.size(1) == columns ? x : without_gaps(torch::stable::narrow(x, 1, 0, columns));
 }
 
 template <typename Sum>
 Tensor convolve(const Tensor& given_rows, const Tensor& given_weight, const std::optional<Tensor>& given_bias, const Lists& lists) {
   const Sizes<Sum> sizes(given_weight, given_rows.size(0));
-  const Tensor rows = torch::stable::contiguous(given_rows), weight = torch::stable::contiguous(given_weight);
+  const Tensor rows = without_gaps(given_rows), weight = without_gaps(given_weight);
   const Tensor result = new_tensor(rows, {lists.count, sizes.blocks * kUnit<Sum>}, rows.scalar_type());
   std::vector<Sum> bias(sizes.blocks * kUnit<Sum>);
-  if (given_bias) std::copy_n(torch::stable::contiguous(*given_bias).const_data_ptr<Sum>(), sizes.out, bias.begin());
+  if (given_bias) std::copy_n(without_gaps(*given_bias).const_data_ptr<Sum>(), sizes.out, bias.begin());
   const Sum *rows_data = rows.const_data_ptr<Sum>(), *weight_data = weight.const_data_ptr<Sum>();
   Sum* result_data = result.mutable_data_ptr<Sum>();
   torch::stable::parallel_for(0, sizes.blocks, 1, [&](int64_t begin, int64_t end) {
@@ -142,7 +142,7 @@ template <typename Sum>
 Tensor weight_gradient(const Tensor& given_gradient, const Tensor& given_rows, const Tensor& weight, const Lists& lists) {
   constexpr int64_t kRows = 256;  // at a time: their products' gradients stay in the cache
   const Sizes<Sum> sizes(weight, given_rows.size(0));
-  const Tensor gradient = torch::stable::contiguous(given_gradient), rows = torch::stable::contiguous(given_rows);
+  const Tensor gradient = without_gaps(given_gradient), rows = without_gaps(given_rows);
   const std::vector<int64_t> shape(weight.sizes().begin(), weight.sizes().end());
   const Tensor result = new_tensor(gradient, shape, gradient.scalar_type());
   const Sum *gradient_data = gradient.const_data_ptr<Sum>(), *rows_data = rows.const_data_ptr<Sum>();
@@ -185,7 +185,7 @@ Tensor rows_gradient(const Tensor& given_gradient, const Tensor& given_weight, c
   constexpr int64_t kRows = 32;  // at a time: the weight is read once for them
   Sizes<Sum> sizes(given_weight, 0);
   sizes.rows = lists.count / sizes.taps;
-  const Tensor gradient = torch::stable::contiguous(given_gradient), weight = torch::stable::contiguous(given_weight);
+  const Tensor gradient = without_gaps(given_gradient), weight = without_gaps(given_weight);
   const int64_t windows = gradient.size(0), width = units<Sum>(sizes.in) * kUnit<Sum>, block_size = sizes.columns() * width;
   const Tensor result = torch::stable::new_zeros(gradient, {sizes.rows, width});
   const Sum *gradient_data = gradient.const_data_ptr<Sum>(), *weight_data = weight.const_data_ptr<Sum>();

@@ -55,7 +55,7 @@ std::tuple<Tensor, Tensor, Tensor> instance_forward(const Tensor& x, const Tenso
         },
         [&](int64_t task) { apply_task(tasks, task, modulation, target); });
   });
-  return {finished(y, x, layout), signs, torch::stable::to(planes, sum_dtype(x.scalar_type()))};
+  return {finished(y, x, layout), signs, in_dtype(planes, sum_dtype(x.scalar_type()))};
 }
 
 std::tuple<Tensor, Tensor, Tensor> instance_backward(const Tensor& dy, const Tensor& x, const Tensor& planes, const Tensor& gamma,
@@ -69,14 +69,14 @@ std::tuple<Tensor, Tensor, Tensor> instance_backward(const Tensor& dy, const Ten
   std::tuple<Tensor, Tensor, Tensor> gradients;
   dispatch_sum(promoted(x.scalar_type(), gamma.scalar_type()), [&](auto zero) {
     using Sum = decltype(zero);
-    const Tensor plane_sums = torch::stable::to(torch::stable::contiguous(planes), kScalarType<Sum>);
+    const Tensor plane_sums = in_dtype(without_gaps(planes), kScalarType<Sum>);
     const Sum* plane_data = plane_sums.template const_data_ptr<Sum>();
     const Tensor terms = torch::stable::new_empty(plane_sums, {2, tasks.batch, tasks.channels}, kScalarType<Sum>);
     Sum* term_data = terms.template mutable_data_ptr<Sum>();
     if (index) {
       const auto [dgamma, dbeta, found] =
           backward_sums(dy, x, planes, gamma, beta, index, order, signs, activation_name, negative_slope);
-      const Tensor sums = torch::stable::to(found, kScalarType<Sum>);
+      const Tensor sums = in_dtype(found, kScalarType<Sum>);
       set_terms(tasks, 0, tasks.planes(), sums.template const_data_ptr<Sum>(), plane_data, term_data);
       gradients = {dgamma, dbeta, backward_input(dy, x, planes, gamma, beta, index, signs, terms, activation_name, negative_slope)};
       return;

@@ -66,9 +66,9 @@ struct SortedPixels {
   std::vector<int32_t> windows;
 
   SortedPixels(const Tensor& index, const Tensor& given_order, int64_t pixels)
-      : owner(torch::stable::contiguous(given_order)), order(owner.const_data_ptr<int32_t>()), windows(index.numel()) {
+      : owner(without_gaps(given_order)), order(owner.const_data_ptr<int32_t>()), windows(index.numel()) {
     check_range(given_order, "order", pixels);
-    const Tensor index_owner = torch::stable::contiguous(index);
+    const Tensor index_owner = without_gaps(index);
     const int32_t* window = index_owner.const_data_ptr<int32_t>();
     for (int64_t start = 0; start < index.numel(); start += pixels) {
       bool sorted = true;  // also among the pixels of one window, as everyone here sorts them: then each is there just once

@@ -23,7 +23,7 @@ void dispatch_sum(ScalarType dtype, F&& f) {
 
 // Numbers that are used as places: those of `index` are rows of a table, those of `order` pixels.
 inline void check_range(const Tensor& given, const char* name, int64_t bound) {
-  const Tensor numbers = torch::stable::contiguous(given);
+  const Tensor numbers = without_gaps(given);
   const std::string wrong = out_of_range(name, numbers.const_data_ptr<int32_t>(), numbers.numel(), 0, bound);
   STD_TORCH_CHECK(wrong.empty(), wrong);
 }
@@ -46,7 +46,7 @@ class Source {
         image_(owner_.stride(0)),
         row_(index ? owner_.stride(0) : *row_distance(owner_, layout)) {
     if (!index) return;
-    index_owner_.emplace(torch::stable::contiguous(*index));
+    index_owner_.emplace(without_gaps(*index));
     index_ = index_owner_->template const_data_ptr<int32_t>();
     pixels_ = index->size(0) == 0 ? 0 : index->numel() / index->size(0);
   }
@@ -65,9 +65,9 @@ class Source {
  private:
   // As Sums, for it is small; [C, K] for planes, each of which then reads from a row that stays in the cache.
   static Tensor table(const Tensor& x, Layout layout) {
-    const Tensor rows = torch::stable::to(x, kScalarType<Sum>);
-    if (layout == Layout::contiguous) return torch::stable::contiguous(torch::stable::transpose(rows, 0, 1));
-    return rows.stride(1) == 1 ? rows : torch::stable::contiguous(rows);
+    const Tensor rows = in_dtype(x, kScalarType<Sum>);
+    if (layout == Layout::contiguous) return without_gaps(torch::stable::transpose(rows, 0, 1));
+    return rows.stride(1) == 1 ? rows : without_gaps(rows);
   }
 
   Tensor owner_;
@@ -123,7 +123,7 @@ template <typename Sum>
 class Numbers {
  public:
   explicit Numbers(const Tensor& given)
-      : owner_(torch::stable::contiguous(torch::stable::to(given, kScalarType<Sum>))),
+      : owner_(without_gaps(in_dtype(given, kScalarType<Sum>))),
         data_(owner_.template const_data_ptr<Sum>()),
         planes_(given.size(1) * given.size(2)) {}
 
@@ -139,7 +139,7 @@ class Numbers {
 // The rows of bits that `signs` [N, rows, bytes] holds; none where its size is 0.
 class Signs {
  public:
-  explicit Signs(const Tensor& signs) : owner_(torch::stable::contiguous(signs)) {
+  explicit Signs(const Tensor& signs) : owner_(without_gaps(signs)) {
     if (signs.dim() != 3) return;
     data_ = owner_.mutable_data_ptr<uint8_t>();
     image_ = owner_.stride(0);

@@ -13,7 +13,7 @@ bool aligned(const Tensor& x) {
 }
 
 // A matrix whose rows have no gaps inside.
-Tensor with_whole_rows(const Tensor& x) { return x.size(1) <= 1 || x.stride(1) == 1 ? x : torch::stable::contiguous(x); }
+Tensor with_whole_rows(const Tensor& x) { return x.size(1) <= 1 || x.stride(1) == 1 ? x : without_gaps(x); }
 
 Rows rows_of(const Tensor& x, const char* name) {
   return {static_cast<char*>(const_cast<void*>(x.const_data_ptr())), 0, x.stride(0), type_of(x, name)};
@@ -28,7 +28,7 @@ Tensor sum_lists_of(const Tensor& given_x, const Tensor& given_offsets, const Te
   check_sum_lists(given_x, given_offsets, given_listed);
   const OnDevice on_device(given_x);
   const Tensor x = with_whole_rows(given_x);
-  const Tensor offsets = torch::stable::contiguous(given_offsets), listed = torch::stable::contiguous(given_listed);
+  const Tensor offsets = without_gaps(given_offsets), listed = without_gaps(given_listed);
   ListSums s = {};
   s.lists = lists_of(offsets, listed);
   s.x = rows_of(x, "x"), s.rows = x.size(0), s.columns = x.size(1);
@@ -69,7 +69,7 @@ Tensor packed(const std::vector<Tensor>& weights, const std::vector<std::optiona
   const Tensor result = torch::stable::new_empty(weights[0], {shape.outputs, shape.taps + 1, p.width});
   p.packed = static_cast<uint16_t*>(result.mutable_data_ptr());
   for (size_t i = 0; i < weights.size(); ++i) {
-    const Tensor weight = step_of_taps(weights[i]) ? weights[i] : torch::stable::contiguous(weights[i]);
+    const Tensor weight = step_of_taps(weights[i]) ? weights[i] : without_gaps(weights[i]);
     p.weight = static_cast<const uint16_t*>(weight.const_data_ptr());
     p.output = weight.stride(0), p.channel = weight.stride(1), p.tap = *step_of_taps(weight);
     p.outputs = weight.size(0);
@@ -86,7 +86,7 @@ Tensor convolve_gathered_of(const Tensor& given_rows, std::vector<Tensor> weight
   const Convolution shape = check_convolve_gathered(given_rows, weights, biases, given_offsets, given_listed);
   const OnDevice on_device(given_rows);
   const Tensor rows = with_whole_rows(given_rows);
-  const Tensor offsets = torch::stable::contiguous(given_offsets), listed = torch::stable::contiguous(given_listed);
+  const Tensor offsets = without_gaps(given_offsets), listed = without_gaps(given_listed);
   Windows w = {};
   w.lists = lists_of(offsets, listed);
   const Tensor results = torch::stable::new_empty(rows, {w.lists.count, shape.outputs});

@@ -387,7 +387,7 @@ class Search {
 std::vector<Tensor> numbered(const Tensor& given_codes, const Task& task, int64_t hash_mask) {
   const OnDevice on_device(given_codes);
   const Stream stream = on_device.stream();
-  const Tensor codes = torch::stable::contiguous(given_codes);
+  const Tensor codes = without_gaps(given_codes);
   const Search search(codes, task, hash_mask, stream);
   const auto found = search.wait();
   if (!found) return {};
@@ -460,7 +460,7 @@ std::vector<Tensor> find_codes_of(const Tensor& given_segmap, int64_t hash_mask)
   product(given_segmap, "segmap", {given_segmap.size(1)}, INT32_MAX);
   const OnDevice on_device(given_segmap);
   const Stream stream = on_device.stream();
-  const Tensor segmap = torch::stable::contiguous(given_segmap);
+  const Tensor segmap = without_gaps(given_segmap);
 
   const int64_t chunks = divide_up(places, kThreads);
   Work work(places, chunks, 1, hash_mask);

@@ -28,7 +28,7 @@ class Call {
     operands.activation = activation_named(activation);
     operands.negative_slope = static_cast<float>(negative_slope);
     if (index) {
-      operands.index = kept(torch::stable::contiguous(*index)).const_data_ptr<int32_t>();
+      operands.index = kept(without_gaps(*index)).const_data_ptr<int32_t>();
       operands.rows = static_cast<uint32_t>(gamma.size(0));
     }
     const auto read_modulation = [&](const Tensor& rows, const char* name) { return index ? read_table(rows, name) : read(rows, name); };
@@ -39,12 +39,12 @@ class Call {
   void backward(const Tensor& dy, const Tensor& signs, const Tensor& planes) {
     operands.dy = read(dy, "dy");
     operands.planes = numbers(planes);
-    if (signs.numel() > 0) operands.signs = const_cast<uint8_t*>(kept(torch::stable::contiguous(signs)).const_data_ptr<uint8_t>());
+    if (signs.numel() > 0) operands.signs = const_cast<uint8_t*>(kept(without_gaps(signs)).const_data_ptr<uint8_t>());
   }
 
   // Numbers of each plane, [k, N, C].
   const float* numbers(const Tensor& given) {
-    const Tensor& numbers = kept(torch::stable::contiguous(torch::stable::to(given, ScalarType::Float)));
+    const Tensor& numbers = kept(without_gaps(in_dtype(given, ScalarType::Float)));
     aligned(numbers.const_data_ptr(), 0);
     return numbers.const_data_ptr<float>();
   }
@@ -97,7 +97,7 @@ class Call {
 
   Rows read_table(const Tensor& table, const char* name) {
     const Type type = type_of(table, name);
-    const Tensor& rows = kept(table.stride(1) == 1 ? table : torch::stable::contiguous(table));
+    const Tensor& rows = kept(table.stride(1) == 1 ? table : without_gaps(table));
     check_distance(rows.stride(0), name);
     return noted({static_cast<char*>(const_cast<void*>(rows.const_data_ptr())), 0, rows.stride(0), type});
   }
@@ -188,7 +188,7 @@ std::tuple<Tensor, Tensor> sum_table(Call& call, const Tensor& gamma, const Tens
   const Rows dgamma_rows = {static_cast<char*>(dgamma.data_ptr()), 0, channels, type};
   const Rows dbeta_rows = {static_cast<char*>(dbeta.data_ptr()), 0, channels, type};
   Pieces pieces = {};
-  const Tensor order_of_all = torch::stable::contiguous(order);
+  const Tensor order_of_all = without_gaps(order);
   pieces.order = order_of_all.const_data_ptr<int32_t>();
   pieces.rows = rows;
   pieces.most = std::min(places, images * rows + divide_up(pixels, kPiece) * images);
@@ -233,7 +233,7 @@ std::tuple<Tensor, Tensor, Tensor> backward_sums_of(const Tensor& dy, const Tens
   const Tensor sums = call.per_plane(2);
   float* data = sums.mutable_data_ptr<float>();
   const auto [dgamma, dbeta] = sum_gradients(call, gamma, index, order, data, nullptr);
-  return {dgamma, dbeta, torch::stable::to(sums, planes.scalar_type())};
+  return {dgamma, dbeta, in_dtype(sums, planes.scalar_type())};
 }
 
 Tensor backward_input_of(const Tensor& dy, const Tensor& x, const Tensor& planes, const Tensor& gamma, std::optional<Tensor> beta,

@@ -6,10 +6,9 @@ import torch.nn as nn
 
 from ..kernels.contract import lies_like, sum_dtype
 from ..layout import SemanticLayout
+from ..ops import norms
 from ..ops.arguments import check_channels, check_x
 from ..ops.modulate import modulate_by, spade_modulate
-from ..ops.norms import given
-from ..ops.norms import planes as planes_of
 from ..recording import of_their_class, ordinary
 from .choice import convolutions_at_windows, find_layout
 from .config import dimensions, odd_number, parse_config, whole_number
@@ -44,7 +43,7 @@ class SpatiallyAdaptive(HasParts):
         negative_slope: float = 0.2,
         moments: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """y of x's shape; channels-last from 4096 pixels on, else of x's memory layout.
+        """y of x's shape; channels-last from 4096 pixels on and on a GPU, else of x's memory layout.
 
         Args:
             x: [N, norm_nc, *spatial].
@@ -348,8 +347,8 @@ def frozen_planes(kept: Tables, norm: nn.Module, x: torch.Tensor) -> torch.Tenso
         check_x(x)
         for name in ("running_mean", "running_var", "weight", "bias"):
             check_channels(name, getattr(norm, name), x)
-        statistics = given(mean, variance, norm.eps, dtype)
-        return [planes_of(statistics, shape, weight, bias).contiguous()]
+        statistics = norms.given(mean, variance, norm.eps, dtype)
+        return [norms.planes(statistics, shape, weight, bias).contiguous()]
 
     # PyTorch's own batch norm writes to running statistics without their version's saying so: it is
     # the count of batches that says it.
