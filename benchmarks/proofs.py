@@ -195,7 +195,7 @@ def _call_everything(images, channels, rows, size, dtype, gamma_dtype, last, tab
 
 
 def _convolve(channels, taps, windows, dtype, gamma_dtype):
-    """At so many windows each, in half precision: no kernel is made for other convolutions."""
+    """In half precision, at each of these numbers of windows: there is no other kernel."""
     from spade_fast.kernels import triton_kernels
 
     if dtype != gamma_dtype or dtype == torch.float32:

@@ -84,7 +84,7 @@ def tensors_on(device):
 def leave_out_what_is_too_large(request, name):
     if name == "triton" and BACKENDS[name] == "cpu" and request.node.get_closest_marker("large"):
         pytest.skip(
-            "so many elements take Triton's interpreter minutes; test_triton.py has the same in"
+            "this many elements take Triton's interpreter minutes; test_triton.py has the same in"
             " small"
         )
 

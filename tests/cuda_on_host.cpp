@@ -237,7 +237,7 @@ void start(Fiber& fiber, Block& block, unsigned number) {
   fiber.begun = fiber.done = false, fiber.awaited = nullptr, fiber.copies.assign(1, {});
 }
 
-// The blocks from `first` on, so many together. Each time some of the warps, in an order, run as far as they can.
+// `together` blocks from `first` on. Each time some of the warps, in an order, run as far as they can.
 void run_cluster(int64_t first, unsigned together, Order& order) {
   const unsigned count = threads_of_block.x * threads_of_block.y;
   cluster = {together * count}, this_cluster = ++moments;

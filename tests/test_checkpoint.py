@@ -193,7 +193,7 @@ def test_published_keys_fit_the_published_wiring():
 @pytest.mark.parametrize("divided", [0.0, float("nan")])
 @pytest.mark.parametrize("weight,u", [(0.0, 1.0), (1.0, 0.0)])
 def test_a_right_vector_of_nothing_is_a_vector(weight, u, divided):
-    """Of a weight of zeros, whatever it was divided into, and of a u of zeros."""
+    """A weight of zeros, whatever it was divided into, and a u of zeros."""
     parts = {"orig": torch.full((2, 3), weight), "u": torch.full((2,), u)}
     weights = {f"weight_{name}": tensor for name, tensor in parts.items()}
     found = checkpoint.named_as_here(weights | {"weight": torch.full((2, 3), divided)})

@@ -449,7 +449,7 @@ def test_a_series_of_regimes_has_the_volatility_that_was_asked_for():
     optimizer = torch.optim.Adam(generator.parameters(), 3e-3)
 
     def sample(count):
-        """Deviation and mean of each regime in so many series of 128 steps."""
+        """Deviation and mean of each regime in `count` series of 128 steps."""
         regimes = torch.randint(3, (count, 8)).repeat_interleave(16, dim=1)
         returns = generator(SemanticLayout.from_labels(regimes, 3)).squeeze(1)
         parts = [returns[regimes == regime] for regime in range(3)]

@@ -254,7 +254,7 @@ def test_dense_features_are_none():
 
 
 def test_signs_of_two_channels():
-    """Of doubles: they cancelled in the hash, whatever its multiplier was."""
+    """Those of doubles cancelled in the hash, whatever its multiplier was."""
     segmap = torch.ones(1, 2, 1, 2, dtype=torch.float64)
     segmap[..., 1] = -1
     codes, places = numbering.find_codes(segmap)

@@ -217,7 +217,7 @@ def convert(pair):
 
 
 def trace(pair):
-    """Of copies, in eval mode: called with another map."""
+    """Traces copies in eval mode, and calls them with another map."""
     if pair.kind == "generator":
         return
     with torch.no_grad(), warnings.catch_warnings():
@@ -263,7 +263,7 @@ OF_KINDS = {
 
 
 def sequences(kind):
-    """Of operations on this kind of model, each with a mode and with gradients or without."""
+    """Sequences of operations on this kind of model, each with a mode, with gradients or without."""
     step = st.tuples(st.sampled_from(OF_KINDS[kind]), MODES, st.booleans())
     return st.tuples(st.just(kind), st.lists(step, min_size=6, max_size=12))
 

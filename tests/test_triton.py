@@ -188,7 +188,7 @@ def test_numbers_outside_the_table_are_its_last_row(
 
 
 def test_lists_of_rows_that_there_are_not():
-    """Of a convolution at windows: they see nothing."""
+    """A convolution at windows sees nothing there."""
     with torch.device(BACKENDS["triton"]):
         rows, weight = torch.randn(2, 16).half(), torch.randn(4, 16, 3, 3).half()
         offsets = torch.tensor([0, 1, 3, 10**9, -(2**31), 2**31 - 1], dtype=torch.int32)

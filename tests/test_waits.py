@@ -31,7 +31,7 @@ HELD = 64  # numbers of a weight that a block holds, so that few channels are mo
 
 
 def modulation(shared, layout, rows=None, clusters=False, shape=(2, 8, 48, 48)):
-    """A case: forward and backward where a block has so many bytes of shared memory at most."""
+    """A case: forward and backward where a block has at most `shared` bytes of shared memory."""
 
     def run(library, backend, monkeypatch):
         monkeypatch.setattr(kernels, "BEST_FIRST", (backend,))

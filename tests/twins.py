@@ -65,7 +65,7 @@ def outcome(call, module, *inputs, seed=0):
 
 
 def weights_like(y):
-    """Of a sum of y's elements that is no symmetric function of them."""
+    """The weights of a sum of y's elements that is no symmetric function of them."""
     return torch.sin(torch.arange(y.numel(), dtype=torch.float64)).view(y.shape).to(y)
 
 

@@ -6,7 +6,7 @@
 
 namespace spade_fast {
 
-// A condition with more distinct vectors than this is no layout: as soon as so many pixels have been seen that it is clear, no more
+// A condition with more distinct vectors than this is no layout: as soon as that is clear, no more pixels
 // are looked at. `numbering.py` has the same rule.
 constexpr int64_t kFewCodes = 64, kPixelsPerCode = 4;
 

@@ -32,7 +32,7 @@ struct Lists {
   }
 };
 
-// Of the sums first to last − 1 a unit of columns each: sum i goes to `to + (i − first) · to_row`, and begins with `begin`.
+// A unit of columns of each of the sums first to last − 1: sum i goes to `to + (i − first) · to_row`, and begins with `begin`.
 template <typename Sum, int kBytes>
 struct SumListed : Vectors<Sum, kBytes> {
   using typename Vectors<Sum, kBytes>::Vector;

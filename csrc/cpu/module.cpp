@@ -122,7 +122,7 @@ std::vector<std::string> instruction_sets() {
 
 std::atomic<InstructionSet> in_use{InstructionSet::base};
 
-// Of a contiguous condition [N, L, *spatial] as numbers of its element size: codes and places, or nothing where there are too many.
+// Codes and places of a contiguous condition [N, L, *spatial] as numbers of its element size, or nothing where there are too many.
 std::optional<std::tuple<Numbers, pybind11::array_t<int64_t>>> find_codes_of(const pybind11::array& segmap) {
   require(segmap.ndim() >= 3 && (segmap.flags() & pybind11::array::c_style) != 0,
           "segmap has shape " + shape_text(segmap) + ", it should be [N, channels, *spatial] and contiguous");
@@ -163,7 +163,7 @@ PYBIND11_MODULE(_cpu, module) {
   module.def("find_codes", &find_codes_of, "The codes of a condition, and the first place of each; None where it has too many.");
   module.def("number_windows", &number_windows_of, "The windows of a map [N, *spatial]: their numbers, and what each sees.",
              pybind11::arg("map"), pybind11::arg("kernel_size"), pybind11::arg("hash_mask") = ~uint64_t{0});
-  module.def("window_sums", &window_sums_of, "What windows of so many rows see, as lists for sums over rows.");
+  module.def("window_sums", &window_sums_of, "What windows see, as lists for sums over their rows.");
   module.def("sort_pixels", &sort_pixels_of, "The pixels of each image [N, pixels], sorted by numbers below a bound.");
   module.def("use_instruction_set", [](const std::string& name) { in_use = named(name); }, "Makes the kernels use this one.");
 }

@@ -15,7 +15,7 @@ constexpr int kRowBytes = 16 * kVectors;
 
 constexpr int64_t kMostThreads = 256;  // of a block
 
-// What a block has: so many windows and outputs, divided between its warps, and so many steps of them in shared memory.
+// What a block has: windows and outputs, divided between its warps, and the number of their steps that are in shared memory.
 template <int kWindows_, int kOutputs_, int kWindowWarps_, int kOutputWarps_, int kSteps_>
 struct Tile {
   static constexpr int kWindows = kWindows_, kOutputs = kOutputs_, kWindowWarps = kWindowWarps_, kOutputWarps = kOutputWarps_;

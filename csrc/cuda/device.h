@@ -100,7 +100,7 @@ __device__ inline void copy_async_or_zeros(void* shared, const void* global, boo
                "r"(exists ? 16 : 0) : "memory");
 }
 __device__ inline void wait_for_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
-// Copies of a thread since the last call belong together; all but so many such groups are waited for.
+// Copies of a thread since the last call belong together; all but the last kGroups of such groups are waited for.
 __device__ inline void end_group_of_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 template <int kGroups>
 __device__ void wait_for_copies_but() { asm volatile("cp.async.wait_group %0;" ::"n"(kGroups) : "memory"); }

@@ -1,7 +1,7 @@
 // Finding the pixels of a condition [N, C, pixels] whose vectors are equal, bit for bit: each has a slot of a hash table, and the slot
 // the first of them.
 //
-// A block has 32 pixels, a warp every so many-th of their channels: so a warp reads pixels that lie together, and all of a vector's
+// A block has 32 pixels, and each warp takes its turn at their channels: so a warp reads pixels that lie together, and all of a vector's
 // channels are on their way at once. What is compared with the vector in a slot was read just before, and is still near.
 
 #include "places.h"

@@ -72,7 +72,7 @@ void instance_forward(const Settings& settings, const Operands& o, const Divisio
 void instance_backward(const Settings& settings, const Operands& o, const Division& d, const Rows& dgamma, const Rows& dbeta,
                        const Rows& dx);
 
-// The pieces that the sorted pixels of all images are cut into, so many at most. All of it is found on the device.
+// The pieces that the sorted pixels of all images are cut into, `most` at most. All of it is found on the device.
 struct Pieces {
   const int32_t* order;
   int64_t rows, most, kept;

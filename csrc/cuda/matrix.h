@@ -15,7 +15,7 @@ __device__ inline void load_matrices(uint32_t (&words)[4], const void* row) {
 }
 
 // sums [16, 8] += one [16, 16] · other [8, 16]ᵀ, as load_matrices gives them: rows 0 to 7 and 8 to 15 of the first half of one's columns,
-// then of the second; both halves of other's. Of the sums a thread has those of row thread / 4, columns 2·(thread % 4) and the next, and
+// then of the second; both halves of other's. A thread has the sums of row thread / 4, columns 2·(thread % 4) and the next, and
 // those 8 rows below.
 template <Type kType>
 __device__ void multiply_add(float (&sums)[4], const uint32_t (&one)[4], uint32_t other_first, uint32_t other_second) {

@@ -406,7 +406,7 @@ std::vector<Tensor> numbered(const Tensor& given_codes, const Task& task, int64_
   return plan.layouts.of(memory);
 }
 
-// Of each size ten tensors, as `find_windows` of numbering.py gives them.
+// Ten tensors for each size, as `find_windows` of numbering.py gives them.
 std::vector<Tensor> find_windows_of(const Tensor& codes, const Tensor& nearest, std::vector<int64_t> sizes, int64_t kernel_size,
                                     int64_t rows, int64_t hash_mask) {
   check_find_windows(codes, nearest, sizes, kernel_size, rows);

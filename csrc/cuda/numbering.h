@@ -94,7 +94,7 @@ void add_up(Stream stream, const Section* sections, uint32_t section_count, cons
 void list_windows(Stream stream, const Maps& maps, const uint32_t* codes, const Level& hidden, const Level& table, const Results& results);
 // The same of windows of codes alone, and their contents.
 void list_patches(Stream stream, const Maps& maps, const uint32_t* codes, const Level& level, const Results& results);
-// Entries that are to be sorted by their buckets, so many passes of a digit each. Every pass takes them from one place to the other.
+// Entries that are to be sorted by their buckets, in passes of a digit each. Every pass takes them from one place to the other.
 struct Sorting {
   uint32_t count;
   int64_t tiles;

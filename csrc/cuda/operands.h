@@ -17,7 +17,7 @@ struct Cursor {
   __device__ char* at(uint32_t item) const { return first + static_cast<uint64_t>(item) * step; }
 };
 
-// A tensor: its images and the rows of each so many elements apart. The rows of a table belong to no image.
+// A tensor: how many elements its images are apart, and the rows of each. The rows of a table belong to no image.
 struct Rows {
   char* data;
   int64_t image, row;

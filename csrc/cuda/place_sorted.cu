@@ -5,7 +5,7 @@
 namespace spade_fast {
 namespace {
 
-// The last of so many segments that begins at or before a number, as `begin` says.
+// The last of `count` segments that begins at or before a number, as `begin` says.
 template <typename Begin>
 __device__ const Segment& segment_at(const Segment* segments, uint32_t count, uint32_t number, Begin&& begin) {
   const Segment* segment = segments + count - 1;

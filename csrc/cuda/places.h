@@ -37,7 +37,7 @@ __device__ inline uint32_t number_of(const Level& level, uint32_t first) {
   return before + __popc(word.is_first & ((1u << first % 32) - 1));
 }
 
-// From slots to first places, for the block's places: this thread's, which exists or does not, has so many taps within the border.
+// From slots to first places, for the block's places: this thread's, which exists or does not, has `taps` taps within the border.
 __device__ inline void resolve(const Level& level, uint32_t place, bool exists, uint32_t taps) {
   uint32_t first = kNone;
   if (exists) level.equals[place] = first = level.firsts[level.equals[place]];

@@ -37,7 +37,7 @@ inline int64_t power_from(int64_t number) {
   return power;
 }
 
-// Threads side by side over so many vectors of channels: 16 or 8, whichever leaves fewer idle; two at least, which share a byte of signs.
+// Threads side by side over this number of vectors of channels: 16 or 8, whichever leaves fewer idle; two at least, which share a byte of signs.
 inline int columns_of(int64_t vectors) {
   const auto idle = [&](int64_t columns) { return divide_up(vectors, columns) * columns - vectors; };
   const int64_t most = std::clamp<int64_t>(power_from(vectors), 2, 16);
@@ -87,7 +87,7 @@ inline Division tiles(const Shape& shape, int vector, bool last, bool table, int
   return d;
 }
 
-// For kernels that hold so many tensors' planes whole: nothing where they do not fit, or would leave most processors idle for long. What
+// For kernels that hold the planes of `held` tensors whole: nothing where they do not fit, or would leave most processors idle for long. What
 // does not fit into one block is held by the blocks of a cluster, which read each other's shared memory.
 inline std::optional<Division> one_pass(const Shape& shape, int vector, bool last, int64_t held, int64_t most_shared, int64_t most_blocks,
                                         int64_t processors) {

@@ -33,7 +33,7 @@ __global__ void __launch_bounds__(kThreads) count_digits_kernel(Sorting s) {
   }
 }
 
-// How many entries of a digit the tiles before this one have, which has so many.
+// How many entries with this digit the tiles before this one have; this one has `own`.
 __device__ uint32_t count_before(uint32_t* said, uint32_t tile, uint32_t digit, uint32_t own) {
   const auto say = [&](uint32_t what) { *static_cast<volatile uint32_t*>(said + tile * kDigits + digit) = what; };
   if (tile > 0) say(kOwn | own);

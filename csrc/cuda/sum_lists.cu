@@ -10,7 +10,7 @@ namespace spade_fast {
 namespace {
 
 constexpr int kLoads = 4;  // of a thread that do not wait for each other
-// Of the blocks that sum the parts of long lists.
+// The blocks that sum the parts of long lists have these.
 constexpr int64_t kPartThreads = 512;
 constexpr int kPartColumns = 128, kPartLanes = kPartThreads / kPartColumns;
 

@@ -19,7 +19,7 @@ struct PerPlane {
   __device__ float operator[](int k) const { return values[kLast ? k : 0]; }
 };
 
-// Of the numbers of all planes those of a channel, or of the channels that a span has.
+// From the numbers of all planes those of one channel, or of the channels that a span has.
 template <int V, bool kLast>
 __device__ PerPlane<V, kLast> numbers_of(const Operands& o, const float* all, int64_t which, int64_t image, int64_t channel, Span span) {
   const float* first = all + (which * o.shape.images + image) * o.shape.channels + channel;

@@ -109,7 +109,7 @@ def _are_same(some, others):
 
 
 def _what_changes(values):
-    """Of values and what they have in them, those that change and stay the same object: containers
+    """What changes and stays the same object, among values and what they have in them: containers
     with their contents, tensors with their versions.
     """
     containers, versions, known, waiting = [], [], set(), list(values)

@@ -208,7 +208,7 @@ class _Level(NamedTuple):
 
 
 def _number(maps, kernel_size, levels):
-    """Of each map of codes the windows, the windows of those, and so on: of each level numbers,
+    """The windows of each map of codes, the windows of those, and so on: for each level numbers,
     contents and how many taps see something.
     """
     for attempt in itertools.count():

@@ -10,8 +10,8 @@ WARPS = 8
 
 @triton.jit
 def moments_together(distance, squares, count, AXIS: tl.constexpr):
-    """Of parts along an axis, that have so many numbers, what their means are beyond one pivot, and
-    their squared deviations: the same of all together (Chan et al. 1979).
+    """From what the means of parts along an axis are beyond one pivot, their squared deviations and
+    the count of their numbers: the same of all together (Chan et al. 1979).
     """
     total = tl.maximum(tl.sum(count, axis=AXIS, keep_dims=True), 1.0)
     mean = tl.sum(count * distance, axis=AXIS, keep_dims=True) / total
@@ -22,7 +22,8 @@ def moments_together(distance, squares, count, AXIS: tl.constexpr):
 @triton.jit
 def combine_moments_kernel(parts, moments, planes, eps, images_channels, pixels, splits):
     """Mean and squared deviations of parts [splits, 4, N·C] together; for instance norm, its
-    planes. Each place of a tile combines every so many splits, then all places are.
+    planes. Each place of a tile combines the splits that fall on it, then all places are
+    combined.
     """
     plane = tl.program_id(0) * PLANES + tl.arange(0, PLANES)[None, :]
     pivot = tl.load(parts + plane, plane < images_channels, 0.0)  # as in plane_moments.py

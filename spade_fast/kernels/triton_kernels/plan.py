@@ -69,9 +69,9 @@ def blocks(pixels):
 
 
 def sweeps(images, channels, pixels, last, device, at_once, under_way):
-    """Grid and settings of a kernel in which each program goes through a part of some planes: every
-    so many tiles, as many as it has under way, so that all programs together go through memory in
-    order. So many of them run at once on a processor.
+    """Grid and settings of a kernel in which each program goes through a part of some planes. The
+    programs take turns at tiles, `under_way` each time, so that together they go through memory in
+    order; `at_once` of them run at once on a processor.
     """
     tile_pixels, tile_channels = tile_of(channels, pixels, last, False)
     programs = images * triton.cdiv(channels, tile_channels)

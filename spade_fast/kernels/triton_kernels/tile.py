@@ -123,7 +123,7 @@ def fold_pixels(
     PIXELS: tl.constexpr,
     CHANNELS: tl.constexpr,
 ):
-    """The sum of so many tiles, whose pixels follow each other: each thread adds up its own."""
+    """The sum of TILES tiles, whose pixels follow each other: each thread adds up its own."""
     if LAST:
         return tl.sum(tl.reshape(values, [TILES, PIXELS, CHANNELS]), axis=0)
     else:
