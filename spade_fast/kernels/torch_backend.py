@@ -93,10 +93,11 @@ def gradients_of_sums(
             product = (sums.t() @ rows).view(taps, part.shape[1], channels)
             weight_parts.append(product.permute(1, 2, 0))
         if wants_rows:
-            row_parts.append(sums @ by_tap[:, begin:end].reshape(-1, channels))
+            matrix = by_tap[:, begin:end].reshape(taps * part.shape[1], channels)
+            row_parts.append(sums @ matrix)
     of_weights = [None] * len(weights)
     if wants_weights:
-        joint = torch.cat(weight_parts).reshape(-1, *shape)
+        joint = torch.cat(weight_parts).reshape(gradient.shape[1], *shape)
         of_weights = joint.split_with_sizes([weight.shape[0] for weight in weights])
     return _added(row_parts) if wants_rows else None, of_weights
 
