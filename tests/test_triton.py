@@ -140,7 +140,7 @@ def test_a_table_whose_rows_no_pixel_has_or_all_have(layout, small_tiles):
     "layout,activation,held", [(contiguous, "leaky_relu", False), (channels_last, "silu", True)]
 )
 def test_numbers_outside_the_table_are_its_last_row(
-    layout, activation, held, small_tiles, monkeypatch
+    layout, activation, held, small_tiles, watch, monkeypatch
 ):
     """Nothing is read or written elsewhere, forward and backward, in one pass as in several; nor
     where order is no order, of which nothing but sums without meaning comes.
@@ -185,6 +185,8 @@ def test_numbers_outside_the_table_are_its_last_row(
             )
             assert [result.shape for result in sums] == [(3, 5), (3, 5), (2, 2, 5)]
     assert all(torch.equal(*pair) for pair in zip(*found))
+    # Pieces of what is no order have no one place each.
+    watch.faults = [fault for fault in watch.faults if "outside of its arguments" in fault]
 
 
 def test_lists_of_rows_that_there_are_not():
