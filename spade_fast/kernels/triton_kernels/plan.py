@@ -127,8 +127,11 @@ def row_tile(channels):
 
 def one_pass(images, channels, pixels, last, table, tensors):
     """Grid and settings of a kernel in which each program holds whole planes of `tensors` tensors;
-    None where they do not fit.
+    None where they do not fit, or where each element has an access of its own to x and to its row:
+    that spills.
     """
+    if table and not last and not aligned(channels, pixels, last):
+        return None
     tile_pixels = next_power(pixels)
     tile_channels = min(8 if last or table else max(1, TILE // tile_pixels), next_power(channels))
     elements = tile_pixels * tile_channels
