@@ -6,8 +6,15 @@
 namespace spade_fast {
 namespace {
 
+// Blocks of a processor: for GPUs before 9.0 it takes more registers than three leave it.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+constexpr int kInputBlocks = 2;
+#else
+constexpr int kInputBlocks = 3;
+#endif
+
 template <int V, bool kLast, bool kWhole, bool kSilu>
-__global__ void __launch_bounds__(kThreads, kSilu ? 2 : 3) backward_input_kernel(Operands o, Division d, const float* terms, Rows dx) {
+__global__ void __launch_bounds__(kThreads, kSilu ? 2 : kInputBlocks) backward_input_kernel(Operands o, Division d, const float* terms, Rows dx) {
   const Part<V, kLast, kWhole> part(o, d);
   const Cursors<kLast> in(o, part.image, part.channel);
   const Cursor to = in.in(dx);
