@@ -275,7 +275,7 @@ class SemanticLayout:
             torch.cat([layout.palette for layout in layouts]),
         )
         for key in set.intersection(*(set(layout._windows) for layout in layouts)):
-            parts = [layout._windows[key] for layout in layouts]
+            parts = [layout.windows(*key) for layout in layouts]
             index = _side_by_side([(part.index, part.count) for part in parts])
             hidden, table = (_stack_sums([part[which] for part in parts]) for which in range(2))
             stack._windows[key] = Windows(
@@ -592,10 +592,12 @@ class SemanticLayout:
     def _mapped(self, function):
         self._look()
         layout = SemanticLayout(function(self.codes), function(self.palette))
-        for key, windows in self._windows.items():
+        for key in self._windows:
+            windows = self.windows(*key)
             sums = (Sums(*map(function, part)) for part in windows[:2])
             layout._windows[key] = Windows(*sums, function(windows.index), function(windows.order))
-        for key, (contents, sums, *places) in self._patches.items():
+        for key in self._patches:
+            contents, sums, *places = self.patches(*key)
             layout._patches[key] = Patches(
                 function(contents), Sums(*map(function, sums)), *map(function, places)
             )

@@ -18,7 +18,7 @@ __device__ const Bits* vector_at(const Vectors& vectors, uint32_t place) {
   return static_cast<const Bits*>(vectors.elements) + image * vectors.channels * vectors.pixels + pixel;
 }
 
-// Of this warp's channels. Hashes of channels are added up, in any order.
+// The hash of this warp's channels of a vector. Hashes of channels are added up, in any order.
 template <typename Bits>
 __device__ uint32_t hash_of(const Vectors& vectors, const Bits* vector) {
   uint32_t hash = 0;

@@ -304,7 +304,7 @@ def stream_of(tensor: torch.Tensor) -> int | None:
 
 
 def is_capturing(tensor: torch.Tensor) -> bool:
-    """Whether what is computed of it becomes part of a CUDA graph, and is not there yet."""
+    """Whether operations on it are recorded into a CUDA graph: their results are not there yet."""
     return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
