@@ -138,10 +138,10 @@ def _prove(source, capability):
         r".*?Used (\d+) registers([^\n]*)"
     )
     text = "".join(path.read_text() for path in [SOURCES / "plan.h", SOURCES / "kernels.h", source])
-    numbers = dict(re.findall(r"constexpr int64_t (\w+) = (\d+);", text))
+    numbers = dict(re.findall(r"constexpr int64_t (\w+) =\s+(\d+);", text))
     threads = {
         kernel: int(numbers[name])
-        for name, kernel in re.findall(r"__launch_bounds__\((\w+).*?\) (\w+)\(", text)
+        for name, kernel in re.findall(r"__launch_bounds__\((\w+).*?\)\s+(\w+)\(", text)
     }
     proofs = []
     for name, stack, stored, loaded, registers, rest in re.findall(pattern, said, re.DOTALL):

@@ -55,7 +55,7 @@ def set_constant(folder, name, value):
     count = 0
     for path in folder.iterdir():
         text, found = re.subn(
-            rf"(constexpr \w+ {name} = )\w+;", rf"\g<1>{value};", path.read_text()
+            rf"(constexpr \w+ {name} =\s+)\w+;", rf"\g<1>{value};", path.read_text()
         )
         path.write_text(text)
         count += found

@@ -1,5 +1,6 @@
-// The threads of CUDA blocks as fibers, and the watch over their memory: cuda_on_host.h says what they do. Never compiled with
-// -fsanitize=thread: it is what the code that this option inserts into the kernels calls.
+// The threads of CUDA blocks as fibers, and the watch over their memory: cuda_on_host.h says what
+// they do. Never compiled with -fsanitize=thread: it is what the code that this option inserts into
+// the kernels calls.
 
 #undef _FORTIFY_SOURCE  // which takes a jump to another stack for an error
 
@@ -45,14 +46,15 @@ struct Fiber : Thread {
   Block* of;
   bool begun, done;
   Group* awaited;
-  unsigned round;  // of that group, when it began to wait
+  unsigned round;                        // of that group, when it began to wait
   std::deque<std::vector<Copy>> copies;  // groups, of which the last has not ended
 
   bool ready() const { return !done && (awaited == nullptr || awaited->round != round); }
 };
 
 constexpr size_t kStack = 256 << 10, kShared = 227 << 10, kCopy = 16;
-constexpr size_t kStride = kShared + 64;  // between the blocks' shared memory; behind it stands a byte that is written when the block ends
+// Between the blocks' shared memory; behind it stands a byte that is written when the block ends.
+constexpr size_t kStride = kShared + 64;
 jmp_buf scheduler;
 std::vector<Fiber> fibers;
 std::vector<Block> blocks;
@@ -63,10 +65,14 @@ int64_t shared_bytes, largest_cluster = 0;  // the largest that was launched, si
 std::string left_out, fault;
 
 Fiber& me() { return static_cast<Fiber&>(*current); }
-char* shared_of(const Block& block) { return reinterpret_cast<char*>(arena.data()) + (&block - blocks.data()) * kStride; }
+char* shared_of(const Block& block) {
+  return reinterpret_cast<char*>(arena.data()) + (&block - blocks.data()) * kStride;
+}
 const char* running(const Block& block) { return shared_of(block) + kStride - 1; }
 
-std::string name(unsigned thread, unsigned block) { return "thread " + std::to_string(thread) + " of block " + std::to_string(block); }
+std::string name(unsigned thread, unsigned block) {
+  return "thread " + std::to_string(thread) + " of block " + std::to_string(block);
+}
 
 std::string name(const Thread& thread) { return name(thread.number, thread.block.x); }
 
@@ -88,11 +94,13 @@ void fail(const std::string& what) {
   to_scheduler();
 }
 
-// The watch. What waits order is known from how often the warp, the block and the cluster have waited: all of their threads do, each time.
+// The watch. What waits order is known from how often the warp, the block and the cluster have
+// waited: all of their threads do, each time.
 
 enum Scope : uint8_t { nobody, one_thread, one_warp, one_block, one_cluster, everybody };
 
-// The accesses to a byte that nothing has ordered with each other: one of them, and among whom they are.
+// The accesses to a byte that nothing has ordered with each other: one of them, and among whom they
+// are.
 struct Access {
   Scope scope = nobody;
   bool atomic;  // all of them
@@ -102,7 +110,11 @@ struct Access {
   static Access mine(bool atomic) {
     const Block& block = *me().of;
     const uint16_t number = static_cast<uint16_t>(current->number);
-    return {one_thread, atomic, number, block.index, {block.warps[number / 32].round, block.threads.round, cluster.round}};
+    return {one_thread,
+            atomic,
+            number,
+            block.index,
+            {block.warps[number / 32].round, block.threads.round, cluster.round}};
   }
   // Who they are among, together with the current thread's.
   Scope with(const Access& mine) const {
@@ -118,10 +130,13 @@ struct Access {
   bool waited_for(const Access& mine) const {
     if (scope == nobody) return true;
     const Scope both = with(mine);
-    return (both <= one_warp && mine.rounds[0] > rounds[0]) || (both <= one_block && mine.rounds[1] > rounds[1]) ||
+    return (both <= one_warp && mine.rounds[0] > rounds[0]) ||
+           (both <= one_block && mine.rounds[1] > rounds[1]) ||
            (both <= one_cluster && mine.rounds[2] > rounds[2]);
   }
-  bool conflicts(const Access& mine) const { return !waited_for(mine) && with(mine) > one_thread && !(atomic && mine.atomic); }
+  bool conflicts(const Access& mine) const {
+    return !waited_for(mine) && with(mine) > one_thread && !(atomic && mine.atomic);
+  }
   void add(const Access& mine) {
     if (waited_for(mine)) {
       *this = mine;
@@ -139,7 +154,8 @@ struct Cell {
 constexpr uintptr_t kPage = 1024, kMostPages = 4096;
 std::unordered_map<uintptr_t, std::vector<Cell>> cells;  // of a page's bytes
 std::pair<uintptr_t, Cell*> recent[64];                  // the pages that were asked for last
-uint32_t moments = 0, this_launch, this_cluster;         // memory is watched within a launch, shared memory within a cluster
+// Memory is watched within a launch, shared memory within a cluster.
+uint32_t moments = 0, this_launch, this_cluster;
 
 Cell& cell_at(uintptr_t address) {
   auto& [page, first] = recent[address / kPage % 64];
@@ -157,7 +173,9 @@ void forget_old_pages() {
   std::fill(std::begin(recent), std::end(recent), std::pair<uintptr_t, Cell*>());
 }
 
-bool is_shared(uintptr_t address) { return address - reinterpret_cast<uintptr_t>(arena.data()) < arena.size() * sizeof(uint4); }
+bool is_shared(uintptr_t address) {
+  return address - reinterpret_cast<uintptr_t>(arena.data()) < arena.size() * sizeof(uint4);
+}
 
 void note_bytes(const void* address, size_t bytes, int kind) {
   const uintptr_t first = reinterpret_cast<uintptr_t>(address);
@@ -169,20 +187,26 @@ void note_bytes(const void* address, size_t bytes, int kind) {
     if (cell.when != when) cell = {when};
     for (const Access* other : {&cell.writes, writes ? &cell.reads : &cell.writes}) {
       if (!other->conflicts(mine)) continue;
-      const std::string others = name(other->thread, other->block) + (other->scope > one_thread ? ", not alone," : "");
-      fail((writes ? "writes " : "reads ") + std::string(shared ? "shared memory" : "memory") + " that " + others +
-           (other == &cell.writes ? " writes" : " reads") + ", and no wait is between them");
+      const std::string others =
+          name(other->thread, other->block) + (other->scope > one_thread ? ", not alone," : "");
+      fail((writes ? "writes " : "reads ") + std::string(shared ? "shared memory" : "memory") +
+           " that " + others + (other == &cell.writes ? " writes" : " reads") +
+           ", and no wait is between them");
     }
-    if (shared && kind == kRead && cell.writes.scope == nobody) fail("reads shared memory that nothing has written");
+    if (shared && kind == kRead && cell.writes.scope == nobody)
+      fail("reads shared memory that nothing has written");
     (writes ? cell.writes : cell.reads).add(mine);
   }
 }
 
 // Nothing is read or written where the device would not.
 void check_place(const void* address, size_t bytes, size_t divisor) {
-  const uintptr_t first = reinterpret_cast<uintptr_t>(address), mine = reinterpret_cast<uintptr_t>(shared_memory());
-  if (is_shared(first) && (first < mine || first + bytes > mine + shared_bytes)) fail("has a place beyond its block's shared memory");
-  if (first % divisor != 0) fail("has a place that " + std::to_string(divisor) + " bytes do not divide");
+  const uintptr_t first = reinterpret_cast<uintptr_t>(address),
+                  mine = reinterpret_cast<uintptr_t>(shared_memory());
+  if (is_shared(first) && (first < mine || first + bytes > mine + shared_bytes))
+    fail("has a place beyond its block's shared memory");
+  if (first % divisor != 0)
+    fail("has a place that " + std::to_string(divisor) + " bytes do not divide");
 }
 
 // The fibers.
@@ -230,14 +254,17 @@ class Order {  // of warps and of their lanes, or of clusters
 void start(Fiber& fiber, Block& block, unsigned number) {
   if (!fiber.stack) fiber.stack.reset(new char[kStack]);
   getcontext(&fiber.beginning);
-  fiber.beginning.uc_stack.ss_sp = fiber.stack.get(), fiber.beginning.uc_stack.ss_size = kStack, fiber.beginning.uc_link = nullptr;
+  fiber.beginning.uc_stack.ss_sp = fiber.stack.get(), fiber.beginning.uc_stack.ss_size = kStack,
+  fiber.beginning.uc_link = nullptr;
   makecontext(&fiber.beginning, &run, 0);
-  fiber.index = dim3(number % threads_of_block.x, number / threads_of_block.x), fiber.block = dim3(block.index);
+  fiber.index = dim3(number % threads_of_block.x, number / threads_of_block.x),
+  fiber.block = dim3(block.index);
   fiber.number = number, fiber.shared = shared_of(block), fiber.of = &block;
   fiber.begun = fiber.done = false, fiber.awaited = nullptr, fiber.copies.assign(1, {});
 }
 
-// `together` blocks from `first` on. Each time some of the warps, in an order, run as far as they can.
+// `together` blocks from `first` on. Each time some of the warps, in an order, run as far as they
+// can.
 void run_cluster(int64_t first, unsigned together, Order& order) {
   const unsigned count = threads_of_block.x * threads_of_block.y;
   cluster = {together * count}, this_cluster = ++moments;
@@ -245,8 +272,10 @@ void run_cluster(int64_t first, unsigned together, Order& order) {
     Block& block = blocks[i];
     block.index = static_cast<unsigned>(first + i), block.threads = {count};
     std::memset(shared_of(block), 0xff, shared_bytes);
-    for (unsigned warp = 0; warp < count / 32; ++warp) block.warps[warp] = block.exchanging[warp] = {32};
-    for (unsigned number = 0; number < count; ++number) start(fibers[i * count + number], block, number);
+    for (unsigned warp = 0; warp < count / 32; ++warp)
+      block.warps[warp] = block.exchanging[warp] = {32};
+    for (unsigned number = 0; number < count; ++number)
+      start(fibers[i * count + number], block, number);
   }
   for (bool progress = true; progress && fault.empty();) {
     progress = false;
@@ -305,25 +334,30 @@ void wait_for_copies_but(size_t groups, const char* file, int line) {
   for (; me().copies.size() - 1 > groups; me().copies.pop_front()) {
     for (const Copy& copy : me().copies.front()) {
       note(copy.to, kCopy, kWrite);
-      copy.from != nullptr ? std::memcpy(copy.to, copy.from, kCopy) : std::memset(copy.to, 0, kCopy);
+      copy.from != nullptr ? std::memcpy(copy.to, copy.from, kCopy)
+                           : std::memset(copy.to, 0, kCopy);
     }
   }
 }
 
 float in_block(uint32_t block, const float* shared) {
-  const float* there = reinterpret_cast<const float*>(shared_of(blocks[block]) + (reinterpret_cast<const char*>(shared) - shared_memory()));
+  const float* there = reinterpret_cast<const float*>(
+      shared_of(blocks[block]) + (reinterpret_cast<const char*>(shared) - shared_memory()));
   if (watching) {
     check_place(shared, sizeof(float), sizeof(float));
     watching = false;
     note_bytes(there, sizeof(float), kRead);
-    if (&blocks[block] != me().of) note_bytes(running(blocks[block]), 1, kRead | kAtomic);  // may be unwritten
+    // May be unwritten.
+    if (&blocks[block] != me().of) note_bytes(running(blocks[block]), 1, kRead | kAtomic);
     watching = true;
   }
   return *there;
 }
 
 void watch(const void* address, size_t bytes, int kind, size_t divisor) {
-  if (!watching || current == nullptr || static_cast<size_t>(static_cast<const char*>(address) - me().stack.get()) < kStack) return;
+  if (!watching || current == nullptr ||
+      static_cast<size_t>(static_cast<const char*>(address) - me().stack.get()) < kStack)
+    return;
   check_place(address, bytes, divisor);
   watching = false;  // in here
   note_bytes(address, bytes, kind);
@@ -335,16 +369,22 @@ int64_t limit(const char* name, int64_t otherwise) {
   return value != nullptr ? std::atoll(value) : otherwise;
 }
 
-void launch(int64_t count, int64_t together, dim3 threads, int64_t shared, const std::function<void()>& kernel) {
-  if (threads.x * threads.y % 32 != 0 || threads.x * threads.y > 1024) throw std::runtime_error("a block is not of whole warps");
-  if (shared > static_cast<int64_t>(kShared)) throw std::runtime_error("a block has too much shared memory");
+void launch(int64_t count, int64_t together, dim3 threads, int64_t shared,
+            const std::function<void()>& kernel) {
+  if (threads.x * threads.y % 32 != 0 || threads.x * threads.y > 1024)
+    throw std::runtime_error("a block is not of whole warps");
+  if (shared > static_cast<int64_t>(kShared))
+    throw std::runtime_error("a block has too much shared memory");
   if (count % together != 0) throw std::runtime_error("the blocks are not whole clusters");
   const char* without = std::getenv("SPADE_FAST_HOST_WITHOUT");
   left_out = without != nullptr ? without : "", fault.clear();
   largest_cluster = std::max(largest_cluster, together);
-  body = kernel, threads_of_block = threads, blocks_of_grid = dim3(static_cast<unsigned>(count)), shared_bytes = shared;
-  if (blocks.size() < static_cast<size_t>(together)) blocks.resize(together), arena.resize(together * kStride / sizeof(uint4));
-  if (fibers.size() < together * threads.x * threads.y) fibers.resize(together * threads.x * threads.y);
+  body = kernel, threads_of_block = threads, blocks_of_grid = dim3(static_cast<unsigned>(count)),
+  shared_bytes = shared;
+  if (blocks.size() < static_cast<size_t>(together))
+    blocks.resize(together), arena.resize(together * kStride / sizeof(uint4));
+  if (fibers.size() < together * threads.x * threads.y)
+    fibers.resize(together * threads.x * threads.y);
   forget_old_pages();
   this_launch = ++moments;
   Order order;
@@ -362,21 +402,32 @@ extern "C" {
 int64_t host_largest_cluster() { return std::exchange(host::largest_cluster, 0); }
 
 // What the compiler calls at each access of the code that is watched.
-#define HOST_WATCH(bytes)                                                                                        \
-  void __tsan_read##bytes(void* address) { host::watch(address, bytes, host::kRead, bytes); }                \
-  void __tsan_write##bytes(void* address) { host::watch(address, bytes, host::kWrite, bytes); }              \
-  void __tsan_volatile_read##bytes(void* address) { host::watch(address, bytes, host::kAtomic, bytes); }              \
-  void __tsan_volatile_write##bytes(void* address) { host::watch(address, bytes, host::kWrite | host::kAtomic, bytes); } \
-  void __tsan_unaligned_read##bytes(void* address) { host::watch(address, bytes, host::kRead, 1); }     \
-  void __tsan_unaligned_write##bytes(void* address) { host::watch(address, bytes, host::kWrite, 1); }
+#define HOST_WATCH(bytes)                                                                       \
+  void __tsan_read##bytes(void* address) { host::watch(address, bytes, host::kRead, bytes); }   \
+  void __tsan_write##bytes(void* address) { host::watch(address, bytes, host::kWrite, bytes); } \
+  void __tsan_volatile_read##bytes(void* address) {                                             \
+    host::watch(address, bytes, host::kAtomic, bytes);                                          \
+  }                                                                                             \
+  void __tsan_volatile_write##bytes(void* address) {                                            \
+    host::watch(address, bytes, host::kWrite | host::kAtomic, bytes);                           \
+  }                                                                                             \
+  void __tsan_unaligned_read##bytes(void* address) {                                            \
+    host::watch(address, bytes, host::kRead, 1);                                                \
+  }                                                                                             \
+  void __tsan_unaligned_write##bytes(void* address) {                                           \
+    host::watch(address, bytes, host::kWrite, 1);                                               \
+  }
 HOST_WATCH(1)
 HOST_WATCH(2)
 HOST_WATCH(4)
 HOST_WATCH(8)
 HOST_WATCH(16)
 void __tsan_read_range(void* address, size_t bytes) { host::watch(address, bytes, host::kRead, 1); }
-void __tsan_write_range(void* address, size_t bytes) { host::watch(address, bytes, host::kWrite, 1); }
-char __tsan_atomic8_load(const volatile char* address, int) { return *address; }  // whether a static variable is made already
+void __tsan_write_range(void* address, size_t bytes) {
+  host::watch(address, bytes, host::kWrite, 1);
+}
+// Whether a static variable is made already.
+char __tsan_atomic8_load(const volatile char* address, int) { return *address; }
 void __tsan_init() { host::watching = true; }
 void __tsan_func_entry(void*) {}
 void __tsan_func_exit() {}

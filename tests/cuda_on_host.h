@@ -1,17 +1,21 @@
-// CUDA's part of C++ on a host, so that the kernels of csrc/cuda run, and are tested, without a GPU: include it before them.
+// CUDA's part of C++ on a host, so that the kernels of csrc/cuda run, and are tested, without a
+// GPU: include it before them.
 //
-// The threads of a cluster, most often one block, are fibers of one thread of the host (cuda_on_host.cpp): each runs until it waits for
-// the others of its warp, block or cluster. Shared memory is new for each block, and full of NaNs, as is the place of an asynchronous
-// copy until the copy is waited for. These environment variables are read at every launch:
+// The threads of a cluster, most often one block, are fibers of one thread of the host
+// (cuda_on_host.cpp): each runs until it waits for the others of its warp, block or cluster. Shared
+// memory is new for each block, and full of NaNs, as is the place of an asynchronous copy until the
+// copy is waited for. These environment variables are read at every launch:
 //
 //   SPADE_FAST_HOST_SHARED, _PROCESSORS, _CLUSTERS   limits of the device
-//   SPADE_FAST_HOST_ORDER     which threads and blocks run first: forward, reverse, or the seed of a random order
-//   SPADE_FAST_HOST_WITHOUT   "walk.h:12": the wait that this line asks for is left out
+//   SPADE_FAST_HOST_ORDER     which threads and blocks run first: forward, reverse, or the seed of
+//   a random order SPADE_FAST_HOST_WITHOUT   "walk.h:12": the wait that this line asks for is left
+//   out
 //
-// A file that is compiled with -fsanitize=thread is watched: an access that no wait orders with another thread's to the same bytes, one
-// of the two a write, is an error, and so is one beyond the block's shared memory, one that reads there what nothing has written, and one
-// at an address that its width does not divide. The launch then ends. Waits for the warp, the block and the cluster order memory; shuffles
-// and atomics do not. Atomics may meet each other, and volatile accesses.
+// A file that is compiled with -fsanitize=thread is watched: an access that no wait orders with
+// another thread's to the same bytes, one of the two a write, is an error, and so is one beyond the
+// block's shared memory, one that reads there what nothing has written, and one at an address that
+// its width does not divide. The launch then ends. Waits for the warp, the block and the cluster
+// order memory; shuffles and atomics do not. Atomics may meet each other, and volatile accesses.
 #pragma once
 #define SPADE_FAST_ON_HOST
 
@@ -32,9 +36,15 @@ struct dim3 {
   unsigned x, y, z;
   dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
 };
-struct alignas(8) uint2 { uint32_t x, y; };
-struct alignas(16) uint4 { uint32_t x, y, z, w; };
-struct alignas(16) float4 { float x, y, z, w; };
+struct alignas(8) uint2 {
+  uint32_t x, y;
+};
+struct alignas(16) uint4 {
+  uint32_t x, y, z, w;
+};
+struct alignas(16) float4 {
+  float x, y, z, w;
+};
 inline uint2 make_uint2(uint32_t x, uint32_t y) { return {x, y}; }
 inline uint4 make_uint4(uint32_t x, uint32_t y, uint32_t z, uint32_t w) { return {x, y, z, w}; }
 
@@ -67,11 +77,13 @@ float in_block(uint32_t block, const float* shared);
 enum Kind : uint8_t { kRead = 0, kWrite = 1, kAtomic = 2 };  // an atomic write is both
 inline bool watching = false;
 void watch(const void* address, size_t bytes, int kind, size_t divisor);  // of the address
-// An access that the watch does not see by itself, where the caller is HOST_UNWATCHED, or not in one piece.
+// An access that the watch does not see by itself, where the caller is HOST_UNWATCHED, or not in
+// one piece.
 HOST_UNWATCHED inline void note(const void* address, size_t bytes, int kind) {
   if (watching) watch(address, bytes, kind, bytes);
 }
-void launch(int64_t blocks, int64_t cluster, dim3 threads, int64_t shared, const std::function<void()>& body);
+void launch(int64_t blocks, int64_t cluster, dim3 threads, int64_t shared,
+            const std::function<void()>& body);
 int64_t limit(const char* name, int64_t otherwise);
 
 template <typename T>
@@ -108,25 +120,41 @@ HOST_UNWATCHED T atomically(T* at, F&& f) {
 #define blockDim (host::block_size())
 #define gridDim (host::grid_size())
 
-inline void __syncthreads(const char* file = __builtin_FILE(), int line = __builtin_LINE()) { host::wait_for_block(file, line); }
-inline void __syncwarp(const char* file = __builtin_FILE(), int line = __builtin_LINE()) { host::wait_for_warp(file, line); }
+inline void __syncthreads(const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
+  host::wait_for_block(file, line);
+}
+inline void __syncwarp(const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
+  host::wait_for_warp(file, line);
+}
 template <typename T>
-T __shfl_xor_sync(unsigned, T value, int lanes) { return host::exchange(value, host::lane() ^ lanes); }
+T __shfl_xor_sync(unsigned, T value, int lanes) {
+  return host::exchange(value, host::lane() ^ lanes);
+}
 template <typename T>
 T __shfl_up_sync(unsigned, T value, int lanes) {
   const int lane = host::lane();
   return host::exchange(value, lane < lanes ? lane : lane - lanes);
 }
-inline uint32_t __ballot_sync(unsigned, bool predicate) { return host::lanes_with(true, predicate); }
+inline uint32_t __ballot_sync(unsigned, bool predicate) {
+  return host::lanes_with(true, predicate);
+}
 template <typename T>
-uint32_t __match_any_sync(unsigned, T value) { return host::lanes_with(value, value); }
+uint32_t __match_any_sync(unsigned, T value) {
+  return host::lanes_with(value, value);
+}
 inline int __popc(uint32_t bits) { return __builtin_popcount(bits); }
 template <typename T>
-T atomicAdd(T* at, T value) { return host::atomically(at, [=](T before) { return before + value; }); }
+T atomicAdd(T* at, T value) {
+  return host::atomically(at, [=](T before) { return before + value; });
+}
 template <typename T>
-T atomicMin(T* at, T value) { return host::atomically(at, [=](T before) { return value < before ? value : before; }); }
+T atomicMin(T* at, T value) {
+  return host::atomically(at, [=](T before) { return value < before ? value : before; });
+}
 template <typename T>
-T atomicCAS(T* at, T expected, T value) { return host::atomically(at, [=](T before) { return before == expected ? value : before; }); }
+T atomicCAS(T* at, T expected, T value) {
+  return host::atomically(at, [=](T before) { return before == expected ? value : before; });
+}
 template <typename T>
 HOST_UNWATCHED T __ldg(const T* from) {
   host::note(from, sizeof(T), host::kRead);
@@ -154,28 +182,39 @@ struct OnDevice {
 };
 
 constexpr int64_t kSharedMemory = 227 << 10;
-inline int64_t most_shared_memory() { return host::limit("SPADE_FAST_HOST_SHARED", kSharedMemory); }  // none: two passes
+// None: two passes.
+inline int64_t most_shared_memory() { return host::limit("SPADE_FAST_HOST_SHARED", kSharedMemory); }
 inline int64_t processors() { return host::limit("SPADE_FAST_HOST_PROCESSORS", 2); }
 constexpr int64_t kAlwaysKept = 0;  // so that small tests come beyond it
 
 template <typename Kernel>
-bool knows_clusters(Kernel*) { return host::limit("SPADE_FAST_HOST_CLUSTERS", 1) != 0; }
+bool knows_clusters(Kernel*) {
+  return host::limit("SPADE_FAST_HOST_CLUSTERS", 1) != 0;
+}
 
 template <typename... Parameters, typename... Arguments>
-void launch_clusters(void (*kernel)(Parameters...), int64_t blocks, int64_t cluster, dim3 threads, int64_t shared, Stream,
-                     Arguments... arguments) {
+void launch_clusters(void (*kernel)(Parameters...), int64_t blocks, int64_t cluster, dim3 threads,
+                     int64_t shared, Stream, Arguments... arguments) {
   host::launch(blocks, cluster, threads, shared, [=]() HOST_UNWATCHED { kernel(arguments...); });
 }
 
-inline void upload(void* to, const void* from, int64_t bytes, Stream) { std::memcpy(to, from, bytes); }
-inline void download(void* to, const void* from, int64_t bytes, Stream) { std::memcpy(to, from, bytes); }
+inline void upload(void* to, const void* from, int64_t bytes, Stream) {
+  std::memcpy(to, from, bytes);
+}
+inline void download(void* to, const void* from, int64_t bytes, Stream) {
+  std::memcpy(to, from, bytes);
+}
 inline void set_bytes(void* to, int value, int64_t bytes, Stream) { std::memset(to, value, bytes); }
 
 inline char* shared_memory() { return host::shared_memory(); }
-inline void wait_for_cluster(const char* file = __builtin_FILE(), int line = __builtin_LINE()) { host::wait_for_cluster(file, line); }
+inline void wait_for_cluster(const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
+  host::wait_for_cluster(file, line);
+}
 inline float in_block(uint32_t block, const float* shared) { return host::in_block(block, shared); }
 inline void copy_async(void* shared, const void* global) { host::copy_async(shared, global); }
-inline void copy_async_or_zeros(void* shared, const void* global, bool exists) { host::copy_async(shared, exists ? global : nullptr); }
+inline void copy_async_or_zeros(void* shared, const void* global, bool exists) {
+  host::copy_async(shared, exists ? global : nullptr);
+}
 inline void end_group_of_copies() { host::end_group_of_copies(); }
 template <int kGroups>
 void wait_for_copies_but(const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
@@ -185,10 +224,16 @@ inline void wait_for_copies(const char* file = __builtin_FILE(), int line = __bu
   host::end_group_of_copies(), host::wait_for_copies_but(0, file, line);
 }
 inline int32_t add_atomically(int32_t* to, int32_t number) { return atomicAdd(to, number); }
-inline float from_half(uint32_t bits) { return c10::Half(static_cast<uint16_t>(bits), c10::Half::from_bits()); }
+inline float from_half(uint32_t bits) {
+  return c10::Half(static_cast<uint16_t>(bits), c10::Half::from_bits());
+}
 inline uint32_t to_half(float value) { return c10::Half(value).x; }
 inline uint32_t to_bfloat16(float value) { return c10::BFloat16(value).x; }
-inline uint32_t to_halves(float first, float second) { return to_half(first) | to_half(second) << 16; }
-inline uint32_t to_bfloat16s(float first, float second) { return to_bfloat16(first) | to_bfloat16(second) << 16; }
+inline uint32_t to_halves(float first, float second) {
+  return to_half(first) | to_half(second) << 16;
+}
+inline uint32_t to_bfloat16s(float first, float second) {
+  return to_bfloat16(first) | to_bfloat16(second) << 16;
+}
 
 }  // namespace spade_fast

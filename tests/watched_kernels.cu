@@ -1,4 +1,5 @@
-// Small kernels, each as it should be and, where it is asked for, with a fault that cuda_on_host.h should find.
+// Small kernels, each as it should be and, where it is asked for, with a fault that cuda_on_host.h
+// should find.
 
 #include "../csrc/cuda/device.h"
 
@@ -41,7 +42,9 @@ void take_a_warp_for_the_block(Memory& memory, bool wrong) {
   memory.numbers[place()] = shared_numbers()[threadIdx.x ^ (wrong ? 32 : 1)];
 }
 
-void write_where_other_blocks_do(Memory& memory, bool wrong) { memory.numbers[wrong ? threadIdx.x : place()] = 1; }
+void write_where_other_blocks_do(Memory& memory, bool wrong) {
+  memory.numbers[wrong ? threadIdx.x : place()] = 1;
+}
 
 void take_a_block_for_the_grid(Memory& memory, bool wrong) {
   const float before = memory.numbers[wrong ? 0 : blockIdx.x];
@@ -76,7 +79,8 @@ void read_what_others_set(Memory& memory, bool wrong) {
 }
 
 void read_what_others_copy(Memory& memory, bool wrong) {
-  if (threadIdx.x < 16) copy_async(shared_numbers() + 4 * threadIdx.x, memory.copied + 4 * threadIdx.x);
+  if (threadIdx.x < 16)
+    copy_async(shared_numbers() + 4 * threadIdx.x, memory.copied + 4 * threadIdx.x);
   wait_for_copies();
   if (!wrong) __syncthreads();
   memory.numbers[place()] = shared_numbers()[threadIdx.x];
@@ -90,7 +94,9 @@ void read_what_nothing_wrote(Memory& memory, bool wrong) {
 }
 
 void load_from_anywhere(Memory& memory, bool wrong) {
-  if (place() == 0) *reinterpret_cast<uint4*>(memory.numbers) = __ldg(reinterpret_cast<const uint4*>(memory.copied + wrong));
+  if (place() == 0)
+    *reinterpret_cast<uint4*>(memory.numbers) =
+        __ldg(reinterpret_cast<const uint4*>(memory.copied + wrong));
 }
 
 void leave_one_waiting(Memory&, bool wrong) {
@@ -128,6 +134,8 @@ struct Kernel {
   int64_t cluster = 1;
 };
 
+// One to a line, as test_waits.py reads them.
+// clang-format off
 #define KERNEL(name, ...) \
   { #name, name, ##__VA_ARGS__ }
 const Kernel kKernels[] = {
@@ -150,6 +158,7 @@ const Kernel kKernels[] = {
     KERNEL(read_a_group_too_early),
     KERNEL(read_a_group_that_has_not_ended),
 };
+// clang-format on
 
 }  // namespace
 

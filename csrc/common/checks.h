@@ -1,5 +1,6 @@
-// What every operator asks of its operands before anything runs: their shapes, dtypes and devices. One function for each operator, the
-// same for every device. (What the numbers in an index or a list may be, only the CPU can ask without waiting: csrc/cpu/ranges.h.)
+// What every operator asks of its operands before anything runs: their shapes, dtypes and devices.
+// One function for each operator, the same for every device. (What the numbers in an index or a
+// list may be, only the CPU can ask without waiting: csrc/cpu/ranges.h.)
 #pragma once
 
 #include <initializer_list>
@@ -18,20 +19,29 @@ inline std::string text(Sizes sizes) {
 
 inline std::string text(ScalarType dtype) {
   switch (dtype) {
-    case ScalarType::Half: return "float16";
-    case ScalarType::Float: return "float32";
-    case ScalarType::Double: return "float64";
-    case ScalarType::BFloat16: return "bfloat16";
-    case ScalarType::Byte: return "uint8";
-    case ScalarType::Int: return "int32";
-    case ScalarType::Long: return "int64";
-    default: return torch::headeronly::toString(dtype);
+    case ScalarType::Half:
+      return "float16";
+    case ScalarType::Float:
+      return "float32";
+    case ScalarType::Double:
+      return "float64";
+    case ScalarType::BFloat16:
+      return "bfloat16";
+    case ScalarType::Byte:
+      return "uint8";
+    case ScalarType::Int:
+      return "int32";
+    case ScalarType::Long:
+      return "int64";
+    default:
+      return torch::headeronly::toString(dtype);
   }
 }
 
 using Dtypes = std::initializer_list<ScalarType>;
 
-inline constexpr Dtypes kFloating = {ScalarType::Float, ScalarType::BFloat16, ScalarType::Half, ScalarType::Double};
+inline constexpr Dtypes kFloating = {ScalarType::Float, ScalarType::BFloat16, ScalarType::Half,
+                                     ScalarType::Double};
 inline constexpr Dtypes kSums = {ScalarType::Float, ScalarType::Double};
 inline constexpr Dtypes kWhole = {ScalarType::Int};
 
@@ -42,34 +52,41 @@ inline void check_dtype(const Tensor& given, const char* name, Dtypes dtypes) {
   for (const ScalarType& one : dtypes) {
     wanted += (&one == dtypes.begin() ? "" : &one + 1 == dtypes.end() ? " or " : ", ") + text(one);
   }
-  STD_TORCH_CHECK(false, "spade_fast: ", name, " has dtype ", text(dtype), ", it should be ", wanted);
+  STD_TORCH_CHECK(false, "spade_fast: ", name, " has dtype ", text(dtype), ", it should be ",
+                  wanted);
 }
 
 inline void check_device(const Tensor& given, const char* name, const Tensor& other) {
   if (given.is_cpu() && other.is_cpu()) return;
-  STD_TORCH_CHECK(given.is_cpu() == other.is_cpu() && given.is_cuda() == other.is_cuda() && given.get_device_index() == other.get_device_index(),
-                  "spade_fast: ", name, " is on another device than the first operand, it should be on the same");
+  STD_TORCH_CHECK(given.is_cpu() == other.is_cpu() && given.is_cuda() == other.is_cuda() &&
+                      given.get_device_index() == other.get_device_index(),
+                  "spade_fast: ", name,
+                  " is on another device than the first operand, it should be on the same");
 }
 
 inline void check_shape(const Tensor& given, const char* name, Sizes sizes, const char* meaning) {
   const Sizes own = given.sizes();
-  STD_TORCH_CHECK(std::equal(own.begin(), own.end(), sizes.begin(), sizes.end()), "spade_fast: ", name, " has shape ", text(own),
-                  ", it should be ", meaning, ", ", text(sizes));
+  STD_TORCH_CHECK(std::equal(own.begin(), own.end(), sizes.begin(), sizes.end()),
+                  "spade_fast: ", name, " has shape ", text(own), ", it should be ", meaning, ", ",
+                  text(sizes));
 }
 
 // An operand that is all of this; `other` is on the right device.
-inline void check_operand(const Tensor& given, const char* name, const Tensor& other, Dtypes dtypes, Sizes sizes, const char* meaning) {
+inline void check_operand(const Tensor& given, const char* name, const Tensor& other, Dtypes dtypes,
+                          Sizes sizes, const char* meaning) {
   check_device(given, name, other);
   check_dtype(given, name, dtypes);
   check_shape(given, name, sizes, meaning);
 }
 
 // The product of sizes, which may not be beyond what the kernels count with.
-inline int64_t product(const Tensor& given, const char* name, std::initializer_list<int64_t> sizes, int64_t bound = INT64_MAX) {
+inline int64_t product(const Tensor& given, const char* name, std::initializer_list<int64_t> sizes,
+                       int64_t bound = INT64_MAX) {
   int64_t found = 1;
   bool fits = true;
   for (const int64_t size : sizes) fits = !__builtin_mul_overflow(found, size, &found) && fits;
-  STD_TORCH_CHECK(fits && found <= bound, "spade_fast: ", name, " has shape ", text(given.sizes()), ", which is too large");
+  STD_TORCH_CHECK(fits && found <= bound, "spade_fast: ", name, " has shape ", text(given.sizes()),
+                  ", which is too large");
   return found;
 }
 
@@ -84,14 +101,19 @@ inline Extent check_features(const Tensor& x) {
                   ", it should be [N, C, *spatial] with one to three spatial dimensions");
   check_dtype(x, "x", kFloating);
   Extent extent = {x.size(0), x.size(1)};
-  for (int64_t dim = 2; dim < x.dim(); ++dim) extent.pixels = product(x, "x", {extent.pixels, x.size(dim)});
-  product(x, "x", {std::max<int64_t>(1, extent.images), std::max<int64_t>(1, extent.channels), std::max<int64_t>(1, extent.pixels), 64});
+  for (int64_t dim = 2; dim < x.dim(); ++dim)
+    extent.pixels = product(x, "x", {extent.pixels, x.size(dim)});
+  product(x, "x",
+          {std::max<int64_t>(1, extent.images), std::max<int64_t>(1, extent.channels),
+           std::max<int64_t>(1, extent.pixels), 64});
   return extent;
 }
 
-// x, γ, β and index of every operator that modulates. β is the last that may be missing: without `needs_beta`.
-inline Extent check_modulation(const Tensor& x, const Tensor& gamma, const std::optional<Tensor>& beta, const std::optional<Tensor>& index,
-                               bool needs_beta) {
+// x, γ, β and index of every operator that modulates. β is the last that may be missing: without
+// `needs_beta`.
+inline Extent check_modulation(const Tensor& x, const Tensor& gamma,
+                               const std::optional<Tensor>& beta,
+                               const std::optional<Tensor>& index, bool needs_beta) {
   const Extent extent = check_features(x);
   if (index) {
     std::vector<int64_t> places(x.sizes().begin(), x.sizes().end());
@@ -99,10 +121,11 @@ inline Extent check_modulation(const Tensor& x, const Tensor& gamma, const std::
     check_operand(*index, "index", x, kWhole, places, "[N, *spatial]");
     check_device(gamma, "gamma", x);
     check_dtype(gamma, "gamma", kFloating);
-    STD_TORCH_CHECK(gamma.dim() == 2 && gamma.size(1) == extent.channels, "spade_fast: gamma has shape ", text(gamma.sizes()),
+    STD_TORCH_CHECK(gamma.dim() == 2 && gamma.size(1) == extent.channels,
+                    "spade_fast: gamma has shape ", text(gamma.sizes()),
                     ", with an index it should be a table, [K, ", extent.channels, "]");
-    STD_TORCH_CHECK(gamma.size(0) > 0 || index->numel() == 0, "spade_fast: gamma has shape ", text(gamma.sizes()),
-                    ", it should have a row for each number of index");
+    STD_TORCH_CHECK(gamma.size(0) > 0 || index->numel() == 0, "spade_fast: gamma has shape ",
+                    text(gamma.sizes()), ", it should have a row for each number of index");
     product(gamma, "gamma", {gamma.size(0)}, INT32_MAX);
     product(*index, "index", {extent.pixels}, INT32_MAX);
   } else {
@@ -115,10 +138,12 @@ inline Extent check_modulation(const Tensor& x, const Tensor& gamma, const std::
 
 // Rows of numbers of each plane.
 inline void check_numbers(const Tensor& given, const char* name, const Tensor& x, int64_t count) {
-  check_operand(given, name, x, kSums, std::vector<int64_t>{count, x.size(0), x.size(1)}, "numbers of each plane");
+  check_operand(given, name, x, kSums, std::vector<int64_t>{count, x.size(0), x.size(1)},
+                "numbers of each plane");
 }
 
-inline void check_apply(const Tensor& x, const Tensor& planes, const Tensor& gamma, const Tensor& beta, const std::optional<Tensor>& index) {
+inline void check_apply(const Tensor& x, const Tensor& planes, const Tensor& gamma,
+                        const Tensor& beta, const std::optional<Tensor>& index) {
   check_modulation(x, gamma, beta, index, true);
   check_numbers(planes, "planes", x, 3);
 }
@@ -130,16 +155,22 @@ inline void check_out(const Tensor& out, const Tensor& x, const Tensor& gamma) {
                   ", it should lie without gaps as x does, with strides ", text(x.strides()));
 }
 
-inline void check_signs(const Tensor& signs, const Tensor& x, const Extent& extent, Activation activation) {
+inline void check_signs(const Tensor& signs, const Tensor& x, const Extent& extent,
+                        Activation activation) {
   const bool last = layout_of(x) == Layout::channels_last, keeps = keeps_signs(activation);
-  const int64_t rows = last ? extent.pixels : extent.channels, length = last ? extent.channels : extent.pixels;
-  const std::vector<int64_t> shape = keeps ? std::vector<int64_t>{extent.images, rows, (length + 7) / 8} : std::vector<int64_t>{0};
-  check_operand(signs, "signs", x, {ScalarType::Byte}, shape, keeps ? "a bit for each element" : "of size 0");
+  const int64_t rows = last ? extent.pixels : extent.channels,
+                length = last ? extent.channels : extent.pixels;
+  const std::vector<int64_t> shape =
+      keeps ? std::vector<int64_t>{extent.images, rows, (length + 7) / 8} : std::vector<int64_t>{0};
+  check_operand(signs, "signs", x, {ScalarType::Byte}, shape,
+                keeps ? "a bit for each element" : "of size 0");
 }
 
 // Both backward kernels.
-inline Extent check_backward(const Tensor& dy, const Tensor& x, const Tensor& planes, const Tensor& gamma, const std::optional<Tensor>& beta,
-                             const std::optional<Tensor>& index, const Tensor& signs, Activation activation) {
+inline Extent check_backward(const Tensor& dy, const Tensor& x, const Tensor& planes,
+                             const Tensor& gamma, const std::optional<Tensor>& beta,
+                             const std::optional<Tensor>& index, const Tensor& signs,
+                             Activation activation) {
   const Extent extent = check_modulation(x, gamma, beta, index, activation == Activation::silu);
   check_operand(dy, "dy", x, {promoted(x.scalar_type(), gamma.scalar_type())}, x.sizes(), "x's");
   check_numbers(planes, "planes", x, 3);
@@ -147,23 +178,31 @@ inline Extent check_backward(const Tensor& dy, const Tensor& x, const Tensor& pl
   return extent;
 }
 
-inline void check_order(const std::optional<Tensor>& order, const Tensor& x, const std::optional<Tensor>& index, const Extent& extent) {
+inline void check_order(const std::optional<Tensor>& order, const Tensor& x,
+                        const std::optional<Tensor>& index, const Extent& extent) {
   if (!index) return;
-  STD_TORCH_CHECK(order, "spade_fast: order is None, with an index it should be the sorted pixels, [N, pixels]");
-  check_operand(*order, "order", x, kWhole, std::vector<int64_t>{extent.images, extent.pixels}, "[N, pixels]");
+  STD_TORCH_CHECK(
+      order,
+      "spade_fast: order is None, with an index it should be the sorted pixels, [N, pixels]");
+  check_operand(*order, "order", x, kWhole, std::vector<int64_t>{extent.images, extent.pixels},
+                "[N, pixels]");
 }
 
-inline void check_backward_input(const Tensor& dy, const Tensor& x, const Tensor& planes, const Tensor& gamma,
-                                 const std::optional<Tensor>& beta, const std::optional<Tensor>& index, const Tensor& signs,
+inline void check_backward_input(const Tensor& dy, const Tensor& x, const Tensor& planes,
+                                 const Tensor& gamma, const std::optional<Tensor>& beta,
+                                 const std::optional<Tensor>& index, const Tensor& signs,
                                  const std::optional<Tensor>& terms, Activation activation) {
   check_backward(dy, x, planes, gamma, beta, index, signs, activation);
   if (terms) check_numbers(*terms, "terms", x, 2);
 }
 
-inline void check_backward_sums(const Tensor& dy, const Tensor& x, const Tensor& planes, const Tensor& gamma,
-                                const std::optional<Tensor>& beta, const std::optional<Tensor>& index, const std::optional<Tensor>& order,
-                                const Tensor& signs, Activation activation) {
-  check_order(order, x, index, check_backward(dy, x, planes, gamma, beta, index, signs, activation));
+inline void check_backward_sums(const Tensor& dy, const Tensor& x, const Tensor& planes,
+                                const Tensor& gamma, const std::optional<Tensor>& beta,
+                                const std::optional<Tensor>& index,
+                                const std::optional<Tensor>& order, const Tensor& signs,
+                                Activation activation) {
+  check_order(order, x, index,
+              check_backward(dy, x, planes, gamma, beta, index, signs, activation));
 }
 
 // Lists of numbers of rows, on the device of another operand.
@@ -172,42 +211,54 @@ inline void check_lists(const Tensor& offsets, const Tensor& listed, const Tenso
     check_operand(*list, name, other, kWhole, std::vector<int64_t>{list->numel()}, "a list");
     product(*list, name, {list->numel()}, INT32_MAX);
   }
-  STD_TORCH_CHECK(offsets.numel() > 0, "spade_fast: offsets has shape [0], it should have one number more than there are lists");
+  STD_TORCH_CHECK(
+      offsets.numel() > 0,
+      "spade_fast: offsets has shape [0], it should have one number more than there are lists");
 }
 
 inline void check_sum_lists(const Tensor& x, const Tensor& offsets, const Tensor& listed) {
-  STD_TORCH_CHECK(x.dim() == 2, "spade_fast: x has shape ", text(x.sizes()), ", it should be [rows, columns]");
+  STD_TORCH_CHECK(x.dim() == 2, "spade_fast: x has shape ", text(x.sizes()),
+                  ", it should be [rows, columns]");
   check_dtype(x, "x", kFloating);
   check_lists(offsets, listed, x);
-  for (const int64_t rows : {x.size(0), offsets.numel()}) product(x, "x", {std::max<int64_t>(1, rows), std::max<int64_t>(1, x.size(1)), 1024});
+  for (const int64_t rows : {x.size(0), offsets.numel()})
+    product(x, "x", {std::max<int64_t>(1, rows), std::max<int64_t>(1, x.size(1)), 1024});
 }
 
 // The weight and the lists of every operator that convolves at windows; returns the kernel's taps.
-inline int64_t check_convolution(const Tensor& weight, const Tensor& offsets, const Tensor& listed) {
+inline int64_t check_convolution(const Tensor& weight, const Tensor& offsets,
+                                 const Tensor& listed) {
   check_dtype(weight, "weight", kSums);
   int64_t taps = 1;
-  for (int64_t dim = 2; dim < weight.dim(); ++dim) taps = product(weight, "weight", {taps, weight.size(dim)}, INT32_MAX);
-  STD_TORCH_CHECK(weight.dim() >= 3 && taps > 0, "spade_fast: weight has shape ", text(weight.sizes()),
+  for (int64_t dim = 2; dim < weight.dim(); ++dim)
+    taps = product(weight, "weight", {taps, weight.size(dim)}, INT32_MAX);
+  STD_TORCH_CHECK(weight.dim() >= 3 && taps > 0, "spade_fast: weight has shape ",
+                  text(weight.sizes()),
                   ", it should be [out, in, *kernel] with a kernel of one tap or more");
-  product(weight, "weight", {taps, std::max<int64_t>(1, weight.size(0)), std::max<int64_t>(1, weight.size(1)), 1024});
+  product(weight, "weight",
+          {taps, std::max<int64_t>(1, weight.size(0)), std::max<int64_t>(1, weight.size(1)), 1024});
   check_lists(offsets, listed, weight);
   return taps;
 }
 
 // The lists that go the other way round, one for each row and tap; returns how many rows there are.
-inline int64_t check_back_convolution(const Tensor& weight, const Tensor& back_offsets, const Tensor& back_listed) {
-  const int64_t taps = check_convolution(weight, back_offsets, back_listed), lists = back_offsets.numel() - 1;
+inline int64_t check_back_convolution(const Tensor& weight, const Tensor& back_offsets,
+                                      const Tensor& back_listed) {
+  const int64_t taps = check_convolution(weight, back_offsets, back_listed),
+                lists = back_offsets.numel() - 1;
   STD_TORCH_CHECK(lists % taps == 0, "spade_fast: offsets has shape ", text(back_offsets.sizes()),
                   ", it should have one number more than there are rows times ", taps, " taps");
   return lists / taps;
 }
 
 // A matrix beside the weight; returns how many rows it has.
-inline int64_t check_matrix(const Tensor& given, const char* name, const Tensor& weight, int64_t columns) {
+inline int64_t check_matrix(const Tensor& given, const char* name, const Tensor& weight,
+                            int64_t columns) {
   check_device(given, name, weight);
   check_dtype(given, name, {weight.scalar_type()});
-  STD_TORCH_CHECK(given.dim() == 2 && given.size(1) == columns, "spade_fast: ", name, " has shape ", text(given.sizes()),
-                  ", it should have two dimensions, the second ", columns, ", with a weight of shape ", text(weight.sizes()));
+  STD_TORCH_CHECK(given.dim() == 2 && given.size(1) == columns, "spade_fast: ", name, " has shape ",
+                  text(given.sizes()), ", it should have two dimensions, the second ", columns,
+                  ", with a weight of shape ", text(weight.sizes()));
   return given.size(0);
 }
 
@@ -220,30 +271,39 @@ inline constexpr Dtypes kHalf = {ScalarType::BFloat16, ScalarType::Half};
 inline constexpr int64_t kMostTaps = 343;  // of which a window's rows are kept at hand
 
 inline Convolution check_convolve_gathered(const Tensor& rows, const std::vector<Tensor>& weights,
-                                           const std::vector<std::optional<Tensor>>& biases, const Tensor& offsets, const Tensor& listed) {
-  STD_TORCH_CHECK(!weights.empty() && weights.size() == biases.size(), "spade_fast: biases has ", biases.size(),
-                  " members, it should have one, or None, for each weight, of which there are ", weights.size());
+                                           const std::vector<std::optional<Tensor>>& biases,
+                                           const Tensor& offsets, const Tensor& listed) {
+  STD_TORCH_CHECK(!weights.empty() && weights.size() == biases.size(), "spade_fast: biases has ",
+                  biases.size(),
+                  " members, it should have one, or None, for each weight, of which there are ",
+                  weights.size());
   check_dtype(rows, "rows", kHalf);
   Convolution found = {};
   for (size_t i = 0; i < weights.size(); ++i) {
     const Tensor& weight = weights[i];
     check_device(weight, "weights", rows);
     check_dtype(weight, "weights", {rows.scalar_type()});
-    STD_TORCH_CHECK(weight.dim() >= 3, "spade_fast: weights has shape ", text(weight.sizes()), ", it should be [out, in, *kernel]");
+    STD_TORCH_CHECK(weight.dim() >= 3, "spade_fast: weights has shape ", text(weight.sizes()),
+                    ", it should be [out, in, *kernel]");
     std::vector<int64_t> sizes(weights[0].sizes().begin(), weights[0].sizes().end());
     sizes[0] = weight.size(0);
     check_shape(weight, "weights", sizes, "like the first");
-    if (biases[i]) check_operand(*biases[i], "biases", weight, {weight.scalar_type()}, std::vector<int64_t>{weight.size(0)}, "[out]");
+    if (biases[i])
+      check_operand(*biases[i], "biases", weight, {weight.scalar_type()},
+                    std::vector<int64_t>{weight.size(0)}, "[out]");
     found.outputs += weight.size(0);
   }
   const Tensor& weight = weights[0];
   found.channels = weight.size(1), found.taps = 1;
-  for (int64_t dim = 2; dim < weight.dim(); ++dim) found.taps = product(weight, "weights", {found.taps, weight.size(dim)}, INT32_MAX);
-  STD_TORCH_CHECK(found.taps > 0 && found.taps <= kMostTaps, "spade_fast: weights has shape ", text(weight.sizes()),
-                  ", it should have a kernel of one to ", kMostTaps, " taps");
-  product(weight, "weights", {std::max<int64_t>(1, found.outputs), found.taps + 1, found.channels + 8}, INT32_MAX);
-  STD_TORCH_CHECK(rows.dim() == 2 && rows.size(1) == found.channels, "spade_fast: rows has shape ", text(rows.sizes()),
-                  ", it should have two dimensions, the second ", found.channels);
+  for (int64_t dim = 2; dim < weight.dim(); ++dim)
+    found.taps = product(weight, "weights", {found.taps, weight.size(dim)}, INT32_MAX);
+  STD_TORCH_CHECK(found.taps > 0 && found.taps <= kMostTaps, "spade_fast: weights has shape ",
+                  text(weight.sizes()), ", it should have a kernel of one to ", kMostTaps, " taps");
+  product(weight, "weights",
+          {std::max<int64_t>(1, found.outputs), found.taps + 1, found.channels + 8}, INT32_MAX);
+  STD_TORCH_CHECK(rows.dim() == 2 && rows.size(1) == found.channels, "spade_fast: rows has shape ",
+                  text(rows.sizes()), ", it should have two dimensions, the second ",
+                  found.channels);
   product(rows, "rows", {rows.size(0), found.taps}, INT32_MAX);
   check_lists(offsets, listed, rows);
   return found;

@@ -1,4 +1,5 @@
-// Activations and their derivatives on one element, and the bits that the derivatives of ReLU and leaky ReLU need.
+// Activations and their derivatives on one element, and the bits that the derivatives of ReLU and
+// leaky ReLU need.
 #pragma once
 
 #include <cmath>
@@ -13,9 +14,11 @@ namespace spade_fast {
 ALWAYS_INLINE float exponential(float x) {
   x = x > 88.7f ? 88.7f : x;
   x = x < -87.3f ? -87.3f : x;
-  const float shifted = x * 1.44269504f + 12582912.0f;  // the nearest integer, in the low bits of the mantissa
+  // The nearest integer, in the low bits of the mantissa.
+  const float shifted = x * 1.44269504f + 12582912.0f;
   const float power = shifted - 12582912.0f;
-  const float r = (x - power * 0.693359375f) + power * 2.12194440e-4f;  // x − power·ln 2, in two steps
+  // X − power·ln 2, in two steps.
+  const float r = (x - power * 0.693359375f) + power * 2.12194440e-4f;
   float sum = 1.9875691500e-4f;
   sum = sum * r + 1.3981999507e-3f;
   sum = sum * r + 8.3334519073e-3f;
@@ -32,10 +35,12 @@ template <typename Sum>
 ALWAYS_INLINE void activate(int64_t count, Activation activation, Sum negative_slope, Sum* values) {
   if (activation == Activation::relu) {
 #pragma omp simd
-    for (int64_t i = 0; i < count; ++i) values[i] = values[i] <= 0 ? Sum(0) : values[i];  // NaN stays
+    // NaN stays.
+    for (int64_t i = 0; i < count; ++i) values[i] = values[i] <= 0 ? Sum(0) : values[i];
   } else if (activation == Activation::leaky_relu) {
 #pragma omp simd
-    for (int64_t i = 0; i < count; ++i) values[i] = values[i] > 0 ? values[i] : values[i] * negative_slope;
+    for (int64_t i = 0; i < count; ++i)
+      values[i] = values[i] > 0 ? values[i] : values[i] * negative_slope;
   } else if (activation == Activation::silu) {
 #pragma omp simd
     for (int64_t i = 0; i < count; ++i) values[i] = values[i] / (1 + exponential(-values[i]));
@@ -44,7 +49,8 @@ ALWAYS_INLINE void activate(int64_t count, Activation activation, Sum negative_s
 
 // One bit for each value, in the order of `contract.py`, and back to bytes that are zero or not.
 template <typename Sum>
-ALWAYS_INLINE void pack_signs(int64_t count, Activation activation, const Sum* values, uint8_t* signs) {
+ALWAYS_INLINE void pack_signs(int64_t count, Activation activation, const Sum* values,
+                              uint8_t* signs) {
   uint8_t positive[kBlock];
   if (activation == Activation::relu) {
 #pragma omp simd
@@ -70,8 +76,9 @@ ALWAYS_INLINE void unpack_signs(int64_t count, const uint8_t* signs, uint8_t* po
 
 // g[i] = dy[i]·act'(…), from the signs, or for SiLU from the values that it was applied to.
 template <typename Sum>
-ALWAYS_INLINE void through_activation(int64_t count, Activation activation, Sum negative_slope, const uint8_t* signs,
-                                      const Sum* values, const Sum* dy, Sum* g) {
+ALWAYS_INLINE void through_activation(int64_t count, Activation activation, Sum negative_slope,
+                                      const uint8_t* signs, const Sum* values, const Sum* dy,
+                                      Sum* g) {
   if (activation == Activation::relu || activation == Activation::leaky_relu) {
     uint8_t positive[kBlock];
     unpack_signs(count, signs, positive);

@@ -1,6 +1,7 @@
 // apply on the CPU: y = act(x̂·(1 + γ) + β), and the signs that the activation's derivative needs.
 //
-// Each element of x, γ and β is read once and each of y written once; with an index γ and β are looked up in their table.
+// Each element of x, γ and β is read once and each of y written once; with an index γ and β are
+// looked up in their table.
 
 #include "kernels.h"
 
@@ -9,11 +10,13 @@ namespace {
 
 template <typename Sum, typename Number>
 struct ApplyBlock {
-  static ALWAYS_INLINE void run(int64_t count, Elements<Sum> x_elements, Elements<Sum> gamma_elements, Elements<Sum> beta_elements,
-                                Number shift, Number scale, Number offset, Activation activation, Sum negative_slope, Place<Sum> y,
-                                uint8_t* signs) {
+  static ALWAYS_INLINE void run(int64_t count, Elements<Sum> x_elements,
+                                Elements<Sum> gamma_elements, Elements<Sum> beta_elements,
+                                Number shift, Number scale, Number offset, Activation activation,
+                                Sum negative_slope, Place<Sum> y, uint8_t* signs) {
     Sum buffers[3][kBlock], values[kBlock];
-    const Sum *x = x_elements.read(count, buffers[0]), *gamma = gamma_elements.read(count, buffers[1]),
+    const Sum *x = x_elements.read(count, buffers[0]),
+              *gamma = gamma_elements.read(count, buffers[1]),
               *beta = beta_elements.read(count, buffers[2]);
 #pragma omp simd
     for (int64_t i = 0; i < count; ++i) {
@@ -30,21 +33,27 @@ struct ApplyBlock {
 Tensor new_signs(const Tasks& tasks, const Tensor& x, Activation activation, bool keep_signs) {
   const bool kept = keep_signs && keeps_signs(activation);
   return torch::stable::new_empty(
-      x, kept ? std::vector<int64_t>{tasks.batch, tasks.rows(), (tasks.length() + 7) / 8} : std::vector<int64_t>{0}, ScalarType::Byte);
+      x,
+      kept ? std::vector<int64_t>{tasks.batch, tasks.rows(), (tasks.length() + 7) / 8}
+           : std::vector<int64_t>{0},
+      ScalarType::Byte);
 }
 
 template <typename Sum>
 void apply_task(const Tasks& tasks, int64_t task, const Modulation<Sum>& m, const Target<Sum>& y) {
-  tasks.for_each_block(task, [&](int64_t n, int64_t row, int64_t start, int64_t count, int64_t number) {
+  tasks.for_each_block(task, [&](int64_t n, int64_t row, int64_t start, int64_t count,
+                                 int64_t number) {
     const auto run = [&](auto shift, auto scale, auto offset) {
-      vectorised<ApplyBlock<Sum, decltype(shift)>>(count, m.x.at(n, row, start), m.gamma.at(n, row, start), m.beta.at(n, row, start),
-                                                   shift, scale, offset, m.activation, m.negative_slope, y.at(n, row, start),
-                                                   m.signs.at(n, row, start));
+      vectorised<ApplyBlock<Sum, decltype(shift)>>(
+          count, m.x.at(n, row, start), m.gamma.at(n, row, start), m.beta.at(n, row, start), shift,
+          scale, offset, m.activation, m.negative_slope, y.at(n, row, start),
+          m.signs.at(n, row, start));
     };
     if (tasks.layout == Layout::contiguous) {
       run(m.planes.uniform(0, number), m.planes.uniform(1, number), m.planes.uniform(2, number));
     } else {
-      run(m.planes.per_channel(0, number), m.planes.per_channel(1, number), m.planes.per_channel(2, number));
+      run(m.planes.per_channel(0, number), m.planes.per_channel(1, number),
+          m.planes.per_channel(2, number));
     }
   });
 }
@@ -54,35 +63,43 @@ template void apply_task(const Tasks&, int64_t, const Modulation<double>&, const
 
 namespace {
 
-// y, a new tensor or `out`, and its signs. out may be x or γ, whose elements are read before they are written.
-std::tuple<Tensor, Tensor> modulated(const Tensor& x, const Tensor& planes, const Tensor& gamma, const Tensor& beta,
-                                     const std::optional<Tensor>& index, const std::optional<std::string>& activation_name,
-                                     double negative_slope, bool keep_signs, const std::optional<Tensor>& out) {
+// y, a new tensor or `out`, and its signs. out may be x or γ, whose elements are read before they
+// are written.
+std::tuple<Tensor, Tensor> modulated(const Tensor& x, const Tensor& planes, const Tensor& gamma,
+                                     const Tensor& beta, const std::optional<Tensor>& index,
+                                     const std::optional<std::string>& activation_name,
+                                     double negative_slope, bool keep_signs,
+                                     const std::optional<Tensor>& out) {
   check_apply(x, planes, gamma, beta, index);
   if (out) check_out(*out, x, gamma);
   check_index(index, gamma);
   const Layout layout = layout_of(x);
   const Tasks tasks(x, layout);
   const Activation activation = activation_named(activation_name);
-  const Tensor y = out ? *out : new_output(x, layout, promoted(x.scalar_type(), gamma.scalar_type()));
+  const Tensor y =
+      out ? *out : new_output(x, layout, promoted(x.scalar_type(), gamma.scalar_type()));
   const Tensor signs = new_signs(tasks, x, activation, keep_signs);
   dispatch_sum(y.scalar_type(), [&](auto zero) {
     using Sum = decltype(zero);
-    const Modulation<Sum> modulation(x, planes, gamma, beta, index, activation, negative_slope, signs, layout);
+    const Modulation<Sum> modulation(x, planes, gamma, beta, index, activation, negative_slope,
+                                     signs, layout);
     const Target<Sum> target(y, layout);
     tasks.for_each([&](int64_t task) { apply_task(tasks, task, modulation, target); });
   });
   return {out ? y : finished(y, x, layout), signs};
 }
 
-std::tuple<Tensor, Tensor> apply(const Tensor& x, const Tensor& planes, const Tensor& gamma, const Tensor& beta,
-                                 std::optional<Tensor> index, std::optional<std::string> activation, double negative_slope,
+std::tuple<Tensor, Tensor> apply(const Tensor& x, const Tensor& planes, const Tensor& gamma,
+                                 const Tensor& beta, std::optional<Tensor> index,
+                                 std::optional<std::string> activation, double negative_slope,
                                  bool keep_signs) {
-  return modulated(x, planes, gamma, beta, index, activation, negative_slope, keep_signs, std::nullopt);
+  return modulated(x, planes, gamma, beta, index, activation, negative_slope, keep_signs,
+                   std::nullopt);
 }
 
-void apply_out(const Tensor& x, const Tensor& planes, const Tensor& gamma, const Tensor& beta, std::optional<Tensor> index,
-               std::optional<std::string> activation, double negative_slope, Tensor out) {
+void apply_out(const Tensor& x, const Tensor& planes, const Tensor& gamma, const Tensor& beta,
+               std::optional<Tensor> index, std::optional<std::string> activation,
+               double negative_slope, Tensor out) {
   modulated(x, planes, gamma, beta, index, activation, negative_slope, false, out);
 }
 

@@ -1,7 +1,8 @@
-// backward_sums on the CPU: dγ = g·x̂, dβ = g, and the sums Σq and Σq·(x − shift) of every plane, q = g·(1 + γ).
+// backward_sums on the CPU: dγ = g·x̂, dβ = g, and the sums Σq and Σq·(x − shift) of every plane, q
+// = g·(1 + γ).
 //
-// dy, x, γ and a bit (or β) of each element are read once. The tasks' sums are added up in double precision, always in the same
-// order, so that the number of threads does not change a bit.
+// dy, x, γ and a bit (or β) of each element are read once. The tasks' sums are added up in double
+// precision, always in the same order, so that the number of threads does not change a bit.
 
 #include "table_sums.h"
 
@@ -10,10 +11,12 @@ namespace {
 
 template <typename Sum, typename Number>
 struct BackwardSumsBlock {
-  // Adds to sums of one plane (a block of its pixels), or to those of each channel (a block of a pixel's channels).
-  static ALWAYS_INLINE void run(int64_t count, BackwardBlock<Sum> block, Number shift, Number scale, Number offset,
-                                Activation activation, Sum negative_slope, Place<Sum> dgamma_place, Place<Sum> dbeta_place,
-                                Sum* q_sums, Sum* q_deviation_sums) {
+  // Adds to sums of one plane (a block of its pixels), or to those of each channel (a block of a
+  // pixel's channels).
+  static ALWAYS_INLINE void run(int64_t count, BackwardBlock<Sum> block, Number shift, Number scale,
+                                Number offset, Activation activation, Sum negative_slope,
+                                Place<Sum> dgamma_place, Place<Sum> dbeta_place, Sum* q_sums,
+                                Sum* q_deviation_sums) {
     Sum buffer[kBlock], g[kBlock], deviation[kBlock], dgamma[kBlock];
     const Sum* gamma = block.gamma.read(count, buffer);
     gradient(count, block, gamma, shift, scale, offset, activation, negative_slope, g, deviation);
@@ -44,34 +47,38 @@ struct BackwardSumsBlock {
 
 }  // namespace
 
-std::tuple<Tensor, Tensor> new_dense_gradients(const Tensor& x, Layout layout, Activation activation, ScalarType dtype) {
-  return {new_output(x, layout, dtype),
-          activation == Activation::none ? torch::stable::new_empty(x, {0}, dtype) : new_output(x, layout, dtype)};
+std::tuple<Tensor, Tensor> new_dense_gradients(const Tensor& x, Layout layout,
+                                               Activation activation, ScalarType dtype) {
+  return {new_output(x, layout, dtype), activation == Activation::none
+                                            ? torch::stable::new_empty(x, {0}, dtype)
+                                            : new_output(x, layout, dtype)};
 }
 
 template <typename Sum>
-void sums_task(const Tasks& tasks, int64_t task, const Modulation<Sum>& m, const Source<Sum>& dy, const Target<Sum>& dgamma,
-               const Target<Sum>& dbeta, Sum* found) {
+void sums_task(const Tasks& tasks, int64_t task, const Modulation<Sum>& m, const Source<Sum>& dy,
+               const Target<Sum>& dgamma, const Target<Sum>& dbeta, Sum* found) {
   const int64_t width = tasks.width();
-  tasks.for_each_block(task, [&](int64_t n, int64_t row, int64_t start, int64_t count, int64_t number) {
+  tasks.for_each_block(task, [&](int64_t n, int64_t row, int64_t start, int64_t count,
+                                 int64_t number) {
     Sum* sums = found + (tasks.layout == Layout::contiguous ? 0 : start);
     const auto run = [&](auto shift, auto scale, auto offset) {
-      vectorised<BackwardSumsBlock<Sum, decltype(shift)>>(count, backward_block(m, dy, n, row, start), shift, scale, offset,
-                                                          m.activation, m.negative_slope, dgamma.at(n, row, start),
-                                                          dbeta.at(n, row, start), sums, sums + width);
+      vectorised<BackwardSumsBlock<Sum, decltype(shift)>>(
+          count, backward_block(m, dy, n, row, start), shift, scale, offset, m.activation,
+          m.negative_slope, dgamma.at(n, row, start), dbeta.at(n, row, start), sums, sums + width);
     };
     if (tasks.layout == Layout::contiguous) {
       run(m.planes.uniform(0, number), m.planes.uniform(1, number), m.planes.uniform(2, number));
     } else {
-      run(m.planes.per_channel(0, number), m.planes.per_channel(1, number), m.planes.per_channel(2, number));
+      run(m.planes.per_channel(0, number), m.planes.per_channel(1, number),
+          m.planes.per_channel(2, number));
     }
   });
 }
 
-template void sums_task(const Tasks&, int64_t, const Modulation<float>&, const Source<float>&, const Target<float>&,
-                        const Target<float>&, float*);
-template void sums_task(const Tasks&, int64_t, const Modulation<double>&, const Source<double>&, const Target<double>&,
-                        const Target<double>&, double*);
+template void sums_task(const Tasks&, int64_t, const Modulation<float>&, const Source<float>&,
+                        const Target<float>&, const Target<float>&, float*);
+template void sums_task(const Tasks&, int64_t, const Modulation<double>&, const Source<double>&,
+                        const Target<double>&, const Target<double>&, double*);
 
 template <typename Sum>
 void combine_sums(const Tasks& tasks, int64_t unit, const Sum* found, Sum* sums) {
@@ -97,7 +104,8 @@ namespace {
 // Σq and Σq·(x − shift), [2, N, C], as `planes` are held.
 template <typename Sum>
 Tensor as_planes(const std::vector<Sum>& sums, const Tasks& tasks, const Tensor& planes) {
-  const Tensor result = torch::stable::new_empty(planes, {2, tasks.batch, tasks.channels}, planes.scalar_type());
+  const Tensor result =
+      torch::stable::new_empty(planes, {2, tasks.batch, tasks.channels}, planes.scalar_type());
   dispatch_sum(planes.scalar_type(), [&](auto zero) {
     std::copy(sums.begin(), sums.end(), result.mutable_data_ptr<decltype(zero)>());
   });
@@ -105,8 +113,9 @@ Tensor as_planes(const std::vector<Sum>& sums, const Tasks& tasks, const Tensor&
 }
 
 template <typename Sum>
-std::tuple<Tensor, Tensor, Tensor> dense_sums(const Tasks& tasks, const Modulation<Sum>& modulation, const Source<Sum>& dy,
-                                              const Tensor& x, const Tensor& planes, ScalarType dtype) {
+std::tuple<Tensor, Tensor, Tensor> dense_sums(const Tasks& tasks, const Modulation<Sum>& modulation,
+                                              const Source<Sum>& dy, const Tensor& x,
+                                              const Tensor& planes, ScalarType dtype) {
   const auto [dgamma, dbeta] = new_dense_gradients(x, tasks.layout, modulation.activation, dtype);
   const Target<Sum> dgamma_target(dgamma, tasks.layout), dbeta_target(dbeta, tasks.layout);
   const int64_t width = 2 * tasks.width();
@@ -114,13 +123,17 @@ std::tuple<Tensor, Tensor, Tensor> dense_sums(const Tasks& tasks, const Modulati
   tasks.for_each([&](int64_t task) {
     sums_task(tasks, task, modulation, dy, dgamma_target, dbeta_target, &found[width * task]);
   });
-  for (int64_t unit = 0; unit < tasks.units(); ++unit) combine_sums(tasks, unit, &found[width * unit * tasks.parts], sums.data());
-  return {finished(dgamma, x, tasks.layout), finished(dbeta, x, tasks.layout), as_planes(sums, tasks, planes)};
+  for (int64_t unit = 0; unit < tasks.units(); ++unit)
+    combine_sums(tasks, unit, &found[width * unit * tasks.parts], sums.data());
+  return {finished(dgamma, x, tasks.layout), finished(dbeta, x, tasks.layout),
+          as_planes(sums, tasks, planes)};
 }
 
 template <typename Sum>
-std::tuple<Tensor, Tensor, Tensor> table_sums(const Tasks& tasks, const Modulation<Sum>& modulation, const Source<Sum>& dy,
-                                              const Tensor& gamma, const Tensor& index, const Tensor& order, const Tensor& planes) {
+std::tuple<Tensor, Tensor, Tensor> table_sums(const Tasks& tasks, const Modulation<Sum>& modulation,
+                                              const Source<Sum>& dy, const Tensor& gamma,
+                                              const Tensor& index, const Tensor& order,
+                                              const Tensor& planes) {
   const bool contiguous = tasks.layout == Layout::contiguous;
   const SortedPixels sorted(index, order, tasks.pixels);
   const int64_t rows = gamma.size(0), width = 2 * tasks.channels;
@@ -128,7 +141,8 @@ std::tuple<Tensor, Tensor, Tensor> table_sums(const Tasks& tasks, const Modulati
   if (contiguous) std::swap(sizes[0], sizes[1]);
   Tensor dgamma = torch::stable::new_zeros(gamma, sizes, kScalarType<Sum>);
   Tensor dbeta = torch::stable::new_zeros(gamma, sizes, kScalarType<Sum>);
-  Sum *dgamma_data = dgamma.template mutable_data_ptr<Sum>(), *dbeta_data = dbeta.template mutable_data_ptr<Sum>();
+  Sum *dgamma_data = dgamma.template mutable_data_ptr<Sum>(),
+      *dbeta_data = dbeta.template mutable_data_ptr<Sum>();
   std::vector<Sum> sums(2 * tasks.planes());
   if (contiguous) {
     sum_table_by_planes(tasks, modulation, dy, sorted, rows, dgamma_data, dbeta_data, sums.data());
@@ -136,17 +150,21 @@ std::tuple<Tensor, Tensor, Tensor> table_sums(const Tasks& tasks, const Modulati
   } else {
     std::vector<Sum> found(width * tasks.count());
     sum_table_by_pixels(tasks, modulation, dy, sorted, dgamma_data, dbeta_data, found.data());
-    for (int64_t n = 0; n < tasks.batch; ++n) combine_sums(tasks, n, &found[width * n * tasks.parts], sums.data());
+    for (int64_t n = 0; n < tasks.batch; ++n)
+      combine_sums(tasks, n, &found[width * n * tasks.parts], sums.data());
   }
-  const auto finish = [&](const Tensor& x) { return without_gaps(in_dtype(x, gamma.scalar_type())); };
+  const auto finish = [&](const Tensor& x) {
+    return without_gaps(in_dtype(x, gamma.scalar_type()));
+  };
   return {finish(dgamma), finish(dbeta), as_planes(sums, tasks, planes)};
 }
 
 }  // namespace
 
-std::tuple<Tensor, Tensor, Tensor> backward_sums(const Tensor& dy, const Tensor& x, const Tensor& planes, const Tensor& gamma,
-                                                 std::optional<Tensor> beta, std::optional<Tensor> index, std::optional<Tensor> order,
-                                                 const Tensor& signs, std::optional<std::string> activation_name, double negative_slope) {
+std::tuple<Tensor, Tensor, Tensor> backward_sums(
+    const Tensor& dy, const Tensor& x, const Tensor& planes, const Tensor& gamma,
+    std::optional<Tensor> beta, std::optional<Tensor> index, std::optional<Tensor> order,
+    const Tensor& signs, std::optional<std::string> activation_name, double negative_slope) {
   const Activation activation = activation_named(activation_name);
   check_backward_sums(dy, x, planes, gamma, beta, index, order, signs, activation);
   check_index(index, gamma);
@@ -155,7 +173,8 @@ std::tuple<Tensor, Tensor, Tensor> backward_sums(const Tensor& dy, const Tensor&
   std::tuple<Tensor, Tensor, Tensor> found;
   dispatch_sum(promoted(x.scalar_type(), gamma.scalar_type()), [&](auto zero) {
     using Sum = decltype(zero);
-    const Modulation<Sum> modulation(x, planes, gamma, beta, index, activation, negative_slope, signs, layout);
+    const Modulation<Sum> modulation(x, planes, gamma, beta, index, activation, negative_slope,
+                                     signs, layout);
     const Source<Sum> source(dy, layout);
     found = index ? table_sums(tasks, modulation, source, gamma, *index, *order, planes)
                   : dense_sums(tasks, modulation, source, x, planes, gamma.scalar_type());

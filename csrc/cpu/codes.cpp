@@ -1,7 +1,9 @@
-// Finding out whether a condition [N, L, pixels] is piecewise constant: the distinct vectors of its pixels, bit for bit.
+// Finding out whether a condition [N, L, pixels] is piecewise constant: the distinct vectors of its
+// pixels, bit for bit.
 //
-// Most pixels have their left neighbour's vector, and are compared with it alone, channel by channel, as the condition is read once.
-// Those that differ are looked up by a hash, and compared in full with the vector that is found.
+// Most pixels have their left neighbour's vector, and are compared with it alone, channel by
+// channel, as the condition is read once. Those that differ are looked up by a hash, and compared
+// in full with the vector that is found.
 
 #include "codes.h"
 
@@ -13,14 +15,17 @@
 namespace spade_fast {
 namespace {
 
-// One channel of a block of pixels: added to their hashes, and where it differs from the pixel before, noted.
+// One channel of a block of pixels: added to their hashes, and where it differs from the pixel
+// before, noted.
 template <typename Bits>
 struct HashChannel {
-  static ALWAYS_INLINE void run(int64_t count, const Bits* channel, bool has_before, uint32_t* hashes, uint8_t* differs) {
+  static ALWAYS_INLINE void run(int64_t count, const Bits* channel, bool has_before,
+                                uint32_t* hashes, uint8_t* differs) {
 #pragma omp simd
     for (int64_t i = 0; i < count; ++i) {
       const uint64_t bits = channel[i];
-      hashes[i] = (hashes[i] ^ static_cast<uint32_t>(bits ^ bits >> 32)) * 0x9e3779b1u + (hashes[i] >> 15);
+      hashes[i] =
+          (hashes[i] ^ static_cast<uint32_t>(bits ^ bits >> 32)) * 0x9e3779b1u + (hashes[i] >> 15);
     }
     if (has_before) differs[0] |= channel[0] != channel[-1];
 #pragma omp simd
@@ -30,7 +35,8 @@ struct HashChannel {
 
 bool too_many(int64_t codes, int64_t pixels) { return codes > kFewCodes + pixels / kPixelsPerCode; }
 
-// Whether the first channel's first pixels alone have too many values: so dense features are told at once.
+// Whether the first channel's first pixels alone have too many values: so dense features are told
+// at once.
 template <typename Bits>
 bool is_dense(const Bits* segmap, int64_t count) {
   std::vector<Bits> values(segmap, segmap + count);
@@ -39,7 +45,8 @@ bool is_dense(const Bits* segmap, int64_t count) {
 }
 
 template <typename Bits>
-bool find(const Bits* segmap, int64_t batch, int64_t channels, int64_t pixels, int32_t* codes, std::vector<int64_t>* places) {
+bool find(const Bits* segmap, int64_t batch, int64_t channels, int64_t pixels, int32_t* codes,
+          std::vector<int64_t>* places) {
   constexpr int64_t kBlockPixels = 256;
   if (batch * channels > 0 && is_dense(segmap, std::min(kBlockPixels, pixels))) return false;
   Distinct<Bits> vectors(channels);
@@ -51,7 +58,8 @@ bool find(const Bits* segmap, int64_t batch, int64_t channels, int64_t pixels, i
       uint32_t block_hashes[kBlockPixels] = {};
       uint8_t differs[kBlockPixels] = {};
       for (int64_t c = 0; c < channels; ++c) {
-        vectorised<HashChannel<Bits>>(count, image + c * pixels + start, start > 0, block_hashes, differs);
+        vectorised<HashChannel<Bits>>(count, image + c * pixels + start, start > 0, block_hashes,
+                                      differs);
       }
       for (int64_t i = 0; i < count; ++i) {
         int32_t& code = codes[n * pixels + start + i];
@@ -72,10 +80,12 @@ bool find(const Bits* segmap, int64_t batch, int64_t channels, int64_t pixels, i
 
 }  // namespace
 
-bool find_codes(const void* segmap, int64_t element_size, int64_t batch, int64_t channels, int64_t pixels, int32_t* codes,
-                std::vector<int64_t>* places) {
-  if (element_size == 8) return find(static_cast<const uint64_t*>(segmap), batch, channels, pixels, codes, places);
-  if (element_size == 4) return find(static_cast<const uint32_t*>(segmap), batch, channels, pixels, codes, places);
+bool find_codes(const void* segmap, int64_t element_size, int64_t batch, int64_t channels,
+                int64_t pixels, int32_t* codes, std::vector<int64_t>* places) {
+  if (element_size == 8)
+    return find(static_cast<const uint64_t*>(segmap), batch, channels, pixels, codes, places);
+  if (element_size == 4)
+    return find(static_cast<const uint32_t*>(segmap), batch, channels, pixels, codes, places);
   return find(static_cast<const uint16_t*>(segmap), batch, channels, pixels, codes, places);
 }
 

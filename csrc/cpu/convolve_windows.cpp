@@ -1,8 +1,10 @@
-// A convolution at the distinct windows of a map alone, on the CPU: its results, and the gradients of its weight and rows.
+// A convolution at the distinct windows of a map alone, on the CPU: its results, and the gradients
+// of its weight and rows.
 //
-// Result i is bias + Σ weight[:, :, t] · rows[r] over the (r, t) that window i sees. All products weight[:, :, t] · rows[r] are made
-// for one unit of output channels at a time, stay in the cache, and are summed there. Every sum is in one order, whatever the number
-// of threads. Which (r, t) a window sees, and which windows see an (r, t), are lists of numbers r · taps + t: `layout.Sums`.
+// Result i is bias + Σ weight[:, :, t] · rows[r] over the (r, t) that window i sees. All products
+// weight[:, :, t] · rows[r] are made for one unit of output channels at a time, stay in the cache,
+// and are summed there. Every sum is in one order, whatever the number of threads. Which (r, t) a
+// window sees, and which windows see an (r, t), are lists of numbers r · taps + t: `layout.Sums`.
 
 #include <memory>
 
@@ -25,21 +27,25 @@ struct Lists {
         offsets(offsets_owner.const_data_ptr<int32_t>()),
         numbers(numbers_owner.const_data_ptr<int32_t>()),
         count(given_offsets.numel() - 1) {
-    STD_TORCH_CHECK(offsets[0] == 0 && !vectorised<EverFalls>(count + 1, offsets) && offsets[count] == numbers_owner.numel(),
-                    "spade_fast: offsets go from ", offsets[0], " to ", offsets[count], ", they should begin at 0, never fall, and end at ",
-                    numbers_owner.numel(), ", the length of the list");
+    STD_TORCH_CHECK(offsets[0] == 0 && !vectorised<EverFalls>(count + 1, offsets) &&
+                        offsets[count] == numbers_owner.numel(),
+                    "spade_fast: offsets go from ", offsets[0], " to ", offsets[count],
+                    ", they should begin at 0, never fall, and end at ", numbers_owner.numel(),
+                    ", the length of the list");
     check_range(numbers_owner, "listed", bound);
   }
 };
 
-// A unit of columns of each of the sums first to last − 1: sum i goes to `to + (i − first) · to_row`, and begins with `begin`.
+// A unit of columns of each of the sums first to last − 1: sum i goes to `to + (i − first) ·
+// to_row`, and begins with `begin`.
 template <typename Sum, int kBytes>
 struct SumListed : Vectors<Sum, kBytes> {
   using typename Vectors<Sum, kBytes>::Vector;
   using Vectors<Sum, kBytes>::at, Vectors<Sum, kBytes>::kOfUnit;
 
-  static ALWAYS_INLINE void run(int64_t first, int64_t last, const int32_t* offsets, const int32_t* numbers, const Sum* begin,
-                                const Sum* from, int64_t from_row, Sum* to, int64_t to_row) {
+  static ALWAYS_INLINE void run(int64_t first, int64_t last, const int32_t* offsets,
+                                const int32_t* numbers, const Sum* begin, const Sum* from,
+                                int64_t from_row, Sum* to, int64_t to_row) {
     for (int64_t i = first; i < last; ++i, to += to_row) {
       Vector sums[kOfUnit];
 #pragma GCC unroll 4
@@ -55,12 +61,14 @@ struct SumListed : Vectors<Sum, kBytes> {
   }
 };
 
-// from [unit, columns], of which the first `rows` rows are there, to [columns, unit], the others zero; and the other way round.
+// from [unit, columns], of which the first `rows` rows are there, to [columns, unit], the others
+// zero; and the other way round.
 template <typename Sum>
 struct ToColumns {
   static ALWAYS_INLINE void run(int64_t rows, int64_t columns, const Sum* from, Sum* to) {
     for (int64_t column = 0; column < columns; ++column) {
-      for (int64_t row = 0; row < kUnit<Sum>; ++row) to[column * kUnit<Sum> + row] = row < rows ? from[row * columns + column] : 0;
+      for (int64_t row = 0; row < kUnit<Sum>; ++row)
+        to[column * kUnit<Sum> + row] = row < rows ? from[row * columns + column] : 0;
     }
   }
 };
@@ -69,15 +77,18 @@ template <typename Sum>
 struct FromColumns {
   static ALWAYS_INLINE void run(int64_t rows, int64_t columns, const Sum* from, Sum* to) {
     for (int64_t row = 0; row < rows; ++row) {
-      for (int64_t column = 0; column < columns; ++column) to[row * columns + column] = from[column * kUnit<Sum> + row];
+      for (int64_t column = 0; column < columns; ++column)
+        to[row * columns + column] = from[column * kUnit<Sum> + row];
     }
   }
 };
 
-// A unit of columns of from, of which the first `columns` are there, to [rows, unit], the others zero.
+// A unit of columns of from, of which the first `columns` are there, to [rows, unit], the others
+// zero.
 template <typename Sum>
 struct TakeUnit {
-  static ALWAYS_INLINE void run(int64_t rows, int64_t columns, const Sum* from, int64_t from_row, Sum* to) {
+  static ALWAYS_INLINE void run(int64_t rows, int64_t columns, const Sum* from, int64_t from_row,
+                                Sum* to) {
     for (int64_t row = 0; row < rows; ++row, from += from_row, to += kUnit<Sum>) {
 #pragma omp simd
       for (int64_t c = 0; c < kUnit<Sum>; ++c) to[c] = c < columns ? from[c] : 0;
@@ -86,14 +97,17 @@ struct TakeUnit {
 };
 
 template <typename Sum>
-std::unique_ptr<Sum[]> scratch(int64_t size) { return std::unique_ptr<Sum[]>(new Sum[size]); }
+std::unique_ptr<Sum[]> scratch(int64_t size) {
+  return std::unique_ptr<Sum[]>(new Sum[size]);
+}
 
 // The sizes of a convolution, with output channels in units of which the last may be filled up.
 template <typename Sum>
 struct Sizes {
   int64_t rows, in, out, taps, blocks;
 
-  Sizes(const Tensor& weight, int64_t rows) : rows(rows), in(weight.size(1)), out(weight.size(0)), taps(1), blocks(units<Sum>(out)) {
+  Sizes(const Tensor& weight, int64_t rows)
+      : rows(rows), in(weight.size(1)), out(weight.size(0)), taps(1), blocks(units<Sum>(out)) {
     for (int64_t dim = 2; dim < weight.dim(); ++dim) taps *= weight.size(dim);
   }
 
@@ -108,59 +122,78 @@ Tensor without_filling(Tensor x, int64_t columns) {
 }
 
 template <typename Sum>
-Tensor convolve(const Tensor& given_rows, const Tensor& given_weight, const std::optional<Tensor>& given_bias, const Lists& lists) {
+Tensor convolve(const Tensor& given_rows, const Tensor& given_weight,
+                const std::optional<Tensor>& given_bias, const Lists& lists) {
   const Sizes<Sum> sizes(given_weight, given_rows.size(0));
   const Tensor rows = without_gaps(given_rows), weight = without_gaps(given_weight);
-  const Tensor result = new_tensor(rows, {lists.count, sizes.blocks * kUnit<Sum>}, rows.scalar_type());
+  const Tensor result =
+      new_tensor(rows, {lists.count, sizes.blocks * kUnit<Sum>}, rows.scalar_type());
   std::vector<Sum> bias(sizes.blocks * kUnit<Sum>);
-  if (given_bias) std::copy_n(without_gaps(*given_bias).const_data_ptr<Sum>(), sizes.out, bias.begin());
+  if (given_bias)
+    std::copy_n(without_gaps(*given_bias).const_data_ptr<Sum>(), sizes.out, bias.begin());
   const Sum *rows_data = rows.const_data_ptr<Sum>(), *weight_data = weight.const_data_ptr<Sum>();
   Sum* result_data = result.mutable_data_ptr<Sum>();
   torch::stable::parallel_for(0, sizes.blocks, 1, [&](int64_t begin, int64_t end) {
-    const auto matrix = scratch<Sum>(sizes.in * sizes.columns()), products = scratch<Sum>(sizes.rows * sizes.columns());
+    const auto matrix = scratch<Sum>(sizes.in * sizes.columns()),
+               products = scratch<Sum>(sizes.rows * sizes.columns());
     for (int64_t block = begin; block < end; ++block) {
       const int64_t first = sizes.first(block);
-      vectorised<ToColumns<Sum>>(sizes.channels(block), sizes.in * sizes.taps, weight_data + first * sizes.in * sizes.taps, matrix.get());
-      in_vectors<MatrixProduct, Sum>(sizes.rows, sizes.in, sizes.taps, Strided<Sum>{rows_data, sizes.in, 1},
-                                     static_cast<const Sum*>(matrix.get()), sizes.columns(), products.get(), sizes.columns(), false);
-      in_vectors<SumListed, Sum>(int64_t{0}, lists.count, lists.offsets, lists.numbers, static_cast<const Sum*>(&bias[first]),
-                                 static_cast<const Sum*>(products.get()), kUnit<Sum>, result_data + first, sizes.blocks * kUnit<Sum>);
+      vectorised<ToColumns<Sum>>(sizes.channels(block), sizes.in * sizes.taps,
+                                 weight_data + first * sizes.in * sizes.taps, matrix.get());
+      in_vectors<MatrixProduct, Sum>(sizes.rows, sizes.in, sizes.taps,
+                                     Strided<Sum>{rows_data, sizes.in, 1},
+                                     static_cast<const Sum*>(matrix.get()), sizes.columns(),
+                                     products.get(), sizes.columns(), false);
+      in_vectors<SumListed, Sum>(int64_t{0}, lists.count, lists.offsets, lists.numbers,
+                                 static_cast<const Sum*>(&bias[first]),
+                                 static_cast<const Sum*>(products.get()), kUnit<Sum>,
+                                 result_data + first, sizes.blocks * kUnit<Sum>);
     }
   });
   return without_filling(result, sizes.out);
 }
 
-// Of rows first to last − 1 the gradients of their products, [rows, taps, unit], from the gradient of a unit of channels, [windows, unit].
+// Of rows first to last − 1 the gradients of their products, [rows, taps, unit], from the gradient
+// of a unit of channels, [windows, unit].
 template <typename Sum>
-void product_gradients(const Sizes<Sum>& sizes, const Lists& lists, const Sum* gradient, int64_t first, int64_t last, Sum* products) {
+void product_gradients(const Sizes<Sum>& sizes, const Lists& lists, const Sum* gradient,
+                       int64_t first, int64_t last, Sum* products) {
   static constexpr Sum zeros[kUnit<Sum>] = {};
-  in_vectors<SumListed, Sum>(first * sizes.taps, last * sizes.taps, lists.offsets, lists.numbers, static_cast<const Sum*>(zeros),
-                             gradient, kUnit<Sum>, products, kUnit<Sum>);
+  in_vectors<SumListed, Sum>(first * sizes.taps, last * sizes.taps, lists.offsets, lists.numbers,
+                             static_cast<const Sum*>(zeros), gradient, kUnit<Sum>, products,
+                             kUnit<Sum>);
 }
 
 template <typename Sum>
-Tensor weight_gradient(const Tensor& given_gradient, const Tensor& given_rows, const Tensor& weight, const Lists& lists) {
+Tensor weight_gradient(const Tensor& given_gradient, const Tensor& given_rows, const Tensor& weight,
+                       const Lists& lists) {
   constexpr int64_t kRows = 256;  // at a time: their products' gradients stay in the cache
   const Sizes<Sum> sizes(weight, given_rows.size(0));
   const Tensor gradient = without_gaps(given_gradient), rows = without_gaps(given_rows);
   const std::vector<int64_t> shape(weight.sizes().begin(), weight.sizes().end());
   const Tensor result = new_tensor(gradient, shape, gradient.scalar_type());
-  const Sum *gradient_data = gradient.const_data_ptr<Sum>(), *rows_data = rows.const_data_ptr<Sum>();
+  const Sum *gradient_data = gradient.const_data_ptr<Sum>(),
+            *rows_data = rows.const_data_ptr<Sum>();
   Sum* result_data = result.mutable_data_ptr<Sum>();
   const int64_t windows = gradient.size(0);
   torch::stable::parallel_for(0, sizes.blocks, 1, [&](int64_t begin, int64_t end) {
-    const auto own = scratch<Sum>(windows * kUnit<Sum>), products = scratch<Sum>(kRows * sizes.columns());
+    const auto own = scratch<Sum>(windows * kUnit<Sum>),
+               products = scratch<Sum>(kRows * sizes.columns());
     const auto matrix = scratch<Sum>(sizes.in * sizes.columns());
     for (int64_t block = begin; block < end; ++block) {
-      vectorised<TakeUnit<Sum>>(windows, sizes.channels(block), gradient_data + sizes.first(block), sizes.out, own.get());
+      vectorised<TakeUnit<Sum>>(windows, sizes.channels(block), gradient_data + sizes.first(block),
+                                sizes.out, own.get());
       std::fill_n(matrix.get(), sizes.in * sizes.columns(), Sum(0));
       for (int64_t first = 0; first < sizes.rows; first += kRows) {
         const int64_t last = std::min(first + kRows, sizes.rows);
         product_gradients<Sum>(sizes, lists, own.get(), first, last, products.get());
-        in_vectors<MatrixProduct, Sum>(sizes.in, last - first, sizes.taps, Strided<Sum>{rows_data + first * sizes.in, 1, sizes.in},
-                                       static_cast<const Sum*>(products.get()), sizes.columns(), matrix.get(), sizes.columns(), true);
+        in_vectors<MatrixProduct, Sum>(sizes.in, last - first, sizes.taps,
+                                       Strided<Sum>{rows_data + first * sizes.in, 1, sizes.in},
+                                       static_cast<const Sum*>(products.get()), sizes.columns(),
+                                       matrix.get(), sizes.columns(), true);
       }
-      vectorised<FromColumns<Sum>>(sizes.channels(block), sizes.in * sizes.taps, static_cast<const Sum*>(matrix.get()),
+      vectorised<FromColumns<Sum>>(sizes.channels(block), sizes.in * sizes.taps,
+                                   static_cast<const Sum*>(matrix.get()),
                                    result_data + sizes.first(block) * sizes.in * sizes.taps);
     }
   });
@@ -169,7 +202,8 @@ Tensor weight_gradient(const Tensor& given_gradient, const Tensor& given_rows, c
 
 // The weight of a block of output channels as [taps, unit, width], zeros where there is no channel.
 template <typename Sum>
-void take_weight(const Sizes<Sum>& sizes, const Sum* weight, int64_t block, int64_t width, Sum* to) {
+void take_weight(const Sizes<Sum>& sizes, const Sum* weight, int64_t block, int64_t width,
+                 Sum* to) {
   std::fill_n(to, sizes.columns() * width, Sum(0));
   for (int64_t channel = 0; channel < sizes.channels(block); ++channel) {
     const Sum* from = weight + (sizes.first(block) + channel) * sizes.in * sizes.taps;
@@ -186,59 +220,75 @@ Tensor rows_gradient(const Tensor& given_gradient, const Tensor& given_weight, c
   Sizes<Sum> sizes(given_weight, 0);
   sizes.rows = lists.count / sizes.taps;
   const Tensor gradient = without_gaps(given_gradient), weight = without_gaps(given_weight);
-  const int64_t windows = gradient.size(0), width = units<Sum>(sizes.in) * kUnit<Sum>, block_size = sizes.columns() * width;
+  const int64_t windows = gradient.size(0), width = units<Sum>(sizes.in) * kUnit<Sum>,
+                block_size = sizes.columns() * width;
   const Tensor result = torch::stable::new_zeros(gradient, {sizes.rows, width});
-  const Sum *gradient_data = gradient.const_data_ptr<Sum>(), *weight_data = weight.const_data_ptr<Sum>();
+  const Sum *gradient_data = gradient.const_data_ptr<Sum>(),
+            *weight_data = weight.const_data_ptr<Sum>();
   Sum* result_data = result.mutable_data_ptr<Sum>();
-  const auto gradients = scratch<Sum>(sizes.blocks * windows * kUnit<Sum>), weights = scratch<Sum>(sizes.blocks * block_size);
+  const auto gradients = scratch<Sum>(sizes.blocks * windows * kUnit<Sum>),
+             weights = scratch<Sum>(sizes.blocks * block_size);
   torch::stable::parallel_for(0, sizes.blocks, 1, [&](int64_t begin, int64_t end) {
     for (int64_t block = begin; block < end; ++block) {
-      vectorised<TakeUnit<Sum>>(windows, sizes.channels(block), gradient_data + sizes.first(block), sizes.out,
-                                gradients.get() + block * windows * kUnit<Sum>);
+      vectorised<TakeUnit<Sum>>(windows, sizes.channels(block), gradient_data + sizes.first(block),
+                                sizes.out, gradients.get() + block * windows * kUnit<Sum>);
       take_weight(sizes, weight_data, block, width, weights.get() + block * block_size);
     }
   });
-  torch::stable::parallel_for(0, (sizes.rows + kRows - 1) / kRows, 1, [&](int64_t begin, int64_t end) {
-    const auto products = scratch<Sum>(kRows * sizes.columns());
-    for (int64_t part = begin; part < end; ++part) {
-      const int64_t first = part * kRows, last = std::min(first + kRows, sizes.rows);
-      for (int64_t block = 0; block < sizes.blocks; ++block) {
-        product_gradients<Sum>(sizes, lists, gradients.get() + block * windows * kUnit<Sum>, first, last, products.get());
-        in_vectors<MatrixProduct, Sum>(last - first, sizes.columns(), width / kUnit<Sum>, Strided<Sum>{products.get(), sizes.columns(), 1},
-                                       static_cast<const Sum*>(weights.get() + block * block_size), width, result_data + first * width,
-                                       width, true);
-      }
-    }
-  });
+  torch::stable::parallel_for(
+      0, (sizes.rows + kRows - 1) / kRows, 1, [&](int64_t begin, int64_t end) {
+        const auto products = scratch<Sum>(kRows * sizes.columns());
+        for (int64_t part = begin; part < end; ++part) {
+          const int64_t first = part * kRows, last = std::min(first + kRows, sizes.rows);
+          for (int64_t block = 0; block < sizes.blocks; ++block) {
+            product_gradients<Sum>(sizes, lists, gradients.get() + block * windows * kUnit<Sum>,
+                                   first, last, products.get());
+            in_vectors<MatrixProduct, Sum>(
+                last - first, sizes.columns(), width / kUnit<Sum>,
+                Strided<Sum>{products.get(), sizes.columns(), 1},
+                static_cast<const Sum*>(weights.get() + block * block_size), width,
+                result_data + first * width, width, true);
+          }
+        }
+      });
   return without_filling(result, sizes.in);
 }
 
-Tensor convolve_windows(const Tensor& rows, const Tensor& weight, std::optional<Tensor> bias, const Tensor& offsets,
-                        const Tensor& numbers) {
+Tensor convolve_windows(const Tensor& rows, const Tensor& weight, std::optional<Tensor> bias,
+                        const Tensor& offsets, const Tensor& numbers) {
   const int64_t taps = check_convolution(weight, offsets, numbers);
-  const int64_t products = product(rows, "rows", {check_matrix(rows, "rows", weight, weight.size(1)), taps}, INT32_MAX);
-  if (bias) check_operand(*bias, "bias", weight, {weight.scalar_type()}, std::vector<int64_t>{weight.size(0)}, "[out]");
+  const int64_t products =
+      product(rows, "rows", {check_matrix(rows, "rows", weight, weight.size(1)), taps}, INT32_MAX);
+  if (bias)
+    check_operand(*bias, "bias", weight, {weight.scalar_type()},
+                  std::vector<int64_t>{weight.size(0)}, "[out]");
   const Lists lists(offsets, numbers, products);
   std::optional<Tensor> result;
-  dispatch_sum(rows.scalar_type(), [&](auto zero) { result = convolve<decltype(zero)>(rows, weight, bias, lists); });
+  dispatch_sum(rows.scalar_type(),
+               [&](auto zero) { result = convolve<decltype(zero)>(rows, weight, bias, lists); });
   return *result;
 }
 
-Tensor convolve_windows_weight(const Tensor& gradient, const Tensor& rows, const Tensor& weight, const Tensor& offsets,
-                               const Tensor& numbers) {
+Tensor convolve_windows_weight(const Tensor& gradient, const Tensor& rows, const Tensor& weight,
+                               const Tensor& offsets, const Tensor& numbers) {
   const int64_t count = check_back_convolution(weight, offsets, numbers);
   const Lists lists(offsets, numbers, check_matrix(gradient, "gradient", weight, weight.size(0)));
-  check_operand(rows, "rows", weight, {weight.scalar_type()}, std::vector<int64_t>{count, weight.size(1)}, "as many as the lists are for");
+  check_operand(rows, "rows", weight, {weight.scalar_type()},
+                std::vector<int64_t>{count, weight.size(1)}, "as many as the lists are for");
   std::optional<Tensor> result;
-  dispatch_sum(rows.scalar_type(), [&](auto zero) { result = weight_gradient<decltype(zero)>(gradient, rows, weight, lists); });
+  dispatch_sum(rows.scalar_type(), [&](auto zero) {
+    result = weight_gradient<decltype(zero)>(gradient, rows, weight, lists);
+  });
   return *result;
 }
 
-Tensor convolve_windows_rows(const Tensor& gradient, const Tensor& weight, const Tensor& offsets, const Tensor& numbers) {
+Tensor convolve_windows_rows(const Tensor& gradient, const Tensor& weight, const Tensor& offsets,
+                             const Tensor& numbers) {
   check_back_convolution(weight, offsets, numbers);
   const Lists lists(offsets, numbers, check_matrix(gradient, "gradient", weight, weight.size(0)));
   std::optional<Tensor> result;
-  dispatch_sum(weight.scalar_type(), [&](auto zero) { result = rows_gradient<decltype(zero)>(gradient, weight, lists); });
+  dispatch_sum(weight.scalar_type(),
+               [&](auto zero) { result = rows_gradient<decltype(zero)>(gradient, weight, lists); });
   return *result;
 }
 

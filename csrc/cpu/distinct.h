@@ -8,13 +8,14 @@
 
 namespace spade_fast {
 
-// The distinct rows seen so far, each with its number: 0, 1, … in the order of their first appearance. A hash finds the row that a
-// new one may be equal to, and comparing them decides.
+// The distinct rows seen so far, each with its number: 0, 1, … in the order of their first
+// appearance. A hash finds the row that a new one may be equal to, and comparing them decides.
 template <typename Value>
 class Distinct {
  public:
   // Hashes are masked, so that a test can make them collide.
-  explicit Distinct(int64_t length, uint64_t hash_mask = ~uint64_t{0}) : length_(length), hash_mask_(hash_mask), slots_(1024, kFree) {}
+  explicit Distinct(int64_t length, uint64_t hash_mask = ~uint64_t{0})
+      : length_(length), hash_mask_(hash_mask), slots_(1024, kFree) {}
 
   // The number of this row, and whether it is new.
   std::pair<int32_t, bool> number(const Value* row, uint64_t hash) {
@@ -22,7 +23,8 @@ class Distinct {
     uint64_t slot = hash & (slots_.size() - 1);
     for (; slots_[slot] != kFree; slot = (slot + 1) & (slots_.size() - 1)) {
       const int32_t found = slots_[slot];
-      if (hashes_[found] == hash && std::equal(row, row + length_, rows_.data() + found * length_)) return {found, false};
+      if (hashes_[found] == hash && std::equal(row, row + length_, rows_.data() + found * length_))
+        return {found, false};
     }
     const int32_t number = count();
     slots_[slot] = number;

@@ -1,4 +1,5 @@
-// The elements of a tensor as a kernel's body reads and writes them, a block at a time: as Sums, whatever their type in memory.
+// The elements of a tensor as a kernel's body reads and writes them, a block at a time: as Sums,
+// whatever their type in memory.
 #pragma once
 
 #include <torch/headeronly/core/ScalarType.h>
@@ -55,17 +56,20 @@ struct Elements {
   }
 };
 
-// Copies past the caches: for what is too large to be found there again. The lines that it overwrites need not be read first, so
-// that a stream to memory costs half. Other cores see it after `finish_stream`.
+// Copies past the caches: for what is too large to be found there again. The lines that it
+// overwrites need not be read first, so that a stream to memory costs half. Other cores see it
+// after `finish_stream`.
 ALWAYS_INLINE void stream(int64_t bytes, const void* from, void* to) {
   const char* source = static_cast<const char*>(from);
   char* target = static_cast<char*>(to);
 #if defined(__x86_64__)
-  const int64_t to_alignment = -reinterpret_cast<intptr_t>(target) & 15, head = to_alignment < bytes ? to_alignment : bytes;
+  const int64_t to_alignment = -reinterpret_cast<intptr_t>(target) & 15,
+                head = to_alignment < bytes ? to_alignment : bytes;
   std::memcpy(target, source, head);
   source += head, target += head, bytes -= head;
   for (; bytes >= 16; source += 16, target += 16, bytes -= 16) {
-    _mm_stream_ps(reinterpret_cast<float*>(target), _mm_loadu_ps(reinterpret_cast<const float*>(source)));
+    _mm_stream_ps(reinterpret_cast<float*>(target),
+                  _mm_loadu_ps(reinterpret_cast<const float*>(source)));
   }
 #endif
   std::memcpy(target, source, bytes);

@@ -13,14 +13,17 @@ struct BackwardBlock {
 };
 
 template <typename Sum>
-BackwardBlock<Sum> backward_block(const Modulation<Sum>& m, const Source<Sum>& dy, int64_t n, int64_t row, int64_t start) {
-  return {dy.at(n, row, start), m.x.at(n, row, start), m.gamma.at(n, row, start), m.beta.at(n, row, start), m.signs.at(n, row, start)};
+BackwardBlock<Sum> backward_block(const Modulation<Sum>& m, const Source<Sum>& dy, int64_t n,
+                                  int64_t row, int64_t start) {
+  return {dy.at(n, row, start), m.x.at(n, row, start), m.gamma.at(n, row, start),
+          m.beta.at(n, row, start), m.signs.at(n, row, start)};
 }
 
 // γ comes widened, for the kernels need it as well; here it is read for SiLU alone.
 template <typename Sum, typename Number>
-ALWAYS_INLINE void gradient(int64_t count, const BackwardBlock<Sum>& block, const Sum* gamma, Number shift, Number scale, Number offset,
-                            Activation activation, Sum negative_slope, Sum* g, Sum* deviation) {
+ALWAYS_INLINE void gradient(int64_t count, const BackwardBlock<Sum>& block, const Sum* gamma,
+                            Number shift, Number scale, Number offset, Activation activation,
+                            Sum negative_slope, Sum* g, Sum* deviation) {
   Sum buffers[3][kBlock];
   const Sum *x = block.x.read(count, buffers[0]), *dy = block.dy.read(count, buffers[1]);
 #pragma omp simd
@@ -29,7 +32,8 @@ ALWAYS_INLINE void gradient(int64_t count, const BackwardBlock<Sum>& block, cons
   if (activation == Activation::silu) {
     const Sum* beta = block.beta.read(count, buffers[2]);
 #pragma omp simd
-    for (int64_t i = 0; i < count; ++i) values[i] = (deviation[i] * scale[i] + offset[i]) * (1 + gamma[i]) + beta[i];
+    for (int64_t i = 0; i < count; ++i)
+      values[i] = (deviation[i] * scale[i] + offset[i]) * (1 + gamma[i]) + beta[i];
   }
   through_activation(count, activation, negative_slope, block.signs, values, dy, g);
 }

@@ -1,6 +1,6 @@
-// Instance norm on the CPU, whose planes have nothing to do with each other: instance_forward is plane_moments and apply in one,
-// instance_backward is backward_sums and backward_input in one. What the second of them reads is still in the cache, and no numbers
-// go through Python.
+// Instance norm on the CPU, whose planes have nothing to do with each other: instance_forward is
+// plane_moments and apply in one, instance_backward is backward_sums and backward_input in one.
+// What the second of them reads is still in the cache, and no numbers go through Python.
 
 #include <cmath>
 
@@ -11,7 +11,8 @@ namespace {
 
 // Of some planes side by side: what reaches dx through the statistics, from Σq and Σq·(x − shift).
 template <typename Sum>
-void set_terms(const Tasks& tasks, int64_t first, int64_t count, const Sum* sums, const Sum* planes, Sum* terms) {
+void set_terms(const Tasks& tasks, int64_t first, int64_t count, const Sum* sums, const Sum* planes,
+               Sum* terms) {
   const int64_t all = tasks.planes();
   for (int64_t number = first; number < first + count; ++number) {
     const Sum scale = planes[all + number], share = scale / -static_cast<Sum>(tasks.pixels);
@@ -20,10 +21,11 @@ void set_terms(const Tasks& tasks, int64_t first, int64_t count, const Sum* sums
   }
 }
 
-std::tuple<Tensor, Tensor, Tensor> instance_forward(const Tensor& x, const Tensor& gamma, const Tensor& beta,
-                                                    std::optional<Tensor> index, double eps,
-                                                    std::optional<std::string> activation_name, double negative_slope,
-                                                    bool keep_signs) {
+std::tuple<Tensor, Tensor, Tensor> instance_forward(const Tensor& x, const Tensor& gamma,
+                                                    const Tensor& beta, std::optional<Tensor> index,
+                                                    double eps,
+                                                    std::optional<std::string> activation_name,
+                                                    double negative_slope, bool keep_signs) {
   check_modulation(x, gamma, beta, index, true);
   check_index(index, gamma);
   const Layout layout = layout_of(x);
@@ -37,7 +39,8 @@ std::tuple<Tensor, Tensor, Tensor> instance_forward(const Tensor& x, const Tenso
     using Sum = decltype(zero);
     Sum* shift = planes.mutable_data_ptr<Sum>();
     Sum *scale = shift + tasks.planes(), *offset = scale + tasks.planes();
-    const Modulation<Sum> modulation(x, planes, gamma, beta, index, activation, negative_slope, signs, layout);
+    const Modulation<Sum> modulation(x, planes, gamma, beta, index, activation, negative_slope,
+                                     signs, layout);
     const Target<Sum> target(y, layout);
     const int64_t width = tasks.width();
     std::vector<double> found(2 * width * tasks.count());
@@ -58,10 +61,10 @@ std::tuple<Tensor, Tensor, Tensor> instance_forward(const Tensor& x, const Tenso
   return {finished(y, x, layout), signs, in_dtype(planes, sum_dtype(x.scalar_type()))};
 }
 
-std::tuple<Tensor, Tensor, Tensor> instance_backward(const Tensor& dy, const Tensor& x, const Tensor& planes, const Tensor& gamma,
-                                                     std::optional<Tensor> beta, std::optional<Tensor> index,
-                                                     std::optional<Tensor> order, const Tensor& signs,
-                                                     std::optional<std::string> activation_name, double negative_slope) {
+std::tuple<Tensor, Tensor, Tensor> instance_backward(
+    const Tensor& dy, const Tensor& x, const Tensor& planes, const Tensor& gamma,
+    std::optional<Tensor> beta, std::optional<Tensor> index, std::optional<Tensor> order,
+    const Tensor& signs, std::optional<std::string> activation_name, double negative_slope) {
   const Activation activation = activation_named(activation_name);
   check_backward_sums(dy, x, planes, gamma, beta, index, order, signs, activation);
   const Layout layout = layout_of(x);
@@ -71,33 +74,42 @@ std::tuple<Tensor, Tensor, Tensor> instance_backward(const Tensor& dy, const Ten
     using Sum = decltype(zero);
     const Tensor plane_sums = in_dtype(without_gaps(planes), kScalarType<Sum>);
     const Sum* plane_data = plane_sums.template const_data_ptr<Sum>();
-    const Tensor terms = torch::stable::new_empty(plane_sums, {2, tasks.batch, tasks.channels}, kScalarType<Sum>);
+    const Tensor terms =
+        torch::stable::new_empty(plane_sums, {2, tasks.batch, tasks.channels}, kScalarType<Sum>);
     Sum* term_data = terms.template mutable_data_ptr<Sum>();
     if (index) {
-      const auto [dgamma, dbeta, found] =
-          backward_sums(dy, x, planes, gamma, beta, index, order, signs, activation_name, negative_slope);
+      const auto [dgamma, dbeta, found] = backward_sums(dy, x, planes, gamma, beta, index, order,
+                                                        signs, activation_name, negative_slope);
       const Tensor sums = in_dtype(found, kScalarType<Sum>);
-      set_terms(tasks, 0, tasks.planes(), sums.template const_data_ptr<Sum>(), plane_data, term_data);
-      gradients = {dgamma, dbeta, backward_input(dy, x, planes, gamma, beta, index, signs, terms, activation_name, negative_slope)};
+      set_terms(tasks, 0, tasks.planes(), sums.template const_data_ptr<Sum>(), plane_data,
+                term_data);
+      gradients = {dgamma, dbeta,
+                   backward_input(dy, x, planes, gamma, beta, index, signs, terms, activation_name,
+                                  negative_slope)};
       return;
     }
-    const Modulation<Sum> modulation(x, plane_sums, gamma, beta, index, activation, negative_slope, signs, layout);
+    const Modulation<Sum> modulation(x, plane_sums, gamma, beta, index, activation, negative_slope,
+                                     signs, layout);
     const Source<Sum> source(dy, layout);
     const auto [dgamma, dbeta] = new_dense_gradients(x, layout, activation, gamma.scalar_type());
     const Tensor dx = new_output(x, layout, x.scalar_type());
-    const Target<Sum> dgamma_target(dgamma, layout), dbeta_target(dbeta, layout), dx_target(dx, layout);
+    const Target<Sum> dgamma_target(dgamma, layout), dbeta_target(dbeta, layout),
+        dx_target(dx, layout);
     const std::optional<Numbers<Sum>> term_numbers(terms);
     const int64_t width = tasks.width();
     std::vector<Sum> found(2 * width * tasks.count()), sums(2 * tasks.planes());
     tasks.in_two_passes(
         [&](int64_t task) {
-          sums_task(tasks, task, modulation, source, dgamma_target, dbeta_target, &found[2 * width * task]);
+          sums_task(tasks, task, modulation, source, dgamma_target, dbeta_target,
+                    &found[2 * width * task]);
         },
         [&](int64_t unit) {
           combine_sums(tasks, unit, &found[2 * width * unit * tasks.parts], sums.data());
           set_terms(tasks, unit * width, width, sums.data(), plane_data, term_data);
         },
-        [&](int64_t task) { input_task(tasks, task, modulation, source, term_numbers, dx_target); });
+        [&](int64_t task) {
+          input_task(tasks, task, modulation, source, term_numbers, dx_target);
+        });
     gradients = {finished(dgamma, x, layout), finished(dbeta, x, layout), finished(dx, x, layout)};
   });
   return gradients;

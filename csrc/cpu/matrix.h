@@ -1,4 +1,5 @@
-// Products of matrices that stay in the cache, in vectors as wide as the instruction set in use has them.
+// Products of matrices that stay in the cache, in vectors as wide as the instruction set in use has
+// them.
 #pragma once
 
 #include <algorithm>
@@ -12,7 +13,9 @@ template <typename Sum>
 constexpr int64_t kUnit = 64 / sizeof(Sum);
 
 template <typename Sum>
-constexpr int64_t units(int64_t columns) { return (columns + kUnit<Sum> - 1) / kUnit<Sum>; }
+constexpr int64_t units(int64_t columns) {
+  return (columns + kUnit<Sum> - 1) / kUnit<Sum>;
+}
 
 // A vector of kBytes, at any address; at(data, v) is number v of those from data on.
 template <typename Sum, int kBytes>
@@ -20,8 +23,12 @@ struct Vectors {
   typedef Sum Vector __attribute__((vector_size(kBytes), aligned(alignof(Sum)), may_alias));
   static constexpr int kOfUnit = 64 / kBytes;
 
-  static ALWAYS_INLINE Vector& at(Sum* data, int64_t v) { return reinterpret_cast<Vector*>(data)[v]; }
-  static ALWAYS_INLINE const Vector& at(const Sum* data, int64_t v) { return reinterpret_cast<const Vector*>(data)[v]; }
+  static ALWAYS_INLINE Vector& at(Sum* data, int64_t v) {
+    return reinterpret_cast<Vector*>(data)[v];
+  }
+  static ALWAYS_INLINE const Vector& at(const Sum* data, int64_t v) {
+    return reinterpret_cast<const Vector*>(data)[v];
+  }
 };
 
 // Calls Kernel<Sum, kBytes>::run(arguments…) with the vectors of the instruction set in use.
@@ -41,31 +48,39 @@ struct Strided {
   int64_t row, column;
 };
 
-// c = a·b, or c += a·b: rows × depth × units. b and c have their columns side by side, and b_row, c_row from row to row.
+// c = a·b, or c += a·b: rows × depth × units. b and c have their columns side by side, and b_row,
+// c_row from row to row.
 //
-// A tile of c, kRows × kUnits, is held in registers while its sums grow: as large as the registers of the instruction set allow.
+// A tile of c, kRows × kUnits, is held in registers while its sums grow: as large as the registers
+// of the instruction set allow.
 template <typename Sum, int kBytes, int kRows, int kUnits>
 struct Tiles : Vectors<Sum, kBytes> {
   using typename Vectors<Sum, kBytes>::Vector;
   using Vectors<Sum, kBytes>::at;
   static constexpr int kVectors = kUnits * Vectors<Sum, kBytes>::kOfUnit;
-  
-  static ALWAYS_INLINE void run(int64_t rows, int64_t depth, int64_t units, Strided<Sum> a, const Sum* b, int64_t b_row, Sum* c,
-                                int64_t c_row, bool accumulate) {
+
+  static ALWAYS_INLINE void run(int64_t rows, int64_t depth, int64_t units, Strided<Sum> a,
+                                const Sum* b, int64_t b_row, Sum* c, int64_t c_row,
+                                bool accumulate) {
     for (; units >= kUnits; units -= kUnits, b += kUnits * kUnit<Sum>, c += kUnits * kUnit<Sum>) {
       run_rows(rows, depth, a, b, b_row, c, c_row, accumulate);
     }
-    if constexpr (kUnits > 1) Tiles<Sum, kBytes, kRows, kUnits - 1>::run(rows, depth, units, a, b, b_row, c, c_row, accumulate);
+    if constexpr (kUnits > 1)
+      Tiles<Sum, kBytes, kRows, kUnits - 1>::run(rows, depth, units, a, b, b_row, c, c_row,
+                                                 accumulate);
   }
 
-  static ALWAYS_INLINE void run_rows(int64_t rows, int64_t depth, Strided<Sum> a, const Sum* b, int64_t b_row, Sum* c, int64_t c_row,
-                                     bool accumulate) {
-    for (; rows >= kRows; rows -= kRows, a.data += kRows * a.row, c += kRows * c_row) run_tile(depth, a, b, b_row, c, c_row, accumulate);
-    if constexpr (kRows > 1) Tiles<Sum, kBytes, kRows / 2, kUnits>::run_rows(rows, depth, a, b, b_row, c, c_row, accumulate);
+  static ALWAYS_INLINE void run_rows(int64_t rows, int64_t depth, Strided<Sum> a, const Sum* b,
+                                     int64_t b_row, Sum* c, int64_t c_row, bool accumulate) {
+    for (; rows >= kRows; rows -= kRows, a.data += kRows * a.row, c += kRows * c_row)
+      run_tile(depth, a, b, b_row, c, c_row, accumulate);
+    if constexpr (kRows > 1)
+      Tiles<Sum, kBytes, kRows / 2, kUnits>::run_rows(rows, depth, a, b, b_row, c, c_row,
+                                                      accumulate);
   }
 
-  static ALWAYS_INLINE void run_tile(int64_t depth, Strided<Sum> a, const Sum* b, int64_t b_row, Sum* c, int64_t c_row,
-                                     bool accumulate) {
+  static ALWAYS_INLINE void run_tile(int64_t depth, Strided<Sum> a, const Sum* b, int64_t b_row,
+                                     Sum* c, int64_t c_row, bool accumulate) {
     Vector sums[kRows][kVectors];
 #pragma GCC unroll 8
     for (int i = 0; i < kRows; ++i) {
@@ -92,6 +107,10 @@ struct Tiles : Vectors<Sum, kBytes> {
 };
 
 template <typename Sum, int kBytes>
-struct MatrixProduct : Tiles<Sum, kBytes, kBytes == 64 ? 8 : kBytes == 32 ? 6 : 2, kBytes == 64 ? 3 : 1> {};
+struct MatrixProduct : Tiles<Sum, kBytes,
+                             kBytes == 64   ? 8
+                             : kBytes == 32 ? 6
+                                            : 2,
+                             kBytes == 64 ? 3 : 1> {};
 
 }  // namespace spade_fast

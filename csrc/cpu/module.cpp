@@ -1,4 +1,5 @@
-// The Python module spade_fast._cpu. Importing it registers the CPU kernels; itself it holds what concerns the host alone.
+// The Python module spade_fast._cpu. Importing it registers the CPU kernels; itself it holds what
+// concerns the host alone.
 
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
@@ -20,7 +21,9 @@ namespace {
 
 using Numbers = pybind11::array_t<int32_t, pybind11::array::c_style>;
 
-Numbers as_array(const std::vector<int32_t>& values, std::vector<int64_t> shape) { return Numbers(std::move(shape), values.data()); }
+Numbers as_array(const std::vector<int32_t>& values, std::vector<int64_t> shape) {
+  return Numbers(std::move(shape), values.data());
+}
 
 void require(bool holds, const std::string& message) {
   if (!holds) throw pybind11::value_error(message);
@@ -39,14 +42,18 @@ bool countable(int64_t one, int64_t other) {
   return !__builtin_mul_overflow(one, other, &product) && product < INT32_MAX;
 }
 
-std::tuple<Numbers, Numbers> number_windows_of(const Numbers& map, int64_t kernel_size, uint64_t hash_mask) {
+std::tuple<Numbers, Numbers> number_windows_of(const Numbers& map, int64_t kernel_size,
+                                               uint64_t hash_mask) {
   const std::vector<int64_t> shape(map.shape(), map.shape() + map.ndim());
-  require(map.ndim() >= 2 && map.ndim() <= 4, "map has shape " + shape_text(map) + ", it should be [N, *spatial]");
-  require(map.size() < INT32_MAX, "map has shape " + shape_text(map) + ", it should have fewer than 2147483647 places");
+  require(map.ndim() >= 2 && map.ndim() <= 4,
+          "map has shape " + shape_text(map) + ", it should be [N, *spatial]");
+  require(map.size() < INT32_MAX,
+          "map has shape " + shape_text(map) + ", it should have fewer than 2147483647 places");
   int64_t taps = 1;
   for (size_t axis = 1; axis < shape.size(); ++axis) {
     require(kernel_size >= 1 && countable(taps, kernel_size),
-            "kernel_size is " + std::to_string(kernel_size) + ", it should be at least 1, with fewer than 2147483647 taps in all");
+            "kernel_size is " + std::to_string(kernel_size) +
+                ", it should be at least 1, with fewer than 2147483647 taps in all");
     taps *= kernel_size;
   }
   check_range(map, "map", 0, INT32_MAX);
@@ -59,8 +66,10 @@ std::tuple<Numbers, Numbers> number_windows_of(const Numbers& map, int64_t kerne
   return {as_array(found.numbers, shape), as_array(found.contents, {found.windows, found.taps})};
 }
 
-std::tuple<Numbers, Numbers, Numbers, Numbers> window_sums_of(const Numbers& contents, int64_t rows) {
-  require(contents.ndim() == 2, "contents has shape " + shape_text(contents) + ", it should be [windows, taps]");
+std::tuple<Numbers, Numbers, Numbers, Numbers> window_sums_of(const Numbers& contents,
+                                                              int64_t rows) {
+  require(contents.ndim() == 2,
+          "contents has shape " + shape_text(contents) + ", it should be [windows, taps]");
   const int64_t windows = contents.shape(0), taps = contents.shape(1);
   require(rows >= 0 && countable(rows, taps) && countable(windows, taps),
           "contents has shape " + shape_text(contents) + " and there are " + std::to_string(rows) +
@@ -72,22 +81,27 @@ std::tuple<Numbers, Numbers, Numbers, Numbers> window_sums_of(const Numbers& con
     const pybind11::gil_scoped_release release;
     window_sums(data, windows, taps, rows, found);
   }
-  const auto array = [](const std::vector<int32_t>& values) { return as_array(values, {static_cast<int64_t>(values.size())}); };
+  const auto array = [](const std::vector<int32_t>& values) {
+    return as_array(values, {static_cast<int64_t>(values.size())});
+  };
   return {array(found[0]), array(found[1]), array(found[2]), array(found[3])};
 }
 
 Numbers sort_pixels_of(const Numbers& index, int64_t bound) {
   require(index.ndim() == 2, "index has shape " + shape_text(index) + ", it should be [N, pixels]");
   const int64_t images = index.shape(0), pixels = index.shape(1);
-  require(countable(1, pixels), "index has shape " + shape_text(index) + ", it should have fewer than 2147483647 pixels");
-  require(bound >= 0 && bound <= int64_t{1} << 31, "bound is " + std::to_string(bound) + ", it should be from 0 to 2147483648");
+  require(countable(1, pixels),
+          "index has shape " + shape_text(index) + ", it should have fewer than 2147483647 pixels");
+  require(bound >= 0 && bound <= int64_t{1} << 31,
+          "bound is " + std::to_string(bound) + ", it should be from 0 to 2147483648");
   check_range(index, "index", 0, bound);
   Numbers order({images, pixels});
   const int32_t* from = index.data();
   int32_t* to = order.mutable_data();
   {
     const pybind11::gil_scoped_release release;
-    for (int64_t n = 0; n < images; ++n) sort_positions(from + n * pixels, pixels, bound, to + n * pixels);
+    for (int64_t n = 0; n < images; ++n)
+      sort_positions(from + n * pixels, pixels, bound, to + n * pixels);
   }
   return order;
 }
@@ -106,12 +120,15 @@ InstructionSet named(const std::string& name) {
   for (const auto set : {InstructionSet::base, InstructionSet::avx2, InstructionSet::avx512}) {
     if (name != kNames[static_cast<int>(set)]) continue;
     if (supported(set)) return set;
-    throw pybind11::value_error("the instruction set is " + name + ", which this processor does not have");
+    throw pybind11::value_error("the instruction set is " + name +
+                                ", which this processor does not have");
   }
-  throw pybind11::value_error("the instruction set is " + name + ", it should be base, avx2 or avx512");
+  throw pybind11::value_error("the instruction set is " + name +
+                              ", it should be base, avx2 or avx512");
 }
 
-// The instruction sets, among those that the kernels know, that this processor runs; the best first.
+// The instruction sets, among those that the kernels know, that this processor runs; the best
+// first.
 std::vector<std::string> instruction_sets() {
   std::vector<std::string> names;
   for (const auto set : {InstructionSet::avx512, InstructionSet::avx2, InstructionSet::base}) {
@@ -122,17 +139,22 @@ std::vector<std::string> instruction_sets() {
 
 std::atomic<InstructionSet> in_use{InstructionSet::base};
 
-// Codes and places of a contiguous condition [N, L, *spatial] as numbers of its element size, or nothing where there are too many.
-std::optional<std::tuple<Numbers, pybind11::array_t<int64_t>>> find_codes_of(const pybind11::array& segmap) {
+// Codes and places of a contiguous condition [N, L, *spatial] as numbers of its element size, or
+// nothing where there are too many.
+std::optional<std::tuple<Numbers, pybind11::array_t<int64_t>>> find_codes_of(
+    const pybind11::array& segmap) {
   require(segmap.ndim() >= 3 && (segmap.flags() & pybind11::array::c_style) != 0,
-          "segmap has shape " + shape_text(segmap) + ", it should be [N, channels, *spatial] and contiguous");
+          "segmap has shape " + shape_text(segmap) +
+              ", it should be [N, channels, *spatial] and contiguous");
   require(segmap.itemsize() == 2 || segmap.itemsize() == 4 || segmap.itemsize() == 8,
-          "segmap has elements of " + std::to_string(segmap.itemsize()) + " bytes, they should be of 2, 4 or 8");
+          "segmap has elements of " + std::to_string(segmap.itemsize()) +
+              " bytes, they should be of 2, 4 or 8");
   std::vector<int64_t> shape(segmap.shape(), segmap.shape() + segmap.ndim());
   const int64_t batch = shape[0], channels = shape[1];
   shape.erase(shape.begin() + 1);
   Numbers codes(shape);
-  require(codes.size() < INT32_MAX, "segmap has shape " + shape_text(segmap) + ", it should have fewer than 2147483647 pixels");
+  require(codes.size() < INT32_MAX, "segmap has shape " + shape_text(segmap) +
+                                        ", it should have fewer than 2147483647 pixels");
   int32_t* data = codes.mutable_data();
   const void* elements = segmap.data();
   const int64_t element_size = segmap.itemsize(), pixels = batch > 0 ? codes.size() / batch : 0;
@@ -157,13 +179,22 @@ PYBIND11_MODULE(_cpu, module) {
   in_use = named(instruction_sets().front());
   module.doc() = "The kernels of spade_fast for the CPU.";
   module.def("instruction_sets", &instruction_sets,
-             "The instruction sets, among those that the kernels know, that this processor runs; the best first.");
-  module.def("instruction_set", [] { return kNames[static_cast<int>(instruction_set())]; },
-             "The one that the kernels use: the best, unless another was asked for.");
-  module.def("find_codes", &find_codes_of, "The codes of a condition, and the first place of each; None where it has too many.");
-  module.def("number_windows", &number_windows_of, "The windows of a map [N, *spatial]: their numbers, and what each sees.",
-             pybind11::arg("map"), pybind11::arg("kernel_size"), pybind11::arg("hash_mask") = ~uint64_t{0});
-  module.def("window_sums", &window_sums_of, "What windows see, as lists for sums over their rows.");
-  module.def("sort_pixels", &sort_pixels_of, "The pixels of each image [N, pixels], sorted by numbers below a bound.");
-  module.def("use_instruction_set", [](const std::string& name) { in_use = named(name); }, "Makes the kernels use this one.");
+             "The instruction sets, among those that the kernels know, that this processor runs; "
+             "the best first.");
+  module.def(
+      "instruction_set", [] { return kNames[static_cast<int>(instruction_set())]; },
+      "The one that the kernels use: the best, unless another was asked for.");
+  module.def("find_codes", &find_codes_of,
+             "The codes of a condition, and the first place of each; None where it has too many.");
+  module.def("number_windows", &number_windows_of,
+             "The windows of a map [N, *spatial]: their numbers, and what each sees.",
+             pybind11::arg("map"), pybind11::arg("kernel_size"),
+             pybind11::arg("hash_mask") = ~uint64_t{0});
+  module.def("window_sums", &window_sums_of,
+             "What windows see, as lists for sums over their rows.");
+  module.def("sort_pixels", &sort_pixels_of,
+             "The pixels of each image [N, pixels], sorted by numbers below a bound.");
+  module.def(
+      "use_instruction_set", [](const std::string& name) { in_use = named(name); },
+      "Makes the kernels use this one.");
 }

@@ -1,8 +1,10 @@
-// plane_moments on the CPU: mean and sum of squared deviations of every plane (n, c) of x [N, C, *spatial], as [2, N, C].
+// plane_moments on the CPU: mean and sum of squared deviations of every plane (n, c) of x [N, C,
+// *spatial], as [2, N, C].
 //
-// x is read once. A few hundred elements at a time are measured in two passes, first the mean, then the deviations from it, while
-// they are in the nearest cache, and their moments are combined exactly (Chan et al., 1979) in double precision. So a large mean
-// costs no accuracy, and the result does not depend on the number of threads.
+// x is read once. A few hundred elements at a time are measured in two passes, first the mean, then
+// the deviations from it, while they are in the nearest cache, and their moments are combined
+// exactly (Chan et al., 1979) in double precision. So a large mean costs no accuracy, and the
+// result does not depend on the number of threads.
 
 #include <memory>
 
@@ -11,11 +13,12 @@
 namespace spade_fast {
 namespace {
 
-// Adds a part's mean and squared deviations to those of what came before it. All planes side by side have the same counts, so that
-// what must be divided is the same for all.
+// Adds a part's mean and squared deviations to those of what came before it. All planes side by
+// side have the same counts, so that what must be divided is the same for all.
 struct Combine {
-  static ALWAYS_INLINE void run(int64_t planes, double count_before, double count, const double* part_mean,
-                                const double* part_squares, double* mean, double* squares) {
+  static ALWAYS_INLINE void run(int64_t planes, double count_before, double count,
+                                const double* part_mean, const double* part_squares, double* mean,
+                                double* squares) {
     const double share = count / (count_before + count), weight = count_before * share;
 #pragma omp simd
     for (int64_t i = 0; i < planes; ++i) {
@@ -29,7 +32,8 @@ struct Combine {
 // A run of pixels of one plane.
 template <typename Sum>
 struct MeasureRun {
-  static ALWAYS_INLINE void run(int64_t count, Elements<Sum> elements, double count_before, double* mean, double* squares) {
+  static ALWAYS_INLINE void run(int64_t count, Elements<Sum> elements, double count_before,
+                                double* mean, double* squares) {
     Sum buffer[kBlock];
     const Sum* x = elements.read(count, buffer);
     Sum sum = 0;
@@ -44,7 +48,8 @@ struct MeasureRun {
       square_sum += deviation * deviation;
     }
     const double correction = static_cast<double>(deviation_sum) / count;  // of the mean's rounding
-    const double run_mean = rounded_mean + correction, run_squares = square_sum - correction * deviation_sum;
+    const double run_mean = rounded_mean + correction,
+                 run_squares = square_sum - correction * deviation_sum;
     if (count_before == 0) {  // small planes: no need to divide
       *mean = run_mean, *squares = run_squares;
       return;
@@ -53,7 +58,8 @@ struct MeasureRun {
   }
 };
 
-// Ends the body of an outer loop, so that the compiler vectorises the inner one alone: both together become three times slower.
+// Ends the body of an outer loop, so that the compiler vectorises the inner one alone: both
+// together become three times slower.
 #define END_OF_OUTER_LOOP asm volatile("" ::: "memory")
 
 constexpr int64_t kPixels = 64;  // pixels whose channels are measured at a time
@@ -61,8 +67,8 @@ constexpr int64_t kPixels = 64;  // pixels whose channels are measured at a time
 // The moments of some pixels, combined with those of the pixels before.
 template <typename Sum>
 struct MeasurePixels {
-  static ALWAYS_INLINE void run(int64_t channels, int64_t pixels, const Elements<Sum>* elements, Sum* buffer, double count_before,
-                                double* mean, double* squares) {
+  static ALWAYS_INLINE void run(int64_t channels, int64_t pixels, const Elements<Sum>* elements,
+                                Sum* buffer, double count_before, double* mean, double* squares) {
     const Sum* rows[kPixels];
     Sum rounded_mean[kBlock], deviation_sums[kBlock], square_sums[kBlock];
     for (Sum* sums : {rounded_mean, deviation_sums, square_sums}) {
@@ -93,7 +99,8 @@ struct MeasurePixels {
       part_mean[c] = rounded_mean[c] + correction;
       part_squares[c] = square_sums[c] - correction * deviation_sums[c];
     }
-    Combine::run(channels, count_before, static_cast<double>(pixels), part_mean, part_squares, mean, squares);
+    Combine::run(channels, count_before, static_cast<double>(pixels), part_mean, part_squares, mean,
+                 squares);
   }
 };
 
@@ -110,16 +117,19 @@ void measure_task(const Tasks& tasks, int64_t task, const Source<Sum>& x, double
     });
     return;
   }
-  const std::unique_ptr<Sum[]> buffer(new Sum[kPixels * kBlock]);  // not filled with zeros, as a vector would be
+  // Not filled with zeros, as a vector would be.
+  const std::unique_ptr<Sum[]> buffer(new Sum[kPixels * kBlock]);
   Elements<Sum> rows[kPixels];
-  const int64_t n = task / tasks.parts, first = task % tasks.parts * tasks.step, last = std::min(first + tasks.step, tasks.pixels);
+  const int64_t n = task / tasks.parts, first = task % tasks.parts * tasks.step,
+                last = std::min(first + tasks.step, tasks.pixels);
   for (int64_t c = 0; c < tasks.channels; c += kBlock) {
     const int64_t channels = std::min(kBlock, tasks.channels - c);
     for (int64_t start = first; start < last; start += kPixels) {
       const int64_t pixels = std::min(kPixels, last - start);
       for (int64_t i = 0; i < pixels; ++i) rows[i] = x.at(n, start + i, c);
-      vectorised<MeasurePixels<Sum>>(channels, pixels, static_cast<const Elements<Sum>*>(rows), buffer.get(),
-                                     static_cast<double>(start - first), mean + c, squares + c);
+      vectorised<MeasurePixels<Sum>>(channels, pixels, static_cast<const Elements<Sum>*>(rows),
+                                     buffer.get(), static_cast<double>(start - first), mean + c,
+                                     squares + c);
     }
   }
 }
@@ -130,7 +140,8 @@ template void measure_task(const Tasks&, int64_t, const Source<double>&, double*
 void combine_moments(const Tasks& tasks, double* found) {
   const int64_t width = tasks.width();
   for (int64_t part = 1; part < tasks.parts; ++part) {
-    const double before = part * tasks.step, count = std::min(tasks.step, tasks.pixels - part * tasks.step);
+    const double before = part * tasks.step,
+                 count = std::min(tasks.step, tasks.pixels - part * tasks.step);
     const double* part_mean = found + 2 * width * part;
     vectorised<Combine>(width, before, count, part_mean, part_mean + width, found, found + width);
   }
@@ -143,12 +154,15 @@ Tensor plane_moments(const Tensor& x) {
   const Layout layout = layout_of(x);
   const Tasks tasks(x, layout);
   const int64_t width = tasks.width();
-  const Tensor moments = torch::stable::new_empty(x, {2, tasks.batch, tasks.channels}, sum_dtype(x.scalar_type()));
+  const Tensor moments =
+      torch::stable::new_empty(x, {2, tasks.batch, tasks.channels}, sum_dtype(x.scalar_type()));
   dispatch_sum(x.scalar_type(), [&](auto zero) {
     using Sum = decltype(zero);
     const Source<Sum> source(x, layout);
-    std::vector<double> found(2 * width * tasks.count());  // after what would fail where x is large in name only
-    tasks.for_each([&](int64_t task) { measure_task(tasks, task, source, &found[2 * width * task]); });
+    // After what would fail where x is large in name only.
+    std::vector<double> found(2 * width * tasks.count());
+    tasks.for_each(
+        [&](int64_t task) { measure_task(tasks, task, source, &found[2 * width * task]); });
     Sum* mean = moments.mutable_data_ptr<Sum>();
     Sum* squares = mean + tasks.planes();
     for (int64_t unit = 0; unit < tasks.units(); ++unit) {

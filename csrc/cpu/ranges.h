@@ -1,4 +1,5 @@
-// Whether numbers that are used as places in memory are in range: asked of all of them at once, before any is used.
+// Whether numbers that are used as places in memory are in range: asked of all of them at once,
+// before any is used.
 #pragma once
 
 #include <algorithm>
@@ -8,7 +9,8 @@
 
 namespace spade_fast {
 
-// By how much the largest of some numbers is above the least that they may be, 0 or −1; one below that counts as above all others.
+// By how much the largest of some numbers is above the least that they may be, 0 or −1; one below
+// that counts as above all others.
 struct Largest {
   static ALWAYS_INLINE int64_t run(int64_t count, const int32_t* numbers, int64_t least) {
     const uint32_t from = static_cast<uint32_t>(least);
@@ -32,11 +34,13 @@ struct EverFalls {
 };
 
 // Nothing where all numbers are from `least` to bound − 1, else what is wrong with them.
-inline std::string out_of_range(const char* name, const int32_t* numbers, int64_t count, int64_t least, int64_t bound) {
+inline std::string out_of_range(const char* name, const int32_t* numbers, int64_t count,
+                                int64_t least, int64_t bound) {
   if (count == 0 || vectorised<Largest>(count, numbers, least) < bound - least) return {};
   const auto [lowest, highest] = std::minmax_element(numbers, numbers + count);
-  return std::string("spade_fast: ") + name + " has numbers from " + std::to_string(*lowest) + " to " + std::to_string(*highest) +
-         ", they should be from " + std::to_string(least) + " to " + std::to_string(bound - 1);
+  return std::string("spade_fast: ") + name + " has numbers from " + std::to_string(*lowest) +
+         " to " + std::to_string(*highest) + ", they should be from " + std::to_string(least) +
+         " to " + std::to_string(bound - 1);
 }
 
 }  // namespace spade_fast

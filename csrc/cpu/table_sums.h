@@ -1,9 +1,12 @@
-// backward_sums where γ and β are rows of a table: the gradients of its rows, and the sums of every plane, which come free from them.
+// backward_sums where γ and β are rows of a table: the gradients of its rows, and the sums of every
+// plane, which come free from them.
 //
-// `order` lists each image's pixels sorted by window, so that every row's gradient is a sum over neighbours in that list: no atomics,
-// and the same bits whatever the number of threads. With D = Σ g·(x − shift) and Σ g over a window's pixels in one image,
+// `order` lists each image's pixels sorted by window, so that every row's gradient is a sum over
+// neighbours in that list: no atomics, and the same bits whatever the number of threads. With D = Σ
+// g·(x − shift) and Σ g over a window's pixels in one image,
 //
-//     dβ = Σ g,  dγ = D·scale + Σ g·offset,  Σq = Σ g·(1 + γ),  Σq·(x − shift) = D·(1 + γ)      summed over images, or over windows
+//     dβ = Σ g,  dγ = D·scale + Σ g·offset,  Σq = Σ g·(1 + γ),  Σq·(x − shift) = D·(1 + γ) summed
+//     over images, or over windows
 //
 // The images come one after the other, for they may share windows.
 #pragma once
@@ -15,11 +18,13 @@ namespace spade_fast {
 // A pixel's channels, added to the sums of its window.
 template <typename Sum>
 struct AddGradient {
-  static ALWAYS_INLINE void run(int64_t count, BackwardBlock<Sum> block, PerChannel<Sum> shift, PerChannel<Sum> scale,
-                                PerChannel<Sum> offset, Activation activation, Sum negative_slope, Sum* g_sums,
+  static ALWAYS_INLINE void run(int64_t count, BackwardBlock<Sum> block, PerChannel<Sum> shift,
+                                PerChannel<Sum> scale, PerChannel<Sum> offset,
+                                Activation activation, Sum negative_slope, Sum* g_sums,
                                 Sum* g_deviation_sums) {
     Sum g[kBlock], deviation[kBlock];
-    gradient(count, block, static_cast<const Sum*>(block.gamma.data), shift, scale, offset, activation, negative_slope, g, deviation);
+    gradient(count, block, static_cast<const Sum*>(block.gamma.data), shift, scale, offset,
+             activation, negative_slope, g, deviation);
 #pragma omp simd
     for (int64_t i = 0; i < count; ++i) {
       g_sums[i] += g[i];
@@ -31,8 +36,9 @@ struct AddGradient {
 // A window's sums, added to its row's gradients and to the planes' sums.
 template <typename Sum>
 struct FinishWindow {
-  static ALWAYS_INLINE void run(int64_t count, const Sum* g_sums, const Sum* g_deviation_sums, Elements<Sum> gamma_elements,
-                                PerChannel<Sum> scale, PerChannel<Sum> offset, Sum* dgamma, Sum* dbeta, Sum* q_sums,
+  static ALWAYS_INLINE void run(int64_t count, const Sum* g_sums, const Sum* g_deviation_sums,
+                                Elements<Sum> gamma_elements, PerChannel<Sum> scale,
+                                PerChannel<Sum> offset, Sum* dgamma, Sum* dbeta, Sum* q_sums,
                                 Sum* q_deviation_sums) {
     Sum buffer[kBlock];
     const Sum* gamma = gamma_elements.read(count, buffer);
@@ -49,8 +55,9 @@ struct FinishWindow {
 // g and g·(x − shift) of a block of a plane.
 template <typename Sum>
 struct KeepGradient {
-  static ALWAYS_INLINE void run(int64_t count, BackwardBlock<Sum> block, Uniform<Sum> shift, Uniform<Sum> scale, Uniform<Sum> offset,
-                                Activation activation, Sum negative_slope, Sum* g, Sum* g_deviation) {
+  static ALWAYS_INLINE void run(int64_t count, BackwardBlock<Sum> block, Uniform<Sum> shift,
+                                Uniform<Sum> scale, Uniform<Sum> offset, Activation activation,
+                                Sum negative_slope, Sum* g, Sum* g_deviation) {
     Sum buffer[kBlock], deviation[kBlock];
     const Sum* gamma = activation == Activation::silu ? block.gamma.read(count, buffer) : nullptr;
     gradient(count, block, gamma, shift, scale, offset, activation, negative_slope, g, deviation);
@@ -66,12 +73,16 @@ struct SortedPixels {
   std::vector<int32_t> windows;
 
   SortedPixels(const Tensor& index, const Tensor& given_order, int64_t pixels)
-      : owner(without_gaps(given_order)), order(owner.const_data_ptr<int32_t>()), windows(index.numel()) {
+      : owner(without_gaps(given_order)),
+        order(owner.const_data_ptr<int32_t>()),
+        windows(index.numel()) {
     check_range(given_order, "order", pixels);
     const Tensor index_owner = without_gaps(index);
     const int32_t* window = index_owner.const_data_ptr<int32_t>();
     for (int64_t start = 0; start < index.numel(); start += pixels) {
-      bool sorted = true;  // also among the pixels of one window, as everyone here sorts them: then each is there just once
+      // Also among the pixels of one window, as everyone here sorts them: then each is there just
+      // once.
+      bool sorted = true;
       int64_t before = -1;
       for (int64_t i = start; i < start + pixels; ++i) {
         windows[i] = window[start + order[i]];
@@ -79,7 +90,8 @@ struct SortedPixels {
         sorted = sorted && key > before, before = key;
       }
       STD_TORCH_CHECK(sorted || lists_sorted_pixels(start, pixels),
-                      "spade_fast: order is not as it should be: each image's pixels, every one once, sorted by index");
+                      "spade_fast: order is not as it should be: each image's pixels, every one "
+                      "once, sorted by index");
     }
   }
 
@@ -94,12 +106,14 @@ struct SortedPixels {
   }
 };
 
-// Pixels with their channels together. dgamma and dbeta are [K, C], found [tasks, 2, C]; all begin as zeros.
+// Pixels with their channels together. dgamma and dbeta are [K, C], found [tasks, 2, C]; all begin
+// as zeros.
 template <typename Sum>
-void sum_table_by_pixels(const Tasks& tasks, const Modulation<Sum>& m, const Source<Sum>& dy, const SortedPixels& sorted, Sum* dgamma, Sum* dbeta,
-                         Sum* found) {
+void sum_table_by_pixels(const Tasks& tasks, const Modulation<Sum>& m, const Source<Sum>& dy,
+                         const SortedPixels& sorted, Sum* dgamma, Sum* dbeta, Sum* found) {
   const int64_t channels = tasks.channels;
-  // A task's first and last window may go on in its neighbours: they come to rows of the task's own, and are added up afterwards.
+  // A task's first and last window may go on in its neighbours: they come to rows of the task's
+  // own, and are added up afterwards.
   struct Border {
     int64_t window = -1;
     std::vector<Sum> dgamma, dbeta;
@@ -110,7 +124,8 @@ void sum_table_by_pixels(const Tasks& tasks, const Modulation<Sum>& m, const Sou
     const int32_t* windows = sorted.windows.data() + n * tasks.pixels;
     tasks.for_each(n * tasks.parts, (n + 1) * tasks.parts, [&](int64_t task) {
       Sum* sums = found + 2 * channels * task;
-      const int64_t part = task % tasks.parts, first = part * tasks.step, last = std::min(first + tasks.step, tasks.pixels);
+      const int64_t part = task % tasks.parts, first = part * tasks.step,
+                    last = std::min(first + tasks.step, tasks.pixels);
       for (int64_t begin = first, end; begin < last; begin = end) {
         const int64_t window = windows[begin];
         for (end = begin + 1; end < last && windows[end] == window;) ++end;
@@ -122,15 +137,18 @@ void sum_table_by_pixels(const Tasks& tasks, const Modulation<Sum>& m, const Sou
         }
         for (int64_t c = 0; c < channels; c += kBlock) {
           const int64_t count = std::min(kBlock, channels - c), number = n * channels + c;
-          const auto shift = m.planes.per_channel(0, number), scale = m.planes.per_channel(1, number),
+          const auto shift = m.planes.per_channel(0, number),
+                     scale = m.planes.per_channel(1, number),
                      offset = m.planes.per_channel(2, number);
           Sum g_sums[kBlock] = {}, g_deviation_sums[kBlock] = {};
           for (int64_t i = begin; i < end; ++i) {
-            vectorised<AddGradient<Sum>>(count, backward_block(m, dy, n, order[i], c), shift, scale, offset, m.activation,
-                                         m.negative_slope, g_sums, g_deviation_sums);
+            vectorised<AddGradient<Sum>>(count, backward_block(m, dy, n, order[i], c), shift, scale,
+                                         offset, m.activation, m.negative_slope, g_sums,
+                                         g_deviation_sums);
           }
-          vectorised<FinishWindow<Sum>>(count, g_sums, g_deviation_sums, m.gamma.at(n, order[begin], c), scale, offset,
-                                        row_dgamma + c, row_dbeta + c, sums + c, sums + channels + c);
+          vectorised<FinishWindow<Sum>>(
+              count, g_sums, g_deviation_sums, m.gamma.at(n, order[begin], c), scale, offset,
+              row_dgamma + c, row_dbeta + c, sums + c, sums + channels + c);
         }
       }
     });
@@ -145,8 +163,9 @@ void sum_table_by_pixels(const Tasks& tasks, const Modulation<Sum>& m, const Sou
 
 // Planes. dgamma and dbeta are [C, K], zeros to begin with; sums is [2, N, C].
 template <typename Sum>
-void sum_table_by_planes(const Tasks& tasks, const Modulation<Sum>& m, const Source<Sum>& dy, const SortedPixels& sorted, int64_t rows, Sum* dgamma,
-                         Sum* dbeta, Sum* sums) {
+void sum_table_by_planes(const Tasks& tasks, const Modulation<Sum>& m, const Source<Sum>& dy,
+                         const SortedPixels& sorted, int64_t rows, Sum* dgamma, Sum* dbeta,
+                         Sum* sums) {
   const int64_t pixels = tasks.pixels, planes = tasks.batch * tasks.channels;
   torch::stable::parallel_for(0, tasks.channels, 1, [&](int64_t first, int64_t last) {
     std::vector<Sum> g(pixels), g_deviation(pixels);
@@ -158,8 +177,9 @@ void sum_table_by_planes(const Tasks& tasks, const Modulation<Sum>& m, const Sou
                    offset = m.planes.uniform(2, number);
         for (int64_t start = 0; start < pixels; start += kBlock) {
           const int64_t count = std::min(kBlock, pixels - start);
-          vectorised<KeepGradient<Sum>>(count, backward_block(m, dy, n, c, start), shift, scale, offset, m.activation,
-                                        m.negative_slope, g.data() + start, g_deviation.data() + start);
+          vectorised<KeepGradient<Sum>>(count, backward_block(m, dy, n, c, start), shift, scale,
+                                        offset, m.activation, m.negative_slope, g.data() + start,
+                                        g_deviation.data() + start);
         }
         double q_sum = 0, q_deviation_sum = 0;
         const int32_t* order = sorted.order + n * pixels;
@@ -171,7 +191,8 @@ void sum_table_by_planes(const Tasks& tasks, const Modulation<Sum>& m, const Sou
             g_sum += g[order[i]];
             g_deviation_sum += g_deviation[order[i]];
           }
-          dgamma[c * rows + window] += static_cast<Sum>(g_deviation_sum * scale.value + g_sum * offset.value);
+          dgamma[c * rows + window] +=
+              static_cast<Sum>(g_deviation_sum * scale.value + g_sum * offset.value);
           dbeta[c * rows + window] += static_cast<Sum>(g_sum);
           q_sum += g_sum * (1.0 + gamma[window]);
           q_deviation_sum += g_deviation_sum * (1.0 + gamma[window]);

@@ -5,8 +5,9 @@
 
 namespace spade_fast {
 
-// Tasks are of at most 32768 elements or so, whatever the number of threads, so that sums never depend on it. A task is a part of a
-// plane, or where a pixel's channels lie together a band of an image's pixels, not too many for one float32 sum.
+// Tasks are of at most 32768 elements or so, whatever the number of threads, so that sums never
+// depend on it. A task is a part of a plane, or where a pixel's channels lie together a band of an
+// image's pixels, not too many for one float32 sum.
 struct Tasks {
   static constexpr int64_t kTask = 32768, kBand = 256;
 
@@ -15,15 +16,19 @@ struct Tasks {
   int64_t step;   // pixels of a task
   int64_t parts;  // tasks of a unit, which is a plane or an image: task t belongs to unit t / parts
 
-  Tasks(const Tensor& x, Layout layout) : layout(layout), batch(x.size(0)), channels(x.size(1)), pixels(1) {
+  Tasks(const Tensor& x, Layout layout)
+      : layout(layout), batch(x.size(0)), channels(x.size(1)), pixels(1) {
     for (int64_t dim = 2; dim < x.dim(); ++dim) pixels *= x.size(dim);
-    step = layout == Layout::contiguous ? kTask : std::clamp<int64_t>(kTask / std::max<int64_t>(1, channels), 1, kBand);
+    step = layout == Layout::contiguous
+               ? kTask
+               : std::clamp<int64_t>(kTask / std::max<int64_t>(1, channels), 1, kBand);
     parts = std::max<int64_t>(1, (pixels + step - 1) / step);
   }
 
   int64_t planes() const { return batch * channels; }
   int64_t units() const { return layout == Layout::contiguous ? planes() : batch; }
-  int64_t width() const { return layout == Layout::contiguous ? 1 : channels; }  // planes of a unit, side by side
+  // Planes of a unit, side by side.
+  int64_t width() const { return layout == Layout::contiguous ? 1 : channels; }
   int64_t count() const { return units() * parts; }
   int64_t rows() const { return layout == Layout::contiguous ? channels : pixels; }
   int64_t length() const { return layout == Layout::contiguous ? pixels : channels; }
@@ -39,8 +44,9 @@ struct Tasks {
     in_parallel(first, last, std::min(step, pixels) * width(), f);
   }
 
-  // Runs first(task) for all tasks of a unit, then between(unit), then second(task) for the same. Where there are enough units for
-  // all threads each is done at once, so that the second pass finds it in the cache, backwards: the end is there for sure.
+  // Runs first(task) for all tasks of a unit, then between(unit), then second(task) for the same.
+  // Where there are enough units for all threads each is done at once, so that the second pass
+  // finds it in the cache, backwards: the end is there for sure.
   template <typename First, typename Between, typename Second>
   void in_two_passes(const First& first, const Between& between, const Second& second) const {
     const int64_t threads = torch::stable::get_num_threads();
@@ -57,11 +63,13 @@ struct Tasks {
     });
   }
 
-  // Calls f(n, row, start, count, number) for every block of a task. `number` is where the block's planes have their numbers in
-  // an array [N, C]: one for all of it (contiguous), or one for each element, side by side (channels last).
+  // Calls f(n, row, start, count, number) for every block of a task. `number` is where the block's
+  // planes have their numbers in an array [N, C]: one for all of it (contiguous), or one for each
+  // element, side by side (channels last).
   template <typename F>
   void for_each_block(int64_t task, const F& f) const {
-    const int64_t unit = task / parts, first = task % parts * step, last = std::min(first + step, pixels);
+    const int64_t unit = task / parts, first = task % parts * step,
+                  last = std::min(first + step, pixels);
     if (layout == Layout::contiguous) {
       for (int64_t start = first; start < last; start += kBlock) {
         f(unit / channels, unit % channels, start, std::min(kBlock, last - start), unit);

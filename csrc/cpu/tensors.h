@@ -1,4 +1,5 @@
-// What the CPU kernels read and write: the rows of tensors and tables, the numbers of each plane, and signs.
+// What the CPU kernels read and write: the rows of tensors and tables, the numbers of each plane,
+// and signs.
 #pragma once
 
 #include <cstdint>
@@ -24,7 +25,8 @@ void dispatch_sum(ScalarType dtype, F&& f) {
 // Numbers that are used as places: those of `index` are rows of a table, those of `order` pixels.
 inline void check_range(const Tensor& given, const char* name, int64_t bound) {
   const Tensor numbers = without_gaps(given);
-  const std::string wrong = out_of_range(name, numbers.const_data_ptr<int32_t>(), numbers.numel(), 0, bound);
+  const std::string wrong =
+      out_of_range(name, numbers.const_data_ptr<int32_t>(), numbers.numel(), 0, bound);
   STD_TORCH_CHECK(wrong.empty(), wrong);
 }
 
@@ -32,8 +34,8 @@ inline void check_index(const std::optional<Tensor>& index, const Tensor& gamma)
   if (index) check_range(*index, "index", gamma.size(0));
 }
 
-// A tensor's rows, to read. With an index [N, *spatial] the tensor is a table [K, C], and each pixel's channels are the row of it
-// that the index names.
+// A tensor's rows, to read. With an index [N, *spatial] the tensor is a table [K, C], and each
+// pixel's channels are the row of it that the index names.
 template <typename Sum>
 class Source {
  public:
@@ -53,17 +55,22 @@ class Source {
 
   // The elements of row `row` of image n, from `start` on.
   Elements<Sum> at(int64_t n, int64_t row, int64_t start) const {
-    if (index_ == nullptr) return {data_ + (n * image_ + row * row_ + start) * size_, type_, nullptr};
+    if (index_ == nullptr)
+      return {data_ + (n * image_ + row * row_ + start) * size_, type_, nullptr};
     const Sum* values = reinterpret_cast<const Sum*>(data_);
-    if (layout_ == Layout::contiguous) return {values + row * row_, type_, index_ + n * pixels_ + start};
+    if (layout_ == Layout::contiguous)
+      return {values + row * row_, type_, index_ + n * pixels_ + start};
     return {values + index_[n * pixels_ + row] * row_ + start, type_, nullptr};
   }
 
   // What the rows of a table hold for channel c, [K], where planes are read.
-  const Sum* plane_of_table(int64_t c) const { return reinterpret_cast<const Sum*>(data_) + c * row_; }
+  const Sum* plane_of_table(int64_t c) const {
+    return reinterpret_cast<const Sum*>(data_) + c * row_;
+  }
 
  private:
-  // As Sums, for it is small; [C, K] for planes, each of which then reads from a row that stays in the cache.
+  // As Sums, for it is small; [C, K] for planes, each of which then reads from a row that stays in
+  // the cache.
   static Tensor table(const Tensor& x, Layout layout) {
     const Tensor rows = in_dtype(x, kScalarType<Sum>);
     if (layout == Layout::contiguous) return without_gaps(torch::stable::transpose(rows, 0, 1));
@@ -92,7 +99,8 @@ class Target {
   }
 
   Place<Sum> at(int64_t n, int64_t row, int64_t start) const {
-    return {data_ == nullptr ? nullptr : data_ + (n * image_ + row * row_ + start) * size_, type_, streams_};
+    return {data_ == nullptr ? nullptr : data_ + (n * image_ + row * row_ + start) * size_, type_,
+            streams_};
   }
 
  private:
@@ -105,7 +113,8 @@ class Target {
   bool streams_ = false;
 };
 
-// A number of each plane (n, c), as a block sees it: the same all along a row of pixels, or one for each channel.
+// A number of each plane (n, c), as a block sees it: the same all along a row of pixels, or one for
+// each channel.
 template <typename Sum>
 struct Uniform {
   Sum value;
@@ -127,8 +136,12 @@ class Numbers {
         data_(owner_.template const_data_ptr<Sum>()),
         planes_(given.size(1) * given.size(2)) {}
 
-  Uniform<Sum> uniform(int64_t which, int64_t number) const { return {data_[which * planes_ + number]}; }
-  PerChannel<Sum> per_channel(int64_t which, int64_t number) const { return {data_ + which * planes_ + number}; }
+  Uniform<Sum> uniform(int64_t which, int64_t number) const {
+    return {data_[which * planes_ + number]};
+  }
+  PerChannel<Sum> per_channel(int64_t which, int64_t number) const {
+    return {data_ + which * planes_ + number};
+  }
 
  private:
   Tensor owner_;

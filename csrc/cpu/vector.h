@@ -1,8 +1,10 @@
 // One loop body for every instruction set: base, AVX2 and AVX-512, chosen at run time.
 //
-// All arithmetic is in Sum, float or double (elements.h says how others are read and written). A kernel is a type with a static `run(arguments…)`, always inlined; `vectorised<Kernel>(arguments…)`
-// calls it from a wrapper that is compiled for the instruction set in use, so that the compiler vectorises the one body for each of
-// them. A body calls always-inlined functions only and holds no lambda, which would be compiled for the base alone.
+// All arithmetic is in Sum, float or double (elements.h says how others are read and written). A
+// kernel is a type with a static `run(arguments…)`, always inlined;
+// `vectorised<Kernel>(arguments…)` calls it from a wrapper that is compiled for the instruction set
+// in use, so that the compiler vectorises the one body for each of them. A body calls
+// always-inlined functions only and holds no lambda, which would be compiled for the base alone.
 #pragma once
 
 #include <torch/headeronly/util/BFloat16.h>
@@ -20,21 +22,28 @@ using torch::headeronly::Half;
 
 enum class InstructionSet { base, avx2, avx512 };
 
-// The one in use: the best that this processor has, unless another was asked for. Defined in module.cpp.
+// The one in use: the best that this processor has, unless another was asked for. Defined in
+// module.cpp.
 InstructionSet instruction_set();
 
 #if defined(__x86_64__)
 #define SPADE_FAST_AVX2 "avx2,fma,f16c,bmi,bmi2,lzcnt,movbe,popcnt"
 template <typename Kernel, typename... Arguments>
-__attribute__((target(SPADE_FAST_AVX2 ",avx512f,avx512bw,avx512cd,avx512dq,avx512vl,prefer-vector-width=512")))
-auto run_avx512(Arguments... arguments) { return Kernel::run(arguments...); }
+__attribute__((target(SPADE_FAST_AVX2
+                      ",avx512f,avx512bw,avx512cd,avx512dq,avx512vl,prefer-vector-width=512"))) auto
+run_avx512(Arguments... arguments) {
+  return Kernel::run(arguments...);
+}
 template <typename Kernel, typename... Arguments>
-__attribute__((target(SPADE_FAST_AVX2)))
-auto run_avx2(Arguments... arguments) { return Kernel::run(arguments...); }
+__attribute__((target(SPADE_FAST_AVX2))) auto run_avx2(Arguments... arguments) {
+  return Kernel::run(arguments...);
+}
 #endif
 
 template <typename Kernel, typename... Arguments>
-auto run_base(Arguments... arguments) { return Kernel::run(arguments...); }
+auto run_base(Arguments... arguments) {
+  return Kernel::run(arguments...);
+}
 
 template <typename Kernel, typename... Arguments>
 auto vectorised(Arguments... arguments) {
@@ -45,7 +54,8 @@ auto vectorised(Arguments... arguments) {
   return run_base<Kernel>(arguments...);
 }
 
-constexpr int64_t kBlock = 256;  // elements that a kernel works on at a time: its intermediate numbers stay in the nearest cache
+// Elements that a kernel works on at a time: its intermediate numbers stay in the nearest cache.
+constexpr int64_t kBlock = 256;
 
 template <typename To, typename From>
 ALWAYS_INLINE To bit_cast(From from) {
@@ -55,14 +65,19 @@ ALWAYS_INLINE To bit_cast(From from) {
   return to;
 }
 
-// Loads widen and stores round to nearest even, by bits: the compiler vectorises that where it would not call a conversion.
+// Loads widen and stores round to nearest even, by bits: the compiler vectorises that where it
+// would not call a conversion.
 ALWAYS_INLINE float load(const float& x) { return x; }
 ALWAYS_INLINE double load(const double& x) { return x; }
-ALWAYS_INLINE float load(const BFloat16& x) { return bit_cast<float>(static_cast<uint32_t>(x.x) << 16); }
+ALWAYS_INLINE float load(const BFloat16& x) {
+  return bit_cast<float>(static_cast<uint32_t>(x.x) << 16);
+}
 ALWAYS_INLINE float load(const Half& x) {
   const uint32_t sign = static_cast<uint32_t>(x.x & 0x8000) << 16, magnitude = x.x & 0x7fff;
-  // Subnormal numbers are multiples of 2⁻²⁴; the exponents of the others are 112 less than a float's; above are infinity, NaN.
-  const uint32_t subnormal = bit_cast<uint32_t>(static_cast<float>(static_cast<int32_t>(magnitude)) * 0x1p-24f);
+  // Subnormal numbers are multiples of 2⁻²⁴; the exponents of the others are 112 less than a
+  // float's; above are infinity, NaN.
+  const uint32_t subnormal =
+      bit_cast<uint32_t>(static_cast<float>(static_cast<int32_t>(magnitude)) * 0x1p-24f);
   const uint32_t normal = (magnitude << 13) + (magnitude < 0x7c00 ? 112u << 23 : 224u << 23);
   return bit_cast<float>(sign | (magnitude < 0x0400 ? subnormal : normal));
 }

@@ -1,8 +1,10 @@
-// Numbering the windows of a map: the places that see the same thing get the same number. On NumPy memory, without the GIL.
+// Numbering the windows of a map: the places that see the same thing get the same number. On NumPy
+// memory, without the GIL.
 //
-// A window of k taps per axis is numbered axis by axis: first every run of k neighbours along the first axis, then every run of k of
-// those numbers along the second, and so on. Two windows are equal just where their runs are equal in every step, so that k numbers
-// at a time are compared, never kᵈ.
+// A window of k taps per axis is numbered axis by axis: first every run of k neighbours along the
+// first axis, then every run of k of those numbers along the second, and so on. Two windows are
+// equal just where their runs are equal in every step, so that k numbers at a time are compared,
+// never kᵈ.
 
 #include "windows.h"
 
@@ -18,16 +20,19 @@ constexpr int32_t kOutside = -1;  // what a tap sees beyond the map's border: eq
 
 uint64_t hash_run(int64_t k, const int32_t* run) {
   uint64_t hash = 0;
-  for (int64_t t = 0; t < k; ++t) hash = (hash ^ static_cast<uint32_t>(run[t])) * 0x9e3779b97f4a7c15u, hash ^= hash >> 29;
+  for (int64_t t = 0; t < k; ++t)
+    hash = (hash ^ static_cast<uint32_t>(run[t])) * 0x9e3779b97f4a7c15u, hash ^= hash >> 29;
   return hash;
 }
 
-// Numbers the runs of k along an axis of a map [outer, length, inner]; `firsts` gets the first place of each number.
-void number_axis(const int32_t* map, int64_t outer, int64_t length, int64_t inner, int64_t k, uint64_t hash_mask, int32_t* numbers,
-                 std::vector<int64_t>* firsts) {
+// Numbers the runs of k along an axis of a map [outer, length, inner]; `firsts` gets the first
+// place of each number.
+void number_axis(const int32_t* map, int64_t outer, int64_t length, int64_t inner, int64_t k,
+                 uint64_t hash_mask, int32_t* numbers, std::vector<int64_t>* firsts) {
   Distinct<int32_t> runs(k, hash_mask);
   firsts->clear();
-  const int64_t line = inner == 1 ? length : inner, lines = inner == 1 ? 1 : length;  // a line: elements that lie together
+  // A line: elements that lie together.
+  const int64_t line = inner == 1 ? length : inner, lines = inner == 1 ? 1 : length;
   const std::vector<int32_t> nothing(line, kOutside);
   std::vector<int32_t> padded(line + k - 1, kOutside), run(k);
   std::vector<const int32_t*> taps(k);
@@ -38,7 +43,9 @@ void number_axis(const int32_t* map, int64_t outer, int64_t length, int64_t inne
       if (inner == 1) std::copy_n(map + start, line, padded.begin() + k / 2);
       for (int64_t t = 0; t < k; ++t) {
         const int64_t neighbour = l + t - k / 2;
-        taps[t] = inner == 1 ? padded.data() + t : neighbour < 0 || neighbour >= lines ? nothing.data() : map + (o * lines + neighbour) * line;
+        taps[t] = inner == 1                            ? padded.data() + t
+                  : neighbour < 0 || neighbour >= lines ? nothing.data()
+                                                        : map + (o * lines + neighbour) * line;
       }
       // Most runs are equal to the one before.
       std::fill(differs.begin(), differs.end(), 0);
@@ -62,7 +69,8 @@ void number_axis(const int32_t* map, int64_t outer, int64_t length, int64_t inne
 
 }  // namespace
 
-Numbered number_windows(const int32_t* map, const std::vector<int64_t>& shape, int64_t k, uint64_t hash_mask) {
+Numbered number_windows(const int32_t* map, const std::vector<int64_t>& shape, int64_t k,
+                        uint64_t hash_mask) {
   int64_t places = 1;
   for (const int64_t size : shape) places *= size;
   Numbered result{};
@@ -73,7 +81,8 @@ Numbered number_windows(const int32_t* map, const std::vector<int64_t>& shape, i
   for (size_t axis = 1; axis < shape.size(); ++axis) {
     inner /= std::max<int64_t>(1, shape[axis]);
     result.numbers.resize(places);
-    if (places > 0) number_axis(from, outer, shape[axis], inner, k, hash_mask, result.numbers.data(), &firsts);
+    if (places > 0)
+      number_axis(from, outer, shape[axis], inner, k, hash_mask, result.numbers.data(), &firsts);
     outer *= shape[axis];
     if (axis + 1 < shape.size()) {
       before.swap(result.numbers);
@@ -89,7 +98,8 @@ Numbered number_windows(const int32_t* map, const std::vector<int64_t>& shape, i
   std::vector<int64_t> position(axes);
   for (size_t number = 0; number < firsts.size(); ++number) {
     int64_t rest = firsts[number];
-    for (int64_t axis = axes; axis-- > 0; rest /= shape[axis + 1]) position[axis] = rest % shape[axis + 1];
+    for (int64_t axis = axes; axis-- > 0; rest /= shape[axis + 1])
+      position[axis] = rest % shape[axis + 1];
     for (int64_t tap = 0; tap < taps; ++tap) {
       int64_t place = firsts[number], stride = 1, digits = tap;
       bool inside = true;
@@ -108,10 +118,12 @@ void sort_positions(const int32_t* numbers, int64_t count, int64_t bound, int32_
   std::vector<int32_t> starts;
   if (bound <= 4 * count + 1024) return sort_by_number(numbers, count, bound, &starts, sorted);
   std::iota(sorted, sorted + count, 0);  // there are many more numbers than positions
-  std::stable_sort(sorted, sorted + count, [&](int32_t one, int32_t other) { return numbers[one] < numbers[other]; });
+  std::stable_sort(sorted, sorted + count,
+                   [&](int32_t one, int32_t other) { return numbers[one] < numbers[other]; });
 }
 
-void sort_by_number(const int32_t* numbers, int64_t count, int64_t bound, std::vector<int32_t>* starts, int32_t* sorted) {
+void sort_by_number(const int32_t* numbers, int64_t count, int64_t bound,
+                    std::vector<int32_t>* starts, int32_t* sorted) {
   starts->assign(bound + 1, 0);
   for (int64_t i = 0; i < count; ++i) {
     if (numbers[i] >= 0) ++(*starts)[numbers[i] + 1];
@@ -123,8 +135,10 @@ void sort_by_number(const int32_t* numbers, int64_t count, int64_t bound, std::v
   }
 }
 
-void window_sums(const int32_t* contents, int64_t windows, int64_t taps, int64_t rows, std::vector<int32_t>* lists) {
-  std::vector<int32_t> &offsets = lists[0], &listed = lists[1], &back_offsets = lists[2], &back_listed = lists[3];
+void window_sums(const int32_t* contents, int64_t windows, int64_t taps, int64_t rows,
+                 std::vector<int32_t>* lists) {
+  std::vector<int32_t>&offsets = lists[0], &listed = lists[1], &back_offsets = lists[2],
+  &back_listed = lists[3];
   std::vector<int32_t> flat(windows * taps, kOutside);
   offsets.assign(1, 0);
   for (int64_t window = 0; window < windows; ++window) {

@@ -1,4 +1,5 @@
-// Adding up what the chunks of each section have: whence each one's places are numbered, and how much there is in all.
+// Adding up what the chunks of each section have: whence each one's places are numbered, and how
+// much there is in all.
 
 #include "places.h"
 
@@ -10,10 +11,12 @@ struct Levels {
 };
 
 // A block has a section of a level.
-__global__ void __launch_bounds__(kThreads) add_up_kernel(const Section* sections, uint32_t section_count, Levels levels, int level_count,
-                                                          const uint32_t* is_wrong, uint64_t* totals) {
+__global__ void __launch_bounds__(kThreads)
+    add_up_kernel(const Section* sections, uint32_t section_count, Levels levels, int level_count,
+                  const uint32_t* is_wrong, uint64_t* totals) {
   const Section& section = sections[blockIdx.x / level_count];
-  const uint32_t first = section.first / kThreads, count = (section.count + kThreads - 1) / kThreads;
+  const uint32_t first = section.first / kThreads,
+                 count = (section.count + kThreads - 1) / kThreads;
   uint64_t* chunks = (blockIdx.x % level_count == 0 ? levels.chunks[0] : levels.chunks[1]) + first;
   uint64_t before = 0;
   for (uint32_t begin = 0; begin < count; begin += kThreads) {
@@ -31,12 +34,12 @@ __global__ void __launch_bounds__(kThreads) add_up_kernel(const Section* section
 
 }  // namespace
 
-void add_up(Stream stream, const Section* sections, uint32_t section_count, const Level* levels, int level_count, const uint32_t* is_wrong,
-            uint64_t* totals) {
+void add_up(Stream stream, const Section* sections, uint32_t section_count, const Level* levels,
+            int level_count, const uint32_t* is_wrong, uint64_t* totals) {
   Levels given = {};
   for (int level = 0; level < level_count; ++level) given.chunks[level] = levels[level].chunks;
-  launch(add_up_kernel, static_cast<int64_t>(section_count) * level_count, dim3(kThreads), kScanScratch, stream, sections, section_count,
-         given, level_count, is_wrong, totals);
+  launch(add_up_kernel, static_cast<int64_t>(section_count) * level_count, dim3(kThreads),
+         kScanScratch, stream, sections, section_count, given, level_count, is_wrong, totals);
 }
 
 }  // namespace spade_fast

@@ -1,4 +1,5 @@
-// y = act(x̂·(1 + γ) + β), with x̂ from numbers of each plane, and the signs that the activation's derivative needs.
+// y = act(x̂·(1 + γ) + β), with x̂ from numbers of each plane, and the signs that the activation's
+// derivative needs.
 
 #include "kernels.h"
 #include "modulation.h"
@@ -11,8 +12,10 @@ __global__ void __launch_bounds__(kThreads, 3) apply_kernel(Operands o, Division
   const Part<V, kLast, kWhole> part(o, d);
   const Cursors<kLast> in(o, part.image, part.channel);
   const Cursor to = in.in(y);
-  const auto shift = part.numbers(o, o.planes, 0), scale = part.numbers(o, o.planes, 1), offset = part.numbers(o, o.planes, 2);
-  uint32_t next_row = modulation_row(in, part.at(part.begin + threadIdx.y));  // the next item's, so that only one load waits for another
+  const auto shift = part.numbers(o, o.planes, 0), scale = part.numbers(o, o.planes, 1),
+             offset = part.numbers(o, o.planes, 2);
+  // The next item's, so that only one load waits for another.
+  uint32_t next_row = modulation_row(in, part.at(part.begin + threadIdx.y));
   for (uint32_t first = part.begin; first < part.end; first += blockDim.y) {
     const Place place = part.at(first + threadIdx.y);
     const uint32_t row = next_row;

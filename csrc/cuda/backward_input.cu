@@ -14,11 +14,13 @@ constexpr int kInputBlocks = 3;
 #endif
 
 template <int V, bool kLast, bool kWhole, bool kSilu>
-__global__ void __launch_bounds__(kThreads, kSilu ? 2 : kInputBlocks) backward_input_kernel(Operands o, Division d, const float* terms, Rows dx) {
+__global__ void __launch_bounds__(kThreads, kSilu ? 2 : kInputBlocks)
+    backward_input_kernel(Operands o, Division d, const float* terms, Rows dx) {
   const Part<V, kLast, kWhole> part(o, d);
   const Cursors<kLast> in(o, part.image, part.channel);
   const Cursor to = in.in(dx);
-  const auto shift = part.numbers(o, o.planes, 0), scale = part.numbers(o, o.planes, 1), offset = part.numbers(o, o.planes, 2);
+  const auto shift = part.numbers(o, o.planes, 0), scale = part.numbers(o, o.planes, 1),
+             offset = part.numbers(o, o.planes, 2);
   PerPlane<V, kLast> constant = {}, slope = {};
   if (terms != nullptr) constant = part.numbers(o, terms, 0), slope = part.numbers(o, terms, 1);
   const bool reads_x = kSilu || terms != nullptr;
@@ -45,9 +47,11 @@ __global__ void __launch_bounds__(kThreads, kSilu ? 2 : kInputBlocks) backward_i
 
 }  // namespace
 
-void backward_input(const Settings& settings, const Operands& o, const Division& d, const float* terms, const Rows& dx) {
+void backward_input(const Settings& settings, const Operands& o, const Division& d,
+                    const float* terms, const Rows& dx) {
   specialised(settings, o, [&](auto vector, auto last, auto whole, auto is_silu) {
-    launch(backward_input_kernel<vector(), last(), whole(), is_silu()>, settings, d, 0, o, d, terms, dx);
+    launch(backward_input_kernel<vector(), last(), whole(), is_silu()>, settings, d, 0, o, d, terms,
+           dx);
   });
 }
 

@@ -1,4 +1,5 @@
-// dγ = g·x̂, dβ = g, and Σq and Σq·(x − shift) of each plane, q = g·(1 + γ), of dense γ and β. Where they are a table: table_sums.cu.
+// dγ = g·x̂, dβ = g, and Σq and Σq·(x − shift) of each plane, q = g·(1 + γ), of dense γ and β. Where
+// they are a table: table_sums.cu.
 
 #include "kernels.h"
 #include "modulation.h"
@@ -7,12 +8,14 @@ namespace spade_fast {
 namespace {
 
 template <int V, bool kLast, bool kWhole, bool kSilu>
-__global__ void __launch_bounds__(kThreads, 2) backward_sums_kernel(Operands o, Division d, Rows dgamma, Rows dbeta, float* parts) {
+__global__ void __launch_bounds__(kThreads, 2)
+    backward_sums_kernel(Operands o, Division d, Rows dgamma, Rows dbeta, float* parts) {
   const Part<V, kLast, kWhole> part(o, d);
   const Cursors<kLast> in(o, part.image, part.channel);
   const Cursor to_dgamma = in.in(dgamma);
   const Cursor to_dbeta = dbeta.data != nullptr ? in.in(dbeta) : Cursor{};
-  const auto shift = part.numbers(o, o.planes, 0), scale = part.numbers(o, o.planes, 1), offset = part.numbers(o, o.planes, 2);
+  const auto shift = part.numbers(o, o.planes, 0), scale = part.numbers(o, o.planes, 1),
+             offset = part.numbers(o, o.planes, 2);
   float q_sum[V] = {}, q_deviation_sum[V] = {};
   for (uint32_t first = part.begin; first < part.end; first += blockDim.y) {
     const Place place = part.at(first + threadIdx.y);
@@ -32,15 +35,18 @@ struct Sums {
   float q, q_deviation;
 };
 
-__device__ Sums combined(const Sums& one, const Sums& other) { return {one.q + other.q, one.q_deviation + other.q_deviation}; }
+__device__ Sums combined(const Sums& one, const Sums& other) {
+  return {one.q + other.q, one.q_deviation + other.q_deviation};
+}
 
 __device__ Sums shuffled(const Sums& mine, int lanes) {
   return {__shfl_xor_sync(~0u, mine.q, lanes), __shfl_xor_sync(~0u, mine.q_deviation, lanes)};
 }
 
-__global__ void __launch_bounds__(kCombiners) combine_sums_kernel(Operands o, int64_t splits, const float* parts, float* sums,
-                                                                  float* terms) {
-  const int64_t all = o.shape.images * o.shape.channels, first = blockIdx.x * 32, loaded = first + threadIdx.x;
+__global__ void __launch_bounds__(kCombiners)
+    combine_sums_kernel(Operands o, int64_t splits, const float* parts, float* sums, float* terms) {
+  const int64_t all = o.shape.images * o.shape.channels, first = blockIdx.x * 32,
+                loaded = first + threadIdx.x;
   const Sums found = over_splits<Sums>(splits, [&](int64_t split) -> Sums {
     if (loaded >= all) return {};
     const float* part = parts + kSumParts * split * all + loaded;
@@ -53,21 +59,24 @@ __global__ void __launch_bounds__(kCombiners) combine_sums_kernel(Operands o, in
     sums[all + plane] = found.q_deviation;
     return;
   }
-  const float scale = o.planes[all + plane], share = scale / -static_cast<float>(o.shape.pixels > 0 ? o.shape.pixels : 1);
+  const float scale = o.planes[all + plane],
+              share = scale / -static_cast<float>(o.shape.pixels > 0 ? o.shape.pixels : 1);
   terms[plane] = found.q * share;
   terms[all + plane] = found.q_deviation * share * scale * scale;
 }
 
 }  // namespace
 
-void backward_sums(const Settings& settings, const Operands& o, const Division& d, const Rows& dgamma, const Rows& dbeta, float* parts) {
+void backward_sums(const Settings& settings, const Operands& o, const Division& d,
+                   const Rows& dgamma, const Rows& dbeta, float* parts) {
   specialised(settings, o, [&](auto vector, auto last, auto whole, auto is_silu) {
-    launch(backward_sums_kernel<vector(), last(), whole(), is_silu()>, settings, d, d.shared(1, last() ? vector() : 1), o, d, dgamma, dbeta,
-           parts);
+    launch(backward_sums_kernel<vector(), last(), whole(), is_silu()>, settings, d,
+           d.shared(1, last() ? vector() : 1), o, d, dgamma, dbeta, parts);
   });
 }
 
-void combine_sums(const Settings& settings, const Operands& o, int64_t splits, const float* parts, float* sums, float* terms) {
+void combine_sums(const Settings& settings, const Operands& o, int64_t splits, const float* parts,
+                  float* sums, float* terms) {
   launch_combination<Sums>(combine_sums_kernel, settings, o, splits, parts, sums, terms);
 }
 

@@ -1,4 +1,5 @@
-// The operators of contract.py for the convolution at windows, for CUDA: from tensors to what the kernels are given.
+// The operators of contract.py for the convolution at windows, for CUDA: from tensors to what the
+// kernels are given.
 
 #include "../common/checks.h"
 #include "lists.h"
@@ -9,22 +10,30 @@ namespace spade_fast {
 namespace {
 
 bool aligned(const Tensor& x) {
-  return (reinterpret_cast<uintptr_t>(x.const_data_ptr()) | x.stride(0) * x.element_size() | x.size(1) * x.element_size()) % 16 == 0;
+  return (reinterpret_cast<uintptr_t>(x.const_data_ptr()) | x.stride(0) * x.element_size() |
+          x.size(1) * x.element_size()) %
+             16 ==
+         0;
 }
 
 // A matrix whose rows have no gaps inside.
-Tensor with_whole_rows(const Tensor& x) { return x.size(1) <= 1 || x.stride(1) == 1 ? x : without_gaps(x); }
+Tensor with_whole_rows(const Tensor& x) {
+  return x.size(1) <= 1 || x.stride(1) == 1 ? x : without_gaps(x);
+}
 
 Rows rows_of(const Tensor& x, const char* name) {
-  return {static_cast<char*>(const_cast<void*>(x.const_data_ptr())), 0, x.stride(0), type_of(x, name)};
+  return {static_cast<char*>(const_cast<void*>(x.const_data_ptr())), 0, x.stride(0),
+          type_of(x, name)};
 }
 
 // Contiguous offsets and numbers.
 Lists lists_of(const Tensor& offsets, const Tensor& listed) {
-  return {offsets.const_data_ptr<int32_t>(), listed.const_data_ptr<int32_t>(), offsets.numel() - 1, listed.numel()};
+  return {offsets.const_data_ptr<int32_t>(), listed.const_data_ptr<int32_t>(), offsets.numel() - 1,
+          listed.numel()};
 }
 
-Tensor sum_lists_of(const Tensor& given_x, const Tensor& given_offsets, const Tensor& given_listed) {
+Tensor sum_lists_of(const Tensor& given_x, const Tensor& given_offsets,
+                    const Tensor& given_listed) {
   check_sum_lists(given_x, given_offsets, given_listed);
   const OnDevice on_device(given_x);
   const Tensor x = with_whole_rows(given_x);
@@ -59,14 +68,19 @@ std::optional<int64_t> step_of_taps(const Tensor& weight) {
 bool lies_by_taps(const Tensor& weight) {
   const auto step = step_of_taps(weight);
   if (!step || weight.stride(1) != 1 || weight.size(1) % 8 != 0) return false;
-  return (reinterpret_cast<uintptr_t>(weight.const_data_ptr()) | *step * 2 | weight.stride(0) * 2) % 16 == 0;
+  return (reinterpret_cast<uintptr_t>(weight.const_data_ptr()) | *step * 2 | weight.stride(0) * 2) %
+             16 ==
+         0;
 }
 
 // Convolutions beside each other, as Packing says.
-Tensor packed(const std::vector<Tensor>& weights, const std::vector<std::optional<Tensor>>& biases, const Convolution& shape, Stream stream) {
+Tensor packed(const std::vector<Tensor>& weights, const std::vector<std::optional<Tensor>>& biases,
+              const Convolution& shape, Stream stream) {
   Packing p = {};
-  p.channels = static_cast<int>(shape.channels), p.taps = static_cast<int>(shape.taps), p.width = std::max(8, (p.channels + 7) / 8 * 8);
-  const Tensor result = torch::stable::new_empty(weights[0], {shape.outputs, shape.taps + 1, p.width});
+  p.channels = static_cast<int>(shape.channels), p.taps = static_cast<int>(shape.taps),
+  p.width = std::max(8, (p.channels + 7) / 8 * 8);
+  const Tensor result =
+      torch::stable::new_empty(weights[0], {shape.outputs, shape.taps + 1, p.width});
   p.packed = static_cast<uint16_t*>(result.mutable_data_ptr());
   for (size_t i = 0; i < weights.size(); ++i) {
     const Tensor weight = step_of_taps(weights[i]) ? weights[i] : without_gaps(weights[i]);
@@ -81,9 +95,11 @@ Tensor packed(const std::vector<Tensor>& weights, const std::vector<std::optiona
   return result;
 }
 
-Tensor convolve_gathered_of(const Tensor& given_rows, std::vector<Tensor> weights, std::vector<std::optional<Tensor>> biases,
-                            const Tensor& given_offsets, const Tensor& given_listed) {
-  const Convolution shape = check_convolve_gathered(given_rows, weights, biases, given_offsets, given_listed);
+Tensor convolve_gathered_of(const Tensor& given_rows, std::vector<Tensor> weights,
+                            std::vector<std::optional<Tensor>> biases, const Tensor& given_offsets,
+                            const Tensor& given_listed) {
+  const Convolution shape =
+      check_convolve_gathered(given_rows, weights, biases, given_offsets, given_listed);
   const OnDevice on_device(given_rows);
   const Tensor rows = with_whole_rows(given_rows);
   const Tensor offsets = without_gaps(given_offsets), listed = without_gaps(given_listed);
@@ -94,9 +110,11 @@ Tensor convolve_gathered_of(const Tensor& given_rows, std::vector<Tensor> weight
   w.rows = rows_of(rows, "rows"), w.results = rows_of(results, "results");
   w.row_count = rows.size(0);
   w.vector = aligned(rows);
-  w.outputs = static_cast<int>(shape.outputs), w.channels = static_cast<int>(shape.channels), w.taps = static_cast<int>(shape.taps);
+  w.outputs = static_cast<int>(shape.outputs), w.channels = static_cast<int>(shape.channels),
+  w.taps = static_cast<int>(shape.taps);
   const bool as_it_lies = weights.size() == 1 && lies_by_taps(weights[0]);
-  const Tensor weight = as_it_lies ? weights[0] : packed(weights, biases, shape, on_device.stream());
+  const Tensor weight =
+      as_it_lies ? weights[0] : packed(weights, biases, shape, on_device.stream());
   w.weight = static_cast<const char*>(weight.const_data_ptr());
   w.output = weight.stride(0);
   if (as_it_lies) {

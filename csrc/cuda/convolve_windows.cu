@@ -1,5 +1,6 @@
-// A convolution at the distinct windows of a map in half precision, on tensor cores: the rows that windows see are gathered as the matrix
-// product goes through the taps, and only the results are written. Products are summed in float32, as in a convolution of the whole map.
+// A convolution at the distinct windows of a map in half precision, on tensor cores: the rows that
+// windows see are gathered as the matrix product goes through the taps, and only the results are
+// written. Products are summed in float32, as in a convolution of the whole map.
 
 #include "elements.h"
 #include "kernels.h"
@@ -15,20 +16,31 @@ constexpr int kRowBytes = 16 * kVectors;
 
 constexpr int64_t kMostThreads = 256;  // of a block
 
-// What a block has: windows and outputs, divided between its warps, and the number of their steps that are in shared memory.
+// What a block has: windows and outputs, divided between its warps, and the number of their steps
+// that are in shared memory.
 template <int kWindows_, int kOutputs_, int kWindowWarps_, int kOutputWarps_, int kSteps_>
 struct Tile {
-  static constexpr int kWindows = kWindows_, kOutputs = kOutputs_, kWindowWarps = kWindowWarps_, kOutputWarps = kOutputWarps_;
+  static constexpr int kWindows = kWindows_, kOutputs = kOutputs_, kWindowWarps = kWindowWarps_,
+                       kOutputWarps = kOutputWarps_;
   static constexpr int kSteps = kSteps_, kThreads = 32 * kWindowWarps * kOutputWarps;
-  static constexpr int kWarpWindows = kWindows / kWindowWarps / 16, kWarpOutputs = kOutputs / kOutputWarps / 16;  // by 16
+  // By 16.
+  static constexpr int kWarpWindows = kWindows / kWindowWarps / 16,
+                       kWarpOutputs = kOutputs / kOutputWarps / 16;
   static constexpr int kStepBytes = (kWindows + kOutputs) * kRowBytes;
   static constexpr int kBegins = kWindows + 4;  // with the end of the last list
-  static int64_t shared(int taps) { return int64_t{kSteps} * kStepBytes + int64_t{4} * (kBegins + kWindows * taps); }
-  static int64_t blocks(const Windows& w) { return divide_up(w.lists.count, kWindows) * divide_up(w.outputs, kOutputs); }
+  static int64_t shared(int taps) {
+    return int64_t{kSteps} * kStepBytes + int64_t{4} * (kBegins + kWindows * taps);
+  }
+  static int64_t blocks(const Windows& w) {
+    return divide_up(w.lists.count, kWindows) * divide_up(w.outputs, kOutputs);
+  }
 };
 
-// Where a vector of a row of a step lies. Vectors of the same number change places from row to row: eight rows are read at once.
-__device__ inline char* place(char* step, int row, int vector) { return step + row * kRowBytes + (vector ^ row % 8) * 16; }
+// Where a vector of a row of a step lies. Vectors of the same number change places from row to row:
+// eight rows are read at once.
+__device__ inline char* place(char* step, int row, int vector) {
+  return step + row * kRowBytes + (vector ^ row % 8) * 16;
+}
 
 // One of the steps of a product: some channels of a tap.
 struct Step {
@@ -40,14 +52,16 @@ struct Step {
   }
 };
 
-// The row that each window of a block sees through each tap, −1 beyond the border: [kWindows, taps], behind where their lists begin.
+// The row that each window of a block sees through each tap, −1 beyond the border: [kWindows,
+// taps], behind where their lists begin.
 template <typename T>
 __device__ void find_rows(const Windows& w, int64_t first_window, int32_t* begins) {
   int32_t* seen = begins + T::kBegins;
   const int all = T::kWindows * w.taps;
   for (int i = threadIdx.x; i <= T::kWindows; i += T::kThreads) {
     const int64_t window = first_window + i;
-    begins[i] = static_cast<int32_t>(w.lists.begin(window < w.lists.count ? window : w.lists.count));
+    begins[i] =
+        static_cast<int32_t>(w.lists.begin(window < w.lists.count ? window : w.lists.count));
   }
   for (int i = threadIdx.x; i < all; i += T::kThreads) seen[i] = -1;
   __syncthreads();
@@ -55,7 +69,8 @@ __device__ void find_rows(const Windows& w, int64_t first_window, int32_t* begin
   for (int i = threadIdx.x; i < all; i += T::kThreads) {
     const int window = i / w.taps, place = i % w.taps;
     const bool exists = place < begins[window + 1] - begins[window];
-    const int32_t number = exists ? __ldg(w.lists.listed + begins[window] + place) : -1, row = number / w.taps;
+    const int32_t number = exists ? __ldg(w.lists.listed + begins[window] + place) : -1,
+                  row = number / w.taps;
     if (number >= 0 && row < w.row_count) seen[window * w.taps + number % w.taps] = row;
   }
   __syncthreads();
@@ -73,7 +88,12 @@ __device__ void fetch_rows(const Windows& w, const Step& step, const int32_t* se
     if (w.vector) {
       copy_async_or_zeros(place(to, i, vector), from, left > 0);
     } else {
-      load_async<8>(reinterpret_cast<Raw*>(place(to, i, vector)), from, kType, {1, left < 0 ? 0 : left < 8 ? left : 8, false});
+      load_async<8>(reinterpret_cast<Raw*>(place(to, i, vector)), from, kType,
+                    {1,
+                     left < 0   ? 0
+                     : left < 8 ? left
+                                : 8,
+                     false});
     }
   }
 }
@@ -87,7 +107,8 @@ __device__ void fetch_weights(const Windows& w, const Step& step, int64_t first_
     const int64_t output = first_output + i;
     const bool exists = output < w.outputs && channel < w.width;
     const int64_t from = exists ? output * w.output + step.tap * w.tap + channel : 0;
-    copy_async_or_zeros(place(to + T::kWindows * kRowBytes, i, vector), w.weight + from * 2, exists);
+    copy_async_or_zeros(place(to + T::kWindows * kRowBytes, i, vector), w.weight + from * 2,
+                        exists);
   }
 }
 
@@ -95,7 +116,8 @@ __device__ void fetch_weights(const Windows& w, const Step& step, int64_t first_
 template <typename T>
 struct Products {
   float sums[T::kWarpWindows][2 * T::kWarpOutputs][4] = {};
-  int window = threadIdx.x / 32 / T::kOutputWarps * T::kWarpWindows * 16;  // the first of them, in the block
+  // The first of them, in the block.
+  int window = threadIdx.x / 32 / T::kOutputWarps * T::kWarpWindows * 16;
   int output = threadIdx.x / 32 % T::kOutputWarps * T::kWarpOutputs * 16;
 
   // Adds those of 16 channels of a step.
@@ -105,17 +127,21 @@ struct Products {
     uint32_t rows[T::kWarpWindows][4], weights[T::kWarpOutputs][4];
 #pragma unroll
     for (int i = 0; i < T::kWarpWindows; ++i) {
-      load_matrices(rows[i], place(step, window + i * 16 + matrix % 2 * 8 + row, 2 * part + matrix / 2));
+      load_matrices(rows[i],
+                    place(step, window + i * 16 + matrix % 2 * 8 + row, 2 * part + matrix / 2));
     }
 #pragma unroll
     for (int j = 0; j < T::kWarpOutputs; ++j) {
-      load_matrices(weights[j], place(step + T::kWindows * kRowBytes, output + j * 16 + matrix / 2 * 8 + row, 2 * part + matrix % 2));
+      load_matrices(weights[j],
+                    place(step + T::kWindows * kRowBytes, output + j * 16 + matrix / 2 * 8 + row,
+                          2 * part + matrix % 2));
     }
 #pragma unroll
     for (int i = 0; i < T::kWarpWindows; ++i) {
 #pragma unroll
       for (int j = 0; j < 2 * T::kWarpOutputs; ++j) {
-        multiply_add<kType>(sums[i][j], rows[i], weights[j / 2][j % 2 * 2], weights[j / 2][j % 2 * 2 + 1]);
+        multiply_add<kType>(sums[i][j], rows[i], weights[j / 2][j % 2 * 2],
+                            weights[j / 2][j % 2 * 2 + 1]);
       }
     }
   }
@@ -132,7 +158,8 @@ struct Products {
       for (int k = 0; k < 2; ++k) {
         if (w.bias == nullptr || at + k >= w.outputs) continue;
         float values[8];
-        unpack<8>(load<8>(w.bias + (at + k) * w.bias_step * 2, kType, {1, 1, false}), kType, values);
+        unpack<8>(load<8>(w.bias + (at + k) * w.bias_step * 2, kType, {1, 1, false}), kType,
+                  values);
         bias[k] = values[0];
       }
 #pragma unroll
@@ -146,7 +173,8 @@ struct Products {
         } else {
 #pragma unroll
           for (int k = 0; k < 2; ++k) {
-            if (at + k < w.outputs) store_one(w.results.at(0, of, at + k), found[k] + bias[k], kType);
+            if (at + k < w.outputs)
+              store_one(w.results.at(0, of, at + k), found[k] + bias[k], kType);
           }
         }
       }
@@ -157,13 +185,16 @@ struct Products {
 template <typename T, Type kType>
 __global__ void __launch_bounds__(kMostThreads) convolve_windows_kernel(Windows w) {
   const int64_t output_blocks = (w.outputs + T::kOutputs - 1) / T::kOutputs;
-  const int64_t first_window = blockIdx.x / output_blocks * T::kWindows, first_output = blockIdx.x % output_blocks * T::kOutputs;
+  const int64_t first_window = blockIdx.x / output_blocks * T::kWindows,
+                first_output = blockIdx.x % output_blocks * T::kOutputs;
   char* steps = shared_memory();
-  int32_t *begins = reinterpret_cast<int32_t*>(steps + T::kSteps * T::kStepBytes), *seen = begins + T::kBegins;
+  int32_t *begins = reinterpret_cast<int32_t*>(steps + T::kSteps * T::kStepBytes),
+          *seen = begins + T::kBegins;
   const int count = w.taps * ((w.width + kChannels - 1) / kChannels);
   const auto at = [&](int number) { return steps + number % T::kSteps * T::kStepBytes; };
   Step next = {};
-  for (int number = 0; number < T::kSteps - 1 && number < count; ++number) {  // weights first: they need not know what windows see
+  // Weights first: they need not know what windows see.
+  for (int number = 0; number < T::kSteps - 1 && number < count; ++number) {
     fetch_weights<T>(w, next, first_output, at(number));
     next.advance(w.width);
   }
@@ -178,7 +209,8 @@ __global__ void __launch_bounds__(kMostThreads) convolve_windows_kernel(Windows 
   Step step = {};
   for (int number = 0; number < count; ++number) {
     wait_for_copies_but<T::kSteps - 2>();
-    __syncthreads();  // all have their copies of this step, and are done with the one whose place the next takes
+    // All have their copies of this step, and are done with the one whose place the next takes.
+    __syncthreads();
     if (const int later = number + T::kSteps - 1; later < count) {
       fetch_rows<T, kType>(w, next, seen, at(later));
       fetch_weights<T>(w, next, first_output, at(later));
@@ -196,12 +228,15 @@ __global__ void __launch_bounds__(kMostThreads) convolve_windows_kernel(Windows 
 
 template <typename T>
 void convolve_in(Stream stream, const Windows& w) {
-  const auto kernel = w.rows.type == Type::bfloat16 ? convolve_windows_kernel<T, Type::bfloat16> : convolve_windows_kernel<T, Type::float16>;
+  const auto kernel = w.rows.type == Type::bfloat16 ? convolve_windows_kernel<T, Type::bfloat16>
+                                                    : convolve_windows_kernel<T, Type::float16>;
   launch(kernel, T::blocks(w), dim3(T::kThreads), T::shared(w.taps), stream, w);
 }
 
 template <typename T>
-bool suits(const Windows& w) { return T::blocks(w) >= processors() && T::shared(w.taps) <= most_shared_memory(); }
+bool suits(const Windows& w) {
+  return T::blocks(w) >= processors() && T::shared(w.taps) <= most_shared_memory();
+}
 
 using Large = Tile<128, 128, 2, 4, 3>;
 using Medium = Tile<64, 64, 2, 2, 4>;
@@ -211,7 +246,9 @@ using Small = Tile<32, 32, 2, 2, 6>;
 
 // In large tiles, which read least, if those keep all processors busy.
 void convolve_windows(Stream stream, const Windows& w) {
-  suits<Large>(w) ? convolve_in<Large>(stream, w) : suits<Medium>(w) ? convolve_in<Medium>(stream, w) : convolve_in<Small>(stream, w);
+  suits<Large>(w)    ? convolve_in<Large>(stream, w)
+  : suits<Medium>(w) ? convolve_in<Medium>(stream, w)
+                     : convolve_in<Small>(stream, w);
 }
 
 }  // namespace spade_fast

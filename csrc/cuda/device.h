@@ -1,5 +1,5 @@
-// What the kernels ask of CUDA besides the language: launches, shared memory, asynchronous copies, conversions.
-// Tests put a host in its place (tests/cuda_on_host.h).
+// What the kernels ask of CUDA besides the language: launches, shared memory, asynchronous copies,
+// conversions. Tests put a host in its place (tests/cuda_on_host.h).
 #pragma once
 
 #include <cstdint>
@@ -17,7 +17,8 @@ namespace spade_fast {
 using Stream = cudaStream_t;
 
 inline void check(cudaError_t error) {
-  if (error != cudaSuccess) throw std::runtime_error(std::string("spade_fast: CUDA says: ") + cudaGetErrorString(error));
+  if (error != cudaSuccess)
+    throw std::runtime_error(std::string("spade_fast: CUDA says: ") + cudaGetErrorString(error));
 }
 
 inline int device_attribute(cudaDeviceAttr attribute) {
@@ -27,7 +28,9 @@ inline int device_attribute(cudaDeviceAttr attribute) {
   return value;
 }
 
-inline int64_t most_shared_memory() { return device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin); }
+inline int64_t most_shared_memory() {
+  return device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin);
+}
 inline int64_t processors() { return device_attribute(cudaDevAttrMultiProcessorCount); }
 constexpr int64_t kAlwaysKept = 64 << 20;  // bytes of a workspace that may be larger than x
 
@@ -39,19 +42,25 @@ inline void download(void* to, const void* from, int64_t bytes, Stream stream) {
   check(cudaMemcpyAsync(to, from, bytes, cudaMemcpyDeviceToHost, stream));
   check(cudaStreamSynchronize(stream));
 }
-inline void set_bytes(void* to, int value, int64_t bytes, Stream stream) { check(cudaMemsetAsync(to, value, bytes, stream)); }
+inline void set_bytes(void* to, int value, int64_t bytes, Stream stream) {
+  check(cudaMemsetAsync(to, value, bytes, stream));
+}
 
 #ifdef __CUDACC__
 // Blocks in one dimension, `cluster` neighbours together; none are nothing to do.
 template <typename... Parameters, typename... Arguments>
-void launch_clusters(void (*kernel)(Parameters...), int64_t blocks, int64_t cluster, dim3 threads, int64_t shared, Stream stream,
-                     Arguments... arguments) {
+void launch_clusters(void (*kernel)(Parameters...), int64_t blocks, int64_t cluster, dim3 threads,
+                     int64_t shared, Stream stream, Arguments... arguments) {
   if (blocks == 0) return;
-  if (blocks > INT32_MAX) throw std::runtime_error("spade_fast: x has more planes and pixels than one grid has blocks");
-  if (shared > 48 << 10) check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared)));
+  if (blocks > INT32_MAX)
+    throw std::runtime_error("spade_fast: x has more planes and pixels than one grid has blocks");
+  if (shared > 48 << 10)
+    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                               static_cast<int>(shared)));
   cudaLaunchAttribute together = {};
   together.id = cudaLaunchAttributeClusterDimension;
-  together.val.clusterDim.x = static_cast<unsigned>(cluster), together.val.clusterDim.y = together.val.clusterDim.z = 1;
+  together.val.clusterDim.x = static_cast<unsigned>(cluster),
+  together.val.clusterDim.y = together.val.clusterDim.z = 1;
   cudaLaunchConfig_t config = {};
   config.gridDim = dim3(static_cast<unsigned>(blocks)), config.blockDim = threads;
   config.dynamicSmemBytes = shared, config.stream = stream;
@@ -59,7 +68,8 @@ void launch_clusters(void (*kernel)(Parameters...), int64_t blocks, int64_t clus
   check(cudaLaunchKernelEx(&config, kernel, arguments...));
 }
 
-// Whether a kernel was compiled for GPUs with clusters: older code, which newer GPUs run too, has none.
+// Whether a kernel was compiled for GPUs with clusters: older code, which newer GPUs run too, has
+// none.
 template <typename Kernel>
 bool knows_clusters(Kernel* kernel) {
   cudaFuncAttributes attributes;
@@ -78,8 +88,12 @@ __device__ inline void wait_for_cluster() {
 __device__ inline float in_block(uint32_t block, const float* shared) {
   float value = 0;
 #if __CUDA_ARCH__ >= 900
-  asm volatile("{\n.reg .u32 there;\nmapa.shared::cluster.u32 there, %1, %2;\nld.shared::cluster.f32 %0, [there];\n}"
-               : "=f"(value) : "r"(static_cast<unsigned>(__cvta_generic_to_shared(shared))), "r"(block) : "memory");
+  asm volatile(
+      "{\n.reg .u32 there;\nmapa.shared::cluster.u32 there, %1, %2;\nld.shared::cluster.f32 %0, "
+      "[there];\n}"
+      : "=f"(value)
+      : "r"(static_cast<unsigned>(__cvta_generic_to_shared(shared))), "r"(block)
+      : "memory");
 #endif
   return value;
 }
@@ -91,34 +105,51 @@ __device__ inline char* shared_memory() {
 
 // 16 bytes, both addresses multiples of that.
 __device__ inline void copy_async(void* shared, const void* global) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(static_cast<unsigned>(__cvta_generic_to_shared(shared))), "l"(global)
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(
+                   static_cast<unsigned>(__cvta_generic_to_shared(shared))),
+               "l"(global)
                : "memory");
 }
 // As copy_async; zeros where there is nothing to copy.
 __device__ inline void copy_async_or_zeros(void* shared, const void* global, bool exists) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(static_cast<unsigned>(__cvta_generic_to_shared(shared))), "l"(global),
-               "r"(exists ? 16 : 0) : "memory");
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(
+                   static_cast<unsigned>(__cvta_generic_to_shared(shared))),
+               "l"(global), "r"(exists ? 16 : 0)
+               : "memory");
 }
 __device__ inline void wait_for_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
-// Copies of a thread since the last call belong together; all but the last kGroups of such groups are waited for.
-__device__ inline void end_group_of_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+// Copies of a thread since the last call belong together; all but the last kGroups of such groups
+// are waited for.
+__device__ inline void end_group_of_copies() {
+  asm volatile("cp.async.commit_group;" ::: "memory");
+}
 template <int kGroups>
-__device__ void wait_for_copies_but() { asm volatile("cp.async.wait_group %0;" ::"n"(kGroups) : "memory"); }
+__device__ void wait_for_copies_but() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(kGroups) : "memory");
+}
 
 // Whole numbers, so that the order is all the same. Returns what was there before.
-__device__ inline int32_t add_atomically(int32_t* to, int32_t number) { return atomicAdd(to, number); }
+__device__ inline int32_t add_atomically(int32_t* to, int32_t number) {
+  return atomicAdd(to, number);
+}
 
-__device__ inline float from_half(uint32_t bits) { return __half2float(__ushort_as_half(static_cast<uint16_t>(bits))); }
+__device__ inline float from_half(uint32_t bits) {
+  return __half2float(__ushort_as_half(static_cast<uint16_t>(bits)));
+}
 __device__ inline uint32_t to_half(float value) { return __half_as_ushort(__float2half_rn(value)); }
-__device__ inline uint32_t to_bfloat16(float value) { return __bfloat16_as_ushort(__float2bfloat16_rn(value)); }
+__device__ inline uint32_t to_bfloat16(float value) {
+  return __bfloat16_as_ushort(__float2bfloat16_rn(value));
+}
 // Two at once, the first in the lower bits.
 __device__ inline uint32_t to_halves(float first, float second) {
   const __half2 both = __floats2half2_rn(first, second);
-  return __half_as_ushort(__low2half(both)) | static_cast<uint32_t>(__half_as_ushort(__high2half(both))) << 16;
+  return __half_as_ushort(__low2half(both)) |
+         static_cast<uint32_t>(__half_as_ushort(__high2half(both))) << 16;
 }
 __device__ inline uint32_t to_bfloat16s(float first, float second) {
   const __nv_bfloat162 both = __floats2bfloat162_rn(first, second);
-  return __bfloat16_as_ushort(__low2bfloat16(both)) | static_cast<uint32_t>(__bfloat16_as_ushort(__high2bfloat16(both))) << 16;
+  return __bfloat16_as_ushort(__low2bfloat16(both)) |
+         static_cast<uint32_t>(__bfloat16_as_ushort(__high2bfloat16(both))) << 16;
 }
 #endif
 

@@ -1,12 +1,14 @@
-// Elements in memory, and V of them at a time in a thread's registers: 16 bytes where all tensors are of one width, V = 8 where all
-// have 16 bits, else V = 4. Which dtype it is, is asked at run time: memory is what the kernels wait for.
+// Elements in memory, and V of them at a time in a thread's registers: 16 bytes where all tensors
+// are of one width, V = 8 where all have 16 bits, else V = 4. Which dtype it is, is asked at run
+// time: memory is what the kernels wait for.
 #pragma once
 
 #include "operands.h"
 
 namespace spade_fast {
 
-// V elements, `step` apart, of which the first `count` exist. `vector`: they are together, at an address divisible by 16.
+// V elements, `step` apart, of which the first `count` exist. `vector`: they are together, at an
+// address divisible by 16.
 struct Span {
   int64_t step;
   int count;
@@ -19,14 +21,17 @@ struct alignas(16) Raw {
 };
 
 template <int V>
-__device__ bool is_float(Type type) { return V == 4 && type == Type::float32; }
+__device__ bool is_float(Type type) {
+  return V == 4 && type == Type::float32;
+}
 
 template <int V>
 __device__ void set(Raw* raw, int k, Type type, const char* element) {
   if (is_float<V>(type)) {
     raw->words[k] = __ldg(reinterpret_cast<const uint32_t*>(element));
   } else {
-    raw->words[k / 2] |= static_cast<uint32_t>(__ldg(reinterpret_cast<const uint16_t*>(element))) << k % 2 * 16;
+    raw->words[k / 2] |= static_cast<uint32_t>(__ldg(reinterpret_cast<const uint16_t*>(element)))
+                         << k % 2 * 16;
   }
 }
 
@@ -54,7 +59,8 @@ __device__ Raw load(const char* first, Type type, Span span) {
 // As load, to a place in shared memory, after wait_for_copies().
 template <int V>
 __device__ void load_async(Raw* to, const char* first, Type type, Span span) {
-  if (span.vector && span.count == V && (V == 8 || type == Type::float32)) return copy_async(to, first);
+  if (span.vector && span.count == V && (V == 8 || type == Type::float32))
+    return copy_async(to, first);
   const Raw raw = load<V>(first, type, span);
   *to = raw;  // in one piece, which a watch over memory sees
 }
@@ -66,14 +72,17 @@ __device__ void unpack(const Raw& raw, Type type, float (&values)[V]) {
     for (int k = 0; k < V; ++k) values[k] = __uint_as_float(raw.words[k % 4]);
   } else if (type == Type::bfloat16) {
 #pragma unroll
-    for (int k = 0; k < V; ++k) values[k] = __uint_as_float(k % 2 ? raw.words[k / 2] & 0xffff0000u : raw.words[k / 2] << 16);
+    for (int k = 0; k < V; ++k)
+      values[k] = __uint_as_float(k % 2 ? raw.words[k / 2] & 0xffff0000u : raw.words[k / 2] << 16);
   } else {
 #pragma unroll
     for (int k = 0; k < V; ++k) values[k] = from_half(raw.words[k / 2] >> k % 2 * 16 & 0xffffu);
   }
 }
 
-__device__ inline uint32_t to_16_bits(float value, Type type) { return type == Type::bfloat16 ? to_bfloat16(value) : to_half(value); }
+__device__ inline uint32_t to_16_bits(float value, Type type) {
+  return type == Type::bfloat16 ? to_bfloat16(value) : to_half(value);
+}
 
 __device__ inline void store_one(char* to, float value, Type type) {
   if (type == Type::float32) {
@@ -88,7 +97,8 @@ __device__ void store(char* first, Type type, Span span, const float (&values)[V
   if (!(span.vector && span.count == V)) {
 #pragma unroll
     for (int k = 0; k < V; ++k) {
-      if (k < span.count) store_one(first + k * span.step * (is_float<V>(type) ? 4 : 2), values[k], type);
+      if (k < span.count)
+        store_one(first + k * span.step * (is_float<V>(type) ? 4 : 2), values[k], type);
     }
     return;
   }

@@ -1,8 +1,9 @@
-// Finding the pixels of a condition [N, C, pixels] whose vectors are equal, bit for bit: each has a slot of a hash table, and the slot
-// the first of them.
+// Finding the pixels of a condition [N, C, pixels] whose vectors are equal, bit for bit: each has a
+// slot of a hash table, and the slot the first of them.
 //
-// A block has 32 pixels, and each warp takes its turn at their channels: so a warp reads pixels that lie together, and all of a vector's
-// channels are on their way at once. What is compared with the vector in a slot was read just before, and is still near.
+// A block has 32 pixels, and each warp takes its turn at their channels: so a warp reads pixels
+// that lie together, and all of a vector's channels are on their way at once. What is compared with
+// the vector in a slot was read just before, and is still near.
 
 #include "places.h"
 
@@ -15,7 +16,8 @@ constexpr int kWarps = kThreads / kPixels;
 template <typename Bits>
 __device__ const Bits* vector_at(const Vectors& vectors, uint32_t place) {
   const int64_t image = place / vectors.pixels, pixel = place % vectors.pixels;
-  return static_cast<const Bits*>(vectors.elements) + image * vectors.channels * vectors.pixels + pixel;
+  return static_cast<const Bits*>(vectors.elements) + image * vectors.channels * vectors.pixels +
+         pixel;
 }
 
 // The hash of this warp's channels of a vector. Hashes of channels are added up, in any order.
@@ -26,7 +28,8 @@ __device__ uint32_t hash_of(const Vectors& vectors, const Bits* vector) {
   for (uint32_t channel = threadIdx.y; channel < vectors.channels; channel += kWarps) {
     const uint64_t bits = __ldg(vector + static_cast<int64_t>(channel) * vectors.pixels);
     const uint32_t low = static_cast<uint32_t>(bits), high = static_cast<uint32_t>(bits >> 32);
-    hash += mixed(mixed(mixed(channel, low), high), 0);  // once more: a sign, the highest bit, reaches few bits at once
+    // Once more: a sign, the highest bit, reaches few bits at once.
+    hash += mixed(mixed(mixed(channel, low), high), 0);
   }
   return hash;
 }
@@ -44,7 +47,8 @@ __device__ bool differ(const Vectors& vectors, const Bits* one, const Bits* othe
 
 // Every warp follows all pixels, and knows the same of them.
 template <typename Bits>
-__global__ void __launch_bounds__(kThreads) equal_vectors_kernel(Vectors vectors, uint32_t places, Level level) {
+__global__ void __launch_bounds__(kThreads)
+    equal_vectors_kernel(Vectors vectors, uint32_t places, Level level) {
   uint32_t *of_warps = reinterpret_cast<uint32_t*>(shared_memory()), *others = of_warps + kThreads;
   const uint32_t lane = threadIdx.x, warp = threadIdx.y, place = blockIdx.x * kPixels + lane;
   bool is_open = place < places;
@@ -63,7 +67,8 @@ __global__ void __launch_bounds__(kThreads) equal_vectors_kernel(Vectors vectors
     __syncthreads();
     const uint32_t other = others[lane];
     const bool compares = is_open && other != kNone;
-    const uint32_t different = __ballot_sync(~0u, compares && differ(vectors, vector, vector_at<Bits>(vectors, other)));
+    const uint32_t different =
+        __ballot_sync(~0u, compares && differ(vectors, vector, vector_at<Bits>(vectors, other)));
     if (lane == 0) of_warps[warp] = different;
     __syncthreads();
     uint32_t all = 0;
@@ -81,7 +86,8 @@ __global__ void __launch_bounds__(kThreads) resolve_vectors_kernel(uint32_t plac
   resolve(level, place, place < places, 0);
 }
 
-__global__ void __launch_bounds__(kThreads) number_vectors_kernel(uint32_t places, Level level, int32_t* codes, int64_t* first_places) {
+__global__ void __launch_bounds__(kThreads)
+    number_vectors_kernel(uint32_t places, Level level, int32_t* codes, int64_t* first_places) {
   const uint32_t place = blockIdx.x * kThreads + threadIdx.x;
   if (place >= places) return;
   const uint32_t first = level.equals[place], number = number_of(level, first);
@@ -91,24 +97,31 @@ __global__ void __launch_bounds__(kThreads) number_vectors_kernel(uint32_t place
 
 }  // namespace
 
-void find_equal_vectors(Stream stream, const Vectors& vectors, uint32_t places, const Level& level) {
+void find_equal_vectors(Stream stream, const Vectors& vectors, uint32_t places,
+                        const Level& level) {
   const auto launch_for = [&](auto kernel) {
-    launch(kernel, divide_up(places, kPixels), dim3(kPixels, kWarps), (kThreads + kPixels) * sizeof(uint32_t), stream, vectors, places,
-           level);
+    launch(kernel, divide_up(places, kPixels), dim3(kPixels, kWarps),
+           (kThreads + kPixels) * sizeof(uint32_t), stream, vectors, places, level);
   };
   switch (vectors.size) {
-    case 2: return launch_for(equal_vectors_kernel<uint16_t>);
-    case 4: return launch_for(equal_vectors_kernel<uint32_t>);
-    default: return launch_for(equal_vectors_kernel<unsigned long long>);
+    case 2:
+      return launch_for(equal_vectors_kernel<uint16_t>);
+    case 4:
+      return launch_for(equal_vectors_kernel<uint32_t>);
+    default:
+      return launch_for(equal_vectors_kernel<unsigned long long>);
   }
 }
 
 void resolve_vectors(Stream stream, uint32_t places, const Level& level) {
-  launch(resolve_vectors_kernel, divide_up(places, kThreads), dim3(kThreads), kScanScratch, stream, places, level);
+  launch(resolve_vectors_kernel, divide_up(places, kThreads), dim3(kThreads), kScanScratch, stream,
+         places, level);
 }
 
-void number_vectors(Stream stream, uint32_t places, const Level& level, int32_t* codes, int64_t* first_places) {
-  launch(number_vectors_kernel, divide_up(places, kThreads), dim3(kThreads), 0, stream, places, level, codes, first_places);
+void number_vectors(Stream stream, uint32_t places, const Level& level, int32_t* codes,
+                    int64_t* first_places) {
+  launch(number_vectors_kernel, divide_up(places, kThreads), dim3(kThreads), 0, stream, places,
+         level, codes, first_places);
 }
 
 }  // namespace spade_fast

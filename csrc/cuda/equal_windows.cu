@@ -1,4 +1,5 @@
-// Finding the places of a map whose windows are equal: each has a slot of a hash table, and the slot the first of them.
+// Finding the places of a map whose windows are equal: each has a slot of a hash table, and the
+// slot the first of them.
 
 #include "places.h"
 
@@ -40,7 +41,9 @@ __device__ uint32_t taps_inside(const Maps& maps, const Where& where) {
   uint32_t taps = 1;
 #pragma unroll
   for (int axis = 0; axis < kAxes; ++axis) {
-    const int32_t begin = static_cast<int32_t>(where.position[axis] * maps.stride - maps.padding[axis]), kernel = maps.kernel[axis];
+    const int32_t begin =
+                      static_cast<int32_t>(where.position[axis] * maps.stride - maps.padding[axis]),
+                  kernel = maps.kernel[axis];
     const int32_t rest = static_cast<int32_t>(where.section->seen_size[axis]) - begin;
     const int32_t inside = (rest < kernel ? rest : kernel) + (begin < 0 ? begin : 0);
     taps *= inside > 0 ? inside : 0;
@@ -49,13 +52,15 @@ __device__ uint32_t taps_inside(const Maps& maps, const Where& where) {
 }
 
 // What a tap of a place's window sees.
-__device__ uint32_t seen(const Maps& maps, const uint32_t* map, const Where& where, const uint32_t (&tap)[kAxes]) {
+__device__ uint32_t seen(const Maps& maps, const uint32_t* map, const Where& where,
+                         const uint32_t (&tap)[kAxes]) {
   const Section& section = *where.section;
   bool inside = true;
   uint32_t place = 0;
 #pragma unroll
   for (int axis = 0; axis < kAxes; ++axis) {
-    const uint32_t there = where.position[axis] * maps.stride + tap[axis] - maps.padding[axis];  // below 0, beyond any size
+    // Below 0, beyond any size.
+    const uint32_t there = where.position[axis] * maps.stride + tap[axis] - maps.padding[axis];
     inside = inside && there < section.seen_size[axis];
     place = place * section.seen_size[axis] + there;
   }
@@ -82,14 +87,17 @@ __global__ void __launch_bounds__(kThreads) codes_kernel(Maps maps, uint32_t* ma
   int64_t pixel = where.image;
 #pragma unroll
   for (int axis = 0; axis < kAxes; ++axis) {
-    pixel = pixel * maps.given[axis] + maps.nearest[where.section->nearest[axis] + where.position[axis]];
+    pixel = pixel * maps.given[axis] +
+            maps.nearest[where.section->nearest[axis] + where.position[axis]];
   }
   const uint32_t code = static_cast<uint32_t>(maps.codes[pixel]);
-  if (code >= maps.rows) *static_cast<volatile uint32_t*>(maps.is_wrong) = 0;  // of other threads, too
+  // Of other threads, too.
+  if (code >= maps.rows) *static_cast<volatile uint32_t*>(maps.is_wrong) = 0;
   map[where.place] = code < maps.rows ? code : 0;
 }
 
-__global__ void __launch_bounds__(kThreads) equal_windows_kernel(Maps maps, const uint32_t* map, Level level) {
+__global__ void __launch_bounds__(kThreads)
+    equal_windows_kernel(Maps maps, const uint32_t* map, Level level) {
   const Where where = where_am_i(maps, blockIdx.x);
   if (!where.exists) return;
   uint32_t hash = where.section->first;
@@ -99,7 +107,9 @@ __global__ void __launch_bounds__(kThreads) equal_windows_kernel(Maps maps, cons
   });
   const uint32_t slot = slot_of(level, where.place, hash, [&](uint32_t other) {
     const Where there = where_is(where.section, other);
-    return there.exists && each_tap(maps, [&](const auto& tap) { return seen(maps, map, where, tap) == seen(maps, map, there, tap); });
+    return there.exists && each_tap(maps, [&](const auto& tap) {
+             return seen(maps, map, where, tap) == seen(maps, map, there, tap);
+           });
   });
   note_first(level, slot, where.place);
   level.equals[where.place] = slot;
@@ -110,14 +120,17 @@ __global__ void __launch_bounds__(kThreads) resolve_windows_kernel(Maps maps, Le
   resolve(level, where.place, where.exists, where.exists ? taps_inside(maps, where) : 0);
 }
 
-// A list of what the window sees that is first seen here, and an entry for each number in it. `number` says what a tap sees.
+// A list of what the window sees that is first seen here, and an entry for each number in it.
+// `number` says what a tap sees.
 template <typename Number>
-__device__ void list_window(const Maps& maps, const Where& where, uint32_t chunk, const Level& level, const Segment& back,
-                            const Results& results, int64_t offsets, int64_t rows, Number&& number) {
+__device__ void list_window(const Maps& maps, const Where& where, uint32_t chunk,
+                            const Level& level, const Segment& back, const Results& results,
+                            int64_t offsets, int64_t rows, Number&& number) {
   const bool is_first = where.exists && level.equals[where.place] == where.place;
   const uint32_t taps = is_first ? taps_inside(maps, where) : 0;
   uint32_t all;
-  const uint32_t before = scan_block(taps, reinterpret_cast<uint32_t*>(shared_memory()), &all) - taps;
+  const uint32_t before =
+      scan_block(taps, reinterpret_cast<uint32_t*>(shared_memory()), &all) - taps;
   if (!is_first) return;
   const uint32_t window = number_of(level, where.place);
   uint32_t at = Counts::taps(level.chunks[chunk]) + before, tap_number = 0;
@@ -137,16 +150,20 @@ __device__ void list_window(const Maps& maps, const Where& where, uint32_t chunk
 }
 
 // The number of a place's window, and an entry for the place.
-__device__ void list_place(const Where& where, const Level& level, const Segment& order, const Results& results, const Result& result) {
-  const uint32_t window = number_of(level, level.equals[where.place]), local = where.place - where.section->first;
+__device__ void list_place(const Where& where, const Level& level, const Segment& order,
+                           const Results& results, const Result& result) {
+  const uint32_t window = number_of(level, level.equals[where.place]),
+                 local = where.place - where.section->first;
   results.memory[result.index + local] = window;
   results.buckets[order.entry + local] = order.bucket + where.image * result.windows + window;
   results.values[order.entry + local] = local - where.image * where.section->pixels;
 }
 
-// The first half of the blocks has the windows of codes, the second the windows of those, and the index.
-__global__ void __launch_bounds__(kThreads, 4) list_windows_kernel(Maps maps, const uint32_t* codes, Level hidden, Level table,
-                                                                Results results) {
+// The first half of the blocks has the windows of codes, the second the windows of those, and the
+// index.
+__global__ void __launch_bounds__(kThreads, 4)
+    list_windows_kernel(Maps maps, const uint32_t* codes, Level hidden, Level table,
+                        Results results) {
   const uint32_t chunk = blockIdx.x % maps.chunks, section = section_of(maps, chunk);
   const Where where = where_am_i(maps, chunk);
   const Result& result = results.of_sections[section];
@@ -156,18 +173,21 @@ __global__ void __launch_bounds__(kThreads, 4) list_windows_kernel(Maps maps, co
                 [&](const auto& tap) { return seen(maps, codes, where, tap); });
     return;
   }
-  list_window(maps, where, chunk, table, back[1], results, result.offsets[1], result.rows[1], [&](const auto& tap) {
-    const uint32_t first = seen(maps, hidden.equals, where, tap);
-    return first == kNone ? kNone : number_of(hidden, first);
-  });
-  if (where.exists) list_place(where, table, results.segments[results.lists + section], results, result);
+  list_window(maps, where, chunk, table, back[1], results, result.offsets[1], result.rows[1],
+              [&](const auto& tap) {
+                const uint32_t first = seen(maps, hidden.equals, where, tap);
+                return first == kNone ? kNone : number_of(hidden, first);
+              });
+  if (where.exists)
+    list_place(where, table, results.segments[results.lists + section], results, result);
 }
 
-__global__ void __launch_bounds__(kThreads, 4) list_patches_kernel(Maps maps, const uint32_t* codes, Level level, Results results) {
+__global__ void __launch_bounds__(kThreads, 4)
+    list_patches_kernel(Maps maps, const uint32_t* codes, Level level, Results results) {
   const Where where = where_am_i(maps, blockIdx.x);
   const Result& result = *results.of_sections;
-  list_window(maps, where, blockIdx.x, level, *results.segments, results, result.offsets[0], result.rows[0],
-              [&](const auto& tap) { return seen(maps, codes, where, tap); });
+  list_window(maps, where, blockIdx.x, level, *results.segments, results, result.offsets[0],
+              result.rows[0], [&](const auto& tap) { return seen(maps, codes, where, tap); });
   if (!where.exists) return;
   list_place(where, level, results.segments[results.lists], results, result);
   if (level.equals[where.place] != where.place) return;
@@ -192,13 +212,16 @@ void resolve_windows(Stream stream, const Maps& maps, const Level& level) {
   launch(resolve_windows_kernel, maps.chunks, dim3(kThreads), kScanScratch, stream, maps, level);
 }
 
-void list_windows(Stream stream, const Maps& maps, const uint32_t* codes, const Level& hidden, const Level& table,
-                  const Results& results) {
-  launch(list_windows_kernel, 2 * maps.chunks, dim3(kThreads), kScanScratch, stream, maps, codes, hidden, table, results);
+void list_windows(Stream stream, const Maps& maps, const uint32_t* codes, const Level& hidden,
+                  const Level& table, const Results& results) {
+  launch(list_windows_kernel, 2 * maps.chunks, dim3(kThreads), kScanScratch, stream, maps, codes,
+         hidden, table, results);
 }
 
-void list_patches(Stream stream, const Maps& maps, const uint32_t* codes, const Level& level, const Results& results) {
-  launch(list_patches_kernel, maps.chunks, dim3(kThreads), kScanScratch, stream, maps, codes, level, results);
+void list_patches(Stream stream, const Maps& maps, const uint32_t* codes, const Level& level,
+                  const Results& results) {
+  launch(list_patches_kernel, maps.chunks, dim3(kThreads), kScanScratch, stream, maps, codes, level,
+         results);
 }
 
 }  // namespace spade_fast

@@ -1,5 +1,6 @@
-// Instance norm in one pass: a block holds its planes in shared memory, from their moments to y, and from their sums to dx; or the blocks
-// of a cluster do, a split each. Each thread reads there only what it put there itself.
+// Instance norm in one pass: a block holds its planes in shared memory, from their moments to y,
+// and from their sums to dx; or the blocks of a cluster do, a split each. Each thread reads there
+// only what it put there itself.
 
 #include "kernels.h"
 #include "modulation.h"
@@ -8,13 +9,16 @@ namespace spade_fast {
 namespace {
 
 template <int V, bool kLast, bool kWhole>
-__global__ void __launch_bounds__(kMostThreads, 1) forward_kernel(Operands o, Division d, float eps, Rows y, float* planes) {
+__global__ void __launch_bounds__(kMostThreads, 1)
+    forward_kernel(Operands o, Division d, float eps, Rows y, float* planes) {
   const Part<V, kLast, kWhole> part(o, d);
   const Cursors<kLast> in(o, part.image, part.channel);
   const Cursor to = in.in(y);
   Raw* held = reinterpret_cast<Raw*>(shared_memory());
   float* scratch = reinterpret_cast<float*>(shared_memory() + d.held_bytes);
-  const auto held_at = [&](uint32_t item) { return (item - part.begin) * blockDim.x + threadIdx.x; };
+  const auto held_at = [&](uint32_t item) {
+    return (item - part.begin) * blockDim.x + threadIdx.x;
+  };
   for (uint32_t item = part.begin + threadIdx.y; item < part.end; item += blockDim.y) {
     const Place place = part.at(item);
     load_async<V>(held + held_at(item), in.x.at(place.item), o.x.type, place.span);
@@ -43,13 +47,15 @@ __global__ void __launch_bounds__(kMostThreads, 1) forward_kernel(Operands o, Di
       squares[k] += deviation * deviation;
     }
   }
-  correction = unit_sum<V, kLast>(d, deviations, scratch);  // the mean was rounded, most where it is large
+  // The mean was rounded, most where it is large.
+  correction = unit_sum<V, kLast>(d, deviations, scratch);
   scale = unit_sum<V, kLast>(d, squares, scratch);
   PerPlane<V, kLast> shift, offset = {};
 #pragma unroll
   for (int k = 0; k < PerPlane<V, kLast>::kCount; ++k) {
     correction.values[k] *= share;
-    scale.values[k] = 1 / sqrtf(scale.values[k] * share - correction.values[k] * correction.values[k] + eps);
+    scale.values[k] =
+        1 / sqrtf(scale.values[k] * share - correction.values[k] * correction.values[k] + eps);
     shift.values[k] = mean.values[k] + correction.values[k];
   }
   if (part.split(d) == 0) {
@@ -64,32 +70,40 @@ __global__ void __launch_bounds__(kMostThreads, 1) forward_kernel(Operands o, Di
     for (int k = 0; k < V; ++k) values[k] = (values[k] - mean[k] - correction[k]) * scale[k];
     modulate<V>(in, place, values, modulation, to);
   };
-  for (uint32_t first = part.begin; first < part.end; first += 2 * blockDim.y) {  // two items' loads under way
+  // Two items' loads under way.
+  for (uint32_t first = part.begin; first < part.end; first += 2 * blockDim.y) {
     const uint32_t item = first + threadIdx.y, other_item = item + blockDim.y;
     const Place place = part.at(item), other_place = part.at(other_item);
     const Modulation modulation = load_modulation<V>(in, place, modulation_row(in, place), true);
-    const Modulation other_modulation = load_modulation<V>(in, other_place, modulation_row(in, other_place), true);
+    const Modulation other_modulation =
+        load_modulation<V>(in, other_place, modulation_row(in, other_place), true);
     finish(item, place, modulation);
-    if (first + blockDim.y < part.end) finish(other_item, other_place, other_modulation);  // else it is the next block's
+    // Else it is the next block's.
+    if (first + blockDim.y < part.end) finish(other_item, other_place, other_modulation);
   }
 }
 
 template <int V, bool kLast, bool kWhole, bool kSilu>
-__global__ void __launch_bounds__(kMostThreads, 1) backward_kernel(Operands o, Division d, Rows dgamma, Rows dbeta, Rows dx) {
+__global__ void __launch_bounds__(kMostThreads, 1)
+    backward_kernel(Operands o, Division d, Rows dgamma, Rows dbeta, Rows dx) {
   const Part<V, kLast, kWhole> part(o, d);
   const Cursors<kLast> in(o, part.image, part.channel);
   const Cursor to_dgamma = in.in(dgamma);
   const Cursor to_dbeta = dbeta.data != nullptr ? in.in(dbeta) : Cursor{};
   const Cursor to_dx = in.in(dx);
-  Raw *held_x = reinterpret_cast<Raw*>(shared_memory()), *held_dy = held_x + d.split_items * blockDim.x;
+  Raw *held_x = reinterpret_cast<Raw*>(shared_memory()),
+      *held_dy = held_x + d.split_items * blockDim.x;
   float* scratch = reinterpret_cast<float*>(shared_memory() + d.held_bytes);
-  const auto held_at = [&](uint32_t item) { return (item - part.begin) * blockDim.x + threadIdx.x; };
+  const auto held_at = [&](uint32_t item) {
+    return (item - part.begin) * blockDim.x + threadIdx.x;
+  };
   for (uint32_t item = part.begin + threadIdx.y; item < part.end; item += blockDim.y) {
     const Place place = part.at(item);
     load_async<V>(held_x + held_at(item), in.x.at(place.item), o.x.type, place.span);
     load_async<V>(held_dy + held_at(item), in.dy.at(place.item), o.dy.type, place.span);
   }
-  const PerPlane<V, kLast> shift = part.numbers(o, o.planes, 0), scale = part.numbers(o, o.planes, 1), offset = {};
+  const PerPlane<V, kLast> shift = part.numbers(o, o.planes, 0),
+                           scale = part.numbers(o, o.planes, 1), offset = {};
   float q_sum[V] = {}, q_deviation_sum[V] = {};
   wait_for_copies();
   // Calls f with each item's place and gradient; two items' loads are under way.
@@ -98,19 +112,23 @@ __global__ void __launch_bounds__(kMostThreads, 1) backward_kernel(Operands o, D
       const uint32_t other_item = item + blockDim.y;
       const Place place = part.at(item), other_place = part.at(other_item);
       const Modulation modulation = load_modulation<V>(in, place, modulation_row(in, place), kSilu);
-      const Modulation other_modulation = load_modulation<V>(in, other_place, modulation_row(in, other_place), kSilu);
+      const Modulation other_modulation =
+          load_modulation<V>(in, other_place, modulation_row(in, other_place), kSilu);
       const uint32_t signs = load_signs<V>(in, place), other_signs = load_signs<V>(in, other_place);
       const uint32_t at = held_at(item), other_at = held_at(other_item);
-      f(place, gradient<V, kSilu>(o, held_x[at], held_dy[at], modulation, signs, shift, scale, offset));
+      f(place,
+        gradient<V, kSilu>(o, held_x[at], held_dy[at], modulation, signs, shift, scale, offset));
       if (other_item >= part.end) continue;
-      f(other_place, gradient<V, kSilu>(o, held_x[other_at], held_dy[other_at], other_modulation, other_signs, shift, scale, offset));
+      f(other_place, gradient<V, kSilu>(o, held_x[other_at], held_dy[other_at], other_modulation,
+                                        other_signs, shift, scale, offset));
     }
   };
   for_each([&](const Place& place, const Gradient<V>& found) {
     store_gradient<V>(place, found, scale, offset, to_dgamma, to_dbeta, q_sum, q_deviation_sum);
   });
   const float share = 1 / static_cast<float>(o.shape.pixels);
-  PerPlane<V, kLast> constant = unit_sum<V, kLast>(d, q_sum, scratch), slope = unit_sum<V, kLast>(d, q_deviation_sum, scratch);
+  PerPlane<V, kLast> constant = unit_sum<V, kLast>(d, q_sum, scratch),
+                     slope = unit_sum<V, kLast>(d, q_deviation_sum, scratch);
 #pragma unroll
   for (int k = 0; k < PerPlane<V, kLast>::kCount; ++k) {
     constant.values[k] *= share;
@@ -119,31 +137,38 @@ __global__ void __launch_bounds__(kMostThreads, 1) backward_kernel(Operands o, D
   for_each([&](const Place& place, const Gradient<V>& found) {  // γ comes from the cache
     float values[V];
 #pragma unroll
-    for (int k = 0; k < V; ++k) values[k] = scale[k] * (found.g[k] * found.one_plus[k] - constant[k] - found.deviation[k] * slope[k]);
+    for (int k = 0; k < V; ++k)
+      values[k] =
+          scale[k] * (found.g[k] * found.one_plus[k] - constant[k] - found.deviation[k] * slope[k]);
     store<V>(to_dx, place, values);
   });
 }
 
 // The splits of a unit are the blocks of a cluster.
 template <typename Kernel, typename... Arguments>
-void launch_units(Kernel* kernel, const Settings& settings, const Division& d, int64_t planes_of_column, Arguments... arguments) {
-  launch_clusters(kernel, d.blocks(), d.splits, dim3(d.columns, d.lanes), d.shared(1, planes_of_column), settings.stream, arguments...);
+void launch_units(Kernel* kernel, const Settings& settings, const Division& d,
+                  int64_t planes_of_column, Arguments... arguments) {
+  launch_clusters(kernel, d.blocks(), d.splits, dim3(d.columns, d.lanes),
+                  d.shared(1, planes_of_column), settings.stream, arguments...);
 }
 
 }  // namespace
 
 int64_t most_blocks() { return knows_clusters(forward_kernel<4, false, false>) ? kCluster : 1; }
 
-void instance_forward(const Settings& settings, const Operands& o, const Division& d, float eps, const Rows& y, float* planes) {
+void instance_forward(const Settings& settings, const Operands& o, const Division& d, float eps,
+                      const Rows& y, float* planes) {
   specialised(settings, [&](auto vector, auto last, auto whole) {
-    launch_units(forward_kernel<vector(), last(), whole()>, settings, d, last() ? vector() : 1, o, d, eps, y, planes);
+    launch_units(forward_kernel<vector(), last(), whole()>, settings, d, last() ? vector() : 1, o,
+                 d, eps, y, planes);
   });
 }
 
-void instance_backward(const Settings& settings, const Operands& o, const Division& d, const Rows& dgamma, const Rows& dbeta,
-                       const Rows& dx) {
+void instance_backward(const Settings& settings, const Operands& o, const Division& d,
+                       const Rows& dgamma, const Rows& dbeta, const Rows& dx) {
   specialised(settings, o, [&](auto vector, auto last, auto whole, auto is_silu) {
-    launch_units(backward_kernel<vector(), last(), whole(), is_silu()>, settings, d, last() ? vector() : 1, o, d, dgamma, dbeta, dx);
+    launch_units(backward_kernel<vector(), last(), whole(), is_silu()>, settings, d,
+                 last() ? vector() : 1, o, d, dgamma, dbeta, dx);
   });
 }
 

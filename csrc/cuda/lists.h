@@ -26,13 +26,17 @@ struct ListSums {
   int64_t rows, columns;
   bool vector;  // whether all rows begin at addresses divisible by 16, and have whole vectors
   int64_t pieces;
-  float* parts;    // [2 · pieces, columns]: of the long list that a piece begins with, and of one that begins inside it
+  // [2 · pieces, columns]: of the long list that a piece begins with, and of one that begins inside
+  // it.
+  float* parts;
   int32_t* begun;  // [pieces]: the long list that begins in each, or −1
 };
 
 // Into how many pieces lists are cut; none where none can be long.
 inline int64_t pieces_of(const Lists& lists) {
-  return lists.count > 0 && lists.entries > kShortList ? (lists.entries + kShortList - 1) / kShortList : 0;
+  return lists.count > 0 && lists.entries > kShortList
+             ? (lists.entries + kShortList - 1) / kShortList
+             : 0;
 }
 
 void sum_lists(Stream stream, const ListSums& s);

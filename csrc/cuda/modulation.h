@@ -1,4 +1,5 @@
-// What is done to V elements: modulation and activation, and the gradient that comes back through them.
+// What is done to V elements: modulation and activation, and the gradient that comes back through
+// them.
 #pragma once
 
 #include "walk.h"
@@ -12,12 +13,16 @@ struct Modulation {
 // Which row of γ and β these elements have, where all have the same.
 template <bool kLast>
 __device__ uint32_t modulation_row(const Cursors<kLast>& in, const Place& place) {
-  return kLast && in.o.index != nullptr && place.span.count > 0 ? row_at(in.o, in.index + place.item) : place.item;
+  return kLast && in.o.index != nullptr && place.span.count > 0
+             ? row_at(in.o, in.index + place.item)
+             : place.item;
 }
 
-// γ and, where it is wanted, β of these elements: from where x has its own, or from the row of the table that each pixel has.
+// γ and, where it is wanted, β of these elements: from where x has its own, or from the row of the
+// table that each pixel has.
 template <int V, bool kLast>
-__device__ Modulation load_modulation(const Cursors<kLast>& in, const Place& place, uint32_t row, bool wants_beta) {
+__device__ Modulation load_modulation(const Cursors<kLast>& in, const Place& place, uint32_t row,
+                                      bool wants_beta) {
   const Operands& o = in.o;
   const Span span = place.span;
   Modulation found = {};
@@ -54,19 +59,23 @@ __device__ uint8_t* signs_at(const Cursors<kLast>& in, const Place& place) {
   return in.signs + (kLast ? static_cast<uint64_t>(place.item) * in.signs_step : place.start / 8);
 }
 
-// The bits of these elements, for the derivative. All threads of a warp come here together, those with no elements too.
+// The bits of these elements, for the derivative. All threads of a warp come here together, those
+// with no elements too.
 template <int V, bool kLast>
 __device__ void store_signs(const Cursors<kLast>& in, const Place& place, const float (&y)[V]) {
   const Operands& o = in.o;
-  const bool keeps_nan = o.activation == Activation::relu;  // PyTorch's ReLU passes the gradient on there
+  // PyTorch's ReLU passes the gradient on there.
+  const bool keeps_nan = o.activation == Activation::relu;
   uint32_t bits = 0;
 #pragma unroll
   for (int k = 0; k < V; ++k) {
     if (k < place.span.count && (keeps_nan ? !(y[k] <= 0) : y[k] > 0)) bits |= 1u << k;
   }
   if (place.span.step == 1) {
-    if (V == 4) bits |= __shfl_xor_sync(~0u, bits, 1) << 4;  // the neighbour's are the byte's other half
-    if (place.span.count > 0 && place.start % 8 == 0) *signs_at(in, place) = static_cast<uint8_t>(bits);
+    // The neighbour's are the byte's other half.
+    if (V == 4) bits |= __shfl_xor_sync(~0u, bits, 1) << 4;
+    if (place.span.count > 0 && place.start % 8 == 0)
+      *signs_at(in, place) = static_cast<uint8_t>(bits);
     return;
   }
   const int lane = threadIdx.x;
@@ -83,7 +92,9 @@ __device__ void store_signs(const Cursors<kLast>& in, const Place& place, const 
 template <int V, bool kLast>
 __device__ uint32_t load_signs(const Cursors<kLast>& in, const Place& place) {
   const Operands& o = in.o;
-  if ((o.activation != Activation::relu && o.activation != Activation::leaky_relu) || place.span.count == 0) return 0;
+  if ((o.activation != Activation::relu && o.activation != Activation::leaky_relu) ||
+      place.span.count == 0)
+    return 0;
   const uint8_t* byte = signs_at(in, place);
   const int shift = place.start % 8;
   if (place.span.step == 1) return __ldg(byte) >> shift;
@@ -97,7 +108,8 @@ __device__ uint32_t load_signs(const Cursors<kLast>& in, const Place& place) {
 
 // y = act(x̂·(1 + γ) + β), from x̂.
 template <int V, bool kLast>
-__device__ void modulate(const Cursors<kLast>& in, const Place& place, float (&values)[V], const Modulation& modulation, const Cursor& y) {
+__device__ void modulate(const Cursors<kLast>& in, const Place& place, float (&values)[V],
+                         const Modulation& modulation, const Cursor& y) {
   const Operands& o = in.o;
   float gamma[V], beta[V];
   unpack<V>(modulation.gamma, o.gamma.type, gamma);
@@ -110,7 +122,8 @@ __device__ void modulate(const Cursors<kLast>& in, const Place& place, float (&v
     for (int k = 0; k < V; ++k) values[k] = values[k] <= 0 ? 0.0f : values[k];  // NaN stays
   } else if (o.activation == Activation::leaky_relu) {
 #pragma unroll
-    for (int k = 0; k < V; ++k) values[k] = values[k] > 0 ? values[k] : values[k] * o.negative_slope;
+    for (int k = 0; k < V; ++k)
+      values[k] = values[k] > 0 ? values[k] : values[k] * o.negative_slope;
   } else if (o.activation == Activation::silu) {
 #pragma unroll
     for (int k = 0; k < V; ++k) values[k] = values[k] / (1 + expf(-values[k]));
@@ -124,8 +137,9 @@ struct Gradient {
 };
 
 template <int V, bool kSilu, typename Number>
-__device__ Gradient<V> gradient(const Operands& o, const Raw& x, const Raw& dy, const Modulation& modulation, uint32_t signs,
-                                const Number& shift, const Number& scale, const Number& offset) {
+__device__ Gradient<V> gradient(const Operands& o, const Raw& x, const Raw& dy,
+                                const Modulation& modulation, uint32_t signs, const Number& shift,
+                                const Number& scale, const Number& offset) {
   Gradient<V> found;
   unpack<V>(x, o.x.type, found.deviation);
   unpack<V>(dy, o.dy.type, found.g);
@@ -139,7 +153,8 @@ __device__ Gradient<V> gradient(const Operands& o, const Raw& x, const Raw& dy, 
     const float slope = o.negative_slope;
 #pragma unroll
     for (int k = 0; k < V; ++k) {
-      if (!(signs >> k & 1)) found.g[k] = o.activation == Activation::relu ? 0.0f : found.g[k] * slope;
+      if (!(signs >> k & 1))
+        found.g[k] = o.activation == Activation::relu ? 0.0f : found.g[k] * slope;
     }
   } else if (kSilu) {
     float beta[V];
@@ -154,10 +169,12 @@ __device__ Gradient<V> gradient(const Operands& o, const Raw& x, const Raw& dy, 
   return found;
 }
 
-// dγ = g·x̂ and dβ = g, which is not written where it is dy itself; adds q = g·(1 + γ) and q·(x − shift) to sums.
+// dγ = g·x̂ and dβ = g, which is not written where it is dy itself; adds q = g·(1 + γ) and q·(x −
+// shift) to sums.
 template <int V, typename Number>
-__device__ void store_gradient(const Place& place, const Gradient<V>& found, const Number& scale, const Number& offset,
-                               const Cursor& dgamma, const Cursor& dbeta, float (&q_sum)[V], float (&q_deviation_sum)[V]) {
+__device__ void store_gradient(const Place& place, const Gradient<V>& found, const Number& scale,
+                               const Number& offset, const Cursor& dgamma, const Cursor& dbeta,
+                               float (&q_sum)[V], float (&q_deviation_sum)[V]) {
   if (dbeta.first != nullptr) store<V>(dbeta, place, found.g);
   float product[V];
 #pragma unroll

@@ -20,10 +20,14 @@ class Memory {
     return at;
   }
 
-  void allocate(const Tensor& like) { memory_ = torch::stable::new_empty(like, {size_}, ScalarType::Byte); }
+  void allocate(const Tensor& like) {
+    memory_ = torch::stable::new_empty(like, {size_}, ScalarType::Byte);
+  }
 
   template <typename T>
-  T* at(int64_t offset) const { return reinterpret_cast<T*>(static_cast<char*>(memory_->data_ptr()) + offset); }
+  T* at(int64_t offset) const {
+    return reinterpret_cast<T*>(static_cast<char*>(memory_->data_ptr()) + offset);
+  }
 
  private:
   static constexpr int64_t kAligned = 256;
@@ -39,10 +43,12 @@ struct LevelParts {
 // Levels and totals in one memory. The tables come first, so that one call sets them.
 class Work {
  public:
-  Work(int64_t places, int64_t chunks, int levels, int64_t hash_mask) : places_(places), hash_mask_(static_cast<uint32_t>(hash_mask)) {
+  Work(int64_t places, int64_t chunks, int levels, int64_t hash_mask)
+      : places_(places), hash_mask_(static_cast<uint32_t>(hash_mask)) {
     slots_ = power_from(2 * std::max<int64_t>(1, places));
     parts_.resize(levels);
-    for (LevelParts& parts : parts_) parts.table = memory.add<uint32_t>(slots_), parts.firsts = memory.add<uint32_t>(slots_);
+    for (LevelParts& parts : parts_)
+      parts.table = memory.add<uint32_t>(slots_), parts.firsts = memory.add<uint32_t>(slots_);
     is_wrong_ = memory.add<uint32_t>(1);
     set_ = memory.add<char>(0);
     for (LevelParts& parts : parts_) {
@@ -62,7 +68,8 @@ class Work {
   Level level(int number) const {
     const LevelParts& parts = parts_[number];
     Level level = {};
-    level.table = memory.at<uint32_t>(parts.table), level.firsts = memory.at<uint32_t>(parts.firsts);
+    level.table = memory.at<uint32_t>(parts.table),
+    level.firsts = memory.at<uint32_t>(parts.firsts);
     level.slots = static_cast<uint32_t>(slots_), level.hash_mask = hash_mask_;
     level.equals = memory.at<uint32_t>(parts.equals), level.words = memory.at<Word>(parts.words);
     level.chunks = memory.at<uint64_t>(parts.chunks);
@@ -80,10 +87,12 @@ class Work {
 // A part of a tensor without gaps, that shares its memory.
 Tensor part_of(const Tensor& whole, int64_t offset, const std::vector<int64_t>& sizes) {
   std::vector<int64_t> strides(sizes.size(), 1);
-  for (size_t i = sizes.size(); i-- > 1;) strides[i - 1] = strides[i] * std::max<int64_t>(1, sizes[i]);
+  for (size_t i = sizes.size(); i-- > 1;)
+    strides[i - 1] = strides[i] * std::max<int64_t>(1, sizes[i]);
   AtenTensorHandle part;
-  TORCH_ERROR_CODE_CHECK(aoti_torch__reinterpret_tensor(whole.get(), static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(),
-                                                        offset, &part));
+  TORCH_ERROR_CODE_CHECK(
+      aoti_torch__reinterpret_tensor(whole.get(), static_cast<int64_t>(sizes.size()), sizes.data(),
+                                     strides.data(), offset, &part));
   return Tensor(part);
 }
 
@@ -151,10 +160,12 @@ int64_t power(int64_t base, int64_t exponent) {
   return found;
 }
 
-// Places, entries and buckets of all sizes together are counted in 30 bits: two more say what a count is (sort_entries.cu).
+// Places, entries and buckets of all sizes together are counted in 30 bits: two more say what a
+// count is (sort_entries.cu).
 constexpr int64_t kCounted = int64_t{1} << 30;
 
-void check_counts(const Tensor& codes, const std::vector<int64_t>& sizes, int64_t kernel_size, int64_t rows) {
+void check_counts(const Tensor& codes, const std::vector<int64_t>& sizes, int64_t kernel_size,
+                  int64_t rows) {
   const int64_t axes = axes_of(codes), images = codes.size(0);
   double places = 0, taps = 1;  // exact below 2**53
   for (int64_t axis = 0; axis < axes; ++axis) taps *= static_cast<double>(kernel_size);
@@ -163,39 +174,48 @@ void check_counts(const Tensor& codes, const std::vector<int64_t>& sizes, int64_
     for (int64_t axis = 0; axis < axes; ++axis) own *= static_cast<double>(sizes[size + axis]);
     places += own + kThreads;
   }
-  const double count = static_cast<double>(sizes.size() / axes), entries = places * (2 * taps + 1 + static_cast<double>(images));
-  STD_TORCH_CHECK(entries + count * (static_cast<double>(rows) * taps + 2) < static_cast<double>(kCounted), "spade_fast: codes has shape ",
-                  text(codes.sizes()), ", that is too much for the sizes asked for and windows of ", taps,
-                  " taps: together they should be below 2**30");
+  const double count = static_cast<double>(sizes.size() / axes),
+               entries = places * (2 * taps + 1 + static_cast<double>(images));
+  STD_TORCH_CHECK(
+      entries + count * (static_cast<double>(rows) * taps + 2) < static_cast<double>(kCounted),
+      "spade_fast: codes has shape ", text(codes.sizes()),
+      ", that is too much for the sizes asked for and windows of ", taps,
+      " taps: together they should be below 2**30");
 }
 
 void check_codes(const Tensor& codes, int64_t rows) {
   check_dtype(codes, "codes", kWhole);
-  STD_TORCH_CHECK(codes.dim() >= 2 && codes.dim() <= 1 + kAxes, "spade_fast: codes has shape ", text(codes.sizes()),
+  STD_TORCH_CHECK(codes.dim() >= 2 && codes.dim() <= 1 + kAxes, "spade_fast: codes has shape ",
+                  text(codes.sizes()),
                   ", it should be [N, *spatial] with one to three spatial dimensions");
-  STD_TORCH_CHECK(rows >= 0 && rows < INT32_MAX, "spade_fast: rows is ", rows, ", it should be from 0 to 2**31 - 2");
+  STD_TORCH_CHECK(rows >= 0 && rows < INT32_MAX, "spade_fast: rows is ", rows,
+                  ", it should be from 0 to 2**31 - 2");
 }
 
-void check_find_windows(const Tensor& codes, const Tensor& nearest, const std::vector<int64_t>& sizes, int64_t kernel_size, int64_t rows) {
+void check_find_windows(const Tensor& codes, const Tensor& nearest,
+                        const std::vector<int64_t>& sizes, int64_t kernel_size, int64_t rows) {
   check_codes(codes, rows);
-  STD_TORCH_CHECK(sizes.size() % axes_of(codes) == 0, "spade_fast: sizes has ", sizes.size(), " numbers, it should have one for each of ",
-                  axes_of(codes), " axes");
-  STD_TORCH_CHECK(kernel_size % 2 == 1 && kernel_size > 0 && kernel_size < 128, "spade_fast: kernel_size is ", kernel_size,
-                  ", it should be odd, from 1 to 127");
+  STD_TORCH_CHECK(sizes.size() % axes_of(codes) == 0, "spade_fast: sizes has ", sizes.size(),
+                  " numbers, it should have one for each of ", axes_of(codes), " axes");
+  STD_TORCH_CHECK(kernel_size % 2 == 1 && kernel_size > 0 && kernel_size < 128,
+                  "spade_fast: kernel_size is ", kernel_size, ", it should be odd, from 1 to 127");
   int64_t count = 0;
   for (const int64_t size : sizes) {
-    STD_TORCH_CHECK(size >= 0 && size < INT32_MAX, "spade_fast: sizes has ", size, ", it should have numbers from 0 to 2**31 - 2");
+    STD_TORCH_CHECK(size >= 0 && size < INT32_MAX, "spade_fast: sizes has ", size,
+                    ", it should have numbers from 0 to 2**31 - 2");
     count += size;
   }
   check_dtype(nearest, "nearest", kWhole);
-  check_shape(nearest, "nearest", std::vector<int64_t>{count}, "a pixel for each place of each axis");
-  STD_TORCH_CHECK(nearest.is_cpu() && nearest.is_contiguous(), "spade_fast: nearest should be on the CPU, without gaps");
+  check_shape(nearest, "nearest", std::vector<int64_t>{count},
+              "a pixel for each place of each axis");
+  STD_TORCH_CHECK(nearest.is_cpu() && nearest.is_contiguous(),
+                  "spade_fast: nearest should be on the CPU, without gaps");
   const int32_t* pixels = nearest.const_data_ptr<int32_t>();
   for (size_t i = 0; i < sizes.size(); pixels += sizes[i++]) {
     const int64_t given = codes.size(1 + i % axes_of(codes));
     for (int64_t place = 0; place < sizes[i]; ++place) {
-      STD_TORCH_CHECK(pixels[place] >= 0 && pixels[place] < given, "spade_fast: nearest has ", pixels[place],
-                      ", it should have pixels of codes, 0 to ", given - 1);
+      STD_TORCH_CHECK(pixels[place] >= 0 && pixels[place] < given, "spade_fast: nearest has ",
+                      pixels[place], ", it should have pixels of codes, 0 to ", given - 1);
     }
   }
   check_counts(codes, sizes, kernel_size, rows);
@@ -209,17 +229,19 @@ struct Found {
 // Where the results have everything, and which entries are sorted.
 class Plan {
  public:
-  Plan(const Tensor& codes, const std::vector<int64_t>& sizes, const std::vector<Section>& sections, const std::vector<Found>& found,
-       int levels, int64_t taps, int64_t rows) {
+  Plan(const Tensor& codes, const std::vector<int64_t>& sizes, const std::vector<Section>& sections,
+       const std::vector<Found>& found, int levels, int64_t taps, int64_t rows) {
     const int64_t axes = axes_of(codes), images = codes.size(0);
     for (size_t number = 0; number < sections.size(); ++number) {
       Result result = {};
       for (int level = 0; level < levels; ++level) {
         const int64_t windows = found[number].windows[level], seen = found[number].taps[level];
         const int64_t buckets = (level == 0 ? rows : found[number].windows[0]) * taps;
-        result.offsets[level] = layouts.add({windows + 1}), result.rows[level] = layouts.add({seen});
+        result.offsets[level] = layouts.add({windows + 1}),
+        result.rows[level] = layouts.add({seen});
         const int64_t starts = layouts.add({buckets + 1}), sorted = layouts.add({seen});
-        segments.push_back({entries_, static_cast<uint32_t>(seen), buckets_, static_cast<uint32_t>(buckets), sorted, starts,
+        segments.push_back({entries_, static_cast<uint32_t>(seen), buckets_,
+                            static_cast<uint32_t>(buckets), sorted, starts,
                             result.offsets[level] + windows});
         entries_ += segments.back().entries, buckets_ += segments.back().buckets + 1;
       }
@@ -234,7 +256,8 @@ class Plan {
     starts = buckets_;
     for (size_t number = 0; number < sections.size(); ++number) {
       const uint32_t buckets = static_cast<uint32_t>(images * results[number].windows);
-      segments.push_back({entries_, sections[number].count, buckets_, buckets, orders_[number], 0, 0});
+      segments.push_back(
+          {entries_, sections[number].count, buckets_, buckets, orders_[number], 0, 0});
       entries_ += sections[number].count, buckets_ += buckets;
     }
     entries = entries_, buckets = buckets_;
@@ -272,7 +295,8 @@ class SortingWork {
     std::memcpy(plan.data() + result_bytes(), plan_.segments.data(), segment_bytes());
     upload(memory_.at<char>(results_), plan.data(), static_cast<int64_t>(plan.size()), stream);
     for (int side = 0; side < 2; ++side) {
-      sorting_.buckets[side] = memory_.at<uint32_t>(entries_[2 * side]), sorting_.values[side] = memory_.at<uint32_t>(entries_[2 * side + 1]);
+      sorting_.buckets[side] = memory_.at<uint32_t>(entries_[2 * side]),
+      sorting_.values[side] = memory_.at<uint32_t>(entries_[2 * side + 1]);
     }
     sorting_.counts = memory_.at<uint32_t>(counts_), sorting_.said = memory_.at<uint32_t>(said_);
     sorting_.tickets = memory_.at<uint32_t>(tickets_);
@@ -284,7 +308,8 @@ class SortingWork {
   Results results(int side, int32_t* memory) const {
     Results results = {};
     results.memory = memory;
-    results.of_sections = memory_.at<Result>(results_), results.segments = memory_.at<Segment>(results_ + result_bytes());
+    results.of_sections = memory_.at<Result>(results_),
+    results.segments = memory_.at<Segment>(results_ + result_bytes());
     results.entries = plan_.entries, results.starts = plan_.starts;
     results.orders = static_cast<uint32_t>(plan_.results.size());
     results.lists = static_cast<uint32_t>(plan_.segments.size()) - results.orders;
@@ -293,8 +318,12 @@ class SortingWork {
   }
 
  private:
-  int64_t result_bytes() const { return static_cast<int64_t>(plan_.results.size() * sizeof(Result)); }
-  int64_t segment_bytes() const { return static_cast<int64_t>(plan_.segments.size() * sizeof(Segment)); }
+  int64_t result_bytes() const {
+    return static_cast<int64_t>(plan_.results.size() * sizeof(Result));
+  }
+  int64_t segment_bytes() const {
+    return static_cast<int64_t>(plan_.segments.size() * sizeof(Segment));
+  }
 
   const Plan& plan_;
   Memory memory_;
@@ -302,11 +331,12 @@ class SortingWork {
   int64_t counts_, said_, tickets_, zeros_, entries_[4], results_;
 };
 
-// What is to be numbered: windows of codes, and of two levels windows of those, at the places of `sections`. They see those of `taken`.
+// What is to be numbered: windows of codes, and of two levels windows of those, at the places of
+// `sections`. They see those of `taken`.
 struct Task {
   Sections taken, sections;
-  std::vector<int64_t> sizes;        // of the sections
-  const int32_t* nearest;            // which pixels are taken along each axis
+  std::vector<int64_t> sizes;  // of the sections
+  const int32_t* nearest;      // which pixels are taken along each axis
   int64_t nearest_count, kernel_size, stride, padding, rows;
   int levels;
 };
@@ -329,22 +359,29 @@ Maps maps_of(const Tensor& codes, const Task& task) {
 class Search {
  public:
   Search(const Tensor& codes, const Task& task, int64_t hash_mask, Stream stream)
-      : task_(task), work_(task.sections.chunks * kThreads, task.sections.chunks, task.levels, hash_mask), stream_(stream) {
-    const int64_t map = work_.memory.add<uint32_t>(task.taken.chunks * kThreads), totals = work_.memory.add<uint64_t>(total_count());
+      : task_(task),
+        work_(task.sections.chunks * kThreads, task.sections.chunks, task.levels, hash_mask),
+        stream_(stream) {
+    const int64_t map = work_.memory.add<uint32_t>(task.taken.chunks * kThreads),
+                  totals = work_.memory.add<uint64_t>(total_count());
     const int64_t taken_bytes = task.taken.bytes(), bytes = taken_bytes + task.sections.bytes();
     const int64_t plan = work_.memory.add<char>(bytes + 4 * task.nearest_count);
     work_.allocate(codes, stream);
     std::vector<char> uploaded(bytes + 4 * task.nearest_count);
     std::memcpy(uploaded.data(), task.taken.all.data(), taken_bytes);
     std::memcpy(uploaded.data() + taken_bytes, task.sections.all.data(), bytes - taken_bytes);
-    if (task.nearest_count > 0) std::memcpy(uploaded.data() + bytes, task.nearest, 4 * task.nearest_count);
-    upload(work_.memory.at<char>(plan), uploaded.data(), static_cast<int64_t>(uploaded.size()), stream);
+    if (task.nearest_count > 0)
+      std::memcpy(uploaded.data() + bytes, task.nearest, 4 * task.nearest_count);
+    upload(work_.memory.at<char>(plan), uploaded.data(), static_cast<int64_t>(uploaded.size()),
+           stream);
     totals_ = work_.memory.at<uint64_t>(totals);
     this->map = work_.memory.at<uint32_t>(map);
     for (int level = 0; level < task.levels; ++level) levels[level] = work_.level(level);
     maps = maps_of(codes, task);
-    maps.sections = work_.memory.at<Section>(plan + taken_bytes), maps.section_count = task.sections.count();
-    maps.chunks = static_cast<uint32_t>(task.sections.chunks), maps.nearest = work_.memory.at<int32_t>(plan + bytes);
+    maps.sections = work_.memory.at<Section>(plan + taken_bytes),
+    maps.section_count = task.sections.count();
+    maps.chunks = static_cast<uint32_t>(task.sections.chunks),
+    maps.nearest = work_.memory.at<int32_t>(plan + bytes);
     maps.is_wrong = work_.is_wrong();
     Maps taken = maps;
     taken.sections = work_.memory.at<Section>(plan), taken.section_count = task.taken.count();
@@ -360,7 +397,8 @@ class Search {
   // Waits for it. Nothing where a code is no row.
   std::optional<std::vector<Found>> wait() const {
     std::vector<uint64_t> totals(total_count());
-    download(totals.data(), totals_, total_count() * static_cast<int64_t>(sizeof(uint64_t)), stream_);
+    download(totals.data(), totals_, total_count() * static_cast<int64_t>(sizeof(uint64_t)),
+             stream_);
     if (static_cast<uint32_t>(totals.back()) != kNone) return std::nullopt;
     std::vector<Found> found(task_.sections.all.size());
     for (size_t i = 0; i + 1 < totals.size(); ++i) {
@@ -375,7 +413,9 @@ class Search {
   Level levels[kLevels] = {};
 
  private:
-  int64_t total_count() const { return task_.levels * static_cast<int64_t>(task_.sections.all.size()) + 1; }
+  int64_t total_count() const {
+    return task_.levels * static_cast<int64_t>(task_.sections.all.size()) + 1;
+  }
 
   const Task& task_;
   Work work_;
@@ -391,7 +431,8 @@ std::vector<Tensor> numbered(const Tensor& given_codes, const Task& task, int64_
   const Search search(codes, task, hash_mask, stream);
   const auto found = search.wait();
   if (!found) return {};
-  const Plan plan(codes, task.sizes, task.sections.all, *found, task.levels, search.maps.taps, task.rows);
+  const Plan plan(codes, task.sizes, task.sections.all, *found, task.levels, search.maps.taps,
+                  task.rows);
   const Tensor memory = torch::stable::new_empty(codes, {plan.layouts.size()}, ScalarType::Int);
   SortingWork sorting(plan);
   sorting.allocate(codes, stream);
@@ -399,7 +440,8 @@ std::vector<Tensor> numbered(const Tensor& given_codes, const Task& task, int64_
   if (task.levels == 1) {
     list_patches(stream, search.maps, search.map, search.levels[0], sorting.results(0, to));
   } else {
-    list_windows(stream, search.maps, search.map, search.levels[0], search.levels[1], sorting.results(0, to));
+    list_windows(stream, search.maps, search.map, search.levels[0], search.levels[1],
+                 sorting.results(0, to));
   }
   sort_entries(stream, sorting.sorting());
   place_sorted(stream, sorting.results(sorting.sorting().passes % 2, to));
@@ -407,28 +449,34 @@ std::vector<Tensor> numbered(const Tensor& given_codes, const Task& task, int64_
 }
 
 // Ten tensors for each size, as `find_windows` of numbering.py gives them.
-std::vector<Tensor> find_windows_of(const Tensor& codes, const Tensor& nearest, std::vector<int64_t> sizes, int64_t kernel_size,
-                                    int64_t rows, int64_t hash_mask) {
+std::vector<Tensor> find_windows_of(const Tensor& codes, const Tensor& nearest,
+                                    std::vector<int64_t> sizes, int64_t kernel_size, int64_t rows,
+                                    int64_t hash_mask) {
   check_find_windows(codes, nearest, sizes, kernel_size, rows);
   if (sizes.empty()) return {};
   const Sections sections = sections_of(codes, sizes);
   const int32_t* pixels = nearest.const_data_ptr<int32_t>();
-  return numbered(codes, {sections, sections, sizes, pixels, nearest.numel(), kernel_size, 1, kernel_size / 2, rows, kLevels}, hash_mask);
+  return numbered(codes,
+                  {sections, sections, sizes, pixels, nearest.numel(), kernel_size, 1,
+                   kernel_size / 2, rows, kLevels},
+                  hash_mask);
 }
 
 // Seven tensors: the four of `list_windows` of numbering.py, `index`, `order` and `contents`.
-std::vector<Tensor> find_patches_of(const Tensor& codes, int64_t kernel_size, int64_t stride, int64_t padding, int64_t rows,
-                                    int64_t hash_mask) {
+std::vector<Tensor> find_patches_of(const Tensor& codes, int64_t kernel_size, int64_t stride,
+                                    int64_t padding, int64_t rows, int64_t hash_mask) {
   check_codes(codes, rows);
-  STD_TORCH_CHECK(kernel_size > 0 && stride > 0 && padding >= 0 && std::max({kernel_size, stride, padding}) < kCounted,
-                  "spade_fast: kernel_size is ", kernel_size, ", stride ", stride, ", padding ", padding,
-                  ": they should be below 2**30, and 1 or more, 1 or more, and 0 or more");
+  STD_TORCH_CHECK(kernel_size > 0 && stride > 0 && padding >= 0 &&
+                      std::max({kernel_size, stride, padding}) < kCounted,
+                  "spade_fast: kernel_size is ", kernel_size, ", stride ", stride, ", padding ",
+                  padding, ": they should be below 2**30, and 1 or more, 1 or more, and 0 or more");
   const std::vector<int64_t> given(codes.sizes().begin() + 1, codes.sizes().end());
   std::vector<int64_t> sizes;
   std::vector<int32_t> nearest;
   for (const int64_t length : given) {
-    STD_TORCH_CHECK(length + 2 * padding >= kernel_size, "spade_fast: codes has shape ", text(codes.sizes()),
-                    ", it should be no smaller than kernel_size, ", kernel_size);
+    STD_TORCH_CHECK(length + 2 * padding >= kernel_size, "spade_fast: codes has shape ",
+                    text(codes.sizes()), ", it should be no smaller than kernel_size, ",
+                    kernel_size);
     sizes.push_back((length + 2 * padding - kernel_size) / stride + 1);
   }
   check_counts(codes, sizes, kernel_size, rows);
@@ -441,22 +489,27 @@ std::vector<Tensor> find_patches_of(const Tensor& codes, int64_t kernel_size, in
   Section& section = sections.all[0];
   section.seen_first = taken.all[0].first, section.seen_pixels = taken.all[0].pixels;
   std::copy_n(taken.all[0].size, kAxes, section.seen_size);
-  return numbered(codes, {taken, sections, sizes, nearest.data(), static_cast<int64_t>(nearest.size()), kernel_size, stride, padding, rows, 1},
+  return numbered(codes,
+                  {taken, sections, sizes, nearest.data(), static_cast<int64_t>(nearest.size()),
+                   kernel_size, stride, padding, rows, 1},
                   hash_mask);
 }
 
 // A condition with more distinct vectors than this is no layout, as in numbering.py.
 bool are_many(int64_t codes, int64_t places) { return codes > 64 + places / 4; }
 
-// Codes [N, *spatial] and the first place of each, int64, of the vectors of a condition; nothing where they are too many.
+// Codes [N, *spatial] and the first place of each, int64, of the vectors of a condition; nothing
+// where they are too many.
 std::vector<Tensor> find_codes_of(const Tensor& given_segmap, int64_t hash_mask) {
-  STD_TORCH_CHECK(given_segmap.dim() >= 3 && given_segmap.dim() <= 2 + kAxes, "spade_fast: segmap has shape ", text(given_segmap.sizes()),
+  STD_TORCH_CHECK(given_segmap.dim() >= 3 && given_segmap.dim() <= 2 + kAxes,
+                  "spade_fast: segmap has shape ", text(given_segmap.sizes()),
                   ", it should be [N, label_nc, *spatial] with one to three spatial dimensions");
   check_dtype(given_segmap, "segmap", kFloating);
   std::vector<int64_t> shape = {given_segmap.size(0)};
   for (int64_t dim = 2; dim < given_segmap.dim(); ++dim) shape.push_back(given_segmap.size(dim));
   int64_t places = 1;
-  for (const int64_t size : shape) places = product(given_segmap, "segmap", {places, size}, int64_t{1} << 30);
+  for (const int64_t size : shape)
+    places = product(given_segmap, "segmap", {places, size}, int64_t{1} << 30);
   product(given_segmap, "segmap", {given_segmap.size(1)}, INT32_MAX);
   const OnDevice on_device(given_segmap);
   const Stream stream = on_device.stream();
@@ -464,26 +517,30 @@ std::vector<Tensor> find_codes_of(const Tensor& given_segmap, int64_t hash_mask)
 
   const int64_t chunks = divide_up(places, kThreads);
   Work work(places, chunks, 1, hash_mask);
-  const int64_t section_part = work.memory.add<Section>(1), totals_part = work.memory.add<uint64_t>(2);
+  const int64_t section_part = work.memory.add<Section>(1),
+                totals_part = work.memory.add<uint64_t>(2);
   work.allocate(segmap, stream);
   Section section = {};
   section.count = static_cast<uint32_t>(places);
   upload(work.memory.at<Section>(section_part), &section, sizeof(section), stream);
   Vectors vectors = {};
-  vectors.elements = segmap.const_data_ptr(), vectors.size = static_cast<int64_t>(segmap.element_size());
+  vectors.elements = segmap.const_data_ptr(),
+  vectors.size = static_cast<int64_t>(segmap.element_size());
   vectors.channels = static_cast<uint32_t>(segmap.size(1));
   vectors.pixels = static_cast<uint32_t>(places / std::max<int64_t>(1, shape[0]));
   const Level level = work.level(0);
   find_equal_vectors(stream, vectors, section.count, level);
   resolve_vectors(stream, section.count, level);
   uint64_t totals[2], *device_totals = work.memory.at<uint64_t>(totals_part);
-  add_up(stream, work.memory.at<Section>(section_part), 1, &level, 1, work.is_wrong(), device_totals);
+  add_up(stream, work.memory.at<Section>(section_part), 1, &level, 1, work.is_wrong(),
+         device_totals);
   download(totals, device_totals, sizeof(totals), stream);
   const int64_t count = Counts::firsts(totals[0]);
   if (are_many(count, places)) return {};
   const Tensor codes = torch::stable::new_empty(segmap, shape, ScalarType::Int);
   const Tensor first_places = torch::stable::new_empty(segmap, {count}, ScalarType::Long);
-  number_vectors(stream, section.count, level, codes.mutable_data_ptr<int32_t>(), first_places.mutable_data_ptr<int64_t>());
+  number_vectors(stream, section.count, level, codes.mutable_data_ptr<int32_t>(),
+                 first_places.mutable_data_ptr<int64_t>());
   return {codes, first_places};
 }
 

@@ -1,4 +1,5 @@
-// What every operator for CUDA needs of PyTorch: x's device and stream, dtypes, and where operators are registered.
+// What every operator for CUDA needs of PyTorch: x's device and stream, dtypes, and where operators
+// are registered.
 #pragma once
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
@@ -35,10 +36,15 @@ class OnDevice {
 
 inline Type type_of(const Tensor& x, const char* name) {
   switch (x.scalar_type()) {
-    case ScalarType::Float: return Type::float32;
-    case ScalarType::BFloat16: return Type::bfloat16;
-    case ScalarType::Half: return Type::float16;
-    default: STD_TORCH_CHECK(false, "spade_fast: ", name, " should be float32, bfloat16 or float16: sums are held in float32");
+    case ScalarType::Float:
+      return Type::float32;
+    case ScalarType::BFloat16:
+      return Type::bfloat16;
+    case ScalarType::Half:
+      return Type::float16;
+    default:
+      STD_TORCH_CHECK(false, "spade_fast: ", name,
+                      " should be float32, bfloat16 or float16: sums are held in float32");
   }
 }
 

@@ -8,7 +8,8 @@ namespace spade_fast {
 
 enum class Type : int32_t { float32, bfloat16, float16 };
 
-// Where a thread has a tensor's elements: a few bytes from one item to the next, an address of one multiplication.
+// Where a thread has a tensor's elements: a few bytes from one item to the next, an address of one
+// multiplication.
 struct Cursor {
   char* first;
   uint32_t step;  // bytes
@@ -17,7 +18,8 @@ struct Cursor {
   __device__ char* at(uint32_t item) const { return first + static_cast<uint64_t>(item) * step; }
 };
 
-// A tensor: how many elements its images are apart, and the rows of each. The rows of a table belong to no image.
+// A tensor: how many elements its images are apart, and the rows of each. The rows of a table
+// belong to no image.
 struct Rows {
   char* data;
   int64_t image, row;
@@ -29,7 +31,9 @@ struct Rows {
   __device__ Cursor rows_from(int64_t of_image, int64_t element) const {
     return {at(of_image, 0, element), static_cast<uint32_t>(row) * size(), type};
   }
-  __device__ Cursor elements_from(int64_t of_image, int64_t of_row) const { return {at(of_image, of_row, 0), size(), type}; }
+  __device__ Cursor elements_from(int64_t of_image, int64_t of_row) const {
+    return {at(of_image, of_row, 0), size(), type};
+  }
   __device__ uint32_t size() const { return type == Type::float32 ? 4 : 2; }
 };
 
@@ -37,7 +41,8 @@ struct Shape {
   int64_t images, channels, pixels;
 };
 
-// What apply and the backward kernels read, those of it that they need: `contract.py` says what each is.
+// What apply and the backward kernels read, those of it that they need: `contract.py` says what
+// each is.
 struct Operands {
   Shape shape;
   Rows x, gamma, beta, dy;

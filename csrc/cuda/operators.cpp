@@ -10,28 +10,32 @@
 namespace spade_fast {
 namespace {
 
-// One call of an operator: its tensors as the kernels see them, and how to launch those. Copies that had to be made live as long.
+// One call of an operator: its tensors as the kernels see them, and how to launch those. Copies
+// that had to be made live as long.
 class Call {
  public:
   explicit Call(const Tensor& x)
       : on_device_(x), x_(x), layout_(layout_of(x)), last_(layout_ == Layout::channels_last) {
     operands.shape = {x.size(0), x.size(1), 1};
     for (int64_t dim = 2; dim < x.dim(); ++dim) operands.shape.pixels *= x.size(dim);
-    STD_TORCH_CHECK(operands.shape.pixels <= INT32_MAX, "spade_fast: x has ", operands.shape.pixels, " pixels, it should have at most ",
-                    INT32_MAX);
+    STD_TORCH_CHECK(operands.shape.pixels <= INT32_MAX, "spade_fast: x has ", operands.shape.pixels,
+                    " pixels, it should have at most ", INT32_MAX);
     operands.vector = !last_ || x.size(1) % 4 == 0;  // numbers of channels are read by four
     operands.x = read(x, "x");
   }
 
-  void modulate(const Tensor& gamma, const std::optional<Tensor>& beta, const std::optional<Tensor>& index,
-                const std::optional<std::string>& activation, double negative_slope) {
+  void modulate(const Tensor& gamma, const std::optional<Tensor>& beta,
+                const std::optional<Tensor>& index, const std::optional<std::string>& activation,
+                double negative_slope) {
     operands.activation = activation_named(activation);
     operands.negative_slope = static_cast<float>(negative_slope);
     if (index) {
       operands.index = kept(without_gaps(*index)).const_data_ptr<int32_t>();
       operands.rows = static_cast<uint32_t>(gamma.size(0));
     }
-    const auto read_modulation = [&](const Tensor& rows, const char* name) { return index ? read_table(rows, name) : read(rows, name); };
+    const auto read_modulation = [&](const Tensor& rows, const char* name) {
+      return index ? read_table(rows, name) : read(rows, name);
+    };
     operands.gamma = read_modulation(gamma, "gamma");
     if (beta) operands.beta = read_modulation(*beta, "beta");
   }
@@ -39,7 +43,8 @@ class Call {
   void backward(const Tensor& dy, const Tensor& signs, const Tensor& planes) {
     operands.dy = read(dy, "dy");
     operands.planes = numbers(planes);
-    if (signs.numel() > 0) operands.signs = const_cast<uint8_t*>(kept(without_gaps(signs)).const_data_ptr<uint8_t>());
+    if (signs.numel() > 0)
+      operands.signs = const_cast<uint8_t*>(kept(without_gaps(signs)).const_data_ptr<uint8_t>());
   }
 
   // Numbers of each plane, [k, N, C].
@@ -51,9 +56,11 @@ class Call {
 
   Tensor new_signs(bool keep_signs) {
     const auto [images, channels, pixels] = operands.shape;
-    if (!keep_signs || !keeps_signs(operands.activation)) return torch::stable::new_empty(x_, {0}, ScalarType::Byte);
+    if (!keep_signs || !keeps_signs(operands.activation))
+      return torch::stable::new_empty(x_, {0}, ScalarType::Byte);
     const int64_t rows = last_ ? pixels : channels, length = last_ ? channels : pixels;
-    const Tensor signs = torch::stable::new_empty(x_, {images, rows, (length + 7) / 8}, ScalarType::Byte);
+    const Tensor signs =
+        torch::stable::new_empty(x_, {images, rows, (length + 7) / 8}, ScalarType::Byte);
     operands.signs = signs.mutable_data_ptr<uint8_t>();
     return signs;
   }
@@ -65,9 +72,12 @@ class Call {
   Rows written(const Tensor& y) { return y.dim() == x_.dim() ? read(y, "y") : Rows{}; }
   Tensor finished(const Tensor& y) const { return spade_fast::finished(y, x_, layout_); }
 
-  Tensor workspace(int64_t size, ScalarType dtype = ScalarType::Float) { return kept(torch::stable::new_empty(x_, {size}, dtype)); }
+  Tensor workspace(int64_t size, ScalarType dtype = ScalarType::Float) {
+    return kept(torch::stable::new_empty(x_, {size}, dtype));
+  }
   Tensor per_plane(int64_t numbers) const {
-    return torch::stable::new_empty(x_, {numbers, operands.shape.images, operands.shape.channels}, ScalarType::Float);
+    return torch::stable::new_empty(x_, {numbers, operands.shape.images, operands.shape.channels},
+                                    ScalarType::Float);
   }
   int64_t planes() const { return operands.shape.images * operands.shape.channels; }
 
@@ -77,11 +87,16 @@ class Call {
     const int vector = narrow_ && operands.vector && length % 8 == 0 ? 8 : 4;
     return {on_device_.stream(), vector, last_, operands.vector && length % vector == 0};
   }
-  Division sweep() const { return spade_fast::sweep(operands.shape, settings().vector, last_, processors()); }
-  Division tiles() const { return spade_fast::tiles(operands.shape, settings().vector, last_, operands.index != nullptr, processors()); }
+  Division sweep() const {
+    return spade_fast::sweep(operands.shape, settings().vector, last_, processors());
+  }
+  Division tiles() const {
+    return spade_fast::tiles(operands.shape, settings().vector, last_, operands.index != nullptr,
+                             processors());
+  }
   std::optional<Division> one_pass(int64_t held) const {
-    return spade_fast::one_pass(operands.shape, settings().vector, last_, held, most_shared_memory(), most_blocks(),
-                                processors());
+    return spade_fast::one_pass(operands.shape, settings().vector, last_, held,
+                                most_shared_memory(), most_blocks(), processors());
   }
 
   Operands operands = {};
@@ -92,20 +107,22 @@ class Call {
     const Tensor& rows = kept(with_rows(x, layout_));
     const int64_t distance = *row_distance(rows, layout_);
     if (last_) check_distance(distance, name);
-    return noted({static_cast<char*>(const_cast<void*>(rows.const_data_ptr())), rows.stride(0), distance, type});
+    return noted({static_cast<char*>(const_cast<void*>(rows.const_data_ptr())), rows.stride(0),
+                  distance, type});
   }
 
   Rows read_table(const Tensor& table, const char* name) {
     const Type type = type_of(table, name);
     const Tensor& rows = kept(table.stride(1) == 1 ? table : without_gaps(table));
     check_distance(rows.stride(0), name);
-    return noted({static_cast<char*>(const_cast<void*>(rows.const_data_ptr())), 0, rows.stride(0), type});
+    return noted(
+        {static_cast<char*>(const_cast<void*>(rows.const_data_ptr())), 0, rows.stride(0), type});
   }
 
   // Cursors have 32 bits for bytes from one row to the next.
   static void check_distance(int64_t elements, const char* name) {
-    STD_TORCH_CHECK(elements <= UINT32_MAX / 4, "spade_fast: ", name, " has rows ", elements, " elements apart, they should be at most ",
-                    UINT32_MAX / 4);
+    STD_TORCH_CHECK(elements <= UINT32_MAX / 4, "spade_fast: ", name, " has rows ", elements,
+                    " elements apart, they should be at most ", UINT32_MAX / 4);
   }
 
   Rows noted(const Rows& rows) {
@@ -133,7 +150,8 @@ void measure(Call& call, double eps, float* moments, float* planes) {
   const Division d = call.sweep();
   float* parts = call.workspace(kMomentParts * d.splits * call.planes()).mutable_data_ptr<float>();
   plane_moments(call.settings(), call.operands, d, parts);
-  combine_moments(call.settings(), call.operands, d, parts, static_cast<float>(eps), moments, planes);
+  combine_moments(call.settings(), call.operands, d, parts, static_cast<float>(eps), moments,
+                  planes);
 }
 
 Tensor plane_moments_of(const Tensor& x) {
@@ -144,34 +162,42 @@ Tensor plane_moments_of(const Tensor& x) {
   return moments;
 }
 
-// y, a new tensor or `out`, and its signs. out may be x or γ: each element is read by the thread that then writes it, and no other.
-std::tuple<Tensor, Tensor> modulated(const Tensor& x, const Tensor& planes, const Tensor& gamma, const Tensor& beta,
-                                     const std::optional<Tensor>& index, const std::optional<std::string>& activation,
-                                     double negative_slope, bool keep_signs, const std::optional<Tensor>& out) {
+// y, a new tensor or `out`, and its signs. out may be x or γ: each element is read by the thread
+// that then writes it, and no other.
+std::tuple<Tensor, Tensor> modulated(const Tensor& x, const Tensor& planes, const Tensor& gamma,
+                                     const Tensor& beta, const std::optional<Tensor>& index,
+                                     const std::optional<std::string>& activation,
+                                     double negative_slope, bool keep_signs,
+                                     const std::optional<Tensor>& out) {
   check_apply(x, planes, gamma, beta, index);
   if (out) check_out(*out, x, gamma);
   Call call(x);
   call.modulate(gamma, beta, index, activation, negative_slope);
   call.operands.planes = call.numbers(planes);
-  const Tensor y = out ? *out : call.output(promoted(x.scalar_type(), gamma.scalar_type())), signs = call.new_signs(keep_signs);
+  const Tensor y = out ? *out : call.output(promoted(x.scalar_type(), gamma.scalar_type())),
+               signs = call.new_signs(keep_signs);
   const Rows rows = call.written(y);
   apply(call.settings(), call.operands, call.tiles(), rows);
   return {out ? y : call.finished(y), signs};
 }
 
-std::tuple<Tensor, Tensor> apply_to(const Tensor& x, const Tensor& planes, const Tensor& gamma, const Tensor& beta,
-                                    std::optional<Tensor> index, std::optional<std::string> activation, double negative_slope,
+std::tuple<Tensor, Tensor> apply_to(const Tensor& x, const Tensor& planes, const Tensor& gamma,
+                                    const Tensor& beta, std::optional<Tensor> index,
+                                    std::optional<std::string> activation, double negative_slope,
                                     bool keep_signs) {
-  return modulated(x, planes, gamma, beta, index, activation, negative_slope, keep_signs, std::nullopt);
+  return modulated(x, planes, gamma, beta, index, activation, negative_slope, keep_signs,
+                   std::nullopt);
 }
 
-void apply_out_to(const Tensor& x, const Tensor& planes, const Tensor& gamma, const Tensor& beta, std::optional<Tensor> index,
-                  std::optional<std::string> activation, double negative_slope, Tensor out) {
+void apply_out_to(const Tensor& x, const Tensor& planes, const Tensor& gamma, const Tensor& beta,
+                  std::optional<Tensor> index, std::optional<std::string> activation,
+                  double negative_slope, Tensor out) {
   modulated(x, planes, gamma, beta, index, activation, negative_slope, false, out);
 }
 
 std::tuple<Tensor, Tensor> sum_dense(Call& call, ScalarType dtype, float* sums, float* terms) {
-  const Tensor dgamma = call.output(dtype), dbeta = call.output(dtype, call.operands.activation != Activation::none);
+  const Tensor dgamma = call.output(dtype),
+               dbeta = call.output(dtype, call.operands.activation != Activation::none);
   const Rows dgamma_rows = call.written(dgamma), dbeta_rows = call.written(dbeta);
   const Division d = call.sweep();
   float* parts = call.workspace(kSumParts * d.splits * call.planes()).mutable_data_ptr<float>();
@@ -180,11 +206,13 @@ std::tuple<Tensor, Tensor> sum_dense(Call& call, ScalarType dtype, float* sums, 
   return {call.finished(dgamma), call.finished(dbeta)};
 }
 
-std::tuple<Tensor, Tensor> sum_table(Call& call, const Tensor& gamma, const Tensor& index, const Tensor& order, float* sums, float* terms) {
+std::tuple<Tensor, Tensor> sum_table(Call& call, const Tensor& gamma, const Tensor& index,
+                                     const Tensor& order, float* sums, float* terms) {
   const auto [images, channels, pixels] = call.operands.shape;
   const int64_t places = product(index, "index", {images, pixels}, INT32_MAX), rows = gamma.size(0);
   const Type type = type_of(gamma, "gamma");
-  const Tensor dgamma = torch::stable::new_empty(gamma, {rows, channels}), dbeta = torch::stable::new_empty(gamma, {rows, channels});
+  const Tensor dgamma = torch::stable::new_empty(gamma, {rows, channels}),
+               dbeta = torch::stable::new_empty(gamma, {rows, channels});
   const Rows dgamma_rows = {static_cast<char*>(dgamma.data_ptr()), 0, channels, type};
   const Rows dbeta_rows = {static_cast<char*>(dbeta.data_ptr()), 0, channels, type};
   Pieces pieces = {};
@@ -192,14 +220,19 @@ std::tuple<Tensor, Tensor> sum_table(Call& call, const Tensor& gamma, const Tens
   pieces.order = order_of_all.const_data_ptr<int32_t>();
   pieces.rows = rows;
   pieces.most = std::min(places, images * rows + divide_up(pixels, kPiece) * images);
-  // As much memory as x in 16 bits, or kAlwaysKept: scenes have fewer pieces whose rows have others. Those beyond are summed twice.
-  pieces.kept = std::min(pieces.most, std::max(divide_up(places, 8), kAlwaysKept / (8 * std::max<int64_t>(1, channels))));
-  const auto whole_numbers = [&](int64_t size) { return call.workspace(size, ScalarType::Int).mutable_data_ptr<int32_t>(); };
+  // As much memory as x in 16 bits, or kAlwaysKept: scenes have fewer pieces whose rows have
+  // others. Those beyond are summed twice.
+  pieces.kept = std::min(pieces.most, std::max(divide_up(places, 8),
+                                               kAlwaysKept / (8 * std::max<int64_t>(1, channels))));
+  const auto whole_numbers = [&](int64_t size) {
+    return call.workspace(size, ScalarType::Int).mutable_data_ptr<int32_t>();
+  };
   pieces.counts = whole_numbers(divide_up(places, kPlaces));
   pieces.firsts = whole_numbers(pieces.most + 1);
   pieces.piece_rows = whole_numbers(pieces.most);
   pieces.places = whole_numbers(pieces.most);
-  const Tensor zeros = torch::stable::new_zeros(gamma, {images + 1 + 1 + rows + 2 * rows * images}, ScalarType::Int);
+  const Tensor zeros =
+      torch::stable::new_zeros(gamma, {images + 1 + 1 + rows + 2 * rows * images}, ScalarType::Int);
   pieces.image_firsts = zeros.mutable_data_ptr<int32_t>();
   pieces.taken = pieces.image_firsts + images + 1;
   pieces.row_pieces = pieces.taken + 1;
@@ -207,8 +240,10 @@ std::tuple<Tensor, Tensor> sum_table(Call& call, const Tensor& gamma, const Tens
   pieces.found = call.workspace(2 * pieces.kept * channels).mutable_data_ptr<float>();
   const int64_t lanes = lanes_of_pieces(call.settings(), call.operands.shape);
   const int64_t channel_blocks = divide_up(channels, kThreads / lanes * call.settings().vector);
-  const int64_t wanted = divide_up(kBlocks * processors(), std::max<int64_t>(1, images * channel_blocks));
-  const int64_t splits = std::clamp<int64_t>(wanted, 1, std::max<int64_t>(1, pieces.most / std::max<int64_t>(1, images) / lanes));
+  const int64_t wanted =
+      divide_up(kBlocks * processors(), std::max<int64_t>(1, images * channel_blocks));
+  const int64_t splits = std::clamp<int64_t>(
+      wanted, 1, std::max<int64_t>(1, pieces.most / std::max<int64_t>(1, images) / lanes));
   float* parts = call.workspace(kSumParts * splits * call.planes()).mutable_data_ptr<float>();
   table_sums(call.settings(), call.operands, pieces, splits, dgamma_rows, dbeta_rows, parts);
   combine_sums(call.settings(), call.operands, splits, parts, sums, terms);
@@ -216,17 +251,20 @@ std::tuple<Tensor, Tensor> sum_table(Call& call, const Tensor& gamma, const Tens
 }
 
 // dγ and dβ, and the sums [2, N, C], or instance norm's terms where sums are not wanted.
-std::tuple<Tensor, Tensor> sum_gradients(Call& call, const Tensor& gamma, const std::optional<Tensor>& index,
-                                         const std::optional<Tensor>& order, float* sums, float* terms) {
+std::tuple<Tensor, Tensor> sum_gradients(Call& call, const Tensor& gamma,
+                                         const std::optional<Tensor>& index,
+                                         const std::optional<Tensor>& order, float* sums,
+                                         float* terms) {
   if (!index) return sum_dense(call, gamma.scalar_type(), sums, terms);
   return sum_table(call, gamma, *index, *order, sums, terms);
 }
 
-std::tuple<Tensor, Tensor, Tensor> backward_sums_of(const Tensor& dy, const Tensor& x, const Tensor& planes, const Tensor& gamma,
-                                                    std::optional<Tensor> beta, std::optional<Tensor> index,
-                                                    std::optional<Tensor> order, const Tensor& signs,
-                                                    std::optional<std::string> activation, double negative_slope) {
-  check_backward_sums(dy, x, planes, gamma, beta, index, order, signs, activation_named(activation));
+std::tuple<Tensor, Tensor, Tensor> backward_sums_of(
+    const Tensor& dy, const Tensor& x, const Tensor& planes, const Tensor& gamma,
+    std::optional<Tensor> beta, std::optional<Tensor> index, std::optional<Tensor> order,
+    const Tensor& signs, std::optional<std::string> activation, double negative_slope) {
+  check_backward_sums(dy, x, planes, gamma, beta, index, order, signs,
+                      activation_named(activation));
   Call call(x);
   call.modulate(gamma, beta, index, activation, negative_slope);
   call.backward(dy, signs, planes);
@@ -236,10 +274,13 @@ std::tuple<Tensor, Tensor, Tensor> backward_sums_of(const Tensor& dy, const Tens
   return {dgamma, dbeta, in_dtype(sums, planes.scalar_type())};
 }
 
-Tensor backward_input_of(const Tensor& dy, const Tensor& x, const Tensor& planes, const Tensor& gamma, std::optional<Tensor> beta,
-                         std::optional<Tensor> index, const Tensor& signs, std::optional<Tensor> terms,
-                         std::optional<std::string> activation, double negative_slope) {
-  check_backward_input(dy, x, planes, gamma, beta, index, signs, terms, activation_named(activation));
+Tensor backward_input_of(const Tensor& dy, const Tensor& x, const Tensor& planes,
+                         const Tensor& gamma, std::optional<Tensor> beta,
+                         std::optional<Tensor> index, const Tensor& signs,
+                         std::optional<Tensor> terms, std::optional<std::string> activation,
+                         double negative_slope) {
+  check_backward_input(dy, x, planes, gamma, beta, index, signs, terms,
+                       activation_named(activation));
   Call call(x);
   call.modulate(gamma, beta, index, activation, negative_slope);
   call.backward(dy, signs, planes);
@@ -250,13 +291,16 @@ Tensor backward_input_of(const Tensor& dy, const Tensor& x, const Tensor& planes
   return call.finished(dx);
 }
 
-std::tuple<Tensor, Tensor, Tensor> instance_forward_of(const Tensor& x, const Tensor& gamma, const Tensor& beta,
-                                                       std::optional<Tensor> index, double eps, std::optional<std::string> activation,
+std::tuple<Tensor, Tensor, Tensor> instance_forward_of(const Tensor& x, const Tensor& gamma,
+                                                       const Tensor& beta,
+                                                       std::optional<Tensor> index, double eps,
+                                                       std::optional<std::string> activation,
                                                        double negative_slope, bool keep_signs) {
   check_modulation(x, gamma, beta, index, true);
   Call call(x);
   call.modulate(gamma, beta, index, activation, negative_slope);
-  const Tensor y = call.output(promoted(x.scalar_type(), gamma.scalar_type())), signs = call.new_signs(keep_signs);
+  const Tensor y = call.output(promoted(x.scalar_type(), gamma.scalar_type())),
+               signs = call.new_signs(keep_signs);
   const Tensor planes = call.per_plane(3);
   float* data = planes.mutable_data_ptr<float>();
   call.operands.planes = call.numbers(planes);
@@ -270,11 +314,12 @@ std::tuple<Tensor, Tensor, Tensor> instance_forward_of(const Tensor& x, const Te
   return {call.finished(y), signs, planes};
 }
 
-std::tuple<Tensor, Tensor, Tensor> instance_backward_of(const Tensor& dy, const Tensor& x, const Tensor& planes, const Tensor& gamma,
-                                                        std::optional<Tensor> beta, std::optional<Tensor> index,
-                                                        std::optional<Tensor> order, const Tensor& signs,
-                                                        std::optional<std::string> activation, double negative_slope) {
-  check_backward_sums(dy, x, planes, gamma, beta, index, order, signs, activation_named(activation));
+std::tuple<Tensor, Tensor, Tensor> instance_backward_of(
+    const Tensor& dy, const Tensor& x, const Tensor& planes, const Tensor& gamma,
+    std::optional<Tensor> beta, std::optional<Tensor> index, std::optional<Tensor> order,
+    const Tensor& signs, std::optional<std::string> activation, double negative_slope) {
+  check_backward_sums(dy, x, planes, gamma, beta, index, order, signs,
+                      activation_named(activation));
   Call call(x);
   call.modulate(gamma, beta, index, activation, negative_slope);
   call.backward(dy, signs, planes);
@@ -283,7 +328,8 @@ std::tuple<Tensor, Tensor, Tensor> instance_backward_of(const Tensor& dy, const 
   const std::optional<Division> d = index ? std::nullopt : call.one_pass(2);
   if (d) {
     const Tensor dgamma = call.output(gamma.scalar_type());
-    const Tensor dbeta = call.output(gamma.scalar_type(), call.operands.activation != Activation::none);
+    const Tensor dbeta =
+        call.output(gamma.scalar_type(), call.operands.activation != Activation::none);
     const Rows dgamma_rows = call.written(dgamma), dbeta_rows = call.written(dbeta);
     instance_backward(call.settings(), call.operands, *d, dgamma_rows, dbeta_rows, rows);
     return {call.finished(dgamma), call.finished(dbeta), call.finished(dx)};

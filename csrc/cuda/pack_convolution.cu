@@ -1,5 +1,5 @@
-// A convolution's weight in the order in which convolve_windows reads it: it goes through shared memory, for it is read and written in
-// different orders.
+// A convolution's weight in the order in which convolve_windows reads it: it goes through shared
+// memory, for it is read and written in different orders.
 
 #include "kernels.h"
 #include "windows.h"
@@ -7,7 +7,8 @@
 namespace spade_fast {
 namespace {
 
-constexpr int64_t kHeld = 8192;  // numbers of an output that a block holds at a time; some channels with all their taps
+// Numbers of an output that a block holds at a time; some channels with all their taps.
+constexpr int64_t kHeld = 8192;
 
 __global__ void __launch_bounds__(kThreads) pack_convolution_kernel(Packing p, int held_channels) {
   uint16_t* held = reinterpret_cast<uint16_t*>(shared_memory());  // [channels, taps]
@@ -17,9 +18,11 @@ __global__ void __launch_bounds__(kThreads) pack_convolution_kernel(Packing p, i
     const int channels = p.width - first < held_channels ? p.width - first : held_channels;
     for (int i = threadIdx.x; i < channels * p.taps; i += kThreads) {
       const bool taps_together = p.tap < p.channel;
-      const int channel = taps_together ? i / p.taps : i % channels, tap = taps_together ? i % p.taps : i / channels;
+      const int channel = taps_together ? i / p.taps : i % channels,
+                tap = taps_together ? i % p.taps : i / channels;
       const bool exists = first + channel < p.channels;
-      held[channel * p.taps + tap] = exists ? __ldg(weight + (first + channel) * p.channel + tap * p.tap) : uint16_t{0};
+      held[channel * p.taps + tap] =
+          exists ? __ldg(weight + (first + channel) * p.channel + tap * p.tap) : uint16_t{0};
     }
     __syncthreads();
     const int vectors = channels / 8;
@@ -28,11 +31,13 @@ __global__ void __launch_bounds__(kThreads) pack_convolution_kernel(Packing p, i
       uint32_t words[4] = {};
       if (tap < p.taps) {
 #pragma unroll
-        for (int k = 0; k < 8; ++k) words[k / 2] |= static_cast<uint32_t>(held[(channel + k) * p.taps + tap]) << k % 2 * 16;
+        for (int k = 0; k < 8; ++k)
+          words[k / 2] |= static_cast<uint32_t>(held[(channel + k) * p.taps + tap]) << k % 2 * 16;
       } else if (first + channel == 0 && p.bias != nullptr) {
         words[0] = p.bias[blockIdx.x * p.bias_step];
       }
-      *reinterpret_cast<uint4*>(packed + tap * p.width + first + channel) = make_uint4(words[0], words[1], words[2], words[3]);
+      *reinterpret_cast<uint4*>(packed + tap * p.width + first + channel) =
+          make_uint4(words[0], words[1], words[2], words[3]);
     }
     __syncthreads();
   }
@@ -41,8 +46,10 @@ __global__ void __launch_bounds__(kThreads) pack_convolution_kernel(Packing p, i
 }  // namespace
 
 void pack_convolution(Stream stream, const Packing& p) {
-  const int channels = static_cast<int>(std::clamp<int64_t>(kHeld / p.taps / 8 * 8, 8, std::max(p.width, 8)));
-  launch(pack_convolution_kernel, p.outputs, dim3(kThreads), int64_t{2} * channels * p.taps, stream, p, channels);
+  const int channels =
+      static_cast<int>(std::clamp<int64_t>(kHeld / p.taps / 8 * 8, 8, std::max(p.width, 8)));
+  launch(pack_convolution_kernel, p.outputs, dim3(kThreads), int64_t{2} * channels * p.taps, stream,
+         p, channels);
 }
 
 }  // namespace spade_fast

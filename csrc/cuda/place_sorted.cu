@@ -7,14 +7,16 @@ namespace {
 
 // The last of `count` segments that begins at or before a number, as `begin` says.
 template <typename Begin>
-__device__ const Segment& segment_at(const Segment* segments, uint32_t count, uint32_t number, Begin&& begin) {
+__device__ const Segment& segment_at(const Segment* segments, uint32_t count, uint32_t number,
+                                     Begin&& begin) {
   const Segment* segment = segments + count - 1;
   while (number < begin(*segment)) --segment;
   return *segment;
 }
 
 // How many of the segment's entries have lesser buckets.
-__device__ uint32_t entries_before(const Results& results, const Segment& segment, uint32_t bucket) {
+__device__ uint32_t entries_before(const Results& results, const Segment& segment,
+                                   uint32_t bucket) {
   uint32_t begin = segment.entry, end = begin + segment.entries;
   while (begin < end) {
     const uint32_t middle = begin + (end - begin) / 2;
@@ -28,18 +30,20 @@ __device__ uint32_t entries_before(const Results& results, const Segment& segmen
 }
 
 // The first blocks have the entries, those behind them the starts of the lists' buckets.
-__global__ void __launch_bounds__(kThreads) place_sorted_kernel(Results results, uint32_t entry_blocks) {
+__global__ void __launch_bounds__(kThreads)
+    place_sorted_kernel(Results results, uint32_t entry_blocks) {
   if (blockIdx.x < entry_blocks) {
     const uint32_t entry = blockIdx.x * kThreads + threadIdx.x;
     if (entry >= results.entries) return;
-    const Segment& segment =
-        segment_at(results.segments, results.lists + results.orders, entry, [](const Segment& other) { return other.entry; });
+    const Segment& segment = segment_at(results.segments, results.lists + results.orders, entry,
+                                        [](const Segment& other) { return other.entry; });
     results.memory[segment.sorted + (entry - segment.entry)] = results.values[entry];
     return;
   }
   const uint32_t bucket = (blockIdx.x - entry_blocks) * kThreads + threadIdx.x;
   if (bucket >= results.starts) return;
-  const Segment& segment = segment_at(results.segments, results.lists, bucket, [](const Segment& other) { return other.bucket; });
+  const Segment& segment = segment_at(results.segments, results.lists, bucket,
+                                      [](const Segment& other) { return other.bucket; });
   const uint32_t before = entries_before(results, segment, bucket);
   results.memory[segment.starts + (bucket - segment.bucket)] = before;
   if (bucket - segment.bucket == segment.buckets) results.memory[segment.ends] = before;
@@ -48,7 +52,8 @@ __global__ void __launch_bounds__(kThreads) place_sorted_kernel(Results results,
 }  // namespace
 
 void place_sorted(Stream stream, const Results& results) {
-  const int64_t entry_blocks = divide_up(results.entries, kThreads), start_blocks = divide_up(results.starts, kThreads);
+  const int64_t entry_blocks = divide_up(results.entries, kThreads),
+                start_blocks = divide_up(results.starts, kThreads);
   launch(place_sorted_kernel, entry_blocks + start_blocks, dim3(kThreads), 0, stream, results,
          static_cast<uint32_t>(entry_blocks));
 }

@@ -1,4 +1,5 @@
-// What a thread does with its place: looks for one that is equal to it, and counts those that are the first of their kind.
+// What a thread does with its place: looks for one that is equal to it, and counts those that are
+// the first of their kind.
 #pragma once
 
 #include "numbering.h"
@@ -6,19 +7,23 @@
 
 namespace spade_fast {
 
-// Another thread may write there meanwhile: what was there or is there now, and not what this thread read before.
-__device__ inline uint32_t load_now(const uint32_t* from) { return *static_cast<const volatile uint32_t*>(from); }
+// Another thread may write there meanwhile: what was there or is there now, and not what this
+// thread read before.
+__device__ inline uint32_t load_now(const uint32_t* from) {
+  return *static_cast<const volatile uint32_t*>(from);
+}
 
 __device__ inline uint32_t mixed(uint32_t hash, uint32_t value) {
   hash = (hash ^ value) * 0x9e3779b1u;
   return hash ^ hash >> 15;
 }
 
-// The slot of a place: that of the first one that was put in and `is_same`, else a free one, which it takes. A table is at most half
-// full.
+// The slot of a place: that of the first one that was put in and `is_same`, else a free one, which
+// it takes. A table is at most half full.
 template <typename IsSame>
 __device__ uint32_t slot_of(const Level& level, uint32_t place, uint32_t hash, IsSame&& is_same) {
-  for (uint32_t slot = hash & level.hash_mask & (level.slots - 1);; slot = (slot + 1) & (level.slots - 1)) {
+  for (uint32_t slot = hash & level.hash_mask & (level.slots - 1);;
+       slot = (slot + 1) & (level.slots - 1)) {
     uint32_t other = load_now(level.table + slot);
     if (other == kNone) other = atomicCAS(level.table + slot, kNone, place);
     if (other == kNone || is_same(other)) return slot;
@@ -37,7 +42,8 @@ __device__ inline uint32_t number_of(const Level& level, uint32_t first) {
   return before + __popc(word.is_first & ((1u << first % 32) - 1));
 }
 
-// From slots to first places, for the block's places: this thread's, which exists or does not, has `taps` taps within the border.
+// From slots to first places, for the block's places: this thread's, which exists or does not, has
+// `taps` taps within the border.
 __device__ inline void resolve(const Level& level, uint32_t place, bool exists, uint32_t taps) {
   uint32_t first = kNone;
   if (exists) level.equals[place] = first = level.firsts[level.equals[place]];

@@ -1,8 +1,10 @@
-// How the kernels divide their work between blocks: which planes, how many parts of each, and where one pass is enough.
+// How the kernels divide their work between blocks: which planes, how many parts of each, and where
+// one pass is enough.
 //
-// A block has a unit: a plane, or of an image with its channels last, neighbouring channels. It goes through the unit's items: strips of
-// a plane, 32·V pixels that a warp has at a time, or pixels, of which each thread has V channels. Threads are
-// (columns, lanes): columns side by side in memory, lanes at different items.
+// A block has a unit: a plane, or of an image with its channels last, neighbouring channels. It
+// goes through the unit's items: strips of a plane, 32·V pixels that a warp has at a time, or
+// pixels, of which each thread has V channels. Threads are (columns, lanes): columns side by side
+// in memory, lanes at different items.
 #pragma once
 
 #include <algorithm>
@@ -14,18 +16,20 @@
 namespace spade_fast {
 
 struct Division {
-  int64_t units, splits;  // blocks
+  int64_t units, splits;       // blocks
   int64_t items, split_items;  // of a unit, and of a split of it
   int64_t split_pixels;
   int columns, lanes;
   bool units_first;  // whether neighbouring blocks are of different units
-  int64_t held_bytes;  // of shared memory: 16 of each thread at each item, for each tensor that is held
+  // Of shared memory: 16 of each thread at each item, for each tensor that is held.
+  int64_t held_bytes;
 
   int64_t blocks() const { return units * splits; }
   int64_t threads() const { return columns * lanes; }
   // Bytes: what is held, and behind it a few numbers of each warp for each of its planes.
   int64_t shared(int64_t numbers, int64_t planes_of_column) const {
-    return held_bytes + threads() / 32 * numbers * 4 * (planes_of_column == 1 ? 1 : columns * planes_of_column);
+    return held_bytes +
+           threads() / 32 * numbers * 4 * (planes_of_column == 1 ? 1 : columns * planes_of_column);
   }
 };
 
@@ -37,9 +41,12 @@ inline int64_t power_from(int64_t number) {
   return power;
 }
 
-// Threads side by side over this number of vectors of channels: 16 or 8, whichever leaves fewer idle; two at least, which share a byte of signs.
+// Threads side by side over this number of vectors of channels: 16 or 8, whichever leaves fewer
+// idle; two at least, which share a byte of signs.
 inline int columns_of(int64_t vectors) {
-  const auto idle = [&](int64_t columns) { return divide_up(vectors, columns) * columns - vectors; };
+  const auto idle = [&](int64_t columns) {
+    return divide_up(vectors, columns) * columns - vectors;
+  };
   const int64_t most = std::clamp<int64_t>(power_from(vectors), 2, 16);
   return static_cast<int>(most == 16 && idle(8) < idle(16) ? 8 : most);
 }
@@ -49,7 +56,8 @@ inline Division divide(const Shape& shape, int vector, bool last, int columns, i
   d.columns = columns;
   d.units = shape.images * (last ? divide_up(shape.channels, columns * vector) : shape.channels);
   d.items = last ? shape.pixels : divide_up(shape.pixels, 32 * vector);
-  d.lanes = static_cast<int>(std::clamp(power_from(d.items), std::max<int64_t>(1, 32 / columns), threads / columns));
+  d.lanes = static_cast<int>(
+      std::clamp(power_from(d.items), std::max<int64_t>(1, 32 / columns), threads / columns));
   d.splits = 1;
   d.split_items = d.items;
   return d;
@@ -62,23 +70,29 @@ inline Division split(Division d, int64_t splits, int vector, bool last) {
   return d;
 }
 
-constexpr int64_t kThreads = 256;  // of a block
+constexpr int64_t kThreads = 256;      // of a block
 constexpr int64_t kMostThreads = 512;  // of a block that holds large planes
-constexpr int64_t kCombiners = 1024;  // of a block that combines what splits found
-constexpr int64_t kBlocks = 8;  // for each processor: enough to keep it busy
-constexpr int64_t kSweepBlocks = 4;  // where each leaves something to combine, and has several loads under way
+constexpr int64_t kCombiners = 1024;   // of a block that combines what splits found
+constexpr int64_t kBlocks = 8;         // for each processor: enough to keep it busy
+// Where each leaves something to combine, and has several loads under way.
+constexpr int64_t kSweepBlocks = 4;
 constexpr int64_t kCluster = 8;  // blocks of a cluster at most: what every GPU with clusters has
 
-inline int columns_of(const Shape& shape, int vector, bool last) { return last ? columns_of(divide_up(shape.channels, vector)) : 32; }
+inline int columns_of(const Shape& shape, int vector, bool last) {
+  return last ? columns_of(divide_up(shape.channels, vector)) : 32;
+}
 
-// For kernels that find something of whole planes: the fewer blocks, the less there is to combine; four items of a thread at least.
+// For kernels that find something of whole planes: the fewer blocks, the less there is to combine;
+// four items of a thread at least.
 inline Division sweep(const Shape& shape, int vector, bool last, int64_t processors) {
   const Division d = divide(shape, vector, last, columns_of(shape, vector, last), kThreads);
   const int64_t wanted = divide_up(kSweepBlocks * processors, std::max<int64_t>(1, d.units));
-  return split(d, std::clamp<int64_t>(wanted, 1, std::max<int64_t>(1, d.items / (4 * d.lanes))), vector, last);
+  return split(d, std::clamp<int64_t>(wanted, 1, std::max<int64_t>(1, d.items / (4 * d.lanes))),
+               vector, last);
 }
 
-// For kernels whose blocks are on their own: up to four items of a thread, which share the numbers of their planes.
+// For kernels whose blocks are on their own: up to four items of a thread, which share the numbers
+// of their planes.
 inline Division tiles(const Shape& shape, int vector, bool last, bool table, int64_t processors) {
   Division d = divide(shape, vector, last, columns_of(shape, vector, last), kThreads);
   const int64_t rounds = d.units * divide_up(d.items, 4 * d.lanes) < kBlocks * processors ? 1 : 4;
@@ -87,9 +101,11 @@ inline Division tiles(const Shape& shape, int vector, bool last, bool table, int
   return d;
 }
 
-// For kernels that hold the planes of `held` tensors whole: nothing where they do not fit, or would leave most processors idle for long. What
-// does not fit into one block is held by the blocks of a cluster, which read each other's shared memory.
-inline std::optional<Division> one_pass(const Shape& shape, int vector, bool last, int64_t held, int64_t most_shared, int64_t most_blocks,
+// For kernels that hold the planes of `held` tensors whole: nothing where they do not fit, or would
+// leave most processors idle for long. What does not fit into one block is held by the blocks of a
+// cluster, which read each other's shared memory.
+inline std::optional<Division> one_pass(const Shape& shape, int vector, bool last, int64_t held,
+                                        int64_t most_shared, int64_t most_blocks,
                                         int64_t processors) {
   if (shape.pixels == 0) return std::nullopt;
   for (int64_t blocks = 1; blocks <= most_blocks; blocks *= 2) {
@@ -101,7 +117,8 @@ inline std::optional<Division> one_pass(const Shape& shape, int vector, bool las
       d.splits = blocks;  // even if nothing is left for the last
       d.split_items = std::min(d.split_items, d.items);
       d.held_bytes = held * d.split_items * d.columns * 16;
-      const bool wide = last && columns > 2;  // fewer channels would do, of more blocks on each processor
+      // Fewer channels would do, of more blocks on each processor.
+      const bool wide = last && columns > 2;
       const bool busy = 2 * d.blocks() >= processors || (!wide && d.items <= 16 * d.lanes);
       if (busy && d.shared(1, last ? vector : 1) <= most_shared / (wide ? 3 : 1)) return d;
       if (!last) break;

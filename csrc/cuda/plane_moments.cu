@@ -1,6 +1,7 @@
-// Mean and squared deviations of each plane. Each split of a plane is read once, and what is found is combined exactly
-// (Chan et al. 1979), always in the same order. A mean is kept as the sum of two numbers, a value of the plane and what the mean is
-// beyond it: one number would be rounded at each step, most where the mean is large.
+// Mean and squared deviations of each plane. Each split of a plane is read once, and what is found
+// is combined exactly (Chan et al. 1979), always in the same order. A mean is kept as the sum of
+// two numbers, a value of the plane and what the mean is beyond it: one number would be rounded at
+// each step, most where the mean is large.
 
 #include "kernels.h"
 #include "walk.h"
@@ -17,18 +18,20 @@ __device__ Moments combined(const Moments& one, const Moments& other) {
   if (other.count == 0) return one;
   const float count = one.count + other.count, share = other.count / count;
   const float difference = (other.pivot - one.pivot) + (other.beyond - one.beyond);
-  return {one.pivot, one.beyond + difference * share, one.squares + other.squares + difference * difference * (one.count * share), count};
+  return {one.pivot, one.beyond + difference * share,
+          one.squares + other.squares + difference * difference * (one.count * share), count};
 }
 
 __device__ Moments shuffled(const Moments& mine, int lanes) {
-  return {__shfl_xor_sync(~0u, mine.pivot, lanes), __shfl_xor_sync(~0u, mine.beyond, lanes), __shfl_xor_sync(~0u, mine.squares, lanes),
-          __shfl_xor_sync(~0u, mine.count, lanes)};
+  return {__shfl_xor_sync(~0u, mine.pivot, lanes), __shfl_xor_sync(~0u, mine.beyond, lanes),
+          __shfl_xor_sync(~0u, mine.squares, lanes), __shfl_xor_sync(~0u, mine.count, lanes)};
 }
 
-// A thread adds up what its values of a plane are beyond the first of them, and the squares of that. At most as many digits are lost as
-// the number of its values has: the first is one of them.
+// A thread adds up what its values of a plane are beyond the first of them, and the squares of
+// that. At most as many digits are lost as the number of its values has: the first is one of them.
 template <int V, bool kLast, bool kWhole>
-__global__ void __launch_bounds__(kThreads, 4) plane_moments_kernel(Operands o, Division d, float* parts) {
+__global__ void __launch_bounds__(kThreads, 4)
+    plane_moments_kernel(Operands o, Division d, float* parts) {
   constexpr int kCount = PerPlane<V, kLast>::kCount, kUnderWay = 4;
   const Part<V, kLast, kWhole> part(o, d);
   const Cursors<kLast> in(o, part.image, part.channel);
@@ -56,7 +59,8 @@ __global__ void __launch_bounds__(kThreads, 4) plane_moments_kernel(Operands o, 
       count += kLast ? 1 : here;
 #pragma unroll
       for (int k = 0; k < V; ++k) {
-        if (kLast || k < here) add(values[k], kLast ? k : 0);  // what channels have that are not there, nobody asks for
+        // What channels have that are not there, nobody asks for.
+        if (kLast || k < here) add(values[k], kLast ? k : 0);
       }
     }
   }
@@ -72,14 +76,17 @@ __global__ void __launch_bounds__(kThreads, 4) plane_moments_kernel(Operands o, 
   Moments* scratch = reinterpret_cast<Moments*>(shared_memory());  // [warps, columns, kCount]
 #pragma unroll
   for (int k = 0; k < kCount; ++k) {
-    for (int lanes = columns; lanes < 32; lanes *= 2) moments[k] = combined(moments[k], shuffled(moments[k], lanes));
+    for (int lanes = columns; lanes < 32; lanes *= 2)
+      moments[k] = combined(moments[k], shuffled(moments[k], lanes));
     if (thread % 32 < columns) scratch[(thread / 32 * columns + column) * kCount + k] = moments[k];
   }
   __syncthreads();
   const int64_t all = o.shape.images * o.shape.channels, split = part.split(d);
-  for (int plane = thread; plane < columns * kCount; plane += blockDim.x * blockDim.y) {  // a thread for each
+  // A thread for each.
+  for (int plane = thread; plane < columns * kCount; plane += blockDim.x * blockDim.y) {
     Moments found = {};
-    for (int warp = 0; warp < warps; ++warp) found = combined(found, scratch[warp * columns * kCount + plane]);
+    for (int warp = 0; warp < warps; ++warp)
+      found = combined(found, scratch[warp * columns * kCount + plane]);
     const int64_t channel = part.channel - threadIdx.x * (kLast ? V : 0) + plane;
     if (channel >= o.shape.channels) continue;
     float* to = parts + kMomentParts * split * all + part.image * o.shape.channels + channel;
@@ -87,9 +94,11 @@ __global__ void __launch_bounds__(kThreads, 4) plane_moments_kernel(Operands o, 
   }
 }
 
-__global__ void __launch_bounds__(kCombiners) combine_moments_kernel(Operands o, Division d, const float* parts, float eps, float* moments,
-                                                                     float* planes) {
-  const int64_t all = o.shape.images * o.shape.channels, first = blockIdx.x * 32, loaded = first + threadIdx.x;
+__global__ void __launch_bounds__(kCombiners)
+    combine_moments_kernel(Operands o, Division d, const float* parts, float eps, float* moments,
+                           float* planes) {
+  const int64_t all = o.shape.images * o.shape.channels, first = blockIdx.x * 32,
+                loaded = first + threadIdx.x;
   const Moments found = over_splits<Moments>(d.splits, [&](int64_t split) -> Moments {
     if (loaded >= all) return {};
     const float* part = parts + kMomentParts * split * all + loaded;
@@ -106,7 +115,8 @@ __global__ void __launch_bounds__(kCombiners) combine_moments_kernel(Operands o,
     return;
   }
   planes[plane] = mean;
-  planes[all + plane] = 1 / sqrtf(found.squares / static_cast<float>(o.shape.pixels > 0 ? o.shape.pixels : 1) + eps);
+  planes[all + plane] =
+      1 / sqrtf(found.squares / static_cast<float>(o.shape.pixels > 0 ? o.shape.pixels : 1) + eps);
   planes[2 * all + plane] = 0;
 }
 
@@ -114,12 +124,13 @@ __global__ void __launch_bounds__(kCombiners) combine_moments_kernel(Operands o,
 
 void plane_moments(const Settings& settings, const Operands& o, const Division& d, float* parts) {
   specialised(settings, [&](auto vector, auto last, auto whole) {
-    launch(plane_moments_kernel<vector(), last(), whole()>, settings, d, d.shared(4, last() ? vector() : 1), o, d, parts);
+    launch(plane_moments_kernel<vector(), last(), whole()>, settings, d,
+           d.shared(4, last() ? vector() : 1), o, d, parts);
   });
 }
 
-void combine_moments(const Settings& settings, const Operands& o, const Division& d, const float* parts, float eps, float* moments,
-                     float* planes) {
+void combine_moments(const Settings& settings, const Operands& o, const Division& d,
+                     const float* parts, float eps, float* moments, float* planes) {
   launch_combination<Moments>(combine_moments_kernel, settings, o, d, parts, eps, moments, planes);
 }
 

@@ -1,8 +1,10 @@
-// Sorting entries by their buckets, equal ones in the order that they had: by 8 bits at a time, from the lowest on.
+// Sorting entries by their buckets, equal ones in the order that they had: by 8 bits at a time,
+// from the lowest on.
 //
-// A tile of entries is sorted by one block, and goes where the entries of lesser digits, and those of the same digit in the tiles before,
-// leave room. A block says how many it has of each digit before it looks what those before it said, back to one that knows all before
-// it; tiles are taken in the order in which blocks begin, so that none waits for one that has not begun.
+// A tile of entries is sorted by one block, and goes where the entries of lesser digits, and those
+// of the same digit in the tiles before, leave room. A block says how many it has of each digit
+// before it looks what those before it said, back to one that knows all before it; tiles are taken
+// in the order in which blocks begin, so that none waits for one that has not begun.
 
 #include "places.h"
 
@@ -11,9 +13,12 @@ namespace {
 
 constexpr int kItems = kSortTile / kThreads;
 constexpr int kWarps = kThreads / 32;
-constexpr uint32_t kOwn = 1u << 30, kAll = 2u << 30;  // what a block has said: its own count, or that of all up to it
+// What a block has said: its own count, or that of all up to it.
+constexpr uint32_t kOwn = 1u << 30, kAll = 2u << 30;
 
-__device__ uint32_t digit_of(uint32_t bucket, int pass) { return bucket >> pass * kDigitBits & (kDigits - 1); }
+__device__ uint32_t digit_of(uint32_t bucket, int pass) {
+  return bucket >> pass * kDigitBits & (kDigits - 1);
+}
 
 __global__ void __launch_bounds__(kThreads) count_digits_kernel(Sorting s) {
   uint32_t* counts = reinterpret_cast<uint32_t*>(shared_memory());
@@ -24,7 +29,8 @@ __global__ void __launch_bounds__(kThreads) count_digits_kernel(Sorting s) {
     const uint32_t at = blockIdx.x * kSortTile + item * kThreads + threadIdx.x;
     if (at >= s.count) break;
     const uint32_t bucket = s.buckets[0][at];
-    for (int pass = 0; pass < s.passes; ++pass) atomicAdd(counts + pass * kDigits + digit_of(bucket, pass), 1u);
+    for (int pass = 0; pass < s.passes; ++pass)
+      atomicAdd(counts + pass * kDigits + digit_of(bucket, pass), 1u);
   }
   __syncthreads();
   for (int pass = 0; pass < s.passes; ++pass) {
@@ -35,7 +41,9 @@ __global__ void __launch_bounds__(kThreads) count_digits_kernel(Sorting s) {
 
 // How many entries with this digit the tiles before this one have; this one has `own`.
 __device__ uint32_t count_before(uint32_t* said, uint32_t tile, uint32_t digit, uint32_t own) {
-  const auto say = [&](uint32_t what) { *static_cast<volatile uint32_t*>(said + tile * kDigits + digit) = what; };
+  const auto say = [&](uint32_t what) {
+    *static_cast<volatile uint32_t*>(said + tile * kDigits + digit) = what;
+  };
   if (tile > 0) say(kOwn | own);
   uint32_t before = 0;
   for (uint32_t other = tile; other-- > 0;) {
@@ -50,7 +58,8 @@ __device__ uint32_t count_before(uint32_t* said, uint32_t tile, uint32_t digit, 
 
 struct Shared {
   uint32_t of_warps[kWarps * kDigits];  // entries of each digit; then those of the warps before
-  uint32_t starts[kDigits], targets[kDigits];  // where each digit's begin in the tile; and from there to where they go
+  // Where each digit's begin in the tile; and from there to where they go.
+  uint32_t starts[kDigits], targets[kDigits];
   uint32_t buckets[kSortTile], values[kSortTile], scratch[kWarps], tile;
 };
 
@@ -58,7 +67,8 @@ struct Entries {
   uint32_t *buckets, *values;
 };
 
-__global__ void __launch_bounds__(kThreads, 4) sort_digit_kernel(Sorting s, int pass, Entries from, Entries to) {
+__global__ void __launch_bounds__(kThreads, 4)
+    sort_digit_kernel(Sorting s, int pass, Entries from, Entries to) {
   Shared& shared = *reinterpret_cast<Shared*>(shared_memory());
   if (threadIdx.x == 0) shared.tile = atomicAdd(s.tickets + pass, 1u);
   for (int warp = 0; warp < kWarps; ++warp) shared.of_warps[warp * kDigits + threadIdx.x] = 0;
@@ -72,7 +82,8 @@ __global__ void __launch_bounds__(kThreads, 4) sort_digit_kernel(Sorting s, int 
     const bool exists = at < s.count;
     bucket[item] = exists ? from.buckets[at] : 0, value[item] = exists ? from.values[at] : 0;
     const uint32_t digit = digit_of(bucket[item], pass);
-    const uint32_t same = __match_any_sync(~0u, digit) & __ballot_sync(~0u, exists), before = same & ((1u << lane) - 1);
+    const uint32_t same = __match_any_sync(~0u, digit) & __ballot_sync(~0u, exists),
+                   before = same & ((1u << lane) - 1);
     rank[item] = own_warp[digit] + __popc(before);
     __syncwarp();
     if (exists && before == 0) own_warp[digit] += __popc(same);
@@ -88,16 +99,21 @@ __global__ void __launch_bounds__(kThreads, 4) sort_digit_kernel(Sorting s, int 
       of_warp = count;
       count += own;
     }
-    const uint32_t before = count_before(s.said + static_cast<int64_t>(pass) * s.tiles * kDigits, tile, digit, count);
+    const uint32_t before =
+        count_before(s.said + static_cast<int64_t>(pass) * s.tiles * kDigits, tile, digit, count);
     uint32_t all;
-    const uint32_t start = scan_block(count, shared.scratch, &all) - count, of_all = s.counts[pass * kDigits + digit];
+    const uint32_t start = scan_block(count, shared.scratch, &all) - count,
+                   of_all = s.counts[pass * kDigits + digit];
     shared.starts[digit] = start;
-    shared.targets[digit] = scan_block(of_all, shared.scratch, &all) - of_all + before - start;  // waits, so that all see the starts
+    // Waits, so that all see the starts.
+    shared.targets[digit] = scan_block(of_all, shared.scratch, &all) - of_all + before - start;
   }
 #pragma unroll
   for (int item = 0; item < kItems; ++item) {
-    const uint32_t digit = digit_of(bucket[item], pass), at = shared.starts[digit] + own_warp[digit] + rank[item];
-    if (first + (threadIdx.x / 32 * kItems + item) * 32 + lane < s.count) shared.buckets[at] = bucket[item], shared.values[at] = value[item];
+    const uint32_t digit = digit_of(bucket[item], pass),
+                   at = shared.starts[digit] + own_warp[digit] + rank[item];
+    if (first + (threadIdx.x / 32 * kItems + item) * 32 + lane < s.count)
+      shared.buckets[at] = bucket[item], shared.values[at] = value[item];
   }
   __syncthreads();
   for (uint32_t at = threadIdx.x; at < kSortTile && first + at < s.count; at += kThreads) {
@@ -109,10 +125,14 @@ __global__ void __launch_bounds__(kThreads, 4) sort_digit_kernel(Sorting s, int 
 }  // namespace
 
 void sort_entries(Stream stream, const Sorting& sorting) {
-  launch(count_digits_kernel, sorting.tiles, dim3(kThreads), sorting.passes * kDigits * sizeof(uint32_t), stream, sorting);
+  launch(count_digits_kernel, sorting.tiles, dim3(kThreads),
+         sorting.passes * kDigits * sizeof(uint32_t), stream, sorting);
   for (int pass = 0; pass < sorting.passes; ++pass) {
-    const auto side = [&](int number) { return Entries{sorting.buckets[number % 2], sorting.values[number % 2]}; };
-    launch(sort_digit_kernel, sorting.tiles, dim3(kThreads), sizeof(Shared), stream, sorting, pass, side(pass), side(pass + 1));
+    const auto side = [&](int number) {
+      return Entries{sorting.buckets[number % 2], sorting.values[number % 2]};
+    };
+    launch(sort_digit_kernel, sorting.tiles, dim3(kThreads), sizeof(Shared), stream, sorting, pass,
+           side(pass), side(pass + 1));
   }
 }
 

@@ -1,6 +1,7 @@
-// Sums of listed rows: of the gradients of all windows that see a row through a tap. Most lists have few numbers, and neighbouring
-// threads of a warp each have a vector of columns of a list's sum. But a list may have a large part of all windows: long ones are cut
-// into pieces of `listed`, whose sums then are summed. All sums are in float32, and always in the same order.
+// Sums of listed rows: of the gradients of all windows that see a row through a tap. Most lists
+// have few numbers, and neighbouring threads of a warp each have a vector of columns of a list's
+// sum. But a list may have a large part of all windows: long ones are cut into pieces of `listed`,
+// whose sums then are summed. All sums are in float32, and always in the same order.
 
 #include "elements.h"
 #include "kernels.h"
@@ -16,13 +17,15 @@ constexpr int kPartColumns = 128, kPartLanes = kPartThreads / kPartColumns;
 
 // Adds V columns of the rows that are listed at begin, begin + step, ... before `end`.
 template <int V, bool kVector>
-__device__ void add_rows(const ListSums& s, int64_t begin, int64_t end, int step, int64_t column, float (&sum)[V]) {
+__device__ void add_rows(const ListSums& s, int64_t begin, int64_t end, int step, int64_t column,
+                         float (&sum)[V]) {
   const int count = s.columns - column < V ? static_cast<int>(s.columns - column) : V;
   for (int64_t first = begin; first < end; first += kLoads * step) {
     int32_t numbers[kLoads];
     Raw rows[kLoads];
 #pragma unroll
-    for (int k = 0; k < kLoads; ++k) numbers[k] = first + k * step < end ? __ldg(s.lists.listed + first + k * step) : -1;
+    for (int k = 0; k < kLoads; ++k)
+      numbers[k] = first + k * step < end ? __ldg(s.lists.listed + first + k * step) : -1;
 #pragma unroll
     for (int k = 0; k < kLoads; ++k) {
       rows[k] = {};
@@ -40,12 +43,14 @@ __device__ void add_rows(const ListSums& s, int64_t begin, int64_t end, int step
   }
 }
 
-// The list that has this number of `listed`: the last that begins there or before. The threads of a warp look at 32 lists at a time.
+// The list that has this number of `listed`: the last that begins there or before. The threads of a
+// warp look at 32 lists at a time.
 __device__ int64_t list_with(const Lists& lists, int64_t place) {
   int64_t first = 0, left = lists.count;
   while (left > 1) {
     const int64_t step = (left + 31) / 32, mine = threadIdx.x % 32 * step;
-    const int64_t begun = __popc(__ballot_sync(~0u, mine < left && lists.begin(first + mine) <= place));
+    const int64_t begun =
+        __popc(__ballot_sync(~0u, mine < left && lists.begin(first + mine) <= place));
     const int64_t skipped = begun > 0 ? (begun - 1) * step : 0;
     first += skipped;
     left = left - skipped < step ? left - skipped : step;
@@ -60,25 +65,33 @@ struct WarpColumns {
   int64_t column;
 
   __device__ WarpColumns(int64_t block, int columns)
-      : lane(threadIdx.x % 32 / columns), lanes(32 / columns), column((block * columns + threadIdx.x % columns) * V) {}
+      : lane(threadIdx.x % 32 / columns),
+        lanes(32 / columns),
+        column((block * columns + threadIdx.x % columns) * V) {}
 };
 
 // The sum of a warp's lanes over [begin, end), to a row of `parts`.
 template <int V, bool kVector>
-__device__ void sum_part(const ListSums& s, const WarpColumns<V>& own, int64_t begin, int64_t end, int64_t part) {
+__device__ void sum_part(const ListSums& s, const WarpColumns<V>& own, int64_t begin, int64_t end,
+                         int64_t part) {
   float sum[V] = {};
-  if (own.column < s.columns) add_rows<V, kVector>(s, begin + own.lane, end, own.lanes, own.column, sum);
+  if (own.column < s.columns)
+    add_rows<V, kVector>(s, begin + own.lane, end, own.lanes, own.column, sum);
 #pragma unroll
   for (int k = 0; k < V; ++k) {
-    for (int lanes = 32 / own.lanes; lanes < 32; lanes *= 2) sum[k] += __shfl_xor_sync(~0u, sum[k], lanes);
-    if (own.lane == 0 && own.column + k < s.columns) s.parts[part * s.columns + own.column + k] = sum[k];
+    for (int lanes = 32 / own.lanes; lanes < 32; lanes *= 2)
+      sum[k] += __shfl_xor_sync(~0u, sum[k], lanes);
+    if (own.lane == 0 && own.column + k < s.columns)
+      s.parts[part * s.columns + own.column + k] = sum[k];
   }
 }
 
-// A long list has more numbers than a piece. So there are two at most in one: that with the first number, and that with the last.
+// A long list has more numbers than a piece. So there are two at most in one: that with the first
+// number, and that with the last.
 template <int V, bool kVector>
 __device__ void sum_piece(const ListSums& s, const WarpColumns<V>& own, int64_t piece) {
-  const int64_t first = piece * kShortList, last = first + kShortList < s.lists.entries ? first + kShortList : s.lists.entries;
+  const int64_t first = piece * kShortList,
+                last = first + kShortList < s.lists.entries ? first + kShortList : s.lists.entries;
   int64_t begun = -1, before = -1;
 #pragma unroll 1
   for (int which = 0; which < 2; ++which) {
@@ -86,17 +99,21 @@ __device__ void sum_piece(const ListSums& s, const WarpColumns<V>& own, int64_t 
     const int64_t begin = s.lists.begin(list), end = s.lists.begin(list + 1);
     if (list != before && end - begin > kShortList) {
       if (begin >= first) begun = list;
-      sum_part<V, kVector>(s, own, begin > first ? begin : first, end < last ? end : last, 2 * piece + which);
+      sum_part<V, kVector>(s, own, begin > first ? begin : first, end < last ? end : last,
+                           2 * piece + which);
     }
     before = list;
   }
   if (own.column == 0 && own.lane == 0) s.begun[piece] = static_cast<int32_t>(begun);
 }
 
-// The first warps have some columns of a piece each, the others of as many lists as they have lanes.
+// The first warps have some columns of a piece each, the others of as many lists as they have
+// lanes.
 template <bool kVector, int V>
-__global__ void __launch_bounds__(kThreads, 3) sum_lists_kernel(ListSums s, int columns, int64_t column_blocks) {
-  const int64_t warp = blockIdx.x * (kThreads / 32) + threadIdx.x / 32, group = warp / column_blocks;
+__global__ void __launch_bounds__(kThreads, 3)
+    sum_lists_kernel(ListSums s, int columns, int64_t column_blocks) {
+  const int64_t warp = blockIdx.x * (kThreads / 32) + threadIdx.x / 32,
+                group = warp / column_blocks;
   const WarpColumns<V> own(warp % column_blocks, columns);
   if (group < s.pieces) return sum_piece<V, kVector>(s, own, group);
   const int64_t list = (group - s.pieces) * own.lanes + own.lane;
@@ -127,7 +144,8 @@ __global__ void __launch_bounds__(kPartThreads) sum_parts_kernel(ListSums s) {
     scratch[threadIdx.y * kPartColumns + threadIdx.x] = sum;
     __syncthreads();
     for (int lane = 1; lane < kPartLanes; ++lane) sum += scratch[lane * kPartColumns + threadIdx.x];
-    if (threadIdx.y == 0 && column < s.columns) store_one(s.sums.at(0, list, column), sum, s.sums.type);
+    if (threadIdx.y == 0 && column < s.columns)
+      store_one(s.sums.at(0, list, column), sum, s.sums.type);
     __syncthreads();
   }
 }
@@ -135,8 +153,10 @@ __global__ void __launch_bounds__(kPartThreads) sum_parts_kernel(ListSums s) {
 template <int V, bool kVector>
 void sum_vectors(Stream stream, const ListSums& s) {
   const int columns = static_cast<int>(std::min<int64_t>(power_from(divide_up(s.columns, V)), 32));
-  const int64_t column_blocks = divide_up(s.columns, columns * V), warps = (s.pieces + divide_up(s.lists.count, 32 / columns)) * column_blocks;
-  launch(sum_lists_kernel<kVector, V>, divide_up(warps, kThreads / 32), dim3(kThreads), 0, stream, s, columns, column_blocks);
+  const int64_t column_blocks = divide_up(s.columns, columns * V),
+                warps = (s.pieces + divide_up(s.lists.count, 32 / columns)) * column_blocks;
+  launch(sum_lists_kernel<kVector, V>, divide_up(warps, kThreads / 32), dim3(kThreads), 0, stream,
+         s, columns, column_blocks);
   launch(sum_parts_kernel, s.pieces, dim3(kPartColumns, kPartLanes), kPartThreads * 4, stream, s);
 }
 

@@ -1,9 +1,11 @@
-// dγ and dβ of a table: for each of its rows the sums over the pixels that have it, always in the same order.
+// dγ and dβ of a table: for each of its rows the sums over the pixels that have it, always in the
+// same order.
 //
-// Pixels sorted by their row are cut into pieces of one row and at most kPiece pixels. Threads with neighbouring channels sum a piece, and
-// write what a row of one piece has; then the pieces of the other rows are summed. With d = x − shift a piece has Σg and Σg·d, whence
-// dβ = Σg and dγ = scale·Σg·d + offset·Σg, and for the planes, with the row's γ, Σq = (1 + γ)·Σg and Σq·d = (1 + γ)·Σg·d: no other pass
-// over x. How many pieces there are stays on the device.
+// Pixels sorted by their row are cut into pieces of one row and at most kPiece pixels. Threads with
+// neighbouring channels sum a piece, and write what a row of one piece has; then the pieces of the
+// other rows are summed. With d = x − shift a piece has Σg and Σg·d, whence dβ = Σg and dγ =
+// scale·Σg·d + offset·Σg, and for the planes, with the row's γ, Σq = (1 + γ)·Σg and Σq·d = (1 +
+// γ)·Σg·d: no other pass over x. How many pieces there are stays on the device.
 
 #include "kernels.h"
 #include "modulation.h"
@@ -12,7 +14,8 @@
 namespace spade_fast {
 namespace {
 
-constexpr int64_t kRowThreads = 256;  // of a block that sums pieces of a row: 32, of four channels each, at each of 8 pieces
+// Of a block that sums pieces of a row: 32, of four channels each, at each of 8 pieces.
+constexpr int64_t kRowThreads = 256;
 
 // A place among the sorted pixels of all images.
 struct Sorted {
@@ -23,16 +26,26 @@ struct Sorted {
 
 // The pixel that order has at a place: one that there is, whatever the number.
 __device__ uint32_t pixel_at(const Operands& o, const Pieces& pieces, int64_t at) {
-  const uint32_t pixel = static_cast<uint32_t>(__ldg(pieces.order + at)), pixels = static_cast<uint32_t>(o.shape.pixels);
+  const uint32_t pixel = static_cast<uint32_t>(__ldg(pieces.order + at)),
+                 pixels = static_cast<uint32_t>(o.shape.pixels);
   return pixel < pixels ? pixel : pixels - 1;
 }
 
 __device__ Sorted sorted_at(const Operands& o, const Pieces& pieces, int64_t at) {
-  const uint32_t pixels = static_cast<uint32_t>(o.shape.pixels), place_of_all = static_cast<uint32_t>(at);
-  Sorted place = {place_of_all / pixels, place_of_all % pixels, -1, at < o.shape.images * pixels, false, false, false};
+  const uint32_t pixels = static_cast<uint32_t>(o.shape.pixels),
+                 place_of_all = static_cast<uint32_t>(at);
+  Sorted place = {place_of_all / pixels,
+                  place_of_all % pixels,
+                  -1,
+                  at < o.shape.images * pixels,
+                  false,
+                  false,
+                  false};
   if (!place.exists) return place;
   const int32_t* index = o.index + static_cast<int64_t>(place.image) * pixels;
-  const auto row_of = [&](int64_t other) { return static_cast<int32_t>(row_at(o, index + pixel_at(o, pieces, other))); };
+  const auto row_of = [&](int64_t other) {
+    return static_cast<int32_t>(row_at(o, index + pixel_at(o, pieces, other)));
+  };
   place.row = row_of(at);
   place.begins_row = place.position == 0 || row_of(at - 1) != place.row;
   place.ends_row = place.position == pixels - 1 || row_of(at + 1) != place.row;
@@ -40,7 +53,9 @@ __device__ Sorted sorted_at(const Operands& o, const Pieces& pieces, int64_t at)
   return place;
 }
 
-__device__ int scan(int value, int* all) { return scan_block(value, reinterpret_cast<int*>(shared_memory()), all); }
+__device__ int scan(int value, int* all) {
+  return scan_block(value, reinterpret_cast<int*>(shared_memory()), all);
+}
 
 __global__ void __launch_bounds__(kPlaces) count_pieces_kernel(Operands o, Pieces pieces) {
   int all;
@@ -65,21 +80,25 @@ __global__ void __launch_bounds__(kPlaces) list_pieces_kernel(Operands o, Pieces
   const Sorted place = sorted_at(o, pieces, at);
   int all;
   const int64_t found = pieces.counts[blockIdx.x] + scan(place.begins_piece, &all) - 1;
-  const int piece = static_cast<int>(found < pieces.most ? found : pieces.most - 1);  // more there are not where order is sorted
+  // More there are not where order is sorted.
+  const int piece = static_cast<int>(found < pieces.most ? found : pieces.most - 1);
   if (!place.exists) return;
   if (place.begins_piece) {
     pieces.firsts[piece] = static_cast<int32_t>(at), pieces.piece_rows[piece] = place.row;
-    add_atomically(pieces.row_pieces + place.row, found < pieces.most - 1 ? 1 : 2);  // two pieces may be in the last place
+    // Two pieces may be in the last place.
+    add_atomically(pieces.row_pieces + place.row, found < pieces.most - 1 ? 1 : 2);
   }
   int32_t* range = pieces.ranges + 2 * (place.row * o.shape.images + place.image);
   if (place.begins_row) range[0] = piece;
   if (place.ends_row) range[1] = piece + 1;
   if (place.position == 0) pieces.image_firsts[place.image] = piece;
   if (at < o.shape.images * o.shape.pixels - 1) return;
-  pieces.firsts[piece + 1] = static_cast<int32_t>(at + 1), pieces.image_firsts[o.shape.images] = piece + 1;
+  pieces.firsts[piece + 1] = static_cast<int32_t>(at + 1),
+                        pieces.image_firsts[o.shape.images] = piece + 1;
 }
 
-// A place in `found` for each piece whose row has others too. Which it is may differ from run to run: what is there does not.
+// A place in `found` for each piece whose row has others too. Which it is may differ from run to
+// run: what is there does not.
 __global__ void __launch_bounds__(kThreads) place_pieces_kernel(Pieces pieces, int64_t images) {
   const int32_t piece = blockIdx.x * kThreads + threadIdx.x;
   if (piece >= pieces.image_firsts[images]) return;
@@ -89,7 +108,9 @@ __global__ void __launch_bounds__(kThreads) place_pieces_kernel(Pieces pieces, i
 }
 
 // Whether four or eight channels are together, in what has them side by side whatever x's layout.
-__device__ bool channels_together(const Operands& o) { return o.vector && o.shape.channels % 4 == 0; }
+__device__ bool channels_together(const Operands& o) {
+  return o.vector && o.shape.channels % 4 == 0;
+}
 
 // V channels of an image, as the threads that sum pieces have them.
 template <int V, bool kLast, bool kWhole>
@@ -99,7 +120,9 @@ struct Channels {
   PerPlane<V, true> shift;
 
   __device__ Channels(const Operands& o, int64_t image, int64_t first)
-      : in(o, image, first), span{1, Part<V, true, kWhole>::limited(o.shape.channels - first), kWhole || channels_together(o)},
+      : in(o, image, first),
+        span{1, Part<V, true, kWhole>::limited(o.shape.channels - first),
+             kWhole || channels_together(o)},
         shift(numbers(0)) {}
 
   __device__ PerPlane<V, true> numbers(int64_t which) const {
@@ -114,7 +137,8 @@ struct PieceSums {
 
 // Over the pixels that order has in [begin, end).
 template <int V, bool kLast, bool kWhole, bool kSilu>
-__device__ PieceSums<V> sum_pixels(const Operands& o, const Pieces& pieces, const Channels<V, kLast, kWhole>& channels, uint32_t row,
+__device__ PieceSums<V> sum_pixels(const Operands& o, const Pieces& pieces,
+                                   const Channels<V, kLast, kWhole>& channels, uint32_t row,
                                    uint32_t begin, uint32_t end) {
   constexpr int kUnderWay = kLast ? 2 : 8 / V;  // pixels
   const Cursors<kLast>& in = channels.in;
@@ -148,12 +172,14 @@ __device__ PieceSums<V> sum_pixels(const Operands& o, const Pieces& pieces, cons
 #pragma unroll
     for (int i = 0; i < kUnderWay; ++i) {
       const uint32_t pixel = pixel_at(o, pieces, at + i < end ? at + i : at);
-      x[i] = load_pixel(o.x, in.x, pixel), dy[i] = load_pixel(o.dy, in.dy, pixel), signs[i] = load_pixel_signs(pixel);
+      x[i] = load_pixel(o.x, in.x, pixel), dy[i] = load_pixel(o.dy, in.dy, pixel),
+      signs[i] = load_pixel_signs(pixel);
     }
 #pragma unroll
     for (int i = 0; i < kUnderWay; ++i) {
       if (at + i >= end) continue;
-      const Gradient<V> found = gradient<V, kSilu>(o, x[i], dy[i], modulation, signs[i], channels.shift, scale, offset);
+      const Gradient<V> found =
+          gradient<V, kSilu>(o, x[i], dy[i], modulation, signs[i], channels.shift, scale, offset);
 #pragma unroll
       for (int k = 0; k < V; ++k) {
         sums.g[k] += found.g[k];
@@ -170,26 +196,32 @@ struct Piece {
 
 __device__ Piece piece_at(const Pieces& pieces, uint32_t piece) {
   const auto number = [](const int32_t* from) { return static_cast<uint32_t>(__ldg(from)); };
-  return {number(pieces.firsts + piece), number(pieces.firsts + piece + 1), number(pieces.piece_rows + piece)};
+  return {number(pieces.firsts + piece), number(pieces.firsts + piece + 1),
+          number(pieces.piece_rows + piece)};
 }
 
-// A block has a split of an image's pieces, and of its channels as many as it has columns. Each of its lanes sums a piece at a time. What
-// they find of the planes is added up in shared memory, where each thread has places of its own until the end.
+// A block has a split of an image's pieces, and of its channels as many as it has columns. Each of
+// its lanes sums a piece at a time. What they find of the planes is added up in shared memory,
+// where each thread has places of its own until the end.
 template <int V, bool kLast, bool kWhole, bool kSilu>
-__global__ void __launch_bounds__(kThreads, kLast && kWhole && !kSilu ? 3 : 2) sum_pieces_kernel(Operands o, Pieces pieces,
-                                                                                                  uint32_t channel_blocks, uint32_t splits,
-                                                                                                  Rows dgamma, Rows dbeta, float* parts) {
-  const uint32_t unit = blockIdx.x / splits, split = blockIdx.x % splits, columns = blockDim.x, lanes = blockDim.y;
-  const int64_t image = unit / channel_blocks, block_channel = static_cast<int64_t>(unit % channel_blocks) * columns * V;
+__global__ void __launch_bounds__(kThreads, kLast && kWhole && !kSilu ? 3 : 2)
+    sum_pieces_kernel(Operands o, Pieces pieces, uint32_t channel_blocks, uint32_t splits,
+                      Rows dgamma, Rows dbeta, float* parts) {
+  const uint32_t unit = blockIdx.x / splits, split = blockIdx.x % splits, columns = blockDim.x,
+                 lanes = blockDim.y;
+  const int64_t image = unit / channel_blocks,
+                block_channel = static_cast<int64_t>(unit % channel_blocks) * columns * V;
   const Channels<V, kLast, kWhole> channels(o, image, block_channel + threadIdx.x * V);
   const uint32_t begin = pieces.image_firsts[image], end = pieces.image_firsts[image + 1];
   float* q_sums = reinterpret_cast<float*>(shared_memory());  // [lanes, columns, V], twice
-  float *mine = q_sums + (threadIdx.y * columns + threadIdx.x) * V, *mine_with_deviation = mine + kThreads * V;
+  float *mine = q_sums + (threadIdx.y * columns + threadIdx.x) * V,
+        *mine_with_deviation = mine + kThreads * V;
 #pragma unroll
   for (int k = 0; k < V; ++k) mine[k] = mine_with_deviation[k] = 0;
   for (uint32_t piece = begin + split * lanes + threadIdx.y; piece < end; piece += splits * lanes) {
     const Piece found = piece_at(pieces, piece);
-    const PieceSums<V> sums = sum_pixels<V, kLast, kWhole, kSilu>(o, pieces, channels, found.row, found.begin, found.end);
+    const PieceSums<V> sums =
+        sum_pixels<V, kLast, kWhole, kSilu>(o, pieces, channels, found.row, found.begin, found.end);
     const int32_t of_row = __ldg(pieces.row_pieces + found.row);
     float one_plus[V];
     const Raw gamma = load<V>(channels.in.gamma.at(found.row), o.gamma.type, channels.span);
@@ -203,37 +235,48 @@ __global__ void __launch_bounds__(kThreads, kLast && kWhole && !kSilu ? 3 : 2) s
       const auto scale = channels.numbers(1), offset = channels.numbers(2);
       float normalised[V];
 #pragma unroll
-      for (int k = 0; k < V; ++k) normalised[k] = scale[k] * sums.g_deviation[k] + offset[k] * sums.g[k];
-      store<V>(dgamma.at(0, found.row, channels.in.channel), dgamma.type, channels.span, normalised);
+      for (int k = 0; k < V; ++k)
+        normalised[k] = scale[k] * sums.g_deviation[k] + offset[k] * sums.g[k];
+      store<V>(dgamma.at(0, found.row, channels.in.channel), dgamma.type, channels.span,
+               normalised);
       store<V>(dbeta.at(0, found.row, channels.in.channel), dbeta.type, channels.span, sums.g);
     } else if (const int32_t place = __ldg(pieces.places + piece); place != kNotKept) {
-      float* kept = pieces.found + 2 * static_cast<int64_t>(place) * o.shape.channels + channels.in.channel;
+      float* kept =
+          pieces.found + 2 * static_cast<int64_t>(place) * o.shape.channels + channels.in.channel;
 #pragma unroll
       for (int k = 0; k < V; k += 4) {
-        const Span four = {1, Part<4, true, kWhole>::limited(channels.span.count - k), channels.span.vector};
+        const Span four = {1, Part<4, true, kWhole>::limited(channels.span.count - k),
+                           channels.span.vector};
         const float g[4] = {sums.g[k], sums.g[k + 1], sums.g[k + 2], sums.g[k + 3]};
-        const float g_deviation[4] = {sums.g_deviation[k], sums.g_deviation[k + 1], sums.g_deviation[k + 2], sums.g_deviation[k + 3]};
+        const float g_deviation[4] = {sums.g_deviation[k], sums.g_deviation[k + 1],
+                                      sums.g_deviation[k + 2], sums.g_deviation[k + 3]};
         store<4>(reinterpret_cast<char*>(kept + k), Type::float32, four, g);
-        store<4>(reinterpret_cast<char*>(kept + o.shape.channels + k), Type::float32, four, g_deviation);
+        store<4>(reinterpret_cast<char*>(kept + o.shape.channels + k), Type::float32, four,
+                 g_deviation);
       }
     }
   }
   __syncthreads();
-  const int64_t all = o.shape.images * o.shape.channels, thread = threadIdx.y * columns + threadIdx.x;
+  const int64_t all = o.shape.images * o.shape.channels,
+                thread = threadIdx.y * columns + threadIdx.x;
   for (int64_t k = thread; k < 2 * columns * V; k += kThreads) {
     const int64_t which = k / (columns * V), channel = block_channel + k % (columns * V);
     float sum = 0;
-    for (uint32_t lane = 0; lane < lanes; ++lane) sum += q_sums[which * kThreads * V + lane * columns * V + k % (columns * V)];
-    if (channel < o.shape.channels) parts[(kSumParts * split + which) * all + image * o.shape.channels + channel] = sum;
+    for (uint32_t lane = 0; lane < lanes; ++lane)
+      sum += q_sums[which * kThreads * V + lane * columns * V + k % (columns * V)];
+    if (channel < o.shape.channels)
+      parts[(kSumParts * split + which) * all + image * o.shape.channels + channel] = sum;
   }
 }
 
-// dγ and dβ of the rows that have more pieces than one, or none. A block has a row at a time, and four channels of each column: its lanes
-// go through the row's pieces in each image. Sums of pieces that were not kept are found again.
+// dγ and dβ of the rows that have more pieces than one, or none. A block has a row at a time, and
+// four channels of each column: its lanes go through the row's pieces in each image. Sums of pieces
+// that were not kept are found again.
 template <bool kLast, bool kWhole, bool kSilu>
-__global__ void __launch_bounds__(kRowThreads, 1) sum_rows_kernel(Operands o, Pieces pieces, uint32_t channel_blocks, Rows dgamma,
-                                                                  Rows dbeta) {
-  const int64_t step = gridDim.x / channel_blocks, images = o.shape.images, channels_of_all = o.shape.channels;
+__global__ void __launch_bounds__(kRowThreads, 1)
+    sum_rows_kernel(Operands o, Pieces pieces, uint32_t channel_blocks, Rows dgamma, Rows dbeta) {
+  const int64_t step = gridDim.x / channel_blocks, images = o.shape.images,
+                channels_of_all = o.shape.channels;
   const int64_t channel = (blockIdx.x % channel_blocks * blockDim.x + threadIdx.x) * 4;
   constexpr int kUnderWay = 4;
   int32_t* ranges = reinterpret_cast<int32_t*>(shared_memory());
@@ -257,13 +300,16 @@ __global__ void __launch_bounds__(kRowThreads, 1) sum_rows_kernel(Operands o, Pi
         PieceSums<4> sums = {};
         const auto add = [&](const PieceSums<4>& found) {
 #pragma unroll
-          for (int k = 0; k < 4; ++k) sums.g[k] += found.g[k], sums.g_deviation[k] += found.g_deviation[k];
+          for (int k = 0; k < 4; ++k)
+            sums.g[k] += found.g[k], sums.g_deviation[k] += found.g_deviation[k];
         };
         const auto load_kept = [&](int32_t place) {
-          const char* kept = reinterpret_cast<const char*>(pieces.found + 2 * place * channels_of_all + channel);
+          const char* kept =
+              reinterpret_cast<const char*>(pieces.found + 2 * place * channels_of_all + channel);
           PieceSums<4> found;
           unpack<4>(load<4>(kept, Type::float32, channels.span), Type::float32, found.g);
-          unpack<4>(load<4>(kept + 4 * channels_of_all, Type::float32, channels.span), Type::float32, found.g_deviation);
+          unpack<4>(load<4>(kept + 4 * channels_of_all, Type::float32, channels.span),
+                    Type::float32, found.g_deviation);
           return found;
         };
         for (; piece < end; piece += kUnderWay * blockDim.y) {
@@ -285,11 +331,14 @@ __global__ void __launch_bounds__(kRowThreads, 1) sum_rows_kernel(Operands o, Pi
             }
             continue;
           }
-          for (int64_t other = piece; other < end && other < piece + kUnderWay * blockDim.y; other += blockDim.y) {
+          for (int64_t other = piece; other < end && other < piece + kUnderWay * blockDim.y;
+               other += blockDim.y) {
             const int32_t place = __ldg(pieces.places + other);
             const Piece again = piece_at(pieces, static_cast<uint32_t>(other));
-            add(place != kNotKept ? load_kept(place)
-                                  : sum_pixels<4, kLast, kWhole, kSilu>(o, pieces, channels, static_cast<uint32_t>(row), again.begin, again.end));
+            add(place != kNotKept
+                    ? load_kept(place)
+                    : sum_pixels<4, kLast, kWhole, kSilu>(
+                          o, pieces, channels, static_cast<uint32_t>(row), again.begin, again.end));
           }
         }
         const auto scale = channels.numbers(1), offset = channels.numbers(2);
@@ -300,9 +349,11 @@ __global__ void __launch_bounds__(kRowThreads, 1) sum_rows_kernel(Operands o, Pi
         }
       }
     }
-    const PerPlane<4, true> g = block_sum<4, true>(g_sum, scratch), g_normalised = block_sum<4, true>(g_normalised_sum, scratch);
+    const PerPlane<4, true> g = block_sum<4, true>(g_sum, scratch),
+                            g_normalised = block_sum<4, true>(g_normalised_sum, scratch);
     if (threadIdx.y != 0) continue;
-    const Span span = {1, Part<4, true, kWhole>::limited(channels_of_all - channel), kWhole || channels_together(o)};
+    const Span span = {1, Part<4, true, kWhole>::limited(channels_of_all - channel),
+                       kWhole || channels_together(o)};
     store<4>(dgamma.at(0, row, channel), dgamma.type, span, g_normalised.values);
     store<4>(dbeta.at(0, row, channel), dbeta.type, span, g.values);
   }
@@ -311,32 +362,39 @@ __global__ void __launch_bounds__(kRowThreads, 1) sum_rows_kernel(Operands o, Pi
 }  // namespace
 
 int64_t lanes_of_pieces(const Settings& settings, const Shape& shape) {
-  return kThreads / columns_of(divide_up(shape.channels, shape.channels % 8 == 0 ? settings.vector : 4));
+  return kThreads /
+         columns_of(divide_up(shape.channels, shape.channels % 8 == 0 ? settings.vector : 4));
 }
 
-void table_sums(const Settings& settings, const Operands& o, const Pieces& pieces, int64_t splits, const Rows& dgamma, const Rows& dbeta,
-                float* parts) {
+void table_sums(const Settings& settings, const Operands& o, const Pieces& pieces, int64_t splits,
+                const Rows& dgamma, const Rows& dbeta, float* parts) {
   const Stream stream = settings.stream;
-  const int64_t channels = o.shape.channels, blocks = divide_up(o.shape.images * o.shape.pixels, kPlaces);
+  const int64_t channels = o.shape.channels,
+                blocks = divide_up(o.shape.images * o.shape.pixels, kPlaces);
   launch(count_pieces_kernel, blocks, dim3(kPlaces), kPlaces / 8, stream, o, pieces);
   launch(scan_counts_kernel, 1, dim3(kPlaces), kPlaces / 8, stream, pieces, blocks);
   launch(list_pieces_kernel, blocks, dim3(kPlaces), kPlaces / 8, stream, o, pieces);
-  launch(place_pieces_kernel, divide_up(pieces.most, kThreads), dim3(kThreads), 0, stream, pieces, o.shape.images);
+  launch(place_pieces_kernel, divide_up(pieces.most, kThreads), dim3(kThreads), 0, stream, pieces,
+         o.shape.images);
   Settings of_channels = settings;  // of which threads have V here, whatever the layout
   of_channels.vector = channels % 8 == 0 ? settings.vector : 4;
   of_channels.whole = settings.whole && channels % of_channels.vector == 0;
   specialised(of_channels, o, [&](auto vector, auto last, auto whole, auto is_silu) {
     const int columns = columns_of(divide_up(channels, vector()));
     const int64_t channel_blocks = divide_up(channels, columns * vector());
-    launch(sum_pieces_kernel<vector(), last(), whole(), is_silu()>, o.shape.images * channel_blocks * splits,
-           dim3(columns, kThreads / columns), 2 * kThreads * vector() * 4, stream, o, pieces, static_cast<uint32_t>(channel_blocks),
+    launch(sum_pieces_kernel<vector(), last(), whole(), is_silu()>,
+           o.shape.images * channel_blocks * splits, dim3(columns, kThreads / columns),
+           2 * kThreads * vector() * 4, stream, o, pieces, static_cast<uint32_t>(channel_blocks),
            static_cast<uint32_t>(splits), dgamma, dbeta, parts);
-    const int row_columns = static_cast<int>(std::clamp<int64_t>(power_from(divide_up(channels, 4)), 1, 32));
+    const int row_columns =
+        static_cast<int>(std::clamp<int64_t>(power_from(divide_up(channels, 4)), 1, 32));
     const int64_t row_blocks = divide_up(channels, 4 * row_columns);
-    const int64_t blocks_of_channels = std::min(pieces.rows, divide_up(kSweepBlocks * processors(), std::max<int64_t>(1, row_blocks)));
-    launch(sum_rows_kernel<last(), whole(), is_silu()>, blocks_of_channels * row_blocks, dim3(row_columns, kRowThreads / row_columns),
-           2 * kRowThreads * 4 + kRowThreads / 32 * 4 * row_columns * 4, stream, o, pieces, static_cast<uint32_t>(row_blocks),
-           dgamma, dbeta);
+    const int64_t blocks_of_channels = std::min(
+        pieces.rows, divide_up(kSweepBlocks * processors(), std::max<int64_t>(1, row_blocks)));
+    launch(sum_rows_kernel<last(), whole(), is_silu()>, blocks_of_channels * row_blocks,
+           dim3(row_columns, kRowThreads / row_columns),
+           2 * kRowThreads * 4 + kRowThreads / 32 * 4 * row_columns * 4, stream, o, pieces,
+           static_cast<uint32_t>(row_blocks), dgamma, dbeta);
   });
 }
 

@@ -7,8 +7,12 @@
 namespace spade_fast {
 
 // A row of the table, whatever number index has, for nobody waits to ask whether it is one.
-__device__ inline uint32_t row_of(const Operands& o, uint32_t number) { return number < o.rows ? number : o.rows - 1; }
-__device__ inline uint32_t row_at(const Operands& o, const int32_t* index) { return row_of(o, static_cast<uint32_t>(__ldg(index))); }
+__device__ inline uint32_t row_of(const Operands& o, uint32_t number) {
+  return number < o.rows ? number : o.rows - 1;
+}
+__device__ inline uint32_t row_at(const Operands& o, const int32_t* index) {
+  return row_of(o, static_cast<uint32_t>(__ldg(index)));
+}
 
 // A number of each plane that a thread has elements of: one, or one for each of its channels.
 template <int V, bool kLast>
@@ -21,7 +25,8 @@ struct PerPlane {
 
 // From the numbers of all planes those of one channel, or of the channels that a span has.
 template <int V, bool kLast>
-__device__ PerPlane<V, kLast> numbers_of(const Operands& o, const float* all, int64_t which, int64_t image, int64_t channel, Span span) {
+__device__ PerPlane<V, kLast> numbers_of(const Operands& o, const float* all, int64_t which,
+                                         int64_t image, int64_t channel, Span span) {
   const float* first = all + (which * o.shape.images + image) * o.shape.channels + channel;
   PerPlane<V, kLast> result = {};
   if (!kLast) {
@@ -54,14 +59,25 @@ struct Cursors {
   uint32_t signs_step;
 
   __device__ Cursors(const Operands& o, int64_t image, int64_t channel)
-      : o(o), image(image), channel(channel), x(in(o.x)), dy(in(o.dy)), gamma(modulation(o.gamma)), beta(modulation(o.beta)),
+      : o(o),
+        image(image),
+        channel(channel),
+        x(in(o.x)),
+        dy(in(o.dy)),
+        gamma(modulation(o.gamma)),
+        beta(modulation(o.beta)),
         index(o.index + image * o.shape.pixels) {
     signs_step = static_cast<uint32_t>((kLast ? o.shape.channels : o.shape.pixels) + 7) / 8;
-    signs = o.signs + (kLast ? image * o.shape.pixels * signs_step + channel / 8 : (image * o.shape.channels + channel) * signs_step);
+    signs = o.signs + (kLast ? image * o.shape.pixels * signs_step + channel / 8
+                             : (image * o.shape.channels + channel) * signs_step);
   }
 
-  __device__ Cursor in(const Rows& rows) const { return kLast ? rows.rows_from(image, channel) : rows.elements_from(image, channel); }
-  __device__ Cursor modulation(const Rows& rows) const { return o.index != nullptr ? rows.rows_from(0, channel) : in(rows); }
+  __device__ Cursor in(const Rows& rows) const {
+    return kLast ? rows.rows_from(image, channel) : rows.elements_from(image, channel);
+  }
+  __device__ Cursor modulation(const Rows& rows) const {
+    return o.index != nullptr ? rows.rows_from(0, channel) : in(rows);
+  }
 };
 
 // V elements of a thread, in a channel's plane or at a pixel.
@@ -72,15 +88,17 @@ struct Place {
 };
 
 template <int V>
-__device__ Raw load(const Cursor& from, const Place& place) { return load<V>(from.at(place.item), from.type, place.span); }
+__device__ Raw load(const Cursor& from, const Place& place) {
+  return load<V>(from.at(place.item), from.type, place.span);
+}
 
 template <int V>
 __device__ void store(const Cursor& to, const Place& place, const float (&values)[V]) {
   store<V>(to.at(place.item), to.type, place.span, values);
 }
 
-// A thread's part of a tensor: of one plane, or V channels of one image; the items [begin, end) are those of the block. kWhole: everywhere
-// there are V elements or none.
+// A thread's part of a tensor: of one plane, or V channels of one image; the items [begin, end) are
+// those of the block. kWhole: everywhere there are V elements or none.
 template <int V, bool kLast, bool kWhole>
 struct Part {
   int64_t image, channel;
@@ -88,10 +106,12 @@ struct Part {
   int channels;  // that exist
   bool vector;
 
-  __device__ Part(const Operands& o, const Division& d) : pixels(static_cast<uint32_t>(o.shape.pixels)), vector(kWhole || o.vector) {
+  __device__ Part(const Operands& o, const Division& d)
+      : pixels(static_cast<uint32_t>(o.shape.pixels)), vector(kWhole || o.vector) {
     const uint32_t units = static_cast<uint32_t>(d.units), splits = static_cast<uint32_t>(d.splits);
     const uint32_t unit = d.units_first ? blockIdx.x % units : blockIdx.x / splits;
-    const uint32_t items = static_cast<uint32_t>(d.items), split_items = static_cast<uint32_t>(d.split_items);
+    const uint32_t items = static_cast<uint32_t>(d.items),
+                   split_items = static_cast<uint32_t>(d.split_items);
     begin = static_cast<uint32_t>(split(d)) * split_items;
     end = begin + split_items < items ? begin + split_items : items;
     const uint32_t columns = blockDim.x, all = static_cast<uint32_t>(o.shape.channels);
@@ -102,7 +122,8 @@ struct Part {
   }
 
   static __device__ int64_t split(const Division& d) {
-    return d.units_first ? blockIdx.x / static_cast<uint32_t>(d.units) : blockIdx.x % static_cast<uint32_t>(d.splits);
+    return d.units_first ? blockIdx.x / static_cast<uint32_t>(d.units)
+                         : blockIdx.x % static_cast<uint32_t>(d.splits);
   }
 
   static __device__ int limited(int64_t count) {
@@ -110,9 +131,11 @@ struct Part {
     return count < 0 ? 0 : count < V ? static_cast<int>(count) : V;
   }
 
-  // The elements at an item; none beyond the end. Where rows begin anywhere, a warp has the elements of a strip by turns.
+  // The elements at an item; none beyond the end. Where rows begin anywhere, a warp has the
+  // elements of a strip by turns.
   __device__ Place at(uint32_t item) const {
-    if (kLast) return {item, static_cast<uint32_t>(channel), {1, item < end ? channels : 0, vector}};
+    if (kLast)
+      return {item, static_cast<uint32_t>(channel), {1, item < end ? channels : 0, vector}};
     const uint32_t start = item * 32 * V + threadIdx.x * (vector ? V : 1);
     const int64_t left = item < end ? static_cast<int64_t>(pixels) - start : 0;
     if (vector) return {start, start, {1, limited(left), true}};
@@ -125,7 +148,8 @@ struct Part {
   }
 
   // The other way; one thread of the block for each plane does it.
-  __device__ void store_numbers(const Operands& o, float* all, int64_t which, const PerPlane<V, kLast>& numbers) const {
+  __device__ void store_numbers(const Operands& o, float* all, int64_t which,
+                                const PerPlane<V, kLast>& numbers) const {
     if (threadIdx.y != 0 || (!kLast && threadIdx.x != 0)) return;
     float* first = all + (which * o.shape.images + image) * o.shape.channels + channel;
 #pragma unroll
@@ -135,20 +159,23 @@ struct Part {
   }
 };
 
-// Sums over all items of a block, to the first numbers of scratch: those of each warp in one order, then, by a thread for each number,
-// those of the warps in one order. How many numbers there are.
+// Sums over all items of a block, to the first numbers of scratch: those of each warp in one order,
+// then, by a thread for each number, those of the warps in one order. How many numbers there are.
 template <int V, bool kLast>
 __device__ int sum_in_scratch(const float (&values)[V], float* scratch) {
   constexpr int kCount = PerPlane<V, kLast>::kCount;
   const int thread = threadIdx.y * blockDim.x + threadIdx.x, threads = blockDim.x * blockDim.y;
-  const int columns = kLast ? blockDim.x : 1, column = kLast ? threadIdx.x : 0, numbers = columns * kCount;
+  const int columns = kLast ? blockDim.x : 1, column = kLast ? threadIdx.x : 0,
+            numbers = columns * kCount;
   PerPlane<V, kLast> sums = {};
 #pragma unroll
   for (int k = 0; k < V; ++k) sums.values[kLast ? k : 0] += values[k];
 #pragma unroll
   for (int k = 0; k < kCount; ++k) {
-    for (int lanes = columns; lanes < 32; lanes *= 2) sums.values[k] += __shfl_xor_sync(~0u, sums.values[k], lanes);
-    if (thread % 32 < columns) scratch[thread / 32 * numbers + column * kCount + k] = sums.values[k];
+    for (int lanes = columns; lanes < 32; lanes *= 2)
+      sums.values[k] += __shfl_xor_sync(~0u, sums.values[k], lanes);
+    if (thread % 32 < columns)
+      scratch[thread / 32 * numbers + column * kCount + k] = sums.values[k];
   }
   __syncthreads();
   for (int number = thread; number < numbers; number += threads) {
@@ -164,7 +191,8 @@ template <int V, bool kLast>
 __device__ PerPlane<V, kLast> read_scratch(const float* scratch) {
   PerPlane<V, kLast> sums;
 #pragma unroll
-  for (int k = 0; k < PerPlane<V, kLast>::kCount; ++k) sums.values[k] = scratch[(kLast ? threadIdx.x : 0) * PerPlane<V, kLast>::kCount + k];
+  for (int k = 0; k < PerPlane<V, kLast>::kCount; ++k)
+    sums.values[k] = scratch[(kLast ? threadIdx.x : 0) * PerPlane<V, kLast>::kCount + k];
   __syncthreads();  // scratch may be used again
   return sums;
 }
@@ -176,14 +204,16 @@ __device__ PerPlane<V, kLast> block_sum(const float (&values)[V], float* scratch
   return read_scratch<V, kLast>(scratch);
 }
 
-// Over all items of a unit, which the blocks of a cluster share: each finds its own sums, then all add them up in one order, to behind
-// their own, which others read.
+// Over all items of a unit, which the blocks of a cluster share: each finds its own sums, then all
+// add them up in one order, to behind their own, which others read.
 template <int V, bool kLast>
-__device__ PerPlane<V, kLast> unit_sum(const Division& d, const float (&values)[V], float* scratch) {
+__device__ PerPlane<V, kLast> unit_sum(const Division& d, const float (&values)[V],
+                                       float* scratch) {
   if (d.splits == 1) return block_sum<V, kLast>(values, scratch);
   const int numbers = sum_in_scratch<V, kLast>(values, scratch);
   wait_for_cluster();
-  for (int number = threadIdx.y * blockDim.x + threadIdx.x; number < numbers; number += blockDim.x * blockDim.y) {
+  for (int number = threadIdx.y * blockDim.x + threadIdx.x; number < numbers;
+       number += blockDim.x * blockDim.y) {
     float sum = 0;
 #pragma unroll 4
     for (uint32_t block = 0; block < d.splits; ++block) sum += in_block(block, scratch + number);
@@ -193,8 +223,9 @@ __device__ PerPlane<V, kLast> unit_sum(const Division& d, const float (&values)[
   return read_scratch<V, kLast>(scratch + numbers);
 }
 
-// What is found of 32 planes over all splits, by a block of 32 × 32 threads: each warp has 32 planes, which are side by side in memory, of
-// every 32nd split, four of them under way; then each has one plane, and combines what the warps found. The order is always the same.
+// What is found of 32 planes over all splits, by a block of 32 × 32 threads: each warp has 32
+// planes, which are side by side in memory, of every 32nd split, four of them under way; then each
+// has one plane, and combines what the warps found. The order is always the same.
 template <typename Found, typename Load>
 __device__ Found over_splits(int64_t splits, Load&& load_split) {
   constexpr int kUnderWay = 4;
