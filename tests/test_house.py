@@ -6,7 +6,17 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).parent.parent / "spade_fast"
 # From the ground up: a room imports those before it, and none after it.
-ROOMS = ("kernels", "layout", "ops", "nn", "convert", "checkpoint", "check", "cli")
+ROOMS = (
+    "kernels",
+    "layout",
+    "ops",
+    "nn",
+    "convert",
+    "checkpoint",
+    "losses",
+    "check",
+    "cli",
+)
 
 
 def imports():
