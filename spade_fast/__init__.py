@@ -21,6 +21,7 @@ from .nn import (
     SPADEResnetBlock,
     fold_spectral_norm,
     frozen,
+    initialise,
     reparameterize,
     window_mode,
 )
@@ -42,6 +43,7 @@ __all__ = [
     "convert",
     "fold_spectral_norm",
     "frozen",
+    "initialise",
     "plane_moments",
     "reparameterize",
     "revert",

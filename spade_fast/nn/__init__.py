@@ -5,6 +5,7 @@ from .choice import window_mode
 from .discriminator import MultiscaleDiscriminator
 from .encoder import ConvEncoder, reparameterize
 from .generator import SPADEGenerator
+from .initialise import initialise
 from .spade import SPADE
 from .spectral import fold_spectral_norm
 from .tables import frozen
@@ -18,6 +19,7 @@ __all__ = [
     "SPADEResnetBlock",
     "fold_spectral_norm",
     "frozen",
+    "initialise",
     "reparameterize",
     "window_mode",
 ]

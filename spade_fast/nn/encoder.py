@@ -16,6 +16,8 @@ SIZE = 256  # of the image, to which any is resized first: its linear layers fit
 class ConvEncoder(nn.Module):
     """Six convolutions of stride 2, with spectral and instance norm, and a linear layer each for
     mean and variance (Park et al. 2019, figure 14), with the state_dict keys of the published code.
+    A new network has PyTorch's default initialisation; `initialise(network)` gives it the
+    published one.
 
     Args:
         ndf: channels of the first convolution's result.

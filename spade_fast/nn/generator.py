@@ -64,7 +64,8 @@ class SPADEGenerator(nn.Module):
     convolution, tanh.
 
     As it is made here it begins with noise at 4×4 and ends at 256²; `official` makes the published
-    networks.
+    networks. A new network has PyTorch's default initialisation; `initialise(network)` gives it the
+    published one.
 
     Args:
         label_nc: channels of the condition.

@@ -2,8 +2,12 @@
 division by σ in each call.
 """
 
+from collections.abc import Iterator
+
 import torch
 import torch.nn as nn
+from torch.nn.utils import parametrize
+from torch.nn.utils.parametrizations import _SpectralNorm
 from torch.nn.utils.spectral_norm import SpectralNorm
 
 from ..identity import state_of
@@ -11,6 +15,9 @@ from ..kernels.contract import sum_dtype
 from ..recording import gradients_of, is_recorded, is_transformed
 from .modules import CONVOLUTION_TYPES, is_called_plainly
 from .tables import Tables, kept_tables
+
+CONVERGED = 1e-6  # the change of σ in one power iteration, relative
+MOST_ITERATIONS = 1000
 
 
 def convolve(convolution: nn.Module, x: torch.Tensor) -> torch.Tensor:
@@ -190,3 +197,42 @@ def fold_spectral_norm(model: nn.Module) -> nn.Module:
             if isinstance(hook, SpectralNorm):
                 part._forward_pre_hooks[key] = Folded(hook)
     return model
+
+
+def converge(network: nn.Module) -> nn.Module:
+    """Makes the vectors u and v of every spectral norm in a network those of its weight, in place:
+    power iterations in float64 begin with u and go on until σ changes by less than CONVERGED, or
+    MOST_ITERATIONS are done. Training makes one iteration in each step. Returns the network.
+    """
+    with torch.no_grad():
+        for matrix, u, v, eps in spectral_vectors(network):
+            matrix, left, sigma = matrix.double(), u.double(), None
+            for _ in range(MOST_ITERATIONS):
+                right = nn.functional.normalize(matrix.t() @ left, dim=0, eps=eps)
+                product = matrix @ right
+                before, sigma = sigma, torch.linalg.vector_norm(product)
+                left = product / sigma.clamp_min(eps)
+                if before is not None and (sigma - before).abs() <= CONVERGED * sigma:
+                    break
+            u.copy_(left), v.copy_(right)
+    return network
+
+
+def spectral_vectors(network: nn.Module) -> Iterator[tuple]:
+    """Of each spectral norm in a network, PyTorch's old one or its parametrization: the weight as
+    a matrix, the vectors u and v, eps.
+    """
+    for module in network.modules():
+        for hook in module._forward_pre_hooks.values():
+            if isinstance(hook, SpectralNorm):
+                weight, u, v = (
+                    getattr(module, f"{hook.name}_{part}") for part in ("orig", "u", "v")
+                )
+                yield hook.reshape_weight_to_matrix(weight), u, v, hook.eps
+        if not parametrize.is_parametrized(module):
+            continue
+        for made in module.parametrizations.values():
+            if len(made) == 1 and isinstance(made[0], _SpectralNorm) and made.original.dim() > 1:
+                norm = made[0]
+                matrix = norm._reshape_weight_to_matrix(made.original)
+                yield matrix, norm._u, norm._v, norm.eps

@@ -1,0 +1,1 @@
+"""Training: from pairs of label maps and photographs to a generator."""
