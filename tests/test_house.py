@@ -6,7 +6,7 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).parent.parent / "spade_fast"
 # From the ground up: a room imports those before it, and none after it.
-ROOMS = ("kernels", "layout", "ops", "nn", "convert", "checkpoint", "check", "cli")
+ROOMS = ("kernels", "layout", "data", "ops", "nn", "convert", "checkpoint", "check", "cli")
 
 
 def imports():
