@@ -9,11 +9,13 @@ PACKAGE = Path(__file__).parent.parent / "spade_fast"
 ROOMS = (
     "kernels",
     "layout",
+    "data",
     "ops",
     "nn",
     "convert",
     "checkpoint",
     "losses",
+    "training",
     "check",
     "cli",
 )

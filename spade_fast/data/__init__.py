@@ -1,0 +1,31 @@
+"""From a folder of label maps and photographs to batches for training: `find_pairs` finds the
+files, `Preparation` makes a layout and a tensor of each pair, `Folder` or `Stream` is the data set,
+and `loader` yields its batches, windows numbered.
+
+Nothing here knows of networks; sizes, kernel_size and scales say what they will ask a layout for.
+"""
+
+from .dataset import Batch, Example, Folder, Stream, collate
+from .files import read_labels, read_palette, read_photograph
+from .loader import Sampler, loader
+from .pairs import CONVENTIONS, Convention, Pair, find_pairs
+from .preparation import MODES, Preparation
+
+__all__ = [
+    "CONVENTIONS",
+    "MODES",
+    "Batch",
+    "Convention",
+    "Example",
+    "Folder",
+    "Pair",
+    "Preparation",
+    "Sampler",
+    "Stream",
+    "collate",
+    "find_pairs",
+    "loader",
+    "read_labels",
+    "read_palette",
+    "read_photograph",
+]

@@ -1,0 +1,176 @@
+"""Data sets of layouts and photographs, and batches of them."""
+
+import contextlib
+import random
+from collections.abc import Iterable, Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+from torch.utils.data import Dataset
+
+from ..layout import SemanticLayout
+from .files import Palette, read_labels, read_photograph
+from .packing import pack, unpack
+from .pairs import Pair
+from .preparation import Preparation
+
+# What the discriminator asks a layout for: its first convolution's kernel size, stride and padding,
+# and the pooling between its scales.
+PATCHES = (4, 2, 2)
+HALF = {"kernel_size": 3, "stride": 2, "padding": 1, "count_include_pad": False}
+
+
+class Example(NamedTuple):
+    """One layout, its photograph, float32 [1, 3, height, width] from −1 to 1, and its name."""
+
+    layout: SemanticLayout
+    image: torch.Tensor
+    name: str
+
+
+class Folder(Dataset):
+    """The examples of some pairs of files.
+
+    `dataset[epoch, index]` is cropped and mirrored at random, by seed, epoch and index alone: it is
+    the same in every process and worker, and in a run that goes on. `dataset[index]` is not random:
+    the middle, not mirrored.
+
+    Args:
+        pairs: as `find_pairs` returns them.
+        preparation: makes layout and tensor of each.
+        palette: the class of each colour, where label maps are colour-coded.
+        seed: of the random crops.
+
+    Errors: ValueError, TypeError of what is wrong with a pair's files, which names the pair.
+    """
+
+    def __init__(
+        self,
+        pairs: Sequence[Pair],
+        preparation: Preparation,
+        *,
+        palette: Palette | None = None,
+        seed: int = 0,
+    ) -> None:
+        self.pairs, self.preparation = list(pairs), preparation
+        self.palette, self.seed = palette, seed
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def __getitem__(self, place: int | tuple[int, int]) -> Example:
+        epoch, index = place if isinstance(place, tuple) else (None, place)
+        name, labels, image, instances = self.pairs[index]
+        chance = None if epoch is None else random_of(self.seed, epoch, index)
+        with named(name):
+            labels = read_labels(labels, self.palette)
+            instances = None if instances is None else read_labels(instances)
+            return Example(
+                *self.preparation(labels, read_photograph(image), instances, chance), name
+            )
+
+
+class Stream:
+    """The examples of any iterable of (labels, photograph) or (labels, photograph, instances), in
+    its order: of a generator once, of an iterable that begins anew each time again and again.
+
+    Every worker and process reads the iterable, and prepares those examples that are its own, by
+    their running number: so it should yield the same in each, and split nothing itself. Crops are
+    random by seed and running number alone.
+
+    Args:
+        iterable: of tuples that `Preparation` takes.
+        preparation: makes layout and tensor of each.
+        seed: of the random crops.
+    """
+
+    def __init__(self, iterable: Iterable[tuple], preparation: Preparation, seed: int = 0) -> None:
+        self.iterable, self.preparation, self.seed = iterable, preparation, seed
+
+    def numbered(self) -> Iterable[tuple[int, tuple]]:
+        """The iterable's tuples with their running numbers, over and over."""
+        number, before = 0, -1
+        while number != before:  # a pass that yields nothing is the end
+            before = number
+            for example in self.iterable:
+                yield number, example
+                number += 1
+
+    def example(self, number: int, given: tuple) -> Example:
+        """The example with this running number. Errors: as of Folder."""
+        with named(f"example {number}"):
+            if not isinstance(given, (tuple, list)) or len(given) not in (2, 3):
+                raise TypeError(
+                    f"it is a {type(given).__name__}, it should be (labels, photograph) or (labels,"
+                    " photograph, instances)"
+                )
+            chance = random_of(self.seed, number)
+            return Example(*self.preparation(*given, random=chance), str(number))
+
+
+def random_of(*numbers: int) -> random.Random:
+    """A generator of random numbers that depends on these numbers alone."""
+    return random.Random(" ".join(map(str, numbers)))
+
+
+@contextlib.contextmanager
+def named(name: str) -> Iterator[None]:
+    """Inside, errors of what is given begin with the example's name."""
+    try:
+        yield
+    except (ValueError, TypeError) as error:
+        kind = TypeError if isinstance(error, TypeError) else ValueError
+        raise kind(f"{name}: {error}") from error
+
+
+class Batch(NamedTuple):
+    """A layout of several images, their photographs, float32 [N, 3, height, width] from −1 to 1,
+    and their names.
+    """
+
+    layout: SemanticLayout
+    images: torch.Tensor
+    names: tuple[str, ...]
+
+    def __reduce__(self):
+        return _unpacked, pack(tuple(self))
+
+    def pin_memory(self) -> "Batch":
+        """The batch in pinned memory, with all windows."""
+        return Batch(self.layout.pin_memory(), self.images.pin_memory(), self.names)
+
+    def to(self, device: torch.device | str | int, non_blocking: bool = True) -> "Batch":
+        """The batch on this device, with all windows; a GPU does not wait where it is pinned."""
+        return Batch(
+            self.layout.to(device, non_blocking),
+            self.images.to(device, non_blocking=non_blocking),
+            self.names,
+        )
+
+
+def _unpacked(*packed):
+    return Batch(*unpack(*packed))
+
+
+def collate(
+    examples: Sequence[Example],
+    sizes: Iterable[Sequence[int]] = (),
+    kernel_size: int = 3,
+    scales: int = 0,
+) -> Batch:
+    """One batch of several examples, with everything numbered that a step asks its layout for.
+
+    Args:
+        sizes, kernel_size: of the generator's blocks, as its attributes of these names say.
+        scales: of the discriminator.
+
+    Errors: ValueError where the examples differ in size.
+    """
+    layout = SemanticLayout.stack(example.layout for example in examples)
+    scale = layout.prepare(sizes, kernel_size)
+    for number in range(scales):
+        if number > 0:
+            scale = scale.avg_pool(**HALF)
+        scale.patches(*PATCHES)
+    images = torch.cat([example.image for example in examples])
+    return Batch(layout, images, tuple(example.name for example in examples))

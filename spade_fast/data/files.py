@@ -1,0 +1,151 @@
+"""Reading label maps, photographs and palettes from files."""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+
+from PIL import Image
+
+Palette = Mapping[tuple[int, int, int], int]  # the class that each colour stands for
+
+LOSSY = ("JPEG", "MPO", "JPEG2000")  # formats of images that no label map survives
+NUMBERS = ("1", "L", "P", "I", "I;16", "I;16B", "I;16L", "I;16N")  # modes of one number a pixel
+COLOURS = ("RGB", "RGBA", "RGBX")
+ORIENTATION = 0x0112  # the EXIF tag: 1 is upright
+
+
+def read_labels(path: str | os.PathLike, palette: Palette | None = None) -> np.ndarray:
+    """The numbers of a label map or an instance map, int64 [height, width].
+
+    Without a palette they are the numbers in the file: of 1, 8 or 16 bits, or the indices of a
+    paletted PNG. With one, every file is read by its colours, since writers store a map of few
+    colours as a paletted or a grey image. Transparency is not looked at.
+
+    Args:
+        palette: the class of each colour, as `read_palette` returns.
+
+    Errors: ValueError, which names the file: it is no whole image, it is compressed with losses, it
+        has colours and there is no palette, or a colour is not in the palette.
+    """
+    image = _read(path)
+    if image.format in LOSSY:
+        raise ValueError(
+            f"{path} is a {image.format}, whose compression changes labels: it should be a PNG"
+        )
+    if palette is not None and image.mode in ("1", "L", "P", *COLOURS):
+        return _classes_of(np.asarray(image.convert("RGB")), palette, path)
+    if image.mode in COLOURS:
+        raise ValueError(
+            f"{path} has colours ({image.mode}), and it takes a palette to know their classes: give"
+            " a file with a line R G B CLASS for each"
+        )
+    if palette is not None or image.mode not in NUMBERS:
+        wanted = "colours, for there is a palette" if palette is not None else "whole numbers"
+        raise ValueError(f"{path} has pixels of the kind {image.mode}, it should have {wanted}")
+    return np.asarray(image).astype(np.int64)
+
+
+def read_photograph(path: str | os.PathLike) -> Image.Image:
+    """A photograph as an RGB image of PIL, with the rows and columns that the file has: an EXIF
+    orientation turns nothing, since the label map has those rows and columns, too.
+
+    Errors: ValueError, which names the file: it is no whole image, it has more than 8 bits for a
+        grey pixel, or transparent pixels, whose colour nobody sees.
+    """
+    image = _read(path)
+    if image.mode.startswith("I") or image.mode == "F":
+        raise ValueError(
+            f"{path} has pixels of the kind {image.mode}, a photograph should have 8 bits per"
+            " channel"
+        )
+    if image.has_transparency_data:
+        if image.convert("RGBA").getchannel("A").getextrema()[0] < 255:
+            raise ValueError(f"{path} has transparent pixels, a photograph should have none")
+    return image.convert("RGB")
+
+
+def read_orientation(path: str | os.PathLike) -> int:
+    """The EXIF orientation of a photograph, 1 where it has none.
+
+    Errors: ValueError where the file is no image.
+    """
+    return _opened(path, lambda image: image.getexif().get(ORIENTATION, 1))
+
+
+def read_palette(path: str | os.PathLike) -> dict[tuple[int, int, int], int]:
+    """The class of each colour, from a text file with a line `R G B CLASS` for each colour, 0 to 255
+    and 0 or more; a name may follow. Several colours may have one class; `#` begins a comment.
+
+    Errors: ValueError, which names the file and the line.
+    """
+    palette = {}
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is no text file: {error}") from None
+    for number, line in enumerate(lines, start=1):
+        words = line.partition("#")[0].split()
+        if not words:
+            continue
+        try:
+            *colour, label = map(int, words[:4])
+            is_right = len(colour) == 3 and label >= 0 and all(0 <= part < 256 for part in colour)
+        except ValueError:
+            is_right = False
+        if not is_right:
+            raise ValueError(
+                f"{path}, line {number}, is {line.strip()!r}, it should be R G B CLASS: three"
+                " numbers from 0 to 255 and a class from 0 on"
+            )
+        if palette.setdefault(tuple(colour), label) != label:
+            raise ValueError(
+                f"{path}, line {number}, has the colour {tuple(colour)} for class {label}, an"
+                f" earlier line has it for {palette[tuple(colour)]}"
+            )
+    if not palette:
+        raise ValueError(f"{path} has no colours, it should have lines R G B CLASS")
+    return palette
+
+
+def _classes_of(pixels, palette, path):
+    """The class of each pixel, uint8 [height, width, 3], by its colour."""
+    numbers = pixels.astype(np.int32) @ np.array([1 << 16, 1 << 8, 1], np.int32)
+    colours = sorted(palette)
+    known = np.array([red << 16 | green << 8 | blue for red, green, blue in colours], np.int32)
+    places = np.searchsorted(known, numbers).clip(max=len(known) - 1)
+    wrong = known[places] != numbers
+    if wrong.any():
+        row, column = np.argwhere(wrong)[0].tolist()
+        count = int((numbers == numbers[row, column]).sum())
+        raise ValueError(
+            f"{path} has the colour {tuple(pixels[row, column].tolist())} in {count} pixels, first"
+            f" at row {row}, column {column}; the palette does not have it"
+            f" ({int(wrong.sum())} pixels have colours that it does not have)"
+        )
+    return np.array([palette[colour] for colour in colours], np.int64)[places]
+
+
+def _read(path):
+    """All of an image."""
+
+    def load(image):
+        image.load()
+        return image
+
+    return _opened(path, load)
+
+
+def _opened(path, function):
+    """What function returns for the image in a file."""
+    with open(path, "rb") as file:  # what is wrong with the file system is raised here, as it is
+        try:
+            return function(Image.open(file))
+        except MemoryError:
+            raise
+        except Exception as error:  # of any type, by where the file ends or what it is instead
+            reason = str(error).partition("\n")[0] or repr(error)
+            if isinstance(error, Image.UnidentifiedImageError):
+                reason = "of no format that is known"
+            raise ValueError(f"{path} is no image, or not a whole one: {reason}") from error

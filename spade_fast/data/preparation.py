@@ -1,0 +1,241 @@
+"""From a label map and a photograph of any size to what a network is trained on."""
+
+import random as randoms
+from dataclasses import KW_ONLY, dataclass
+
+import numpy as np
+import torch
+
+from ..layout import SemanticLayout, _whole_number
+from .files import Image
+
+MODES = (
+    "resize_and_crop",
+    "crop",
+    "scale_width",
+    "scale_width_and_crop",
+    "scale_shortside",
+    "scale_shortside_and_crop",
+    "fixed",
+    "none",
+)  # as published
+UNRESIZED = ("crop", "fixed", "none")  # modes that load_size says nothing about
+MULTIPLE = 32  # of each length, in mode "none"
+
+Map = np.ndarray | torch.Tensor | Image.Image
+
+
+@dataclass
+class Preparation:
+    """The published preprocessing (Park et al. 2019): resizes, crops and flips a label map, its
+    instance map and its photograph together. The maps are resized by nearest neighbour and the
+    photograph bicubically, both as Pillow does.
+
+    num_classes: classes, without "don't care".
+    dont_care: the number in the label maps that is no class: it becomes one more, num_classes.
+    mode: one of MODES. The image is resized to a width and a height of load_size
+        ("resize_and_crop"), to a width ("scale_width") or a shorter side ("scale_shortside") of
+        load_size with its own proportions, to the size of the crop ("fixed"), or to multiples of 32
+        ("none"); then a part of the crop's size is taken, in modes with "crop".
+    load_size: by default 286/256 of crop_size in modes that crop, as published, else crop_size.
+    crop_size: the width of the crop.
+    aspect_ratio: width over height of the crop, and of what "resize_and_crop" resizes to.
+    flip: whether half of the images are mirrored, left to right.
+    label_shift: what is added to the label maps' numbers to get classes.
+    """
+
+    num_classes: int
+    dont_care: int | None = None
+    _: KW_ONLY
+    mode: str = "resize_and_crop"
+    load_size: int | None = None
+    crop_size: int = 256
+    aspect_ratio: float = 1.0
+    flip: bool = True
+    label_shift: int = 0
+
+    def __post_init__(self):
+        self.num_classes = _whole_number("num_classes", self.num_classes, least=1)
+        self.crop_size = _whole_number("crop_size", self.crop_size, least=1)
+        self.label_shift = _whole_number("label_shift", self.label_shift)
+        if self.dont_care is not None:
+            self.dont_care = _whole_number("dont_care", self.dont_care)
+        if self.mode not in MODES:
+            raise ValueError(f"mode is {self.mode!r}, it should be one of {', '.join(MODES)}")
+        if not 0 < self.aspect_ratio < float("inf") or min(self._box) < 1:
+            raise ValueError(
+                f"aspect_ratio is {self.aspect_ratio!r}, it should be width over height of the crop"
+            )
+        if self.load_size is None:
+            return
+        _whole_number("load_size", self.load_size, least=1)
+        if self.mode in UNRESIZED:
+            raise ValueError(
+                f"load_size is {self.load_size} and mode {self.mode!r}, which does not resize to"
+                " it: it should be None"
+            )
+        least = min(self._box) if "shortside" in self.mode else self.crop_size
+        if self._crops and self.load_size < least:
+            raise ValueError(
+                f"load_size is {self.load_size}, it should be {least} or more to crop"
+                f" {_words(self._box)} from it"
+            )
+
+    @property
+    def output_size(self) -> tuple[int, int] | None:
+        """The height and width of every result; None in modes where each image has its own."""
+        return self._box[::-1] if self._crops or self.mode == "fixed" else None
+
+    def __call__(
+        self,
+        labels: Map,
+        photograph: Image.Image | np.ndarray | torch.Tensor,
+        instances: Map | None = None,
+        random: randoms.Random | None = None,
+    ) -> tuple[SemanticLayout, torch.Tensor]:
+        """The layout of one label map, and its photograph, float32 [1, 3, height, width] from −1 to
+        1. Edges of instances are those of the crop.
+
+        Args:
+            labels, instances: whole numbers [height, width].
+            photograph: an image of PIL, uint8 [height, width, 3], or floats [3, height, width]
+                from −1 to 1, as a tensor.
+            random: where the crop lies, and whether the image is mirrored; None takes the middle
+                and mirrors nothing.
+
+        Errors: ValueError, TypeError: an argument is not so, they differ in size, the image is
+            smaller than the crop, or a label is out of range.
+        """
+        maps = {"labels": _numbers("labels", labels)}
+        if instances is not None:
+            maps["instances"] = _numbers("instances", instances)
+        planes = _planes(photograph)
+        width, height = planes[0].size
+        for name, numbers in maps.items():
+            if numbers.shape != (height, width):
+                raise ValueError(
+                    f"{name} is {_words(numbers.shape[::-1])}, the photograph is"
+                    f" {_words((width, height))}: they should be of one size"
+                )
+        size = self._resized(width, height)
+        rows, columns, mirrored = self._part(size, random)
+        rows_of_map, columns_of_map = _nearest(height, size[1])[rows], _nearest(width, size[0])
+        place = np.ix_(rows_of_map, columns_of_map[columns][:: -1 if mirrored else 1])
+        image = np.stack([_bicubic(plane, size)[rows, columns] for plane in planes])
+        image = torch.from_numpy(np.ascontiguousarray(image[..., :: -1 if mirrored else 1]))
+        maps = {name: numbers[place][None] for name, numbers in maps.items()}
+        return self._layout(**maps), image[None]
+
+    def _layout(self, labels, instances=None):
+        dont_care = None if self.dont_care is None else self.dont_care + self.label_shift
+        try:
+            return SemanticLayout.from_labels(
+                labels + self.label_shift, self.num_classes, instances, dont_care
+            )
+        except ValueError as error:
+            if not self.label_shift:
+                raise
+            raise ValueError(f"{error}; label_shift, {self.label_shift}, was added") from None
+
+    @property
+    def _crops(self):
+        return self.mode.endswith("crop")
+
+    @property
+    def _box(self):
+        """The crop's width and height."""
+        return self.crop_size, round(self.crop_size / self.aspect_ratio)
+
+    def _resized(self, width, height):
+        """The width and height that an image of this size is resized to."""
+        length = self.load_size
+        if length is None:
+            length = round(self.crop_size * 286 / 256) if self._crops else self.crop_size
+        if self.mode == "fixed":
+            return self._box
+        if self.mode == "crop":
+            return width, height
+        if self.mode == "none":
+            return tuple(max(1, round(length / MULTIPLE)) * MULTIPLE for length in (width, height))
+        if self.mode == "resize_and_crop":
+            return length, round(length / self.aspect_ratio)
+        if "width" in self.mode or width <= height:
+            return length, max(1, length * height // width)
+        return max(1, length * width // height), length
+
+    def _part(self, size, random):
+        """The rows and columns of the crop, and whether it is mirrored."""
+        box = self._box if self._crops else size
+        spare = [whole - part for whole, part in zip(size, box)]
+        if min(spare) < 0:
+            raise ValueError(
+                f"the image is {_words(size)} where it is cropped, it should be no smaller than the"
+                f" crop, {_words(box)}"
+            )
+        if random is None:
+            starts, mirrored = [room // 2 for room in spare], False
+        else:
+            starts = [random.randint(0, room) for room in spare]
+            mirrored = random.random() < 0.5 and self.flip
+        columns, rows = (slice(start, start + part) for start, part in zip(starts, box))
+        return rows, columns, mirrored
+
+
+def _words(size):
+    return " × ".join(map(str, size))
+
+
+def _numbers(name, values):
+    """A map as an array [height, width]."""
+    if isinstance(values, torch.Tensor):
+        values = values.numpy(force=True)
+    elif isinstance(values, Image.Image):
+        values = np.asarray(values)
+    if not isinstance(values, np.ndarray) or values.dtype.kind not in "biu":
+        kind = getattr(values, "dtype", type(values).__name__)
+        raise TypeError(f"{name} is {kind}, it should be whole numbers [height, width]")
+    if values.ndim != 2 or not values.size:
+        raise ValueError(f"{name} has shape {list(values.shape)}, it should be [height, width]")
+    return values.astype(np.int64)
+
+
+def _planes(photograph):
+    """A photograph's three channels as images of PIL: of bytes, or of floats from −1 to 1."""
+    if isinstance(photograph, np.ndarray) and photograph.dtype == np.uint8:
+        if photograph.ndim == 3 and photograph.shape[2] == 3 and photograph.size:
+            photograph = Image.fromarray(np.ascontiguousarray(photograph))
+    if isinstance(photograph, Image.Image):
+        return photograph.convert("RGB").split()
+    if (
+        not isinstance(photograph, torch.Tensor)
+        or not photograph.is_floating_point()
+        or photograph.dim() != 3
+        or len(photograph) != 3
+        or not photograph.numel()
+    ):
+        kind = getattr(photograph, "dtype", type(photograph).__name__)
+        shape = list(getattr(photograph, "shape", ()))
+        raise TypeError(
+            f"photograph is {kind} {shape}, it should be an image of PIL, uint8 [height, width, 3],"
+            " or a tensor of floats [3, height, width]"
+        )
+    least, most = photograph.aminmax()
+    if not (least >= -1 and most <= 1):
+        raise ValueError(
+            f"photograph has values from {least:g} to {most:g}, they should be from −1 to 1"
+        )
+    return [Image.fromarray(plane) for plane in photograph.float().numpy(force=True)]
+
+
+def _nearest(length, wanted):
+    """Which row or column Pillow's nearest neighbour takes for each of the wanted ones."""
+    numbers = Image.fromarray(np.arange(length, dtype=np.int32)[None])
+    return np.asarray(numbers.resize((wanted, 1), Image.Resampling.NEAREST))[0]
+
+
+def _bicubic(plane, size):
+    """A channel at another width and height, float32 from −1 to 1."""
+    values = np.asarray(plane.resize(size, Image.Resampling.BICUBIC), dtype=np.float32)
+    if plane.mode == "F":
+        return values.clip(-1, 1)
+    return (values / 255 - 0.5) / 0.5

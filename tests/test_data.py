@@ -1,0 +1,584 @@
+"""From folders of label maps and photographs to batches."""
+
+import itertools
+import pickle
+import random
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import spade_fast.layout
+from spade_fast import MultiscaleDiscriminator, SemanticLayout, SPADEGenerator
+from spade_fast.data import (
+    CONVENTIONS,
+    MODES,
+    Folder,
+    Pair,
+    Preparation,
+    Sampler,
+    Stream,
+    collate,
+    find_pairs,
+    loader,
+    read_labels,
+    read_palette,
+    read_photograph,
+)
+
+CLASSES, DONT_CARE = 12, 255
+
+
+def save(array, path, **settings):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(array).save(path, **settings)
+    return path
+
+
+def drawn(height, width, seed=0):
+    """Rectangles: labels, a photograph, instances."""
+    numbers = np.random.default_rng(seed)
+    labels = np.full((height, width), DONT_CARE, np.uint8)
+    instances = np.zeros((height, width), np.uint8)
+    for number in range(6):
+        top, left = numbers.integers(height - 4), numbers.integers(width - 4)
+        part = np.s_[top : top + height // 2, left : left + width // 2]
+        labels[part], instances[part] = numbers.integers(CLASSES), number + 1
+    return labels, numbers.integers(0, 256, (height, width, 3), np.uint8), instances
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Seven pairs, of 40 × 36."""
+    for number in range(7):
+        labels, photograph, instances = drawn(36, 40, number)
+        save(labels, tmp_path / "labels" / f"{number}.png")
+        save(photograph, tmp_path / "images" / f"{number}.png")
+        save(instances, tmp_path / "instances" / f"{number}.png")
+    return tmp_path
+
+
+def data_set(folder, **settings):
+    settings = {"crop_size": 32, "load_size": 36} | settings
+    pairs = find_pairs(*(folder / kind for kind in ("labels", "images", "instances")))
+    return Folder(pairs, Preparation(CLASSES, DONT_CARE, **settings), seed=3)
+
+
+def labels_in(layout):
+    """The label of each pixel, the don't care one as CLASSES, [height, width]."""
+    return layout.to_segmap()[0, : CLASSES + 1].argmax(0)
+
+
+def refusal(function, *arguments, **settings):
+    with pytest.raises((ValueError, TypeError)) as caught:
+        function(*arguments, **settings)
+    return str(caught.value)
+
+
+# Files
+
+
+@pytest.mark.parametrize("largest, dtype", [(255, np.uint8), (65535, np.uint16)])
+def test_labels_of_8_and_16_bits(tmp_path, largest, dtype):
+    labels = np.random.default_rng(0).integers(0, largest + 1, (5, 7)).astype(dtype)
+    read = read_labels(save(labels, tmp_path / "map.png"))
+    assert read.dtype == np.int64 and (read == labels).all()
+
+
+def test_labels_of_32_bits(tmp_path):
+    labels = np.array([[0, 70000], [24001, 3]], np.int32)
+    assert (read_labels(save(labels, tmp_path / "map.tif")) == labels).all()
+
+
+def test_labels_of_one_bit_and_of_palette_indices(tmp_path):
+    labels = np.array([[0, 1, 1], [1, 0, 1]], np.uint8)
+    Image.fromarray(labels * 255).convert("1").save(tmp_path / "one.png")
+    assert (read_labels(tmp_path / "one.png") == labels).all()
+    image = Image.fromarray(labels * 7 + 2).convert("L")
+    image.putpalette([value for index in range(256) for value in (255 - index, 0, index)])
+    image.save(tmp_path / "indices.png")
+    with Image.open(tmp_path / "indices.png") as file:
+        assert file.mode == "P"
+    assert (read_labels(tmp_path / "indices.png") == labels * 7 + 2).all()
+    # With a palette colours are what counts, however the writer stored them.
+    palette = {(253, 0, 2): 5, (246, 0, 9): 4}
+    assert (read_labels(tmp_path / "indices.png", palette) == np.array([5, 4])[labels]).all()
+
+
+def test_labels_in_colours(tmp_path):
+    (tmp_path / "palette.txt").write_text(
+        "# made by hand\n\n128 64 128 3 road\n0 0 142 1 car # blue\n0 0 70 1 truck\n0 0 0 255\n"
+    )
+    palette = read_palette(tmp_path / "palette.txt")
+    assert palette == {(128, 64, 128): 3, (0, 0, 142): 1, (0, 0, 70): 1, (0, 0, 0): 255}
+    colours = np.array([*palette], np.uint8)
+    places = np.random.default_rng(0).integers(0, 4, (6, 5))
+    for name, pixels in {
+        "rgb": colours[places],
+        "rgba": np.dstack([colours[places], np.full((6, 5), 255, np.uint8)]),
+    }.items():
+        path = save(pixels, tmp_path / f"{name}.png")
+        assert (read_labels(path, palette) == np.array([3, 1, 1, 255])[places]).all()
+        assert "palette" in refusal(read_labels, path) and str(path) in refusal(read_labels, path)
+    pixels = colours[places]
+    pixels[4, 2:4] = (1, 2, 3)
+    pixels[5, 0] = (9, 9, 9)
+    message = refusal(read_labels, save(pixels, tmp_path / "other.png"), palette)
+    assert "other.png has the colour (1, 2, 3) in 2 pixels, first at row 4, column 2" in message
+    assert "3 pixels" in message
+    grey = save(np.zeros((3, 3), np.uint8), tmp_path / "grey.png")
+    assert (read_labels(grey, palette) == 255).all()  # a map of black alone, stored as grey
+    deep = save(np.zeros((3, 3), np.uint16), tmp_path / "deep.png")
+    assert "I;16" in refusal(read_labels, deep, palette)
+
+
+@pytest.mark.parametrize(
+    "line", ["1 2 3", "1 2 256 0", "1 2 3 -1", "a b c d", "0 0 0 2", "1 2 3 road"]
+)
+def test_palettes_that_are_none(tmp_path, line):
+    path = tmp_path / "palette.txt"
+    path.write_text(f"0 0 0 1\n{line}\n")
+    assert f"{path}, line 2, " in refusal(read_palette, path)
+    path.write_text("# nothing\n")
+    assert str(path) in refusal(read_palette, path)
+
+
+def test_files_that_are_no_label_maps(tmp_path):
+    labels, photograph, _ = drawn(40, 40)
+    path = save(labels, tmp_path / "map.jpg")
+    assert "map.jpg is a JPEG, whose compression changes labels" in refusal(read_labels, path)
+    path.rename(tmp_path / "hidden.png")
+    assert "is a JPEG" in refusal(read_labels, tmp_path / "hidden.png")
+    path = save(labels.astype(np.float32), tmp_path / "map.tif")
+    assert f"{path} has pixels of the kind F" in refusal(read_labels, path)
+    for suffix in ("png", "jpg"):
+        path = save(photograph, tmp_path / f"whole.{suffix}")
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+        for read in (read_labels, read_photograph):
+            if suffix == "png" or read is read_photograph:
+                assert f"{path} is no image, or not a whole one: " in refusal(read, path)
+    path.write_bytes(b"")
+    assert "of no format that is known" in refusal(read_photograph, path)
+    with pytest.raises(FileNotFoundError, match="absent.png"):
+        read_labels(tmp_path / "absent.png")
+
+
+def test_photographs(tmp_path):
+    _, photograph, _ = drawn(6, 8)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turned by a quarter
+    path = save(photograph, tmp_path / "turned.png", exif=exif)
+    assert (np.asarray(read_photograph(path)) == photograph).all()
+    grey = read_photograph(save(photograph[..., 0], tmp_path / "grey.png"))
+    assert (np.asarray(grey) == photograph[..., :1]).all()
+    deep = save(photograph[..., 0].astype(np.uint16), tmp_path / "deep.png")
+    assert "8 bits" in refusal(read_photograph, deep)
+    alpha = np.full((6, 8, 1), 255, np.uint8)
+    path = save(np.dstack([photograph, alpha]), tmp_path / "opaque.png")
+    assert (np.asarray(read_photograph(path)) == photograph).all()
+    alpha[2, 3] = 254
+    path = save(np.dstack([photograph, alpha]), tmp_path / "clear.png")
+    assert "transparent" in refusal(read_photograph, path)
+
+
+# Pairs
+
+
+def touch(folder, *names):
+    for name in names:
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+
+
+def test_pairs_by_stem(tmp_path):
+    touch(tmp_path / "l", "b.png", "a.png", "sub/a.png", "notes.txt", ".hidden.png")
+    touch(tmp_path / "i", "a.jpg", "b.JPEG", "sub/a.webp", "Thumbs.db", ".cache/x.png")
+    pairs = find_pairs(tmp_path / "l", tmp_path / "i")
+    assert [pair.name for pair in pairs] == ["a", "b", "sub/a"]
+    sub = Pair("sub/a", tmp_path / "l/sub/a.png", tmp_path / "i/sub/a.webp", None)
+    assert pairs[2] == sub
+    touch(tmp_path / "n", "a.png", "b.png", "sub/a.png")
+    pairs = find_pairs(tmp_path / "l", str(tmp_path / "i"), tmp_path / "n")
+    assert pairs[2] == sub._replace(instances=tmp_path / "n/sub/a.png")
+
+
+def test_pairs_of_cityscapes(tmp_path):
+    for name in ("bochum/bochum_000_1", "ulm/ulm_000_7"):
+        endings = ("labelIds.png", "instanceIds.png", "color.png", "polygons.json")
+        touch(tmp_path / "gtFine", *(f"{name}_gtFine_{ending}" for ending in endings))
+        touch(tmp_path / "left", f"{name}_leftImg8bit.png")
+    folders = tmp_path / "gtFine", tmp_path / "left"
+    pairs = find_pairs(*folders, convention="cityscapes")
+    assert [pair.name for pair in pairs] == ["bochum/bochum_000_1", "ulm/ulm_000_7"]
+    assert [path.name for path in pairs[1][1:]] == [
+        "ulm_000_7_gtFine_labelIds.png",
+        "ulm_000_7_leftImg8bit.png",
+        "ulm_000_7_gtFine_instanceIds.png",
+    ]
+    pairs = find_pairs(*folders, instances=False, convention="cityscapes")
+    assert [pair.instances for pair in pairs] == [None, None]
+
+
+def test_pairs_that_are_none(tmp_path):
+    labels, images = tmp_path / "l", tmp_path / "i"
+    assert "labels is" in refusal(find_pairs, labels, images)
+    labels.mkdir()
+    touch(images, "a.jpg", "b.jpg", "c.jpg")
+    assert "labels is" in refusal(find_pairs, labels, images)
+    assert "has no images" in refusal(find_pairs, labels, images)
+    touch(labels, "a.png", "d.png")
+    message = refusal(find_pairs, labels, images)
+    assert message.startswith("3 files have no partner, or two: ") and "check-data" in message
+    assert f"{images / 'b.jpg'} has no partner in labels ({labels})" in message
+    assert f"{labels / 'd.png'} has no partner in images ({images})" in message
+    touch(images, "a.png", "d.png")
+    message = refusal(find_pairs, labels, images)
+    assert f"{images / 'a.jpg'} and {images / 'a.png'} have the same name in images" in message
+    assert "should be one of folder, coco_stuff" in refusal(
+        find_pairs, labels, images, convention="coco"
+    )
+    assert "_gtFine_labelIds" in refusal(find_pairs, labels, images, convention="cityscapes")
+
+
+def prepared(convention, labels, instances=None):
+    rules = CONVENTIONS[convention]
+    preparation = Preparation(
+        rules.num_classes, rules.dont_care, mode="crop", crop_size=2, label_shift=rules.label_shift
+    )
+    layout, _ = preparation(np.array(labels), np.zeros((2, 2, 3), np.uint8), instances)
+    return layout.to_segmap()[0]
+
+
+def test_conventions_of_labels():
+    segmap = prepared("coco_stuff", [[0, 181], [255, 7]])
+    assert segmap.argmax(0).tolist() == [[0, 181], [182, 7]] and len(segmap) == 183
+    segmap = prepared("ade20k", [[0, 150], [1, 7]])
+    assert segmap.argmax(0).tolist() == [[150, 149], [0, 6]] and len(segmap) == 151
+    instances = np.array([[24001, 24002], [24001, 24001]], np.uint16)
+    segmap = prepared("cityscapes", [[0, 33], [7, 34]], instances)
+    assert segmap[:35].argmax(0).tolist() == [[0, 33], [7, 34]] and len(segmap) == 36
+    assert segmap[35].tolist() == [[1, 1], [0, 1]]
+    message = refusal(prepared, "ade20k", [[0, 151], [1, 7]])
+    assert "labels has a 150 in 1 pixels" in message and "label_shift, -1, was added" in message
+
+
+# Preparation
+
+
+def places(height, width):
+    """An image whose pixels are their own places: labels row · width + column, and a photograph
+    with row and column in two channels.
+    """
+    row, column = np.mgrid[:height, :width]
+    return row * width + column, np.stack([row, column, 0 * row], -1).astype(np.uint8)
+
+
+SIZES = {  # of an image 96 wide and 64 high, (height, width) where it is cropped, by hand
+    "resize_and_crop": (30, 60),
+    "crop": (64, 96),
+    "scale_width": (40, 60),
+    "scale_width_and_crop": (40, 60),
+    "scale_shortside": (60, 90),
+    "scale_shortside_and_crop": (60, 90),
+    "fixed": (20, 40),
+    "none": (64, 96),
+}
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("seed", [None, 0, 1])
+def test_modes(mode, seed):
+    """Both resized by Pillow as a whole, then cut where labels say that they were cut."""
+    chance = None if seed is None else random.Random(seed)
+    resized = mode not in ("crop", "fixed", "none")
+    numbers, photograph = places(64, 96)
+    preparation = Preparation(
+        64 * 96,
+        mode=mode,
+        crop_size=40,
+        load_size=60 if resized else None,
+        aspect_ratio=2,
+    )
+    layout, image = preparation(numbers, photograph, random=chance)
+    size = SIZES[mode]
+    whole = [
+        np.asarray(Image.fromarray(array).resize(size[::-1], how))
+        for array, how in (
+            (numbers.astype(np.int32), Image.Resampling.NEAREST),
+            (photograph, Image.Resampling.BICUBIC),
+        )
+    ]
+    crops = mode.endswith("crop")
+    assert preparation.output_size == ((20, 40) if crops or mode == "fixed" else None)
+    found = layout.palette.argmax(1)[layout.codes[0].long()].numpy()
+    assert found.shape == image.shape[2:] == ((20, 40) if crops else size)
+    mirrored = found[0, 0] > found[0, -1]
+    if mirrored:
+        found, image = found[:, ::-1], image.flip(-1)
+    top, left = np.argwhere(whole[0] == found[0, 0])[0]
+    if seed is None:
+        assert not mirrored
+        assert (top, left) == tuple((a - b) // 2 for a, b in zip(size, found.shape))
+    part = np.s_[top : top + found.shape[0], left : left + found.shape[1]]
+    assert (whole[0][part] == found).all()
+    expected = torch.tensor(whole[1][part]).permute(2, 0, 1) / 127.5 - 1
+    assert image.dtype == torch.float32 and image.shape[:2] == (1, 3)
+    assert torch.allclose(image[0], expected, atol=1e-6)
+
+
+def test_crops_and_flips_reach_everything():
+    """Every corner and both directions occur, and no others."""
+    numbers, photograph = places(5, 6)
+    preparation = Preparation(30, mode="crop", crop_size=4)
+    seen = set()
+    for seed in range(200):
+        layout, image = preparation(numbers, photograph, random=random.Random(seed))
+        found = layout.to_segmap()[0].argmax(0)
+        left, right = sorted((found[0, 0].item(), found[0, -1].item()))
+        assert right - left == 3
+        seen.add((left // 6, left % 6, bool(found[0, 0] > found[0, 1])))
+        pixels = ((image[0] + 1) * 127.5).round().long()
+        assert (pixels[0] * 6 + pixels[1] == found).all()
+    assert seen == set(itertools.product(range(2), range(3), (False, True)))
+    still = Preparation(30, mode="crop", crop_size=4, flip=False)
+    layout, _ = still(numbers, photograph, random=random.Random(0))
+    columns = [
+        still(numbers, photograph, random=random.Random(seed))[0].to_segmap()[0].argmax(0)[0]
+        for seed in range(20)
+    ]
+    assert all((row.diff() == 1).all() for row in columns)
+
+
+def test_edges_of_instances_are_those_of_the_crop():
+    labels = np.zeros((4, 6), np.uint8)
+    instances = np.array([[1, 1, 1, 1, 1, 2]] * 4)
+    preparation = Preparation(1, mode="crop", crop_size=4)
+    layout, _ = preparation(labels, np.zeros((4, 6, 3), np.uint8), instances)
+    assert layout.to_segmap()[0, 1].sum() == 0  # the middle does not reach the second instance
+    layout, _ = preparation(labels[:, 2:], np.zeros((4, 4, 3), np.uint8), instances[:, 2:])
+    assert layout.to_segmap()[0, 1].tolist() == [[0, 0, 1, 1]] * 4
+
+
+def test_kinds_of_images():
+    labels, photograph, instances = drawn(32, 48)
+    photograph = photograph // 2 + 64  # what bytes cannot hold would be cut off between two passes
+    preparation = Preparation(CLASSES, DONT_CARE, crop_size=24)
+    layout, image = preparation(labels, photograph, instances)
+    pixels = torch.from_numpy(photograph).permute(2, 0, 1) / 127.5 - 1
+    for other in (
+        preparation(
+            torch.from_numpy(labels), Image.fromarray(photograph), torch.from_numpy(instances)
+        ),
+        preparation(Image.fromarray(labels), pixels, Image.fromarray(instances)),
+    ):
+        assert layout.equal(other[0])
+        # Bytes are rounded after each of two passes; the weights of one add up to 1.5 at most.
+        assert (image - other[1]).abs().max() <= 1.25 / 127.5
+    black_and_white = torch.where(torch.arange(48) < 24, -1.0, 1.0).expand(3, 32, 48)
+    assert preparation(labels, black_and_white)[1].abs().max() == 1  # bicubic would go beyond
+
+
+def test_pictures_that_do_not_fit():
+    labels, photograph, instances = drawn(32, 48)
+    preparation = Preparation(CLASSES, DONT_CARE, mode="crop", crop_size=40)
+    message = refusal(preparation, labels, photograph)
+    assert "the image is 48 × 32" in message and "40 × 40" in message
+    preparation = Preparation(CLASSES, DONT_CARE, crop_size=16)
+    message = refusal(preparation, labels[:-1], photograph)
+    assert "labels is 48 × 31, the photograph is 48 × 32" in message
+    assert "instances is 47 × 32" in refusal(preparation, labels, photograph, instances[:, 1:])
+    assert "labels has a 12 in" in refusal(preparation, labels * 0 + 12, photograph)
+    for name, wrong in {
+        "labels": (labels / 2, photograph),
+        "photograph": (labels, photograph / 2),
+        "labels has shape": (labels[None], photograph),
+        "photograph has values": (labels, torch.full((3, 32, 48), 2.0)),
+        "photograph is": (labels, photograph[..., :2]),
+    }.items():
+        assert name in refusal(preparation, *wrong)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"mode": "resize"},
+        {"mode": "crop", "load_size": 300},
+        {"load_size": 255},
+        {"crop_size": 0},
+        {"crop_size": 2.5},
+        {"aspect_ratio": 0},
+        {"aspect_ratio": 1000},
+        {"num_classes": 0},
+        {"dont_care": 0.5},
+        {"label_shift": None},
+    ],
+)
+def test_preparations_that_are_none(settings):
+    message = refusal(Preparation, **{"num_classes": 3} | settings)
+    assert any(message.startswith(name) for name in settings)
+
+
+# Data sets
+
+
+def same(one, other):
+    return one[0].equal(other[0]) and torch.equal(one[1], other[1]) and one[2:] == other[2:]
+
+
+def test_folder(folder):
+    data = data_set(folder)
+    assert len(data) == 7 and data[6].name == "6"
+    assert same(data[1, 4], data[1, 4]) and same(data[4], data[4])
+    assert same(data[1, 4], data_set(folder)[1, 4])
+    assert not all(same(data[0, 4], data[epoch, 4]) for epoch in range(1, 4))
+    labels, photograph, instances = drawn(36, 40, 4)
+    assert same(data[4], (*data.preparation(labels, photograph, instances), "4"))
+    labels[3, 5] = 77
+    save(labels, folder / "labels" / "4.png")
+    flat = data_set(folder, mode="fixed", load_size=None, crop_size=40, aspect_ratio=40 / 36)
+    assert refusal(lambda: flat[4]).startswith("4: labels has a 77 in 1 pixels, first at [0, 3, 5]")
+
+
+def test_batches_have_numbered_everything(folder, monkeypatch):
+    """A step of generator and discriminator numbers nothing, forwards nor backwards."""
+    generator = SPADEGenerator.official(CLASSES + 2, crop_size=32, ngf=2, nhidden=2)
+    discriminator = MultiscaleDiscriminator(CLASSES + 2 + 3, n_scales=3, ndf=4)
+    data = data_set(folder)
+    numbered = {
+        "sizes": generator.sizes,
+        "kernel_size": generator.kernel_size,
+        "scales": 3,
+    }
+    batch = collate([data[0, 1], data[0, 2]], **numbered)
+    batches = [batch, pickle.loads(pickle.dumps(batch)), batch.to("cpu")]
+    batches += itertools.islice(loader(data, 2, workers=1, **numbered), 1)
+    plain = collate([data[0, 1], data[0, 2]])
+    assert plain.layout.equal(batch.layout) and not plain.layout._windows
+    segmap = torch.cat([data[0, 1].layout.to_segmap(), data[0, 2].layout.to_segmap()])
+    assert torch.equal(batch.layout.to_segmap(), segmap)
+
+    def refuse(*_):
+        raise AssertionError("a step numbered windows")
+
+    for name in ("number", "number_patches"):
+        monkeypatch.setattr(spade_fast.layout, name, refuse)
+    for given in batches:
+        fake = generator(given.layout)
+        both = torch.cat([fake, given.images])
+        sum(scale[-1].sum() for scale in discriminator(both, given.layout)).backward()
+    with pytest.raises(AssertionError, match="numbered"):
+        discriminator(plain.images, plain.layout)
+
+
+def test_batches_of_several_sizes_are_refused(folder):
+    save(drawn(36, 64)[0], folder / "labels" / "1.png")
+    save(drawn(36, 64)[1], folder / "images" / "1.png")
+    save(drawn(36, 64)[2], folder / "instances" / "1.png")
+    data = data_set(folder, mode="none", load_size=None)
+    assert data[0].layout.codes.shape[1:] == (32, 32) and data[1].image.shape == (1, 3, 32, 64)
+    assert "of one size" in refusal(collate, [data[0], data[1]])
+
+
+# Loaders
+
+
+def first(batches, count):
+    return list(itertools.islice(batches, count))
+
+
+def test_sampler():
+    batches = first(Sampler(7, 2, seed=5), 9)
+    for epoch in range(3):
+        own = batches[3 * epoch : 3 * epoch + 3]
+        indices = [index for batch in own for _, index in batch]
+        assert len(set(indices)) == 6 and set(indices) < set(range(7))
+        assert all(number == epoch for batch in own for number, _ in batch)
+    assert batches[:3] != [[(0, index) for _, index in batch] for batch in batches[3:6]]
+    assert batches != first(Sampler(7, 2, seed=6), 9)
+    for start in range(7):
+        assert first(Sampler(7, 2, seed=5, start=start), 2) == batches[start : start + 2]
+    whole = first(Sampler(7, 6, seed=5), 4)
+    shares = [first(Sampler(7, 2, seed=5, rank=rank, processes=3), 4) for rank in range(3)]
+    assert [one + two + three for one, two, three in zip(*shares)] == whole
+
+
+@pytest.mark.parametrize(
+    "settings", [{"batch": 8}, {"batch": 4, "processes": 2}, {"batch": 0}, {"rank": 1}]
+)
+def test_samplers_that_are_none(settings):
+    assert "should" in refusal(Sampler, 7, **{"batch": 1} | settings)
+
+
+def test_loaders_yield_the_same_for_any_workers_processes_and_start(folder):
+    data = data_set(folder)
+    state = torch.get_rng_state()
+    expected = first(loader(data, 4, seed=1), 4)  # four epochs
+    for settings in ({"workers": 2}, {"workers": 1, "start": 2}):
+        start = settings.get("start", 0)
+        found = first(loader(data, 4, seed=1, **settings), 4 - start)
+        assert all(map(same, found, expected[start:]))
+    shares = [first(loader(data, 2, seed=1, rank=rank, processes=2), 4) for rank in (0, 1)]
+    for whole, *parts in zip(expected, *shares):
+        assert torch.equal(whole.images, torch.cat([part.images for part in parts]))
+        assert whole.names == parts[0].names + parts[1].names
+        assert whole.layout.equal(SemanticLayout.stack(part.layout for part in parts))
+    assert torch.equal(state, torch.get_rng_state())  # training's own
+
+
+def test_batches_come_from_workers_as_one_tensor(folder):
+    """Each tensor by itself would be a file that is opened; and a change of one is none of others."""
+    data = data_set(folder)
+    numbered = {"sizes": [(16, 16), (32, 32)], "scales": 2}
+    expected, (batch,) = (
+        first(loader(data, 4, workers=workers, **numbered), 1) for workers in (0, 1)
+    )
+    assert same(batch, *expected)
+    windows = batch.layout.windows((16, 16), 3)
+    patches = batch.layout.avg_pool(3, 2, 1, False).patches(4, 2, 2)
+    tensors = [batch.images, batch.layout.codes, batch.layout.palette, windows.index]
+    tensors += [*windows.table, patches.contents, patches.order]
+    assert len({tensor.untyped_storage().data_ptr() for tensor in tensors}) == 1
+    batch.images.zero_()
+    assert batch.layout.windows((16, 16), 3) is windows
+    assert same(batch._replace(images=expected[0].images), *expected)
+
+
+class Again:
+    """An iterable that begins anew each time."""
+
+    def __init__(self, count):
+        self.count = count
+
+    def __iter__(self):
+        for number in range(self.count):
+            yield drawn(36, 40, number)
+
+
+def test_streams():
+    preparation = Preparation(CLASSES, DONT_CARE, crop_size=32)
+    stream = Stream(Again(5), preparation, seed=2)
+    expected = first(loader(stream, 2), 6)  # without end
+    assert [batch.names for batch in expected[:3]] == [("0", "1"), ("2", "3"), ("4", "5")]
+    assert expected[2].images.shape == (2, 3, 32, 32)
+    example = preparation(*drawn(36, 40, 3), random=random.Random("2 3"))
+    assert torch.equal(expected[1].images[1:], example[1])
+    for settings in ({"workers": 2}, {"workers": 1, "start": 2}, {"start": 5}):
+        start = settings.get("start", 0)
+        assert all(map(same, first(loader(stream, 2, **settings), 6 - start), expected[start:]))
+    shares = [first(loader(stream, 1, rank=rank, processes=2), 6) for rank in (0, 1)]
+    for whole, *parts in zip(expected, *shares):
+        assert torch.equal(whole.images, torch.cat([part.images for part in parts]))
+        assert whole.names == parts[0].names + parts[1].names
+
+
+def test_streams_that_end_and_streams_that_are_wrong():
+    preparation = Preparation(CLASSES, DONT_CARE, crop_size=32)
+    once = Stream(iter([drawn(36, 40, number)[:2] for number in range(5)]), preparation)
+    assert [batch.names for batch in loader(once, 2)] == [("0", "1"), ("2", "3")]
+    wrong = Stream([drawn(36, 40)[:1]], preparation)
+    assert refusal(next, iter(loader(wrong, 1))).startswith("example 0: it is a tuple")
+    labels, photograph, _ = drawn(36, 40)
+    wrong = Stream([(labels * 0 + 99, photograph)], preparation)
+    assert refusal(next, iter(loader(wrong, 1))).startswith("example 0: labels has a 99")
