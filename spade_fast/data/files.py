@@ -5,7 +5,6 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
-
 from PIL import Image
 
 Palette = Mapping[tuple[int, int, int], int]  # the class that each colour stands for

@@ -1,1 +1,23 @@
-"""Training: from pairs of label maps and photographs to a generator."""
+"""Training: the published recipe, on one processor, one GPU or many machines.
+
+`train(config)` does the whole job in a folder, and `resume` goes on with it. `Trainer` is the loop
+alone: `for step in trainer.fit(batches)`, with networks, losses and optimizers of your own or made
+by the settings.
+"""
+
+from .config import PRESETS, Config, preset
+from .step import Networks
+from .train import Stopped, resume, train
+from .trainer import Step, Trainer
+
+__all__ = [
+    "PRESETS",
+    "Config",
+    "Networks",
+    "Step",
+    "Stopped",
+    "Trainer",
+    "preset",
+    "resume",
+    "train",
+]

@@ -10,11 +10,13 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from . import __version__, backends
-from . import check as checking
-from .kernels import cpu_backend
+from .. import __version__, backends
+from .. import check as checking
+from ..kernels import cpu_backend
+from .train import command as train
 
 app = typer.Typer(help="The SPADE layer, fast.", no_args_is_help=True, add_completion=False)
+app.command("train")(train())
 
 
 @app.callback()

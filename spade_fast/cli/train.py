@@ -1,0 +1,92 @@
+"""The command `spade-fast train`, with an option for every setting."""
+
+import dataclasses
+import inspect
+import types
+from collections.abc import Callable
+from typing import Annotated, Any, get_args, get_type_hints
+
+import typer
+
+from ..training import Stopped, resume, train
+from ..training.config import PRESETS, Config, preset
+
+
+def command() -> Callable[..., None]:
+    """The function that typer makes the command of: its parameters are the settings, each None
+    where it is not given.
+    """
+    types_of = get_type_hints(Config)
+    parameters = [
+        _parameter("resume_folder", str, "Go on with the run in this folder.", "--resume"),
+        _parameter(
+            "preset_name",
+            str,
+            " ".join(f"{name}: {words}" for name, (words, _) in PRESETS.items()),
+            "--preset",
+        ),
+    ]
+    for each in dataclasses.fields(Config):
+        option = "--" + each.name.lower().replace("_", "-")
+        kind = _plain(types_of[each.name])
+        if kind is bool:
+            option += f"/--no-{option[2:]}"
+        default = "" if each.default is None else f" [default: {_words(each.default)}]"
+        parameters.append(_parameter(each.name, kind, each.metadata["help"] + default, option))
+
+    def run(resume_folder: str | None, preset_name: str | None, **settings: Any) -> None:
+        given = {name: value for name, value in settings.items() if value is not None}
+        try:
+            path = _train(resume_folder, preset_name, given)
+        except Stopped as stopped:
+            typer.echo(stopped, err=True)
+            raise typer.Exit(1) from None
+        except (ValueError, TypeError, OSError, ModuleNotFoundError) as error:
+            typer.echo(f"Error: {_as_options(str(error))}", err=True)
+            raise typer.Exit(2) from None
+        typer.echo(path)
+
+    run.__signature__ = inspect.Signature(parameters)
+    run.__doc__ = """Train a generator on folders of label maps and photographs, or go on with a
+    run. The run's folder has its settings, checkpoints, pictures, log and the generator's weights.
+    """
+    return run
+
+
+def _train(resume_folder, preset_name, given):
+    if resume_folder is None:
+        return train(Config(**(preset(preset_name) | given)))
+    if preset_name is not None:
+        raise ValueError(
+            f"preset is {preset_name!r} and resume {resume_folder!r}, only one of them should be"
+            " given: a run has its settings"
+        )
+    return resume(resume_folder, **given)
+
+
+def _parameter(name, kind, help, option):
+    return inspect.Parameter(
+        name,
+        inspect.Parameter.KEYWORD_ONLY,
+        default=None,
+        annotation=Annotated[kind | None, typer.Option(option, help=help, show_default=False)],
+    )
+
+
+def _plain(wanted):
+    """A setting's type without None."""
+    if isinstance(wanted, types.UnionType):
+        return next(kind for kind in get_args(wanted) if kind is not type(None))
+    return wanted
+
+
+def _words(value):
+    return {True: "yes", False: "no"}.get(value, value) if isinstance(value, bool) else value
+
+
+def _as_options(words):
+    """A message of a setting, as of an option."""
+    name, _, rest = words.partition(" ")
+    if name in Config.__dataclass_fields__:
+        return f"--{name.lower().replace('_', '-')} {rest}"
+    return words

@@ -1,0 +1,278 @@
+"""The settings of a training run: one dataclass, written as YAML beside the weights, every field
+also an option of `spade-fast train`.
+"""
+
+import dataclasses
+import types
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, get_args, get_type_hints
+
+from ..losses import KINDS, check_kind
+from ..nn.config import parse_config
+from ..nn.generator import NORM_G, official_arguments
+
+ORDERS = ("published", "shared")
+PRECISIONS = ("no", "bf16", "fp16")
+INITIALISATIONS = ("xavier", "xavier_uniform", "normal", "kaiming", "orthogonal", "default")
+
+
+def setting(default: Any, help: str, least: float | None = None, may_change: bool = False) -> Any:
+    """A field of Config.
+
+    Args:
+        default: its value where none is given.
+        help: what it means, for the command's help.
+        least: the smallest number that it may be.
+        may_change: whether a run may be resumed with another value: it does not decide what the
+            next steps compute.
+    """
+    return field(default=default, metadata=dict(help=help, least=least, may_change=may_change))
+
+
+@dataclass(kw_only=True)
+class Config:
+    """Everything that decides a training run. The defaults are those of the published code (Park et
+    al. 2019, section 4 and appendix A); `PRESETS` has others.
+    """
+
+    # Data
+    labels: str | None = setting(None, "Folder of label maps.", may_change=True)
+    images: str | None = setting(None, "Folder of photographs.", may_change=True)
+    instances: str | None = setting(
+        None, "Folder of instance maps; their edges become a channel.", may_change=True
+    )
+    convention: str = setting(
+        "folder", "How the folders are laid out: folder, coco_stuff, ade20k or cityscapes."
+    )
+    palette: str | None = setting(
+        None, "File of colours and classes, for colour-coded label maps.", may_change=True
+    )
+    num_classes: int | None = setting(None, "Classes, without don't care.", 1)
+    dont_care: int | None = setting(None, "The label of pixels without a class.")
+    preprocess: str = setting(
+        "resize_and_crop",
+        "resize_and_crop, crop, scale_width, scale_width_and_crop, scale_shortside,"
+        " scale_shortside_and_crop, fixed or none.",
+    )
+    load_size: int | None = setting(
+        None, "Length that images are resized to before they are cropped; 286/256 of the crop.", 1
+    )
+    crop_size: int = setting(256, "Width of the images that the networks see.", 1)
+    aspect_ratio: float = setting(1.0, "Width of the images over their height.")
+    flip: bool = setting(True, "Mirror every second example.")
+    workers: int = setting(1, "Processes that read examples.", 0, may_change=True)
+    check: bool = setting(True, "Check all files before the first step.", may_change=True)
+    # Networks
+    ngf: int = setting(64, "Channels of the generator, in multiples of which it is made.", 1)
+    ndf: int = setting(64, "Channels of the discriminator's and encoder's first layer.", 1)
+    nhidden: int = setting(128, "Channels between the condition and γ and β.", 1)
+    norm_G: str = setting(NORM_G, "The generator's norms and spectral norm.")
+    upsampling: str = setting("normal", "Doublings of the generator: normal, more or most.")
+    scales: int = setting(2, "Scales of the discriminator.", 1)
+    layers: int = setting(4, "Layers of each scale's discriminator, before the last.", 1)
+    use_vae: bool = setting(False, "Train an encoder that makes the style z of photographs.")
+    z_dim: int = setting(256, "Length of z.", 1)
+    init: str = setting("xavier", "Initialisation: " + ", ".join(INITIALISATIONS) + ".")
+    init_gain: float = setting(0.02, "Its gain.")
+    # Losses
+    adversarial: str = setting("hinge", "Adversarial loss: " + ", ".join(KINDS) + ".")
+    perceptual: bool = setting(True, "The perceptual loss of VGG19's features.")
+    vgg_weights: str | None = setting(
+        None, "torchvision's file of VGG19's weights; else torch.hub's cache.", may_change=True
+    )
+    weight_adversarial: float = setting(1.0, "Weight of the generator's adversarial loss.", 0)
+    weight_features: float = setting(10.0, "Weight of feature matching.", 0)
+    weight_perceptual: float = setting(10.0, "Weight of the perceptual loss.", 0)
+    weight_kl: float = setting(0.05, "Weight of the encoder's KL divergence.", 0)
+    # Steps
+    steps: int | None = setting(None, "Steps of the run; or --epochs.", 1, may_change=True)
+    epochs: int | None = setting(None, "Epochs of the run.", 1, may_change=True)
+    batch: int = setting(1, "Images of a step, of all processes together.", 1)
+    accumulate: int = setting(1, "Parts that a step's batch is computed in, one by one.", 1)
+    order: str = setting(
+        "published",
+        "published: the generator's step, then the discriminator's on a new image; shared: one"
+        " image for both, the discriminator first.",
+    )
+    discriminator_steps: int = setting(
+        1, "Steps of the discriminator for each of the generator.", 1
+    )
+    lr_generator: float = setting(1e-4, "Learning rate of generator and encoder.", 0)
+    lr_discriminator: float = setting(4e-4, "Learning rate of the discriminator.", 0)
+    beta1: float = setting(0.0, "Adam's first beta.", 0)
+    beta2: float = setting(0.9, "Adam's second beta.", 0)
+    decay: float = setting(0.0, "Last part of the run in which learning rates fall to 0.", 0)
+    ema: float = setting(0.999, "Decay of the generator's running average in a step.", 0)
+    precision: str = setting("no", "Mixed precision: no, bf16 or fp16.")
+    recompute: bool = setting(
+        False, "Compute the generator's blocks again in backward: slower, in less memory."
+    )
+    # The run
+    out: str | None = setting(None, "The run's folder.", may_change=True)
+    seed: int = setting(0, "Decides initialisation, order of examples, crops, flips and noise.", 0)
+    save_every: int = setting(1000, "Steps from checkpoint to checkpoint.", 1, may_change=True)
+    keep: int = setting(2, "Newest checkpoints that are kept, beside the best.", 1, may_change=True)
+    log_every: int = setting(50, "Steps from line to line of the log.", 1, may_change=True)
+    pictures: int = setting(8, "Scenes in each picture of the run.", 0, may_change=True)
+    tensorboard: bool = setting(True, "Write TensorBoard's events.", may_change=True)
+
+    def __post_init__(self) -> None:
+        """Raises ValueError or TypeError where a setting is not as it should be, or contradicts
+        another; the message names it.
+        """
+        types_of = get_type_hints(type(self))
+        for each in dataclasses.fields(self):
+            value = _as_type(each.name, getattr(self, each.name), types_of[each.name])
+            least = each.metadata["least"]
+            if value is not None and least is not None and not value >= least:
+                raise ValueError(f"{each.name} is {value}, it should be {least} or more")
+            setattr(self, each.name, value)
+        self._check_choices()
+        self._check_contradictions()
+
+    def _check_choices(self):
+        from ..data import CONVENTIONS, MODES
+
+        check_kind(self.adversarial)
+        parse_config(self.norm_G, "norm_G")
+        for name, choices in {
+            "convention": CONVENTIONS,
+            "preprocess": MODES,
+            "order": ORDERS,
+            "precision": PRECISIONS,
+            "init": INITIALISATIONS,
+        }.items():
+            if getattr(self, name) not in choices:
+                raise ValueError(
+                    f"{name} is {getattr(self, name)!r}, it should be one of {', '.join(choices)}"
+                )
+        for name in ("beta1", "beta2", "ema"):
+            if not getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}, it should be less than 1")
+        if self.decay > 1:
+            raise ValueError(f"decay is {self.decay}, it should be 1 or less: a part of the run")
+        self.generator_arguments(1)
+
+    def _check_contradictions(self):
+        if self.steps is not None and self.epochs is not None:
+            raise ValueError(
+                f"steps is {self.steps} and epochs {self.epochs}, only one of them should be given"
+            )
+        if self.vgg_weights is not None and not self.perceptual:
+            raise ValueError(
+                f"vgg_weights is {self.vgg_weights!r} and perceptual is off: one of them should go"
+            )
+        if self.order == "shared" and self.accumulate > 1:
+            raise ValueError(
+                f"order is 'shared' and accumulate {self.accumulate}, it should be 1: the"
+                " discriminator takes its step before the generator's losses are known"
+            )
+        if self.batch % self.accumulate:
+            raise ValueError(
+                f"batch is {self.batch}, it should be a multiple of accumulate, {self.accumulate}"
+            )
+        if self.load_size is not None and self.preprocess in ("crop", "fixed", "none"):
+            raise ValueError(
+                f"load_size is {self.load_size}, but preprocess {self.preprocess!r} resizes to no"
+                " such length"
+            )
+
+    def generator_arguments(self, label_nc: int) -> dict:
+        """The arguments of SPADEGenerator for a condition of so many channels. Errors: ValueError
+        where an image of that size cannot be made.
+        """
+        return official_arguments(
+            label_nc,
+            crop_size=self.crop_size,
+            aspect_ratio=self.aspect_ratio,
+            num_upsampling_layers=self.upsampling,
+        ) | dict(
+            z_dim=self.z_dim if self.use_vae else None,
+            ngf=self.ngf,
+            nhidden=self.nhidden,
+            norm_G=self.norm_G,
+        )
+
+    def save(self, path: Path) -> None:
+        """Writes the settings as YAML."""
+        import yaml
+
+        path.write_text(
+            "# Settings of a training run: `spade-fast train --help` explains them.\n"
+            + yaml.safe_dump(dataclasses.asdict(self), sort_keys=False, allow_unicode=True)
+        )
+
+    @classmethod
+    def load(cls, path: Path) -> "Config":
+        """The settings in a YAML file. Errors: FileNotFoundError; ValueError where it has anything
+        else in it.
+        """
+        import yaml
+
+        try:
+            found = yaml.safe_load(path.read_text())
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise ValueError(f"{path} is no YAML: {' '.join(str(error).split())}") from None
+        if not isinstance(found, dict):
+            raise ValueError(f"{path} should have settings, one `name: value` in each line")
+        names = [each.name for each in dataclasses.fields(cls)]
+        unknown = [str(name) for name in found if name not in names]
+        if unknown:
+            raise ValueError(f"{path} has {', '.join(unknown)}, which are no settings")
+        return cls(**found)
+
+    def changed(self, **others: Any) -> "Config":
+        """These settings with others in place of some."""
+        return dataclasses.replace(self, **others)
+
+    def differences(self, other: "Config") -> list[str]:
+        """The names of the settings in which the other differs."""
+        return [
+            each.name
+            for each in dataclasses.fields(self)
+            if getattr(self, each.name) != getattr(other, each.name)
+        ]
+
+
+def may_change(name: str) -> bool:
+    """Whether a run may be resumed with another value of this setting."""
+    return Config.__dataclass_fields__[name].metadata["may_change"]
+
+
+# Each by its name: what it is, and which settings it changes.
+PRESETS: dict[str, tuple[str, dict]] = {
+    "published": (
+        "The paper's recipe: batch 32, 200 epochs, learning rates that fall in the second half.",
+        dict(batch=32, epochs=200, decay=0.5),
+    ),
+    "small": (
+        "A quarter of the channels' products and half of the hidden ones, for a small GPU or a CPU.",
+        dict(ngf=32, ndf=32, nhidden=64, norm_G="spectralspadeinstance3x3"),
+    ),
+}
+
+
+def preset(name: str | None) -> dict:
+    """The settings of a preset; none for None. Errors: ValueError where there is none of that name."""
+    if name is None:
+        return {}
+    if name not in PRESETS:
+        raise ValueError(f"preset is {name!r}, it should be one of {', '.join(PRESETS)}")
+    return dict(PRESETS[name][1])
+
+
+def _as_type(name, value, wanted):
+    """value as a field's type has it. Errors: TypeError in words."""
+    kinds = get_args(wanted) if isinstance(wanted, types.UnionType) else (wanted,)
+    if value is None and type(None) in kinds:
+        return None
+    (kind,) = (one for one in kinds if one is not type(None))
+    if kind is float and type(value) is int:
+        return float(value)
+    if kind is str and isinstance(value, Path):
+        return str(value)
+    if type(value) is not kind:
+        words = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+        raise TypeError(f"{name} is {value!r}, it should be {words[kind]}")
+    return value

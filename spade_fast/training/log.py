@@ -1,0 +1,105 @@
+"""What a run says of itself: a progress bar, lines in a file, TensorBoard's events."""
+
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+
+class Log:
+    """Where a run's losses and pictures go. In processes other than the first it says nothing.
+
+    Args:
+        path: of the file that lines are added to.
+        events: the folder of TensorBoard's events, or None for none.
+        done, steps: of the run.
+        images: of a step.
+        speaks: whether this is the process that says something.
+
+    Raises:
+        ModuleNotFoundError: TensorBoard is wanted and not installed.
+    """
+
+    def __init__(
+        self, path: Path, events: Path | None, done: int, steps: int, images: int, speaks: bool
+    ) -> None:
+        self.steps, self.images, self.speaks = steps, images, speaks
+        self.events = _writer(events, done) if speaks and events is not None else None
+        self.file = open(path, "a", buffering=1) if speaks else None
+        self.console = Console(stderr=True, quiet=not speaks)
+        self.progress = Progress(
+            TextColumn("step"),
+            MofNCompleteColumn(),
+            BarColumn(),
+            TextColumn("{task.fields[losses]}"),
+            console=self.console,
+            disable=not speaks or not self.console.is_terminal,
+        )
+        self.task = self.progress.add_task("", total=steps, completed=done, losses="")
+        self._since, self._from = time.monotonic(), done
+
+    def __enter__(self) -> "Log":
+        self.progress.start()
+        return self
+
+    def __exit__(self, *error) -> None:
+        self.progress.stop()
+        for part in (self.file, self.events):
+            if part is not None:
+                part.close()
+
+    def advance(self, number: int) -> None:
+        """Moves the bar to a step."""
+        self.progress.update(self.task, completed=number)
+
+    def losses(self, number: int, losses: Mapping[str, float]) -> None:
+        """One line of the losses, the images in a second since the last line, the time left."""
+        now = time.monotonic()
+        seconds = max(now - self._since, 1e-9) / max(number - self._from, 1)  # a step's
+        self._since, self._from = now, number
+        speed, left = self.images / seconds, (self.steps - number) * seconds
+        words = "  ".join(f"{name} {value:.4g}" for name, value in losses.items())
+        words += f"  {speed:.3g} images/s  {_hours(left)} left"
+        self.progress.update(self.task, completed=number, losses=words)
+        self._line(f"step {number}/{self.steps}  {words}", shown=self.progress.disable)
+        if self.events is not None:
+            for name, value in losses.items():
+                self.events.add_scalar(f"losses/{name}", value, number)
+            self.events.add_scalar("images per second", speed, number)
+
+    def say(self, words: str) -> None:
+        """One line, with the time."""
+        self._line(words, shown=True)
+
+    def picture(self, number: int, grid: np.ndarray, distance: float) -> None:
+        """The pictures [H, W, 3] of a step, and how far they are from the photographs."""
+        if self.events is not None:
+            self.events.add_image("scenes", grid, number, dataformats="HWC")
+            self.events.add_scalar("distance", distance, number)
+
+    def _line(self, words, shown):
+        if not self.speaks:
+            return
+        self.file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {words}\n")
+        if shown:
+            self.console.print(words, highlight=False, markup=False, soft_wrap=True)
+
+
+def _hours(seconds):
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}"
+
+
+def _writer(folder, done):
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise ModuleNotFoundError(
+            'TensorBoard is not installed: pip install "spade_fast[train]", or --no-tensorboard'
+            f" ({error})"
+        ) from error
+    return SummaryWriter(str(folder), purge_step=done + 1)

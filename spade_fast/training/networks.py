@@ -1,0 +1,44 @@
+"""The networks of a run, made by its settings."""
+
+import torch
+
+from ..losses import Perceptual
+from ..nn import ConvEncoder, MultiscaleDiscriminator, SPADEGenerator
+from ..nn.initialise import initialise
+from .config import Config
+from .step import Networks
+
+IMAGE_CHANNELS = 3
+
+
+def label_channels(config: Config) -> int:
+    """The condition's channels: classes, don't care, instance edges. Errors: ValueError where the
+    number of classes is not known.
+    """
+    if config.num_classes is None:
+        raise ValueError(
+            "num_classes is not given: it should be the number of classes, which `spade-fast"
+            " check-data` suggests"
+        )
+    return config.num_classes + (config.dont_care is not None) + (config.instances is not None)
+
+
+def make_networks(config: Config, label_nc: int) -> Networks:
+    """New networks with the initialisation that the settings say, the same for the same seed.
+
+    Errors: FileNotFoundError where VGG19's weights are wanted and not there.
+    """
+    with torch.random.fork_rng([]):
+        torch.manual_seed(config.seed)
+        networks = Networks(
+            SPADEGenerator(**config.generator_arguments(label_nc)),
+            MultiscaleDiscriminator(
+                label_nc + IMAGE_CHANNELS, config.scales, config.ndf, n_layers=config.layers
+            ),
+            ConvEncoder(config.ndf, config.z_dim) if config.use_vae else None,
+            Perceptual(config.vgg_weights) if config.perceptual else None,
+        )
+        if config.init != "default":
+            for network in networks.trained().values():
+                initialise(network, config.init, config.init_gain)
+    return networks

@@ -1,0 +1,103 @@
+"""Pictures of a run: some scenes' layouts, what the generator makes of them, and photographs."""
+
+import contextlib
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from ..data import Example, collate, colours, paint
+from ..layout import SemanticLayout
+
+GAP = 4  # white pixels between images
+SEED = 0  # of the z that pictures are made with: the same in each
+
+
+class Scenes:
+    """Scenes that a run shows again and again.
+
+    examples: of one size, each of one image.
+    """
+
+    def __init__(self, examples: Sequence[Example], sizes: Sequence = (), kernel_size: int = 3):
+        self.batches = [collate([example], sizes, kernel_size) for example in examples]
+
+    def generated(self, generator: nn.Module, encoder: nn.Module | None = None) -> torch.Tensor:
+        """The generator's images [N, 3, H, W] on the CPU, in float32: with the encoder's mean as z
+        where there is one.
+        """
+        parameter = next(generator.parameters())
+        random, images = torch.Generator().manual_seed(SEED), []
+        for batch in self.batches:
+            batch = batch.to(parameter.device)
+            z = None
+            if encoder is not None:
+                with in_eval_mode(encoder), torch.no_grad():
+                    z = encoder(batch.images)[0]
+            elif getattr(generator, "z_dim", None) is not None:
+                z = torch.randn(1, generator.z_dim, generator=random).to(parameter)
+            with torch.no_grad():
+                image = generator(batch.layout, z) if z is not None else generator(batch.layout)
+            images.append(image.float().cpu())
+        return torch.cat(images)
+
+    def distance(self, generated: torch.Tensor, perceptual: nn.Module | None) -> float:
+        """How far the generated images are from the photographs: by VGG19's features where they
+        are at hand, else by the mean absolute difference.
+        """
+        found = []
+        for image, batch in zip(generated.split(1), self.batches):
+            if perceptual is None:
+                found.append(F.l1_loss(image, batch.images))
+            else:
+                device = next(iter(perceptual.state_dict().values())).device
+                with torch.no_grad():
+                    found.append(perceptual(image.to(device), batch.images.to(device)))
+        return float(torch.stack(found).mean())
+
+    def grid(self, generated: torch.Tensor) -> np.ndarray:
+        """uint8 [H, W, 3]: a row for each scene, with layout, generated image and photograph."""
+        rows = [
+            [layout_picture(batch.layout), picture(image), picture(batch.images[0])]
+            for image, batch in zip(generated, self.batches)
+        ]
+        return side_by_side([side_by_side(row, axis=1) for row in rows], axis=0)
+
+
+@contextlib.contextmanager
+def in_eval_mode(network: nn.Module) -> Iterator[None]:
+    """Inside, the network is in eval mode, which changes none of its buffers."""
+    before = network.training
+    network.eval()
+    try:
+        yield
+    finally:
+        network.train(before)
+
+
+def picture(image: torch.Tensor) -> np.ndarray:
+    """uint8 [H, W, 3] of an image [3, H, W] between −1 and 1."""
+    return ((image.movedim(0, -1).clamp(-1, 1) + 1) * 127.5).round().byte().numpy()
+
+
+def layout_picture(layout: SemanticLayout) -> np.ndarray:
+    """uint8 [H, W, 3]: the first image's classes in colours, edges of instances in white."""
+    palette = layout.palette.cpu()
+    codes = layout.codes[0].cpu().numpy()
+    classes = palette.argmax(dim=1).numpy()
+    is_edge = (palette.sum(dim=1) > 1).numpy()  # a class and the channel of edges
+    image = paint(classes[codes], colours(layout.label_nc))
+    image[is_edge[codes]] = 255
+    return image
+
+
+def side_by_side(images: Sequence[np.ndarray], axis: int) -> np.ndarray:
+    """Images of one size in a column (axis 0) or a row (axis 1), with white between them."""
+    parts = []
+    for image in images:
+        shape = list(image.shape)
+        shape[axis] = GAP
+        parts += [image, np.full(shape, 255, np.uint8)]
+    return np.concatenate(parts[:-1], axis)

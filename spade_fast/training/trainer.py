@@ -1,0 +1,306 @@
+"""The loop of training, which stays the user's: `for step in trainer.fit(batches)`."""
+
+import contextlib
+import itertools
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch.optim.lr_scheduler import LambdaLR
+
+from ..data import Batch
+from ..nn import SPADEGenerator
+from .average import average
+from .config import Config
+from .networks import label_channels, make_networks
+from .noise import Noise
+from .randomness import random_states, set_random_states
+from .step import Losses, Networks, discriminator_losses, generate, generator_losses
+
+
+class Step(NamedTuple):
+    """What a step did."""
+
+    number: int  # from 1 on
+    losses: Losses  # weighted scalars by name, on the device, of this process's images
+    generated: torch.Tensor  # [N, 3, H, W], the last images that the step made
+    batch: Batch  # what they were made of
+
+
+class Trainer:
+    """Networks, optimizers and the state of a run, on the devices that Accelerate finds.
+
+    Args:
+        config: the settings; those of data and of the run's folder are not looked at.
+        networks: to train; made by the settings where None. They may be any that are called as
+            Networks says.
+        optimizers: of generator and encoder, and of the discriminator; Adam as the settings say
+            where None.
+        noise: gives standard normal numbers that look like its argument; `Noise` by the seed
+            where None.
+
+    Attributes:
+        networks: those that are trained.
+        average: the running average of the generator, a torch.optim.swa_utils.AveragedModel.
+        number: steps done.
+        images: the images of each batch that a process is to be given.
+
+    Raises:
+        ValueError: settings contradict the networks, or what the machine has.
+        ModuleNotFoundError: Accelerate is not installed.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        networks: Networks | None = None,
+        optimizers: tuple[torch.optim.Optimizer, torch.optim.Optimizer] | None = None,
+        noise: Callable[[torch.Tensor], torch.Tensor] | None = None,
+    ) -> None:
+        if config.steps is None:
+            raise ValueError("steps is not given, it should be the number of steps of the run")
+        self.config, self.number = config, 0
+        self.accelerator = _accelerator(config.precision)
+        self.images = self._images_of_a_batch()
+        if networks is None:
+            networks = make_networks(config, label_channels(config))
+        if config.recompute:
+            if not isinstance(networks.generator, SPADEGenerator):
+                raise ValueError("recompute is for a SPADEGenerator, this generator is another")
+            networks.generator.recompute = True
+        self.networks = self._placed(networks)
+        self.average = average(networks.generator, config.ema)
+        optimizers = _optimizers(config, networks) if optimizers is None else optimizers
+        self.schedules = [LambdaLR(optimizer, self._rate) for optimizer in optimizers]
+        self.optimizers = [self.accelerator.prepare(optimizer) for optimizer in optimizers]
+        self.synchronised = Networks(  # their forward is followed by gradients of all processes
+            **{name: self._prepared(network) for name, network in networks.trained().items()}
+        )
+        if noise is None:
+            noise = Noise(
+                config.seed, self.accelerator.process_index, self.accelerator.num_processes
+            )
+        self.noise = noise
+
+    def fit(self, batches: Iterable[Batch]) -> Iterator[Step]:
+        """Takes the steps that are left, each as it is asked for.
+
+        batches: `config.accumulate` of them for a step, of `images` images each; where they end
+            before the steps do, so does this.
+        """
+        batches, wanted = iter(batches), self.config.accumulate
+        while self.number < self.config.steps:
+            parts = [
+                batch.to(self.accelerator.device) for batch in itertools.islice(batches, wanted)
+            ]
+            if len(parts) < wanted:
+                return
+            yield self.step(parts)
+
+    def step(self, parts: list[Batch]) -> Step:
+        """One step of the discriminator, and one of the generator where it is its turn, by the
+        gradients of all these batches together.
+        """
+        updates_generator = self.number % self.config.discriminator_steps == 0
+        if self.config.order == "published":
+            losses = self._generator_step(parts) if updates_generator else {}
+            fakes, judged = self._discriminator_step(parts)
+        else:
+            generated = self._generate(parts[0], updates_generator)
+            fakes, judged = self._discriminator_step(parts, generated[0])
+            losses = self._generator_step(parts, generated) if updates_generator else {}
+        self.number += 1
+        for schedule in self.schedules:
+            schedule.step()
+        return Step(self.number, losses | judged, fakes, parts[-1])
+
+    def _generator_step(self, parts, generated=None):
+        """A step of generator and encoder; `generated` is what `_generate` has made of the only
+        part, where it has.
+        """
+        optimizer, found = self.optimizers[0], []
+        optimizer.zero_grad()
+        for number, batch in enumerate(parts):
+            with self._sums_gradients(number, len(parts), "generator", "encoder"):
+                fakes, losses = generated or self._generate(batch, True)
+                with self.accelerator.autocast():
+                    losses = losses | generator_losses(
+                        self.networks, self.config, batch.layout, fakes, batch.images
+                    )
+                self._backward(losses, len(parts))
+            found.append(losses)
+        optimizer.step()
+        self.average.update_parameters(self.networks.generator)
+        return _mean(found)
+
+    def _discriminator_step(self, parts, fakes=None):
+        """The images that were judged last, and the losses; new images where `fakes` is None."""
+        optimizer, found, given = self.optimizers[1], [], fakes
+        optimizer.zero_grad()
+        for number, batch in enumerate(parts):
+            fakes = self._generate(batch, False)[0] if given is None else given.detach()
+            with self._sums_gradients(number, len(parts), "discriminator"):
+                with self.accelerator.autocast():
+                    losses = discriminator_losses(
+                        self.synchronised, self.config, batch.layout, fakes, batch.images
+                    )
+                self._backward(losses, len(parts))
+            found.append(losses)
+        optimizer.step()
+        return fakes, _mean(found)
+
+    def _generate(self, batch, with_gradients):
+        networks = self.synchronised if with_gradients else self.networks
+        with torch.set_grad_enabled(with_gradients), self.accelerator.autocast():
+            fakes, losses = generate(networks, batch.layout, batch.images, self.noise)
+        # The divergence is a sum over images, and DistributedDataParallel takes means.
+        weight = self.config.weight_kl * self.accelerator.num_processes * self.config.accumulate
+        return fakes, {name: weight * loss for name, loss in losses.items()}
+
+    def _backward(self, losses, parts):
+        self.accelerator.backward(sum(losses.values()) / parts)
+
+    @contextlib.contextmanager
+    def _sums_gradients(self, number, parts, *names):
+        """Processes exchange gradients after the last part alone."""
+        with contextlib.ExitStack() as stack:
+            if number < parts - 1:
+                for name in names:
+                    network = getattr(self.synchronised, name)
+                    if network is not None:
+                        stack.enter_context(self.accelerator.no_sync(network))
+            yield
+
+    def _rate(self, step):
+        """The learning rates' factor after these steps: 1, and in the last part of the run towards
+        0 in a line.
+        """
+        falling = self.config.decay * self.config.steps
+        return min(1.0, (self.config.steps - step) / falling) if falling else 1.0
+
+    def _images_of_a_batch(self):
+        processes, parts = self.accelerator.num_processes, self.config.accumulate
+        images, rest = divmod(self.config.batch, processes * parts)
+        if rest:
+            raise ValueError(
+                f"batch is {self.config.batch}, it should be a multiple of processes times"
+                f" accumulate, {processes} · {parts}"
+            )
+        return images
+
+    def _placed(self, networks):
+        device = self.accelerator.device
+        for network in (*networks.trained().values(), networks.perceptual):
+            if network is not None:
+                network.to(device)
+                if device.type == "cuda":  # else convolutions bring weights there in each call
+                    network.to(memory_format=torch.channels_last)
+        for network in networks.trained().values():
+            network.train()
+        return networks
+
+    def _prepared(self, network):
+        prepared = self.accelerator.prepare(network)
+        # Without the autocast that Accelerate puts around forward: a step has its own.
+        self.accelerator.unwrap_model(prepared, keep_fp32_wrapper=False)
+        return prepared
+
+    def mean(self, losses: Losses) -> dict[str, float]:
+        """The losses of all images of the step, by name; all processes ask together."""
+        if not losses:
+            return {}
+        values = torch.stack([loss.detach().float() for loss in losses.values()])
+        values = self.accelerator.reduce(values, "mean").tolist()
+        return dict(zip(losses, values))
+
+    def gathered(self, value: Any) -> list:
+        """The value of each process, in all of them."""
+        from accelerate.utils import gather_object
+
+        return gather_object([value])
+
+    def state_dict(self) -> dict:
+        """All that the next steps depend on, as torch.load reads it with weights_only; all
+        processes ask together.
+        """
+        scaler = self.accelerator.scaler
+        return {
+            "number": self.number,
+            "networks": {
+                name: network.state_dict() for name, network in self.networks.trained().items()
+            },
+            "average": self.average.state_dict(),
+            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
+            "schedules": [schedule.state_dict() for schedule in self.schedules],
+            "scaler": None if scaler is None else scaler.state_dict(),
+            "noise": self.noise.state_dict() if hasattr(self.noise, "state_dict") else None,
+            "random": self.gathered(random_states()),
+        }
+
+    def load_state_dict(self, state: dict) -> None:
+        """Goes on where a state is of.
+
+        Errors: ValueError where the state is of other networks than these; they are then as they
+            were, or partly that.
+        """
+        networks = self.networks.trained()
+        if set(networks) != set(state["networks"]):
+            raise ValueError(
+                f"the state has {', '.join(state['networks'])}, it should have those of this run,"
+                f" {', '.join(networks)}"
+            )
+        try:
+            for name, network in networks.items():
+                network.load_state_dict(state["networks"][name])
+        except RuntimeError as error:
+            words = " ".join(str(error).split())
+            raise ValueError(f"the state is of another {name} than this one: {words}") from None
+        self.average.load_state_dict(state["average"])
+        for own, found in zip(
+            (*self.optimizers, *self.schedules), (*state["optimizers"], *state["schedules"])
+        ):
+            own.load_state_dict(found)
+        if self.accelerator.scaler is not None:
+            self.accelerator.scaler.load_state_dict(state["scaler"])
+        if state["noise"] is not None:
+            self.noise.load_state_dict(state["noise"])
+        rank = self.accelerator.process_index
+        if rank < len(state["random"]):
+            set_random_states(state["random"][rank])
+        self.number = state["number"]
+
+
+def _accelerator(precision):
+    try:
+        from accelerate import Accelerator, DistributedDataParallelKwargs
+        from accelerate.state import AcceleratorState
+    except ImportError as error:
+        raise ModuleNotFoundError(
+            f'training needs Accelerate: pip install "spade_fast[train]" ({error})'
+        ) from error
+    AcceleratorState._reset_state()  # or it keeps the precision of the process's first trainer
+    # Buffers are the same in all processes: spectral vectors follow from the weights, running
+    # statistics from all images.
+    handlers = [DistributedDataParallelKwargs(broadcast_buffers=False)]
+    return Accelerator(mixed_precision=precision, kwargs_handlers=handlers)
+
+
+def _optimizers(config, networks):
+    """Adam with one rate for each side (Heusel et al. 2017)."""
+    of_generator = list(networks.generator.parameters())
+    if networks.encoder is not None:
+        of_generator += networks.encoder.parameters()
+    betas = (config.beta1, config.beta2)
+    return (
+        torch.optim.Adam(of_generator, config.lr_generator, betas, fused=True),
+        torch.optim.Adam(
+            networks.discriminator.parameters(), config.lr_discriminator, betas, fused=True
+        ),
+    )
+
+
+def _mean(found):
+    """The losses of a step of those of its parts."""
+    if len(found) == 1:
+        return {name: loss.detach() for name, loss in found[0].items()}
+    return {name: sum(losses[name].detach() for losses in found) / len(found) for name in found[0]}

@@ -1,0 +1,49 @@
+"""A folder of drawn scenes to train on: label maps, instance maps, and photographs that are painted
+by the classes' colours.
+"""
+
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from benchmarks import layouts
+
+HEIGHT, WIDTH = 40, 52
+
+
+def draw_folder(folder, count=4, first=0):
+    """Writes `count` scenes below the folder, as label, inst and img. Returns its path."""
+    folder = Path(folder)
+    for kind in ("label", "inst", "img"):
+        (folder / kind).mkdir(parents=True, exist_ok=True)
+    colours = np.random.default_rng(3).integers(40, 216, (256, 3))
+    light = np.linspace(1.15, 0.8, HEIGHT)[:, None, None]
+    for seed in range(first, first + count):
+        labels, instances = layouts.resized(*layouts.draw_scene(seed), (HEIGHT, WIDTH))
+        painted = np.clip(colours[labels] * light, 0, 255).astype(np.uint8)
+        Image.fromarray(labels.astype(np.uint8)).save(folder / "label" / f"{seed:03}.png")
+        Image.fromarray(instances.astype(np.uint8)).save(folder / "inst" / f"{seed:03}.png")
+        Image.fromarray(painted).save(folder / "img" / f"{seed:03}.png")
+    return folder
+
+
+def settings_for(folder, **others):
+    """The settings of a run of seconds on such a folder."""
+    small = dict(
+        labels=str(folder / "label"),
+        images=str(folder / "img"),
+        instances=str(folder / "inst"),
+        convention="coco_stuff",
+        crop_size=32,
+        ngf=2,
+        ndf=4,
+        nhidden=4,
+        perceptual=False,
+        tensorboard=False,
+        workers=0,
+        batch=2,
+        steps=4,
+        pictures=2,
+    )
+    return small | others
