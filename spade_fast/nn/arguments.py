@@ -12,7 +12,7 @@ ENTRY = "spade_fast"  # in a state_dict's metadata, of the module whose argument
 # The names under which torch's wrappers have a module that they wrap.
 WRAPPED = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
 # What makes no other network of a module: where it runs, and how it uses memory.
-NOT_SETTINGS = {*NOT_MARKED, "arguments", "made_with", "process_group", "inplace"}
+NOT_SETTINGS = {*NOT_MARKED, "arguments", "made_with", "process_group", "inplace", "recompute"}
 NEITHER = object()  # is equal to no setting
 BATCH_NORM_TYPES = (*BATCH_NORMS.values(), nn.SyncBatchNorm)  # which keep the same numbers
 

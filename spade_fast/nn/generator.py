@@ -21,6 +21,7 @@ from .choice import current_mode, find_layout
 from .config import dimensions, parse_config, whole_number
 from .modules import CONVOLUTIONS, is_plain, keeps_size, taps_of, weights_in
 from .pixels import resize
+from .recompute import recomputed
 from .spade import SpatiallyAdaptive, batch_of
 from .spectral import fold_spectral_norm
 from .upsampled import convolve_repeated, may_sum_weights, repeat_pixels
@@ -78,7 +79,18 @@ class SPADEGenerator(nn.Module):
         norm_G, nhidden: of the blocks: see SPADEResnetBlock.
         output_nc: channels of the image.
         spatial_dims: 1, 2 or 3.
+
+    Attributes:
+        recompute: gradient checkpointing: where True, a forward in train mode keeps of each block
+            its input alone, and backward computes the block anew, which takes a second forward's
+            time. Numbers are the same to the bit; running statistics and the vectors of spectral
+            norm change once for each forward. Hooks inside of a block run in backward, too. A block
+            that is watched by hooks itself is not computed anew, nor is any in a network that
+            torch.compile or torch.export records. Weights that are written to before backward are
+            a RuntimeError in it. It is no argument: it makes no other network.
     """
+
+    recompute = False
 
     def __init__(
         self,
@@ -211,10 +223,12 @@ class SPADEGenerator(nn.Module):
         if prepares and not torch.compiler.is_compiling() and not is_recorded(layout.palette):
             seen.prepare(self.sizes, self.kernel_size)  # a GPU is waited for here, nowhere below
         x = self._first_map(seen, z)
+        recomputes = self.recompute and self.training and torch.is_grad_enabled()
+        run_block = recomputed if recomputes else ResidualBlock.forward
         for stage in self.stages:
             block = getattr(self, stage.name)
             if isinstance(block, ResidualBlock) and block.is_open(x, seen):
-                x = block.forward(x, seen, stage.scale)
+                x = run_block(block, x, seen, stage.scale)
             else:
                 x = block(repeat_pixels(x, stage.scale), repeat_images(segmap, times))
         x = F.leaky_relu(x, 0.2)

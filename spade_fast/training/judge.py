@@ -1,7 +1,110 @@
+"""How a discriminator judges images in a generator's step."""
+
 import torch
+import torch.nn as nn
 
-from ..losses import halves
+from ..layout import SemanticLayout
+from ..nn import MultiscaleDiscriminator
+from ..nn.discriminator import PatchDiscriminator
+from ..nn.modules import CONVOLUTION_TYPES, INSTANCE_NORMS, MAKERS, hooks, is_called_plainly
+from ..nn.normalised import NormalisedConvolution
+from ..nn.spade import batch_of
+from ..nn.twin import twin
+from ..recording import is_recorded
+
+# What makes each image's result of that image and the weights alone.
+OF_EACH_IMAGE = (
+    MultiscaleDiscriminator,
+    PatchDiscriminator,
+    NormalisedConvolution,
+    nn.Sequential,
+    nn.LeakyReLU,
+    *CONVOLUTION_TYPES,
+    *INSTANCE_NORMS.values(),
+)
 
 
-def judge(discriminator, fakes, reals, layout):
-    return halves(discriminator(torch.cat([fakes, reals]), layout))
+def judge(
+    discriminator: nn.Module,
+    fakes: torch.Tensor,
+    reals: torch.Tensor,
+    layout: SemanticLayout | torch.Tensor,
+) -> tuple[list, list]:
+    """The results of fakes and those of reals, as the discriminator gives them of one batch, for a
+    step of the generator: gradients of the results reach the fakes, and none reach the reals.
+
+    A discriminator that judges each image by itself, as this package's does, judges the reals first
+    and keeps nothing of them for backward, then the fakes, and its own parameters get no gradients.
+    Spectral norm makes one power iteration, in train mode, as in one batch. Any other
+    discriminator, one that is wrapped (DistributedDataParallel), watched by hooks or recorded, is
+    called once, with fakes and reals in one batch, and its parameters get gradients, too.
+
+    Args:
+        discriminator: called as discriminator(images, layout), returns tensors with a row for each
+            image, in lists or tuples.
+        fakes, reals: images of one shape, [M, channels, *spatial].
+        layout: the condition of both, of N images; M is a multiple of N.
+
+    Raises:
+        TypeError, ValueError: fakes, reals or layout is not as said above; the message names it.
+    """
+    for name, images in {"fakes": fakes, "reals": reals}.items():
+        if not isinstance(images, torch.Tensor):
+            raise TypeError(f"{name} is a {type(images).__name__}, it should be a tensor of images")
+    if not isinstance(layout, (torch.Tensor, SemanticLayout)):
+        raise TypeError(
+            f"layout is a {type(layout).__name__}, it should be a SemanticLayout or a tensor"
+        )
+    if fakes.shape != reals.shape:
+        raise ValueError(
+            f"fakes has the shape {list(fakes.shape)}, it should be {list(reals.shape)} as reals"
+        )
+    conditions = batch_of(layout)
+    if conditions == 0 or len(fakes) % conditions:
+        raise ValueError(
+            f"fakes has a batch of {len(fakes)}, it should be a multiple of layout's, {conditions}"
+        )
+    compiled = torch.compiler.is_compiling()
+    if compiled or is_recorded(fakes, reals) or not judges_each_image(discriminator):
+        results = discriminator(torch.cat([fakes, reals]), layout)
+        return _part(results, slice(len(fakes))), _detached(_part(results, slice(len(fakes), None)))
+    with torch.no_grad():
+        of_reals = discriminator(reals, layout)
+    return _without_gradients(discriminator)(fakes, layout), of_reals
+
+
+def judges_each_image(discriminator: nn.Module) -> bool:
+    """Whether a discriminator is one of this package whose parts are as they are made here, and
+    whose calls nobody watches: then a batch's results are those of its images.
+    """
+    return type(discriminator) is MultiscaleDiscriminator and all(
+        type(part) in OF_EACH_IMAGE
+        and is_called_plainly(part)
+        and all(isinstance(hook, MAKERS) for hook in hooks(part))
+        and not getattr(part, "track_running_stats", False)
+        for part in discriminator.modules()
+    )
+
+
+def _without_gradients(discriminator):
+    """The same discriminator as it is now: its vectors of spectral norm stay, and its parameters
+    get no gradients.
+    """
+    other = twin(discriminator).eval()
+    for part in other.modules():
+        for name, parameter in part._parameters.items():
+            part._parameters[name] = None if parameter is None else parameter.detach()
+    return other
+
+
+def _part(results, rows):
+    """These rows of every tensor."""
+    if isinstance(results, torch.Tensor):
+        return results[rows]
+    return [_part(result, rows) for result in results]
+
+
+def _detached(results):
+    if isinstance(results, torch.Tensor):
+        return results.detach()
+    return [_detached(result) for result in results]

@@ -1,0 +1,73 @@
+"""Gradient checkpointing of a residual block: backward computes its inside anew, instead of the
+forward's keeping it until then (Chen et al. 2016).
+"""
+
+import contextvars
+from contextlib import ExitStack
+
+import torch
+from torch.utils.checkpoint import checkpoint
+
+from ..identity import states_of
+from ..kernels import use_backend
+from ..layout import SemanticLayout
+from ..recording import is_recorded, ordinary
+from .block import ResidualBlock
+from .choice import window_mode
+from .twin import twin
+
+SCOPES = (use_backend, window_mode)  # the switches that training's numbers depend on
+
+
+def recomputed(
+    block: ResidualBlock, x: torch.Tensor, segmap: torch.Tensor | SemanticLayout, scale: int
+) -> torch.Tensor:
+    """block.forward(x, segmap, scale), and the same gradients, of which only x and the block's
+    buffers are kept. Whoever records operations decides about that by himself.
+    """
+    if torch.compiler.is_compiling() or is_recorded(x):
+        return block.forward(x, segmap, scale)
+    return checkpoint(Repeatable(block, segmap, scale), x, use_reentrant=False)
+
+
+class Repeatable:
+    """A block's forward, called first as it is. Each later call gives the same bits, whatever the
+    block has become, and changes nothing of it: what runs is a twin that shares its parameters, and
+    has the buffers, modes and other attributes that the block had before the first call. Spectral
+    norm's iteration and the update of running statistics are repeated in the twin.
+
+    Errors: RuntimeError in a later call, where parameters or the condition were written to.
+    """
+
+    def __init__(
+        self, block: ResidualBlock, segmap: torch.Tensor | SemanticLayout, scale: int
+    ) -> None:
+        self.segmap = ordinary(segmap) if isinstance(segmap, torch.Tensor) else segmap
+        self.scale, self.block, self.before = scale, block, twin(block)
+        self.context = contextvars.copy_context()
+        held = [(kind, kind.current()) for kind in SCOPES]
+        self.settings = [(kind, scope.setting) for kind, scope in held if scope is not None]
+        self.state = self._state()
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        if self.block is not None:
+            block, self.block = self.block, None
+            return block.forward(x, self.segmap, self.scale)
+        if self._state() != self.state:
+            raise RuntimeError(
+                "a weight of a residual block or its condition was written to between forward and"
+                " backward, which should compute the block anew: backward should come first, or"
+                " the generator's `recompute` be False"
+            )
+        # Autograd may call from a thread of its own, and after the switches were set otherwise.
+        return self.context.copy().run(self._repeat, x)
+
+    def _repeat(self, x):
+        with ExitStack() as stack:
+            for kind, setting in self.settings:
+                stack.enter_context(kind(setting))
+            return twin(self.before).forward(x, self.segmap, self.scale)
+
+    def _state(self):
+        dense = [self.segmap] if isinstance(self.segmap, torch.Tensor) else []
+        return states_of([*self.before.parameters(), *dense])

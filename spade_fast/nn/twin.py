@@ -1,0 +1,32 @@
+"""Modules that share their parameters and nothing else."""
+
+import torch.nn as nn
+
+from .modules import MAKERS
+from .unchanged import NAME
+
+
+def twin(module: nn.Module, known: dict | None = None) -> nn.Module:
+    """Another module of the same classes, with the same parameters and hooks, and copies of the
+    buffers. `known` has the twins of what occurs more than once.
+    """
+    known = {} if known is None else known
+    if id(module) in known:
+        return known[id(module)]
+    other = known[id(module)] = module.__new__(type(module))
+    own = other.__dict__
+    own.update(
+        (name, value.copy() if isinstance(value, dict) else value)
+        for name, value in vars(module).items()
+        if name != NAME
+    )
+    for hook in module._forward_pre_hooks.values():
+        if isinstance(hook, MAKERS):
+            own.pop(hook.name, None)  # the weight of the call before, which needs memory
+    for name, child in module._modules.items():
+        other._modules[name] = None if child is None else twin(child, known)
+    for name, buffer in module._buffers.items():
+        if buffer is not None and id(buffer) not in known:
+            known[id(buffer)] = buffer.detach().clone()
+        other._buffers[name] = known.get(id(buffer))
+    return other
