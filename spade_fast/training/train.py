@@ -44,6 +44,7 @@ def train(config: Config) -> Path:
     config = with_steps(config, len(examples))
     run = Run(config.out)
     trainer = Trainer(config)
+    trainer.seed()
     if trainer.accelerator.is_main_process:
         run.begin(config)
     trainer.accelerator.wait_for_everyone()
@@ -138,7 +139,7 @@ def _train(run, trainer, examples, state=None):
             recorder.note(step, saves)
             stops = not last and _anywhere(accelerator, bool(asked))
             if saves or stops:
-                recorder.save()
+                recorder.save(judges=saves)
             if stops:
                 raise Stopped(
                     f"stopped after step {step.number}: `spade-fast train --resume {run.folder}`"
@@ -201,20 +202,24 @@ class _Recorder:
             self.log.losses(step.number, {name: _mean_of(name, self.seen) for name in names})
             self.seen.clear()
 
-    def save(self) -> None:
-        """Writes a checkpoint, the generator and pictures. Raises Stopped where they cannot be
-        written.
+    def save(self, judges: bool) -> None:
+        """Writes a checkpoint, the generator and pictures.
+
+        judges: whether it may become the best. One that is written because somebody stopped the
+            run may not: the best should not depend on that.
+
+        Raises Stopped where they cannot be written.
         """
         trainer, run, failure = self.trainer, self.run, None
         state = trainer.state_dict()
         if self.speaks:
             try:
                 distance, generated = self._look()
-                is_best = self.best is None or distance < self.best[1]
+                is_best = judges and (self.best is None or distance < self.best[1])
                 if is_best:
                     self.best = (trainer.number, distance)
                 run.save(trainer.number, {"trainer": state, "best": self.best})
-                run.keep(trainer.config.keep, self.best[0])
+                run.keep(trainer.config.keep, self.best and self.best[0])
                 self._write(GENERATOR)
                 if is_best:
                     self._write(BEST)

@@ -213,6 +213,14 @@ class Trainer:
         values = self.accelerator.reduce(values, "mean").tolist()
         return dict(zip(losses, values))
 
+    def seed(self) -> None:
+        """Gives the random numbers of Python, NumPy and torch the settings' seed, for networks and
+        data sets that use them.
+        """
+        from accelerate.utils import set_seed
+
+        set_seed(self.config.seed)
+
     def gathered(self, value: Any) -> list:
         """The value of each process, in all of them."""
         from accelerate.utils import gather_object
