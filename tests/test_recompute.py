@@ -3,6 +3,7 @@ give.
 """
 
 import copy
+import threading
 
 import pytest
 import torch
@@ -90,7 +91,7 @@ def test_several_steps(norm, spectral, dense):
 @pytest.mark.parametrize("mode", ["always", "never"])
 @pytest.mark.parametrize("dense", [False, True])
 def test_gradients_of_inputs(mode, dense):
-    """And both of a SPADE's ways, which hold in backward as they did in forward."""
+    """The switches that hold in forward are those of backward, too, in another thread."""
     networks, seen = generators(), condition(dense)
     found = []
     for network in networks:
@@ -98,7 +99,10 @@ def test_gradients_of_inputs(mode, dense):
         inputs = seen.clone().requires_grad_() if dense else seen
         with window_mode(mode), use_backend("torch"):
             image = network(inputs, z)
-        image.square().sum().backward()
+        loss = image.square().sum()
+        thread = threading.Thread(target=loss.backward)  # as autograd has one for each GPU
+        thread.start()
+        thread.join()
         found.append([z.grad, inputs.grad if dense else z])
     for first, second in zip(*found):
         assert torch.equal(first, second)

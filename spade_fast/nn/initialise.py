@@ -32,7 +32,7 @@ def initialise(network: nn.Module, kind: str = "xavier", gain: float = 0.02) -> 
     vectors of spectral norm, and so do parameters of other modules.
 
     Args:
-        network: a module; of a part of a network the part is initialised.
+        network: a module; given a part of a network, only that part is initialised.
         kind: "xavier", which is published: normal with the variance
             gain² · 2 / (fan_in + fan_out) (Glorot and Bengio 2010, which has gain 1);
             "xavier_uniform": the same variance;

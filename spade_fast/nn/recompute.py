@@ -22,8 +22,9 @@ SCOPES = (use_backend, window_mode)  # the switches that training's numbers depe
 def recomputed(
     block: ResidualBlock, x: torch.Tensor, segmap: torch.Tensor | SemanticLayout, scale: int
 ) -> torch.Tensor:
-    """block.forward(x, segmap, scale), and the same gradients, of which only x and the block's
-    buffers are kept. Whoever records operations decides about that by himself.
+    """block.forward(x, segmap, scale), with the same gradients; until backward only x and copies of
+    the block's buffers are kept. Where operations are recorded, the block runs as always: what a
+    recorded graph keeps is its compiler's choice.
     """
     if torch.compiler.is_compiling() or is_recorded(x):
         return block.forward(x, segmap, scale)
@@ -31,10 +32,11 @@ def recomputed(
 
 
 class Repeatable:
-    """A block's forward, called first as it is. Each later call gives the same bits, whatever the
-    block has become, and changes nothing of it: what runs is a twin that shares its parameters, and
-    has the buffers, modes and other attributes that the block had before the first call. Spectral
-    norm's iteration and the update of running statistics are repeated in the twin.
+    """A block's forward that can be repeated. The first call runs the block itself. Each later call
+    gives the same bits, whatever was done to the block since, and changes nothing in it: it runs a
+    twin, which shares the block's parameters and has the buffers, modes and other attributes that
+    the block had before the first call. Spectral norm's iteration and the update of running
+    statistics are repeated in the twin.
 
     Errors: RuntimeError in a later call, where parameters or the condition were written to.
     """
