@@ -98,6 +98,7 @@ def measure(case, problem, device, seconds, advance=lambda: None):
         time_interleaved(rows, runs, problem, device, seconds)
         advance()
         for name, run in runs.items():
+            problem.prepare(name)
             rows[name].peak_memory = peak_memory(run, device)
         advance()
     if problem.least_bytes and torch.device(device).type == "cuda":
@@ -127,15 +128,14 @@ def check(case, problem, advance=lambda: None):
     }
     jittered_runs = max(2, JITTERED_RUNS // len(problem.scenes))
     for problem.scene in range(len(problem.scenes)):
-        truth, eagers = (
-            problem.truth(),
-            [problem.variants["eager"](), *map(problem.jittered, range(1, 1 + jittered_runs))],
-        )
+        truth = problem.truth()
+        problem.prepare("eager")
+        eagers = [problem.variants["eager"](), *map(problem.jittered, range(1, 1 + jittered_runs))]
         scales = gradient_scales(truth)
         found = problem.in_double() if problem.in_double else {}
         errors = [
             ((found[key] - truth[key]).abs().max() / scales[key]).nan_to_num(torch.inf).item()
-            for key in found
+            for key in (truth if found else ())
         ]
         for name, run in problem.variants.items():
             row = rows[name]
@@ -143,6 +143,7 @@ def check(case, problem, advance=lambda: None):
                 row.error_in_double = max(row.error_in_double or 0, *errors)
             if name.startswith("floor") or row.failure:
                 continue
+            problem.prepare(name)
             try:
                 found = run()
             except (
@@ -153,7 +154,7 @@ def check(case, problem, advance=lambda: None):
             row.excess = max(
                 [
                     excess(found[key], [eager[key] for eager in eagers], truth[key], scales[key])
-                    for key in truth
+                    for key in eagers[0]  # the truth may have more, for float64 alone
                 ]
                 + ([] if row.excess is None else [row.excess])
             )
@@ -179,7 +180,8 @@ def time_interleaved(rows, runs, problem, device, seconds):
     """Times one call of each variant a round, every round beginning with another variant, until
     `seconds` are over: 5 to MOST_ROUNDS rounds, and each scene at least once.
     """
-    for run in runs.values():
+    for name, run in runs.items():
+        problem.prepare(name)
         run()
     names, began, rounds = list(runs), time.perf_counter(), 0
     while rounds < max(5, len(problem.scenes)) or (
@@ -188,6 +190,7 @@ def time_interleaved(rows, runs, problem, device, seconds):
         problem.scene = rounds % len(problem.scenes)
         for position in range(len(names)):
             name = names[(position + rounds) % len(names)]
+            problem.prepare(name)
             rows[name].times.append(timed(runs[name], device, problem.clock))
         rounds += 1
 

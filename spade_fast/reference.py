@@ -1,4 +1,4 @@
-"""SPADE and its networks in plain PyTorch: short, obvious, in any dtype.
+"""SPADE, its networks and a step of their training in plain PyTorch: short, obvious, in any dtype.
 
 This file is the truth of every test (in float64) and the eager side of every benchmark. It imports
 nothing of the project, and nothing of the project but tests and benchmarks imports it. Names,
@@ -309,3 +309,110 @@ class MultiscaleDiscriminator(nn.Module):
             results.append(discriminator(x))
             x = F.avg_pool2d(x, 3, stride=2, padding=1, count_include_pad=False)
         return results
+
+
+class Perceptual(nn.Module):
+    """Two images [N, 3, H, W] to Σ w · mean|difference| of VGG19's features at relu1_1 to relu5_1,
+    with torchvision's key names. Its weights are random until others are loaded.
+    """
+
+    WEIGHTS = {1: 1 / 32, 6: 1 / 16, 11: 1 / 8, 20: 1 / 4, 29: 1.0}  # by the layer's number
+
+    def __init__(self):
+        super().__init__()
+        layers, before = [], 3
+        for width in (64, 64, 0, 128, 128, 0, 256, 256, 256, 256, 0, 512, 512, 512, 512, 0, 512):
+            if width == 0:
+                layers.append(nn.MaxPool2d(2))
+            else:
+                layers += [nn.Conv2d(before, width, 3, padding=1), nn.ReLU()]
+                before = width
+        self.features = nn.Sequential(*layers).requires_grad_(False)
+
+    def forward(self, fake, real):
+        loss = 0
+        for number, layer in enumerate(self.features):
+            fake, real = layer(fake), layer(real)
+            if number in self.WEIGHTS:
+                loss = loss + self.WEIGHTS[number] * (fake - real.detach()).abs().mean()
+        return loss
+
+
+class PublishedTrainer:
+    """The published training, a step at a time: first the generator (and the encoder), then the
+    discriminator, on a fake that the generator makes anew.
+
+    perceptual: (fake, real) to a scalar; without, there is no such loss. weights: of the
+    generator's losses in their sum.
+    """
+
+    WEIGHTS = {"adversarial": 1.0, "feature_matching": 10.0, "perceptual": 10.0, "kl": 0.05}
+
+    def __init__(
+        self,
+        generator,
+        discriminator,
+        encoder=None,
+        perceptual=None,
+        lr_g=1e-4,
+        lr_d=4e-4,
+        betas=(0.0, 0.9),
+        weights=WEIGHTS,
+    ):
+        self.generator, self.discriminator = generator, discriminator
+        self.encoder, self.perceptual, self.weights = encoder, perceptual, weights
+        trained = [*generator.parameters(), *(encoder.parameters() if encoder else [])]
+        self.optimizer_g = torch.optim.Adam(trained, lr_g, betas)
+        self.optimizer_d = torch.optim.Adam(discriminator.parameters(), lr_d, betas)
+
+    def step(self, segmap, image, noise=None):
+        """The losses of a step by name, without their weights: those of the generator's step, and
+        "fake" and "real" of the discriminator's. The gradients of both stay where they are.
+
+        noise: an iterator of standard normal numbers [N, z_dim], of which each of the two fakes
+        takes one: for the encoder's z (drawn without), or as the z of a generator without encoder.
+        """
+        for network in (self.generator, self.discriminator, self.encoder):
+            if network is not None:
+                network.train()
+
+        fake, losses = self._fake(segmap, image, noise)
+        fakes, reals = self._judge(segmap, fake, image)
+        losses["adversarial"] = sum(-scale[-1].mean() for scale in fakes) / len(fakes)
+        losses["feature_matching"] = sum(
+            (one - other.detach()).abs().mean()
+            for fake_scale, real_scale in zip(fakes, reals)
+            for one, other in zip(fake_scale[:-1], real_scale[:-1])
+        ) / len(fakes)
+        if self.perceptual is not None:
+            losses["perceptual"] = self.perceptual(fake, image)
+        self.optimizer_g.zero_grad()
+        sum(self.weights[name] * loss for name, loss in losses.items()).backward()
+        self.optimizer_g.step()
+
+        with torch.no_grad():
+            fake, _ = self._fake(segmap, image, noise)
+        fakes, reals = self._judge(segmap, fake, image)
+        losses["fake"] = sum(F.relu(1 + scale[-1]).mean() for scale in fakes) / len(fakes)
+        losses["real"] = sum(F.relu(1 - scale[-1]).mean() for scale in reals) / len(reals)
+        self.optimizer_d.zero_grad()
+        (losses["fake"] + losses["real"]).backward()
+        self.optimizer_d.step()
+        return {name: loss.detach() for name, loss in losses.items()}
+
+    def _fake(self, segmap, image, noise):
+        """A fake, and the losses that come with it: the encoder's."""
+        if self.encoder is None:
+            return self.generator(segmap, *([] if noise is None else [next(noise)])), {}
+        mu, logvar = self.encoder(image)
+        z = mu + (0.5 * logvar).exp() * (torch.randn_like(mu) if noise is None else next(noise))
+        kl = -0.5 * (1 + logvar - mu**2 - logvar.exp()).sum()
+        return self.generator(segmap, z), {"kl": kl}
+
+    def _judge(self, segmap, fake, real):
+        """The discriminator's results of fakes and of reals, which are one batch there."""
+        together = torch.cat([torch.cat([segmap, fake], 1), torch.cat([segmap, real], 1)])
+        results = self.discriminator(together)
+        return tuple(
+            [[layer.chunk(2)[half] for layer in scale] for scale in results] for half in range(2)
+        )

@@ -82,7 +82,17 @@ def test_what_is_wrong_gets_no_speed(monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "case", ["modulate", "lookup", "block", "generator", "discriminator", "converted", "monai"]
+    "case",
+    [
+        "modulate",
+        "lookup",
+        "block",
+        "generator",
+        "discriminator",
+        "training",
+        "converted",
+        "monai",
+    ],
 )
 def test_every_quick_case_matches_but_for_the_compiler(case):
     for plan in cases.CASES[case](Settings(quick=True, without=("torch.compile",))):
@@ -97,7 +107,7 @@ def test_every_quick_case_matches_but_for_the_compiler(case):
         } == problem.variants.keys()
         assert all(len(row.times) >= 5 and row.peak_memory > 0 for row in rows if row.matches)
         assert (
-            case in ("discriminator", "converted", "monai")
+            case in ("discriminator", "training", "converted", "monai")
             or min(row.overhead for row in rows if row.variant.startswith("floor")) == 1
         )
         if problem.mode == BACKWARD and case in ("block", "generator"):
@@ -115,6 +125,35 @@ def differs_by_a_sign(row):
     return (
         proven and row.error_in_double <= measure.LIMIT_IN_DOUBLE and row.excess < 1e5
     )  # 1.6e4 was seen
+
+
+def test_a_step_of_training_with_vgg19_is_the_published_one():
+    problem = cases.training_problem(Settings(quick=True), "VGG19", BACKWARD, perceptual=True)
+    truth, found = problem.truth(), problem.in_double()
+    assert truth.keys() == found.keys() and truth["perceptual"] > 0
+    scales = measure.gradient_scales(truth)
+    for key in truth:
+        error = (truth[key] - found[key]).abs().max().item()
+        assert error <= measure.LIMIT_IN_DOUBLE * scales[key], key
+    for key in ("fc.weight", "up_3.norm_0.param_free_norm.running_mean", "conv_img.bias"):
+        assert f"generator.{key}" in truth
+    assert "generator.fc.bias" not in truth  # a norm follows, and takes it away
+
+
+def test_training_begins_anew_before_each_call():
+    problem = next(cases.training(Settings(quick=True))).build()
+    results = []
+    for _ in range(2):
+        problem.prepare("spade_fast")
+        results.append(problem.variants["spade_fast"]())
+    assert all(torch.equal(one, results[1][key]) for key, one in results[0].items())
+    after = problem.variants["spade_fast"]()  # without being told to
+    assert not torch.equal(after["adversarial"], results[0]["adversarial"])
+
+
+def test_training_is_not_measured_in_half_precision():
+    with pytest.raises(ValueError, match="dtype is torch.float16, training should have float32"):
+        next(cases.training(Settings(dtype=torch.float16)))
 
 
 def built(*arguments, **named):

@@ -10,7 +10,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from spade_fast import MultiscaleDiscriminator, losses
+from spade_fast import MultiscaleDiscriminator, losses, reference
 from spade_fast.losses import perceptual
 
 
@@ -296,6 +296,9 @@ def test_vgg19_is_its_convolutions_written_out(weights, file):
     )
     loss = network(fake, real)
     assert loss.shape == () and loss.item() == close(expected.item())
+    written_out = reference.Perceptual()
+    written_out.load_state_dict(network.vgg.state_dict())
+    assert written_out.double()(fake, real).item() == close(expected.item())
     (ours,), (truth,) = torch.autograd.grad(loss, fake), torch.autograd.grad(expected, fake)
     assert torch.allclose(ours, truth, rtol=0, atol=1e-12 * truth.abs().max().item())
     assert truth.abs().max() > 0

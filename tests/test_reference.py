@@ -1,7 +1,11 @@
 """The published networks' facts, pinned: the reference is the truth of every other test."""
 
+import copy
+import math
+
 import pytest
 import torch
+import torch.nn as nn
 import torch.nn.functional as F
 
 from spade_fast import reference
@@ -122,6 +126,128 @@ def test_wirings(settings, shape):
     generator = reference.SPADEGenerator(3, 2, norm_G="spadeinstance3x3", **settings).eval()
     image = generator(torch.randn(2, 3, *shape), torch.randn(2, 256))
     assert image.shape == (2, 3, *shape) and image.abs().max() <= 1
+
+
+class Numbers(nn.Module):
+    """A network of some numbers; `forward` is what it computes of them."""
+
+    def __init__(self, forward, **values):
+        super().__init__()
+        for name, value in values.items():
+            self.register_parameter(name, nn.Parameter(torch.tensor(value, dtype=torch.float64)))
+        self.computes = forward
+
+    def forward(self, *inputs):
+        return self.computes(self, *inputs)
+
+
+def judge():
+    """Features a · image and results b · a · image of one scale, and no features of another whose
+    result is the condition.
+    """
+    return Numbers(
+        lambda own, x: [[own.a * x[:, 1:], own.b * own.a * x[:, 1:]], [x[:, :1]]], a=2.0, b=0.5
+    )
+
+
+def adam(before, lr, gradient):
+    """The first step from here: its second moment is gradient²."""
+    return pytest.approx(before - lr * gradient / (abs(gradient) + 1e-8), rel=1e-14)
+
+
+CONDITION = torch.full((1, 1, 1, 1), 0.6, dtype=torch.float64)
+REAL = torch.full((1, 1, 1, 1), 0.5, dtype=torch.float64)
+
+
+def test_a_published_step_by_hand():
+    """The generator makes w · condition = 0.15, and the real image is 0.5."""
+    generator = Numbers(lambda own, segmap: own.w * segmap, w=0.25)
+    discriminator = judge()
+    trainer = reference.PublishedTrainer(
+        generator, discriminator, perceptual=lambda fake, real: 3 * (real - fake).sum()
+    )
+    losses = trainer.step(CONDITION, REAL)
+    w = 0.25 + 1e-4  # the next fake's: its gradient is negative
+    expected = {
+        "adversarial": (-0.15 - 0.6) / 2,
+        "feature_matching": 2 * (0.5 - 0.15) / 2,
+        "perceptual": 3 * (0.5 - 0.15),
+        "fake": ((1 + 0.6 * w) + 1.6) / 2,
+        "real": (0.5 + 0.4) / 2,
+    }
+    assert losses.keys() == expected.keys()
+    for name, value in expected.items():
+        # Adam's 1e-8 beside its gradient is in w
+        assert losses[name].item() == pytest.approx(value, rel=1e-12), name
+    # −b·a/2 of the first, 10 · −a/2 of the second, 10 · −3 of the third; all times the condition
+    gradient = 0.6 * (-0.5 - 10 - 30)
+    assert generator.w.grad.item() == pytest.approx(gradient, rel=1e-14)
+    assert generator.w.item() == adam(0.25, 1e-4, gradient)
+    # ½ (b·a·fake − b·a·real): of the second step alone
+    difference = 0.6 * generator.w.item() - 0.5
+    for number, before, factor in ((discriminator.a, 2.0, 0.5), (discriminator.b, 0.5, 2.0)):
+        assert number.grad.item() == pytest.approx(factor * difference / 2, rel=1e-12)
+        assert number.item() == adam(before, 4e-4, factor * difference / 2)
+
+
+def test_a_published_step_with_an_encoder_by_hand():
+    """The image is z itself: 0.3 + exp(0 / 2) · 0.4 = 0.7, and then with other noise."""
+    generator = Numbers(lambda own, segmap, z: own.w * z[..., None, None], w=1.0)
+    encoder = Numbers(
+        lambda own, image: (own.mu + 0 * image[..., 0, 0], own.logvar + 0 * image[..., 0, 0]),
+        mu=0.3,
+        logvar=0.0,
+    )
+    trainer = reference.PublishedTrainer(
+        generator,
+        judge(),
+        encoder,
+        weights={
+            "adversarial": 1,
+            "feature_matching": 10,
+            "kl": 0.05,
+        },
+    )
+    noise = iter(torch.tensor([[[0.4]], [[-2.0]]], dtype=torch.float64))
+    losses = trainer.step(CONDITION, REAL, noise)
+    assert next(noise, None) is None
+    assert losses["kl"].item() == pytest.approx(-0.5 * (1 + 0 - 0.09 - 1), rel=1e-12)
+    assert losses["adversarial"].item() == pytest.approx((-0.7 - 0.6) / 2, rel=1e-12)
+    of_fake = -0.5 + 10  # the fake is more than the real image now
+    gradients = {
+        "mu": of_fake + 0.05 * 0.3,
+        "logvar": of_fake * 0.5 * 0.4,  # and of KL ½ (exp(0) − 1) = 0
+    }
+    for name, gradient in gradients.items():
+        number = getattr(encoder, name)
+        assert number.grad.item() == pytest.approx(gradient, rel=1e-12)
+        assert number.item() == adam({"mu": 0.3, "logvar": 0.0}[name], 1e-4, gradient)
+    mu, logvar, w = encoder.mu.item(), encoder.logvar.item(), generator.w.item()
+    fake = w * (mu - 2 * math.exp(logvar / 2))  # −1.7: beyond the hinge
+    assert fake < -1 and losses["fake"].item() == pytest.approx((0 + 1.6) / 2, rel=1e-12)
+
+
+def test_a_published_step_of_the_published_networks():
+    """Everything is in train mode and moves; noise decides the fakes where it is given."""
+    torch.manual_seed(0)
+    generator = reference.SPADEGenerator(3, 1, crop_size=64, use_vae=True, z_dim=2)
+    networks = generator, reference.MultiscaleDiscriminator(6, 2, 1), reference.ConvEncoder(1, 2)
+    trainers = [
+        reference.PublishedTrainer(*(copy.deepcopy(network).eval() for network in networks))
+        for _ in range(2)
+    ]
+    segmap, image = torch.randn(1, 3, 64, 64), torch.rand(1, 3, 64, 64)
+    numbers = torch.randn(2, 1, 2)
+    losses = [trainer.step(segmap, image, iter(numbers)) for trainer in trainers]
+    assert losses[0] == losses[1] and losses[0].keys() == {
+        *("adversarial", "feature_matching", "kl", "fake", "real")
+    }
+    assert not any(loss.requires_grad for loss in losses[0].values())
+    trained = trainers[0]
+    assert trained.generator.head_0.norm_0.param_free_norm.num_batches_tracked == 2
+    for before, after in zip(networks, (trained.generator, trained.discriminator, trained.encoder)):
+        for (name, one), other in zip(before.named_parameters(), after.parameters()):
+            assert not torch.equal(one, other), name
 
 
 def test_the_reference_imports_nothing_of_the_project():
