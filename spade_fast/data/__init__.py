@@ -5,6 +5,7 @@ and `loader` yields its batches, windows numbered.
 Nothing here knows of networks; sizes, kernel_size and scales say what they will ask a layout for.
 """
 
+from .check import Report, check_data
 from .colours import colours, paint
 from .dataset import Batch, Example, Folder, Stream, collate
 from .files import read_labels, read_palette, read_photograph
@@ -21,11 +22,15 @@ __all__ = [
     "Folder",
     "Pair",
     "Preparation",
+    "Report",
     "Sampler",
     "Stream",
+    "check_data",
     "collate",
+    "colours",
     "find_pairs",
     "loader",
+    "paint",
     "read_labels",
     "read_palette",
     "read_photograph",

@@ -1,0 +1,228 @@
+"""What `spade-fast check-data` does: finds before training what ruins it after."""
+
+import os
+from collections import Counter
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import numpy as np
+
+from ..layout import _whole_number
+from .files import Palette, read_labels, read_orientation, read_photograph
+from .pairs import Pair, convention_of, match
+from .sheet import MOST_SHOWN, Shown, check_writable, draw
+
+FILLED = (255, 65535)  # all bits set: what data sets write where there is no class
+
+
+@dataclass
+class Report:
+    """What is in the folders.
+
+    pairs: files that have their partners.
+    faults: a line for each thing that is wrong.
+    notes: a line for each thing that is unusual, and may be right.
+    pixels, images: how many pixels and images each number has, by the number in the files.
+    num_classes, dont_care: as given, or as the numbers suggest; label_shift: the convention's.
+    shortest: pixels of the shortest side of all photographs, 0 if none can be read.
+    """
+
+    pairs: int
+    faults: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    pixels: Counter[int] = field(default_factory=Counter)
+    images: Counter[int] = field(default_factory=Counter)
+    num_classes: int = 1
+    dont_care: int | None = None
+    label_shift: int = 0
+    shortest: int = 0
+
+    @property
+    def classes(self) -> dict[int, tuple[int, int]]:
+        """Pixels and images of each class that occurs, "don't care" as num_classes."""
+        found = {}
+        for number in sorted(self.pixels):
+            place = number + self.label_shift
+            if number == self.dont_care:
+                place = self.num_classes
+            elif not 0 <= place < self.num_classes:
+                continue
+            found[place] = self.pixels[number], self.images[number]
+        return dict(sorted(found.items()))
+
+
+class Seen(NamedTuple):
+    """What is in the files of one pair."""
+
+    faults: list[str]
+    counts: dict[int, int]
+    shortest: int | None
+    shown: Shown | None
+
+
+def check_data(
+    labels: str | os.PathLike,
+    images: str | os.PathLike,
+    instances: str | os.PathLike | Literal[False] | None = None,
+    *,
+    convention: str = "folder",
+    palette: Palette | None = None,
+    num_classes: int | None = None,
+    dont_care: int | None = None,
+    sheet: str | os.PathLike | None = None,
+    progress: Callable[[Iterable, int], Iterable] = lambda found, count: found,
+) -> Report:
+    """Reads all files of a data set, and reports what is wrong.
+
+    Args:
+        labels, images, instances, convention: as of `find_pairs`.
+        palette: the class of each colour, where label maps are colour-coded.
+        num_classes, dont_care: those of the convention, or suggested, where they are not given.
+        sheet: a PNG to write, some of the photographs beside their labels in colours.
+        progress: wraps what is found, pair by pair, and how many pairs there are: a progress bar.
+
+    Errors: ValueError, where a folder is not there or has no files, an argument is no such thing,
+        or the sheet cannot be written there.
+    """
+    rules = convention_of(convention)
+    if num_classes is not None:
+        num_classes = _whole_number("num_classes", num_classes, least=1)
+    if dont_care is not None:
+        dont_care = _whole_number("dont_care", dont_care)
+    if sheet is not None:
+        check_writable(Path(sheet))
+    num_classes = rules.num_classes if num_classes is None else num_classes
+    dont_care = rules.dont_care if dont_care is None else dont_care
+    pairs, faults = match(labels, images, instances, convention)
+    report = Report(len(pairs), faults, label_shift=rules.label_shift)
+    spread = np.linspace(0, len(pairs) - 1, min(len(pairs), MOST_SHOWN)).round()
+    shown = set(spread.astype(int).tolist()) if sheet is not None else set()
+    allowed = Allowed(num_classes, dont_care, rules.label_shift)
+
+    def look(number):
+        return _look(pairs[number], palette, allowed, number in shown)
+
+    pictures, sides = [], []
+    with ThreadPoolExecutor() as pool:
+        for seen in progress(pool.map(look, range(len(pairs))), len(pairs)):
+            report.faults += seen.faults
+            report.pixels.update(seen.counts)
+            report.images.update(seen.counts.keys())
+            pictures += [seen.shown] if seen.shown else []
+            sides += [seen.shortest] if seen.shortest else []
+    report.shortest = min(sides, default=0)
+    report.num_classes, report.dont_care = _suggested(report.pixels, allowed)
+    if (report.num_classes, report.dont_care) != (num_classes, dont_care) and report.pixels:
+        care = "" if report.dont_care is None else f" --dont-care {report.dont_care}"
+        report.notes.append(f"these label maps suggest --num-classes {report.num_classes}{care}")
+    classes = report.classes
+    absent = [label for label in range(report.num_classes) if label not in classes]
+    if absent and report.pixels:
+        report.notes.append(
+            f"{len(absent)} of {report.num_classes} classes never occur: {_ranges(absent)}"
+        )
+    if sheet is not None:
+        draw(Path(sheet), pictures, report)
+    return report
+
+
+class Allowed(NamedTuple):
+    """Which numbers label maps may have; num_classes None for all that are not negative."""
+
+    num_classes: int | None
+    dont_care: int | None
+    shift: int
+
+    def __contains__(self, number):
+        label = number + self.shift
+        is_class = label >= 0 and (self.num_classes is None or label < self.num_classes)
+        return is_class or number == self.dont_care
+
+    @property
+    def words(self):
+        last = "" if self.num_classes is None else f" to {self.num_classes - 1 - self.shift}"
+        other = "" if self.dont_care is None else f", or {self.dont_care} for don't care"
+        return f"{-self.shift}{last or ' or more'}{other}"
+
+
+def _look(pair: Pair, palette, allowed, is_shown) -> Seen:
+    faults = []
+
+    def tried(read, *arguments):
+        try:
+            return read(*arguments)
+        except (ValueError, OSError) as error:
+            faults.append(str(error))
+
+    labels = tried(read_labels, pair.labels, palette)
+    photograph = tried(read_photograph, pair.image)
+    instances = None if pair.instances is None else tried(read_labels, pair.instances)
+    if photograph is not None:
+        for path, numbers in ((pair.labels, labels), (pair.instances, instances)):
+            if numbers is not None and numbers.shape[::-1] != photograph.size:
+                faults.append(
+                    f"{path} is {numbers.shape[1]} × {numbers.shape[0]}, {pair.image} is"
+                    f" {photograph.width} × {photograph.height}: they should be of one size"
+                )
+        orientation = tried(read_orientation, pair.image)
+        if orientation not in (1, None):
+            faults.append(
+                f"{pair.image} has the EXIF orientation {orientation}: viewers turn it, training"
+                " does not; turn its pixels, or remove the tag where the labels are as they are"
+            )
+    counts = {} if labels is None else _counts(labels)
+    wrong = [number for number in counts if number not in allowed]
+    if wrong:
+        faults.append(f"{pair.labels} has {_where(labels, counts, wrong, allowed)}")
+    shown = None
+    if is_shown and labels is not None and photograph is not None:
+        shown = Shown.of(pair.name, photograph, labels, instances)
+    return Seen(faults, counts, None if photograph is None else min(photograph.size), shown)
+
+
+def _counts(labels):
+    """How many pixels have each number."""
+    numbers, counts = np.unique(labels, return_counts=True)
+    return dict(zip(numbers.tolist(), counts.tolist()))
+
+
+def _where(labels, counts, wrong, allowed):
+    """A number that is out of range in words: how many pixels, the first place, what else is."""
+    row, column = np.argwhere(labels == wrong[0])[0].tolist()
+    more = ""
+    if len(wrong) > 1:
+        pixels = sum(counts[number] for number in wrong)
+        more = f"; {len(wrong)} numbers in {pixels} pixels are out of range"
+    return (
+        f"a {wrong[0]} in {counts[wrong[0]]} pixels, first at row {row}, column {column}; it should"
+        f" have {allowed.words}{more}"
+    )
+
+
+def _suggested(pixels, allowed):
+    """num_classes and dont_care where they are not given: no class is the number that all bits are
+    set of, if there is a gap below it; the classes end with the largest of the others.
+    """
+    num_classes, dont_care, shift = allowed
+    largest = max(pixels, default=0)
+    if dont_care is None and largest in FILLED and largest - 1 not in pixels:
+        if num_classes is None or largest + shift >= num_classes:
+            dont_care = largest
+    if num_classes is None:
+        others = (number + shift for number in pixels if number != dont_care)
+        num_classes = max(max(others, default=0) + 1, 1)
+    return num_classes, dont_care
+
+
+def _ranges(numbers):
+    """Whole numbers in words, such as "1, 3 to 7": they are sorted."""
+    runs = []
+    for number in numbers:
+        if runs and number == runs[-1][1] + 1:
+            runs[-1][1] = number
+        else:
+            runs.append([number, number])
+    return ", ".join(f"{first}" if first == last else f"{first} to {last}" for first, last in runs)

@@ -1,0 +1,255 @@
+"""`spade-fast check-data`: every kind of ruined folder, and what is right."""
+
+import numpy as np
+import pytest
+from PIL import Image
+from test_data import drawn, refusal, save
+from typer.testing import CliRunner
+
+from spade_fast.cli import app
+from spade_fast.data import check_data, colours, paint
+from spade_fast.data.colours import _seen as seen_as
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Three pairs of 12 × 10: class 0, and in the second class 3 in two pixels, in the third 255 in
+    one.
+    """
+    for number in range(3):
+        labels = np.zeros((10, 12), np.uint8)
+        if number == 1:
+            labels[4, 5:7] = 3
+        if number == 2:
+            labels[9, 0] = 255
+        save(labels, tmp_path / "labels" / f"{number}.png")
+        save(drawn(10, 12, number)[1], tmp_path / "images" / f"{number}.png")
+        save(labels, tmp_path / "instances" / f"{number}.png")
+    return tmp_path
+
+
+def folders(folder):
+    return [folder / kind for kind in ("labels", "images", "instances")]
+
+
+def run(folder, *arguments):
+    names = [part for kind in folders(folder) for part in (f"--{kind.name}", str(kind))]
+    settings = {"COLUMNS": "200"}
+    return CliRunner().invoke(app, ["check-data", *names, *map(str, arguments)], env=settings)
+
+
+def test_folders_that_are_right(folder):
+    report = check_data(*folders(folder))
+    assert report.pairs == 3 and report.faults == [] and report.shortest == 10
+    assert report.pixels == {0: 357, 3: 2, 255: 1} and report.images == {0: 3, 3: 1, 255: 1}
+    assert (report.num_classes, report.dont_care) == (4, 255)
+    assert report.classes == {0: (357, 3), 3: (2, 1), 4: (1, 1)}
+    assert report.notes == [
+        "these label maps suggest --num-classes 4 --dont-care 255",
+        "2 of 4 classes never occur: 1 to 2",
+    ]
+    result = run(folder)
+    assert result.exit_code == 0 and "Nothing is wrong." in result.output
+    assert "--num-classes 4 --dont-care 255" in result.output
+    rows = [line.split("│")[1:-1] for line in result.output.splitlines() if "│" in line]
+    assert [[cell.strip() for cell in row] for row in rows] == [
+        ["0", "357", "99.17%", "3"],
+        ["3", "2", "0.56%", "1"],
+        ["don't care (255)", "1", "0.28%", "1"],
+    ]
+
+
+@pytest.mark.parametrize(
+    "values, suggested",
+    [
+        ([0, 1, 2], (3, None)),
+        ([0, 5, 255], (6, 255)),
+        ([0, 254, 255], (256, None)),  # as classes go: nothing sets 255 apart
+        ([0, 400, 65535], (401, 65535)),
+        ([255], (1, 255)),
+        ([7, 300], (301, None)),
+    ],
+)
+def test_suggestions(tmp_path, values, suggested):
+    labels = np.array([values], np.uint16 if max(values) > 255 else np.uint8)
+    save(labels, tmp_path / "labels" / "a.png")
+    save(np.zeros((1, len(values), 3), np.uint8), tmp_path / "images" / "a.png")
+    report = check_data(tmp_path / "labels", tmp_path / "images")
+    assert (report.num_classes, report.dont_care) == suggested and not report.faults
+    given = check_data(tmp_path / "labels", tmp_path / "images", num_classes=500)
+    assert (given.num_classes, given.dont_care) == (500, 65535 if 65535 in values else None)
+    assert len(given.faults) == (65535 in values)
+
+
+def missing(folder):
+    (folder / "images" / "1.png").unlink()
+    return ["labels/1.png has no partner in images"]
+
+
+def missing_instances(folder):
+    (folder / "instances" / "1.png").unlink()
+    return ["labels/1.png has no partner in instances"]
+
+
+def double(folder):
+    save(drawn(10, 12)[1], folder / "images" / "1.jpg")
+    return ["images/1.jpg and", "images/1.png have the same name in images"]
+
+
+def truncated(folder):
+    save(drawn(10, 12)[0] % 4, folder / "labels" / "0.png")
+    for name in ("labels/0.png", "images/2.png"):
+        path = folder / name
+        path.write_bytes(path.read_bytes()[:60])
+    return ["labels/0.png is no image, or not a whole one", "images/2.png is no image"]
+
+
+def larger(folder):
+    save(np.zeros((11, 12), np.uint8), folder / "labels" / "1.png")
+    return ["labels/1.png is 12 × 11, ", "images/1.png is 12 × 10: they should be of one size"]
+
+
+def other_instances(folder):
+    save(np.zeros((10, 13), np.uint8), folder / "instances" / "1.png")
+    return ["instances/1.png is 13 × 10, "]
+
+
+def out_of_range(folder):
+    labels = np.zeros((10, 12), np.uint8)
+    labels[4, 5:7], labels[0, 3] = 77, 99
+    save(labels, folder / "labels" / "1.png")
+    return [
+        "labels/1.png has a 77 in 2 pixels, first at row 4, column 5; it should have 0 to 3, or 255"
+        " for don't care; 2 numbers in 3 pixels are out of range"
+    ]
+
+
+def turned(folder):
+    exif = Image.Exif()
+    exif[0x0112] = 3
+    save(drawn(10, 12)[1], folder / "images" / "1.png", exif=exif)
+    return ["images/1.png has the EXIF orientation 3"]
+
+
+def coloured(folder):
+    save(drawn(10, 12)[1], folder / "labels" / "1.png")
+    return ["labels/1.png has colours (RGB), and it takes a palette"]
+
+
+def lossy(folder):
+    save(np.zeros((10, 12), np.uint8), folder / "labels" / "1.jpg")
+    (folder / "labels" / "1.png").unlink()
+    return ["labels/1.jpg is a JPEG"]
+
+
+def dangling(folder):
+    (folder / "images" / "1.png").unlink()
+    (folder / "images" / "1.png").symlink_to(folder / "nowhere.png")
+    return ["No such file", "images/1.png"]
+
+
+@pytest.mark.parametrize(
+    "ruin",
+    [
+        missing,
+        missing_instances,
+        double,
+        truncated,
+        larger,
+        other_instances,
+        out_of_range,
+        turned,
+        coloured,
+        lossy,
+        dangling,
+    ],
+)
+def test_folders_that_are_ruined(folder, ruin):
+    expected = ruin(folder)
+    result = run(folder, "--num-classes", 4, "--dont-care", 255, "--sheet", folder / "sheet.png")
+    assert result.exit_code == 1
+    faults = [line for line in result.output.splitlines() if line.startswith("WRONG: ")]
+    assert len(faults) == (2 if ruin is truncated else 1)
+    assert f"{len(faults)} faults" in result.output and "Nothing is wrong" not in result.output
+    for words in expected:
+        assert any(words in fault for fault in faults), result.output
+    assert Image.open(folder / "sheet.png").width > 1000
+
+
+def test_colour_coded_maps(folder):
+    pixels = np.zeros((10, 12, 3), np.uint8)
+    pixels[2, 3] = (9, 8, 7)
+    for number in range(3):
+        save(pixels, folder / "labels" / f"{number}.png")
+    (folder / "palette.txt").write_text("0 0 0 1\n9 8 7 0\n")
+    result = run(folder, "--palette", folder / "palette.txt")
+    assert result.exit_code == 0 and "--num-classes 2" in result.output
+    (folder / "palette.txt").write_text("0 0 0 1\n")
+    result = run(folder, "--palette", folder / "palette.txt")
+    assert (
+        result.exit_code == 1 and result.output.count("(9, 8, 7) in 1 pixels, first at row 2") == 3
+    )
+
+
+def test_conventions(folder):
+    labels = np.array([[0, 1], [150, 1]], np.uint8)
+    for number in range(3):
+        save(labels, folder / "labels" / f"{number}.png")
+        save(drawn(40, 40)[1][:2, :2], folder / "images" / f"{number}.png")
+    report = check_data(*folders(folder)[:2], convention="ade20k")
+    assert report.classes == {0: (6, 3), 149: (3, 3), 150: (3, 3)} and not report.faults
+    report = check_data(*folders(folder)[:2], convention="ade20k", num_classes=149)
+    assert "first at row 1, column 0; it should have 1 to 149, or 0 for" in report.faults[0]
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (["--convention", "coco"], "convention is 'coco'"),
+        (["--sheet", "nowhere/sheet.png"], "sheet is nowhere"),
+        (["--sheet", "sheet.jpg"], ".png"),
+        (["--palette", "nowhere.txt"], "nowhere.txt"),
+        (["--labels", "nowhere"], "labels is nowhere, which is not there"),
+    ],
+)
+def test_arguments_that_are_wrong(folder, arguments, words):
+    result = run(folder, *arguments)
+    assert result.exit_code == 1
+    assert words in result.stderr and len(result.stderr.splitlines()) == 1
+
+
+def test_sheet(folder):
+    """Photograph, labels in their colours, and edges of instances, where they should be."""
+    numbers = np.repeat([0, 3], 120)[None].repeat(240, 0).astype(np.uint8)  # 240 × 240
+    for number in range(3):
+        save(numbers, folder / "labels" / f"{number}.png")
+        save(np.full((240, 240, 3), 90, np.uint8), folder / "images" / f"{number}.png")
+        save(numbers, folder / "instances" / f"{number}.png")
+    report = check_data(*folders(folder), sheet=folder / "sheet.png")
+    sheet = np.asarray(Image.open(folder / "sheet.png"))
+    ours = colours(report.num_classes)
+    for colour, pixels in {
+        (90, 90, 90): 3 * 240 * 240,
+        tuple(ours[0].tolist()): 3 * 240 * 119,
+        tuple(ours[3].tolist()): 3 * 240 * 119,
+        (255, 255, 255): 3 * 240 * 2,
+    }.items():
+        found = (sheet == colour).all(-1).sum()
+        assert 0.95 * pixels < found < 1.5 * pixels  # numbers are written on it, and the key
+
+
+def test_colours():
+    many = colours(400)
+    assert many.dtype == np.uint8 and (colours(183) == many[:183]).all()
+    seen = seen_as(np.concatenate([many[:183], [(255, 255, 255)]]))
+    distances = np.sqrt(((seen[:, None] - seen[None]) ** 2).sum(-1)) + np.eye(184)
+    assert distances.min() > 0.05  # the eye can tell 0.02
+    assert len({tuple(colour) for colour in many.tolist()}) == 400
+    assert many.sum(1).max() < 3 * 255 and many.sum(1).min() > 100  # neither white nor dark
+    published = {(255, 0, 0): (0.628, 0.225, 0.126), (0, 0, 255): (0.452, -0.032, -0.312)}
+    for colour, oklab in published.items():
+        assert np.allclose(seen_as(np.array([colour])), oklab, atol=1e-3)
+    assert colours(0).shape == (0, 3) and len(colours(5000)) == 5000
+    labels = np.array([[0, 2], [1, 0]])
+    assert (paint(labels, many)[1] == many[[1, 0]]).all()
+    assert "numbers from 0 to 2, they should be 0 to 1" in refusal(paint, labels, many[:2])
