@@ -119,7 +119,7 @@ def check_data(
     is wrong.
     """
     try:
-        from . import data
+        from .. import data
 
         report = data.check_data(
             labels,

@@ -1,0 +1,153 @@
+"""The steps of training, against the plain PyTorch trainer of the published recipe."""
+
+import itertools
+
+import pytest
+import torch
+import torch.multiprocessing as mp
+import torch.nn as nn
+
+import spade_fast
+from spade_fast import SemanticLayout, losses, reference
+from spade_fast.data import Batch
+from spade_fast.training import Config, Networks, Trainer
+
+CLASSES, EDGES, CROP, Z_DIM = 5, 1, 64, 6
+LABEL_NC = CLASSES + EDGES
+STEPS = 3
+
+
+def batches(count=STEPS, images=2, dtype=torch.float64):
+    """Layouts of blocks, and images of noise."""
+    random = torch.Generator().manual_seed(0)
+    found = []
+    for _ in range(count):
+        labels = torch.randint(CLASSES, (images, 8, 8), generator=random)
+        labels = labels.repeat_interleave(8, 1).repeat_interleave(8, 2)
+        layout = SemanticLayout.from_labels(labels, CLASSES, labels)
+        photographs = torch.rand(images, 3, CROP, CROP, generator=random, dtype=dtype) * 2 - 1
+        found.append(Batch(layout, photographs, ("",) * images))
+    return found
+
+
+def numbers(batch, count=2 * STEPS):
+    """The noise of some steps."""
+    random = torch.Generator().manual_seed(1)
+    return [
+        torch.randn(len(batch.images), Z_DIM, generator=random, dtype=torch.float64)
+        for _ in range(count)
+    ]
+
+
+def settings(**others):
+    small = dict(
+        num_classes=CLASSES,
+        instances="somewhere",
+        crop_size=CROP,
+        ngf=2,
+        ndf=4,
+        z_dim=Z_DIM,
+        init_gain=1.0,
+        perceptual=False,
+        batch=2,
+        steps=STEPS,
+    )
+    return Config(**small | others)
+
+
+def features():
+    """A perceptual loss with weights of VGG19's shapes, drawn at random."""
+    random = torch.Generator().manual_seed(2)
+    with torch.device("meta"):
+        shapes = losses.perceptual._layers()
+        weights = nn.Sequential(*shapes).state_dict()
+    weights = {
+        f"features.{name}": torch.randn(tensor.shape, generator=random)
+        * (2 / max(1, tensor[0].numel())) ** 0.5
+        for name, tensor in weights.items()
+    }
+    return losses.Perceptual(weights)
+
+
+def plain(networks, config):
+    """The plain trainer of networks with the same weights."""
+    generator = reference.SPADEGenerator(
+        LABEL_NC,
+        ngf=2,
+        crop_size=CROP,
+        use_vae=config.use_vae,
+        z_dim=Z_DIM,
+        norm_G=config.norm_G,
+    )
+    discriminator = reference.MultiscaleDiscriminator(LABEL_NC + 3, ndf=4)
+    encoder = reference.ConvEncoder(4, Z_DIM) if config.use_vae else None
+    for ours, theirs in (
+        (networks.generator, generator),
+        (networks.discriminator, discriminator),
+        (networks.encoder, encoder),
+    ):
+        if ours is not None:
+            theirs.double().load_state_dict(ours.state_dict())
+    return reference.PublishedTrainer(
+        generator,
+        discriminator,
+        encoder,
+        networks.perceptual,
+        config.lr_generator,
+        config.lr_discriminator,
+    )
+
+
+@pytest.mark.parametrize("vgg", [False, True], ids=["", "vgg"])
+@pytest.mark.parametrize("use_vae", [False, True], ids=["", "vae"])
+def test_three_steps_are_those_of_the_plain_trainer(use_vae, vgg):
+    config = settings(use_vae=use_vae)
+    networks = double(spade_fast.training.networks.make_networks(config, LABEL_NC))
+    networks.perceptual = features().double() if vgg else None
+    given = batches()
+    noise = itertools.cycle(numbers(given[0]))
+    trainer = Trainer(config, networks, noise=lambda like: next(noise))
+    truth = plain(networks, config)
+    theirs = itertools.cycle(numbers(given[0])) if use_vae else None
+    weights = dict(adversarial=1, features=10, perceptual=10, kl=0.05, fake=1, real=1)
+    for step, batch in zip(trainer.fit(given), given):
+        expected = truth.step(batch.layout.to_segmap(torch.float64), batch.images, theirs)
+        expected["features"] = expected.pop("feature_matching")
+        assert set(step.losses) == set(expected)
+        for name, loss in step.losses.items():
+            assert_close(loss, weights[name] * expected[name], name)
+        for kind in ("generator", "discriminator", "encoder"):
+            own, other = getattr(networks, kind), getattr(truth, kind)
+            if own is None:
+                continue
+            gradients = [
+                {name: parameter.grad for name, parameter in network.named_parameters()}
+                for network in (own, other)
+            ]
+            assert_all_close(*gradients, f"gradient of {kind}")
+            assert_all_close(own.state_dict(), other.state_dict(), kind)
+    assert trainer.number == STEPS
+
+
+def assert_all_close(found, expected, name):
+    """Each tensor within 1e-9 of its largest element. What is zero but for rounding, as a bias
+    before a norm and its gradient, is judged beside its layer's weight.
+    """
+    assert set(found) == set(expected)
+    for key, tensor in expected.items():
+        beside = [
+            expected[other].abs().max()
+            for other in expected
+            if key.endswith(".bias") and other.startswith(key.removesuffix("bias") + "weight")
+        ]
+        assert_close(found[key], tensor, f"{name} {key}", *beside)
+
+
+def assert_close(found, expected, name, *scales):
+    assert (found - expected).abs().max() <= 1e-9 * max(expected.abs().max(), *scales, 0), name
+
+
+def double(networks):
+    for network in networks.trained().values():
+        network.double()
+    return networks
