@@ -558,7 +558,7 @@ def test_loaders_yield_the_same_for_any_workers_processes_and_start(folder):
 
 
 def test_batches_come_from_workers_as_one_tensor(folder):
-    """Each tensor by itself would be a file that is opened; and a change of one is none of others."""
+    """Each tensor would else be a file that is opened; and a change of one is none of others."""
     data = data_set(folder)
     numbered = {"sizes": [(16, 16), (32, 32)], "scales": 2}
     expected, (batch,) = (
