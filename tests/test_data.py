@@ -1,8 +1,10 @@
 """From folders of label maps and photographs to batches."""
 
 import itertools
+import os
 import pickle
 import random
+import signal
 
 import numpy as np
 import pytest
@@ -275,15 +277,15 @@ def places(height, width):
     return row * width + column, np.stack([row, column, 0 * row], -1).astype(np.uint8)
 
 
-SIZES = {  # of an image 96 wide and 64 high, (height, width) where it is cropped, by hand
-    "resize_and_crop": (30, 60),
-    "crop": (64, 96),
-    "scale_width": (40, 60),
-    "scale_width_and_crop": (40, 60),
-    "scale_shortside": (60, 90),
-    "scale_shortside_and_crop": (60, 90),
-    "fixed": (20, 40),
-    "none": (64, 96),
+SIZES = {  # of an image 48 wide and 32 high, (height, width) where it is cropped, by hand
+    "resize_and_crop": (15, 30),
+    "crop": (32, 48),
+    "scale_width": (20, 30),
+    "scale_width_and_crop": (20, 30),
+    "scale_shortside": (30, 45),
+    "scale_shortside_and_crop": (30, 45),
+    "fixed": (10, 20),
+    "none": (32, 64),
 }
 
 
@@ -293,12 +295,12 @@ def test_modes(mode, seed):
     """Both resized by Pillow as a whole, then cut where labels say that they were cut."""
     chance = None if seed is None else random.Random(seed)
     resized = mode not in ("crop", "fixed", "none")
-    numbers, photograph = places(64, 96)
+    numbers, photograph = places(32, 48)
     preparation = Preparation(
-        64 * 96,
+        32 * 48,
         mode=mode,
-        crop_size=40,
-        load_size=60 if resized else None,
+        crop_size=20,
+        load_size=30 if resized else None,
         aspect_ratio=2,
     )
     layout, image = preparation(numbers, photograph, random=chance)
@@ -311,9 +313,9 @@ def test_modes(mode, seed):
         )
     ]
     crops = mode.endswith("crop")
-    assert preparation.output_size == ((20, 40) if crops or mode == "fixed" else None)
+    assert preparation.output_size == ((10, 20) if crops or mode == "fixed" else None)
     found = layout.palette.argmax(1)[layout.codes[0].long()].numpy()
-    assert found.shape == image.shape[2:] == ((20, 40) if crops else size)
+    assert found.shape == image.shape[2:] == ((10, 20) if crops else size)
     mirrored = found[0, 0] > found[0, -1]
     if mirrored:
         found, image = found[:, ::-1], image.flip(-1)
@@ -326,6 +328,33 @@ def test_modes(mode, seed):
     expected = torch.tensor(whole[1][part]).permute(2, 0, 1) / 127.5 - 1
     assert image.dtype == torch.float32 and image.shape[:2] == (1, 3)
     assert torch.allclose(image[0], expected, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "settings, size",
+    [
+        ({"mode": "scale_width", "load_size": 30}, (45, 30)),
+        ({"mode": "scale_shortside", "load_size": 30}, (45, 30)),
+        ({"mode": "scale_width"}, (48, 32)),  # to crop_size
+        ({"mode": "fixed", "aspect_ratio": 0.5}, (64, 32)),
+        ({"mode": "none"}, (64, 32)),
+    ],
+)
+def test_sizes_of_upright_images(settings, size):
+    labels, photograph, _ = drawn(50, 33)
+    layout, image = Preparation(CLASSES, DONT_CARE, crop_size=32, **settings)(labels, photograph)
+    assert layout.codes.shape[1:] == image.shape[2:] == size
+
+
+def test_published_load_size():
+    labels, photograph, instances = drawn(50, 40)
+    ours, published = (
+        Preparation(CLASSES, DONT_CARE, crop_size=256, load_size=load_size)(
+            labels, photograph, instances
+        )
+        for load_size in (None, 286)
+    )
+    assert same((*ours, ""), (*published, ""))
 
 
 def test_crops_and_flips_reach_everything():
@@ -431,7 +460,7 @@ def test_folder(folder):
     data = data_set(folder)
     assert len(data) == 7 and data[6].name == "6"
     assert same(data[1, 4], data[1, 4]) and same(data[4], data[4])
-    assert same(data[1, 4], data_set(folder)[1, 4])
+    assert same(data[1, 4], pickle.loads(pickle.dumps(data_set(folder)))[1, 4])
     assert not all(same(data[0, 4], data[epoch, 4]) for epoch in range(1, 4))
     labels, photograph, instances = drawn(36, 40, 4)
     assert same(data[4], (*data.preparation(labels, photograph, instances), "4"))
@@ -452,7 +481,8 @@ def test_batches_have_numbered_everything(folder, monkeypatch):
         "scales": 3,
     }
     batch = collate([data[0, 1], data[0, 2]], **numbered)
-    batches = [batch, pickle.loads(pickle.dumps(batch)), batch.to("cpu")]
+    monkeypatch.setattr(torch.Tensor, "pin_memory", torch.Tensor.clone)  # which takes a GPU
+    batches = [batch, pickle.loads(pickle.dumps(batch)), batch.pin_memory(), batch.to("cpu")]
     batches += itertools.islice(loader(data, 2, workers=1, **numbered), 1)
     plain = collate([data[0, 1], data[0, 2]])
     assert plain.layout.equal(batch.layout) and not plain.layout._windows
@@ -528,7 +558,7 @@ def test_loaders_yield_the_same_for_any_workers_processes_and_start(folder):
 
 
 def test_batches_come_from_workers_as_one_tensor(folder):
-    """Each tensor by itself would be a file that is opened; and a change of one is none of others."""
+    """Each tensor would else be a file that is opened; and a change of one is none of others."""
     data = data_set(folder)
     numbered = {"sizes": [(16, 16), (32, 32)], "scales": 2}
     expected, (batch,) = (
@@ -543,6 +573,14 @@ def test_batches_come_from_workers_as_one_tensor(folder):
     batch.images.zero_()
     assert batch.layout.windows((16, 16), 3) is windows
     assert same(batch._replace(images=expected[0].images), *expected)
+
+
+def test_interrupts_are_not_for_workers(folder):
+    data = data_set(folder)
+    batches = iter(loader(data, 2, workers=1))
+    next(batches)
+    os.kill(batches._workers[0].pid, signal.SIGINT)
+    assert len(first(batches, 5)) == 5
 
 
 class Again:

@@ -7,8 +7,8 @@ import torch
 
 LEVELS = 16  # of each channel of the colours that are chosen from
 DARKEST = 0.45  # lightness in OKLab: what is darker looks like black
-# From linear RGB to the responses of the eye's cones, and from their cube roots to lightness and two
-# opponent axes: OKLab (Ottosson 2020), where distances are about as they are seen.
+# From linear RGB to the responses of the eye's cones, and from their cube roots to lightness and
+# two opponent axes: OKLab (Ottosson 2020), where distances are about as they are seen.
 CONES = np.array(
     [
         [0.4122214708, 0.5363325363, 0.0514459929],

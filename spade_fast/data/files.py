@@ -74,8 +74,8 @@ def read_orientation(path: str | os.PathLike) -> int:
 
 
 def read_palette(path: str | os.PathLike) -> dict[tuple[int, int, int], int]:
-    """The class of each colour, from a text file with a line `R G B CLASS` for each colour, 0 to 255
-    and 0 or more; a name may follow. Several colours may have one class; `#` begins a comment.
+    """The class of each colour, from a text file with a line `R G B CLASS` for each colour: 0 to
+    255, and 0 or more; a name may follow. Several colours may have one class; `#` begins a comment.
 
     Errors: ValueError, which names the file and the line.
     """

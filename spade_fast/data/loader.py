@@ -1,6 +1,7 @@
 """Batches in an order that depends on the seed alone, so that a run can go on at any of them."""
 
 import functools
+import signal
 from collections.abc import Iterable, Iterator, Sequence
 
 import torch
@@ -110,6 +111,7 @@ def loader(
         "collate_fn": together,
         "pin_memory": torch.cuda.is_available(),
         "persistent_workers": workers > 0,
+        "worker_init_fn": _leave_interrupts,
         # else the loader draws from the random numbers of training
         "generator": torch.Generator().manual_seed(seed),
     }
@@ -120,6 +122,11 @@ def loader(
         return DataLoader(own, batch_size=batch, drop_last=True, **settings)
     sampler = Sampler(len(dataset), batch, seed=seed, **share)
     return DataLoader(dataset, batch_sampler=sampler, **settings)
+
+
+def _leave_interrupts(worker):
+    """Ctrl+C goes to the workers, too: it is for the process that trains, which may yet save."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def check_share(batch, rank, processes, start):
