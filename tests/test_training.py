@@ -1,16 +1,18 @@
 """The steps of training, against the plain PyTorch trainer of the published recipe."""
 
 import itertools
+import os
+import socket
 
 import pytest
 import torch
 import torch.multiprocessing as mp
 import torch.nn as nn
 
-import spade_fast
 from spade_fast import SemanticLayout, losses, reference
 from spade_fast.data import Batch
-from spade_fast.training import Config, Networks, Trainer
+from spade_fast.training import Config, Trainer
+from spade_fast.training.networks import make_networks
 
 CLASSES, EDGES, CROP, Z_DIM = 5, 1, 64, 6
 LABEL_NC = CLASSES + EDGES
@@ -102,7 +104,7 @@ def plain(networks, config):
 @pytest.mark.parametrize("use_vae", [False, True], ids=["", "vae"])
 def test_three_steps_are_those_of_the_plain_trainer(use_vae, vgg):
     config = settings(use_vae=use_vae)
-    networks = double(spade_fast.training.networks.make_networks(config, LABEL_NC))
+    networks = double(make_networks(config, LABEL_NC))
     networks.perceptual = features().double() if vgg else None
     given = batches()
     noise = itertools.cycle(numbers(given[0]))
@@ -151,3 +153,53 @@ def double(networks):
     for network in networks.trained().values():
         network.double()
     return networks
+
+
+@pytest.mark.parametrize("use_vae", [False, True], ids=["", "vae"])
+def test_two_processes_are_one_with_the_whole_batch(use_vae, tmp_path):
+    """Losses, gradients, weights, running statistics: syncbatch norm, gradients exchanged."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    mp.spawn(one_of_two, (use_vae, tmp_path, port), nprocs=2)
+    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    whole = three_steps(use_vae, slice(None))
+    for name in whole:
+        assert_all_close(first[name], whole[name], name)
+        assert_all_close(second[name], whole[name], name)
+
+
+def one_of_two(rank, use_vae, folder, port):
+    os.environ |= {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "ACCELERATE_USE_CPU": "1",
+    }
+    torch.save(three_steps(use_vae, slice(rank, rank + 1)), folder / f"{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+def three_steps(use_vae, images):
+    """What the losses of three steps are, and gradients and states after them."""
+    config = settings(use_vae=use_vae)
+    trainer = Trainer(config, double(make_networks(config, LABEL_NC)))
+    given = [
+        Batch(batch.layout[images], batch.images[images], batch.names[images])
+        for batch in batches()
+    ]
+    found = {
+        f"losses {step.number}": {
+            name: torch.tensor(loss, dtype=torch.float64)
+            for name, loss in trainer.mean(step.losses).items()
+        }
+        for step in trainer.fit(given)
+    }
+    for name, network in trainer.networks.trained().items():
+        found[name] = dict(network.state_dict())
+        found[f"{name}'s gradients"] = {
+            key: parameter.grad for key, parameter in network.named_parameters()
+        }
+    return found

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn as nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from ..data import Batch
@@ -200,16 +201,22 @@ class Trainer:
         return networks
 
     def _prepared(self, network):
-        prepared = self.accelerator.prepare(network)
-        # Without the autocast that Accelerate puts around forward: a step has its own.
-        self.accelerator.unwrap_model(prepared, keep_fp32_wrapper=False)
+        own = {name: vars(network).get(name) for name in ("forward", "_original_forward")}
+        with _taken_on_a_processor(network, self.accelerator.device):
+            prepared = self.accelerator.prepare(network)
+        # Without the autocast that Accelerate puts around forward: a step has its own, and a
+        # network is watched whose forward is another.
+        for name, value in own.items():
+            vars(network).pop(name, None)
+            if value is not None:
+                setattr(network, name, value)
         return prepared
 
     def mean(self, losses: Losses) -> dict[str, float]:
         """The losses of all images of the step, by name; all processes ask together."""
         if not losses:
             return {}
-        values = torch.stack([loss.detach().float() for loss in losses.values()])
+        values = torch.stack([loss.detach() for loss in losses.values()])
         values = self.accelerator.reduce(values, "mean").tolist()
         return dict(zip(losses, values))
 
@@ -291,6 +298,25 @@ def _accelerator(precision):
     # statistics from all images.
     handlers = [DistributedDataParallelKwargs(broadcast_buffers=False)]
     return Accelerator(mixed_precision=precision, kwargs_handlers=handlers)
+
+
+@contextlib.contextmanager
+def _taken_on_a_processor(network, device):
+    """Inside, DistributedDataParallel does not see SyncBatchNorms. It refuses them on a processor,
+    where PyTorch's own have no kernels; those of this package have.
+    """
+    norms = [
+        module
+        for module in network.modules()
+        if device.type == "cpu" and type(module) is nn.SyncBatchNorm
+    ]
+    for norm in norms:
+        norm.__class__ = nn.BatchNorm2d
+    try:
+        yield
+    finally:
+        for norm in norms:
+            norm.__class__ = nn.SyncBatchNorm
 
 
 def _optimizers(config, networks):
