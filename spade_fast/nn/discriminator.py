@@ -109,8 +109,8 @@ class PatchDiscriminator(nn.Module):
 
 class MultiscaleDiscriminator(nn.Module):
     """A PatchDiscriminator for each scale, half the size of the one before (Park et al. 2019,
-    figure 13), with the published keys. A new network has PyTorch's default initialisation; `initialise(network)` gives it the
-    published one.
+    figure 13), with the published keys. A new network has PyTorch's default initialisation;
+    `initialise(network)` gives it the published one.
 
     Args:
         input_nc: channels of condition and image together.
