@@ -1,0 +1,89 @@
+"""The command `spade-fast check-data`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import track
+
+from .. import data as checking
+from .tables import table_of
+
+
+def check_data(
+    labels: Annotated[Path, typer.Option(help="Folder of label maps.")],
+    images: Annotated[Path, typer.Option(help="Folder of photographs.")],
+    instances: Annotated[Path | None, typer.Option(help="Folder of instance maps.")] = None,
+    convention: Annotated[
+        str, typer.Option(help="folder, coco_stuff, ade20k or cityscapes.")
+    ] = "folder",
+    palette: Annotated[
+        Path | None, typer.Option(help="Of colour-coded maps: a line R G B CLASS per colour.")
+    ] = None,
+    num_classes: Annotated[int | None, typer.Option(min=1, help='Without "don\'t care".')] = None,
+    dont_care: Annotated[
+        int | None, typer.Option(help="The number in the maps that is no class.")
+    ] = None,
+    sheet: Annotated[
+        Path | None, typer.Option(help="A PNG to write: photographs beside their labels.")
+    ] = None,
+):
+    """Read label maps and photographs before they are trained on: a line for each fault, what the
+    classes take, and which --num-classes and --dont-care they need. Exits with 1 where something
+    is wrong.
+    """
+    try:
+        report = checking.check_data(
+            labels,
+            images,
+            instances,
+            convention=convention,
+            palette=None if palette is None else checking.read_palette(palette),
+            num_classes=num_classes,
+            dont_care=dont_care,
+            sheet=sheet,
+            progress=progress_bar,
+        )
+    except (ValueError, OSError) as error:
+        typer.echo(error, err=True)
+        raise typer.Exit(1) from None
+    console = Console()
+    console.print(table_of_classes(report))
+    for note in report.notes:
+        typer.echo(f"Note: {note}")
+    typer.echo(f"{report.pairs} pairs, the shortest side {report.shortest} pixels.")
+    for fault in report.faults:
+        typer.echo(f"WRONG: {fault}")
+    if report.faults:
+        typer.echo(f"{len(report.faults)} faults.")
+        raise typer.Exit(1)
+    typer.echo("Nothing is wrong.")
+
+
+def table_of_classes(report):
+    """What each class takes of a checked data set."""
+    table = table_of("class", "pixels", "share", "images", title="Classes that occur")
+    pixels = max(1, sum(report.pixels.values()))
+    for label, (count, images) in report.classes.items():
+        name = str(label)
+        if label == report.num_classes:
+            name = f"don't care ({report.dont_care})"
+        table.add_row(name, f"{count:,}", f"{count / pixels:.2%}", f"{images:,}")
+    rest = sum(report.pixels.values()) - sum(count for count, _ in report.classes.values())
+    if rest:
+        table.add_row("[red]out of range", f"{rest:,}", f"{rest / pixels:.2%}", "")
+    return table
+
+
+def progress_bar(found, count):
+    """The same, with a bar while it lasts, on a terminal."""
+    console = Console(stderr=True)
+    return track(
+        found,
+        "Reading",
+        total=count,
+        console=console,
+        transient=True,
+        disable=not console.is_terminal,
+    )
