@@ -101,7 +101,7 @@ def test_tensorboard_has_losses_and_pictures(settings):
         {},
         {"workers": 1, "use_vae": True, "z_dim": 3, "norm_G": "spectralspadesyncbatch3x3"},
         {"order": "shared", "discriminator_steps": 2, "decay": 0.5, "ema": 0.5},
-        {"accumulate": 2, "recompute": True, "norm_G": "spectralspadeinstance3x3"},
+        {"accumulate": 2, "recompute": True, "batch": 4},
     ],
     ids=["plain", "vae", "shared", "accumulated"],
 )
