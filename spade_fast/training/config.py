@@ -248,7 +248,13 @@ PRESETS: dict[str, tuple[str, dict]] = {
     ),
     "small": (
         "A quarter of the channels' products and half of the hidden ones, for a small GPU or a CPU.",
-        dict(ngf=32, ndf=32, nhidden=64, norm_G="spectralspadeinstance3x3"),
+        dict(
+            ngf=32,
+            ndf=32,
+            nhidden=64,
+            norm_G="spectralspadeinstance3x3",
+            lr_generator=2e-4,
+        ),
     ),
 }
 

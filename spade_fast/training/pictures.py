@@ -1,6 +1,7 @@
 """Pictures of a run: some scenes' layouts, what the generator makes of them, and photographs."""
 
 import contextlib
+import math
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -11,7 +12,7 @@ import torch.nn.functional as F
 from ..data import Example, collate, colours, paint
 from ..layout import SemanticLayout
 
-GAP = 4  # white pixels between images
+GAP = 4  # white pixels between images; three times as many between scenes
 SEED = 0  # of the z that pictures are made with: the same in each
 
 
@@ -58,12 +59,20 @@ class Scenes:
         return float(torch.stack(found).mean())
 
     def grid(self, generated: torch.Tensor) -> np.ndarray:
-        """uint8 [H, W, 3]: a row for each scene, with layout, generated image and photograph."""
-        rows = [
-            [layout_picture(batch.layout), picture(image), picture(batch.images[0])]
+        """uint8 [H, W, 3]: of each scene layout, generated image and photograph beside each other,
+        in as many columns of scenes as make the picture about square.
+        """
+        scenes = [
+            side_by_side([layout_picture(batch.layout), picture(image), picture(batch.images[0])])
             for image, batch in zip(generated, self.batches)
         ]
-        return side_by_side([side_by_side(row, axis=1) for row in rows], axis=0)
+        columns = math.ceil(math.sqrt(len(scenes) / 3))
+        scenes += [np.full_like(scenes[0], 255)] * (-len(scenes) % columns)
+        rows = [
+            side_by_side(scenes[first : first + columns], gap=3 * GAP)
+            for first in range(0, len(scenes), columns)
+        ]
+        return side_by_side(rows, axis=0)
 
 
 @contextlib.contextmanager
@@ -93,11 +102,11 @@ def layout_picture(layout: SemanticLayout) -> np.ndarray:
     return image
 
 
-def side_by_side(images: Sequence[np.ndarray], axis: int) -> np.ndarray:
-    """Images of one size in a column (axis 0) or a row (axis 1), with white between them."""
+def side_by_side(images: Sequence[np.ndarray], axis: int = 1, gap: int = GAP) -> np.ndarray:
+    """Images of one size in a row (axis 1) or a column (axis 0), with white pixels between them."""
     parts = []
     for image in images:
         shape = list(image.shape)
-        shape[axis] = GAP
+        shape[axis] = gap
         parts += [image, np.full(shape, 255, np.uint8)]
     return np.concatenate(parts[:-1], axis)
