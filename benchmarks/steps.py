@@ -1,59 +1,40 @@
 """A step of training, the published one and ours, from the same beginning each time."""
 
 import copy
+import sys
 
-import torch
-
-from spade_fast import losses
+from spade_fast import SemanticLayout
+from spade_fast.data import Batch
+from spade_fast.training import Config, Networks, Trainer
 
 # Of a network's largest gradient in float64: 1e-15 was seen of zeros, 1e-3 of the others.
 ROUNDING = 1e-11
 
 
 class OurTrainer:
-    """The step of `reference.PublishedTrainer` with networks and losses of this package. The
-    generator's step needs no gradients of the discriminator's weights, and finds none.
-
-    `training_problem` in cases.py needs of a trainer what this one has in public.
+    """`spade_fast.training.Trainer`, as `training_problem` in cases.py calls it: the published
+    recipe, and the generator's running average besides, which the plain trainer does not have.
     """
 
     def __init__(self, generator, discriminator, perceptual=None):
-        self.generator, self.discriminator = generator.train(), discriminator.train()
-        self.perceptual = perceptual
-        self.optimizer_g = torch.optim.Adam(generator.parameters(), 1e-4, (0.0, 0.9))
-        self.optimizer_d = torch.optim.Adam(discriminator.parameters(), 4e-4, (0.0, 0.9))
+        self.config = Config(num_classes=1, steps=sys.maxsize, perceptual=perceptual is not None)
+        networks = Networks(generator, discriminator, None, perceptual)
+        self.trainer = Trainer(self.config, networks)
+        self.generator, self.discriminator = generator, discriminator
+        self.optimizer_g, self.optimizer_d = (one.optimizer for one in self.trainer.optimizers)
 
     def step(self, condition, image):
-        """The losses by name, without their weights; the gradients stay where they are."""
-        self.discriminator.requires_grad_(False)
-        fake = self.generator(condition)
-        fakes, reals = self._judge(condition, fake, image)
-        found = {
-            "adversarial": losses.for_generator(fakes),
-            "feature_matching": losses.feature_matching(fakes, reals),
+        """The losses by name, without their weights; the gradients stay where they are.
+
+        condition: a SemanticLayout, or a tensor whose layout is found here.
+        """
+        layout = condition
+        if not isinstance(condition, SemanticLayout):
+            layout = SemanticLayout.from_segmap(condition)
+        losses = self.trainer.step([Batch(layout, image, ("",) * len(image))]).losses
+        return {
+            name: loss / getattr(self.config, f"weight_{name}", 1) for name, loss in losses.items()
         }
-        total = found["adversarial"] + 10 * found["feature_matching"]
-        if self.perceptual is not None:
-            found["perceptual"] = self.perceptual(fake, image)
-            total = total + 10 * found["perceptual"]
-        self.optimizer_g.zero_grad()
-        total.backward()
-        self.optimizer_g.step()
-        self.discriminator.requires_grad_(True)
-        del fake, fakes, reals, total  # and the graph, before the next one is made
-        found = {name: loss.detach() for name, loss in found.items()}
-
-        with torch.no_grad():
-            fake = self.generator(condition)
-        fakes, reals = self._judge(condition, fake, image)
-        found["fake"], found["real"] = losses.for_discriminator(fakes, reals)
-        self.optimizer_d.zero_grad()
-        (found["fake"] + found["real"]).backward()
-        self.optimizer_d.step()
-        return {name: loss.detach() for name, loss in found.items()}
-
-    def _judge(self, condition, fake, real):
-        return losses.halves(self.discriminator(torch.cat([fake, real]), condition))
 
 
 def beginning(trainer):

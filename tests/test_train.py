@@ -90,7 +90,7 @@ def test_tensorboard_has_losses_and_pictures(settings):
 
     train(Config(**settings | {"tensorboard": True, "steps": 2}, log_every=1))
     events = EventAccumulator(str(Run(settings["out"]).path("tensorboard"))).Reload()
-    assert {"losses/features", "losses/fake", "distance"} <= set(events.Tags()["scalars"])
+    assert {"losses/feature_matching", "losses/fake", "distance"} <= set(events.Tags()["scalars"])
     assert [event.step for event in events.Scalars("losses/real")] == [1, 2]
     assert events.Tags()["images"] == ["scenes"]
 

@@ -111,10 +111,9 @@ def test_three_steps_are_those_of_the_plain_trainer(use_vae, vgg):
     trainer = Trainer(config, networks, noise=lambda like: next(noise))
     truth = plain(networks, config)
     theirs = itertools.cycle(numbers(given[0])) if use_vae else None
-    weights = dict(adversarial=1, features=10, perceptual=10, kl=0.05, fake=1, real=1)
+    weights = dict(adversarial=1, feature_matching=10, perceptual=10, kl=0.05, fake=1, real=1)
     for step, batch in zip(trainer.fit(given), given):
         expected = truth.step(batch.layout.to_segmap(torch.float64), batch.images, theirs)
-        expected["features"] = expected.pop("feature_matching")
         assert set(step.losses) == set(expected)
         for name, loss in step.losses.items():
             assert_close(loss, weights[name] * expected[name], name)

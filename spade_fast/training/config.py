@@ -82,7 +82,7 @@ class Config:
         None, "torchvision's file of VGG19's weights; else torch.hub's cache.", may_change=True
     )
     weight_adversarial: float = setting(1.0, "Weight of the generator's adversarial loss.", 0)
-    weight_features: float = setting(10.0, "Weight of feature matching.", 0)
+    weight_feature_matching: float = setting(10.0, "Weight of feature matching.", 0)
     weight_perceptual: float = setting(10.0, "Weight of the perceptual loss.", 0)
     weight_kl: float = setting(0.05, "Weight of the encoder's KL divergence.", 0)
     # Steps
