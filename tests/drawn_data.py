@@ -9,7 +9,7 @@ from PIL import Image
 
 from benchmarks import layouts
 
-HEIGHT, WIDTH = 40, 52
+HEIGHT, WIDTH = 72, 96
 
 
 def draw_folder(folder, count=4, first=0):
