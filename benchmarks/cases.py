@@ -409,7 +409,7 @@ def training(settings):
     if settings.dtype not in (torch.float32, torch.float64):
         raise ValueError(f"dtype is {settings.dtype}, training should have float32 or float64")
     name = f"COCO {_scene_size(settings)}²"
-    problems = {name: False, f"{name}, VGG19": True}
+    problems = {f"{name}, without VGG19": False, f"{name}, VGG19": True}
     for name, perceptual in list(problems.items())[: 1 if settings.quick else None]:
         yield plan_of(training_problem, settings, _name(settings, name), BACKWARD, perceptual)
 
