@@ -2,35 +2,19 @@
 
 import contextlib
 import copy
-import importlib
-import os
 import statistics
-import sys
 import time
-import traceback
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
 from .convert import Report, convert, revert
+from .imported import Failed, returned, theirs
 from .nn import spade as layer
 
 AGREES = 1e-8  # in float64, of each tensor's norm
-# Files where a traceback is not the user's yet.
-NOT_THEIRS = (
-    *(f"{Path(file).parent}{os.sep}" for file in (__file__, torch.__file__, importlib.__file__)),
-    contextlib.__file__,
-    "<frozen importlib",
-)
-
-
-class Failed(Exception):
-    """Why nothing was found, in words for the user: with their own traceback where their code
-    raised.
-    """
 
 
 class Result(NamedTuple):
@@ -57,29 +41,7 @@ def load(name: str) -> tuple[torch.nn.Module, Sequence]:
     Errors: ValueError where there is no such function, or it returns something else; Failed where
     the module or the function raises.
     """
-    module_name, _, attribute = name.partition(":")
-    if not module_name or not attribute:
-        raise ValueError(
-            f"{name!r} should be MODULE:FUNCTION, such as my_project.models:generator_and_inputs"
-        )
-    if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())
-    with theirs(f"{module_name} cannot be imported"):
-        try:
-            module = importlib.import_module(module_name)
-        except ModuleNotFoundError as error:
-            if not f"{module_name}.".startswith(f"{error.name}."):
-                raise  # the module is there, and what it imports is not
-            module, why = None, str(error)
-    if module is None:
-        raise ValueError(f"{name!r} cannot be imported: {why}")
-    try:
-        found = getattr(module, attribute)
-    except AttributeError as error:
-        raise ValueError(f"{name!r} cannot be imported: {error}") from None
-    if callable(found) and not isinstance(found, torch.nn.Module):
-        with theirs(f"{name} failed"):
-            found = found()
+    found = returned(name, "my_project.models:generator_and_inputs")
     if not (
         isinstance(found, tuple)
         and len(found) == 2
@@ -91,21 +53,6 @@ def load(name: str) -> tuple[torch.nn.Module, Sequence]:
             " with as a tuple"
         )
     return found
-
-
-@contextlib.contextmanager
-def theirs(what: str) -> Iterator[None]:
-    """Inside, the user's code runs: where it raises, Failed says what failed, and shows their
-    traceback from their own first line on.
-    """
-    try:
-        yield
-    except (Exception, SystemExit) as error:
-        trace = error.__traceback__
-        while trace and trace.tb_frame.f_code.co_filename.startswith(NOT_THEIRS):
-            trace = trace.tb_next
-        lines = traceback.format_exception(type(error), error, trace)
-        raise Failed(f"{what}:\n\n{''.join(lines).rstrip()}") from None
 
 
 def check(model: torch.nn.Module, arguments: Sequence, seconds: float = 10.0) -> Result:
