@@ -16,6 +16,7 @@ ROOMS = (
     "checkpoint",
     "losses",
     "training",
+    "evaluation",
     "check",
     "cli",
 )

@@ -1,0 +1,31 @@
+"""The command `spade-fast compare`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from .. import evaluation
+from .evaluate import table_of_scores
+
+
+def compare(
+    one: Annotated[Path, typer.Argument(help="What `spade-fast evaluate --json` wrote.")],
+    other: Annotated[Path, typer.Argument(help="Another.")],
+):
+    """Print the scores of two evaluations side by side. Exits with 1 where they were measured by
+    different protocols, and says what differs.
+    """
+    try:
+        results = [(str(path), evaluation.read(path)) for path in (one, other)]
+    except (ValueError, OSError) as error:
+        typer.echo(f"Error: {error}", err=True)
+        raise typer.Exit(2) from None
+    different = evaluation.differences(*(result["protocol"] for _, result in results))
+    if different:
+        typer.echo(f"{one} and {other} cannot be compared, their protocols differ:", err=True)
+        for line in different:
+            typer.echo(f"  {line}", err=True)
+        raise typer.Exit(1)
+    Console().print(table_of_scores(results))

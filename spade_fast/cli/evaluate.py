@@ -1,0 +1,105 @@
+"""The command `spade-fast evaluate`."""
+
+import re
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from .. import evaluation
+from ..data import read_palette
+from ..imported import Failed
+from .progress import progress_bar
+from .tables import table_of
+
+
+def evaluate(
+    generated: Annotated[Path, typer.Option(help="Folder of generated images.")],
+    photographs: Annotated[
+        Path | None, typer.Option(help="Folder of photographs, for FID.")
+    ] = None,
+    labels: Annotated[
+        Path | None, typer.Option(help="Folder of label maps, for mean IoU and pixel accuracy.")
+    ] = None,
+    features: Annotated[
+        str | None, typer.Option(help="inception (the default), or MODULE:FUNCTION.")
+    ] = None,
+    features_weights: Annotated[
+        Path | None, typer.Option(help="Inception's file, where torch.hub's cache has none.")
+    ] = None,
+    segmentation: Annotated[
+        str | None,
+        typer.Option(help="A folder or a hub name for transformers, or MODULE:FUNCTION."),
+    ] = None,
+    classes: Annotated[
+        Path | None, typer.Option(help="Of its classes: a line NETWORK_ID LABEL for each.")
+    ] = None,
+    convention: Annotated[
+        str, typer.Option(help="folder, coco_stuff, ade20k or cityscapes.")
+    ] = "folder",
+    palette: Annotated[
+        Path | None, typer.Option(help="Of colour-coded maps: a line R G B CLASS per colour.")
+    ] = None,
+    num_classes: Annotated[int | None, typer.Option(min=1, help='Without "don\'t care".')] = None,
+    dont_care: Annotated[
+        int | None, typer.Option(help="The number in the maps that is no class.")
+    ] = None,
+    size: Annotated[
+        str | None,
+        typer.Option(help="WIDTHxHEIGHT that all images and label maps are resized to before."),
+    ] = None,
+    batch: Annotated[int, typer.Option(min=1, help="Images that are computed together.")] = 8,
+    device: Annotated[str, typer.Option(help="Such as cpu or cuda.")] = "cpu",
+    json: Annotated[Path | None, typer.Option(help="A file for scores and protocol.")] = None,
+):
+    """Score generated images: FID against photographs, and how much of their label maps a
+    segmentation network sees in them. Exits with 2 where something is wrong.
+    """
+    try:
+        if json is not None:
+            evaluation.check_writable(json)
+        result = evaluation.evaluate(
+            generated,
+            photographs,
+            labels,
+            features=features,
+            features_weights=features_weights,
+            segmentation=segmentation,
+            classes=None if classes is None else evaluation.read_classes(classes),
+            convention=convention,
+            palette=None if palette is None else read_palette(palette),
+            num_classes=num_classes,
+            dont_care=dont_care,
+            size=None if size is None else _size(size),
+            batch=batch,
+            device=device,
+            progress=lambda found, count: progress_bar(found, count, "Evaluating"),
+        )
+        if json is not None:
+            evaluation.write(result, json)
+    except (ValueError, TypeError, OSError, RuntimeError, ModuleNotFoundError, Failed) as error:
+        typer.echo(f"Error: {error}", err=True)
+        raise typer.Exit(2) from None
+    Console().print(table_of_scores([("", result)]))
+    for note in result["notes"]:
+        typer.echo(f"Note: {note}")
+
+
+def table_of_scores(results: list[tuple[str, dict]]) -> Table:
+    """The scores of each result, a column with its name."""
+    table = table_of("score", *(name for name, _ in results), title="Scores")
+    for score, words in evaluation.SCORES.items():
+        found = [result["scores"][score] for _, result in results]
+        if any(value is not None for value in found):
+            table.add_row(words, *("" if value is None else f"{value:.4f}" for value in found))
+    return table
+
+
+def _size(words):
+    """A width and a height. Errors: ValueError."""
+    found = re.fullmatch(r"(\d+)[x×](\d+)", words)
+    if found is None:
+        raise ValueError(f"size is {words!r}, it should be WIDTHxHEIGHT, such as 256x256")
+    return int(found[1]), int(found[2])

@@ -1,0 +1,28 @@
+"""How good generated images are: FID against photographs, and mean IoU and pixel accuracy of what a
+segmentation network sees in them against their label maps. Every score comes with the protocol that
+it was measured by, and `differences` says whether two can be compared.
+
+Metrics are torchmetrics'. Networks are torch-fidelity's, transformers', or the user's own.
+"""
+
+from .evaluate import evaluate
+from .features import FrechetDistance, load_features
+from .networks import Network, sha256_of
+from .protocol import SCORES, check_writable, differences, read, write
+from .segmentation import Overlap, load_segmentation, read_classes
+
+__all__ = [
+    "SCORES",
+    "FrechetDistance",
+    "Network",
+    "Overlap",
+    "check_writable",
+    "differences",
+    "evaluate",
+    "load_features",
+    "load_segmentation",
+    "read",
+    "read_classes",
+    "sha256_of",
+    "write",
+]

@@ -1,0 +1,198 @@
+"""Scores of generated images, with the protocol that they were measured by."""
+
+import itertools
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn as nn
+
+from ..data.check import Allowed
+from ..data.files import Palette
+from ..data.pairs import Convention, _files, convention_of
+from ..layout import _whole_number
+from . import protocol
+from .features import INCEPTION, FrechetDistance, load_features
+from .pictures import LabelMaps, Seen, images, origin, partners
+from .segmentation import RULE, Overlap, load_segmentation
+
+RESIZED = {"images": "Pillow, bicubic, antialias", "labels": "Pillow, nearest neighbour"}
+
+
+def evaluate(
+    generated: str | os.PathLike,
+    photographs: str | os.PathLike | None = None,
+    labels: str | os.PathLike | None = None,
+    *,
+    features: str | nn.Module | None = None,
+    features_weights: str | os.PathLike | None = None,
+    segmentation: str | nn.Module | None = None,
+    classes: Mapping[int, int | None] | None = None,
+    convention: str = "folder",
+    palette: Palette | None = None,
+    num_classes: int | None = None,
+    dont_care: int | None = None,
+    size: tuple[int, int] | None = None,
+    batch: int = 8,
+    device: torch.device | str = "cpu",
+    progress: Callable[[Iterable, int], Iterable] = lambda found, count: found,
+) -> dict[str, Any]:
+    """FID between generated images and photographs; mean IoU and pixel accuracy of a segmentation
+    network's prediction on the generated images against their label maps. What is not given is not
+    scored.
+
+    Args:
+        generated, photographs, labels: folders. Photographs need not have the names of the others;
+            `NAME.png`, or each `NAME-K.png`, is generated of the label map `NAME`.
+        features, features_weights: as of `load_features`; None is Inception.
+        segmentation: a network, as of `load_segmentation`.
+        classes: the label of each of its classes, as `read_classes` returns; None where they are
+            the same.
+        convention, palette, num_classes, dont_care: of the label maps, as of `check_data`. Names of
+            label maps and photographs end as the convention says, those of generated images do not.
+        size: a width and a height that all images and label maps are resized to before; None leaves
+            them as they are.
+        batch: images that a network is given together, of one size.
+        device: of the networks.
+        progress: wraps an iterable with an item for each image, and takes their number: a progress
+            bar.
+
+    Returns:
+        "scores", each None where it is not measured; "iou" of each class that occurs; "notes" in
+        words; "generated" with the folder and a SHA-256 of its images; and the "protocol", which is
+        the same for scores that can be compared. All of it can be written as JSON.
+
+    Raises:
+        ValueError, TypeError, OSError, ModuleNotFoundError, Failed: what is given does not fit
+            together, a file cannot be read, a package is missing, or a network fails.
+    """
+    _check_given(photographs, labels, features, features_weights, segmentation, classes)
+    batch = _whole_number("batch", batch, least=1)
+    if size is not None:
+        size = tuple(_whole_number("size", length, least=1) for length in size)
+    rules = convention_of(convention)
+    own = _folder("generated", generated)
+    real = {} if photographs is None else _folder("photographs", photographs, rules.image)
+    maps = None
+    if labels is not None:
+        allowed = _allowed(rules, num_classes, dont_care)
+        maps = LabelMaps(_label_of_each(own, generated, labels, rules), allowed, palette, size)
+    made_by = origin(own)
+
+    said, packages, frechet, overlap = {}, [], None, None
+    if photographs is not None:
+        network = load_features(INCEPTION if features is None else features, features_weights)
+        frechet = FrechetDistance(network.to(device))
+        said["features"] = network.protocol
+        packages += network.packages
+    if labels is not None:
+        network = load_segmentation(segmentation)
+        overlap = Overlap(network.to(device), allowed.num_classes, classes)
+        said["segmentation"] = network.protocol | {"rule": RULE}
+        packages += network.packages
+
+    count = len(own) + len(real)
+    steps = iter(progress(range(count), count))
+    seen, seen_real = Seen(), Seen()
+    for names, pictures in _batches(images(own, size, seen), batch, steps):
+        if frechet is not None:
+            frechet.add(pictures.to(device), real=False)
+        if overlap is not None:
+            wanted = [maps(name, own[name], pictures.shape[2:]) for name in names]
+            overlap.add(pictures.to(device), torch.stack(wanted))
+    for _, pictures in _batches(images(real, size, seen_real), batch, steps):
+        frechet.add(pictures.to(device), real=True)
+    next(steps, None)  # the end of the progress bar
+
+    scores, ious, notes = dict.fromkeys(protocol.SCORES), None, []
+    said["generated"] = seen.protocol | made_by
+    if None in made_by.values():
+        notes.append("The images do not say their generator's seed, or whether it is an average.")
+    if frechet is not None:
+        scores["fid"] = frechet.compute()
+        said["photographs"] = seen_real.protocol | {"sha256": seen_real.sha256}
+        notes += frechet.notes()
+        if size is None and seen.sizes.keys() != seen_real.sizes.keys():
+            notes.append(
+                "Generated images and photographs differ in size: --size makes them alike."
+            )
+    if overlap is not None:
+        scores["mean_iou"], scores["pixel_accuracy"], ious = overlap.compute()
+        said["labels"] = maps.seen.protocol | {
+            "sha256": maps.seen.sha256,
+            "convention": convention,
+            "num_classes": allowed.num_classes,
+            "dont_care": allowed.dont_care,
+        }
+        said["classes"] = None if classes is None else {str(own): classes[own] for own in classes}
+    said["resizing"] = None if size is None else {"size": list(size)} | RESIZED
+    said["versions"] = protocol.versions(packages)
+    return {
+        "scores": scores,
+        "iou": None if ious is None else {str(label): iou for label, iou in ious.items()},
+        "notes": notes,
+        "generated": {"folder": str(generated), "sha256": seen.sha256},
+        "protocol": said,
+    }
+
+
+def _check_given(photographs, labels, features, features_weights, segmentation, classes):
+    if photographs is None and labels is None:
+        raise ValueError("photographs and labels are not given, one of them at least should be")
+    if labels is not None and segmentation is None:
+        raise ValueError("segmentation is not given, it should be: its results are compared")
+    of_photographs = {"features": features, "features_weights": features_weights}
+    of_labels = {"segmentation": segmentation, "classes": classes}
+    for needs, folder, others in (
+        ("photographs", photographs, of_photographs),
+        ("labels", labels, of_labels),
+    ):
+        unused = [name for name, value in others.items() if value is not None]
+        if folder is None and unused:
+            raise ValueError(f"{unused[0]} is given, it should be given with {needs} only")
+
+
+def _folder(kind, folder, ending=""):
+    """The images below a folder by name, sorted. Errors: ValueError."""
+    faults = []
+    found = _files(kind, Path(folder), ending, faults)
+    if faults:
+        raise ValueError(faults[0])
+    return dict(sorted(found.items()))
+
+
+def _label_of_each(
+    own: dict[str, Path], generated: str | os.PathLike, labels: str | os.PathLike, rules: Convention
+) -> dict[str, Path]:
+    """The label map of each generated image. Errors: ValueError where one has no partner."""
+    found = _folder("labels", labels, rules.labels)
+    return {
+        name: found[label]
+        for name, label in partners(own, found, Path(generated), Path(labels)).items()
+    }
+
+
+def _allowed(rules, num_classes, dont_care):
+    """The numbers that label maps may have."""
+    num_classes = rules.num_classes if num_classes is None else num_classes
+    dont_care = rules.dont_care if dont_care is None else dont_care
+    if num_classes is None:
+        raise ValueError("num_classes is not given, it should be: this convention has none")
+    num_classes = _whole_number("num_classes", num_classes, least=1)
+    if dont_care is not None:
+        dont_care = _whole_number("dont_care", dont_care)
+    return Allowed(num_classes, dont_care, rules.label_shift)
+
+
+def _batches(found, most, steps) -> Iterator[tuple[list[str], torch.Tensor]]:
+    """Names, and images as a tensor [N, 3, H, W]: up to `most` of one size that follow each other.
+    For each image a step is taken.
+    """
+    for _, alike in itertools.groupby(found, lambda one: one[1].shape):
+        while waiting := list(itertools.islice(alike, most)):
+            names, pictures = zip(*waiting)
+            yield list(names), torch.stack(pictures)
+            for _ in names:
+                next(steps)

@@ -1,0 +1,94 @@
+"""Networks that scores are measured with, and what the protocol says of them."""
+
+import hashlib
+import importlib
+import inspect
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn as nn
+
+from ..imported import returned
+
+
+class Network(NamedTuple):
+    """A module that takes images, uint8 [N, 3, H, W] in RGB, what the protocol says of it, and the
+    packages that it is from.
+    """
+
+    module: nn.Module
+    protocol: dict[str, Any]
+    packages: tuple[str, ...] = ()
+
+    def to(self, device: torch.device | str) -> "Network":
+        """The same on a device."""
+        return self._replace(module=self.module.to(device))
+
+
+def given(argument: str, network: str | nn.Module, example: str) -> Network:
+    """The user's own network: a module, or the one that MODULE:FUNCTION returns, in eval mode.
+
+    The protocol names it and has the SHA-256 of its weights and of the file with its class, since
+    what it computes is in both.
+
+    Errors: ValueError, TypeError, Failed: there is none, or it is no torch.nn.Module.
+    """
+    name = network
+    if isinstance(network, str):
+        network = returned(network, example)
+    if not isinstance(network, nn.Module):
+        raise TypeError(
+            f"{argument} is {name!r}, which is a {type(network).__name__}, it should be a"
+            " torch.nn.Module or a function that returns one"
+        )
+    kind = type(network)
+    return Network(
+        network.eval(),
+        {
+            "network": name if isinstance(name, str) else f"{kind.__module__}:{kind.__qualname__}",
+            "weights_sha256": sha256_of(network),
+            "source_sha256": _sha256_of_source(kind),
+        },
+    )
+
+
+def sha256_of(module: nn.Module) -> str:
+    """The SHA-256 of a module's state_dict: of each name, dtype, shape and the values, by name."""
+    digest = hashlib.sha256()
+    for name, value in sorted(module.state_dict().items()):
+        if not isinstance(value, torch.Tensor):
+            digest.update(f"{name} {value!r}\n".encode())
+            continue
+        digest.update(f"{name} {value.dtype} {list(value.shape)}\n".encode())
+        values = value.detach().cpu().contiguous().reshape(-1)
+        digest.update(values.view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def needed(module: str, purpose: str) -> ModuleType:
+    """A module of a package that is an extra. Errors: ModuleNotFoundError where it is missing."""
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        package = module.partition(".")[0].replace("_", "-")
+        raise ModuleNotFoundError(
+            f"{purpose} needs {package}: pip install {package} ({error})"
+        ) from error
+
+
+def first_line(error: BaseException) -> str:
+    """An error in one line."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else repr(error)
+
+
+def _sha256_of_source(kind):
+    """Of the file that a class is in; None where it is in none."""
+    try:
+        path = inspect.getsourcefile(sys.modules[kind.__module__])
+        return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+    except (TypeError, OSError, KeyError):
+        return None

@@ -1,0 +1,73 @@
+"""How scores were measured: two of them can be compared where that is the same."""
+
+import json
+import os
+from collections.abc import Iterable
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .. import __version__
+from ..writing import written
+
+SCORES = {"fid": "FID", "mean_iou": "mean IoU", "pixel_accuracy": "pixel accuracy"}
+PACKAGES = ("pillow", "torchmetrics")
+
+
+def versions(others: Iterable[str]) -> dict[str, str]:
+    """The version of each package that a score may depend on: of this one, PACKAGES, and others."""
+    found = {"spade_fast": __version__, "torch": torch.__version__}
+    return found | {name: metadata.version(name) for name in sorted({*PACKAGES, *others})}
+
+
+def check_writable(path: Path) -> None:
+    """Errors: ValueError where no file can be there."""
+    if not path.parent.is_dir() or path.is_dir():
+        raise ValueError(f"json is {path}, it should be a file in a folder that is there")
+
+
+def write(result: dict[str, Any], path: str | os.PathLike) -> None:
+    """Writes scores and protocol, whole or not at all."""
+    with written(Path(path)) as unfinished:
+        text = json.dumps(result, indent=2, ensure_ascii=False, allow_nan=False)
+        unfinished.write_text(text + "\n", encoding="utf-8")
+
+
+def read(path: str | os.PathLike) -> dict[str, Any]:
+    """Scores and protocol from a file. Errors: OSError; ValueError where they are not in it."""
+    try:
+        found = json.loads(Path(path).read_text(encoding="utf-8"))
+        scores, protocol = found["scores"], found["protocol"]
+        is_right = isinstance(protocol, dict) and all(
+            scores[name] is None or isinstance(scores[name], (int, float)) for name in SCORES
+        )
+    except (ValueError, KeyError, TypeError):
+        is_right = False
+    if not is_right:
+        raise ValueError(f"{path} has no scores, it should be what `spade-fast evaluate` wrote")
+    return found
+
+
+def differences(one: dict[str, Any], other: dict[str, Any]) -> list[str]:
+    """What differs between two protocols, a line each; empty where they are the same."""
+    flat, others = dict(_leaves(one)), dict(_leaves(other))
+    return [
+        f"{name}: {_words(flat, name)} and {_words(others, name)}"
+        for name in dict.fromkeys((*flat, *others))
+        if name not in flat or name not in others or flat[name] != others[name]
+    ]
+
+
+def _leaves(value, name=""):
+    """Names and values of all that is no dictionary."""
+    if not isinstance(value, dict) or not value:
+        yield name, value
+        return
+    for key, part in value.items():
+        yield from _leaves(part, f"{name}.{key}" if name else key)
+
+
+def _words(flat, name):
+    return json.dumps(flat[name], ensure_ascii=False) if name in flat else "nothing"
