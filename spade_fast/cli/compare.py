@@ -29,3 +29,5 @@ def compare(
             typer.echo(f"  {line}", err=True)
         raise typer.Exit(1)
     Console().print(table_of_scores(results))
+    for note in dict.fromkeys(note for _, result in results for note in result["notes"]):
+        typer.echo(f"Note: {note}")

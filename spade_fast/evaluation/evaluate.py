@@ -14,9 +14,9 @@ from ..data.files import Palette
 from ..data.pairs import Convention, _files, convention_of
 from ..layout import _whole_number
 from . import protocol
-from .features import INCEPTION, FrechetDistance, load_features
+from .features import FID, INCEPTION, FrechetDistance, load_features
 from .pictures import LabelMaps, Seen, images, origin, partners
-from .segmentation import RULE, Overlap, load_segmentation
+from .segmentation import OVERLAP, Overlap, load_segmentation
 
 RESIZED = {"images": "Pillow, bicubic, antialias", "labels": "Pillow, nearest neighbour"}
 
@@ -85,27 +85,15 @@ def evaluate(
     if photographs is not None:
         network = load_features(INCEPTION if features is None else features, features_weights)
         frechet = FrechetDistance(network.to(device))
-        said["features"] = network.protocol
+        said["features"] = network.protocol | {"rule": FID}
         packages += network.packages
     if labels is not None:
         network = load_segmentation(segmentation)
         overlap = Overlap(network.to(device), allowed.num_classes, classes)
-        said["segmentation"] = network.protocol | {"rule": RULE}
+        said["segmentation"] = network.protocol | {"rule": OVERLAP}
         packages += network.packages
 
-    count = len(own) + len(real)
-    steps = iter(progress(range(count), count))
-    seen, seen_real = Seen(), Seen()
-    for names, pictures in _batches(images(own, size, seen), batch, steps):
-        if frechet is not None:
-            frechet.add(pictures.to(device), real=False)
-        if overlap is not None:
-            wanted = [maps(name, own[name], pictures.shape[2:]) for name in names]
-            overlap.add(pictures.to(device), torch.stack(wanted))
-    for _, pictures in _batches(images(real, size, seen_real), batch, steps):
-        frechet.add(pictures.to(device), real=True)
-    next(steps, None)  # the end of the progress bar
-
+    seen, seen_real = _measure(own, real, maps, frechet, overlap, size, batch, device, progress)
     scores, ious, notes = dict.fromkeys(protocol.SCORES), None, []
     said["generated"] = seen.protocol | made_by
     if None in made_by.values():
@@ -126,7 +114,9 @@ def evaluate(
             "num_classes": allowed.num_classes,
             "dont_care": allowed.dont_care,
         }
-        said["classes"] = None if classes is None else {str(own): classes[own] for own in classes}
+        said["classes"] = (
+            None if classes is None else [list(pair) for pair in sorted(classes.items())]
+        )
     said["resizing"] = None if size is None else {"size": list(size)} | RESIZED
     said["versions"] = protocol.versions(packages)
     return {
@@ -136,6 +126,25 @@ def evaluate(
         "generated": {"folder": str(generated), "sha256": seen.sha256},
         "protocol": said,
     }
+
+
+def _measure(own, real, maps, frechet, overlap, size, batch, device, progress):
+    """Adds all images to the scores, and returns what was seen of the generated ones and of the
+    photographs.
+    """
+    count = len(own) + len(real)
+    steps = iter(progress(range(count), count))
+    seen, seen_real = Seen(), Seen()
+    for names, pictures in _batches(images(own, size, seen), batch, steps):
+        if frechet is not None:
+            frechet.add(pictures.to(device), real=False)
+        if overlap is not None:
+            wanted = [maps(name, own[name], pictures.shape[2:]) for name in names]
+            overlap.add(pictures.to(device), torch.stack(wanted))
+    for _, pictures in _batches(images(real, size, seen_real), batch, steps):
+        frechet.add(pictures.to(device), real=True)
+    next(steps, None)  # the end of the progress bar
+    return seen, seen_real
 
 
 def _check_given(photographs, labels, features, features_weights, segmentation, classes):

@@ -16,6 +16,7 @@ from .networks import Network, first_line, given, needed, sha256_of
 
 INCEPTION = "inception"
 FILE = "pt_inception-2015-12-05-6726825d.pth"  # torch-fidelity's has "weights" for "pt"
+FID = "Means and unbiased covariances are summed in float64."
 DIMENSION = "2048"  # the features that FID is published with: after the last pooling
 
 

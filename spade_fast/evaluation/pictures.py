@@ -46,7 +46,7 @@ class Seen:
         return {
             "images": self.count,
             "names_sha256": self.names.hexdigest(),
-            "sizes": dict(sorted(self.sizes.items())),
+            "sizes": [f"{size}: {count}" for size, count in sorted(self.sizes.items())],
         }
 
 

@@ -13,6 +13,7 @@ from .. import __version__
 from ..writing import written
 
 SCORES = {"fid": "FID", "mean_iou": "mean IoU", "pixel_accuracy": "pixel accuracy"}
+MOST_SHOWN = 100  # characters of a value that differs
 PACKAGES = ("pillow", "torchmetrics")
 
 
@@ -39,8 +40,9 @@ def read(path: str | os.PathLike) -> dict[str, Any]:
     """Scores and protocol from a file. Errors: OSError; ValueError where they are not in it."""
     try:
         found = json.loads(Path(path).read_text(encoding="utf-8"))
-        scores, protocol = found["scores"], found["protocol"]
-        is_right = isinstance(protocol, dict) and all(
+        scores, protocol, notes = found["scores"], found["protocol"], found["notes"]
+        is_right = isinstance(protocol, dict) and isinstance(notes, list)
+        is_right &= all(
             scores[name] is None or isinstance(scores[name], (int, float)) for name in SCORES
         )
     except (ValueError, KeyError, TypeError):
@@ -70,4 +72,7 @@ def _leaves(value, name=""):
 
 
 def _words(flat, name):
-    return json.dumps(flat[name], ensure_ascii=False) if name in flat else "nothing"
+    if name not in flat:
+        return "nothing"
+    words = json.dumps(flat[name], ensure_ascii=False)
+    return words if len(words) <= MOST_SHOWN else words[:MOST_SHOWN] + "…"

@@ -14,7 +14,7 @@ from .networks import Network, first_line, given, needed, sha256_of
 IGNORED = -1  # "don't care" in what `Overlap` is given as labels
 NO_CLASS = "-"  # in a file of classes
 DISPLACING = ("do_center_crop", "do_pad")  # settings of image processors
-RULE = (
+OVERLAP = (
     "Don't care is left out. Mean IoU is over the classes that occur in labels or predictions. A"
     " prediction that is no class of the labels is wrong where it is, and has no IoU of its own."
 )
