@@ -227,6 +227,51 @@ def test_labels_of_ade20k_begin_with_1(few):
     assert result["scores"]["pixel_accuracy"] == pytest.approx(2 / 3)
 
 
+def test_images_are_resized_as_pillow_does(few):
+    """Bicubically with antialias."""
+    given = []
+    features = Returns(lambda images: given.append(images) or images.float().mean((2, 3)))
+    evaluate(few / "generated", few / "photographs", features=features, size=(3, 5))
+    wanted = []
+    for path in (*sorted((few / "generated").iterdir()), *sorted((few / "photographs").iterdir())):
+        resized = Image.open(path).resize((3, 5), Image.Resampling.BICUBIC)
+        wanted.append(torch.tensor(np.array(resized)).permute(2, 0, 1))
+    assert torch.equal(torch.cat(given), torch.stack(wanted))
+
+
+def test_label_maps_are_resized_by_nearest_neighbour(few):
+    maps = [
+        np.array(Image.open(path).resize((9, 5), Image.Resampling.NEAREST))
+        for path in sorted((few / "labels").iterdir())
+    ]
+    for number, labels in enumerate(maps):
+        seen = np.where(labels == 255, 0, labels)[..., None].repeat(3, -1)
+        save(seen, few / "generated" / f"{number}.png")
+    result = evaluate(
+        few / "generated",
+        labels=few / "labels",
+        segmentation=first_channel(),
+        num_classes=3,
+        dont_care=255,
+        size=(9, 5),
+    )
+    assert result["scores"]["mean_iou"] == 1 and any(255 in labels for labels in maps)
+
+
+def test_the_sha256_is_of_all_weights_and_of_nothing_else():
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
+    before = sha256_of(network)
+    other = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
+    assert sha256_of(other) != before
+    other.load_state_dict(network.state_dict())
+    assert sha256_of(other) == sha256_of(other.eval().to(memory_format=torch.channels_last))
+    assert sha256_of(other) == before != sha256_of(network.half())
+    with torch.no_grad():
+        other[1].num_batches_tracked += 1
+    assert sha256_of(other) != before
+
+
 def test_names_of_a_convention(few):
     """Generated images have the name without its endings, in the same folders."""
     for kind, ending in (("labels", "_gtFine_labelIds"), ("photographs", "_leftImg8bit")):
