@@ -93,7 +93,9 @@ def table_of_scores(results: list[tuple[str, dict]]) -> Table:
     for score, words in evaluation.SCORES.items():
         found = [result["scores"][score] for _, result in results]
         if any(value is not None for value in found):
-            table.add_row(words, *("" if value is None else f"{value:.4f}" for value in found))
+            table.add_row(
+                words, *("" if value is None else f"{round(value, 4) + 0.0:.4f}" for value in found)
+            )
     return table
 
 
