@@ -11,11 +11,9 @@ import time
 import pytest
 import torch
 from drawn_data import draw_folder, settings_for
-from typer.testing import CliRunner
 
 from spade_fast import SPADEGenerator, checkpoint
-from spade_fast.cli import app
-from spade_fast.training import Config, Stopped, preset, resume, train
+from spade_fast.training import Config, Stopped, resume, train
 from spade_fast.training import train as train_module
 from spade_fast.training.run import UNFINISHED, Run
 

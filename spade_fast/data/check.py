@@ -10,7 +10,7 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
-from ..layout import _whole_number
+from ..arguments import whole_number
 from .files import Palette, read_labels, read_orientation, read_photograph
 from .pairs import Pair, convention_of, match
 from .sheet import MOST_SHOWN, Shown, check_writable, draw
@@ -89,9 +89,9 @@ def check_data(
     """
     rules = convention_of(convention)
     if num_classes is not None:
-        num_classes = _whole_number("num_classes", num_classes, least=1)
+        num_classes = whole_number("num_classes", num_classes, least=1)
     if dont_care is not None:
-        dont_care = _whole_number("dont_care", dont_care)
+        dont_care = whole_number("dont_care", dont_care)
     if sheet is not None:
         check_writable(Path(sheet))
     num_classes = rules.num_classes if num_classes is None else num_classes

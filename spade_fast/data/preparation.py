@@ -6,7 +6,8 @@ from dataclasses import KW_ONLY, dataclass
 import numpy as np
 import torch
 
-from ..layout import SemanticLayout, _whole_number
+from ..arguments import whole_number
+from ..layout import SemanticLayout
 from .files import Image
 
 MODES = (
@@ -55,11 +56,11 @@ class Preparation:
     label_shift: int = 0
 
     def __post_init__(self):
-        self.num_classes = _whole_number("num_classes", self.num_classes, least=1)
-        self.crop_size = _whole_number("crop_size", self.crop_size, least=1)
-        self.label_shift = _whole_number("label_shift", self.label_shift)
+        self.num_classes = whole_number("num_classes", self.num_classes, least=1)
+        self.crop_size = whole_number("crop_size", self.crop_size, least=1)
+        self.label_shift = whole_number("label_shift", self.label_shift)
         if self.dont_care is not None:
-            self.dont_care = _whole_number("dont_care", self.dont_care)
+            self.dont_care = whole_number("dont_care", self.dont_care)
         if self.mode not in MODES:
             raise ValueError(f"mode is {self.mode!r}, it should be one of {', '.join(MODES)}")
         if not 0 < self.aspect_ratio < float("inf") or min(self._box) < 1:
@@ -68,7 +69,7 @@ class Preparation:
             )
         if self.load_size is None:
             return
-        _whole_number("load_size", self.load_size, least=1)
+        whole_number("load_size", self.load_size, least=1)
         if self.mode in UNRESIZED:
             raise ValueError(
                 f"load_size is {self.load_size} and mode {self.mode!r}, which does not resize to"
