@@ -87,6 +87,13 @@ class Preparation:
         """The height and width of every result; None in modes where each image has its own."""
         return self._box[::-1] if self._crops or self.mode == "fixed" else None
 
+    def size_of(self, width: int, height: int) -> tuple[int, int]:
+        """The height and width of the result for an image of this width and height. Errors:
+        ValueError where it is smaller than the crop.
+        """
+        size = self._resized(width, height)
+        return tuple(length - room for length, room in zip(size, self._spare(size)))[::-1]
+
     def __call__(
         self,
         labels: Map,
@@ -164,8 +171,8 @@ class Preparation:
             return length, max(1, length * height // width)
         return max(1, length * width // height), length
 
-    def _part(self, size, random):
-        """The rows and columns of the crop, and whether it is mirrored."""
+    def _spare(self, size):
+        """How much wider and higher an image of this size is than its crop."""
         box = self._box if self._crops else size
         spare = [whole - part for whole, part in zip(size, box)]
         if min(spare) < 0:
@@ -173,12 +180,19 @@ class Preparation:
                 f"the image is {_words(size)} where it is cropped, it should be no smaller than the"
                 f" crop, {_words(box)}"
             )
+        return spare
+
+    def _part(self, size, random):
+        """The rows and columns of the crop, and whether it is mirrored."""
+        spare = self._spare(size)
         if random is None:
             starts, mirrored = [room // 2 for room in spare], False
         else:
             starts = [random.randint(0, room) for room in spare]
             mirrored = random.random() < 0.5 and self.flip
-        columns, rows = (slice(start, start + part) for start, part in zip(starts, box))
+        columns, rows = (
+            slice(start, start + whole - room) for start, whole, room in zip(starts, size, spare)
+        )
         return rows, columns, mirrored
 
 
