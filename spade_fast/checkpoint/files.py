@@ -52,7 +52,7 @@ def write(source, path) -> None:
                 with open(written, "wb") as file:
                     torch.save(weights, file)
         except Exception as error:
-            _raise_of_system(error, path)
+            raise_of_system(error, path)
             raise
         written.chmod(permissions)
         os.replace(written, path)
@@ -75,10 +75,11 @@ def first_of(words):
     return ", ".join(words[:MOST_LISTED]) + (f" and {more} more" if more > 0 else "")
 
 
-def _raise_of_system(error, path):
+def raise_of_system(error, path):
     """Raises the OSError that an error comes from, such as a full disk, if it does."""
-    if isinstance(error.__context__, OSError):
-        raise error.__context__ from None
+    for found in (error, error.__context__):
+        if isinstance(found, OSError) and found.errno is not None:
+            raise OSError(found.errno, os.strerror(found.errno), str(path)) from error
     number = re.search(r"\(os error (\d+)\)", str(error))  # as safetensors says it
     if number:
         raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from error
