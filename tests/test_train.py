@@ -153,12 +153,9 @@ def test_trains_in_a_thread_that_gets_no_signals(settings):
 
 def train_or_resume(settings):
     torch.set_num_threads(1)
-    run = Run(settings["out"])
-    if run.numbers():
-        resume(settings["out"])
+    if Run(settings["out"]).path("config.yaml").exists():
+        resume(settings["out"], steps=settings["steps"])
     else:
-        if run.path("config.yaml").exists():
-            run.path("config.yaml").unlink()
         train(Config(**settings))
 
 
@@ -180,6 +177,59 @@ def test_a_killed_run_ends_with_the_same_bits(settings, tmp_path):
         )
         assert_same(dict(found), dict(expected))
     assert not [name for name in files_of(Run(settings["out"]).folder) if UNFINISHED in name]
+
+
+def test_what_a_killed_process_was_writing_is_removed(settings):
+    """And nothing else: a user's folder below the run's is left alone."""
+    train(Config(**settings | {"steps": 1}))
+    run = Run(settings["out"])
+    kept = files_of(run.folder) | {"mine/a.unfinished.pt"}
+    for name in (
+        "mine/a.unfinished.pt",
+        "generator.unfinished.safetensors",
+        "checkpoints/step-00000002.unfinished.pt",
+        "pictures/step-00000002.unfinished.png",
+        ".spade_fast.x/weights",
+    ):
+        run.path(name).parent.mkdir(exist_ok=True)
+        run.path(name).write_bytes(b"half")
+    resume(run.folder)
+    assert files_of(run.folder) == kept
+
+
+@pytest.mark.parametrize("number", range(1, 6))
+def test_killed_where_a_file_takes_its_place(settings, tmp_path, number):
+    """The settings', the first checkpoint's, the generator's and the best one's."""
+    settings |= {"steps": 2, "save_every": 1}
+    child = os.fork()
+    if child == 0:
+        killed_at(settings, number)
+    assert os.waitpid(child, 0)[1] == signal.SIGKILL
+    if number > 2:  # the first step is done, and was the best
+        resume(settings["out"], steps=1)
+        best, newest = (checkpoint.read(Run(settings["out"]).path(name)) for name in WEIGHTS)
+        assert_same(dict(best), dict(newest))
+    train_or_resume(settings)
+    train(Config(**settings | {"out": str(tmp_path / "whole")}))
+    assert_same(last_state(settings["out"]), last_state(tmp_path / "whole"))
+
+
+WEIGHTS = ("best.safetensors", "generator.safetensors")
+
+
+def killed_at(settings, number):
+    """Trains, and kills the process where the file of this number takes its place."""
+    replace, calls = os.replace, []
+
+    def killing(before, after):
+        calls.append(after)
+        if len(calls) == number:
+            os.kill(os.getpid(), signal.SIGKILL)
+        replace(before, after)
+
+    os.replace = killing
+    train(Config(**settings))
+    os._exit(0)
 
 
 def run_in(processes, settings, seconds):

@@ -273,6 +273,12 @@ class TestResume:
         run.path("config.yaml").write_text(text)
         assert words in refusal(resume=run.folder)
 
+    def test_numbers_as_people_write_them(self, run):
+        path = run.path("config.yaml")
+        path.write_text(path.read_text().replace("lr_generator: 0.0001", "lr_generator: 1e-4"))
+        assert run.settings().lr_generator == 1e-4 and "1e-4" in path.read_text()
+        assert command(resume=run.folder, check=False).exit_code == 0
+
     def test_damaged_checkpoint(self, run):
         path = run.checkpoint(2)
         path.write_bytes(path.read_bytes()[:1000])

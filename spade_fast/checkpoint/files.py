@@ -13,6 +13,7 @@ import torch.nn as nn
 
 from ..nn.arguments import ENTRY
 
+PREFIX = ".spade_fast."  # of a folder beside a file that is being written
 MOST_LISTED = 5  # keys that do not fit, or networks that do, in a message
 
 
@@ -41,7 +42,7 @@ def write(source, path) -> None:
         raise OSError(f"{path} is a device or the like, it should be a file")
     weights = source.state_dict() if isinstance(source, nn.Module) else source
     _check_makes_itself(weights)
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".spade_fast.") as folder:
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=PREFIX) as folder:
         written = Path(folder, "weights")
         written.touch()  # with the permissions that new files have
         permissions = (path if path.exists() else written).stat().st_mode & 0o777

@@ -2,6 +2,7 @@
 
 import dataclasses
 import inspect
+import os
 import types
 from collections.abc import Callable
 from typing import Annotated, Any, get_args, get_type_hints
@@ -57,7 +58,8 @@ def command() -> Callable[..., None]:
         except (ValueError, TypeError, OSError, ModuleNotFoundError) as error:
             typer.echo(f"Error: {_as_options(str(error))}", err=True)
             raise typer.Exit(2) from None
-        typer.echo(path)
+        if os.environ.get("RANK", "0") == "0":  # the first of the processes that trained
+            typer.echo(path)
 
     run.__signature__ = inspect.Signature(parameters)
     run.__doc__ = """Train a generator on folders of label maps and photographs, or go on with a

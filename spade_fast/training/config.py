@@ -2,6 +2,7 @@
 also an option of `spade-fast train`.
 """
 
+import contextlib
 import dataclasses
 import math
 import types
@@ -227,6 +228,10 @@ class Config:
         unknown = [str(name) for name in found if name not in names]
         if unknown:
             raise ValueError(f"{path} has {', '.join(unknown)}, which are no settings")
+        for name, kind in get_type_hints(cls).items():  # YAML takes 1e-4 for text
+            if kind is float and isinstance(found.get(name), str):
+                with contextlib.suppress(ValueError):
+                    found[name] = float(found[name])
         try:
             return cls(**found)
         except (ValueError, TypeError) as error:

@@ -3,12 +3,13 @@
 import contextlib
 import os
 import re
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 
-from ..checkpoint.files import UnreadableFile, contents, raise_of_system
+from ..checkpoint.files import PREFIX, UnreadableFile, contents, raise_of_system
 from .config import Config
 
 SETTINGS, GENERATOR, BEST = "config.yaml", "generator.safetensors", "best.safetensors"
@@ -77,6 +78,8 @@ class Run:
             for part in ("", CHECKPOINTS, PICTURES):  # not below other folders: they are no run's
                 for path in self.path(part).glob(f"*{UNFINISHED}*"):
                     path.unlink(missing_ok=True)
+            for path in self.folder.glob(f"{PREFIX}*"):
+                shutil.rmtree(path)
             yield
 
     def path(self, *parts: str) -> Path:

@@ -201,7 +201,6 @@ def _take_steps(trainer, batches, recorder, asked):
                 f"stopped after step {step.number}: `spade-fast train --resume"
                 f" {recorder.run.folder}` goes on"
             )
-    recorder.publish()
 
 
 def _in_first(trainer, work):
@@ -270,6 +269,7 @@ class _Recorder:
         log = Log(run.path(LOG), events, trainer.number, config.steps, config.batch)
         self.log = stack.enter_context(log)
         if trainer.number > 0:
+            self._restore()
             log.say(f"resumed at step {trainer.number}")
 
     def note(self, step: Step, looks: bool) -> None:
@@ -318,9 +318,9 @@ class _Recorder:
                 state = {"trainer": state, "best": self.best, "settings": settings}
                 run.save(trainer.number, state)
                 run.keep(trainer.config.keep, self.best and self.best[0])
-                self._write(GENERATOR)
+                self._write(GENERATOR, trainer.average)
                 if is_best:
-                    self._write(BEST)
+                    self._write(BEST, trainer.average)
                 self._picture(generated, distance)
             except (OSError, ValueError) as error:
                 failure = _reason(error)
@@ -328,11 +328,15 @@ class _Recorder:
         if failure is not None:
             raise Stopped(f"in saving step {trainer.number}: {failure}; {self.last_good()}")
 
-    def publish(self) -> None:
-        """Writes the generator of a run that has ended, where a killed process did not."""
-        if self.log is not None:
-            settled(self.trainer.average, self.painter)
-            self._write(GENERATOR)
+    def _restore(self):
+        """Writes the generator and the best one as checkpoints have them, since a process may have
+        been killed between a checkpoint and these.
+        """
+        average = copy.deepcopy(self.trainer.average)
+        self._write(GENERATOR, average)
+        if self.best is not None and self.best[0] in self.run.numbers():
+            average.load_state_dict(self.run.load(self.best[0])["trainer"]["average"])
+            self._write(BEST, average)
 
     def _look(self):
         """The average's images of the scenes, and how far they are from the photographs."""
@@ -340,7 +344,8 @@ class _Recorder:
         generated = self.scenes.generated(self.painter, self.trainer.networks.encoder)
         return self.scenes.distance(generated, self.trainer.networks.perceptual), generated
 
-    def _write(self, name):
+    def _write(self, name, average):
+        settled(average, self.painter)
         with self.run.written(self.run.path(name)) as path:
             checkpoint.write(self.painter, path)
 
