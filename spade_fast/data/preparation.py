@@ -6,7 +6,8 @@ from dataclasses import KW_ONLY, dataclass
 import numpy as np
 import torch
 
-from ..layout import SemanticLayout, _whole_number
+from ..arguments import whole_number
+from ..layout import SemanticLayout
 from .files import Image
 
 MODES = (
@@ -55,11 +56,11 @@ class Preparation:
     label_shift: int = 0
 
     def __post_init__(self):
-        self.num_classes = _whole_number("num_classes", self.num_classes, least=1)
-        self.crop_size = _whole_number("crop_size", self.crop_size, least=1)
-        self.label_shift = _whole_number("label_shift", self.label_shift)
+        self.num_classes = whole_number("num_classes", self.num_classes, least=1)
+        self.crop_size = whole_number("crop_size", self.crop_size, least=1)
+        self.label_shift = whole_number("label_shift", self.label_shift)
         if self.dont_care is not None:
-            self.dont_care = _whole_number("dont_care", self.dont_care)
+            self.dont_care = whole_number("dont_care", self.dont_care)
         if self.mode not in MODES:
             raise ValueError(f"mode is {self.mode!r}, it should be one of {', '.join(MODES)}")
         if not 0 < self.aspect_ratio < float("inf") or min(self._box) < 1:
@@ -68,7 +69,7 @@ class Preparation:
             )
         if self.load_size is None:
             return
-        _whole_number("load_size", self.load_size, least=1)
+        whole_number("load_size", self.load_size, least=1)
         if self.mode in UNRESIZED:
             raise ValueError(
                 f"load_size is {self.load_size} and mode {self.mode!r}, which does not resize to"
@@ -85,6 +86,13 @@ class Preparation:
     def output_size(self) -> tuple[int, int] | None:
         """The height and width of every result; None in modes where each image has its own."""
         return self._box[::-1] if self._crops or self.mode == "fixed" else None
+
+    def size_of(self, width: int, height: int) -> tuple[int, int]:
+        """The height and width of the result for an image of this width and height. Errors:
+        ValueError where it is smaller than the crop.
+        """
+        size = self._resized(width, height)
+        return tuple(length - room for length, room in zip(size, self._spare(size)))[::-1]
 
     def __call__(
         self,
@@ -163,8 +171,8 @@ class Preparation:
             return length, max(1, length * height // width)
         return max(1, length * width // height), length
 
-    def _part(self, size, random):
-        """The rows and columns of the crop, and whether it is mirrored."""
+    def _spare(self, size):
+        """How much wider and higher an image of this size is than its crop."""
         box = self._box if self._crops else size
         spare = [whole - part for whole, part in zip(size, box)]
         if min(spare) < 0:
@@ -172,12 +180,19 @@ class Preparation:
                 f"the image is {_words(size)} where it is cropped, it should be no smaller than the"
                 f" crop, {_words(box)}"
             )
+        return spare
+
+    def _part(self, size, random):
+        """The rows and columns of the crop, and whether it is mirrored."""
+        spare = self._spare(size)
         if random is None:
             starts, mirrored = [room // 2 for room in spare], False
         else:
             starts = [random.randint(0, room) for room in spare]
             mirrored = random.random() < 0.5 and self.flip
-        columns, rows = (slice(start, start + part) for start, part in zip(starts, box))
+        columns, rows = (
+            slice(start, start + whole - room) for start, whole, room in zip(starts, size, spare)
+        )
         return rows, columns, mirrored
 
 

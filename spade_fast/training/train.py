@@ -6,20 +6,33 @@ import math
 import os
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import torch
 from PIL import Image
 
 from .. import checkpoint
-from ..data import CONVENTIONS, Folder, Preparation, find_pairs, loader, read_palette
+from ..data import (
+    CONVENTIONS,
+    Folder,
+    Preparation,
+    check_data,
+    find_pairs,
+    loader,
+    read_palette,
+)
+from ..progress import progress_bar
 from .average import settled
-from .config import Config, may_change
+from .config import Config
 from .log import Log
 from .networks import label_channels
 from .pictures import Scenes
 from .run import BEST, EVENTS, GENERATOR, LOG, PICTURES, Run
 from .trainer import Step, Trainer
+
+PATIENCE = 2.0  # seconds
 
 
 class Stopped(Exception):
@@ -39,42 +52,51 @@ def train(config: Config) -> Path:
     """
     if config.out is None:
         raise ValueError("out is not given, it should be the folder of the run")
+    run = Run(config.out)
+    run.check_new()
     config = with_convention(config)
     examples = folder_of(config)
-    config = with_steps(config, len(examples))
-    run = Run(config.out)
-    trainer = Trainer(config)
-    trainer.seed()
-    if trainer.accelerator.is_main_process:
-        run.begin(config)
-    trainer.accelerator.wait_for_everyone()
-    return _train(run, trainer, examples)
+    return _train(run, with_steps(config, len(examples)), examples)
 
 
 def resume(folder: str | os.PathLike, **settings) -> Path:
-    """Goes on with the run in a folder from its newest checkpoint, as if it had not stopped.
+    """Goes on with the run in a folder from its newest checkpoint, as if it had not stopped; from
+    the first step where it has none yet.
 
-    settings: those that are to differ from the run's; some decide what was computed, and may not.
+    settings: those that are to differ from the run's, and do from now on; some decide what was
+        computed, and may not.
 
     Raises: as `train`.
     """
     run = Run(folder)
     before = run.settings()
-    config = before.changed(**settings, out=str(folder))
-    refused = [name for name in before.differences(config) if not may_change(name)]
+    if settings.setdefault("out", str(folder)) != str(folder):
+        raise ValueError(
+            f"out is {settings['out']!r} and resume {str(folder)!r}, only one of them should be given"
+        )
+    if settings.get("epochs") is not None:
+        settings = {"steps": None} | settings  # the run has its epochs as steps
+    config, state = before.changed(**settings), None
+    if run.numbers():
+        state = run.load(run.numbers()[-1])
+    else:
+        run.check_new()
+    began = before.deciding() if state is None else state["settings"]
+    refused = {name: value for name, value in began.items() if getattr(config, name) != value}
     if refused:
         raise ValueError(
             "the run was begun with other settings: "
             + "; ".join(
-                f"{name} was {getattr(before, name)!r}, not {getattr(config, name)!r}"
-                for name in refused
+                f"{name} was {value!r}, not {getattr(config, name)!r}"
+                for name, value in refused.items()
             )
         )
-    if not run.numbers():
-        raise ValueError(f"{run.folder} has no checkpoint to go on from: remove it, and train anew")
     examples = folder_of(config)
-    trainer = Trainer(with_steps(config, len(examples)))
-    return _train(run, trainer, examples, run.load(run.numbers()[-1]))
+    config = with_steps(config, len(examples))
+    done = 0 if state is None else state["trainer"]["number"]
+    if config.steps is not None and config.steps < done:
+        raise ValueError(f"steps is {config.steps}, the run has taken {done} already")
+    return _train(run, config, examples, state)
 
 
 def with_convention(config: Config) -> Config:
@@ -117,36 +139,91 @@ def folder_of(config: Config) -> Folder:
     return Folder(pairs, preparation, palette=palette, seed=config.seed)
 
 
-def _train(run, trainer, examples, state=None):
-    config, accelerator = trainer.config, trainer.accelerator
+def check_examples(config: Config, examples: Folder) -> None:
+    """Raises ValueError where there is a file that cannot be trained on: which one, and why."""
+    report = check_data(
+        config.labels,
+        config.images,
+        config.instances,
+        convention=config.convention,
+        palette=examples.palette,
+        num_classes=config.num_classes,
+        dont_care=config.dont_care,
+        progress=progress_bar,
+    )
+    if report.faults:
+        raise ValueError(
+            f"{len(report.faults)} faults in the data, first: {report.faults[0]}; `spade-fast"
+            " check-data` lists them all, and --no-check trains all the same"
+        )
+    wanted = round(config.crop_size / config.aspect_ratio), config.crop_size
+    for size, path in report.sizes.items():
+        try:
+            found = examples.preparation.size_of(*size)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
+        if found != wanted:
+            heights = [f"{width} × {height}" for height, width in (found, wanted)]
+            raise ValueError(
+                f"preprocess is {config.preprocess!r}, which makes {path} {heights[0]}: the"
+                f" generator makes {heights[1]}, as crop_size and aspect_ratio say"
+            )
+
+
+def _train(run, config, examples, state=None):
+    trainer = Trainer(config)
+    trainer.seed()
+    if state is not None:
+        trainer.load_state_dict(state["trainer"])
+    batches = _batches(trainer, examples)
     with contextlib.ExitStack() as stack:
-        speaks = accelerator.is_main_process
-        if speaks:
-            stack.enter_context(run.held())
-        best = None
-        if state is not None:
-            trainer.load_state_dict(state["trainer"])
-            best = state["best"]
-        events = run.path(EVENTS) if config.tensorboard else None
-        log = Log(run.path(LOG), events, trainer.number, config.steps, config.batch, speaks)
-        recorder = _Recorder(run, trainer, examples, stack.enter_context(log), best)
-        if state is not None:
-            log.say(f"resumed at step {trainer.number}")
+        recorder = _Recorder(run, trainer, None if state is None else state["best"])
+        _in_first(trainer, lambda: recorder.begin(stack, examples))
         asked = stack.enter_context(_asked_to_stop())
-        for step in trainer.fit(_batches(trainer, examples)):
-            last = step.number == config.steps
-            saves = last or step.number % config.save_every == 0
-            recorder.note(step, saves)
-            stops = not last and _anywhere(accelerator, bool(asked))
-            if saves or stops:
-                recorder.save(judges=saves)
-            if stops:
-                raise Stopped(
-                    f"stopped after step {step.number}: `spade-fast train --resume {run.folder}`"
-                    " goes on"
-                )
-        recorder.publish()
+        try:
+            _take_steps(trainer, batches, recorder, asked)
+        except (ValueError, TypeError, OSError, torch.OutOfMemoryError) as error:
+            raise Stopped(f"{_reason(error)}; {recorder.last_good()}") from error
     return run.path(GENERATOR)
+
+
+def _take_steps(trainer, batches, recorder, asked):
+    config = trainer.config
+    for step in trainer.fit(batches):
+        last = step.number == config.steps
+        saves = last or step.number % config.save_every == 0
+        recorder.note(step, saves)
+        stops = not last and _anywhere(trainer.accelerator, bool(asked))
+        if saves or stops:
+            recorder.save(judges=saves)
+        if stops:
+            raise Stopped(
+                f"stopped after step {step.number}: `spade-fast train --resume"
+                f" {recorder.run.folder}` goes on"
+            )
+
+
+def _in_first(trainer, work):
+    """Does work in the first process alone. An error of it is raised in all of them: else the
+    others would wait for it for ever.
+    """
+    error = None
+    if trainer.accelerator.is_main_process:
+        try:
+            work()
+        except Exception as found:
+            error = found
+    error = trainer.gathered(error)[0]
+    if error is not None:
+        raise error
+
+
+def _reason(error):
+    """An error in one line, without the traceback that a DataLoader's worker puts before it."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    if lines[0].startswith("Caught "):
+        return lines[-1].partition(": ")[2] or lines[-1]
+    return lines[0]
 
 
 def _batches(trainer, examples):
@@ -170,21 +247,38 @@ def _batches(trainer, examples):
 class _Recorder:
     """What a run looks at and writes while it trains."""
 
-    def __init__(self, run, trainer, examples, log, best):
-        self.run, self.trainer, self.log = run, trainer, log
-        self.best = best  # (a step, its distance) with the least distance, or None
+    def __init__(self, run, trainer, best):
+        self.run, self.trainer, self.best = run, trainer, best  # (step, distance) of the best one
         self.unseen, self.seen = [], []  # steps that nobody has looked at; losses since a line
-        self.speaks = trainer.accelerator.is_main_process
-        if self.speaks:
-            self.painter = copy.deepcopy(trainer.average.module).eval()
-            self.scenes = _scenes(trainer, examples)
+        self.log = None  # in other processes than the first
+
+    def begin(self, stack, examples):
+        """Checks the data, and only then begins to write in the folder, for as long as the stack
+        is open.
+        """
+        run, trainer, config = self.run, self.trainer, self.trainer.config
+        if config.check:
+            check_examples(config, examples)
+        self.painter = copy.deepcopy(trainer.average.module).eval()
+        self.scenes = _scenes(trainer, examples)
+        stack.enter_context(run.held())
+        if trainer.number == 0:
+            run.check_new()  # another process may have trained there until now
+        run.begin(config)
+        events = run.path(EVENTS) if config.tensorboard else None
+        log = Log(run.path(LOG), events, trainer.number, config.steps, config.batch)
+        self.log = stack.enter_context(log)
+        if trainer.number > 0:
+            self._restore()
+            log.say(f"resumed at step {trainer.number}")
 
     def note(self, step: Step, looks: bool) -> None:
         """Takes the losses of a step. A GPU is waited for where somebody looks at them: every
         `log_every` steps. Raises Stopped where one is not finite.
         """
         trainer, config = self.trainer, self.trainer.config
-        self.log.advance(step.number)
+        if self.log is not None:
+            self.log.advance(step.number)
         self.unseen.append((step.number, step.losses))
         writes = step.number % config.log_every == 0 or step.number == config.steps
         if not (looks or writes or trainer.accelerator.device.type == "cpu"):
@@ -194,12 +288,13 @@ class _Recorder:
             wrong = {name: loss for name, loss in losses.items() if not math.isfinite(loss)}
             if wrong:
                 words = ", ".join(f"{name} is {loss}" for name, loss in wrong.items())
-                raise Stopped(f"{words} in step {number}; {self._last_good()}")
+                raise Stopped(f"{words} in step {number}; {self.last_good()}")
             self.seen.append(losses)
         self.unseen.clear()
-        if writes:
+        if writes and self.log is not None:
             names = dict.fromkeys(name for losses in self.seen for name in losses)
             self.log.losses(step.number, {name: _mean_of(name, self.seen) for name in names})
+        if writes:
             self.seen.clear()
 
     def save(self, judges: bool) -> None:
@@ -212,31 +307,36 @@ class _Recorder:
         """
         trainer, run, failure = self.trainer, self.run, None
         state = trainer.state_dict()
-        if self.speaks:
+        if self.log is not None:
             try:
+                _check_finite(trainer)
                 distance, generated = self._look()
                 is_best = judges and (self.best is None or distance < self.best[1])
                 if is_best:
                     self.best = (trainer.number, distance)
-                run.save(trainer.number, {"trainer": state, "best": self.best})
+                settings = trainer.config.deciding()
+                state = {"trainer": state, "best": self.best, "settings": settings}
+                run.save(trainer.number, state)
                 run.keep(trainer.config.keep, self.best and self.best[0])
-                self._write(GENERATOR)
+                self._write(GENERATOR, trainer.average)
                 if is_best:
-                    self._write(BEST)
+                    self._write(BEST, trainer.average)
                 self._picture(generated, distance)
-            except (OSError, RuntimeError) as error:  # RuntimeError: torch.save on a full disk
-                failure = str(error) or type(error).__name__
-        failures = [one for one in trainer.gathered(failure) if one is not None]
-        if failures:
-            raise Stopped(
-                f"step {trainer.number} could not be saved: {failures[0]}; {self._last_good()}"
-            )
+            except (OSError, ValueError) as error:
+                failure = _reason(error)
+        failure = trainer.gathered(failure)[0]
+        if failure is not None:
+            raise Stopped(f"in saving step {trainer.number}: {failure}; {self.last_good()}")
 
-    def publish(self) -> None:
-        """Writes the generator of a run that has ended, where a killed process did not."""
-        if self.speaks:
-            settled(self.trainer.average, self.painter)
-            self._write(GENERATOR)
+    def _restore(self):
+        """Writes the generator and the best one as checkpoints have them, since a process may have
+        been killed between a checkpoint and these.
+        """
+        average = copy.deepcopy(self.trainer.average)
+        self._write(GENERATOR, average)
+        if self.best is not None and self.best[0] in self.run.numbers():
+            average.load_state_dict(self.run.load(self.best[0])["trainer"]["average"])
+            self._write(BEST, average)
 
     def _look(self):
         """The average's images of the scenes, and how far they are from the photographs."""
@@ -244,7 +344,8 @@ class _Recorder:
         generated = self.scenes.generated(self.painter, self.trainer.networks.encoder)
         return self.scenes.distance(generated, self.trainer.networks.perceptual), generated
 
-    def _write(self, name):
+    def _write(self, name, average):
+        settled(average, self.painter)
         with self.run.written(self.run.path(name)) as path:
             checkpoint.write(self.painter, path)
 
@@ -255,7 +356,7 @@ class _Recorder:
         self.log.picture(number, grid, distance)
         self.log.say(f"saved step {number}, {distance:.4g} from the photographs")
 
-    def _last_good(self):
+    def last_good(self):
         numbers = self.run.numbers()
         if not numbers:
             return "there is no checkpoint before it"
@@ -274,21 +375,33 @@ def _scenes(trainer, examples):
     return Scenes(chosen, generator.sizes, generator.kernel_size)
 
 
+def _check_finite(trainer):
+    """Raises ValueError where a step with finite losses has left numbers that are not."""
+    for name, network in trainer.networks.trained().items():
+        for key, tensor in network.state_dict().items():
+            if not tensor.isfinite().all():
+                raise ValueError(f"{key} of the {name} is not finite")
+
+
 def _mean_of(name, found):
     values = [losses[name] for losses in found if name in losses]
     return sum(values) / len(values)
 
 
 @contextlib.contextmanager
-def _asked_to_stop() -> Iterator[list[int]]:
-    """Inside, SIGINT and SIGTERM end nothing, but are added to the list; a second one ends the
-    process as always. In other threads than the main one signals are left alone.
+def _asked_to_stop() -> Iterator[list[float]]:
+    """Inside, SIGINT and SIGTERM end nothing, but their times are added to the list. One that comes
+    more than PATIENCE seconds after the first ends the process as always; before, it may be the
+    same request, which launchers pass on to processes that had it from the terminal. In other
+    threads than the main one signals are left alone.
     """
     asked, before = [], {}
 
     def note(number, frame):
-        asked.append(number)
-        signal.signal(number, before[number])
+        asked.append(time.monotonic())
+        if asked[-1] - asked[0] > PATIENCE:
+            signal.signal(number, before[number])
+            signal.raise_signal(number)
 
     if threading.current_thread() is threading.main_thread():
         for number in (signal.SIGINT, signal.SIGTERM):
