@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import errno
-import importlib
 import multiprocessing
 import os
 import random
@@ -21,10 +20,11 @@ from typer.testing import CliRunner
 
 from spade_fast import SPADEGenerator, checkpoint
 from spade_fast.cli import app
-from spade_fast.training import Config, Stopped, preset, resume, train
+from spade_fast.training import Config, Stopped, preset, resume, signals, train, trainer
+from spade_fast.training.log import Log
+from spade_fast.training.recorder import Recorder
 from spade_fast.training.run import UNFINISHED, Run
-
-train_module = importlib.import_module("spade_fast.training.train")  # not the function
+from spade_fast.training.signals import asked_to_stop
 
 
 @pytest.fixture(scope="module")
@@ -123,7 +123,7 @@ def test_a_stopped_run_goes_on_bit_for_bit(settings, tmp_path, others):
 
 def stopped_after(settings, steps):
     """A run that is asked to stop after so many steps."""
-    before = train_module._Recorder.note
+    before = Recorder.note
 
     def noting(self, step, looks):
         before(self, step, looks)
@@ -131,7 +131,7 @@ def stopped_after(settings, steps):
             os.kill(os.getpid(), signal.SIGTERM)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train_module._Recorder, "note", noting)
+        patch.setattr(Recorder, "note", noting)
         with pytest.raises(Stopped, match=f"stopped after step {steps}: .*--resume"):
             train(Config(**settings))
     assert Run(settings["out"]).numbers() == [steps]
@@ -272,9 +272,9 @@ def test_signals_to_the_whole_group_save_and_stop(settings):
 @pytest.mark.parametrize("order", [[0.0, 1.0], [0.0, 3.0]], ids=["soon", "later"])
 def test_only_a_later_signal_ends_the_process(order, monkeypatch):
     times = iter(order)
-    monkeypatch.setattr(train_module.time, "monotonic", lambda: next(times))
+    monkeypatch.setattr(signals.time, "monotonic", lambda: next(times))
     with pytest.raises(KeyboardInterrupt) if order[1] > 2 else contextlib.nullcontext():
-        with train_module._asked_to_stop() as asked:
+        with asked_to_stop() as asked:
             signal.raise_signal(signal.SIGINT)
             assert asked == [0.0]
             signal.raise_signal(signal.SIGINT)
@@ -316,13 +316,13 @@ def test_a_full_disk_of_the_log(settings, monkeypatch):
         if number == 3:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(train_module.Log, "losses", full)
+    monkeypatch.setattr(Log, "losses", full)
     with pytest.raises(Stopped, match=r"No space left on device; the last .* that of step 2: "):
         train(Config(**settings, save_every=2, log_every=1))
 
 
 def nan_in_a_loss(losses, fakes):
-    return losses | {"features": losses["features"] * float("nan")}
+    return losses | {"feature_matching": losses["feature_matching"] * float("nan")}
 
 
 def nan_in_a_gradient(losses, fakes):
@@ -333,20 +333,19 @@ def nan_in_a_gradient(losses, fakes):
 @pytest.mark.parametrize(
     "ruin, words",
     [
-        (nan_in_a_loss, "features is nan.* in step 3"),
+        (nan_in_a_loss, "feature_matching is nan.* in step 3"),
         (nan_in_a_gradient, r"in saving step 3: \S+ of the generator is not finite"),
     ],
 )
 def test_what_is_not_finite_is_not_saved(settings, monkeypatch, ruin, words):
-    module, calls = importlib.import_module("spade_fast.training.trainer"), []
-    losses_of = module.generator_losses
+    losses_of, calls = trainer.generator_losses, []
 
     def third(networks, config, layout, fakes, reals):
         calls.append(layout)
         losses = losses_of(networks, config, layout, fakes, reals)
         return ruin(losses, fakes) if len(calls) == 3 else losses
 
-    monkeypatch.setattr(module, "generator_losses", third)
+    monkeypatch.setattr(trainer, "generator_losses", third)
     with pytest.raises(Stopped, match=rf"{words}; the last good checkpoint is that of step 2: "):
         train(Config(**settings, save_every=1, order="shared"))
     assert Run(settings["out"]).numbers() == [1, 2]
@@ -355,7 +354,7 @@ def test_what_is_not_finite_is_not_saved(settings, monkeypatch, ruin, words):
 
 
 def test_an_error_in_the_middle_leaves_what_was_saved(settings, monkeypatch):
-    before = train_module._Recorder.note
+    before = Recorder.note
 
     def broken(self, step, looks):
         if step.number == 2:
@@ -363,7 +362,7 @@ def test_an_error_in_the_middle_leaves_what_was_saved(settings, monkeypatch):
         before(self, step, looks)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train_module._Recorder, "note", broken)
+        patch.setattr(Recorder, "note", broken)
         with pytest.raises(KeyboardInterrupt):
             train(Config(**settings, save_every=1))
     assert Run(settings["out"]).numbers() == [1]

@@ -66,7 +66,11 @@ def test_any_iterable_trains(scenes, workers):
     for step in trainer.fit(batches(scenes, workers=workers, **numbered)):
         losses.append(trainer.mean(step.losses))
         assert step.generated.shape == (2, 3, CROP, CROP) and step.batch.names[0].isdigit()
-    assert trainer.number == len(losses) == 4 and set(losses[0]) >= {"features", "fake", "real"}
+    assert trainer.number == len(losses) == 4 and set(losses[0]) >= {
+        "feature_matching",
+        "fake",
+        "real",
+    }
 
 
 class Painter(nn.Module):
