@@ -652,6 +652,13 @@ class SemanticLayout:
         return self.codes.device
 
     @property
+    def nbytes(self) -> int:
+        """The memory of codes, palette and windows."""
+        self._look()
+        tensors = [self.codes, self.palette, *_tensors_in(tuple(self._windows.values()))]
+        return sum(tensor.nbytes for tensor in tensors)
+
+    @property
     def label_nc(self) -> int:
         return self.palette.shape[1]
 
