@@ -11,6 +11,7 @@ import torch
 
 import spade_fast
 from spade_fast import ConvEncoder, SemanticLayout, Service, SPADEGenerator, checkpoint, frozen
+from spade_fast import layout as layouts
 from spade_fast import service as serving
 from spade_fast.nn import tables as tables_of_windows
 
@@ -255,6 +256,26 @@ def test_a_layout_that_another_thread_edits_while_it_is_looked_up(monkeypatch):
         found = spade(x, layout)
         expected = spade(x, SemanticLayout(layout.codes.clone(), layout.palette.clone()))
     assert torch.equal(found, expected)
+
+
+def test_a_layout_that_another_thread_edits_while_it_is_numbered(monkeypatch):
+    """By hand: the windows of before were kept as those of after, or a KeyError came."""
+    layout, number, edits = layout_of(), layouts.number, [lambda: layout.codes.fill_(1)]
+
+    def edited(*arguments):
+        made = number(*arguments)
+        if edits:
+            edits.pop()()
+            layout.windows((16, 16), 3)
+        return made
+
+    monkeypatch.setattr(layouts, "number", edited)
+    layout.windows((SIZE, SIZE), 3)
+    assert not edits
+    assert (
+        layout.windows((SIZE, SIZE), 3).count
+        == SemanticLayout(layout.codes, layout.palette).windows((SIZE, SIZE), 3).count
+    )
 
 
 def test_images_of_one_size_are_computed_together(monkeypatch):
