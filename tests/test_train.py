@@ -17,7 +17,8 @@ from spade_fast import SPADEGenerator, checkpoint
 from spade_fast.cli import app
 from spade_fast.training import Config, Stopped, preset, resume, train
 from spade_fast.training import train as train_module
-from spade_fast.training.run import UNFINISHED, Run
+from spade_fast.training.run import Run
+from spade_fast.writing import UNFINISHED
 
 train_module = __import__("spade_fast.training.train", fromlist=["train"])
 

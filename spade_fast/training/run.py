@@ -8,11 +8,11 @@ from pathlib import Path
 
 import torch
 
+from ..writing import remove_unfinished, written
 from .config import Config
 
 SETTINGS, GENERATOR, BEST = "config.yaml", "generator.safetensors", "best.safetensors"
 CHECKPOINTS, PICTURES, LOG, EVENTS = "checkpoints", "pictures", "log.txt", "tensorboard"
-UNFINISHED = ".unfinished"  # at the end of the name of a file that is being written
 
 
 class Run:
@@ -40,7 +40,7 @@ class Run:
             )
         for part in (CHECKPOINTS, PICTURES):
             self.path(part).mkdir(parents=True, exist_ok=True)
-        with self.written(self.path(SETTINGS)) as path:
+        with written(self.path(SETTINGS)) as path:
             config.save(path)
 
     def settings(self) -> Config:
@@ -63,8 +63,7 @@ class Run:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError:
                 raise ValueError(f"another process trains in {self.folder}") from None
-            for path in self.folder.rglob(f"*{UNFINISHED}*"):
-                path.unlink(missing_ok=True)
+            remove_unfinished(self.folder)
             yield
 
     def path(self, *parts: str) -> Path:
@@ -86,7 +85,7 @@ class Run:
         """Writes the checkpoint of a step. Errors: OSError, RuntimeError: the disk is full or the
         like; the checkpoints that are there stay.
         """
-        with self.written(self.checkpoint(number)) as path:
+        with written(self.checkpoint(number)) as path:
             torch.save(state, path)
 
     def load(self, number: int) -> dict:
@@ -98,22 +97,3 @@ class Run:
         for number in self.numbers()[:-newest]:
             if number != best:
                 self.checkpoint(number).unlink()
-
-    @contextlib.contextmanager
-    def written(self, path: Path) -> Iterator[Path]:
-        """A path to write to inside, which becomes `path` at once after it, when all of it is on
-        the disk; after an error what was there stays.
-        """
-        unfinished = path.with_name(f"{path.stem}{UNFINISHED}{path.suffix}")
-        try:
-            yield unfinished
-            with open(unfinished, "rb+") as file:
-                os.fsync(file.fileno())
-            os.replace(unfinished, path)
-        finally:
-            unfinished.unlink(missing_ok=True)
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)  # the new name as well
-        finally:
-            os.close(folder)

@@ -13,6 +13,7 @@ from PIL import Image
 
 from .. import checkpoint
 from ..data import CONVENTIONS, Folder, Preparation, find_pairs, loader, read_palette
+from ..writing import written
 from .average import settled
 from .config import Config, may_change
 from .log import Log
@@ -245,12 +246,12 @@ class _Recorder:
         return self.scenes.distance(generated, self.trainer.networks.perceptual), generated
 
     def _write(self, name):
-        with self.run.written(self.run.path(name)) as path:
+        with written(self.run.path(name)) as path:
             checkpoint.write(self.painter, path)
 
     def _picture(self, generated, distance):
         grid, number = self.scenes.grid(generated), self.trainer.number
-        with self.run.written(self.run.path(PICTURES, f"step-{number:08}.png")) as path:
+        with written(self.run.path(PICTURES, f"step-{number:08}.png")) as path:
             Image.fromarray(grid).save(path)
         self.log.picture(number, grid, distance)
         self.log.say(f"saved step {number}, {distance:.4g} from the photographs")
