@@ -131,6 +131,12 @@ class Service:
         """The arguments of the generator that the service has now, such as label_nc and z_dim."""
         return dict(self._loaded.generator.arguments)
 
+    @property
+    def image_size(self) -> tuple[int, ...]:
+        """The size of the generator's images, such as (height, width)."""
+        generator = self._loaded.generator
+        return tuple(generator.last_scale * length for length in generator.sizes[-1])
+
     def close(self, cancel: bool = False) -> None:
         """Takes no more requests, and waits for those that were made.
 
