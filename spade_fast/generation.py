@@ -26,6 +26,7 @@ from .training.run import GENERATOR, Run
 from .writing import remove_unfinished, written
 
 READERS = 3  # label maps that are read, numbered or written beside those in the network
+MOST_WAITING = 2**31  # images: the number of threads bounds them already
 
 
 @dataclass
@@ -118,43 +119,71 @@ def generate(
                 f"out is {out}, it should not be in the folder of {name}, {folder}: images would be"
                 " taken for maps"
             )
-    with Service(weights, batch=batch, dtype=dtype, device=device, waiting=2**31) as service:
-        arguments = service.generator_arguments
-        if (arguments["spatial_dims"], arguments["output_nc"]) != (2, 3):
-            raise ValueError(
-                f"the generator makes {arguments['output_nc']} channels in"
-                f" {arguments['spatial_dims']} dimensions, they should be 3 in 2 to be written as"
-                " images"
-            )
-        maps = with_classes(maps, arguments["label_nc"])
-        height, width = service.image_size
-        preparation = Preparation(
-            maps.num_classes,
-            maps.dont_care,
-            mode=preprocess,
+    with Service(weights, batch=batch, dtype=dtype, device=device, waiting=MOST_WAITING) as service:
+        return generate_with(
+            service,
+            labels,
+            out,
+            maps,
+            preprocess=preprocess,
             load_size=load_size,
-            crop_size=width,
-            aspect_ratio=width / height,
-            label_shift=convention_of(maps.convention).label_shift,
+            samples=samples,
+            seed=seed,
+            style=style,
+            encoder=encoder,
+            resume=resume,
+            progress=progress,
         )
-        z = Styles(
-            arguments["z_dim"],
-            (height, width),
-            samples,
-            whole_number("seed", seed, 0),
-            style,
-            encoder,
+
+
+def generate_with(
+    service: Service,
+    labels: Path,
+    out: Path,
+    maps: Maps,
+    *,
+    preprocess: str = "fixed",
+    load_size: int | None = None,
+    samples: int = 1,
+    seed: int = 0,
+    style: str | os.PathLike | None = None,
+    encoder: str | os.PathLike | None = None,
+    resume: bool = False,
+    progress: Callable[[Iterable, int], Iterable] = lambda found, count: found,
+) -> Report:
+    """What `generate` does, with a service that is there already, where (READERS + batch) · samples
+    images may wait.
+    """
+    arguments = service.generator_arguments
+    if (arguments["spatial_dims"], arguments["output_nc"]) != (2, 3):
+        raise ValueError(
+            f"the generator makes {arguments['output_nc']} channels in"
+            f" {arguments['spatial_dims']} dimensions, they should be 3 in 2 to be written as"
+            " images"
         )
-        pairs, faults = match(labels, None, maps.instances, maps.convention)
-        out.mkdir(parents=True, exist_ok=True)
-        remove_unfinished(out)
-        painter = _Painter(service, preparation, maps.palette, z, out, resume)
-        report = Report(faults=faults)
-        with _threads(READERS + service.batch) as pool:
-            for made, skipped, fault in progress(pool.map(painter, pairs), len(pairs)):
-                report.made += made
-                report.skipped += skipped
-                report.faults += [fault] if fault else []
+    maps = with_classes(maps, arguments["label_nc"])
+    height, width = service.image_size
+    preparation = Preparation(
+        maps.num_classes,
+        maps.dont_care,
+        mode=preprocess,
+        load_size=load_size,
+        crop_size=width,
+        aspect_ratio=width / height,
+        label_shift=convention_of(maps.convention).label_shift,
+    )
+    seed = whole_number("seed", seed, 0)
+    styles = Styles(arguments["z_dim"], (height, width), samples, seed, style, encoder)
+    pairs, faults = match(labels, None, maps.instances, maps.convention)
+    out.mkdir(parents=True, exist_ok=True)
+    remove_unfinished(out)
+    painter = _Painter(service, preparation, maps.palette, styles, out, resume)
+    report = Report(faults=faults)
+    with _threads(READERS + service.batch) as pool:
+        for made, skipped, fault in progress(pool.map(painter, pairs), len(pairs)):
+            report.made += made
+            report.skipped += skipped
+            report.faults += [fault] if fault else []
     return report
 
 
