@@ -68,7 +68,7 @@ def generate(
     samples: int = 1,
     seed: int = 0,
     style: str | os.PathLike | None = None,
-    encoder: str | os.PathLike | None = None,
+    encoder: str | os.PathLike | ConvEncoder | None = None,
     batch: int = 1,
     dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
@@ -95,8 +95,9 @@ def generate(
             generator's size.
         samples: images of each label map, for a generator that begins with z.
         seed: decides z, with the name and the number of the sample.
-        style, encoder: a photograph and the encoder's weights, which make z of it: the mean is the
-            first sample's z, the others are drawn with the encoder's variance.
+        style, encoder: a photograph and the encoder or its weights, which make z of it: the mean is
+            the first sample's z, the others are drawn with the encoder's variance. A run's encoder
+            is that of its newest checkpoint where none is given.
         batch: the most images that are computed together.
         dtype, device: as of `Service`.
         resume: images that are there stay, whatever they were made with.
@@ -108,7 +109,12 @@ def generate(
     """
     samples = whole_number("samples", samples)
     labels, out = Path(labels), Path(out)
-    weights, maps = _maps_of(weights, labels, instances, convention, palette)
+    run = None
+    if isinstance(weights, (str, os.PathLike)) and Path(weights).is_dir():
+        run, weights = Run(weights), Path(weights, GENERATOR)
+    maps = _maps_of(run, labels, instances, convention, palette)
+    if run is not None and style is not None and encoder is None and run.numbers():
+        encoder = checkpoint.load(run.checkpoint(run.numbers()[-1]), key="encoder")
     maps = maps._replace(
         num_classes=maps.num_classes if num_classes is None else num_classes,
         dont_care=maps.dont_care if dont_care is None else dont_care,
@@ -147,7 +153,7 @@ def generate_with(
     samples: int = 1,
     seed: int = 0,
     style: str | os.PathLike | None = None,
-    encoder: str | os.PathLike | None = None,
+    encoder: str | os.PathLike | ConvEncoder | None = None,
     resume: bool = False,
     progress: Callable[[Iterable, int], Iterable] = lambda found, count: found,
 ) -> Report:
@@ -227,7 +233,7 @@ class Styles:
         samples: int = 1,
         seed: int = 0,
         style: str | os.PathLike | None = None,
-        encoder: str | os.PathLike | None = None,
+        encoder: str | os.PathLike | ConvEncoder | None = None,
     ) -> None:
         self.z_dim, self.samples, self.seed, self.moments = z_dim, samples, seed, None
         if (style is None) != (encoder is None):
@@ -261,7 +267,8 @@ class Styles:
 
     def _encoded(self, style, encoder, size):
         """Mean and standard deviation of a photograph's z."""
-        network = checkpoint.load(encoder)
+        is_network = isinstance(encoder, torch.nn.Module)
+        network = encoder if is_network else checkpoint.load(encoder)
         if not isinstance(network, ConvEncoder):
             raise ValueError(
                 f"encoder is the weights of a {type(network).__name__}, they should be an encoder's"
@@ -342,23 +349,22 @@ def _threads(number):
     pool.shutdown()
 
 
-def _maps_of(weights, labels, instances, convention, palette):
-    """Where the weights are, and how label maps become conditions by the settings of their run, if
-    they are in one's folder, and by the convention.
+def _maps_of(run, labels, instances, convention, palette):
+    """How label maps become conditions by what is given, the run, if there is one, and the
+    convention.
     """
     instances = None if instances is None else Path(instances)
-    config = None
-    if isinstance(weights, (str, os.PathLike)) and Path(weights).is_dir():
-        run = Run(weights)
-        config, weights = run.settings(), run.path(GENERATOR)
-        if not weights.is_file():
+    said = None
+    if run is not None:
+        said = run.settings()
+        if not run.path(GENERATOR).is_file():
             raise FileNotFoundError(f"{run.folder} has no {GENERATOR} yet: training writes it")
-        if palette is None and config.palette is not None:
-            palette = read_palette(config.palette)
-        is_same = config.labels is not None and Path(config.labels).resolve() == labels.resolve()
-        if instances is None and is_same and config.instances is not None:
-            instances = Path(config.instances)
-    if convention is None:
-        convention = "folder" if config is None else config.convention
-    said = convention_of(convention) if config is None else config
-    return weights, Maps(convention, palette, said.num_classes, said.dont_care, instances)
+        if palette is None and said.palette is not None:
+            palette = read_palette(said.palette)
+        is_same = said.labels is not None and Path(said.labels).resolve() == labels.resolve()
+        if instances is None and is_same and said.instances is not None:
+            instances = Path(said.instances)
+        convention = said.convention if convention is None else convention
+    convention = "folder" if convention is None else convention
+    said = convention_of(convention) if said is None else said
+    return Maps(convention, palette, said.num_classes, said.dont_care, instances)

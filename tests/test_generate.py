@@ -274,6 +274,18 @@ def test_a_folder_of_a_run_says_the_rest(scenes, folder, tmp_path):
     assert "has no config.yaml, it should be the folder of a run" in words
 
 
+def test_a_run_has_its_encoder(scenes, tmp_path):
+    settings = settings_for(scenes, out=str(tmp_path / "run"), steps=1, use_vae=True, z_dim=3)
+    path, style = train(Config(**settings)), scenes / "img" / "001.png"
+    options = ("--labels", scenes / "label", "--style", style)
+    run(tmp_path / "run", *options, "--out", tmp_path / "out")
+    state = torch.load(tmp_path / "run" / "checkpoints" / "step-00000001.pt", weights_only=True)
+    encoder = ConvEncoder(4, 3).eval()
+    encoder.load_state_dict(state["trainer"]["networks"]["encoder"])
+    z = generation.Styles(3, (SIZE, SIZE), style=style, encoder=encoder)("002", [0])
+    assert np.array_equal(images_in(tmp_path / "out")["002.png"], by_hand(path, scenes, "002", z))
+
+
 @pytest.mark.parametrize(
     "label_nc, maps, found",
     [
@@ -324,6 +336,31 @@ def test_maps_in_colours_and_folders_of_folders(tmp_path):
         expected = generator(layout)[0]
     expected = ((expected.movedim(0, -1) + 1) * 127.5).round().byte().numpy()
     assert (tmp_path / "out" / "night" / "a.png").is_file() and np.array_equal(image, expected)
+
+
+def test_files_as_cityscapes_has_them(scenes, tmp_path):
+    """Instance maps lie beside the label maps, and names end otherwise."""
+    generator = SPADEGenerator.official(36, crop_size=32, ngf=2, nhidden=4)
+    checkpoint.write(generator, tmp_path / "generator.pth")
+    labels, instances = (tmp_path / kind / "aachen" for kind in ("label", "inst"))
+    beside = tmp_path / "beside" / "aachen"
+    for folder in (labels, instances, beside):
+        folder.mkdir(parents=True)
+    numbers = np.arange(40 * 52, dtype=np.uint16).reshape(40, 52)
+    for folder, ending in ((labels, ""), (beside, "_gtFine_labelIds")):
+        Image.fromarray((numbers // 80).astype(np.uint8)).save(folder / f"a{ending}.png")
+    for folder, ending in ((instances, ""), (beside, "_gtFine_instanceIds")):
+        Image.fromarray(numbers // 500 * 1000).save(folder / f"a{ending}.png")
+    Image.fromarray(numbers.astype(np.uint8)).save(beside / "a_gtFine_color.png")
+    options = (tmp_path / "generator.pth", "--out")
+    run(*options, tmp_path / "one", "--labels", tmp_path / "beside", "--convention", "cityscapes")
+    inst = ("--instances", tmp_path / "inst")
+    run(*options, tmp_path / "two", "--labels", tmp_path / "label", *inst)
+    one, two = (images_in(tmp_path / out) for out in ("one", "two"))
+    assert set(one) == set(two) == {"aachen/a.png"}
+    assert np.array_equal(one["aachen/a.png"], two["aachen/a.png"])
+    run(*options, tmp_path / "none", "--labels", tmp_path / "label")
+    assert not np.array_equal(images_in(tmp_path / "none")["aachen/a.png"], two["aachen/a.png"])
 
 
 @pytest.mark.parametrize(

@@ -101,6 +101,17 @@ def test_a_z_of_the_encoder_and_one_that_is_drawn():
     assert not torch.equal(*drawn)
 
 
+def test_asked_in_inference_mode():
+    generator, z = generator_of(use_vae=True), torch.randn(1, 3)
+    expected = by_hand(generator, layout_of(), z)
+    with Service(generator) as service:
+        with torch.inference_mode():
+            found = service.generate(layout_of(), z.clone())
+            layout = layout_of(1)
+        assert torch.equal(found, expected) and not found.is_inference()
+        assert torch.equal(service.generate(layout, z), by_hand(generator, layout_of(1), z))
+
+
 def test_weights_of_files_and_dicts(tmp_path):
     generator = generator_of()
     checkpoint.write(generator, tmp_path / "generator.pth")

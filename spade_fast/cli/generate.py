@@ -43,7 +43,7 @@ def generate(
         Path | None, typer.Option(help="A photograph whose style the images get.")
     ] = None,
     encoder: Annotated[
-        Path | None, typer.Option(help="The encoder's weights, with --style.")
+        Path | None, typer.Option(help="Its weights, for --style; a run has them.")
     ] = None,
     batch: Annotated[int, typer.Option(min=1, help="Most images computed together.")] = 1,
     dtype: Annotated[str, typer.Option(help=", ".join(DTYPES) + ".")] = "float32",
