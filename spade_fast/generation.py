@@ -58,6 +58,7 @@ def generate(
     labels: str | os.PathLike,
     out: str | os.PathLike,
     *,
+    loading: Mapping | None = None,
     instances: str | os.PathLike | None = None,
     convention: str | None = None,
     palette: Palette | None = None,
@@ -86,6 +87,7 @@ def generate(
         weights: as `Service` takes them, or the folder of a run: then its settings say convention,
             palette, num_classes and dont_care where they are not given, and instances where labels
             are those that it was trained with.
+        loading: key and arguments of `checkpoint.load`, where the weights do not say enough.
         labels, instances: folders; instances are needed where the generator was trained with them.
         out: the folder of the images, which may be new.
         convention, palette: as of `find_pairs` and `read_labels`.
@@ -125,6 +127,8 @@ def generate(
                 f"out is {out}, it should not be in the folder of {name}, {folder}: images would be"
                 " taken for maps"
             )
+    if loading:
+        weights = checkpoint.load(weights, **loading)
     with Service(weights, batch=batch, dtype=dtype, device=device, waiting=MOST_WAITING) as service:
         return generate_with(
             service,

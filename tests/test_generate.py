@@ -106,6 +106,17 @@ def test_images_are_those_of_the_generator_by_hand(scenes, weights, tmp_path):
         assert np.array_equal(image, expected) and image.std() > 1
 
 
+def test_weights_that_do_not_say_enough(scenes, weights, tmp_path):
+    one, other = (dict(generator_of(ngf=ngf).state_dict()) for ngf in (2, 3))
+    torch.save({"ema": one, "raw": other}, tmp_path / "both.pth")
+    options = ("--crop-size", SIZE)
+    words = coco(tmp_path / "both.pth", scenes, tmp_path / "out", *options, code=2)
+    assert "several are there, key should say which of them" in words
+    coco(tmp_path / "both.pth", scenes, tmp_path / "out", *options, "--key", "ema")
+    found = images_in(tmp_path / "out")
+    assert np.array_equal(found["003.png"], by_hand(weights, scenes, "003"))
+
+
 def test_batches_are_within_a_rounding(scenes, weights_with_z, tmp_path):
     for batch in (1, 4):
         coco(weights_with_z, scenes, tmp_path / str(batch), "--batch", batch, "--samples", 2)

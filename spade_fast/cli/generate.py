@@ -48,11 +48,21 @@ def generate(
     batch: Annotated[int, typer.Option(min=1, help="Most images computed together.")] = 1,
     dtype: Annotated[str, typer.Option(help=", ".join(DTYPES) + ".")] = "float32",
     device: Annotated[str, typer.Option(help="Such as cpu or cuda.")] = "cpu",
+    key: Annotated[
+        str | None, typer.Option(help="Which of several networks in the file, such as ema.")
+    ] = None,
+    crop_size: Annotated[
+        int | None, typer.Option(min=1, help="Width of the images, where the file does not say it.")
+    ] = None,
+    aspect_ratio: Annotated[
+        float | None, typer.Option(help="Their width over their height, likewise.")
+    ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Skip what is there.")] = False,
 ):
     """Make images of label maps. Exits with 1 where a label map is wrong, which is named; the
     others are made.
     """
+    loading = {"key": key, "crop_size": crop_size, "aspect_ratio": aspect_ratio}
     try:
         if dtype not in DTYPES:
             raise ValueError(f"dtype is {dtype!r}, it should be one of {', '.join(DTYPES)}")
@@ -60,6 +70,7 @@ def generate(
             weights,
             labels,
             out,
+            loading={name: value for name, value in loading.items() if value is not None},
             instances=instances,
             convention=convention,
             palette=None if palette is None else read_palette(palette),
