@@ -237,7 +237,7 @@ class Loaded:
         self.tables = Tables(cache)
         self._layouts = OrderedDict()  # by content: the layout and its bytes; last the newest
         self._held = 0  # bytes of the layouts
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
         weight = next(generator.parameters())
         self.device, self.dtype = weight.device, weight.dtype
 
@@ -299,7 +299,7 @@ class Loaded:
         with self._lock:
             known, size = self._layouts.setdefault(content, (layout, layout.nbytes))
             self._held += size if known is layout else 0
-        self._make_room()
+            self._make_room()
         return known
 
     def _make_room(self):
