@@ -103,7 +103,8 @@ def generate(
         batch: the most images that are computed together.
         dtype, device: as of `Service`.
         resume: images that are there stay, whatever they were made with.
-        progress: wraps what is done, label map by label map, and how many they are.
+        progress: wraps an iterable with an item for each label map, and takes their number: a
+            progress bar.
 
     Raises:
         ValueError, TypeError, OSError: an argument is not as said above, the generator was trained
@@ -198,8 +199,8 @@ def generate_with(
 
 
 def with_classes(maps: Maps, label_nc: int) -> Maps:
-    """The maps' settings with num_classes, and instances False where there are none, for a generator
-    of label_nc channels. Errors: ValueError where they have other channels.
+    """The maps' settings with num_classes, and instances False where there are none, for a
+    generator of label_nc channels. Errors: ValueError where they have other channels.
     """
     rules, others = convention_of(maps.convention), int(maps.dont_care is not None)
     if maps.instances is None:

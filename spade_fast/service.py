@@ -1,10 +1,10 @@
-"""One generator for many threads: requests wait in one queue, tables of γ and β are kept by what is
-in a layout, and other weights take the place of the old ones between two images.
+"""One generator for many threads: requests wait in one queue, tables of γ and β are kept by the
+content of a layout, and other weights take the place of the old ones between two images.
 
-What serving with `frozen` leaves to whoever calls it, and a service does not: a thread of a pool is
-not inside the `frozen` of another; weights that are written in place while an image is computed are
-in a part of it; a layout that is edited meanwhile is, too; a change through `.data` is seen at the
-end alone. Here weights and layouts are copies that nobody else has.
+Serving with `frozen` leaves four things to the caller. A thread of a pool is not inside the
+`frozen` of another. Weights that are written in place while an image is computed are in a part of
+it. So is a layout that is edited meanwhile. A change through `.data` is seen at the end alone. Here
+weights and layouts are copies that nobody else has.
 """
 
 import hashlib
@@ -36,14 +36,14 @@ class Service:
 
     Spectral norm is folded, and γ and β of a layout are computed once for as long as there is room:
     a layout with the same codes and the same palette uses the tables of the one before. An image is
-    that of the generator called by hand with one layout and one z, folded and `frozen`. With `batch`
-    1 it has the same bits, whatever else is asked for at the same time; with more, images of one
-    size that wait at the same time are computed together, and PyTorch's convolutions of a batch may
-    round otherwise than those of one image.
+    that of the generator called by hand, folded and `frozen`, with one layout and one z. With
+    `batch` 1 it has the same bits, whatever else is asked for at the same time. With more, images
+    of one size that wait at the same time are computed together, and PyTorch's convolutions of a
+    batch may round otherwise than those of one image.
 
     Args:
-        weights: a path or a state_dict, as `checkpoint.load` takes it, or a SPADEGenerator, which is
-            copied: what is done to it later does not reach the service.
+        weights: a path or a state_dict, as `checkpoint.load` takes it, or a SPADEGenerator. It is
+            copied: later changes to it do not reach the service.
         threads: how many batches are computed at the same time. PyTorch's own threads share each of
             them; more help where one image does not keep them busy.
         cache: memory for tables and windows of layouts: bytes, or text such as "256MB". The layout
@@ -112,8 +112,8 @@ class Service:
         return request.future
 
     def reload(self, weights: str | os.PathLike | Mapping | SPADEGenerator) -> None:
-        """Takes other weights, which may be of another generator. What was asked for before is
-        still made with the old ones, what is asked for after this returned with the new ones; no
+        """Takes other weights, which may be of another generator. Requests that were made before
+        still get images of the old ones, requests after this returned those of the new ones; no
         image is a mixture. After an error the old ones stay. Raises: as the constructor.
         """
         new = self._load(weights)
@@ -183,8 +183,8 @@ class Service:
             request.fail(error)
 
     def _next_jobs(self):
-        """Up to `batch` jobs of one kind, the first in the queue among them; what is cancelled or
-        has failed is left out.
+        """Up to `batch` jobs of one kind, the first in the queue among them; requests that were
+        cancelled or have failed are left out.
         """
         taken, left = [], []
         with self._lock:
@@ -230,7 +230,7 @@ class Request:
 
 
 class Loaded:
-    """A generator that nobody else has, and what is kept of layouts for it."""
+    """A generator that nobody else has, and the layouts and tables that are kept for it."""
 
     def __init__(self, generator: SPADEGenerator, cache: int) -> None:
         self.generator, self.cache = generator, cache
