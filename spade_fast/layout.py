@@ -491,14 +491,17 @@ class SemanticLayout:
                     f" {kernel_size}) before the compiled"
                     " call"
                 )
-            (key,) = self._make_windows([size], kernel_size)
+            (key,) = self._make_windows([size], kernel_size, kept)
         if not torch.compiler.is_compiling():
             read_here(self._made.get(key), _tensors_in(kept[key]))
         return kept[key]
 
-    def _make_windows(self, sizes, kernel_size):
+    def _make_windows(self, sizes, kernel_size, kept):
         """Makes those windows that are not there yet, all at once: then a GPU is waited for once.
         Returns what they are kept by.
+
+        kept: `_windows` as it is now. Where another thread notices meanwhile that the layout was
+            edited, it has other ones, which these windows are not for.
         """
         kernel_size = whole_number("kernel_size", kernel_size)
         if kernel_size % 2 == 0 or not 1 <= kernel_size <= LARGEST_KERNEL:
@@ -506,20 +509,20 @@ class SemanticLayout:
                 f"kernel_size is {kernel_size}, it should be odd, from 1 to {LARGEST_KERNEL}"
             )
         keys = [(self._size("size", size), kernel_size) for size in sizes]
-        missing = [key for key in dict.fromkeys(keys) if key not in self._windows]
+        missing = [key for key in dict.fromkeys(keys) if key not in kept]
         if not missing:
             return keys
         sizes = [size for size, _ in missing]
         if (source := self._source()) is not None:
-            source._make_windows(sizes, kernel_size)
+            source._make_windows(sizes, kernel_size, source._windows)
             for key in missing:
                 hidden, table, *places = source.windows(*key)
-                self._windows[key] = Windows(hidden, table, *map(self._repeated, places))
+                kept[key] = Windows(hidden, table, *map(self._repeated, places))
         else:
             made = number(self.codes, sizes, kernel_size, len(self.palette), self.palette.dtype)
-            self._windows.update(zip(missing, made))
+            kept.update(zip(missing, made))
         for key in missing:
-            self._made[key] = made_here(_tensors_in(self._windows[key]))
+            self._made[key] = made_here(_tensors_in(kept[key]))
         return keys
 
     def _size(self, name, size):
@@ -543,7 +546,7 @@ class SemanticLayout:
         sizes = list(sizes)
         if not torch.compiler.is_compiling():
             self._look()
-            self._make_windows(sizes, kernel_size)
+            self._make_windows(sizes, kernel_size, self._windows)
         for size in sizes:
             windows = self.windows(size, kernel_size)
             if (
@@ -650,6 +653,13 @@ class SemanticLayout:
     @property
     def device(self) -> torch.device:
         return self.codes.device
+
+    @property
+    def nbytes(self) -> int:
+        """The memory of codes, palette and windows."""
+        self._look()
+        tensors = [self.codes, self.palette, *_tensors_in(tuple(self._windows.values()))]
+        return sum(tensor.nbytes for tensor in tensors)
 
     @property
     def label_nc(self) -> int:

@@ -6,12 +6,12 @@ from rich.console import Console
 from rich.progress import track
 
 
-def progress_bar(found: Iterable, count: int) -> Iterable:
+def progress_bar(found: Iterable, count: int, words: str = "Reading") -> Iterable:
     """The same, with a bar while it lasts, on a terminal."""
     console = Console(stderr=True)
     return track(
         found,
-        "Reading",
+        words,
         total=count,
         console=console,
         transient=True,

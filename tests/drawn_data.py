@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 from benchmarks import layouts
 from spade_fast.cli import app
 
-HEIGHT, WIDTH = 72, 96
+HEIGHT, WIDTH = 40, 52
 
 
 def draw_folder(folder, count=4, first=0):

@@ -23,8 +23,9 @@ from spade_fast.cli import app
 from spade_fast.training import Config, Stopped, preset, resume, signals, train, trainer
 from spade_fast.training.log import Log
 from spade_fast.training.recorder import Recorder
-from spade_fast.training.run import UNFINISHED, Run
+from spade_fast.training.run import Run
 from spade_fast.training.signals import asked_to_stop
+from spade_fast.writing import UNFINISHED
 
 
 @pytest.fixture(scope="module")

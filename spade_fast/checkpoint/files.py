@@ -12,6 +12,7 @@ import torch
 import torch.nn as nn
 
 from ..nn.arguments import ENTRY
+from ..writing import raise_of_system
 
 PREFIX = ".spade_fast."  # of a folder beside a file that is being written
 MOST_LISTED = 5  # keys that do not fit, or networks that do, in a message
@@ -74,16 +75,6 @@ def first_of(words):
     """The first of several things, and how many more there are."""
     more = len(words) - MOST_LISTED
     return ", ".join(words[:MOST_LISTED]) + (f" and {more} more" if more > 0 else "")
-
-
-def raise_of_system(error, path):
-    """Raises the OSError that an error comes from, such as a full disk, if it does."""
-    for found in (error, error.__context__):
-        if isinstance(found, OSError) and found.errno is not None:
-            raise OSError(found.errno, os.strerror(found.errno), str(path)) from error
-    number = re.search(r"\(os error (\d+)\)", str(error))  # as safetensors says it
-    if number:
-        raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from error
 
 
 def contents(path):

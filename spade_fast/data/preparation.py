@@ -114,10 +114,7 @@ class Preparation:
         Errors: ValueError, TypeError: an argument is not so, they differ in size, the image is
             smaller than the crop, or a label is out of range.
         """
-        maps = {"labels": _numbers("labels", labels)}
-        if instances is not None:
-            maps["instances"] = _numbers("instances", instances)
-        planes = _planes(photograph)
+        maps, planes = _maps(labels, instances), _planes(photograph)
         width, height = planes[0].size
         for name, numbers in maps.items():
             if numbers.shape != (height, width):
@@ -127,12 +124,30 @@ class Preparation:
                 )
         size = self._resized(width, height)
         rows, columns, mirrored = self._part(size, random)
-        rows_of_map, columns_of_map = _nearest(height, size[1])[rows], _nearest(width, size[0])
-        place = np.ix_(rows_of_map, columns_of_map[columns][:: -1 if mirrored else 1])
         image = np.stack([_bicubic(plane, size)[rows, columns] for plane in planes])
         image = torch.from_numpy(np.ascontiguousarray(image[..., :: -1 if mirrored else 1]))
-        maps = {name: numbers[place][None] for name, numbers in maps.items()}
-        return self._layout(**maps), image[None]
+        return self._cut(maps, size, rows, columns, mirrored), image[None]
+
+    def layout(self, labels: Map, instances: Map | None = None) -> SemanticLayout:
+        """The layout of one label map that has no photograph: the middle, not mirrored. Arguments
+        and errors as above.
+        """
+        maps = _maps(labels, instances)
+        height, width = maps["labels"].shape
+        if instances is not None and maps["instances"].shape != (height, width):
+            raise ValueError(
+                f"instances is {_words(maps['instances'].shape[::-1])}, labels is"
+                f" {_words((width, height))}: they should be of one size"
+            )
+        size = self._resized(width, height)
+        return self._cut(maps, size, *self._part(size, None))
+
+    def _cut(self, maps, size, rows, columns, mirrored):
+        """The layout of a part of the maps at another size."""
+        height, width = maps["labels"].shape
+        rows, columns = _nearest(height, size[1])[rows], _nearest(width, size[0])[columns]
+        place = np.ix_(rows, columns[:: -1 if mirrored else 1])
+        return self._layout(**{name: numbers[place][None] for name, numbers in maps.items()})
 
     def _layout(self, labels, instances=None):
         dont_care = None if self.dont_care is None else self.dont_care + self.label_shift
@@ -198,6 +213,12 @@ class Preparation:
 
 def _words(size):
     return " × ".join(map(str, size))
+
+
+def _maps(labels, instances):
+    """The maps that there are, by name, as arrays."""
+    given = {"labels": labels} | ({} if instances is None else {"instances": instances})
+    return {name: _numbers(name, values) for name, values in given.items()}
 
 
 def _numbers(name, values):

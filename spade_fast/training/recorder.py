@@ -6,6 +6,7 @@ import math
 from PIL import Image
 
 from .. import checkpoint
+from ..writing import written
 from .average import settled
 from .examples import check_examples
 from .log import Log
@@ -120,12 +121,12 @@ class Recorder:
 
     def _write(self, name, average):
         settled(average, self.painter)
-        with self.run.written(self.run.path(name)) as path:
+        with written(self.run.path(name)) as path:
             checkpoint.write(self.painter, path)
 
     def _picture(self, generated, distance):
         grid, number = self.scenes.grid(generated), self.trainer.number
-        with self.run.written(self.run.path(PICTURES, f"step-{number:08}.png")) as path:
+        with written(self.run.path(PICTURES, f"step-{number:08}.png")) as path:
             Image.fromarray(grid).save(path)
         self.log.picture(number, grid, distance)
         self.log.say(f"saved step {number}, {distance:.4g} from the photographs")

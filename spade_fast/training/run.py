@@ -9,13 +9,13 @@ from pathlib import Path
 
 import torch
 
-from ..checkpoint.files import PREFIX, UnreadableFile, contents, raise_of_system
+from ..checkpoint.files import PREFIX, UnreadableFile, contents
+from ..writing import remove_unfinished, written
 from .config import Config
 
 SETTINGS, GENERATOR, BEST = "config.yaml", "generator.safetensors", "best.safetensors"
 CHECKPOINTS, PICTURES, LOG, EVENTS = "checkpoints", "pictures", "log.txt", "tensorboard"
 PARTS = {"trainer", "best", "settings"}  # of a checkpoint
-UNFINISHED = ".unfinished"  # at the end of the name of a file that is being written
 
 
 class Run:
@@ -43,7 +43,7 @@ class Run:
 
     def begin(self, config: Config) -> None:
         """Writes the settings, and makes the folders of what follows. Errors: OSError."""
-        with self.written(self.path(SETTINGS)) as path:
+        with written(self.path(SETTINGS)) as path:
             config.save(path)
         for part in (CHECKPOINTS, PICTURES):
             self.path(part).mkdir(exist_ok=True)
@@ -76,8 +76,7 @@ class Run:
             except OSError:
                 raise ValueError(f"another process trains in {self.folder}") from None
             for part in ("", CHECKPOINTS, PICTURES):  # not below other folders: they are no run's
-                for path in self.path(part).glob(f"*{UNFINISHED}*"):
-                    path.unlink(missing_ok=True)
+                remove_unfinished(self.path(part))
             for path in self.folder.glob(f"{PREFIX}*"):
                 shutil.rmtree(path)
             yield
@@ -101,7 +100,7 @@ class Run:
         """Writes the checkpoint of a step, PARTS. Errors: OSError: the disk is full or the like;
         the checkpoints that are there stay.
         """
-        with self.written(self.checkpoint(number)) as path, open(path, "wb") as file:
+        with written(self.checkpoint(number)) as path, open(path, "wb") as file:
             torch.save(state, file)
 
     def load(self, number: int) -> dict:
@@ -123,25 +122,3 @@ class Run:
         for number in self.numbers()[:-newest]:
             if number != best:
                 self.checkpoint(number).unlink()
-
-    @contextlib.contextmanager
-    def written(self, path: Path) -> Iterator[Path]:
-        """A path to write to inside, which becomes `path` at once after it, when all of it is on
-        the disk; after an error what was there stays. Errors: OSError, which names the file.
-        """
-        unfinished = path.with_name(f"{path.stem}{UNFINISHED}{path.suffix}")
-        try:
-            yield unfinished
-            with open(unfinished, "rb+") as file:
-                os.fsync(file.fileno())
-            os.replace(unfinished, path)
-            folder = os.open(path.parent, os.O_RDONLY)
-            try:
-                os.fsync(folder)  # the new name as well
-            finally:
-                os.close(folder)
-        except Exception as error:
-            raise_of_system(error, path)
-            raise
-        finally:
-            unfinished.unlink(missing_ok=True)
