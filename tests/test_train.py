@@ -184,12 +184,12 @@ def test_what_a_killed_process_was_writing_is_removed(settings):
     """And nothing else: a user's folder below the run's is left alone."""
     train(Config(**settings | {"steps": 1}))
     run = Run(settings["out"])
-    kept = files_of(run.folder) | {"mine/a.unfinished.pt"}
+    kept = files_of(run.folder) | {"mine/.a.unfinished.pt"}
     for name in (
-        "mine/a.unfinished.pt",
-        "generator.unfinished.safetensors",
-        "checkpoints/step-00000002.unfinished.pt",
-        "pictures/step-00000002.unfinished.png",
+        "mine/.a.unfinished.pt",
+        ".generator.unfinished.safetensors",
+        "checkpoints/.step-00000002.unfinished.pt",
+        "pictures/.step-00000002.unfinished.png",
         ".spade_fast.x/weights",
     ):
         run.path(name).parent.mkdir(exist_ok=True)
