@@ -174,3 +174,10 @@ def test_what_a_trainer_refuses():
         Trainer(config(steps=None))
     with pytest.raises(ValueError, match="recompute is for a SPADEGenerator"):
         Trainer(config(recompute=True), own_networks())
+
+
+def test_channels_of_a_condition_of_ones_own(scenes):
+    trainer = Trainer(config(instances=None, num_classes=None), label_nc=CLASSES + 2)
+    assert [step.number for step in trainer.fit(batches(scenes))] == [1, 2, 3, 4]
+    with pytest.raises(ValueError, match="num_classes is not given"):
+        Trainer(config(num_classes=None))

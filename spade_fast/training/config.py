@@ -187,7 +187,7 @@ class Config:
             )
 
     def generator_arguments(self, label_nc: int) -> dict:
-        """The arguments of SPADEGenerator for a condition of so many channels. Errors: ValueError
+        """The arguments of SPADEGenerator for a condition of label_nc channels. Errors: ValueError
         where an image of that size cannot be made.
         """
         return official_arguments(
@@ -258,7 +258,8 @@ PRESETS: dict[str, tuple[str, dict]] = {
         dict(batch=32, epochs=200, decay=0.5),
     ),
     "small": (
-        "A quarter of the channels' products and half of the hidden ones, for a small GPU or a CPU.",
+        "Half of the channels, and instance norm, so that one image is a batch, for a small GPU or"
+        " a CPU: a step of 4 images at 256² takes 1.3 GiB in float32, 0.9 with --recompute.",
         dict(
             ngf=32,
             ndf=32,
@@ -271,7 +272,7 @@ PRESETS: dict[str, tuple[str, dict]] = {
 
 
 def preset(name: str | None) -> dict:
-    """The settings of a preset; none for None. Errors: ValueError where there is none of that name."""
+    """The settings of a preset; none for None. Errors: ValueError where no preset has that name."""
     if name is None:
         return {}
     if name not in PRESETS:

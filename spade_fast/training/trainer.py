@@ -39,6 +39,8 @@ class Trainer:
             where None.
         noise: gives standard normal numbers that look like its argument; `Noise` by the seed
             where None.
+        label_nc: channels of the condition, where the settings make the networks: by default
+            classes, don't care, and edges where `config.instances` is given.
 
     Attributes:
         networks: those that are trained.
@@ -59,6 +61,7 @@ class Trainer:
         networks: Networks | None = None,
         optimizers: tuple[torch.optim.Optimizer, torch.optim.Optimizer] | None = None,
         noise: Callable[[torch.Tensor], torch.Tensor] | None = None,
+        label_nc: int | None = None,
     ) -> None:
         if config.steps is None:
             raise ValueError("steps is not given, it should be the number of steps of the run")
@@ -67,7 +70,8 @@ class Trainer:
         self.images = self._images_of_a_batch()
         if networks is None:
             check_norms(config, self.images, self.accelerator.num_processes)
-            networks = make_networks(config, label_channels(config))
+            label_nc = label_channels(config) if label_nc is None else label_nc
+            networks = make_networks(config, label_nc)
         if config.recompute:
             if not isinstance(networks.generator, SPADEGenerator):
                 raise ValueError("recompute is for a SPADEGenerator, this generator is another")
