@@ -11,16 +11,21 @@ import contextlib
 import copy
 import dataclasses
 import functools
+import tempfile
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Callable
 
 import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from PIL import Image
 
 import spade_fast
-from spade_fast import SemanticLayout, losses, reference
+from spade_fast import SemanticLayout, Service, losses, reference
+from spade_fast.generation import Maps, generate_with
+from spade_fast.training.pictures import picture
 
 from . import layouts, steps
 
@@ -367,6 +372,73 @@ def generator(settings):
     for name, *problem in problems[: 2 if settings.quick else None]:
         for mode in (FORWARD, BACKWARD):
             yield plan_of(build, settings, _name(settings, name), mode, *problem)
+
+
+def generate(settings):
+    """What `spade-fast generate` does after it has read the weights, beside a plain loop over the
+    published network: from a folder of label maps to one of images, reading, one-hot conditions and
+    writing included.
+    """
+    count = max(2 if settings.quick else 4, settings.scenes)
+    size = 64 if settings.quick else 256
+    name = f"{count} files of COCO layouts, {size}²"
+    name += f", batch {settings.batch}" if settings.batch > 1 else ""
+    yield plan_of(generate_problem, settings, name, FORWARD, size, count)
+
+
+def generate_problem(settings, name, mode, size, count):
+    """A folder of drawn scenes, or of the first ones of the folder that was named. Both variants
+    return what is in the files that they wrote, from 0 to 255.
+    """
+    folder = tempfile.TemporaryDirectory()  # which goes when nothing refers to it any more
+    scenes = None
+    if settings.labels is not None:
+        scenes = layouts.load_scenes(settings.labels, settings.instances)[:count]
+    labels, instances = layouts.save_scenes(folder.name, count, scenes)
+    wiring = {"crop_size": size, "ngf": 8 if settings.quick else 64, "norm_G": COCO_NORM}
+    torch.manual_seed(0)
+    eager = settle(reference.SPADEGenerator(184, **wiring)).eval()
+    ours = spade_fast.SPADEGenerator.official(184, **wiring)
+    ours.load_state_dict(eager.state_dict())
+    place = {"device": settings.device, "dtype": settings.dtype}
+    exact = copy.deepcopy(eager).to(settings.device, torch.float64)
+    eager.to(**place)
+    service = Service(ours, cache=0, batch=settings.batch, **place)
+
+    def plain_loop(network, change=lambda condition: condition):
+        parameter = next(network.parameters())
+        for file in sorted(labels.glob("*.png")):
+            maps = map(pixels, (file, instances / file.name))
+            maps = layouts.resized(*maps, (size, size))
+            yield file.name, network(change(layouts.condition(*maps).to(parameter)))[0].cpu()
+
+    def plain(change=lambda condition: condition):
+        out = Path(folder.name, "plain")
+        out.mkdir(exist_ok=True)
+        for file, image in plain_loop(eager, change):
+            Image.fromarray(picture(image.float())).save(out / file)
+        return written(out)
+
+    def with_service():
+        out = Path(folder.name, "ours")
+        report = generate_with(service, labels, out, Maps("coco_stuff", None, 182, 255, instances))
+        if report.faults:
+            raise ValueError("; ".join(report.faults))
+        return written(out)
+
+    def pixels(file):
+        return np.array(Image.open(file))
+
+    def written(out):
+        images = [torch.from_numpy(pixels(file)) for file in sorted(out.glob("*.png"))]
+        return {"images": torch.stack(images).to(settings.dtype)}
+
+    def truth():
+        images = [(image.movedim(0, -1) + 1) * 127.5 for _, image in plain_loop(exact)]
+        return {"images": torch.stack(images)}
+
+    makers = {"eager": lambda: plain, "spade_fast": lambda: with_service}
+    return Problem(name, mode, settings.wanted(makers), truth, lambda number: plain(jitter))
 
 
 def discriminator(settings):
@@ -924,6 +996,7 @@ CASES = {
     "layer": layer,
     "block": block,
     "generator": generator,
+    "generate": generate,
     "discriminator": discriminator,
     "training": training,
     "converted": converted,

@@ -224,18 +224,19 @@ def draw_scene(seed, height=480, width=640):
     return tuple(np.array(image) for image in scene.maps)
 
 
-def save_scenes(folder, count=13):
-    """Writes the scenes of seeds 0 to count - 1 as 8-bit PNGs, label/0000.png, instance/0000.png
-    and so on.
+def save_scenes(folder, count=13, scenes=None):
+    """Writes scenes, those of seeds 0 to count - 1 where none are given, as PNGs, label/0000.png,
+    instance/0000.png and so on.
 
     Returns the paths of the two folders, label and instance.
     """
     folders = Path(folder, "label"), Path(folder, "instance")
     for path in folders:
         path.mkdir(parents=True, exist_ok=True)
-    for seed in range(count):
-        for path, values in zip(folders, draw_scene(seed)):
-            Image.fromarray(values).save(path / f"{seed:04}.png")
+    for number, scene in enumerate(map(draw_scene, range(count)) if scenes is None else scenes):
+        for path, values in zip(folders, scene):
+            values = np.zeros_like(scene[0]) if values is None else values
+            Image.fromarray(values).save(path / f"{number:04}.png")
     return folders
 
 

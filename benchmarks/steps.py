@@ -7,7 +7,7 @@ from spade_fast import SemanticLayout
 from spade_fast.data import Batch
 from spade_fast.training import Config, Networks, Trainer
 
-# Of a network's largest gradient in float64: 1e-15 was seen of zeros, 1e-3 of the others.
+# A part of a network's largest gradient in float64: zeros were 1e-15 of it, the others 1e-3.
 ROUNDING = 1e-11
 
 

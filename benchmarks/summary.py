@@ -10,6 +10,7 @@ RESULTS = Path(__file__).parent / "results"
 WANTED = (
     ("CPU", "generator", "float32", ""),
     ("CPU", "discriminator", "float32", ""),
+    ("CPU", "training", "float32", ""),
     ("CPU", "converted", "float32", ""),
     ("CPU", "monai", "float32", ""),
     ("CPU", "modulate", "float32", "128 × 256²"),

@@ -3,7 +3,7 @@ numbers.
 
 `SPADE` and `SPADEResnetBlock` replace the published layers, `SPADEGenerator`, `ConvEncoder` and
 `MultiscaleDiscriminator` the networks, `convert` the SPADEs of other models. `spade_modulate` is
-the fused operation beneath them, and `backends()` says which kernels run here and why not the
+the fused operation beneath them, `Service` one generator for many threads, and `backends()` says which kernels run here and why not the
 others. `spade_fast.reference` is the plain PyTorch of it all.
 """
 
@@ -26,6 +26,7 @@ from .nn import (
     window_mode,
 )
 from .ops import plane_moments, spade_modulate
+from .service import Service
 
 __version__ = "0.1.0"
 __all__ = [
@@ -37,6 +38,7 @@ __all__ = [
     "SPADEResBlk",
     "SPADEResnetBlock",
     "SemanticLayout",
+    "Service",
     "BackendStatus",
     "backends",
     "checkpoint",

@@ -10,6 +10,7 @@ _attributes = operator.attrgetter("_version", "shape", "dtype", "device")
 
 def state_of(tensor: torch.Tensor) -> tuple:
     """Which memory a tensor is, and how often it was written to: equal as long as it is as it was.
+    Memory that is moved, as into shared memory when a worker sends a tensor, is the same.
 
     An inference tensor has no count, and differs from itself each time (`with_version` makes one
     that has). A change that PyTorch does not see (through `.data`, or NumPy) is not seen here.
@@ -19,11 +20,14 @@ def state_of(tensor: torch.Tensor) -> tuple:
         version = tensor._version
     except RuntimeError:
         version = object()
-    return tensor.data_ptr(), version, tensor.shape, tensor.stride(), tensor.dtype, tensor.device
+    memory = tensor.untyped_storage()._cdata, tensor.storage_offset()
+    return memory, version, tensor.shape, tensor.stride(), tensor.dtype, tensor.device
 
 
 def states_of(tensors: list[torch.Tensor]) -> list:
-    """`state_of` of each, as one list; without a call in Python for each, which many of them are."""
+    """The same of each, by addresses, as one list; without a call in Python for each, which many of
+    them are.
+    """
     try:
         return [*map(_pointer, tensors), *map(_stride, tensors), *map(_attributes, tensors)]
     except RuntimeError:  # one is an inference tensor

@@ -7,7 +7,6 @@ order. A condition [N, label_nc, *spatial] is held as codes, and a palette: the 
 for each code. The condition itself is never made.
 """
 
-import operator
 import sys
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
@@ -18,6 +17,7 @@ import torch.nn.functional as F
 from torch.utils.data._utils.collate import default_collate_fn_map
 
 from . import kernels
+from .arguments import whole_number
 from .identity import state_of, with_version
 from .kernels.numbering import resize_codes
 from .streams import made_here, read_here
@@ -180,9 +180,9 @@ class SemanticLayout:
             ValueError, TypeError: an argument is not so; of a label out of range, which, how many
                 and where the first one is.
         """
-        num_classes = _whole_number("num_classes", num_classes, least=1)
+        num_classes = whole_number("num_classes", num_classes, least=1)
         if dont_care is not None:
-            dont_care = _whole_number("dont_care", dont_care)
+            dont_care = whole_number("dont_care", dont_care)
         with torch.inference_mode(False):  # what is found in inference may be used in training
             labels = _label_map("labels", labels)
             codes, channels = _classes(labels, num_classes, dont_care)
@@ -315,7 +315,7 @@ class SemanticLayout:
         dims = dims[0] if len(dims) == 1 and isinstance(dims[0], (tuple, list)) else dims
         axes, spatial = [], self.codes.dim() - 1
         for dim in dims:
-            dim = _whole_number("dims", dim)
+            dim = whole_number("dims", dim)
             axis = dim if dim < 0 else dim - spatial - 2
             if not -spatial <= axis < 0:
                 raise ValueError(
@@ -452,7 +452,7 @@ class SemanticLayout:
         """
         self._look()
         if not torch.compiler.is_compiling():
-            times = _whole_number("times", times, least=1)
+            times = whole_number("times", times, least=1)
         if times == 1:
             return self
         repeated = SemanticLayout(_repeat(self.codes, times), self.palette)
@@ -491,35 +491,38 @@ class SemanticLayout:
                     f" {kernel_size}) before the compiled"
                     " call"
                 )
-            (key,) = self._make_windows([size], kernel_size)
+            (key,) = self._make_windows([size], kernel_size, kept)
         if not torch.compiler.is_compiling():
             read_here(self._made.get(key), _tensors_in(kept[key]))
         return kept[key]
 
-    def _make_windows(self, sizes, kernel_size):
+    def _make_windows(self, sizes, kernel_size, kept):
         """Makes those windows that are not there yet, all at once: then a GPU is waited for once.
         Returns what they are kept by.
+
+        kept: `_windows` as it is now. Where another thread notices meanwhile that the layout was
+            edited, it has other ones, which these windows are not for.
         """
-        kernel_size = _whole_number("kernel_size", kernel_size)
+        kernel_size = whole_number("kernel_size", kernel_size)
         if kernel_size % 2 == 0 or not 1 <= kernel_size <= LARGEST_KERNEL:
             raise ValueError(
                 f"kernel_size is {kernel_size}, it should be odd, from 1 to {LARGEST_KERNEL}"
             )
         keys = [(self._size("size", size), kernel_size) for size in sizes]
-        missing = [key for key in dict.fromkeys(keys) if key not in self._windows]
+        missing = [key for key in dict.fromkeys(keys) if key not in kept]
         if not missing:
             return keys
         sizes = [size for size, _ in missing]
         if (source := self._source()) is not None:
-            source._make_windows(sizes, kernel_size)
+            source._make_windows(sizes, kernel_size, source._windows)
             for key in missing:
                 hidden, table, *places = source.windows(*key)
-                self._windows[key] = Windows(hidden, table, *map(self._repeated, places))
+                kept[key] = Windows(hidden, table, *map(self._repeated, places))
         else:
             made = number(self.codes, sizes, kernel_size, len(self.palette), self.palette.dtype)
-            self._windows.update(zip(missing, made))
+            kept.update(zip(missing, made))
         for key in missing:
-            self._made[key] = made_here(_tensors_in(self._windows[key]))
+            self._made[key] = made_here(_tensors_in(kept[key]))
         return keys
 
     def _size(self, name, size):
@@ -543,7 +546,7 @@ class SemanticLayout:
         sizes = list(sizes)
         if not torch.compiler.is_compiling():
             self._look()
-            self._make_windows(sizes, kernel_size)
+            self._make_windows(sizes, kernel_size, self._windows)
         for size in sizes:
             windows = self.windows(size, kernel_size)
             if (
@@ -650,6 +653,13 @@ class SemanticLayout:
     @property
     def device(self) -> torch.device:
         return self.codes.device
+
+    @property
+    def nbytes(self) -> int:
+        """The memory of codes, palette and windows."""
+        self._look()
+        tensors = [self.codes, self.palette, *_tensors_in(tuple(self._windows.values()))]
+        return sum(tensor.nbytes for tensor in tensors)
 
     @property
     def label_nc(self) -> int:
@@ -894,26 +904,13 @@ def _description(value):
 
 def _whole_patches(kernel_size, stride, padding):
     found = {"kernel_size": kernel_size, "stride": stride, "padding": padding}
-    kernel_size, stride, padding = (_whole_number(*item) for item in found.items())
+    kernel_size, stride, padding = (whole_number(*item) for item in found.items())
     if kernel_size < 1 or stride < 1 or padding < 0:
         raise ValueError(
             f"kernel_size is {kernel_size}, stride {stride}, padding {padding}: they should be 1 or"
             " more, 1 or more, and 0 or more"
         )
     return kernel_size, stride, padding
-
-
-def _whole_number(name, value, least=None):
-    """value as an int: Python's, NumPy's, or a tensor of one."""
-    try:
-        if isinstance(value, (bool, np.bool_)):
-            raise TypeError
-        number = operator.index(value)
-    except TypeError:
-        raise TypeError(f"{name} is {value!r}, it should be a whole number") from None
-    if least is not None and number < least:
-        raise ValueError(f"{name} is {number}, it should be {least} or more")
-    return number
 
 
 def _whole_number_for_each_axis(name, values, axes):
@@ -924,7 +921,7 @@ def _whole_number_for_each_axis(name, values, axes):
     if len(values) != axes:
         hint = "; a single map [height, width] needs a batch: labels[None]" if axes == 1 else ""
         raise ValueError(f"{name} is {values}, it should have the layout's {axes} dimensions{hint}")
-    return tuple(_whole_number(name, value) for value in values)
+    return tuple(whole_number(name, value) for value in values)
 
 
 def _numbers_of_images(images, count):
@@ -938,7 +935,7 @@ def _numbers_of_images(images, count):
         return [number for number, is_wanted in enumerate(found) if is_wanted]
     try:
         numbers = [
-            _whole_number("images", one) for one in (found if isinstance(found, list) else [found])
+            whole_number("images", one) for one in (found if isinstance(found, list) else [found])
         ]
     except TypeError:
         raise TypeError(

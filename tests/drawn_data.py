@@ -6,10 +6,12 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
+from typer.testing import CliRunner
 
 from benchmarks import layouts
+from spade_fast.cli import app
 
-HEIGHT, WIDTH = 72, 96
+HEIGHT, WIDTH = 40, 52
 
 
 def draw_folder(folder, count=4, first=0):
@@ -47,3 +49,20 @@ def settings_for(folder, **others):
         pictures=2,
     )
     return small | others
+
+
+def words_of(**settings):
+    """`train` with these settings as options; None leaves one out."""
+    words = ["train"]
+    for name, value in settings.items():
+        name = name.lower().replace("_", "-")
+        if isinstance(value, bool):
+            words.append(f"--{name}" if value else f"--no-{name}")
+        elif value is not None:
+            words += [f"--{name}", str(value)]
+    return words
+
+
+def command(**settings):
+    """The result of `spade-fast train` with these settings as options."""
+    return CliRunner().invoke(app, words_of(**settings))

@@ -78,7 +78,7 @@ def test_made_at_any_time(when):
 @pytest.mark.parametrize("norm", [spectral_norm, parametrizations.spectral_norm])
 @pytest.mark.parametrize("kind", ["convolution", "transposed", "linear"])
 def test_sigma_is_the_largest_singular_value(norm, kind):
-    """Of vectors that are averages, shorter than one and of other weights."""
+    """Though the vectors are averages, shorter than one and of other weights."""
     make = {
         "convolution": lambda: nn.Conv2d(3, 4, 3),
         "transposed": lambda: nn.ConvTranspose2d(3, 4, 3),

@@ -5,6 +5,7 @@ import os
 import pickle
 import random
 import signal
+import subprocess
 
 import numpy as np
 import pytest
@@ -579,8 +580,13 @@ def test_interrupts_are_not_for_workers(folder):
     data = data_set(folder)
     batches = iter(loader(data, 2, workers=1))
     next(batches)
-    os.kill(batches._workers[0].pid, signal.SIGINT)
-    assert len(first(batches, 5)) == 5
+    (worker,) = batches._workers
+    for number in (signal.SIGINT, signal.SIGTERM):  # from another process than the loader's
+        subprocess.run(["kill", f"-{int(number)}", str(worker.pid)], check=True)
+        assert len(first(batches, 5)) == 5
+    os.kill(worker.pid, signal.SIGTERM)
+    worker.join(20)
+    assert worker.exitcode == 0
 
 
 class Again:

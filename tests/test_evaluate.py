@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn as nn
-from drawn_data import draw_folder
+from drawn_data import HEIGHT, WIDTH, draw_folder
 from lite0 import Lite0
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
@@ -313,7 +313,7 @@ def test_an_untrained_generator_is_worse_than_shuffled_photographs_and_those_tha
                 features="test_evaluate:lite0",
                 segmentation="test_evaluate:by_colour",
                 convention="coco_stuff",
-                size=(96, 72),
+                size=(WIDTH, HEIGHT),
             )
         )
     untrained, shuffled, real = (result["scores"] for result in found)
@@ -323,7 +323,7 @@ def test_an_untrained_generator_is_worse_than_shuffled_photographs_and_those_tha
     assert real["mean_iou"] > 0.99
     assert differences(found[1]["protocol"], found[2]["protocol"]) == []
     assert differences(found[0]["protocol"], found[2]["protocol"]) == [
-        'generated.sizes: ["256 × 256: 30"] and ["96 × 72: 30"]',
+        f'generated.sizes: ["256 × 256: 30"] and ["{WIDTH} × {HEIGHT}: 30"]',
     ]
 
 
@@ -575,7 +575,11 @@ WRONG = {
         lambda folder: None,
         "convention is 'coco'",
     ),
-    "no device": (("@fid", "--device", "abacus"), lambda folder: None, "abacus"),
+    "no device": (
+        ("@fid", "--device", "abacus"),
+        lambda folder: None,
+        "device is 'abacus', it should be",
+    ),
     "json is nowhere": (
         ("@fid", "--json", "nowhere/scores.json"),
         lambda folder: None,

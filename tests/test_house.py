@@ -16,6 +16,8 @@ ROOMS = (
     "checkpoint",
     "losses",
     "training",
+    "service",
+    "generation",
     "evaluation",
     "check",
     "cli",

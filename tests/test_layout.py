@@ -4,6 +4,7 @@ import copy
 import itertools
 import pickle
 import warnings
+from multiprocessing.reduction import ForkingPickler
 
 import numpy as np
 import pytest
@@ -190,6 +191,23 @@ def test_a_layout_survives_pickling_with_its_windows():
         assert all(torch.equal(*pair) for pair in zip(ours, theirs))
     on = f"on {layout.device}"
     assert repr(layout) == f"SemanticLayout(2 of 16 × 16, 5 codes for 5 channels, {on})"
+
+
+def test_a_worker_sends_a_layout_with_all_that_was_made_of_it():
+    """Sending moves tensors into shared memory, one after the other."""
+    layout = SemanticLayout.from_labels(patches((2, 16, 16), 5), 5).prepare([(8, 8)], 3)
+    pooled = layout.avg_pool(3, 2, 1, False)
+    wanted = {id(one): one.patches(4, 2, 2) for one in (layout, pooled)}
+    copy = pickle.loads(ForkingPickler.dumps(layout))
+    for own, other in ((copy, layout), (copy.avg_pool(3, 2, 1, False), pooled)):
+        assert list(own._patches) == list(other._patches) and (4, 2, 2) in own._patches
+        assert own.patches(4, 2, 2) is own._patches[4, 2, 2]
+        assert torch.equal(own.patches(4, 2, 2).index, other.patches(4, 2, 2).index)
+        assert other.patches(4, 2, 2) is wanted[id(other)]  # the sender keeps its own
+    assert set(copy._windows) == set(layout._windows) == {((8, 8), 3)}
+    assert copy.avg_pool(3, 2, 1, False) is copy._pooled[3, 2, 1, False][0]
+    layout.codes.data = layout.codes.flip(2)
+    assert layout.patches(4, 2, 2) is not wanted[id(layout)]
 
 
 def test_a_stack_is_the_batch_of_all_and_keeps_their_windows():

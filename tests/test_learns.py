@@ -7,7 +7,7 @@ from drawn_data import draw_folder, settings_for
 
 from spade_fast import checkpoint
 from spade_fast.training import Config, train
-from spade_fast.training.train import folder_of
+from spade_fast.training.examples import folder_of
 
 FALLS = 1.5  # feature matching, from the run's first tenth to its last; 2.2 was seen
 APART = 1.4  # an image's distance from other scenes' photographs over that from its own; 2.6

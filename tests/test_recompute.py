@@ -56,7 +56,7 @@ def assert_same(first, second):
 
 
 def bytes_kept(run):
-    """Of the tensors that operations keep for backward, each counted once."""
+    """The bytes of the tensors that operations keep for backward, each counted once."""
     kept = {}
 
     def pack(tensor):

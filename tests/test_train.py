@@ -1,25 +1,31 @@
 """`spade-fast train`: a run's folder, that nothing of it is lost, and what is refused."""
 
+import contextlib
+import dataclasses
 import errno
 import multiprocessing
 import os
 import random
+import re
 import signal
+import subprocess
+import sys
 import threading
 import time
 
 import pytest
 import torch
-from drawn_data import draw_folder, settings_for
+from drawn_data import command, draw_folder, settings_for, words_of
 from typer.testing import CliRunner
 
 from spade_fast import SPADEGenerator, checkpoint
 from spade_fast.cli import app
-from spade_fast.training import Config, Stopped, preset, resume, train
-from spade_fast.training import train as train_module
-from spade_fast.training.run import UNFINISHED, Run
-
-train_module = __import__("spade_fast.training.train", fromlist=["train"])
+from spade_fast.training import Config, Stopped, preset, resume, signals, train, trainer
+from spade_fast.training.log import Log
+from spade_fast.training.recorder import Recorder
+from spade_fast.training.run import Run
+from spade_fast.training.signals import asked_to_stop
+from spade_fast.writing import UNFINISHED
 
 
 @pytest.fixture(scope="module")
@@ -118,7 +124,7 @@ def test_a_stopped_run_goes_on_bit_for_bit(settings, tmp_path, others):
 
 def stopped_after(settings, steps):
     """A run that is asked to stop after so many steps."""
-    before, note = train_module._Recorder.note, []
+    before = Recorder.note
 
     def noting(self, step, looks):
         before(self, step, looks)
@@ -126,7 +132,7 @@ def stopped_after(settings, steps):
             os.kill(os.getpid(), signal.SIGTERM)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train_module._Recorder, "note", noting)
+        patch.setattr(Recorder, "note", noting)
         with pytest.raises(Stopped, match=f"stopped after step {steps}: .*--resume"):
             train(Config(**settings))
     assert Run(settings["out"]).numbers() == [steps]
@@ -148,12 +154,9 @@ def test_trains_in_a_thread_that_gets_no_signals(settings):
 
 def train_or_resume(settings):
     torch.set_num_threads(1)
-    run = Run(settings["out"])
-    if run.numbers():
-        resume(settings["out"])
+    if Run(settings["out"]).path("config.yaml").exists():
+        resume(settings["out"], steps=settings["steps"])
     else:
-        if run.path("config.yaml").exists():
-            run.path("config.yaml").unlink()
         train(Config(**settings))
 
 
@@ -177,6 +180,59 @@ def test_a_killed_run_ends_with_the_same_bits(settings, tmp_path):
     assert not [name for name in files_of(Run(settings["out"]).folder) if UNFINISHED in name]
 
 
+def test_what_a_killed_process_was_writing_is_removed(settings):
+    """And nothing else: a user's folder below the run's is left alone."""
+    train(Config(**settings | {"steps": 1}))
+    run = Run(settings["out"])
+    kept = files_of(run.folder) | {"mine/.a.unfinished.pt"}
+    for name in (
+        "mine/.a.unfinished.pt",
+        ".generator.unfinished.safetensors",
+        "checkpoints/.step-00000002.unfinished.pt",
+        "pictures/.step-00000002.unfinished.png",
+        ".spade_fast.x/weights",
+    ):
+        run.path(name).parent.mkdir(exist_ok=True)
+        run.path(name).write_bytes(b"half")
+    resume(run.folder)
+    assert files_of(run.folder) == kept
+
+
+@pytest.mark.parametrize("number", range(1, 6))
+def test_killed_where_a_file_takes_its_place(settings, tmp_path, number):
+    """The settings', the first checkpoint's, the generator's and the best one's."""
+    settings |= {"steps": 2, "save_every": 1}
+    child = os.fork()
+    if child == 0:
+        killed_at(settings, number)
+    assert os.waitpid(child, 0)[1] == signal.SIGKILL
+    if number > 2:  # the first step is done, and was the best
+        resume(settings["out"], steps=1)
+        best, newest = (checkpoint.read(Run(settings["out"]).path(name)) for name in WEIGHTS)
+        assert_same(dict(best), dict(newest))
+    train_or_resume(settings)
+    train(Config(**settings | {"out": str(tmp_path / "whole")}))
+    assert_same(last_state(settings["out"]), last_state(tmp_path / "whole"))
+
+
+WEIGHTS = ("best.safetensors", "generator.safetensors")
+
+
+def killed_at(settings, number):
+    """Trains, and kills the process where the file of this number takes its place."""
+    replace, calls = os.replace, []
+
+    def killing(before, after):
+        calls.append(after)
+        if len(calls) == number:
+            os.kill(os.getpid(), signal.SIGKILL)
+        replace(before, after)
+
+    os.replace = killing
+    train(Config(**settings))
+    os._exit(0)
+
+
 def run_in(processes, settings, seconds):
     """Trains in a process that is killed after some time; None: never."""
     process = processes.Process(target=train_or_resume, args=(settings,))
@@ -188,16 +244,177 @@ def run_in(processes, settings, seconds):
     process.join()
 
 
-def test_a_full_disk_leaves_the_last_good_checkpoint(settings, monkeypatch):
-    before, writes = os.fsync, []
-
-    def full(descriptor):
-        writes.append(descriptor)
-        if Run(settings["out"]).numbers():
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        return before(descriptor)
-
+def test_signals_to_the_whole_group_save_and_stop(settings):
+    """As a scheduler's SIGTERM, or Ctrl+C in a terminal: the workers get it, too, and it comes twice.
+    The real command, in a process of its own.
+    """
     run = Run(settings["out"])
-    monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(Stopped, match="could not be saved: .*No space left.* step 2:"):
-        train(Config(**settings, save_every=1))
+    words = words_of(**settings | {"steps": 100000, "workers": 2, "save_every": 5})
+    program = [sys.executable, "-c", "from spade_fast.cli import app; app()", *words]
+    process = subprocess.Popen(
+        program, start_new_session=True, stderr=subprocess.PIPE, text=True, cwd=os.getcwd()
+    )
+    while not run.numbers():
+        assert process.poll() is None
+        time.sleep(0.05)
+    for _ in range(2):
+        os.killpg(process.pid, signal.SIGTERM)
+    lines = process.communicate(timeout=60)[1].splitlines()
+    last = run.numbers()[-1]
+    assert process.returncode == 1 and not any("Traceback" in line for line in lines)
+    assert lines[-1] == (
+        f"stopped after step {last}: `spade-fast train --resume {run.folder}` goes on"
+    )
+    assert last_state(run.folder)["trainer"]["number"] == last
+    with pytest.raises(ProcessLookupError):  # none is left of the group, no worker either
+        os.killpg(process.pid, 0)
+
+
+@pytest.mark.parametrize("order", [[0.0, 1.0], [0.0, 3.0]], ids=["soon", "later"])
+def test_only_a_later_signal_ends_the_process(order, monkeypatch):
+    times = iter(order)
+    monkeypatch.setattr(signals.time, "monotonic", lambda: next(times))
+    with pytest.raises(KeyboardInterrupt) if order[1] > 2 else contextlib.nullcontext():
+        with asked_to_stop() as asked:
+            signal.raise_signal(signal.SIGINT)
+            assert asked == [0.0]
+            signal.raise_signal(signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+FILES = {"step-00000002.pt": 1, "generator.safetensors": 2, "step-00000002.png": 2}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_full_disk_leaves_the_last_good_checkpoint(settings, tmp_path, name):
+    run, replace, last = Run(settings["out"]), os.replace, FILES[name]
+    settings |= {"save_every": 1, "keep": 4}
+
+    def full(before, after):
+        if os.path.basename(after) == name and run.checkpoint(1).exists():
+            if run.path("pictures", "step-00000001.png").exists():
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        replace(before, after)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "replace", full)
+        with pytest.raises(Stopped) as stopped:
+            train(Config(**settings))
+    assert re.match(
+        rf"in saving step 2: \[Errno 28\] No space left on device: '.*{name}'; the last good"
+        rf" checkpoint is that of step {last}: `spade-fast train --resume",
+        str(stopped.value),
+    )
+    assert run.numbers() == list(range(1, last + 1))
+    assert not [path for path in files_of(run.folder) if UNFINISHED in path]
+    resume(run.folder)
+    train(Config(**settings | {"out": str(tmp_path / "whole")}))
+    assert_same(last_state(run.folder), last_state(tmp_path / "whole"))
+
+
+def test_a_full_disk_of_the_log(settings, monkeypatch):
+    def full(self, number, losses):
+        if number == 3:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(Log, "losses", full)
+    with pytest.raises(Stopped, match=r"No space left on device; the last .* that of step 2: "):
+        train(Config(**settings, save_every=2, log_every=1))
+
+
+def nan_in_a_loss(losses, fakes):
+    return losses | {"feature_matching": losses["feature_matching"] * float("nan")}
+
+
+def nan_in_a_gradient(losses, fakes):
+    """The loss is 0, the derivative of the square root infinite."""
+    return losses | {"more": (fakes * 0).sum().sqrt()}
+
+
+@pytest.mark.parametrize(
+    "ruin, words",
+    [
+        (nan_in_a_loss, "feature_matching is nan.* in step 3"),
+        (nan_in_a_gradient, r"in saving step 3: \S+ of the generator is not finite"),
+    ],
+)
+def test_what_is_not_finite_is_not_saved(settings, monkeypatch, ruin, words):
+    losses_of, calls = trainer.generator_losses, []
+
+    def third(networks, config, layout, fakes, reals):
+        calls.append(layout)
+        losses = losses_of(networks, config, layout, fakes, reals)
+        return ruin(losses, fakes) if len(calls) == 3 else losses
+
+    monkeypatch.setattr(trainer, "generator_losses", third)
+    with pytest.raises(Stopped, match=rf"{words}; the last good checkpoint is that of step 2: "):
+        train(Config(**settings, save_every=1, order="shared"))
+    assert Run(settings["out"]).numbers() == [1, 2]
+    for tensor in last_state(settings["out"])["trainer"]["networks"]["generator"].values():
+        assert tensor.isfinite().all()
+
+
+def test_an_error_in_the_middle_leaves_what_was_saved(settings, monkeypatch):
+    before = Recorder.note
+
+    def broken(self, step, looks):
+        if step.number == 2:
+            raise KeyboardInterrupt
+        before(self, step, looks)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Recorder, "note", broken)
+        with pytest.raises(KeyboardInterrupt):
+            train(Config(**settings, save_every=1))
+    assert Run(settings["out"]).numbers() == [1]
+    resume(settings["out"])
+    assert Run(settings["out"]).numbers()[-1] == 4
+
+
+def test_a_run_of_more_steps_is_the_longer_run(settings, tmp_path):
+    """Also where learning rates fall: those of the shorter run had come to 0."""
+    settings |= {"decay": 0.5}
+    stopped_after(settings, 2)
+    resume(settings["out"], steps=6)
+    train(Config(**settings | {"out": str(tmp_path / "whole"), "steps": 6}))
+    rates = [
+        [
+            state["lr"]
+            for one in last_state(folder)["trainer"]["optimizers"]
+            for state in one["param_groups"]
+        ]
+        for folder in (settings["out"], tmp_path / "whole")
+    ]
+    assert rates[0] == rates[1]
+
+
+def test_seeds(settings, tmp_path):
+    states = []
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        train(Config(**settings | {"out": str(tmp_path / name), "steps": 1, "seed": seed}))
+        states.append(last_state(tmp_path / name))
+    assert_same(states[0], states[1])
+    first, other = (state["trainer"]["networks"]["generator"]["fc.weight"] for state in states[1:])
+    assert not torch.equal(first, other)
+
+
+@pytest.mark.parametrize("name", ["small", "published"])
+def test_presets_and_options(settings, tmp_path, name):
+    given = {key: settings[key] for key in ("labels", "images", "convention", "out", "workers")}
+    own = dict(ngf=1, ndf=2, nhidden=2, batch=2)
+    result = command(
+        **given, **own, preset=name, epochs=1, crop_size=64, perceptual=False, tensorboard=False
+    )
+    assert result.exit_code == 0, result.output
+    found = Run(settings["out"]).settings()
+    expected = preset(name) | own | {"steps": 2, "epochs": None}
+    assert {key: getattr(found, key) for key in expected} == expected
+
+
+def test_every_setting_is_an_option():
+    words = CliRunner().invoke(app, ["train", "--help"], env={"COLUMNS": "150"}).output
+    for each in dataclasses.fields(Config):
+        assert f"--{each.name.lower().replace('_', '-')} " in words
+    panels = re.findall(r"─ ([A-Z][\w ]+) ─", words)
+    assert panels == ["Options", "The run", "Data", "Networks", "Losses", "Steps"]
+    assert "Default: 256." in words

@@ -12,7 +12,9 @@ import torch
 import torch.nn as nn
 
 from ..nn.arguments import ENTRY
+from ..writing import raise_of_system
 
+PREFIX = ".spade_fast."  # of a folder beside a file that is being written
 MOST_LISTED = 5  # keys that do not fit, or networks that do, in a message
 
 
@@ -41,7 +43,7 @@ def write(source, path) -> None:
         raise OSError(f"{path} is a device or the like, it should be a file")
     weights = source.state_dict() if isinstance(source, nn.Module) else source
     _check_makes_itself(weights)
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".spade_fast.") as folder:
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=PREFIX) as folder:
         written = Path(folder, "weights")
         written.touch()  # with the permissions that new files have
         permissions = (path if path.exists() else written).stat().st_mode & 0o777
@@ -52,7 +54,7 @@ def write(source, path) -> None:
                 with open(written, "wb") as file:
                     torch.save(weights, file)
         except Exception as error:
-            _raise_of_system(error, path)
+            raise_of_system(error, path)
             raise
         written.chmod(permissions)
         os.replace(written, path)
@@ -73,15 +75,6 @@ def first_of(words):
     """The first of several things, and how many more there are."""
     more = len(words) - MOST_LISTED
     return ", ".join(words[:MOST_LISTED]) + (f" and {more} more" if more > 0 else "")
-
-
-def _raise_of_system(error, path):
-    """Raises the OSError that an error comes from, such as a full disk, if it does."""
-    if isinstance(error.__context__, OSError):
-        raise error.__context__ from None
-    number = re.search(r"\(os error (\d+)\)", str(error))  # as safetensors says it
-    if number:
-        raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from error
 
 
 def contents(path):

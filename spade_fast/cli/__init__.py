@@ -2,7 +2,7 @@
 
 import typer
 
-from . import check, check_data, compare, evaluate, info, train
+from . import check, check_data, compare, evaluate, generate, info, train
 from .tables import table_of
 
 __all__ = ["app", "table_of"]
@@ -12,5 +12,6 @@ app.command("info")(info.info)
 app.command("check")(check.check)
 app.command("check-data")(check_data.check_data)
 app.command("train")(train.command())
+app.command("generate")(generate.generate)
 app.command("evaluate")(evaluate.evaluate)
 app.command("compare")(compare.compare)

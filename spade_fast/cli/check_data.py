@@ -5,9 +5,9 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.progress import track
 
 from .. import data as checking
+from ..progress import progress_bar
 from .tables import table_of
 
 
@@ -74,16 +74,3 @@ def table_of_classes(report):
     if rest:
         table.add_row("[red]out of range", f"{rest:,}", f"{rest / pixels:.2%}", "")
     return table
-
-
-def progress_bar(found, count):
-    """The same, with a bar while it lasts, on a terminal."""
-    console = Console(stderr=True)
-    return track(
-        found,
-        "Reading",
-        total=count,
-        console=console,
-        transient=True,
-        disable=not console.is_terminal,
-    )

@@ -11,6 +11,7 @@ from rich.table import Table
 from .. import evaluation
 from ..data import read_palette
 from ..imported import Failed
+from .generate import _device
 from .progress import progress_bar
 from .tables import table_of
 
@@ -74,7 +75,7 @@ def evaluate(
             dont_care=dont_care,
             size=None if size is None else _size(size),
             batch=batch,
-            device=device,
+            device=_device(device),
             progress=lambda found, count: progress_bar(found, count, "Evaluating"),
         )
         if json is not None:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import inspect
+import os
 import types
 from collections.abc import Callable
 from typing import Annotated, Any, get_args, get_type_hints
@@ -11,28 +12,41 @@ import typer
 from ..training import Stopped, resume, train
 from ..training.config import PRESETS, Config, preset
 
+# Where --help begins another group of settings, in their order.
+PANELS = {
+    "labels": "Data",
+    "ngf": "Networks",
+    "adversarial": "Losses",
+    "steps": "Steps",
+    "out": "The run",
+}
+
 
 def command() -> Callable[..., None]:
     """The function that typer makes the command of: its parameters are the settings, each None
     where it is not given.
     """
     types_of = get_type_hints(Config)
+    panel = "The run"
     parameters = [
-        _parameter("resume_folder", str, "Go on with the run in this folder.", "--resume"),
+        _parameter("resume_folder", str, "Go on with the run in this folder.", "--resume", panel),
         _parameter(
             "preset_name",
             str,
             " ".join(f"{name}: {words}" for name, (words, _) in PRESETS.items()),
             "--preset",
+            panel,
         ),
     ]
     for each in dataclasses.fields(Config):
+        panel = PANELS.get(each.name, panel)
         option = "--" + each.name.lower().replace("_", "-")
         kind = _plain(types_of[each.name])
         if kind is bool:
             option += f"/--no-{option[2:]}"
-        default = "" if each.default is None else f" [default: {_words(each.default)}]"
-        parameters.append(_parameter(each.name, kind, each.metadata["help"] + default, option))
+        default = "" if each.default is None else f" Default: {_words(each.default)}."
+        help = each.metadata["help"] + default
+        parameters.append(_parameter(each.name, kind, help, option, panel))
 
     def run(resume_folder: str | None, preset_name: str | None, **settings: Any) -> None:
         given = {name: value for name, value in settings.items() if value is not None}
@@ -44,7 +58,8 @@ def command() -> Callable[..., None]:
         except (ValueError, TypeError, OSError, ModuleNotFoundError) as error:
             typer.echo(f"Error: {_as_options(str(error))}", err=True)
             raise typer.Exit(2) from None
-        typer.echo(path)
+        if os.environ.get("RANK", "0") == "0":  # the first of the processes that trained
+            typer.echo(path)
 
     run.__signature__ = inspect.Signature(parameters)
     run.__doc__ = """Train a generator on folders of label maps and photographs, or go on with a
@@ -64,12 +79,13 @@ def _train(resume_folder, preset_name, given):
     return resume(resume_folder, **given)
 
 
-def _parameter(name, kind, help, option):
+def _parameter(name, kind, help, option, panel):
+    option = typer.Option(option, help=help, show_default=False, rich_help_panel=panel)
     return inspect.Parameter(
         name,
         inspect.Parameter.KEYWORD_ONLY,
         default=None,
-        annotation=Annotated[kind | None, typer.Option(option, help=help, show_default=False)],
+        annotation=Annotated[kind | None, option],
     )
 
 

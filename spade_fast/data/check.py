@@ -10,7 +10,7 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
-from ..layout import _whole_number
+from ..arguments import whole_number
 from .files import Palette, read_labels, read_orientation, read_photograph
 from .pairs import Pair, convention_of, match
 from .sheet import MOST_SHOWN, Shown, check_writable, draw
@@ -27,7 +27,7 @@ class Report:
     notes: a line for each thing that is unusual, and may be right.
     pixels, images: how many pixels and images each number has, by the number in the files.
     num_classes, dont_care: as given, or as the numbers suggest; label_shift: the convention's.
-    shortest: pixels of the shortest side of all photographs, 0 if none can be read.
+    sizes: width and height of the photographs, with the first file of each.
     """
 
     pairs: int
@@ -38,7 +38,12 @@ class Report:
     num_classes: int = 1
     dont_care: int | None = None
     label_shift: int = 0
-    shortest: int = 0
+    sizes: dict[tuple[int, int], Path] = field(default_factory=dict)
+
+    @property
+    def shortest(self) -> int:
+        """Pixels of the shortest side of all photographs, 0 if none can be read."""
+        return min(map(min, self.sizes), default=0)
 
     @property
     def classes(self) -> dict[int, tuple[int, int]]:
@@ -59,7 +64,7 @@ class Seen(NamedTuple):
 
     faults: list[str]
     counts: dict[int, int]
-    shortest: int | None
+    size: tuple[int, int] | None
     shown: Shown | None
 
 
@@ -89,9 +94,9 @@ def check_data(
     """
     rules = convention_of(convention)
     if num_classes is not None:
-        num_classes = _whole_number("num_classes", num_classes, least=1)
+        num_classes = whole_number("num_classes", num_classes, least=1)
     if dont_care is not None:
-        dont_care = _whole_number("dont_care", dont_care)
+        dont_care = whole_number("dont_care", dont_care)
     if sheet is not None:
         check_writable(Path(sheet))
     num_classes = rules.num_classes if num_classes is None else num_classes
@@ -105,15 +110,16 @@ def check_data(
     def look(number):
         return _look(pairs[number], palette, allowed, number in shown)
 
-    pictures, sides = [], []
+    pictures = []
     with ThreadPoolExecutor() as pool:
-        for seen in progress(pool.map(look, range(len(pairs))), len(pairs)):
+        found = progress(pool.map(look, range(len(pairs))), len(pairs))
+        for pair, seen in zip(pairs, found):
             report.faults += seen.faults
             report.pixels.update(seen.counts)
             report.images.update(seen.counts.keys())
             pictures += [seen.shown] if seen.shown else []
-            sides += [seen.shortest] if seen.shortest else []
-    report.shortest = min(sides, default=0)
+            if seen.size is not None:
+                report.sizes.setdefault(seen.size, pair.image)
     report.num_classes, report.dont_care = _suggested(report.pixels, allowed)
     if (report.num_classes, report.dont_care) != (num_classes, dont_care) and report.pixels:
         care = "" if report.dont_care is None else f" --dont-care {report.dont_care}"
@@ -180,7 +186,7 @@ def _look(pair: Pair, palette, allowed, is_shown) -> Seen:
     shown = None
     if is_shown and labels is not None and photograph is not None:
         shown = Shown.of(pair.name, photograph, labels, instances)
-    return Seen(faults, counts, None if photograph is None else min(photograph.size), shown)
+    return Seen(faults, counts, None if photograph is None else photograph.size, shown)
 
 
 def _counts(labels):

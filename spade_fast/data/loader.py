@@ -1,7 +1,10 @@
 """Batches in an order that depends on the seed alone, so that a run can go on at any of them."""
 
 import functools
+import multiprocessing
+import os
 import signal
+import threading
 from collections.abc import Iterable, Iterator, Sequence
 
 import torch
@@ -125,8 +128,20 @@ def loader(
 
 
 def _leave_interrupts(worker):
-    """Ctrl+C goes to the workers, too: it is for the process that trains, which may yet save."""
+    """Ctrl+C goes to the workers, too, and often SIGTERM: these are for the process that trains,
+    which may yet save. Its own SIGTERM ends a worker.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(signal, "sigwaitinfo"):  # else who sent it is not known
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_end_as_its_parent_says, daemon=True).start()
+
+
+def _end_as_its_parent_says():
+    parent = multiprocessing.parent_process().pid
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
+        pass
+    os._exit(0)
 
 
 def check_share(batch, rank, processes, start):

@@ -9,11 +9,11 @@ MOST_LISTED = 3
 
 
 class Pair(NamedTuple):
-    """The files of one example; instances is None where there are none."""
+    """The files of one example; image and instances are None where there are none."""
 
     name: str
     labels: Path
-    image: Path
+    image: Path | None = None
     instances: Path | None = None
 
 
@@ -90,11 +90,13 @@ def find_pairs(
 
 def match(
     labels: str | os.PathLike,
-    images: str | os.PathLike,
+    images: str | os.PathLike | None,
     instances: str | os.PathLike | Literal[False] | None = None,
     convention: str = "folder",
 ) -> tuple[list[Pair], list[str]]:
-    """The pairs that `find_pairs` returns, and in words what is wrong with other files."""
+    """The pairs that `find_pairs` returns, and in words what is wrong with other files; without
+    photographs where images is None.
+    """
     rules = convention_of(convention)
     if instances is None and rules.beside_labels:
         instances = labels
@@ -103,8 +105,7 @@ def match(
         "images": (images, rules.image),
         "instances": (instances, rules.instances),
     }
-    if instances is None or instances is False:
-        del folders["instances"]
+    folders = {kind: own for kind, own in folders.items() if own[0] not in (None, False)}
     faults, found = [], {}
     for kind, (folder, ending) in folders.items():
         found[kind] = _files(kind, Path(folder), ending, faults)
@@ -116,7 +117,8 @@ def match(
             places = " or ".join(f"{kind} ({folders[kind][0]})" for kind in missing)
             faults.append(f"{has} has no partner in {places}")
     paired = [name for name in names if all(name in files for files in found.values())]
-    return [Pair(name, *(files[name] for files in found.values())) for name in paired], faults
+    files_of = [found.get(kind, {}).get for kind in ("labels", "images", "instances")]
+    return [Pair(name, *(file(name) for file in files_of)) for name in paired], faults
 
 
 def _files(kind, folder, ending, faults):

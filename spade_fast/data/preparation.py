@@ -6,7 +6,8 @@ from dataclasses import KW_ONLY, dataclass
 import numpy as np
 import torch
 
-from ..layout import SemanticLayout, _whole_number
+from ..arguments import whole_number
+from ..layout import SemanticLayout
 from .files import Image
 
 MODES = (
@@ -55,11 +56,11 @@ class Preparation:
     label_shift: int = 0
 
     def __post_init__(self):
-        self.num_classes = _whole_number("num_classes", self.num_classes, least=1)
-        self.crop_size = _whole_number("crop_size", self.crop_size, least=1)
-        self.label_shift = _whole_number("label_shift", self.label_shift)
+        self.num_classes = whole_number("num_classes", self.num_classes, least=1)
+        self.crop_size = whole_number("crop_size", self.crop_size, least=1)
+        self.label_shift = whole_number("label_shift", self.label_shift)
         if self.dont_care is not None:
-            self.dont_care = _whole_number("dont_care", self.dont_care)
+            self.dont_care = whole_number("dont_care", self.dont_care)
         if self.mode not in MODES:
             raise ValueError(f"mode is {self.mode!r}, it should be one of {', '.join(MODES)}")
         if not 0 < self.aspect_ratio < float("inf") or min(self._box) < 1:
@@ -68,7 +69,7 @@ class Preparation:
             )
         if self.load_size is None:
             return
-        _whole_number("load_size", self.load_size, least=1)
+        whole_number("load_size", self.load_size, least=1)
         if self.mode in UNRESIZED:
             raise ValueError(
                 f"load_size is {self.load_size} and mode {self.mode!r}, which does not resize to"
@@ -85,6 +86,13 @@ class Preparation:
     def output_size(self) -> tuple[int, int] | None:
         """The height and width of every result; None in modes where each image has its own."""
         return self._box[::-1] if self._crops or self.mode == "fixed" else None
+
+    def size_of(self, width: int, height: int) -> tuple[int, int]:
+        """The height and width of the result for an image of this width and height. Errors:
+        ValueError where it is smaller than the crop.
+        """
+        size = self._resized(width, height)
+        return tuple(length - room for length, room in zip(size, self._spare(size)))[::-1]
 
     def __call__(
         self,
@@ -106,10 +114,7 @@ class Preparation:
         Errors: ValueError, TypeError: an argument is not so, they differ in size, the image is
             smaller than the crop, or a label is out of range.
         """
-        maps = {"labels": _numbers("labels", labels)}
-        if instances is not None:
-            maps["instances"] = _numbers("instances", instances)
-        planes = _planes(photograph)
+        maps, planes = _maps(labels, instances), _planes(photograph)
         width, height = planes[0].size
         for name, numbers in maps.items():
             if numbers.shape != (height, width):
@@ -119,12 +124,30 @@ class Preparation:
                 )
         size = self._resized(width, height)
         rows, columns, mirrored = self._part(size, random)
-        rows_of_map, columns_of_map = _nearest(height, size[1])[rows], _nearest(width, size[0])
-        place = np.ix_(rows_of_map, columns_of_map[columns][:: -1 if mirrored else 1])
         image = np.stack([_bicubic(plane, size)[rows, columns] for plane in planes])
         image = torch.from_numpy(np.ascontiguousarray(image[..., :: -1 if mirrored else 1]))
-        maps = {name: numbers[place][None] for name, numbers in maps.items()}
-        return self._layout(**maps), image[None]
+        return self._cut(maps, size, rows, columns, mirrored), image[None]
+
+    def layout(self, labels: Map, instances: Map | None = None) -> SemanticLayout:
+        """The layout of one label map that has no photograph: the middle, not mirrored. Arguments
+        and errors as above.
+        """
+        maps = _maps(labels, instances)
+        height, width = maps["labels"].shape
+        if instances is not None and maps["instances"].shape != (height, width):
+            raise ValueError(
+                f"instances is {_words(maps['instances'].shape[::-1])}, labels is"
+                f" {_words((width, height))}: they should be of one size"
+            )
+        size = self._resized(width, height)
+        return self._cut(maps, size, *self._part(size, None))
+
+    def _cut(self, maps, size, rows, columns, mirrored):
+        """The layout of a part of the maps at another size."""
+        height, width = maps["labels"].shape
+        rows, columns = _nearest(height, size[1])[rows], _nearest(width, size[0])[columns]
+        place = np.ix_(rows, columns[:: -1 if mirrored else 1])
+        return self._layout(**{name: numbers[place][None] for name, numbers in maps.items()})
 
     def _layout(self, labels, instances=None):
         dont_care = None if self.dont_care is None else self.dont_care + self.label_shift
@@ -163,8 +186,8 @@ class Preparation:
             return length, max(1, length * height // width)
         return max(1, length * width // height), length
 
-    def _part(self, size, random):
-        """The rows and columns of the crop, and whether it is mirrored."""
+    def _spare(self, size):
+        """How much wider and higher an image of this size is than its crop."""
         box = self._box if self._crops else size
         spare = [whole - part for whole, part in zip(size, box)]
         if min(spare) < 0:
@@ -172,17 +195,30 @@ class Preparation:
                 f"the image is {_words(size)} where it is cropped, it should be no smaller than the"
                 f" crop, {_words(box)}"
             )
+        return spare
+
+    def _part(self, size, random):
+        """The rows and columns of the crop, and whether it is mirrored."""
+        spare = self._spare(size)
         if random is None:
             starts, mirrored = [room // 2 for room in spare], False
         else:
             starts = [random.randint(0, room) for room in spare]
             mirrored = random.random() < 0.5 and self.flip
-        columns, rows = (slice(start, start + part) for start, part in zip(starts, box))
+        columns, rows = (
+            slice(start, start + whole - room) for start, whole, room in zip(starts, size, spare)
+        )
         return rows, columns, mirrored
 
 
 def _words(size):
     return " × ".join(map(str, size))
+
+
+def _maps(labels, instances):
+    """The maps that there are, by name, as arrays."""
+    given = {"labels": labels} | ({} if instances is None else {"instances": instances})
+    return {name: _numbers(name, values) for name, values in given.items()}
 
 
 def _numbers(name, values):

@@ -30,7 +30,7 @@ class Shown(NamedTuple):
 
     @classmethod
     def of(cls, name, photograph, labels, instances):
-        """Of a pair's photograph, labels and instances, made smaller."""
+        """A pair's photograph, labels and instances, made smaller."""
         maps = [labels] if instances is None else [labels, instances]
         labels, *instances = (_small(numbers) for numbers in maps)
         edges = None
@@ -99,7 +99,7 @@ def draw(path: Path, pictures: list[Shown], report) -> None:
 
 
 def _middles(places, report):
-    """Of each class that takes enough of a picture for its number, a pixel of it in its middle."""
+    """A pixel in the middle of each class that takes enough of a picture for its number."""
     found = {}
     for label, count in zip(*np.unique(places, return_counts=True)):
         if label < report.num_classes and count > LEAST_NUMBERED * places.size:

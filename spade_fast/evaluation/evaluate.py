@@ -9,10 +9,10 @@ from typing import Any
 import torch
 import torch.nn as nn
 
+from ..arguments import whole_number
 from ..data.check import Allowed
 from ..data.files import Palette
 from ..data.pairs import Convention, _files, convention_of
-from ..layout import _whole_number
 from . import protocol
 from .features import FID, INCEPTION, FrechetDistance, load_features
 from .pictures import LabelMaps, Seen, images, origin, partners
@@ -69,9 +69,9 @@ def evaluate(
             together, a file cannot be read, a package is missing, or a network fails.
     """
     _check_given(photographs, labels, features, features_weights, segmentation, classes)
-    batch = _whole_number("batch", batch, least=1)
+    batch = whole_number("batch", batch, least=1)
     if size is not None:
-        size = tuple(_whole_number("size", length, least=1) for length in size)
+        size = tuple(whole_number("size", length, least=1) for length in size)
     rules = convention_of(convention)
     own = _folder("generated", generated)
     real = {} if photographs is None else _folder("photographs", photographs, rules.image)
@@ -189,9 +189,9 @@ def _allowed(rules, num_classes, dont_care):
     dont_care = rules.dont_care if dont_care is None else dont_care
     if num_classes is None:
         raise ValueError("num_classes is not given, it should be: this convention has none")
-    num_classes = _whole_number("num_classes", num_classes, least=1)
+    num_classes = whole_number("num_classes", num_classes, least=1)
     if dont_care is not None:
-        dont_care = _whole_number("dont_care", dont_care)
+        dont_care = whole_number("dont_care", dont_care)
     return Allowed(num_classes, dont_care, rules.label_shift)
 
 

@@ -219,8 +219,8 @@ def converge(network: nn.Module) -> nn.Module:
 
 
 def spectral_vectors(network: nn.Module) -> Iterator[tuple]:
-    """Of each spectral norm in a network, PyTorch's old one or its parametrization: the weight as
-    a matrix, the vectors u and v, eps.
+    """The weight as a matrix, the vectors u and v, and eps of each spectral norm in a network,
+    PyTorch's old one or its parametrization.
     """
     for module in network.modules():
         for hook in module._forward_pre_hooks.values():

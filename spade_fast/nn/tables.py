@@ -14,11 +14,11 @@ import torch.nn.functional as F
 
 from .. import kernels
 from ..identity import states_of
-from ..layout import SemanticLayout
+from ..layout import SemanticLayout, Windows
 from ..ops.convolve_windows import convolve_beside, convolve_windows
 from ..scopes import Scope
 from .modules import weight_of
-from .parts import Convolutions, HasParts, Parts
+from .parts import Convolutions, HasParts, Known, Parts
 
 ALIGNED = 16  # numbers: then rows begin where one access can take eight
 _palettes = weakref.WeakKeyDictionary()  # `padded_palette` of layouts
@@ -40,17 +40,31 @@ def at_windows(
         gamma, beta = compute_table(layout, windows, convolutions, dtype)
     else:
         images = x.shape[0] if convolutions.normalise else None
-        key = (spade, x.shape[2:], dtype, images)
-        source = layout.source
-        gamma, beta = kept.get(
-            source,
-            key,
-            [source.codes, source.palette, *convolutions.weights],
-            convolutions.marks,
-            lambda: compute_table(layout, windows, convolutions, dtype, kept),
-        )
+        gamma, beta = kept_table(spade, layout, windows, convolutions, dtype, images, kept)
     index = windows.index_of_images if convolutions.normalise else windows.index
     return gamma, beta, {"index": index, "order": windows.order}
+
+
+def kept_table(
+    spade: nn.Module,
+    layout: SemanticLayout,
+    windows: Windows,
+    convolutions: Convolutions,
+    dtype: torch.dtype,
+    images: int | None,
+    kept: "Tables | Beside",
+) -> list[torch.Tensor]:
+    """γ and β of these windows of the layout, as `kept` has them or `compute_table` makes them."""
+    source = layout.source
+    return kept.get(
+        source,
+        (spade, windows.index.shape[1:], dtype, images),
+        # Another thread may edit the layout since its windows were found: those are a part of what
+        # a table is made of.
+        [source.codes, source.palette, windows.table.offsets, *convolutions.weights],
+        convolutions.marks,
+        lambda: compute_table(layout, windows, convolutions, dtype, kept),
+    )
 
 
 def dtype_of_convolution(x: torch.Tensor, own: torch.dtype) -> torch.dtype:
@@ -270,11 +284,50 @@ class Tables:
             made = [(module, kept) for module, of in self._derived.items() for kept in of.values()]
         return {module for module, kept in made if kept.changed_unseen()}
 
+    def limit(self, max_bytes: int) -> None:
+        """Keeps no more than max_bytes from now on."""
+        with self._lock:
+            self.max_bytes = max_bytes
+            while self._layouts and self.bytes > max_bytes:
+                self._drop(next(iter(self._layouts)))
+
     def clear(self) -> None:
         with self._lock:
             self._layouts.clear()
             self._derived.clear()
             self.bytes = 0
+
+
+class Beside:
+    """The tables of a stack of layouts: those that `tables` keeps for each of its parts, one after
+    the other, as `SemanticLayout.stack` has their windows. The parts should have those windows
+    before they are stacked.
+    """
+
+    def __init__(self, tables: Tables, parts: list[SemanticLayout]) -> None:
+        self.tables, self.parts = tables, parts
+        self.derive = tables.derive
+
+    def get(
+        self, layout: SemanticLayout, key: tuple, weights: list, marks: list, compute: Callable
+    ) -> list[torch.Tensor]:
+        """As `Tables.get`, for SPADEs whose γ and β have no norms of their own."""
+        spade, size, dtype, _ = key
+        convolutions = Known.of(spade).convolutions
+        kernel_size = convolutions.gamma.kernel_size[0]
+        found = [
+            kept_table(
+                spade,
+                part,
+                part.windows(size, kernel_size),
+                convolutions,
+                dtype,
+                None,
+                self.tables,
+            )
+            for part in self.parts
+        ]
+        return [torch.cat(rows) for rows in zip(*found)]
 
 
 class Kept:

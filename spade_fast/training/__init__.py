@@ -6,8 +6,9 @@ by the settings.
 """
 
 from .config import PRESETS, Config, preset
+from .recorder import Stopped
+from .start import resume, train
 from .step import Networks
-from .train import Stopped, resume, train
 from .trainer import Step, Trainer
 
 __all__ = [

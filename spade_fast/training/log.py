@@ -1,5 +1,6 @@
 """What a run says of itself: a progress bar, lines in a file, TensorBoard's events."""
 
+import contextlib
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,33 +11,30 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 
 class Log:
-    """Where a run's losses and pictures go. In processes other than the first it says nothing.
+    """Where a run's losses and pictures go.
 
     Args:
         path: of the file that lines are added to.
         events: the folder of TensorBoard's events, or None for none.
         done, steps: of the run.
         images: of a step.
-        speaks: whether this is the process that says something.
 
     Raises:
         ModuleNotFoundError: TensorBoard is wanted and not installed.
     """
 
-    def __init__(
-        self, path: Path, events: Path | None, done: int, steps: int, images: int, speaks: bool
-    ) -> None:
-        self.steps, self.images, self.speaks = steps, images, speaks
-        self.events = _writer(events, done) if speaks and events is not None else None
-        self.file = open(path, "a", buffering=1) if speaks else None
-        self.console = Console(stderr=True, quiet=not speaks)
+    def __init__(self, path: Path, events: Path | None, done: int, steps: int, images: int) -> None:
+        self.steps, self.images = steps, images
+        self.events = None if events is None else _writer(events, done)
+        self.file = open(path, "a", buffering=1)
+        self.console = Console(stderr=True)
         self.progress = Progress(
             TextColumn("step"),
             MofNCompleteColumn(),
             BarColumn(),
             TextColumn("{task.fields[losses]}"),
             console=self.console,
-            disable=not speaks or not self.console.is_terminal,
+            disable=not self.console.is_terminal,
         )
         self.task = self.progress.add_task("", total=steps, completed=done, losses="")
         self._since, self._from = time.monotonic(), done
@@ -49,7 +47,8 @@ class Log:
         self.progress.stop()
         for part in (self.file, self.events):
             if part is not None:
-                part.close()
+                with contextlib.suppress(OSError):  # as a full disk's, which has been raised
+                    part.close()
 
     def advance(self, number: int) -> None:
         """Moves the bar to a step."""
@@ -81,8 +80,6 @@ class Log:
             self.events.add_scalar("distance", distance, number)
 
     def _line(self, words, shown):
-        if not self.speaks:
-            return
         self.file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {words}\n")
         if shown:
             self.console.print(words, highlight=False, markup=False, soft_wrap=True)

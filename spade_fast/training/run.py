@@ -3,16 +3,19 @@
 import contextlib
 import os
 import re
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 
+from ..checkpoint.files import PREFIX, UnreadableFile, contents
+from ..writing import remove_unfinished, written
 from .config import Config
 
 SETTINGS, GENERATOR, BEST = "config.yaml", "generator.safetensors", "best.safetensors"
 CHECKPOINTS, PICTURES, LOG, EVENTS = "checkpoints", "pictures", "log.txt", "tensorboard"
-UNFINISHED = ".unfinished"  # at the end of the name of a file that is being written
+PARTS = {"trainer", "best", "settings"}  # of a checkpoint
 
 
 class Run:
@@ -28,20 +31,22 @@ class Run:
     def __init__(self, folder: str | os.PathLike) -> None:
         self.folder = Path(folder)
 
-    def begin(self, config: Config) -> None:
-        """Makes the folder and writes the settings.
-
-        Errors: ValueError where there is a run in it already; OSError where it cannot be written.
+    def check_new(self) -> None:
+        """Raises ValueError where there is a run in the folder. Settings alone are none: a run that
+        ended before its first checkpoint has left nothing to lose.
         """
-        if self.path(SETTINGS).exists():
+        if self.numbers() or self.path(GENERATOR).exists():
             raise ValueError(
                 f"{self.folder} has a run in it: `spade-fast train --resume {self.folder}` goes on"
                 " with it, or out should be another folder"
             )
-        for part in (CHECKPOINTS, PICTURES):
-            self.path(part).mkdir(parents=True, exist_ok=True)
-        with self.written(self.path(SETTINGS)) as path:
+
+    def begin(self, config: Config) -> None:
+        """Writes the settings, and makes the folders of what follows. Errors: OSError."""
+        with written(self.path(SETTINGS)) as path:
             config.save(path)
+        for part in (CHECKPOINTS, PICTURES):
+            self.path(part).mkdir(exist_ok=True)
 
     def settings(self) -> Config:
         """The settings of the run in the folder. Errors: FileNotFoundError, ValueError."""
@@ -53,18 +58,27 @@ class Run:
 
     @contextlib.contextmanager
     def held(self) -> Iterator[None]:
-        """Inside, no other process trains in this folder; what a killed one left half-written is
-        removed. Errors: ValueError where another does.
+        """Inside, no other process trains in this folder, which is made; what a killed one left
+        half-written is removed. Errors: ValueError where another does, or it cannot be written.
         """
         import fcntl
 
-        with open(self.path(".lock"), "w") as lock:
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            lock = open(self.path(".lock"), "w")
+        except OSError as error:
+            raise ValueError(
+                f"out is {self.folder}, which is no folder that can be written to: {error.strerror}"
+            ) from None
+        with lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError:
                 raise ValueError(f"another process trains in {self.folder}") from None
-            for path in self.folder.rglob(f"*{UNFINISHED}*"):
-                path.unlink(missing_ok=True)
+            for part in ("", CHECKPOINTS, PICTURES):  # not below other folders: they are no run's
+                remove_unfinished(self.path(part))
+            for path in self.folder.glob(f"{PREFIX}*"):
+                shutil.rmtree(path)
             yield
 
     def path(self, *parts: str) -> Path:
@@ -83,37 +97,28 @@ class Run:
         return list(folder.iterdir()) if folder.is_dir() else []
 
     def save(self, number: int, state: dict) -> None:
-        """Writes the checkpoint of a step. Errors: OSError, RuntimeError: the disk is full or the
-        like; the checkpoints that are there stay.
+        """Writes the checkpoint of a step, PARTS. Errors: OSError: the disk is full or the like;
+        the checkpoints that are there stay.
         """
-        with self.written(self.checkpoint(number)) as path:
-            torch.save(state, path)
+        with written(self.checkpoint(number)) as path, open(path, "wb") as file:
+            torch.save(state, file)
 
     def load(self, number: int) -> dict:
-        """The checkpoint of a step, on the CPU."""
-        return torch.load(self.checkpoint(number), map_location="cpu", weights_only=True)
+        """The checkpoint of a step, on the CPU. Errors: ValueError where it is damaged: which file,
+        and which one is older.
+        """
+        path, older = self.checkpoint(number), [one for one in self.numbers() if one < number]
+        try:
+            state = contents(path)
+            if not isinstance(state, dict) or not PARTS <= set(state):
+                raise UnreadableFile(f"{path} is no checkpoint of a run")
+        except UnreadableFile as error:
+            rest = f"step {older[-1]}" if older else "the first step"
+            raise ValueError(f"{error}; without this file the run goes on from {rest}") from None
+        return state
 
     def keep(self, newest: int, best: int | None) -> None:
         """Removes the checkpoints that are neither among the newest nor the best."""
         for number in self.numbers()[:-newest]:
             if number != best:
                 self.checkpoint(number).unlink()
-
-    @contextlib.contextmanager
-    def written(self, path: Path) -> Iterator[Path]:
-        """A path to write to inside, which becomes `path` at once after it, when all of it is on
-        the disk; after an error what was there stays.
-        """
-        unfinished = path.with_name(f"{path.stem}{UNFINISHED}{path.suffix}")
-        try:
-            yield unfinished
-            with open(unfinished, "rb+") as file:
-                os.fsync(file.fileno())
-            os.replace(unfinished, path)
-        finally:
-            unfinished.unlink(missing_ok=True)
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)  # the new name as well
-        finally:
-            os.close(folder)

@@ -71,7 +71,8 @@ def generator_losses(
     found = {
         "adversarial": config.weight_adversarial
         * losses.for_generator(of_fakes, config.adversarial),
-        "feature_matching": config.weight_feature_matching * losses.feature_matching(of_fakes, of_reals),
+        "feature_matching": config.weight_feature_matching
+        * losses.feature_matching(of_fakes, of_reals),
     }
     if networks.perceptual is not None:
         found["perceptual"] = config.weight_perceptual * networks.perceptual(fakes, reals)

@@ -13,7 +13,7 @@ from ..data import Batch
 from ..nn import SPADEGenerator
 from .average import average
 from .config import Config
-from .networks import label_channels, make_networks
+from .networks import check_norms, label_channels, make_networks
 from .noise import Noise
 from .randomness import random_states, set_random_states
 from .step import Losses, Networks, discriminator_losses, generate, generator_losses
@@ -39,9 +39,13 @@ class Trainer:
             where None.
         noise: gives standard normal numbers that look like its argument; `Noise` by the seed
             where None.
+        label_nc: channels of the condition, where the settings make the networks: by default
+            classes, don't care, and edges where `config.instances` is given.
 
     Attributes:
         networks: those that are trained.
+        optimizers, schedules: of generator and encoder, and of the discriminator. Without
+            `config.decay` there are no schedules, and learning rates stay as one sets them.
         average: the running average of the generator, a torch.optim.swa_utils.AveragedModel.
         number: steps done.
         images: the images of each batch that a process is to be given.
@@ -57,6 +61,7 @@ class Trainer:
         networks: Networks | None = None,
         optimizers: tuple[torch.optim.Optimizer, torch.optim.Optimizer] | None = None,
         noise: Callable[[torch.Tensor], torch.Tensor] | None = None,
+        label_nc: int | None = None,
     ) -> None:
         if config.steps is None:
             raise ValueError("steps is not given, it should be the number of steps of the run")
@@ -64,7 +69,9 @@ class Trainer:
         self.accelerator = _accelerator(config.precision)
         self.images = self._images_of_a_batch()
         if networks is None:
-            networks = make_networks(config, label_channels(config))
+            check_norms(config, self.images, self.accelerator.num_processes)
+            label_nc = label_channels(config) if label_nc is None else label_nc
+            networks = make_networks(config, label_nc)
         if config.recompute:
             if not isinstance(networks.generator, SPADEGenerator):
                 raise ValueError("recompute is for a SPADEGenerator, this generator is another")
@@ -72,7 +79,9 @@ class Trainer:
         self.networks = self._placed(networks)
         self.average = average(networks.generator, config.ema)
         optimizers = _optimizers(config, networks) if optimizers is None else optimizers
-        self.schedules = [LambdaLR(optimizer, self._rate) for optimizer in optimizers]
+        self.schedules = [
+            LambdaLR(optimizer, self._rate) for optimizer in optimizers if config.decay
+        ]
         self.optimizers = [self.accelerator.prepare(optimizer) for optimizer in optimizers]
         self.synchronised = Networks(  # their forward is followed by gradients of all processes
             **{name: self._prepared(network) for name, network in networks.trained().items()}
@@ -253,10 +262,10 @@ class Trainer:
         }
 
     def load_state_dict(self, state: dict) -> None:
-        """Goes on where a state is of.
+        """Goes on from the step that a state is of.
 
-        Errors: ValueError where the state is of other networks than these; they are then as they
-            were, or partly that.
+        Errors: ValueError where the state is of other networks than these, which may then have a
+            part of it.
         """
         networks = self.networks.trained()
         if set(networks) != set(state["networks"]):
@@ -268,13 +277,15 @@ class Trainer:
             for name, network in networks.items():
                 network.load_state_dict(state["networks"][name])
         except RuntimeError as error:
-            words = " ".join(str(error).split())
-            raise ValueError(f"the state is of another {name} than this one: {words}") from None
+            first = str(error).splitlines()[1].strip()  # after the network's name
+            raise ValueError(f"the state is of another {name} than this one: {first}") from None
         self.average.load_state_dict(state["average"])
-        for own, found in zip(
-            (*self.optimizers, *self.schedules), (*state["optimizers"], *state["schedules"])
-        ):
+        for own, found in zip(self.optimizers, state["optimizers"], strict=True):
             own.load_state_dict(found)
+        for own, found in zip(self.schedules, state["schedules"], strict=True):
+            own.load_state_dict(found)
+            for group, rate in zip(own.optimizer.param_groups, own.base_lrs):
+                group["lr"] = rate * self._rate(state["number"])  # of this run's number of steps
         if self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(state["scaler"])
         if state["noise"] is not None:
@@ -297,7 +308,10 @@ def _accelerator(precision):
     # Buffers are the same in all processes: spectral vectors follow from the weights, running
     # statistics from all images.
     handlers = [DistributedDataParallelKwargs(broadcast_buffers=False)]
-    return Accelerator(mixed_precision=precision, kwargs_handlers=handlers)
+    accelerator = Accelerator(mixed_precision=precision, kwargs_handlers=handlers)
+    if precision == "fp16" and accelerator.device.type == "cpu":  # it would train in float32
+        raise ValueError(f"precision is {precision!r}, it should be bf16 or no on a CPU")
+    return accelerator
 
 
 @contextlib.contextmanager

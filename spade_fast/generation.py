@@ -1,0 +1,376 @@
+"""`spade-fast generate`: from a folder of label maps to a folder of images."""
+
+import contextlib
+import hashlib
+import os
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+
+from . import checkpoint
+from .data import Pair, Preparation, read_labels, read_palette, read_photograph
+from .data.dataset import named
+from .data.files import Palette
+from .data.pairs import convention_of, match
+from .nn import ConvEncoder, SPADEGenerator
+from .nn.config import whole_number
+from .service import Service
+from .training.pictures import picture
+from .training.run import GENERATOR, Run
+from .writing import remove_unfinished, written
+
+READERS = 3  # label maps that are read, numbered or written beside those in the network
+MOST_WAITING = 2**31  # images: the number of threads bounds them already
+
+
+@dataclass
+class Report:
+    """What became of the label maps.
+
+    made: images that were written.
+    skipped: images that were there.
+    faults: a line for each label map that no image was made of.
+    """
+
+    made: int = 0
+    skipped: int = 0
+    faults: list[str] = field(default_factory=list)
+
+
+class Maps(NamedTuple):
+    """How label maps become conditions; see `generate`."""
+
+    convention: str
+    palette: Palette | None
+    num_classes: int | None
+    dont_care: int | None
+    instances: Path | bool | None  # a folder; None: those of the convention; False: none
+
+
+def generate(
+    weights: str | os.PathLike | Mapping | SPADEGenerator,
+    labels: str | os.PathLike,
+    out: str | os.PathLike,
+    *,
+    loading: Mapping | None = None,
+    instances: str | os.PathLike | None = None,
+    convention: str | None = None,
+    palette: Palette | None = None,
+    num_classes: int | None = None,
+    dont_care: int | None = None,
+    preprocess: str = "fixed",
+    load_size: int | None = None,
+    samples: int = 1,
+    seed: int = 0,
+    style: str | os.PathLike | None = None,
+    encoder: str | os.PathLike | ConvEncoder | None = None,
+    batch: int = 1,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
+    resume: bool = False,
+    progress: Callable[[Iterable, int], Iterable] = lambda found, count: found,
+) -> Report:
+    """Makes an image of every label map below a folder: `out/NAME.png`, or with several samples
+    `out/NAME-0.png` and so on. Each is written whole or not at all. What is wrong with one label
+    map is said in the report, and the others are made.
+
+    An image depends on its own label map, on weights, seed and name alone: with `batch` 1 to the
+    bit, else its values may differ by a rounding with what is computed beside it (see `Service`).
+
+    Args:
+        weights: as `Service` takes them, or the folder of a run: then its settings say convention,
+            palette, num_classes and dont_care where they are not given, and instances where labels
+            are those that it was trained with.
+        loading: key and arguments of `checkpoint.load`, where the weights do not say enough.
+        labels, instances: folders; instances are needed where the generator was trained with them.
+        out: the folder of the images, which may be new.
+        convention, palette: as of `find_pairs` and `read_labels`.
+        num_classes, dont_care: where neither they nor the convention say so, all channels of the
+            generator are classes, but for that of the edges of instances.
+        preprocess, load_size: `Preparation`'s mode and load_size; "fixed" resizes to the
+            generator's size.
+        samples: images of each label map, for a generator that begins with z.
+        seed: decides z, with the name and the number of the sample.
+        style, encoder: a photograph and the encoder or its weights, which make z of it: the mean is
+            the first sample's z, the others are drawn with the encoder's variance. A run's encoder
+            is that of its newest checkpoint where none is given.
+        batch: the most images that are computed together.
+        dtype, device: as of `Service`.
+        resume: images that are there stay, whatever they were made with.
+        progress: wraps an iterable with an item for each label map, and takes their number: a
+            progress bar.
+
+    Raises:
+        ValueError, TypeError, OSError: an argument is not as said above, the generator was trained
+            with other channels than these label maps have, or an image cannot be written.
+    """
+    samples = whole_number("samples", samples)
+    labels, out = Path(labels), Path(out)
+    run = None
+    if isinstance(weights, (str, os.PathLike)) and Path(weights).is_dir():
+        run, weights = Run(weights), Path(weights, GENERATOR)
+    maps = _maps_of(run, labels, instances, convention, palette)
+    if run is not None and style is not None and encoder is None and run.numbers():
+        encoder = checkpoint.load(run.checkpoint(run.numbers()[-1]), key="encoder")
+    maps = maps._replace(
+        num_classes=maps.num_classes if num_classes is None else num_classes,
+        dont_care=maps.dont_care if dont_care is None else dont_care,
+    )
+    for name, folder in (("labels", labels), ("instances", maps.instances)):
+        if isinstance(folder, Path) and out.resolve().is_relative_to(folder.resolve()):
+            raise ValueError(
+                f"out is {out}, it should not be in the folder of {name}, {folder}: images would be"
+                " taken for maps"
+            )
+    if loading:
+        weights = checkpoint.load(weights, **loading)
+    with Service(weights, batch=batch, dtype=dtype, device=device, waiting=MOST_WAITING) as service:
+        return generate_with(
+            service,
+            labels,
+            out,
+            maps,
+            preprocess=preprocess,
+            load_size=load_size,
+            samples=samples,
+            seed=seed,
+            style=style,
+            encoder=encoder,
+            resume=resume,
+            progress=progress,
+        )
+
+
+def generate_with(
+    service: Service,
+    labels: Path,
+    out: Path,
+    maps: Maps,
+    *,
+    preprocess: str = "fixed",
+    load_size: int | None = None,
+    samples: int = 1,
+    seed: int = 0,
+    style: str | os.PathLike | None = None,
+    encoder: str | os.PathLike | ConvEncoder | None = None,
+    resume: bool = False,
+    progress: Callable[[Iterable, int], Iterable] = lambda found, count: found,
+) -> Report:
+    """What `generate` does, with a service that is there already, where (READERS + batch) · samples
+    images may wait.
+    """
+    arguments = service.generator_arguments
+    if (arguments["spatial_dims"], arguments["output_nc"]) != (2, 3):
+        raise ValueError(
+            f"the generator makes {arguments['output_nc']} channels in"
+            f" {arguments['spatial_dims']} dimensions, they should be 3 in 2 to be written as"
+            " images"
+        )
+    maps = with_classes(maps, arguments["label_nc"])
+    height, width = service.image_size
+    preparation = Preparation(
+        maps.num_classes,
+        maps.dont_care,
+        mode=preprocess,
+        load_size=load_size,
+        crop_size=width,
+        aspect_ratio=width / height,
+        label_shift=convention_of(maps.convention).label_shift,
+    )
+    seed = whole_number("seed", seed, 0)
+    styles = Styles(arguments["z_dim"], (height, width), samples, seed, style, encoder)
+    pairs, faults = match(labels, None, maps.instances, maps.convention)
+    out.mkdir(parents=True, exist_ok=True)
+    for folder in {(out / pair.name).parent for pair in pairs}:
+        remove_unfinished(folder)
+    painter = _Painter(service, preparation, maps.palette, styles, out, resume)
+    report = Report(faults=faults)
+    with _threads(READERS + service.batch) as pool:
+        for made, skipped, fault in progress(pool.map(painter, pairs), len(pairs)):
+            report.made += made
+            report.skipped += skipped
+            report.faults += [fault] if fault else []
+    return report
+
+
+def with_classes(maps: Maps, label_nc: int) -> Maps:
+    """The maps' settings with num_classes, and instances False where there are none, for a
+    generator of label_nc channels. Errors: ValueError where they have other channels.
+    """
+    rules, others = convention_of(maps.convention), int(maps.dont_care is not None)
+    if maps.instances is None:
+        classes = maps.num_classes
+        takes = rules.beside_labels and (classes is None or classes + others < label_nc)
+        maps = maps._replace(instances=None if takes else False)
+    others += maps.instances is not False
+    classes = label_nc - others if maps.num_classes is None else maps.num_classes
+    if classes < 1 or classes + others != label_nc:
+        words = [f"{max(classes, 0)} classes"]
+        words += ["don't care"] if maps.dont_care is not None else []
+        words += ["edges of instances"] if maps.instances is not False else []
+        hint = "num_classes, dont_care and instances should be those that it was trained with"
+        if maps.instances is False and classes + others + 1 == label_nc:
+            hint = "instances should be given, if it was trained with them; else " + hint
+        raise ValueError(
+            f"the generator has {label_nc} channels, and {' and '.join(words)} are"
+            f" {max(classes, 0) + others}: {hint}"
+        )
+    return maps._replace(num_classes=classes)
+
+
+class Styles:
+    """The z of each sample: by seed and name of the label map alone.
+
+    size: height and width that the photograph is resized to, as in training.
+
+    Errors: ValueError, TypeError where the generator takes no z, or none of this encoder.
+    """
+
+    def __init__(
+        self,
+        z_dim: int | None,
+        size: tuple[int, int],
+        samples: int = 1,
+        seed: int = 0,
+        style: str | os.PathLike | None = None,
+        encoder: str | os.PathLike | ConvEncoder | None = None,
+    ) -> None:
+        self.z_dim, self.samples, self.seed, self.moments = z_dim, samples, seed, None
+        if (style is None) != (encoder is None):
+            given, missing = ("style", "encoder") if encoder is None else ("encoder", "style")
+            raise ValueError(
+                f"{given} is given and {missing} is not, both should be: a photograph, and the"
+                " weights of the encoder that makes z of it"
+            )
+        if z_dim is None and samples > 1:
+            raise ValueError(
+                f"samples is {samples}, it should be 1: this generator begins with the condition,"
+                " and all samples would be the same"
+            )
+        if style is not None:
+            self.moments = self._encoded(style, encoder, size)
+
+    def __call__(self, name: str, samples: Iterable[int]) -> torch.Tensor | None:
+        """z [M, z_dim] of these samples, float32 on the CPU; None for a generator without."""
+        if self.z_dim is None:
+            return None
+        return torch.stack([self._one(name, sample) for sample in samples])
+
+    def _one(self, name, sample):
+        seed = hashlib.blake2b(f"{self.seed} {sample} {name}".encode(), digest_size=7).digest()
+        random = torch.Generator().manual_seed(int.from_bytes(seed, "big"))
+        noise = torch.randn(self.z_dim, generator=random)
+        if self.moments is None:
+            return noise
+        mean, deviation = self.moments
+        return mean if sample == 0 else mean + noise * deviation
+
+    def _encoded(self, style, encoder, size):
+        """Mean and standard deviation of a photograph's z."""
+        is_network = isinstance(encoder, torch.nn.Module)
+        network = encoder if is_network else checkpoint.load(encoder)
+        if not isinstance(network, ConvEncoder):
+            raise ValueError(
+                f"encoder is the weights of a {type(network).__name__}, they should be an encoder's"
+            )
+        length = network.arguments["z_dim"]
+        if length != self.z_dim:
+            wanted = "takes none" if self.z_dim is None else f"has z_dim {self.z_dim}"
+            raise ValueError(
+                f"encoder makes z of length {length}, and the generator {wanted}: they should be of"
+                " one run"
+            )
+        # Its labels are not looked at.
+        preparation = Preparation(
+            1, mode="fixed", crop_size=size[1], aspect_ratio=size[1] / size[0]
+        )
+        photograph = read_photograph(style)
+        _, image = preparation(np.zeros(photograph.size[::-1], np.uint8), photograph)
+        with torch.no_grad():
+            mean, logvar = network(image)
+        return mean[0], (0.5 * logvar[0]).exp()
+
+
+class _Painter:
+    """Makes and writes the images of one label map: how many, how many were there, and what is
+    wrong with the label map, or None.
+    """
+
+    def __init__(self, service, preparation, palette, styles, out, resume):
+        self.service, self.preparation, self.palette = service, preparation, palette
+        self.styles, self.out, self.resume = styles, out, resume
+
+    def __call__(self, pair: Pair) -> tuple[int, int, str | None]:
+        paths = self._paths(pair.name)
+        wanted = [number for number, path in paths.items() if not self._is_there(path)]
+        skipped = len(paths) - len(wanted)
+        if not wanted:
+            return 0, skipped, None
+        try:
+            layout = self._layout(pair)
+        except (ValueError, TypeError, OSError) as error:
+            return 0, skipped, str(error)
+        images = self.service.generate(layout, self.styles(pair.name, wanted))
+        if not images.isfinite().all():
+            return 0, skipped, f"{pair.labels}: its image has values that are not finite"
+        for number, image in zip(wanted, images.float().cpu()):
+            paths[number].parent.mkdir(parents=True, exist_ok=True)
+            with written(paths[number]) as path:
+                Image.fromarray(picture(image)).save(path)
+        return len(wanted), skipped, None
+
+    def _layout(self, pair):
+        labels = read_labels(pair.labels, self.palette)
+        instances = None if pair.instances is None else read_labels(pair.instances)
+        with named(str(pair.labels)):
+            return self.preparation.layout(labels, instances)
+
+    def _paths(self, name):
+        samples = self.styles.samples
+        endings = [""] if samples == 1 else [f"-{number}" for number in range(samples)]
+        return {
+            number: self.out.joinpath(f"{name}{ending}.png")
+            for number, ending in enumerate(endings)
+        }
+
+    def _is_there(self, path):
+        return self.resume and path.exists()
+
+
+@contextlib.contextmanager
+def _threads(number):
+    """A pool of threads that, after an error, begins nothing more."""
+    pool = ThreadPoolExecutor(number)
+    try:
+        yield pool
+    except BaseException:
+        pool.shutdown(cancel_futures=True)
+        raise
+    pool.shutdown()
+
+
+def _maps_of(run, labels, instances, convention, palette):
+    """How label maps become conditions by what is given, the run, if there is one, and the
+    convention.
+    """
+    instances = None if instances is None else Path(instances)
+    said = None
+    if run is not None:
+        said = run.settings()
+        if not run.path(GENERATOR).is_file():
+            raise FileNotFoundError(f"{run.folder} has no {GENERATOR} yet: training writes it")
+        if palette is None and said.palette is not None:
+            palette = read_palette(said.palette)
+        is_same = said.labels is not None and Path(said.labels).resolve() == labels.resolve()
+        if instances is None and is_same and said.instances is not None:
+            instances = Path(said.instances)
+        convention = said.convention if convention is None else convention
+    convention = "folder" if convention is None else convention
+    said = convention_of(convention) if said is None else said
+    return Maps(convention, palette, said.num_classes, said.dont_care, instances)

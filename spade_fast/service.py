@@ -1,0 +1,368 @@
+"""One generator for many threads: requests wait in one queue, tables of γ and β are kept by the
+content of a layout, and other weights take the place of the old ones between two images.
+
+Serving with `frozen` leaves four things to the caller. A thread of a pool is not inside the
+`frozen` of another. Weights that are written in place while an image is computed are in a part of
+it. So is a layout that is edited meanwhile. A change through `.data` is seen at the end alone. Here
+weights and layouts are copies that nobody else has.
+"""
+
+import hashlib
+import math
+import os
+import re
+import threading
+from collections import OrderedDict, deque
+from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import torch
+
+from . import checkpoint
+from .layout import SemanticLayout
+from .nn import SPADEGenerator
+from .nn.config import whole_number
+from .nn.tables import Beside, Tables, keep_in
+
+PREFIXES = {"": 0, "k": 1, "m": 2, "g": 3, "t": 4}
+
+
+class Busy(RuntimeError):
+    """As many images wait as may."""
+
+
+class Service:
+    """Images of one generator for any number of threads.
+
+    Spectral norm is folded, and γ and β of a layout are computed once for as long as there is room:
+    a layout with the same codes and the same palette uses the tables of the one before. An image is
+    that of the generator called by hand, folded and `frozen`, with one layout and one z. With
+    `batch` 1 it has the same bits, whatever else is asked for at the same time. With more, images
+    of one size that wait at the same time are computed together, and PyTorch's convolutions of a
+    batch may round otherwise than those of one image.
+
+    Args:
+        weights: a path or a state_dict, as `checkpoint.load` takes it, or a SPADEGenerator. It is
+            copied: later changes to it do not reach the service.
+        threads: how many batches are computed at the same time. PyTorch's own threads share each of
+            them; more help where one image does not keep them busy.
+        cache: memory for tables and windows of layouts: bytes, or text such as "256MB". The layout
+            that was not asked for for longest makes room.
+        device, dtype: of the network; those of the weights where None, a file's on the CPU.
+        batch: the most images that are computed together.
+        waiting: the most images that wait.
+
+    Raises:
+        ValueError, TypeError: an argument is not as said above, or what `checkpoint.load` raises.
+    """
+
+    def __init__(
+        self,
+        weights: str | os.PathLike | Mapping | SPADEGenerator,
+        *,
+        threads: int = 1,
+        cache: str | int = "256MB",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        batch: int = 1,
+        waiting: int = 64,
+    ) -> None:
+        threads = whole_number("threads", threads)
+        self.batch = whole_number("batch", batch)
+        self.waiting = whole_number("waiting", waiting)
+        self._cache = bytes_of("cache", cache)
+        self._wanted = device, dtype
+        self._loaded = self._load(weights)
+        self._jobs, self._lock = deque(), threading.Lock()
+        self._closed = False
+        self._pool = ThreadPoolExecutor(threads, "spade_fast.Service")
+
+    def generate(self, layout: SemanticLayout, z: torch.Tensor | None = None) -> torch.Tensor:
+        """The images [M, output_nc, *size], between −1 and 1, on the service's device.
+
+        Args:
+            layout: N layouts. It is copied, and may be edited as soon as `submit` returns.
+            z: [M, z_dim] for a generator that begins with noise, standard normal where None, with M
+                = N; such as an encoder's. M is a multiple of N: image i has layout i % N.
+
+        Raises:
+            ValueError, TypeError: an argument is not as said above; the message names it.
+            Busy: as many images wait as may.
+            RuntimeError: the service is closed, or the network fails, such as for lack of memory.
+        """
+        return self.submit(layout, z).result()
+
+    def submit(self, layout: SemanticLayout, z: torch.Tensor | None = None) -> Future:
+        """A Future of what `generate` returns, which may be cancelled as long as it waits. All its
+        images are of the weights that the service has now. Raises: as `generate`.
+        """
+        loaded = self._loaded
+        request = Request(*loaded.checked(layout, z), loaded)
+        with self._lock:
+            if self._closed:
+                raise RuntimeError("the service is closed, it takes no more requests")
+            if self._jobs and len(self._jobs) + len(request.layouts) > self.waiting:
+                raise Busy(
+                    f"{len(self._jobs)} images wait, and {len(request.layouts)} more would be above"
+                    f" {self.waiting}, which is as many as may: ask again later"
+                )
+            self._jobs += [(request, number) for number in range(len(request.layouts))]
+            for _ in request.layouts:
+                self._pool.submit(self._compute_some)
+        return request.future
+
+    def reload(self, weights: str | os.PathLike | Mapping | SPADEGenerator) -> None:
+        """Takes other weights, which may be of another generator. Requests that were made before
+        still get images of the old ones, requests after this returned those of the new ones; no
+        image is a mixture. After an error the old ones stay. Raises: as the constructor.
+        """
+        new = self._load(weights)
+        with self._lock:
+            old, self._loaded = self._loaded, new
+        old.retire()
+
+    @property
+    def bytes(self) -> int:
+        """The memory of the tables and windows that are kept, never more than `cache`."""
+        return self._loaded.bytes
+
+    @property
+    def generator_arguments(self) -> dict:
+        """The arguments of the generator that the service has now, such as label_nc and z_dim."""
+        return dict(self._loaded.generator.arguments)
+
+    @property
+    def image_size(self) -> tuple[int, ...]:
+        """The size of the generator's images, such as (height, width)."""
+        generator = self._loaded.generator
+        return tuple(generator.last_scale * length for length in generator.sizes[-1])
+
+    def close(self, cancel: bool = False) -> None:
+        """Takes no more requests, and waits for those that were made.
+
+        cancel: those that no thread computes yet are cancelled.
+        """
+        with self._lock:
+            self._closed = True
+            if cancel:
+                for request, _ in self._jobs:
+                    request.future.cancel()
+        self._pool.shutdown()
+
+    def __enter__(self) -> "Service":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close(cancel=exception[0] is not None)
+
+    def _load(self, weights):
+        return Loaded(generator_of(weights, *self._wanted), self._cache)
+
+    def _compute_some(self):
+        """Computes the image that waits for longest, and with it others of its kind."""
+        jobs = self._next_jobs()
+        if not jobs:
+            return
+        loaded = jobs[0][0].loaded
+        try:
+            images = loaded.compute([request.image(number) for request, number in jobs])
+        except Exception as error:
+            if len(jobs) == 1:
+                jobs[0][0].fail(error)
+                return
+            for job in jobs:  # one of them alone may have failed
+                self._compute_alone(*job)
+            return
+        for (request, number), image in zip(jobs, images.split(1)):
+            request.take(number, image)
+
+    def _compute_alone(self, request, number):
+        try:
+            request.take(number, request.loaded.compute([request.image(number)]))
+        except Exception as error:
+            request.fail(error)
+
+    def _next_jobs(self):
+        """Up to `batch` jobs of one kind, the first in the queue among them; requests that were
+        cancelled or have failed are left out.
+        """
+        taken, left = [], []
+        with self._lock:
+            while self._jobs and len(taken) < self.batch:
+                request, number = job = self._jobs.popleft()
+                if taken and request.kind != taken[0][0].kind:
+                    left.append(job)
+                elif request.begins():
+                    taken.append(job)
+            self._jobs.extendleft(reversed(left))
+        return taken
+
+
+class Request:
+    """The images that one call asked for: their layouts, a z each or None, and the generator."""
+
+    def __init__(self, layouts: list[SemanticLayout], z: list, loaded: "Loaded") -> None:
+        self.layouts, self.z, self.loaded = layouts, z, loaded
+        self.future = Future()
+        self.kind = loaded, layouts[0].codes.shape[1:], layouts[0].palette.dtype
+        self._images, self._lock = [None] * len(layouts), threading.Lock()
+
+    def image(self, number: int) -> tuple:
+        return self.layouts[number], self.z[number]
+
+    def begins(self) -> bool:
+        """Whether its images are still wanted: from now on it cannot be cancelled."""
+        if self.future.running():
+            return True
+        return not self.future.done() and self.future.set_running_or_notify_cancel()
+
+    def take(self, number: int, image: torch.Tensor) -> None:
+        with self._lock:
+            self._images[number] = image
+            is_whole = all(one is not None for one in self._images)
+        if is_whole:
+            self.future.set_result(torch.cat(self._images))
+
+    def fail(self, error: Exception) -> None:
+        with self._lock:
+            if not self.future.done():
+                self.future.set_exception(error)
+
+
+class Loaded:
+    """A generator that nobody else has, and the layouts and tables that are kept for it."""
+
+    def __init__(self, generator: SPADEGenerator, cache: int) -> None:
+        self.generator, self.cache = generator, cache
+        self.tables = Tables(cache)
+        self._layouts = OrderedDict()  # by content: the layout and its bytes; last the newest
+        self._held = 0  # bytes of the layouts
+        self._lock = threading.RLock()
+        weight = next(generator.parameters())
+        self.device, self.dtype = weight.device, weight.dtype
+
+    @property
+    def bytes(self) -> int:
+        with self._lock:
+            return self._held + self.tables.bytes
+
+    def checked(self, layout: SemanticLayout, z: torch.Tensor | None) -> tuple[list, list]:
+        """A layout of its own and a z, or None, for each image. Errors: ValueError, TypeError."""
+        if not isinstance(layout, SemanticLayout):
+            raise TypeError(
+                f"layout is a {type(layout).__name__}, it should be a SemanticLayout, such as"
+                " SemanticLayout.from_labels(labels, num_classes)"
+            )
+        if not len(layout) or not layout.codes.numel():
+            raise ValueError(f"layout is {layout}, it should have one image or more, with pixels")
+        if z is not None:
+            if not isinstance(z, torch.Tensor) or not z.is_floating_point():
+                kind = z.dtype if isinstance(z, torch.Tensor) else type(z).__name__
+                raise TypeError(f"z is {kind}, it should be a floating-point tensor or None")
+            z = z.detach().to(self.device, self.dtype, copy=True)
+        z = self.generator._checked(layout, z)
+        copy = SemanticLayout(copied(layout.codes), copied(layout.palette))
+        alone = [copy[number] for number in range(len(copy))] if len(copy) > 1 else [copy]
+        alone = [self._known(one) for one in alone]
+        if z is None:
+            return alone, [None] * len(alone)
+        return alone * (len(z) // len(alone)), list(z.split(1))
+
+    def compute(self, images: list[tuple]) -> torch.Tensor:
+        """The images [M, …] of layouts of one size with a z each, or None."""
+        layouts, z = zip(*images)
+        z = None if z[0] is None else torch.cat(z)
+        if z is not None and len(set(map(id, layouts))) == 1:
+            layouts = layouts[:1]  # samples of one layout
+        together, tables = layouts[0], self.tables
+        if len(layouts) > 1:
+            together, tables = SemanticLayout.stack(layouts), Beside(self.tables, layouts)
+        with torch.no_grad(), keep_in(tables, self.generator.modules()):
+            made = self.generator(together, z)
+        self._make_room()
+        return made
+
+    def retire(self) -> None:
+        """Keeps nothing any more: other weights have taken the place of these."""
+        self.cache = 0
+        self._make_room()
+        self.tables.clear()
+
+    def _known(self, layout):
+        """The layout with the same content that was asked for before, or this one, numbered."""
+        content = content_of(layout)
+        with self._lock:
+            if content in self._layouts:
+                self._layouts.move_to_end(content)
+                return self._layouts[content][0]
+        layout = layout.to(self.device).prepare(self.generator.sizes, self.generator.kernel_size)
+        with self._lock:
+            known, size = self._layouts.setdefault(content, (layout, layout.nbytes))
+            self._held += size if known is layout else 0
+            self._make_room()
+        return known
+
+    def _make_room(self):
+        with self._lock:
+            while self._layouts and self._held + self.tables.bytes > self.cache:
+                # A layout that goes takes its tables along.
+                self._held -= self._layouts.popitem(last=False)[1][1]
+            self.tables.limit(self.cache - self._held)
+
+
+def generator_of(
+    weights: str | os.PathLike | Mapping | SPADEGenerator,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+) -> SPADEGenerator:
+    """A generator with these weights for inference, which shares no memory with them: in eval mode,
+    spectral norm folded. Errors: ValueError, TypeError, or what `checkpoint.load` raises.
+    """
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise TypeError(f"dtype is {dtype!r}, it should be one of floating point, as torch.float32")
+    is_module = isinstance(weights, torch.nn.Module)
+    if is_module and not isinstance(weights, SPADEGenerator):
+        raise TypeError(f"weights is a {type(weights).__name__}, it should be a SPADEGenerator")
+    state = weights.state_dict() if is_module else weights
+    generator = checkpoint.load(state)
+    if not isinstance(generator, SPADEGenerator):
+        raise ValueError(
+            f"weights are those of a {type(generator).__name__}, they should be a generator's"
+        )
+    if is_module:
+        like = next(weights.parameters())
+        if like.dtype != next(generator.parameters()).dtype:
+            generator.to(like.dtype).load_state_dict(state)
+        device, dtype = device or like.device, dtype or like.dtype
+    generator.to(device=device, dtype=dtype)
+    if generator.conv_img.weight.is_cuda and generator.conv_img.weight.dim() == 4:
+        generator.to(memory_format=torch.channels_last)
+    return generator.requires_grad_(False).fold_spectral_norm()
+
+
+def copied(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.detach().to("cpu", copy=True)
+
+
+def content_of(layout: SemanticLayout) -> bytes:
+    """What is in a layout on the CPU: equal for the same codes and palette."""
+    content = hashlib.blake2b(digest_size=32)
+    for tensor in (layout.codes, layout.palette):
+        content.update(f"{tensor.dtype} {list(tensor.shape)} ".encode())
+        content.update(tensor.contiguous().view(torch.uint8).numpy())
+    return content.digest()
+
+
+def bytes_of(name: str, size: str | int) -> int:
+    """A number of bytes, or text such as "256MB" (10⁶ each) or "1GiB" (2³⁰), in bytes. Errors:
+    ValueError where it is neither.
+    """
+    if isinstance(size, int) and not isinstance(size, bool) and size >= 0:
+        return size
+    found = None
+    if isinstance(size, str):
+        found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b?\s*", size.lower())
+    if found is None:
+        raise ValueError(f'{name} is {size!r}, it should be bytes, or text such as "256MB"')
+    number, prefix, binary = found.groups()
+    return math.floor(float(number) * (1024 if binary else 1000) ** PREFIXES[prefix])

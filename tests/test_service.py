@@ -1,0 +1,419 @@
+"""A service: which weights an image is of, what is kept, and what goes wrong without harm."""
+
+import contextlib
+import copy
+import threading
+import time
+from concurrent.futures import CancelledError
+
+import pytest
+import torch
+
+import spade_fast
+from spade_fast import ConvEncoder, SemanticLayout, Service, SPADEGenerator, checkpoint, frozen
+from spade_fast import layout as layouts
+from spade_fast import service as serving
+from spade_fast.nn import tables as tables_of_windows
+
+CLASSES, SIZE = 5, 32
+
+
+def generator_of(seed=0, **settings):
+    torch.manual_seed(seed)
+    wiring = {"crop_size": SIZE, "ngf": 2, "nhidden": 4, "z_dim": 3}
+    return SPADEGenerator.official(CLASSES, **wiring | settings).eval()
+
+
+def layout_of(seed=0, images=1, size=SIZE):
+    random = torch.Generator().manual_seed(seed)
+    small = torch.randint(CLASSES, (images, 4, 4), generator=random)
+    labels = small.repeat_interleave(size // 4, 1).repeat_interleave(size // 4, 2)
+    return SemanticLayout.from_labels(labels, CLASSES)
+
+
+def by_hand(generator, layout, z=None):
+    """As README says it."""
+    generator = copy.deepcopy(generator).fold_spectral_norm()
+    with torch.no_grad(), frozen(generator):
+        return generator(layout, z)
+
+
+@contextlib.contextmanager
+def held(monkeypatch):
+    """Inside, what the network is called for waits until the event that this yields is set; the
+    other one is set when it is called.
+    """
+    called, go_on, compute = threading.Event(), threading.Event(), serving.Loaded.compute
+
+    def waiting(self, images):
+        called.set()
+        assert go_on.wait(10)
+        return compute(self, images)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(serving.Loaded, "compute", waiting)
+        try:
+            yield called, go_on
+        finally:
+            go_on.set()
+
+
+@pytest.fixture
+def computed(monkeypatch):
+    """A list that grows by every table that is computed."""
+    tables, compute = [], tables_of_windows.compute_table
+    monkeypatch.setattr(
+        tables_of_windows,
+        "compute_table",
+        lambda *arguments: tables.append(True) or compute(*arguments),
+    )
+    return tables
+
+
+@pytest.mark.parametrize("use_vae", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_images_are_those_of_the_generator_by_hand(use_vae, dtype):
+    generator = generator_of(use_vae=use_vae).to(dtype)
+    z = torch.randn(4, 3, dtype=dtype) if use_vae else None
+    with Service(generator) as service:
+        for seed in (0, 1, 0):
+            layout = layout_of(seed)
+            expected = by_hand(generator, layout, None if z is None else z[:1])
+            assert torch.equal(service.generate(layout, None if z is None else z[:1]), expected)
+        layouts = layout_of(2, images=2)
+        found = service.generate(layouts, z)
+        for number in range(len(found)):
+            own = None if z is None else z[number : number + 1]
+            alone = by_hand(generator, layouts[number % 2], own)
+            assert torch.equal(found[number : number + 1], alone)
+    assert len(found) == (4 if use_vae else 2) and found.dtype == dtype
+
+
+def test_a_z_of_the_encoder_and_one_that_is_drawn():
+    generator, encoder = generator_of(use_vae=True), ConvEncoder(2, 3).eval()
+    with torch.no_grad():
+        z, _ = encoder(torch.rand(1, 3, SIZE, SIZE) * 2 - 1)
+    z.requires_grad_()
+    with Service(generator) as service:
+        found = service.generate(layout_of(), z)
+        assert torch.equal(found, by_hand(generator, layout_of(), z)) and not found.requires_grad
+        drawn = [service.generate(layout_of()) for _ in range(2)]
+    assert not torch.equal(*drawn)
+
+
+def test_asked_in_inference_mode():
+    generator, z = generator_of(use_vae=True), torch.randn(1, 3)
+    expected = by_hand(generator, layout_of(), z)
+    with Service(generator) as service:
+        with torch.inference_mode():
+            found = service.generate(layout_of(), z.clone())
+            layout = layout_of(1)
+        assert torch.equal(found, expected) and not found.is_inference()
+        assert torch.equal(service.generate(layout, z), by_hand(generator, layout_of(1), z))
+
+
+def test_weights_of_files_and_dicts(tmp_path):
+    generator = generator_of()
+    checkpoint.write(generator, tmp_path / "generator.pth")
+    expected = by_hand(generator, layout_of())
+    for weights in (tmp_path / "generator.pth", str(tmp_path / "generator.pth"), generator):
+        with Service(weights) as service:
+            assert torch.equal(service.generate(layout_of()), expected)
+            assert service.generator_arguments["label_nc"] == CLASSES
+    with Service(generator, dtype=torch.float64) as service:
+        found = service.generate(layout_of())
+    assert found.dtype == torch.float64 and torch.allclose(found.float(), expected, atol=1e-4)
+
+
+def test_what_is_done_to_the_weights_later_does_not_reach_it():
+    generator = generator_of()
+    expected = by_hand(generator, layout_of())
+    with Service(generator) as service:
+        generator.head_0.norm_0.mlp_gamma.weight.data.add_(1)
+        generator.train()
+        assert torch.equal(service.generate(layout_of()), expected)
+
+
+def test_eight_threads_and_other_weights_in_the_middle():
+    generators = [generator_of(seed, use_vae=True) for seed in range(2)]
+    layouts, z = [layout_of(seed) for seed in range(3)], torch.randn(1, 3)
+    old, new = ([by_hand(one, layout, z) for layout in layouts] for one in generators)
+    assert not any(map(torch.equal, old, new))
+    ends, reloaded, found, wrong = time.monotonic() + 2, threading.Event(), [], []
+
+    def ask(thread):
+        number = thread
+        while time.monotonic() < ends or not found:
+            place, after = number % 3, reloaded.is_set()
+            image = service.generate(layouts[place], z)
+            is_new = torch.equal(image, new[place])
+            if not is_new and (after or not torch.equal(image, old[place])):
+                wrong.append((thread, number))
+            found.append(is_new)
+            number += 1
+
+    with Service(generators[0], threads=2, cache=300_000) as service:
+        threads = [threading.Thread(target=ask, args=(number,)) for number in range(8)]
+        for thread in threads:
+            thread.start()
+        time.sleep(1)
+        service.reload(generators[1])
+        reloaded.set()
+        for thread in threads:
+            thread.join()
+    assert not wrong and len(set(found)) == 2
+
+
+def test_what_waits_is_made_with_the_weights_it_was_asked_of(monkeypatch):
+    generators = [generator_of(), generator_of(1, ngf=3)]
+    old, new = (by_hand(one, layout_of()) for one in generators)
+    with Service(generators[0]) as service:
+        with held(monkeypatch) as (called, go_on):
+            waiting = [service.submit(layout_of()) for _ in range(3)]
+            assert called.wait(10)
+            service.reload(generators[1])
+            waiting.append(service.submit(layout_of()))
+        found = [future.result() for future in waiting]
+    assert all(torch.equal(image, old) for image in found[:3]) and torch.equal(found[3], new)
+
+
+def test_a_reload_that_fails_leaves_the_old_weights(tmp_path):
+    generator = generator_of()
+    (tmp_path / "text.pth").write_text("no weights")
+    with Service(generator) as service:
+        for weights, words in (
+            (tmp_path / "text.pth", "is no file of weights"),
+            (tmp_path / "none.pth", "is not there"),
+            (ConvEncoder(2, 3), "weights is a ConvEncoder, it should be a SPADEGenerator"),
+            (ConvEncoder(2, 3).state_dict(), "those of a ConvEncoder"),
+        ):
+            with pytest.raises((ValueError, TypeError, OSError), match=words):
+                service.reload(weights)
+        assert torch.equal(service.generate(layout_of()), by_hand(generator, layout_of()))
+
+
+def test_the_same_content_uses_its_tables(computed):
+    with Service(generator_of(use_vae=True)) as service:
+        service.generate(layout_of())
+        first = len(computed)
+        assert first > 0 and service.bytes > 0
+        for _ in range(3):
+            service.generate(layout_of(), torch.randn(2, 3))
+        assert len(computed) == first
+        service.generate(layout_of(1))
+        assert len(computed) == 2 * first
+        service.reload(generator_of(1, use_vae=True))
+        assert service.bytes == 0
+        service.generate(layout_of())
+        assert len(computed) == 3 * first
+
+
+def test_the_cache_is_bounded_and_the_oldest_goes(computed):
+    generator = generator_of()
+    with Service(generator) as service:
+        service.generate(layout_of(0))
+        one, tables = service.bytes, len(computed)
+    assert one > layout_of(0).nbytes
+    with Service(generator, cache=int(3.5 * one)) as service:
+        for seed in range(8):
+            service.generate(layout_of(seed))
+            assert 0 < service.bytes <= 3.5 * one
+            service.generate(layout_of(0))  # never the oldest
+        assert len(computed) == (1 + 8) * tables
+    with Service(generator, cache=0) as service:
+        for _ in range(2):
+            assert torch.equal(service.generate(layout_of()), by_hand(generator, layout_of()))
+        assert service.bytes == 0
+
+
+@pytest.mark.parametrize(
+    "edit",
+    [
+        lambda layout: layout.codes.copy_(layout.codes.flip(2)),
+        lambda layout: layout.codes.numpy().fill(1),  # PyTorch does not see it
+        lambda layout: layout.palette.data.mul_(2),
+        lambda layout: setattr(layout, "codes", layout.codes.flip(1)),
+    ],
+    ids=["in place", "numpy", "data", "another"],
+)
+def test_a_layout_that_is_edited_in_place(edit, monkeypatch):
+    generator, layout = generator_of(), layout_of()
+    fresh = lambda: SemanticLayout(layout.codes.clone(), layout.palette.clone())  # noqa: E731
+    with Service(generator) as service:
+        for _ in range(2):
+            with held(monkeypatch):
+                expected = by_hand(generator, fresh())
+                future = service.submit(layout)
+                edit(layout)
+            assert torch.equal(future.result(), expected)
+        assert torch.equal(service.generate(layout), by_hand(generator, fresh()))
+
+
+def test_a_layout_that_another_thread_edits_while_it_is_looked_up(monkeypatch):
+    """By hand: its tables were kept as those of the layout that it had become."""
+    spade, layout = spade_fast.SPADE(8, CLASSES, 8).eval(), layout_of()
+    x, edits = torch.randn(1, 8, SIZE, SIZE), [lambda: layout.codes.copy_(layout.codes.flip(2))]
+    dtype_of_convolution = tables_of_windows.dtype_of_convolution
+
+    def edited(*arguments):
+        if edits:
+            edits.pop()()
+        return dtype_of_convolution(*arguments)
+
+    monkeypatch.setattr(tables_of_windows, "dtype_of_convolution", edited)
+    with torch.no_grad(), frozen(spade):
+        spade(x, layout)
+        assert not edits
+        found = spade(x, layout)
+        expected = spade(x, SemanticLayout(layout.codes.clone(), layout.palette.clone()))
+    assert torch.equal(found, expected)
+
+
+def test_a_layout_that_another_thread_edits_while_it_is_numbered(monkeypatch):
+    """By hand: the windows of before were kept as those of after, or a KeyError came."""
+    layout, number, edits = layout_of(), layouts.number, [lambda: layout.codes.fill_(1)]
+
+    def edited(*arguments):
+        made = number(*arguments)
+        if edits:
+            edits.pop()()
+            layout.windows((16, 16), 3)
+        return made
+
+    monkeypatch.setattr(layouts, "number", edited)
+    layout.windows((SIZE, SIZE), 3)
+    assert not edits
+    assert (
+        layout.windows((SIZE, SIZE), 3).count
+        == SemanticLayout(layout.codes, layout.palette).windows((SIZE, SIZE), 3).count
+    )
+
+
+def test_images_of_one_size_are_computed_together(monkeypatch):
+    generator, batches = generator_of(use_vae=True), []
+    compute = serving.Loaded.compute
+    monkeypatch.setattr(
+        serving.Loaded,
+        "compute",
+        lambda self, images: batches.append(len(images)) or compute(self, images),
+    )
+    requests = [
+        (layout_of(seed, size=size), torch.randn(1, 3))
+        for seed, size in ((0, 32), (1, 32), (2, 64), (1, 32), (3, 32), (1, 32), (1, 32))
+    ]
+    with Service(generator, batch=4) as service:
+        with held(monkeypatch) as (called, _):
+            futures = [service.submit(*requests[0])]
+            assert called.wait(10)
+            futures += [service.submit(*request) for request in requests[1:]]
+        found = [future.result() for future in futures]
+    assert batches == [1, 4, 1, 1]
+    for request, image in zip(requests, found):
+        assert torch.allclose(image, by_hand(generator, *request), atol=1e-5)
+
+
+def test_an_error_in_one_request_does_not_stop_the_others(monkeypatch):
+    generator = generator_of()
+    expected = {seed: by_hand(generator, layout_of(seed)) for seed in range(4)}
+    forward = SPADEGenerator.forward
+
+    def failing(self, layout, z=None):
+        if any(one.equal(layout_of(2)) for one in map(layout.__getitem__, range(len(layout)))):
+            raise RuntimeError("not enough memory")
+        return forward(self, layout, z)
+
+    with Service(generator, batch=4) as service:
+        monkeypatch.setattr(SPADEGenerator, "forward", failing)
+        with held(monkeypatch) as (called, _):
+            futures = [service.submit(layout_of(0))]
+            assert called.wait(10)
+            futures += [service.submit(layout_of(seed)) for seed in range(4)]
+        with pytest.raises(RuntimeError, match="not enough memory"):
+            futures.pop(3).result()
+        for future, seed in zip(futures, (0, 0, 1, 3)):
+            assert torch.allclose(future.result(), expected[seed], atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "layout, z, words",
+    [
+        (torch.zeros(1, CLASSES, 8, 8), None, "layout is a Tensor, it should be a SemanticLayout"),
+        (SemanticLayout.from_labels(torch.zeros(1, 8, 8).long(), 7), None, "has 7 channels"),
+        (SemanticLayout.from_labels(torch.zeros(1, 8).long(), CLASSES), None, "has 1 dimensions"),
+        (layout_of(images=2), torch.zeros(3, 3), "z has a batch of 3, it should be a multiple"),
+        (layout_of(), torch.zeros(1, 4), r"z is \[1, 4\], it should be a tensor \[M, 3\]"),
+        (layout_of(), torch.zeros(1, 3).long(), "z is torch.int64, it should be a floating-point"),
+        (layout_of(), [0.0] * 3, "z is list, it should be a floating-point tensor or None"),
+        (layout_of(images=2)[[]], None, "it should have one image or more"),
+    ],
+)
+def test_a_request_that_is_wrong_is_refused_at_once(layout, z, words):
+    with Service(generator_of(use_vae=True)) as service:
+        with pytest.raises((ValueError, TypeError), match=words):
+            service.submit(layout, z)
+        assert service.generate(layout_of()).shape == (1, 3, SIZE, SIZE)
+
+
+@pytest.mark.parametrize(
+    "settings, words",
+    [
+        ({"threads": 0}, "threads is 0"),
+        ({"batch": 1.5}, "batch is 1.5"),
+        ({"waiting": "many"}, "waiting is 'many'"),
+        ({"cache": "much"}, "cache is 'much', it should be bytes, or text such as \"256MB\""),
+        ({"cache": -1}, "cache is -1"),
+        ({"dtype": torch.int64}, "dtype is torch.int64"),
+    ],
+)
+def test_settings_that_are_wrong(settings, words):
+    with pytest.raises((ValueError, TypeError), match=words):
+        Service(generator_of(), **settings)
+
+
+def test_bytes_in_words():
+    sizes = ("256MB", "1 GiB", "1.5k", "7", 5, "2TB")
+    found = [serving.bytes_of("cache", size) for size in sizes]
+    assert found == [256_000_000, 2**30, 1500, 7, 5, 2 * 10**12]
+
+
+def test_a_full_queue_is_an_error(monkeypatch):
+    with Service(generator_of(use_vae=True), waiting=2) as service:
+        with held(monkeypatch) as (called, _):
+            futures = [service.submit(layout_of())]
+            assert called.wait(10)
+            futures += [service.submit(layout_of()) for _ in range(2)]
+            with pytest.raises(serving.Busy, match="2 images wait, and 1 more would be above 2"):
+                service.generate(layout_of())
+        assert all(future.result().shape[0] == 1 for future in futures)
+        assert len(service.generate(layout_of(), torch.randn(5, 3))) == 5
+
+
+@pytest.mark.parametrize("cancel", [False, True])
+def test_closed_while_requests_wait(monkeypatch, cancel):
+    service = Service(generator_of(use_vae=True))
+    with held(monkeypatch) as (called, _):
+        first = service.submit(layout_of(), torch.randn(2, 3))
+        assert called.wait(10)
+        second = service.submit(layout_of())
+        closing = threading.Thread(target=service.close, args=(cancel,))
+        closing.start()
+        while not service._closed:
+            time.sleep(0.001)
+        with pytest.raises(RuntimeError, match="the service is closed"):
+            service.submit(layout_of())
+    closing.join(10)
+    assert not closing.is_alive() and len(first.result(0)) == 2
+    if cancel:
+        with pytest.raises(CancelledError):
+            second.result(0)
+    else:
+        assert len(second.result(0)) == 1
+
+
+def test_a_request_that_is_cancelled(monkeypatch):
+    with Service(generator_of()) as service:
+        with held(monkeypatch) as (called, _):
+            first, second = service.submit(layout_of()), service.submit(layout_of(1))
+            assert called.wait(10) and not first.cancel() and second.cancel()
+            third = service.submit(layout_of(2))
+        assert len(first.result()) == len(third.result()) == 1

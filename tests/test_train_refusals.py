@@ -1,0 +1,324 @@
+"""`spade-fast train`: what it refuses, in one line, before anything is written."""
+
+import re
+
+import numpy as np
+import pytest
+import torch
+from drawn_data import command, draw_folder, settings_for
+from PIL import Image
+
+from spade_fast.training import Config, train
+from spade_fast.training.run import Run
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return draw_folder(tmp_path / "scenes")
+
+
+@pytest.fixture
+def options(folder, tmp_path):
+    return settings_for(folder, out=str(tmp_path / "run"), steps=1)
+
+
+def refusal(**options):
+    """What the command says in refusing these settings, in one line. Nothing has been written, and
+    what was there is as it was.
+    """
+    folder = options.get("resume") or options.get("out")
+    before = contents(folder)
+    result = command(**options)
+    assert result.exit_code == 2, result.output
+    assert len(result.stderr.splitlines()) == 1 and result.stdout == "", result.output
+    assert contents(folder) == before
+    return result.stderr.removeprefix("Error: ").strip()
+
+
+def contents(folder):
+    run = Run(folder or "nowhere")
+    paths = [run.path("config.yaml"), run.path("log.txt"), *run.checkpoints()]
+    return {path: path.read_bytes() for path in paths if path.exists()}
+
+
+def png(folder, name, pixels):
+    Image.fromarray(pixels).save(folder / name)
+
+
+# Each ruins one of the files, and returns what is said of it.
+
+
+def missing(folder):
+    (folder / "img" / "001.png").unlink()
+    return r"1 files have no partner, or two: .*label/001\.png has no partner in images"
+
+
+def missing_instances(folder):
+    (folder / "inst" / "001.png").unlink()
+    return r"label/001\.png has no partner in instances"
+
+
+def double(folder):
+    (folder / "img" / "001.jpg").write_bytes((folder / "img" / "001.png").read_bytes())
+    return r"001\.jpg and .*001\.png have the same name in images"
+
+
+def truncated(folder):
+    path = folder / "img" / "003.png"
+    path.write_bytes(path.read_bytes()[:60])
+    return r"1 faults in the data, first: .*img/003\.png is no image, or not a whole one"
+
+
+def larger(folder):
+    png(folder, "label/001.png", np.zeros((41, 52), np.uint8))
+    return r"label/001\.png is 52 × 41, .*img/001\.png is 52 × 40: they should be of one size"
+
+
+def other_instances(folder):
+    png(folder, "inst/001.png", np.zeros((40, 53), np.uint8))
+    return r"inst/001\.png is 53 × 40"
+
+
+def out_of_range(folder):
+    labels = np.zeros((40, 52), np.uint8)
+    labels[3, 5:7] = 200
+    png(folder, "label/001.png", labels)
+    return r"label/001\.png has a 200 in 2 pixels, first at row 3, column 5; .*`spade-fast check-d"
+
+
+def turned(folder):
+    exif = Image.Exif()
+    exif[0x0112] = 3
+    image = Image.open(folder / "img" / "001.png")
+    image.save(folder / "img" / "001.png", exif=exif)
+    return r"img/001\.png has the EXIF orientation 3"
+
+
+def coloured(folder):
+    png(folder, "label/001.png", np.zeros((40, 52, 3), np.uint8))
+    return r"label/001\.png has colours \(RGB\), and it takes a palette"
+
+
+def lossy(folder):
+    png(folder, "label/001.jpg", np.zeros((40, 52), np.uint8))
+    (folder / "label" / "001.png").unlink()
+    return r"label/001\.jpg is a JPEG"
+
+
+def dangling(folder):
+    (folder / "img" / "001.png").unlink()
+    (folder / "img" / "001.png").symlink_to(folder / "nowhere.png")
+    return r"No such file or directory.*img/001\.png"
+
+
+def empty(folder):
+    for path in (folder / "label").iterdir():
+        path.unlink()
+    return r"labels is .*label, which has no images"
+
+
+@pytest.mark.parametrize(
+    "ruin",
+    [
+        missing,
+        missing_instances,
+        double,
+        truncated,
+        larger,
+        other_instances,
+        out_of_range,
+        turned,
+        coloured,
+        lossy,
+        dangling,
+        empty,
+    ],
+)
+def test_a_ruined_folder(folder, options, ruin):
+    expected = ruin(folder)
+    assert re.search(expected, refusal(**options))
+    assert not Run(options["out"]).folder.exists()
+
+
+@pytest.mark.parametrize(
+    "others, words",
+    [
+        (dict(convention="folder"), "--num-classes is not given: .*check-data` suggests"),
+        (dict(labels=None), "--labels is not given"),
+        (dict(images="nowhere"), "--images is nowhere, which is not there"),
+        (dict(palette="nowhere.txt"), "nowhere.txt"),
+        (dict(out=None), "--out is not given"),
+        (dict(steps=None), "--steps is not given"),
+        (dict(epochs=2), "--steps is 1 and epochs 2, only one of them"),
+        (dict(perceptual=True, vgg_weights="nowhere"), "nowhere"),
+        (dict(vgg_weights="nowhere"), "--vgg-weights is 'nowhere' and perceptual is off"),
+        (dict(crop_size=40), "--crop-size is 40, .* crop_size should be 32 or 64"),
+        (dict(crop_size=16), "--crop-size is 16, .* it should be 32 or more"),
+        (dict(norm_G="spadeinstance3x3"), "--crop-size is 32, it should be larger: .* 1 × 1"),
+        (dict(norm_G="spadebatch3x3", batch=1), "--crop-size is 32, it should be larger"),
+        (dict(norm_G="spadebatch3x3", accumulate=2), "--crop-size is 32, it should be larger"),
+        (dict(norm_G="spadesyncbatch3x3", batch=1), "--crop-size is 32, it should be larger"),
+        (dict(norm_G="spade-batch"), "--norm-g is 'spade-batch'"),
+        (dict(preprocess="none"), "--preprocess is 'none', which makes .*000.png 64 × 32: .* 32 ×"),
+        (dict(preprocess="scale_width"), "--preprocess is .*000.png 32 × 24: .*makes 32 × 32"),
+        (dict(preprocess="crop", crop_size=64), "000.png: the image is 52 × 40 where it is cropp"),
+        (dict(preprocess="stretch"), "--preprocess is 'stretch', it should be one of"),
+        (dict(preprocess="fixed", load_size=40), "--load-size is 40"),
+        (dict(load_size=30), "--load-size is 30, it should be 32 or more"),
+        (dict(batch=5), "the data set has 4 examples, it should have one batch"),
+        (dict(batch=3, accumulate=2), "--batch is 3, it should be a multiple of accumulate, 2"),
+        (dict(order="shared", accumulate=2), "--order is 'shared' and accumulate 2"),
+        (dict(precision="fp16"), "--precision is 'fp16', it should be bf16 or no on a CPU"),
+        (dict(precision="half"), "--precision is 'half', it should be one of"),
+        (dict(decay=1.5), "--decay is 1.5, it should be 1 or less"),
+        (dict(decay=-0.5), "--decay is -0.5, it should be 0 or more"),
+        (dict(weight_kl=float("nan")), "--weight-kl is nan, it should be a finite number"),
+        (dict(lr_generator=float("inf")), "--lr-generator is inf, it should be a finite number"),
+        (dict(lr_generator=-1e-4), "--lr-generator is -0.0001, it should be 0 or more"),
+        (dict(ema=1.0), "--ema is 1.0, it should be less than 1"),
+        (dict(beta1=1), "--beta1 is 1.0, it should be less than 1"),
+        (dict(aspect_ratio=0.0), "--aspect-ratio is 0.0, it should be a positive number"),
+        (dict(steps=0), "--steps is 0, it should be 1 or more"),
+        (dict(preset="large"), "preset is 'large', it should be one of published, small"),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
+)
+def test_a_setting(options, others, words):
+    if torch.cuda.is_available() and others.get("precision") == "fp16":
+        pytest.skip("it runs on a GPU")
+    assert re.search(words, refusal(**options | others))
+    out = (options | others)["out"]
+    assert out is None or not Run(out).folder.exists()
+
+
+def test_zeros_are_taken(options):
+    zeros = dict(weight_adversarial=0.0, lr_generator=0.0, ema=0.0, pictures=0, seed=0)
+    assert command(**options | zeros).exit_code == 0
+
+
+def test_without_the_check_training_begins_and_says_what_it_met(folder, options):
+    out_of_range(folder)
+    result = command(**options | dict(steps=50, workers=1, pictures=1), check=False)
+    assert result.exit_code == 1 and "Traceback" not in result.output
+    line = result.stderr.splitlines()[-1]
+    assert re.match(r"001: labels has a 200 in \d+ pixels.*; there is no checkpoint before", line)
+
+
+@pytest.mark.parametrize("kind", ["below a file", "a file", "read only"])
+def test_a_folder_that_cannot_be_written(options, tmp_path, kind, monkeypatch):
+    (tmp_path / "file").write_text("as it was")
+    out = {"below a file": tmp_path / "file" / "run", "a file": tmp_path / "file"}.get(kind)
+    if out is None:
+        out = tmp_path / "read only" / "run"
+        out.parent.mkdir(mode=0o500)
+
+        def refuse(self, *arguments, **others):  # whoever is root writes there, too
+            raise PermissionError(13, "Permission denied", str(self))
+
+        monkeypatch.setattr(type(out), "mkdir", refuse)
+    words = refusal(**options | {"out": out})
+    assert words.startswith(f"--out is {out}, which is no folder that can be written to: ")
+    assert (tmp_path / "file").read_text() == "as it was"
+
+
+def test_a_folder_with_a_run_in_it(options):
+    assert command(**options).exit_code == 0
+    assert f"`spade-fast train --resume {options['out']}` goes on" in refusal(**options)
+
+
+def test_two_processes_in_one_folder(options):
+    with Run(options["out"]).held():
+        assert "another process trains in" in refusal(**options)
+    assert command(**options).exit_code == 0
+    with Run(options["out"]).held():
+        assert "another process trains in" in refusal(resume=options["out"], steps=2)
+
+
+@pytest.mark.parametrize("again", ["train", "resume"])
+def test_a_run_that_ended_before_its_first_checkpoint_begins_anew(options, again, monkeypatch):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("spade_fast.training.trainer.Trainer.step", ends)
+        with pytest.raises(KeyboardInterrupt):
+            train(Config(**options))
+    assert Run(options["out"]).path("config.yaml").exists()
+    given = options if again == "train" else {"resume": options["out"]}
+    assert command(**given).exit_code == 0
+    assert Run(options["out"]).numbers() == [1]
+
+
+def ends(self, parts):
+    raise KeyboardInterrupt
+
+
+class TestResume:
+    @pytest.fixture
+    def run(self, options):
+        train(Config(**options | dict(steps=2, save_every=1)))
+        return Run(options["out"])
+
+    def test_nowhere(self, tmp_path):
+        assert "has no config.yaml, it should be the folder of a run" in refusal(resume=tmp_path)
+
+    @pytest.mark.parametrize(
+        "text, words",
+        [
+            ("a: [", "config.yaml is no YAML: "),
+            ("- 1", "config.yaml should have settings"),
+            ("ngff: 3", "config.yaml has ngff, which are no settings"),
+            ("ngf: many", "config.yaml: ngf is 'many', it should be a whole number"),
+            ("decay: 2.0", "config.yaml: decay is 2.0, it should be 1 or less"),
+        ],
+    )
+    def test_broken_settings(self, run, text, words):
+        run.path("config.yaml").write_text(text)
+        assert words in refusal(resume=run.folder)
+
+    def test_numbers_as_people_write_them(self, run):
+        path = run.path("config.yaml")
+        path.write_text(path.read_text().replace("lr_generator: 0.0001", "lr_generator: 1e-4"))
+        assert run.settings().lr_generator == 1e-4 and "1e-4" in path.read_text()
+        assert command(resume=run.folder, check=False).exit_code == 0
+
+    def test_damaged_checkpoint(self, run):
+        path = run.checkpoint(2)
+        path.write_bytes(path.read_bytes()[:1000])
+        words = refusal(resume=run.folder)
+        assert f"{path} is no file of weights, or not a whole one" in words
+        assert words.endswith("without this file the run goes on from step 1")
+        path.unlink()
+        assert command(resume=run.folder).exit_code == 0 and run.numbers() == [1, 2]
+        torch.save({"weight": torch.zeros(1)}, path)
+        assert f"{path} is no checkpoint of a run; without" in refusal(resume=run.folder)
+
+    def test_settings_that_differ(self, run):
+        words = refusal(resume=run.folder, ngf=4, use_vae=True, save_every=5)
+        assert words == (
+            "the run was begun with other settings: ngf was 2, not 4; use_vae was False, not True"
+        )
+
+    def test_settings_that_were_edited(self, run):
+        run.begin(run.settings().changed(seed=3))
+        assert refusal(resume=run.folder).endswith("other settings: seed was 0, not 3")
+
+    def test_a_condition_with_other_channels(self, run):
+        run.begin(run.settings().changed(instances=None))
+        words = refusal(resume=run.folder)
+        assert re.match("the state is of another generator than this one: size mismatch", words)
+
+    def test_contradictions(self, run):
+        assert "preset is 'small' and resume" in refusal(resume=run.folder, preset="small")
+        assert "--out is 'other' and resume" in refusal(resume=run.folder, out="other")
+        assert "--steps is 1, the run has taken 2" in refusal(resume=run.folder, steps=1)
+
+    @pytest.mark.parametrize("more", [dict(steps=4), dict(epochs=2)])
+    def test_more_steps(self, run, more):
+        assert command(resume=run.folder, save_every=3, **more).exit_code == 0
+        assert run.numbers()[-2:] == [3, 4]
+        assert (run.settings().steps, run.settings().save_every) == (4, 3)
+        lines = run.path("log.txt").read_text()
+        assert "resumed at step 2" in lines and "step 4/4" in lines
+
+    def test_ruined_data(self, run, folder):
+        truncated(folder)
+        assert "img/003.png is no image" in refusal(resume=run.folder, steps=3)
+        assert command(resume=run.folder, check=False).exit_code == 0
