@@ -46,7 +46,7 @@ def test_the_training_section_runs_as_written(tmp_path, monkeypatch):
     draw_folder(tmp_path / "data")
     monkeypatch.chdir(tmp_path)
     check, train, resume = commands.splitlines()
-    few = {"16000": "1", "20000": "2"}
+    few = {"10000": "1", "12000": "2"}
     for command in (check, f"{train} --ngf 2 --ndf 2 --nhidden 2 --workers 0", resume):
         words = [few.get(word, word) for word in shlex.split(command)[1:]]
         result = CliRunner().invoke(app, words)
