@@ -11,8 +11,8 @@ from rich.table import Table
 from .. import evaluation
 from ..data import read_palette
 from ..imported import Failed
+from ..progress import progress_bar
 from .generate import _device
-from .progress import progress_bar
 from .tables import table_of
 
 
