@@ -86,7 +86,7 @@ def first_line(error: BaseException) -> str:
 
 
 def _sha256_of_source(kind):
-    """Of the file that a class is in; None where it is in none."""
+    """The SHA-256 of the file that has a class, or None where no file has it."""
     try:
         path = inspect.getsourcefile(sys.modules[kind.__module__])
         return hashlib.sha256(Path(path).read_bytes()).hexdigest()
