@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import json
 import os
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -12,6 +13,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from . import checkpoint
 from .data import Pair, Preparation, read_labels, read_palette, read_photograph
@@ -25,6 +27,7 @@ from .training.pictures import picture
 from .training.run import GENERATOR, Run
 from .writing import remove_unfinished, written
 
+ORIGIN = "spade_fast"  # the text in a PNG that says which generator made it, for `evaluate`
 READERS = 3  # label maps that are read, numbered or written beside those in the network
 MOST_WAITING = 2**31  # images: the number of threads bounds them already
 
@@ -142,6 +145,7 @@ def generate(
             seed=seed,
             style=style,
             encoder=encoder,
+            average=None if run is None else "ema",
             resume=resume,
             progress=progress,
         )
@@ -159,11 +163,15 @@ def generate_with(
     seed: int = 0,
     style: str | os.PathLike | None = None,
     encoder: str | os.PathLike | ConvEncoder | None = None,
+    average: str | None = None,
     resume: bool = False,
     progress: Callable[[Iterable, int], Iterable] = lambda found, count: found,
 ) -> Report:
     """What `generate` does, with a service that is there already, where (READERS + batch) · samples
     images may wait.
+
+    average: "ema" where the weights are a running average, "raw" where they are not, None where it
+        is not known; the images say it, and the seed, in PNG's text.
     """
     arguments = service.generator_arguments
     if (arguments["spatial_dims"], arguments["output_nc"]) != (2, 3):
@@ -189,7 +197,8 @@ def generate_with(
     out.mkdir(parents=True, exist_ok=True)
     for folder in {(out / pair.name).parent for pair in pairs}:
         remove_unfinished(folder)
-    painter = _Painter(service, preparation, maps.palette, styles, out, resume)
+    origin = {"average": average, "seed": seed}
+    painter = _Painter(service, preparation, maps.palette, styles, out, origin, resume)
     report = Report(faults=faults)
     with _threads(READERS + service.batch) as pool:
         for made, skipped, fault in progress(pool.map(painter, pairs), len(pairs)):
@@ -302,9 +311,11 @@ class _Painter:
     wrong with the label map, or None.
     """
 
-    def __init__(self, service, preparation, palette, styles, out, resume):
+    def __init__(self, service, preparation, palette, styles, out, origin, resume):
         self.service, self.preparation, self.palette = service, preparation, palette
         self.styles, self.out, self.resume = styles, out, resume
+        self.origin = PngInfo()
+        self.origin.add_text(ORIGIN, json.dumps(origin))
 
     def __call__(self, pair: Pair) -> tuple[int, int, str | None]:
         paths = self._paths(pair.name)
@@ -322,7 +333,7 @@ class _Painter:
         for number, image in zip(wanted, images.float().cpu()):
             paths[number].parent.mkdir(parents=True, exist_ok=True)
             with written(paths[number]) as path:
-                Image.fromarray(picture(image)).save(path)
+                Image.fromarray(picture(image)).save(path, pnginfo=self.origin)
         return len(wanted), skipped, None
 
     def _layout(self, pair):

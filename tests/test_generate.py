@@ -22,6 +22,7 @@ from spade_fast import (
 )
 from spade_fast.cli import app
 from spade_fast.data import Preparation, read_labels, read_photograph
+from spade_fast.evaluation.pictures import origin
 from spade_fast.training import Config, train
 from spade_fast.writing import UNFINISHED
 
@@ -283,6 +284,8 @@ def test_a_folder_of_a_run_says_the_rest(scenes, folder, tmp_path):
     assert "run has no generator.safetensors yet" in words
     words = run(scenes, *options, code=2)
     assert "has no config.yaml, it should be the folder of a run" in words
+    files = {path.stem: path for path in (tmp_path / "out").iterdir()}
+    assert origin(files) == {"average": "ema", "seed": 0}
 
 
 def test_a_run_has_its_encoder(scenes, tmp_path):

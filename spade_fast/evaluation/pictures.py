@@ -15,9 +15,9 @@ from PIL import Image
 from ..data.check import Allowed, _counts, _where
 from ..data.files import Palette, read_labels, read_photograph
 from ..data.pairs import MOST_LISTED
+from ..generation import ORIGIN
 from .segmentation import IGNORED
 
-ORIGIN = "spade_fast"  # the text in a PNG that says which generator made it
 SAYS = ("average", "seed")  # what it may say: "ema" or "raw", and a number
 
 
