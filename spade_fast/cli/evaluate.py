@@ -12,7 +12,7 @@ from .. import evaluation
 from ..data import read_palette
 from ..imported import Failed
 from ..progress import progress_bar
-from .generate import _device
+from .generate import device_of
 from .tables import table_of
 
 
@@ -75,7 +75,7 @@ def evaluate(
             dont_care=dont_care,
             size=None if size is None else _size(size),
             batch=batch,
-            device=_device(device),
+            device=device_of(device),
             progress=lambda found, count: progress_bar(found, count, "Evaluating"),
         )
         if json is not None:

@@ -84,7 +84,7 @@ def generate(
             encoder=encoder,
             batch=batch,
             dtype=DTYPES[dtype],
-            device=_device(device),
+            device=device_of(device),
             resume=resume,
             progress=lambda found, count: progress_bar(found, count, "Generating"),
         )
@@ -100,7 +100,7 @@ def generate(
         raise typer.Exit(1)
 
 
-def _device(name):
+def device_of(name):
     """The device with this name. Errors: ValueError where there is none here."""
     try:
         torch.empty(0, device=name).cpu()  # the device "meta" has no values

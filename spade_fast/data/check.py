@@ -179,23 +179,23 @@ def _look(pair: Pair, palette, allowed, is_shown) -> Seen:
                 f"{pair.image} has the EXIF orientation {orientation}: viewers turn it, training"
                 " does not; turn its pixels, or remove the tag where the labels are as they are"
             )
-    counts = {} if labels is None else _counts(labels)
+    counts = {} if labels is None else counts_of(labels)
     wrong = [number for number in counts if number not in allowed]
     if wrong:
-        faults.append(f"{pair.labels} has {_where(labels, counts, wrong, allowed)}")
+        faults.append(f"{pair.labels} has {words_of_wrong(labels, counts, wrong, allowed)}")
     shown = None
     if is_shown and labels is not None and photograph is not None:
         shown = Shown.of(pair.name, photograph, labels, instances)
     return Seen(faults, counts, None if photograph is None else photograph.size, shown)
 
 
-def _counts(labels):
+def counts_of(labels):
     """How many pixels have each number."""
     numbers, counts = np.unique(labels, return_counts=True)
     return dict(zip(numbers.tolist(), counts.tolist()))
 
 
-def _where(labels, counts, wrong, allowed):
+def words_of_wrong(labels, counts, wrong, allowed):
     """A number that is out of range in words: how many pixels, the first place, what else is."""
     row, column = np.argwhere(labels == wrong[0])[0].tolist()
     more = ""

@@ -108,7 +108,7 @@ def match(
     folders = {kind: own for kind, own in folders.items() if own[0] not in (None, False)}
     faults, found = [], {}
     for kind, (folder, ending) in folders.items():
-        found[kind] = _files(kind, Path(folder), ending, faults)
+        found[kind] = files_in(kind, Path(folder), ending, faults)
     names = sorted(set().union(*found.values()))
     for name in names:
         missing = [kind for kind, files in found.items() if name not in files]
@@ -121,7 +121,7 @@ def match(
     return [Pair(name, *(file(name) for file in files_of)) for name in paired], faults
 
 
-def _files(kind, folder, ending, faults):
+def files_in(kind, folder, ending, faults):
     """The image of each name below a folder."""
     if not folder.is_dir():
         what = "a file" if folder.exists() else "not there"

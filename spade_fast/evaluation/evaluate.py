@@ -12,7 +12,7 @@ import torch.nn as nn
 from ..arguments import whole_number
 from ..data.check import Allowed
 from ..data.files import Palette
-from ..data.pairs import Convention, _files, convention_of
+from ..data.pairs import Convention, convention_of, files_in
 from . import protocol
 from .features import FID, INCEPTION, FrechetDistance, load_features
 from .pictures import LabelMaps, Seen, images, origin, partners
@@ -166,7 +166,7 @@ def _check_given(photographs, labels, features, features_weights, segmentation, 
 def _folder(kind, folder, ending=""):
     """The images below a folder by name, sorted. Errors: ValueError."""
     faults = []
-    found = _files(kind, Path(folder), ending, faults)
+    found = files_in(kind, Path(folder), ending, faults)
     if faults:
         raise ValueError(faults[0])
     return dict(sorted(found.items()))

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from ..data.check import Allowed, _counts, _where
+from ..data.check import Allowed, counts_of, words_of_wrong
 from ..data.files import Palette, read_labels, read_photograph
 from ..data.pairs import MOST_LISTED
 from ..generation import ORIGIN
@@ -89,10 +89,10 @@ class LabelMaps:
         """
         path = self.files[name]
         numbers = read_labels(path, self.palette)
-        counts = _counts(numbers)
+        counts = counts_of(numbers)
         wrong = [number for number in counts if number not in self.allowed]
         if wrong:
-            raise ValueError(f"{path} has {_where(numbers, counts, wrong, self.allowed)}")
+            raise ValueError(f"{path} has {words_of_wrong(numbers, counts, wrong, self.allowed)}")
         labels = numbers + self.allowed.shift
         labels[numbers == self.allowed.dont_care] = IGNORED
         own = labels.shape[::-1]
