@@ -418,3 +418,10 @@ def test_every_setting_is_an_option():
     panels = re.findall(r"─ ([A-Z][\w ]+) ─", words)
     assert panels == ["Options", "The run", "Data", "Networks", "Losses", "Steps"]
     assert "Default: 256." in words
+
+
+def test_steps_take_the_place_of_a_presets_epochs():
+    config = Config(**preset("published", steps=10))
+    assert (config.steps, config.epochs, config.batch) == (10, None, 32)
+    with pytest.raises(ValueError, match="steps is 10 and epochs 3, only one"):
+        Config(**preset("published", steps=10, epochs=3))

@@ -11,6 +11,7 @@ import typer
 
 from ..training import Stopped, resume, train
 from ..training.config import PRESETS, Config, preset
+from .memory import keep_freed_memory
 
 # Where --help begins another group of settings, in their order.
 PANELS = {
@@ -49,6 +50,7 @@ def command() -> Callable[..., None]:
         parameters.append(_parameter(each.name, kind, help, option, panel))
 
     def run(resume_folder: str | None, preset_name: str | None, **settings: Any) -> None:
+        keep_freed_memory()
         given = {name: value for name, value in settings.items() if value is not None}
         try:
             path = _train(resume_folder, preset_name, given)
@@ -70,7 +72,7 @@ def command() -> Callable[..., None]:
 
 def _train(resume_folder, preset_name, given):
     if resume_folder is None:
-        return train(Config(**(preset(preset_name) | given)))
+        return train(Config(**preset(preset_name, **given)))
     if preset_name is not None:
         raise ValueError(
             f"preset is {preset_name!r} and resume {resume_folder!r}, only one of them should be"

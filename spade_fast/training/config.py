@@ -271,13 +271,16 @@ PRESETS: dict[str, tuple[str, dict]] = {
 }
 
 
-def preset(name: str | None) -> dict:
-    """The settings of a preset; none for None. Errors: ValueError where no preset has that name."""
-    if name is None:
-        return {}
-    if name not in PRESETS:
+def preset(name: str | None, **others: Any) -> dict:
+    """The settings of a preset, none for None, with others in place of some; steps take the place
+    of epochs. Errors: ValueError where no preset has that name.
+    """
+    if name is not None and name not in PRESETS:
         raise ValueError(f"preset is {name!r}, it should be one of {', '.join(PRESETS)}")
-    return dict(PRESETS[name][1])
+    found = dict(PRESETS[name][1]) if name is not None else {}
+    if "steps" in others:
+        found.pop("epochs", None)
+    return found | others
 
 
 def _as_type(name, value, wanted):
