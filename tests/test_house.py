@@ -18,6 +18,7 @@ ROOMS = (
     "training",
     "service",
     "generation",
+    "paint",
     "check",
     "cli",
 )

@@ -2,7 +2,7 @@
 
 import typer
 
-from . import check, check_data, generate, info, train
+from . import check, check_data, generate, info, paint, train
 from .tables import table_of
 
 __all__ = ["app", "table_of"]
@@ -13,3 +13,4 @@ app.command("check")(check.check)
 app.command("check-data")(check_data.check_data)
 app.command("train")(train.command())
 app.command("generate")(generate.generate)
+app.command("paint")(paint.paint)
