@@ -52,7 +52,7 @@ let wanted = 0, shown = -1, asking = false;
 
 function changed() {
   wanted++;
-  requestAnimationFrame(draw);
+  draw();
   follow();
 }
 
@@ -372,7 +372,9 @@ function kept() {
 
 element("undo").addEventListener("click", undo);
 element("redo").addEventListener("click", redo);
-element("scene").addEventListener("click", async () => replace(await firstScene()));
+element("scene").addEventListener("click", () => {
+  firstScene().then(replace, (error) => say(`The first scene did not come: ${error.message}`, true));
+});
 element("new-z").addEventListener("click", newZ);
 element("save-image").addEventListener("click", saveImage);
 element("save-map").addEventListener("click", async () => {
