@@ -34,8 +34,8 @@ PAGE = {
     "/icon.svg": ("icon.svg", "image/svg+xml"),
 }
 HEADERS = {
-    "Content-Security-Policy": "default-src 'self'; img-src 'self' blob:; base-uri 'none';"
-    " form-action 'none'; frame-ancestors 'none'",
+    "Content-Security-Policy": "default-src 'self'; img-src 'self' blob:;"
+    " connect-src 'self' blob:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
     "X-Content-Type-Options": "nosniff",
     "Referrer-Policy": "no-referrer",
     "Cross-Origin-Resource-Policy": "same-origin",
