@@ -19,6 +19,7 @@ ROOMS = (
     "service",
     "generation",
     "evaluation",
+    "paint",
     "check",
     "cli",
 )

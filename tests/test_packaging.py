@@ -54,7 +54,14 @@ def test_wheel(compiler, tmp_path):
     subprocess.run(
         [*pip, "install", "-q", "--no-deps", "--target", target, wheel], check=True, env=environment
     )
-    assert (target / "spade_fast" / "py.typed").exists()
+    for name in (
+        "py.typed",
+        "paint/page.html",
+        "paint/page.css",
+        "paint/page.js",
+        "paint/icon.svg",
+    ):
+        assert (target / "spade_fast" / name).exists()
     run = subprocess.run(
         [sys.executable, "-c", PROGRAM],
         cwd=tmp_path,

@@ -2,7 +2,7 @@
 
 import typer
 
-from . import check, check_data, compare, evaluate, generate, info, train
+from . import check, check_data, compare, evaluate, generate, info, paint, train
 from .tables import table_of
 
 __all__ = ["app", "table_of"]
@@ -15,3 +15,4 @@ app.command("train")(train.command())
 app.command("generate")(generate.generate)
 app.command("evaluate")(evaluate.evaluate)
 app.command("compare")(compare.compare)
+app.command("paint")(paint.paint)

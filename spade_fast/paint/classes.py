@@ -1,0 +1,138 @@
+"""The classes that one paints with: their numbers, names and colours."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..data import colours
+from ..data.pairs import CONVENTIONS
+from ..nn.config import whole_number
+
+HIGHEST = 2**16 - 1  # number that a label of 16 bits can be
+GREY = (128, 128, 128)  # of "don't care"
+
+# COCO-Stuff's classes (Caesar et al. 2018) in the order of their numbers, from 0 on.
+COCO_STUFF = """
+person, bicycle, car, motorcycle, airplane, bus, train, truck, boat, traffic light, fire hydrant,
+street sign, stop sign, parking meter, bench, bird, cat, dog, horse, sheep, cow, elephant, bear,
+zebra, giraffe, hat, backpack, umbrella, shoe, eye glasses, handbag, tie, suitcase, frisbee, skis,
+snowboard, sports ball, kite, baseball bat, baseball glove, skateboard, surfboard, tennis racket,
+bottle, plate, wine glass, cup, fork, knife, spoon, bowl, banana, apple, sandwich, orange, broccoli,
+carrot, hot dog, pizza, donut, cake, chair, couch, potted plant, bed, mirror, dining table, window,
+desk, toilet, door, tv, laptop, mouse, remote, keyboard, cell phone, microwave, oven, toaster, sink,
+refrigerator, blender, book, clock, vase, scissors, teddy bear, hair drier, toothbrush, hair brush,
+banner, blanket, branch, bridge, building-other, bush, cabinet, cage, cardboard, carpet,
+ceiling-other, ceiling-tile, cloth, clothes, clouds, counter, cupboard, curtain, desk-stuff, dirt,
+door-stuff, fence, floor-marble, floor-other, floor-stone, floor-tile, floor-wood, flower, fog,
+food-other, fruit, furniture-other, grass, gravel, ground-other, hill, house, leaves, light, mat,
+metal, mirror-stuff, moss, mountain, mud, napkin, net, paper, pavement, pillow, plant-other,
+plastic, platform, playingfield, railing, railroad, river, road, rock, roof, rug, salad, sand, sea,
+shelf, sky-other, skyscraper, snow, solid-other, stairs, stone, straw, structural-other, table,
+tent, textile-other, towel, tree, vegetable, wall-brick, wall-concrete, wall-other, wall-panel,
+wall-stone, wall-tile, wall-wood, water-other, waterdrops, window-blind, window-other, wood
+"""
+# Cityscapes' (Cordts et al. 2016); the published generator has one number more, which no map uses.
+CITYSCAPES = """
+unlabeled, ego vehicle, rectification border, out of roi, static, dynamic, ground, road, sidewalk,
+parking, rail track, building, wall, fence, guard rail, bridge, tunnel, pole, polegroup,
+traffic light, traffic sign, vegetation, terrain, sky, person, rider, car, truck, bus, caravan,
+trailer, train, motorcycle, bicycle
+"""
+
+
+@dataclass(frozen=True)
+class Class:
+    """number: in label maps; name: for people; colour: red, green and blue, 0 to 255."""
+
+    number: int
+    name: str
+    colour: tuple[int, int, int]
+
+
+@dataclass(frozen=True)
+class Classes:
+    """What the numbers of a label map mean to a generator.
+
+    listed: one for each number that a label map may have, "don't care" among them.
+    num_classes, dont_care, label_shift: as of `Preparation`.
+    has_edges: whether the generator's last channel is that of instances' edges.
+    """
+
+    listed: tuple[Class, ...]
+    num_classes: int
+    dont_care: int | None = None
+    label_shift: int = 0
+    has_edges: bool = False
+
+    @property
+    def background(self) -> int:
+        """The number that the eraser leaves: don't care, or the first class where there is none."""
+        return self.listed[0].number if self.dont_care is None else self.dont_care
+
+
+# By the channels of the published generators: the convention, and names where they are known.
+PUBLISHED = {
+    184: ("coco_stuff", COCO_STUFF, True),
+    151: ("ade20k", "", False),
+    36: ("cityscapes", CITYSCAPES, True),
+}
+
+
+def classes_of(label_nc: int, file: str | os.PathLike | None = None) -> Classes:
+    """The classes of a generator with label_nc channels: those of the published data sets for
+    their numbers of channels (184, 151, 36), else each channel is a class, numbered from 0 on.
+
+    Args:
+        file: names and colours, see `read_classes`; the others keep their number as a name.
+
+    Errors: ValueError where the file is not so, or names a number that is no class.
+    """
+    label_nc = whole_number("label_nc", label_nc)
+    name, names, has_edges = PUBLISHED.get(label_nc, ("folder", "", False))
+    convention = CONVENTIONS[name]
+    count = convention.num_classes or label_nc
+    names = [one.strip() for one in names.split(",")] if names else []
+    names += [f"class {number - convention.label_shift}" for number in range(len(names), count)]
+    listed = {
+        number: Class(number, name, tuple(map(int, colour)))
+        for number, (name, colour) in enumerate(zip(names, colours(count)), -convention.label_shift)
+    }
+    if convention.dont_care is not None:
+        listed[convention.dont_care] = Class(convention.dont_care, "don't care", GREY)
+    for one in read_classes(file) if file is not None else ():
+        number, name, colour = one
+        if number not in listed:
+            raise ValueError(
+                f"{file} names class {number}, which the generator does not have: it has"
+                f" {min(listed)} to {max(listed)}"
+            )
+        listed[number] = Class(number, name, listed[number].colour if colour is None else colour)
+    numbers = convention.dont_care, convention.label_shift
+    return Classes(tuple(listed.values()), count, *numbers, has_edges)
+
+
+def read_classes(path: str | os.PathLike) -> list[tuple[int, str, tuple[int, int, int] | None]]:
+    """Number, name and colour of each class in a text file of lines `CLASS NAME` or `CLASS NAME R G
+    B`; a name may have spaces, and `#` begins a comment.
+
+    Errors: ValueError, which names the file and the line.
+    """
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is no text file: {error}") from None
+    found = []
+    for place, line in enumerate(lines, start=1):
+        words = line.partition("#")[0].split()
+        if not words:
+            continue
+        colour = None
+        if len(words) > 4 and all(word.isdecimal() for word in words[-3:]):
+            words, colour = words[:-3], tuple(map(int, words[-3:]))
+        if len(words) < 2 or not words[0].isdecimal() or max(colour or (0,)) > 255:
+            raise ValueError(
+                f"{path}, line {place}, is {line.strip()!r}, it should be CLASS NAME or CLASS NAME"
+                " R G B: numbers from 0 on, those of the colour up to 255"
+            )
+        found.append((int(words[0]), " ".join(words[1:]), colour))
+    return found
