@@ -6,8 +6,8 @@ from typing import Annotated
 import typer
 
 from ..paint import Classes, classes_of, demo_classes, serve, train_demo
+from ..progress import progress_bar
 from ..service import Service
-from .progress import progress_bar
 
 WAITING = 16  # images that wait, of all tabs together; each has one at a time
 
