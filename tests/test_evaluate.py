@@ -132,7 +132,7 @@ def read_images(folder):
 
 
 def test_fid_is_its_formula_of_real_features(scenes):
-    """Of features that a network has learned from ImageNet."""
+    """The features are those that a network has learned from ImageNet."""
     reals = read_images(scenes / "img")
     fakes = 255 - reals.roll(3, -1)
     score = FrechetDistance(load_features("test_evaluate:lite0"))

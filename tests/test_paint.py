@@ -229,11 +229,12 @@ def test_the_command_says_what_is_wrong(tmp_path, monkeypatch):
     ):
         result = CliRunner().invoke(command, ["paint", *arguments])
         assert result.exit_code == 2 and words in result.output
-    weights = tmp_path / "weights.pth"
-    checkpoint.write(SPADEGenerator(3, **SMALL), weights)
     monkeypatch.setitem(sys.modules, "fastapi", None)
-    result = CliRunner().invoke(command, ["paint", str(weights)])
-    assert result.exit_code == 2 and "pip install 'spade_fast[paint]'" in result.output
+    for weights in (tmp_path / "weights.pth", tmp_path / "generator.safetensors"):
+        checkpoint.write(SPADEGenerator(3, **SMALL), weights)
+    for weights in (tmp_path / "weights.pth", tmp_path):  # a file, or a run's folder
+        result = CliRunner().invoke(command, ["paint", str(weights)])
+        assert result.exit_code == 2 and "pip install 'spade_fast[paint]'" in result.output
 
 
 def test_the_small_generator_learns():
@@ -249,7 +250,7 @@ def test_the_small_generator_learns():
 
 @pytest.fixture
 def address(service):
-    """Of a server in a thread."""
+    """The address of a server in a thread."""
     uvicorn = pytest.importorskip("uvicorn")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

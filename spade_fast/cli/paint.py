@@ -8,6 +8,7 @@ import typer
 from ..paint import Classes, classes_of, demo_classes, serve, train_demo
 from ..progress import progress_bar
 from ..service import Service
+from ..training.run import GENERATOR
 
 WAITING = 16  # images that wait, of all tabs together; each has one at a time
 
@@ -15,7 +16,9 @@ WAITING = 16  # images that wait, of all tabs together; each has one at a time
 def paint(
     weights: Annotated[
         Path | None,
-        typer.Argument(help="A generator's file; without, a small one is trained in seconds."),
+        typer.Argument(
+            help="A generator's file or a run's folder; without, a small one is trained first."
+        ),
     ] = None,
     classes: Annotated[
         Path | None,
@@ -42,7 +45,7 @@ def paint(
 def _generator(weights: Path | None, classes: Path | None) -> tuple[object, Classes | None]:
     """What a service takes, and its classes where they are known without looking at it."""
     if weights is not None:
-        return weights, None
+        return (weights / GENERATOR if weights.is_dir() else weights), None
     if classes is not None:
         raise ValueError("classes is given without weights: the small generator has its own")
     typer.echo("No weights are given: training a small generator on drawn scenes, about 15 s.")
