@@ -238,7 +238,10 @@ def test_the_cache_is_bounded_and_the_oldest_goes(computed):
 )
 def test_a_layout_that_is_edited_in_place(edit, monkeypatch):
     generator, layout = generator_of(), layout_of()
-    fresh = lambda: SemanticLayout(layout.codes.clone(), layout.palette.clone())  # noqa: E731
+
+    def fresh():
+        return SemanticLayout(layout.codes.clone(), layout.palette.clone())
+
     with Service(generator) as service:
         for _ in range(2):
             with held(monkeypatch):
