@@ -123,7 +123,7 @@ def test_a_stopped_run_goes_on_bit_for_bit(settings, tmp_path, others):
 
 
 def stopped_after(settings, steps):
-    """A run that is asked to stop after so many steps."""
+    """A run that is asked to stop after this number of steps."""
     before = Recorder.note
 
     def noting(self, step, looks):

@@ -45,7 +45,7 @@ def png(folder, name, pixels):
     Image.fromarray(pixels).save(folder / name)
 
 
-# Each ruins one of the files, and returns what is said of it.
+# Each ruins one of the files, and returns the words that the refusal should have.
 
 
 def missing(folder):

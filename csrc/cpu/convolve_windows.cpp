@@ -153,7 +153,7 @@ Tensor convolve(const Tensor& given_rows, const Tensor& given_weight,
   return without_filling(result, sizes.out);
 }
 
-// Of rows first to last − 1 the gradients of their products, [rows, taps, unit], from the gradient
+// The gradients of the products of rows first to last − 1, [rows, taps, unit], from the gradient
 // of a unit of channels, [windows, unit].
 template <typename Sum>
 void product_gradients(const Sizes<Sum>& sizes, const Lists& lists, const Sum* gradient,

@@ -8,7 +8,7 @@ namespace spade_fast {
 
 struct Numbered {
   int64_t windows, taps;
-  // Of each place's window: 0, 1, … in the order of their first appearance.
+  // The number of each place's window: 0, 1, … in the order of their first appearance.
   std::vector<int32_t> numbers;
   std::vector<int32_t> contents;  // [windows, taps]: what each window sees, -1 beyond the border
 };

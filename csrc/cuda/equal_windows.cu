@@ -91,7 +91,7 @@ __global__ void __launch_bounds__(kThreads) codes_kernel(Maps maps, uint32_t* ma
             maps.nearest[where.section->nearest[axis] + where.position[axis]];
   }
   const uint32_t code = static_cast<uint32_t>(maps.codes[pixel]);
-  // Of other threads, too.
+  // Other threads may write it, too: the same number.
   if (code >= maps.rows) *static_cast<volatile uint32_t*>(maps.is_wrong) = 0;
   map[where.place] = code < maps.rows ? code : 0;
 }

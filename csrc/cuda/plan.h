@@ -21,7 +21,7 @@ struct Division {
   int64_t split_pixels;
   int columns, lanes;
   bool units_first;  // whether neighbouring blocks are of different units
-  // Of shared memory: 16 of each thread at each item, for each tensor that is held.
+  // Bytes of shared memory: 16 for each thread at each item, for each tensor that is held.
   int64_t held_bytes;
 
   int64_t blocks() const { return units * splits; }

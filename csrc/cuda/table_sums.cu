@@ -14,7 +14,7 @@
 namespace spade_fast {
 namespace {
 
-// Of a block that sums pieces of a row: 32, of four channels each, at each of 8 pieces.
+// Threads of a block that sums pieces of a row: 32, of four channels each, at each of 8 pieces.
 constexpr int64_t kRowThreads = 256;
 
 // A place among the sorted pixels of all images.

@@ -8,6 +8,7 @@ from rich.console import Console
 
 from .. import data as checking
 from ..progress import progress_bar
+from . import options
 from .tables import table_of
 
 
@@ -15,16 +16,10 @@ def check_data(
     labels: Annotated[Path, typer.Option(help="Folder of label maps.")],
     images: Annotated[Path, typer.Option(help="Folder of photographs.")],
     instances: Annotated[Path | None, typer.Option(help="Folder of instance maps.")] = None,
-    convention: Annotated[
-        str, typer.Option(help="folder, coco_stuff, ade20k or cityscapes.")
-    ] = "folder",
-    palette: Annotated[
-        Path | None, typer.Option(help="Of colour-coded maps: a line R G B CLASS per colour.")
-    ] = None,
-    num_classes: Annotated[int | None, typer.Option(min=1, help='Without "don\'t care".')] = None,
-    dont_care: Annotated[
-        int | None, typer.Option(help="The number in the maps that is no class.")
-    ] = None,
+    convention: options.Convention = "folder",
+    palette: options.Palette = None,
+    num_classes: options.NumClasses = None,
+    dont_care: options.DontCare = None,
     sheet: Annotated[
         Path | None, typer.Option(help="A PNG to write: photographs beside their labels.")
     ] = None,

@@ -12,6 +12,7 @@ from .. import evaluation
 from ..data import read_palette
 from ..imported import Failed
 from ..progress import progress_bar
+from . import options
 from .generate import device_of
 from .tables import table_of
 
@@ -35,24 +36,18 @@ def evaluate(
         typer.Option(help="A folder or a hub name for transformers, or MODULE:FUNCTION."),
     ] = None,
     classes: Annotated[
-        Path | None, typer.Option(help="Of its classes: a line NETWORK_ID LABEL for each.")
+        Path | None, typer.Option(help="For its classes: a line NETWORK_ID LABEL each.")
     ] = None,
-    convention: Annotated[
-        str, typer.Option(help="folder, coco_stuff, ade20k or cityscapes.")
-    ] = "folder",
-    palette: Annotated[
-        Path | None, typer.Option(help="Of colour-coded maps: a line R G B CLASS per colour.")
-    ] = None,
-    num_classes: Annotated[int | None, typer.Option(min=1, help='Without "don\'t care".')] = None,
-    dont_care: Annotated[
-        int | None, typer.Option(help="The number in the maps that is no class.")
-    ] = None,
+    convention: options.Convention = "folder",
+    palette: options.Palette = None,
+    num_classes: options.NumClasses = None,
+    dont_care: options.DontCare = None,
     size: Annotated[
         str | None,
         typer.Option(help="WIDTHxHEIGHT that all images and label maps are resized to before."),
     ] = None,
     batch: Annotated[int, typer.Option(min=1, help="Images that are computed together.")] = 8,
-    device: Annotated[str, typer.Option(help="Such as cpu or cuda.")] = "cpu",
+    device: options.Device = "cpu",
     json: Annotated[Path | None, typer.Option(help="A file for scores and protocol.")] = None,
 ):
     """Score generated images: FID against photographs, and how much of their label maps a

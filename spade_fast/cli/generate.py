@@ -9,6 +9,7 @@ import typer
 from .. import generation
 from ..data import read_palette
 from ..progress import progress_bar
+from . import options
 
 DTYPES = {name: getattr(torch, name) for name in ("float32", "float64", "bfloat16", "float16")}
 
@@ -21,16 +22,10 @@ def generate(
     labels: Annotated[Path, typer.Option(help="Folder of label maps.")],
     out: Annotated[Path, typer.Option(help="Folder of the images.")],
     instances: Annotated[Path | None, typer.Option(help="Folder of instance maps.")] = None,
-    convention: Annotated[
-        str | None, typer.Option(help="folder, coco_stuff, ade20k or cityscapes.")
-    ] = None,
-    palette: Annotated[
-        Path | None, typer.Option(help="Of colour-coded maps: a line R G B CLASS per colour.")
-    ] = None,
-    num_classes: Annotated[int | None, typer.Option(min=1, help='Without "don\'t care".')] = None,
-    dont_care: Annotated[
-        int | None, typer.Option(help="The number in the maps that is no class.")
-    ] = None,
+    convention: Annotated[str | None, typer.Option(help=options.WORDS)] = None,
+    palette: options.Palette = None,
+    num_classes: options.NumClasses = None,
+    dont_care: options.DontCare = None,
     preprocess: Annotated[
         str, typer.Option(help="As of train; fixed resizes to the generator's size.")
     ] = "fixed",
@@ -47,7 +42,7 @@ def generate(
     ] = None,
     batch: Annotated[int, typer.Option(min=1, help="Most images computed together.")] = 1,
     dtype: Annotated[str, typer.Option(help=", ".join(DTYPES) + ".")] = "float32",
-    device: Annotated[str, typer.Option(help="Such as cpu or cuda.")] = "cpu",
+    device: options.Device = "cpu",
     key: Annotated[
         str | None, typer.Option(help="Which of several networks in the file, such as ema.")
     ] = None,

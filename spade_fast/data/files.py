@@ -1,7 +1,7 @@
 """Reading label maps, photographs and palettes from files."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -80,14 +80,7 @@ def read_palette(path: str | os.PathLike) -> dict[tuple[int, int, int], int]:
     Errors: ValueError, which names the file and the line.
     """
     palette = {}
-    try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is no text file: {error}") from None
-    for number, line in enumerate(lines, start=1):
-        words = line.partition("#")[0].split()
-        if not words:
-            continue
+    for number, line, words in lines_of(path):
         try:
             *colour, label = map(int, words[:4])
             is_right = len(colour) == 3 and label >= 0 and all(0 <= part < 256 for part in colour)
@@ -95,7 +88,7 @@ def read_palette(path: str | os.PathLike) -> dict[tuple[int, int, int], int]:
             is_right = False
         if not is_right:
             raise ValueError(
-                f"{path}, line {number}, is {line.strip()!r}, it should be R G B CLASS: three"
+                f"{path}, line {number}, is {line!r}, it should be R G B CLASS: three"
                 " numbers from 0 to 255 and a class from 0 on"
             )
         if palette.setdefault(tuple(colour), label) != label:
@@ -106,6 +99,19 @@ def read_palette(path: str | os.PathLike) -> dict[tuple[int, int, int], int]:
     if not palette:
         raise ValueError(f"{path} has no colours, it should have lines R G B CLASS")
     return palette
+
+
+def lines_of(path: str | os.PathLike) -> Iterator[tuple[int, str, list[str]]]:
+    """The number, the text and the words of each line of a text file that has words before `#`,
+    which begins a comment. Errors: OSError; ValueError where it is no text.
+    """
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is no text file: {error}") from None
+    for number, line in enumerate(lines, start=1):
+        if words := line.partition("#")[0].split():
+            yield number, line.strip(), words
 
 
 def _classes_of(pixels, palette, path):

@@ -8,6 +8,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from ..data.files import lines_of
 from ..imported import theirs
 from .networks import Network, first_line, given, needed, sha256_of
 
@@ -42,17 +43,10 @@ def read_classes(path: str | os.PathLike) -> dict[int, int | None]:
     Errors: ValueError, which names the file and the line.
     """
     classes = {}
-    try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is no text file: {error}") from None
-    for number, line in enumerate(lines, start=1):
-        words = line.partition("#")[0].split()
-        if not words:
-            continue
+    for number, line, words in lines_of(path):
         if len(words) < 2 or not words[0].isdecimal() or not _is_label(words[1]):
             raise ValueError(
-                f"{path}, line {number}, is {line.strip()!r}, it should be NETWORK_ID LABEL: two"
+                f"{path}, line {number}, is {line!r}, it should be NETWORK_ID LABEL: two"
                 f" numbers from 0 on, or {NO_CLASS} for no label"
             )
         own, label = int(words[0]), None if words[1] == NO_CLASS else int(words[1])

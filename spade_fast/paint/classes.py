@@ -2,9 +2,9 @@
 
 import os
 from dataclasses import dataclass
-from pathlib import Path
 
 from ..data import colours
+from ..data.files import lines_of
 from ..data.pairs import CONVENTIONS
 from ..nn.config import whole_number
 
@@ -117,21 +117,14 @@ def read_classes(path: str | os.PathLike) -> list[tuple[int, str, tuple[int, int
 
     Errors: ValueError, which names the file and the line.
     """
-    try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is no text file: {error}") from None
     found = []
-    for place, line in enumerate(lines, start=1):
-        words = line.partition("#")[0].split()
-        if not words:
-            continue
+    for place, line, words in lines_of(path):
         colour = None
         if len(words) > 4 and all(word.isdecimal() for word in words[-3:]):
             words, colour = words[:-3], tuple(map(int, words[-3:]))
         if len(words) < 2 or not words[0].isdecimal() or max(colour or (0,)) > 255:
             raise ValueError(
-                f"{path}, line {place}, is {line.strip()!r}, it should be CLASS NAME or CLASS NAME"
+                f"{path}, line {place}, is {line!r}, it should be CLASS NAME or CLASS NAME"
                 " R G B: numbers from 0 on, those of the colour up to 255"
             )
         found.append((int(words[0]), " ".join(words[1:]), colour))
