@@ -93,9 +93,9 @@ class Recorder:
                 state = {"trainer": state, "best": self.best, "settings": settings}
                 run.save(trainer.number, state)
                 run.keep(trainer.config.keep, self.best and self.best[0])
-                self._write(GENERATOR, trainer.average)
+                self._write(GENERATOR)
                 if is_best:
-                    self._write(BEST, trainer.average)
+                    self._write(BEST)
                 self._picture(generated, distance)
             except (OSError, ValueError) as error:
                 failure = reason_of(error)
@@ -107,11 +107,13 @@ class Recorder:
         """Writes the generator and the best one as checkpoints have them, since a process may have
         been killed between a checkpoint and these.
         """
-        average = copy.deepcopy(self.trainer.average)
-        self._write(GENERATOR, average)
+        settled(self.trainer.average, self.painter)
+        self._write(GENERATOR)
         if self.best is not None and self.best[0] in self.run.numbers():
+            average = copy.deepcopy(self.trainer.average)
             average.load_state_dict(self.run.load(self.best[0])["trainer"]["average"])
-            self._write(BEST, average)
+            settled(average, self.painter)
+            self._write(BEST)
 
     def _look(self):
         """The average's images of the scenes, and how far they are from the photographs."""
@@ -119,8 +121,8 @@ class Recorder:
         generated = self.scenes.generated(self.painter, self.trainer.networks.encoder)
         return self.scenes.distance(generated, self.trainer.networks.perceptual), generated
 
-    def _write(self, name, average):
-        settled(average, self.painter)
+    def _write(self, name):
+        """Writes the painter, which has been settled: at the published sizes that takes seconds."""
         with written(self.run.path(name)) as path:
             checkpoint.write(self.painter, path)
 
