@@ -292,7 +292,7 @@ def gpu(
 
 @app.command()
 def summary():
-    """The README's table of what was measured and committed, in Markdown."""
+    """The table of what was measured and committed, in Markdown."""
     typer.echo(committed.summary())
 
 

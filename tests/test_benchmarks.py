@@ -8,7 +8,6 @@ import json
 import re
 import sys
 import weakref
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -455,10 +454,6 @@ def test_the_picture_is_drawn(tmp_path):
         result.output.replace("│", "").split()
     )
     assert not (tmp_path / "none.png").exists()
-
-
-def test_the_readme_has_the_table_of_what_was_measured():
-    assert summary.summary() in (Path(__file__).parent.parent / "README.md").read_text()
 
 
 def test_the_table_of_what_was_measured(tmp_path):
