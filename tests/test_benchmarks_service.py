@@ -1,5 +1,6 @@
 """`python -m benchmarks service`: what it measures, and that it gives no speed to a wrong image."""
 
+import dataclasses
 import json
 import sys
 
@@ -41,6 +42,12 @@ def test_what_is_right_is_timed(variant, inputs):
     assert min(row.alone_new, row.alone_known, row.images_per_second) > 0
     assert row.images_per_second < len(row.times) / LOAD.seconds
     assert (0 < row.cache <= 256_000_000) if variant == OURS else row.cache == 0
+
+
+def test_a_cache_that_holds_one_layout_is_kept_to(inputs, monkeypatch):
+    monkeypatch.setattr(inputs, "load", dataclasses.replace(LOAD, cache="400kB"))
+    row = service.measured(OURS, inputs)
+    assert row.matches and row.times and 0 < row.cache <= 400_000
 
 
 def test_no_time_at_all_is_enough_for_old_and_new_weights(inputs):
