@@ -6,16 +6,15 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from .. import data as checking
 from ..progress import progress_bar
 from . import options
 from .tables import table_of
 
 
 def check_data(
-    labels: Annotated[Path, typer.Option(help="Folder of label maps.")],
-    images: Annotated[Path, typer.Option(help="Folder of photographs.")],
-    instances: Annotated[Path | None, typer.Option(help="Folder of instance maps.")] = None,
+    labels: Annotated[Path, options.folder("Folder of label maps.")],
+    images: Annotated[Path, options.folder("Folder of photographs.")],
+    instances: Annotated[Path | None, options.folder("Folder of instance maps.")] = None,
     convention: options.Convention = "folder",
     palette: options.Palette = None,
     num_classes: options.NumClasses = None,
@@ -28,6 +27,8 @@ def check_data(
     classes take, and which --num-classes and --dont-care they need. Exits with 1 where something
     is wrong.
     """
+    from .. import data as checking
+
     try:
         report = checking.check_data(
             labels,

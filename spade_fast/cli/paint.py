@@ -1,14 +1,15 @@
 """The command `spade-fast paint`."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ..paint import Classes, classes_of, demo_classes, serve, train_demo
 from ..progress import progress_bar
-from ..service import Service
-from ..training.run import GENERATOR
+from . import options
+
+if TYPE_CHECKING:
+    from ..paint import Classes
 
 WAITING = 16  # images that wait, of all tabs together; each has one at a time
 
@@ -17,12 +18,13 @@ def paint(
     weights: Annotated[
         Path | None,
         typer.Argument(
-            help="A generator's file or a run's folder; without, a small one is trained first."
+            callback=options.is_there("file or folder"),
+            help="A generator's file or a run's folder; without, a small one is trained first.",
         ),
     ] = None,
     classes: Annotated[
         Path | None,
-        typer.Option(help="Names, and colours: a line CLASS NAME [R G B] for each class."),
+        options.file("Names, and colours: a line CLASS NAME [R G B] for each class."),
     ] = None,
     host: Annotated[
         str, typer.Option(help="Address to listen at; others than 127.0.0.1 let others in.")
@@ -30,6 +32,9 @@ def paint(
     port: Annotated[int, typer.Option(min=1, max=65535)] = 7860,
 ):
     """Paint label maps on a page in your browser, and see the generator's image of them."""
+    from ..paint import classes_of, serve
+    from ..service import Service
+
     try:
         source, known = _generator(weights, classes)
         with Service(source, waiting=WAITING) as service:
@@ -42,8 +47,11 @@ def paint(
         raise typer.Exit(2) from None
 
 
-def _generator(weights: Path | None, classes: Path | None) -> tuple[object, Classes | None]:
+def _generator(weights: Path | None, classes: Path | None) -> "tuple[object, Classes | None]":
     """What a service takes, and its classes where they are known without looking at it."""
+    from ..paint import demo_classes, train_demo
+    from ..training.run import GENERATOR
+
     if weights is not None:
         return (weights / GENERATOR if weights.is_dir() else weights), None
     if classes is not None:
