@@ -201,7 +201,7 @@ class Service:
         taken, left = [], []
         with self._lock:
             while self._jobs and len(taken) < self.batch:
-                request, number = job = self._jobs.popleft()
+                request, _ = job = self._jobs.popleft()
                 if taken and request.kind != taken[0][0].kind:
                     left.append(job)
                 elif request.begins():

@@ -10,7 +10,9 @@ from typing import NamedTuple
 import torch
 
 from ..scopes import Scope
-from . import cpu_backend, cuda_backend, flops, torch_backend, triton_backend  # noqa: F401
+from . import cpu_backend, cuda_backend, flops, torch_backend, triton_backend
+
+flops.register_when_imported()
 
 BEST_FIRST = tuple(
     module.BACKEND for module in (cuda_backend, cpu_backend, triton_backend, torch_backend)

@@ -11,8 +11,6 @@ import sys
 
 import torch
 
-from . import operators, triton_backend  # noqa: F401  they declare the operators
-
 COUNTER = "torch.utils.flop_counter"
 
 
@@ -65,7 +63,9 @@ class WhenImported(importlib.abc.MetaPathFinder):
         return spec
 
 
-if COUNTER in sys.modules:
-    register(sys.modules[COUNTER])
-else:
-    sys.meta_path.insert(0, WhenImported())
+def register_when_imported():
+    """The operators are declared before that."""
+    if COUNTER in sys.modules:
+        register(sys.modules[COUNTER])
+    else:
+        sys.meta_path.insert(0, WhenImported())

@@ -121,7 +121,7 @@ def convolve_gathered(rows, weights, biases, offsets, listed):
 
 
 def joined(weights, biases):
-    """Several convolutions of the same inputs as one: its weight, and its bias where one has one."""
+    """Several convolutions of the same inputs as one: its weight, and its bias if one has one."""
     if len(weights) == 1:
         return weights[0], biases[0]
     if all(bias is None for bias in biases):

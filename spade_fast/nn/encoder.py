@@ -2,6 +2,8 @@
 style, z.
 """
 
+import itertools
+
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -33,7 +35,7 @@ class ConvEncoder(nn.Module):
             whole_number("input_nc", input_nc),
         )
         widths = [input_nc, *(ndf * multiple for multiple in (1, 2, 4, 8, 8, 8))]
-        for number, (before, width) in enumerate(zip(widths, widths[1:]), start=1):
+        for number, (before, width) in enumerate(itertools.pairwise(widths), start=1):
             self.add_module(
                 f"layer{number}", NormalisedConvolution(before, width, 3, stride=2, padding=1)
             )
