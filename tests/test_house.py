@@ -56,3 +56,13 @@ def test_arrows_go_down():
             there = other.split(".")[0]
             if room in ROOMS and there in ROOMS:
                 assert ROOMS.index(there) <= ROOMS.index(room), f"{module} imports {other}"
+
+
+def test_no_test_imports_another():
+    """What tests share is in modules of its own."""
+    for file in Path(__file__).parent.glob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text())):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            found = [name for name in names if name.split(".")[-1].startswith("test_")]
+            assert not found, f"{file.name} imports {', '.join(found)}"
