@@ -431,7 +431,7 @@ def test_layouts_are_drawn_and_read_back(tmp_path):
 
 
 def test_a_painting_is_drawn(tmp_path):
-    assert invoke("painting", tmp_path / "painting.png", "--seconds", 0).exit_code == 0
+    assert invoke("painting", tmp_path / "painting.png", "--steps", 1).exit_code == 0
     with Image.open(tmp_path / "painting.png") as picture:
         assert picture.width > 1000
 
