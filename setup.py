@@ -30,6 +30,7 @@ from torch.utils.cpp_extension import include_paths, library_paths
 
 STABLE_ABI = "-DTORCH_TARGET_VERSION=0x020a000000000000"  # that of torch 2.10
 CPU_FLAGS = [
+    "-g0",  # Python's own flags ask for debug information
     "-std=c++17",
     "-O3",
     "-fopenmp-simd",
