@@ -75,3 +75,21 @@ def test_wheel(compiler, tmp_path):
         str(compiler == "works"),
         *"torch.Size([2, 2, 3])".split(),
     ], run.stderr
+
+
+IMPORTED = """
+import sys, torch
+sys.modules["numpy"] = None  # torch imports it where it is installed; now importing it fails
+before = set(sys.modules)
+import spade_fast
+print(*{name.partition(".")[0] for name in sys.modules.keys() - before})
+"""
+
+
+def test_the_import_brings_nothing_but_itself_and_torch():
+    run = subprocess.run(
+        [sys.executable, "-c", IMPORTED], capture_output=True, text=True, check=True
+    )
+    found = set(run.stdout.split())
+    assert "spade_fast" in found
+    assert not found - {"spade_fast", "torch"} - sys.stdlib_module_names
