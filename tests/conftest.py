@@ -89,6 +89,18 @@ def leave_out_what_is_too_large(request, name):
         )
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item):
+    """A test is skipped where a package that it needs is not installed, or fails where all of them
+    should be.
+    """
+    needed = [name for mark in item.iter_markers("needs") for name in mark.args]
+    missing = [name for name in needed if importlib.util.find_spec(name) is None]
+    if missing:
+        end = pytest.fail if os.environ.get("SPADE_FAST_TEST_ALL") == "1" else pytest.skip
+        end(f"{', '.join(missing)}: not installed, unlike with the extra test-all")
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_pyfunc_call(pyfuncitem):
     """A backend without float64 is not tested in float64."""

@@ -19,8 +19,8 @@ from spade_fast.training import Config
 README = (Path(__file__).parent.parent / "README.md").read_text()
 
 
+@pytest.mark.needs("monai")
 def test_convert_prints_the_table_that_is_shown():
-    pytest.importorskip("monai")
     code, printed = re.search(
         r"## Other people's models.*?```python\n(.*?)```\s+```text\n(.*?)```", README, re.DOTALL
     ).groups()
