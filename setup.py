@@ -30,13 +30,14 @@ from torch.utils.cpp_extension import include_paths, library_paths
 
 STABLE_ABI = "-DTORCH_TARGET_VERSION=0x020a000000000000"  # that of torch 2.10
 CPU_FLAGS = [
-    "-g0",  # Python's own flags ask for debug information
     "-std=c++17",
     "-O3",
     "-fopenmp-simd",
     "-fno-math-errno",
     "-fno-trapping-math",  # without it a leaky ReLU is not vectorised
     "-fvisibility=hidden",
+    # Python's own flags ask for debug information; CXXFLAGS may, too, and stand in their place.
+    *([] if "CXXFLAGS" in os.environ else ["-g0"]),
     STABLE_ABI,
 ]
 CUDA_FLAGS = ["-std=c++17", "-O3", "-Xcompiler=-fPIC,-fvisibility=hidden", "-DUSE_CUDA", STABLE_ABI]
@@ -109,6 +110,8 @@ class BuildAndReport(build_ext):
     def build_extensions(self):
         # It stays between builds, unlike the temporary folder of an editable install.
         self.folder = Path("build", f"ninja-{get_platform()}-{sys.implementation.cache_tag}")
+        if self.force:
+            shutil.rmtree(self.folder, ignore_errors=True)
         self.folder.mkdir(parents=True, exist_ok=True)
         with open(self.folder / "build.ninja", "w") as file:
             writer = Writer(file)
