@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import tarfile
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,8 @@ import pytest
 ROOT = Path(__file__).parent.parent
 OURS = ("PYTHONPATH", "SPADE_FAST_BACKEND", "FORCE_CUDA", "SKIP_CUDA_BUILD")
 ENVIRONMENT = {name: value for name, value in os.environ.items() if name not in OURS}
-MAKE_SDIST = "from setuptools import build_meta; build_meta.build_sdist('dist')"
+MAKE = "from setuptools import build_meta; build_meta.build_{}('dist')"
+NO_COMPILER = {"SKIP_CUDA_BUILD": "1", "CC": "false", "CXX": "false"}
 PROGRAM = """
 import sys
 # The finder of an editable install would find what the wheel lacks in the sources.
@@ -37,11 +39,18 @@ print(*{name.partition(".")[0] for name in sys.modules.keys() - before})
 
 
 @pytest.fixture(scope="module")
-def sdist(tmp_path_factory):
-    source = tmp_path_factory.mktemp("sdist") / "source"
+def source(tmp_path_factory):
+    """A copy of the sources."""
+    folder = tmp_path_factory.mktemp("sources") / "source"
     left = shutil.ignore_patterns(".git", "*.so", "build", "*.egg-info", "__pycache__")
-    shutil.copytree(ROOT, source, ignore=left)
-    subprocess.run([sys.executable, "-c", MAKE_SDIST], cwd=source, check=True, env=ENVIRONMENT)
+    return shutil.copytree(ROOT, folder, ignore=left)
+
+
+@pytest.fixture(scope="module")
+def sdist(source):
+    subprocess.run(
+        [sys.executable, "-c", MAKE.format("sdist")], cwd=source, check=True, env=ENVIRONMENT
+    )
     (found,) = source.glob("dist/*.tar.gz")
     return found
 
@@ -60,12 +69,26 @@ def test_the_sdist_has_all_sources_and_no_tests(sdist):
     assert not [path for path in found if path.parts[:1] in (("tests",), ("benchmarks",))]
 
 
+def test_an_editable_install_is_a_path_that_type_checkers_read(source):
+    subprocess.run(
+        [sys.executable, "-c", MAKE.format("editable")],
+        cwd=source,
+        check=True,
+        env=ENVIRONMENT | NO_COMPILER,
+    )
+    (wheel,) = source.glob("dist/*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        files = [name for name in archive.namelist() if ".dist-info/" not in name]
+        assert [archive.read(name).decode().strip() for name in files] == [str(source)]
+    assert files[0].endswith(".pth")
+
+
 @pytest.mark.parametrize("compiler", ["works", "fails"])
 def test_wheel(compiler, sdist, tmp_path):
     target = tmp_path / "target"
     environment = ENVIRONMENT | {"SKIP_CUDA_BUILD": "1"}  # test_cuda.py compiles every kernel
     if compiler == "fails":
-        environment |= {"CC": "false", "CXX": "false"}
+        environment |= NO_COMPILER
     pip = [sys.executable, "-m", "pip", "--disable-pip-version-check"]
     build = subprocess.run(
         [*pip, "wheel", "-v", "--no-build-isolation", "--no-deps", "-w", tmp_path, sdist],
