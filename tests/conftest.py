@@ -98,7 +98,7 @@ def pytest_runtest_setup(item):
     missing = [name for name in needed if importlib.util.find_spec(name) is None]
     if missing:
         end = pytest.fail if os.environ.get("SPADE_FAST_TEST_ALL") == "1" else pytest.skip
-        end(f"{', '.join(missing)}: not installed, unlike with the extra test-all")
+        end(f"not installed, and in the extra test-all: {', '.join(missing)}")
 
 
 @pytest.hookimpl(wrapper=True)
