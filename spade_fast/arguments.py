@@ -2,8 +2,6 @@
 
 import operator
 
-import numpy as np
-
 
 def whole_number(name: str, value: object, least: int | None = None) -> int:
     """value as an int: Python's, NumPy's, or a tensor of one.
@@ -11,6 +9,8 @@ def whole_number(name: str, value: object, least: int | None = None) -> int:
     Errors: TypeError where it is no whole number, and a bool is none; ValueError where it is
         smaller than `least`.
     """
+    import numpy as np
+
     try:
         if isinstance(value, (bool, np.bool_)):
             raise TypeError
