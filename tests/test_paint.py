@@ -192,6 +192,15 @@ def test_classes_of_the_published_generators():
         True,
     )
     assert [one.number for one in ade.listed] == [*range(1, 151), 0] and ade.background == 0
+    names_of_ade = {one.number: one.name for one in ade.listed}
+    assert [names_of_ade[number] for number in (0, 1, 3, 150)] == [
+        "don't care",
+        "wall",
+        "sky",
+        "flag",
+    ]
+    assert len(set(names_of_ade.values())) == 151
+    assert (opening_scene(ade, (16, 16))[0] == 3).any()
     assert {one.number: one.name for one in streets.listed}[23] == "sky"
     scene = opening_scene(coco, (32, 48))
     assert scene.shape == (32, 48) and scene[0, 0] == 156 and set(scene.flat) <= set(names)

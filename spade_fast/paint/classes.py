@@ -31,6 +31,23 @@ shelf, sky-other, skyscraper, snow, solid-other, stairs, stone, straw, structura
 tent, textile-other, towel, tree, vegetable, wall-brick, wall-concrete, wall-other, wall-panel,
 wall-stone, wall-tile, wall-wood, water-other, waterdrops, window-blind, window-other, wood
 """
+# ADE20K's, of the scene parsing benchmark (Zhou et al. 2017), in the order of their numbers, from 1
+# on: 0 is unlabelled.
+ADE20K = """
+wall, building, sky, floor, tree, ceiling, road, bed, windowpane, grass, cabinet, sidewalk, person,
+earth, door, table, mountain, plant, curtain, chair, car, water, painting, sofa, shelf, house, sea,
+mirror, rug, field, armchair, seat, fence, desk, rock, wardrobe, lamp, bathtub, railing, cushion,
+base, box, column, signboard, chest of drawers, counter, sand, sink, skyscraper, fireplace,
+refrigerator, grandstand, path, stairs, runway, case, pool table, pillow, screen door, stairway,
+river, bridge, bookcase, blind, coffee table, toilet, flower, book, hill, bench, countertop, stove,
+palm, kitchen island, computer, swivel chair, boat, bar, arcade machine, hovel, bus, towel, light,
+truck, tower, chandelier, awning, streetlight, booth, television receiver, airplane, dirt track,
+apparel, pole, land, bannister, escalator, ottoman, bottle, buffet, poster, stage, van, ship,
+fountain, conveyer belt, canopy, washer, plaything, swimming pool, stool, barrel, basket, waterfall,
+tent, bag, minibike, cradle, oven, ball, food, step, tank, trade name, microwave, pot, animal,
+bicycle, lake, dishwasher, screen, blanket, sculpture, hood, sconce, vase, traffic light, tray,
+ashcan, fan, pier, crt screen, plate, monitor, bulletin board, shower, radiator, glass, clock, flag
+"""
 # Cityscapes' (Cordts et al. 2016); the published generator has one number more, which no map uses.
 CITYSCAPES = """
 unlabeled, ego vehicle, rectification border, out of roi, static, dynamic, ground, road, sidewalk,
@@ -70,10 +87,11 @@ class Classes:
         return self.listed[0].number if self.dont_care is None else self.dont_care
 
 
-# By the channels of the published generators: the convention, and names where they are known.
+# By the channels of the published generators: the convention, the names in the order of the numbers,
+# and whether the last channel is that of instances' edges.
 PUBLISHED = {
     184: ("coco_stuff", COCO_STUFF, True),
-    151: ("ade20k", "", False),
+    151: ("ade20k", ADE20K, False),
     36: ("cityscapes", CITYSCAPES, True),
 }
 
