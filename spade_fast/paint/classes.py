@@ -87,8 +87,8 @@ class Classes:
         return self.listed[0].number if self.dont_care is None else self.dont_care
 
 
-# By the channels of the published generators: the convention, the names in the order of the numbers,
-# and whether the last channel is that of instances' edges.
+# By the channels of the published generators: the convention, the names in the order of their
+# numbers, and whether the last channel is that of instances' edges.
 PUBLISHED = {
     184: ("coco_stuff", COCO_STUFF, True),
     151: ("ade20k", ADE20K, False),
