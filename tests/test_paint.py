@@ -350,6 +350,9 @@ def test_classes_of_the_published_generators():
         "flag",
     ]
     assert len(set(names_of_ade.values())) == 151
+    for classes, sky in ((coco, 156), (ade, 3), (streets, 23)):
+        colours = {one.number: one.colour for one in classes.listed}
+        assert colours[sky] == (120, 190, 250) and len(set(colours.values())) == len(colours)
     assert (opening_scene(ade, (16, 16))[0] == 3).any()
     assert {one.number: one.name for one in streets.listed}[23] == "sky"
     scene = opening_scene(coco, (32, 48))
@@ -723,11 +726,11 @@ def test_two_tabs_draw_faster_than_images_are_made(open_page):
             images = [image_of(tab) for tab in tabs]
             assert images == [answer_of(address, tab) for tab in tabs] and images[0] != images[1]
 
-        draw(6)
+        draw(3)
         check()
         requests.clear()
         held.may.clear()
-        draw(6)
+        draw(3)
         until(lambda: len(held._jobs) == 2)
         assert len(requests) == 2
         held.may.set()

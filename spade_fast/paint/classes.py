@@ -1,7 +1,8 @@
 """The classes that one paints with: their numbers, names and colours."""
 
 import os
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 
 from ..data import colours
 from ..data.files import lines_of
@@ -10,6 +11,18 @@ from ..nn.config import whole_number
 
 HIGHEST = 2**16 - 1  # number that a label of 16 bits can be
 GREY = (128, 128, 128)  # of "don't care"
+# Colours that people expect: each is that of the first class with the word in its name.
+NATURAL = {
+    "sky": (120, 190, 250),
+    "sun": (255, 214, 70),
+    "hill": (120, 130, 190),
+    "sea": (40, 110, 200),
+    "sand": (235, 205, 140),
+    "grass": (130, 200, 90),
+    "tree": (30, 120, 60),
+    "vegetation": (30, 140, 60),
+    "house": (205, 90, 75),
+}
 
 # COCO-Stuff's classes (Caesar et al. 2018) in the order of their numbers, from 0 on.
 COCO_STUFF = """
@@ -115,6 +128,10 @@ def classes_of(label_nc: int, file: str | os.PathLike | None = None) -> Classes:
         number: Class(number, name, tuple(map(int, colour)))
         for number, (name, colour) in enumerate(zip(names, colours(count)), -convention.label_shift)
     }
+    for word, colour in NATURAL.items():
+        found = named(listed.values(), word)
+        if found is not None:
+            listed[found.number] = replace(found, colour=colour)
     if convention.dont_care is not None:
         listed[convention.dont_care] = Class(convention.dont_care, "don't care", GREY)
     for one in read_classes(file) if file is not None else ():
@@ -127,6 +144,11 @@ def classes_of(label_nc: int, file: str | os.PathLike | None = None) -> Classes:
         listed[number] = Class(number, name, listed[number].colour if colour is None else colour)
     numbers = convention.dont_care, convention.label_shift
     return Classes(tuple(listed.values()), count, *numbers, has_edges)
+
+
+def named(classes: Iterable[Class], word: str) -> Class | None:
+    """The first class that has the word in its name."""
+    return next((one for one in classes if word in one.name.replace("-", " ").split()), None)
 
 
 def read_classes(path: str | os.PathLike) -> list[tuple[int, str, tuple[int, int, int] | None]]:

@@ -206,20 +206,16 @@ function end() {
 
 function placeOf(event) {
   const box = map.getBoundingClientRect();
-  const scale = Math.min(box.width / width, box.height / height);
-  const x = (event.clientX - box.left - (box.width - scale * width) / 2) / scale;
-  const y = (event.clientY - box.top - (box.height - scale * height) / 2) / scale;
+  const scale = box.width / width;
+  const x = (event.clientX - box.left) / scale, y = (event.clientY - box.top) / scale;
   return [Math.min(width - 0.01, Math.max(0, x)), Math.min(height - 0.01, Math.max(0, y))];
 }
 
 function showRing([x, y]) {
-  const box = map.getBoundingClientRect(), easel = element("easel").getBoundingClientRect();
-  const scale = Math.min(box.width / width, box.height / height);
-  const left = box.left - easel.left + (box.width - scale * width) / 2;
-  const top = box.top - easel.top + (box.height - scale * height) / 2;
+  const scale = map.getBoundingClientRect().width / width;
   const length = ["fill", "pick"].includes(tool) ? 8 : 2 * radius() * scale;
-  ring.style.left = `${left + x * scale}px`;
-  ring.style.top = `${top + y * scale}px`;
+  ring.style.left = `${x * scale}px`;
+  ring.style.top = `${y * scale}px`;
   ring.style.width = ring.style.height = `${Math.max(6, length)}px`;
   ring.hidden = false;
 }
@@ -451,6 +447,7 @@ addEventListener("keydown", (event) => {
   else if (key === "s") saveImage();
 });
 
+document.documentElement.style.setProperty("--aspect", width / height);
 map.width = width;
 map.height = height;
 element("size").max = Math.round(width / 3);
