@@ -785,10 +785,13 @@ def test_a_finger_paints(open_page, address):
         points = [{"x": x, "y": y} for x, y in (at(page, *place) for place in places)]
         finger.send("Input.dispatchTouchEvent", {"type": kind, "touchPoints": points})
 
+    page.evaluate("document.getElementById('status').textContent = 'Short'")
+    box = page.locator("#map").bounding_box()
     touch("touchStart", (0.5, 0.2))
     for step in range(1, 7):
         touch("touchMove", (0.5, 0.2 + step / 10))
     touch("touchEnd")
     assert (labels_of(page)[13:51, 32] == 1).all() and page.evaluate("scrollY") == scrolled
     assert image_of(page) == answer_of(address, page)
+    assert page.locator("#map").bounding_box() == box  # it stays below the finger
     assert page.evaluate("document.documentElement.scrollWidth") <= 390
