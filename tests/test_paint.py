@@ -25,7 +25,16 @@ from spade_fast.cli import app as command
 from spade_fast.cli import paint as painting
 from spade_fast.generation import moments_of
 from spade_fast.nn import SPADEGenerator
-from spade_fast.paint import Class, Classes, app_of, classes_of, listening, read_classes, server
+from spade_fast.paint import (
+    Class,
+    Classes,
+    app_of,
+    classes_of,
+    listening,
+    read_classes,
+    server,
+    server_of,
+)
 from spade_fast.paint.demo import photograph, train_demo
 from spade_fast.paint.scene import draw_scene, opening_scene
 from spade_fast.service import Busy
@@ -496,11 +505,10 @@ def test_the_small_generator_learns():
 @contextlib.contextmanager
 def served(service, **settings):
     """The address of a server in a thread."""
-    uvicorn = pytest.importorskip("uvicorn")
+    pytest.importorskip("uvicorn")
     door = listening(port=0)
     port = door.getsockname()[1]
-    app = app_of(service, classes_for(has_edges=True), port=port, **settings)
-    running = uvicorn.Server(uvicorn.Config(app, log_level="error"))
+    running = server_of(app_of(service, classes_for(has_edges=True), port=port, **settings))
     thread = threading.Thread(target=running.run, kwargs={"sockets": [door]})
     thread.start()
     try:

@@ -7,7 +7,7 @@ photographs, no paths, and writes no files.
 
 from .classes import Class, Classes, classes_of, read_classes
 from .demo import demo_classes, train_demo
-from .server import app_of, listening, serve
+from .server import app_of, listening, serve, server_of
 
 __all__ = [
     "Class",
@@ -18,5 +18,6 @@ __all__ = [
     "listening",
     "read_classes",
     "serve",
+    "server_of",
     "train_demo",
 ]

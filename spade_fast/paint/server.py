@@ -30,6 +30,7 @@ from .classes import HIGHEST, Classes
 from .scene import opening_scene
 
 if TYPE_CHECKING:
+    import uvicorn
     from fastapi import FastAPI
 
 PAGE = {
@@ -177,13 +178,19 @@ def serve(
 
     Errors: as `app_of`; ModuleNotFoundError where uvicorn is missing.
     """
-    uvicorn = _module("uvicorn")
     port = door.getsockname()[1]
-    app = app_of(service, classes, host, port, encoder)
-    config = uvicorn.Config(app, log_level="warning", server_header=False)
+    server = server_of(app_of(service, classes, host, port, encoder))
     ready(f"http://{_in_url(host)}:{port}/")
     with contextlib.suppress(KeyboardInterrupt):
-        uvicorn.Server(config).run(sockets=[door])
+        server.run(sockets=[door])
+
+
+def server_of(app: "FastAPI") -> "uvicorn.Server":
+    """A server, whose `run(sockets=[door])` answers at sockets that listen until its `should_exit`
+    is set. Errors: ModuleNotFoundError where uvicorn is missing.
+    """
+    uvicorn = _module("uvicorn")
+    return uvicorn.Server(uvicorn.Config(app, log_level="warning", server_header=False))
 
 
 class _Painter:
