@@ -3,8 +3,9 @@ numbers.
 
 `SPADE` and `SPADEResnetBlock` replace the published layers, `SPADEGenerator`, `ConvEncoder` and
 `MultiscaleDiscriminator` the networks, `convert` the SPADEs of other models. `spade_modulate` is
-the fused operation beneath them, `Service` one generator for many threads, and `backends()` says which kernels run here and why not the
-others. `spade_fast.reference` is the plain PyTorch of it all.
+the fused operation beneath them, `Service` one generator for many threads, and `backends()` says
+which kernels run here and why not the others. `spade_fast.reference` is the plain PyTorch of it
+all.
 """
 
 from . import checkpoint

@@ -7,6 +7,7 @@ it. So is a layout that is edited meanwhile. A change through `.data` is seen at
 weights and layouts are copies that nobody else has.
 """
 
+import contextvars
 import hashlib
 import math
 import os
@@ -40,6 +41,9 @@ class Service:
     `batch` 1 it has the same bits, whatever else is asked for at the same time. With more, images
     of one size that wait at the same time are computed together, and PyTorch's convolutions of a
     batch may round otherwise than those of one image.
+
+    A scope around its making, such as `use_backend`, holds for its images, whoever asks for them,
+    until that scope ends.
 
     Args:
         weights: a path or a state_dict, as `checkpoint.load` takes it, or a SPADEGenerator. It is
@@ -75,6 +79,7 @@ class Service:
         self._loaded = self._load(weights)
         self._jobs, self._lock = deque(), threading.Lock()
         self._closed = False
+        self._context, self._here = contextvars.copy_context(), threading.local()
         self._pool = ThreadPoolExecutor(threads, "spade_fast.Service")
 
     def generate(self, layout: SemanticLayout, z: torch.Tensor | None = None) -> torch.Tensor:
@@ -88,8 +93,14 @@ class Service:
         Raises:
             ValueError, TypeError: an argument is not as said above; the message names it.
             Busy: as many images wait as may.
-            RuntimeError: the service is closed, or the network fails, such as for lack of memory.
+            RuntimeError: the service is closed, or the network fails, such as for lack of memory;
+                or a Future's callback asks, whose thread would wait for itself: it may `submit`.
         """
+        if getattr(self._here, "computes", False):
+            raise RuntimeError(
+                "generate is called in a callback of a Future, by the thread that computes images:"
+                " it would wait for itself. submit does not wait"
+            )
         return self.submit(layout, z).result()
 
     def submit(self, layout: SemanticLayout, z: torch.Tensor | None = None) -> Future:
@@ -108,7 +119,7 @@ class Service:
                 )
             self._jobs += [(request, number) for number in range(len(request.layouts))]
             for _ in request.layouts:
-                self._pool.submit(self._compute_some)
+                self._pool.submit(self._context.copy().run, self._compute_some)
         return request.future
 
     def reload(self, weights: str | os.PathLike | Mapping | SPADEGenerator) -> None:
@@ -160,6 +171,7 @@ class Service:
 
     def _compute_some(self):
         """Computes the image that waits for longest, and with it others of its kind."""
+        self._here.computes = True
         jobs = self._next_jobs()
         if not jobs:
             return

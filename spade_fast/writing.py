@@ -3,29 +3,46 @@
 import contextlib
 import os
 import re
+import secrets
 from collections.abc import Iterator
 from pathlib import Path
 
-UNFINISHED = ".unfinished"  # at the end of the name of a file that is being written
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
+UNFINISHED = ".unfinished"  # in the name of a file that is being written
 
 
 @contextlib.contextmanager
-def written(path: Path) -> Iterator[Path]:
+def written(path: str | os.PathLike) -> Iterator[Path]:
     """A path to write to inside, which becomes `path` at once after it, when all of it is on the
-    disk; after an error what was there stays. A process that is killed leaves a hidden file, which
-    `remove_unfinished` finds. Errors: OSError, which names the file.
+    disk; after an error what was there stays. Permissions stay too, and where `path` is a link the
+    file that it points to is replaced. Several processes may write one file: the last one's stays.
+    A process that is killed leaves a hidden file, which `remove_unfinished` finds.
+
+    Errors: OSError, which names the file, if there is no such folder, `path` is no file, or the
+        disk is full.
     """
-    unfinished = path.with_name(f".{path.stem}{UNFINISHED}{path.suffix}")
+    suffix, path = Path(path).suffix, Path(os.path.realpath(path))
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"{path.parent} should be a folder to write {path.name} into")
+    if path.is_dir():
+        raise IsADirectoryError(f"{path} is a directory, it should be a file")
+    if path.exists() and not path.is_file():
+        raise OSError(f"{path} is a device or the like, it should be a file")
+    unfinished = path.with_name(f".{secrets.token_hex(8)}{UNFINISHED}{suffix}")
     try:
-        yield unfinished
-        with open(unfinished, "rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(unfinished, path)
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)  # the new name as well
-        finally:
-            os.close(folder)
+        unfinished.touch(exist_ok=False)
+        with _locked(unfinished):
+            permissions = os.stat(path if path.exists() else unfinished).st_mode & 0o777
+            yield unfinished
+            os.chmod(unfinished, permissions)
+            _to_disk(unfinished)
+            os.replace(unfinished, path)
+        if fcntl is not None:  # Windows opens no folder
+            _to_disk(path.parent)  # the new name as well
     except Exception as error:
         raise_of_system(error, path)
         raise
@@ -33,12 +50,34 @@ def written(path: Path) -> Iterator[Path]:
         unfinished.unlink(missing_ok=True)
 
 
+@contextlib.contextmanager
+def _locked(path):
+    """Inside, no other process has the file locked, which Windows does not know. Errors:
+    BlockingIOError where one has.
+    """
+    if fcntl is None:
+        yield
+        return
+    with open(path, "rb") as file:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+
+
+def _to_disk(path):
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 def remove_unfinished(folder: Path) -> None:
-    """Removes what killed processes left half-written in a folder, and not below other folders in
-    it, which may be somebody else's.
+    """Removes what killed processes left half-written in a folder, and neither what another process
+    writes there now nor anything in folders below, which may be somebody else's.
     """
     for path in folder.glob(f".*{UNFINISHED}*"):
-        path.unlink(missing_ok=True)
+        with contextlib.suppress(FileNotFoundError, BlockingIOError), _locked(path):
+            path.unlink()
 
 
 def raise_of_system(error, path):

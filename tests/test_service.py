@@ -10,7 +10,16 @@ import pytest
 import torch
 
 import spade_fast
-from spade_fast import ConvEncoder, SemanticLayout, Service, SPADEGenerator, checkpoint, frozen
+from spade_fast import (
+    ConvEncoder,
+    SemanticLayout,
+    Service,
+    SPADEGenerator,
+    checkpoint,
+    frozen,
+    kernels,
+    use_backend,
+)
 from spade_fast import layout as layouts
 from spade_fast import service as serving
 from spade_fast.nn import tables as tables_of_windows
@@ -420,3 +429,36 @@ def test_a_request_that_is_cancelled(monkeypatch):
             assert called.wait(10) and not first.cancel() and second.cancel()
             third = service.submit(layout_of(2))
         assert len(first.result()) == len(third.result()) == 1
+
+
+def test_the_backend_that_it_was_made_with(monkeypatch):
+    """A thread of a pool begins without the scopes of the one that asks."""
+    used, compute = [], serving.Loaded.compute
+
+    def noting(self, images):
+        used.append(kernels.select(torch.zeros(1, 1, 2, 2)).name)
+        return compute(self, images)
+
+    monkeypatch.setattr(serving.Loaded, "compute", noting)
+    with use_backend("torch"), Service(generator_of()) as service:
+        service.generate(layout_of())
+    with Service(generator_of()) as service, use_backend("torch"):
+        service.generate(layout_of())
+    assert used == ["torch", kernels.select(torch.zeros(1, 1, 2, 2)).name]
+
+
+def test_a_callback_that_would_wait_for_itself_is_told_so():
+    layout, found = layout_of(), []
+
+    def ask_again(future):
+        with pytest.raises(RuntimeError, match="submit does not wait"):
+            service.generate(layout)
+        found.append(service.submit(layout))
+
+    with Service(generator_of()) as service:
+        first = service.submit(layout)
+        first.add_done_callback(ask_again)
+        image = first.result()
+        while not found:
+            time.sleep(0.01)
+        assert found[0].result().equal(image)

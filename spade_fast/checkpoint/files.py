@@ -1,10 +1,8 @@
 """Files of weights: `.safetensors`, or else what torch.save writes, read with weights_only=True."""
 
 import json
-import os
 import pickle
 import re
-import tempfile
 from collections import OrderedDict
 from pathlib import Path
 
@@ -12,9 +10,8 @@ import torch
 import torch.nn as nn
 
 from ..nn.arguments import ENTRY
-from ..writing import raise_of_system
+from ..writing import written
 
-PREFIX = ".spade_fast."  # of a folder beside a file that is being written
 MOST_LISTED = 5  # keys that do not fit, or networks that do, in a message
 
 
@@ -24,7 +21,7 @@ class UnreadableFile(ValueError, pickle.UnpicklingError):
 
 def write(source, path) -> None:
     """Writes a module's state_dict, or a state_dict, to a file: as `.safetensors`, or as torch.save
-    does. What was there stays until all is written, and so do its permissions.
+    does. What was there stays until all is written, and so do its permissions (see `written`).
 
     The state_dict of a network of this package has the arguments that made it in its metadata, and
     so has the file: `load` makes the same network of it. `load_state_dict` and torch.load find
@@ -34,30 +31,14 @@ def write(source, path) -> None:
         exchanged: the message says what. OSError, if there is no such folder, `path` is no file or
         the disk is full; TypeError or what torch.save raises, if something cannot be written.
     """
-    path = Path(os.path.realpath(path))  # what a link points to is written, the link stays
-    if not path.parent.is_dir():
-        raise FileNotFoundError(f"{path.parent} should be a folder to write {path.name} into")
-    if path.is_dir():
-        raise IsADirectoryError(f"{path} is a directory, it should be a file")
-    if path.exists() and not path.is_file():
-        raise OSError(f"{path} is a device or the like, it should be a file")
     weights = source.state_dict() if isinstance(source, nn.Module) else source
     _check_makes_itself(weights)
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=PREFIX) as folder:
-        written = Path(folder, "weights")
-        written.touch()  # with the permissions that new files have
-        permissions = (path if path.exists() else written).stat().st_mode & 0o777
-        try:
-            if _is_safetensors(path):
-                _write_safetensors(weights, written)
-            else:
-                with open(written, "wb") as file:
-                    torch.save(weights, file)
-        except Exception as error:
-            raise_of_system(error, path)
-            raise
-        written.chmod(permissions)
-        os.replace(written, path)
+    with written(path) as unfinished:
+        if _is_safetensors(Path(path)):
+            _write_safetensors(weights, unfinished)
+        else:
+            with open(unfinished, "wb") as file:
+                torch.save(weights, file)
 
 
 def _check_makes_itself(weights):

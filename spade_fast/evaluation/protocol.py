@@ -31,7 +31,7 @@ def check_writable(path: Path) -> None:
 
 def write(result: dict[str, Any], path: str | os.PathLike) -> None:
     """Writes scores and protocol, whole or not at all."""
-    with written(Path(path)) as unfinished:
+    with written(path) as unfinished:
         text = json.dumps(result, indent=2, ensure_ascii=False, allow_nan=False)
         unfinished.write_text(text + "\n", encoding="utf-8")
 

@@ -3,13 +3,12 @@
 import contextlib
 import os
 import re
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 
-from ..checkpoint.files import PREFIX, UnreadableFile, contents
+from ..checkpoint.files import UnreadableFile, contents
 from ..writing import remove_unfinished, written
 from .config import Config
 
@@ -77,8 +76,6 @@ class Run:
                 raise ValueError(f"another process trains in {self.folder}") from None
             for part in ("", CHECKPOINTS, PICTURES):  # not below other folders: they are no run's
                 remove_unfinished(self.path(part))
-            for path in self.folder.glob(f"{PREFIX}*"):
-                shutil.rmtree(path)
             yield
 
     def path(self, *parts: str) -> Path:
