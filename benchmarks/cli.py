@@ -13,11 +13,14 @@ import torch
 import typer
 from rich.progress import Progress
 
+from spade_fast.progress import progress_bar
+
 from . import cuda_proofs, report
 from . import gpu as on_gpu
 from . import launches as counted
 from . import layouts as drawn
 from . import proofs as compiled
+from . import service as served
 from . import summary as committed
 from .cases import CASES, Settings
 from .measure import measure
@@ -32,7 +35,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-RIVALS = ("torch.compile",)
+RIVALS = ("torch.compile", "ONNX Runtime")
 COMPILE_MODES = {mode: mode for mode in ("default", "reduce-overhead", "max-autotune")}
 DTYPES = {
     "float32": torch.float32,
@@ -157,21 +160,55 @@ def run(
                 report.save_json(
                     json, facts, rows
                 )  # each time: what is stopped has not measured in vain
-    console.print(report.tables(rows))
-    for row in rows:
-        if row.failure:
-            console.print(
-                f"{row.case} {row.problem} {row.mode}, {row.variant} failed: {row.failure}",
-                markup=False,
-            )
-    for key, value in facts.items():
-        console.print(f"{key}: {value}", highlight=False, markup=False)
+    show(console, report.tables(rows), rows, facts)
     if plot is not None and any(row.times for row in rows):
         report.save_chart(plot, facts, rows)
     elif plot is not None:
         console.print(f"{plot} is not drawn: nothing was timed", markup=False)
-    if not all(row.matches for row in rows if row.variant not in RIVALS):
-        raise typer.Exit(1)
+    exit_unless_right(rows)
+
+
+@app.command()
+def service(
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Small images and three layouts, at most 2 seconds.")
+    ] = False,
+    seconds: Annotated[
+        float, typer.Option(min=0, help="How long all clients ask each server.")
+    ] = 60,
+    clients: Annotated[int, typer.Option(min=1, help="Threads that ask at the same time.")] = 8,
+    layouts: Annotated[int, typer.Option(min=1, help="Drawn scenes that are asked for.")] = 6,
+    cache: Annotated[str, typer.Option(help="The service's, such as 256MB.")] = "256MB",
+    json: Annotated[
+        Path | None, typer.Option(help="Write everything that was measured to this file.")
+    ] = None,
+):
+    """Check, then time, a service under clients that ask at the same time, with a reload of other
+    weights in the middle; beside a lock around the published network, and ONNX Runtime. Exits with
+    1 where a row of ours or of eager does not match.
+    """
+    try:
+        served.bytes_of("cache", cache)
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint="--cache") from None
+    if json is not None:
+        check_folder("--json", json)
+    load = served.Load(seconds, clients, layouts, cache)
+    if quick:
+        load = served.Load(min(seconds, 2), clients, min(layouts, 3), cache, size=64)
+    facts = report.environment(Settings()) | {"onnxruntime": served.version()}
+    rows, console = [], console_of_any_width()
+    inputs = served.Inputs(load)
+    with Progress(console=console, transient=True) as progress:
+        task = progress.add_task("", total=len(served.SERVERS))
+        for variant in served.SERVERS:
+            progress.update(task, description=variant)
+            rows.append(served.measured(variant, inputs))
+            progress.advance(task)
+            if json is not None:
+                report.save_json(json, facts, rows)
+    show(console, served.table(rows), rows, facts)
+    exit_unless_right(rows)
 
 
 @app.command()
@@ -292,26 +329,20 @@ def gpu(
 
 @app.command()
 def summary():
-    """The README's table of what was measured and committed, in Markdown."""
+    """The table of what was measured and committed, in Markdown."""
     typer.echo(committed.summary())
 
 
 @app.command()
 def painting(
     file: Annotated[Path, typer.Argument(help="The PNG that is drawn.")],
-    seconds: Annotated[float, typer.Option(min=0, help="How long the generator is trained.")] = 60,
+    steps: Annotated[int, typer.Option(min=1, help="How long the generator is trained.")] = 140,
 ):
-    """Train a small generator to paint drawn scenes, and draw three layouts above what it makes of
+    """Train the small generator of `spade-fast paint`, and draw label maps above its images of
     them.
     """
     check_folder("FILE", file)
-    with Progress(transient=True) as progress:
-        task = progress.add_task("training", total=None)
-        save_painting(
-            file,
-            seconds,
-            lambda step, loss: progress.update(task, description=f"step {step}, loss {loss:.3f}"),
-        )
+    save_painting(file, steps, functools.partial(progress_bar, words="Training"))
 
 
 @app.command()
@@ -353,6 +384,24 @@ def picture(
         ),
         size,
     )
+
+
+def show(console, tables, rows, facts):
+    """Prints the tables of measured rows, what failed, and what a reader must know of them."""
+    console.print(tables)
+    for row in rows:
+        if row.failure:
+            console.print(
+                f"{row.case} {row.problem} {row.mode}, {row.variant} failed: {row.failure}",
+                markup=False,
+            )
+    for key, value in facts.items():
+        console.print(f"{key}: {value}", highlight=False, markup=False)
+
+
+def exit_unless_right(rows):
+    if not all(row.matches for row in rows if row.variant not in RIVALS):
+        raise typer.Exit(1)
 
 
 def conclude(module, proofs):

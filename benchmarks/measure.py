@@ -178,13 +178,14 @@ def gradient_scales(truth):
 
 def time_interleaved(rows, runs, problem, device, seconds):
     """Times one call of each variant a round, every round beginning with another variant, until
-    `seconds` are over: 5 to MOST_ROUNDS rounds, and each scene at least once.
+    `seconds` are over: the problem's least_rounds to MOST_ROUNDS rounds, and each scene at least
+    once.
     """
     for name, run in runs.items():
         problem.prepare(name)
         run()
     names, began, rounds = list(runs), time.perf_counter(), 0
-    while rounds < max(5, len(problem.scenes)) or (
+    while rounds < max(problem.least_rounds, len(problem.scenes)) or (
         rounds < MOST_ROUNDS and time.perf_counter() - began < seconds
     ):
         problem.scene = rounds % len(problem.scenes)

@@ -1,4 +1,4 @@
-"""The README's table of what was measured, made from benchmarks/results/: what is not there is said
+"""The table of what was measured (docs/pages/benchmarks.md), made from benchmarks/results/: what is not there is said
 to be not measured yet.
 """
 

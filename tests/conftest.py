@@ -2,6 +2,7 @@
 
 import contextlib
 import importlib.util
+import itertools
 import os
 
 if "PYTEST_XDIST_WORKER" in os.environ:
@@ -87,6 +88,42 @@ def leave_out_what_is_too_large(request, name):
             "this many elements take Triton's interpreter minutes; test_triton.py has the same in"
             " small"
         )
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """Marks as "full" the cases of a test's matrix that the ordinary run leaves out: in it, every
+    two values of two parameters meet, not every value with all others.
+    """
+    matrices = {}
+    for item in items:
+        if hasattr(item, "callspec"):
+            matrices.setdefault((item.path, item.originalname), []).append(item)
+    for matrix in matrices.values():
+        kept = covering_pairs([pairs_of(item) for item in matrix])
+        for number, item in enumerate(matrix):
+            if number not in kept:
+                item.add_marker("full")
+
+
+def pairs_of(item):
+    """Every two values of a case's parameters: those of one list are the same objects in all."""
+    values = [(name, id(value)) for name, value in item.callspec.params.items()]
+    return set(itertools.combinations(values, 2))
+
+
+def covering_pairs(cases):
+    """Numbers of cases that have all the pairs that all cases have, few of them: those that have
+    the most new ones first.
+    """
+    kept, met = set(), set()
+    for least in range(max(map(len, cases)), -1, -1):
+        for number, pairs in enumerate(cases):
+            is_alone = not pairs and least == 0  # one parameter: each of its values
+            if is_alone or (least > 0 and len(pairs - met) >= least):
+                kept.add(number)
+                met |= pairs
+    return kept
 
 
 @pytest.hookimpl(wrapper=True)

@@ -2,7 +2,7 @@
 raises, or agrees with plain PyTorch.
 
 FUZZ_EXAMPLES says how many examples of each there are; a few by default, always the same ones. A
-wrong read or write shows best under AddressSanitizer: README.md, "Check".
+wrong read or write shows best under AddressSanitizer: docs/pages/design.md.
 """
 
 import os
