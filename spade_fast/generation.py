@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -53,7 +53,7 @@ class Maps(NamedTuple):
     palette: Palette | None
     num_classes: int | None
     dont_care: int | None
-    instances: Path | bool | None  # a folder; None: those of the convention; False: none
+    instances: Path | Literal[False] | None  # a folder; None: those of the convention; False: none
 
 
 def generate(
@@ -131,9 +131,10 @@ def generate(
                 f"out is {out}, it should not be in the folder of {name}, {folder}: images would be"
                 " taken for maps"
             )
+    source: Any = weights  # what neither takes is refused there
     if loading:
-        weights = checkpoint.load(weights, **loading)
-    with Service(weights, batch=batch, dtype=dtype, device=device, waiting=MOST_WAITING) as service:
+        source = checkpoint.load(source, **loading)
+    with Service(source, batch=batch, dtype=dtype, device=device, waiting=MOST_WAITING) as service:
         return generate_with(
             service,
             labels,
@@ -181,6 +182,7 @@ def generate_with(
             " images"
         )
     maps = with_classes(maps, arguments["label_nc"])
+    assert maps.num_classes is not None
     height, width = service.image_size
     preparation = Preparation(
         maps.num_classes,
@@ -274,6 +276,7 @@ class Styles:
     def _one(self, name, sample):
         seed = hashlib.blake2b(f"{self.seed} {sample} {name}".encode(), digest_size=7).digest()
         random = torch.Generator().manual_seed(int.from_bytes(seed, "big"))
+        assert self.z_dim is not None
         noise = torch.randn(self.z_dim, generator=random)
         if self.moments is None:
             return noise

@@ -88,14 +88,16 @@ def classes_of(label_nc: int, file: str | os.PathLike | None = None) -> Classes:
     Errors: ValueError where the file is not so, or names a number that is no class.
     """
     label_nc = whole_number("label_nc", label_nc)
-    name, names, has_edges = PUBLISHED.get(label_nc, ("folder", "", False))
+    name, known, has_edges = PUBLISHED.get(label_nc, ("folder", "", False))
     convention = CONVENTIONS[name]
     count = convention.num_classes or label_nc
-    names = [one.strip() for one in names.split(",")] if names else []
+    names = [one.strip() for one in known.split(",")] if known else []
     names += [f"class {number - convention.label_shift}" for number in range(len(names), count)]
     listed = {
-        number: Class(number, name, tuple(map(int, colour)))
-        for number, (name, colour) in enumerate(zip(names, colours(count)), -convention.label_shift)
+        number: Class(number, name, (int(red), int(green), int(blue)))
+        for number, (name, (red, green, blue)) in enumerate(
+            zip(names, colours(count)), -convention.label_shift
+        )
     }
     if convention.dont_care is not None:
         listed[convention.dont_care] = Class(convention.dont_care, "don't care", GREY)
@@ -119,9 +121,10 @@ def read_classes(path: str | os.PathLike) -> list[tuple[int, str, tuple[int, int
     """
     found = []
     for place, line, words in lines_of(path):
-        colour = None
+        colour: tuple[int, int, int] | None = None
         if len(words) > 4 and all(word.isdecimal() for word in words[-3:]):
-            words, colour = words[:-3], tuple(map(int, words[-3:]))
+            red, green, blue = map(int, words[-3:])
+            words, colour = words[:-3], (red, green, blue)
         if len(words) < 2 or not words[0].isdecimal() or max(colour or (0,)) > 255:
             raise ValueError(
                 f"{path}, line {place}, is {line!r}, it should be CLASS NAME or CLASS NAME"

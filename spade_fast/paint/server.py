@@ -212,7 +212,7 @@ class _Doorman:
 
     def _refusal(self, scope):
         """Status and words for a request that is refused, else None."""
-        headers = {}
+        headers: dict[str, list[str]] = {}
         for name, text in scope["headers"]:
             headers.setdefault(name.decode("latin-1"), []).append(text.decode("latin-1"))
         hosts, origins = headers.get("host", []), headers.get("origin", [])
