@@ -3,8 +3,6 @@
 import operator
 from typing import SupportsIndex
 
-import numpy as np
-
 
 def whole_number(name: str, value: object, least: int | None = None) -> int:
     """value as an int: Python's, NumPy's, or a tensor of one.
@@ -12,6 +10,8 @@ def whole_number(name: str, value: object, least: int | None = None) -> int:
     Errors: TypeError where it is no whole number, and a bool is none; ValueError where it is
         smaller than `least`.
     """
+    import numpy as np
+
     try:
         if isinstance(value, (bool, np.bool_)) or not isinstance(value, SupportsIndex):
             raise TypeError

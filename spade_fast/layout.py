@@ -9,9 +9,8 @@ for each code. The condition itself is never made.
 
 import sys
 from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch.utils.data._utils.collate import default_collate_fn_map
@@ -21,6 +20,9 @@ from .arguments import whole_number
 from .identity import state_of, with_version
 from .kernels.numbering import resize_codes
 from .streams import Made, made_here, read_here
+
+if TYPE_CHECKING:
+    import numpy as np
 
 LARGEST_KERNEL = 7  # taps per axis of a window
 
@@ -165,9 +167,9 @@ class SemanticLayout:
     @classmethod
     def from_labels(
         cls,
-        labels: torch.Tensor | np.ndarray,
+        labels: "torch.Tensor | np.ndarray",
         num_classes: int,
-        instances: torch.Tensor | np.ndarray | None = None,
+        instances: "torch.Tensor | np.ndarray | None" = None,
         dont_care: int | None = None,
     ) -> "SemanticLayout":
         """The one-hot layout of a label map, with the instance-edge channel of the published
@@ -290,7 +292,7 @@ class SemanticLayout:
         return stack
 
     def __getitem__(
-        self, images: int | slice | list | np.ndarray | torch.Tensor
+        self, images: "int | slice | list | np.ndarray | torch.Tensor"
     ) -> "SemanticLayout":
         """The layout of some images of the batch, in the order in which they are named, with the
         codes that they have. Its windows are found anew.
@@ -824,6 +826,8 @@ def _compact(numbers, bound):
 
 def _label_map(name, values):
     """values as an int64 tensor [N, *spatial]."""
+    import numpy as np
+
     if isinstance(values, np.ma.MaskedArray):
         raise TypeError(f"{name} is a masked array, it should have a number everywhere: fill it")
     if isinstance(values, np.ndarray):
@@ -947,6 +951,8 @@ def _whole_number_for_each_axis(name, values, axes):
 
 def _numbers_of_images(images, count):
     """The numbers of the images that an index names among `count`, as a list."""
+    import numpy as np
+
     if isinstance(images, slice):
         return list(range(count))[images]
     found = images.tolist() if isinstance(images, (torch.Tensor, np.ndarray)) else images

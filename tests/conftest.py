@@ -126,6 +126,18 @@ def covering_pairs(cases):
     return kept
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item):
+    """A test is skipped where a package that it needs is not installed, or fails where all of them
+    should be.
+    """
+    needed = [name for mark in item.iter_markers("needs") for name in mark.args]
+    missing = [name for name in needed if importlib.util.find_spec(name) is None]
+    if missing:
+        end = pytest.fail if os.environ.get("SPADE_FAST_TEST_ALL") == "1" else pytest.skip
+        end(f"not installed, and in the extra test-all: {', '.join(missing)}")
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_pyfunc_call(pyfuncitem):
     """A backend without float64 is not tested in float64."""

@@ -91,7 +91,7 @@ def test_what_is_wrong_gets_no_speed(monkeypatch, tmp_path):
         "discriminator",
         "training",
         "converted",
-        "monai",
+        pytest.param("monai", marks=pytest.mark.needs("monai", "einops")),
     ],
 )
 def test_every_quick_case_matches_but_for_the_compiler(case):

@@ -24,10 +24,7 @@ from spade_fast.paint.scene import draw_scene, opening_scene
 from spade_fast.service import Busy
 from spade_fast.training.pictures import picture
 
-pytest.importorskip("fastapi")
-pytest.importorskip("httpx")
-from fastapi.testclient import TestClient
-
+pytestmark = pytest.mark.needs("fastapi", "httpx", "uvicorn")
 OURS = "http://127.0.0.1:7860"
 STAGES = [("head", 16, 1), ("up_0", 8, 2), ("up_1", 4, 2), ("up_2", 1, 2)]
 SMALL = dict(z_dim=4, ngf=1, nhidden=4, stages=STAGES)  # images of 64 × 64
@@ -48,9 +45,15 @@ def service():
         yield service
 
 
+def client_of(app, base_url=OURS):
+    from fastapi.testclient import TestClient
+
+    return TestClient(app, base_url=base_url)
+
+
 @pytest.fixture
 def client(service):
-    return TestClient(app_of(service, classes_for(has_edges=True)), base_url=OURS)
+    return client_of(app_of(service, classes_for(has_edges=True)))
 
 
 def drawn(kind=np.uint8, count=3):
@@ -105,7 +108,7 @@ def test_who_does_not_belong_is_refused(client):
 
 def test_addresses_are_let_in_where_all_of_them_are_listened_at(service):
     app = app_of(service, classes_for(has_edges=True), "0.0.0.0", 80)
-    client = TestClient(app, base_url="http://192.168.1.5")
+    client = client_of(app, "http://192.168.1.5")
     assert client.get("/").status_code == 200
     assert client.get("/", headers={"Host": "evil.example"}).status_code == 403
 
@@ -154,7 +157,7 @@ class Failing:
 )
 def test_an_image_that_is_not_made(service, error, status):
     app = app_of(Failing(service, error), classes_for(has_edges=True))
-    answer = TestClient(app, base_url=OURS).post("/image", content=bytes(4096))
+    answer = client_of(app).post("/image", content=bytes(4096))
     assert answer.status_code == status and str(error) in answer.json()["detail"]
     assert (answer.headers.get("retry-after") == "1") == (status == 503)
 
@@ -238,7 +241,6 @@ def test_the_command_says_what_is_wrong(tmp_path, monkeypatch):
 
 
 def test_the_small_generator_learns():
-    pytest.importorskip("accelerate")
     generator = train_demo(size=64, steps=30)
     scene = draw_scene((64, 64), 1000)
     wanted = photograph(scene, 1000).astype(float)
@@ -251,7 +253,8 @@ def test_the_small_generator_learns():
 @pytest.fixture
 def address(service):
     """The address of a server in a thread."""
-    uvicorn = pytest.importorskip("uvicorn")
+    import uvicorn
+
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -303,12 +306,14 @@ def draw_stroke(page, start, end):
     page.mouse.up()
 
 
+@pytest.mark.needs("playwright")
 def test_the_page_in_a_browser(address, tmp_path):
+    from playwright.sync_api import sync_playwright
+
     chromium = shutil.which("chromium")
     if chromium is None:
         pytest.skip("chromium is not installed")
-    playwright = pytest.importorskip("playwright.sync_api")
-    with playwright.sync_playwright() as running:
+    with sync_playwright() as running:
         browser = running.chromium.launch(
             executable_path=chromium, args=["--no-sandbox", "--disable-gpu"]
         )

@@ -1,9 +1,9 @@
 """What `convert` did, module by module."""
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-from rich.console import Console
-from rich.table import Table
+if TYPE_CHECKING:
+    from rich.table import Table
 
 WIDTH = 80
 
@@ -25,12 +25,16 @@ class Report(tuple[Entry, ...]):
     """
 
     def __str__(self) -> str:
+        from rich.console import Console
+
         console = Console(width=WIDTH, color_system=None)
         with console.capture() as capture:
             console.print(self.__rich__())
         return capture.get().rstrip()
 
-    def __rich__(self) -> Table | str:
+    def __rich__(self) -> "Table | str":
+        from rich.table import Table
+
         if not self:
             return (
                 "No SPADE was found: no module has convolutions for gamma and beta beside a norm."

@@ -20,10 +20,12 @@ MOST_TAPS = 343  # of a convolution at windows: which rows a window sees is kept
 def _load():
     """Loads the library, which registers its kernels; why it cannot be, or None."""
     if torch.version.cuda is None:
-        return "this PyTorch is built without CUDA"
+        return "this PyTorch has no CUDA; beside it these kernels are built with FORCE_CUDA=1 only"
     found = sorted(Path(__file__).parent.parent.glob("_cuda.*"))
     if not found:
-        return operators.not_built("spade_fast._cuda", "nvcc of CUDA's toolkit")
+        return operators.not_built(
+            "spade_fast._cuda", "nvcc of CUDA's toolkit and a PyTorch with CUDA"
+        )
     try:
         torch.ops.load_library(found[0])
     except OSError as error:
