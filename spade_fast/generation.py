@@ -119,8 +119,8 @@ def generate(
     if isinstance(weights, (str, os.PathLike)) and Path(weights).is_dir():
         run, weights = Run(weights), Path(weights, GENERATOR)
     maps = _maps_of(run, labels, instances, convention, palette)
-    if run is not None and style is not None and encoder is None and run.numbers():
-        encoder = checkpoint.load(run.checkpoint(run.numbers()[-1]), key="encoder")
+    if run is not None and style is not None and encoder is None:
+        encoder = encoder_of_run(run)
     maps = maps._replace(
         num_classes=maps.num_classes if num_classes is None else num_classes,
         dont_care=maps.dont_care if dont_care is None else dont_care,
@@ -265,7 +265,7 @@ class Styles:
                 " and all samples would be the same"
             )
         if style is not None:
-            self.moments = self._encoded(style, encoder, size)
+            self.moments = moments_of(encoder_of(encoder, z_dim), read_photograph(style), size)
 
     def __call__(self, name: str, samples: Iterable[int]) -> torch.Tensor | None:
         """z [M, z_dim] of these samples, float32 on the CPU; None for a generator without."""
@@ -283,30 +283,54 @@ class Styles:
         mean, deviation = self.moments
         return mean if sample == 0 else mean + noise * deviation
 
-    def _encoded(self, style, encoder, size):
-        """Mean and standard deviation of a photograph's z."""
-        is_network = isinstance(encoder, torch.nn.Module)
-        network = encoder if is_network else checkpoint.load(encoder)
-        if not isinstance(network, ConvEncoder):
-            raise ValueError(
-                f"encoder is the weights of a {type(network).__name__}, they should be an encoder's"
-            )
-        length = network.arguments["z_dim"]
-        if length != self.z_dim:
-            wanted = "takes none" if self.z_dim is None else f"has z_dim {self.z_dim}"
-            raise ValueError(
-                f"encoder makes z of length {length}, and the generator {wanted}: they should be of"
-                " one run"
-            )
-        # Its labels are not looked at.
-        preparation = Preparation(
-            1, mode="fixed", crop_size=size[1], aspect_ratio=size[1] / size[0]
+
+def encoder_of_run(run: Run) -> ConvEncoder | None:
+    """The encoder of a run's newest checkpoint, None where there is none, or it trains none.
+    Errors: FileNotFoundError, ValueError: the run's settings or the checkpoint cannot be read.
+    """
+    numbers = run.numbers()
+    if not numbers or not run.settings().use_vae:
+        return None
+    return checkpoint.load(run.checkpoint(numbers[-1]), key="encoder")
+
+
+def encoder_of(
+    encoder: str | os.PathLike | Mapping | ConvEncoder, z_dim: int | None
+) -> ConvEncoder:
+    """The encoder, or the one with these weights, for a generator whose z has length z_dim, or that
+    takes none. Errors: ValueError where it is no encoder, or of other generators or images.
+    """
+    is_network = isinstance(encoder, torch.nn.Module)
+    network = encoder if is_network else checkpoint.load(encoder)
+    if not isinstance(network, ConvEncoder):
+        raise ValueError(
+            f"encoder is the weights of a {type(network).__name__}, they should be an encoder's"
         )
-        photograph = read_photograph(style)
-        _, image = preparation(np.zeros(photograph.size[::-1], np.uint8), photograph)
-        with torch.no_grad():
-            mean, logvar = network(image)
-        return mean[0], (0.5 * logvar[0]).exp()
+    length, channels = network.arguments["z_dim"], network.arguments["input_nc"]
+    if length != z_dim:
+        wanted = "takes none" if z_dim is None else f"has z_dim {z_dim}"
+        raise ValueError(
+            f"encoder makes z of length {length}, and the generator {wanted}: they should be of"
+            " one run"
+        )
+    if channels != 3:
+        raise ValueError(f"encoder takes {channels} channels, it should take a photograph's 3")
+    return network
+
+
+def moments_of(
+    encoder: ConvEncoder, photograph: Image.Image, size: tuple[int, int]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and standard deviation [z_dim] of a photograph's z.
+
+    size: height and width that the photograph is resized to, as in training.
+    """
+    # Its labels are not looked at.
+    preparation = Preparation(1, mode="fixed", crop_size=size[1], aspect_ratio=size[1] / size[0])
+    _, image = preparation(np.zeros(photograph.size[::-1], np.uint8), photograph)
+    with torch.no_grad():
+        mean, logvar = encoder(image)
+    return mean[0], (0.5 * logvar[0]).exp()
 
 
 class _Painter:

@@ -88,6 +88,7 @@ def test_what_is_wrong_gets_no_speed(monkeypatch, tmp_path):
         "block",
         "generator",
         "generate",
+        "paint",
         "discriminator",
         "training",
         "converted",
@@ -108,7 +109,7 @@ def test_every_quick_case_matches_but_for_the_compiler(case):
         rounds = 3 if case == "generate" else 5
         assert all(len(row.times) >= rounds and row.peak_memory > 0 for row in rows if row.matches)
         assert (
-            case in ("generate", "discriminator", "training", "converted", "monai")
+            case in ("generate", "paint", "discriminator", "training", "converted", "monai")
             or min(row.overhead for row in rows if row.variant.startswith("floor")) == 1
         )
         if problem.mode == BACKWARD and case in ("block", "generator"):

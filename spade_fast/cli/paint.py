@@ -5,10 +5,11 @@ from typing import Annotated
 
 import typer
 
-from ..paint import Classes, classes_of, demo_classes, serve, train_demo
+from ..generation import encoder_of_run
+from ..paint import Classes, classes_of, demo_classes, listening, serve, train_demo
 from ..progress import progress_bar
 from ..service import Service
-from ..training.run import GENERATOR
+from ..training.run import GENERATOR, Run
 
 WAITING = 16  # images that wait, of all tabs together; each has one at a time
 
@@ -20,6 +21,10 @@ def paint(
             help="A generator's file or a run's folder; without, a small one is trained first."
         ),
     ] = None,
+    encoder: Annotated[
+        Path | None,
+        typer.Option(help="Its weights, for the style of a photograph; a run has them."),
+    ] = None,
     classes: Annotated[
         Path | None,
         typer.Option(help="Names, and colours: a line CLASS NAME [R G B] for each class."),
@@ -29,25 +34,51 @@ def paint(
     ] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=1, max=65535)] = 7860,
 ):
-    """Paint label maps on a page in your browser, and see the generator's image of them."""
+    """Paint label maps on a page in your browser, and see the generator's image of them. Exits with
+    1 where it cannot listen at the port.
+    """
     try:
-        source, known = _generator(weights, classes)
-        with Service(source, waiting=WAITING) as service:
-            if known is None:
-                known = classes_of(service.generator_arguments["label_nc"], classes)
-            typer.echo(f"Paint at http://{host}:{port}/ (Ctrl-C ends it)")
-            serve(service, known, host, port)
+        door = listening(host, port)
+    except OSError as error:
+        typer.echo(f"Error: {error}", err=True)
+        raise typer.Exit(1) from None
+    try:
+        with door:
+            _paint(weights, encoder, classes, door, host)
     except (ValueError, TypeError, OSError, RuntimeError, ModuleNotFoundError) as error:
         typer.echo(f"Error: {error}", err=True)
         raise typer.Exit(2) from None
 
 
-def _generator(weights: Path | None, classes: Path | None) -> tuple[object, Classes | None]:
-    """What a service takes, and its classes where they are known without looking at it."""
+def _paint(weights, encoder, classes, door, host):
+    source, known = _generator(weights, {"classes": classes, "encoder": encoder})
+    if encoder is None and weights is not None and weights.is_dir():
+        encoder = encoder_of_run(Run(weights))
+    with Service(source, waiting=WAITING) as service:
+        if known is None:
+            known = classes_of(service.generator_arguments["label_nc"], classes)
+        serve(
+            service,
+            known,
+            door,
+            host,
+            encoder,
+            lambda at: typer.echo(f"Paint at {at} (Ctrl-C ends it)"),
+        )
+
+
+def _generator(
+    weights: Path | None, options: dict[str, Path | None]
+) -> tuple[object, Classes | None]:
+    """What a service takes, and its classes where they are known without looking at it.
+
+    options: by name, those that the small generator does not take.
+    """
     if weights is not None:
         return (weights / GENERATOR if weights.is_dir() else weights), None
-    if classes is not None:
-        raise ValueError("classes is given without weights: the small generator has its own")
+    for name, value in options.items():
+        if value is not None:
+            raise ValueError(f"{name} is given without weights, which it should belong to")
     typer.echo("No weights are given: training a small generator on drawn scenes, about 15 s.")
     generator = train_demo(progress=lambda found, count: progress_bar(found, count, "Training"))
     return generator, demo_classes()
