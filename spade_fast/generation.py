@@ -264,7 +264,7 @@ class Styles:
                 f"samples is {samples}, it should be 1: this generator begins with the condition,"
                 " and all samples would be the same"
             )
-        if style is not None:
+        if style is not None and encoder is not None:
             self.moments = moments_of(encoder_of(encoder, z_dim), read_photograph(style), size)
 
     def __call__(self, name: str, samples: Iterable[int]) -> torch.Tensor | None:
@@ -291,7 +291,9 @@ def encoder_of_run(run: Run) -> ConvEncoder | None:
     numbers = run.numbers()
     if not numbers or not run.settings().use_vae:
         return None
-    return checkpoint.load(run.checkpoint(numbers[-1]), key="encoder")
+    encoder = checkpoint.load(run.checkpoint(numbers[-1]), key="encoder")
+    assert isinstance(encoder, ConvEncoder)
+    return encoder
 
 
 def encoder_of(
@@ -300,8 +302,7 @@ def encoder_of(
     """The encoder, or the one with these weights, for a generator whose z has length z_dim, or that
     takes none. Errors: ValueError where it is no encoder, or of other generators or images.
     """
-    is_network = isinstance(encoder, torch.nn.Module)
-    network = encoder if is_network else checkpoint.load(encoder)
+    network = encoder if isinstance(encoder, torch.nn.Module) else checkpoint.load(encoder)
     if not isinstance(network, ConvEncoder):
         raise ValueError(
             f"encoder is the weights of a {type(network).__name__}, they should be an encoder's"

@@ -130,10 +130,10 @@ def classes_of(label_nc: int, file: str | os.PathLike | None = None) -> Classes:
             zip(names, colours(count)), -convention.label_shift
         )
     }
-    for word, colour in NATURAL.items():
+    for word, natural in NATURAL.items():
         found = named(listed.values(), word)
         if found is not None:
-            listed[found.number] = replace(found, colour=colour)
+            listed[found.number] = replace(found, colour=natural)
     if convention.dont_care is not None:
         listed[convention.dont_care] = Class(convention.dont_care, "don't care", GREY)
     for one in read_classes(file) if file is not None else ():
