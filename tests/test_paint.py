@@ -380,6 +380,17 @@ def test_classes_of_the_published_generators():
     assert opening_scene(classes_of(2), (16, 16)).max() == 1
 
 
+def test_classes_of_a_run():
+    """As its settings say, whatever the number of channels looks like."""
+    common = {"labels": "l", "images": "i", "out": "o"}
+    own = classes_of(36, settings=Config(num_classes=34, dont_care=7, instances="n", **common))
+    assert (own.num_classes, own.dont_care, own.has_edges) == (34, 7, True)
+    assert {one.number: one.name for one in own.listed}[7] == "don't care" and len(own.listed) == 34
+    coco = classes_of(183, settings=Config(convention="coco_stuff", **common))
+    assert (coco.num_classes, coco.dont_care, coco.has_edges) == (182, 255, False)
+    assert coco.listed[0].name == "person"
+
+
 def test_classes_of_a_file(tmp_path):
     file = tmp_path / "classes.txt"
     file.write_text("# names\n0 night sky\n2 tower 3 1 2 3\n")
@@ -436,8 +447,8 @@ def test_a_run_has_its_encoder(tmp_path, monkeypatch, encoder):
     checkpoint.write(SPADEGenerator(3, **SMALL), run.path("generator.safetensors"))
     taken = []
     monkeypatch.setattr(painting, "serve", lambda *arguments: taken.append(arguments[4]))
-    assert invoke(tmp_path).exit_code == 0 and taken == [None]
     run.begin(Config(labels="l", images="i", out=str(tmp_path), num_classes=3, use_vae=True))
+    assert invoke(tmp_path).exit_code == 0 and taken == [None]
     parts = {"networks": {"encoder": encoder.state_dict()}}
     run.save(3, {"trainer": parts, "best": None, "settings": {}})
     assert invoke(tmp_path).exit_code == 0

@@ -7,7 +7,7 @@ import typer
 
 from ..generation import encoder_of_run
 from ..nn import SPADEGenerator
-from ..paint import Classes, classes_of, demo_classes, listening, serve, train_demo
+from ..paint import Classes, check_installed, classes_of, demo_classes, listening, serve, train_demo
 from ..progress import progress_bar
 from ..service import Service
 from ..training.run import GENERATOR, Run
@@ -52,12 +52,16 @@ def paint(
 
 
 def _paint(weights, encoder, classes, door, host):
+    check_installed()
     source, known = _generator(weights, {"classes": classes, "encoder": encoder})
-    if encoder is None and weights is not None and weights.is_dir():
-        encoder = encoder_of_run(Run(weights))
+    settings = None
+    if weights is not None and weights.is_dir():
+        run = Run(weights)
+        settings = run.settings()
+        encoder = encoder_of_run(run) if encoder is None else encoder
     with Service(source, waiting=WAITING) as service:
         if known is None:
-            known = classes_of(service.generator_arguments["label_nc"], classes)
+            known = classes_of(service.generator_arguments["label_nc"], classes, settings)
         serve(
             service,
             known,

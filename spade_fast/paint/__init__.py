@@ -7,12 +7,13 @@ photographs, no paths, and writes no files.
 
 from .classes import Class, Classes, classes_of, read_classes
 from .demo import demo_classes, train_demo
-from .server import app_of, listening, serve, server_of
+from .server import app_of, check_installed, listening, serve, server_of
 
 __all__ = [
     "Class",
     "Classes",
     "app_of",
+    "check_installed",
     "classes_of",
     "demo_classes",
     "listening",

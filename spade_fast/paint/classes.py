@@ -8,6 +8,8 @@ from ..data import colours
 from ..data.files import lines_of
 from ..data.pairs import CONVENTIONS
 from ..nn.config import whole_number
+from ..training import Config
+from ..training.examples import with_convention
 
 HIGHEST = 2**16 - 1  # number that a label of 16 bits can be
 GREY = (128, 128, 128)  # of "don't care"
@@ -100,28 +102,35 @@ class Classes:
         return self.listed[0].number if self.dont_care is None else self.dont_care
 
 
-# By the channels of the published generators: the convention, the names in the order of their
-# numbers, and whether the last channel is that of instances' edges.
-PUBLISHED = {
-    184: ("coco_stuff", COCO_STUFF, True),
-    151: ("ade20k", ADE20K, False),
-    36: ("cityscapes", CITYSCAPES, True),
-}
+NAMES = {"coco_stuff": COCO_STUFF, "ade20k": ADE20K, "cityscapes": CITYSCAPES}  # by convention
+# By the channels of the published generators: the convention, and whether the last channel is that
+# of instances' edges.
+PUBLISHED = {184: ("coco_stuff", True), 151: ("ade20k", False), 36: ("cityscapes", True)}
 
 
-def classes_of(label_nc: int, file: str | os.PathLike | None = None) -> Classes:
-    """The classes of a generator with label_nc channels: those of the published data sets for
-    their numbers of channels (184, 151, 36), else each channel is a class, numbered from 0 on.
+def classes_of(
+    label_nc: int, file: str | os.PathLike | None = None, settings: Config | None = None
+) -> Classes:
+    """The classes of a generator with label_nc channels: those that its run's settings say; without
+    them, those of the published data sets for their numbers of channels (184, 151, 36), else each
+    channel is a class, numbered from 0 on.
 
     Args:
         file: names and colours, see `read_classes`; the others keep their number as a name.
+        settings: of the run that the generator is from.
 
     Errors: ValueError where the file is not so, or names a number that is no class.
     """
     label_nc = whole_number("label_nc", label_nc)
-    name, known, has_edges = PUBLISHED.get(label_nc, ("folder", "", False))
-    convention = CONVENTIONS[name]
-    count = convention.num_classes or label_nc
+    if settings is None:
+        name, has_edges = PUBLISHED.get(label_nc, ("folder", False))
+        count, dont_care = CONVENTIONS[name].num_classes or label_nc, CONVENTIONS[name].dont_care
+    else:
+        settings = with_convention(settings)
+        assert settings.num_classes is not None  # a run has channels
+        name, has_edges = settings.convention, settings.instances is not None
+        count, dont_care = settings.num_classes, settings.dont_care
+    convention, known = CONVENTIONS[name], NAMES.get(name, "")
     names = [one.strip() for one in known.split(",")] if known else []
     names += [f"class {number - convention.label_shift}" for number in range(len(names), count)]
     listed = {
@@ -134,8 +143,8 @@ def classes_of(label_nc: int, file: str | os.PathLike | None = None) -> Classes:
         found = named(listed.values(), word)
         if found is not None:
             listed[found.number] = replace(found, colour=natural)
-    if convention.dont_care is not None:
-        listed[convention.dont_care] = Class(convention.dont_care, "don't care", GREY)
+    if dont_care is not None:
+        listed[dont_care] = Class(dont_care, "don't care", GREY)
     for one in read_classes(file) if file is not None else ():
         number, name, colour = one
         if number not in listed:
@@ -144,8 +153,7 @@ def classes_of(label_nc: int, file: str | os.PathLike | None = None) -> Classes:
                 f" {min(listed)} to {max(listed)}"
             )
         listed[number] = Class(number, name, listed[number].colour if colour is None else colour)
-    numbers = convention.dont_care, convention.label_shift
-    return Classes(tuple(listed.values()), count, *numbers, has_edges)
+    return Classes(tuple(listed.values()), count, dont_care, convention.label_shift, has_edges)
 
 
 def named(classes: Iterable[Class], word: str) -> Class | None:

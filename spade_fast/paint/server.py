@@ -412,6 +412,12 @@ def _words(found):
     return ", ".join(map(repr, found)) or "missing"
 
 
+def check_installed() -> None:
+    """Errors: ModuleNotFoundError in words, where a package that serving needs is not there."""
+    for name in ("fastapi", "uvicorn"):
+        _module(name)
+
+
 def _module(name):
     """A module of the extra `paint`. Errors: ModuleNotFoundError in words."""
     try:
