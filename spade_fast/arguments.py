@@ -1,6 +1,7 @@
 """What arguments are given as, checked in one place for layouts and data."""
 
 import operator
+from typing import SupportsIndex
 
 
 def whole_number(name: str, value: object, least: int | None = None) -> int:
@@ -12,7 +13,7 @@ def whole_number(name: str, value: object, least: int | None = None) -> int:
     import numpy as np
 
     try:
-        if isinstance(value, (bool, np.bool_)):
+        if isinstance(value, (bool, np.bool_)) or not isinstance(value, SupportsIndex):
             raise TypeError
         number = operator.index(value)
     except TypeError:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -53,7 +53,7 @@ class Maps(NamedTuple):
     palette: Palette | None
     num_classes: int | None
     dont_care: int | None
-    instances: Path | bool | None  # a folder; None: those of the convention; False: none
+    instances: Path | Literal[False] | None  # a folder; None: those of the convention; False: none
 
 
 def generate(
@@ -131,9 +131,10 @@ def generate(
                 f"out is {out}, it should not be in the folder of {name}, {folder}: images would be"
                 " taken for maps"
             )
+    source: Any = weights  # what neither takes is refused there
     if loading:
-        weights = checkpoint.load(weights, **loading)
-    with Service(weights, batch=batch, dtype=dtype, device=device, waiting=MOST_WAITING) as service:
+        source = checkpoint.load(source, **loading)
+    with Service(source, batch=batch, dtype=dtype, device=device, waiting=MOST_WAITING) as service:
         return generate_with(
             service,
             labels,
@@ -181,6 +182,7 @@ def generate_with(
             " images"
         )
     maps = with_classes(maps, arguments["label_nc"])
+    assert maps.num_classes is not None
     height, width = service.image_size
     preparation = Preparation(
         maps.num_classes,
@@ -262,7 +264,7 @@ class Styles:
                 f"samples is {samples}, it should be 1: this generator begins with the condition,"
                 " and all samples would be the same"
             )
-        if style is not None:
+        if style is not None and encoder is not None:
             self.moments = moments_of(encoder_of(encoder, z_dim), read_photograph(style), size)
 
     def __call__(self, name: str, samples: Iterable[int]) -> torch.Tensor | None:
@@ -274,6 +276,7 @@ class Styles:
     def _one(self, name, sample):
         seed = hashlib.blake2b(f"{self.seed} {sample} {name}".encode(), digest_size=7).digest()
         random = torch.Generator().manual_seed(int.from_bytes(seed, "big"))
+        assert self.z_dim is not None
         noise = torch.randn(self.z_dim, generator=random)
         if self.moments is None:
             return noise
@@ -288,7 +291,9 @@ def encoder_of_run(run: Run) -> ConvEncoder | None:
     numbers = run.numbers()
     if not numbers or not run.settings().use_vae:
         return None
-    return checkpoint.load(run.checkpoint(numbers[-1]), key="encoder")
+    encoder = checkpoint.load(run.checkpoint(numbers[-1]), key="encoder")
+    assert isinstance(encoder, ConvEncoder)
+    return encoder
 
 
 def encoder_of(
@@ -297,8 +302,7 @@ def encoder_of(
     """The encoder, or the one with these weights, for a generator whose z has length z_dim, or that
     takes none. Errors: ValueError where it is no encoder, or of other generators or images.
     """
-    is_network = isinstance(encoder, torch.nn.Module)
-    network = encoder if is_network else checkpoint.load(encoder)
+    network = encoder if isinstance(encoder, torch.nn.Module) else checkpoint.load(encoder)
     if not isinstance(network, ConvEncoder):
         raise ValueError(
             f"encoder is the weights of a {type(network).__name__}, they should be an encoder's"

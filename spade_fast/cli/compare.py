@@ -13,7 +13,7 @@ from .evaluate import table_of_scores
 def compare(
     one: Annotated[Path, typer.Argument(help="What `spade-fast evaluate --json` wrote.")],
     other: Annotated[Path, typer.Argument(help="Another.")],
-):
+) -> None:
     """Print the scores of two evaluations side by side. Exits with 1 where they were measured by
     different protocols, and says what differs.
     """

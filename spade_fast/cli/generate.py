@@ -53,7 +53,7 @@ def generate(
         float | None, typer.Option(help="Their width over their height, likewise.")
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Skip what is there.")] = False,
-):
+) -> None:
     """Make images of label maps. Exits with 1 where a label map is wrong, which is named; the
     others are made.
     """
@@ -95,7 +95,7 @@ def generate(
         raise typer.Exit(1)
 
 
-def device_of(name):
+def device_of(name: str) -> torch.device:
     """The device with this name. Errors: ValueError where there is none here."""
     try:
         torch.empty(0, device=name).cpu()  # the device "meta" has no values

@@ -12,7 +12,7 @@ from ..kernels import cpu_backend
 from .tables import table_of
 
 
-def info():
+def info() -> None:
     """Which backends run here and why not the others, versions, CPU features, devices."""
     console = Console()
     table = table_of("backend", "runs", "why not", title="Backends, best first")
@@ -25,7 +25,7 @@ def info():
     console.print(table)
 
 
-def facts():
+def facts() -> dict[str, str]:
     """What `info` says of the machine: name to text."""
     found = {
         "spade_fast": __version__,

@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from ..generation import encoder_of_run
+from ..nn import SPADEGenerator
 from ..paint import Classes, check_installed, classes_of, demo_classes, listening, serve, train_demo
 from ..progress import progress_bar
 from ..service import Service
@@ -33,7 +34,7 @@ def paint(
         str, typer.Option(help="Address to listen at; others than 127.0.0.1 let others in.")
     ] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=1, max=65535)] = 7860,
-):
+) -> None:
     """Paint label maps on a page in your browser, and see the generator's image of them. Exits with
     1 where it cannot listen at the port.
     """
@@ -73,7 +74,7 @@ def _paint(weights, encoder, classes, door, host):
 
 def _generator(
     weights: Path | None, options: dict[str, Path | None]
-) -> tuple[object, Classes | None]:
+) -> tuple[Path | SPADEGenerator, Classes | None]:
     """What a service takes, and its classes where they are known without looking at it.
 
     options: by name, those that the small generator does not take.

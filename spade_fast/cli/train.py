@@ -63,7 +63,7 @@ def command() -> Callable[..., None]:
         if os.environ.get("RANK", "0") == "0":  # the first of the processes that trained
             typer.echo(path)
 
-    run.__signature__ = inspect.Signature(parameters)
+    setattr(run, "__signature__", inspect.Signature(parameters))
     run.__doc__ = """Train a generator on folders of label maps and photographs, or go on with a
     run. The run's folder has its settings, checkpoints, pictures, log and the generator's weights.
     """

@@ -19,7 +19,7 @@ class Entry(NamedTuple):
     reason: str
 
 
-class Report(tuple):
+class Report(tuple[Entry, ...]):
     """The entries of every module that looked like a SPADE or its block, in the model's order;
     printed, a table.
     """

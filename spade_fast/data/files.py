@@ -94,7 +94,7 @@ def read_palette(path: str | os.PathLike) -> dict[tuple[int, int, int], int]:
 
     Errors: ValueError, which names the file and the line.
     """
-    palette = {}
+    palette: dict[tuple[int, int, int], int] = {}
     for number, line, words in lines_of(path):
         try:
             *colour, label = map(int, words[:4])
@@ -106,10 +106,11 @@ def read_palette(path: str | os.PathLike) -> dict[tuple[int, int, int], int]:
                 f"{path}, line {number}, is {line!r}, it should be R G B CLASS: three"
                 " numbers from 0 to 255 and a class from 0 on"
             )
-        if palette.setdefault(tuple(colour), label) != label:
+        red, green, blue = colour
+        if palette.setdefault((red, green, blue), label) != label:
             raise ValueError(
                 f"{path}, line {number}, has the colour {tuple(colour)} for class {label}, an"
-                f" earlier line has it for {palette[tuple(colour)]}"
+                f" earlier line has it for {palette[red, green, blue]}"
             )
     if not palette:
         raise ValueError(f"{path} has no colours, it should have lines R G B CLASS")

@@ -127,19 +127,22 @@ def classes_of(
         count, dont_care = CONVENTIONS[name].num_classes or label_nc, CONVENTIONS[name].dont_care
     else:
         settings = with_convention(settings)
+        assert settings.num_classes is not None  # a run has channels
         name, has_edges = settings.convention, settings.instances is not None
         count, dont_care = settings.num_classes, settings.dont_care
-    convention, names = CONVENTIONS[name], NAMES.get(name, "")
-    names = [one.strip() for one in names.split(",")] if names else []
+    convention, known = CONVENTIONS[name], NAMES.get(name, "")
+    names = [one.strip() for one in known.split(",")] if known else []
     names += [f"class {number - convention.label_shift}" for number in range(len(names), count)]
     listed = {
-        number: Class(number, name, tuple(map(int, colour)))
-        for number, (name, colour) in enumerate(zip(names, colours(count)), -convention.label_shift)
+        number: Class(number, name, (int(red), int(green), int(blue)))
+        for number, (name, (red, green, blue)) in enumerate(
+            zip(names, colours(count)), -convention.label_shift
+        )
     }
-    for word, colour in NATURAL.items():
+    for word, natural in NATURAL.items():
         found = named(listed.values(), word)
         if found is not None:
-            listed[found.number] = replace(found, colour=colour)
+            listed[found.number] = replace(found, colour=natural)
     if dont_care is not None:
         listed[dont_care] = Class(dont_care, "don't care", GREY)
     for one in read_classes(file) if file is not None else ():
@@ -166,9 +169,10 @@ def read_classes(path: str | os.PathLike) -> list[tuple[int, str, tuple[int, int
     """
     found = []
     for place, line, words in lines_of(path):
-        colour = None
+        colour: tuple[int, int, int] | None = None
         if len(words) > 4 and all(word.isdecimal() for word in words[-3:]):
-            words, colour = words[:-3], tuple(map(int, words[-3:]))
+            red, green, blue = map(int, words[-3:])
+            words, colour = words[:-3], (red, green, blue)
         if len(words) < 2 or not words[0].isdecimal() or max(colour or (0,)) > 255:
             raise ValueError(
                 f"{path}, line {place}, is {line!r}, it should be CLASS NAME or CLASS NAME"

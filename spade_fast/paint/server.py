@@ -119,7 +119,11 @@ def app_of(
             raise fastapi.HTTPException(500, f"no {result} was made: {error}") from None
 
     @app.post("/image")
-    async def image(request: fastapi.Request, seed: int | None = None, z: str | None = None):
+    async def image(
+        request: fastapi.Request,  # type: ignore[name-defined]  # it is imported above
+        seed: int | None = None,
+        z: str | None = None,
+    ):
         body = await request.body()
         start = time.perf_counter()
         with errors_in_words("image"):
@@ -137,7 +141,9 @@ def app_of(
         encoding = asyncio.Lock()
 
         @app.post("/style")
-        async def style(request: fastapi.Request):
+        async def style(
+            request: fastapi.Request,  # type: ignore[name-defined]  # it is imported above
+        ):
             body = await request.body()
             with errors_in_words("style"):
                 if encoding.locked():
@@ -200,7 +206,8 @@ class _Painter:
 
     def __init__(self, service: Service, classes: Classes, encoder=None) -> None:
         self.service, self.classes = service, classes
-        self.size, self.z_dim = service.image_size, service.generator_arguments["z_dim"]
+        height, width = service.image_size
+        self.size, self.z_dim = (height, width), service.generator_arguments["z_dim"]
         self.encoder = None if encoder is None else encoder_of(encoder, self.z_dim)
         self.preparation = Preparation(
             classes.num_classes,
@@ -259,6 +266,7 @@ class _Painter:
 
     def style(self, content: bytes) -> str:
         """The mean z of a photograph's file, as text. Errors: ValueError."""
+        assert self.encoder is not None
         photograph = read_photograph("the photograph", content, MOST_PHOTOGRAPH_PIXELS)
         mean, _ = moments_of(self.encoder, photograph, self.size)
         return _text_of(mean)
@@ -298,7 +306,7 @@ class _Doorman:
 
     def _refusal(self, scope):
         """Status and words for a request that is refused, else None."""
-        headers = {}
+        headers: dict[str, list[str]] = {}
         for name, text in scope["headers"]:
             headers.setdefault(name.decode("latin-1"), []).append(text.decode("latin-1"))
         hosts, origins = headers.get("host", []), headers.get("origin", [])
