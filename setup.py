@@ -104,7 +104,7 @@ class BuildAndReport(build_ext):
         print(f"spade_fast {self.distribution.get_version()} for torch {torch.__version__}")
         for name in COMMANDS:
             reason = self.reasons.get(name)
-            if reason:  # an older one would be taken for it
+            if reason:  # an older library would be loaded in its place
                 Path(self.get_ext_fullpath(name)).unlink(missing_ok=True)
             print(f"    {name:16} {f'NOT BUILT: {reason}' if reason else 'built'}")
 
