@@ -64,6 +64,25 @@ COCO_BLOCKS = [
 ]
 COCO_NORM = "spectralspadesyncbatch3x3"
 FILES_IN_DOUBLE = 2  # of `generate`: in float64 the published network takes seconds for each file
+# The names of variants. Not every problem has all of them.
+VARIANTS = (
+    "eager",
+    "eager, channels-last",
+    "torch.compile",
+    "spade_fast",
+    "spade_fast, pixels",
+    "spade_fast, windows",
+    "spade_fast, by itself",
+    "spade_fast, new condition",
+    "spade_fast, prepared",
+    "spade_fast, frozen",
+    "spade_fast, folded, frozen",
+    "spade_fast, graph",
+    "spade_fast, graph, prepared",
+    "floor",
+    "floor, contiguous",
+    "floor, channels-last",
+)
 
 
 @dataclass
@@ -115,7 +134,11 @@ class Settings:
     without: tuple = ()  # how the names of variants begin that are not built
 
     def wanted(self, makers):
-        """The variants that are not left out, built: of functions that make them, by name."""
+        """The variants that are not left out, built: of functions that make them, by name.
+        Errors: ValueError where VARIANTS lacks a name.
+        """
+        if unknown := makers.keys() - set(VARIANTS):
+            raise ValueError(f"VARIANTS lacks {', '.join(sorted(unknown))}")
         return {name: make() for name, make in makers.items() if not name.startswith(self.without)}
 
 

@@ -22,7 +22,7 @@ from . import layouts as drawn
 from . import proofs as compiled
 from . import service as served
 from . import summary as committed
-from .cases import CASES, Settings
+from .cases import CASES, VARIANTS, Settings
 from .measure import measure
 from .painting import save_painting
 from .picture import save_picture
@@ -46,10 +46,14 @@ DTYPES = {
 
 
 @app.command("list")
-def list_cases():
-    """The cases that `run` takes."""
+def list_cases(
+    quick: Annotated[bool, typer.Option("--quick", help="The problems of `run --quick`.")] = False,
+):
+    """The cases that `run` takes, and below each the names of its problems, for `run --only`."""
     for name, case in CASES.items():
-        typer.echo(f"{name:12} {case.__doc__}")
+        typer.echo(f"{name}: {' '.join(case.__doc__.split())}")
+        for problem in names_of_problems(case(Settings(quick=quick))):
+            typer.echo(f"    {problem}")
 
 
 @app.command()
@@ -116,6 +120,12 @@ def run(
         raise typer.BadParameter(
             "eager cannot be left out: all others are compared with it", param_hint="--without"
         )
+    for text in without or ():
+        if not any(name.startswith(text) for name in VARIANTS):
+            raise typer.BadParameter(
+                f"no variant's name begins with {text!r}; there are: {'; '.join(VARIANTS)}",
+                param_hint="--without",
+            )
     compile_mode = choose("--compile-mode", compile_mode, COMPILE_MODES)
     settings = Settings(
         check_device(device),
@@ -237,6 +247,8 @@ def proofs(
     ):
         for name in names:
             choose(option, name, choices)
+    if json is not None:
+        check_folder("--json", json)
     found = compiled.prove(capability, dtype, activation)
     if json is not None:
         json.write_text(notation.dumps([dataclasses.asdict(proof) for proof in found]))
@@ -423,12 +435,17 @@ def choose_plans(cases, settings, only):
     for text in only or [""]:
         found = {id(plan): (name, plan) for name, plan in plans if text in plan.name}
         if not found:
-            names = "; ".join(dict.fromkeys(plan.name for _, plan in plans))
+            names = "; ".join(names_of_problems(plan for _, plan in plans))
             raise typer.BadParameter(
                 f"no problem has {text!r} in its name; there are: {names}", param_hint="--only"
             )
         chosen |= found  # one that is there keeps its place
     return deque(chosen.values())
+
+
+def names_of_problems(plans):
+    """Each once: many are measured forward, and with backward."""
+    return list(dict.fromkeys(plan.name for plan in plans))
 
 
 def choose(parameter, name, choices):
@@ -448,6 +465,9 @@ def check_folder(option, path):
 def check_scenes(labels, instances, count):
     if labels is None and instances is not None:
         raise typer.BadParameter("it should come with --labels", param_hint="--instances")
+    for option, folder in (("--labels", labels), ("--instances", instances)):
+        if folder is not None and not folder.is_dir():
+            raise typer.BadParameter(f"{folder} should be a folder that exists", param_hint=option)
     if labels is not None and (there := len(list(labels.glob("*.png")))) < count:
         raise typer.BadParameter(
             f"{labels} has {there} PNGs, it should have {count}", param_hint="--labels"

@@ -8,49 +8,33 @@ which kernels run here and why not the others. `spade_fast.reference` is the pla
 all.
 """
 
-from . import checkpoint
-from .convert import convert, revert
-from .graphs import Graphed
-from .kernels import BackendStatus, backends, use_backend
-from .layout import SemanticLayout
-from .nn import (
-    SPADE,
-    ConvEncoder,
-    MultiscaleDiscriminator,
-    SPADEGenerator,
-    SPADEResBlk,
-    SPADEResnetBlock,
-    fold_spectral_norm,
-    frozen,
-    initialise,
-    reparameterize,
-    window_mode,
-)
-from .ops import plane_moments, spade_modulate
-from .service import Service
+import importlib
+import sys
+from pathlib import PurePath
+from typing import TYPE_CHECKING
 
 __version__ = "0.1.0"
-__all__ = [
-    "SPADE",
-    "ConvEncoder",
-    "Graphed",
-    "MultiscaleDiscriminator",
-    "SPADEGenerator",
-    "SPADEResBlk",
-    "SPADEResnetBlock",
-    "SemanticLayout",
-    "Service",
-    "BackendStatus",
-    "backends",
-    "checkpoint",
-    "convert",
-    "fold_spectral_norm",
-    "frozen",
-    "initialise",
-    "plane_moments",
-    "reparameterize",
-    "revert",
-    "spade_modulate",
-    "use_backend",
-    "window_mode",
-]
+
+
+def _is_command():
+    """Whether this process is `spade-fast` or `python -m spade_fast`."""
+    words = sys.orig_argv[1:3]
+    return words == ["-m", "spade_fast"] or PurePath(*words[:1]).stem == "spade-fast"
+
+
+def import_public() -> None:
+    """Gives the package all of its names, where it is the command's and has none yet."""
+    public = importlib.import_module(".public", __name__)
+    globals().update({name: getattr(public, name) for name in ("__all__", *public.__all__)})
+
+
+if TYPE_CHECKING or not _is_command():
+    from .public import *
+    from .public import __all__ as __all__
+else:  # PyTorch takes seconds to import, which the command's help and version do not need
+
+    def __getattr__(name):
+        import_public()
+        if name not in globals():
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        return globals()[name]

@@ -147,7 +147,7 @@ def test_a_library_that_was_not_built_or_cannot_be_loaded(monkeypatch):
     monkeypatch.setitem(sys.modules, "spade_fast._cpu", None)
     assert "not built when the package was installed. It takes a C++" in cpu_backend._load()[1]
 
-    def fails(name):
+    def fails(name, package):
         raise ImportError("undefined symbol: aoti")
 
     monkeypatch.setattr(cpu_backend.importlib, "import_module", fails)

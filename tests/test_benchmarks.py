@@ -341,9 +341,18 @@ def test_full_cases_are_the_published_shapes():
 
 
 def test_list_and_bad_options(tmp_path):
-    assert all(name in invoke("list").output for name in cases.CASES)
+    for settings, options in ((Settings(), ()), (Settings(quick=True), ("--quick",))):
+        listed = invoke("list", *options).output.splitlines()
+        for name, case in cases.CASES.items():
+            (place,) = (number for number, line in enumerate(listed) if line.startswith(f"{name}:"))
+            for problem in dict.fromkeys(plan.name for plan in case(settings)):
+                place += 1
+                assert listed[place] == f"    {problem}"
     for arguments, words in [
         (["run", "nothing"], "'nothing' should be one of modulate"),
+        (["run", "block", "--without", "spade-fast"], "there are: eager; eager, channels-last;"),
+        (["run", "block", "--labels", tmp_path / "no"], "should be a folder that exists"),
+        (["picture", tmp_path / "no.png", "--labels", tmp_path / "no"], "folder that exists"),
         (["run", "block", "--dtype", "int8"], "'int8' should be one of float32"),
         (["run", "block", "--device", "cuda:99"], "cannot be used"),
         (["run", "block", "--json", tmp_path / "no" / "such.json"], "folder that exists"),

@@ -208,8 +208,6 @@ def test_conventions(folder):
         (["--convention", "coco"], "convention is 'coco'"),
         (["--sheet", "nowhere/sheet.png"], "sheet is nowhere"),
         (["--sheet", "sheet.jpg"], ".png"),
-        (["--palette", "nowhere.txt"], "nowhere.txt"),
-        (["--labels", "nowhere"], "labels is nowhere, which is not there"),
     ],
 )
 def test_arguments_that_are_wrong(folder, arguments, words):

@@ -395,7 +395,7 @@ def test_files_as_cityscapes_has_them(scenes, tmp_path):
         (["--convention", "mapillary"], "convention is 'mapillary', it should be one of"),
         (["--samples", "2"], "samples is 2, it should be 1: this generator begins with the cond"),
         (["--num-classes", "7"], "the generator has 184 channels, and 7 classes and don't care"),
-        (["--palette", "/nowhere"], "No such file or directory: '/nowhere'"),
+        (["--palette", "/nowhere"], "--palette is /nowhere, which is not there"),
     ],
 )
 def test_options_that_are_wrong_are_refused_before_any_work(

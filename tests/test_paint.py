@@ -22,9 +22,9 @@ from conftest import require
 from PIL import Image
 from typer.testing import CliRunner
 
+import spade_fast.paint
 from spade_fast import ConvEncoder, SemanticLayout, Service, checkpoint
 from spade_fast.cli import app as command
-from spade_fast.cli import paint as painting
 from spade_fast.generation import moments_of
 from spade_fast.nn import SPADEGenerator
 from spade_fast.paint import (
@@ -446,7 +446,7 @@ def test_a_run_has_its_encoder(tmp_path, monkeypatch, encoder):
     run = Run(tmp_path)
     checkpoint.write(SPADEGenerator(3, **SMALL), run.path("generator.safetensors"))
     taken = []
-    monkeypatch.setattr(painting, "serve", lambda *arguments: taken.append(arguments[4]))
+    monkeypatch.setattr(spade_fast.paint, "serve", lambda *arguments: taken.append(arguments[4]))
     run.begin(Config(labels="l", images="i", out=str(tmp_path), num_classes=3, use_vae=True))
     assert invoke(tmp_path).exit_code == 0 and taken == [None]
     parts = {"networks": {"encoder": encoder.state_dict()}}
@@ -456,9 +456,11 @@ def test_a_run_has_its_encoder(tmp_path, monkeypatch, encoder):
 
 
 def test_a_port_that_is_not_free(tmp_path):
+    weights = tmp_path / "none.pth"
+    weights.touch()
     with listening(port=0) as taken:
         port = taken.getsockname()[1]
-        result = CliRunner().invoke(command, ["paint", "none.pth", "--port", str(port)])
+        result = CliRunner().invoke(command, ["paint", str(weights), "--port", str(port)])
     assert result.exit_code == 1 and result.exception.args == (1,)
     words = f"nobody can listen at 127.0.0.1, port {port}: Address already in use."
     assert words in " ".join(result.output.split())

@@ -1,18 +1,68 @@
-"""The command `spade-fast`."""
+"""The command `spade-fast`. What it imports to say its help is light: PyTorch is imported by the
+command that needs it.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
+from .. import __version__, import_public
 from . import check, check_data, compare, evaluate, generate, info, paint, train
 from .tables import table_of
 
 __all__ = ["app", "table_of"]
 
-app = typer.Typer(help="The SPADE layer, fast.", no_args_is_help=True, add_completion=False)
-app.command("info")(info.info)
-app.command("check")(check.check)
-app.command("check-data")(check_data.check_data)
-app.command("train")(train.command())
-app.command("generate")(generate.generate)
-app.command("evaluate")(evaluate.evaluate)
-app.command("compare")(compare.compare)
-app.command("paint")(paint.paint)
+
+class Commands(TyperGroup):
+    """The commands. The options of `train` are made when it is called: they are its settings."""
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> tuple[str | None, Any, list[str]]:
+        name, command, rest = super().resolve_command(ctx, args)
+        if name == "train":
+            alone = typer.Typer(add_completion=False)
+            alone.command(name)(prepared(train.command()))
+            command = typer.main.get_command(alone)
+        return name, command, rest
+
+
+def prepared(command: Callable[..., None]) -> Callable[..., None]:
+    """The command, which begins as a program does that has imported spade_fast: a user's modules
+    find all of it.
+    """
+
+    @functools.wraps(command)
+    def run(**given: Any) -> None:
+        import_public()
+        command(**given)
+
+    return run
+
+
+app = typer.Typer(cls=Commands, no_args_is_help=True, add_completion=False)
+app.command("info")(prepared(info.info))
+app.command("check")(prepared(check.check))
+app.command("check-data")(prepared(check_data.check_data))
+app.command("train", help=train.HELP)(lambda: None)
+app.command("generate")(prepared(generate.generate))
+app.command("evaluate")(prepared(evaluate.evaluate))
+app.command("compare")(prepared(compare.compare))
+app.command("paint")(prepared(paint.paint))
+
+
+def _say_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"spade_fast {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def main(
+    version: Annotated[
+        bool,
+        typer.Option("--version", is_eager=True, callback=_say_version, help="Say the version."),
+    ] = False,
+) -> None:
+    """The SPADE layer, fast."""

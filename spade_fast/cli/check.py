@@ -6,7 +6,6 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from .. import check as checking
 from .tables import table_of
 
 
@@ -22,6 +21,8 @@ def check(
     """Convert a model, compare outputs and gradients with its own, and time both. Exits with 1
     where they differ, where nothing is converted, or where the model itself fails.
     """
+    from .. import check as checking
+
     try:
         try:
             model, arguments = checking.load(name)

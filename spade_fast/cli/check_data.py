@@ -1,23 +1,24 @@
 """The command `spade-fast check-data`."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
-from .. import data as checking
-from ..data.check import Report
 from ..progress import progress_bar
 from . import options
 from .tables import table_of
 
+if TYPE_CHECKING:
+    from ..data.check import Report
+
 
 def check_data(
-    labels: Annotated[Path, typer.Option(help="Folder of label maps.")],
-    images: Annotated[Path, typer.Option(help="Folder of photographs.")],
-    instances: Annotated[Path | None, typer.Option(help="Folder of instance maps.")] = None,
+    labels: Annotated[Path, options.folder("Folder of label maps.")],
+    images: Annotated[Path, options.folder("Folder of photographs.")],
+    instances: Annotated[Path | None, options.folder("Folder of instance maps.")] = None,
     convention: options.Convention = "folder",
     palette: options.Palette = None,
     num_classes: options.NumClasses = None,
@@ -30,6 +31,8 @@ def check_data(
     classes take, and which --num-classes and --dont-care they need. Exits with 1 where something
     is wrong.
     """
+    from .. import data as checking
+
     try:
         report = checking.check_data(
             labels,
@@ -58,7 +61,7 @@ def check_data(
     typer.echo("Nothing is wrong.")
 
 
-def table_of_classes(report: Report) -> Table:
+def table_of_classes(report: "Report") -> Table:
     """What each class takes of a checked data set."""
     table = table_of("class", "pixels", "share", "images", title="Classes that occur")
     pixels = max(1, sum(report.pixels.values()))

@@ -6,17 +6,24 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from .. import evaluation
+from . import options
 from .evaluate import table_of_scores
 
 
 def compare(
-    one: Annotated[Path, typer.Argument(help="What `spade-fast evaluate --json` wrote.")],
-    other: Annotated[Path, typer.Argument(help="Another.")],
+    one: Annotated[
+        Path,
+        typer.Argument(
+            callback=options.is_there("file"), help="What `spade-fast evaluate --json` wrote."
+        ),
+    ],
+    other: Annotated[Path, typer.Argument(callback=options.is_there("file"), help="Another.")],
 ) -> None:
     """Print the scores of two evaluations side by side. Exits with 1 where they were measured by
     different protocols, and says what differs.
     """
+    from .. import evaluation
+
     try:
         results = [(str(path), evaluation.read(path)) for path in (one, other)]
     except (ValueError, OSError) as error:

@@ -8,9 +8,6 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from .. import evaluation
-from ..data import read_palette
-from ..imported import Failed
 from ..progress import progress_bar
 from . import options
 from .generate import device_of
@@ -18,25 +15,23 @@ from .tables import table_of
 
 
 def evaluate(
-    generated: Annotated[Path, typer.Option(help="Folder of generated images.")],
-    photographs: Annotated[
-        Path | None, typer.Option(help="Folder of photographs, for FID.")
-    ] = None,
+    generated: Annotated[Path, options.folder("Folder of generated images.")],
+    photographs: Annotated[Path | None, options.folder("Folder of photographs, for FID.")] = None,
     labels: Annotated[
-        Path | None, typer.Option(help="Folder of label maps, for mean IoU and pixel accuracy.")
+        Path | None, options.folder("Folder of label maps, for mean IoU and pixel accuracy.")
     ] = None,
     features: Annotated[
         str | None, typer.Option(help="inception (the default), or MODULE:FUNCTION.")
     ] = None,
     features_weights: Annotated[
-        Path | None, typer.Option(help="Inception's file, where torch.hub's cache has none.")
+        Path | None, options.file("Inception's file, where torch.hub's cache has none.")
     ] = None,
     segmentation: Annotated[
         str | None,
         typer.Option(help="A folder or a hub name for transformers, or MODULE:FUNCTION."),
     ] = None,
     classes: Annotated[
-        Path | None, typer.Option(help="For its classes: a line NETWORK_ID LABEL each.")
+        Path | None, options.file("For its classes: a line NETWORK_ID LABEL each.")
     ] = None,
     convention: options.Convention = "folder",
     palette: options.Palette = None,
@@ -53,6 +48,10 @@ def evaluate(
     """Score generated images: FID against photographs, and how much of their label maps a
     segmentation network sees in them. Exits with 2 where something is wrong.
     """
+    from .. import evaluation
+    from ..data import read_palette
+    from ..imported import Failed
+
     try:
         if json is not None:
             evaluation.check_writable(json)
@@ -85,8 +84,10 @@ def evaluate(
 
 def table_of_scores(results: list[tuple[str, dict]]) -> Table:
     """The scores of each result, a column with its name."""
+    from ..evaluation import SCORES
+
     table = table_of("score", *(name for name, _ in results), title="Scores")
-    for score, words in evaluation.SCORES.items():
+    for score, words in SCORES.items():
         found = [result["scores"][score] for _, result in results]
         if any(value is not None for value in found):
             table.add_row(

@@ -1,27 +1,30 @@
 """The command `spade-fast generate`."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
-import torch
 import typer
 
-from .. import generation
-from ..data import read_palette
 from ..progress import progress_bar
 from . import options
 
-DTYPES = {name: getattr(torch, name) for name in ("float32", "float64", "bfloat16", "float16")}
+if TYPE_CHECKING:
+    import torch
+
+DTYPES = ("float32", "float64", "bfloat16", "float16")
 
 
 def generate(
     weights: Annotated[
         Path,
-        typer.Argument(help="A generator's file, or the folder of a run, which says the rest."),
+        typer.Argument(
+            callback=options.is_there("file or folder"),
+            help="A generator's file, or the folder of a run, which says the rest.",
+        ),
     ],
-    labels: Annotated[Path, typer.Option(help="Folder of label maps.")],
+    labels: Annotated[Path, options.folder("Folder of label maps.")],
     out: Annotated[Path, typer.Option(help="Folder of the images.")],
-    instances: Annotated[Path | None, typer.Option(help="Folder of instance maps.")] = None,
+    instances: Annotated[Path | None, options.folder("Folder of instance maps.")] = None,
     convention: Annotated[str | None, typer.Option(help=options.WORDS)] = None,
     palette: options.Palette = None,
     num_classes: options.NumClasses = None,
@@ -34,11 +37,9 @@ def generate(
     ] = None,
     samples: Annotated[int, typer.Option(min=1, help="Images of each label map.")] = 1,
     seed: Annotated[int, typer.Option(min=0, help="Decides z, with the file's name.")] = 0,
-    style: Annotated[
-        Path | None, typer.Option(help="A photograph whose style the images get.")
-    ] = None,
+    style: Annotated[Path | None, options.file("A photograph whose style the images get.")] = None,
     encoder: Annotated[
-        Path | None, typer.Option(help="Its weights, for --style; a run has them.")
+        Path | None, options.file("Its weights, for --style; a run has them.")
     ] = None,
     batch: Annotated[int, typer.Option(min=1, help="Most images computed together.")] = 1,
     dtype: Annotated[str, typer.Option(help=", ".join(DTYPES) + ".")] = "float32",
@@ -57,6 +58,11 @@ def generate(
     """Make images of label maps. Exits with 1 where a label map is wrong, which is named; the
     others are made.
     """
+    import torch
+
+    from .. import generation
+    from ..data import read_palette
+
     loading = {"key": key, "crop_size": crop_size, "aspect_ratio": aspect_ratio}
     try:
         if dtype not in DTYPES:
@@ -78,7 +84,7 @@ def generate(
             style=style,
             encoder=encoder,
             batch=batch,
-            dtype=DTYPES[dtype],
+            dtype=getattr(torch, dtype),
             device=device_of(device),
             resume=resume,
             progress=lambda found, count: progress_bar(found, count, "Generating"),
@@ -95,8 +101,10 @@ def generate(
         raise typer.Exit(1)
 
 
-def device_of(name: str) -> torch.device:
+def device_of(name: str) -> "torch.device":
     """The device with this name. Errors: ValueError where there is none here."""
+    import torch
+
     try:
         torch.empty(0, device=name).cpu()  # the device "meta" has no values
         return torch.device(name)

@@ -3,17 +3,17 @@
 import platform
 from importlib import metadata
 
-import torch
 from rich.console import Console
 from rich.markup import escape
 
-from .. import __version__, backends
-from ..kernels import cpu_backend
+from .. import __version__
 from .tables import table_of
 
 
 def info() -> None:
     """Which backends run here and why not the others, versions, CPU features, devices."""
+    from ..kernels import backends
+
     console = Console()
     table = table_of("backend", "runs", "why not", title="Backends, best first")
     for status in backends():
@@ -27,6 +27,10 @@ def info() -> None:
 
 def facts() -> dict[str, str]:
     """What `info` says of the machine: name to text."""
+    import torch
+
+    from ..kernels import cpu_backend
+
     found = {
         "spade_fast": __version__,
         "Python": platform.python_version(),

@@ -1,16 +1,16 @@
 """The command `spade-fast paint`."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ..generation import encoder_of_run
-from ..nn import SPADEGenerator
-from ..paint import Classes, check_installed, classes_of, demo_classes, listening, serve, train_demo
 from ..progress import progress_bar
-from ..service import Service
-from ..training.run import GENERATOR, Run
+from . import options
+
+if TYPE_CHECKING:
+    from ..nn import SPADEGenerator
+    from ..paint import Classes
 
 WAITING = 16  # images that wait, of all tabs together; each has one at a time
 
@@ -19,7 +19,8 @@ def paint(
     weights: Annotated[
         Path | None,
         typer.Argument(
-            help="A generator's file or a run's folder; without, a small one is trained first."
+            callback=options.is_there("file or folder"),
+            help="A generator's file or a run's folder; without, a small one is trained first.",
         ),
     ] = None,
     encoder: Annotated[
@@ -28,7 +29,7 @@ def paint(
     ] = None,
     classes: Annotated[
         Path | None,
-        typer.Option(help="Names, and colours: a line CLASS NAME [R G B] for each class."),
+        options.file("Names, and colours: a line CLASS NAME [R G B] for each class."),
     ] = None,
     host: Annotated[
         str, typer.Option(help="Address to listen at; others than 127.0.0.1 let others in.")
@@ -38,6 +39,8 @@ def paint(
     """Paint label maps on a page in your browser, and see the generator's image of them. Exits with
     1 where it cannot listen at the port.
     """
+    from ..paint import listening
+
     try:
         door = listening(host, port)
     except OSError as error:
@@ -52,6 +55,11 @@ def paint(
 
 
 def _paint(weights, encoder, classes, door, host):
+    from ..generation import encoder_of_run
+    from ..paint import check_installed, classes_of, serve
+    from ..service import Service
+    from ..training.run import Run
+
     check_installed()
     source, known = _generator(weights, {"classes": classes, "encoder": encoder})
     settings = None
@@ -74,11 +82,14 @@ def _paint(weights, encoder, classes, door, host):
 
 def _generator(
     weights: Path | None, options: dict[str, Path | None]
-) -> tuple[Path | SPADEGenerator, Classes | None]:
+) -> "tuple[Path | SPADEGenerator, Classes | None]":
     """What a service takes, and its classes where they are known without looking at it.
 
     options: by name, those that the small generator does not take.
     """
+    from ..paint import demo_classes, train_demo
+    from ..training.run import GENERATOR
+
     if weights is not None:
         return (weights / GENERATOR if weights.is_dir() else weights), None
     for name, value in options.items():

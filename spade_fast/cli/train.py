@@ -5,14 +5,19 @@ import inspect
 import os
 import types
 from collections.abc import Callable
+from pathlib import Path
 from typing import Annotated, Any, get_args, get_type_hints
 
 import typer
 
-from ..training import Stopped, resume, train
-from ..training.config import PRESETS, Config, preset
+from . import options
 from .memory import keep_freed_memory
 
+HELP = """Train a generator on folders of label maps and photographs, or go on with a run. The
+run's folder has its settings, checkpoints, pictures, log and the generator's weights.
+"""
+FOLDERS = ("labels", "images", "instances")
+FILES = ("palette", "vgg_weights")
 # Where --help begins another group of settings, in their order.
 PANELS = {
     "labels": "Data",
@@ -27,10 +32,12 @@ def command() -> Callable[..., None]:
     """The function that typer makes the command of: its parameters are the settings, each None
     where it is not given.
     """
+    from ..training import PRESETS, Config, Stopped
+
     types_of = get_type_hints(Config)
     panel = "The run"
     parameters = [
-        _parameter("resume_folder", str, "Go on with the run in this folder.", "--resume", panel),
+        _parameter("resume_folder", Path, "Go on with the run in this folder.", "--resume", panel),
         _parameter(
             "preset_name",
             str,
@@ -42,14 +49,14 @@ def command() -> Callable[..., None]:
     for each in dataclasses.fields(Config):
         panel = PANELS.get(each.name, panel)
         option = "--" + each.name.lower().replace("_", "-")
-        kind = _plain(types_of[each.name])
+        kind = Path if each.name in (*FOLDERS, *FILES) else _plain(types_of[each.name])
         if kind is bool:
             option += f"/--no-{option[2:]}"
         default = "" if each.default is None else f" Default: {_words(each.default)}."
         help = each.metadata["help"] + default
         parameters.append(_parameter(each.name, kind, help, option, panel))
 
-    def run(resume_folder: str | None, preset_name: str | None, **settings: Any) -> None:
+    def run(resume_folder: Path | None, preset_name: str | None, **settings: Any) -> None:
         keep_freed_memory()
         given = {name: value for name, value in settings.items() if value is not None}
         try:
@@ -64,25 +71,32 @@ def command() -> Callable[..., None]:
             typer.echo(path)
 
     setattr(run, "__signature__", inspect.Signature(parameters))
-    run.__doc__ = """Train a generator on folders of label maps and photographs, or go on with a
-    run. The run's folder has its settings, checkpoints, pictures, log and the generator's weights.
-    """
+    run.__doc__ = HELP
     return run
 
 
 def _train(resume_folder, preset_name, given):
+    from ..training import Config, preset, resume, train
+
     if resume_folder is None:
         return train(Config(**preset(preset_name, **given)))
     if preset_name is not None:
         raise ValueError(
-            f"preset is {preset_name!r} and resume {resume_folder!r}, only one of them should be"
+            f"preset is {preset_name!r} and resume {str(resume_folder)!r}, only one of them should be"
             " given: a run has its settings"
         )
     return resume(resume_folder, **given)
 
 
 def _parameter(name, kind, help, option, panel):
-    option = typer.Option(option, help=help, show_default=False, rich_help_panel=panel)
+    kind_of_path = "folder" if name in (*FOLDERS, "resume_folder") else "file"
+    option = typer.Option(
+        option,
+        help=help,
+        show_default=False,
+        rich_help_panel=panel,
+        callback=options.is_there(kind_of_path) if kind is Path else None,
+    )
     return inspect.Parameter(
         name,
         inspect.Parameter.KEYWORD_ONLY,
@@ -105,6 +119,8 @@ def _words(value):
 def _as_options(words):
     """A message of a setting, as of an option."""
     name, _, rest = words.partition(" ")
+    from ..training import Config
+
     if name in Config.__dataclass_fields__:
         return f"--{name.lower().replace('_', '-')} {rest}"
     return words

@@ -19,7 +19,7 @@ INSTRUCTION_SETS = ("base", "avx2", "avx512")
 def _load():
     """The library, and why there is none."""
     try:
-        return importlib.import_module("spade_fast._cpu"), None  # which registers its kernels
+        return importlib.import_module(".._cpu", __package__), None  # which registers its kernels
     except ModuleNotFoundError:
         return None, operators.not_built("spade_fast._cpu", "a C++ compiler such as g++")
     except ImportError as error:

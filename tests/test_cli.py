@@ -1,0 +1,87 @@
+"""The command itself: what it says before it does anything."""
+
+import subprocess
+import sys
+
+import pytest
+from typer.testing import CliRunner
+
+import spade_fast
+from spade_fast.cli import app
+
+COMMANDS = ("info", "check", "check-data", "train", "generate", "evaluate", "compare", "paint")
+OTHERS_NEED_NONE = "print([name for name in ('torch', 'numpy', 'PIL') if name in sys.modules])"
+# `python -m spade_fast` with a last word, in an interpreter that can be asked what it has imported.
+AS_COMMAND = "import runpy, sys; sys.orig_argv[1:] = ['-m', 'spade_fast']; "
+RUN = """
+sys.argv[1:] = {words}
+try:
+    runpy.run_module("spade_fast", run_name="__main__")
+except SystemExit as ended:
+    print(ended.code)
+"""
+
+
+def python(code):
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert found.returncode == 0, found.stderr
+    return found.stdout
+
+
+@pytest.mark.parametrize("words", [["--version"], ["--help"], ["generate", "--help"]], ids=" ".join)
+def test_help_and_version_import_nothing_heavy(words):
+    said = python(AS_COMMAND + RUN.format(words=words) + OTHERS_NEED_NONE).splitlines()
+    assert said[-2:] == ["0", "[]"]
+    if words == ["--version"]:
+        assert said[0] == f"spade_fast {spade_fast.__version__}"
+    else:
+        assert all(name in "\n".join(said) for name in (COMMANDS if len(words) == 1 else ["--out"]))
+
+
+def test_a_user_module_finds_the_whole_package_in_the_command(tmp_path):
+    (tmp_path / "models.py").write_text("import spade_fast\nprint(spade_fast.convert.__class__)")
+    code = f"import os; os.chdir({str(tmp_path)!r}); {AS_COMMAND}"
+    code += RUN.format(words=["check", "models:nothing"])
+    assert python(code).splitlines()[0] == "<class 'function'>"
+
+
+def test_the_package_is_whole_in_the_command_too():
+    show = "import spade_fast; print(sorted(spade_fast.__all__), spade_fast.kernels.__name__, "
+    show += "spade_fast.SPADE(2, 3), hasattr(spade_fast, 'nothing')); "
+    show += "from spade_fast import *; print(convert.__module__)"
+    assert python(AS_COMMAND + show) == python("import sys; " + show)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "check-data --labels MISSING --images .",
+        "check-data --labels . --images MISSING",
+        "check-data --labels . --images . --instances MISSING",
+        "train --labels MISSING --images . --out run",
+        "train --labels . --images MISSING --out run",
+        "train --labels . --images . --instances MISSING --out run",
+        "train --labels . --images . --palette MISSING --out run",
+        "train --resume MISSING",
+        "generate . --labels MISSING --out out",
+        "generate . --labels . --instances MISSING --out out",
+        "generate . --labels . --style MISSING --out out",
+        "evaluate --generated MISSING",
+        "evaluate --generated . --photographs MISSING",
+        "evaluate --generated . --labels MISSING",
+        "evaluate --generated . --labels . --classes MISSING",
+        "generate MISSING --labels . --out out",
+        "compare MISSING MISSING",
+        "paint MISSING",
+    ],
+)
+def test_what_is_not_there_is_called_so(words, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    words = words.split()
+    before = words[words.index("MISSING") - 1]
+    result = CliRunner().invoke(app, words)
+    assert result.exit_code == 2 and "MISSING" in result.output
+    name = before if before.startswith("--") else {"compare": "one"}.get(before, "weights")
+    assert result.output.startswith(f"Error: {name} is MISSING, which is not there; it should be a")
+    assert result.output.count("\n") == 1
+    assert not list(tmp_path.iterdir())
