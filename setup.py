@@ -1,30 +1,32 @@
 """Builds the compiled kernels: csrc/cpu into spade_fast._cpu, and csrc/cuda into spade_fast._cuda
-where nvcc is found.
+where the installed torch has CUDA and nvcc is found.
 
-Everything else about the package is in pyproject.toml. Where a compiler is missing or fails, the
-package is installed without its work, and says so here and in `spade-fast info`. The kernels use
-PyTorch's stable ABI alone: a library built with one torch serves the later ones, and the CUDA
-kernels are built without a GPU, beside a torch for the CPU too.
+Everything else about the package is in pyproject.toml. Ninja compiles what changed, headers
+included. Where a compiler is missing or fails, the package is installed without its work, and says
+so here and in `spade-fast info`. The kernels use PyTorch's stable ABI alone: a library built with
+one torch serves the later ones, and the CUDA kernels are built without a GPU.
 
 Environment variables: CUDA_HOME or CUDA_PATH, where nvcc is if not on PATH; TORCH_CUDA_ARCH_LIST,
-such as "8.0;9.0"; MAX_JOBS, compilers at once; SKIP_CUDA_BUILD=1; FORCE_CUDA=1, for an error where
-the CUDA kernels cannot be built.
+such as "8.0;9.0"; MAX_JOBS, compilers at once; SKIP_CUDA_BUILD=1; FORCE_CUDA=1, to build the CUDA
+kernels with a torch without CUDA too, and for an error where they cannot be built.
 """
 
 import os
 import re
+import shlex
 import shutil
 import subprocess
-from concurrent.futures import ThreadPoolExecutor
+import sys
 from pathlib import Path
+from sysconfig import get_path, get_platform
 
 import pybind11
 import torch
-from pybind11.setup_helpers import ParallelCompile
+from ninja.ninja_syntax import Writer, escape
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.command.sdist import sdist
 from setuptools.errors import CompileError
-from setuptools.modified import newer_group
 from torch.utils.cpp_extension import include_paths, library_paths
 
 STABLE_ABI = "-DTORCH_TARGET_VERSION=0x020a000000000000"  # that of torch 2.10
@@ -35,9 +37,39 @@ CPU_FLAGS = [
     "-fno-math-errno",
     "-fno-trapping-math",  # without it a leaky ReLU is not vectorised
     "-fvisibility=hidden",
+    # Python's own flags ask for debug information; CXXFLAGS may, too, and stand in their place.
+    *([] if "CXXFLAGS" in os.environ else ["-g0"]),
     STABLE_ABI,
 ]
 CUDA_FLAGS = ["-std=c++17", "-O3", "-Xcompiler=-fPIC,-fvisibility=hidden", "-DUSE_CUDA", STABLE_ABI]
+TORCH = [*(f"-L{path}" for path in library_paths()), "-ltorch", "-ltorch_cpu"]
+FORCE_CUDA = os.environ.get("FORCE_CUDA") == "1"
+
+
+def cpu_commands(compiler):
+    """The commands that compile and that link, without the files."""
+    if compiler.compiler_type != "unix":
+        raise CompileError(f"the flags are for g++, this compiler is {compiler.compiler_type}'s")
+    paths = [get_path("include"), pybind11.get_include(), *include_paths()]
+    compile_one = [*compiler.compiler_so_cxx, *CPU_FLAGS, *(f"-isystem{path}" for path in paths)]
+    return compile_one, [*compiler.linker_so_cxx, "-Wl,--no-as-needed"]
+
+
+def cuda_commands(compiler):
+    """The same with nvcc."""
+    nvcc = find_nvcc()
+    if os.environ.get("SKIP_CUDA_BUILD") == "1":
+        raise CompileError("SKIP_CUDA_BUILD is 1")
+    if torch.version.cuda is None and not FORCE_CUDA:
+        raise CompileError("this torch has no CUDA; FORCE_CUDA=1 builds it all the same")
+    if nvcc is None:
+        raise CompileError("there is no nvcc in CUDA_HOME, CUDA_PATH or PATH")
+    paths = [f"-isystem={path}" for path in include_paths()]
+    compile_one = [nvcc, *CUDA_FLAGS, *architectures(), *paths]
+    return compile_one, [nvcc, "-shared", "-Xlinker=--no-as-needed"]
+
+
+COMMANDS = {"spade_fast._cpu": cpu_commands, "spade_fast._cuda": cuda_commands}
 
 
 def find_nvcc():
@@ -64,76 +96,76 @@ def architectures():
 
 
 class BuildAndReport(build_ext):
-    """build_ext that knows nvcc, and says at its end what was built and what was not."""
+    """build_ext by ninja, which says at its end what was built and what was not."""
 
     def run(self):
         self.reasons = {}
         super().run()
         print(f"spade_fast {self.distribution.get_version()} for torch {torch.__version__}")
-        for extension in self.extensions:
-            outdated = newer_group(
-                extension.depends + extension.sources,
-                self.get_ext_fullpath(extension.name),
-                "newer",
-            )
-            built = not outdated and extension.name not in self.reasons
-            reason = self.reasons.get(extension.name, "the compiler says why above")
-            print(f"    {extension.name:16} {'built' if built else f'NOT BUILT: {reason}'}")
+        for name in COMMANDS:
+            reason = self.reasons.get(name)
+            if reason:  # an older library would be loaded in its place
+                Path(self.get_ext_fullpath(name)).unlink(missing_ok=True)
+            print(f"    {name:16} {f'NOT BUILT: {reason}' if reason else 'built'}")
+
+    def build_extensions(self):
+        # It stays between builds, unlike the temporary folder of an editable install.
+        self.folder = Path("build", f"ninja-{get_platform()}-{sys.implementation.cache_tag}")
+        if self.force:
+            shutil.rmtree(self.folder, ignore_errors=True)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with open(self.folder / "build.ninja", "w") as file:
+            writer = Writer(file)
+            writer.variable("builddir", str(self.folder))
+            for extension in self.extensions:
+                try:
+                    commands = COMMANDS[extension.name](self.compiler)
+                except CompileError as error:
+                    self.reasons[extension.name] = str(error)
+                else:
+                    self.write_rules(writer, extension, *map(shlex.join, commands))
+        super().build_extensions()
+
+    def write_rules(self, writer, extension, compile_one, link):
+        name = extension.name.rpartition(".")[2]
+        compiled = f"{escape(compile_one)} -MD -MF $out.d -c $in -o $out"
+        writer.rule(f"compile{name}", compiled, depfile="$out.d", deps="gcc")
+        writer.rule(f"link{name}", f"{escape(link)} $in -o $out {escape(shlex.join(TORCH))}")
+        objects = {f"{self.folder / source}.o": source for source in extension.sources}
+        for target, source in objects.items():
+            writer.build(target, f"compile{name}", source)
+        writer.build(self.library(extension), f"link{name}", list(objects))
+
+    def library(self, extension):
+        return str(self.folder / self.get_ext_filename(extension.name))
 
     def build_extension(self, extension):
-        if extension.name != "spade_fast._cuda":
-            return super().build_extension(extension)
-        try:
-            self.build_cuda(extension)
-        except CompileError as error:
-            self.reasons[extension.name] = str(error)
-            raise
+        """Called by super().build_extensions(), which lets an optional one fail."""
+        if extension.name not in self.reasons and not self.run_ninja(self.library(extension)):
+            self.reasons[extension.name] = "the compiler says why above"
+        if extension.name in self.reasons:
+            raise CompileError(self.reasons[extension.name])
+        target = Path(self.get_ext_fullpath(extension.name))
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(self.library(extension), target)
 
-    def build_cuda(self, extension):
-        nvcc, library = find_nvcc(), Path(self.get_ext_fullpath(extension.name))
-        if os.environ.get("SKIP_CUDA_BUILD") == "1":
-            raise CompileError("SKIP_CUDA_BUILD is 1")
-        if nvcc is None:
-            raise CompileError("there is no nvcc in CUDA_HOME, CUDA_PATH or PATH")
-        if not self.force and not newer_group(
-            extension.depends + extension.sources, str(library), "newer"
-        ):
-            return
-        folder = Path(self.build_temp) / "cuda"
-        folder.mkdir(parents=True, exist_ok=True)
-        library.parent.mkdir(parents=True, exist_ok=True)
-        flags = [*CUDA_FLAGS, *architectures(), *(f"-isystem={path}" for path in include_paths())]
-
-        def compile_one(source):
-            target = str(folder / f"{Path(source).name}.o")
-            spawn([nvcc, *flags, "-c", source, "-o", target])
-            return target
-
-        with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS") or os.cpu_count())) as pool:
-            objects = list(pool.map(compile_one, extension.sources))
-        paths = [f"-L{path}" for path in library_paths()]
-        spawn(
-            [
-                nvcc,
-                "-shared",
-                *objects,
-                "-o",
-                str(library),
-                *paths,
-                "-Xlinker=--no-as-needed",
-                "-ltorch",
-                "-ltorch_cpu",
-            ]
+    def run_ninja(self, target):
+        jobs = os.environ.get("MAX_JOBS") or os.cpu_count()
+        options = [f"-j{jobs}", "-f", self.folder / "build.ninja", target]
+        return (
+            subprocess.run([sys.executable, "-m", "ninja", *options], check=False).returncode == 0
         )
 
 
-def spawn(command):
-    print(" ".join(command))
-    if subprocess.run(command, check=False).returncode != 0:
-        raise CompileError("nvcc says why above")
+class WithoutTests(sdist):
+    """An sdist with all of csrc, the extensions' sources and what they depend on. The tests need
+    the benchmarks and their results: they run from the repository.
+    """
 
-
-ParallelCompile("MAX_JOBS").install()  # as many compilers at once as it says, or as there are cores
+    def make_release_tree(self, base_dir, files):
+        super().make_release_tree(
+            base_dir, [file for file in files if Path(file).parts[0] != "tests"]
+        )
 
 
 def sources(folder, *patterns):
@@ -146,10 +178,6 @@ setup(
             "spade_fast._cpu",
             sources=sources("csrc/cpu", "*.cpp"),
             depends=[*sources("csrc/cpu", "*.h"), *sources("csrc/common", "*.h")],
-            include_dirs=[pybind11.get_include(), *include_paths()],
-            library_dirs=library_paths(),
-            extra_compile_args=CPU_FLAGS,
-            extra_link_args=["-Wl,--no-as-needed", "-ltorch", "-ltorch_cpu"],
             language="c++",
             optional=True,  # the package works without it
         ),
@@ -157,8 +185,8 @@ setup(
             "spade_fast._cuda",
             sources=sources("csrc/cuda", "*.cu", "*.cpp"),
             depends=[*sources("csrc/cuda", "*.h"), *sources("csrc/common", "*.h")],
-            optional=os.environ.get("FORCE_CUDA") != "1",
+            optional=not FORCE_CUDA,
         ),
     ],
-    cmdclass={"build_ext": BuildAndReport},
+    cmdclass={"build_ext": BuildAndReport, "sdist": WithoutTests},
 )

@@ -13,6 +13,8 @@ import torch
 import typer
 from rich.progress import Progress
 
+from spade_fast.progress import progress_bar
+
 from . import cuda_proofs, report
 from . import gpu as on_gpu
 from . import launches as counted
@@ -346,19 +348,13 @@ def summary():
 @app.command()
 def painting(
     file: Annotated[Path, typer.Argument(help="The PNG that is drawn.")],
-    seconds: Annotated[float, typer.Option(min=0, help="How long the generator is trained.")] = 60,
+    steps: Annotated[int, typer.Option(min=1, help="How long the generator is trained.")] = 140,
 ):
-    """Train a small generator to paint drawn scenes, and draw three layouts above what it makes of
+    """Train the small generator of `spade-fast paint`, and draw label maps above its images of
     them.
     """
     check_folder("FILE", file)
-    with Progress(transient=True) as progress:
-        task = progress.add_task("training", total=None)
-        save_painting(
-            file,
-            seconds,
-            lambda step, loss: progress.update(task, description=f"step {step}, loss {loss:.3f}"),
-        )
+    save_painting(file, steps, functools.partial(progress_bar, words="Training"))
 
 
 @app.command()

@@ -10,10 +10,18 @@ a few such places in millions of elements. Several runs, from inputs that differ
 how much that matters.
 """
 
+from collections.abc import Sequence
+
 import torch
 
 
-def excess(ours, eager, truth, scale=None, eps=None):
+def excess(
+    ours: torch.Tensor,
+    eager: torch.Tensor | Sequence[torch.Tensor],
+    truth: torch.Tensor,
+    scale: float | None = None,
+    eps: float | None = None,
+) -> float:
     """How far ours is from the truth, as a fraction of what is allowed: at most 1 where it agrees.
 
         max|ours − truth| / (2·max|eager − truth| + 4·eps·scale)

@@ -1,8 +1,7 @@
 """What arguments are given as, checked in one place for layouts and data."""
 
 import operator
-
-import numpy as np
+from typing import SupportsIndex
 
 
 def whole_number(name: str, value: object, least: int | None = None) -> int:
@@ -11,8 +10,10 @@ def whole_number(name: str, value: object, least: int | None = None) -> int:
     Errors: TypeError where it is no whole number, and a bool is none; ValueError where it is
         smaller than `least`.
     """
+    import numpy as np
+
     try:
-        if isinstance(value, (bool, np.bool_)):
+        if isinstance(value, (bool, np.bool_)) or not isinstance(value, SupportsIndex):
             raise TypeError
         number = operator.index(value)
     except TypeError:

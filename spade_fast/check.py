@@ -30,7 +30,7 @@ class Result(NamedTuple):
     ways: dict
 
     @property
-    def agrees(self):
+    def agrees(self) -> bool:
         return all(error <= AGREES for error in self.errors.values())
 
 
@@ -85,7 +85,7 @@ def check(model: torch.nn.Module, arguments: Sequence, seconds: float = 10.0) ->
     return Result(report, compare(truth, ours), times, ways)
 
 
-def outcome(model, arguments):
+def outcome(model: torch.nn.Module, arguments: Sequence) -> dict[str, torch.Tensor]:
     """Outputs and gradients by name, of one forward and backward."""
     torch.manual_seed(0)
     tensors = outputs(model(*arguments))
@@ -109,7 +109,7 @@ def outcome(model, arguments):
     return found
 
 
-def outputs(result):
+def outputs(result: object) -> list[torch.Tensor]:
     """The floating-point tensors of what a model returns."""
     if isinstance(result, torch.Tensor):
         return [result] if result.is_floating_point() else []
@@ -123,7 +123,7 @@ def outputs(result):
     return [tensor for part in parts for tensor in outputs(part)]
 
 
-def compare(truth, ours):
+def compare(truth: dict[str, torch.Tensor], ours: dict[str, torch.Tensor]) -> dict[str, float]:
     """The relative error of each output and of the worst gradient; a gradient that is nothing but
     rounding is judged beside the others.
     """
@@ -139,11 +139,13 @@ def compare(truth, ours):
             float("inf") if error != error else error / scale if scale else error
         )  # NaN agrees with nothing
     gradients = {name: error for name, error in errors.items() if name.startswith("gradient")}
-    worst = [max(gradients, key=gradients.get)] if gradients else []
+    worst = [max(gradients, key=gradients.__getitem__)] if gradients else []
     return {name: error for name, error in errors.items() if name not in gradients or name in worst}
 
 
-def time_both(own, fast, arguments, seconds):
+def time_both(
+    own: torch.nn.Module, fast: torch.nn.Module, arguments: Sequence, seconds: float
+) -> tuple[dict[str, tuple[float, float]], dict[str, Counter]]:
     """Medians of calls, the two models in turn, and how the fast one computed γ and β in them:
     {mode: (own, fast)}, {mode: ways}.
     """
@@ -157,11 +159,13 @@ def time_both(own, fast, arguments, seconds):
             tensor.float().sum() for tensor in outputs(model(*arguments)) if tensor.requires_grad
         ]
         if tensors:
-            sum(tensors).backward()
+            torch.stack(tensors).sum().backward()
 
-    found, ways = {}, {}
+    found: dict[str, tuple[float, float]] = {}
+    ways: dict[str, Counter] = {}
     for mode, call in {"forward": forward, "forward and backward": both}.items():
-        times, end = ([], []), time.monotonic() + seconds / 2
+        times: tuple[list[float], list[float]] = ([], [])
+        end = time.monotonic() + seconds / 2
         with theirs("the model itself failed"):
             call(own)  # once to warm up
         with ways_of_spades() as ways[mode]:
@@ -173,7 +177,7 @@ def time_both(own, fast, arguments, seconds):
                 call(model)
                 _wait()
                 taken.append(time.perf_counter() - start)
-        found[mode] = tuple(map(statistics.median, times))
+        found[mode] = statistics.median(times[0]), statistics.median(times[1])
     return found, ways
 
 
@@ -182,7 +186,7 @@ def ways_of_spades() -> Iterator[Counter]:
     """Inside, a Counter of how SPADEs compute γ and β: at "windows", which an index looks up, or at
     "pixels".
     """
-    ways, modulate = Counter(), layer.spade_modulate
+    modulate, ways = layer.spade_modulate, Counter[str]()
 
     def counting(*arguments, index=None, **named):
         ways["pixels" if index is None else "windows"] += 1

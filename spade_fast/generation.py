@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -53,7 +53,7 @@ class Maps(NamedTuple):
     palette: Palette | None
     num_classes: int | None
     dont_care: int | None
-    instances: Path | bool | None  # a folder; None: those of the convention; False: none
+    instances: Path | Literal[False] | None  # a folder; None: those of the convention; False: none
 
 
 def generate(
@@ -119,8 +119,8 @@ def generate(
     if isinstance(weights, (str, os.PathLike)) and Path(weights).is_dir():
         run, weights = Run(weights), Path(weights, GENERATOR)
     maps = _maps_of(run, labels, instances, convention, palette)
-    if run is not None and style is not None and encoder is None and run.numbers():
-        encoder = checkpoint.load(run.checkpoint(run.numbers()[-1]), key="encoder")
+    if run is not None and style is not None and encoder is None:
+        encoder = encoder_of_run(run)
     maps = maps._replace(
         num_classes=maps.num_classes if num_classes is None else num_classes,
         dont_care=maps.dont_care if dont_care is None else dont_care,
@@ -131,9 +131,10 @@ def generate(
                 f"out is {out}, it should not be in the folder of {name}, {folder}: images would be"
                 " taken for maps"
             )
+    source: Any = weights  # what neither takes is refused there
     if loading:
-        weights = checkpoint.load(weights, **loading)
-    with Service(weights, batch=batch, dtype=dtype, device=device, waiting=MOST_WAITING) as service:
+        source = checkpoint.load(source, **loading)
+    with Service(source, batch=batch, dtype=dtype, device=device, waiting=MOST_WAITING) as service:
         return generate_with(
             service,
             labels,
@@ -181,6 +182,7 @@ def generate_with(
             " images"
         )
     maps = with_classes(maps, arguments["label_nc"])
+    assert maps.num_classes is not None
     height, width = service.image_size
     preparation = Preparation(
         maps.num_classes,
@@ -262,8 +264,8 @@ class Styles:
                 f"samples is {samples}, it should be 1: this generator begins with the condition,"
                 " and all samples would be the same"
             )
-        if style is not None:
-            self.moments = self._encoded(style, encoder, size)
+        if style is not None and encoder is not None:
+            self.moments = moments_of(encoder_of(encoder, z_dim), read_photograph(style), size)
 
     def __call__(self, name: str, samples: Iterable[int]) -> torch.Tensor | None:
         """z [M, z_dim] of these samples, float32 on the CPU; None for a generator without."""
@@ -274,36 +276,62 @@ class Styles:
     def _one(self, name, sample):
         seed = hashlib.blake2b(f"{self.seed} {sample} {name}".encode(), digest_size=7).digest()
         random = torch.Generator().manual_seed(int.from_bytes(seed, "big"))
+        assert self.z_dim is not None
         noise = torch.randn(self.z_dim, generator=random)
         if self.moments is None:
             return noise
         mean, deviation = self.moments
         return mean if sample == 0 else mean + noise * deviation
 
-    def _encoded(self, style, encoder, size):
-        """Mean and standard deviation of a photograph's z."""
-        is_network = isinstance(encoder, torch.nn.Module)
-        network = encoder if is_network else checkpoint.load(encoder)
-        if not isinstance(network, ConvEncoder):
-            raise ValueError(
-                f"encoder is the weights of a {type(network).__name__}, they should be an encoder's"
-            )
-        length = network.arguments["z_dim"]
-        if length != self.z_dim:
-            wanted = "takes none" if self.z_dim is None else f"has z_dim {self.z_dim}"
-            raise ValueError(
-                f"encoder makes z of length {length}, and the generator {wanted}: they should be of"
-                " one run"
-            )
-        # Its labels are not looked at.
-        preparation = Preparation(
-            1, mode="fixed", crop_size=size[1], aspect_ratio=size[1] / size[0]
+
+def encoder_of_run(run: Run) -> ConvEncoder | None:
+    """The encoder of a run's newest checkpoint, None where there is none, or it trains none.
+    Errors: FileNotFoundError, ValueError: the run's settings or the checkpoint cannot be read.
+    """
+    numbers = run.numbers()
+    if not numbers or not run.settings().use_vae:
+        return None
+    encoder = checkpoint.load(run.checkpoint(numbers[-1]), key="encoder")
+    assert isinstance(encoder, ConvEncoder)
+    return encoder
+
+
+def encoder_of(
+    encoder: str | os.PathLike | Mapping | ConvEncoder, z_dim: int | None
+) -> ConvEncoder:
+    """The encoder, or the one with these weights, for a generator whose z has length z_dim, or that
+    takes none. Errors: ValueError where it is no encoder, or of other generators or images.
+    """
+    network = encoder if isinstance(encoder, torch.nn.Module) else checkpoint.load(encoder)
+    if not isinstance(network, ConvEncoder):
+        raise ValueError(
+            f"encoder is the weights of a {type(network).__name__}, they should be an encoder's"
         )
-        photograph = read_photograph(style)
-        _, image = preparation(np.zeros(photograph.size[::-1], np.uint8), photograph)
-        with torch.no_grad():
-            mean, logvar = network(image)
-        return mean[0], (0.5 * logvar[0]).exp()
+    length, channels = network.arguments["z_dim"], network.arguments["input_nc"]
+    if length != z_dim:
+        wanted = "takes none" if z_dim is None else f"has z_dim {z_dim}"
+        raise ValueError(
+            f"encoder makes z of length {length}, and the generator {wanted}: they should be of"
+            " one run"
+        )
+    if channels != 3:
+        raise ValueError(f"encoder takes {channels} channels, it should take a photograph's 3")
+    return network
+
+
+def moments_of(
+    encoder: ConvEncoder, photograph: Image.Image, size: tuple[int, int]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and standard deviation [z_dim] of a photograph's z.
+
+    size: height and width that the photograph is resized to, as in training.
+    """
+    # Its labels are not looked at.
+    preparation = Preparation(1, mode="fixed", crop_size=size[1], aspect_ratio=size[1] / size[0])
+    _, image = preparation(np.zeros(photograph.size[::-1], np.uint8), photograph)
+    with torch.no_grad():
+        mean, logvar = encoder(image)
+    return mean[0], (0.5 * logvar[0]).exp()
 
 
 class _Painter:

@@ -2,9 +2,11 @@
 as a GPU runs them.
 """
 
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
+import torch.nn as nn
 import torch.nn.functional as F
 
 from .layout import SemanticLayout, Sums, Windows
@@ -32,7 +34,9 @@ class Graphed:
         ValueError, TypeError: an argument is not as said above; the message names it.
     """
 
-    def __init__(self, network, layout, *inputs, room=1.5):
+    def __init__(
+        self, network: nn.Module, layout: SemanticLayout, *inputs: torch.Tensor, room: float = 1.5
+    ) -> None:
         if network.training:
             raise ValueError(
                 "network is in train mode, it should be in eval mode: a graph is for inference"
@@ -50,7 +54,7 @@ class Graphed:
         self._written = layout.content
 
     @torch.no_grad()
-    def __call__(self, layout, *inputs):
+    def __call__(self, layout: SemanticLayout, *inputs: torch.Tensor) -> torch.Tensor:
         """What network(layout, *inputs) is, a new tensor."""
         self._check(layout)
         if [(given.shape, given.dtype) for given in inputs] != [
@@ -103,10 +107,18 @@ class TablesAhead:
     where it is first used.
     """
 
-    def __init__(self):
-        self._asked, self._made = {}, {}
+    def __init__(self) -> None:
+        self._asked: dict[tuple, Callable[[], list[torch.Tensor]]] = {}
+        self._made: dict[tuple, tuple[list[torch.Tensor], torch.cuda.Event]] = {}
 
-    def get(self, layout, key, weights, marks, compute):
+    def get(
+        self,
+        layout: SemanticLayout,
+        key: tuple,
+        weights: list[torch.Tensor],
+        marks: list,
+        compute: Callable[[], list[torch.Tensor]],
+    ) -> list[torch.Tensor]:
         if (layout, key) in self._made:
             table, event = self._made[layout, key]
             event.wait()
@@ -116,12 +128,19 @@ class TablesAhead:
             self._asked[layout, key] = compute
         return compute()
 
-    def derive(self, module, name, weights, settings, compute):
+    def derive(
+        self,
+        module: nn.Module,
+        name: str,
+        weights: list[torch.Tensor | None],
+        settings: tuple,
+        compute: Callable[[], list[torch.Tensor]],
+    ) -> list[torch.Tensor]:
         """In each replay anew: weights may change in place."""
         return compute()
 
     @contextmanager
-    def made(self, layout):
+    def made(self, layout: SemanticLayout) -> Iterator[None]:
         """Inside, what was asked for of this layout is there, or under way."""
         here, beside = torch.cuda.current_stream(), torch.cuda.Stream()
         beside.wait_stream(here)
@@ -135,7 +154,7 @@ class TablesAhead:
         here.wait_stream(beside)
 
 
-def with_room(layout, room):
+def with_room(layout: SemanticLayout, room: float) -> SemanticLayout:
     """A copy with the windows that the layout has so far, in memory for `room` times as many.
     Without what backward reads.
     """
@@ -143,15 +162,15 @@ def with_room(layout, room):
         layout.codes.clone(), _more_codes(layout.palette, int(len(layout.palette) * room))
     )
     for key, windows in layout._windows.items():
-        sums = [
+        hidden, table = (
             _more_windows(part, key, int((len(part.offsets) - 1) * room) + 1)
             for part in windows[:2]
-        ]
-        copy._windows[key] = Windows(*sums, windows.index.clone(), windows.order.clone())
+        )
+        copy._windows[key] = Windows(hidden, table, windows.index.clone(), windows.order.clone())
     return copy
 
 
-def write_over(room, layout):
+def write_over(room: SemanticLayout, layout: SemanticLayout) -> bool:
     """Writes a layout into the memory of one that `with_room` made. Returns whether there is
     enough; where not, nothing is written.
 
@@ -173,10 +192,10 @@ def write_over(room, layout):
     ]
     for key, windows in room._windows.items():
         given = layout.windows(*key)
-        for own, other in zip(windows[:2], given[:2]):
-            if len(other.offsets) >= len(own.offsets):
+        for sums, others in zip(windows[:2], given[:2]):
+            if len(others.offsets) >= len(sums.offsets):
                 return False
-            pairs += zip(own[:2], _more_windows(other, key, len(own.offsets) - 1)[:2])
+            pairs += zip(sums[:2], _more_windows(others, key, len(sums.offsets) - 1)[:2])
         pairs += zip(windows[2:], given[2:])
     for own, other in pairs:
         own.copy_(other)

@@ -16,6 +16,7 @@ def state_of(tensor: torch.Tensor) -> tuple:
     that has). A change that PyTorch does not see (through `.data`, or NumPy) is not seen here.
     Whoever keeps this must keep the memory, too: another tensor may else come to lie there.
     """
+    version: object
     try:
         version = tensor._version
     except RuntimeError:

@@ -9,9 +9,8 @@ for each code. The condition itself is never made.
 
 import sys
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch.utils.data._utils.collate import default_collate_fn_map
@@ -20,7 +19,10 @@ from . import kernels
 from .arguments import whole_number
 from .identity import state_of, with_version
 from .kernels.numbering import resize_codes
-from .streams import made_here, read_here
+from .streams import Made, made_here, read_here
+
+if TYPE_CHECKING:
+    import numpy as np
 
 LARGEST_KERNEL = 7  # taps per axis of a window
 
@@ -36,8 +38,8 @@ class Sums(NamedTuple):
 
     offsets: torch.Tensor
     rows: torch.Tensor
-    back_offsets: torch.Tensor
-    back_rows: torch.Tensor
+    back_offsets: torch.Tensor | None  # None in a copy that backward does not read
+    back_rows: torch.Tensor | None
 
 
 class Windows(NamedTuple):
@@ -52,21 +54,21 @@ class Windows(NamedTuple):
 
     hidden: Sums
     table: Sums
-    index: torch.Tensor
+    index: torch.Tensor  # type: ignore[assignment]  # hides tuple.index, which nobody calls
     order: torch.Tensor
 
     @property
-    def hidden_count(self):
+    def hidden_count(self) -> int:
         """K1, the rows of the hidden map."""
         return self.hidden.offsets.shape[0] - 1
 
     @property
-    def count(self):
+    def count(self) -> int:  # type: ignore[override]  # hides tuple.count, which nobody calls
         """K2, the rows of γ and β."""
         return self.table.offsets.shape[0] - 1
 
     @property
-    def index_of_images(self):
+    def index_of_images(self) -> torch.Tensor:
         """index, where each image has rows of its own for its windows: image n has those from n ·
         K2 on.
         """
@@ -74,7 +76,7 @@ class Windows(NamedTuple):
         return self.index + images.view(-1, *[1] * (self.index.dim() - 1)) * self.count
 
     @property
-    def shares(self):
+    def shares(self) -> torch.Tensor:
         """How much of each image each window takes, [N, K2], float64: one over the pixels, for each
         that has it.
         """
@@ -97,7 +99,7 @@ class Patches(NamedTuple):
 
     contents: torch.Tensor
     sums: Sums
-    index: torch.Tensor
+    index: torch.Tensor  # type: ignore[assignment]  # hides tuple.index, which nobody calls
     order: torch.Tensor
 
 
@@ -118,10 +120,16 @@ class SemanticLayout:
 
     def __init__(self, codes: torch.Tensor, palette: torch.Tensor) -> None:
         self.codes, self.palette = codes, palette
-        self._windows, self._patches, self._pooled = {}, {}, {}
-        self._made = {}  # by what windows and patches are kept by: on which stream of a GPU
-        self._repeats = None  # the layout that this one is a repetition of, its content, how often
-        self._seen = self._state = self._content = None
+        self._windows: dict[tuple[tuple[int, ...], int], Windows] = {}
+        self._patches: dict[tuple[int, int, int], Patches] = {}
+        self._pooled: dict[tuple[int, int, int, bool], tuple[SemanticLayout, object]] = {}
+        # By what windows and patches are kept by: on which stream of a GPU.
+        self._made: dict[tuple, Made | None] = {}
+        # The layout that this one is a repetition of, its content, how often.
+        self._repeats: tuple[SemanticLayout, object, int] | None = None
+        self._seen: tuple[torch.Tensor, torch.Tensor] | None = None
+        self._state: tuple | None = None
+        self._content: object = None
         if torch.compiler.is_compiling():
             _check_tensors(codes, palette)
         else:
@@ -159,9 +167,9 @@ class SemanticLayout:
     @classmethod
     def from_labels(
         cls,
-        labels: torch.Tensor | np.ndarray,
+        labels: "torch.Tensor | np.ndarray",
         num_classes: int,
-        instances: torch.Tensor | np.ndarray | None = None,
+        instances: "torch.Tensor | np.ndarray | None" = None,
         dont_care: int | None = None,
     ) -> "SemanticLayout":
         """The one-hot layout of a label map, with the instance-edge channel of the published
@@ -184,24 +192,24 @@ class SemanticLayout:
         if dont_care is not None:
             dont_care = whole_number("dont_care", dont_care)
         with torch.inference_mode(False):  # what is found in inference may be used in training
-            labels = _label_map("labels", labels)
-            codes, channels = _classes(labels, num_classes, dont_care)
+            label_map = _label_map("labels", labels)
+            codes, channels = _classes(label_map, num_classes, dont_care)
             if instances is not None:
-                instances = _label_map("instances", instances)
-                if instances.shape != codes.shape:
+                numbers = _label_map("instances", instances)
+                if numbers.shape != codes.shape:
                     raise ValueError(
-                        f"instances has shape {list(instances.shape)}, it should be that of labels,"
+                        f"instances has shape {list(numbers.shape)}, it should be that of labels,"
                         f" {list(codes.shape)}"
                     )
-                if instances.device != codes.device:
+                if numbers.device != codes.device:
                     raise ValueError(
-                        f"instances is on {instances.device}, it should be on labels' device,"
+                        f"instances is on {numbers.device}, it should be on labels' device,"
                         f" {codes.device}"
                     )
-                codes = codes + channels * instance_edges(instances)
+                codes = codes + channels * instance_edges(numbers)
             codes, present, are_classes = _compact(codes, channels * (1 + (instances is not None)))
             if not are_classes:
-                _refuse_labels(labels, num_classes, dont_care)
+                _refuse_labels(label_map, num_classes, dont_care)
             palette = F.one_hot(present % channels, channels).float()
             if instances is not None:
                 palette = torch.cat([palette, (present // channels)[:, None].float()], dim=1)
@@ -284,7 +292,7 @@ class SemanticLayout:
         return stack
 
     def __getitem__(
-        self, images: int | slice | list | np.ndarray | torch.Tensor
+        self, images: "int | slice | list | np.ndarray | torch.Tensor"
     ) -> "SemanticLayout":
         """The layout of some images of the batch, in the order in which they are named, with the
         codes that they have. Its windows are found anew.
@@ -312,10 +320,10 @@ class SemanticLayout:
         Errors: ValueError where one is no spatial axis.
         """
         self._look()
-        dims = dims[0] if len(dims) == 1 and isinstance(dims[0], (tuple, list)) else dims
+        given = dims[0] if len(dims) == 1 and isinstance(dims[0], (tuple, list)) else dims
         axes, spatial = [], self.codes.dim() - 1
-        for dim in dims:
-            dim = whole_number("dims", dim)
+        for one in given:
+            dim = whole_number("dims", one)
             axis = dim if dim < 0 else dim - spatial - 2
             if not -spatial <= axis < 0:
                 raise ValueError(
@@ -407,13 +415,15 @@ class SemanticLayout:
         if pooled is not None and pooled.content is content:
             return pooled
         if (source := self._source()) is not None:
-            pooled = source.avg_pool(*key).repeat(self._repeats[2])
+            layout, times = source
+            pooled = layout.avg_pool(*key).repeat(times)
         else:
             patches = self.patches(kernel_size, stride, padding)
             vectors = torch.cat(
                 [self.palette, self.palette.new_zeros(1, self.label_nc)]
             ).double()  # −1, beyond the border, is the last
-            sums = sum(vectors[codes.long()] for codes in patches.contents.unbind(1))
+            seen = (vectors[codes.long()] for codes in patches.contents.unbind(1))
+            sums = sum(seen, vectors.new_zeros(()))
             taps = patches.contents.shape[1]
             counts = (
                 taps
@@ -436,8 +446,9 @@ class SemanticLayout:
         key, kept = _whole_patches(kernel_size, stride, padding), self._patches
         if key not in kept:
             if (source := self._source()) is not None:
-                contents, sums, *places = source.patches(*key)
-                kept[key] = Patches(contents, sums, *map(self._repeated, places))
+                layout, times = source
+                contents, sums, *places = layout.patches(*key)
+                kept[key] = Patches(contents, sums, *(_repeated(one, times) for one in places))
             else:
                 kept[key] = number_patches(self.codes, *key, len(self.palette))
             self._made[key] = made_here(_tensors_in(kept[key]))
@@ -460,19 +471,15 @@ class SemanticLayout:
         return repeated
 
     def _source(self):
-        """The layout that this one still is a repetition of, or None."""
+        """The layout that this one still is a repetition of, and how often; or None."""
         if self._repeats is not None:
-            layout, content, _ = self._repeats
+            layout, content, times = self._repeats
             if torch.compiler.is_compiling() or (
                 layout._content is content and layout._state == layout._state_now()
             ):
-                return layout
+                return layout, times
             self._repeats = None
         return None
-
-    @torch.inference_mode(False)
-    def _repeated(self, tensor):
-        return _repeat(tensor, self._repeats[2])
 
     def windows(self, size: Sequence[int], kernel_size: int) -> Windows:
         """The Windows at this size, *spatial, for convolutions of this kernel size. Made once, then
@@ -514,10 +521,11 @@ class SemanticLayout:
             return keys
         sizes = [size for size, _ in missing]
         if (source := self._source()) is not None:
-            source._make_windows(sizes, kernel_size, source._windows)
+            layout, times = source
+            layout._make_windows(sizes, kernel_size, layout._windows)
             for key in missing:
-                hidden, table, *places = source.windows(*key)
-                kept[key] = Windows(hidden, table, *map(self._repeated, places))
+                hidden, table, *places = layout.windows(*key)
+                kept[key] = Windows(hidden, table, *(_repeated(one, times) for one in places))
         else:
             made = number(self.codes, sizes, kernel_size, len(self.palette), self.palette.dtype)
             kept.update(zip(missing, made))
@@ -595,19 +603,21 @@ class SemanticLayout:
     def _mapped(self, function):
         self._look()
         layout = SemanticLayout(function(self.codes), function(self.palette))
-        for key in self._windows:
-            windows = self.windows(*key)
-            sums = (Sums(*map(function, part)) for part in windows[:2])
-            layout._windows[key] = Windows(*sums, function(windows.index), function(windows.order))
+        for size, kernel_size in self._windows:
+            windows = self.windows(size, kernel_size)
+            hidden, table = (Sums(*map(function, part)) for part in windows[:2])
+            layout._windows[size, kernel_size] = Windows(
+                hidden, table, function(windows.index), function(windows.order)
+            )
         for key in self._patches:
             contents, sums, *places = self.patches(*key)
             layout._patches[key] = Patches(
                 function(contents), Sums(*map(function, sums)), *map(function, places)
             )
-        for key, (pooled, content) in self._pooled.items():
+        for asked, (pooled, content) in self._pooled.items():
             if pooled.content is content:
                 pooled = pooled._mapped(function)
-                layout._pooled[key] = pooled, pooled.content
+                layout._pooled[asked] = pooled, pooled.content
         return layout
 
     def stats(self) -> dict:
@@ -640,7 +650,7 @@ class SemanticLayout:
         """
         self._look()
         source = self._source()
-        return self if source is None else source.source
+        return self if source is None else source[0].source
 
     @property
     def content(self) -> object:
@@ -675,7 +685,7 @@ class SemanticLayout:
             f" channels, on {self.device})"
         )
 
-    def __getstate__(self):
+    def __getstate__(self) -> dict[str, Any]:
         self._look()
         values = {name: value for name, value in self.__dict__.items() if name != "_state"}
         values["_made"] = {}  # who copies or pickles has read it
@@ -683,7 +693,7 @@ class SemanticLayout:
             values[name] = {key: _on_its_own(found) for key, found in values[name].items()}
         return values
 
-    def __setstate__(self, values):
+    def __setstate__(self, values: dict[str, Any]) -> None:
         self.__dict__.update(values)
         # The same tensors lie elsewhere; without versions, all is made of copies.
         self._state = self._state_now()
@@ -715,7 +725,13 @@ default_collate_fn_map[SemanticLayout] = _collate
 
 
 @torch.inference_mode(False)  # as above
-def number(codes, sizes, kernel_size, num_codes, dtype):
+def number(
+    codes: torch.Tensor,
+    sizes: Sequence[Sequence[int]],
+    kernel_size: int,
+    num_codes: int,
+    dtype: torch.dtype,
+) -> list[Windows]:
     """The Windows of codes [N, *spatial] at each of these sizes, by the pixels of a condition in
     this dtype.
     """
@@ -724,7 +740,9 @@ def number(codes, sizes, kernel_size, num_codes, dtype):
 
 
 @torch.inference_mode(False)
-def number_patches(codes, kernel_size, stride, padding, num_codes):
+def number_patches(
+    codes: torch.Tensor, kernel_size: int, stride: int, padding: int, num_codes: int
+) -> Patches:
     """The Patches of codes [N, *spatial]. Errors: ValueError where the map is smaller than a
     window.
     """
@@ -742,6 +760,11 @@ def number_patches(codes, kernel_size, stride, padding, num_codes):
 
 def _repeat(tensor, times):
     return tensor.repeat(times, *[1] * (tensor.dim() - 1))
+
+
+@torch.inference_mode(False)  # as above
+def _repeated(tensor, times):
+    return _repeat(tensor, times)
 
 
 def _side_by_side(parts):
@@ -768,7 +791,7 @@ def _stack_sums(parts):
     )
 
 
-def instance_edges(instances):
+def instance_edges(instances: torch.Tensor) -> torch.Tensor:
     """1 where a direct neighbour along any axis has another instance number, else 0: [N, *spatial]
     as long.
     """
@@ -803,6 +826,8 @@ def _compact(numbers, bound):
 
 def _label_map(name, values):
     """values as an int64 tensor [N, *spatial]."""
+    import numpy as np
+
     if isinstance(values, np.ma.MaskedArray):
         raise TypeError(f"{name} is a masked array, it should have a number everywhere: fill it")
     if isinstance(values, np.ndarray):
@@ -902,7 +927,7 @@ def _description(value):
     return f"{value.dtype} {list(value.shape)}, {value.layout}, on {value.device}"
 
 
-def _whole_patches(kernel_size, stride, padding):
+def _whole_patches(kernel_size: int, stride: int, padding: int) -> tuple[int, int, int]:
     found = {"kernel_size": kernel_size, "stride": stride, "padding": padding}
     kernel_size, stride, padding = (whole_number(*item) for item in found.items())
     if kernel_size < 1 or stride < 1 or padding < 0:
@@ -926,6 +951,8 @@ def _whole_number_for_each_axis(name, values, axes):
 
 def _numbers_of_images(images, count):
     """The numbers of the images that an index names among `count`, as a list."""
+    import numpy as np
+
     if isinstance(images, slice):
         return list(range(count))[images]
     found = images.tolist() if isinstance(images, (torch.Tensor, np.ndarray)) else images

@@ -83,7 +83,7 @@ def gradients_of(
     for those that need none; themselves differentiable where gradients are on.
     """
     needed = [tensor is not None and tensor.requires_grad for tensor in inputs]
-    wanted = [tensor for tensor, needs in zip(inputs, needed) if needs]
+    wanted = [tensor for tensor in inputs if tensor is not None and tensor.requires_grad]
     found = iter(
         torch.autograd.grad(result, wanted, gradient, create_graph=torch.is_grad_enabled())
     )

@@ -7,33 +7,39 @@ Spatially-Adaptive Normalization", CVPR 2019).
 """
 
 import re
+from collections.abc import Callable, Iterator, Mapping
+from typing import Literal
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch import Tensor
 
+Norm = Literal["instance", "batch", "syncbatch", "group"]
+Activation = Literal["relu", "leaky_relu", "silu"]
+Doublings = Literal["normal", "more", "most"]
 CONVOLUTIONS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 INSTANCE_NORMS = {1: nn.InstanceNorm1d, 2: nn.InstanceNorm2d, 3: nn.InstanceNorm3d}
 BATCH_NORMS = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
 
 
 def spade_modulate(
-    x,
-    gamma,
-    beta,
+    x: Tensor,
+    gamma: Tensor,
+    beta: Tensor,
     *,
-    norm="instance",
-    num_groups=None,
-    weight=None,
-    bias=None,
-    running_mean=None,
-    running_var=None,
-    training=True,
-    momentum=0.1,
-    eps=1e-5,
-    activation=None,
-    negative_slope=0.2,
-):
+    norm: Norm | None = "instance",
+    num_groups: int | None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    training: bool = True,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    activation: Activation | None = None,
+    negative_slope: float = 0.2,
+) -> Tensor:
     """y = activation(normalised(x) · (1 + γ) + β): equation 1 of the paper, with the activation
     that follows it.
     """
@@ -44,6 +50,7 @@ def spade_modulate(
             x, running_mean, running_var, weight, bias, training, momentum, eps
         )
     elif norm == "group":
+        assert num_groups is not None
         normalised = F.group_norm(x, num_groups, weight, bias, eps)
     else:
         normalised = x
@@ -62,20 +69,21 @@ class SPADE(nn.Module):
 
     def __init__(
         self,
-        norm_nc,
-        label_nc,
-        nhidden=128,
-        kernel_size=3,
-        norm="instance",
+        norm_nc: int,
+        label_nc: int,
+        nhidden: int = 128,
+        kernel_size: int = 3,
+        norm: Norm | nn.Module = "instance",
         *,
-        num_groups=32,
-        affine=False,
-        eps=1e-5,
-        momentum=0.1,
-        spatial_dims=2,
-    ):
+        num_groups: int = 32,
+        affine: bool = False,
+        eps: float = 1e-5,
+        momentum: float = 0.1,
+        spatial_dims: int = 2,
+    ) -> None:
         super().__init__()
         conv = CONVOLUTIONS[spatial_dims]
+        self.param_free_norm: nn.Module
         if norm == "instance":
             self.param_free_norm = INSTANCE_NORMS[spatial_dims](norm_nc, eps=eps, affine=affine)
         elif norm == "batch":
@@ -97,7 +105,7 @@ class SPADE(nn.Module):
         self.mlp_gamma = conv(nhidden, norm_nc, kernel_size, padding=padding)
         self.mlp_beta = conv(nhidden, norm_nc, kernel_size, padding=padding)
 
-    def forward(self, x, segmap):
+    def forward(self, x: Tensor, segmap: Tensor) -> Tensor:
         hidden = self.mlp_shared(F.interpolate(segmap, size=x.shape[2:], mode="nearest"))
         return self.param_free_norm(x) * (1 + self.mlp_gamma(hidden)) + self.mlp_beta(hidden)
 
@@ -107,14 +115,14 @@ class SqueezeExcitation(nn.Module):
     reduction of 16).
     """
 
-    def __init__(self, channels):
+    def __init__(self, channels: int) -> None:
         super().__init__()
         squeezed = max(channels // 16, 1)
         self.fc = nn.Sequential(
             nn.Linear(channels, squeezed), nn.ReLU(), nn.Linear(squeezed, channels), nn.Sigmoid()
         )
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         scale = self.fc(x.flatten(2).mean(-1))
         return x * scale.reshape(*scale.shape, *[1] * (x.dim() - 2))
 
@@ -125,8 +133,17 @@ class SPADEResnetBlock(nn.Module):
     """
 
     def __init__(
-        self, fin, fout, norm_G, label_nc, use_se=False, dilation=1, *, nhidden=128, spatial_dims=2
-    ):
+        self,
+        fin: int,
+        fout: int,
+        norm_G: str,
+        label_nc: int,
+        use_se: bool = False,
+        dilation: int = 1,
+        *,
+        nhidden: int = 128,
+        spatial_dims: int = 2,
+    ) -> None:
         super().__init__()
         conv = CONVOLUTIONS[spatial_dims]
         fmiddle = min(fin, fout)
@@ -138,16 +155,19 @@ class SPADEResnetBlock(nn.Module):
         if "spectral" in norm_G:
             for name, module in list(self.named_children()):
                 setattr(self, name, nn.utils.spectral_norm(module))
-        norm = re.fullmatch(r"spade(\D*).*", norm_G.replace("spectral", ""))[1] or "instance"
+        norms: tuple[Norm, ...] = ("instance", "syncbatch", "batch", "group")
+        norm = next((name for name in norms if name in norm_G), norms[0])
         kernel_size = int((re.search(r"\d+", norm_G) or "3")[0])
-        arguments = (label_nc, nhidden, kernel_size, norm)
-        self.norm_0 = SPADE(fin, *arguments, spatial_dims=spatial_dims)
-        self.norm_1 = SPADE(fmiddle, *arguments, spatial_dims=spatial_dims)
+
+        def spade(channels: int) -> SPADE:
+            return SPADE(channels, label_nc, nhidden, kernel_size, norm, spatial_dims=spatial_dims)
+
+        self.norm_0, self.norm_1 = spade(fin), spade(fmiddle)
         if self.learned_shortcut:
-            self.norm_s = SPADE(fin, *arguments, spatial_dims=spatial_dims)
+            self.norm_s = spade(fin)
         self.se = SqueezeExcitation(fout) if use_se else nn.Identity()
 
-    def forward(self, x, segmap):
+    def forward(self, x: Tensor, segmap: Tensor) -> Tensor:
         shortcut = self.conv_s(self.norm_s(x, segmap)) if self.learned_shortcut else x
         dx = self.conv_0(F.leaky_relu(self.norm_0(x, segmap), 0.2))
         dx = self.conv_1(F.leaky_relu(self.norm_1(dx, segmap), 0.2))
@@ -164,22 +184,23 @@ class SPADEGenerator(nn.Module):
 
     def __init__(
         self,
-        label_nc,
-        ngf=64,
+        label_nc: int,
+        ngf: int = 64,
         *,
-        crop_size=256,
-        aspect_ratio=1.0,
-        num_upsampling_layers="normal",
-        use_vae=False,
-        z_dim=256,
-        norm_G="spectralspadesyncbatch3x3",
-        block=SPADEResnetBlock,
-    ):
+        crop_size: int = 256,
+        aspect_ratio: float = 1.0,
+        num_upsampling_layers: Doublings = "normal",
+        use_vae: bool = False,
+        z_dim: int = 256,
+        norm_G: str = "spectralspadesyncbatch3x3",
+        block: Callable[[int, int, str, int], nn.Module] = SPADEResnetBlock,
+    ) -> None:
         super().__init__()
         self.doublings = {"normal": 5, "more": 6, "most": 7}[num_upsampling_layers]
         width = crop_size // 2**self.doublings
         self.start = (round(width / aspect_ratio), width)
         self.use_vae = use_vae
+        self.fc: nn.Module
         if use_vae:
             self.fc = nn.Linear(z_dim, 16 * ngf * self.start[0] * self.start[1])
         else:
@@ -195,7 +216,7 @@ class SPADEGenerator(nn.Module):
             self.up_4 = block(ngf, ngf // 2, norm_G, label_nc)
         self.conv_img = nn.Conv2d(ngf // 2 if self.doublings == 7 else ngf, 3, 3, padding=1)
 
-    def forward(self, segmap, z=None):
+    def forward(self, segmap: Tensor, z: Tensor | None = None) -> Tensor:
         def up(x):
             return F.interpolate(x, scale_factor=2, mode="nearest")
 
@@ -221,8 +242,14 @@ class SPADEGeneratorFromNoise(nn.Module):
     """
 
     def __init__(
-        self, label_nc, z_dim=256, ngf=64, *, norm_G="spadeinstance3x3", block=SPADEResnetBlock
-    ):
+        self,
+        label_nc: int,
+        z_dim: int = 256,
+        ngf: int = 64,
+        *,
+        norm_G: str = "spadeinstance3x3",
+        block: Callable[[int, int, str, int], nn.Module] = SPADEResnetBlock,
+    ) -> None:
         super().__init__()
         self.fc = nn.Linear(z_dim, 16 * ngf * 4 * 4)
         widths = [16, 16, 16, 8, 4, 2, 1]
@@ -232,14 +259,14 @@ class SPADEGeneratorFromNoise(nn.Module):
             self.add_module(name, block(fin * ngf, fout * ngf, norm_G, label_nc))
         self.conv_img = nn.Conv2d(ngf, 3, 3, padding=1)
 
-    def forward(self, segmap, z):
+    def forward(self, segmap: Tensor, z: Tensor) -> Tensor:
         x = self.fc(z).view(len(z), -1, 4, 4)
-        for block in (self.head, self.up_1, self.up_2, self.up_3, self.up_4, self.up_5):
+        for block in list(self.children())[1:-1]:
             x = F.interpolate(block(x, segmap), scale_factor=2, mode="nearest")
         return torch.tanh(self.conv_img(F.leaky_relu(x, 0.2)))
 
 
-def normalised(convolution):
+def normalised(convolution: nn.Conv2d) -> nn.Sequential:
     """A convolution under spectral norm, without bias, and the instance norm that follows it."""
     return nn.Sequential(
         nn.utils.spectral_norm(convolution), nn.InstanceNorm2d(convolution.out_channels)
@@ -249,7 +276,7 @@ def normalised(convolution):
 class ConvEncoder(nn.Module):
     """An image [N, 3, *any] to mean and logarithm of the variance of its z, both [N, z_dim]."""
 
-    def __init__(self, ndf=64, z_dim=256):
+    def __init__(self, ndf: int = 64, z_dim: int = 256) -> None:
         super().__init__()
         widths = [3, ndf, 2 * ndf, 4 * ndf, 8 * ndf, 8 * ndf, 8 * ndf]
         for number in range(1, 7):
@@ -258,9 +285,9 @@ class ConvEncoder(nn.Module):
         self.fc_mu = nn.Linear(8 * ndf * 4 * 4, z_dim)
         self.fc_var = nn.Linear(8 * ndf * 4 * 4, z_dim)
 
-    def forward(self, image):
+    def forward(self, image: Tensor) -> tuple[Tensor, Tensor]:
         x = F.interpolate(image, size=(256, 256), mode="bilinear")
-        for layer in (self.layer1, self.layer2, self.layer3, self.layer4, self.layer5, self.layer6):
+        for layer in list(self.children())[:-2]:
             x = F.leaky_relu(layer(x), 0.2)
         return self.fc_mu(x.flatten(1)), self.fc_var(x.flatten(1))
 
@@ -270,7 +297,7 @@ class PatchDiscriminator(nn.Module):
     real each patch looks. Each layer has twice the channels of the one before, up to 512.
     """
 
-    def __init__(self, input_nc, ndf=64, *, n_layers=4):
+    def __init__(self, input_nc: int, ndf: int = 64, *, n_layers: int = 4) -> None:
         super().__init__()
         self.model0 = nn.Sequential(
             nn.Conv2d(input_nc, ndf, 4, stride=2, padding=2), nn.LeakyReLU(0.2)
@@ -283,7 +310,7 @@ class PatchDiscriminator(nn.Module):
             self.add_module(f"model{number}", nn.Sequential(normalised(conv), nn.LeakyReLU(0.2)))
         self.add_module(f"model{n_layers}", nn.Sequential(nn.Conv2d(width, 1, 4, padding=2)))
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> list[Tensor]:
         results = []
         for layer in self.children():
             x = layer(x)
@@ -296,14 +323,16 @@ class MultiscaleDiscriminator(nn.Module):
     is half of the one before.
     """
 
-    def __init__(self, input_nc, n_scales=2, ndf=64, *, n_layers=4):
+    def __init__(
+        self, input_nc: int, n_scales: int = 2, ndf: int = 64, *, n_layers: int = 4
+    ) -> None:
         super().__init__()
         for number in range(n_scales):
             self.add_module(
                 f"discriminator_{number}", PatchDiscriminator(input_nc, ndf, n_layers=n_layers)
             )
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> list[list[Tensor]]:
         results = []
         for discriminator in self.children():
             results.append(discriminator(x))
@@ -318,9 +347,10 @@ class Perceptual(nn.Module):
 
     WEIGHTS = {1: 1 / 32, 6: 1 / 16, 11: 1 / 8, 20: 1 / 4, 29: 1.0}  # by the layer's number
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__()
-        layers, before = [], 3
+        layers: list[nn.Module] = []
+        before = 3
         for width in (64, 64, 0, 128, 128, 0, 256, 256, 256, 256, 0, 512, 512, 512, 512, 0, 512):
             if width == 0:
                 layers.append(nn.MaxPool2d(2))
@@ -329,8 +359,8 @@ class Perceptual(nn.Module):
                 before = width
         self.features = nn.Sequential(*layers).requires_grad_(False)
 
-    def forward(self, fake, real):
-        loss = 0
+    def forward(self, fake: Tensor, real: Tensor) -> Tensor:
+        loss = fake.new_zeros(())
         for number, layer in enumerate(self.features):
             fake, real = layer(fake), layer(real)
             if number in self.WEIGHTS:
@@ -350,22 +380,24 @@ class PublishedTrainer:
 
     def __init__(
         self,
-        generator,
-        discriminator,
-        encoder=None,
-        perceptual=None,
-        lr_g=1e-4,
-        lr_d=4e-4,
-        betas=(0.0, 0.9),
-        weights=WEIGHTS,
-    ):
+        generator: nn.Module,
+        discriminator: nn.Module,
+        encoder: nn.Module | None = None,
+        perceptual: nn.Module | None = None,
+        lr_g: float = 1e-4,
+        lr_d: float = 4e-4,
+        betas: tuple[float, float] = (0.0, 0.9),
+        weights: Mapping[str, float] = WEIGHTS,
+    ) -> None:
         self.generator, self.discriminator = generator, discriminator
         self.encoder, self.perceptual, self.weights = encoder, perceptual, weights
         trained = [*generator.parameters(), *(encoder.parameters() if encoder else [])]
         self.optimizer_g = torch.optim.Adam(trained, lr_g, betas)
         self.optimizer_d = torch.optim.Adam(discriminator.parameters(), lr_d, betas)
 
-    def step(self, segmap, image, noise=None):
+    def step(
+        self, segmap: Tensor, image: Tensor, noise: Iterator[Tensor] | None = None
+    ) -> dict[str, Tensor]:
         """The losses of a step by name, without their weights: those of the generator's step, and
         "fake" and "real" of the discriminator's. The gradients of both stay where they are.
 

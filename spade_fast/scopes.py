@@ -6,9 +6,12 @@ import threading
 from collections import Counter
 from collections.abc import Iterator
 from contextvars import ContextVar
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 _lock = threading.Lock()
 
@@ -22,6 +25,8 @@ class Scope:
     """
 
     anywhere: tuple = ()  # the settings that hold in any thread
+    _open: ContextVar[tuple[Any, ...]]  # of scopes of this kind
+    _counts: Counter
 
     def __init_subclass__(cls) -> None:
         cls._open, cls._counts = ContextVar(cls.__name__, default=()), Counter()
@@ -34,7 +39,7 @@ class Scope:
         self._open.set((*before, self))
         self._note(1)
 
-    def __enter__(self) -> "Scope":
+    def __enter__(self) -> "Self":
         if self._ended or self not in self._open.get():  # once more, or in another thread
             self._ended = False
             self._open.set((*self._not_ended(), self))
@@ -58,12 +63,12 @@ class Scope:
             self._note(-self._opened)
 
     @classmethod
-    def current(cls) -> "Scope | None":
+    def current(cls) -> "Self | None":
         """The scope that decides here and now."""
         return next(cls.all_here(), None)
 
     @classmethod
-    def all_here(cls) -> "Iterator[Scope]":
+    def all_here(cls) -> "Iterator[Self]":
         """The scopes that hold here and now, the newest first."""
         return (scope for scope in reversed(cls._open.get()) if not scope._ended)
 
@@ -91,7 +96,7 @@ class Scope:
             cls.anywhere = tuple(cls._counts)
 
 
-def _constant_setting(cls: type, default: Any) -> Any:
+def _constant_setting(cls: type[Scope], default: Any) -> Any:
     scope = cls.current()  # compilers cannot read a ContextVar
     return default if scope is None else scope.setting
 

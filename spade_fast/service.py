@@ -77,7 +77,8 @@ class Service:
         self._cache = bytes_of("cache", cache)
         self._wanted = device, dtype
         self._loaded = self._load(weights)
-        self._jobs, self._lock = deque(), threading.Lock()
+        self._jobs: deque[tuple[Request, int]] = deque()
+        self._lock = threading.Lock()
         self._closed = False
         self._context, self._here = contextvars.copy_context(), threading.local()
         self._pool = ThreadPoolExecutor(threads, "spade_fast.Service")
@@ -103,12 +104,15 @@ class Service:
             )
         return self.submit(layout, z).result()
 
-    def submit(self, layout: SemanticLayout, z: torch.Tensor | None = None) -> Future:
+    def submit(
+        self, layout: SemanticLayout, z: torch.Tensor | None = None
+    ) -> "Future[torch.Tensor]":
         """A Future of what `generate` returns, which may be cancelled as long as it waits. All its
         images are of the weights that the service has now. Raises: as `generate`.
         """
         loaded = self._loaded
-        request = Request(*loaded.checked(layout, z), loaded)
+        layouts, styles = loaded.checked(layout, z)
+        request = Request(layouts, styles, loaded)
         with self._lock:
             if self._closed:
                 raise RuntimeError("the service is closed, it takes no more requests")
@@ -198,7 +202,8 @@ class Service:
         """Up to `batch` jobs of one kind, the first in the queue among them; requests that were
         cancelled or have failed are left out.
         """
-        taken, left = [], []
+        taken: list[tuple[Request, int]] = []
+        left: list[tuple[Request, int]] = []
         with self._lock:
             while self._jobs and len(taken) < self.batch:
                 request, _ = job = self._jobs.popleft()
@@ -215,9 +220,10 @@ class Request:
 
     def __init__(self, layouts: list[SemanticLayout], z: list, loaded: "Loaded") -> None:
         self.layouts, self.z, self.loaded = layouts, z, loaded
-        self.future = Future()
+        self.future: Future[torch.Tensor] = Future()
         self.kind = loaded, layouts[0].codes.shape[1:], layouts[0].palette.dtype
-        self._images, self._lock = [None] * len(layouts), threading.Lock()
+        self._images: list[torch.Tensor | None] = [None] * len(layouts)
+        self._lock = threading.Lock()
 
     def image(self, number: int) -> tuple:
         return self.layouts[number], self.z[number]
@@ -231,9 +237,9 @@ class Request:
     def take(self, number: int, image: torch.Tensor) -> None:
         with self._lock:
             self._images[number] = image
-            is_whole = all(one is not None for one in self._images)
-        if is_whole:
-            self.future.set_result(torch.cat(self._images))
+            made = [one for one in self._images if one is not None]
+        if len(made) == len(self._images):
+            self.future.set_result(torch.cat(made))
 
     def fail(self, error: Exception) -> None:
         with self._lock:
@@ -247,7 +253,8 @@ class Loaded:
     def __init__(self, generator: SPADEGenerator, cache: int) -> None:
         self.generator, self.cache = generator, cache
         self.tables = Tables(cache)
-        self._layouts = OrderedDict()  # by content: the layout and its bytes; last the newest
+        # By content: the layout and its bytes; last the newest.
+        self._layouts: OrderedDict[bytes, tuple[SemanticLayout, int]] = OrderedDict()
         self._held = 0  # bytes of the layouts
         self._lock = threading.RLock()
         weight = next(generator.parameters())
@@ -282,11 +289,13 @@ class Loaded:
 
     def compute(self, images: list[tuple]) -> torch.Tensor:
         """The images [M, …] of layouts of one size with a z each, or None."""
-        layouts, z = zip(*images)
-        z = None if z[0] is None else torch.cat(z)
+        layouts = [layout for layout, _ in images]
+        styles = [style for _, style in images if style is not None]
+        z = torch.cat(styles) if styles else None
         if z is not None and len(set(map(id, layouts))) == 1:
             layouts = layouts[:1]  # samples of one layout
-        together, tables = layouts[0], self.tables
+        together = layouts[0]
+        tables: Tables | Beside = self.tables
         if len(layouts) > 1:
             together, tables = SemanticLayout.stack(layouts), Beside(self.tables, layouts)
         with torch.no_grad(), keep_in(tables, self.generator.modules()):
@@ -332,23 +341,23 @@ def generator_of(
     """
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         raise TypeError(f"dtype is {dtype!r}, it should be one of floating point, as torch.float32")
-    is_module = isinstance(weights, torch.nn.Module)
-    if is_module and not isinstance(weights, SPADEGenerator):
+    if isinstance(weights, torch.nn.Module) and not isinstance(weights, SPADEGenerator):
         raise TypeError(f"weights is a {type(weights).__name__}, it should be a SPADEGenerator")
-    state = weights.state_dict() if is_module else weights
+    state = weights.state_dict() if isinstance(weights, SPADEGenerator) else weights
     generator = checkpoint.load(state)
     if not isinstance(generator, SPADEGenerator):
         raise ValueError(
             f"weights are those of a {type(generator).__name__}, they should be a generator's"
         )
-    if is_module:
+    if isinstance(weights, SPADEGenerator):
         like = next(weights.parameters())
         if like.dtype != next(generator.parameters()).dtype:
-            generator.to(like.dtype).load_state_dict(state)
+            generator.to(like.dtype).load_state_dict(weights.state_dict())
         device, dtype = device or like.device, dtype or like.dtype
     generator.to(device=device, dtype=dtype)
     if generator.conv_img.weight.is_cuda and generator.conv_img.weight.dim() == 4:
-        generator.to(memory_format=torch.channels_last)
+        # PyTorch does not declare that this may be given alone.
+        generator.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     return generator.requires_grad_(False).fold_spectral_norm()
 
 
@@ -361,7 +370,7 @@ def content_of(layout: SemanticLayout) -> bytes:
     content = hashlib.blake2b(digest_size=32)
     for tensor in (layout.codes, layout.palette):
         content.update(f"{tensor.dtype} {list(tensor.shape)} ".encode())
-        content.update(tensor.contiguous().view(torch.uint8).numpy())
+        content.update(tensor.contiguous().view(torch.uint8).numpy().data)
     return content.digest()
 
 

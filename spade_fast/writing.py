@@ -10,7 +10,7 @@ from pathlib import Path
 try:
     import fcntl
 except ImportError:  # Windows
-    fcntl = None
+    fcntl = None  # type: ignore[assignment]  # what asks for it looks whether it is there
 
 UNFINISHED = ".unfinished"  # in the name of a file that is being written
 
@@ -80,7 +80,7 @@ def remove_unfinished(folder: Path) -> None:
             path.unlink()
 
 
-def raise_of_system(error, path):
+def raise_of_system(error: BaseException, path: Path) -> None:
     """Raises the OSError that an error comes from, such as a full disk, if it does."""
     for found in (error, error.__context__):
         if isinstance(found, OSError) and found.errno is not None:

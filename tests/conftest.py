@@ -134,6 +134,21 @@ def covering_pairs(cases):
     return kept
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item):
+    require(*(name for mark in item.iter_markers("needs") for name in mark.args))
+
+
+def require(*packages):
+    """Skips a test where a package that it needs is not installed, or fails it where all of them
+    should be.
+    """
+    missing = [name for name in packages if importlib.util.find_spec(name) is None]
+    if missing:
+        end = pytest.fail if os.environ.get("SPADE_FAST_TEST_ALL") == "1" else pytest.skip
+        end(f"not installed, and in the extra test-all: {', '.join(missing)}")
+
+
 @pytest.fixture(autouse=True)
 def fixed_seed():
     torch.manual_seed(0)

@@ -273,8 +273,10 @@ def test_a_block_that_is_computed_again_in_backward(checkpointed, mode, segmap):
 
 @pytest.mark.parametrize("layer", [families.Layer, SPADES["affine group norm"], families.CLADE])
 @pytest.mark.parametrize("mode", ["auto", "always"])
+@pytest.mark.needs("monai")
 def test_a_meta_tensor_as_condition(layer, mode):
-    MetaTensor = pytest.importorskip("monai.data").MetaTensor
+    from monai.data import MetaTensor
+
     own = layer().double()
     model = copy.deepcopy(own)
     spade_fast.convert(model)
@@ -292,8 +294,10 @@ def test_a_meta_tensor_as_condition(layer, mode):
             assert found is expected
 
 
+@pytest.mark.needs("monai")
 def test_errors_of_monais_own_layer_are_its_own():
-    spade_norm = pytest.importorskip("monai.networks.blocks.spade_norm")
+    from monai.networks.blocks import spade_norm
+
     own = spade_norm.SPADE(LABELS, 8, 3, 2, 6).double()
     model = copy.deepcopy(own)
     assert spade_fast.convert(model).converted == 1

@@ -462,7 +462,7 @@ def test_what_30_bits_cannot_count_is_numbered_otherwise(on_host, monkeypatch):
 def test_why_it_does_not_run(monkeypatch):
     x = torch.randn(2, 3, 4, 4)
     if torch.version.cuda is None:
-        assert cuda_backend.why_not(x) == "this PyTorch is built without CUDA"
+        assert "this PyTorch has no CUDA" in cuda_backend.why_not(x)
     monkeypatch.setattr(cuda_backend, "failure", None)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert cuda_backend.why_not(x) == "there is no CUDA GPU here"

@@ -1,5 +1,6 @@
 """From folders of label maps and photographs to batches."""
 
+import io
 import itertools
 import os
 import pickle
@@ -141,6 +142,18 @@ def test_files_that_are_no_label_maps(tmp_path):
     assert "of no format that is known" in refusal(read_photograph, path)
     with pytest.raises(FileNotFoundError, match="absent.png"):
         read_labels(tmp_path / "absent.png")
+
+
+def test_a_photograph_in_memory(tmp_path):
+    _, photograph, _ = drawn(6, 8)
+    content = save(photograph, tmp_path / "photograph.png").read_bytes()
+    assert (np.asarray(read_photograph("it", content, 48)) == photograph).all()
+    words = refusal(read_photograph, "it", content, 47)
+    assert words == "it has 8 × 6 pixels, it should have 47 or fewer"
+    # Pillow would have another program draw this.
+    postscript = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\n"
+    assert Image.open(io.BytesIO(postscript)).format == "EPS"
+    assert "of no format that is known" in refusal(read_photograph, "it", postscript)
 
 
 def test_photographs(tmp_path):

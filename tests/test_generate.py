@@ -167,6 +167,10 @@ def test_the_style_of_a_photograph(scenes, weights_with_z, tmp_path):
     options = ("--style", style, "--encoder", tmp_path / "long.pth")
     words = coco(weights_with_z, scenes, tmp_path / "none", *options, code=2)
     assert "encoder makes z of length 4, and the generator has z_dim 3" in words
+    checkpoint.write(ConvEncoder(2, 3, input_nc=1), tmp_path / "grey.pth")
+    options = ("--style", style, "--encoder", tmp_path / "grey.pth")
+    words = coco(weights_with_z, scenes, tmp_path / "none", *options, code=2)
+    assert "encoder takes 1 channels, it should take a photograph's 3" in words
 
 
 def ruin(folder):
@@ -298,6 +302,10 @@ def test_a_run_has_its_encoder(scenes, tmp_path):
     encoder.load_state_dict(state["trainer"]["networks"]["encoder"])
     z = generation.Styles(3, (SIZE, SIZE), style=style, encoder=encoder)("002", [0])
     assert np.array_equal(images_in(tmp_path / "out")["002.png"], by_hand(path, scenes, "002", z))
+    settings |= {"out": str(tmp_path / "plain"), "use_vae": False}
+    train(Config(**settings))
+    words = run(tmp_path / "plain", *options, "--out", tmp_path / "none", code=2)
+    assert "style is given and encoder is not, both should be" in words
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""The house: which file imports which."""
+"""The house: which file imports which, and what is public has types."""
 
 import ast
 from graphlib import TopologicalSorter
@@ -66,3 +66,38 @@ def test_no_test_imports_another():
             names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
             found = [name for name in names if name.split(".")[-1].startswith("test_")]
             assert not found, f"{file.name} imports {', '.join(found)}"
+
+
+def public_functions(node):
+    """The functions and methods without an underscore, and the special methods, in a module or a
+    class; but for Triton's kernels, whose annotations Triton reads.
+    """
+    for child in node.body:
+        special = getattr(child, "name", "").startswith("__")
+        if not isinstance(child, (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
+            continue
+        if child.name.startswith("_") and not special:
+            continue
+        if isinstance(child, ast.ClassDef):
+            yield from public_functions(child)
+        elif not any("triton.jit" in ast.unparse(made) for made in child.decorator_list):
+            yield child
+
+
+def test_what_is_public_has_types():
+    missing = []
+    for file in PACKAGE.rglob("*.py"):
+        for function in public_functions(ast.parse(file.read_text())):
+            given = function.args
+            own = [*given.posonlyargs, *given.args, *given.kwonlyargs, given.vararg, given.kwarg]
+            untyped = [
+                one.arg
+                for one in own
+                if one is not None and one.annotation is None and one.arg not in ("self", "cls")
+            ]
+            if function.returns is None and function.name != "__init__":
+                untyped.append("its result")
+            if untyped:
+                place = f"{file.relative_to(PACKAGE)}:{function.lineno}"
+                missing.append(f"{place} {function.name}: {', '.join(untyped)}")
+    assert not missing

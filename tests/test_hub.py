@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-pytest.importorskip("kernels")
+pytestmark = pytest.mark.needs("kernels")
 
 ROOT = Path(__file__).parent.parent
 PROGRAM = """

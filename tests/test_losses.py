@@ -328,8 +328,9 @@ def test_perceptual_stays_in_eval_mode_and_draws_no_random_numbers(weights):
 
 
 def test_weights_in_safetensors(weights, tmp_path):
-    safetensors = pytest.importorskip("safetensors.torch")
-    safetensors.save_file(weights, tmp_path / "vgg.safetensors")
+    import safetensors.torch
+
+    safetensors.torch.save_file(weights, tmp_path / "vgg.safetensors")
     network = losses.VGG19(tmp_path / "vgg.safetensors")
     assert torch.equal(network.features[28].weight, weights["features.28.weight"])
 

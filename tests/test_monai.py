@@ -13,21 +13,27 @@ import spade_fast
 from spade_fast import SemanticLayout
 from spade_fast.nn import tables as tables_of_windows
 
-nets = pytest.importorskip("monai.networks.nets")
+pytestmark = pytest.mark.needs("monai", "einops")
 LABELS = 4
 
 
 def spade_net(dims):
+    from monai.networks import nets
+
     return nets.SPADENet(dims, 1, 1, LABELS, [16] * dims, [8, 16], 8, True, 6)
 
 
 def autoencoder(dims):
+    from monai.networks import nets
+
     return nets.SPADEAutoencoderKL(
         dims, LABELS, 1, 1, (1, 1), (8, 8), (False, False), 2, 4, 1e-6, False, False, 6
     )
 
 
 def unet(dims):
+    from monai.networks import nets
+
     return nets.SPADEDiffusionModelUNet(
         dims,
         1,
@@ -95,7 +101,8 @@ def test_the_same_outputs_and_gradients(name, dims, mode):
 
 
 def test_a_sampler_computes_its_tables_once(monkeypatch):
-    schedulers = pytest.importorskip("monai.networks.schedulers")
+    from monai.networks import schedulers
+
     tables, compute = [], tables_of_windows.compute_table
     monkeypatch.setattr(
         tables_of_windows,

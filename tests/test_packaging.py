@@ -1,14 +1,22 @@
-"""From the sources to a wheel: with a compiler, and with one that does not work."""
+"""From the sources to a wheel: with a compiler, and with one that does not work; what a build does
+again, and what the import brings.
+"""
 
 import os
 import shutil
 import subprocess
 import sys
+import tarfile
+import zipfile
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parent.parent
+OURS = ("PYTHONPATH", "SPADE_FAST_BACKEND", "FORCE_CUDA", "SKIP_CUDA_BUILD")
+ENVIRONMENT = {name: value for name, value in os.environ.items() if name not in OURS}
+MAKE = "from setuptools import build_meta; build_meta.build_{}('dist')"
+NO_COMPILER = {"SKIP_CUDA_BUILD": "1", "CC": "false", "CXX": "false"}
 PROGRAM = """
 import sys
 # The finder of an editable install would find what the wheel lacks in the sources.
@@ -21,27 +29,69 @@ print(torch.allclose(ours, theirs, atol=1e-5))
 print(spade_fast.kernels.cpu_backend.library is not None)
 print(torch.ops.spade_fast.plane_moments(x).shape)
 """
+IMPORTED = """
+import sys, torch
+sys.modules["numpy"] = None  # torch imports it where it is installed; now importing it fails
+before = set(sys.modules)
+import spade_fast
+print(*{name.partition(".")[0] for name in sys.modules.keys() - before})
+"""
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    """A copy of the sources."""
+    folder = tmp_path_factory.mktemp("sources") / "source"
+    left = shutil.ignore_patterns(".git", "*.so", "build", "*.egg-info", "__pycache__")
+    return shutil.copytree(ROOT, folder, ignore=left)
+
+
+@pytest.fixture(scope="module")
+def sdist(source):
+    subprocess.run(
+        [sys.executable, "-c", MAKE.format("sdist")], cwd=source, check=True, env=ENVIRONMENT
+    )
+    (found,) = source.glob("dist/*.tar.gz")
+    return found
+
+
+def test_the_sdist_has_all_sources_and_no_tests(sdist):
+    with tarfile.open(sdist) as archive:
+        found = {Path(*Path(name).parts[1:]) for name in archive.getnames()}
+    folders = (ROOT / "csrc", ROOT / "spade_fast")
+    sources = {
+        path.relative_to(ROOT)
+        for folder in folders
+        for path in folder.rglob("*")
+        if path.is_file() and path.suffix not in (".so", ".pyc")
+    }
+    assert sources and not sources - found
+    assert not [path for path in found if path.parts[:1] in (("tests",), ("benchmarks",))]
+
+
+def test_an_editable_install_is_a_path_that_type_checkers_read(source):
+    subprocess.run(
+        [sys.executable, "-c", MAKE.format("editable")],
+        cwd=source,
+        check=True,
+        env=ENVIRONMENT | NO_COMPILER,
+    )
+    (wheel,) = source.glob("dist/*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        files = [name for name in archive.namelist() if ".dist-info/" not in name]
+        assert [archive.read(name).decode().strip() for name in files] == [str(source)]
+    assert files[0].endswith(".pth")
 
 
 @pytest.mark.parametrize("compiler", ["works", "fails"])
-def test_wheel(compiler, tmp_path):
-    source, target = tmp_path / "source", tmp_path / "target"
-    shutil.copytree(
-        ROOT,
-        source,
-        ignore=shutil.ignore_patterns(".git", "*.so", "build", "*.egg-info", "__pycache__"),
-    )
-    environment = {
-        name: value
-        for name, value in os.environ.items()
-        if name not in ("PYTHONPATH", "SPADE_FAST_BACKEND")
-    }
-    environment["SKIP_CUDA_BUILD"] = "1"  # test_cuda.py has nvcc compile every kernel
+def test_wheel(compiler, sdist, tmp_path):
+    target = tmp_path / "target"
+    environment = ENVIRONMENT | {"SKIP_CUDA_BUILD": "1"}  # test_cuda.py compiles every kernel
     if compiler == "fails":
-        environment |= {"CC": "false", "CXX": "false"}
+        environment |= NO_COMPILER
     pip = [sys.executable, "-m", "pip", "--disable-pip-version-check"]
     build = subprocess.run(
-        [*pip, "wheel", "-v", "--no-build-isolation", "--no-deps", "-w", tmp_path, source],
+        [*pip, "wheel", "-v", "--no-build-isolation", "--no-deps", "-w", tmp_path, sdist],
         env=environment,
         capture_output=True,
         text=True,
@@ -75,3 +125,72 @@ def test_wheel(compiler, tmp_path):
         str(compiler == "works"),
         *["torch.Size([2,", "2,", "3])"],
     ], run.stderr
+
+
+@pytest.fixture
+def small(tmp_path):
+    """A folder with setup.py and two sources for the CPU, of which one includes a header."""
+    shutil.copy(ROOT / "setup.py", tmp_path)
+    (tmp_path / "spade_fast").mkdir()
+    for folder in ("cpu", "cuda", "common"):
+        (tmp_path / "csrc" / folder).mkdir(parents=True)
+    cpu = tmp_path / "csrc" / "cpu"
+    (cpu / "with.cpp").write_text('#include "header.h"\nint one = NUMBER;\n')
+    (cpu / "without.cpp").write_text("int other = 2;\n")
+    (cpu / "header.h").write_text("#define NUMBER 1\n")
+    return tmp_path
+
+
+def build(folder, **variables):
+    """How a build in place ends, and what it says."""
+    run = subprocess.run(
+        [sys.executable, "setup.py", "build_ext", "--inplace"],
+        cwd=folder,
+        env=ENVIRONMENT | variables,
+        capture_output=True,
+        text=True,
+    )
+    return run.returncode, run.stdout + run.stderr
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="there is no C++ compiler")
+def test_only_what_changed_is_compiled(small):
+    def compiled(said):
+        return [name for name in ("with.cpp", "without.cpp") if f"-c csrc/cpu/{name} " in said]
+
+    assert compiled(build(small)[1]) == ["with.cpp", "without.cpp"]
+    (library,) = small.glob("spade_fast/_cpu.*")
+    before = library.read_bytes()
+    code, said = build(small)
+    assert code == 0 and not compiled(said) and "spade_fast._cpu  built" in said
+    (small / "csrc" / "cpu" / "header.h").write_text("#define NUMBER 3\n")
+    assert compiled(build(small)[1]) == ["with.cpp"]
+    assert library.read_bytes() != before
+    (small / "csrc" / "cpu" / "with.cpp").write_text("wrong\n")
+    code, said = build(small)
+    assert code == 0 and "spade_fast._cpu  NOT BUILT: the compiler says why above" in said
+    assert not library.exists()
+
+
+def test_cuda_kernels_are_built_where_they_can_run_or_are_asked_for(small):
+    import torch
+
+    if torch.version.cuda is None:
+        assert "spade_fast._cuda NOT BUILT: this torch has no CUDA; FORCE_CUDA=1" in build(small)[1]
+    code, said = build(small, FORCE_CUDA="1", SKIP_CUDA_BUILD="1")
+    assert code != 0 and "SKIP_CUDA_BUILD is 1" in said
+    code, said = build(small, FORCE_CUDA="1", CUDA_HOME="/nowhere", PATH="/nowhere")
+    assert code != 0 and "there is no nvcc in CUDA_HOME, CUDA_PATH or PATH" in said
+    code, said = build(small, FORCE_CUDA="1", TORCH_CUDA_ARCH_LIST="7.5")
+    assert code != 0
+    if shutil.which("nvcc"):
+        assert "TORCH_CUDA_ARCH_LIST is '7.5', it should have numbers from 8.0 on" in said
+
+
+def test_the_import_brings_nothing_but_itself_and_torch():
+    run = subprocess.run(
+        [sys.executable, "-c", IMPORTED], capture_output=True, text=True, check=True
+    )
+    found = set(run.stdout.split())
+    assert "spade_fast" in found
+    assert not found - {"spade_fast", "torch"} - sys.stdlib_module_names

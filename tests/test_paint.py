@@ -1,33 +1,50 @@
 """The page on which one paints: what its server answers and refuses, and the page in a browser."""
 
 import asyncio
+import base64
+import contextlib
+import importlib
 import io
+import resource
 import shutil
+import signal
 import socket
+import subprocess
 import sys
 import threading
 import time
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
 import pytest
 import torch
+from conftest import require
 from PIL import Image
 from typer.testing import CliRunner
 
-from spade_fast import SemanticLayout, Service, checkpoint
+import spade_fast.paint
+from spade_fast import ConvEncoder, SemanticLayout, Service, checkpoint
 from spade_fast.cli import app as command
+from spade_fast.generation import moments_of
 from spade_fast.nn import SPADEGenerator
-from spade_fast.paint import Class, Classes, app_of, classes_of, read_classes
+from spade_fast.paint import (
+    Class,
+    Classes,
+    app_of,
+    classes_of,
+    listening,
+    read_classes,
+    server,
+    server_of,
+)
 from spade_fast.paint.demo import photograph, train_demo
 from spade_fast.paint.scene import draw_scene, opening_scene
 from spade_fast.service import Busy
+from spade_fast.training import Config
 from spade_fast.training.pictures import picture
+from spade_fast.training.run import Run
 
-pytest.importorskip("fastapi")
-pytest.importorskip("httpx")
-from fastapi.testclient import TestClient
-
+pytestmark = pytest.mark.needs("fastapi", "httpx", "uvicorn")
 OURS = "http://127.0.0.1:7860"
 STAGES = [("head", 16, 1), ("up_0", 8, 2), ("up_1", 4, 2), ("up_2", 1, 2)]
 SMALL = dict(z_dim=4, ngf=1, nhidden=4, stages=STAGES)  # images of 64 × 64
@@ -48,9 +65,33 @@ def service():
         yield service
 
 
+def post(*arguments, **options):
+    import httpx
+
+    return httpx.post(*arguments, **options)
+
+
+def client_of(app, base_url=OURS):
+    from fastapi.testclient import TestClient
+
+    return TestClient(app, base_url=base_url)
+
+
 @pytest.fixture
 def client(service):
-    return TestClient(app_of(service, classes_for(has_edges=True)), base_url=OURS)
+    return client_of(app_of(service, classes_for(has_edges=True)))
+
+
+@pytest.fixture(scope="module")
+def encoder():
+    torch.manual_seed(1)
+    return ConvEncoder(1, 4).eval()
+
+
+@pytest.fixture
+def client_with_styles(service, encoder):
+    app = app_of(service, classes_for(has_edges=True), encoder=encoder)
+    return client_of(app)
 
 
 def drawn(kind=np.uint8, count=3):
@@ -68,6 +109,76 @@ def test_the_image_is_the_generators(client, service, kind):
     wanted = picture(service.generate(layout, z)[0])
     assert (np.asarray(Image.open(io.BytesIO(answer.content))) == wanted).all()
     assert client.post("/image?seed=6", content=labels.tobytes()).content != answer.content
+
+
+def image_file(pixels, kind="PNG"):
+    """The file of an image, in memory."""
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, kind)
+    return file.getvalue()
+
+
+def a_photograph(size=(40, 60)):
+    return photograph(draw_scene(size, 3), 3)
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP"])
+def test_the_style_of_a_photograph(client_with_styles, service, encoder, kind):
+    content, labels = image_file(a_photograph(), kind), drawn()
+    answer = client_with_styles.post("/style", content=content)
+    assert answer.status_code == 200
+    mean, _ = moments_of(encoder, Image.open(io.BytesIO(content)).convert("RGB"), (64, 64))
+    layout = SemanticLayout.from_labels(labels[None].astype(int), 3, labels[None].astype(int))
+    wanted = picture(service.generate(layout, mean[None])[0])
+    image = client_with_styles.post("/image", params=answer.json(), content=labels.tobytes())
+    assert (np.asarray(Image.open(io.BytesIO(image.content))) == wanted).all()
+
+
+def test_what_is_wrong_with_a_photograph_is_said(client_with_styles, client, monkeypatch):
+    content = image_file(a_photograph())
+    clear = np.zeros((4, 4, 4), np.uint8)
+    for wrong, words in (
+        (b"this is no image", "the photograph is no image, or not a whole one: of no format"),
+        (b"", "the photograph is no image"),
+        (content[: len(content) // 2], "the photograph is no image, or not a whole one"),
+        (image_file(clear), "the photograph has transparent pixels"),
+        (image_file(np.zeros((4, 4), np.uint16)), "a photograph should have 8 bits per channel"),
+    ):
+        answer = client_with_styles.post("/style", content=wrong)
+        assert answer.status_code == 422 and words in answer.json()["detail"]
+    monkeypatch.setattr(server, "MOST_PHOTOGRAPH_PIXELS", 40 * 60 - 1)
+    answer = client_with_styles.post("/style", content=content)
+    assert answer.status_code == 422 and "has 60 × 40 pixels, it should have 2399" in answer.text
+    monkeypatch.undo()
+    ours = {"host": "127.0.0.1:7860", "content-length": str(2**25 + 1)}
+    assert request_by_hand(client_with_styles.app, ours, "/style") == 413
+    assert client_with_styles.post("/style", content=content).status_code == 200
+    assert client.post("/style", content=b"").status_code == 404  # there is no encoder
+
+
+def test_what_is_wrong_with_z_is_said(client, encoder):
+    def z_of(*numbers):
+        return base64.urlsafe_b64encode(np.array(numbers, "<f4").tobytes()).decode()
+
+    for arguments, words in (
+        ({"z": "?"}, "z is no text of numbers"),
+        ({"z": "ä"}, "z is no text of numbers"),
+        ({"z": "AAA="}, "z is no text of numbers"),  # two bytes
+        ({"z": ""}, "z has 0 numbers, 0 of them finite; it should be 4 finite ones"),
+        ({"z": z_of(1, 2, 3)}, "z has 3 numbers, 3 of them finite"),
+        ({"z": z_of(1, 2, 3, np.nan)}, "z has 4 numbers, 3 of them finite"),
+        ({"z": z_of(1, 2, 3, 4), "seed": 1}, "seed and z are given, one of them should be"),
+    ):
+        answer = client.post("/image", params=arguments, content=bytes(4096))
+        assert answer.status_code == 422 and words in answer.json()["detail"]
+    with Service(SPADEGenerator(3, **SMALL | {"z_dim": None}).eval()) as plain:
+        alone = client_of(app_of(plain, classes_for()))
+        for name in ("seed", "z"):
+            answer = alone.post("/image", params={name: "1"}, content=bytes(4096))
+            assert answer.status_code == 422 and f"{name} is given, and this" in answer.text
+        assert alone.post("/image", content=bytes(4096)).status_code == 200
+        with pytest.raises(ValueError, match="encoder makes z of length 4, .* takes none"):
+            app_of(plain, classes_for(), encoder=encoder)
 
 
 @pytest.mark.parametrize(
@@ -105,12 +216,12 @@ def test_who_does_not_belong_is_refused(client):
 
 def test_addresses_are_let_in_where_all_of_them_are_listened_at(service):
     app = app_of(service, classes_for(has_edges=True), "0.0.0.0", 80)
-    client = TestClient(app, base_url="http://192.168.1.5")
+    client = client_of(app, "http://192.168.1.5")
     assert client.get("/").status_code == 200
     assert client.get("/", headers={"Host": "evil.example"}).status_code == 403
 
 
-def request_by_hand(app, headers):
+def request_by_hand(app, headers, path="/image"):
     """The status of a POST whose body nobody may read."""
 
     async def receive():
@@ -122,8 +233,8 @@ def request_by_hand(app, headers):
         sent.append(message)
 
     pairs = [(name.encode(), text.encode()) for name, text in headers.items()]
-    scope = {"type": "http", "method": "POST", "path": "/image", "headers": pairs}
-    asyncio.run(app(scope | {"query_string": b"", "raw_path": b"/image"}, receive, send))
+    scope = {"type": "http", "method": "POST", "path": path, "headers": pairs}
+    asyncio.run(app(scope | {"query_string": b"", "raw_path": path.encode()}, receive, send))
     return sent[0]["status"]
 
 
@@ -148,13 +259,72 @@ class Failing:
         return future
 
 
+class Held(Service):
+    """A service that begins no image until it may."""
+
+    def __init__(self, *arguments, **settings):
+        super().__init__(*arguments, **settings)
+        self.may = threading.Event()
+
+    def _compute_some(self):
+        assert self.may.wait(10)
+        super()._compute_some()
+
+
+def until(condition):
+    end = time.monotonic() + 10
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.005)
+
+
+def test_what_does_not_fit_in_the_queue_is_refused_and_the_rest_is_made():
+    torch.manual_seed(0)
+    with Held(SPADEGenerator(3, **SMALL).eval(), waiting=2) as held:
+        with client_of(app_of(held, classes_for())) as client:
+            with ThreadPoolExecutor(2) as pool:
+
+                def ask(number):
+                    return client.post("/image", content=bytes([number] * 4096))
+
+                asked = pool.map(ask, range(2))
+                until(lambda: len(held._jobs) == 2)
+                answer = ask(2)
+                assert answer.status_code == 503 and "2 images wait" in answer.json()["detail"]
+                held.may.set()
+                assert [one.status_code for one in asked] == [200, 200]
+            assert ask(2).status_code == 200
+
+
+def test_one_photograph_at_a_time(service, encoder, monkeypatch):
+    began, may, computed = threading.Event(), threading.Event(), moments_of
+
+    def held(*arguments):
+        began.set()
+        assert may.wait(10)
+        return computed(*arguments)
+
+    monkeypatch.setattr(server, "moments_of", held)
+    content = image_file(a_photograph())
+    app = app_of(service, classes_for(has_edges=True), encoder=encoder)
+    with client_of(app) as client, ThreadPoolExecutor(1) as pool:
+        first = pool.submit(client.post, "/style", content=content)
+        assert began.wait(10)
+        answer = client.post("/style", content=content)
+        assert answer.status_code == 503 and "another photograph" in answer.json()["detail"]
+        assert client.post("/image", content=bytes(4096)).status_code == 200
+        may.set()
+        assert first.result().status_code == 200
+        assert client.post("/style", content=content).status_code == 200
+
+
 @pytest.mark.parametrize(
     "error, status",
     [(Busy("9 images wait"), 503), (RuntimeError("no memory"), 500), (MemoryError("none"), 500)],
 )
 def test_an_image_that_is_not_made(service, error, status):
     app = app_of(Failing(service, error), classes_for(has_edges=True))
-    answer = TestClient(app, base_url=OURS).post("/image", content=bytes(4096))
+    answer = client_of(app).post("/image", content=bytes(4096))
     assert answer.status_code == status and str(error) in answer.json()["detail"]
     assert (answer.headers.get("retry-after") == "1") == (status == 503)
 
@@ -170,7 +340,7 @@ def test_the_page_loads_nothing_from_elsewhere(client):
 
 def test_settings_and_scene(client):
     settings = client.get("/settings").json()
-    assert (settings["height"], settings["width"], settings["hasZ"]) == (64, 64, True)
+    assert (settings["height"], settings["width"], settings["zLength"]) == (64, 64, 4)
     assert [one["name"] for one in settings["classes"]] == list(NAMES)
     scene = client.get("/scene").content
     assert client.post("/image", content=scene).status_code == 200
@@ -192,10 +362,33 @@ def test_classes_of_the_published_generators():
         True,
     )
     assert [one.number for one in ade.listed] == [*range(1, 151), 0] and ade.background == 0
+    names_of_ade = {one.number: one.name for one in ade.listed}
+    assert [names_of_ade[number] for number in (0, 1, 3, 150)] == [
+        "don't care",
+        "wall",
+        "sky",
+        "flag",
+    ]
+    assert len(set(names_of_ade.values())) == 151
+    for classes, sky in ((coco, 156), (ade, 3), (streets, 23)):
+        colours = {one.number: one.colour for one in classes.listed}
+        assert colours[sky] == (120, 190, 250) and len(set(colours.values())) == len(colours)
+    assert (opening_scene(ade, (16, 16))[0] == 3).any()
     assert {one.number: one.name for one in streets.listed}[23] == "sky"
     scene = opening_scene(coco, (32, 48))
     assert scene.shape == (32, 48) and scene[0, 0] == 156 and set(scene.flat) <= set(names)
     assert opening_scene(classes_of(2), (16, 16)).max() == 1
+
+
+def test_classes_of_a_run():
+    """As its settings say, whatever the number of channels looks like."""
+    common = {"labels": "l", "images": "i", "out": "o"}
+    own = classes_of(36, settings=Config(num_classes=34, dont_care=7, instances="n", **common))
+    assert (own.num_classes, own.dont_care, own.has_edges) == (34, 7, True)
+    assert {one.number: one.name for one in own.listed}[7] == "don't care" and len(own.listed) == 34
+    coco = classes_of(183, settings=Config(convention="coco_stuff", **common))
+    assert (coco.num_classes, coco.dont_care, coco.has_edges) == (182, 255, False)
+    assert coco.listed[0].name == "person"
 
 
 def test_classes_of_a_file(tmp_path):
@@ -218,27 +411,111 @@ def test_a_generator_that_cannot_be_painted(service):
             app_of(grey, classes_for())
 
 
+def free_port():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+def invoke(*arguments):
+    return CliRunner().invoke(command, ["paint", *map(str, arguments), "--port", str(free_port())])
+
+
 def test_the_command_says_what_is_wrong(tmp_path, monkeypatch):
     (tmp_path / "text.pth").write_text("no weights")
-    classes = tmp_path / "classes.txt"
+    classes, weights = tmp_path / "classes.txt", tmp_path / "weights.pth"
     classes.write_text("0 sky")
+    for path in (weights, tmp_path / "generator.safetensors"):
+        checkpoint.write(SPADEGenerator(3, **SMALL), path)
     for arguments, words in (
-        (["--classes", str(classes)], "classes is given without weights"),
-        ([str(tmp_path / "text.pth")], "text.pth"),
-        ([str(tmp_path / "none.pth")], "none.pth"),
+        (["--classes", classes], "classes is given without weights"),
+        (["--encoder", weights], "encoder is given without weights"),
+        ([tmp_path / "text.pth"], "text.pth"),
+        ([tmp_path / "none.pth"], "none.pth"),
+        ([weights, "--encoder", weights], "encoder is the weights of a SPADEGenerator"),
     ):
-        result = CliRunner().invoke(command, ["paint", *arguments])
-        assert result.exit_code == 2 and words in result.output
+        result = invoke(*arguments)
+        assert result.exit_code == 2 and words in " ".join(result.output.split())
     monkeypatch.setitem(sys.modules, "fastapi", None)
-    for weights in (tmp_path / "weights.pth", tmp_path / "generator.safetensors"):
-        checkpoint.write(SPADEGenerator(3, **SMALL), weights)
-    for weights in (tmp_path / "weights.pth", tmp_path):  # a file, or a run's folder
-        result = CliRunner().invoke(command, ["paint", str(weights)])
+    for path in (weights, tmp_path):  # a file, or a run's folder
+        result = invoke(path)
         assert result.exit_code == 2 and "pip install 'spade_fast[paint]'" in result.output
 
 
-def test_the_small_generator_learns():
+def test_a_run_has_its_encoder(tmp_path, monkeypatch, encoder):
+    run = Run(tmp_path)
+    checkpoint.write(SPADEGenerator(3, **SMALL), run.path("generator.safetensors"))
+    taken = []
+    monkeypatch.setattr(spade_fast.paint, "serve", lambda *arguments: taken.append(arguments[4]))
+    run.begin(Config(labels="l", images="i", out=str(tmp_path), num_classes=3, use_vae=True))
+    assert invoke(tmp_path).exit_code == 0 and taken == [None]
+    parts = {"networks": {"encoder": encoder.state_dict()}}
+    run.save(3, {"trainer": parts, "best": None, "settings": {}})
+    assert invoke(tmp_path).exit_code == 0
+    assert all(map(torch.equal, taken[1].state_dict().values(), encoder.state_dict().values()))
+
+
+def test_a_port_that_is_not_free(tmp_path):
+    weights = tmp_path / "none.pth"
+    weights.touch()
+    with listening(port=0) as taken:
+        port = taken.getsockname()[1]
+        result = CliRunner().invoke(command, ["paint", str(weights), "--port", str(port)])
+    assert result.exit_code == 1 and result.exception.args == (1,)
+    words = f"nobody can listen at 127.0.0.1, port {port}: Address already in use."
+    assert words in " ".join(result.output.split())
+    with pytest.raises(OSError, match=r"listen at 192\.0\.2\.1, port 0: Cannot assign"):
+        listening("192.0.2.1", 0)
+
+
+def test_the_command_answers_where_it_says_also_when_the_disk_is_full(tmp_path, encoder):
+    weights = SPADEGenerator(4, **SMALL)
+    for name, network in (("weights.pth", weights), ("encoder.pth", encoder)):
+        checkpoint.write(network, tmp_path / name)
+    line = "from spade_fast.cli import app; app()"
+    arguments = ["paint", "weights.pth", "--encoder", "encoder.pth", "--port", str(free_port())]
+    with subprocess.Popen(
+        [sys.executable, "-c", line, *arguments],
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as running:
+        try:
+            address = running.stdout.readline().split()[2]
+            assert address == f"http://127.0.0.1:{arguments[-1]}/"
+            resource.prlimit(running.pid, resource.RLIMIT_FSIZE, (0, 0))  # no file can grow
+            answer = post(f"{address}style", content=image_file(a_photograph()))
+            image = post(f"{address}image", params=answer.json(), content=bytes(4096))
+            assert image.status_code == 200 and image.content.startswith(b"\x89PNG")
+        finally:
+            running.send_signal(signal.SIGINT)
+            output, errors = running.communicate(timeout=20)
+    assert (running.returncode, output, errors) == (0, "", "")
+
+
+@contextlib.contextmanager
+def full_disk():
+    """Inside, no file of this process can grow."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+def test_the_small_generator_is_trained_on_a_full_disk(tmp_path):
     pytest.importorskip("accelerate")
+    importlib.import_module("torch._dynamo")  # looks for a folder where it can write
+    with full_disk():
+        with pytest.raises(OSError), open(tmp_path / "file", "w") as file:
+            file.write("x")
+            file.flush()
+        assert isinstance(train_demo(size=64, steps=1), SPADEGenerator)
+
+
+def test_the_small_generator_learns():
     generator = train_demo(size=64, steps=30)
     scene = draw_scene((64, 64), 1000)
     wanted = photograph(scene, 1000).astype(float)
@@ -248,22 +525,25 @@ def test_the_small_generator_learns():
     assert abs(made - wanted).mean() < 0.8 * abs(wanted - wanted.mean((0, 1))).mean()
 
 
-@pytest.fixture
-def address(service):
+@contextlib.contextmanager
+def served(service, **settings):
     """The address of a server in a thread."""
-    uvicorn = pytest.importorskip("uvicorn")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    app = app_of(service, classes_for(has_edges=True), port=port)
-    server = uvicorn.Server(uvicorn.Config(app, port=port, log_level="error"))
-    thread = threading.Thread(target=server.run)
+    door = listening(port=0)
+    port = door.getsockname()[1]
+    running = server_of(app_of(service, classes_for(has_edges=True), port=port, **settings))
+    thread = threading.Thread(target=running.run, kwargs={"sockets": [door]})
     thread.start()
-    while not server.started and thread.is_alive():
-        time.sleep(0.01)
-    yield f"http://127.0.0.1:{port}"
-    server.should_exit = True
-    thread.join()
+    try:
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        running.should_exit = True
+        thread.join()
+
+
+@pytest.fixture
+def address(service, encoder):
+    with served(service, encoder=encoder) as address:
+        yield address
 
 
 def test_a_body_that_never_comes_holds_nobody_up(address):
@@ -272,6 +552,48 @@ def test_a_body_that_never_comes_holds_nobody_up(address):
         head = f"POST /image HTTP/1.1\r\nHost: {host}:{port}\r\nContent-Length: 100000000\r\n\r\n"
         connection.sendall(head.encode())
         assert connection.recv(100).startswith(b"HTTP/1.1 413")
+    with socket.create_connection((host, int(port)), timeout=5) as connection:
+        connection.sendall(head.replace("100000000", "4096").encode())
+        assert post(f"{address}/image", content=bytes(4096)).status_code == 200
+
+
+@pytest.fixture(scope="module")
+def browser():
+    chromium = shutil.which("chromium")
+    if chromium is None:
+        pytest.skip("chromium is not installed")
+    require("playwright")
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as running:
+        browser = running.chromium.launch(
+            executable_path=chromium, args=["--no-sandbox", "--disable-gpu"]
+        )
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def open_page(browser):
+    """Opens a tab that has understood the hint; what its page says is wrong fails the test."""
+    contexts, errors = [], []
+
+    def open_page(address, **settings):
+        contexts.append(
+            browser.new_context(**{"viewport": {"width": 1280, "height": 800}} | settings)
+        )
+        page = contexts[-1].new_page()
+        page.on("console", lambda one: one.type == "error" and errors.append(one.text))
+        page.on("pageerror", lambda one: errors.append(str(one)))
+        page.goto(address)
+        page.get_by_text("Got it").click()
+        return page
+
+    open_page.errors = errors
+    yield open_page
+    for context in contexts:
+        context.close()
+    assert not errors
 
 
 def map_of(page):
@@ -280,6 +602,13 @@ def map_of(page):
         "() => { const map = document.getElementById('map');"
         " return [...map.getContext('2d').getImageData(0, 0, map.width, map.height).data] }"
     )
+
+
+def labels_of(page):
+    """The labels of the map, by its colours."""
+    numbers = {one.colour: one.number for one in classes_for().listed}
+    pixels = np.array(map_of(page)).reshape(-1, 4)[:, :3].tolist()
+    return np.array([numbers[tuple(pixel)] for pixel in pixels], np.uint8).reshape(64, 64)
 
 
 def image_of(page):
@@ -291,72 +620,213 @@ def image_of(page):
     )
 
 
-def draw_stroke(page, start, end):
+def answer_of(address, page, **query):
+    """The server's answer to the page's labels."""
+    answer = post(f"{address}/image", params=query, content=labels_of(page).tobytes())
+    assert answer.status_code == 200
+    return list(answer.content)
+
+
+def at(page, x, y):
+    """The place on the page of a place on the map, from 0 to 1."""
     box = page.locator("#map").bounding_box()
-    x, y = (
-        [box[side] + box[length] * part for part in (start[i], end[i])]
-        for i, (side, length) in enumerate((("x", "width"), ("y", "height")))
-    )
-    page.mouse.move(x[0], y[0])
+    return box["x"] + box["width"] * x, box["y"] + box["height"] * y
+
+
+def draw_stroke(page, start, end, steps=4):
+    page.mouse.move(*at(page, *start))
     page.mouse.down()
-    page.mouse.move(x[1], y[1], steps=4)
+    page.mouse.move(*at(page, *end), steps=steps)
     page.mouse.up()
 
 
-def test_the_page_in_a_browser(address, tmp_path):
-    chromium = shutil.which("chromium")
-    if chromium is None:
-        pytest.skip("chromium is not installed")
-    playwright = pytest.importorskip("playwright.sync_api")
-    with playwright.sync_playwright() as running:
-        browser = running.chromium.launch(
-            executable_path=chromium, args=["--no-sandbox", "--disable-gpu"]
-        )
-        context = browser.new_context(viewport={"width": 1280, "height": 800})
-        page, other = context.new_page(), context.new_page()
-        errors, requests = [], []
-        page.on("console", lambda one: one.type == "error" and errors.append(one.text))
-        page.on("pageerror", lambda one: errors.append(str(one)))
-        page.on("request", lambda one: one.method == "POST" and requests.append(one))
-        page.goto(address)
-        other.goto(address)
-        page.bring_to_front()
-        page.get_by_text("Got it").click()
+def choose(page, name):
+    page.get_by_role("button", name=name, exact=True).click()
 
-        map_before, image_before = map_of(page), image_of(page)
-        page.get_by_role("button", name="sea", exact=True).click()
-        draw_stroke(page, (0.2, 0.2), (0.7, 0.3))
-        image_after, map_after = image_of(page), map_of(page)
-        assert map_after != map_before and image_after != image_before
-        page.keyboard.press("Control+z")
-        assert image_of(page) == image_before and map_of(page) == map_before
-        page.keyboard.press("Control+Shift+z")
-        assert image_of(page) == image_after and map_of(page) == map_after
-        assert image_of(other) == image_before and map_of(other) == map_before  # a tab has its own
 
-        labels = drawn(count=3)
-        file = tmp_path / "labels.png"
-        Image.fromarray(labels).save(file)
-        page.set_input_files("#file", file)
-        while map_of(page) == map_after:
-            page.wait_for_timeout(20)
+def open_file(page, field, content, name):
+    page.set_input_files(field, {"name": name, "mimeType": "image/png", "buffer": content})
+
+
+def test_a_stroke_changes_the_image_and_undo_gives_it_back(open_page, address):
+    page = open_page(address)
+    map_before, image_before = map_of(page), image_of(page)
+    assert image_before == answer_of(address, page)
+    choose(page, "sea")
+    draw_stroke(page, (0.2, 0.2), (0.7, 0.3))
+    image_after, map_after = image_of(page), map_of(page)
+    assert map_after != map_before and image_after != image_before
+    assert image_after == answer_of(address, page)
+    page.keyboard.press("Control+z")
+    assert image_of(page) == image_before and map_of(page) == map_before
+    page.keyboard.press("Control+Shift+z")
+    assert image_of(page) == image_after and map_of(page) == map_after
+
+
+def test_label_maps_go_in_and_out_unchanged(open_page, address):
+    page = open_page(address)
+    for seed, file in (
+        (1, image_file),
+        (2, lambda labels: image_file(labels.astype(np.uint16))),
+        (3, paletted),
+    ):
+        labels = np.random.default_rng(seed).integers(0, 3, (64, 64), np.uint8)
+        open_file(page, "#file", file(labels), "labels.png")
+        until(lambda: (labels_of(page) == labels).all())
         with page.expect_download() as download:
             page.get_by_text("Save map").click()
         assert (np.asarray(Image.open(download.value.path())) == labels).all()
-        text = tmp_path / "text.png"
-        text.write_text("this is no image")
-        page.set_input_files("#file", text)
-        page.get_by_text("text.png was not opened: it is no PNG").wait_for()
+    small = image_file(np.arange(2, dtype=np.uint8)[:, None])  # is resized
+    open_file(page, "#file", small, "small.png")
+    until(lambda: (labels_of(page) == np.arange(2).repeat(32)[:, None]).all())
 
+
+def paletted(labels):
+    image = Image.fromarray(labels, "P")
+    image.putpalette([9, 9, 9, 8, 8, 8, 7, 7, 7])
+    file = io.BytesIO()
+    image.save(file, "PNG")
+    return file.getvalue()
+
+
+def test_what_is_wrong_with_a_label_map_is_said(open_page, address):
+    page, whole = open_page(address), image_file(drawn())
+    before, image = map_of(page), image_of(page)
+    damaged = bytearray(whole)
+    damaged[60] ^= 1
+    for number, (content, words) in enumerate(
+        (
+            (b"this is no image", "it is no PNG"),
+            (b"", "it is no PNG"),
+            (whole[:-20], "it is not whole"),
+            (bytes(damaged), "it is damaged"),
+            (image_file(np.zeros((64, 64, 3), np.uint8)), "it has colours"),
+            (image_file(np.full((64, 64), 700, np.uint16)), "it has a 700, which is no class here"),
+            (image_file(np.full((64, 64), 3, np.uint8)), "it has a 3, which is no class here"),
+        )
+    ):
+        open_file(page, "#file", content, f"{number}.png")
+        page.get_by_text(f"{number}.png was not opened: {words}").wait_for()
+    assert map_of(page) == before and image_of(page) == image
+
+
+def test_a_photographs_style_holds_until_another_is_drawn(open_page, address, service, tmp_path):
+    page, content = open_page(address), image_file(a_photograph())
+    z = post(f"{address}/style", content=content).json()["z"]
+    first = image_of(page)
+    open_file(page, "#photograph", content, "beach.png")
+    page.get_by_text("Style: beach.png").wait_for()
+    assert image_of(page) == answer_of(address, page, z=z) != first
+    choose(page, "sea")
+    draw_stroke(page, (0.2, 0.2), (0.7, 0.3))
+    assert image_of(page) == answer_of(address, page, z=z)
+    open_file(page, "#photograph", b"no image", "text.png")
+    page.get_by_text("text.png was not opened: the photograph is no image").wait_for()
+    assert "422" in open_page.errors.pop()
+    with open(tmp_path / "large.png", "wb") as large:
+        large.truncate(2**25 + 1)
+    page.set_input_files("#photograph", tmp_path / "large.png")
+    page.get_by_text("large.png was not opened: it is above 32 MB").wait_for()
+    page.reload()
+    assert image_of(page) == answer_of(address, page, z=z)
+    page.get_by_role("button", name="New style").click()
+    assert image_of(page) != answer_of(address, page, z=z)
+    assert not page.get_by_text("beach.png").is_visible()
+    with served(service) as other:
+        assert not open_page(other).locator("#open-style").is_visible()
+
+
+def test_two_tabs_draw_faster_than_images_are_made(open_page):
+    """Of the maps that are drawn while a tab waits for an image, the newest alone is asked for."""
+    torch.manual_seed(0)
+    with Held(SPADEGenerator(4, **SMALL).eval(), waiting=4) as held, served(held) as address:
+        held.may.set()
+        tabs, requests, statuses = [open_page(address) for _ in range(2)], [], []
+        for tab in tabs:
+            image_of(tab)
+            tab.on("request", lambda one: one.method == "POST" and requests.append(one))
+            tab.on("response", lambda one: statuses.append(one.status))
+
+        def draw(count):
+            for number in range(count):
+                for tab, name in zip(tabs, ("sea", "tree") if number % 2 else ("tree", "sky")):
+                    choose(tab, name)
+                    draw_stroke(tab, (0.1, number / count), (0.9, 1 - number / count))
+                    assert len(held._jobs) <= 2
+
+        def check():
+            images = [image_of(tab) for tab in tabs]
+            assert images == [answer_of(address, tab) for tab in tabs] and images[0] != images[1]
+
+        draw(3)
+        check()
         requests.clear()
-        for number in range(50):
-            draw_stroke(page, (0.1, number / 50), (0.9, 1 - number / 50))
-        last = image_of(page)
-        sent = len(requests)
-        page.wait_for_timeout(200)
-        assert 0 < sent <= 50 * 6 and len(requests) == sent  # none waits behind the last one
-        map_last = map_of(page)
+        held.may.clear()
+        draw(3)
+        until(lambda: len(held._jobs) == 2)
+        assert len(requests) == 2
+        held.may.set()
+        check()
+        tabs[0].wait_for_timeout(50)
+        assert len(requests) == 4 and set(statuses) == {200}
+
+
+def test_a_reload_in_the_middle_of_a_request(open_page):
+    torch.manual_seed(0)
+    with Held(SPADEGenerator(4, **SMALL).eval()) as held, served(held) as address:
+        held.may.set()
+        page = open_page(address)
+        image_of(page)
+        choose(page, "sea")
+        held.may.clear()
+        draw_stroke(page, (0.2, 0.2), (0.7, 0.3))
+        labels = labels_of(page)
+        until(lambda: held._jobs)
         page.reload()
-        assert image_of(page) == last and map_of(page) == map_last
-        assert not errors
-        browser.close()
+        held.may.set()
+        assert image_of(page) == answer_of(address, page) and (labels_of(page) == labels).all()
+
+
+def test_keys_paint(open_page, address):
+    page = open_page(address)
+    choose(page, "sea")
+    before = labels_of(page)
+    page.locator("#map").focus()
+    page.keyboard.press("Space")
+    for _ in range(3):
+        page.keyboard.press("Shift+ArrowRight")
+    page.keyboard.press("Space")
+    after = labels_of(page)
+    assert (after[32, 32:60] == 1).all() and (after[:20] == before[:20]).all()
+    page.keyboard.press("ArrowLeft")  # moves the brush alone
+    assert (labels_of(page) == after).all()
+    for key, tool in (("e", "Eraser"), ("l", "Line"), ("f", "Fill"), ("p", "Pick"), ("b", "Brush")):
+        page.keyboard.press(key)
+        assert page.locator("[data-tool][aria-pressed=true]").inner_text() == tool
+    assert image_of(page) == answer_of(address, page)
+
+
+def test_a_finger_paints(open_page, address):
+    phone = {"viewport": {"width": 390, "height": 844}, "has_touch": True, "is_mobile": True}
+    page = open_page(address, **phone)
+    page.get_by_role("button", name="sea", exact=True).tap()
+    image_of(page)
+    page.locator("#map").scroll_into_view_if_needed()
+    finger, scrolled = page.context.new_cdp_session(page), page.evaluate("scrollY")
+
+    def touch(kind, *places):
+        points = [{"x": x, "y": y} for x, y in (at(page, *place) for place in places)]
+        finger.send("Input.dispatchTouchEvent", {"type": kind, "touchPoints": points})
+
+    boxes = []
+    for words in ("Short", "Image in 12345 ms, on the page after 12345 ms" * 2):
+        page.evaluate("(words) => { document.getElementById('status').textContent = words }", words)
+        boxes.append(page.locator("#map").bounding_box())
+    assert boxes[0] == boxes[1]  # the map stays below the finger
+    touch("touchStart", (0.5, 0.2))
+    for step in range(1, 7):
+        touch("touchMove", (0.5, 0.2 + step / 10))
+    touch("touchEnd")
+    assert (labels_of(page)[13:51, 32] == 1).all() and page.evaluate("scrollY") == scrolled
+    assert image_of(page) == answer_of(address, page)
+    assert page.evaluate("document.documentElement.scrollWidth") <= 390

@@ -13,7 +13,7 @@ struct ApplyBlock {
   static ALWAYS_INLINE void run(int64_t count, Elements<Sum> x_elements,
                                 Elements<Sum> gamma_elements, Elements<Sum> beta_elements,
                                 Number shift, Number scale, Number offset, Activation activation,
-                                Sum negative_slope, Place<Sum> y, uint8_t* signs) {
+                                Sum negative_slope, Destination<Sum> y, uint8_t* signs) {
     Sum buffers[3][kBlock], values[kBlock];
     const Sum *x = x_elements.read(count, buffers[0]),
               *gamma = gamma_elements.read(count, buffers[1]),
@@ -40,7 +40,7 @@ Tensor new_signs(const Tasks& tasks, const Tensor& x, Activation activation, boo
 }
 
 template <typename Sum>
-void apply_task(const Tasks& tasks, int64_t task, const Modulation<Sum>& m, const Target<Sum>& y) {
+void apply_task(const Tasks& tasks, int64_t task, const Operands<Sum>& m, const Target<Sum>& y) {
   tasks.for_each_block(task, [&](int64_t n, int64_t row, int64_t start, int64_t count,
                                  int64_t number) {
     const auto run = [&](auto shift, auto scale, auto offset) {
@@ -58,8 +58,8 @@ void apply_task(const Tasks& tasks, int64_t task, const Modulation<Sum>& m, cons
   });
 }
 
-template void apply_task(const Tasks&, int64_t, const Modulation<float>&, const Target<float>&);
-template void apply_task(const Tasks&, int64_t, const Modulation<double>&, const Target<double>&);
+template void apply_task(const Tasks&, int64_t, const Operands<float>&, const Target<float>&);
+template void apply_task(const Tasks&, int64_t, const Operands<double>&, const Target<double>&);
 
 namespace {
 
@@ -81,8 +81,8 @@ std::tuple<Tensor, Tensor> modulated(const Tensor& x, const Tensor& planes, cons
   const Tensor signs = new_signs(tasks, x, activation, keep_signs);
   dispatch_sum(y.scalar_type(), [&](auto zero) {
     using Sum = decltype(zero);
-    const Modulation<Sum> modulation(x, planes, gamma, beta, index, activation, negative_slope,
-                                     signs, layout);
+    const Operands<Sum> modulation(x, planes, gamma, beta, index, activation, negative_slope, signs,
+                                   layout);
     const Target<Sum> target(y, layout);
     tasks.for_each([&](int64_t task) { apply_task(tasks, task, modulation, target); });
   });

@@ -12,7 +12,7 @@ template <typename Sum, typename Number>
 struct BackwardInputBlock {
   static ALWAYS_INLINE void run(int64_t count, BackwardBlock<Sum> block, Number shift, Number scale,
                                 Number offset, Number constant, Number slope, bool has_terms,
-                                Activation activation, Sum negative_slope, Place<Sum> place) {
+                                Activation activation, Sum negative_slope, Destination<Sum> place) {
     Sum buffer[kBlock], g[kBlock], deviation[kBlock], dx[kBlock];
     const Sum* gamma = block.gamma.read(count, buffer);
     gradient(count, block, gamma, shift, scale, offset, activation, negative_slope, g, deviation);
@@ -31,7 +31,7 @@ struct BackwardInputBlock {
 }  // namespace
 
 template <typename Sum>
-void input_task(const Tasks& tasks, int64_t task, const Modulation<Sum>& m, const Source<Sum>& dy,
+void input_task(const Tasks& tasks, int64_t task, const Operands<Sum>& m, const Source<Sum>& dy,
                 const std::optional<Numbers<Sum>>& given_terms, const Target<Sum>& dx) {
   // Something that can be read, and is not used.
   const Numbers<Sum>& terms = given_terms ? *given_terms : m.planes;
@@ -53,9 +53,9 @@ void input_task(const Tasks& tasks, int64_t task, const Modulation<Sum>& m, cons
       });
 }
 
-template void input_task(const Tasks&, int64_t, const Modulation<float>&, const Source<float>&,
+template void input_task(const Tasks&, int64_t, const Operands<float>&, const Source<float>&,
                          const std::optional<Numbers<float>>&, const Target<float>&);
-template void input_task(const Tasks&, int64_t, const Modulation<double>&, const Source<double>&,
+template void input_task(const Tasks&, int64_t, const Operands<double>&, const Source<double>&,
                          const std::optional<Numbers<double>>&, const Target<double>&);
 
 Tensor backward_input(const Tensor& dy, const Tensor& x, const Tensor& planes, const Tensor& gamma,
@@ -70,8 +70,8 @@ Tensor backward_input(const Tensor& dy, const Tensor& x, const Tensor& planes, c
   const Tensor dx = new_output(x, layout, x.scalar_type());
   dispatch_sum(promoted(x.scalar_type(), gamma.scalar_type()), [&](auto zero) {
     using Sum = decltype(zero);
-    const Modulation<Sum> modulation(x, planes, gamma, beta, index, activation, negative_slope,
-                                     signs, layout);
+    const Operands<Sum> modulation(x, planes, gamma, beta, index, activation, negative_slope, signs,
+                                   layout);
     const Source<Sum> source(dy, layout);
     std::optional<Numbers<Sum>> numbers;
     if (terms) numbers.emplace(*terms);

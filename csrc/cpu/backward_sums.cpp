@@ -15,8 +15,8 @@ struct BackwardSumsBlock {
   // pixel's channels).
   static ALWAYS_INLINE void run(int64_t count, BackwardBlock<Sum> block, Number shift, Number scale,
                                 Number offset, Activation activation, Sum negative_slope,
-                                Place<Sum> dgamma_place, Place<Sum> dbeta_place, Sum* q_sums,
-                                Sum* q_deviation_sums) {
+                                Destination<Sum> dgamma_place, Destination<Sum> dbeta_place,
+                                Sum* q_sums, Sum* q_deviation_sums) {
     Sum buffer[kBlock], g[kBlock], deviation[kBlock], dgamma[kBlock];
     const Sum* gamma = block.gamma.read(count, buffer);
     gradient(count, block, gamma, shift, scale, offset, activation, negative_slope, g, deviation);
@@ -55,7 +55,7 @@ std::tuple<Tensor, Tensor> new_dense_gradients(const Tensor& x, Layout layout,
 }
 
 template <typename Sum>
-void sums_task(const Tasks& tasks, int64_t task, const Modulation<Sum>& m, const Source<Sum>& dy,
+void sums_task(const Tasks& tasks, int64_t task, const Operands<Sum>& m, const Source<Sum>& dy,
                const Target<Sum>& dgamma, const Target<Sum>& dbeta, Sum* found) {
   const int64_t width = tasks.width();
   tasks.for_each_block(task, [&](int64_t n, int64_t row, int64_t start, int64_t count,
@@ -75,9 +75,9 @@ void sums_task(const Tasks& tasks, int64_t task, const Modulation<Sum>& m, const
   });
 }
 
-template void sums_task(const Tasks&, int64_t, const Modulation<float>&, const Source<float>&,
+template void sums_task(const Tasks&, int64_t, const Operands<float>&, const Source<float>&,
                         const Target<float>&, const Target<float>&, float*);
-template void sums_task(const Tasks&, int64_t, const Modulation<double>&, const Source<double>&,
+template void sums_task(const Tasks&, int64_t, const Operands<double>&, const Source<double>&,
                         const Target<double>&, const Target<double>&, double*);
 
 template <typename Sum>
@@ -113,7 +113,7 @@ Tensor as_planes(const std::vector<Sum>& sums, const Tasks& tasks, const Tensor&
 }
 
 template <typename Sum>
-std::tuple<Tensor, Tensor, Tensor> dense_sums(const Tasks& tasks, const Modulation<Sum>& modulation,
+std::tuple<Tensor, Tensor, Tensor> dense_sums(const Tasks& tasks, const Operands<Sum>& modulation,
                                               const Source<Sum>& dy, const Tensor& x,
                                               const Tensor& planes, ScalarType dtype) {
   const auto [dgamma, dbeta] = new_dense_gradients(x, tasks.layout, modulation.activation, dtype);
@@ -130,7 +130,7 @@ std::tuple<Tensor, Tensor, Tensor> dense_sums(const Tasks& tasks, const Modulati
 }
 
 template <typename Sum>
-std::tuple<Tensor, Tensor, Tensor> table_sums(const Tasks& tasks, const Modulation<Sum>& modulation,
+std::tuple<Tensor, Tensor, Tensor> table_sums(const Tasks& tasks, const Operands<Sum>& modulation,
                                               const Source<Sum>& dy, const Tensor& gamma,
                                               const Tensor& index, const Tensor& order,
                                               const Tensor& planes) {
@@ -173,8 +173,8 @@ std::tuple<Tensor, Tensor, Tensor> backward_sums(
   std::tuple<Tensor, Tensor, Tensor> found;
   dispatch_sum(promoted(x.scalar_type(), gamma.scalar_type()), [&](auto zero) {
     using Sum = decltype(zero);
-    const Modulation<Sum> modulation(x, planes, gamma, beta, index, activation, negative_slope,
-                                     signs, layout);
+    const Operands<Sum> modulation(x, planes, gamma, beta, index, activation, negative_slope, signs,
+                                   layout);
     const Source<Sum> source(dy, layout);
     found = index ? table_sums(tasks, modulation, source, gamma, *index, *order, planes)
                   : dense_sums(tasks, modulation, source, x, planes, gamma.scalar_type());

@@ -83,7 +83,7 @@ inline void finish_stream() {
 
 // Where elements are to be written.
 template <typename Sum>
-struct Place {
+struct Destination {
   void* data;
   ScalarType type;
   bool streams;

@@ -13,7 +13,7 @@ struct BackwardBlock {
 };
 
 template <typename Sum>
-BackwardBlock<Sum> backward_block(const Modulation<Sum>& m, const Source<Sum>& dy, int64_t n,
+BackwardBlock<Sum> backward_block(const Operands<Sum>& m, const Source<Sum>& dy, int64_t n,
                                   int64_t row, int64_t start) {
   return {dy.at(n, row, start), m.x.at(n, row, start), m.gamma.at(n, row, start),
           m.beta.at(n, row, start), m.signs.at(n, row, start)};

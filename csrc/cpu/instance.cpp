@@ -9,7 +9,8 @@
 namespace spade_fast {
 namespace {
 
-// Of some planes side by side: what reaches dx through the statistics, from Σq and Σq·(x − shift).
+// The constant and the slope that reach dx through the statistics, for some planes side by side,
+// from Σq and Σq·(x − shift).
 template <typename Sum>
 void set_terms(const Tasks& tasks, int64_t first, int64_t count, const Sum* sums, const Sum* planes,
                Sum* terms) {
@@ -39,8 +40,8 @@ std::tuple<Tensor, Tensor, Tensor> instance_forward(const Tensor& x, const Tenso
     using Sum = decltype(zero);
     Sum* shift = planes.mutable_data_ptr<Sum>();
     Sum *scale = shift + tasks.planes(), *offset = scale + tasks.planes();
-    const Modulation<Sum> modulation(x, planes, gamma, beta, index, activation, negative_slope,
-                                     signs, layout);
+    const Operands<Sum> modulation(x, planes, gamma, beta, index, activation, negative_slope, signs,
+                                   layout);
     const Target<Sum> target(y, layout);
     const int64_t width = tasks.width();
     std::vector<double> found(2 * width * tasks.count());
@@ -88,8 +89,8 @@ std::tuple<Tensor, Tensor, Tensor> instance_backward(
                                   negative_slope)};
       return;
     }
-    const Modulation<Sum> modulation(x, plane_sums, gamma, beta, index, activation, negative_slope,
-                                     signs, layout);
+    const Operands<Sum> modulation(x, plane_sums, gamma, beta, index, activation, negative_slope,
+                                   signs, layout);
     const Source<Sum> source(dy, layout);
     const auto [dgamma, dbeta] = new_dense_gradients(x, layout, activation, gamma.scalar_type());
     const Tensor dx = new_output(x, layout, x.scalar_type());

@@ -11,16 +11,16 @@ namespace spade_fast {
 // What apply and both backward kernels read. beta may be missing where no kernel reads it:
 // backward, but for SiLU.
 template <typename Sum>
-struct Modulation {
+struct Operands {
   Source<Sum> x, gamma, beta;
   Numbers<Sum> planes;
   Activation activation;
   Sum negative_slope;
   Signs signs;
 
-  Modulation(const Tensor& x, const Tensor& planes, const Tensor& gamma,
-             const std::optional<Tensor>& beta, const std::optional<Tensor>& index,
-             Activation activation, double negative_slope, const Tensor& signs, Layout layout)
+  Operands(const Tensor& x, const Tensor& planes, const Tensor& gamma,
+           const std::optional<Tensor>& beta, const std::optional<Tensor>& index,
+           Activation activation, double negative_slope, const Tensor& signs, Layout layout)
       : x(x, layout),
         gamma(gamma, layout, index),
         beta(beta ? *beta : gamma, layout, index),
@@ -39,7 +39,7 @@ void combine_moments(const Tasks& tasks, double* found);
 // apply.cpp
 Tensor new_signs(const Tasks& tasks, const Tensor& x, Activation activation, bool keep_signs);
 template <typename Sum>
-void apply_task(const Tasks& tasks, int64_t task, const Modulation<Sum>& modulation,
+void apply_task(const Tasks& tasks, int64_t task, const Operands<Sum>& modulation,
                 const Target<Sum>& y);
 
 // backward_sums.cpp. dγ and dβ of dense γ and β, to be written: dβ has size 0 without an
@@ -48,7 +48,7 @@ void apply_task(const Tasks& tasks, int64_t task, const Modulation<Sum>& modulat
 std::tuple<Tensor, Tensor> new_dense_gradients(const Tensor& x, Layout layout,
                                                Activation activation, ScalarType dtype);
 template <typename Sum>
-void sums_task(const Tasks& tasks, int64_t task, const Modulation<Sum>& modulation,
+void sums_task(const Tasks& tasks, int64_t task, const Operands<Sum>& modulation,
                const Source<Sum>& dy, const Target<Sum>& dgamma, const Target<Sum>& dbeta,
                Sum* found);
 template <typename Sum>
@@ -56,7 +56,7 @@ void combine_sums(const Tasks& tasks, int64_t unit, const Sum* found, Sum* sums)
 
 // backward_input.cpp
 template <typename Sum>
-void input_task(const Tasks& tasks, int64_t task, const Modulation<Sum>& modulation,
+void input_task(const Tasks& tasks, int64_t task, const Operands<Sum>& modulation,
                 const Source<Sum>& dy, const std::optional<Numbers<Sum>>& terms,
                 const Target<Sum>& dx);
 

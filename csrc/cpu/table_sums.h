@@ -109,7 +109,7 @@ struct SortedPixels {
 // Pixels with their channels together. dgamma and dbeta are [K, C], found [tasks, 2, C]; all begin
 // as zeros.
 template <typename Sum>
-void sum_table_by_pixels(const Tasks& tasks, const Modulation<Sum>& m, const Source<Sum>& dy,
+void sum_table_by_pixels(const Tasks& tasks, const Operands<Sum>& m, const Source<Sum>& dy,
                          const SortedPixels& sorted, Sum* dgamma, Sum* dbeta, Sum* found) {
   const int64_t channels = tasks.channels;
   // A task's first and last window may go on in its neighbours: they come to rows of the task's
@@ -163,7 +163,7 @@ void sum_table_by_pixels(const Tasks& tasks, const Modulation<Sum>& m, const Sou
 
 // Planes. dgamma and dbeta are [C, K], zeros to begin with; sums is [2, N, C].
 template <typename Sum>
-void sum_table_by_planes(const Tasks& tasks, const Modulation<Sum>& m, const Source<Sum>& dy,
+void sum_table_by_planes(const Tasks& tasks, const Operands<Sum>& m, const Source<Sum>& dy,
                          const SortedPixels& sorted, int64_t rows, Sum* dgamma, Sum* dbeta,
                          Sum* sums) {
   const int64_t pixels = tasks.pixels, planes = tasks.batch * tasks.channels;

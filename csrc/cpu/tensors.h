@@ -98,7 +98,7 @@ class Target {
     streams_ = y.numel() * size_ >= kStreamed;
   }
 
-  Place<Sum> at(int64_t n, int64_t row, int64_t start) const {
+  Destination<Sum> at(int64_t n, int64_t row, int64_t start) const {
     return {data_ == nullptr ? nullptr : data_ + (n * image_ + row * row_ + start) * size_, type_,
             streams_};
   }

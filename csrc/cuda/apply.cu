@@ -17,16 +17,16 @@ __global__ void __launch_bounds__(kThreads, 3) apply_kernel(Operands o, Division
   // The next item's, so that only one load waits for another.
   uint32_t next_row = modulation_row(in, part.at(part.begin + threadIdx.y));
   for (uint32_t first = part.begin; first < part.end; first += blockDim.y) {
-    const Place place = part.at(first + threadIdx.y);
+    const Elements elements = part.at(first + threadIdx.y);
     const uint32_t row = next_row;
     next_row = modulation_row(in, part.at(first + threadIdx.y + blockDim.y));
-    const Raw x = load<V>(in.x, place);
-    const Modulation modulation = load_modulation<V>(in, place, row, true);
+    const Raw x = load<V>(in.x, elements);
+    const GammaBeta modulation = load_modulation<V>(in, elements, row, true);
     float values[V];
     unpack<V>(x, o.x.type, values);
 #pragma unroll
     for (int k = 0; k < V; ++k) values[k] = (values[k] - shift[k]) * scale[k] + offset[k];
-    modulate<V>(in, place, values, modulation, to);
+    modulate<V>(in, elements, values, modulation, to);
   }
 }
 

@@ -26,14 +26,14 @@ __global__ void __launch_bounds__(kThreads, kSilu ? 2 : kInputBlocks)
   const bool reads_x = kSilu || terms != nullptr;
   uint32_t next_row = modulation_row(in, part.at(part.begin + threadIdx.y));  // as in apply.cu
   for (uint32_t first = part.begin; first < part.end; first += blockDim.y) {
-    const Place place = part.at(first + threadIdx.y);
+    const Elements elements = part.at(first + threadIdx.y);
     const uint32_t row = next_row;
     next_row = modulation_row(in, part.at(first + threadIdx.y + blockDim.y));
     Raw x = {};
-    if (reads_x) x = load<V>(in.x, place);
-    const Raw dy = load<V>(in.dy, place);
-    const Modulation modulation = load_modulation<V>(in, place, row, kSilu);
-    const uint32_t signs = load_signs<V>(in, place);
+    if (reads_x) x = load<V>(in.x, elements);
+    const Raw dy = load<V>(in.dy, elements);
+    const GammaBeta modulation = load_modulation<V>(in, elements, row, kSilu);
+    const uint32_t signs = load_signs<V>(in, elements);
     const Gradient<V> found = gradient<V, kSilu>(o, x, dy, modulation, signs, shift, scale, offset);
     float values[V];
 #pragma unroll
@@ -41,7 +41,7 @@ __global__ void __launch_bounds__(kThreads, kSilu ? 2 : kInputBlocks)
       values[k] = scale[k] * (found.g[k] * found.one_plus[k]);
       if (terms != nullptr) values[k] += constant[k] + slope[k] * found.deviation[k];
     }
-    store<V>(to, place, values);
+    store<V>(to, elements, values);
   }
 }
 

@@ -18,12 +18,13 @@ __global__ void __launch_bounds__(kThreads, 2)
              offset = part.numbers(o, o.planes, 2);
   float q_sum[V] = {}, q_deviation_sum[V] = {};
   for (uint32_t first = part.begin; first < part.end; first += blockDim.y) {
-    const Place place = part.at(first + threadIdx.y);
-    const Raw x = load<V>(in.x, place), dy = load<V>(in.dy, place);
-    const Modulation modulation = load_modulation<V>(in, place, modulation_row(in, place), kSilu);
-    const uint32_t signs = load_signs<V>(in, place);
+    const Elements elements = part.at(first + threadIdx.y);
+    const Raw x = load<V>(in.x, elements), dy = load<V>(in.dy, elements);
+    const GammaBeta modulation =
+        load_modulation<V>(in, elements, modulation_row(in, elements), kSilu);
+    const uint32_t signs = load_signs<V>(in, elements);
     const Gradient<V> found = gradient<V, kSilu>(o, x, dy, modulation, signs, shift, scale, offset);
-    store_gradient<V>(place, found, scale, offset, to_dgamma, to_dbeta, q_sum, q_deviation_sum);
+    store_gradient<V>(elements, found, scale, offset, to_dgamma, to_dbeta, q_sum, q_deviation_sum);
   }
   float* scratch = reinterpret_cast<float*>(shared_memory());
   const int64_t split = part.split(d);

@@ -103,7 +103,7 @@ Tensor convolve_gathered_of(const Tensor& given_rows, std::vector<Tensor> weight
   const OnDevice on_device(given_rows);
   const Tensor rows = with_whole_rows(given_rows);
   const Tensor offsets = without_gaps(given_offsets), listed = without_gaps(given_listed);
-  Windows w = {};
+  WindowConvolution w = {};
   w.lists = lists_of(offsets, listed);
   const Tensor results = torch::stable::new_empty(rows, {w.lists.count, shape.outputs});
   if (results.numel() == 0) return results;

@@ -31,7 +31,7 @@ struct Tile {
   static int64_t shared(int taps) {
     return int64_t{kSteps} * kStepBytes + int64_t{4} * (kBegins + kWindows * taps);
   }
-  static int64_t blocks(const Windows& w) {
+  static int64_t blocks(const WindowConvolution& w) {
     return divide_up(w.lists.count, kWindows) * divide_up(w.outputs, kOutputs);
   }
 };
@@ -55,7 +55,7 @@ struct Step {
 // The row that each window of a block sees through each tap, −1 beyond the border: [kWindows,
 // taps], behind where their lists begin.
 template <typename T>
-__device__ void find_rows(const Windows& w, int64_t first_window, int32_t* begins) {
+__device__ void find_rows(const WindowConvolution& w, int64_t first_window, int32_t* begins) {
   int32_t* seen = begins + T::kBegins;
   const int all = T::kWindows * w.taps;
   for (int i = threadIdx.x; i <= T::kWindows; i += T::kThreads) {
@@ -78,7 +78,8 @@ __device__ void find_rows(const Windows& w, int64_t first_window, int32_t* begin
 
 // Starts to copy a step of the rows that windows see to shared memory.
 template <typename T, Type kType>
-__device__ void fetch_rows(const Windows& w, const Step& step, const int32_t* seen, char* to) {
+__device__ void fetch_rows(const WindowConvolution& w, const Step& step, const int32_t* seen,
+                           char* to) {
   const int vector = threadIdx.x % kVectors, channel = step.channel + vector * 8;
 #pragma unroll
   for (int i = threadIdx.x / kVectors; i < T::kWindows; i += T::kThreads / kVectors) {
@@ -100,7 +101,8 @@ __device__ void fetch_rows(const Windows& w, const Step& step, const int32_t* se
 
 // And of the outputs' weights, behind them.
 template <typename T>
-__device__ void fetch_weights(const Windows& w, const Step& step, int64_t first_output, char* to) {
+__device__ void fetch_weights(const WindowConvolution& w, const Step& step, int64_t first_output,
+                              char* to) {
   const int vector = threadIdx.x % kVectors, channel = step.channel + vector * 8;
 #pragma unroll
   for (int i = threadIdx.x / kVectors; i < T::kOutputs; i += T::kThreads / kVectors) {
@@ -148,7 +150,8 @@ struct Products {
 
   // With the bias, to the results of these windows and outputs.
   template <Type kType>
-  __device__ void write(const Windows& w, int64_t first_window, int64_t first_output) const {
+  __device__ void write(const WindowConvolution& w, int64_t first_window,
+                        int64_t first_output) const {
     const int lane = threadIdx.x % 32;
 #pragma unroll
     for (int j = 0; j < 2 * T::kWarpOutputs; ++j) {
@@ -183,7 +186,7 @@ struct Products {
 };
 
 template <typename T, Type kType>
-__global__ void __launch_bounds__(kMostThreads) convolve_windows_kernel(Windows w) {
+__global__ void __launch_bounds__(kMostThreads) convolve_windows_kernel(WindowConvolution w) {
   const int64_t output_blocks = (w.outputs + T::kOutputs - 1) / T::kOutputs;
   const int64_t first_window = blockIdx.x / output_blocks * T::kWindows,
                 first_output = blockIdx.x % output_blocks * T::kOutputs;
@@ -227,14 +230,14 @@ __global__ void __launch_bounds__(kMostThreads) convolve_windows_kernel(Windows 
 }
 
 template <typename T>
-void convolve_in(Stream stream, const Windows& w) {
+void convolve_in(Stream stream, const WindowConvolution& w) {
   const auto kernel = w.rows.type == Type::bfloat16 ? convolve_windows_kernel<T, Type::bfloat16>
                                                     : convolve_windows_kernel<T, Type::float16>;
   launch(kernel, T::blocks(w), dim3(T::kThreads), T::shared(w.taps), stream, w);
 }
 
 template <typename T>
-bool suits(const Windows& w) {
+bool suits(const WindowConvolution& w) {
   return T::blocks(w) >= processors() && T::shared(w.taps) <= most_shared_memory();
 }
 
@@ -245,7 +248,7 @@ using Small = Tile<32, 32, 2, 2, 6>;
 }  // namespace
 
 // In large tiles, which read least, if those keep all processors busy.
-void convolve_windows(Stream stream, const Windows& w) {
+void convolve_windows(Stream stream, const WindowConvolution& w) {
   suits<Large>(w)    ? convolve_in<Large>(stream, w)
   : suits<Medium>(w) ? convolve_in<Medium>(stream, w)
                      : convolve_in<Small>(stream, w);

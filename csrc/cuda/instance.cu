@@ -20,8 +20,8 @@ __global__ void __launch_bounds__(kMostThreads, 1)
     return (item - part.begin) * blockDim.x + threadIdx.x;
   };
   for (uint32_t item = part.begin + threadIdx.y; item < part.end; item += blockDim.y) {
-    const Place place = part.at(item);
-    load_async<V>(held + held_at(item), in.x.at(place.item), o.x.type, place.span);
+    const Elements elements = part.at(item);
+    load_async<V>(held + held_at(item), in.x.at(elements.item), o.x.type, elements.span);
   }
   wait_for_copies();
   float sum[V] = {}, deviations[V] = {}, squares[V] = {};
@@ -63,23 +63,24 @@ __global__ void __launch_bounds__(kMostThreads, 1)
     part.store_numbers(o, planes, 1, scale);
     part.store_numbers(o, planes, 2, offset);
   }
-  const auto finish = [&](int64_t item, const Place& place, const Modulation& modulation) {
+  const auto finish = [&](int64_t item, const Elements& elements, const GammaBeta& modulation) {
     float values[V] = {};
-    if (place.span.count > 0) unpack<V>(held[held_at(item)], o.x.type, values);
+    if (elements.span.count > 0) unpack<V>(held[held_at(item)], o.x.type, values);
 #pragma unroll
     for (int k = 0; k < V; ++k) values[k] = (values[k] - mean[k] - correction[k]) * scale[k];
-    modulate<V>(in, place, values, modulation, to);
+    modulate<V>(in, elements, values, modulation, to);
   };
   // Two items' loads under way.
   for (uint32_t first = part.begin; first < part.end; first += 2 * blockDim.y) {
     const uint32_t item = first + threadIdx.y, other_item = item + blockDim.y;
-    const Place place = part.at(item), other_place = part.at(other_item);
-    const Modulation modulation = load_modulation<V>(in, place, modulation_row(in, place), true);
-    const Modulation other_modulation =
-        load_modulation<V>(in, other_place, modulation_row(in, other_place), true);
-    finish(item, place, modulation);
+    const Elements elements = part.at(item), other_elements = part.at(other_item);
+    const GammaBeta modulation =
+        load_modulation<V>(in, elements, modulation_row(in, elements), true);
+    const GammaBeta other_modulation =
+        load_modulation<V>(in, other_elements, modulation_row(in, other_elements), true);
+    finish(item, elements, modulation);
     // Else it is the next block's.
-    if (first + blockDim.y < part.end) finish(other_item, other_place, other_modulation);
+    if (first + blockDim.y < part.end) finish(other_item, other_elements, other_modulation);
   }
 }
 
@@ -98,9 +99,9 @@ __global__ void __launch_bounds__(kMostThreads, 1)
     return (item - part.begin) * blockDim.x + threadIdx.x;
   };
   for (uint32_t item = part.begin + threadIdx.y; item < part.end; item += blockDim.y) {
-    const Place place = part.at(item);
-    load_async<V>(held_x + held_at(item), in.x.at(place.item), o.x.type, place.span);
-    load_async<V>(held_dy + held_at(item), in.dy.at(place.item), o.dy.type, place.span);
+    const Elements elements = part.at(item);
+    load_async<V>(held_x + held_at(item), in.x.at(elements.item), o.x.type, elements.span);
+    load_async<V>(held_dy + held_at(item), in.dy.at(elements.item), o.dy.type, elements.span);
   }
   const PerPlane<V, kLast> shift = part.numbers(o, o.planes, 0),
                            scale = part.numbers(o, o.planes, 1), offset = {};
@@ -110,21 +111,23 @@ __global__ void __launch_bounds__(kMostThreads, 1)
   const auto for_each = [&](auto&& f) {
     for (uint32_t item = part.begin + threadIdx.y; item < part.end; item += 2 * blockDim.y) {
       const uint32_t other_item = item + blockDim.y;
-      const Place place = part.at(item), other_place = part.at(other_item);
-      const Modulation modulation = load_modulation<V>(in, place, modulation_row(in, place), kSilu);
-      const Modulation other_modulation =
-          load_modulation<V>(in, other_place, modulation_row(in, other_place), kSilu);
-      const uint32_t signs = load_signs<V>(in, place), other_signs = load_signs<V>(in, other_place);
+      const Elements elements = part.at(item), other_elements = part.at(other_item);
+      const GammaBeta modulation =
+          load_modulation<V>(in, elements, modulation_row(in, elements), kSilu);
+      const GammaBeta other_modulation =
+          load_modulation<V>(in, other_elements, modulation_row(in, other_elements), kSilu);
+      const uint32_t signs = load_signs<V>(in, elements),
+                     other_signs = load_signs<V>(in, other_elements);
       const uint32_t at = held_at(item), other_at = held_at(other_item);
-      f(place,
+      f(elements,
         gradient<V, kSilu>(o, held_x[at], held_dy[at], modulation, signs, shift, scale, offset));
       if (other_item >= part.end) continue;
-      f(other_place, gradient<V, kSilu>(o, held_x[other_at], held_dy[other_at], other_modulation,
-                                        other_signs, shift, scale, offset));
+      f(other_elements, gradient<V, kSilu>(o, held_x[other_at], held_dy[other_at], other_modulation,
+                                           other_signs, shift, scale, offset));
     }
   };
-  for_each([&](const Place& place, const Gradient<V>& found) {
-    store_gradient<V>(place, found, scale, offset, to_dgamma, to_dbeta, q_sum, q_deviation_sum);
+  for_each([&](const Elements& elements, const Gradient<V>& found) {
+    store_gradient<V>(elements, found, scale, offset, to_dgamma, to_dbeta, q_sum, q_deviation_sum);
   });
   const float share = 1 / static_cast<float>(o.shape.pixels);
   PerPlane<V, kLast> constant = unit_sum<V, kLast>(d, q_sum, scratch),
@@ -134,13 +137,13 @@ __global__ void __launch_bounds__(kMostThreads, 1)
     constant.values[k] *= share;
     slope.values[k] *= share * scale.values[k] * scale.values[k];
   }
-  for_each([&](const Place& place, const Gradient<V>& found) {  // γ comes from the cache
+  for_each([&](const Elements& elements, const Gradient<V>& found) {  // γ comes from the cache
     float values[V];
 #pragma unroll
     for (int k = 0; k < V; ++k)
       values[k] =
           scale[k] * (found.g[k] * found.one_plus[k] - constant[k] - found.deviation[k] * slope[k]);
-    store<V>(to_dx, place, values);
+    store<V>(to_dx, elements, values);
   });
 }
 

@@ -6,32 +6,32 @@
 
 namespace spade_fast {
 
-struct Modulation {
+struct GammaBeta {
   Raw gamma, beta;
 };
 
 // Which row of γ and β these elements have, where all have the same.
 template <bool kLast>
-__device__ uint32_t modulation_row(const Cursors<kLast>& in, const Place& place) {
-  return kLast && in.o.index != nullptr && place.span.count > 0
-             ? row_at(in.o, in.index + place.item)
-             : place.item;
+__device__ uint32_t modulation_row(const Cursors<kLast>& in, const Elements& elements) {
+  return kLast && in.o.index != nullptr && elements.span.count > 0
+             ? row_at(in.o, in.index + elements.item)
+             : elements.item;
 }
 
 // γ and, where it is wanted, β of these elements: from where x has its own, or from the row of the
 // table that each pixel has.
 template <int V, bool kLast>
-__device__ Modulation load_modulation(const Cursors<kLast>& in, const Place& place, uint32_t row,
-                                      bool wants_beta) {
+__device__ GammaBeta load_modulation(const Cursors<kLast>& in, const Elements& elements,
+                                     uint32_t row, bool wants_beta) {
   const Operands& o = in.o;
-  const Span span = place.span;
-  Modulation found = {};
+  const Span span = elements.span;
+  GammaBeta found = {};
   if (kLast || o.index == nullptr) {
     found.gamma = load<V>(in.gamma.at(row), o.gamma.type, span);
     if (wants_beta) found.beta = load<V>(in.beta.at(row), o.beta.type, span);
     return found;
   }
-  const int32_t* first = in.index + place.start;
+  const int32_t* first = in.index + elements.start;
   uint32_t rows[V] = {};
   if (span.vector && span.count == V && reinterpret_cast<uintptr_t>(first) % 16 == 0) {
 #pragma unroll
@@ -55,27 +55,29 @@ __device__ Modulation load_modulation(const Cursors<kLast>& in, const Place& pla
 }
 
 template <bool kLast>
-__device__ uint8_t* signs_at(const Cursors<kLast>& in, const Place& place) {
-  return in.signs + (kLast ? static_cast<uint64_t>(place.item) * in.signs_step : place.start / 8);
+__device__ uint8_t* signs_at(const Cursors<kLast>& in, const Elements& elements) {
+  return in.signs +
+         (kLast ? static_cast<uint64_t>(elements.item) * in.signs_step : elements.start / 8);
 }
 
 // The bits of these elements, for the derivative. All threads of a warp come here together, those
 // with no elements too.
 template <int V, bool kLast>
-__device__ void store_signs(const Cursors<kLast>& in, const Place& place, const float (&y)[V]) {
+__device__ void store_signs(const Cursors<kLast>& in, const Elements& elements,
+                            const float (&y)[V]) {
   const Operands& o = in.o;
   // PyTorch's ReLU passes the gradient on there.
   const bool keeps_nan = o.activation == Activation::relu;
   uint32_t bits = 0;
 #pragma unroll
   for (int k = 0; k < V; ++k) {
-    if (k < place.span.count && (keeps_nan ? !(y[k] <= 0) : y[k] > 0)) bits |= 1u << k;
+    if (k < elements.span.count && (keeps_nan ? !(y[k] <= 0) : y[k] > 0)) bits |= 1u << k;
   }
-  if (place.span.step == 1) {
+  if (elements.span.step == 1) {
     // The neighbour's are the byte's other half.
     if (V == 4) bits |= __shfl_xor_sync(~0u, bits, 1) << 4;
-    if (place.span.count > 0 && place.start % 8 == 0)
-      *signs_at(in, place) = static_cast<uint8_t>(bits);
+    if (elements.span.count > 0 && elements.start % 8 == 0)
+      *signs_at(in, elements) = static_cast<uint8_t>(bits);
     return;
   }
   const int lane = threadIdx.x;
@@ -85,38 +87,38 @@ __device__ void store_signs(const Cursors<kLast>& in, const Place& place, const 
     const uint32_t word = __ballot_sync(~0u, bits >> k & 1);
     if (lane / 4 == k) byte = word >> lane % 4 * 8;
   }
-  const uint32_t at = (place.start - lane) / 8 + lane;
+  const uint32_t at = (elements.start - lane) / 8 + lane;
   if (lane < 4 * V && at < in.signs_step) in.signs[at] = static_cast<uint8_t>(byte);
 }
 
 template <int V, bool kLast>
-__device__ uint32_t load_signs(const Cursors<kLast>& in, const Place& place) {
+__device__ uint32_t load_signs(const Cursors<kLast>& in, const Elements& elements) {
   const Operands& o = in.o;
   if ((o.activation != Activation::relu && o.activation != Activation::leaky_relu) ||
-      place.span.count == 0)
+      elements.span.count == 0)
     return 0;
-  const uint8_t* byte = signs_at(in, place);
-  const int shift = place.start % 8;
-  if (place.span.step == 1) return __ldg(byte) >> shift;
+  const uint8_t* byte = signs_at(in, elements);
+  const int shift = elements.start % 8;
+  if (elements.span.step == 1) return __ldg(byte) >> shift;
   uint32_t bits = 0;
 #pragma unroll
   for (int k = 0; k < V; ++k) {
-    if (k < place.span.count) bits |= (__ldg(byte + 4 * k) >> shift & 1u) << k;
+    if (k < elements.span.count) bits |= (__ldg(byte + 4 * k) >> shift & 1u) << k;
   }
   return bits;
 }
 
 // y = act(x̂·(1 + γ) + β), from x̂.
 template <int V, bool kLast>
-__device__ void modulate(const Cursors<kLast>& in, const Place& place, float (&values)[V],
-                         const Modulation& modulation, const Cursor& y) {
+__device__ void modulate(const Cursors<kLast>& in, const Elements& elements, float (&values)[V],
+                         const GammaBeta& modulation, const Cursor& y) {
   const Operands& o = in.o;
   float gamma[V], beta[V];
   unpack<V>(modulation.gamma, o.gamma.type, gamma);
   unpack<V>(modulation.beta, o.beta.type, beta);
 #pragma unroll
   for (int k = 0; k < V; ++k) values[k] = values[k] * (1 + gamma[k]) + beta[k];
-  if (o.signs != nullptr) store_signs<V>(in, place, values);
+  if (o.signs != nullptr) store_signs<V>(in, elements, values);
   if (o.activation == Activation::relu) {
 #pragma unroll
     for (int k = 0; k < V; ++k) values[k] = values[k] <= 0 ? 0.0f : values[k];  // NaN stays
@@ -128,7 +130,7 @@ __device__ void modulate(const Cursors<kLast>& in, const Place& place, float (&v
 #pragma unroll
     for (int k = 0; k < V; ++k) values[k] = values[k] / (1 + expf(-values[k]));
   }
-  store<V>(y, place, values);
+  store<V>(y, elements, values);
 }
 
 template <int V>
@@ -138,7 +140,7 @@ struct Gradient {
 
 template <int V, bool kSilu, typename Number>
 __device__ Gradient<V> gradient(const Operands& o, const Raw& x, const Raw& dy,
-                                const Modulation& modulation, uint32_t signs, const Number& shift,
+                                const GammaBeta& modulation, uint32_t signs, const Number& shift,
                                 const Number& scale, const Number& offset) {
   Gradient<V> found;
   unpack<V>(x, o.x.type, found.deviation);
@@ -172,19 +174,20 @@ __device__ Gradient<V> gradient(const Operands& o, const Raw& x, const Raw& dy,
 // dγ = g·x̂ and dβ = g, which is not written where it is dy itself; adds q = g·(1 + γ) and q·(x −
 // shift) to sums.
 template <int V, typename Number>
-__device__ void store_gradient(const Place& place, const Gradient<V>& found, const Number& scale,
-                               const Number& offset, const Cursor& dgamma, const Cursor& dbeta,
-                               float (&q_sum)[V], float (&q_deviation_sum)[V]) {
-  if (dbeta.first != nullptr) store<V>(dbeta, place, found.g);
+__device__ void store_gradient(const Elements& elements, const Gradient<V>& found,
+                               const Number& scale, const Number& offset, const Cursor& dgamma,
+                               const Cursor& dbeta, float (&q_sum)[V],
+                               float (&q_deviation_sum)[V]) {
+  if (dbeta.first != nullptr) store<V>(dbeta, elements, found.g);
   float product[V];
 #pragma unroll
   for (int k = 0; k < V; ++k) {
     product[k] = found.g[k] * (found.deviation[k] * scale[k] + offset[k]);
-    const float q = k < place.span.count ? found.g[k] * found.one_plus[k] : 0.0f;
+    const float q = k < elements.span.count ? found.g[k] * found.one_plus[k] : 0.0f;
     q_sum[k] += q;
-    q_deviation_sum[k] += k < place.span.count ? q * found.deviation[k] : 0.0f;
+    q_deviation_sum[k] += k < elements.span.count ? q * found.deviation[k] : 0.0f;
   }
-  store<V>(dgamma, place, product);
+  store<V>(dgamma, elements, product);
 }
 
 }  // namespace spade_fast

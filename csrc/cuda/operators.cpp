@@ -65,7 +65,7 @@ class Call {
     return signs;
   }
 
-  // Of x's shape, to be written; one of size 0 stands for none.
+  // Has x's shape and is written; one of size 0 stands for none.
   Tensor output(ScalarType dtype, bool exists = true) {
     return exists ? new_output(x_, layout_, dtype) : torch::stable::new_empty(x_, {0}, dtype);
   }

@@ -142,7 +142,7 @@ __device__ PieceSums<V> sum_pixels(const Operands& o, const Pieces& pieces,
                                    uint32_t begin, uint32_t end) {
   constexpr int kUnderWay = kLast ? 2 : 8 / V;  // pixels
   const Cursors<kLast>& in = channels.in;
-  Modulation modulation = {};
+  GammaBeta modulation = {};
   PerPlane<V, true> scale = {}, offset = {};
   if (kSilu) {
     scale = channels.numbers(1), offset = channels.numbers(2);
@@ -158,7 +158,7 @@ __device__ PieceSums<V> sum_pixels(const Operands& o, const Pieces& pieces,
     uint32_t signs = 0;
 #pragma unroll
     for (int k = 0; k < V; ++k) {
-      const Place place = {pixel, pixel, {1, k < channels.span.count, false}};
+      const Elements place = {pixel, pixel, {1, k < channels.span.count, false}};
       Cursors<kLast> of_channel = in;
       of_channel.signs += k * in.signs_step;
       signs |= (load_signs<1>(of_channel, place) & 1u) << k;

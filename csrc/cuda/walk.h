@@ -81,20 +81,20 @@ struct Cursors {
 };
 
 // V elements of a thread, in a channel's plane or at a pixel.
-struct Place {
+struct Elements {
   uint32_t item;   // where cursors find them: the first's place in the plane, or the pixel
   uint32_t start;  // the first's place in its row: in the plane, or among the channels
   Span span;
 };
 
 template <int V>
-__device__ Raw load(const Cursor& from, const Place& place) {
-  return load<V>(from.at(place.item), from.type, place.span);
+__device__ Raw load(const Cursor& from, const Elements& elements) {
+  return load<V>(from.at(elements.item), from.type, elements.span);
 }
 
 template <int V>
-__device__ void store(const Cursor& to, const Place& place, const float (&values)[V]) {
-  store<V>(to.at(place.item), to.type, place.span, values);
+__device__ void store(const Cursor& to, const Elements& elements, const float (&values)[V]) {
+  store<V>(to.at(elements.item), to.type, elements.span, values);
 }
 
 // A thread's part of a tensor: of one plane, or V channels of one image; the items [begin, end) are
@@ -133,7 +133,7 @@ struct Part {
 
   // The elements at an item; none beyond the end. Where rows begin anywhere, a warp has the
   // elements of a strip by turns.
-  __device__ Place at(uint32_t item) const {
+  __device__ Elements at(uint32_t item) const {
     if (kLast)
       return {item, static_cast<uint32_t>(channel), {1, item < end ? channels : 0, vector}};
     const uint32_t start = item * 32 * V + threadIdx.x * (vector ? V : 1);

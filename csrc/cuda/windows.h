@@ -18,7 +18,7 @@ struct Packing {
 
 void pack_convolution(Stream stream, const Packing& p);
 
-struct Windows {
+struct WindowConvolution {
   Lists lists;  // of row · taps + tap: what each window sees
   Rows rows, results;
   int64_t row_count;
@@ -30,6 +30,6 @@ struct Windows {
   int outputs, channels, taps, width;
 };
 
-void convolve_windows(Stream stream, const Windows& w);
+void convolve_windows(Stream stream, const WindowConvolution& w);
 
 }  // namespace spade_fast

@@ -9,12 +9,17 @@ torch.compile or a module around them; within dictionaries (`{"state_dict": …}
 Files are `.safetensors`, or else what torch.save writes, read with weights_only=True.
 """
 
+from typing import Any
+
+import torch
 import torch.nn as nn
 
+from ..nn.modules import Model
 from .files import UnreadableFile, write
 from .networks import Description, described, fitting
 from .parts import (
     Part,
+    Source,
     choose,
     dictionaries,
     differences,
@@ -40,7 +45,7 @@ __all__ = [
 ]
 
 
-def load(source, *, key: str | None = None, **arguments) -> nn.Module:
+def load(source: Source, *, key: str | None = None, **arguments: Any) -> nn.Module:
     """The network whose weights these are, with them, in eval mode.
 
     The arguments that made it are those that you give and, of the others, those that are written
@@ -73,7 +78,7 @@ def load(source, *, key: str | None = None, **arguments) -> nn.Module:
     return fill(network(**found), part.tensors).eval()
 
 
-def load_into(module: nn.Module, source, *, key: str | None = None) -> nn.Module:
+def load_into(module: Model, source: Source, *, key: str | None = None) -> Model:
     """Gives a module these weights, a path's or a state_dict's, whatever names they have. Returns
     the module. What is written beside them is not looked at: it is the names and the shapes that
     have to fit.
@@ -106,7 +111,7 @@ def load_into(module: nn.Module, source, *, key: str | None = None) -> nn.Module
     )
 
 
-def read(path, *, key: str | None = None) -> dict:
+def read(path: Source, *, key: str | None = None) -> dict[str, torch.Tensor]:
     """The state_dict in a file, on the CPU, as it is.
 
     key: which of several it is, as for `load`.
@@ -121,7 +126,7 @@ def read(path, *, key: str | None = None) -> dict:
     return choose(parts, key).tensors
 
 
-def describe(weights, **arguments) -> Description:
+def describe(weights: Source, **arguments: Any) -> Description:
     """The Description of the network that these weights, a state_dict, are of; arguments as for
     `load`. Errors: ValueError if they are of none, or may be of several.
     """

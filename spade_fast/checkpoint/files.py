@@ -1,10 +1,13 @@
 """Files of weights: `.safetensors`, or else what torch.save writes, read with weights_only=True."""
 
 import json
+import os
 import pickle
 import re
 from collections import OrderedDict
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn as nn
@@ -19,7 +22,7 @@ class UnreadableFile(ValueError, pickle.UnpicklingError):
     """A file that is none of weights, or not a whole one, or that would run code."""
 
 
-def write(source, path) -> None:
+def write(source: nn.Module | Mapping[str, Any], path: str | os.PathLike) -> None:
     """Writes a module's state_dict, or a state_dict, to a file: as `.safetensors`, or as torch.save
     does. What was there stays until all is written, and so do its permissions (see `written`).
 
@@ -52,13 +55,13 @@ def _check_makes_itself(weights):
             )
 
 
-def first_of(words):
+def first_of(words: Sequence[str]) -> str:
     """The first of several things, and how many more there are."""
     more = len(words) - MOST_LISTED
     return ", ".join(words[:MOST_LISTED]) + (f" and {more} more" if more > 0 else "")
 
 
-def contents(path):
+def contents(path: Path) -> Any:
     """What is in a file of weights."""
     if path.is_dir():
         raise IsADirectoryError(f"{path} is a directory, it should be a file of weights")
@@ -80,7 +83,7 @@ def contents(path):
         raise unreadable(path, _reason(error, beginning)) from error
 
 
-def unreadable(path, reason):
+def unreadable(path: Path, reason: str) -> UnreadableFile:
     return UnreadableFile(f"{path} is no file of weights, or not a whole one: {reason}")
 
 
@@ -107,7 +110,8 @@ def _read_safetensors(path):
     except ValueError:
         entries = None
     if isinstance(entries, dict):
-        weights._metadata = OrderedDict((place, {ENTRY: entry}) for place, entry in entries.items())
+        metadata = OrderedDict((place, {ENTRY: entry}) for place, entry in entries.items())
+        weights._metadata = metadata
     return weights
 
 

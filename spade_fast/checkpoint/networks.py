@@ -3,7 +3,7 @@
 import contextlib
 import inspect
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -16,9 +16,10 @@ from ..nn.generator import (
     published_settings,
     published_stages,
 )
-from .parts import differences, first_of, unknown, wanted_of
+from .parts import Part, differences, first_of, unknown, wanted_of
 
-NETWORKS = {
+Network = SPADEGenerator | MultiscaleDiscriminator | ConvEncoder
+NETWORKS: dict[str, type[Network]] = {
     network.__name__: network for network in (SPADEGenerator, MultiscaleDiscriminator, ConvEncoder)
 }
 FIRST_CONVOLUTION = ".norm_0.mlp_shared.0.weight"  # of a block
@@ -31,22 +32,22 @@ EXAMPLES = ((256, 256), (512, 512), (256, 512))  # of height and width, which ma
 class Description(NamedTuple):
     """A network, and the arguments that make it."""
 
-    network: type
-    arguments: dict
+    network: type[Network]
+    arguments: dict[str, Any]
 
-    def as_made(self):
+    def as_made(self) -> tuple[str, dict[str, Any]]:
         """The name and the arguments of the function that makes it."""
         official = _as_official(self.arguments) if self.network is SPADEGenerator else None
         if official is None:
             return self.network.__name__, self.arguments
         return f"{self.network.__name__}.official", official
 
-    def __str__(self):
+    def __str__(self) -> str:
         name, arguments = self.as_made()
         return f"{name}({', '.join(f'{key}={value!r}' for key, value in arguments.items())})"
 
 
-def described(part, given):
+def described(part: Part, given: dict[str, Any]) -> Description:
     """The Description of the network, of the arguments given and those found. Errors: ValueError if
     there is none or more than one that fits.
     """
@@ -56,7 +57,7 @@ def described(part, given):
     return found[0]
 
 
-def fitting(part, given):
+def fitting(part: Part, given: dict[str, Any]) -> list[Description]:
     """All Descriptions whose networks have just these weights. Errors: ValueError if there are
     none.
     """

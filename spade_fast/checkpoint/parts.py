@@ -6,15 +6,20 @@ import contextlib
 import os
 import re
 from collections import Counter, OrderedDict
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 
 from ..nn.arguments import ENTRY, WRAPPED
+from ..nn.modules import Model
 from .files import MOST_LISTED, contents, first_of, unreadable
 
+# A path, or a dictionary with state_dicts in it.
+Source = str | os.PathLike | Mapping[str, Any]
+Dictionaries = list[tuple[str, dict[str, torch.Tensor]]]
 RENAMED = (
     (rf"(^|\.)(?:{'|'.join(WRAPPED)})\.", r"\1"),
     (r"(^|\.)shared\.0\.", r"\1mlp_shared.0."),
@@ -32,22 +37,22 @@ class Part(NamedTuple):
     """Weights that belong together, named as here."""
 
     name: str  # of the dictionaries and the prefix that they are in, with dots between
-    tensors: dict
-    written: dict | None  # the network and its arguments
+    tensors: dict[str, torch.Tensor]
+    written: dict[str, Any] | None  # the network and its arguments
     is_whole: bool  # whether nothing else lies beside them in their dictionary
 
 
-def dictionaries(source):
+def dictionaries(source: Source) -> Dictionaries:
     """All (name, dictionary of tensors) in what something is or is the path of. Errors: ValueError
     where there are none, an UnreadableFile of a path.
     """
     path = Path(source) if isinstance(source, (str, os.PathLike)) else None
     source = source if path is None else contents(path)
-    found = list(_dictionaries_in(source)) if isinstance(source, dict) else []
+    found = list(_dictionaries_in(source)) if isinstance(source, Mapping) else []
     if not found and source != {}:
         shown = (
             f"a dictionary of {first_of(list(map(str, source)))}"
-            if isinstance(source, dict)
+            if isinstance(source, Mapping)
             else type(source).__name__
         )
         if path is not None:
@@ -68,11 +73,11 @@ def _dictionaries_in(source, name=""):
             tensors._metadata = source._metadata
         yield name, tensors
     for key, value in named.items():
-        if isinstance(value, dict):
+        if isinstance(value, Mapping):
             yield from _dictionaries_in(value, f"{name}.{key}".lstrip("."))
 
 
-def known_networks(dictionaries):
+def known_networks(dictionaries: Dictionaries) -> list[Part]:
     """A Part for each network that is known. Errors: ValueError if there are none."""
     parts = [
         _part(name, weights, renamed, prefix)
@@ -85,7 +90,7 @@ def known_networks(dictionaries):
     return parts
 
 
-def prefixes(weights):
+def prefixes(weights: dict[str, torch.Tensor]) -> list[str]:
     """The prefixes of known networks in a dictionary that has the names as here."""
     matches = [
         OF_EACH_NETWORK.fullmatch(key) for key, tensor in weights.items() if tensor.dim() > 1
@@ -93,17 +98,17 @@ def prefixes(weights):
     return sorted({match[1] for match in matches if match})
 
 
-def networks_of(part):
+def networks_of(part: Part) -> list[Part]:
     return [part] if part.written else known_networks([("", part.tensors)])
 
 
-def parts_like(wanted, dictionaries):
+def parts_like(wanted: dict[str, torch.Tensor], dictionaries: Dictionaries) -> list[Part]:
     """A Part for each dictionary and each prefix that some of the names in it have before those
     that are wanted; the ones with most of these first.
     """
     parts = []
     for name, weights in dictionaries:
-        renamed, found = named_as_here(weights), Counter()
+        renamed, found = named_as_here(weights), Counter[str]()
         for key in renamed:
             steps = key.split(".")
             for depth in range(len(steps)):
@@ -138,7 +143,7 @@ def _is_description(entry):
     )
 
 
-def with_name(parts, key):
+def with_name(parts: list[Part], key: str | None) -> list[Part]:
     """Those that `key` names, all of them where it is None. Errors: ValueError if it names none."""
     if key is None:
         return parts
@@ -151,7 +156,7 @@ def with_name(parts, key):
     return found
 
 
-def choose(parts, key):
+def choose(parts: list[Part], key: str | None) -> Part:
     """The one Part that there is, or that has this name. Errors: ValueError if nothing says which
     it is.
     """
@@ -164,7 +169,7 @@ def choose(parts, key):
     return parts[0]
 
 
-def named_as_here(weights: dict) -> dict:
+def named_as_here(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """A state_dict with the names of this project's modules, and all that spectral norm needs."""
     renamed = {_renamed(key): tensor for key, tensor in weights.items()}
     if len(renamed) < len(weights):
@@ -212,12 +217,12 @@ def _own_names(own):
     return names
 
 
-def wanted_of(own):
+def wanted_of(own: dict[str, Any]) -> dict[str, torch.Tensor]:
     """A module's state_dict, with names as here."""
     return {key: own[name] for key, name in _own_names(own).items()}
 
 
-def differences(weights, wanted):
+def differences(weights: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> list[str]:
     """What does not fit, in words."""
     both = [key for key in wanted if key in weights]
     lists = {
@@ -238,7 +243,7 @@ def differences(weights, wanted):
     return [f"{first_of(keys)} {what}" for what, keys in lists.items() if keys]
 
 
-def fill(module, weights):
+def fill(module: Model, weights: dict[str, torch.Tensor]) -> Model:
     """The module, with weights that fit it; after an error it is as it was."""
     own = module.state_dict()
     before = {
@@ -255,7 +260,7 @@ def fill(module, weights):
     return module
 
 
-def unknown(keys):
+def unknown(keys: Iterable[str]) -> ValueError:
     return ValueError(
         "they are of no network that is known here:"
         f" {', '.join(list(keys)[:MOST_LISTED]) or 'there are none'} …"

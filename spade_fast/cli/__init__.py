@@ -19,7 +19,7 @@ __all__ = ["app", "table_of"]
 class Commands(TyperGroup):
     """The commands. The options of `train` are made when it is called: they are its settings."""
 
-    def resolve_command(self, ctx, args):
+    def resolve_command(self, ctx: Any, args: list[str]) -> tuple[str | None, Any, list[str]]:
         name, command, rest = super().resolve_command(ctx, args)
         if name == "train":
             alone = typer.Typer(add_completion=False)
@@ -64,5 +64,5 @@ def main(
         bool,
         typer.Option("--version", is_eager=True, callback=_say_version, help="Say the version."),
     ] = False,
-):
+) -> None:
     """The SPADE layer, fast."""

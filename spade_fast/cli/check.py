@@ -17,7 +17,7 @@ def check(
         ),
     ],
     seconds: Annotated[float, typer.Option(min=0, help="How long the two are timed for.")] = 10,
-):
+) -> None:
     """Convert a model, compare outputs and gradients with its own, and time both. Exits with 1
     where they differ, where nothing is converted, or where the model itself fails.
     """
@@ -38,9 +38,9 @@ def check(
         console.print("Nothing was converted: there is nothing to compare and to time.")
         raise typer.Exit(1)
     table = table_of("", "relative error in float64", title="Beside the model's own")
-    for what, error in result.errors.items():
-        colour = "green" if error <= checking.AGREES else "red"
-        table.add_row(escape(what), f"[{colour}]{error:.1e}")
+    for what, far in result.errors.items():
+        colour = "green" if far <= checking.AGREES else "red"
+        table.add_row(escape(what), f"[{colour}]{far:.1e}")
     console.print(table)
     table = table_of(
         "", "its own", "converted", "times as fast", "γ and β at", title="Time of a call"

@@ -1,14 +1,18 @@
 """The command `spade-fast check-data`."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
+from rich.table import Table
 
 from ..progress import progress_bar
 from . import options
 from .tables import table_of
+
+if TYPE_CHECKING:
+    from ..data.check import Report
 
 
 def check_data(
@@ -22,7 +26,7 @@ def check_data(
     sheet: Annotated[
         Path | None, typer.Option(help="A PNG to write: photographs beside their labels.")
     ] = None,
-):
+) -> None:
     """Read label maps and photographs before they are trained on: a line for each fault, what the
     classes take, and which --num-classes and --dont-care they need. Exits with 1 where something
     is wrong.
@@ -57,7 +61,7 @@ def check_data(
     typer.echo("Nothing is wrong.")
 
 
-def table_of_classes(report):
+def table_of_classes(report: "Report") -> Table:
     """What each class takes of a checked data set."""
     table = table_of("class", "pixels", "share", "images", title="Classes that occur")
     pixels = max(1, sum(report.pixels.values()))

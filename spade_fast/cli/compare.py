@@ -18,7 +18,7 @@ def compare(
         ),
     ],
     other: Annotated[Path, typer.Argument(callback=options.is_there("file"), help="Another.")],
-):
+) -> None:
     """Print the scores of two evaluations side by side. Exits with 1 where they were measured by
     different protocols, and says what differs.
     """

@@ -44,7 +44,7 @@ def evaluate(
     batch: Annotated[int, typer.Option(min=1, help="Images that are computed together.")] = 8,
     device: options.Device = "cpu",
     json: Annotated[Path | None, typer.Option(help="A file for scores and protocol.")] = None,
-):
+) -> None:
     """Score generated images: FID against photographs, and how much of their label maps a
     segmentation network sees in them. Exits with 2 where something is wrong.
     """

@@ -1,12 +1,15 @@
 """The command `spade-fast generate`."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from ..progress import progress_bar
 from . import options
+
+if TYPE_CHECKING:
+    import torch
 
 DTYPES = ("float32", "float64", "bfloat16", "float16")
 
@@ -51,7 +54,7 @@ def generate(
         float | None, typer.Option(help="Their width over their height, likewise.")
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Skip what is there.")] = False,
-):
+) -> None:
     """Make images of label maps. Exits with 1 where a label map is wrong, which is named; the
     others are made.
     """
@@ -98,7 +101,7 @@ def generate(
         raise typer.Exit(1)
 
 
-def device_of(name):
+def device_of(name: str) -> "torch.device":
     """The device with this name. Errors: ValueError where there is none here."""
     import torch
 

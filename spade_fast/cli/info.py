@@ -10,7 +10,7 @@ from .. import __version__
 from .tables import table_of
 
 
-def info():
+def info() -> None:
     """Which backends run here and why not the others, versions, CPU features, devices."""
     from ..kernels import backends
 
@@ -25,7 +25,7 @@ def info():
     console.print(table)
 
 
-def facts():
+def facts() -> dict[str, str]:
     """What `info` says of the machine: name to text."""
     import torch
 

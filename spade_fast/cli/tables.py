@@ -1,9 +1,11 @@
 """Tables on a terminal."""
 
+from typing import Any
+
 from rich.table import Table
 
 
-def table_of(*columns, **settings):
+def table_of(*columns: str, **settings: Any) -> Table:
     """A table whose long words go on in the next line, where the terminal is narrow."""
     table = Table(**settings)
     for name in columns:

@@ -15,7 +15,7 @@ from ..nn.modules import marks_of
 from ..nn.parts import Form
 from .recognise import Unlike
 from .seen import Seen
-from .swap import Call, Proof, kinds_of_children, make_fast, marks
+from .swap import Call, Fast, Proof, kinds_of_children, make_fast, marks
 
 PIXELS = (6, 4, 4)  # of a probe's x
 # The conditions that a probe has, by how large they are beside x: some of noise, with gradients,
@@ -39,7 +39,7 @@ class OwnForwardFails(Unlike):
     """A probe that the module itself does not take."""
 
 
-def prove(module: nn.Module, kind: type, form: Form) -> tuple[Proof, list[str]]:
+def prove(module: nn.Module, kind: type[Fast], form: Form) -> tuple[Proof, list[str]]:
     """The proof, and where it does not hold, in words. Raises Unlike where the two do not agree in
     the mode and dtype that the module is in.
     """
@@ -56,11 +56,12 @@ def prove(module: nn.Module, kind: type, form: Form) -> tuple[Proof, list[str]]:
     ):
         probe = Probe(module, kind, form)
         sizes = probe.prove_sizes()
-        modes, dtypes = [(module.training, True)], [(module.training, *[weight.dtype] * 2, None)]
+        modes: list[tuple] = [(module.training, True)]
+        dtypes: list[tuple] = [(module.training, *[weight.dtype] * 2, None)]
         exceptions = []
-        for words, state, kept, proof in probe.others(weight, sizes[0]):
+        for words, state, kept, check in probe.others(weight, sizes[0]):
             try:
-                proof()
+                check()
                 (modes if kept == "mode" else dtypes).append(state)
             except OwnForwardFails:
                 pass  # and so it does not matter
@@ -80,7 +81,7 @@ def prove(module: nn.Module, kind: type, form: Form) -> tuple[Proof, list[str]]:
 class Probe:
     """Runs of copies of a module, as it is and made fast, on the same tensors and weights."""
 
-    def __init__(self, module: nn.Module, kind: type, form: Form) -> None:
+    def __init__(self, module: nn.Module, kind: type[Fast], form: Form) -> None:
         self.module, self.kind, self.form = module, kind, form
         self.dtype = next(module.parameters()).dtype
         self.values = Values(module)
@@ -89,7 +90,8 @@ class Probe:
         """How large a condition may be beside x. Raises Unlike where the two do not agree on one
         that the own forward takes, or it takes none.
         """
-        sizes, failure = [], None
+        sizes: list[str] = []
+        failure: OwnForwardFails | None = None
         for size, conditions in CONDITIONS.items():
             try:
                 for condition in conditions:
@@ -97,14 +99,15 @@ class Probe:
                 sizes.append(size)
             except OwnForwardFails as fails:
                 failure = fails
-        if not sizes:
+        if failure is not None and not sizes:
             raise failure
         return sizes
 
-    def others(self, weight, size: str) -> Iterator[tuple[str, tuple, str, Callable]]:
+    def others(self, weight: torch.Tensor, size: str) -> Iterator[tuple[str, tuple, str, Callable]]:
         """The modes, and the dtypes of weights, x and autocast, that the module is not in now: in
         words, the state, which of the two it is, and its proof.
         """
+        state: tuple
         condition, device, dtype = CONDITIONS[size][-1], weight.device.type, weight.dtype
         half = dict.fromkeys((torch.get_autocast_dtype(device), torch.bfloat16))
         for training in (self.module.training, not self.module.training):
@@ -139,13 +142,22 @@ class Probe:
             _compare_outputs(ours, theirs, self.dtype)
 
     @torch.no_grad()
-    def compare_outputs(self, size, content, training, dtype) -> None:
+    def compare_outputs(
+        self, size: tuple[int, ...], content: str, training: bool | None, dtype: torch.dtype
+    ) -> None:
         """Raises Unlike where the two do not agree without gradients, in this dtype."""
         tensors = self.tensors(size, content)
         theirs, ours = (self.outcome(of, tensors, dtype, training) for of in (None, self.kind))
         _compare_outputs(ours, theirs, dtype)
 
-    def compare_autocast(self, size, content, training, dtype, dtype_of_x) -> None:
+    def compare_autocast(
+        self,
+        size: tuple[int, ...],
+        content: str,
+        training: bool | None,
+        dtype: torch.dtype,
+        dtype_of_x: torch.dtype,
+    ) -> None:
         """Raises Unlike where the fast forward rounds more, or gives another dtype."""
         tensors = self.tensors(size, content)
         with torch.autocast(tensors[0].device.type, dtype):
@@ -183,7 +195,7 @@ class Probe:
 
     def outcome(
         self,
-        kind: type | None,
+        kind: type[Fast] | None,
         tensors: tuple,
         dtype: torch.dtype,
         training: bool | None,
@@ -211,9 +223,9 @@ class Probe:
             if not torch.is_grad_enabled():
                 wanted = {}
             dy = dy.to(y.dtype)[:, :1].expand_as(y)
-            gradients = wanted and torch.autograd.grad(
-                y, list(wanted.values()), dy, allow_unused=True
-            )
+            gradients: tuple[torch.Tensor | None, ...] = ()
+            if wanted:
+                gradients = torch.autograd.grad(y, list(wanted.values()), dy, allow_unused=True)
         except Unlike:
             raise
         except Exception as error:  # whatever a stranger's forward may raise
@@ -224,7 +236,7 @@ class Probe:
             if kind is None:
                 raise OwnForwardFails(f"its own forward {on}") from error
             raise Unlike(f"the fast forward {on}") from error
-        found = {"y": y.detach()}
+        found: dict[str, torch.Tensor] = {"y": y.detach()}
         for name, gradient in zip(wanted, gradients):
             if gradient is not None:
                 found[f"the gradient of {name}"] = gradient
@@ -258,12 +270,12 @@ class Values:
         }
         self.buffers = {id(own): (own, _random_buffer(own)) for own in module.buffers()}
 
-    def __call__(self, dtype: torch.dtype) -> dict:
-        found = {}
+    def __call__(self, dtype: torch.dtype) -> dict[int, torch.Tensor]:
+        found: dict[int, torch.Tensor] = {}
         for number, (own, value) in self.parameters.items():
             found[number] = nn.Parameter(value.to(dtype, copy=True), own.requires_grad)
-        for number, (own, value) in self.buffers.items():
-            kept = dtype if own.is_floating_point() else own.dtype
+        for number, (buffer, value) in self.buffers.items():
+            kept = dtype if buffer.is_floating_point() else buffer.dtype
             found[number] = value.to(kept, copy=True)
         return found
 
@@ -293,7 +305,7 @@ def _compare(ours, theirs, truth, dtype):
         raise Unlike(f"the fast forward has other gradients: {differ}")
     # Those of a module's parameters together: a gradient that is zero in exact arithmetic is noise
     # beside the others.
-    scales = {}
+    scales: dict[str, float] = {}
     for name, tensor in truth.items():
         owner = name.rpartition(".")[0] or name
         largest = tensor.double().abs().max().item() if tensor.numel() else 0.0

@@ -5,7 +5,7 @@ is.
 import torch.nn as nn
 from torch.nn.modules import padding
 
-from ..nn.modules import CONVOLUTIONS
+from ..nn.modules import CONVOLUTION_TYPES, CONVOLUTIONS
 from ..nn.parts import Form
 from ..nn.spade import SpatiallyAdaptive
 
@@ -24,7 +24,7 @@ def recognise_spade(module: nn.Module) -> tuple[Form, str]:
     """The Form of a SPADE, and what it is in words; raises Unlike."""
     children = dict(_only_child(name, child) for name, child in module.named_children())
     convolutions = {
-        name: [part for part in child.modules() if isinstance(part, tuple(CONVOLUTIONS.values()))]
+        name: [part for part in child.modules() if isinstance(part, CONVOLUTION_TYPES)]
         for name, child in children.items()
     }
 
@@ -94,5 +94,7 @@ def looks_like_block(module: nn.Module) -> bool:
 
 def recognise_block(module: nn.Module) -> tuple[Form, str]:
     """The Form of its norm_0, which says what a block takes, and what it is in words."""
-    form = module.norm_0.spade_form
-    return form, f"residual block {form.norm_nc} → {module.norm_1.spade_form.norm_nc}"
+    first, second = module.norm_0, module.norm_1
+    assert isinstance(first, SpatiallyAdaptive) and isinstance(second, SpatiallyAdaptive)
+    form = first.spade_form
+    return form, f"residual block {form.norm_nc} → {second.spade_form.norm_nc}"

@@ -1,9 +1,9 @@
 """What `convert` did, module by module."""
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-from rich.console import Console
-from rich.table import Table
+if TYPE_CHECKING:
+    from rich.table import Table
 
 WIDTH = 80
 
@@ -19,18 +19,22 @@ class Entry(NamedTuple):
     reason: str
 
 
-class Report(tuple):
+class Report(tuple[Entry, ...]):
     """The entries of every module that looked like a SPADE or its block, in the model's order;
     printed, a table.
     """
 
     def __str__(self) -> str:
+        from rich.console import Console
+
         console = Console(width=WIDTH, color_system=None)
         with console.capture() as capture:
             console.print(self.__rich__())
         return capture.get().rstrip()
 
-    def __rich__(self) -> Table | str:
+    def __rich__(self) -> "Table | str":
+        from rich.table import Table
+
         if not self:
             return (
                 "No SPADE was found: no module has convolutions for gamma and beta beside a norm."

@@ -3,7 +3,7 @@ same objects, one by one. That is asked in each call, and to compare marks takes
 """
 
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from operator import is_, itemgetter
 
 import torch
@@ -16,7 +16,7 @@ class Seen:
     """The objects that a module had. Its copy has seen nothing: other modules have others."""
 
     def __init__(self) -> None:
-        self._objects = None
+        self._objects: Objects | None = None
 
     def see(self, module: nn.Module, *others: Iterable) -> None:
         self._objects = Objects(module, *others)
@@ -50,7 +50,9 @@ class Objects:
         self.own = Attributes(vars(module), counts_tensors=True)
         self.attributes = [(vars(part), Attributes(vars(part), False)) for part in parts]
         self.attributes += [(vars(own), Attributes(vars(own), True)) for own in wrappers]
-        self.dictionaries = [(vars(kind), _listed(vars(kind))) for kind in kinds]
+        self.dictionaries: list[tuple[Mapping, list]] = [
+            (vars(kind), _listed(vars(kind))) for kind in kinds
+        ]
         marked = [value for kind in kinds for value in vars(kind).values()]
         for own in (module, *wrappers):
             self.dictionaries += [(of, _listed(of)) for of in (own._modules, own._buffers)]
@@ -119,7 +121,7 @@ def _what_changes(values):
             versions.append((value, value._version))
         elif type(value) in CONTAINERS and id(value) not in known:
             known.add(id(value))
-            inside = contents_of(value, MOST_MARKED)
+            inside = contents_of(value, MOST_MARKED) or []
             waiting += inside
             if type(value) is not tuple:
                 containers.append((value, inside))

@@ -4,7 +4,8 @@ was proved, and the stranger's for every other.
 
 import functools
 import inspect
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple, SupportsIndex
 
 import torch
 import torch.fx
@@ -42,7 +43,7 @@ class Proof(NamedTuple):
     sizes: frozenset  # of a condition beside x, along an axis: "same", "larger", "smaller"
     seen: Seen  # what the module had when it was found to be as it was
 
-    def holds(self, module: nn.Module, x: torch.Tensor, segmap: torch.Tensor) -> bool:
+    def holds(self, module: "Fast", x: torch.Tensor, segmap: torch.Tensor) -> bool:
         """Whether it is of the module as it is now, with these arguments."""
         device = x.device.type
         autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
@@ -82,7 +83,7 @@ def kinds_of_children(module: nn.Module) -> tuple:
     return tuple("norm" if kind in KINDS else kind for kind in own)
 
 
-def marks_of_class(own_class: type) -> list:
+def marks_of_class(own_class: type[nn.Module]) -> list:
     """What a class and those that it is derived from say: a method may be exchanged."""
     return [
         (Same(kind), {name: mark_of(own) for name, own in vars(kind).items()})
@@ -90,7 +91,7 @@ def marks_of_class(own_class: type) -> list:
     ]
 
 
-def kinds_of(own_class: type) -> tuple:
+def kinds_of(own_class: type[nn.Module]) -> tuple:
     """A class and those that it is derived from, up to torch's."""
     return own_class.__mro__[: own_class.__mro__.index(nn.Module)]
 
@@ -140,19 +141,21 @@ def is_empty(x: torch.Tensor | SemanticLayout) -> bool:
     return 0 in (x.codes if isinstance(x, SemanticLayout) else x).shape
 
 
-class Fast:
+class Fast(nn.Module):
     """Marks the classes that `convert` makes. They have no name that could be imported: pickle and
     copy make them anew.
     """
 
     kind: type  # FastSPADE or FastBlock
-    own_class: type
+    own_class: type[nn.Module]
     class_marks: list  # of the own class when this one was made
     call: "Call"
     spade_form: Form
+    check: Callable[[torch.Tensor, torch.Tensor | SemanticLayout], None]
+    _fast: Callable[[torch.Tensor, torch.Tensor | SemanticLayout], torch.Tensor]
 
-    def __reduce_ex__(self, protocol: int) -> tuple:
-        getstate = getattr(self.own_class, "__getstate__", None)  # object's, or the stranger's
+    def __reduce_ex__(self, protocol: SupportsIndex) -> tuple:
+        getstate: Any = getattr(self.own_class, "__getstate__", None)  # object's, or the stranger's
         is_own = getstate is not getattr(object, "__getstate__", None)
         return _empty, (self.kind, self.own_class), getstate(self) if is_own else self.__dict__
 
@@ -175,9 +178,9 @@ class Fast:
         if pair is not None and self._is_proved(*pair):
             return self._fast(*pair)
         dtype = first_weight(self).dtype
-        arguments = [dense(argument, dtype) for argument in arguments]
+        given = [dense(argument, dtype) for argument in arguments]
         named = {name: dense(argument, dtype) for name, argument in named.items()}
-        return self.own_class.forward(self, *arguments, **named)
+        return self.own_class.forward(self, *given, **named)
 
     def is_open(self, x: torch.Tensor, segmap: torch.Tensor | SemanticLayout) -> bool:
         return (
@@ -223,9 +226,10 @@ class Call:
     def __init__(self, forward: Any) -> None:
         _, *parameters = inspect.signature(forward).parameters.values()
         positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-        self.names, self.several = [], False
+        self.names: list[str] = []
+        self.several = False
         # What each further argument is in a call without it; None where it has to be given.
-        self.neutral = {}
+        self.neutral: dict[str, Any] = {}
         for parameter in parameters:
             if parameter.kind is inspect.Parameter.VAR_POSITIONAL:
                 self.several = len(self.names) == 1  # forward(x, *conditions)
@@ -282,7 +286,7 @@ def dense(argument: Any, dtype: torch.dtype) -> Any:
 
 
 @functools.cache
-def fast_class(kind: type, own_class: type) -> type:
+def fast_class(kind: type[Fast], own_class: type[nn.Module]) -> type[Fast]:
     """The class that is own_class but for forward."""
     attributes = {
         "kind": kind,
@@ -290,7 +294,8 @@ def fast_class(kind: type, own_class: type) -> type:
         "class_marks": marks_of_class(own_class),
         "call": Call(own_class.forward),
     }
-    return type(own_class)(own_class.__name__, (kind, own_class), attributes)
+    metaclass: Any = type(own_class)
+    return metaclass(own_class.__name__, (kind, own_class), attributes)
 
 
 def _empty(kind, own_class):
@@ -298,9 +303,10 @@ def _empty(kind, own_class):
     return kind.__new__(kind)
 
 
-def make_fast(module: nn.Module, kind: type, form: Form) -> None:
+def make_fast(module: nn.Module, kind: type[Fast], form: Form) -> None:
     """Gives a module its fast class, in place."""
-    module.__class__ = fast_class(kind, type(module))
+    # mypy asks these classes for the hash of their instances.
+    module.__class__ = fast_class(kind, type(module))  # type: ignore[arg-type]
     module.spade_form = form
 
 

@@ -118,7 +118,7 @@ def check_data(
             report.pixels.update(seen.counts)
             report.images.update(seen.counts.keys())
             pictures += [seen.shown] if seen.shown else []
-            if seen.size is not None:
+            if seen.size is not None and pair.image is not None:
                 report.sizes.setdefault(seen.size, pair.image)
     report.num_classes, report.dont_care = _suggested(report.pixels, allowed)
     if (report.num_classes, report.dont_care) != (num_classes, dont_care) and report.pixels:
@@ -142,20 +142,22 @@ class Allowed(NamedTuple):
     dont_care: int | None
     shift: int
 
-    def __contains__(self, number):
+    def __contains__(self, number: object) -> bool:
+        if not isinstance(number, int):
+            return False
         label = number + self.shift
         is_class = label >= 0 and (self.num_classes is None or label < self.num_classes)
         return is_class or number == self.dont_care
 
     @property
-    def words(self):
+    def words(self) -> str:
         last = "" if self.num_classes is None else f" to {self.num_classes - 1 - self.shift}"
         other = "" if self.dont_care is None else f", or {self.dont_care} for don't care"
         return f"{-self.shift}{last or ' or more'}{other}"
 
 
-def _look(pair: Pair, palette, allowed, is_shown) -> Seen:
-    faults = []
+def _look(pair: Pair, palette: Palette | None, allowed: Allowed, is_shown: bool) -> Seen:
+    faults: list[str] = []
 
     def tried(read, *arguments):
         try:
@@ -189,13 +191,15 @@ def _look(pair: Pair, palette, allowed, is_shown) -> Seen:
     return Seen(faults, counts, None if photograph is None else photograph.size, shown)
 
 
-def counts_of(labels):
+def counts_of(labels: np.ndarray) -> dict[int, int]:
     """How many pixels have each number."""
     numbers, counts = np.unique(labels, return_counts=True)
     return dict(zip(numbers.tolist(), counts.tolist()))
 
 
-def words_of_wrong(labels, counts, wrong, allowed):
+def words_of_wrong(
+    labels: np.ndarray, counts: dict[int, int], wrong: list[int], allowed: Allowed
+) -> str:
     """A number that is out of range in words: how many pixels, the first place, what else is."""
     row, column = np.argwhere(labels == wrong[0])[0].tolist()
     more = ""
@@ -225,7 +229,7 @@ def _suggested(pixels, allowed):
 
 def _ranges(numbers):
     """Whole numbers in words, such as "1, 3 to 7": they are sorted."""
-    runs = []
+    runs: list[list[int]] = []
     for number in numbers:
         if runs and number == runs[-1][1] + 1:
             runs[-1][1] = number

@@ -3,7 +3,7 @@
 import contextlib
 import random
 from collections.abc import Iterable, Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch.utils.data import Dataset
@@ -17,7 +17,7 @@ from .preparation import Preparation
 # What the discriminator asks a layout for: its first convolution's kernel size, stride and padding,
 # and the pooling between its scales.
 PATCHES = (4, 2, 2)
-HALF = {"kernel_size": 3, "stride": 2, "padding": 1, "count_include_pad": False}
+HALF: dict[str, Any] = {"kernel_size": 3, "stride": 2, "padding": 1, "count_include_pad": False}
 
 
 class Example(NamedTuple):
@@ -63,11 +63,12 @@ class Folder(Dataset):
         name, labels, image, instances = self.pairs[index]
         chance = None if epoch is None else random_of(self.seed, epoch, index)
         with named(name):
-            labels = read_labels(labels, self.palette)
-            instances = None if instances is None else read_labels(instances)
-            return Example(
-                *self.preparation(labels, read_photograph(image), instances, chance), name
-            )
+            if image is None:
+                raise ValueError("it has no photograph, it should have one")
+            classes = read_labels(labels, self.palette)
+            numbers = None if instances is None else read_labels(instances)
+            layout, photograph = self.preparation(classes, read_photograph(image), numbers, chance)
+            return Example(layout, photograph, name)
 
 
 class Stream:
@@ -105,7 +106,9 @@ class Stream:
                     " photograph, instances)"
                 )
             chance = random_of(self.seed, number)
-            return Example(*self.preparation(*given, random=chance), str(number))
+            labels, photograph, instances = given if len(given) == 3 else (*given, None)
+            layout, image = self.preparation(labels, photograph, instances, chance)
+            return Example(layout, image, str(number))
 
 
 def random_of(*numbers: int) -> random.Random:
@@ -132,7 +135,7 @@ class Batch(NamedTuple):
     images: torch.Tensor
     names: tuple[str, ...]
 
-    def __reduce__(self):
+    def __reduce__(self) -> tuple:
         return _unpacked, pack(tuple(self))
 
     def pin_memory(self) -> "Batch":

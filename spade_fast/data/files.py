@@ -1,5 +1,6 @@
 """Reading label maps, photographs and palettes from files."""
 
+import io
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -10,6 +11,8 @@ from PIL import Image
 Palette = Mapping[tuple[int, int, int], int]  # the class that each colour stands for
 
 LOSSY = ("JPEG", "MPO", "JPEG2000")  # formats of images that no label map survives
+# Nothing else is tried: Pillow hands some formats to other programs, whoever the file is from.
+FORMATS = ("PNG", "JPEG", "JPEG2000", "WEBP", "BMP", "TIFF", "GIF", "PPM")
 NUMBERS = ("1", "L", "P", "I", "I;16", "I;16B", "I;16L", "I;16N")  # modes of one number a pixel
 COLOURS = ("RGB", "RGBA", "RGBX")
 ORIENTATION = 0x0112  # the EXIF tag: 1 is upright
@@ -46,14 +49,26 @@ def read_labels(path: str | os.PathLike, palette: Palette | None = None) -> np.n
     return np.asarray(image).astype(np.int64)
 
 
-def read_photograph(path: str | os.PathLike) -> Image.Image:
+def read_photograph(
+    path: str | os.PathLike, content: bytes | None = None, most_pixels: int | None = None
+) -> Image.Image:
     """A photograph as an RGB image of PIL, with the rows and columns that the file has: an EXIF
     orientation turns nothing, since the label map has those rows and columns, too.
 
-    Errors: ValueError, which names the file: it is no whole image, it has more than 8 bits for a
-        grey pixel, or transparent pixels, whose colour nobody sees.
+    Args:
+        content: of the file, which is then not opened: path is its name in messages.
+        most_pixels: that it may have; more are not decoded.
+
+    Errors: ValueError, which names the file: it is no whole image, it has more pixels, more than 8
+        bits for a grey one, or transparent ones, whose colour nobody sees.
     """
-    image = _read(path)
+    if most_pixels is not None:
+        width, height = _opened(path, lambda image: image.size, content)
+        if width * height > most_pixels:
+            raise ValueError(
+                f"{path} has {width} × {height} pixels, it should have {most_pixels} or fewer"
+            )
+    image = _read(path, content)
     if image.mode.startswith("I") or image.mode == "F":
         raise ValueError(
             f"{path} has pixels of the kind {image.mode}, a photograph should have 8 bits per"
@@ -79,7 +94,7 @@ def read_palette(path: str | os.PathLike) -> dict[tuple[int, int, int], int]:
 
     Errors: ValueError, which names the file and the line.
     """
-    palette = {}
+    palette: dict[tuple[int, int, int], int] = {}
     for number, line, words in lines_of(path):
         try:
             *colour, label = map(int, words[:4])
@@ -91,10 +106,11 @@ def read_palette(path: str | os.PathLike) -> dict[tuple[int, int, int], int]:
                 f"{path}, line {number}, is {line!r}, it should be R G B CLASS: three"
                 " numbers from 0 to 255 and a class from 0 on"
             )
-        if palette.setdefault(tuple(colour), label) != label:
+        red, green, blue = colour
+        if palette.setdefault((red, green, blue), label) != label:
             raise ValueError(
                 f"{path}, line {number}, has the colour {tuple(colour)} for class {label}, an"
-                f" earlier line has it for {palette[tuple(colour)]}"
+                f" earlier line has it for {palette[red, green, blue]}"
             )
     if not palette:
         raise ValueError(f"{path} has no colours, it should have lines R G B CLASS")
@@ -132,21 +148,22 @@ def _classes_of(pixels, palette, path):
     return np.array([palette[colour] for colour in colours], np.int64)[places]
 
 
-def _read(path):
+def _read(path, content=None):
     """All of an image."""
 
     def load(image):
         image.load()
         return image
 
-    return _opened(path, load)
+    return _opened(path, load, content)
 
 
-def _opened(path, function):
-    """What function returns for the image in a file."""
-    with open(path, "rb") as file:  # what is wrong with the file system is raised here, as it is
+def _opened(path, function, content=None):
+    """What function returns for the image in a file, or in its content."""
+    # What is wrong with the file system is raised here, as it is.
+    with open(path, "rb") if content is None else io.BytesIO(content) as file:
         try:
-            return function(Image.open(file))
+            return function(Image.open(file, formats=FORMATS))
         except MemoryError:
             raise
         except Exception as error:  # of any type, by where the file ends or what it is instead

@@ -6,12 +6,13 @@ import os
 import signal
 import threading
 from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from torch.utils.data import Sampler as TorchSampler
 
-from .dataset import Folder, Stream, collate, random_of
+from .dataset import Example, Folder, Stream, collate, random_of
 
 
 class Sampler(TorchSampler):
@@ -64,11 +65,11 @@ class Share(IterableDataset):
     them, so that workers, which take turns, yield what one would.
     """
 
-    def __init__(self, stream, batch, rank, processes, start):
+    def __init__(self, stream: Stream, batch: int, rank: int, processes: int, start: int) -> None:
         self.stream, self.batch = stream, batch
         self.rank, self.processes, self.start = rank, processes, start
 
-    def __iter__(self):
+    def __iter__(self) -> Iterator[Example]:
         worker = get_worker_info()
         workers, own = (1, 0) if worker is None else (worker.num_workers, worker.id)
         for number, given in self.stream.numbered():
@@ -109,7 +110,7 @@ def loader(
     together = functools.partial(
         collate, sizes=[tuple(size) for size in sizes], kernel_size=kernel_size, scales=scales
     )
-    settings = {
+    settings: dict[str, Any] = {
         "num_workers": workers,
         "collate_fn": together,
         "pin_memory": torch.cuda.is_available(),
@@ -138,13 +139,14 @@ def _leave_interrupts(worker):
 
 
 def _end_as_its_parent_says():
-    parent = multiprocessing.parent_process().pid
-    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent.pid:
         pass
     os._exit(0)
 
 
-def check_share(batch, rank, processes, start):
+def check_share(batch: int, rank: int, processes: int, start: int) -> None:
     """Raises where a process can take no such share of the batches."""
     if batch < 1 or processes < 1 or not 0 <= rank < processes or start < 0:
         raise ValueError(

@@ -6,6 +6,7 @@ There each tensor of a worker is a file that is opened, and a batch has about a 
 import io
 import math
 import pickle
+from typing import Any
 
 import torch
 
@@ -30,18 +31,20 @@ def pack(value: object) -> tuple:
     return file.getvalue(), memory, places
 
 
-def unpack(pickled: bytes, memory: torch.Tensor, places: list) -> object:
+def unpack(pickled: bytes, memory: torch.Tensor, places: list) -> Any:
     """The value; its tensors are those bytes, without a copy."""
     unpacker = pickle.Unpickler(io.BytesIO(pickled))
-    unpacker.persistent_load = [_tensor_at(memory, *place) for place in places].__getitem__
+    tensors = [_tensor_at(memory, *place) for place in places]
+    unpacker.persistent_load = tensors.__getitem__
     return unpacker.load()
 
 
 class _Packer(pickle.Pickler):
     def __init__(self, *arguments, **settings):
         super().__init__(*arguments, **settings)
-        self.tensors = {}  # by id, which no other tensor gets as long as this one is held
-        self.numbers = {}
+        # By id, which no other tensor gets as long as this one is held.
+        self.tensors: dict[int, torch.Tensor] = {}
+        self.numbers: dict[int, int] = {}
 
     def persistent_id(self, value):
         if type(value) is not torch.Tensor or not value.is_cpu or value.requires_grad:
@@ -53,4 +56,5 @@ class _Packer(pickle.Pickler):
 def _tensor_at(memory, dtype, shape, place):
     """A tensor in this memory that counts its own versions: a change of another is none of it."""
     start = place // dtype.itemsize
-    return torch.empty(0, dtype=dtype).set_(memory.untyped_storage(), start, shape)
+    empty: Any = torch.empty(0, dtype=dtype)  # set_ is declared without its default stride
+    return empty.set_(memory.untyped_storage(), start, shape)

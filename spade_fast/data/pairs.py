@@ -100,13 +100,18 @@ def match(
     rules = convention_of(convention)
     if instances is None and rules.beside_labels:
         instances = labels
-    folders = {
+    asked = {
         "labels": (labels, rules.labels),
         "images": (images, rules.image),
         "instances": (instances, rules.instances),
     }
-    folders = {kind: own for kind, own in folders.items() if own[0] not in (None, False)}
-    faults, found = [], {}
+    folders = {
+        kind: (folder, ending)
+        for kind, (folder, ending) in asked.items()
+        if folder is not None and folder is not False
+    }
+    faults: list[str] = []
+    found: dict[str, dict[str, Path]] = {}
     for kind, (folder, ending) in folders.items():
         found[kind] = files_in(kind, Path(folder), ending, faults)
     names = sorted(set().union(*found.values()))
@@ -117,16 +122,18 @@ def match(
             places = " or ".join(f"{kind} ({folders[kind][0]})" for kind in missing)
             faults.append(f"{has} has no partner in {places}")
     paired = [name for name in names if all(name in files for files in found.values())]
-    files_of = [found.get(kind, {}).get for kind in ("labels", "images", "instances")]
-    return [Pair(name, *(file(name) for file in files_of)) for name in paired], faults
+    maps, photographs, others = (found.get(kind, {}) for kind in ("labels", "images", "instances"))
+    return [
+        Pair(name, maps[name], photographs.get(name), others.get(name)) for name in paired
+    ], faults
 
 
-def files_in(kind, folder, ending, faults):
+def files_in(kind: str, folder: Path, ending: str, faults: list[str]) -> dict[str, Path]:
     """The image of each name below a folder."""
     if not folder.is_dir():
         what = "a file" if folder.exists() else "not there"
         raise ValueError(f"{kind} is {folder}, which is {what}; it should be a folder")
-    found = {}
+    found: dict[str, Path] = {}
     for place, folders, names in os.walk(folder, followlinks=True):
         folders[:] = [name for name in folders if not name.startswith(".")]
         for file in sorted(Path(place, name) for name in names if not name.startswith(".")):

@@ -55,7 +55,7 @@ class Preparation:
     flip: bool = True
     label_shift: int = 0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         self.num_classes = whole_number("num_classes", self.num_classes, least=1)
         self.crop_size = whole_number("crop_size", self.crop_size, least=1)
         self.label_shift = whole_number("label_shift", self.label_shift)
@@ -124,8 +124,8 @@ class Preparation:
                 )
         size = self._resized(width, height)
         rows, columns, mirrored = self._part(size, random)
-        image = np.stack([_bicubic(plane, size)[rows, columns] for plane in planes])
-        image = torch.from_numpy(np.ascontiguousarray(image[..., :: -1 if mirrored else 1]))
+        pixels = np.stack([_bicubic(plane, size)[rows, columns] for plane in planes])
+        image = torch.from_numpy(np.ascontiguousarray(pixels[..., :: -1 if mirrored else 1]))
         return self._cut(maps, size, rows, columns, mirrored), image[None]
 
     def layout(self, labels: Map, instances: Map | None = None) -> SemanticLayout:

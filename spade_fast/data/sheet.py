@@ -3,7 +3,7 @@
 import math
 import os
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -29,18 +29,34 @@ class Shown(NamedTuple):
     edges: np.ndarray | None
 
     @classmethod
-    def of(cls, name, photograph, labels, instances):
+    def of(
+        cls,
+        name: str,
+        photograph: Image.Image,
+        labels: np.ndarray,
+        instances: np.ndarray | None,
+    ) -> "Shown":
         """A pair's photograph, labels and instances, made smaller."""
         maps = [labels] if instances is None else [labels, instances]
-        labels, *instances = (_small(numbers) for numbers in maps)
+        labels, *others = (_small(numbers) for numbers in maps)
         edges = None
-        if instances:
-            edges = instance_edges(torch.from_numpy(instances[0])[None])[0].numpy() > 0
+        if others:
+            edges = instance_edges(torch.from_numpy(others[0])[None])[0].numpy() > 0
         if edges is not None and edges.shape != labels.shape:
             edges = None  # a fault that is reported
         scale = SIDE / max(photograph.size)
-        size = [max(1, round(length * scale)) for length in photograph.size]
+        width, height = (max(1, round(length * scale)) for length in photograph.size)
+        size = width, height
         return cls(name, photograph.resize(size, Image.Resampling.LANCZOS), labels, edges)
+
+
+class Counted(Protocol):
+    """What the sheet says of a data set."""
+
+    pairs: int
+    num_classes: int
+    dont_care: int | None
+    label_shift: int
 
 
 def check_writable(path: Path) -> None:
@@ -51,10 +67,10 @@ def check_writable(path: Path) -> None:
         raise ValueError(f"sheet is {path}, it should be a file in a folder that can be written to")
 
 
-def draw(path: Path, pictures: list[Shown], report) -> None:
+def draw(path: Path, pictures: list[Shown], report: Counted) -> None:
     """Writes the sheet: the pictures, two pairs in a row, and the colour of each class in them."""
     shade = np.concatenate([colours(report.num_classes), [BLACK, RED]]).astype(np.uint8)
-    painted, present = [], set()
+    painted, present = [], set[int]()
     for picture in pictures:
         places = _places(picture.labels, report)
         present.update(np.unique(places).tolist())

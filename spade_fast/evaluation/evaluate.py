@@ -71,7 +71,8 @@ def evaluate(
     _check_given(photographs, labels, features, features_weights, segmentation, classes)
     batch = whole_number("batch", batch, least=1)
     if size is not None:
-        size = tuple(whole_number("size", length, least=1) for length in size)
+        width, height = (whole_number("size", length, least=1) for length in size)
+        size = width, height
     rules = convention_of(convention)
     own = _folder("generated", generated)
     real = {} if photographs is None else _folder("photographs", photographs, rules.image)
@@ -81,13 +82,16 @@ def evaluate(
         maps = LabelMaps(_label_of_each(own, generated, labels, rules), allowed, palette, size)
     made_by = origin(own)
 
-    said, packages, frechet, overlap = {}, [], None, None
+    said: dict[str, Any] = {}
+    packages: list[str] = []
+    frechet, overlap = None, None
     if photographs is not None:
         network = load_features(INCEPTION if features is None else features, features_weights)
         frechet = FrechetDistance(network.to(device))
         said["features"] = network.protocol | {"rule": FID}
         packages += network.packages
     if labels is not None:
+        assert segmentation is not None and allowed.num_classes is not None
         network = load_segmentation(segmentation)
         overlap = Overlap(network.to(device), allowed.num_classes, classes)
         said["segmentation"] = network.protocol | {"rule": OVERLAP}
@@ -106,7 +110,7 @@ def evaluate(
             notes.append(
                 "Generated images and photographs differ in size: --size makes them alike."
             )
-    if overlap is not None:
+    if overlap is not None and maps is not None:
         scores["mean_iou"], scores["pixel_accuracy"], ious = overlap.compute()
         said["labels"] = maps.seen.protocol | {
             "sha256": maps.seen.sha256,
@@ -165,7 +169,7 @@ def _check_given(photographs, labels, features, features_weights, segmentation, 
 
 def _folder(kind, folder, ending=""):
     """The images below a folder by name, sorted. Errors: ValueError."""
-    faults = []
+    faults: list[str] = []
     found = files_in(kind, Path(folder), ending, faults)
     if faults:
         raise ValueError(faults[0])
@@ -195,7 +199,9 @@ def _allowed(rules, num_classes, dont_care):
     return Allowed(num_classes, dont_care, rules.label_shift)
 
 
-def _batches(found, most, steps) -> Iterator[tuple[list[str], torch.Tensor]]:
+def _batches(
+    found: Iterable[tuple[str, torch.Tensor]], most: int, steps: Iterator[int]
+) -> Iterator[tuple[list[str], torch.Tensor]]:
     """Names, and images as a tensor [N, 3, H, W]: up to `most` of one size that follow each other.
     For each image a step is taken.
     """

@@ -7,6 +7,7 @@ al. 2017).
 import math
 import os
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn as nn
@@ -44,7 +45,8 @@ class FrechetDistance:
     """FID, from features in batches. Sums and covariances are torchmetrics', in float64."""
 
     def __init__(self, network: Network) -> None:
-        self.network, self.metric, self.dimension = network, None, 0
+        self.network, self.dimension = network, 0
+        self.metric: Any = None  # torchmetrics', once the dimension is known
         self.images = {True: 0, False: 0}
 
     @torch.no_grad()

@@ -64,7 +64,7 @@ def sha256_of(module: nn.Module) -> str:
             continue
         digest.update(f"{name} {value.dtype} {list(value.shape)}\n".encode())
         values = value.detach().cpu().contiguous().reshape(-1)
-        digest.update(values.view(torch.uint8).numpy())
+        digest.update(values.view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
@@ -89,6 +89,6 @@ def _sha256_of_source(kind):
     """The SHA-256 of the file that has a class, or None where no file has it."""
     try:
         path = inspect.getsourcefile(sys.modules[kind.__module__])
-        return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+        return None if path is None else hashlib.sha256(Path(path).read_bytes()).hexdigest()
     except (TypeError, OSError, KeyError):
         return None

@@ -27,7 +27,7 @@ class Seen:
     """
 
     def __init__(self) -> None:
-        self.names, self.sizes = hashlib.sha256(), Counter()
+        self.names, self.sizes = hashlib.sha256(), Counter[str]()
         self.values, self.count = hashlib.sha256(), 0
 
     def add(self, name: str, size: tuple[int, int], values: np.ndarray) -> None:
@@ -35,7 +35,7 @@ class Seen:
         self.names.update(f"{name}\n".encode())
         self.sizes[f"{size[0]} × {size[1]}"] += 1
         self.values.update(f"{name} {values.dtype} {list(values.shape)}\n".encode())
-        self.values.update(np.ascontiguousarray(values))
+        self.values.update(np.ascontiguousarray(values).data)
 
     @property
     def sha256(self) -> str:
@@ -148,7 +148,7 @@ def origin(files: dict[str, Path]) -> dict[str, Any]:
                 f" {path} {json.dumps(found)}"
             )
         first, said = first or path, found
-    return said
+    return said or dict.fromkeys(SAYS)
 
 
 def _origin(path):

@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -42,7 +43,7 @@ def read_classes(path: str | os.PathLike) -> dict[int, int | None]:
 
     Errors: ValueError, which names the file and the line.
     """
-    classes = {}
+    classes: dict[int, int | None] = {}
     for number, line, words in lines_of(path):
         if len(words) < 2 or not words[0].isdecimal() or not _is_label(words[1]):
             raise ValueError(
@@ -67,7 +68,7 @@ class Overlap:
     """
 
     def __init__(
-        self, network: Network, num_classes: int, classes: dict[int, int | None] | None = None
+        self, network: Network, num_classes: int, classes: Mapping[int, int | None] | None = None
     ) -> None:
         self.network, self.num_classes = network, num_classes
         if classes is None:

@@ -8,9 +8,11 @@ import os
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from ..scopes import Scope
 from . import cpu_backend, cuda_backend, flops, torch_backend, triton_backend
+from .contract import Backend
 
 flops.register_when_imported()
 
@@ -28,7 +30,7 @@ class BackendStatus(NamedTuple):
     reason: str  # why it does not run; empty where it does
 
 
-def backends(x=None, gamma=None):
+def backends(x: Tensor | None = None, gamma: Tensor | None = None) -> list[BackendStatus]:
     """Which backends run here, best first, and why not for each that does not: a list of
     BackendStatus.
 
@@ -60,23 +62,21 @@ class use_backend(Scope):
         super().__init__(_checked(name, "name"))
 
 
-def is_exporting():
+def is_exporting() -> bool:
     """Whether torch.export runs. In torch 2.11 `torch.compiler.is_exporting()` says so in
     torch.compile as well.
     """
     return torch.compiler._is_exporting_flag
 
 
-def select(x, gamma=None):
+def select(x: Tensor, gamma: Tensor | None = None) -> Backend:
     """The backend that x and γ go to: the forced one, else the best that runs."""
     if is_exporting():
         return torch_backend.BACKEND  # an exported graph must run without this package
     forced = use_backend.setting_here(FORCED)
     for backend in BEST_FIRST:
-        if forced not in (None, backend.name):
-            continue
-        reason = backend.why_not(x, gamma)
-        if reason is None:
-            return backend
-        if forced is not None:
-            raise RuntimeError(f"the backend {forced} is asked for but cannot run: {reason}")
+        if forced in (None, backend.name):
+            reason = backend.why_not(x, gamma)
+            if reason is None:
+                return backend
+    raise RuntimeError(f"the backend {forced} is asked for but cannot run: {reason}")

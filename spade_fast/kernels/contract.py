@@ -21,17 +21,21 @@ bytes [N, C, ⌈S/8⌉], or [N, S, ⌈C/8⌉] where a pixel's channels lie toget
 element 8j + b of its row. SiLU needs β instead.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import torch
+from torch import Tensor
 
 from ..recording import has_values
 
 FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 SUMS = (torch.float32, torch.float64)
 KEEPS_SIGNS = ("relu", "leaky_relu")
+Activation = Literal["relu", "leaky_relu", "silu"]
+Lists = tuple[Tensor, Tensor, Tensor, Tensor]  # as `layout.Sums` has them
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -41,34 +45,36 @@ class Backend:
     """
 
     name: str
-    why_not: Callable  # (x=None, gamma=None): why they cannot run (on x and γ), or None
-    plane_moments: Callable
-    apply: Callable
-    apply_out: Callable
-    backward_sums: Callable
-    backward_input: Callable
-    instance_forward: Callable
-    instance_backward: Callable
-    convolve_windows: Callable
-    convolve_gathered: Callable
-    convolve_windows_gradients: Callable
-    dtype_at_windows: Callable
-    find_codes: Callable
-    find_windows: Callable
-    find_patches: Callable
-    number_windows: Callable
-    window_sums: Callable
-    sort_pixels: Callable
+    why_not: Callable[
+        ..., str | None
+    ]  # (x=None, gamma=None): why they cannot run (on x and γ), or None
+    plane_moments: Callable[..., Tensor]
+    apply: Callable[..., tuple[Tensor, Tensor]]
+    apply_out: Callable[..., None]
+    backward_sums: Callable[..., tuple[Tensor, Tensor, Tensor]]
+    backward_input: Callable[..., Tensor]
+    instance_forward: Callable[..., tuple[Tensor, Tensor, Tensor]]
+    instance_backward: Callable[..., tuple[Tensor, Tensor, Tensor]]
+    convolve_windows: Callable[..., Tensor]
+    convolve_gathered: Callable[..., Tensor]
+    convolve_windows_gradients: Callable[..., tuple[Tensor | None, Sequence[Tensor | None]]]
+    dtype_at_windows: Callable[[torch.dtype], torch.dtype]
+    find_codes: Callable[..., tuple[Tensor, Tensor] | None]
+    find_windows: Callable[..., list[tuple[Lists, Lists, Tensor, Tensor]]]
+    find_patches: Callable[..., tuple[Tensor, Lists, Tensor, Tensor]]
+    number_windows: Callable[..., tuple[Tensor, Tensor]]
+    window_sums: Callable[..., Lists]
+    sort_pixels: Callable[[Tensor], Tensor]
 
 
 class Operation(NamedTuple):
     """A row of the table below. All three have the same arguments."""
 
     schema: str
-    check: Callable  # raises where operands are not as they should be
-    fake: Callable  # results as the kernel's, without their values
+    check: Callable[..., None]  # raises where operands are not as they should be
+    fake: Callable[..., Any]  # results as the kernel's, without their values
 
-    def checked(self, kernel):
+    def checked(self, kernel: Callable[..., Result]) -> Callable[..., Result]:
         """A kernel, or the fake, that first refuses operands which are not as they should be. (csrc
         asks the same: common/checks.h.)
         """
@@ -80,41 +86,43 @@ class Operation(NamedTuple):
         return run
 
 
-def sum_dtype(dtype):
+def sum_dtype(dtype: torch.dtype) -> torch.dtype:
     """What sums over elements of `dtype` are held in."""
     return torch.promote_types(dtype, torch.float32)
 
 
-def is_channels_last(x):
+def is_channels_last(x: Tensor) -> bool:
     """Whether a pixel's channels lie together: the layout of x in any number of dimensions, not of
     size-1 look-alikes.
     """
     return not x.is_contiguous() and x.stride(1) == 1
 
 
-def lies_like(out, x):
+def lies_like(out: Tensor, x: Tensor) -> bool:
     """Whether `out` lies in memory as a kernel's result for x does."""
     return (out.movedim(1, -1) if is_channels_last(x) else out).is_contiguous()
 
 
-def signs_shape(x):
+def signs_shape(x: Tensor) -> tuple[int, int, int]:
     batch, channels, pixels = *x.shape[:2], x.shape[2:].numel()
     rows = (pixels, channels) if is_channels_last(x) else (channels, pixels)
     return batch, rows[0], (rows[1] + 7) // 8
 
 
-def empty_signs(x, activation, keep_signs):
+def empty_signs(x: Tensor, activation: Activation | None, keep_signs: bool) -> Tensor:
     """Where the signs of y go, of size 0 unless wanted and needed."""
     shape = signs_shape(x) if keep_signs and activation in KEEPS_SIGNS else 0
     return x.new_empty(shape, dtype=torch.uint8)
 
 
-def check_plane_moments(x):
+def check_plane_moments(x: Tensor) -> None:
     _require(3 <= x.dim() <= 5, "x", x, "[N, C, *spatial] with one to three spatial dimensions")
     _check_dtype("x", x, FLOATING)
 
 
-def check_modulation(x, gamma, beta, index, needs_beta=True):
+def check_modulation(
+    x: Tensor, gamma: Tensor, beta: Tensor | None, index: Tensor | None, needs_beta: bool = True
+) -> None:
     check_plane_moments(x)
     if index is None:
         _check("gamma", gamma, x, FLOATING, x.shape, "x's shape")
@@ -130,12 +138,23 @@ def check_modulation(x, gamma, beta, index, needs_beta=True):
         raise ValueError("beta is None, silu's derivative needs it")
 
 
-def check_apply(x, planes, gamma, beta, index, *others):
+def check_apply(
+    x: Tensor, planes: Tensor, gamma: Tensor, beta: Tensor, index: Tensor | None, *others: object
+) -> None:
     check_modulation(x, gamma, beta, index)
     _check_numbers("planes", planes, x, 3)
 
 
-def check_apply_out(x, planes, gamma, beta, index, activation, negative_slope, out):
+def check_apply_out(
+    x: Tensor,
+    planes: Tensor,
+    gamma: Tensor,
+    beta: Tensor,
+    index: Tensor | None,
+    activation: Activation | None,
+    negative_slope: float,
+    out: Tensor,
+) -> None:
     check_apply(x, planes, gamma, beta, index)
     _check("out", out, x, (torch.promote_types(x.dtype, gamma.dtype),), x.shape, "x's shape")
     if not lies_like(out, x):
@@ -146,8 +165,17 @@ def check_apply_out(x, planes, gamma, beta, index, activation, negative_slope, o
 
 
 def check_backward_input(
-    dy, x, planes, gamma, beta, index, signs, terms, activation, negative_slope
-):
+    dy: Tensor,
+    x: Tensor,
+    planes: Tensor,
+    gamma: Tensor,
+    beta: Tensor | None,
+    index: Tensor | None,
+    signs: Tensor,
+    terms: Tensor | None,
+    activation: Activation | None,
+    negative_slope: float,
+) -> None:
     check_modulation(x, gamma, beta, index, activation == "silu")
     _check("dy", dy, x, (torch.promote_types(x.dtype, gamma.dtype),), x.shape, "x's shape")
     _check_numbers("planes", planes, x, 3)
@@ -161,8 +189,17 @@ def check_backward_input(
 
 
 def check_backward_sums(
-    dy, x, planes, gamma, beta, index, order, signs, activation, negative_slope
-):
+    dy: Tensor,
+    x: Tensor,
+    planes: Tensor,
+    gamma: Tensor,
+    beta: Tensor | None,
+    index: Tensor | None,
+    order: Tensor | None,
+    signs: Tensor,
+    activation: Activation | None,
+    negative_slope: float,
+) -> None:
     check_backward_input(dy, x, planes, gamma, beta, index, signs, None, activation, negative_slope)
     if index is not None:
         if order is None:
@@ -173,36 +210,50 @@ def check_backward_sums(
         _check("order", order, x, (torch.int32,), shape, "[N, pixels]")
 
 
-def check_instance_forward(x, gamma, beta, index, *others):
+def check_instance_forward(
+    x: Tensor, gamma: Tensor, beta: Tensor, index: Tensor | None, *others: object
+) -> None:
     check_modulation(x, gamma, beta, index)
 
 
-def check_convolve_windows(rows, weight, bias, offsets, listed):
+def check_convolve_windows(
+    rows: Tensor, weight: Tensor, bias: Tensor | None, offsets: Tensor, listed: Tensor
+) -> None:
     _check_weight(weight, offsets, listed)
     _check("rows", rows, weight, (weight.dtype,), (rows.shape[0], weight.shape[1]), "[rows, in]")
     if bias is not None:
         _check("bias", bias, weight, (weight.dtype,), weight.shape[:1], "[out]")
 
 
-def check_convolve_windows_rows(gradient, weight, back_offsets, back_listed):
+def check_convolve_windows_rows(
+    gradient: Tensor, weight: Tensor, back_offsets: Tensor, back_listed: Tensor
+) -> None:
     _check_weight(weight, back_offsets, back_listed)
     shape = (gradient.shape[0], weight.shape[0])
     _check("gradient", gradient, weight, (weight.dtype,), shape, "[windows, out]")
 
 
-def check_convolve_windows_weight(gradient, rows, weight, back_offsets, back_listed):
+def check_convolve_windows_weight(
+    gradient: Tensor, rows: Tensor, weight: Tensor, back_offsets: Tensor, back_listed: Tensor
+) -> None:
     check_convolve_windows_rows(gradient, weight, back_offsets, back_listed)
     shape = ((back_offsets.shape[0] - 1) // weight.shape[2:].numel(), weight.shape[1])
     _check("rows", rows, weight, (weight.dtype,), shape, "[rows, in]")
 
 
-def check_sum_lists(x, offsets, listed):
+def check_sum_lists(x: Tensor, offsets: Tensor, listed: Tensor) -> None:
     _require(x.dim() == 2, "x", x, "[rows, columns]")
     _check_dtype("x", x, FLOATING)
     _check_lists(x, offsets, listed)
 
 
-def check_convolve_gathered(rows, weights, biases, offsets, listed):
+def check_convolve_gathered(
+    rows: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    offsets: Tensor,
+    listed: Tensor,
+) -> None:
     if not weights or len(weights) != len(biases):
         raise ValueError(
             f"biases has {len(biases)} members, it should have one, or None, for each weight, of"
@@ -262,20 +313,40 @@ def _require(holds, name, given, wanted):
         )
 
 
-def fake_plane_moments(x):
+def fake_plane_moments(x: Tensor) -> Tensor:
     return x.new_empty(2, *x.shape[:2], dtype=sum_dtype(x.dtype))
 
 
-def fake_apply(x, planes, gamma, beta, index, activation, negative_slope, keep_signs):
+def fake_apply(
+    x: Tensor,
+    planes: Tensor,
+    gamma: Tensor,
+    beta: Tensor,
+    index: Tensor | None,
+    activation: Activation | None,
+    negative_slope: float,
+    keep_signs: bool,
+) -> tuple[Tensor, Tensor]:
     y = torch.empty_like(x, dtype=torch.promote_types(x.dtype, gamma.dtype))
     return y, empty_signs(x, activation, keep_signs)
 
 
-def fake_apply_out(*operands):
+def fake_apply_out(*operands: object) -> None:
     pass
 
 
-def fake_backward_sums(dy, x, planes, gamma, beta, index, order, signs, activation, negative_slope):
+def fake_backward_sums(
+    dy: Tensor,
+    x: Tensor,
+    planes: Tensor,
+    gamma: Tensor,
+    beta: Tensor | None,
+    index: Tensor | None,
+    order: Tensor | None,
+    signs: Tensor,
+    activation: Activation | None,
+    negative_slope: float,
+) -> tuple[Tensor, Tensor, Tensor]:
     sums = planes.new_empty(2, *x.shape[:2])
     if index is not None:
         return gamma.new_empty(gamma.shape), gamma.new_empty(gamma.shape), sums
@@ -284,40 +355,61 @@ def fake_backward_sums(dy, x, planes, gamma, beta, index, order, signs, activati
     return dgamma, dbeta, sums
 
 
-def fake_backward_input(dy, x, *others):
+def fake_backward_input(dy: Tensor, x: Tensor, *others: object) -> Tensor:
     return torch.empty_like(x)
 
 
-def fake_instance_forward(x, gamma, beta, index, eps, activation, negative_slope, keep_signs):
+def fake_instance_forward(
+    x: Tensor,
+    gamma: Tensor,
+    beta: Tensor,
+    index: Tensor | None,
+    eps: float,
+    activation: Activation | None,
+    negative_slope: float,
+    keep_signs: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
     planes = x.new_empty(3, *x.shape[:2], dtype=sum_dtype(x.dtype))
     results = fake_apply(x, planes, gamma, beta, index, activation, negative_slope, keep_signs)
     return *results, planes
 
 
-def fake_instance_backward(dy, x, *others):
+def fake_instance_backward(dy: Tensor, x: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor]:
     dgamma, dbeta, _ = fake_backward_sums(dy, x, *others)
     return dgamma, dbeta, torch.empty_like(x)
 
 
-def fake_convolve_windows(rows, weight, bias, offsets, listed):
+def fake_convolve_windows(
+    rows: Tensor, weight: Tensor, bias: Tensor | None, offsets: Tensor, listed: Tensor
+) -> Tensor:
     return rows.new_empty(offsets.shape[0] - 1, weight.shape[0])
 
 
-def fake_convolve_windows_weight(gradient, rows, weight, back_offsets, back_listed):
+def fake_convolve_windows_weight(
+    gradient: Tensor, rows: Tensor, weight: Tensor, back_offsets: Tensor, back_listed: Tensor
+) -> Tensor:
     return weight.new_empty(weight.shape)
 
 
-def fake_convolve_windows_rows(gradient, weight, back_offsets, back_listed):
+def fake_convolve_windows_rows(
+    gradient: Tensor, weight: Tensor, back_offsets: Tensor, back_listed: Tensor
+) -> Tensor:
     return gradient.new_empty(
         (back_offsets.shape[0] - 1) // weight.shape[2:].numel(), weight.shape[1]
     )
 
 
-def fake_sum_lists(x, offsets, listed):
+def fake_sum_lists(x: Tensor, offsets: Tensor, listed: Tensor) -> Tensor:
     return x.new_empty(offsets.shape[0] - 1, x.shape[1])
 
 
-def fake_convolve_gathered(rows, weights, biases, offsets, listed):
+def fake_convolve_gathered(
+    rows: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    offsets: Tensor,
+    listed: Tensor,
+) -> Tensor:
     return rows.new_empty(offsets.shape[0] - 1, sum(weight.shape[0] for weight in weights))
 
 

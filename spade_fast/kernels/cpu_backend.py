@@ -4,11 +4,14 @@
 
 import importlib
 import os
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
+from torch import Tensor
 
 from . import contract, numbering, operators, torch_backend
+from .contract import Lists
 
 INSTRUCTION_SETS = ("base", "avx2", "avx512")
 
@@ -46,7 +49,7 @@ if failure is None and (missing := operators.without_kernel("CPU", COMPILED)):
     failure = f"not compiled for the CPU yet: {', '.join(missing)}"
 
 
-def why_not(x=None, gamma=None):
+def why_not(x: Tensor | None = None, gamma: Tensor | None = None) -> str | None:
     """Why these kernels cannot run (on x and γ), or None."""
     if failure is not None:
         return failure
@@ -56,11 +59,17 @@ def why_not(x=None, gamma=None):
 
 
 def convolve_windows_gradients(
-    gradient, rows, weights, back_offsets, back_listed, wants_rows=True, wants_weights=True
-):
+    gradient: Tensor,
+    rows: Tensor | None,
+    weights: Sequence[Tensor],
+    back_offsets: Tensor,
+    back_listed: Tensor,
+    wants_rows: bool = True,
+    wants_weights: bool = True,
+) -> tuple[Tensor | None, Sequence[Tensor | None]]:
     ops, back = torch.ops.spade_fast, (back_offsets, back_listed)
     weight, _ = torch_backend.joined(weights, [None] * len(weights))
-    of_weights = [None] * len(weights)
+    of_weights: Sequence[Tensor | None] = [None] * len(weights)
     if wants_weights:
         of_weights = ops.convolve_windows_weight(gradient, rows, weight, *back).split(
             [len(one) for one in weights]
@@ -71,26 +80,39 @@ def convolve_windows_gradients(
     )
 
 
-def find_codes(segmap):
+def find_codes(segmap: Tensor) -> tuple[Tensor, Tensor] | None:
     bits = segmap.contiguous().view(
         {8: torch.int64, 4: torch.int32, 2: torch.int16}[segmap.element_size()]
     )
     found = library.find_codes(bits.numpy())
-    return None if found is None else tuple(map(torch.from_numpy, found))
+    if found is None:
+        return None
+    codes, places = map(torch.from_numpy, found)
+    return codes, places
 
 
-def number_windows(codes, kernel_size):
-    return tuple(map(torch.from_numpy, library.number_windows(codes.numpy(), kernel_size)))
+def number_windows(codes: Tensor, kernel_size: int) -> tuple[Tensor, Tensor]:
+    found = library.number_windows(codes.numpy(), kernel_size)
+    numbers, contents = map(torch.from_numpy, found)
+    return numbers, contents
 
 
-def find_windows(codes, sizes, kernel_size, num_codes, dtype=torch.float32):
+def find_windows(
+    codes: Tensor,
+    sizes: Sequence[Sequence[int]],
+    kernel_size: int,
+    num_codes: int,
+    dtype: torch.dtype = torch.float32,
+) -> list[tuple[Lists, Lists, Tensor, Tensor]]:
     return [
         _find_windows(numbering.resize_codes(codes, size, dtype), kernel_size, num_codes)
         for size in sizes
     ]
 
 
-def _find_windows(codes, kernel_size, num_codes):
+def _find_windows(
+    codes: Tensor, kernel_size: int, num_codes: int
+) -> tuple[Lists, Lists, Tensor, Tensor]:
     first, hidden = number_windows(codes, kernel_size)
     index, table = number_windows(first, kernel_size)
     numbering.check_windows(hidden, num_codes)
@@ -102,15 +124,21 @@ def _find_windows(codes, kernel_size, num_codes):
     )
 
 
-def find_patches(*asked):
-    return numbering.find_patches_by(*asked, number_windows, window_sums, sort_pixels)
+def find_patches(
+    codes: Tensor, kernel_size: int, stride: int, padding: int, num_codes: int
+) -> tuple[Tensor, Lists, Tensor, Tensor]:
+    return numbering.find_patches_by(
+        codes, kernel_size, stride, padding, num_codes, number_windows, window_sums, sort_pixels
+    )
 
 
-def window_sums(contents, rows):
-    return tuple(map(torch.from_numpy, library.window_sums(contents.numpy(), rows)))
+def window_sums(contents: Tensor, rows: int) -> Lists:
+    found = library.window_sums(contents.numpy(), rows)
+    offsets, listed, back_offsets, back_listed = map(torch.from_numpy, found)
+    return offsets, listed, back_offsets, back_listed
 
 
-def sort_pixels(index):
+def sort_pixels(index: Tensor) -> Tensor:
     bound = int(index.max()) + 1 if index.numel() else 0
     return torch.from_numpy(library.sort_pixels(index.flatten(1).numpy(), bound))
 

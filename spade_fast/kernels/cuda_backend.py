@@ -3,10 +3,12 @@
 """
 
 import functools
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from . import contract, cuda_numbering, operators, torch_backend
 
@@ -18,10 +20,12 @@ MOST_TAPS = 343  # of a convolution at windows: which rows a window sees is kept
 def _load():
     """Loads the library, which registers its kernels; why it cannot be, or None."""
     if torch.version.cuda is None:
-        return "this PyTorch is built without CUDA"
+        return "this PyTorch has no CUDA; beside it these kernels are built with FORCE_CUDA=1 only"
     found = sorted(Path(__file__).parent.parent.glob("_cuda.*"))
     if not found:
-        return operators.not_built("spade_fast._cuda", "nvcc of CUDA's toolkit")
+        return operators.not_built(
+            "spade_fast._cuda", "nvcc of CUDA's toolkit and a PyTorch with CUDA"
+        )
     try:
         torch.ops.load_library(found[0])
     except OSError as error:
@@ -42,7 +46,7 @@ def _capability(index):
 _capability_of = functools.cache(_capability)  # it stays, and is asked for in each call
 
 
-def why_not(x=None, gamma=None):
+def why_not(x: Tensor | None = None, gamma: Tensor | None = None) -> str | None:
     """Why these kernels cannot run (on x and γ), or None."""
     if failure is not None:
         return failure
@@ -59,24 +63,39 @@ def why_not(x=None, gamma=None):
     return None
 
 
-def dtype_at_windows(dtype):
+def dtype_at_windows(dtype: torch.dtype) -> torch.dtype:
     return dtype
 
 
-def convolve_windows(rows, weight, bias, offsets, listed):
+def convolve_windows(
+    rows: Tensor, weight: Tensor, bias: Tensor | None, offsets: Tensor, listed: Tensor
+) -> Tensor:
     """On tensor cores in half precision; in float32, where they would round, in plain PyTorch."""
     if rows.dtype not in HALF:
         return torch_backend.convolve_windows(rows, weight, bias, offsets, listed)
     return convolve_gathered(rows, [weight], [bias], offsets, listed)
 
 
-def convolve_gathered(rows, weights, biases, offsets, listed):
+def convolve_gathered(
+    rows: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    offsets: Tensor,
+    listed: Tensor,
+) -> Tensor:
     compiled = rows.dtype in HALF and weights[0].shape[2:].numel() <= MOST_TAPS
     kernels = torch.ops.spade_fast if compiled else torch_backend
     return kernels.convolve_gathered(rows, weights, biases, offsets, listed)
 
 
-def convolve_windows_gradients(gradient, rows, weights, back_offsets, back_listed, *wanted):
+def convolve_windows_gradients(
+    gradient: Tensor,
+    rows: Tensor | None,
+    weights: Sequence[Tensor],
+    back_offsets: Tensor,
+    back_listed: Tensor,
+    *wanted: bool,
+) -> tuple[Tensor | None, Sequence[Tensor | None]]:
     def sum_lists(part):
         return torch.ops.spade_fast.sum_lists(part, back_offsets, back_listed)
 

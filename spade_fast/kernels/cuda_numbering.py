@@ -7,38 +7,48 @@ hash_mask: which bits of hashes are used, so that a test can make them collide.
 
 import functools
 import math
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from . import numbering
+from .contract import Lists
 
 COUNTED = 2**30  # the kernels count in 30 bits: two more say what a count is
 ALL_BITS = 2**32 - 1
 CHUNK = 256  # places, of which each size has whole ones
 
 
-def of(namespace):
+def of(namespace: str) -> dict[str, Callable[..., Any]]:
     """What a backend has of them, where the operators are in this namespace."""
     operators = getattr(torch.ops, namespace)
-    return {
-        name: functools.partial(function, operators)
-        for name, function in {
-            "find_codes": find_codes,
-            "find_windows": find_windows,
-            "find_patches": find_patches,
-        }.items()
+    functions: dict[str, Callable[..., Any]] = {
+        "find_codes": find_codes,
+        "find_windows": find_windows,
+        "find_patches": find_patches,
     }
+    return {name: functools.partial(function, operators) for name, function in functions.items()}
 
 
-def find_codes(operators, segmap, hash_mask=ALL_BITS):
+def find_codes(
+    operators: Any, segmap: Tensor, hash_mask: int = ALL_BITS
+) -> tuple[Tensor, Tensor] | None:
     if len(segmap) * segmap.shape[2:].numel() >= COUNTED:
         return numbering.find_codes(segmap)
     return tuple(operators.find_codes(segmap, hash_mask)) or None
 
 
 def find_windows(
-    operators, codes, sizes, kernel_size, num_codes, dtype=torch.float32, hash_mask=ALL_BITS
-):
+    operators: Any,
+    codes: Tensor,
+    sizes: Sequence[Sequence[int]],
+    kernel_size: int,
+    num_codes: int,
+    dtype: torch.dtype = torch.float32,
+    hash_mask: int = ALL_BITS,
+) -> list[tuple[Lists, Lists, Tensor, Tensor]]:
     if not _can_be_counted(codes, sizes, kernel_size, num_codes):
         if len(sizes) == 1:
             return numbering.find_windows(codes, sizes, kernel_size, num_codes, dtype)
@@ -61,7 +71,15 @@ def find_windows(
     ]
 
 
-def find_patches(operators, codes, kernel_size, stride, padding, num_codes, hash_mask=ALL_BITS):
+def find_patches(
+    operators: Any,
+    codes: Tensor,
+    kernel_size: int,
+    stride: int,
+    padding: int,
+    num_codes: int,
+    hash_mask: int = ALL_BITS,
+) -> tuple[Tensor, Lists, Tensor, Tensor]:
     size = [(length + 2 * padding - kernel_size) // stride + 1 for length in codes.shape[1:]]
     if (
         max(kernel_size, stride, padding) >= COUNTED

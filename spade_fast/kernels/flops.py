@@ -8,33 +8,60 @@ import importlib.abc
 import importlib.util
 import math
 import sys
+from collections.abc import Sequence
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+from typing import Any
 
 import torch
 
 COUNTER = "torch.utils.flop_counter"
 
 
-def of_results(rows, weight, *others, out_shape=None, **settings):
+def of_results(
+    rows: torch.Size, weight: torch.Size, *others: object, out_shape: torch.Size, **settings: object
+) -> int:
     return 2 * rows[0] * math.prod(weight)  # of each row with each tap
 
 
-def of_weight(gradient, rows, weight, *others, out_shape=None, **settings):
+def of_weight(
+    gradient: torch.Size,
+    rows: torch.Size,
+    weight: torch.Size,
+    *others: object,
+    out_shape: torch.Size,
+    **settings: object,
+) -> int:
     return 2 * rows[0] * math.prod(weight)
 
 
-def of_rows(gradient, weight, *others, out_shape=None, **settings):
+def of_rows(
+    gradient: torch.Size,
+    weight: torch.Size,
+    *others: object,
+    out_shape: torch.Size,
+    **settings: object,
+) -> int:
     return 2 * out_shape[0] * math.prod(weight)
 
 
-def of_results_in_triton(rows, weight, *others, out_shape=None, **settings):
+def of_results_in_triton(
+    rows: torch.Size, weight: torch.Size, *others: object, out_shape: torch.Size, **settings: object
+) -> int:
     return 2 * out_shape[0] * math.prod(weight)  # of each window with each tap
 
 
-def of_gathered(rows, weights, *others, out_shape=None, **settings):
+def of_gathered(
+    rows: torch.Size,
+    weights: Sequence[torch.Size],
+    *others: object,
+    out_shape: torch.Size,
+    **settings: object,
+) -> int:
     return 2 * math.prod(out_shape) * math.prod(weights[0][1:])
 
 
-def register(module):
+def register(module: Any) -> None:
     for operator, formula in {
         torch.ops.spade_fast.convolve_windows: of_results,
         torch.ops.spade_fast.convolve_windows_weight: of_weight,
@@ -48,22 +75,26 @@ def register(module):
 class WhenImported(importlib.abc.MetaPathFinder):
     """Finds the counter's module as others would, once, and registers when it is loaded."""
 
-    def find_spec(self, name, path, target=None):
+    def find_spec(
+        self, name: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
         if name != COUNTER:
             return None
         sys.meta_path.remove(self)
         spec = importlib.util.find_spec(name)
-        load = spec.loader.exec_module
+        assert spec is not None  # it comes with torch
+        loader: Any = spec.loader
+        load = loader.exec_module
 
-        def exec_module(module):
+        def exec_module(module: ModuleType) -> None:
             load(module)
             register(module)
 
-        spec.loader.exec_module = exec_module
+        loader.exec_module = exec_module
         return spec
 
 
-def register_when_imported():
+def register_when_imported() -> None:
     """The operators are declared before that."""
     if COUNTER in sys.modules:
         register(sys.modules[COUNTER])

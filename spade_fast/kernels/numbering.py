@@ -9,17 +9,21 @@ made (and, for a condition, once before, to tell dense features early).
 
 import itertools
 import random
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
+
+from .contract import Lists
 
 SAMPLE = 1024  # pixels that tell dense features
 CHANNELS = 16  # of a condition, that are hashed or compared at a time
 BITS = {8: torch.int64, 4: torch.int32, 2: torch.int16}
 
 
-def find_codes(segmap):
+def find_codes(segmap: Tensor) -> tuple[Tensor, Tensor] | None:
     """The distinct vectors of a condition's pixels, bit for bit: codes, int32 [N, *spatial], and
     the first of all N · pixels places that has each. None where they are too many for a layout:
     more than 64 and a quarter of the pixels.
@@ -27,7 +31,11 @@ def find_codes(segmap):
     return find_codes_by(segmap, hash_vectors, vectors_differ)
 
 
-def find_codes_by(segmap, hash_vectors, vectors_differ):
+def find_codes_by(
+    segmap: Tensor,
+    hash_vectors: Callable[[Tensor, int], Tensor],
+    vectors_differ: Callable[[Tensor, Tensor], Tensor],
+) -> tuple[Tensor, Tensor] | None:
     """The same with other ways to do the two passes over the condition."""
     bits = segmap.view(BITS[segmap.element_size()]).flatten(2)
     if _are_dense(bits, hash_vectors):
@@ -39,12 +47,12 @@ def find_codes_by(segmap, hash_vectors, vectors_differ):
         if _are_many(count, firsts.numel()):
             return None
         if not collided:
-            return _numbers(firsts, ranks).view(segmap.shape[0], *segmap.shape[2:]), _first_places(
-                ranks, count
-            )
+            codes = _numbers(firsts, ranks).view(segmap.shape[0], *segmap.shape[2:])
+            return codes, _first_places(ranks, count)
+    raise AssertionError("attempts do not end")
 
 
-def hash_vectors(bits, multiplier):
+def hash_vectors(bits: Tensor, multiplier: int) -> Tensor:
     """A number for each pixel of bits [N, channels, pixels], whole numbers: [N, pixels], int64."""
     hashes = bits.new_zeros(bits.shape[0], bits.shape[2], dtype=torch.int64)
     for channel in bits.unbind(1):
@@ -55,7 +63,7 @@ def hash_vectors(bits, multiplier):
     return hashes
 
 
-def vectors_differ(bits, firsts):
+def vectors_differ(bits: Tensor, firsts: Tensor) -> Tensor:
     """Whether any pixel's vector is another than that of the place that `firsts`, [N · pixels],
     names for it.
     """
@@ -66,7 +74,7 @@ def vectors_differ(bits, firsts):
     return differ
 
 
-def number_windows(codes, kernel_size):
+def number_windows(codes: Tensor, kernel_size: int) -> tuple[Tensor, Tensor]:
     """The distinct windows of kernel_size taps per axis of codes [N, *spatial], int32 and not
     negative.
 
@@ -77,7 +85,13 @@ def number_windows(codes, kernel_size):
     return numbers, contents
 
 
-def find_windows(codes, sizes, kernel_size, num_codes, dtype=torch.float32):
+def find_windows(
+    codes: Tensor,
+    sizes: Sequence[Sequence[int]],
+    kernel_size: int,
+    num_codes: int,
+    dtype: torch.dtype = torch.float32,
+) -> list[tuple[Lists, Lists, Tensor, Tensor]]:
     """For each of these sizes, what codes [N, *spatial] become there (`resize_codes`): the windows
     of those, and the windows of these windows: two of `list_windows`, `index` and `order`, as
     `layout.Windows` has them.
@@ -96,19 +110,29 @@ def find_windows(codes, sizes, kernel_size, num_codes, dtype=torch.float32):
     return found
 
 
-def find_patches(*asked):
+def find_patches(
+    codes: Tensor, kernel_size: int, stride: int, padding: int, num_codes: int
+) -> tuple[Tensor, Lists, Tensor, Tensor]:
     """The windows that a convolution of codes [N, *spatial] sees: `contents`, `list_windows` of
     them, `index` and `order`, as `layout.Patches` has them.
 
-    asked: codes, kernel_size, stride, padding, num_codes; no window is larger than codes and
-        padding.
+    No window may be larger than codes and padding.
     """
-    return find_patches_by(*asked, number_windows, window_sums, sort_pixels)
+    return find_patches_by(
+        codes, kernel_size, stride, padding, num_codes, number_windows, window_sums, sort_pixels
+    )
 
 
 def find_patches_by(
-    codes, kernel_size, stride, padding, num_codes, number_windows, window_sums, sort_pixels
-):
+    codes: Tensor,
+    kernel_size: int,
+    stride: int,
+    padding: int,
+    num_codes: int,
+    number_windows: Callable[[Tensor, int], tuple[Tensor, Tensor]],
+    window_sums: Callable[[Tensor, int], Lists],
+    sort_pixels: Callable[[Tensor], Tensor],
+) -> tuple[Tensor, Lists, Tensor, Tensor]:
     """The same with other ways to do its parts."""
     # With the border around it as one more code, every window is within the map.
     numbers, contents = number_windows(
@@ -124,7 +148,7 @@ def find_patches_by(
     return contents, window_sums(contents, num_codes), index, sort_pixels(index)
 
 
-def resize_codes(codes, size, dtype=torch.float32):
+def resize_codes(codes: Tensor, size: Sequence[int], dtype: torch.dtype = torch.float32) -> Tensor:
     """codes [N, *spatial] at another size, by the pixels that `F.interpolate(mode="nearest")` takes
     of a condition in this dtype: on a CPU it reckons in float64 for float64, else in float32.
     """
@@ -140,11 +164,11 @@ def resize_codes(codes, size, dtype=torch.float32):
     return codes.contiguous()
 
 
-def reckoned(codes, dtype):
+def reckoned(codes: Tensor, dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 and codes.is_cpu else torch.float32
 
 
-def check_windows(hidden, num_codes):
+def check_windows(hidden: Tensor, num_codes: int) -> None:
     """Raises where lists would need numbers beyond int32."""
     windows, taps = hidden.shape
     if max(num_codes, windows) * taps >= 2**31:
@@ -154,14 +178,14 @@ def check_windows(hidden, num_codes):
         )
 
 
-def window_sums(contents, rows):
+def window_sums(contents: Tensor, rows: int) -> Lists:
     """The lists of windows, whose contents are [windows, taps] of `rows` rows, −1 beyond the
     border.
     """
     return list_windows(contents, rows, int((contents >= 0).sum()))
 
 
-def list_windows(contents, rows, seen):
+def list_windows(contents: Tensor, rows: int, seen: int) -> Lists:
     """The contents of windows, [windows, taps] of `rows` rows, as the lists for sums over them that
     `layout.Sums` describes.
 
@@ -190,7 +214,7 @@ def list_windows(contents, rows, seen):
     return offsets, listed, back_offsets, window_of[order]
 
 
-def sort_pixels(index):
+def sort_pixels(index: Tensor) -> Tensor:
     """`order` for an index: [N, *spatial] to [N, pixels]."""
     rows = index.flatten(1)
     images = torch.arange(len(rows), device=index.device)[:, None]
@@ -242,11 +266,8 @@ def _number_level(codes, kernel_size, attempt):
     taps, hashes = padded, padded.long()
     for dim in range(1, axes + 1):
         taps = taps.unfold(dim, kernel_size, 1)
-        factor, runs, hashes = (
-            multiplier(attempt, dim),
-            hashes.unfold(dim, kernel_size, 1).unbind(-1),
-            0,
-        )
+        factor = multiplier(attempt, dim)
+        hashes, *runs = hashes.unfold(dim, kernel_size, 1).unbind(-1)
         for run in runs:
             hashes = torch.add(run, hashes, alpha=factor)
     firsts = _first_equal(hashes.flatten())
@@ -275,7 +296,7 @@ def _taps_inside(codes, kernel_size):
     return taps
 
 
-def multiplier(attempt, axis=0):
+def multiplier(attempt: int, axis: int = 0) -> int:
     """A hash's multiplier: large and odd, another for each attempt and axis."""
     return random.Random(f"{attempt} {axis}").getrandbits(62) | 1
 

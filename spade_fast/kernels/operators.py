@@ -5,13 +5,16 @@ Compiled backends register their kernels for these (csrc/cpu for CPU, csrc/cuda 
 nothing compiled the operators still exist and can be checked.
 """
 
+from collections.abc import Callable, Iterable
+from typing import Any
+
 import torch
 
 from . import torch_backend
 from .contract import NUMBERING, OPERATIONS
 
 
-def declare(namespace, names):
+def declare(namespace: str, names: Iterable[str]) -> None:
     """Makes these operators exist in a namespace: each set of kernels for a device has its own."""
     for name in names:
         operator, operation = f"{namespace}::{name}", OPERATIONS[name]
@@ -19,7 +22,7 @@ def declare(namespace, names):
         torch.library.register_fake(operator, operation.checked(operation.fake))
 
 
-def declare_numbering(namespace):
+def declare_numbering(namespace: str) -> None:
     """The same of those that number: only compiled kernels for GPUs have them, and no compiler sees
     them.
     """
@@ -27,12 +30,12 @@ def declare_numbering(namespace):
         torch.library.define(f"{namespace}::{name}", schema)
 
 
-def implement(namespace, name, key, kernel):
+def implement(namespace: str, name: str, key: str, kernel: Callable[..., Any]) -> None:
     """Registers a kernel for a dispatch key ("CPU", "CUDA")."""
     torch.library.impl(f"{namespace}::{name}", key, OPERATIONS[name].checked(kernel))
 
 
-def declared(namespace, names):
+def declared(namespace: str, names: Iterable[str]) -> dict[str, Callable[..., Any]]:
     """These operators of a namespace, by name, as a `Backend` has them."""
     return {name: getattr(getattr(torch.ops, namespace), name).default for name in names}
 
@@ -43,7 +46,7 @@ for name in OPERATIONS:
     implement("spade_fast", name, "CompositeExplicitAutograd", getattr(torch_backend, name))
 
 
-def without_kernel(dispatch_key, names):
+def without_kernel(dispatch_key: str, names: Iterable[str]) -> list[str]:
     """Which of these operators have no compiled kernel for a device ("CPU", "CUDA")."""
     return [
         name
@@ -52,7 +55,7 @@ def without_kernel(dispatch_key, names):
     ]
 
 
-def not_built(library, needs):
+def not_built(library: str, needs: str) -> str:
     """Why a library that is missing is missing, and what to do."""
     return (
         f"the library {library} is not there: it was not built when the package was installed. It"
@@ -61,7 +64,7 @@ def not_built(library, needs):
     )
 
 
-def not_loaded(library, error):
+def not_loaded(library: str, error: Exception) -> str:
     """The same for one that is there."""
     return (
         f"the library {library} cannot be loaded: {error}. If another torch was installed since it"

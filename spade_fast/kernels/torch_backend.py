@@ -2,11 +2,15 @@
 derivatives go through. What their arguments are: `contract.py`.
 """
 
+from collections.abc import Callable, Sequence
+from typing import overload
+
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from . import numbering
-from .contract import Backend, is_channels_last, sum_dtype
+from .contract import Activation, Backend, is_channels_last, sum_dtype
 
 PIECE = 256  # numbers of a list that one thread of a GPU adds up: half of a map may be one window
 # Bytes of a convolution's products at windows, at a time: they stay in a GPU's cache, and are never
@@ -14,12 +18,12 @@ PIECE = 256  # numbers of a list that one thread of a GPU adds up: half of a map
 PRODUCTS = 2**25
 
 
-def why_not(x=None, gamma=None):
+def why_not(x: Tensor | None = None, gamma: Tensor | None = None) -> str | None:
     """Plain PyTorch runs everywhere."""
     return None
 
 
-def plane_moments(x):
+def plane_moments(x: Tensor) -> Tensor:
     pixels = x.flatten(2).to(sum_dtype(x.dtype))
     if x.numel() == 0:
         return pixels.new_zeros(2, *x.shape[:2])
@@ -30,21 +34,27 @@ def plane_moments(x):
     return torch.stack([(mean + correction).squeeze(2), squares])
 
 
-def look_up(rows, index):
+@overload
+def look_up(rows: Tensor, index: Tensor | None) -> Tensor: ...
+@overload
+def look_up(rows: None, index: Tensor | None) -> None: ...
+def look_up(rows: Tensor | None, index: Tensor | None) -> Tensor | None:
     """Rows of a table [K, C] as a tensor [N, C, *spatial]; what is not a table stays as it is."""
     if index is None or rows is None:
         return rows
     return rows.index_select(0, index.flatten()).view(*index.shape, rows.shape[1]).movedim(-1, 1)
 
 
-def dtype_at_windows(dtype):
+def dtype_at_windows(dtype: torch.dtype) -> torch.dtype:
     """What a convolution at windows is computed in, of a layer that convolves in `dtype`: each of
     its products is rounded to it.
     """
     return sum_dtype(dtype)
 
 
-def convolve_windows(rows, weight, bias, offsets, listed):
+def convolve_windows(
+    rows: Tensor, weight: Tensor, bias: Tensor | None, offsets: Tensor, listed: Tensor
+) -> Tensor:
     """rows [R, in] convolved with weight [out, in, *kernel] and bias [out] at the windows of a
     `layout.Sums`: [windows, out].
     """
@@ -59,8 +69,14 @@ def convolve_windows(rows, weight, bias, offsets, listed):
 
 
 def convolve_windows_gradients(
-    gradient, rows, weights, back_offsets, back_listed, wants_rows=True, wants_weights=True
-):
+    gradient: Tensor,
+    rows: Tensor | None,
+    weights: Sequence[Tensor],
+    back_offsets: Tensor,
+    back_listed: Tensor,
+    wants_rows: bool = True,
+    wants_weights: bool = True,
+) -> tuple[Tensor | None, Sequence[Tensor | None]]:
     """The gradients of rows and of each weight from that of the results of all, [windows, out of
     all]; None for what is not wanted.
     """
@@ -75,27 +91,34 @@ def convolve_windows_gradients(
 
 
 def gradients_of_sums(
-    sum_lists, gradient, rows, weights, back_offsets, wants_rows=True, wants_weights=True
-):
+    sum_lists: Callable[[Tensor], Tensor],
+    gradient: Tensor,
+    rows: Tensor | None,
+    weights: Sequence[Tensor],
+    back_offsets: Tensor,
+    wants_rows: bool = True,
+    wants_weights: bool = True,
+) -> tuple[Tensor | None, Sequence[Tensor | None]]:
     """The same with any sum_lists(part): some columns of the gradient, [windows, D], summed over
     the windows that see a row through a tap, [rows · taps, D].
     """
     shape = weights[0].shape[1:]
     taps, channels = shape[1:].numel(), shape[0]
     count, weight_parts, row_parts, end = (len(back_offsets) - 1) // taps, [], [], 0
-    by_tap = [weight.flatten(2).permute(2, 0, 1) for weight in weights]
     if wants_rows:
-        by_tap = by_tap[0] if len(by_tap) == 1 else torch.cat(by_tap, dim=1)
+        each = [weight.flatten(2).permute(2, 0, 1) for weight in weights]
+        by_tap = each[0] if len(each) == 1 else torch.cat(each, dim=1)
     for part in gradient.split(_channels_at_a_time(count, weights[0]), dim=1):
         begin, end = end, end + part.shape[1]
         sums = sum_lists(part).view(count, taps * part.shape[1])
         if wants_weights:
+            assert rows is not None
             product = (sums.t() @ rows).view(taps, part.shape[1], channels)
             weight_parts.append(product.permute(1, 2, 0))
         if wants_rows:
             matrix = by_tap[:, begin:end].reshape(taps * part.shape[1], channels)
             row_parts.append(sums @ matrix)
-    of_weights = [None] * len(weights)
+    of_weights: Sequence[Tensor | None] = [None] * len(weights)
     if wants_weights:
         joint = torch.cat(weight_parts).reshape(gradient.shape[1], *shape)
         of_weights = joint.split_with_sizes([weight.shape[0] for weight in weights])
@@ -110,7 +133,13 @@ def _added(products):
     return total.to(products[0].dtype)
 
 
-def convolve_gathered(rows, weights, biases, offsets, listed):
+def convolve_gathered(
+    rows: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    offsets: Tensor,
+    listed: Tensor,
+) -> Tensor:
     """convolve_windows with several weights of the same inputs, beside each other; each result is
     summed in no less than float32, and rounded once.
     """
@@ -120,39 +149,58 @@ def convolve_gathered(rows, weights, biases, offsets, listed):
     return convolve_windows(rows.to(wide), weight.to(wide), bias, offsets, listed).to(rows.dtype)
 
 
-def joined(weights, biases):
+def joined(
+    weights: Sequence[Tensor], biases: Sequence[Tensor | None]
+) -> tuple[Tensor, Tensor | None]:
     """Several convolutions of the same inputs as one: its weight, and its bias if one has one."""
     if len(weights) == 1:
         return weights[0], biases[0]
     if all(bias is None for bias in biases):
-        return torch.cat(weights), None
+        return torch.cat(list(weights)), None
     parts = [
         weight.new_zeros(weight.shape[0]) if bias is None else bias
         for weight, bias in zip(weights, biases)
     ]
-    return torch.cat(weights), torch.cat(parts)
+    return torch.cat(list(weights)), torch.cat(parts)
 
 
-def sum_lists(x, offsets, listed):
+def sum_lists(x: Tensor, offsets: Tensor, listed: Tensor) -> Tensor:
     """Sums of listed rows: x [R, D] to [len(offsets) − 1, D]; sum i is over
     x[listed[offsets[i]:offsets[i + 1]]].
     """
     return _sum_pieces(x, *_in_pieces(offsets, listed))
 
 
-def convolve_windows_rows(gradient, weight, back_offsets, back_listed):
-    return convolve_windows_gradients(
+def convolve_windows_rows(
+    gradient: Tensor, weight: Tensor, back_offsets: Tensor, back_listed: Tensor
+) -> Tensor:
+    of_rows, _ = convolve_windows_gradients(
         gradient, None, [weight], back_offsets, back_listed, wants_weights=False
-    )[0]
+    )
+    assert of_rows is not None
+    return of_rows
 
 
-def convolve_windows_weight(gradient, rows, weight, back_offsets, back_listed):
-    return convolve_windows_gradients(
+def convolve_windows_weight(
+    gradient: Tensor, rows: Tensor, weight: Tensor, back_offsets: Tensor, back_listed: Tensor
+) -> Tensor:
+    _, (of_weight,) = convolve_windows_gradients(
         gradient, rows, [weight], back_offsets, back_listed, wants_rows=False
-    )[1][0]
+    )
+    assert of_weight is not None
+    return of_weight
 
 
-def apply(x, planes, gamma, beta, index, activation, negative_slope, keep_signs):
+def apply(
+    x: Tensor,
+    planes: Tensor,
+    gamma: Tensor,
+    beta: Tensor,
+    index: Tensor | None,
+    activation: Activation | None,
+    negative_slope: float,
+    keep_signs: bool,
+) -> tuple[Tensor, Tensor]:
     """y in the dtype that x and γ promote to, in x's memory layout; signs, of size 0 unless wanted
     and needed.
     """
@@ -178,14 +226,34 @@ def apply(x, planes, gamma, beta, index, activation, negative_slope, keep_signs)
     return y.clone() if torch.compiler.is_compiling() else y, signs
 
 
-def apply_out(x, planes, gamma, beta, index, activation, negative_slope, out):
+def apply_out(
+    x: Tensor,
+    planes: Tensor,
+    gamma: Tensor,
+    beta: Tensor,
+    index: Tensor | None,
+    activation: Activation | None,
+    negative_slope: float,
+    out: Tensor,
+) -> None:
     """The same y written to `out`, which has its shape and dtype and lies as x does, without gaps;
     it may be x, γ or β itself.
     """
     out.copy_(apply(x, planes, gamma, beta, index, activation, negative_slope, False)[0])
 
 
-def backward_sums(dy, x, planes, gamma, beta, index, order, signs, activation, negative_slope):
+def backward_sums(
+    dy: Tensor,
+    x: Tensor,
+    planes: Tensor,
+    gamma: Tensor,
+    beta: Tensor | None,
+    index: Tensor | None,
+    order: Tensor | None,
+    signs: Tensor,
+    activation: Activation | None,
+    negative_slope: float,
+) -> tuple[Tensor, Tensor, Tensor]:
     """dγ, dβ and sums. dβ has size 0 without an activation and an index: it is dy itself."""
     table, gamma, beta = gamma, look_up(gamma, index), look_up(beta, index)
     normalised = _normalise(x, planes, gamma)
@@ -205,7 +273,18 @@ def backward_sums(dy, x, planes, gamma, beta, index, order, signs, activation, n
     )
 
 
-def backward_input(dy, x, planes, gamma, beta, index, signs, terms, activation, negative_slope):
+def backward_input(
+    dy: Tensor,
+    x: Tensor,
+    planes: Tensor,
+    gamma: Tensor,
+    beta: Tensor | None,
+    index: Tensor | None,
+    signs: Tensor,
+    terms: Tensor | None,
+    activation: Activation | None,
+    negative_slope: float,
+) -> Tensor:
     """dx = scale·q + constant + slope·(x − shift), in x's dtype and memory layout; terms None: just
     scale·q.
     """
@@ -220,7 +299,16 @@ def backward_input(dy, x, planes, gamma, beta, index, signs, terms, activation, 
     return normalised.copy_(x).sub_(shift).mul_(slope).add_(constant).add_(scale_q).to(x.dtype)
 
 
-def instance_forward(x, gamma, beta, index, eps, activation, negative_slope, keep_signs):
+def instance_forward(
+    x: Tensor,
+    gamma: Tensor,
+    beta: Tensor,
+    index: Tensor | None,
+    eps: float,
+    activation: Activation | None,
+    negative_slope: float,
+    keep_signs: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
     """plane_moments and apply for instance norm: y, signs, and the planes they were made with."""
     mean, squares = plane_moments(x)
     inverse_deviation = torch.rsqrt(squares / max(x.shape[2:].numel(), 1) + eps)
@@ -228,7 +316,18 @@ def instance_forward(x, gamma, beta, index, eps, activation, negative_slope, kee
     return *apply(x, planes, gamma, beta, index, activation, negative_slope, keep_signs), planes
 
 
-def instance_backward(dy, x, planes, gamma, beta, index, order, signs, activation, negative_slope):
+def instance_backward(
+    dy: Tensor,
+    x: Tensor,
+    planes: Tensor,
+    gamma: Tensor,
+    beta: Tensor | None,
+    index: Tensor | None,
+    order: Tensor | None,
+    signs: Tensor,
+    activation: Activation | None,
+    negative_slope: float,
+) -> tuple[Tensor, Tensor, Tensor]:
     """backward_sums and backward_input for instance norm: dγ, dβ (of size 0 where it is dy itself)
     and dx.
     """
@@ -245,7 +344,16 @@ def instance_backward(dy, x, planes, gamma, beta, index, order, signs, activatio
     )
 
 
-def through_activation(dy, x, normalised, gamma, beta, signs, activation, negative_slope):
+def through_activation(
+    dy: Tensor,
+    x: Tensor,
+    normalised: Tensor,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    signs: Tensor,
+    activation: Activation | None,
+    negative_slope: float,
+) -> Tensor:
     """g: dy times the activation's derivative, in the dtype of x̂."""
     dy = dy.to(normalised.dtype)
     if activation is None:

@@ -6,9 +6,11 @@ TRITON_INTERPRET=1 asks for it.
 """
 
 import importlib.util
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
+from torch import Tensor
 
 from . import contract, operators, torch_backend
 from .interpreted import INTERPRETED
@@ -34,11 +36,13 @@ for name in KERNELS:
         operators.implement(NAMESPACE, name, key, _kernel(name))
 
 
-def dtype_at_windows(dtype):
+def dtype_at_windows(dtype: torch.dtype) -> torch.dtype:
     return dtype
 
 
-def convolve_windows(rows, weight, bias, offsets, listed):
+def convolve_windows(
+    rows: Tensor, weight: Tensor, bias: Tensor | None, offsets: Tensor, listed: Tensor
+) -> Tensor:
     """On tensor cores in half precision; in float32, where they would round, in plain PyTorch."""
     half = rows.dtype in (torch.bfloat16, torch.float16)
     return (torch.ops.spade_fast_triton if half else torch_backend).convolve_windows(
@@ -46,13 +50,19 @@ def convolve_windows(rows, weight, bias, offsets, listed):
     )
 
 
-def convolve_gathered(rows, weights, biases, offsets, listed):
+def convolve_gathered(
+    rows: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    offsets: Tensor,
+    listed: Tensor,
+) -> Tensor:
     """As one convolution: what joins them costs less than a second launch."""
     weight, bias = torch_backend.joined(weights, biases)
     return convolve_windows(rows, weight, bias, offsets, listed)
 
 
-_failures = []  # of the import, once it was tried: why it failed, or None
+_failures: list[str | None] = []  # of the import, once it was tried: why it failed, or None
 
 
 def _import_failure():
@@ -68,7 +78,7 @@ def _import_failure():
     return _failures[0]
 
 
-def why_not(x=None, gamma=None):
+def why_not(x: Tensor | None = None, gamma: Tensor | None = None) -> str | None:
     """Why these kernels cannot run (on x and γ), or None."""
     if not INSTALLED:
         return "Triton is not installed"

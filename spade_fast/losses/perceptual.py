@@ -2,16 +2,15 @@
 do.
 """
 
-import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 import torch.nn as nn
 
 from ..checkpoint import read
-from ..checkpoint.parts import differences
+from ..checkpoint.parts import Source, differences
 from ..kernels.contract import sum_dtype
 
 FILE = "vgg19-dcbb9e9d.pth"  # torchvision's name for the weights of its VGG19
@@ -33,7 +32,7 @@ class VGG19(nn.Module):
             Or it is no file of weights: see `checkpoint.read`.
     """
 
-    def __init__(self, weights: str | os.PathLike | Mapping[str, torch.Tensor]):
+    def __init__(self, weights: Source):
         super().__init__()
         with torch.device("meta"):  # no random weights are drawn for what is overwritten
             self.features = nn.Sequential(*_layers())
@@ -81,7 +80,9 @@ class Perceptual(nn.Module):
         ValueError: the weights are not those of VGG19.
     """
 
-    def __init__(self, weights: str | os.PathLike | Mapping[str, torch.Tensor] | None = None):
+    __call__: Callable[..., torch.Tensor]  # nn.Module's returns Any
+
+    def __init__(self, weights: Source | None = None):
         super().__init__()
         self.vgg = VGG19(_cached() if weights is None else weights).eval()
 

@@ -17,7 +17,7 @@ NEITHER = object()  # is equal to no setting
 BATCH_NORM_TYPES = (*BATCH_NORMS.values(), nn.SyncBatchNorm)  # which keep the same numbers
 
 
-def remember(network, arguments: dict):
+def remember(network: nn.Module, arguments: dict) -> None:
     """Makes `arguments`, plain values as JSON has them, an attribute of a network that has just
     been made, and puts them into the metadata of every state_dict that is made of it, alone or
     within other modules. One that is an attribute of the network, too, is there as it is then.
@@ -25,7 +25,7 @@ def remember(network, arguments: dict):
 
     torch.save writes that metadata and `load_state_dict` passes over what it does not know in it.
     """
-    network.arguments, network.made_with = arguments, _settings(network)
+    vars(network).update(arguments=arguments, made_with=_settings(network))
     network.register_state_dict_post_hook(_describe)
 
 

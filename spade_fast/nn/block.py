@@ -1,9 +1,14 @@
 """The residual block of the SPADE generators."""
 
+import argparse
+from collections.abc import Callable
+from typing import Any, Protocol
+
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from ..kernels.contract import Activation
 from ..layout import SemanticLayout
 from ..ops.modulate import plane_moments
 from ..recording import is_recorded, of_their_class, ordinary
@@ -15,10 +20,14 @@ from .spade import SPADE, SpatiallyAdaptive
 from .spectral import convolve
 from .upsampled import repeat_pixels, repeats
 
-ACTIVATIONS = {nn.LeakyReLU: "leaky_relu", nn.ReLU: "relu", nn.SiLU: "silu"}
+ACTIVATIONS: dict[type[nn.Module], Activation] = {
+    nn.LeakyReLU: "leaky_relu",
+    nn.ReLU: "relu",
+    nn.SiLU: "silu",
+}
 
 
-class ResidualBlock:
+class ResidualBlock(nn.Module):
     """What a module does as the residual block, whatever its class: it has norm_0, norm_1, conv_0,
     conv_1; norm_s and conv_s or neither.
 
@@ -26,6 +35,14 @@ class ResidualBlock:
     watched, or is another class's, is called with what the block was called with, and without its
     activation: what sees it sees what it would of the plain block.
     """
+
+    norm_0: nn.Module
+    norm_1: nn.Module
+    norm_s: nn.Module
+    conv_0: nn.Module
+    conv_1: nn.Module
+    conv_s: nn.Module
+    se: nn.Module
 
     def forward(
         self, x: torch.Tensor, segmap: torch.Tensor | SemanticLayout, scale: int = 1
@@ -53,31 +70,33 @@ class ResidualBlock:
     ) -> torch.Tensor:
         """forward, of arguments that have been checked."""
         x = with_channels_together(ordinary(x), scale)
-        has_shortcut, open_0 = has_part(self, "norm_s"), is_open(self.norm_0, x, segmap)
-        open_s = has_shortcut and is_open(self.norm_s, x, segmap)
+        has_shortcut, open_0 = has_part(self, "norm_s"), opened(self.norm_0, x, segmap)
+        open_s = opened(self.norm_s, x, segmap) if has_shortcut else None
         moments = None
-        taking = (open_0 and self.norm_0.measures) + (open_s and self.norm_s.measures)
+        taking = sum(norm.measures for norm in (open_0, open_s) if norm is not None)
         if taking + (scale > 1) >= 2 and not is_recorded(x):  # one pass for both, or a smaller one
             moments = repeated_moments(plane_moments(x), scale ** (x.dim() - 2))
         x = repeat_pixels(x, scale)
-        seen = find_layout(segmap)
-        if seen is None:  # resized once for all SPADEs
+        layout = find_layout(segmap)
+        seen = segmap if layout is None else layout
+        if isinstance(seen, torch.Tensor):  # resized once for all SPADEs
             size = x.shape[2:]
-            seen = segmap if repeats(segmap, size) > 1 else resize(segmap, size)
-            seen = like_pixels_of(x, seen)
+            seen = like_pixels_of(x, seen if repeats(seen, size) > 1 else resize(seen, size))
         shortcut = x
         if has_shortcut:
-            given = seen if open_s else segmap
+            given = segmap if open_s is None else seen
             shortcut = convolve(self.conv_s, normalised(self.norm_s, open_s, x, given, moments))
         parts = self._modules.values()
         activation = next((module for module in parts if type(module) in ACTIVATIONS), None)
-        watched = activation is not None and is_watched(activation)
-        settings = (None, 0.0) if watched else activation_settings(activation)
-        dx = normalised(self.norm_0, open_0, x, seen if open_0 else segmap, moments, *settings)
-        dx = convolve(self.conv_0, activation(dx) if watched else dx)
-        open_1 = is_open(self.norm_1, dx, segmap)
-        dx = normalised(self.norm_1, open_1, dx, seen if open_1 else segmap, None, *settings)
-        dx = convolve(self.conv_1, activation(dx) if watched else dx)
+        watched = activation if activation is not None and is_watched(activation) else None
+        settings = activation_settings(activation) if watched is None else (None, 0.0)
+        given = segmap if open_0 is None else seen
+        dx = normalised(self.norm_0, open_0, x, given, moments, *settings)
+        dx = convolve(self.conv_0, dx if watched is None else watched(dx))
+        open_1 = opened(self.norm_1, dx, segmap)
+        given = segmap if open_1 is None else seen
+        dx = normalised(self.norm_1, open_1, dx, given, None, *settings)
+        dx = convolve(self.conv_1, dx if watched is None else watched(dx))
         dx = self.se(dx) if "se" in self._modules else dx
         if has_shortcut and not torch.is_grad_enabled() and may_overwrite_result(self.conv_s):
             if shortcut.dtype == dx.dtype and shortcut.shape == dx.shape:
@@ -85,52 +104,62 @@ class ResidualBlock:
         return of_their_class(shortcut + dx, segmap)
 
 
-def is_open(norm: nn.Module, x: torch.Tensor, segmap: torch.Tensor | SemanticLayout) -> bool:
-    """Whether a norm is a SPADE that may be given more than it is called with."""
-    return isinstance(norm, SpatiallyAdaptive) and norm.is_open(x, segmap)
+def opened(
+    norm: nn.Module, x: torch.Tensor, segmap: torch.Tensor | SemanticLayout
+) -> SpatiallyAdaptive | None:
+    """The norm, where it is a SPADE that may be given more than it is called with; else None."""
+    return norm if isinstance(norm, SpatiallyAdaptive) and norm.is_open(x, segmap) else None
 
 
 def normalised(
     norm: nn.Module,
-    opened: bool,
+    spade: SpatiallyAdaptive | None,
     x: torch.Tensor,
     segmap: torch.Tensor | SemanticLayout,
     moments: torch.Tensor | None,
-    activation: str | None = None,
+    activation: Activation | None = None,
     negative_slope: float = 0.0,
 ) -> torch.Tensor:
-    """A norm of x and the activation that follows it: in the same pass where it is open."""
-    if not opened:
+    """A norm of x and the activation that follows it: in the same pass where it is `opened`."""
+    if spade is None:
         return activate(norm(x, segmap), activation, negative_slope)
-    moments = moments if norm.measures else None
-    return norm.modulate(x, segmap, activation, negative_slope, moments)
+    moments = moments if spade.measures else None
+    return spade.modulate(x, segmap, activation, negative_slope, moments)
 
 
 def has_part(module: nn.Module, name: str) -> bool:
     return name in module._modules and module._modules[name] is not None
 
 
-def activation_settings(module: nn.Module | None) -> tuple[str, float]:
+def activation_settings(module: nn.Module | None) -> tuple[Activation | None, float]:
     """An activation as a SPADE's `activation` and `negative_slope`."""
     if module is None:
         return "leaky_relu", 0.2
     return ACTIVATIONS[type(module)], getattr(module, "negative_slope", 0.2)
 
 
-def activate(y: torch.Tensor, activation: str | None, negative_slope: float) -> torch.Tensor:
+def activate(y: torch.Tensor, activation: Activation | None, negative_slope: float) -> torch.Tensor:
     """The same after a SPADE that was called."""
     if activation == "leaky_relu":
         return F.leaky_relu(y, negative_slope)
-    functions = {None: lambda y: y, "relu": F.relu, "silu": F.silu}
-    return functions[activation](y)
+    if activation is None:
+        return y
+    return F.relu(y) if activation == "relu" else F.silu(y)
 
 
-def repeated_moments(moments, times):
+def repeated_moments(moments: torch.Tensor, times: int) -> torch.Tensor:
     """`plane_moments` of x with every pixel repeated: the mean stays, there are more squares."""
     return torch.stack([moments[0], times * moments[1]]) if times > 1 else moments
 
 
-class SPADEResnetBlock(ResidualBlock, nn.Module):
+class PublishedOptions(Protocol):
+    """The options of the published code, as much of them as a block reads."""
+
+    norm_G: str
+    semantic_nc: int
+
+
+class SPADEResnetBlock(ResidualBlock):
     """x + conv_1(a(norm_1(conv_0(a(norm_0(x)))))), a = leaky ReLU of slope 0.2; where fin ≠ fout
     conv_s(norm_s(x)) replaces x.
 
@@ -155,11 +184,13 @@ class SPADEResnetBlock(ResidualBlock, nn.Module):
         ValueError: an argument is not as said above; the message names it.
     """
 
+    __call__: Callable[..., torch.Tensor]  # nn.Module's returns Any
+
     def __init__(
         self,
         fin: int,
         fout: int,
-        norm_G: str,
+        norm_G: str | argparse.Namespace | PublishedOptions,
         label_nc: int | None = None,
         use_se: bool = False,
         dilation: int = 1,
@@ -168,12 +199,14 @@ class SPADEResnetBlock(ResidualBlock, nn.Module):
         spatial_dims: int = 2,
     ) -> None:
         super().__init__()
-        if label_nc is None and hasattr(norm_G, "norm_G") and hasattr(norm_G, "semantic_nc"):
-            norm_G, label_nc = norm_G.norm_G, norm_G.semantic_nc  # the published code's options
+        options: Any = norm_G
+        if label_nc is None and hasattr(options, "norm_G") and hasattr(options, "semantic_nc"):
+            norm_G, label_nc = options.norm_G, options.semantic_nc  # the published code's options
         config = parse_config(norm_G, "norm_G")
         spatial_dims = dimensions(spatial_dims)
         fin, fout = whole_number("fin", fin), whole_number("fout", fout)
         dilation, fmiddle = whole_number("dilation", dilation), min(fin, fout)
+        label_nc = whole_number("label_nc", label_nc)
 
         def convolution(*arguments, **settings):
             module = CONVOLUTIONS[spatial_dims](*arguments, **settings)
@@ -204,7 +237,7 @@ class SPADEResnetBlock(ResidualBlock, nn.Module):
 class SPADEResBlk(SPADEResnetBlock):
     """The block by its shorter name: instance norm, 3×3 convolutions, no spectral norm."""
 
-    def __init__(self, fin, fout, label_nc):
+    def __init__(self, fin: int, fout: int, label_nc: int) -> None:
         super().__init__(fin, fout, "spadeinstance3x3", label_nc)
 
 
@@ -213,13 +246,13 @@ class SqueezeExcitation(nn.Module):
     between (Hu et al. 2018).
     """
 
-    def __init__(self, channels):
+    def __init__(self, channels: int) -> None:
         super().__init__()
         squeezed = max(channels // 16, 1)
         self.fc = nn.Sequential(
             nn.Linear(channels, squeezed), nn.ReLU(), nn.Linear(squeezed, channels), nn.Sigmoid()
         )
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         scale = self.fc(x.flatten(2).mean(-1))
         return x * scale.reshape(*scale.shape, *[1] * (x.dim() - 2))

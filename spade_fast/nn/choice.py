@@ -3,6 +3,7 @@ its condition, its parts and whoever looks on allow, and what pays.
 """
 
 import math
+from typing import Literal, get_args
 
 import torch
 from torch.utils.weak import WeakTensorKeyDictionary
@@ -14,7 +15,8 @@ from ..streams import made_here, read_here
 from .parts import Convolutions, Known
 from .tables import dtype_of_convolution
 
-MODES = ("auto", "always", "never")
+Mode = Literal["auto", "always", "never"]
+MODES: tuple[Mode, ...] = get_args(Mode)
 # Beside a multiply-add, as `python -m benchmarks run layer` shows on a CPU: an addition of rows,
 # which memory limits; what a convolution spends on bringing one weight into its own order; and what
 # windows cost more than their count, mostly in backward.
@@ -37,13 +39,13 @@ class window_mode(Scope):
     `with window_mode("never"):` holds inside, `window_mode("never")` alone from then on.
     """
 
-    def __init__(self, mode: str) -> None:
+    def __init__(self, mode: Mode) -> None:
         if mode not in MODES:
             raise ValueError(f"mode is {mode!r}, it should be one of {', '.join(MODES)}")
         super().__init__(mode)
 
 
-def current_mode() -> str:
+def current_mode() -> Mode:
     return window_mode.setting_here("auto")
 
 

@@ -4,7 +4,9 @@ with, such as "spectralspadesyncbatch3x3".
 
 import operator
 import re
-from typing import NamedTuple
+from typing import Any, NamedTuple, SupportsIndex
+
+from ..ops.norms import Kind
 
 GRAMMAR = (
     "[spectral]spade[spectral][instance|batch|syncbatch|group][KxK], K odd;"
@@ -17,27 +19,30 @@ _PATTERN = re.compile(
 
 class Config(NamedTuple):
     spectral: bool
-    norm: str
+    norm: Kind
     kernel_size: int
 
 
-def parse_config(text, argument):
+def parse_config(text: object, argument: str) -> Config:
     """A Config from the text; what does not follow the grammar is a ValueError that names the
     argument and shows the grammar.
     """
     match = _PATTERN.fullmatch(text) if isinstance(text, str) else None
     if match is None:
         raise ValueError(f"{argument} is {text!r}, it should be {GRAMMAR}")
-    before, after, norm, kernel_size = match.groups()
+    found: tuple[Any, ...] = match.groups()
+    before, after, norm, kernel_size = found
     return Config(bool(before or after), norm or "instance", int(kernel_size or 3))
 
 
-def whole_number(name: str, value, least: int = 1) -> int:
+def whole_number(name: str, value: object, least: int = 1) -> int:
     """An argument's value as an int; NumPy's integers are whole numbers, too, and True is none.
     Errors: ValueError where it is none, or smaller than `least`.
     """
     try:
-        number = least - 1 if isinstance(value, bool) else operator.index(value)
+        if isinstance(value, bool) or not isinstance(value, SupportsIndex):
+            raise TypeError
+        number = operator.index(value)
     except TypeError:
         number = least - 1
     if number < least:
@@ -49,7 +54,7 @@ def whole_number(name: str, value, least: int = 1) -> int:
     return number
 
 
-def dimensions(spatial_dims) -> int:
+def dimensions(spatial_dims: object) -> int:
     """spatial_dims as an int. Errors: ValueError where it is not 1, 2 or 3."""
     try:
         number = whole_number("spatial_dims", spatial_dims)
@@ -60,7 +65,7 @@ def dimensions(spatial_dims) -> int:
     return number
 
 
-def odd_number(name: str, value) -> int:
+def odd_number(name: str, value: object) -> int:
     """The same of an odd number. Errors: ValueError where it is none."""
     try:
         number = whole_number(name, value)

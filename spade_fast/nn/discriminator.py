@@ -2,6 +2,9 @@
 several scales.
 """
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -13,13 +16,13 @@ from ..recording import is_recorded
 from .arguments import remember
 from .choice import find_layout
 from .config import dimensions, whole_number
-from .modules import CONVOLUTIONS, is_plain, is_watched
+from .modules import CONVOLUTIONS, Convolution, is_plain, is_watched
 from .normalised import NEGATIVE_SLOPE, NormalisedConvolution
 from .pixels import FORMATS
 from .tables import dtype_of_convolution
 
 POOLS = {1: F.avg_pool1d, 2: F.avg_pool2d, 3: F.avg_pool3d}
-HALF = {
+HALF: dict[str, Any] = {
     "kernel_size": 3,
     "stride": 2,
     "padding": 1,
@@ -33,7 +36,9 @@ class PatchDiscriminator(nn.Module):
     condition's part up, a row for each distinct window.
     """
 
-    def __init__(self, input_nc, ndf=64, *, n_layers=4, spatial_dims=2):
+    def __init__(
+        self, input_nc: int, ndf: int = 64, *, n_layers: int = 4, spatial_dims: int = 2
+    ) -> None:
         super().__init__()
         convolution, width = CONVOLUTIONS[spatial_dims], ndf
         self.model0 = nn.Sequential(
@@ -52,16 +57,16 @@ class PatchDiscriminator(nn.Module):
             self.add_module(f"model{number}", nn.Sequential(layer))
         self.add_module(f"model{n_layers}", nn.Sequential(convolution(width, 1, 4, padding=2)))
 
-    def forward(self, x, layout=None):
+    def forward(self, x: torch.Tensor, layout: SemanticLayout | None = None) -> list[torch.Tensor]:
         """The results of all layers: the last [N, 1, *size], how real each patch looks; those
         before it are its features.
 
         x: [N, input_nc, *spatial], condition and image together, or with a layout the image alone.
         """
-        looks_up = layout is not None and self._may_look_up(x, layout)
-        if layout is not None and not looks_up:
-            x = together(layout, x)
-        results = [self._first(x, layout) if looks_up else self.model0(x)]
+        if layout is not None and self._may_look_up(x, layout):
+            results = [self._first(x, layout)]
+        else:
+            results = [self.model0(x if layout is None else together(layout, x))]
         for layer in list(self.children())[1:]:
             results.append(layer(results[-1]))
         return results
@@ -71,7 +76,8 @@ class PatchDiscriminator(nn.Module):
         if is_recorded(image) or is_watched(self.model0) or len(self.model0) != 2:
             return False
         convolution, activation = self.model0
-        if not is_plain(convolution, CONVOLUTIONS.values()):
+        is_known = is_plain(convolution, CONVOLUTIONS.values())
+        if not is_known or not isinstance(convolution, Convolution):
             return False
         sizes = (convolution.kernel_size, convolution.stride, convolution.padding)
         channels = layout.label_nc + image.shape[1]
@@ -84,8 +90,10 @@ class PatchDiscriminator(nn.Module):
             and convolution.weight.shape[1:] == (channels, *convolution.kernel_size)
         )
 
-    def _first(self, image, layout):
+    def _first(self, image: torch.Tensor, layout: SemanticLayout) -> torch.Tensor:
         convolution, activation = self.model0
+        assert isinstance(convolution, Convolution) and isinstance(activation, nn.LeakyReLU)
+        assert isinstance(convolution.padding, tuple)
         of_condition, of_image = convolution.weight.split([layout.label_nc, image.shape[1]], dim=1)
         x = convolution._conv_forward(image, of_image, convolution.bias)
         patches = layout.patches(
@@ -121,7 +129,18 @@ class MultiscaleDiscriminator(nn.Module):
         spatial_dims: 1, 2 or 3.
     """
 
-    def __init__(self, input_nc, n_scales=2, ndf=64, *, n_layers=4, spatial_dims=2):
+    __call__: Callable[..., list[list[torch.Tensor]]]  # nn.Module's returns Any
+    arguments: dict[str, Any]
+
+    def __init__(
+        self,
+        input_nc: int,
+        n_scales: int = 2,
+        ndf: int = 64,
+        *,
+        n_layers: int = 4,
+        spatial_dims: int = 2,
+    ) -> None:
         super().__init__()
         input_nc, n_scales, ndf, n_layers = (
             whole_number("input_nc", input_nc),
@@ -148,7 +167,9 @@ class MultiscaleDiscriminator(nn.Module):
             },
         )
 
-    def forward(self, x, segmap=None):
+    def forward(
+        self, x: torch.Tensor, segmap: torch.Tensor | SemanticLayout | None = None
+    ) -> list[list[torch.Tensor]]:
         """A list for each scale, of the results of its layers: the last one [M, 1, *size],
         those before it its features.
 
@@ -163,7 +184,7 @@ class MultiscaleDiscriminator(nn.Module):
             ValueError, TypeError: an argument is not as said above; the message names it.
         """
         layout = self._check(x, segmap)
-        if layout is None and segmap is not None:
+        if layout is None and isinstance(segmap, torch.Tensor):
             times = len(x) // max(1, len(segmap))
             x = torch.cat([segmap.repeat(times, *[1] * (segmap.dim() - 1)), x], dim=1)
         elif layout is not None:

@@ -3,6 +3,8 @@ style, z.
 """
 
 import itertools
+from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn as nn
@@ -27,7 +29,11 @@ class ConvEncoder(nn.Module):
         input_nc: channels of the image.
     """
 
-    def __init__(self, ndf=64, z_dim=256, *, input_nc=3):
+    __call__: Callable[..., tuple[torch.Tensor, torch.Tensor]]  # nn.Module's returns Any
+    arguments: dict[str, Any]
+    layer1: NormalisedConvolution
+
+    def __init__(self, ndf: int = 64, z_dim: int = 256, *, input_nc: int = 3) -> None:
         super().__init__()
         ndf, z_dim, input_nc = (
             whole_number("ndf", ndf),
@@ -44,7 +50,7 @@ class ConvEncoder(nn.Module):
         self.fc_var = nn.Linear(features, z_dim)
         remember(self, {"ndf": ndf, "z_dim": z_dim, "input_nc": input_nc})
 
-    def forward(self, image):
+    def forward(self, image: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The mean and the logarithm of the variance of z, both [N, z_dim], for images [N,
         input_nc, H, W] between −1 and 1.
         """
@@ -61,7 +67,7 @@ class ConvEncoder(nn.Module):
         return self.fc_mu(x), self.fc_var(x)
 
 
-def reparameterize(mu, logvar):
+def reparameterize(mu: torch.Tensor, logvar: torch.Tensor) -> torch.Tensor:
     """z of a normal distribution with this mean and logarithm of the variance, differentiable in
     both (Kingma and Welling 2014).
     """

@@ -6,8 +6,8 @@ import itertools
 import math
 import numbers
 import operator
-from collections.abc import Iterable
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 import torch.nn as nn
@@ -26,6 +26,9 @@ from .spade import SpatiallyAdaptive, batch_of
 from .spectral import fold_spectral_norm
 from .upsampled import convolve_repeated, may_sum_weights, repeat_pixels
 
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
 
 class Stage(NamedTuple):
     """One residual block of a generator."""
@@ -40,6 +43,10 @@ FROM_NOISE = (
     *(Stage(f"up_{number}", width, 2) for number, width in enumerate((16, 8, 4, 2, 1), start=1)),
 )
 NORM_G = "spectralspadesyncbatch3x3"
+
+
+Dataset = Literal["coco", "ade20k", "cityscapes"]
+Doublings = Literal["normal", "more", "most"]
 
 
 class Published(NamedTuple):
@@ -91,21 +98,23 @@ class SPADEGenerator(nn.Module):
     """
 
     recompute = False
+    __call__: Callable[..., torch.Tensor]  # nn.Module's returns Any
+    arguments: dict[str, Any]
 
     def __init__(
         self,
-        label_nc,
-        z_dim=256,
-        ngf=64,
+        label_nc: int,
+        z_dim: int | None = 256,
+        ngf: int = 64,
         *,
-        stages=FROM_NOISE,
-        last_scale=2,
-        start=4,
-        norm_G="spadeinstance3x3",
-        nhidden=128,
-        output_nc=3,
-        spatial_dims=2,
-    ):
+        stages: Iterable[Sequence[Any]] = FROM_NOISE,
+        last_scale: int = 2,
+        start: int | Iterable[int] = 4,
+        norm_G: str = "spadeinstance3x3",
+        nhidden: int = 128,
+        output_nc: int = 3,
+        spatial_dims: int = 2,
+    ) -> None:
         super().__init__()
         spatial_dims = dimensions(spatial_dims)
         label_nc, ngf, nhidden, output_nc, last_scale = (
@@ -121,6 +130,7 @@ class SPADEGenerator(nn.Module):
         self.label_nc, self.z_dim, self.last_scale = label_nc, z_dim, last_scale
         self.kernel_size = parse_config(norm_G, "norm_G").kernel_size
         width, convolution = 16 * ngf, CONVOLUTIONS[spatial_dims]
+        self.fc: nn.Module
         if z_dim is None:
             self.fc = convolution(label_nc, width, 3, padding=1)
         else:
@@ -153,17 +163,17 @@ class SPADEGenerator(nn.Module):
     @classmethod
     def official(
         cls,
-        dataset,
+        dataset: Dataset | int,
         *,
-        use_vae=False,
-        crop_size=None,
-        aspect_ratio=None,
-        num_upsampling_layers=None,
-        norm_G=NORM_G,
-        z_dim=256,
-        ngf=64,
-        nhidden=128,
-    ):
+        use_vae: bool = False,
+        crop_size: int | None = None,
+        aspect_ratio: float | None = None,
+        num_upsampling_layers: Doublings | None = None,
+        norm_G: str = NORM_G,
+        z_dim: int = 256,
+        ngf: int = 64,
+        nhidden: int = 128,
+    ) -> "Self":
         """The published generator, key for key: an image [N, 3, crop_size / aspect_ratio,
         crop_size].
 
@@ -194,7 +204,7 @@ class SPADEGenerator(nn.Module):
         )
 
     @property
-    def sizes(self):
+    def sizes(self) -> list[tuple[int, ...]]:
         """The sizes of x in the blocks, for which `SemanticLayout.prepare` makes windows."""
         sizes, size = [], self.start
         for stage in self.stages:
@@ -202,7 +212,9 @@ class SPADEGenerator(nn.Module):
             sizes.append(size)
         return sizes
 
-    def forward(self, segmap, z=None):
+    def forward(
+        self, segmap: torch.Tensor | SemanticLayout, z: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """The image [M, output_nc, *size], between −1 and 1.
 
         Args:
@@ -219,8 +231,8 @@ class SPADEGenerator(nn.Module):
         times = 1 if z is None else images_of_each(z, segmap)
         layout = find_layout(segmap)
         seen = repeat_images(segmap if layout is None else layout, times)
-        prepares = layout is not None and current_mode() != "never"
-        if prepares and not torch.compiler.is_compiling() and not is_recorded(layout.palette):
+        prepares = current_mode() != "never" and not torch.compiler.is_compiling()
+        if isinstance(seen, SemanticLayout) and prepares and not is_recorded(seen.palette):
             seen.prepare(self.sizes, self.kernel_size)  # a GPU is waited for here, nowhere below
         x = self._first_map(seen, z)
         recomputes = self.recompute and self.training and torch.is_grad_enabled()
@@ -240,7 +252,7 @@ class SPADEGenerator(nn.Module):
             x = self.conv_img(repeat_pixels(x, self.last_scale))
         return of_their_class(torch.tanh(x), segmap)
 
-    def fold_spectral_norm(self):
+    def fold_spectral_norm(self) -> "Self":
         """`fold_spectral_norm`, of a generator in eval mode. Errors: RuntimeError in train mode."""
         if self.training:
             raise RuntimeError(
@@ -302,7 +314,7 @@ def repeat_images(
     return segmap if times == 1 else segmap.repeat(times, *[1] * (segmap.dim() - 1))
 
 
-def published_settings(dataset) -> Published:
+def published_settings(dataset: str | int) -> Published:
     """By the dataset's name, or of a number of channels. Errors: ValueError."""
     if isinstance(dataset, str) and dataset in PUBLISHED:
         return PUBLISHED[dataset]
@@ -315,7 +327,11 @@ def published_settings(dataset) -> Published:
 
 
 def official_arguments(
-    dataset, *, crop_size=None, aspect_ratio=None, num_upsampling_layers=None
+    dataset: str | int,
+    *,
+    crop_size: int | None = None,
+    aspect_ratio: float | None = None,
+    num_upsampling_layers: str | None = None,
 ) -> dict:
     """What `official` makes of the arguments that a SPADEGenerator does not have: its `label_nc`,
     `stages`, `last_scale` and `start`. Errors: ValueError.
@@ -387,7 +403,7 @@ def _nearest(crop_size, aspect_ratio, doublings):
     return f"crop_size should be {' or '.join(found)}, no other is nearer"
 
 
-def published_stages(num_upsampling_layers):
+def published_stages(num_upsampling_layers: str) -> list[Stage]:
     """The blocks of the published generators with "normal", "more" or "most" doublings."""
     middle = 1 if num_upsampling_layers == "normal" else 2
     stages = [Stage("head_0", 16, 1), Stage("G_middle_0", 16, 2), Stage("G_middle_1", 16, middle)]

@@ -3,6 +3,7 @@
 import math
 import numbers
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn as nn
@@ -10,6 +11,8 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils import parametrize
 from torch.nn.utils.parametrizations import _SpectralNorm
+
+from .modules import Model
 
 KINDS = {
     "xavier": lambda weight, gain: nn.init.xavier_normal_(weight, gain),
@@ -22,7 +25,7 @@ CONVOLUTION_OR_LINEAR = (_ConvNd, nn.Linear)
 NORMS = (_NormBase, nn.GroupNorm, nn.LayerNorm)  # the first are batch and instance norms
 
 
-def initialise(network: nn.Module, kind: str = "xavier", gain: float = 0.02) -> nn.Module:
+def initialise(network: Model, kind: str = "xavier", gain: float = 0.02) -> Model:
     """Gives a network the weights that the published training begins with, in place; PyTorch's
     global generator draws them, module by module. Returns the network.
 
@@ -82,12 +85,13 @@ def initialise(network: nn.Module, kind: str = "xavier", gain: float = 0.02) -> 
 def _own_weight(module: nn.Module, name: str) -> torch.Tensor:
     """The parameter that a convolution's or linear layer's weight is, or is divided by σ."""
     if parametrize.is_parametrized(module, "weight"):
-        made = module.parametrizations.weight
+        parametrizations: Any = module.parametrizations
+        made = parametrizations.weight
         if all(isinstance(one, _SpectralNorm) for one in made):
             return made.original
     for own in ("weight", "weight_orig"):
-        if own in module._parameters:
-            return module._parameters[own]
+        if (weight := module._parameters.get(own)) is not None:
+            return weight
     raise ValueError(
         f"the weight of {name or type(module).__name__} is made of other parameters, it should be"
         " one itself, or be under spectral norm"

@@ -3,25 +3,35 @@
 import argparse
 import types
 from collections.abc import Callable, Iterable
+from typing import Any, TypeGuard, TypeVar
 
 import torch
 import torch.nn as nn
 from torch.nn.modules import module as calls
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.conv import _ConvNd as Convolution
 from torch.nn.utils import parametrize
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 from torch.utils.module_tracker import ModuleTracker
 
+from ..ops.norms import Kind
 from ..recording import may_overwrite
 from .unchanged import NAME
 
+Model = TypeVar("Model", bound=nn.Module)
+KnownNorm = _NormBase | nn.GroupNorm  # the first are instance and batch norms
 CONVOLUTIONS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
-CONVOLUTION_TYPES = tuple(CONVOLUTIONS.values())
+CONVOLUTION_TYPES: tuple[type[Convolution], ...] = tuple(CONVOLUTIONS.values())
 INSTANCE_NORMS = {1: nn.InstanceNorm1d, 2: nn.InstanceNorm2d, 3: nn.InstanceNorm3d}
 BATCH_NORMS = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
-KINDS = {
-    **dict.fromkeys(INSTANCE_NORMS.values(), "instance"),
-    **dict.fromkeys(BATCH_NORMS.values(), "batch"),
+KINDS: dict[type[nn.Module], Kind] = {
+    nn.InstanceNorm1d: "instance",
+    nn.InstanceNorm2d: "instance",
+    nn.InstanceNorm3d: "instance",
+    nn.BatchNorm1d: "batch",
+    nn.BatchNorm2d: "batch",
+    nn.BatchNorm3d: "batch",
     nn.SyncBatchNorm: "syncbatch",
     nn.GroupNorm: "group",
 }
@@ -91,7 +101,7 @@ def leaves(module: nn.Module, inside: bool = False) -> list[nn.Module]:
     return [leaf for child in children for leaf in leaves(child, inside)]
 
 
-def is_convolution(module: nn.Module) -> bool:
+def is_convolution(module: nn.Module) -> TypeGuard[Convolution]:
     """Whether a module is a convolution that its settings and `weight_of` say all about: plain, or
     under spectral norm, weight norm or a parametrization.
     """
@@ -103,7 +113,7 @@ def is_convolution(module: nn.Module) -> bool:
     return all(isinstance(hook, MAKERS) and hook.name == "weight" for hook in hooks(module))
 
 
-def weight_of(module: nn.Module) -> torch.Tensor:
+def weight_of(module: Convolution) -> torch.Tensor:
     """The weight that a call of a convolution uses, made as a call makes it: to be asked for once,
     in the call's place.
     """
@@ -123,19 +133,21 @@ def weights_in(module: nn.Module) -> list[torch.Tensor]:
     return [*parameters, *module.buffers()]
 
 
-def first_weight(module: nn.Module) -> torch.Tensor | None:
-    """The first of `weights_in`, or None, for less."""
+def first_weight(module: nn.Module) -> torch.Tensor:
+    """The first of `weights_in`, for less."""
     weight = next(module.parameters(), None)
-    return next(iter(weights_in(module)), None) if weight is None else weight
+    return weights_in(module)[0] if weight is None else weight
 
 
 def shape_of_weight(module: nn.Module) -> torch.Size:
     """The shape of a convolution's weight, which is not made for it."""
+    kept: tuple[dict[str, Any], ...] = (module._parameters, module.__dict__)
     for name in ("weight", "weight_orig", "weight_v"):  # its own, of spectral and of weight norm
-        for own in (module._parameters, module.__dict__):
+        for own in kept:
             if name in own:
                 return own[name].shape
-    originals = module.parametrizations.weight
+    parametrizations: Any = module.parametrizations
+    originals = parametrizations.weight
     return (originals.original if hasattr(originals, "original") else originals.original1).shape
 
 
@@ -179,7 +191,9 @@ def mark_of(value: object) -> object:
     """
     if type(value) not in CONTAINERS:
         return _mark_of_one(value)
-    marks, places, waiting = [], {}, [value]
+    marks: list[object] = []
+    places: dict[int, int] = {}
+    waiting = [value]
     while waiting:
         value = waiting.pop()
         if type(value) not in CONTAINERS:
@@ -196,7 +210,7 @@ def mark_of(value: object) -> object:
     return marks
 
 
-def contents_of(value: object, most: int) -> list | None:
+def contents_of(value: Any, most: int) -> list | None:
     """What a container has in it, keys and values; None where that is more than `most`."""
     inside = vars(value) if _is_namespace(value) else value
     if len(inside) * (1 + (type(inside) is dict)) > most:
@@ -222,8 +236,6 @@ class NeverTheSame:
     def __eq__(self, other: object) -> bool:
         return False
 
-    __hash__ = None
-
 
 class Same:
     """An object that is equal to itself alone."""
@@ -237,8 +249,6 @@ class Same:
     def __deepcopy__(self, memo: dict) -> "Same":
         return Same(memo.get(id(self.value), self.value))  # what was copied before, else itself
 
-    __hash__ = None
-
 
 def changes_itself(module: nn.Module) -> bool:
     """Whether a call changes what the next one's weight is, as spectral norm does in train mode."""
@@ -246,7 +256,7 @@ def changes_itself(module: nn.Module) -> bool:
     return bool(makes) and any(part.training for part in module.modules())
 
 
-def keeps_size(module: nn.Module, size: int) -> bool:
+def keeps_size(module: nn.Module, size: int) -> TypeGuard[Convolution]:
     """Whether a module is a convolution with an odd number of taps along each axis, `size`, around
     each pixel of the map with zeros around it: the window that a pixel sees decides its result.
     """
@@ -268,7 +278,7 @@ def taps_of(module: nn.Module) -> int:
     return module.kernel_size[0] if isinstance(module, CONVOLUTION_TYPES) else 0
 
 
-def is_known(norm: nn.Module) -> bool:
+def is_known(norm: nn.Module) -> TypeGuard[KnownNorm]:
     """Whether `spade_modulate` can do what this module does."""
     if not is_plain(norm, KINDS):
         return False

@@ -2,15 +2,18 @@
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 import torch
 import torch.nn as nn
+from torch.nn.modules.instancenorm import _InstanceNorm as InstanceNorm
 
 from ..layout import LARGEST_KERNEL
 from .modules import (
     INSTANCE_NORMS,
     POINTWISE,
+    Convolution,
+    KnownNorm,
     Same,
     changes_itself,
     is_known,
@@ -36,10 +39,10 @@ class Form(NamedTuple):
     spatial_dims: int
     pad: str | None = None  # what the hidden map goes through before gamma and beta
     inside: bool = False  # whether parts of unknown classes are what the modules in them say
-    proof: object = None  # of a converted module: when its parts are all that it is
+    proof: Any = None  # of a converted module: when its parts are all that it is
 
 
-class HasParts:
+class HasParts(nn.Module):
     """A module whose `spade_form` names a SPADE's parts."""
 
     spade_form: Form
@@ -51,12 +54,12 @@ class Convolutions:
     of γ's and β's own.
     """
 
-    shared: nn.Module
-    activations: list
-    gamma: nn.Module
-    beta: nn.Module
-    gamma_norm: nn.Module | None
-    beta_norm: nn.Module | None
+    shared: Convolution
+    activations: list[nn.Module]
+    gamma: Convolution
+    beta: Convolution
+    gamma_norm: InstanceNorm | None
+    beta_norm: InstanceNorm | None
 
     @property
     def normalise(self) -> bool:
@@ -66,7 +69,7 @@ class Convolutions:
         return self.gamma_norm is not None or self.beta_norm is not None
 
     @cached_property
-    def weights(self) -> list:
+    def weights(self) -> list[torch.Tensor]:
         """Every tensor that decides the table."""
         modules = (self.shared, self.gamma, self.beta, self.gamma_norm, self.beta_norm)
         return [tensor for of in modules if of is not None for tensor in weights_in(of)]
@@ -101,14 +104,14 @@ class Parts(NamedTuple):
     inside: bool
 
     @classmethod
-    def of(cls, spade: nn.Module) -> "Parts":
+    def of(cls, spade: HasParts) -> "Parts":
         form = spade.spade_form
         return cls(
             part_of(spade, form.norm),
             part_of(spade, form.shared),
             part_of(spade, form.gamma),
             part_of(spade, form.beta),
-            part_of(spade, form.pad),
+            None if form.pad is None else part_of(spade, form.pad),
             form.inside,
         )
 
@@ -122,20 +125,19 @@ class Parts(NamedTuple):
         size = taps_of(gamma)
         if self.pad is not None or not 1 <= size <= LARGEST_KERNEL:
             return None
-        if not all(keeps_size(module, size) for module in (shared, gamma, beta)):
+        if not (keeps_size(shared, size) and keeps_size(gamma, size) and keeps_size(beta, size)):
             return None
         if not all(is_plain(module, POINTWISE) for module in activations):
             return None
         if len(gamma_norms) > 1 or len(beta_norms) > 1:
             return None
-        own_norms = [*gamma_norms, *beta_norms]
-        if not all(
-            is_plain(module, INSTANCE_NORMS.values()) and not module.track_running_stats
-            for module in own_norms
-        ):
-            return None
-        norms = (of[0] if of else None for of in (gamma_norms, beta_norms))
-        return Convolutions(shared, activations, gamma, beta, *norms)
+        own_norms: list[InstanceNorm | None] = []
+        for norms in (gamma_norms, beta_norms):
+            norm = norms[0] if norms else None
+            if norm is not None and not _is_measured(norm):
+                return None
+            own_norms.append(norm)
+        return Convolutions(shared, activations, gamma, beta, *own_norms)
 
 
 class Known(NamedTuple):
@@ -143,11 +145,11 @@ class Known(NamedTuple):
 
     parts: Parts
     weight: torch.Tensor | None  # of the shared convolution, where it has one by itself
-    own_norm: bool  # whether `spade_modulate` does what its norm does
+    own_norm: KnownNorm | None  # its norm, where `spade_modulate` does what that does
     convolutions: Convolutions | None  # as Parts has it
 
     @classmethod
-    def of(cls, spade: nn.Module) -> "Known":
+    def of(cls, spade: HasParts) -> "Known":
         """Asked anew where anything in the layer is another than before."""
         return until_changed(spade, _known)
 
@@ -155,12 +157,17 @@ class Known(NamedTuple):
 def _known(spade):
     parts = Parts.of(spade)
     weight = next(iter(weights_in(parts.shared)), None)
-    return Known(parts, weight, is_known(parts.norm), parts.convolutions())
+    own_norm = parts.norm if is_known(parts.norm) else None
+    return Known(parts, weight, own_norm, parts.convolutions())
 
 
-def part_of(spade: nn.Module, name: str | None) -> nn.Module | None:
+def _is_measured(norm: nn.Module) -> TypeGuard[InstanceNorm]:
+    """Whether a module is an instance norm without running statistics."""
+    is_own = is_plain(norm, INSTANCE_NORMS.values()) and isinstance(norm, InstanceNorm)
+    return is_own and not norm.track_running_stats
+
+
+def part_of(spade: nn.Module, name: str) -> nn.Module:
     """The sub-module of this name, which may lie deeper."""
-    if name is None:
-        return None
-    own = spade._modules
-    return own[name] if name in own else spade.get_submodule(name)
+    own = spade._modules.get(name)
+    return spade.get_submodule(name) if own is None else own

@@ -1,5 +1,7 @@
 """γ and β at every pixel: convolutions of the condition, resized to x by nearest neighbour."""
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -7,7 +9,16 @@ import torch.nn.functional as F
 from ..kernels.contract import is_channels_last
 from ..layout import SemanticLayout
 from ..recording import is_recorded, may_overwrite
-from .modules import CONVOLUTIONS, POINTWISE, is_plain, keeps_size, leaves, taps_of, weights_in
+from .modules import (
+    CONVOLUTIONS,
+    POINTWISE,
+    Convolution,
+    is_plain,
+    keeps_size,
+    leaves,
+    taps_of,
+    weights_in,
+)
 from .parts import Parts
 from .upsampled import convolve_repeated, may_sum_weights, repeats
 
@@ -19,7 +30,7 @@ FEW_PIXELS = {"cpu": 4096, "cuda": 0}
 
 def at_pixels(
     parts: Parts, segmap: torch.Tensor | SemanticLayout, x: torch.Tensor
-) -> list[torch.Tensor]:
+) -> Sequence[torch.Tensor]:
     """γ and β of every pixel, of x's size."""
     if isinstance(segmap, SemanticLayout):
         segmap = segmap.resize(x.shape[2:]).to_segmap(weights_in(parts.shared)[0].dtype)
@@ -72,7 +83,7 @@ def like_pixels_of(x: torch.Tensor, segmap: torch.Tensor) -> torch.Tensor:
     return segmap
 
 
-def resize(segmap: torch.Tensor, size: tuple) -> torch.Tensor:
+def resize(segmap: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
     """segmap at x's size, by nearest neighbour: `F.interpolate`'s pixels, as a view where each size
     is a multiple of x's.
     """
@@ -83,35 +94,39 @@ def resize(segmap: torch.Tensor, size: tuple) -> torch.Tensor:
         length and wanted and length % wanted == 0 for length, wanted in zip(given, size)
     ):
         steps = [slice(None, None, length // wanted) for length, wanted in zip(given, size)]
-        return segmap[(slice(None), slice(None), *steps)]
+        everything = [slice(None)] * 2
+        return segmap[tuple(everything + steps)]
     return F.interpolate(segmap, size=tuple(size), mode="nearest")
 
 
-def convolve_jointly(convolutions, x):
+def convolve_jointly(convolutions: Sequence[nn.Module], x: torch.Tensor) -> Sequence[torch.Tensor]:
     """The outputs of equal convolutions of one x, from one convolution; their weights stay
     parameters of their own.
     """
-    plain = all(is_plain(module, CONVOLUTIONS.values()) for module in convolutions)
-    if not plain or (joint := joined(convolutions)) is None:
+    plain = [
+        module
+        for module in convolutions
+        if isinstance(module, Convolution) and is_plain(module, CONVOLUTIONS.values())
+    ]
+    if len(plain) < len(convolutions) or (joint := joined(plain)) is None:
         return convolve_apart(convolutions, x)
-    channels = [len(module.weight) for module in convolutions]
-    return convolutions[0]._conv_forward(x, *joint).split(channels, dim=1)
+    channels = [len(module.weight) for module in plain]
+    return plain[0]._conv_forward(x, *joint).split(channels, dim=1)
 
 
-def joined(convolutions):
+def joined(convolutions: Sequence[Convolution]) -> tuple[torch.Tensor, torch.Tensor] | None:
     """Weight and bias of several convolutions of one x as those of one convolution, or None where
     they differ in kind.
     """
     settings = ("kernel_size", "padding", "stride", "dilation", "groups", "padding_mode")
     differ = any(len({getattr(module, name) for module in convolutions}) > 1 for name in settings)
     shapes = {module.weight.shape[1:] for module in convolutions}
-    if differ or len(shapes) > 1 or any(module.bias is None for module in convolutions):
+    biases = [module.bias for module in convolutions if module.bias is not None]
+    if differ or len(shapes) > 1 or len(biases) < len(convolutions):
         return None
-    return torch.cat([module.weight for module in convolutions]), torch.cat(
-        [module.bias for module in convolutions]
-    )
+    return torch.cat([module.weight for module in convolutions]), torch.cat(biases)
 
 
-def convolve_apart(convolutions, x):
+def convolve_apart(convolutions: Sequence[nn.Module], x: torch.Tensor) -> Sequence[torch.Tensor]:
     """The outputs of convolutions of one x."""
     return [module(x) for module in convolutions]

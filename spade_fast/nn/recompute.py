@@ -45,7 +45,8 @@ class Repeatable:
         self, block: ResidualBlock, segmap: torch.Tensor | SemanticLayout, scale: int
     ) -> None:
         self.segmap = ordinary(segmap) if isinstance(segmap, torch.Tensor) else segmap
-        self.scale, self.block, self.before = scale, block, twin(block)
+        self.block: ResidualBlock | None = block
+        self.scale, self.before = scale, twin(block)
         self.context = contextvars.copy_context()
         held = [(kind, kind.current()) for kind in SCOPES]
         self.settings = [(kind, scope.setting) for kind, scope in held if scope is not None]

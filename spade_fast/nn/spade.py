@@ -1,29 +1,35 @@
 """The SPADE layer: convolutions make γ and β of a condition, which modulate the normalised x."""
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 import torch.fx
 import torch.nn as nn
+from torch.nn.modules.batchnorm import _NormBase
 
-from ..kernels.contract import lies_like, sum_dtype
+from ..kernels.contract import Activation, lies_like, sum_dtype
 from ..layout import SemanticLayout
 from ..ops import norms
 from ..ops.arguments import check_channels, check_x
 from ..ops.modulate import modulate_by, spade_modulate
+from ..ops.norms import Kind
 from ..recording import of_their_class, ordinary
 from .choice import convolutions_at_windows, find_layout
-from .config import dimensions, odd_number, parse_config, whole_number
+from .config import Config, dimensions, odd_number, parse_config, whole_number
 from .modules import (
     BATCH_NORMS,
     CONVOLUTIONS,
     INSTANCE_NORMS,
     KINDS,
+    KnownNorm,
     is_known,
     is_watched,
     may_overwrite_result,
 )
 from .parts import Form, HasParts, Known, part_of
 from .pixels import at_pixels, with_channels_together
-from .tables import Tables, at_windows, kept_tables
+from .tables import Keeper, at_windows, kept_tables
 
 ALWAYS_FRESH = 2**25  # bytes; of smaller tensors C libraries keep the memory
 
@@ -39,7 +45,7 @@ class SpatiallyAdaptive(HasParts):
         x: torch.Tensor,
         segmap: torch.Tensor | SemanticLayout,
         *,
-        activation: str | None = None,
+        activation: Activation | None = None,
         negative_slope: float = 0.2,
         moments: torch.Tensor | None = None,
     ) -> torch.Tensor:
@@ -69,7 +75,7 @@ class SpatiallyAdaptive(HasParts):
         self,
         x: torch.Tensor,
         segmap: torch.Tensor | SemanticLayout,
-        activation: str | None = None,
+        activation: Activation | None = None,
         negative_slope: float = 0.2,
         moments: torch.Tensor | None = None,
     ) -> torch.Tensor:
@@ -79,36 +85,39 @@ class SpatiallyAdaptive(HasParts):
         x = with_channels_together(ordinary(x))
         several = x.shape[0] != images != 1  # conditions of one x
         # Asked once: a lazy norm becomes another class.
-        own_norm = known.own_norm and not several
-        if own_norm and hasattr(parts.norm, "_check_input_dim"):
-            parts.norm._check_input_dim(x)
-        elif not own_norm:
+        own_norm = None if several else known.own_norm
+        if isinstance(own_norm, _NormBase):
+            own_norm._check_input_dim(x)
+        elif own_norm is None:
             x, moments = parts.norm(x), None
             x = x.expand(images, *x.shape[1:]) if several else x
         if layout is not None and len(layout) != x.shape[0]:
             layout = layout.repeat(x.shape[0]) if x.shape[0] else layout[:0]
         convolutions = convolutions_at_windows(known, layout, x, kept)
-        if convolutions is not None:
+        lookup: dict[str, Any] = {}
+        if layout is not None and convolutions is not None:
             gamma, beta, lookup = at_windows(self, layout, x, convolutions, kept)
         else:
             given = ordinary(segmap) if isinstance(segmap, torch.Tensor) else layout
-            gamma, beta, lookup = *at_pixels(parts, given, x), {}
+            assert given is not None
+            gamma, beta = at_pixels(parts, given, x)
             if gamma.shape[0] != x.shape[0]:  # one condition's, for every image
                 gamma, beta = gamma.expand(x.shape), beta.expand(x.shape)
-        frozen = kept is not None and own_norm and convolutions is not None
-        planes = frozen_planes(kept, parts.norm, x) if frozen else None
+        planes = None
+        if kept is not None and own_norm is not None and convolutions is not None:
+            planes = frozen_planes(kept, own_norm, x)
         if planes is not None:
             index = lookup["index"]
             y = modulate_by(planes, x, gamma, beta, index, activation, negative_slope)
             return of_their_class(y, x, segmap)
-        if own_norm:
-            count_batch(parts.norm)
+        if own_norm is not None:
+            count_batch(own_norm)
         y = spade_modulate(
             x,
             gamma,
             beta,
             **lookup,
-            **(norm_arguments(parts.norm) if own_norm else {"norm": None}),
+            **norm_arguments(own_norm),
             activation=activation,
             negative_slope=negative_slope,
             moments=moments,
@@ -127,7 +136,8 @@ class SpatiallyAdaptive(HasParts):
         self._check_tensor("x", x, self.spade_form.norm_nc)
         self.check_segmap(segmap)
         known = Known.of(self)
-        shared, weight = known.parts.shared, segmap if known.weight is None else known.weight
+        shared = known.parts.shared
+        weight = segmap if known.weight is None else known.weight
         if weight.device != x.device and any(map(is_watched, shared.modules())):
             weight = segmap  # a convolution may have its weights only while it is called
         for name, tensor in {"segmap": segmap, "the layer's weight": weight}.items():
@@ -137,6 +147,7 @@ class SpatiallyAdaptive(HasParts):
                 )
         if (
             isinstance(segmap, torch.Tensor)
+            and isinstance(weight, torch.Tensor)
             and segmap.dtype != weight.dtype
             and not torch.is_autocast_enabled(x.device.type)
         ):
@@ -186,7 +197,7 @@ class SpatiallyAdaptive(HasParts):
             )
 
 
-class SPADE(SpatiallyAdaptive, nn.Module):
+class SPADE(SpatiallyAdaptive):
     """Spatially-adaptive normalisation (Park et al. 2019, equation 1), with the state_dict keys of
     the published code.
 
@@ -210,13 +221,15 @@ class SPADE(SpatiallyAdaptive, nn.Module):
         ValueError: an argument is not as said above; the message names it.
     """
 
+    __call__: Callable[..., torch.Tensor]  # nn.Module's returns Any
+
     def __init__(
         self,
-        norm_nc: int,
+        norm_nc: int | str,
         label_nc: int,
         nhidden: int = 128,
         kernel_size: int | None = None,
-        norm: str | nn.Module = "instance",
+        norm: Kind | nn.Module = "instance",
         *,
         num_groups: int = 32,
         affine: bool = False,
@@ -235,15 +248,18 @@ class SPADE(SpatiallyAdaptive, nn.Module):
         nhidden = whole_number("nhidden", nhidden)
         kernel_size = odd_number("kernel_size", 3 if kernel_size is None else kernel_size)
         spatial_dims = dimensions(spatial_dims)
+        own_norm: nn.Module
         if norm == "instance":
-            norm = INSTANCE_NORMS[spatial_dims](norm_nc, eps=eps, affine=affine)
+            own_norm = INSTANCE_NORMS[spatial_dims](norm_nc, eps=eps, affine=affine)
         elif norm == "batch":
-            norm = BATCH_NORMS[spatial_dims](norm_nc, eps=eps, momentum=momentum, affine=affine)
+            own_norm = BATCH_NORMS[spatial_dims](norm_nc, eps=eps, momentum=momentum, affine=affine)
         elif norm == "syncbatch":
-            norm = nn.SyncBatchNorm(norm_nc, eps=eps, momentum=momentum, affine=affine)
+            own_norm = nn.SyncBatchNorm(norm_nc, eps=eps, momentum=momentum, affine=affine)
         elif norm == "group":
-            norm = nn.GroupNorm(num_groups, norm_nc, eps=eps, affine=affine)
-        elif not isinstance(norm, nn.Module):
+            own_norm = nn.GroupNorm(num_groups, norm_nc, eps=eps, affine=affine)
+        elif isinstance(norm, nn.Module):
+            own_norm = norm
+        else:
             raise ValueError(
                 f"norm is {norm!r}, it should be 'instance', 'batch', 'syncbatch', 'group' or an"
                 " nn.Module"
@@ -260,7 +276,7 @@ class SPADE(SpatiallyAdaptive, nn.Module):
             label_nc,
             spatial_dims,
         )
-        self.param_free_norm = norm
+        self.param_free_norm = own_norm
         self.mlp_shared = nn.Sequential(
             convolution(label_nc, nhidden, kernel_size, padding=padding), nn.ReLU()
         )
@@ -269,7 +285,7 @@ class SPADE(SpatiallyAdaptive, nn.Module):
 
     @classmethod
     def from_config(
-        cls, config_text: str, norm_nc: int, label_nc: int, nhidden: int = 128, **settings
+        cls, config_text: str, norm_nc: int, label_nc: int, nhidden: int = 128, **settings: Any
     ) -> "SPADE":
         """SPADE("spadesyncbatch3x3", …) of the published code. settings: SPADE's keywords."""
         config = parse_layer_config(config_text)
@@ -279,7 +295,7 @@ class SPADE(SpatiallyAdaptive, nn.Module):
         return f"{self.norm_nc}, {self.label_nc}"
 
 
-def parse_layer_config(config_text):
+def parse_layer_config(config_text: str) -> Config:
     config = parse_config(config_text, "config_text")
     if config.spectral:
         raise ValueError(
@@ -296,27 +312,34 @@ def batch_of(segmap: torch.Tensor | SemanticLayout) -> int:
     return len(segmap) if isinstance(segmap, SemanticLayout) else segmap.shape[0]
 
 
-def measures(norm: nn.Module) -> bool:
+def measures(norm: KnownNorm) -> bool:
     """Whether a norm that is known normalises x with its own moments."""
     return norm.training or getattr(norm, "running_mean", None) is None
 
 
-def count_batch(norm: nn.Module) -> None:
+def count_batch(norm: KnownNorm) -> None:
     """What a batch norm does besides normalising, in train mode."""
-    tracks = norm.training and getattr(norm, "track_running_stats", False)
-    if tracks and norm.num_batches_tracked is not None:
-        norm.num_batches_tracked.add_(1)
+    if isinstance(norm, _NormBase) and norm.training and norm.track_running_stats:
+        if norm.num_batches_tracked is not None:
+            norm.num_batches_tracked.add_(1)
 
 
-def norm_arguments(norm: nn.Module) -> dict:
+def norm_arguments(norm: KnownNorm | None) -> dict[str, Any]:
     """What `spade_modulate` is to be told of a norm that is known: read anew each time, for it may
     have been exchanged.
     """
+    if norm is None:
+        return {"norm": None}
     kind = KINDS[type(norm)]
-    arguments = {"norm": kind, "eps": norm.eps, "weight": norm.weight, "bias": norm.bias}
-    if kind == "group":
+    arguments: dict[str, Any] = {
+        "norm": kind,
+        "eps": norm.eps,
+        "weight": norm.weight,
+        "bias": norm.bias,
+    }
+    if isinstance(norm, nn.GroupNorm):
         arguments["num_groups"] = norm.num_groups
-    if kind in ("batch", "syncbatch"):
+    elif kind in ("batch", "syncbatch"):
         tracked = norm.num_batches_tracked if norm.track_running_stats else None
         momentum = norm.momentum
         if momentum is None:  # a cumulative average
@@ -328,18 +351,18 @@ def norm_arguments(norm: nn.Module) -> dict:
             "running_var": norm.running_var if reads else None,
             "momentum": momentum,
         }
-    if kind == "syncbatch":
+    if isinstance(norm, nn.SyncBatchNorm):
         arguments["process_group"] = norm.process_group
     return arguments
 
 
-def frozen_planes(kept: Tables, norm: nn.Module, x: torch.Tensor) -> torch.Tensor | None:
+def frozen_planes(kept: Keeper, norm: KnownNorm, x: torch.Tensor) -> torch.Tensor | None:
     """The numbers of each plane of x [N, C, *spatial], [3, N, C], that running statistics and a
     norm's own parameters make, found once; None where the norm measures x.
     """
-    count = getattr(norm, "num_batches_tracked", None)
-    if count is None or measures(norm):
+    if not isinstance(norm, _NormBase) or measures(norm) or norm.num_batches_tracked is None:
         return None
+    eps, count = norm.eps, norm.num_batches_tracked
     mean, variance, weight, bias = norm.running_mean, norm.running_var, norm.weight, norm.bias
     shape, dtype = x.shape[:2], sum_dtype(x.dtype)
 
@@ -347,13 +370,13 @@ def frozen_planes(kept: Tables, norm: nn.Module, x: torch.Tensor) -> torch.Tenso
         check_x(x)
         for name in ("running_mean", "running_var", "weight", "bias"):
             check_channels(name, getattr(norm, name), x)
-        statistics = norms.given(mean, variance, norm.eps, dtype)
+        statistics = norms.given(mean, variance, eps, dtype)
         return [norms.planes(statistics, shape, weight, bias).contiguous()]
 
     # PyTorch's own batch norm writes to running statistics without their version's saying so: it is
     # the count of batches that says it.
     weights = [mean, variance, count, weight, bias]
-    return kept.derive(norm, "planes", weights, (shape, dtype, norm.eps), make)[0]
+    return kept.derive(norm, "planes", weights, (shape, dtype, eps), make)[0]
 
 
 def reused(module: nn.Module, gamma: torch.Tensor, x: torch.Tensor) -> torch.Tensor | None:

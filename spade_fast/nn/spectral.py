@@ -3,6 +3,7 @@ division by σ in each call.
 """
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 import torch.nn as nn
@@ -13,8 +14,8 @@ from torch.nn.utils.spectral_norm import SpectralNorm
 from ..identity import state_of
 from ..kernels.contract import sum_dtype
 from ..recording import gradients_of, is_recorded, is_transformed
-from .modules import CONVOLUTION_TYPES, is_called_plainly
-from .tables import Tables, kept_tables
+from .modules import CONVOLUTION_TYPES, Convolution, Model, is_called_plainly
+from .tables import Keeper, kept_tables
 
 CONVERGED = 1e-6  # the change of σ in one power iteration, relative
 MOST_ITERATIONS = 1000
@@ -29,9 +30,10 @@ def convolve(convolution: nn.Module, x: torch.Tensor) -> torch.Tensor:
     where x is divided.
     """
     norm = spectral_norm_of(convolution)
-    if norm is None or is_recorded(x):
+    if norm is None or not isinstance(convolution, Convolution) or is_recorded(x):
         return convolution(x)
-    weight, divides_x = convolution.weight_orig, x.numel() < convolution.weight_orig.numel()
+    weight, _, _ = made_of(convolution)
+    divides_x = x.numel() < weight.numel()
     kept = None if convolution.training else kept_tables(convolution)
     if kept is None and _has_own_gradients(weight, norm):
         with torch.no_grad():
@@ -46,6 +48,11 @@ def convolve(convolution: nn.Module, x: torch.Tensor) -> torch.Tensor:
         divided = (x if divides_x else weight) / sigma
     x, weight = (divided, weight) if divides_x else (x, divided)
     return convolution._conv_forward(x, weight, convolution.bias)
+
+
+def made_of(module: nn.Module, name: str = "weight") -> tuple[torch.Tensor, ...]:
+    """What spectral norm makes a weight of: the one that is divided, and the vectors u and v."""
+    return tuple(getattr(module, f"{name}_{part}") for part in ("orig", "u", "v"))
 
 
 def _has_own_gradients(weight, norm):
@@ -67,19 +74,19 @@ def spectral_norm_of(module: nn.Module) -> SpectralNorm | None:
 
 
 def largest_singular_value(
-    module: nn.Module, norm: SpectralNorm, kept: Tables | None = None
+    module: nn.Module, norm: SpectralNorm, kept: Keeper | None = None
 ) -> torch.Tensor:
     """σ = u · W v, after the power iterations that training makes: what
     `SpectralNorm.compute_weight` divides by. It is found once where something keeps it.
     """
-    u, v = module.weight_u, module.weight_v
     if kept is not None:
-        device = u.device.type
+        weight, u, v = made_of(module)
+        device = weight.device.type
         rounds = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device)
         return kept.derive(
             module,
             "sigma",
-            [module.weight_orig, u, v],
+            [weight, u, v],
             (rounds, norm.dim),
             lambda: [largest_singular_value(module, norm)],
         )[0]
@@ -88,8 +95,9 @@ def largest_singular_value(
 
 def after_iterations(module: nn.Module, norm: SpectralNorm) -> tuple[torch.Tensor, ...]:
     """σ = u · W v, and u and v, after the power iterations that training makes."""
-    u, v = module.weight_u, module.weight_v
-    matrix, product = norm.reshape_weight_to_matrix(module.weight_orig), None
+    weight, own_u, own_v = made_of(module)
+    u, v = own_u, own_v
+    matrix, product = norm.reshape_weight_to_matrix(weight), None
     if module.training and norm.n_power_iterations > 0:
         with torch.no_grad():
             for _ in range(norm.n_power_iterations):
@@ -98,7 +106,7 @@ def after_iterations(module: nn.Module, norm: SpectralNorm) -> tuple[torch.Tenso
                 u = _normalised(product, u, norm.eps)
             # In place: they are buffers, which replicas of the module share. Those that are
             # returned stay, for a second forward before the first one's backward.
-            torch._foreach_copy_([module.weight_u, module.weight_v], [u, v])
+            torch._foreach_copy_([own_u, own_v], [u, v])
     if product is None or torch.is_grad_enabled():
         product = torch.mv(matrix, v)
     return torch.dot(u, product), u, v
@@ -117,13 +125,20 @@ class Quotient(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x, weight, sigma, u, v):
+    def forward(
+        ctx: Any,
+        x: torch.Tensor | None,
+        weight: torch.Tensor,
+        sigma: torch.Tensor,
+        u: torch.Tensor,
+        v: torch.Tensor,
+    ) -> torch.Tensor:
         quotient = (weight if x is None else x) / sigma
         ctx.save_for_backward(x, weight, sigma, u, v, quotient)
         return quotient
 
     @staticmethod
-    def backward(ctx, gradient):
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x, weight, sigma, u, v, quotient = ctx.saved_tensors
         if is_transformed(gradient):
             return *_differentiable_backward(gradient, x, weight, u, v), None, None, None
@@ -154,26 +169,33 @@ class Folded(SpectralNorm):
     divides in each call, as always.
     """
 
+    _state: list[tuple] | None
+    _held: list[torch.Tensor] | None
+    _weight: torch.Tensor | None
+    _made: tuple | None
+
     def __init__(self, norm: SpectralNorm) -> None:
         self.__dict__.update(norm.__dict__)
         self._forget()
 
     def __call__(self, module: nn.Module, inputs: object) -> None:
-        made_of = [getattr(module, f"{self.name}_{part}") for part in ("orig", "u", "v")]
-        weight = made_of[0]
+        tensors = made_of(module, self.name)
+        weight = tensors[0]
         asks_anew = module.training or (torch.is_grad_enabled() and weight.requires_grad)
         recorded = torch.compiler.is_compiling() or is_recorded(weight)
         if asks_anew or recorded or (weight.is_cuda and torch.cuda.is_current_stream_capturing()):
             self._forget()
             return super().__call__(module, inputs)
-        state = [state_of(tensor) for tensor in made_of]
+        state = [state_of(tensor) for tensor in tensors]
         own = module.__dict__.get(self.name)
-        if state != self._state or own is not self._weight or state_of(own) != self._made:
+        kept = self._weight
+        is_kept = own is kept and kept is not None and state_of(kept) == self._made
+        if state != self._state or not is_kept:
             with torch.inference_mode(False), torch.no_grad():
                 weight = self.compute_weight(module, do_power_iteration=False)
             setattr(module, self.name, weight)
             # The memory is held, so that no other weight can come to lie there.
-            self._held = [tensor.detach() for tensor in made_of]
+            self._held = [tensor.detach() for tensor in tensors]
             self._weight, self._made, self._state = weight, state_of(weight), state
         return None
 
@@ -184,7 +206,7 @@ class Folded(SpectralNorm):
         return self.__dict__ | dict.fromkeys(("_state", "_held", "_weight", "_made"))
 
 
-def fold_spectral_norm(model: nn.Module) -> nn.Module:
+def fold_spectral_norm(model: Model) -> Model:
     """For inference: divides the weights under `torch.nn.utils.spectral_norm` by their σ once,
     instead of in every call, and anew where one was written to or exchanged. Returns the model.
 
@@ -199,21 +221,23 @@ def fold_spectral_norm(model: nn.Module) -> nn.Module:
     return model
 
 
-def converge(network: nn.Module) -> nn.Module:
+def converge(network: Model) -> Model:
     """Makes the vectors u and v of every spectral norm in a network those of its weight, in place:
     power iterations in float64 begin with u and go on until σ changes by less than CONVERGED, or
     MOST_ITERATIONS are done. Training makes one iteration in each step. Returns the network.
     """
     with torch.no_grad():
         for matrix, u, v, eps in spectral_vectors(network):
-            matrix, left, sigma = matrix.double(), u.double(), None
+            matrix, left = matrix.double(), u.double()
+            before: torch.Tensor | None = None
             for _ in range(MOST_ITERATIONS):
                 right = nn.functional.normalize(matrix.t() @ left, dim=0, eps=eps)
                 product = matrix @ right
-                before, sigma = sigma, torch.linalg.vector_norm(product)
+                sigma = torch.linalg.vector_norm(product)
                 left = product / sigma.clamp_min(eps)
                 if before is not None and (sigma - before).abs() <= CONVERGED * sigma:
                     break
+                before = sigma
             u.copy_(left), v.copy_(right)
     return network
 
@@ -225,13 +249,12 @@ def spectral_vectors(network: nn.Module) -> Iterator[tuple]:
     for module in network.modules():
         for hook in module._forward_pre_hooks.values():
             if isinstance(hook, SpectralNorm):
-                weight, u, v = (
-                    getattr(module, f"{hook.name}_{part}") for part in ("orig", "u", "v")
-                )
+                weight, u, v = made_of(module, hook.name)
                 yield hook.reshape_weight_to_matrix(weight), u, v, hook.eps
         if not parametrize.is_parametrized(module):
             continue
-        for made in module.parametrizations.values():
+        parametrizations: Any = module.parametrizations
+        for made in parametrizations.values():
             if len(made) == 1 and isinstance(made[0], _SpectralNorm) and made.original.dim() > 1:
                 norm = made[0]
                 matrix = norm._reshape_weight_to_matrix(made.original)

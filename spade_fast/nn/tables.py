@@ -7,6 +7,7 @@ import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from typing import Protocol
 
 import torch
 import torch.nn as nn
@@ -14,22 +15,48 @@ import torch.nn.functional as F
 
 from .. import kernels
 from ..identity import states_of
+from ..kernels.contract import Backend
 from ..layout import SemanticLayout, Windows
 from ..ops.convolve_windows import convolve_beside, convolve_windows
 from ..scopes import Scope
 from .modules import weight_of
-from .parts import Convolutions, HasParts, Known, Parts
+from .parts import Convolutions, HasParts, InstanceNorm, Known, Parts
 
 ALIGNED = 16  # numbers: then rows begin where one access can take eight
-_palettes = weakref.WeakKeyDictionary()  # `padded_palette` of layouts
+# `padded_palette` of layouts, and what they were then.
+_palettes: weakref.WeakKeyDictionary[SemanticLayout, tuple[list, torch.Tensor]] = (
+    weakref.WeakKeyDictionary()
+)
+
+
+class Keeper(Protocol):
+    """What may keep the tables of SPADEs, as `Tables` does."""
+
+    def get(
+        self,
+        layout: SemanticLayout,
+        key: tuple,
+        weights: list[torch.Tensor],
+        marks: list,
+        compute: Callable[[], list[torch.Tensor]],
+    ) -> list[torch.Tensor]: ...
+
+    def derive(
+        self,
+        module: nn.Module,
+        name: str,
+        weights: list[torch.Tensor | None],
+        settings: tuple,
+        compute: Callable[[], list[torch.Tensor]],
+    ) -> list[torch.Tensor]: ...
 
 
 def at_windows(
-    spade: nn.Module,
+    spade: HasParts,
     layout: SemanticLayout,
     x: torch.Tensor,
     convolutions: Convolutions,
-    kept: "Tables | None",
+    kept: Keeper | None,
 ) -> tuple[torch.Tensor, torch.Tensor, dict]:
     """γ and β of every distinct window, [K, C], and how a pixel finds its own: the arguments of
     `spade_modulate`. kept: `kept_tables(spade)`.
@@ -46,13 +73,13 @@ def at_windows(
 
 
 def kept_table(
-    spade: nn.Module,
+    spade: HasParts,
     layout: SemanticLayout,
     windows: Windows,
     convolutions: Convolutions,
     dtype: torch.dtype,
     images: int | None,
-    kept: "Tables | Beside",
+    kept: Keeper,
 ) -> list[torch.Tensor]:
     """γ and β of these windows of the layout, as `kept` has them or `compute_table` makes them."""
     source = layout.source
@@ -77,7 +104,13 @@ def dtype_of_convolution(x: torch.Tensor, own: torch.dtype) -> torch.dtype:
     return own
 
 
-def compute_table(layout, windows, convolutions, dtype, kept=None):
+def compute_table(
+    layout: SemanticLayout,
+    windows: Windows,
+    convolutions: Convolutions,
+    dtype: torch.dtype,
+    kept: Keeper | None = None,
+) -> list[torch.Tensor]:
     """γ and β of the distinct windows, [K, C], in dtype; where they have norms of their own, those
     of each image, [N·K, C].
     """
@@ -95,15 +128,23 @@ def compute_table(layout, windows, convolutions, dtype, kept=None):
     if kernels.select(hidden).name == "cpu":  # where the copies that join them cost more
         rows = [convolve_windows(hidden, *other, windows.table, within) for other in others]
     else:
-        rows = convolve_beside(hidden, *zip(*others), windows.table, within)
-        rows = rows.split_with_sizes([weight.shape[0] for weight, _ in others], dim=1)
+        weights, biases = zip(*others)
+        joint = convolve_beside(hidden, weights, biases, windows.table, within)
+        rows = list(joint.split_with_sizes([weight.shape[0] for weight in weights], dim=1))
     if convolutions.normalise:
         norms = (convolutions.gamma_norm, convolutions.beta_norm)
         rows = [normalise_over_images(table, windows, norm) for table, norm in zip(rows, norms)]
     return [table.to(dtype) for table in rows]
 
 
-def gathered_table(layout, windows, convolutions, dtype, kept, backend):
+def gathered_table(
+    layout: SemanticLayout,
+    windows: Windows,
+    convolutions: Convolutions,
+    dtype: torch.dtype,
+    kept: Keeper | None,
+    backend: Backend,
+) -> list[torch.Tensor]:
     """compute_table's result, without gradients, by kernels that gather rows in half precision,
     which they read as `by_taps` makes them lie; what weights alone decide is made once where
     something keeps it.
@@ -144,10 +185,10 @@ def gathered_table(layout, windows, convolutions, dtype, kept, backend):
         hidden = convolve(palette, *packs[:2], windows.hidden.offsets, windows.hidden.rows)
         hidden = padded(activated(hidden))
         rows = convolve(hidden, *packs[2:], windows.table.offsets, windows.table.rows)
-    return rows.split([weight.shape[0] for weight in weights], dim=1)
+    return list(rows.split([weight.shape[0] for weight in weights], dim=1))
 
 
-def by_taps(weight):
+def by_taps(weight: torch.Tensor) -> torch.Tensor:
     """weight [out, in, *kernel] in memory as [out, *kernel, in], with zeros for channels that make
     them a multiple of ALIGNED.
     """
@@ -155,13 +196,13 @@ def by_taps(weight):
     return rows.transpose(1, 2).unflatten(2, weight.shape[2:])
 
 
-def padded(rows):
+def padded(rows: torch.Tensor) -> torch.Tensor:
     """rows [..., C] with zeros behind each to a multiple of ALIGNED numbers."""
     missing = -rows.shape[-1] % ALIGNED
     return F.pad(rows, (0, missing)) if missing else rows
 
 
-def padded_palette(layout, dtype):
+def padded_palette(layout: SemanticLayout, dtype: torch.dtype) -> torch.Tensor:
     """A layout's palette in dtype, `padded`; kept as long as the layout is as it was."""
     palette = layout.palette
     fits = palette.dtype == dtype and palette.shape[1] % ALIGNED == 0
@@ -174,7 +215,9 @@ def padded_palette(layout, dtype):
     return found[1]
 
 
-def normalise_over_images(table, windows, norm):
+def normalise_over_images(
+    table: torch.Tensor, windows: Windows, norm: InstanceNorm | None
+) -> torch.Tensor:
     """A table [K, C] as instance norm makes it of each image, [N·K, C]: a row counts as often as
     the image has its window.
 
@@ -202,9 +245,14 @@ class Tables:
     """
 
     def __init__(self, max_bytes: int) -> None:
-        self.max_bytes, self.bytes = max_bytes, 0
-        self._layouts = OrderedDict()  # by id; the one that was used last at the end
-        self._derived = weakref.WeakKeyDictionary()  # by module, of its weights alone
+        self.max_bytes = max_bytes
+        self.bytes: int = 0
+        # By id; the one that was used last at the end.
+        self._layouts: OrderedDict[int, tuple[weakref.ref, dict[tuple, Kept]]] = OrderedDict()
+        # By module, of its weights alone.
+        self._derived: weakref.WeakKeyDictionary[nn.Module, dict[str, Kept]] = (
+            weakref.WeakKeyDictionary()
+        )
         self._lock = threading.RLock()  # a layout may go while it is held
 
     def get(
@@ -213,8 +261,8 @@ class Tables:
         key: tuple,
         weights: list[torch.Tensor],
         marks: list,
-        compute: Callable[[], list],
-    ) -> list:
+        compute: Callable[[], list[torch.Tensor]],
+    ) -> list[torch.Tensor]:
         """The tensors that compute() gave for this layout, key, weights and marks before, or gives
         now.
         """
@@ -234,14 +282,14 @@ class Tables:
         name: str,
         weights: list[torch.Tensor | None],
         settings: tuple,
-        compute: Callable[[], list],
-    ) -> list:
+        compute: Callable[[], list[torch.Tensor]],
+    ) -> list[torch.Tensor]:
         """The tensors that compute() makes of this module's weights alone, with these settings; of
         each name the newest are kept.
         """
-        if is_capturing(weights[0]):
-            return compute()  # a graph has its own, made anew in each replay
         given = [weight for weight in weights if weight is not None]
+        if is_capturing(given[0]):
+            return compute()  # a graph has its own, made anew in each replay
         missing = [weight is None for weight in weights]
         state = [*states_of(given), *missing, stream_of(given[0]), settings]
         found = self._derived.get(module, {}).get(name)
@@ -309,11 +357,17 @@ class Beside:
         self.derive = tables.derive
 
     def get(
-        self, layout: SemanticLayout, key: tuple, weights: list, marks: list, compute: Callable
+        self,
+        layout: SemanticLayout,
+        key: tuple,
+        weights: list[torch.Tensor],
+        marks: list,
+        compute: Callable[[], list[torch.Tensor]],
     ) -> list[torch.Tensor]:
         """As `Tables.get`, for SPADEs whose γ and β have no norms of their own."""
         spade, size, dtype, _ = key
         convolutions = Known.of(spade).convolutions
+        assert convolutions is not None  # else nobody would ask for its tables
         kernel_size = convolutions.gamma.kernel_size[0]
         found = [
             kept_table(
@@ -335,10 +389,12 @@ class Kept:
     come to lie there.
     """
 
-    def __init__(self, tensors: list, state: list, weights: list) -> None:
+    def __init__(
+        self, tensors: list[torch.Tensor], state: list, weights: list[torch.Tensor]
+    ) -> None:
         self.tensors, self.state = tensors, state
         self.weights = [weight.detach() for weight in weights]
-        self.bytes = sum(tensor.nbytes for tensor in tensors)
+        self.bytes: int = sum(tensor.nbytes for tensor in tensors)
 
     def note(self) -> None:
         """Notes what the weights are, for `changed_unseen`."""
@@ -367,12 +423,12 @@ class keep_in(Scope):
     `tables.derive(module, name, weights, settings, compute)`; those of this thread or task.
     """
 
-    def __init__(self, tables: object, modules: Iterable[nn.Module]) -> None:
+    def __init__(self, tables: Keeper, modules: Iterable[nn.Module]) -> None:
         self.tables, self.modules = tables, weakref.WeakSet(modules)
         super().__init__(self)
 
 
-def kept_tables(module: nn.Module) -> Tables | None:
+def kept_tables(module: nn.Module) -> Keeper | None:
     """What keeps this module's tables here and now, or None."""
     if not keep_in.anywhere or torch.compiler.is_compiling() or torch.is_grad_enabled():
         return None
@@ -434,7 +490,7 @@ def sum_of_bits(tensor: torch.Tensor) -> torch.Tensor:
 
 
 @torch.no_grad()
-def fingerprints(layers: dict[str, nn.Module]) -> dict[str, tuple]:
+def fingerprints(layers: dict[str, HasParts]) -> dict[str, tuple]:
     """By name of each weight that decides γ and β: where it is, how often it was written to, and
     the sum of its bits.
     """

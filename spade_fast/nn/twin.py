@@ -1,12 +1,12 @@
 """Modules that share their parameters and nothing else."""
 
-import torch.nn as nn
+from typing import Any
 
-from .modules import MAKERS
+from .modules import MAKERS, Model
 from .unchanged import NAME
 
 
-def twin(module: nn.Module, known: dict | None = None) -> nn.Module:
+def twin(module: Model, known: dict[int, Any] | None = None) -> Model:
     """Another module of the same classes, with the same parameters and hooks, and copies of the
     buffers. `known` has the twins of what occurs more than once.
     """

@@ -53,8 +53,12 @@ class Found:
     """
 
     def __init__(self) -> None:
-        self.owner = self.value = None
-        self._parts, self._views, self._others, self._seen = (), (), (), (None,)
+        self.owner: weakref.ref[nn.Module] | None = None
+        self.value: Any = None
+        self._parts: list[nn.Module] = []
+        self._views: list[Iterable] = []
+        self._others: list[bool] = []
+        self._seen: list[object] = [None]
 
     def holds(self, module: nn.Module) -> bool:
         """Whether the module is as it was."""
@@ -102,9 +106,9 @@ def views_inside_of_module(module: nn.Module) -> Iterator[Iterable]:
             yield from views_inside(value)
 
 
-def views_inside(value: object) -> Iterator[Iterable]:
+def views_inside(value: Any) -> Iterator[Iterable]:
     """Views of what may change inside of one attribute, whose containers may be in themselves."""
-    waiting, taken = [value], set()
+    waiting, taken = [value], set[int]()
     while waiting:
         value = waiting.pop()
         if type(value) in (argparse.Namespace, types.SimpleNamespace):

@@ -9,17 +9,20 @@ order.
 """
 
 import functools
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 
 from ..kernels.contract import is_channels_last
 from ..recording import is_recorded
+from .modules import Convolution
 
 TRANSPOSED = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3d}
 
 
-def repeats(segmap: torch.Tensor, size: tuple) -> int:
+def repeats(segmap: torch.Tensor, size: Sequence[int]) -> int:
     """How often nearest neighbour repeats each pixel of segmap [N, C, *spatial] along every axis to
     make this size; 1 where it does not, or where sizes are symbols, which nothing may depend on.
     """
@@ -62,7 +65,7 @@ class RepeatPixels(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x, factor):
+    def forward(ctx: Any, x: torch.Tensor, factor: int) -> torch.Tensor:
         ctx.factor = factor
         rows = _widest(x.movedim(1, -1).contiguous())  # [N, *spatial, C]
         repeated = rows.new_empty(
@@ -72,7 +75,7 @@ class RepeatPixels(torch.autograd.Function):
         return repeated.view(x.dtype).movedim(-1, 1)
 
     @staticmethod
-    def backward(ctx, dy):
+    def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor, None]:
         rows = dy.movedim(1, -1)
         axes = range(2, 2 * rows.dim() - 3, 2)
         return _by_pixel(rows, ctx.factor).sum(tuple(axes)).movedim(-1, 1), None
@@ -101,15 +104,16 @@ def _with_axes(rows):
     return rows
 
 
-def may_sum_weights(x):
+def may_sum_weights(x: torch.Tensor) -> bool:
     """Whether sums of weights, in the dtype of a convolution of x, are as good as sums of products:
     in half precision they are rounded.
     """
     return x.element_size() >= 4 and not torch.is_autocast_enabled(x.device.type)
 
 
-def convolve_repeated(conv, x, factor):
+def convolve_repeated(conv: Convolution, x: torch.Tensor, factor: int) -> torch.Tensor:
     """conv(repeat_pixels(x, factor)) of a convolution that keeps a map's size by zero padding."""
+    assert not isinstance(conv.padding, str)
     weight = conv.weight.transpose(0, 1)
     taps = weight.shape[-1]
     # Tap j of the transposed one is the sum of those taps, `factor` in a row at most, that meet the

@@ -4,20 +4,24 @@ any kernel runs.
 
 import math
 import operator
+from typing import Any, get_args
 
 import torch
+import torch.distributed as dist
+from torch import Tensor
 
 from ..kernels import contract
+from ..kernels.contract import Activation
 from ..recording import is_recorded
-from .norms import Norm
+from .norms import Kind, Norm
 
-NORMS = ("instance", "batch", "syncbatch", "group", None)
+NORMS = (*get_args(Kind), None)
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
-ACTIVATIONS = (None, "relu", "leaky_relu", "silu")
+ACTIVATIONS = (None, *get_args(Activation))
 
 
-def check_x(x):
+def check_x(x: Tensor) -> None:
     _check_tensor("x", x)
     if not 3 <= x.dim() <= 5:
         raise ValueError(
@@ -27,24 +31,24 @@ def check_x(x):
 
 
 def check_modulate(
-    x,
-    gamma,
-    beta,
-    index,
-    order,
+    x: Tensor,
+    gamma: Tensor,
+    beta: Tensor,
+    index: Tensor | None,
+    order: Tensor | None,
     *,
-    norm,
-    num_groups,
-    weight,
-    bias,
-    running_mean,
-    running_var,
-    training,
-    process_group,
-    activation,
-    moments,
-    out=None,
-):
+    norm: Kind | None,
+    num_groups: int | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    training: bool,
+    process_group: "dist.ProcessGroup | None",
+    activation: Activation | None,
+    moments: Tensor | None,
+    out: Tensor | None = None,
+) -> None:
     check_x(x)
     if index is not None and not isinstance(index, torch.Tensor):
         raise TypeError(f"index is a {type(index).__name__}, it should be a torch.Tensor")
@@ -83,8 +87,8 @@ def check_modulate(
         "running_mean": running_mean,
         "running_var": running_var,
     }
-    for name, tensor in per_channel.items():
-        check_channels(name, tensor, x)
+    for name, numbers in per_channel.items():
+        check_channels(name, numbers, x)
     running = (running_mean, running_var, training, process_group)
     _check_norm(x, norm, num_groups, weight, bias, *running)
     if moments is not None:
@@ -144,14 +148,14 @@ def _check_overlaps(out, read):
             )
 
 
-def memory_of(tensor):
+def memory_of(tensor: Tensor) -> tuple[int, int]:
     """The addresses at which a tensor begins and ends."""
     reach = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride()))
     length = (reach + 1) * tensor.element_size() if tensor.numel() else 0
     return tensor.data_ptr(), tensor.data_ptr() + length
 
 
-def is_same_memory(one, other):
+def is_same_memory(one: Tensor, other: Tensor) -> bool:
     """Whether two tensors have each element at the same place."""
     return (one.data_ptr(), one.dtype, one.shape) == (
         other.data_ptr(),
@@ -199,7 +203,7 @@ def _check_order(order, x):
         raise ValueError(f"order is on {order.device}, it should be on x's device, {x.device}")
 
 
-def check_channels(name, tensor, x):
+def check_channels(name: str, tensor: Tensor | None, x: Tensor) -> None:
     if tensor is None:
         return
     _check_tensor(name, tensor)
@@ -209,7 +213,7 @@ def check_channels(name, tensor, x):
         raise ValueError(f"{name} is on {tensor.device}, it should be on x's device, {x.device}")
 
 
-def is_divisor(number, whole):
+def is_divisor(number: Any, whole: int) -> bool:
     try:
         number = operator.index(number)
     except TypeError:

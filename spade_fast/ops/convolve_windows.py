@@ -8,16 +8,22 @@ precision on a GPU products cost less than the memory that they would pass throu
 `csrc/cuda/convolve_windows.cu` and `triton_kernels/convolve_windows.py`.)
 """
 
+from collections.abc import Sequence
 from contextlib import nullcontext
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from .. import kernels
 from ..kernels import contract, torch_backend
+from ..layout import Sums
 from ..recording import gradients_of, is_transformed
 
 
-def convolve_windows(rows, weight, bias, sums, dtype):
+def convolve_windows(
+    rows: Tensor, weight: Tensor, bias: Tensor | None, sums: Sums, dtype: torch.dtype
+) -> Tensor:
     """rows [R, in] convolved with weight [out, in, *kernel] and bias [out] at the windows of a
     `layout.Sums`: [windows, out].
 
@@ -34,7 +40,13 @@ def convolve_windows(rows, weight, bias, sums, dtype):
         return kernels.select(rows).convolve_windows(rows, weight, bias, *sums[:2])
 
 
-def convolve_beside(rows, weights, biases, sums, dtype):
+def convolve_beside(
+    rows: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    sums: Sums,
+    dtype: torch.dtype,
+) -> Tensor:
     """Several convolutions of the same rows, as convolve_windows does each: [windows, out of all].
     A bias may be None.
     """
@@ -64,7 +76,15 @@ def _without_autocast(rows):
 
 class ConvolveWindows(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, rows, offsets, listed, back_offsets, back_listed, *both):
+    def forward(
+        ctx: Any,
+        rows: Tensor,
+        offsets: Tensor,
+        listed: Tensor,
+        back_offsets: Tensor,
+        back_listed: Tensor,
+        *both: Tensor | None,
+    ) -> Tensor:
         ctx.save_for_backward(rows, offsets, listed, back_offsets, back_listed, *both)
         ctx.backend = kernels.select(rows)
         weights, biases = _halves(both)
@@ -73,7 +93,7 @@ class ConvolveWindows(torch.autograd.Function):
         return ctx.backend.convolve_gathered(rows, weights, biases, offsets, listed)
 
     @staticmethod
-    def backward(ctx, gradient):
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         rows, offsets, listed, back_offsets, back_listed, *both = ctx.saved_tensors
         weights, biases = _halves(both)
         if is_transformed(gradient):
@@ -91,7 +111,7 @@ class ConvolveWindows(torch.autograd.Function):
             ctx.needs_input_grad[0],
             wants_weights,
         )
-        of_biases = [None] * len(biases)
+        of_biases: list[Tensor | None] = [None] * len(biases)
         if wants_biases:
             sizes = [weight.shape[0] for weight in weights]
             parts = gradient.sum(0).split_with_sizes(sizes)

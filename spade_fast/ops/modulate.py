@@ -6,38 +6,43 @@ kernels of one backend together.
 """
 
 import math
+from typing import Any
 
 import torch
+import torch.distributed as dist
+from torch import Tensor
 
 from .. import kernels
 from ..kernels import contract, numbering, torch_backend
+from ..kernels.contract import Activation
 from ..recording import constant, gradients_of, is_recorded, is_transformed, ordinary
 from . import norms, plain
 from .arguments import check_modulate, check_x
+from .norms import Kind
 
 
 def spade_modulate(
-    x,
-    gamma,
-    beta,
+    x: Tensor,
+    gamma: Tensor,
+    beta: Tensor,
     *,
-    index=None,
-    order=None,
-    norm="instance",
-    num_groups=None,
-    weight=None,
-    bias=None,
-    running_mean=None,
-    running_var=None,
-    training=True,
-    momentum=0.1,
-    eps=1e-5,
-    process_group=None,
-    activation=None,
-    negative_slope=0.2,
-    moments=None,
-    out=None,
-):
+    index: Tensor | None = None,
+    order: Tensor | None = None,
+    norm: Kind | None = "instance",
+    num_groups: int | None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    training: bool = True,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    process_group: "dist.ProcessGroup | None" = None,
+    activation: Activation | None = None,
+    negative_slope: float = 0.2,
+    moments: Tensor | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
     """Normalise x, modulate it by γ and β, and apply an activation (Park et al. 2019, equation 1).
 
     Args:
@@ -91,12 +96,12 @@ def spade_modulate(
         moments=moments,
         out=out,
     )
-    norm = norms.Norm(norm, num_groups, training, momentum, eps, process_group)
+    settings = norms.Norm(norm, num_groups, training, momentum, eps, process_group)
     index = None if index is None else index.to(torch.int32)
     running = (running_mean, running_var)
     if is_recorded(x, gamma, beta, index, *running):
         y = plain.modulate(
-            x, gamma, beta, index, norm, weight, bias, running, activation, negative_slope
+            x, gamma, beta, index, settings, weight, bias, running, activation, negative_slope
         )
         return y if out is None else out.copy_(y)
     x, gamma, beta = map(ordinary, (x, gamma, beta))
@@ -112,7 +117,7 @@ def spade_modulate(
             " would be written over"
         )
     own = (weight, bias, moments, out)
-    if norm.kind == "instance" and all(argument is None for argument in own):
+    if settings.kind == "instance" and all(argument is None for argument in own):
         if differentiates:
             return ModulateInstance.apply(
                 x, gamma, beta, index, order, eps, activation, negative_slope, backend
@@ -121,18 +126,25 @@ def spade_modulate(
             x, gamma, beta, index, eps, activation, negative_slope, False
         )[0]
     with torch.no_grad():
-        if norm.measures:
+        if settings.measures:
             moments = backend.plane_moments(x) if moments is None else moments
-            statistics = norms.measure(norm, moments, math.prod(x.shape[2:]), *running)
-        elif norm.kind is None:
+            statistics = norms.measure(settings, moments, math.prod(x.shape[2:]), *running)
+        elif settings.kind is None:
             statistics = norms.identity(x.shape[1], contract.sum_dtype(x.dtype), x.device)
         else:
             statistics = norms.given(*running, eps, contract.sum_dtype(x.dtype))
     if differentiates:
-        if norm.kind is not None and not norm.measures:  # they may change before backward
+        if settings.kind is not None and not settings.measures:  # they may change before backward
             statistics = statistics._replace(mean=statistics.mean.clone())
         return Modulate.apply(
-            *differentiable, index, order, *statistics, norm, activation, negative_slope, backend
+            *differentiable,
+            index,
+            order,
+            *statistics,
+            settings,
+            activation,
+            negative_slope,
+            backend,
         )
     planes = norms.planes(statistics, x.shape[:2], weight, bias)
     if out is None:
@@ -143,7 +155,15 @@ def spade_modulate(
     return out
 
 
-def modulate_by(planes, x, gamma, beta, index, activation, negative_slope):
+def modulate_by(
+    planes: Tensor,
+    x: Tensor,
+    gamma: Tensor,
+    beta: Tensor,
+    index: Tensor | None,
+    activation: Activation | None,
+    negative_slope: float,
+) -> Tensor:
     """y of arguments that have been checked, without gradients, where the numbers of each plane are
     known already.
     """
@@ -151,7 +171,7 @@ def modulate_by(planes, x, gamma, beta, index, activation, negative_slope):
     return apply(x, planes, gamma, beta, index, activation, negative_slope, False)[0]
 
 
-def plane_moments(x):
+def plane_moments(x: Tensor) -> Tensor:
     """Mean and sum of squared deviations of each plane of x [N, C, *spatial]: [2, N, C], float32,
     or float64 where x is.
 
@@ -172,22 +192,22 @@ class Modulate(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx,
-        x,
-        gamma,
-        beta,
-        weight,
-        bias,
-        index,
-        order,
-        mean,
-        inverse_deviation,
-        count,
-        norm,
-        activation,
-        negative_slope,
-        backend,
-    ):
+        ctx: Any,
+        x: Tensor,
+        gamma: Tensor,
+        beta: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        index: Tensor | None,
+        order: Tensor | None,
+        mean: Tensor,
+        inverse_deviation: Tensor,
+        count: int | Tensor,
+        norm: norms.Norm,
+        activation: Activation | None,
+        negative_slope: float,
+        backend: contract.Backend,
+    ) -> Tensor:
         statistics = norms.Statistics(mean, inverse_deviation, count)
         planes = norms.planes(statistics, x.shape[:2], weight, bias)
         y, signs = backend.apply(x, planes, gamma, beta, index, activation, negative_slope, True)
@@ -200,7 +220,7 @@ class Modulate(torch.autograd.Function):
         return y
 
     @staticmethod
-    def backward(ctx, dy):
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, gamma, beta, weight, bias, index, order, mean, inverse_deviation, planes, signs = (
             ctx.saved_tensors
         )
@@ -238,7 +258,18 @@ class ModulateInstance(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x, gamma, beta, index, order, eps, activation, negative_slope, backend):
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        gamma: Tensor,
+        beta: Tensor,
+        index: Tensor | None,
+        order: Tensor | None,
+        eps: float,
+        activation: Activation | None,
+        negative_slope: float,
+        backend: contract.Backend,
+    ) -> Tensor:
         y, signs, planes = backend.instance_forward(
             x, gamma, beta, index, eps, activation, negative_slope, True
         )
@@ -250,7 +281,7 @@ class ModulateInstance(torch.autograd.Function):
         return y
 
     @staticmethod
-    def backward(ctx, dy):
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, gamma, beta, index, order, planes, signs = ctx.saved_tensors
         if is_transformed(dy):
             dx, dgamma, dbeta, _, _ = _differentiable_backward(

@@ -11,24 +11,29 @@ of a group's channels (group). Backward, it pools their sums in the same way. Wi
 The rows of numbers (moments, planes, sums, terms) are those of `kernels/contract.py`.
 """
 
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Literal, NamedTuple
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
+
+Kind = Literal["instance", "batch", "syncbatch", "group"]
+Running = tuple[Tensor | None, Tensor | None]  # mean and variance
 
 
 class Norm(NamedTuple):
     """Which norm, with its settings."""
 
-    kind: str | None  # "instance", "batch", "syncbatch", "group", or None: x is modulated as it is
+    kind: Kind | None  # None: x is modulated as it is
     num_groups: int | None = None
     training: bool = True
     momentum: float = 0.1
     eps: float = 1e-5
-    process_group: object = None
+    process_group: "dist.ProcessGroup | None" = None
 
     @property
-    def measures(self):
+    def measures(self) -> bool:
         """Whether x is normalised with its own moments, rather than with running statistics or not
         at all.
         """
@@ -37,7 +42,7 @@ class Norm(NamedTuple):
         )
 
     @property
-    def processes(self):
+    def processes(self) -> int:
         """How many processes share their statistics."""
         if (
             self.kind != "syncbatch"
@@ -54,19 +59,24 @@ class Statistics(NamedTuple):
     behind each.
     """
 
-    mean: torch.Tensor
-    inverse_deviation: torch.Tensor
-    count: int | torch.Tensor
+    mean: Tensor
+    inverse_deviation: Tensor
+    count: int | Tensor  # type: ignore[assignment]  # hides tuple.count, which nobody calls
 
 
-def measure(norm, moments, count, running_mean=None, running_var=None):
+def measure(
+    norm: Norm,
+    moments: Tensor,
+    count: int,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+) -> Statistics:
     """Statistics from the moments of planes of `count` elements; running statistics, [C], are
     brought up to date in place.
     """
     mean, squares = moments
-    parts = {"instance": 1, "group": mean.shape[1] // (norm.num_groups or 1)}.get(
-        norm.kind, mean.shape[0]
-    )
+    own: dict[str | None, int] = {"instance": 1, "group": mean.shape[1] // (norm.num_groups or 1)}
+    parts = own.get(norm.kind, mean.shape[0])
     total = count * parts
     if _is_one(parts):
         pooled_mean, pooled_squares = mean, squares
@@ -81,7 +91,8 @@ def measure(norm, moments, count, running_mean=None, running_var=None):
             norm, pooled_mean, pooled_squares, total
         )
     variance = pooled_squares / (total if norm.processes > 1 else max(total, 1))
-    if running_mean is not None and (norm.processes > 1 or total > 0):
+    updates = norm.processes > 1 or total > 0
+    if running_mean is not None and running_var is not None and updates:
         with torch.no_grad():
             unbiased = pooled_squares / (total - 1)
             running_mean.lerp_(pooled_mean[0].to(running_mean.dtype), norm.momentum)
@@ -89,19 +100,27 @@ def measure(norm, moments, count, running_mean=None, running_var=None):
     return Statistics(pooled_mean, torch.rsqrt(variance + norm.eps), total)
 
 
-def given(running_mean, running_var, eps, dtype):
+def given(
+    running_mean: Tensor | None, running_var: Tensor | None, eps: float, dtype: torch.dtype
+) -> Statistics:
     """Statistics from running statistics, [C]."""
+    assert running_mean is not None and running_var is not None
     mean, variance = running_mean.to(dtype), running_var.to(dtype)
     return Statistics(mean[None], torch.rsqrt(variance[None] + eps), 1)
 
 
-def identity(channels, dtype, device):
+def identity(channels: int, dtype: torch.dtype, device: torch.device) -> Statistics:
     """Statistics that leave x as it is."""
     mean = torch.zeros(1, channels, dtype=dtype, device=device)
     return Statistics(mean, torch.ones_like(mean), 1)
 
 
-def planes(statistics, shape, weight=None, bias=None):
+def planes(
+    statistics: Statistics,
+    shape: Sequence[int],
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+) -> Tensor:
     """Shift, scale and offset of each plane, [3, N, C], shape being (N, C): x̂ = (x − shift)·scale
     + offset.
     """
@@ -112,7 +131,9 @@ def planes(statistics, shape, weight=None, bias=None):
     return torch.stack([mean, scale, offset]).expand(3, *shape)
 
 
-def backward_affine(statistics, sums, weight, bias):
+def backward_affine(
+    statistics: Statistics, sums: Tensor, weight: Tensor | None, bias: Tensor | None
+) -> tuple[Tensor | None, Tensor | None]:
     """From the planes' sums [2, N, C]: dweight and dbias, [C], None where there is no weight or
     bias.
     """
@@ -125,7 +146,9 @@ def backward_affine(statistics, sums, weight, bias):
     return dweight, None if bias is None else q.sum(0).to(bias.dtype)
 
 
-def backward(norm, statistics, sums, weight=None):
+def backward(
+    norm: Norm, statistics: Statistics, sums: Tensor, weight: Tensor | None = None
+) -> Tensor | None:
     """From the planes' sums [2, N, C]: the terms of dx [2, N, C], None where x was not measured."""
     if not norm.measures:
         return None

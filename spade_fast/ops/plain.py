@@ -6,23 +6,25 @@ import math
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from ..kernels import contract, torch_backend
+from ..kernels.contract import Activation
 from . import norms
 
 
 def modulate(
-    x: torch.Tensor,
-    gamma: torch.Tensor,
-    beta: torch.Tensor,
-    index: torch.Tensor | None,
+    x: Tensor,
+    gamma: Tensor,
+    beta: Tensor,
+    index: Tensor | None,
     norm: norms.Norm,
-    weight: torch.Tensor | None = None,
-    bias: torch.Tensor | None = None,
-    running: tuple = (None, None),
-    activation: str | None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    running: norms.Running = (None, None),
+    activation: Activation | None = None,
     negative_slope: float = 0.2,
-) -> torch.Tensor:
+) -> Tensor:
     """`spade_modulate` of arguments that have been checked; its arguments say what they are.
 
     No operation is in place, and x's own statistics are part of what is differentiated.
@@ -41,16 +43,16 @@ def modulate(
 
 
 def modulate_with(
-    x: torch.Tensor,
-    gamma: torch.Tensor,
-    beta: torch.Tensor,
-    index: torch.Tensor | None,
+    x: Tensor,
+    gamma: Tensor,
+    beta: Tensor,
+    index: Tensor | None,
     statistics: norms.Statistics,
-    weight: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    activation: str | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    activation: Activation | None,
     negative_slope: float,
-) -> torch.Tensor:
+) -> Tensor:
     """The same with statistics that are known."""
     planes = norms.planes(statistics, x.shape[:2], weight, bias)
     shift, scale, offset = planes.reshape(*planes.shape, *[1] * (x.dim() - 2)).unbind(0)

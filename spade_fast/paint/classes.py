@@ -1,15 +1,30 @@
 """The classes that one paints with: their numbers, names and colours."""
 
 import os
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 
 from ..data import colours
 from ..data.files import lines_of
 from ..data.pairs import CONVENTIONS
 from ..nn.config import whole_number
+from ..training import Config
+from ..training.examples import with_convention
 
 HIGHEST = 2**16 - 1  # number that a label of 16 bits can be
 GREY = (128, 128, 128)  # of "don't care"
+# Colours that people expect: each is that of the first class with the word in its name.
+NATURAL = {
+    "sky": (120, 190, 250),
+    "sun": (255, 214, 70),
+    "hill": (120, 130, 190),
+    "sea": (40, 110, 200),
+    "sand": (235, 205, 140),
+    "grass": (130, 200, 90),
+    "tree": (30, 120, 60),
+    "vegetation": (30, 140, 60),
+    "house": (205, 90, 75),
+}
 
 # COCO-Stuff's classes (Caesar et al. 2018) in the order of their numbers, from 0 on.
 COCO_STUFF = """
@@ -30,6 +45,23 @@ plastic, platform, playingfield, railing, railroad, river, road, rock, roof, rug
 shelf, sky-other, skyscraper, snow, solid-other, stairs, stone, straw, structural-other, table,
 tent, textile-other, towel, tree, vegetable, wall-brick, wall-concrete, wall-other, wall-panel,
 wall-stone, wall-tile, wall-wood, water-other, waterdrops, window-blind, window-other, wood
+"""
+# ADE20K's, of the scene parsing benchmark (Zhou et al. 2017), in the order of their numbers, from 1
+# on: 0 is unlabelled.
+ADE20K = """
+wall, building, sky, floor, tree, ceiling, road, bed, windowpane, grass, cabinet, sidewalk, person,
+earth, door, table, mountain, plant, curtain, chair, car, water, painting, sofa, shelf, house, sea,
+mirror, rug, field, armchair, seat, fence, desk, rock, wardrobe, lamp, bathtub, railing, cushion,
+base, box, column, signboard, chest of drawers, counter, sand, sink, skyscraper, fireplace,
+refrigerator, grandstand, path, stairs, runway, case, pool table, pillow, screen door, stairway,
+river, bridge, bookcase, blind, coffee table, toilet, flower, book, hill, bench, countertop, stove,
+palm, kitchen island, computer, swivel chair, boat, bar, arcade machine, hovel, bus, towel, light,
+truck, tower, chandelier, awning, streetlight, booth, television receiver, airplane, dirt track,
+apparel, pole, land, bannister, escalator, ottoman, bottle, buffet, poster, stage, van, ship,
+fountain, conveyer belt, canopy, washer, plaything, swimming pool, stool, barrel, basket, waterfall,
+tent, bag, minibike, cradle, oven, ball, food, step, tank, trade name, microwave, pot, animal,
+bicycle, lake, dishwasher, screen, blanket, sculpture, hood, sconce, vase, traffic light, tray,
+ashcan, fan, pier, crt screen, plate, monitor, bulletin board, shower, radiator, glass, clock, flag
 """
 # Cityscapes' (Cordts et al. 2016); the published generator has one number more, which no map uses.
 CITYSCAPES = """
@@ -70,35 +102,49 @@ class Classes:
         return self.listed[0].number if self.dont_care is None else self.dont_care
 
 
-# By the channels of the published generators: the convention, and names where they are known.
-PUBLISHED = {
-    184: ("coco_stuff", COCO_STUFF, True),
-    151: ("ade20k", "", False),
-    36: ("cityscapes", CITYSCAPES, True),
-}
+NAMES = {"coco_stuff": COCO_STUFF, "ade20k": ADE20K, "cityscapes": CITYSCAPES}  # by convention
+# By the channels of the published generators: the convention, and whether the last channel is that
+# of instances' edges.
+PUBLISHED = {184: ("coco_stuff", True), 151: ("ade20k", False), 36: ("cityscapes", True)}
 
 
-def classes_of(label_nc: int, file: str | os.PathLike | None = None) -> Classes:
-    """The classes of a generator with label_nc channels: those of the published data sets for
-    their numbers of channels (184, 151, 36), else each channel is a class, numbered from 0 on.
+def classes_of(
+    label_nc: int, file: str | os.PathLike | None = None, settings: Config | None = None
+) -> Classes:
+    """The classes of a generator with label_nc channels: those that its run's settings say; without
+    them, those of the published data sets for their numbers of channels (184, 151, 36), else each
+    channel is a class, numbered from 0 on.
 
     Args:
         file: names and colours, see `read_classes`; the others keep their number as a name.
+        settings: of the run that the generator is from.
 
     Errors: ValueError where the file is not so, or names a number that is no class.
     """
     label_nc = whole_number("label_nc", label_nc)
-    name, names, has_edges = PUBLISHED.get(label_nc, ("folder", "", False))
-    convention = CONVENTIONS[name]
-    count = convention.num_classes or label_nc
-    names = [one.strip() for one in names.split(",")] if names else []
+    if settings is None:
+        name, has_edges = PUBLISHED.get(label_nc, ("folder", False))
+        count, dont_care = CONVENTIONS[name].num_classes or label_nc, CONVENTIONS[name].dont_care
+    else:
+        settings = with_convention(settings)
+        assert settings.num_classes is not None  # a run has channels
+        name, has_edges = settings.convention, settings.instances is not None
+        count, dont_care = settings.num_classes, settings.dont_care
+    convention, known = CONVENTIONS[name], NAMES.get(name, "")
+    names = [one.strip() for one in known.split(",")] if known else []
     names += [f"class {number - convention.label_shift}" for number in range(len(names), count)]
     listed = {
-        number: Class(number, name, tuple(map(int, colour)))
-        for number, (name, colour) in enumerate(zip(names, colours(count)), -convention.label_shift)
+        number: Class(number, name, (int(red), int(green), int(blue)))
+        for number, (name, (red, green, blue)) in enumerate(
+            zip(names, colours(count)), -convention.label_shift
+        )
     }
-    if convention.dont_care is not None:
-        listed[convention.dont_care] = Class(convention.dont_care, "don't care", GREY)
+    for word, natural in NATURAL.items():
+        found = named(listed.values(), word)
+        if found is not None:
+            listed[found.number] = replace(found, colour=natural)
+    if dont_care is not None:
+        listed[dont_care] = Class(dont_care, "don't care", GREY)
     for one in read_classes(file) if file is not None else ():
         number, name, colour = one
         if number not in listed:
@@ -107,8 +153,12 @@ def classes_of(label_nc: int, file: str | os.PathLike | None = None) -> Classes:
                 f" {min(listed)} to {max(listed)}"
             )
         listed[number] = Class(number, name, listed[number].colour if colour is None else colour)
-    numbers = convention.dont_care, convention.label_shift
-    return Classes(tuple(listed.values()), count, *numbers, has_edges)
+    return Classes(tuple(listed.values()), count, dont_care, convention.label_shift, has_edges)
+
+
+def named(classes: Iterable[Class], word: str) -> Class | None:
+    """The first class that has the word in its name."""
+    return next((one for one in classes if word in one.name.replace("-", " ").split()), None)
 
 
 def read_classes(path: str | os.PathLike) -> list[tuple[int, str, tuple[int, int, int] | None]]:
@@ -119,9 +169,10 @@ def read_classes(path: str | os.PathLike) -> list[tuple[int, str, tuple[int, int
     """
     found = []
     for place, line, words in lines_of(path):
-        colour = None
+        colour: tuple[int, int, int] | None = None
         if len(words) > 4 and all(word.isdecimal() for word in words[-3:]):
-            words, colour = words[:-3], tuple(map(int, words[-3:]))
+            red, green, blue = map(int, words[-3:])
+            words, colour = words[:-3], (red, green, blue)
         if len(words) < 2 or not words[0].isdecimal() or max(colour or (0,)) > 255:
             raise ValueError(
                 f"{path}, line {place}, is {line!r}, it should be CLASS NAME or CLASS NAME"

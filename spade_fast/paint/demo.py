@@ -10,28 +10,28 @@ from ..layout import SemanticLayout
 from ..nn import SPADEGenerator
 from ..training import Config, Trainer
 from ..training.average import settled
-from .classes import Class, Classes
+from .classes import NATURAL, Class, Classes
 from .scene import GRASS, HILL, HOUSE, SAND, SEA, SKY, SUN, TREE, WORDS, draw_scene
 
 SIZE = 128
 SCENES = 24
-# The colour of each class on the canvas, and what photographs have at the top and at the bottom.
+# What photographs have of each class at the top and at the foot.
 LOOKS = {
-    SKY: ((120, 190, 250), (60, 120, 215), (235, 215, 200)),
-    SUN: ((255, 214, 70), (255, 246, 200), (255, 225, 150)),
-    HILL: ((120, 130, 190), (105, 125, 160), (70, 95, 90)),
-    SEA: ((40, 110, 200), (110, 165, 190), (15, 60, 110)),
-    SAND: ((235, 205, 140), (240, 220, 170), (190, 150, 95)),
-    GRASS: ((130, 200, 90), (150, 180, 80), (50, 95, 35)),
-    TREE: ((30, 120, 60), (65, 115, 50), (20, 50, 25)),
-    HOUSE: ((205, 90, 75), (170, 60, 45), (245, 225, 205)),
+    SKY: ((60, 120, 215), (235, 215, 200)),
+    SUN: ((255, 246, 200), (255, 225, 150)),
+    HILL: ((105, 125, 160), (70, 95, 90)),
+    SEA: ((110, 165, 190), (15, 60, 110)),
+    SAND: ((240, 220, 170), (190, 150, 95)),
+    GRASS: ((150, 180, 80), (50, 95, 35)),
+    TREE: ((65, 115, 50), (20, 50, 25)),
+    HOUSE: ((170, 60, 45), (245, 225, 205)),
 }
 GRAIN = {SKY: 3, SUN: 0, HILL: 8, SEA: 14, SAND: 8, GRASS: 16, TREE: 22, HOUSE: 5}  # of 255
 
 
 def demo_classes() -> Classes:
     """The classes of the drawn scenes."""
-    listed = tuple(Class(each, WORDS[each][0], LOOKS[each][0]) for each in WORDS)
+    listed = tuple(Class(each, words[0], NATURAL[words[0]]) for each, words in WORDS.items())
     return Classes(listed, len(listed))
 
 
@@ -96,8 +96,8 @@ def photograph(scene: np.ndarray, seed: int) -> np.ndarray:
     top, foot, grain = (
         np.array([table[each] for each in WORDS], float)[scene]
         for table in (
+            {each: look[0] for each, look in LOOKS.items()},
             {each: look[1] for each, look in LOOKS.items()},
-            {each: look[2] for each, look in LOOKS.items()},
             GRAIN,
         )
     )

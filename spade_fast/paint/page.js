@@ -21,19 +21,22 @@ for (const { number, colour } of classes) {
   const bytes = new Uint8Array([...colour, 255]);
   colours[number] = new Uint32Array(bytes.buffer)[0];
 }
-const STORE = `labels ${width} ${height} ${classes.map((one) => one.name)}`;
+// What a tab keeps belongs to one kind of generator.
+const KIND = `${width} ${height} ${settings.zLength} ${classes.map((one) => one.name)}`;
 
-let labels = kept() ?? (await firstScene());
+let labels = keptLabels() ?? (await firstScene());
+let style = keptStyle() ?? { query: "seed=0", name: "" };
 let past = [], future = [];
 let tool = "brush";
 let chosen = (classes.find((one) => one.name === "tree") ?? classes[0]).number;
-let seed = 0;
 let cursor = [width / 2, height / 2];
 
 // ---- The server ----
 
 async function answerOf(path, options) {
-  const answer = await fetch(path, options);
+  const answer = await fetch(path, options).catch(() => {
+    throw new Error("the server does not answer");
+  });
   if (answer.ok) return answer;
   const words = await answer.json().then((body) => body.detail, () => answer.statusText);
   const error = new Error(typeof words === "string" ? words : "the request was wrong");
@@ -67,8 +70,7 @@ async function follow() {
       shown = asked;
     } catch (error) {
       const again = error.status === undefined || error.status === 503;
-      const words = error.status === undefined ? "The server does not answer" : error.message;
-      say(again ? `${words}; trying again …` : `No image: ${words}`, true);
+      say(`No image: ${error.message}${again ? "; trying again …" : ""}`, true);
       if (again) await pause(RETRY);
       else shown = asked;
     }
@@ -79,7 +81,7 @@ async function follow() {
 
 async function ask() {
   const start = performance.now();
-  const query = settings.hasZ ? `?seed=${seed}` : "";
+  const query = settings.zLength === null ? "" : `?${style.query}`;
   const answer = await answerOf(`image${query}`, { method: "POST", body: labels });
   const blob = await answer.blob();
   const before = image.src;
@@ -204,20 +206,16 @@ function end() {
 
 function placeOf(event) {
   const box = map.getBoundingClientRect();
-  const scale = Math.min(box.width / width, box.height / height);
-  const x = (event.clientX - box.left - (box.width - scale * width) / 2) / scale;
-  const y = (event.clientY - box.top - (box.height - scale * height) / 2) / scale;
+  const scale = box.width / width;
+  const x = (event.clientX - box.left) / scale, y = (event.clientY - box.top) / scale;
   return [Math.min(width - 0.01, Math.max(0, x)), Math.min(height - 0.01, Math.max(0, y))];
 }
 
 function showRing([x, y]) {
-  const box = map.getBoundingClientRect(), easel = element("easel").getBoundingClientRect();
-  const scale = Math.min(box.width / width, box.height / height);
-  const left = box.left - easel.left + (box.width - scale * width) / 2;
-  const top = box.top - easel.top + (box.height - scale * height) / 2;
+  const scale = map.getBoundingClientRect().width / width;
   const length = ["fill", "pick"].includes(tool) ? 8 : 2 * radius() * scale;
-  ring.style.left = `${left + x * scale}px`;
-  ring.style.top = `${top + y * scale}px`;
+  ring.style.left = `${x * scale}px`;
+  ring.style.top = `${y * scale}px`;
   ring.style.width = ring.style.height = `${Math.max(6, length)}px`;
   ring.hidden = false;
 }
@@ -339,10 +337,39 @@ function resized(found) {
   return numbers;
 }
 
+// ---- Styles ----
+
+let styles = 0; // that were asked for: an answer that comes after another wish is out of date
+
 function newZ() {
-  if (!settings.hasZ) return;
-  seed = Math.floor(Math.random() * (settings.highestSeed + 1));
+  if (settings.zLength === null) return;
+  styles++;
+  setStyle(`seed=${Math.floor(Math.random() * (settings.highestSeed + 1))}`, "");
+}
+
+function setStyle(query, name) {
+  style = { query, name };
+  store("style", JSON.stringify(style));
+  showStyle();
   changed();
+}
+
+function showStyle() {
+  element("style").hidden = !style.name;
+  element("style").textContent = `Style: ${style.name}`;
+}
+
+async function openStyle(file) {
+  const turn = ++styles;
+  try {
+    const most = settings.mostPhotographBytes;
+    if (file.size > most) throw new Error(`it is above ${Math.floor(most / 2 ** 20)} MB`);
+    say(`Looking at ${file.name} …`);
+    const { z } = await (await answerOf("style", { method: "POST", body: file })).json();
+    if (turn === styles) setStyle(`z=${encodeURIComponent(z)}`, file.name);
+  } catch (error) {
+    say(`${file.name} was not opened: ${error.message}`, true);
+  }
 }
 
 function hideHint() {
@@ -352,22 +379,32 @@ function hideHint() {
   } catch { /* a browser may forbid it: then the hint comes again */ }
 }
 
-// A tab's map survives a reload; other tabs have their own.
-function keep() {
+// A tab's map and style survive a reload; other tabs have their own.
+function store(what, text) {
   try {
-    const text = Array.from(labels, (number) => String.fromCharCode(number)).join("");
-    sessionStorage.setItem(STORE, text);
-  } catch { /* then a reload begins with the first scene */ }
+    sessionStorage.setItem(`${what} ${KIND}`, text);
+  } catch { /* a browser may forbid it: then a reload begins anew */ }
 }
 
-function kept() {
+function stored(what) {
   try {
-    const text = sessionStorage.getItem(STORE);
-    if (text.length !== width * height) return null;
-    return Numbers.from({ length: text.length }, (_, place) => text.charCodeAt(place));
+    return sessionStorage.getItem(`${what} ${KIND}`);
   } catch {
-    return null; // there is none, or the browser forbids it
+    return null;
   }
+}
+
+function keep() {
+  store("labels", Array.from(labels, (number) => String.fromCharCode(number)).join(""));
+}
+
+function keptLabels() {
+  const text = stored("labels");
+  return text && Numbers.from({ length: text.length }, (_, place) => text.charCodeAt(place));
+}
+
+function keptStyle() {
+  return JSON.parse(stored("style"));
 }
 
 element("undo").addEventListener("click", undo);
@@ -380,11 +417,13 @@ element("save-image").addEventListener("click", saveImage);
 element("save-map").addEventListener("click", async () => {
   download(await writePng(labels, width, height), "labels.png");
 });
-element("open").addEventListener("click", () => element("file").click());
-element("file").addEventListener("change", (event) => {
-  if (event.target.files.length) openMap(event.target.files[0]);
-  event.target.value = "";
-});
+for (const [button, input, open] of [["open", "file", openMap], ["open-style", "photograph", openStyle]]) {
+  element(button).addEventListener("click", () => element(input).click());
+  element(input).addEventListener("change", (event) => {
+    if (event.target.files.length) open(event.target.files[0]);
+    event.target.value = "";
+  });
+}
 element("understood").addEventListener("click", hideHint);
 for (const button of document.querySelectorAll("[data-tool]")) {
   button.addEventListener("click", () => use(button.dataset.tool));
@@ -408,13 +447,16 @@ addEventListener("keydown", (event) => {
   else if (key === "s") saveImage();
 });
 
+document.documentElement.style.setProperty("--aspect", width / height);
 map.width = width;
 map.height = height;
 element("size").max = Math.round(width / 3);
 element("size").value = Math.round(width / 12);
 const ground = known.get(settings.background);
 document.querySelector("[data-tool=eraser]").title = `Eraser (E): paints “${ground.name}”`;
-element("new-z").hidden = !settings.hasZ;
+element("new-z").hidden = settings.zLength === null;
+element("open-style").hidden = settings.mostPhotographBytes === null;
+showStyle();
 element("note").textContent = settings.hasEdges
   ? "Regions of one class count as one thing: this generator gets the edges between them."
   : "";

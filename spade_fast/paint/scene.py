@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from .classes import Classes
+from .classes import Classes, named
 
 SKY, SUN, HILL, SEA, SAND, GRASS, TREE, HOUSE = range(8)
 # What each is called, and words that classes of other data sets are found by, the best first.
@@ -50,11 +50,8 @@ def opening_scene(classes: Classes, size: tuple[int, int], seed: int = 7) -> np.
 
 
 def _named(classes, words, otherwise):
-    for word in words:
-        for one in classes.listed:
-            if word in one.name.replace("-", " ").split():
-                return one.number
-    return otherwise
+    found = (named(classes.listed, word) for word in words)
+    return next((one.number for one in found if one is not None), otherwise)
 
 
 def _places(size):

@@ -6,24 +6,31 @@ name this server as its Host, and where it has an Origin, that must be this serv
 """
 
 import asyncio
+import base64
 import contextlib
 import importlib.resources
 import io
 import ipaddress
+import os
+import socket
 import time
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from PIL import Image
 
-from ..data import Preparation
+from ..data import Preparation, read_photograph
+from ..generation import encoder_of, moments_of
+from ..nn import ConvEncoder
 from ..service import Busy, Service
 from ..training.pictures import picture
 from .classes import HIGHEST, Classes
 from .scene import opening_scene
 
 if TYPE_CHECKING:
+    import uvicorn
     from fastapi import FastAPI
 
 PAGE = {
@@ -42,37 +49,48 @@ HEADERS = {
     "Cache-Control": "no-store",
 }
 MOST_PIXELS = 2**22  # of an image: its labels are sent whole, for every stroke
+MOST_PHOTOGRAPH_BYTES, MOST_PHOTOGRAPH_PIXELS = 2**25, 2**26
 HIGHEST_SEED = 2**32 - 1
 ALL_ADDRESSES = ("0.0.0.0", "::")
 RETRY_SECONDS = 1
 
 
 def app_of(
-    service: Service, classes: Classes, host: str = "127.0.0.1", port: int = 7860
+    service: Service,
+    classes: Classes,
+    host: str = "127.0.0.1",
+    port: int = 7860,
+    encoder: str | os.PathLike | Mapping | ConvEncoder | None = None,
 ) -> "FastAPI":
-    """The application: the page, `GET /settings`, `GET /scene` and `POST /image?seed=…`.
+    """The application: the page, `GET /settings`, `GET /scene`, `POST /image?seed=…` or `?z=…`, and
+    with an encoder `POST /style`.
 
     `/image` takes labels as numbers of 1 byte, or of 2 bytes, the lower first, row by row, and
     returns a PNG; its header Server-Timing has the milliseconds from the request's labels to the
-    image ("image": waiting, numbering and the network) and those of the PNG ("png"). `seed` decides
-    z of a generator that begins with noise. An error is JSON, {"detail": words}.
+    image ("image": waiting, numbering and the network) and those of the PNG ("png"). A generator
+    that begins with noise takes z: `seed` decides it, or `z` is it, as text. `/style` takes the
+    file of a photograph and returns JSON, {"z": text}, the mean of its style. An error is JSON,
+    {"detail": words}.
 
     Args:
         service: of a generator of RGB images.
         classes: what the labels mean.
         host, port: where the application will be reached: requests for other hosts are refused.
+        encoder: of photographs, or its weights, as `checkpoint.load` takes them.
 
     Errors: ValueError where the generator makes no RGB images, has other channels than these
-        classes, or makes images that are too large; ModuleNotFoundError where FastAPI is missing.
+        classes, makes images that are too large, or has z of another length than the encoder;
+        ModuleNotFoundError where FastAPI is missing.
     """
     fastapi = _module("fastapi")
     from starlette.concurrency import run_in_threadpool
 
     _check(service, classes)
     height, width = service.image_size
-    painter = _Painter(service, classes)
+    painter = _Painter(service, classes, encoder)
     app = fastapi.FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
-    app.add_middleware(_Doorman, host=host, port=port, most_bytes=2 * height * width)
+    most_bytes = {"/image": 2 * height * width, "/style": MOST_PHOTOGRAPH_BYTES}
+    app.add_middleware(_Doorman, host=host, port=port, most_bytes=most_bytes)
 
     for path, (name, kind) in PAGE.items():
         content = importlib.resources.files(__package__).joinpath(name).read_bytes()
@@ -88,20 +106,29 @@ def app_of(
         labels = opening_scene(classes, (height, width)).astype("<u2")
         return fastapi.Response(labels.tobytes(), media_type="application/octet-stream")
 
-    @app.post("/image")
-    async def image(request: fastapi.Request, seed: int | None = None):
-        body = await request.body()
-        start = time.perf_counter()
+    @contextlib.contextmanager
+    def errors_in_words(result):
         try:
-            future = await run_in_threadpool(painter.submit, body, seed)
-            made = await asyncio.wrap_future(future)
+            yield
         except (ValueError, TypeError) as error:
             raise fastapi.HTTPException(422, str(error)) from None
         except Busy as busy:
             again = {"Retry-After": str(RETRY_SECONDS)}
             raise fastapi.HTTPException(503, str(busy), again) from None
         except (RuntimeError, MemoryError) as error:  # of the network, such as for lack of memory
-            raise fastapi.HTTPException(500, f"no image was made: {error}") from None
+            raise fastapi.HTTPException(500, f"no {result} was made: {error}") from None
+
+    @app.post("/image")
+    async def image(
+        request: fastapi.Request,  # type: ignore[name-defined]  # it is imported above
+        seed: int | None = None,
+        z: str | None = None,
+    ):
+        body = await request.body()
+        start = time.perf_counter()
+        with errors_in_words("image"):
+            future = await run_in_threadpool(painter.submit, body, seed, z)
+            made = await asyncio.wrap_future(future)
         if not made.isfinite().all():
             raise fastapi.HTTPException(500, "the image has values that are not finite")
         done = time.perf_counter()
@@ -110,24 +137,78 @@ def app_of(
         timing = ", ".join(f"{name};dur={1e3 * seconds:.2f}" for name, seconds in spent.items())
         return fastapi.Response(content, 200, {"Server-Timing": timing}, "image/png")
 
+    if painter.encoder is not None:
+        encoding = asyncio.Lock()
+
+        @app.post("/style")
+        async def style(
+            request: fastapi.Request,  # type: ignore[name-defined]  # it is imported above
+        ):
+            body = await request.body()
+            with errors_in_words("style"):
+                if encoding.locked():
+                    raise Busy("another photograph is being looked at: ask again later")
+                async with encoding:
+                    return {"z": await run_in_threadpool(painter.style, body)}
+
     return app
 
 
-def serve(service: Service, classes: Classes, host: str = "127.0.0.1", port: int = 7860) -> None:
-    """Runs `app_of` until it is interrupted. Errors: as `app_of`; ModuleNotFoundError where uvicorn
-    is missing.
+def listening(host: str = "127.0.0.1", port: int = 7860) -> socket.socket:
+    """A socket that listens there: from now on the system lets callers wait for `serve`. Errors:
+    OSError in words, where the port is not free, or the host is no address of this machine.
+    """
+    try:
+        family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        return socket.create_server(address, family=family)
+    except OSError as error:
+        reason = (error.strerror or str(error)).partition(" (")[0]
+        raise OSError(
+            f"nobody can listen at {host}, port {port}: {reason}. host should be an address of this"
+            " machine, and port one that no other program has"
+        ) from None
+
+
+def serve(
+    service: Service,
+    classes: Classes,
+    door: socket.socket,
+    host: str = "127.0.0.1",
+    encoder: str | os.PathLike | Mapping | ConvEncoder | None = None,
+    ready: Callable[[str], None] = lambda address: None,
+) -> None:
+    """Answers with `app_of` at a socket that listens, until it is interrupted; then the socket is
+    closed.
+
+    ready: is called with the page's address once nothing is in the way of answering.
+
+    Errors: as `app_of`; ModuleNotFoundError where uvicorn is missing.
+    """
+    port = door.getsockname()[1]
+    server = server_of(app_of(service, classes, host, port, encoder))
+    ready(f"http://{_in_url(host)}:{port}/")
+    with contextlib.suppress(KeyboardInterrupt):
+        server.run(sockets=[door])
+
+
+def server_of(app: "FastAPI") -> "uvicorn.Server":
+    """A server, whose `run(sockets=[door])` answers at sockets that listen until its `should_exit`
+    is set. Errors: ModuleNotFoundError where uvicorn is missing.
     """
     uvicorn = _module("uvicorn")
-    app = app_of(service, classes, host, port)
-    uvicorn.run(app, host=host, port=port, log_level="warning", server_header=False)
+    return uvicorn.Server(uvicorn.Config(app, log_level="warning", server_header=False))
 
 
 class _Painter:
-    """From the numbers of a request to an image that the service computes."""
+    """From the numbers of a request to an image that the service computes, and from a photograph
+    to a style.
+    """
 
-    def __init__(self, service: Service, classes: Classes) -> None:
+    def __init__(self, service: Service, classes: Classes, encoder=None) -> None:
         self.service, self.classes = service, classes
-        self.size, self.z_dim = service.image_size, service.generator_arguments["z_dim"]
+        height, width = service.image_size
+        self.size, self.z_dim = (height, width), service.generator_arguments["z_dim"]
+        self.encoder = None if encoder is None else encoder_of(encoder, self.z_dim)
         self.preparation = Preparation(
             classes.num_classes,
             classes.dont_care,
@@ -144,17 +225,18 @@ class _Painter:
             "width": self.size[1],
             "classes": [vars(one) for one in self.classes.listed],
             "background": self.classes.background,
-            "hasZ": self.z_dim is not None,
+            "zLength": self.z_dim,
             "hasEdges": self.classes.has_edges,
             "highestSeed": HIGHEST_SEED,
+            "mostPhotographBytes": None if self.encoder is None else MOST_PHOTOGRAPH_BYTES,
         }
 
-    def submit(self, body: bytes, seed: int | None):
+    def submit(self, body: bytes, seed: int | None, z: str | None):
         """A Future of the image. Errors: ValueError; Busy."""
         labels = self.labels(body)
         # Neighbours of one class are one instance: edges are where the classes' regions end.
         instances = labels if self.classes.has_edges else None
-        return self.service.submit(self.preparation.layout(labels, instances), self.z(seed))
+        return self.service.submit(self.preparation.layout(labels, instances), self.z(seed, z))
 
     def labels(self, body: bytes) -> np.ndarray:
         height, width = self.size
@@ -167,15 +249,27 @@ class _Painter:
         kind = "u1" if width_of_number == 1 else "<u2"
         return np.frombuffer(body, kind).reshape(self.size).astype(np.int64)
 
-    def z(self, seed: int | None) -> torch.Tensor | None:
+    def z(self, seed: int | None, z: str | None) -> torch.Tensor | None:
+        given = {name: value for name, value in (("seed", seed), ("z", z)) if value is not None}
         if self.z_dim is None:
-            if seed is not None:
-                raise ValueError("seed should not be given: this generator takes no z")
+            if given:
+                raise ValueError(f"{next(iter(given))} is given, and this generator takes no z")
             return None
+        if len(given) > 1:
+            raise ValueError("seed and z are given, one of them should be")
+        if z is not None:
+            return _z_of(z, self.z_dim)
         seed = 0 if seed is None else seed
         if not 0 <= seed <= HIGHEST_SEED:
             raise ValueError(f"seed is {seed}, it should be 0 to {HIGHEST_SEED}")
         return torch.randn(1, self.z_dim, generator=torch.Generator().manual_seed(seed))
+
+    def style(self, content: bytes) -> str:
+        """The mean z of a photograph's file, as text. Errors: ValueError."""
+        assert self.encoder is not None
+        photograph = read_photograph("the photograph", content, MOST_PHOTOGRAPH_PIXELS)
+        mean, _ = moments_of(self.encoder, photograph, self.size)
+        return _text_of(mean)
 
 
 class _Doorman:
@@ -212,7 +306,7 @@ class _Doorman:
 
     def _refusal(self, scope):
         """Status and words for a request that is refused, else None."""
-        headers = {}
+        headers: dict[str, list[str]] = {}
         for name, text in scope["headers"]:
             headers.setdefault(name.decode("latin-1"), []).append(text.decode("latin-1"))
         hosts, origins = headers.get("host", []), headers.get("origin", [])
@@ -230,11 +324,10 @@ class _Doorman:
             return None
         lengths = headers.get("content-length", [])
         if len(lengths) != 1 or not (lengths[0].isascii() and lengths[0].isdecimal()):
-            return 411, "Content-Length is missing: it should be the number of the labels' bytes"
-        if len(lengths[0]) > 12 or int(lengths[0]) > self.most_bytes:
-            return 413, (
-                f"the body has {lengths[0][:20]} bytes, it should have {self.most_bytes} or fewer"
-            )
+            return 411, "Content-Length is missing: it should be the number of the body's bytes"
+        most = self.most_bytes.get(scope["path"], 0)
+        if len(lengths[0]) > 12 or int(lengths[0]) > most:
+            return 413, f"the body has {lengths[0][:20]} bytes, it should have {most} or fewer"
         return None
 
     def _is_own(self, host):
@@ -274,6 +367,24 @@ def _check(service, classes):
         )
 
 
+def _text_of(z):
+    """z [z_dim] as text that can stand in an address: base64 of its float32, low bytes first."""
+    return base64.urlsafe_b64encode(z.float().cpu().numpy().astype("<f4").tobytes()).decode()
+
+
+def _z_of(text, length):
+    """z [1, length] of such a text. Errors: ValueError."""
+    wanted = f"it should be {length} finite ones of float32 in base64, as /style returns them"
+    try:
+        content = base64.b64decode(text, altchars=b"-_", validate=True)
+        z = torch.from_numpy(np.frombuffer(content, "<f4").astype(np.float32))
+    except ValueError as error:
+        raise ValueError(f"z is no text of numbers: {error}; {wanted}") from None
+    if len(z) != length or not z.isfinite().all():
+        raise ValueError(f"z has {len(z)} numbers, {z.isfinite().sum()} of them finite; {wanted}")
+    return z[None]
+
+
 def _png(image):
     file = io.BytesIO()
     Image.fromarray(picture(image.float().cpu())).save(file, "PNG", compress_level=1)
@@ -299,6 +410,12 @@ def _is_address(name):
 
 def _words(found):
     return ", ".join(map(repr, found)) or "missing"
+
+
+def check_installed() -> None:
+    """Errors: ModuleNotFoundError in words, where a package that serving needs is not there."""
+    for name in ("fastapi", "uvicorn"):
+        _module(name)
 
 
 def _module(name):

@@ -12,6 +12,7 @@ import torch.nn as nn
 from torch.nn.utils.parametrize import type_before_parametrizations
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from ..nn.modules import Model
 from ..nn.spectral import converge
 
 
@@ -49,7 +50,7 @@ def average(network: nn.Module, decay: float) -> AveragedModel:
         return AveragedModel(network, multi_avg_fn=update, use_buffers=True)
 
 
-def settled(averaged: AveragedModel, into: nn.Module) -> nn.Module:
+def settled(averaged: AveragedModel, into: Model) -> Model:
     """Makes `into` the averaged network, in eval mode, and returns it. The average stays as it is.
 
     Averages of spectral norm's vectors are not of length one and belong to no weight: in `into`
@@ -68,7 +69,8 @@ def settled(averaged: AveragedModel, into: nn.Module) -> nn.Module:
             f"averaged is a {type(averaged).__name__}, it should be what `average` made"
         )
     network = averaged.module
-    kind, wanted = map(type_before_parametrizations, (into, network))
+    kind = type_before_parametrizations(into)
+    wanted = type_before_parametrizations(network)
     if kind is not wanted:
         raise TypeError(
             f"into is a {kind.__name__}, it should be a {wanted.__name__} like the averaged network"

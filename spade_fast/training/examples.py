@@ -25,12 +25,17 @@ def with_steps(config: Config, examples: int) -> Config:
     return config.changed(steps=config.epochs * max(1, examples // config.batch), epochs=None)
 
 
+def _given(name: str, folder: str | None) -> str:
+    if folder is None:
+        raise ValueError(f"{name} is not given, it should be a folder")
+    return folder
+
+
 def folder_of(config: Config) -> Folder:
     """The data set that the settings name. Errors: ValueError, OSError."""
-    for name in ("labels", "images"):
-        if getattr(config, name) is None:
-            raise ValueError(f"{name} is not given, it should be a folder")
+    labels, images = _given("labels", config.labels), _given("images", config.images)
     label_channels(config)
+    assert config.num_classes is not None  # else it has no channels
     preparation = Preparation(
         config.num_classes,
         config.dont_care,
@@ -41,7 +46,7 @@ def folder_of(config: Config) -> Folder:
         flip=config.flip,
         label_shift=CONVENTIONS[config.convention].label_shift,
     )
-    pairs = find_pairs(config.labels, config.images, config.instances, config.convention)
+    pairs = find_pairs(labels, images, config.instances, config.convention)
     palette = None if config.palette is None else read_palette(config.palette)
     return Folder(pairs, preparation, palette=palette, seed=config.seed)
 
@@ -49,8 +54,8 @@ def folder_of(config: Config) -> Folder:
 def check_examples(config: Config, examples: Folder) -> None:
     """Raises ValueError where there is a file that cannot be trained on: which one, and why."""
     report = check_data(
-        config.labels,
-        config.images,
+        _given("labels", config.labels),
+        _given("images", config.images),
         config.instances,
         convention=config.convention,
         palette=examples.palette,

@@ -43,7 +43,7 @@ class Log:
         self.progress.start()
         return self
 
-    def __exit__(self, *error) -> None:
+    def __exit__(self, *error: object) -> None:
         self.progress.stop()
         for part in (self.file, self.events):
             if part is not None:

@@ -31,14 +31,15 @@ class Scenes:
         """
         parameter = next(generator.parameters())
         random, images = torch.Generator().manual_seed(SEED), []
+        z_dim = getattr(generator, "z_dim", None)
         for batch in self.batches:
             batch = batch.to(parameter.device)
             z = None
             if encoder is not None:
                 with in_eval_mode(encoder), torch.no_grad():
                     z = encoder(batch.images)[0]
-            elif getattr(generator, "z_dim", None) is not None:
-                z = torch.randn(1, generator.z_dim, generator=random).to(parameter)
+            elif z_dim is not None:
+                z = torch.randn(1, z_dim, generator=random).to(parameter)
             with torch.no_grad():
                 image = generator(batch.layout, z) if z is not None else generator(batch.layout)
             images.append(image.float().cpu())

@@ -1,6 +1,7 @@
 """The states of the global random number generators, for a run that goes on where it stopped."""
 
 import random
+from typing import Any
 
 import numpy as np
 import torch
@@ -11,7 +12,8 @@ def random_states() -> dict:
     weights_only.
     """
     version, numbers, following = random.getstate()
-    name, keys, *rest = np.random.get_state()
+    legacy: Any = np.random.get_state()
+    name, keys, *rest = legacy
     return {
         "python": (version, list(numbers), following),
         "numpy": (name, torch.from_numpy(keys.astype(np.int64)), *rest),

@@ -2,17 +2,20 @@
 
 import copy
 import math
+from contextlib import ExitStack
 
 from PIL import Image
 
 from .. import checkpoint
+from ..data import Folder
 from ..writing import written
 from .average import settled
 from .examples import check_examples
 from .log import Log
 from .pictures import Scenes
-from .run import BEST, EVENTS, GENERATOR, LOG, PICTURES
-from .trainer import Step
+from .run import BEST, EVENTS, GENERATOR, LOG, PICTURES, Run
+from .step import Losses
+from .trainer import Step, Trainer
 
 
 class Stopped(Exception):
@@ -22,12 +25,13 @@ class Stopped(Exception):
 class Recorder:
     """What a run looks at and writes while it trains."""
 
-    def __init__(self, run, trainer, best):
+    def __init__(self, run: Run, trainer: Trainer, best: tuple[int, float] | None) -> None:
         self.run, self.trainer, self.best = run, trainer, best  # (step, distance) of the best one
-        self.unseen, self.seen = [], []  # steps that nobody has looked at; losses since a line
-        self.log = None  # in other processes than the first
+        self.unseen: list[tuple[int, Losses]] = []  # of steps that nobody has looked at
+        self.seen: list[dict[str, float]] = []  # losses since a line
+        self.log: Log | None = None  # in other processes than the first
 
-    def begin(self, stack, examples):
+    def begin(self, stack: ExitStack, examples: Folder) -> None:
         """Checks the data, and only then begins to write in the folder, for as long as the stack
         is open.
         """
@@ -41,7 +45,7 @@ class Recorder:
             run.check_new()  # another process may have trained there until now
         run.begin(config)
         events = run.path(EVENTS) if config.tensorboard else None
-        log = Log(run.path(LOG), events, trainer.number, config.steps, config.batch)
+        log = Log(run.path(LOG), events, trainer.number, trainer.steps, config.batch)
         self.log = stack.enter_context(log)
         if trainer.number > 0:
             self._restore()
@@ -58,8 +62,8 @@ class Recorder:
         writes = step.number % config.log_every == 0 or step.number == config.steps
         if not (looks or writes or trainer.accelerator.device.type == "cpu"):
             return
-        for number, losses in self.unseen:
-            losses = trainer.mean(losses)
+        for number, unseen in self.unseen:
+            losses = trainer.mean(unseen)
             wrong = {name: loss for name, loss in losses.items() if not math.isfinite(loss)}
             if wrong:
                 words = ", ".join(f"{name} is {loss}" for name, loss in wrong.items())
@@ -130,10 +134,11 @@ class Recorder:
         grid, number = self.scenes.grid(generated), self.trainer.number
         with written(self.run.path(PICTURES, f"step-{number:08}.png")) as path:
             Image.fromarray(grid).save(path)
+        assert self.log is not None  # this process is the first
         self.log.picture(number, grid, distance)
         self.log.say(f"saved step {number}, {distance:.4g} from the photographs")
 
-    def last_good(self):
+    def last_good(self) -> str:
         numbers = self.run.numbers()
         if not numbers:
             return "there is no checkpoint before it"
@@ -152,7 +157,7 @@ def _scenes(trainer, examples):
     return Scenes(chosen, generator.sizes, generator.kernel_size)
 
 
-def reason_of(error):
+def reason_of(error: BaseException) -> str:
     """An error in one line, without the traceback that a DataLoader's worker puts before it."""
     lines = str(error).strip().splitlines() or [type(error).__name__]
     if lines[0].startswith("Caught "):

@@ -5,6 +5,10 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 PATIENCE = 2.0  # seconds
 
@@ -16,7 +20,8 @@ def asked_to_stop() -> Iterator[list[float]]:
     same request, which launchers pass on to processes that had it from the terminal. In other
     threads than the main one signals are left alone.
     """
-    asked, before = [], {}
+    asked: list[float] = []
+    before: dict[int, Any] = {}
 
     def note(number, frame):
         asked.append(time.monotonic())
@@ -30,11 +35,11 @@ def asked_to_stop() -> Iterator[list[float]]:
     try:
         yield asked
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        for kind, handler in before.items():
+            signal.signal(kind, handler)
 
 
-def anywhere(accelerator, asked):
+def anywhere(accelerator: "Accelerator", asked: bool) -> bool:
     """Whether one of the processes was asked to stop: all of them know of it in the same step."""
     if accelerator.num_processes == 1:
         return asked

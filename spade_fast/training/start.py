@@ -3,6 +3,7 @@
 import contextlib
 import os
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -35,7 +36,7 @@ def train(config: Config) -> Path:
     return _train(run, with_steps(config, len(examples)), examples)
 
 
-def resume(folder: str | os.PathLike, **settings) -> Path:
+def resume(folder: str | os.PathLike, **settings: Any) -> Path:
     """Goes on with the run in a folder from its newest checkpoint, as if it had not stopped; from
     the first step where it has none yet.
 

@@ -65,7 +65,7 @@ class Trainer:
     ) -> None:
         if config.steps is None:
             raise ValueError("steps is not given, it should be the number of steps of the run")
-        self.config, self.number = config, 0
+        self.config, self.steps, self.number = config, config.steps, 0
         self.accelerator = _accelerator(config.precision)
         self.images = self._images_of_a_batch()
         if networks is None:
@@ -99,7 +99,7 @@ class Trainer:
             before the steps do, so does this.
         """
         batches, wanted = iter(batches), self.config.accumulate
-        while self.number < self.config.steps:
+        while self.number < self.steps:
             parts = [
                 batch.to(self.accelerator.device) for batch in itertools.islice(batches, wanted)
             ]
@@ -185,8 +185,8 @@ class Trainer:
         """The learning rates' factor after these steps: 1, and in the last part of the run towards
         0 in a line.
         """
-        falling = self.config.decay * self.config.steps
-        return min(1.0, (self.config.steps - step) / falling) if falling else 1.0
+        falling = self.config.decay * self.steps
+        return min(1.0, (self.steps - step) / falling) if falling else 1.0
 
     def _images_of_a_batch(self):
         processes, parts = self.accelerator.num_processes, self.config.accumulate
@@ -289,7 +289,8 @@ class Trainer:
         if self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(state["scaler"])
         if state["noise"] is not None:
-            self.noise.load_state_dict(state["noise"])
+            noise: Any = self.noise  # of the kind that the state is of
+            noise.load_state_dict(state["noise"])
         rank = self.accelerator.process_index
         if rank < len(state["random"]):
             set_random_states(state["random"][rank])
@@ -319,7 +320,7 @@ def _taken_on_a_processor(network, device):
     """Inside, DistributedDataParallel does not see SyncBatchNorms. It refuses them on a processor,
     where PyTorch's own have no kernels; those of this package have.
     """
-    norms = [
+    norms: list[nn.Module] = [
         module
         for module in network.modules()
         if device.type == "cpu" and type(module) is nn.SyncBatchNorm

@@ -3,10 +3,12 @@
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
-from ..contract import empty_signs, is_channels_last
+from ..contract import Activation, empty_signs, is_channels_last
 from . import plan
 from .tile import (
+    Rows,
     activate,
     channels_from,
     empty_rows,
@@ -77,14 +79,32 @@ def apply_kernel(
         )
 
 
-def apply(x, planes, gamma, beta, index, activation, negative_slope, keep_signs):
+def apply(
+    x: Tensor,
+    planes: Tensor,
+    gamma: Tensor,
+    beta: Tensor,
+    index: Tensor | None,
+    activation: Activation | None,
+    negative_slope: float,
+    keep_signs: bool,
+) -> tuple[Tensor, Tensor]:
     y = empty_rows(x, is_channels_last(x), torch.promote_types(x.dtype, gamma.dtype))
     signs = empty_signs(x, activation, keep_signs)
     launch(x, planes, gamma, beta, index, activation, negative_slope, y, signs)
     return like(y, x), signs
 
 
-def apply_out(x, planes, gamma, beta, index, activation, negative_slope, out):
+def apply_out(
+    x: Tensor,
+    planes: Tensor,
+    gamma: Tensor,
+    beta: Tensor,
+    index: Tensor | None,
+    activation: Activation | None,
+    negative_slope: float,
+    out: Tensor,
+) -> None:
     launch(
         x,
         planes,
@@ -98,7 +118,17 @@ def apply_out(x, planes, gamma, beta, index, activation, negative_slope, out):
     )
 
 
-def launch(x, planes, gamma, beta, index, activation, negative_slope, y, signs):
+def launch(
+    x: Tensor,
+    planes: Tensor,
+    gamma: Tensor,
+    beta: Tensor,
+    index: Tensor | None,
+    activation: Activation | None,
+    negative_slope: float,
+    y: Rows,
+    signs: Tensor,
+) -> None:
     last = is_channels_last(x)
     images, channels, pixels = x.flatten(2).shape
     grid, settings = plan.tiles(images, channels, pixels, last, index is not None)

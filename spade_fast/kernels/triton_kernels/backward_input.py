@@ -2,8 +2,9 @@
 
 import triton
 import triton.language as tl
+from torch import Tensor
 
-from ..contract import is_channels_last
+from ..contract import Activation, is_channels_last
 from . import plan
 from .tile import (
     channels_from,
@@ -82,7 +83,18 @@ def backward_input_kernel(
     tl.store(place(dx, image, channel, pixel, LAST), result, inside)
 
 
-def backward_input(dy, x, planes, gamma, beta, index, signs, terms, activation, negative_slope):
+def backward_input(
+    dy: Tensor,
+    x: Tensor,
+    planes: Tensor,
+    gamma: Tensor,
+    beta: Tensor | None,
+    index: Tensor | None,
+    signs: Tensor,
+    terms: Tensor | None,
+    activation: Activation | None,
+    negative_slope: float,
+) -> Tensor:
     last = is_channels_last(x)
     images, channels, pixels = x.flatten(2).shape
     dx = empty_rows(x, last, x.dtype)

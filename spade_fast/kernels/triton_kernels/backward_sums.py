@@ -7,8 +7,9 @@ Where γ and β are a table: `table_sums.py`.
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
-from ..contract import is_channels_last
+from ..contract import Activation, is_channels_last
 from . import plan
 from .per_plane import combine_sums
 from .table_sums import table_gradients
@@ -100,20 +101,21 @@ def backward_sums_kernel(
 
 
 def gradients(
-    dy,
-    x,
-    planes,
-    gamma,
-    beta,
-    index,
-    order,
-    signs,
-    activation,
-    negative_slope,
-    instance_planes=None,
-):
+    dy: Tensor,
+    x: Tensor,
+    planes: Tensor,
+    gamma: Tensor,
+    beta: Tensor | None,
+    index: Tensor | None,
+    order: Tensor | None,
+    signs: Tensor,
+    activation: Activation | None,
+    negative_slope: float,
+    instance_planes: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
     """dγ, dβ (of size 0 where it is dy), and the sums, or for instance norm the terms of dx."""
     if index is not None:
+        assert order is not None
         dgamma, dbeta, parts = table_gradients(
             dy, x, planes, gamma, beta, index, order, signs, activation, negative_slope
         )
@@ -159,5 +161,16 @@ def gradients(
     return dgamma, dbeta, combine_sums(parts, x, instance_planes)
 
 
-def backward_sums(dy, x, planes, gamma, beta, index, order, signs, activation, negative_slope):
+def backward_sums(
+    dy: Tensor,
+    x: Tensor,
+    planes: Tensor,
+    gamma: Tensor,
+    beta: Tensor | None,
+    index: Tensor | None,
+    order: Tensor | None,
+    signs: Tensor,
+    activation: Activation | None,
+    negative_slope: float,
+) -> tuple[Tensor, Tensor, Tensor]:
     return gradients(dy, x, planes, gamma, beta, index, order, signs, activation, negative_slope)

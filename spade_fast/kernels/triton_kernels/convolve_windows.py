@@ -10,6 +10,7 @@ Here they are summed in float32, as in a convolution of the whole map.
 import torch.nn.functional as F
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from ..interpreted import INTERPRETED
 from . import plan
@@ -76,7 +77,9 @@ def convolve_windows_kernel(
     )
 
 
-def convolve_windows(rows, weight, bias, offsets, listed):
+def convolve_windows(
+    rows: Tensor, weight: Tensor, bias: Tensor | None, offsets: Tensor, listed: Tensor
+) -> Tensor:
     by_tap = weight.flatten(2).transpose(1, 2)  # as it lies where the channels are last
     rows, by_tap = (_aligned(matrix).contiguous() for matrix in (rows, by_tap))
     windows, (outputs, taps, channels) = len(offsets) - 1, by_tap.shape
@@ -106,7 +109,7 @@ def convolve_windows(rows, weight, bias, offsets, listed):
     return results
 
 
-def _aligned(matrix):
+def _aligned(matrix: Tensor) -> Tensor:
     """With zeros behind each row to a multiple of 16 numbers: then rows begin where one access can
     take eight.
     """

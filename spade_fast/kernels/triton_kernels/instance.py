@@ -5,8 +5,9 @@ from their sums to dx.
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
-from ..contract import empty_signs, is_channels_last
+from ..contract import Activation, empty_signs, is_channels_last
 from . import plan
 from .apply import apply
 from .backward_input import backward_input
@@ -165,7 +166,16 @@ def backward_kernel(
     )
 
 
-def instance_forward(x, gamma, beta, index, eps, activation, negative_slope, keep_signs):
+def instance_forward(
+    x: Tensor,
+    gamma: Tensor,
+    beta: Tensor,
+    index: Tensor | None,
+    eps: float,
+    activation: Activation | None,
+    negative_slope: float,
+    keep_signs: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
     last = is_channels_last(x)
     images, channels, pixels = x.flatten(2).shape
     held = plan.one_pass(images, channels, pixels, last, index is not None, tensors=1)
@@ -197,7 +207,18 @@ def instance_forward(x, gamma, beta, index, eps, activation, negative_slope, kee
     return like(y, x), signs, planes
 
 
-def instance_backward(dy, x, planes, gamma, beta, index, order, signs, activation, negative_slope):
+def instance_backward(
+    dy: Tensor,
+    x: Tensor,
+    planes: Tensor,
+    gamma: Tensor,
+    beta: Tensor | None,
+    index: Tensor | None,
+    order: Tensor | None,
+    signs: Tensor,
+    activation: Activation | None,
+    negative_slope: float,
+) -> tuple[Tensor, Tensor, Tensor]:
     last = is_channels_last(x)
     images, channels, pixels = x.flatten(2).shape
     held = (
@@ -217,8 +238,8 @@ def instance_backward(dy, x, planes, gamma, beta, index, order, signs, activatio
             ),
         )
     grid, settings = held
-    dgamma, dx = empty_rows(x, last, gamma.dtype), empty_rows(x, last, x.dtype)
-    dbeta = None if activation is None else empty_rows(x, last, gamma.dtype)
+    dgamma_rows, dx_rows = empty_rows(x, last, gamma.dtype), empty_rows(x, last, x.dtype)
+    dbeta_rows = None if activation is None else empty_rows(x, last, gamma.dtype)
     backward_kernel[grid](
         rows_of(dy, last),
         rows_of(x, last),
@@ -226,9 +247,9 @@ def instance_backward(dy, x, planes, gamma, beta, index, order, signs, activatio
         rows_of(gamma, last),
         None if beta is None else rows_of(beta, last),
         signs if signs.numel() else None,
-        dgamma,
-        dbeta,
-        dx,
+        dgamma_rows,
+        dbeta_rows,
+        dx_rows,
         images,
         channels,
         pixels,
@@ -237,4 +258,5 @@ def instance_backward(dy, x, planes, gamma, beta, index, order, signs, activatio
         LAST=last,
         **settings,
     )
-    return like(dgamma, x), gamma.new_empty(0) if dbeta is None else like(dbeta, x), like(dx, x)
+    dbeta = gamma.new_empty(0) if dbeta_rows is None else like(dbeta_rows, x)
+    return like(dgamma_rows, x), dbeta, like(dx_rows, x)

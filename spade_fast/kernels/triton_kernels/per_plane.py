@@ -2,6 +2,7 @@
 
 import triton
 import triton.language as tl
+from torch import Tensor
 
 PLANES = tl.constexpr(8)  # of a program: what one access to memory reads
 SPLITS = tl.constexpr(256)  # of these planes that a program combines at once
@@ -89,7 +90,7 @@ def combine_sums_kernel(parts, sums, planes, terms, images_channels, pixels, spl
         tl.store(terms + images_channels + plane, q_deviation * mean_scale * scale * scale, inside)
 
 
-def combine_moments(parts, x, eps=None):
+def combine_moments(parts: Tensor, x: Tensor, eps: float | None = None) -> Tensor:
     """Moments [2, N, C] from parts [splits, 4, N, C]; for instance norm, which gives its eps,
     planes [3, N, C].
     """
@@ -109,7 +110,7 @@ def combine_moments(parts, x, eps=None):
     return result
 
 
-def combine_sums(parts, x, planes=None):
+def combine_sums(parts: Tensor, x: Tensor, planes: Tensor | None = None) -> Tensor:
     """Sums [2, N, C] from parts [splits, 2, N, C]; for instance norm, which gives its planes, terms
     [2, N, C].
     """

@@ -7,6 +7,7 @@ import functools
 import torch
 import triton
 
+Plan = tuple[tuple[int, ...], dict[str, int]]  # the grid of a kernel, and its settings
 TILE = 1024  # elements: eight to a thread, 16 bytes of half precision
 TABLE_TILE = (
     16,
@@ -28,7 +29,7 @@ MOST_SEEN = 1024  # numbers of rows that a warp can hold beside its products
 ONE_PASS = 16384
 
 
-def tile_of(channels, pixels, last, table):
+def tile_of(channels: int, pixels: int, last: bool, table: bool) -> tuple[int, int]:
     """Pixels and channels of one tile, both powers of two; eight or more along what lies together,
     for the bits of signs.
     """
@@ -43,7 +44,7 @@ def tile_of(channels, pixels, last, table):
     return min(most_pixels, next_power(pixels)), min(most_channels, next_power(channels))
 
 
-def tiles(images, channels, pixels, last, table):
+def tiles(images: int, channels: int, pixels: int, last: bool, table: bool) -> Plan:
     """Grid and settings of a kernel in which each program has one tile."""
     tile_pixels, tile_channels = tile_of(channels, pixels, last, table)
     programs = images * triton.cdiv(channels, tile_channels) * triton.cdiv(pixels, tile_pixels)
@@ -51,24 +52,32 @@ def tiles(images, channels, pixels, last, table):
     return (programs,), {"PIXELS": tile_pixels, "CHANNELS": tile_channels, "num_warps": warps}
 
 
-def aligned(channels, pixels, last):
+def aligned(channels: int, pixels: int, last: bool) -> bool:
     """Whether one access can take eight elements."""
     return (channels if last else pixels) % 8 == 0
 
 
-def warps_of(elements, channels, pixels, last):
+def warps_of(elements: int, channels: int, pixels: int, last: bool) -> int:
     """Warps of a tile: eight elements to a thread where one access takes them; four where each has
     an access and an address of its own.
     """
     return max(1, min(8, elements // (256 if aligned(channels, pixels, last) else 128)))
 
 
-def blocks(pixels):
+def blocks(pixels: int) -> Plan:
     """Grid and settings of a kernel in which each program has a tile's number of pixels."""
     return (triton.cdiv(pixels, TILE),), {"BLOCK": TILE, "num_warps": 4}
 
 
-def sweeps(images, channels, pixels, last, device, at_once, under_way):
+def sweeps(
+    images: int,
+    channels: int,
+    pixels: int,
+    last: bool,
+    device: torch.device,
+    at_once: int,
+    under_way: int,
+) -> Plan:
     """Grid and settings of a kernel in which each program goes through a part of some planes. The
     programs take turns at tiles, `under_way` each time, so that together they go through memory in
     order; `at_once` of them run at once on a processor.
@@ -84,14 +93,14 @@ def sweeps(images, channels, pixels, last, device, at_once, under_way):
     }
 
 
-def splits(programs, parts, device, at_once):
+def splits(programs: int, parts: int, device: torch.device, at_once: int) -> int:
     """The number of splits into which programs that each go through `parts` parts are cut, to keep
     all processors busy; no more than run at once, or the last ones would run alone.
     """
     return max(1, min(parts, at_once * processors(device) // max(1, programs)))
 
 
-def products(windows, taps, outputs, device):
+def products(windows: int, taps: int, outputs: int, device: torch.device) -> Plan:
     """Grid and settings of a convolution at distinct windows: in large tiles, which read least, if
     those keep all processors busy.
     """
@@ -104,7 +113,7 @@ def products(windows, taps, outputs, device):
     return (programs,), tile | {"num_warps": warps, "num_stages": 3}
 
 
-def piece_tile(channels, last):
+def piece_tile(channels: int, last: bool) -> dict[str, int]:
     """Settings of a kernel that goes through pixels that have one row of a table."""
     most_pixels, most_channels = PIECE_TILE if last else PLANES_PIECE_TILE
     return {
@@ -115,7 +124,7 @@ def piece_tile(channels, last):
     }
 
 
-def row_tile(channels):
+def row_tile(channels: int) -> dict[str, int]:
     """Settings of a kernel that goes through the sums of pieces."""
     most_pieces, most_channels = ROW_TILE
     return {
@@ -125,7 +134,9 @@ def row_tile(channels):
     }
 
 
-def one_pass(images, channels, pixels, last, table, tensors):
+def one_pass(
+    images: int, channels: int, pixels: int, last: bool, table: bool, tensors: int
+) -> Plan | None:
     """Grid and settings of a kernel in which each program holds whole planes of `tensors` tensors;
     None where they do not fit, or where each element has an access of its own to x and to its row:
     that spills.
@@ -145,12 +156,12 @@ def one_pass(images, channels, pixels, last, table, tensors):
     }
 
 
-def next_power(number):
+def next_power(number: int) -> int:
     return max(8, triton.next_power_of_2(number))
 
 
 @functools.lru_cache
-def processors(device):
+def processors(device: torch.device) -> int:
     """Multiprocessors of a GPU; under the interpreter, on a CPU, a few."""
     return (
         torch.cuda.get_device_properties(device).multi_processor_count

@@ -5,6 +5,7 @@ once.
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from ..contract import is_channels_last
 from . import plan
@@ -57,7 +58,7 @@ def plane_moments_kernel(
     store_part(parts, 3, 4, total, images, image, channels, channel)
 
 
-def partial_moments(x):
+def partial_moments(x: Tensor) -> Tensor:
     """A pivot of each split of each plane, its mean's distance from that, its squared deviations
     and its pixels: [splits, 4, N, C].
     """
@@ -71,5 +72,5 @@ def partial_moments(x):
     return parts
 
 
-def plane_moments(x):
+def plane_moments(x: Tensor) -> Tensor:
     return combine_moments(partial_moments(x), x)

@@ -11,8 +11,9 @@ is compiled for their number.
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
-from ..contract import is_channels_last
+from ..contract import Activation, is_channels_last
 from . import plan
 from .tile import (
     channels_from,
@@ -263,7 +264,18 @@ def sum_planes_kernel(
     store_part(parts, 1, 2, sum_q_deviation, images, image, channels, channel)
 
 
-def table_gradients(dy, x, planes, gamma, beta, index, order, signs, activation, negative_slope):
+def table_gradients(
+    dy: Tensor,
+    x: Tensor,
+    planes: Tensor,
+    gamma: Tensor,
+    beta: Tensor | None,
+    index: Tensor,
+    order: Tensor,
+    signs: Tensor,
+    activation: Activation | None,
+    negative_slope: float,
+) -> tuple[Tensor, Tensor, Tensor]:
     """dγ and dβ [K, C], and parts [splits, 2, N, C] of the planes' sums."""
     last = is_channels_last(x)
     images, channels, pixels = x.flatten(2).shape

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 
 class Rows(NamedTuple):
@@ -19,7 +20,7 @@ class Rows(NamedTuple):
     row: int  # and from row to row
 
 
-def rows_of(x, last):
+def rows_of(x: Tensor, last: bool) -> Rows:
     """x [N, C, *spatial] as Rows of planes, or of pixels where the channels are last; a copy where
     that has gaps.
     """
@@ -30,7 +31,7 @@ def rows_of(x, last):
     return Rows(flat, flat.stride(0), flat.stride(3 - inner))
 
 
-def modulation_rows(gamma, last, index):
+def modulation_rows(gamma: Tensor, last: bool, index: Tensor | None) -> Rows:
     """γ or β as Rows, dense or a table."""
     if index is None:
         return rows_of(gamma, last)
@@ -38,7 +39,7 @@ def modulation_rows(gamma, last, index):
     return Rows(gamma, 0, gamma.stride(0))
 
 
-def empty_rows(x, last, dtype):
+def empty_rows(x: Tensor, last: bool, dtype: torch.dtype) -> Rows:
     """Rows of x's shape to be written to."""
     images, channels, pixels = x.flatten(2).shape
     shape = (images, pixels, channels) if last else (images, channels, pixels)
@@ -46,7 +47,7 @@ def empty_rows(x, last, dtype):
     return Rows(flat.transpose(1, 2) if last else flat, channels * pixels, shape[2])
 
 
-def like(rows, x):
+def like(rows: Rows, x: Tensor) -> Tensor:
     """What was written, in x's shape, with the strides of empty_like(x), as the fakes say."""
     y = rows.data.view(x.shape)
     if y.stride() == x.stride() or x.is_contiguous():

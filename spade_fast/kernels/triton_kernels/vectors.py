@@ -7,6 +7,7 @@ What is done with them, and what the plain PyTorch for them is: `numbering.py`.
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from .. import numbering
 from . import plan
@@ -58,7 +59,7 @@ def differ_kernel(
     tl.store(differ + tl.program_id(0), tl.max(found.to(tl.int32), axis=0))
 
 
-def hash_vectors(bits, multiplier):
+def hash_vectors(bits: Tensor, multiplier: int) -> Tensor:
     images, channels, pixels = bits.shape
     hashes = torch.empty(images, pixels, dtype=torch.int64, device=bits.device)
     grid, settings = plan.blocks(hashes.numel())
@@ -68,7 +69,7 @@ def hash_vectors(bits, multiplier):
     return hashes
 
 
-def vectors_differ(bits, firsts):
+def vectors_differ(bits: Tensor, firsts: Tensor) -> Tensor:
     _, channels, pixels = bits.shape
     grid, settings = plan.blocks(firsts.numel())
     differ = torch.zeros(grid, dtype=torch.int32, device=bits.device)
@@ -78,5 +79,5 @@ def vectors_differ(bits, firsts):
     return differ.any()
 
 
-def find_codes(segmap):
+def find_codes(segmap: Tensor) -> tuple[Tensor, Tensor] | None:
     return numbering.find_codes_by(segmap, hash_vectors, vectors_differ)

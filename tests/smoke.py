@@ -1,0 +1,15 @@
+"""An installed spade_fast with its kernels for the CPU computes what plain PyTorch does. Run as a
+script: wheels are tried with it, where no pytest is.
+"""
+
+import torch
+
+import spade_fast
+import spade_fast.reference
+
+x = torch.randn(2, 3, 4, 4)
+with spade_fast.use_backend("cpu"):
+    ours = spade_fast.spade_modulate(x, x, x, activation="relu")
+theirs = spade_fast.reference.spade_modulate(x, x, x, activation="relu")
+assert torch.allclose(ours, theirs, atol=1e-5)
+print(f"{spade_fast.__file__} computes what plain PyTorch does")
