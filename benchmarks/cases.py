@@ -16,9 +16,9 @@ import io
 import tempfile
 import threading
 import weakref
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Callable
 
 import numpy as np
 import torch
@@ -1096,7 +1096,7 @@ def _set_mode(network, mode):
     gradient wrong (torch 2.13).
     """
     network.train(mode == BACKWARD)
-    for name, module in network.named_modules():
+    for module in network.modules():
         if isinstance(module, nn.Conv2d):
             module.eval()
     return network

@@ -126,12 +126,7 @@ def _prove(source, capability):
         listing = subprocess.run(
             [_cuobjdump(), "-sass", cubin], capture_output=True, text=True, check=True
         ).stdout
-    code = {
-        name: text
-        for name, text in re.findall(
-            r"Function : (\S+)\n(.*?)(?=Function : |\Z)", listing, re.DOTALL
-        )
-    }
+    code = dict(re.findall(r"Function : (\S+)\n(.*?)(?=Function : |\Z)", listing, re.DOTALL))
     pattern = (
         r"Function properties for (\S+)\n\s+(\d+) bytes stack frame, (\d+) bytes spill stores,"
         r" (\d+) bytes spill loads\n"

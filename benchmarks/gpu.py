@@ -379,7 +379,7 @@ def smoke(device="cuda", backends=("cuda", "triton")):
             rows = check(case, plan.build()).values()
         # One operation has no leaky ReLUs behind it, for which gradients are allowed more.
         differs = [
-            row for row in rows if not row.matches or case == "modulate" and (row.excess or 0) > 1
+            row for row in rows if not row.matches or (case == "modulate" and (row.excess or 0) > 1)
         ]
         words = "DIFFERS" if differs else "agrees"
         print(f"{backend or 'all backends'}: {case} {plan.name}, {plan.mode} {words}", flush=True)

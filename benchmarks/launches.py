@@ -141,7 +141,7 @@ class OnGPU(TorchFunctionMode):
 
 def on_host(value):
     """A device as the one where tensors truly are."""
-    if isinstance(value, torch.device) or isinstance(value, str) and value.startswith("cuda"):
+    if isinstance(value, torch.device) or (isinstance(value, str) and value.startswith("cuda")):
         return HOST
     return value
 
@@ -377,7 +377,7 @@ def count_all(names: Iterable[str] = PATHS) -> dict[str, Counts]:
     for name in names:
         with ExitStack() as stack:
             with on_gpu(Counts()):
-                networks.layout  # made here, where it is not counted
+                _ = networks.layout  # made here, where it is not counted
                 call = PATHS[name](networks, stack)
             found[name] = count(call)
     return found

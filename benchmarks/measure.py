@@ -127,7 +127,8 @@ def check(case, problem, advance=lambda: None):
         for name in problem.variants
     }
     jittered_runs = max(2, JITTERED_RUNS // len(problem.scenes))
-    for problem.scene in range(len(problem.scenes)):
+    for number in range(len(problem.scenes)):
+        problem.scene = number
         truth = problem.truth()
         problem.prepare("eager")
         eagers = [problem.variants["eager"](), *map(problem.jittered, range(1, 1 + jittered_runs))]

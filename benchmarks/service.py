@@ -1,5 +1,5 @@
-"""The service under clients that ask at the same time, with a reload of other weights in the middle,
-beside a lock around the published network and beside that network in ONNX Runtime.
+"""The service under clients that ask at the same time, with a reload of other weights in the
+middle, beside a lock around the published network and beside that network in ONNX Runtime.
 
 A client asks for the image of the next of a few layouts as soon as it has the one before. All
 inputs are ready: SemanticLayouts for the service, one-hot conditions for the others. The others
@@ -14,10 +14,10 @@ import statistics
 import threading
 import time
 from collections import defaultdict
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib import metadata
-from typing import Callable
 
 import torch
 from rich.console import Group
@@ -35,8 +35,8 @@ from .tables import narrow_table
 CLASSES = 182
 CAPTION = (
     "match: the largest error of an image as a fraction of what is allowed; the service's images"
-    " have the bits of the generator called by hand, too. alone: a request of the only client, with a"
-    " layout that is new, and with one that was asked for before. together: with all clients."
+    " have the bits of the generator called by hand, too. alone: a request of the only client, with"
+    " a layout that is new, and with one that was asked for before. together: with all clients."
     " cache: the most that tables and windows took."
 )
 
@@ -83,7 +83,7 @@ class Server:
 
 
 class Inputs:
-    """Two generators of other weights, and layouts: one more than clients ask for, to begin with."""
+    """Two generators of other weights, and layouts: one more than clients ask for, for a start."""
 
     def __init__(self, load):
         self.load = load

@@ -1,5 +1,5 @@
-"""The table of what was measured (docs/pages/benchmarks.md), made from benchmarks/results/: what is not there is said
-to be not measured yet.
+"""The table of what was measured (docs/pages/benchmarks.md), made from benchmarks/results/:
+what is not there is said to be not measured yet.
 """
 
 import json
@@ -60,7 +60,7 @@ def lines_of(measured, kind, case, dtype, only):
             default=None,
         )
         for name, ours in rows.items():
-            if not name.startswith("spade_fast") or kind == "CPU" and name != "spade_fast":
+            if not name.startswith("spade_fast") or (kind == "CPU" and name != "spade_fast"):
                 continue
             way = name.removeprefix("spade_fast")
             what = f"{case} {problem}, {dtype}, {mode}{way}"

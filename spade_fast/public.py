@@ -23,6 +23,7 @@ from .service import Service
 
 __all__ = [
     "SPADE",
+    "BackendStatus",
     "ConvEncoder",
     "Graphed",
     "MultiscaleDiscriminator",
@@ -31,7 +32,6 @@ __all__ = [
     "SPADEResnetBlock",
     "SemanticLayout",
     "Service",
-    "BackendStatus",
     "backends",
     "checkpoint",
     "convert",

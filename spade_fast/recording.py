@@ -25,8 +25,10 @@ def is_recorded(*tensors: torch.Tensor | None) -> bool:
         torch._C._get_tracing_state() is not None
         or torch._C._functorch.peek_interpreter_stack() is not None
         or forward_ad._current_level >= 0
-        or torch._C._len_torch_dispatch_stack() > 0
-        and any(torch._C._get_dispatch_mode(key) is not None for key in _RECORDERS)
+        or (
+            torch._C._len_torch_dispatch_stack() > 0
+            and any(torch._C._get_dispatch_mode(key) is not None for key in _RECORDERS)
+        )
     ):
         return True
     for tensor in tensors:

@@ -206,7 +206,7 @@ class Service:
         left: list[tuple[Request, int]] = []
         with self._lock:
             while self._jobs and len(taken) < self.batch:
-                request, number = job = self._jobs.popleft()
+                request, _ = job = self._jobs.popleft()
                 if taken and request.kind != taken[0][0].kind:
                     left.append(job)
                 elif request.begins():

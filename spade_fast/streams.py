@@ -1,5 +1,5 @@
-"""What is kept from one call to the next was made on one stream of a GPU, and may be read on another:
-then that one waits, and the memory is not given away before it has read.
+"""What is kept from one call to the next was made on one stream of a GPU, and may be read on
+another: then that one waits, and the memory is not given away before it has read.
 """
 
 from collections.abc import Iterable

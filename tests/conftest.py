@@ -32,6 +32,7 @@ if importlib.util.find_spec("triton") is None:
 if cuda_backend.why_not() is None:
     BACKENDS["cuda"] = "cuda"
 INSTRUCTION_SETS = cpu_backend.library.instruction_sets() if cpu_backend.library else []
+BACKEND_FIXTURES = ("backend", "backend_and_instruction_set")
 
 
 @contextlib.contextmanager
@@ -57,7 +58,6 @@ def use_threads(number):
 @pytest.fixture(params=BACKENDS)
 def backend(request):
     """A backend of the whole suite; what a test makes is made where it runs."""
-    leave_out_what_is_too_large(request, request.param)
     with spade_fast.use_backend(request.param), tensors_on(BACKENDS[request.param]):
         yield request.param
 
@@ -66,7 +66,6 @@ def backend(request):
 def backend_and_instruction_set(request):
     """The backends, and the CPU's once more for each lesser instruction set that it has."""
     name, *instruction_set = request.param.split()
-    leave_out_what_is_too_large(request, name)
     with contextlib.ExitStack() as stack:
         stack.enter_context(spade_fast.use_backend(name))
         stack.enter_context(tensors_on(BACKENDS[name]))
@@ -82,19 +81,28 @@ def tensors_on(device):
     return contextlib.nullcontext() if device == "cpu" else torch.device(device)
 
 
-def leave_out_what_is_too_large(request, name):
-    if name == "triton" and BACKENDS[name] == "cpu" and request.node.get_closest_marker("large"):
-        pytest.skip(
-            "this many elements take Triton's interpreter minutes; test_triton.py has the same in"
-            " small"
-        )
+def is_made(item):
+    """Whether a case's backend can run it. Triton's kernels have no float64 (a parameter, or the
+    mark of that name), and its interpreter takes minutes for what is marked as large, of which
+    test_triton.py has the same in small.
+    """
+    parameters = item.callspec.params if hasattr(item, "callspec") else {}
+    if not any(str(parameters.get(name)) == "triton" for name in BACKEND_FIXTURES):
+        return True
+    is_interpreted = BACKENDS["triton"] == "cpu"
+    if is_interpreted and item.get_closest_marker("large"):
+        return False
+    in_float64 = any(value is torch.float64 for value in parameters.values())
+    return not (in_float64 or item.get_closest_marker("float64"))
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
-    """Marks as "full" the cases of a test's matrix that the ordinary run leaves out: in it, every
-    two values of two parameters meet, not every value with all others.
+    """Keeps the cases that their backend can run, and marks as "full" those of a test's matrix that
+    the ordinary run leaves out: in it, every two values of two parameters meet, not every value
+    with all others.
     """
+    items[:] = filter(is_made, items)
     matrices = {}
     for item in items:
         if hasattr(item, "callspec"):
@@ -139,17 +147,6 @@ def require(*packages):
     if missing:
         end = pytest.fail if os.environ.get("SPADE_FAST_TEST_ALL") == "1" else pytest.skip
         end(f"not installed, and in the extra test-all: {', '.join(missing)}")
-
-
-@pytest.hookimpl(wrapper=True)
-def pytest_pyfunc_call(pyfuncitem):
-    """A backend without float64 is not tested in float64."""
-    try:
-        return (yield)
-    except RuntimeError as error:
-        if "cannot run: x or gamma is float64" not in str(error):
-            raise
-        pytest.skip(str(error))
 
 
 @pytest.fixture(autouse=True)

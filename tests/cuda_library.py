@@ -21,14 +21,14 @@ FLAGS = os.environ.get("CXXFLAGS", "").split()
 CAN_WATCH = not any(flag.startswith("-fsanitize") for flag in FLAGS)  # one such option at a time
 
 
-def build(folder, namespace, watched=False, numbers={}):
+def build(folder, namespace, watched=False, numbers=None):
     """The library, loaded, and a backend of its operators.
 
     watched: the kernels are compiled so that their accesses to memory are watched.
     numbers: other values of constants of csrc, by name.
     """
     shutil.copytree(CSRC, folder / "csrc")
-    for name, value in numbers.items():
+    for name, value in (numbers or {}).items():
         set_constant(folder / "csrc" / "cuda", name, value)
     sources = [TESTS / "cuda_on_host.cpp", *sorted((folder / "csrc" / "cuda").glob("*.c*"))]
     with ThreadPoolExecutor(os.cpu_count()) as pool:

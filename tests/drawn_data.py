@@ -12,6 +12,7 @@ from benchmarks import layouts
 from spade_fast.cli import app
 
 HEIGHT, WIDTH = 40, 52
+CLASSES, DONT_CARE = 12, 255  # of `drawn`
 
 
 def draw_folder(folder, count=4, first=0):
@@ -66,3 +67,21 @@ def words_of(**settings):
 def command(**settings):
     """The result of `spade-fast train` with these settings as options."""
     return CliRunner().invoke(app, words_of(**settings))
+
+
+def save(array, path, **settings):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(array).save(path, **settings)
+    return path
+
+
+def drawn(height, width, seed=0):
+    """Rectangles: labels, a photograph, instances."""
+    numbers = np.random.default_rng(seed)
+    labels = np.full((height, width), DONT_CARE, np.uint8)
+    instances = np.zeros((height, width), np.uint8)
+    for number in range(6):
+        top, left = numbers.integers(height - 4), numbers.integers(width - 4)
+        part = np.s_[top : top + height // 2, left : left + width // 2]
+        labels[part], instances[part] = numbers.integers(CLASSES), number + 1
+    return labels, numbers.integers(0, 256, (height, width, 3), np.uint8), instances

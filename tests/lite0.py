@@ -1,5 +1,5 @@
-"""EfficientNet-Lite0 (Tan and Le 2019, without squeeze and excitation), for real features: a package
-has its weights, which were trained on ImageNet.
+"""EfficientNet-Lite0 (Tan and Le 2019, without squeeze and excitation), for real features: a
+package has its weights, which were trained on ImageNet.
 """
 
 import torch

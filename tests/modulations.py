@@ -60,7 +60,7 @@ def sample(
 ):
     """Arguments of spade_modulate by name, and dy, in the dtypes and layouts that are asked for.
 
-    rows: γ and β are the halves of a table with this number of rows, the last of which no pixel has.
+    rows: γ and β are the halves of a table with this number of rows, the last of which none has.
     """
     gamma_dtype, gamma_layout = gamma_dtype or dtype, gamma_layout or layout
     x = layout((torch.randn(shape) + mean).to(dtype))

@@ -2,7 +2,6 @@
 `spade-fast info`.
 """
 
-import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -10,20 +9,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from fresh import python
 from typer.testing import CliRunner
 
 import spade_fast
 from spade_fast import kernels
 from spade_fast.cli import app
 from spade_fast.kernels import cpu_backend, triton_backend
-
-
-def python(code, **environment):
-    """What a fresh Python prints, and what it says when it fails."""
-    run = subprocess.run(
-        [sys.executable, "-c", code], env=os.environ | environment, capture_output=True, text=True
-    )
-    return run.stdout, run.stderr
 
 
 @pytest.fixture

@@ -264,7 +264,10 @@ def test_a_block_that_is_computed_again_in_backward(checkpointed, mode, segmap):
     assert spade_fast.convert(model).converted == 2
     x, emb = pictures().requires_grad_(), pictures(2, 3, ()).requires_grad_()
     with spade_fast.window_mode(mode):
-        call = lambda module, *inputs: module(*inputs)  # noqa: E731
+
+        def call(module, *inputs):
+            return module(*inputs)
+
         assert_same_calls(call, model, own, x, CONDITIONS[segmap]().requires_grad_(), emb)
 
 

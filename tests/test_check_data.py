@@ -2,8 +2,9 @@
 
 import numpy as np
 import pytest
+from drawn_data import drawn, save
 from PIL import Image
-from test_data import drawn, refusal, save
+from refusals import refusal
 from typer.testing import CliRunner
 
 from spade_fast.cli import app

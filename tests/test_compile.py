@@ -5,8 +5,8 @@ import copy
 import pytest
 import torch
 import torch._dynamo.testing
+from label_maps import patches
 from modulations import channels_last, contiguous, results, sample
-from test_layout import patches
 
 import spade_fast
 from spade_fast import SemanticLayout, reference
@@ -138,6 +138,7 @@ class SmallGenerator(torch.nn.Module):
         return z
 
 
+@pytest.mark.float64
 @pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
 def test_a_generator_over_many_layouts_is_compiled_once(compiler, backend):
     if (compiler, backend) == ("aot_eager", "torch"):

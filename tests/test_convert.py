@@ -23,7 +23,8 @@ from families import (
     NoResize,
     OtherBlock,
 )
-from test_layout import patches
+from label_maps import patches
+from twins import agree
 
 import spade_fast
 from spade_fast import SPADE, SemanticLayout, reference
@@ -63,15 +64,6 @@ def outcome(model, x, segmap):
         **dict(zip(wanted, gradients)),
         **{name: buffer.clone() for name, buffer in model.named_buffers()},
     }
-
-
-def agree(ours, theirs, tolerance=1e-10):
-    largest = max(tensor.double().norm() for tensor in theirs.values())
-    assert ours.keys() == theirs.keys()
-    for name in theirs:
-        assert (ours[name].double() - theirs[name].double()).norm() <= tolerance * max(
-            theirs[name].double().norm(), 1e-3 * largest
-        ), name
 
 
 @pytest.mark.parametrize("family", SPADES)

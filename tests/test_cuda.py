@@ -15,6 +15,7 @@ from types import SimpleNamespace
 import cuda_library
 import pytest
 import torch
+from label_maps import patches
 from modulations import (
     LAYOUTS,
     channels_last,
@@ -26,8 +27,7 @@ from modulations import (
     sliced_channels,
     transposed,
 )
-from test_layout import patches
-from test_numbering import (
+from numbered import (
     CONDITIONS,
     HAS_LIBRARY,
     condition,
@@ -36,6 +36,7 @@ from test_numbering import (
     random_codes,
     random_patches,
 )
+from window_lists import gathered_sample, listed
 
 import spade_fast
 from spade_fast import SemanticLayout, kernels
@@ -489,12 +490,6 @@ def test_what_nvcc_makes_of_them():
     assert not [(proof, proof.failures) for proof in proofs if proof.failures]
 
 
-def listed(choose_lists, rows):
-    """Lists of these lengths, of random numbers of rows."""
-    offsets = torch.tensor([0, *choose_lists]).cumsum(0).int()
-    return offsets, torch.randint(rows, (int(offsets[-1]),), dtype=torch.int32)
-
-
 @needs_compiler
 @pytest.mark.parametrize("columns", [1, 8, 23, 40, 128, 264])
 @pytest.mark.parametrize(
@@ -569,17 +564,6 @@ def test_gathering_operators_are_as_the_fakes_say(library):
             operator(*wrong)
 
 
-def gathered_sample(shape, kernel, rows, windows, dtype, layout=contiguous):
-    """rows, weights, biases, lists; of two convolutions, one without a bias."""
-    outputs, channels = shape
-    taps = torch.Size(kernel).numel()
-    contents = torch.randint(-1, rows, (windows, taps), dtype=torch.int32)
-    lists = numbering.list_windows(contents, rows, int((contents >= 0).sum()))[:2]
-    weights = [layout(torch.randn(out, channels, *kernel)).to(dtype) for out in (outputs, 5)]
-    biases = [torch.randn(outputs).to(dtype), None]
-    return torch.randn(rows, channels).to(dtype), weights, biases, lists
-
-
 @needs_compiler
 @pytest.mark.parametrize(
     "processors,sizes",  # many processors have small tiles, few have large ones
@@ -627,8 +611,8 @@ def test_windows_see_no_more_than_there_is(library):
     assert torch.equal(empty, torch.zeros(5, 5).bfloat16())
     wrong = listed.clone()
     wrong[::2], wrong[1] = 7 * 9 + 2**30, -3
-    for offsets in (offsets, torch.tensor([-9, 2, 2**31 - 1, 0, 9, 1], dtype=torch.int32)):
-        assert convolve(rows, weights, biases, offsets, wrong).isfinite().all()
+    for begins in (offsets, torch.tensor([-9, 2, 2**31 - 1, 0, 9, 1], dtype=torch.int32)):
+        assert convolve(rows, weights, biases, begins, wrong).isfinite().all()
 
 
 def test_compiled_with_gathered_rows_in_half_precision(monkeypatch):

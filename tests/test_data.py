@@ -11,7 +11,9 @@ import subprocess
 import numpy as np
 import pytest
 import torch
+from drawn_data import CLASSES, DONT_CARE, drawn, save
 from PIL import Image
+from refusals import refusal
 
 import spade_fast.layout
 from spade_fast import MultiscaleDiscriminator, SemanticLayout, SPADEGenerator
@@ -30,26 +32,6 @@ from spade_fast.data import (
     read_palette,
     read_photograph,
 )
-
-CLASSES, DONT_CARE = 12, 255
-
-
-def save(array, path, **settings):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(array).save(path, **settings)
-    return path
-
-
-def drawn(height, width, seed=0):
-    """Rectangles: labels, a photograph, instances."""
-    numbers = np.random.default_rng(seed)
-    labels = np.full((height, width), DONT_CARE, np.uint8)
-    instances = np.zeros((height, width), np.uint8)
-    for number in range(6):
-        top, left = numbers.integers(height - 4), numbers.integers(width - 4)
-        part = np.s_[top : top + height // 2, left : left + width // 2]
-        labels[part], instances[part] = numbers.integers(CLASSES), number + 1
-    return labels, numbers.integers(0, 256, (height, width, 3), np.uint8), instances
 
 
 @pytest.fixture
@@ -72,12 +54,6 @@ def data_set(folder, **settings):
 def labels_in(layout):
     """The label of each pixel, the don't care one as CLASSES, [height, width]."""
     return layout.to_segmap()[0, : CLASSES + 1].argmax(0)
-
-
-def refusal(function, *arguments, **settings):
-    with pytest.raises((ValueError, TypeError)) as caught:
-        function(*arguments, **settings)
-    return str(caught.value)
 
 
 # Files

@@ -695,7 +695,7 @@ def test_what_is_missing_is_said(few, monkeypatch):
 def test_inceptions_weights_are_a_file_or_in_the_cache_and_never_downloaded(
     few, tmp_path, monkeypatch
 ):
-    """With a small network in the place of torch-fidelity's, whose package is none of the tests'."""
+    """With a small network in place of torch-fidelity's, whose package is none of the tests'."""
 
     class Small(nn.Module):
         def __init__(self, name, features_list, feature_extractor_weights_path=None):

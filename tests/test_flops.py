@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from test_backends import python
+from fresh import python
 from torch.utils.flop_counter import FlopCounterMode
 
 import spade_fast

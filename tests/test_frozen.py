@@ -12,7 +12,7 @@ import weakref
 import pytest
 import torch
 import torch.nn as nn
-from test_layout import patches
+from label_maps import patches
 from torch.func import functional_call
 
 import spade_fast
@@ -264,7 +264,7 @@ def by_parameters(model, others, forward):
 
 
 def by_modules(model, others, forward):
-    kept = {name: child for name, child in model.named_children()}
+    kept = dict(model.named_children())
     other = copy.deepcopy(model)
     other.load_state_dict(others)
     for name, child in other.named_children():
@@ -387,7 +387,7 @@ def test_scopes_that_overlap_end_for_good(hold):
 
 
 def test_a_scope_that_ends_while_another_thread_is_inside():
-    model, others, truth, x, layout = pair()
+    model, _, truth, x, layout = pair()
     own = {name: one.detach().clone() for name, one in model.named_parameters()}
     inside, go_on, found = threading.Event(), threading.Event(), []
 
@@ -433,7 +433,10 @@ def test_a_layout_that_is_edited(edit, scope):
 @pytest.mark.parametrize("edit", EDITS)
 def test_an_edited_layout_pooled_repeated_and_resized(edit):
     layout = layout_of()
-    fresh = lambda: SemanticLayout(layout.codes.clone(), layout.palette.clone())  # noqa: E731
+
+    def fresh():
+        return SemanticLayout(layout.codes.clone(), layout.palette.clone())
+
     spade, x = SPADE(8, 5, 8).double(), torch.randn(2, 8, 32, 32, dtype=torch.float64)
     repeated = layout.repeat(2)
     with torch.no_grad(), spade_fast.window_mode("always"):

@@ -7,8 +7,8 @@ import contextlib
 import pytest
 import torch
 from conftest import BACKENDS
-from test_layout import patches
-from test_numbering import NothingWaits
+from label_maps import patches
+from numbered import NothingWaits
 
 import spade_fast
 from spade_fast import SPADE, SemanticLayout, SPADEGenerator, SPADEResnetBlock

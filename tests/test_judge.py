@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 import torch.nn as nn
-from test_networks import LABEL_NC, layout_of
+from label_maps import LABEL_NC, layout_of
 from torch.utils.flop_counter import FlopCounterMode
 
 from spade_fast import MultiscaleDiscriminator

@@ -302,6 +302,7 @@ def test_hooks_beside_spectral_norm_are_called():
     assert calls == ["forward", "backward"]
 
 
+@pytest.mark.float64
 def test_two_forwards_before_a_backward_through_spectral_norm():
     ours, eager = (
         module.SPADEResnetBlock(24, 20, "spectralspadebatch3x3", 3).double()
@@ -316,6 +317,7 @@ def test_two_forwards_before_a_backward_through_spectral_norm():
         assert torch.allclose(parameter.grad, other.grad, rtol=1e-9, atol=1e-12 * largest), name
 
 
+@pytest.mark.float64
 def test_block_in_float64_is_the_reference():
     blocks = (
         module.SPADEResnetBlock(6, 4, "spadebatch3x3", 3, nhidden=6)
@@ -450,6 +452,7 @@ def test_keys_and_the_order_of_parameters_are_the_references(norm_G, fin, fout):
     )
 
 
+@pytest.mark.float64
 def test_an_optimizer_step_moves_both_alike():
     ours, eager = (
         module.SPADEResnetBlock(6, 4, "spectralspadebatch3x3", 3).double()
@@ -467,6 +470,7 @@ def test_an_optimizer_step_moves_both_alike():
         assert torch.allclose(tensor, other, rtol=1e-6), name
 
 
+@pytest.mark.float64
 @pytest.mark.parametrize("kernel_size", [1, 3, 5])
 @pytest.mark.parametrize("factor", [2, 3, 4])
 @pytest.mark.parametrize("spatial_dims", [1, 2, 3])
@@ -533,6 +537,7 @@ def test_a_quotient_that_is_rounded_repeats_other_pixels(factor):
     assert torch.allclose(ours(x, segmap), theirs(x, segmap), atol=1e-4)
 
 
+@pytest.mark.float64
 def test_one_activation_twice():
     ours, theirs = SPADE(4, 3, 5).double(), reference.SPADE(4, 3, 5).double()
     theirs.load_state_dict(ours.state_dict())
@@ -543,6 +548,7 @@ def test_one_activation_twice():
     assert torch.allclose(ours(x, segmap), theirs(x, segmap), rtol=1e-10)
 
 
+@pytest.mark.float64
 def test_running_statistics_that_are_no_longer_tracked():
     ours, theirs = (
         package.SPADE(4, 3, 5, norm="batch").double() for package in (spade_fast, reference)

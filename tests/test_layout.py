@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from label_maps import SHAPES, patches
 
 import spade_fast
 from spade_fast import SemanticLayout
@@ -17,19 +18,6 @@ from spade_fast.layout import resize_codes
 from spade_fast.ops.convolve_windows import convolve_windows
 
 pytestmark = pytest.mark.usefixtures("backend")
-
-
-def patches(shape, classes, seed=0):
-    """Labels that are constant over patches, with some noise: the same on every device."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.device("cpu"):
-        coarse = torch.randint(
-            classes, (shape[0], 1, *(max(1, size // 4) for size in shape[1:])), generator=generator
-        )
-        labels = F.interpolate(coarse.float(), size=shape[1:], mode="nearest")[:, 0].long()
-        noise = torch.rand(shape, generator=generator) < 0.03
-        labels = torch.where(noise, torch.randint(classes, shape, generator=generator), labels)
-    return labels.to(torch.get_default_device())
 
 
 def contents_of(codes, kernel_size):
@@ -41,9 +29,6 @@ def contents_of(codes, kernel_size):
     for axis in range(1, axes + 1):
         padded = padded.unfold(axis, kernel_size, 1)
     return padded.reshape(*codes.shape, -1)
-
-
-SHAPES = [(2, 17), (1, 1), (2, 9, 14), (1, 1, 6), (3, 4, 1), (2, 5, 4, 6), (1, 40, 33)]
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -210,6 +195,7 @@ def test_a_worker_sends_a_layout_with_all_that_was_made_of_it():
     assert layout.patches(4, 2, 2) is not wanted[id(layout)]
 
 
+@pytest.mark.float64
 def test_a_stack_is_the_batch_of_all_and_keeps_their_windows():
     layouts = [
         SemanticLayout.from_labels(patches((n, 12, 9), 5, seed=n), 7).prepare([(12, 9), (6, 5)], 3)
@@ -396,8 +382,10 @@ def as_given(numbers, kind):
 
 @pytest.mark.parametrize(
     "kind",
-    [">i2", ">u4", ">i8", "<i4", "u1", "i1", "u2", "u8", "read-only", "negative strides"]
-    + ["expanded", "torch.uint16", "torch.uint32", "torch.uint64", "torch.int8"],
+    [
+        *(">i2", ">u4", ">i8", "<i4", "u1", "i1", "u2", "u8", "read-only", "negative strides"),
+        *("expanded", "torch.uint16", "torch.uint32", "torch.uint64", "torch.int8"),
+    ],
 )
 def test_whole_numbers_of_any_kind(kind):
     with torch.device("cpu"), warnings.catch_warnings():
@@ -505,6 +493,7 @@ EDITS = {
 }
 
 
+@pytest.mark.float64
 @pytest.mark.parametrize("edit", EDITS)
 @pytest.mark.parametrize("in_inference", [False, True])
 def test_what_is_made_of_an_edited_layout(edit, in_inference):
@@ -524,6 +513,7 @@ def test_what_is_made_of_an_edited_layout(edit, in_inference):
             assert all(map(torch.allclose, before[1], everything(repeated)))
 
 
+@pytest.mark.float64
 def test_a_repetition_that_is_edited():
     layout = SemanticLayout(patches((1, 12, 10), 3).int(), torch.randn(3, 4))
     expected = everything(layout)
@@ -580,6 +570,7 @@ def test_codes_that_were_edited_out_of_range(wrong):
         layout.windows((8, 8), 3)
 
 
+@pytest.mark.float64
 @pytest.mark.parametrize("duplicate", [copy.copy, copy.deepcopy])
 def test_copies_are_edited_apart(duplicate):
     layout = SemanticLayout.from_labels(patches((1, 12, 10), 3), 3).prepare([(6, 5)], 3)

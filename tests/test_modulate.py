@@ -222,6 +222,7 @@ def test_momentum_eps_and_slope_are_used():
         assert not disagreements(arguments | setting, dy)
 
 
+@pytest.mark.float64
 @pytest.mark.parametrize("rows", [None, 7])
 @pytest.mark.parametrize("norm", NORMS)
 @pytest.mark.parametrize("activation", ACTIVATIONS)
@@ -254,6 +255,7 @@ def test_gradients_and_second_derivatives_in_float64(
         assert torch.autograd.gradgradcheck(modulate, tensors)
 
 
+@pytest.mark.float64
 def test_second_derivative_where_gamma_comes_from_x():
     x = torch.randn(2, 3, 4, 4, dtype=torch.float64, requires_grad=True)
 
@@ -266,6 +268,7 @@ def test_second_derivative_where_gamma_comes_from_x():
     assert torch.allclose(ours, theirs, rtol=1e-9)
 
 
+@pytest.mark.float64
 @pytest.mark.parametrize("rows", [None, 7])
 @pytest.mark.parametrize(
     "frozen", [("x",), ("gamma", "beta"), ("x", "gamma", "beta"), ("weight", "bias")]

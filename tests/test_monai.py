@@ -6,8 +6,8 @@ import copy
 
 import pytest
 import torch
-from test_convert import agree
-from test_layout import patches
+from label_maps import patches
+from twins import agree
 
 import spade_fast
 from spade_fast import SemanticLayout

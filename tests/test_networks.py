@@ -9,6 +9,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from conftest import use_threads
+from label_maps import LABEL_NC, layout_of
 
 import spade_fast
 from spade_fast import (
@@ -20,19 +21,6 @@ from spade_fast import (
     reference,
 )
 from spade_fast.agreement import excess
-
-LABEL_NC = 6
-
-
-def layout_of(shape, seed=0):
-    """Patches of 5 classes, whose borders are the edges of instances: 6 channels."""
-    generator = torch.Generator().manual_seed(seed)
-    labels = torch.randint(
-        LABEL_NC - 1, (shape[0], *[-(-length // 16) for length in shape[1:]]), generator=generator
-    )
-    for dim, length in enumerate(shape[1:], start=1):
-        labels = labels.repeat_interleave(16, dim).narrow(dim, 0, length)
-    return SemanticLayout.from_labels(labels, LABEL_NC - 1, labels)
 
 
 def assert_parity(ours, eager, inputs_of_step, steps=3, our_inputs=lambda *inputs: inputs):

@@ -7,6 +7,7 @@ import torch
 from conftest import INSTRUCTION_SETS, use_instruction_set
 from modulations import LAYOUTS, channels_last, contiguous, sample
 from torch.library import opcheck
+from window_lists import CONVOLUTIONS, convolution
 
 import spade_fast
 from spade_fast.kernels import cpu_backend, cuda_backend, numbering, torch_backend
@@ -81,39 +82,6 @@ def test_signs_are_the_bits_that_the_documentation_says(layout):
         assert torch.equal(bit.bool(), rows[:, :, element] > 0)
 
 
-def convolution(shape, kernel, rows, windows):
-    """rows, weight, bias, the lists of windows that see up to all of their taps, the lists the
-    other way round, and a gradient.
-    """
-    out, given = shape
-    weight = torch.randn(out, given, *kernel, dtype=torch.float64)
-    taps = weight[0, 0].numel()
-    contents = torch.randint(-1, rows, (windows, taps), dtype=torch.int32)
-    lists = numbering.list_windows(contents, rows, int((contents >= 0).sum()))
-    bias, gradient = (
-        torch.randn(out, dtype=torch.float64),
-        torch.randn(windows, out, dtype=torch.float64),
-    )
-    return (
-        torch.randn(rows, given, dtype=torch.float64),
-        weight,
-        bias,
-        lists[:2],
-        lists[2:],
-        gradient,
-    )
-
-
-CONVOLUTIONS = [
-    ((1, 1), (1,), 1, 1),
-    ((5, 3), (3, 3), 7, 20),
-    ((16, 16), (3,), 40, 9),
-    ((70, 33), (3, 3, 3), 31, 50),
-    ((33, 128), (5, 5), 300, 400),
-    ((48, 7), (7,), 8, 0),
-]
-
-
 @pytest.mark.parametrize("instruction_set", INSTRUCTION_SETS)
 @pytest.mark.parametrize("sizes", CONVOLUTIONS, ids=str)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
@@ -183,7 +151,7 @@ def test_opcheck_of_the_convolution_at_windows():
 def test_gradients_from_sums_of_listed_rows(sizes, products, monkeypatch):
     """As a GPU has them; in one part, and in several."""
     monkeypatch.setattr(torch_backend, "PRODUCTS", products)
-    rows, weight, bias, lists, back_lists, gradient = convolution(*sizes)
+    rows, weight, _, lists, back_lists, gradient = convolution(*sizes)
     inputs = [rows.requires_grad_(), weight.requires_grad_()]
     windows = torch.arange(len(gradient)).repeat_interleave(lists[0].diff())
     by_tap = weight.flatten(2).permute(2, 0, 1)

@@ -262,7 +262,7 @@ def test_lists_of_windows_raise_or_agree(choose):
     )
     most = contents.max() if contents.size else -1
     good = is_whole(contents, -1) and contents.ndim == 2 and 0 <= rows < 2**31 and most < rows
-    assert raises == (not good or contents.size == 0 and raises)
+    assert raises == (not good or (contents.size == 0 and raises))
 
 
 @fuzz

@@ -183,7 +183,9 @@ def test_make_fx_of_gradients(name, condition):
 @pytest.mark.parametrize("name", FORWARDS)
 def test_symbolic_make_fx_with_other_sizes(name):
     def recorded(module):
-        forward = lambda x, segmap: module(x, segmap)  # noqa: E731
+        def forward(x, segmap):
+            return module(x, segmap)
+
         module.requires_grad_(False)
         return make_fx(forward, tracing_mode="symbolic", _allow_non_fake_inputs=True)(
             pictures(), label_map()

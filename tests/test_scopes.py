@@ -105,7 +105,7 @@ def test_tasks_have_their_own(switch):
 
 
 def test_a_task_that_outlives_the_scope_it_began_in(switch):
-    make, read, before, setting = switch
+    make, read, before, _ = switch
     with make():
         inside = contextvars.copy_context()
     assert inside.run(read) == before

@@ -263,7 +263,7 @@ OF_KINDS = {
 
 
 def sequences(kind):
-    """Sequences of operations on this kind of model, each with a mode, with gradients or without."""
+    """Sequences of operations on such a model, each with a mode, with or without gradients."""
     step = st.tuples(st.sampled_from(OF_KINDS[kind]), MODES, st.booleans())
     return st.tuples(st.just(kind), st.lists(step, min_size=6, max_size=12))
 
@@ -361,7 +361,7 @@ def test_layers_against_the_reference(case):
             found = results(ours, x, given, dy, case["form"])
         except kinds:
             return
-        raise AssertionError(f"y is {found['y'].shape} where eager raises {error!r}")
+        raise AssertionError(f"y is {found['y'].shape} where eager raises") from error
     eager = results(theirs, x, segmap, dy, "by position")
     with spade_fast.window_mode(case["mode"]):
         found = results(ours, x, given, dy, case["form"])

@@ -177,7 +177,7 @@ def test_what_waits_is_made_with_the_weights_it_was_asked_of(monkeypatch):
     generators = [generator_of(), generator_of(1, ngf=3)]
     old, new = (by_hand(one, layout_of()) for one in generators)
     with Service(generators[0]) as service:
-        with held(monkeypatch) as (called, go_on):
+        with held(monkeypatch) as (called, _go_on):
             waiting = [service.submit(layout_of()) for _ in range(3)]
             assert called.wait(10)
             service.reload(generators[1])

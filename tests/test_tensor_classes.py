@@ -123,7 +123,10 @@ def test_seen_in_inference_and_used_in_training(mode):
     with spade_fast.window_mode(mode):
         with torch.inference_mode():
             copy.deepcopy(ours).eval()(pictures(), segmap)
-        call = lambda module, x: module(x, segmap)  # noqa: E731
+
+        def call(module, x):
+            return module(x, segmap)
+
         x = pictures().requires_grad_()
         assert_same(outcome(call, ours, x), outcome(call, theirs, x))
 

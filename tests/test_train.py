@@ -16,6 +16,7 @@ import time
 import pytest
 import torch
 from drawn_data import command, draw_folder, settings_for, words_of
+from exactly import assert_same
 from typer.testing import CliRunner
 
 from spade_fast import SPADEGenerator, checkpoint
@@ -36,23 +37,6 @@ def scenes(tmp_path_factory):
 @pytest.fixture
 def settings(scenes, tmp_path):
     return settings_for(scenes, out=str(tmp_path / "run"))
-
-
-def assert_same(found, expected, place="state"):
-    """Bit for bit, whatever they are made of."""
-    assert type(found) is type(expected), place
-    if isinstance(found, torch.Tensor):
-        assert found.dtype == expected.dtype and torch.equal(found, expected), place
-    elif isinstance(found, dict):
-        assert list(found) == list(expected), place
-        for name in found:
-            assert_same(found[name], expected[name], f"{place}.{name}")
-    elif isinstance(found, (list, tuple)):
-        assert len(found) == len(expected), place
-        for number, (one, other) in enumerate(zip(found, expected)):
-            assert_same(one, other, f"{place}.{number}")
-    else:
-        assert found == expected, place
 
 
 def last_state(folder):
@@ -244,8 +228,8 @@ def run_in(processes, settings, seconds):
 
 
 def test_signals_to_the_whole_group_save_and_stop(settings):
-    """As a scheduler's SIGTERM, or Ctrl+C in a terminal: the workers get it, too, and it comes twice.
-    The real command, in a process of its own.
+    """As a scheduler's SIGTERM, or Ctrl+C in a terminal: the workers get it, too, and it comes
+    twice. The real command, in a process of its own.
     """
     run = Run(settings["out"])
     words = words_of(**settings | {"steps": 100000, "workers": 2, "save_every": 5})

@@ -7,7 +7,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from drawn_data import draw_folder
-from test_train import assert_same
+from exactly import assert_same
 
 from spade_fast.data import Preparation, Stream, loader, read_labels, read_photograph
 from spade_fast.training import Config, Networks, Trainer
@@ -133,7 +133,7 @@ def test_stepping_in(scenes):
         if step.number == 2:
             break
     with pytest.raises(RuntimeError, match="mine"):
-        for step in trainer.fit(given):
+        for _ in trainer.fit(given):
             raise RuntimeError("mine")
     assert [step.number for step in trainer.fit(given)] == [4]
     assert torch.equal(frozen, held) and trainer.optimizers[0].param_groups[0]["lr"] == 0

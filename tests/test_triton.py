@@ -19,7 +19,7 @@ from modulations import (
     sliced,
     sliced_channels,
 )
-from test_operators import CONVOLUTIONS, convolution
+from window_lists import CONVOLUTIONS, convolution
 
 import spade_fast
 from spade_fast.kernels import numbering, torch_backend, triton_backend

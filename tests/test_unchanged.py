@@ -65,7 +65,7 @@ CHANGES = {
 def test_a_change_asks_anew(change):
     spade = layer()
     del spade.mlp_gamma.written
-    asked, ask = answers(spade)
+    _, ask = answers(spade)
     assert [ask(), ask()] == [1, 1]
     CHANGES[change](spade)
     assert [ask(), ask()] == [2, 2]
@@ -75,21 +75,21 @@ def test_a_class_whose_forward_is_exchanged(monkeypatch):
     spade = layer()
     del spade.mlp_gamma.written
     spade.mlp_gamma.__class__ = Mine
-    asked, ask = answers(spade)
+    _, ask = answers(spade)
     assert [ask(), ask()] == [1, 1]
     monkeypatch.setattr(Mine, "forward", lambda self, x: x)
     assert ask() == 2
 
 
 def test_what_has_a_tensor_in_it_is_asked_each_time():
-    asked, ask = answers(layer())
+    _, ask = answers(layer())
     assert [ask(), ask(), ask()] == [1, 2, 3]
 
 
 def test_where_all_modules_have_a_hook():
     spade = layer()
     del spade.mlp_gamma.written
-    asked, ask = answers(spade)
+    _, ask = answers(spade)
     ask()
     handle = nn.modules.module.register_module_forward_hook(lambda *_: None)
     try:

@@ -11,11 +11,11 @@ from pathlib import Path
 import cuda_library
 import pytest
 import torch
+from label_maps import patches
 from modulations import channels_last, contiguous, disagreements, sample
-from test_cuda import gathered_sample, listed
-from test_layout import patches
-from test_numbering import condition
+from numbered import condition
 from torch.utils._pytree import tree_leaves, tree_map
+from window_lists import gathered_sample, listed
 
 from spade_fast import kernels
 from spade_fast.kernels import numbering, torch_backend

@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from test_layout import patches
+from label_maps import patches
 from torch.func import functional_call
 from torch.nn.modules import module as globally
 from torch.utils._pytree import tree_leaves
@@ -427,9 +427,12 @@ def generators(norm_G="spectralspadebatch3x3", last_scale=1, **settings):
     """A small generator, and another of the same weights that is never folded."""
     torch.manual_seed(0)
     stages = [("up_0", 8, 1), ("up_1", 4, 2)]
-    make = lambda: spade_fast.SPADEGenerator(  # noqa: E731
-        5, None, 1, stages=stages, start=(6, 5), norm_G=norm_G, nhidden=4, last_scale=last_scale
-    )
+
+    def make():
+        return spade_fast.SPADEGenerator(
+            5, None, 1, stages=stages, start=(6, 5), norm_G=norm_G, nhidden=4, last_scale=last_scale
+        )
+
     ours, theirs = make().double(), make().double()
     with torch.no_grad():
         for _ in range(3):

@@ -9,8 +9,8 @@ from dataclasses import replace
 import pytest
 import torch
 from conftest import use_threads
+from label_maps import patches
 from modulations import channels_last, contiguous
-from test_layout import patches
 
 import spade_fast
 from benchmarks import layouts
@@ -51,6 +51,7 @@ def compare(spade, layout, x, activation=None):
     return {name: relative(*pair) for name, *pair in zip(names, *found)}
 
 
+@pytest.mark.float64
 @pytest.mark.parametrize(
     "shape,size",
     [
@@ -74,6 +75,7 @@ def test_exact_in_float64(shape, size, kernel_size, norm, classes):
     assert max(errors.values()) < 1e-12, errors
 
 
+@pytest.mark.float64
 @pytest.mark.parametrize("channels,size", [(1024, 8), (1024, 32), (256, 64), (64, 128)])
 def test_exact_at_the_published_sizes(channels, size):
     labels, instances = layouts.resized(*layouts.draw_scene(1), (256, 256))
@@ -83,6 +85,7 @@ def test_exact_at_the_published_sizes(channels, size):
     assert max(errors.values()) < 1e-12, errors
 
 
+@pytest.mark.float64
 def test_exact_where_every_window_is_distinct():
     layout = SemanticLayout.from_labels(torch.randperm(400).view(1, 20, 20), 400)
     assert layout.windows((20, 20), 3).count == 400
@@ -164,6 +167,7 @@ def test_every_run_gives_the_same_bits_on_any_number_of_threads(backend):
         assert all(torch.equal(*pair) for pair in zip(found[0], other))
 
 
+@pytest.mark.float64
 def test_the_palettes_gradient():
     layout = SemanticLayout.from_labels(patches((2, 12, 12), 5), 5)
     palette = layout.palette.double().requires_grad_()
@@ -176,6 +180,7 @@ def test_the_palettes_gradient():
     assert relative(ours, theirs) < 1e-12
 
 
+@pytest.mark.float64
 def test_second_derivatives():
     layout = SemanticLayout.from_labels(patches((1, 6, 6), 3), 3)
     spade, x = (
@@ -191,6 +196,7 @@ def test_second_derivatives():
         assert torch.allclose(ours, theirs, rtol=1e-8, atol=1e-8)
 
 
+@pytest.mark.float64
 @pytest.mark.parametrize(
     "norm_G", ["spectralspadesyncbatch3x3", "spadeinstance5x5", "spadegroup1x1"]
 )
@@ -366,6 +372,7 @@ def test_layouts_that_do_not_fit(change, message):
         SPADE(3, 5)(torch.randn(2, 3, 8, 8), change(layout))
 
 
+@pytest.mark.float64
 @pytest.mark.parametrize("mode", ["always", "never"])
 def test_pixels_of_a_condition_in_float64(mode):
     """They are not those of float32 where one is 82/64 of the other."""

@@ -89,7 +89,7 @@ class Watch(contextlib.ExitStack):
         )
         if not len(stores):
             return
-        bytes, counts = numpy.unique(stores["byte"], return_counts=True)
+        _, counts = numpy.unique(stores["byte"], return_counts=True)
         if (counts > 1).any():
             self.note(f"several programs store to one address, {(counts > 1).sum()} bytes")
         places = numpy.searchsorted(stores["byte"], loads["byte"]).clip(max=len(stores) - 1)

@@ -3,7 +3,7 @@ errors must be the twin's.
 """
 
 import torch
-from test_layout import patches
+from label_maps import patches
 from torch.utils._pytree import tree_leaves
 
 from spade_fast import SemanticLayout
@@ -145,3 +145,12 @@ def right_or_refused(compute, expected, compare=assert_close):
         ), f"not clear: {describe(error)}"
         return
     compare(found, expected)
+
+
+def agree(ours, theirs, tolerance=1e-10):
+    largest = max(tensor.double().norm() for tensor in theirs.values())
+    assert ours.keys() == theirs.keys()
+    for name in theirs:
+        assert (ours[name].double() - theirs[name].double()).norm() <= tolerance * max(
+            theirs[name].double().norm(), 1e-3 * largest
+        ), name

@@ -46,7 +46,7 @@ def write(source: nn.Module | Mapping[str, Any], path: str | os.PathLike) -> Non
 
 def _check_makes_itself(weights):
     """Raises where `load` would make another network of what a state_dict says of itself."""
-    for place, entry in getattr(weights, "_metadata", {}).items():
+    for entry in getattr(weights, "_metadata", {}).values():
         changed = entry.get(ENTRY, {}).get("changed")
         if changed:
             raise ValueError(
@@ -104,7 +104,7 @@ def _is_safetensors(path):
 def _read_safetensors(path):
     with _safetensors("to read").safe_open(path, "pt") as file:
         metadata = file.metadata() or {}
-        weights = OrderedDict((key, file.get_tensor(key)) for key in file.keys())
+        weights = OrderedDict((key, file.get_tensor(key)) for key in list(file.keys()))
     try:
         entries = json.loads(metadata.get(ENTRY, "{}"))
     except ValueError:

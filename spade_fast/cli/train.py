@@ -82,8 +82,8 @@ def _train(resume_folder, preset_name, given):
         return train(Config(**preset(preset_name, **given)))
     if preset_name is not None:
         raise ValueError(
-            f"preset is {preset_name!r} and resume {str(resume_folder)!r}, only one of them should be"
-            " given: a run has its settings"
+            f"preset is {preset_name!r} and resume {str(resume_folder)!r}, only one of them should"
+            " be given: a run has its settings"
         )
     return resume(resume_folder, **given)
 

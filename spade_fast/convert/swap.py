@@ -125,7 +125,7 @@ def parts_of(module: nn.Module) -> list[nn.Module]:
 
 def is_same(one: Any, other: Any) -> bool:
     """Whether two values are one object, or equal numbers, flags or names."""
-    return one is other or type(one) is type(other) and type(one) in PLAIN and one == other
+    return one is other or (type(one) is type(other) and type(one) in PLAIN and one == other)
 
 
 def sizes_against(x: torch.Tensor, segmap: torch.Tensor | SemanticLayout) -> set:

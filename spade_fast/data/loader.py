@@ -54,8 +54,8 @@ class Sampler(TorchSampler):
         while True:
             order = list(range(self.length))
             random_of(self.seed, epoch).shuffle(order)
-            for number in range(number, self.length // whole):
-                first = number * whole + self.rank * self.batch
+            for step in range(number, self.length // whole):
+                first = step * whole + self.rank * self.batch
                 yield [(epoch, index) for index in order[first : first + self.batch]]
             epoch, number = epoch + 1, 0
 

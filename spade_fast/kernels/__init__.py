@@ -11,8 +11,10 @@ import torch
 from torch import Tensor
 
 from ..scopes import Scope
-from . import cpu_backend, cuda_backend, flops, torch_backend, triton_backend  # noqa: F401
+from . import cpu_backend, cuda_backend, flops, torch_backend, triton_backend
 from .contract import Backend
+
+flops.register_when_imported()
 
 BEST_FIRST = tuple(
     module.BACKEND for module in (cuda_backend, cpu_backend, triton_backend, torch_backend)

@@ -15,8 +15,6 @@ from typing import Any
 
 import torch
 
-from . import operators, triton_backend  # noqa: F401  they declare the operators
-
 COUNTER = "torch.utils.flop_counter"
 
 
@@ -96,7 +94,9 @@ class WhenImported(importlib.abc.MetaPathFinder):
         return spec
 
 
-if COUNTER in sys.modules:
-    register(sys.modules[COUNTER])
-else:
-    sys.meta_path.insert(0, WhenImported())
+def register_when_imported():
+    """The operators are declared before that."""
+    if COUNTER in sys.modules:
+        register(sys.modules[COUNTER])
+    else:
+        sys.meta_path.insert(0, WhenImported())

@@ -152,7 +152,7 @@ def convolve_gathered(
 def joined(
     weights: Sequence[Tensor], biases: Sequence[Tensor | None]
 ) -> tuple[Tensor, Tensor | None]:
-    """Several convolutions of the same inputs as one: its weight, and its bias where one has one."""
+    """Several convolutions of the same inputs as one: its weight, and its bias if one has one."""
     if len(weights) == 1:
         return weights[0], biases[0]
     if all(bias is None for bias in biases):

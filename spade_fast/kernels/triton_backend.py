@@ -71,8 +71,7 @@ def _import_failure():
     """
     if not _failures:
         try:
-            from . import triton_kernels  # noqa: F401
-
+            importlib.import_module(".triton_kernels", __package__)
             _failures.append(None)
         except Exception as error:  # whatever a broken installation raises
             _failures.append(f"Triton is installed but cannot be imported: {error}")

@@ -22,9 +22,9 @@ MODES: tuple[Mode, ...] = get_args(Mode)
 # windows cost more than their count, mostly in backward.
 COST_OF_ADDITION, COST_OF_WEIGHT, COST_OF_WINDOWS = 8, 100, 1.25
 # What a multiply-add costs on a GPU where its rows are gathered, in half precision, beside one of
-# PyTorch's convolution of pixels: forward, and forward and backward. On an H200 in bfloat16, for the
-# published generator's ten shapes, 1.8 to 2.7 and 3 to 5. Forward, pixels need seven launches more,
-# of about 6 µs each, in which a convolution makes these many products for each tap and hidden
+# PyTorch's convolution of pixels: forward, and forward and backward. On an H200 in bfloat16, for
+# the published generator's ten shapes, 1.8 to 2.7 and 3 to 5. Forward, pixels need seven launches
+# more, of about 6 µs each, in which a convolution makes these many products for each tap and hidden
 # channel; with backward they need fewer.
 COST_OF_GATHERED, COST_OF_GATHERED_TRAINING, COST_OF_LAUNCHES = 1.8, 4, 5_000_000
 

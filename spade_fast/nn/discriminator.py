@@ -207,7 +207,7 @@ class MultiscaleDiscriminator(nn.Module):
         """Raises what is wrong, by name; the layout of segmap, or None."""
         spatial = ", ".join("DHW"[-self.spatial_dims :])
         for name, tensor in {"x": x, "segmap": segmap}.items():
-            if isinstance(tensor, SemanticLayout) or tensor is None and name == "segmap":
+            if isinstance(tensor, SemanticLayout) or (tensor is None and name == "segmap"):
                 continue
             if not isinstance(tensor, torch.Tensor) or not tensor.is_floating_point():
                 kind = getattr(tensor, "dtype", type(tensor).__name__)

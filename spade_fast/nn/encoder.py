@@ -2,6 +2,7 @@
 style, z.
 """
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -40,7 +41,7 @@ class ConvEncoder(nn.Module):
             whole_number("input_nc", input_nc),
         )
         widths = [input_nc, *(ndf * multiple for multiple in (1, 2, 4, 8, 8, 8))]
-        for number, (before, width) in enumerate(zip(widths, widths[1:]), start=1):
+        for number, (before, width) in enumerate(itertools.pairwise(widths), start=1):
             self.add_module(
                 f"layer{number}", NormalisedConvolution(before, width, 3, stride=2, padding=1)
             )

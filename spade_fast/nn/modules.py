@@ -94,7 +94,7 @@ def leaves(module: nn.Module, inside: bool = False) -> list[nn.Module]:
     Sequentials in it; with `inside` those of any module that has some.
     """
     in_turn = isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward
-    opens = in_turn or inside and module._modules and not parametrize.is_parametrized(module)
+    opens = in_turn or (inside and module._modules and not parametrize.is_parametrized(module))
     if not opens or is_watched(module):
         return [module]
     children = filter(None, module._modules.values())  # one may be there twice
@@ -154,7 +154,7 @@ def shape_of_weight(module: nn.Module) -> torch.Size:
 PLAIN = (bool, int, float, str, type(None))
 CONTAINERS = (list, tuple, dict, argparse.Namespace, types.SimpleNamespace)
 MOST_MARKED = 1000  # values in an attribute
-# What torch has in every module (the mode is asked for by itself), what DataParallel adds, and ours.
+# What torch has in every module (the mode is asked for apart), what DataParallel adds, and ours.
 NOT_MARKED = {*vars(nn.Module()), "_is_replica", "_former_parameters", "spade_form", NAME}
 
 

@@ -49,7 +49,7 @@ class SpatiallyAdaptive(HasParts):
         negative_slope: float = 0.2,
         moments: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """y of x's shape; channels-last from 4096 pixels on and on a GPU, else of x's memory layout.
+        """y of x's shape; channels-last from 4096 pixels on and on a GPU, else as x is.
 
         Args:
             x: [N, norm_nc, *spatial].
@@ -190,7 +190,7 @@ class SpatiallyAdaptive(HasParts):
         dims = self.spade_form.spatial_dims
         given = tensor.shape[1] if tensor.dim() == dims + 2 else None
         # A symbol is not compared: in some graphs equal sizes are one symbol, and would be fixed.
-        if given is None or isinstance(given, int) and given != channels:
+        if given is None or (isinstance(given, int) and given != channels):
             spatial = ", ".join("DHW"[-dims:])
             raise ValueError(
                 f"{name} has shape {list(tensor.shape)}, it should be [N, {channels}, {spatial}]"

@@ -181,9 +181,9 @@ class Folded(SpectralNorm):
     def __call__(self, module: nn.Module, inputs: object) -> None:
         tensors = made_of(module, self.name)
         weight = tensors[0]
-        asks_anew = module.training or torch.is_grad_enabled() and weight.requires_grad
+        asks_anew = module.training or (torch.is_grad_enabled() and weight.requires_grad)
         recorded = torch.compiler.is_compiling() or is_recorded(weight)
-        if asks_anew or recorded or weight.is_cuda and torch.cuda.is_current_stream_capturing():
+        if asks_anew or recorded or (weight.is_cuda and torch.cuda.is_current_stream_capturing()):
             self._forget()
             return super().__call__(module, inputs)
         state = [state_of(tensor) for tensor in tensors]

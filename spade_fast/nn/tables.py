@@ -478,8 +478,8 @@ def frozen(model: nn.Module, max_bytes: int = 1 << 30) -> Iterator[Tables]:
     changed |= {name for name, module in model.named_modules() if module in unseen}
     if changed:
         raise RuntimeError(
-            f"weights changed inside frozen(model): {', '.join(sorted(changed))}; what was computed there"
-            " may be of the old ones"
+            f"weights changed inside frozen(model): {', '.join(sorted(changed))}; what was computed"
+            " there may be of the old ones"
         )
 
 

@@ -242,8 +242,8 @@ def _check_norm(x, norm, num_groups, weight, bias, running_mean, running_var, tr
         raise ValueError(
             f"Expected more than 1 spatial element when training, got input size {x.shape}"
         )
-    alone = (
-        norm == "batch" or norm == "syncbatch" and Norm(norm, process_group=group).processes == 1
+    alone = norm == "batch" or (
+        norm == "syncbatch" and Norm(norm, process_group=group).processes == 1
     )
     if alone and training and batch * pixels == 1:
         raise ValueError(

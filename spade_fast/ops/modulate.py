@@ -111,7 +111,7 @@ def spade_modulate(
     differentiates = torch.is_grad_enabled() and any(
         tensor is not None and tensor.requires_grad for tensor in differentiable
     )
-    if out is not None and (differentiates or torch.is_grad_enabled() and out.requires_grad):
+    if out is not None and (differentiates or (torch.is_grad_enabled() and out.requires_grad)):
         raise ValueError(
             "out is given, it should be None where gradients are asked for: they need what it"
             " would be written over"

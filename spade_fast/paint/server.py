@@ -337,7 +337,7 @@ class _Doorman:
         if port != str(self.port):
             return False
         # A name can be made to point here by whoever owns it, an address cannot.
-        return name in self.names or self.takes_addresses and _is_address(name)
+        return name in self.names or (self.takes_addresses and _is_address(name))
 
 
 def _check(service, classes):

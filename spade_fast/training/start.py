@@ -49,7 +49,8 @@ def resume(folder: str | os.PathLike, **settings: Any) -> Path:
     before = run.settings()
     if settings.setdefault("out", str(folder)) != str(folder):
         raise ValueError(
-            f"out is {settings['out']!r} and resume {str(folder)!r}, only one of them should be given"
+            f"out is {settings['out']!r} and resume {str(folder)!r}, only one of them should be"
+            " given"
         )
     if settings.get("epochs") is not None:
         settings = {"steps": None} | settings  # the run has its epochs as steps

@@ -29,7 +29,7 @@ def hash_kernel(
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     vector = bits + (at // pixels * image_stride + at % pixels * pixel_stride)
     found = tl.zeros([BLOCK], tl.int64)
-    for channel in range(channels):
+    for _ in range(channels):
         found = found * multiplier + tl.load(vector, at < count, 0)
         vector += channel_stride
     tl.store(hashes + at, found, at < count)
@@ -53,7 +53,7 @@ def differ_kernel(
     vector = bits + (at // pixels * image_stride + at % pixels * pixel_stride)
     first_vector = bits + (first // pixels * image_stride + first % pixels * pixel_stride)
     found = tl.zeros([BLOCK], tl.int1)
-    for channel in range(channels):
+    for _ in range(channels):
         found |= tl.load(vector, at < count, 0) != tl.load(first_vector, at < count, 0)
         vector, first_vector = vector + channel_stride, first_vector + channel_stride
     tl.store(differ + tl.program_id(0), tl.max(found.to(tl.int32), axis=0))
