@@ -1,6 +1,6 @@
-"""A picture for a newcomer: what a small generator makes of label maps that it has never seen,
-after some seconds of training. It is the generator that `spade-fast paint` has where no weights are
-given.
+"""A picture for a newcomer: the images that a small generator makes of label maps that it has not
+seen, after some seconds of training. It is the generator that `spade-fast paint` trains where no
+weights are given.
 """
 
 from collections.abc import Callable, Iterable

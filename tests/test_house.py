@@ -58,16 +58,6 @@ def test_arrows_go_down():
                 assert ROOMS.index(there) <= ROOMS.index(room), f"{module} imports {other}"
 
 
-def test_no_test_imports_another():
-    """What tests share is in modules of its own."""
-    for file in Path(__file__).parent.glob("*.py"):
-        for node in ast.walk(ast.parse(file.read_text())):
-            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
-            names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
-            found = [name for name in names if name.split(".")[-1].startswith("test_")]
-            assert not found, f"{file.name} imports {', '.join(found)}"
-
-
 def public_functions(node):
     """The functions and methods without an underscore, and the special methods, in a module or a
     class; but for Triton's kernels, whose annotations Triton reads.
@@ -101,3 +91,13 @@ def test_what_is_public_has_types():
                 place = f"{file.relative_to(PACKAGE)}:{function.lineno}"
                 missing.append(f"{place} {function.name}: {', '.join(untyped)}")
     assert not missing
+
+
+def test_no_test_imports_another():
+    """What tests share is in modules of its own."""
+    for file in Path(__file__).parent.glob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text())):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            found = [name for name in names if name.split(".")[-1].startswith("test_")]
+            assert not found, f"{file.name} imports {', '.join(found)}"
