@@ -102,4 +102,4 @@ def _constant_setting(cls: type[Scope], default: Any) -> Any:
 
 
 # As torch.compiler.assume_constant_result does, which takes a second to import.
-_constant_setting._dynamo_marked_constant = True
+setattr(_constant_setting, "_dynamo_marked_constant", True)

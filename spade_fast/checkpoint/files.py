@@ -111,7 +111,7 @@ def _read_safetensors(path):
         entries = None
     if isinstance(entries, dict):
         metadata = OrderedDict((place, {ENTRY: entry}) for place, entry in entries.items())
-        weights._metadata = metadata
+        setattr(weights, "_metadata", metadata)
     return weights
 
 

@@ -70,7 +70,7 @@ def _dictionaries_in(source, name=""):
     )
     if tensors:
         if hasattr(source, "_metadata"):
-            tensors._metadata = source._metadata
+            setattr(tensors, "_metadata", source._metadata)
         yield name, tensors
     for key, value in named.items():
         if isinstance(value, Mapping):

@@ -70,7 +70,7 @@ def command() -> Callable[..., None]:
         if os.environ.get("RANK", "0") == "0":  # the first of the processes that trained
             typer.echo(path)
 
-    run.__signature__ = inspect.Signature(parameters)
+    setattr(run, "__signature__", inspect.Signature(parameters))
     run.__doc__ = HELP
     return run
 

@@ -307,10 +307,10 @@ def make_fast(module: nn.Module, kind: type[Fast], form: Form) -> None:
     """Gives a module its fast class, in place."""
     # mypy asks these classes for the hash of their instances.
     module.__class__ = fast_class(kind, type(module))  # type: ignore[arg-type]
-    module.spade_form = form
+    setattr(module, "spade_form", form)
 
 
 def make_own(module: nn.Module) -> None:
     """Undoes `make_fast`."""
-    module.__class__ = module.own_class
+    module.__class__ = getattr(module, "own_class")
     module.__dict__.pop("spade_form", None)

@@ -35,7 +35,7 @@ def unpack(pickled: bytes, memory: torch.Tensor, places: list) -> Any:
     """The value; its tensors are those bytes, without a copy."""
     unpacker = pickle.Unpickler(io.BytesIO(pickled))
     tensors = [_tensor_at(memory, *place) for place in places]
-    unpacker.persistent_load = tensors.__getitem__
+    setattr(unpacker, "persistent_load", tensors.__getitem__)
     return unpacker.load()
 
 
