@@ -1,10 +1,10 @@
-"""What is measured: the modulation, the residual blocks and the generator, each beside its rivals
-and its floor.
+"""The cases that are measured: the modulation, the residual blocks, the generator and others, each
+beside its rivals and its floor.
 
-A case names its problems, and builds one when it is asked to: what is not measured is never made.
-A problem has variants, functions that each compute the same thing once and return it by name, and a
-truth in float64. The floor is what the same network costs with plain instance norm and leaky ReLU
-in place of every SPADE: the least that anyone can hope for.
+A case names its problems, and builds one when it is asked to: others are never made. A problem has
+variants, functions that each compute the same thing once and return it by name, and a truth in
+float64. The floor is what the same network costs with plain instance norm and leaky ReLU in place
+of every SPADE: the least that anyone can hope for.
 """
 
 import contextlib
@@ -36,7 +36,7 @@ from spade_fast.training.pictures import picture
 from . import layouts, steps
 
 FORWARD, BACKWARD = "forward", "forward+backward"
-# What is timed on a GPU (measure.timed): the host's part is left out, or belongs to it.
+# The time that counts on a GPU (measure.timed): without the host's part, or with it.
 DEVICE_ALONE, WHOLE_CALLS = "device alone", "whole calls"
 # (channels, size) of the 18 SPADEs of the published COCO generator at 256², and of LivePortrait's
 # decoder.
@@ -98,7 +98,7 @@ class Plan:
 class Problem:
     """One row group of the table."""
 
-    name: str  # its plan's, and what is known only now
+    name: str  # its plan's, and facts known only now
     mode: str  # FORWARD or BACKWARD
     variants: dict[
         str, Callable
@@ -110,7 +110,7 @@ class Problem:
         default_factory=lambda: [None]
     )  # each round measures the next one, each is checked
     scene: int = 0  # which of them the functions compute now
-    # What is called before each call of a variant, with its name; it is not timed.
+    # Called before each call of a variant, with its name; it is not timed.
     prepare: Callable = lambda name: None
     clock: str = WHOLE_CALLS  # or DEVICE_ALONE
     least_bytes: int | None = (
@@ -422,7 +422,7 @@ def generate_problem(settings, name, mode, size, count):
     """A folder of drawn scenes, or of the first ones of the folder that was named. Both variants
     return what is in the files that they wrote, from 0 to 255. The truth of the first
     FILES_IN_DOUBLE is in float64. That of the others is the published network's in float32, before
-    it is rounded to 8 bits: what is written may be a level from it.
+    it is rounded to 8 bits: a file may be a level from it.
     """
     folder = tempfile.TemporaryDirectory()  # which goes when nothing refers to it any more
     scenes = None
@@ -902,7 +902,7 @@ def _network_problem(
         def run(tables=tables):
             nonlocal dy
             segmap = segmaps[problem.scene % len(segmaps)]
-            # A view is another tensor each time: finding its windows is part of what is measured,
+            # A view is another tensor each time: finding its windows is measured, too,
             # as for a new layout.
             segmap = prepared_layout() if prepared else segmap.view_as(segmap)
             with spade_fast.frozen(network) if keeps_tables else contextlib.nullcontext():
@@ -1107,7 +1107,7 @@ def _compiled(function):
 
 
 def _outputs(y, wanted, dy, mode):
-    """y, a tensor or a list, and with BACKWARD the gradients of what is wanted, by name."""
+    """y, a tensor or a list, and with BACKWARD the wanted gradients, by name."""
     outputs = (
         {f"y{number}": part for number, part in enumerate(y)} if isinstance(y, list) else {"y": y}
     )

@@ -169,7 +169,7 @@ def run(
             if json is not None:
                 report.save_json(
                     json, facts, rows
-                )  # each time: what is stopped has not measured in vain
+                )  # each time: a run that is stopped has not measured in vain
     show(console, report.tables(rows), rows, facts)
     if plot is not None and any(row.times for row in rows):
         report.save_chart(plot, facts, rows)
@@ -304,7 +304,7 @@ def launches(
 
 @app.command()
 def gpu(
-    out: Annotated[Path, typer.Option(help="Folder for what is found.")] = Path("gpu-results"),
+    out: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("gpu-results"),
     stage: Annotated[
         list[str] | None, typer.Option(help="Only this stage; may be given several times.")
     ] = None,
@@ -417,7 +417,7 @@ def exit_unless_right(rows):
 
 
 def conclude(module, proofs):
-    """Prints the table of proofs, and what is not as it should be."""
+    """Prints the table of proofs, and those that fail."""
     console_of_any_width().print(module.table(proofs))
     failures = [f"{proof}: {failure}" for proof in proofs for failure in proof.failures]
     for failure in failures:
@@ -427,7 +427,7 @@ def conclude(module, proofs):
 
 
 def choose_plans(cases, settings, only):
-    """What is to be measured, a pair of case and Plan each, in the order of `only`; nothing is
+    """The pairs of case and Plan that are to be measured, in the order of `only`; nothing is
     built for that.
     """
     plans = [(name, plan) for name, case in cases.items() for plan in case(settings)]

@@ -146,7 +146,7 @@ def _prove(source, capability):
         last, whole, silu = (*re.findall(r"\d", flags or ""), None, None, None)[:3]
         shared = re.search(r"(\d+) bytes smem", rest)
         widths = {"LDG": collections.Counter(), "STG": collections.Counter()}
-        # What is copied to shared memory goes through memory as what is loaded does.
+        # Copies to shared memory go through memory as loads do.
         for instruction, modifiers in re.findall(r"\b(LDG|STG|LDGSTS)\.E([.\w]*)", code[name]):
             width = next((WIDTHS[word] for word in modifiers.split(".") if word in WIDTHS), 4)
             widths[instruction.replace("LDGSTS", "LDG")][width] += 1

@@ -4,7 +4,7 @@ The stages are ordered by what they are worth, so that a call that is broken off
 a build for this GPU alone, a smoke test, the operation and the generator beside eager PyTorch, the
 tests, the sanitizer, and at last whatever torch.compile has to compile first. Each stage is a
 process of its own with a time limit of its own, and what it found is saved when it ends: one that
-fails or hangs takes nothing from the others. What is left out for want of time is run by `--stage`
+fails or hangs takes nothing from the others. Stages left out for want of time are run by `--stage`
 in another call. DIR gets log.txt, what every stage printed; gpu.json, how each ended; and the
 results by name.
 """
@@ -271,7 +271,7 @@ def plan(stages=STAGES):
     return "\n".join(
         [
             *lines,
-            f"{'together':{WIDTH}} at most {TOTAL} s; a stage that begins late gets what is left",
+            f"{'together':{WIDTH}} at most {TOTAL} s; a stage that begins late gets the rest",
         ]
     )
 

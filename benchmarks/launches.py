@@ -111,7 +111,7 @@ class Counts:
 
 
 class OnGPU(TorchFunctionMode):
-    """Inside, every tensor says that it is on a GPU, and what is made there is made on the host."""
+    """Inside, every tensor says that it is on a GPU, and new ones there are made on the host."""
 
     ANSWERS = {
         torch.Tensor.device.__get__: GPU,
@@ -349,8 +349,8 @@ def training_step(networks, stack):
     return step
 
 
-# What is counted: functions of the networks, and of a stack for what is left afterwards, that
-# return the call. What they do themselves is not counted.
+# The calls that are counted: functions of the networks, and of a stack for leftovers, return
+# them. Their own work is not counted.
 PATHS = {
     "from_segmap": lambda networks, stack: networks.found,
     "numbering, six sizes": numbering_windows,
@@ -423,7 +423,7 @@ def allowed(limit, wanted):
 
 
 def excesses(found: dict[str, Counts]) -> list[str]:
-    """What is more than its limit, in words."""
+    """Counts above their limit, in words."""
     return [
         f"{name}: {number} {what}, the limit is {limit}"
         for name, counts in found.items()

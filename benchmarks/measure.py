@@ -22,7 +22,7 @@ from .cases import BACKWARD, DEVICE_ALONE, FORWARD, WHOLE_CALLS
 # How far from the truth a variant may be, as a fraction of what the rule of agreement allows,
 # forward and in gradients too. In the gradients of a deep network a leaky ReLU whose sign differs
 # can hit a place that it hit in none of eager's few runs: 4.7 was seen in 13 scenes of the
-# generator. What is wrong is off by hundreds; and ours must be right in float64 besides, where no
+# generator. A wrong result is off by hundreds; and ours must be right in float64 besides, where no
 # sign differs. Inductor's convolutions moreover sum in another order than eager's: 2.3 was seen
 # forward, and 11.6 with such a sign.
 LIMITS = {"eager": (1, 1), "spade_fast": (1, 16), "torch.compile": (4, 16)}
@@ -45,7 +45,7 @@ class Row:
     problem: str
     mode: str
     variant: str
-    # the error as a fraction of what is allowed (agreement.py); None: nothing to compare with
+    # the error as a fraction of the allowed one (agreement.py); None: nothing to compare with
     excess: float | None = None
     error_in_double: float | None = None  # of ours in float64, as a fraction of the largest element
     failure: str | None = None  # what it died of
@@ -229,7 +229,7 @@ def timed_by_host(run, wait):
     result = run()
     wait()
     took = time.perf_counter() - start
-    del result  # what is freed is no part of it
+    del result  # freeing is not timed
     return took
 
 

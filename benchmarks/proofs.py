@@ -2,8 +2,8 @@
 came of it is read.
 
 The package's own functions are called, on small tensors of the CPU, with a driver that says that
-there is a GPU; what they would launch is compiled and noted instead. So what is proved is what is
-shipped: tiles, warps, and what is known of each argument.
+there is a GPU; what they would launch is compiled and noted instead. So the proofs are of
+the shipped kernels: their tiles, warps, and the facts known of each argument.
 """
 
 import collections

@@ -1,4 +1,4 @@
-"""What is shown: tables, a JSON file, a chart."""
+"""How results are shown: tables, a JSON file, a chart."""
 
 import dataclasses
 import json
@@ -19,7 +19,7 @@ from .measure import LIMIT_IN_DOUBLE, copy_bandwidth
 from .tables import narrow_table
 
 CAPTION = (
-    "match: error as a fraction of what is allowed. ratio: eager's time over this, round by round."
+    "match: error as a fraction of the allowed one. ratio: eager's time over this, round by round."
     " overhead: this time over that of plain instance norm. of a copy: the bytes that it has to"
     " move over this time, of what a copy moves."
 )

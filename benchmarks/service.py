@@ -34,7 +34,7 @@ from .tables import narrow_table
 
 CLASSES = 182
 CAPTION = (
-    "match: the largest error of an image as a fraction of what is allowed; the service's images"
+    "match: the largest error of an image as a fraction of the allowed one; the service's images"
     " have the bits of the generator called by hand, too. alone: a request of the only client, with"
     " a layout that is new, and with one that was asked for before. together: with all clients."
     " cache: the most that tables and windows took."
@@ -43,7 +43,7 @@ CAPTION = (
 
 @dataclass
 class Load:
-    """What is asked of each server."""
+    """The requests to each server."""
 
     seconds: float = 60
     clients: int = 8
@@ -269,7 +269,7 @@ def together(heard, load):
 
 
 def judge(row, heard, inputs):
-    """Says in the row how far its images are from the truth, or what is wrong with one."""
+    """Says in the row how far its images are from the truth, or which fault one has."""
     images = [(*key, image) for key, found in heard.images.items() for image in found]
     if heard.server.exactly is None:
         row.excess = max(inputs.excess(number, image) for number, _, image in images)

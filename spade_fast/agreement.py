@@ -22,7 +22,7 @@ def excess(
     scale: float | None = None,
     eps: float | None = None,
 ) -> float:
-    """How far ours is from the truth, as a fraction of what is allowed: at most 1 where it agrees.
+    """How far ours is from the truth, as a fraction of the allowed error: up to 1 where it agrees.
 
         max|ours − truth| / (2·max|eager − truth| + 4·eps·scale)
 

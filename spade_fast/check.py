@@ -60,8 +60,8 @@ def check(model: torch.nn.Module, arguments: Sequence, seconds: float = 10.0) ->
     change.
 
     Args:
-        model: a torch.nn.Module, in the mode that it is to be checked in. What is converted of it
-            already is compared with what it was before.
+        model: a torch.nn.Module, in the mode that it is to be checked in. Modules of it that are
+            already converted are compared with their own classes.
         arguments: what it is called with; its result is a tensor, or a tuple, list or dictionary
             that has some.
         seconds: how long the two are timed for.

@@ -80,11 +80,11 @@ def generate(
     progress: Callable[[Iterable, int], Iterable] = lambda found, count: found,
 ) -> Report:
     """Makes an image of every label map below a folder: `out/NAME.png`, or with several samples
-    `out/NAME-0.png` and so on. Each is written whole or not at all. What is wrong with one label
-    map is said in the report, and the others are made.
+    `out/NAME-0.png` and so on. Each is written whole or not at all. A fault of one label map
+    is said in the report, and the others are made.
 
     An image depends on its own label map, on weights, seed and name alone: with `batch` 1 to the
-    bit, else its values may differ by a rounding with what is computed beside it (see `Service`).
+    bit, else its values may differ by a rounding with the images beside it (see `Service`).
 
     Args:
         weights: as `Service` takes them, or the folder of a run: then its settings say convention,
@@ -395,7 +395,7 @@ def _threads(number):
 
 
 def _maps_of(run, labels, instances, convention, palette):
-    """How label maps become conditions by what is given, the run, if there is one, and the
+    """How label maps become conditions by the arguments, the run, if there is one, and the
     convention.
     """
     instances = None if instances is None else Path(instances)

@@ -15,7 +15,7 @@ from .nn.tables import keep_in
 
 
 class Graphed:
-    """network(layout, *inputs) as one CUDA graph, for all layouts of one size: what is captured
+    """network(layout, *inputs) as one CUDA graph, for all layouts of one size: the graph
     reads from the same memory each time.
 
     A layout is numbered first, which waits for the GPU, and written over the one before, unless it

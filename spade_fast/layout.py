@@ -153,7 +153,7 @@ class SemanticLayout:
         self._take_as_seen()
 
     def _take_as_seen(self):
-        """Takes what is kept for what was made of codes and palette as they are now."""
+        """Takes everything that is kept as made of codes and palette as they are now."""
         # The tensors are held: another in freed memory could look the same.
         self._seen, self._state = (self.codes, self.palette), self._state_now()
         self._content = object()
@@ -191,7 +191,7 @@ class SemanticLayout:
         num_classes = whole_number("num_classes", num_classes, least=1)
         if dont_care is not None:
             dont_care = whole_number("dont_care", dont_care)
-        with torch.inference_mode(False):  # what is found in inference may be used in training
+        with torch.inference_mode(False):  # windows found in inference mode may be used in training
             label_map = _label_map("labels", labels)
             codes, channels = _classes(label_map, num_classes, dont_care)
             if instances is not None:

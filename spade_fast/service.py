@@ -366,7 +366,7 @@ def copied(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def content_of(layout: SemanticLayout) -> bytes:
-    """What is in a layout on the CPU: equal for the same codes and palette."""
+    """A hash of a layout on the CPU: equal for the same codes and palette."""
     content = hashlib.blake2b(digest_size=32)
     for tensor in (layout.codes, layout.palette):
         content.update(f"{tensor.dtype} {list(tensor.shape)} ".encode())

@@ -56,7 +56,7 @@ struct Elements {
   }
 };
 
-// Copies past the caches: for what is too large to be found there again. The lines that it
+// Copies past the caches: for tensors that are too large to be found there again. The lines that it
 // overwrites need not be read first, so that a stream to memory costs half. Other cores see it
 // after `finish_stream`.
 ALWAYS_INLINE void stream(int64_t bytes, const void* from, void* to) {

@@ -33,7 +33,7 @@ struct EverFalls {
   }
 };
 
-// Nothing where all numbers are from `least` to bound − 1, else what is wrong with them.
+// Empty where all numbers are from `least` to bound − 1, else the error's words.
 inline std::string out_of_range(const char* name, const int32_t* numbers, int64_t count,
                                 int64_t least, int64_t bound) {
   if (count == 0 || vectorised<Largest>(count, numbers, least) < bound - least) return {};

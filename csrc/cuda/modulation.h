@@ -1,5 +1,5 @@
-// What is done to V elements: modulation and activation, and the gradient that comes back through
-// them.
+// The computations on V elements: modulation and activation, and the gradient that comes back
+// through them.
 #pragma once
 
 #include "walk.h"

@@ -221,7 +221,7 @@ void check_find_windows(const Tensor& codes, const Tensor& nearest,
   check_counts(codes, sizes, kernel_size, rows);
 }
 
-// What is known of a section once the host has waited.
+// The facts about a section once the host has waited.
 struct Found {
   uint32_t windows[kLevels], taps[kLevels];
 };
@@ -331,7 +331,7 @@ class SortingWork {
   int64_t counts_, said_, tickets_, zeros_, entries_[4], results_;
 };
 
-// What is to be numbered: windows of codes, and of two levels windows of those, at the places of
+// Everything to be numbered: windows of codes, and of two levels windows of those, at the places of
 // `sections`. They see those of `taken`.
 struct Task {
   Sections taken, sections;

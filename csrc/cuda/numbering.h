@@ -4,7 +4,7 @@
 // Everything has a place: those of a section, a layout at one size, one after the other, image by
 // image. A section begins at a multiple of kThreads, a chunk, so that a block has places of one
 // section alone; some of its last chunk's do not exist. A hash table finds for each place the first
-// one of its section that is equal to it. Hashes decide nothing: what is in a slot is compared in
+// one of its section that is equal to it. Hashes decide nothing: a slot's entry is compared in
 // full.
 #pragma once
 
@@ -82,8 +82,8 @@ struct Segment {
   int64_t ends;  // where they have the end once more, behind the starts of another list
 };
 
-// What is made of a section, where the results have it: `layout.Sums` and `layout.Windows` have the
-// names.
+// The results of a section, where the caller finds them: `layout.Sums` and `layout.Windows` have
+// the names.
 struct Result {
   int64_t offsets[kLevels], rows[kLevels], index, contents;
   uint32_t windows;  // of the last level

@@ -26,7 +26,7 @@ struct Division {
 
   int64_t blocks() const { return units * splits; }
   int64_t threads() const { return columns * lanes; }
-  // Bytes: what is held, and behind it a few numbers of each warp for each of its planes.
+  // Bytes: the held elements, and behind them a few numbers of each warp for each of its planes.
   int64_t shared(int64_t numbers, int64_t planes_of_column) const {
     return held_bytes +
            threads() / 32 * numbers * 4 * (planes_of_column == 1 ? 1 : columns * planes_of_column);

@@ -223,7 +223,7 @@ __device__ PerPlane<V, kLast> unit_sum(const Division& d, const float (&values)[
   return read_scratch<V, kLast>(scratch + numbers);
 }
 
-// What is found of 32 planes over all splits, by a block of 32 × 32 threads: each warp has 32
+// The sums of 32 planes over all splits, by a block of 32 × 32 threads: each warp has 32
 // planes, which are side by side in memory, of every 32nd split, four of them under way; then each
 // has one plane, and combines what the warps found. The order is always the same.
 template <typename Found, typename Load>

@@ -80,7 +80,7 @@ def load(source: Source, *, key: str | None = None, **arguments: Any) -> nn.Modu
 
 def load_into(module: Model, source: Source, *, key: str | None = None) -> Model:
     """Gives a module these weights, a path's or a state_dict's, whatever names they have. Returns
-    the module. What is written beside them is not looked at: it is the names and the shapes that
+    the module. The arguments beside them are not looked at: names and shapes
     have to fit.
 
     key: which of several it is, as for `load`; where only one fits it need not be said.

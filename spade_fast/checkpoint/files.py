@@ -62,14 +62,14 @@ def first_of(words: Sequence[str]) -> str:
 
 
 def contents(path: Path) -> Any:
-    """What is in a file of weights."""
+    """The contents of a file of weights."""
     if path.is_dir():
         raise IsADirectoryError(f"{path} is a directory, it should be a file of weights")
     if not path.exists():
         raise FileNotFoundError(f"{path} is not there, it should be a file of weights")
     if not path.is_file():
         raise OSError(f"{path} is a device or the like, it should be a file of weights")
-    with open(path, "rb") as file:  # what is wrong with the file system is raised here, as it is
+    with open(path, "rb") as file:  # errors of the file system are raised here, as they are
         beginning = file.read(16)
     if not beginning:
         raise unreadable(path, "it is empty")

@@ -213,7 +213,7 @@ def _published_layers(blocks):
 
 
 def _official_generators(weights, blocks, given):
-    """What is given of the settings, with the published ones or the defaults for the others, where
+    """The given settings, with the published ones or the defaults for the others, where
     that fits; or else everything that may.
     """
     found = _of_any_generator(weights, "head_0" if "head_0" in blocks else min(blocks))

@@ -1,5 +1,5 @@
-"""Which module is a SPADE or its block, by its parts: names decide what is looked at, not what it
-is.
+"""Which module is a SPADE or its block, by its parts: names decide which modules are looked at, not
+what they are.
 """
 
 import torch.nn as nn

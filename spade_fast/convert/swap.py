@@ -190,8 +190,8 @@ class Fast(nn.Module):
         )
 
     def _is_proved(self, x, segmap):
-        """Whether this is a call, in a state, that the proof holds for. What is recorded is left to
-        the own forward, and so is what is wrong: its errors are its users'.
+        """Whether this is a call, in a state, that the proof holds for. Calls that are recorded
+        go to the own forward, and so do wrong ones: its users know its errors.
         """
         try:
             self.check(x, segmap)

@@ -20,7 +20,7 @@ FILLED = (255, 65535)  # all bits set: what data sets write where there is no cl
 
 @dataclass
 class Report:
-    """What is in the folders.
+    """The contents of the folders.
 
     pairs: files that have their partners.
     faults: a line for each thing that is wrong.
@@ -60,7 +60,7 @@ class Report:
 
 
 class Seen(NamedTuple):
-    """What is in the files of one pair."""
+    """The contents of the files of one pair."""
 
     faults: list[str]
     counts: dict[int, int]
@@ -80,14 +80,14 @@ def check_data(
     sheet: str | os.PathLike | None = None,
     progress: Callable[[Iterable, int], Iterable] = lambda found, count: found,
 ) -> Report:
-    """Reads all files of a data set, and reports what is wrong.
+    """Reads all files of a data set, and reports every fault.
 
     Args:
         labels, images, instances, convention: as of `find_pairs`.
         palette: the class of each colour, where label maps are colour-coded.
         num_classes, dont_care: those of the convention, or suggested, where they are not given.
         sheet: a PNG to write, some of the photographs beside their labels in colours.
-        progress: wraps what is found, pair by pair, and how many pairs there are: a progress bar.
+        progress: wraps the pairs, and takes their number: a progress bar.
 
     Errors: ValueError, where a folder is not there or has no files, an argument is no such thing,
         or the sheet cannot be written there.

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 LEVELS = 16  # of each channel of the colours that are chosen from
-DARKEST = 0.45  # lightness in OKLab: what is darker looks like black
+DARKEST = 0.45  # lightness in OKLab: darker colours look like black
 # From linear RGB to the responses of the eye's cones, and from their cube roots to lightness and
 # two opponent axes: OKLab (Ottosson 2020), where distances are about as they are seen.
 CONES = np.array(

@@ -41,7 +41,7 @@ class Folder(Dataset):
         palette: the class of each colour, where label maps are colour-coded.
         seed: of the random crops.
 
-    Errors: ValueError, TypeError of what is wrong with a pair's files, which names the pair.
+    Errors: ValueError, TypeError, which name the pair and the fault of its files.
     """
 
     def __init__(
@@ -118,7 +118,7 @@ def random_of(*numbers: int) -> random.Random:
 
 @contextlib.contextmanager
 def named(name: str) -> Iterator[None]:
-    """Inside, errors of what is given begin with the example's name."""
+    """Inside, errors begin with the example's name."""
     try:
         yield
     except (ValueError, TypeError) as error:

@@ -160,7 +160,7 @@ def _read(path, content=None):
 
 def _opened(path, function, content=None):
     """What function returns for the image in a file, or in its content."""
-    # What is wrong with the file system is raised here, as it is.
+    # Errors of the file system are raised here, as they are.
     with open(path, "rb") if content is None else io.BytesIO(content) as file:
         try:
             return function(Image.open(file, formats=FORMATS))

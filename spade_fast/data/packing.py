@@ -15,7 +15,7 @@ ALIGNMENT = 64  # bytes
 
 def pack(value: object) -> tuple:
     """A pickle of the value, the bytes of its tensors, and dtype, shape and place of each: the
-    arguments of `unpack`. What is not on the CPU stays in the pickle.
+    arguments of `unpack`. Tensors on other devices stay in the pickle.
     """
     file = io.BytesIO()
     packer = _Packer(file, protocol=pickle.HIGHEST_PROTOCOL)

@@ -94,7 +94,7 @@ def match(
     instances: str | os.PathLike | Literal[False] | None = None,
     convention: str = "folder",
 ) -> tuple[list[Pair], list[str]]:
-    """The pairs that `find_pairs` returns, and in words what is wrong with other files; without
+    """The pairs that `find_pairs` returns, and in words the faults of other files; without
     photographs where images is None.
     """
     rules = convention_of(convention)

@@ -126,7 +126,7 @@ def _middles(places, report):
 
 
 def _places(labels, report):
-    """Rows of the colours: classes, then "don't care", then what is out of range."""
+    """Rows of the colours: classes, then "don't care", then labels out of range."""
     places = labels + report.label_shift
     places[(places < 0) | (places >= report.num_classes)] = report.num_classes + 1
     if report.dont_care is not None:

@@ -40,8 +40,8 @@ def evaluate(
     progress: Callable[[Iterable, int], Iterable] = lambda found, count: found,
 ) -> dict[str, Any]:
     """FID between generated images and photographs; mean IoU and pixel accuracy of a segmentation
-    network's prediction on the generated images against their label maps. What is not given is not
-    scored.
+    network's prediction on the generated images against their label maps. Scores whose inputs are
+    not given are left out.
 
     Args:
         generated, photographs, labels: folders. Photographs need not have the names of the others;
@@ -65,7 +65,7 @@ def evaluate(
         the same for scores that can be compared. All of it can be written as JSON.
 
     Raises:
-        ValueError, TypeError, OSError, ModuleNotFoundError, Failed: what is given does not fit
+        ValueError, TypeError, OSError, ModuleNotFoundError, Failed: the arguments do not fit
             together, a file cannot be read, a package is missing, or a network fails.
     """
     _check_given(photographs, labels, features, features_weights, segmentation, classes)

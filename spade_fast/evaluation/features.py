@@ -128,7 +128,7 @@ def _inception(weights):
         raise FileNotFoundError(f"{path} is not there, it should be the file {FILE}")
     try:
         network = module.FeatureExtractorInceptionV3("inception", [DIMENSION], str(path))
-    except Exception as error:  # of any type, by what is in the file instead
+    except Exception as error:  # of any type: it depends on the file's content
         raise ValueError(f"{path} is not the file {FILE}: {first_line(error)}") from error
     return Network(
         _First(network.eval()),

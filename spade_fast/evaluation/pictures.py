@@ -22,8 +22,8 @@ SAYS = ("average", "seed")  # what it may say: "ema" or "raw", and a number
 
 
 class Seen:
-    """What is seen of a folder while its files are read: how many, their names, sizes in the files,
-    and a SHA-256 of names and values as they are evaluated.
+    """The facts about a folder while its files are read: how many there are, their names, their
+    sizes, and a SHA-256 of names and values as they are evaluated.
     """
 
     def __init__(self) -> None:
@@ -157,7 +157,7 @@ def _origin(path):
             said = json.loads(image.info.get(ORIGIN, "{}"))
         return {name: said.get(name) for name in SAYS}
     except (OSError, ValueError, TypeError, AttributeError):
-        return dict.fromkeys(SAYS)  # what is no image is refused where it is read
+        return dict.fromkeys(SAYS)  # reading refuses it if it is no image
 
 
 def _partner(name, labels):

@@ -27,7 +27,7 @@ def load_segmentation(network: str | nn.Module) -> Network:
     returns whole numbers [N, H, W], its classes.
 
     network: MODULE:FUNCTION, a module, or a folder or hub name that transformers'
-        AutoModelForSemanticSegmentation reads. What is on the hub is downloaded by transformers.
+        AutoModelForSemanticSegmentation reads. transformers downloads a network of the hub.
 
     Errors: ModuleNotFoundError without transformers; ValueError, TypeError, Failed.
     """
@@ -160,7 +160,7 @@ def _of_transformers(name):
         network, loading = transformers.AutoModelForSemanticSegmentation.from_pretrained(
             name, output_loading_info=True
         )
-    except Exception as error:  # of any type, by what is missing
+    except Exception as error:  # of any type: it depends on what transformers misses
         raise ValueError(
             f"segmentation is {name!r}, which transformers does not load: {first_line(error)}"
         ) from error

@@ -306,7 +306,7 @@ def _check_dtype(name, given, dtypes):
 
 
 def _require(holds, name, given, wanted):
-    # In a compiled graph, what is known only when it runs is asked then.
+    # In a compiled graph, facts that are known only when it runs are asked then.
     if holds is not True:
         torch._check_value(
             holds, lambda: f"{name} has shape {list(given.shape)}, it should be {wanted}"

@@ -1,6 +1,6 @@
 """Numbering by kernels compiled for CUDA GPUs, csrc/cuda/numbering.cpp: all sizes of a layout
-together, with one wait. The numbers are those of `numbering.py`, which does what is too much for
-the kernels to count.
+together, with one wait. The numbers are those of `numbering.py`, which numbers layouts that are
+too large for the kernels' counters.
 
 hash_mask: which bits of hashes are used, so that a test can make them collide.
 """

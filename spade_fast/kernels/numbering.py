@@ -196,7 +196,7 @@ def list_windows(contents: Tensor, rows: int, seen: int) -> Lists:
     numbers = (
         contents * taps + torch.arange(taps, dtype=torch.int32, device=contents.device)
     ).flatten()
-    # Each goes to its place in the list; what is beyond the border, to one place too many at its
+    # Each goes to its place in the list; pixels beyond the border, to one place too many at its
     # end.
     places = torch.where(inside, inside.cumsum(0) - 1, seen)
     listed = numbers.new_empty(seen + 1).scatter_(0, places, numbers)[:seen]
@@ -321,7 +321,7 @@ def _count_firsts(firsts):
 
 
 def _numbers(firsts, ranks):
-    """What is equal gets a number by its first appearance."""
+    """Equal values get one number, by their first appearance."""
     return (ranks[firsts] - 1).to(torch.int32)
 
 

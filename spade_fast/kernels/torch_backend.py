@@ -39,7 +39,7 @@ def look_up(rows: Tensor, index: Tensor | None) -> Tensor: ...
 @overload
 def look_up(rows: None, index: Tensor | None) -> None: ...
 def look_up(rows: Tensor | None, index: Tensor | None) -> Tensor | None:
-    """Rows of a table [K, C] as a tensor [N, C, *spatial]; what is not a table stays as it is."""
+    """Rows of a table [K, C] as a tensor [N, C, *spatial]; anything else stays as it is."""
     if index is None or rows is None:
         return rows
     return rows.index_select(0, index.flatten()).view(*index.shape, rows.shape[1]).movedim(-1, 1)
@@ -78,7 +78,7 @@ def convolve_windows_gradients(
     wants_weights: bool = True,
 ) -> tuple[Tensor | None, Sequence[Tensor | None]]:
     """The gradients of rows and of each weight from that of the results of all, [windows, out of
-    all]; None for what is not wanted.
+    all]; None for gradients that are not wanted.
     """
     lists = _in_pieces(back_offsets, back_listed)
 

@@ -34,7 +34,7 @@ class VGG19(nn.Module):
 
     def __init__(self, weights: Source):
         super().__init__()
-        with torch.device("meta"):  # no random weights are drawn for what is overwritten
+        with torch.device("meta"):  # no random weights are drawn, only to be overwritten
             self.features = nn.Sequential(*_layers())
         given = read(weights)
         tensors = {key: tensor for key, tensor in given.items() if not _comes_later(key)}

@@ -57,7 +57,7 @@ class ResidualBlock(nn.Module):
         return self.compute(x, segmap, scale)
 
     def check(self, x: torch.Tensor, segmap: torch.Tensor | SemanticLayout) -> None:
-        """Raises what is wrong with x or segmap, by name."""
+        """Errors: ValueError, TypeError, which name x or segmap."""
         if isinstance(self.norm_0, SpatiallyAdaptive):
             self.norm_0.check(x, segmap)
 

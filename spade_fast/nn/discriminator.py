@@ -204,7 +204,7 @@ class MultiscaleDiscriminator(nn.Module):
         return results
 
     def _check(self, x, segmap):
-        """Raises what is wrong, by name; the layout of segmap, or None."""
+        """The layout of segmap, or None. Errors: ValueError, TypeError, by name."""
         spatial = ", ".join("DHW"[-self.spatial_dims :])
         for name, tensor in {"x": x, "segmap": segmap}.items():
             if isinstance(tensor, SemanticLayout) or (tensor is None and name == "segmap"):

@@ -261,7 +261,7 @@ class SPADEGenerator(nn.Module):
         return fold_spectral_norm(self)
 
     def _checked(self, segmap, z):
-        """z, drawn where it is needed and not given. Raises what is wrong with either, by name."""
+        """z, drawn where it is needed and not given. Errors: ValueError, TypeError, by name."""
         weight, first = weights_in(self.fc)[0], getattr(self, self.stages[0].name)
         if isinstance(first, ResidualBlock) and isinstance(first.norm_0, SpatiallyAdaptive):
             first.norm_0.check_segmap(segmap)

@@ -141,7 +141,7 @@ class Parts(NamedTuple):
 
 
 class Known(NamedTuple):
-    """What is asked about a SPADE in each call."""
+    """The facts about a SPADE that each call asks for."""
 
     parts: Parts
     weight: torch.Tensor | None  # of the shared convolution, where it has one by itself

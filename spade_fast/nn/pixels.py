@@ -69,7 +69,7 @@ def with_channels_together(x: torch.Tensor, scale: int = 1) -> torch.Tensor:
     that follow copy their weights to x's layout, which then costs more.
     """
     if is_recorded(x) or x.dim() not in FORMATS:
-        return x  # what is recorded may not depend on the batch
+        return x  # a recorded graph may not depend on the batch
     pays = x[:, 0].numel() * scale ** (x.dim() - 2) >= FEW_PIXELS.get(x.device.type, 4096)
     return x.contiguous(memory_format=FORMATS[x.dim()]) if pays else x
 

@@ -132,7 +132,7 @@ class SpatiallyAdaptive(HasParts):
         return is_known(norm) and measures(norm)
 
     def check(self, x: torch.Tensor, segmap: torch.Tensor | SemanticLayout) -> None:
-        """Raises what is wrong with x or segmap, by name."""
+        """Errors: ValueError, TypeError, which name x or segmap."""
         self._check_tensor("x", x, self.spade_form.norm_nc)
         self.check_segmap(segmap)
         known = Known.of(self)
@@ -161,7 +161,7 @@ class SpatiallyAdaptive(HasParts):
             )
 
     def check_segmap(self, segmap: torch.Tensor | SemanticLayout) -> None:
-        """Raises what is wrong with segmap, whatever x is."""
+        """Errors: ValueError, TypeError where segmap is wrong, whatever x is."""
         form = self.spade_form
         if not isinstance(segmap, SemanticLayout):
             self._check_tensor("segmap", segmap, form.label_nc)

@@ -120,7 +120,7 @@ def _normalised(vector, like, eps):
 
 class Quotient(torch.autograd.Function):
     """x, or where that is None the weight W, divided by σ = u · W v; W [out, ...] is a matrix of
-    `out` rows there. With g the gradient of the quotient q, g/σ is that of what is divided, and
+    `out` rows there. With g the gradient of the quotient q, g/σ is that of the dividend, and
     −Σ(g·q)/σ · u vᵀ that of W through σ.
     """
 

@@ -240,7 +240,7 @@ def normalise_over_images(
 
 class Tables:
     """γ and β by layout, and for each layout by layer, size and dtype: no more than max_bytes of
-    them. What is kept is used as long as the weights that it was made of are as they were; a
+    them. A kept table is used as long as the weights that it was made of are as they were; a
     layout that nobody holds any more takes its tables along.
     """
 

@@ -31,9 +31,9 @@ _END = object()
 def until_changed(module: nn.Module, find: Callable[[nn.Module], Any]) -> Any:
     """find(module), or what it was before, where everything that it can see is as it was: the
     module's parts, their classes, attributes, hooks, parameters and buffers are the very same
-    objects. What is written in those tensors is for the caller to ask.
+    objects. Whether their values have changed is for the caller to ask.
     """
-    traced = torch._C._get_tracing_state() is not None  # and what is asked for is recorded
+    traced = torch._C._get_tracing_state() is not None  # and records the questions
     if traced or torch.compiler.is_compiling() or calls._has_any_global_hook():
         return find(module)
     found = module.__dict__.get(NAME)
@@ -79,7 +79,7 @@ class Found:
         self.__dict__.update(new.__dict__)
 
     def _now(self, module: nn.Module) -> Iterator[object]:
-        """Every object that decides what is found out. The views show what is there now."""
+        """Every object that decides the finding. The views show the present state."""
         own = module.__dict__
         return chain(
             (type(module), type(module).forward),

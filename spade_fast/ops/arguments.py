@@ -134,7 +134,7 @@ def _check_out(out, x, dtype):
 
 
 def _check_overlaps(out, read):
-    """Raises where `out` would be written over elements of what is read that are still to be read:
+    """Raises where writing `out` would overwrite elements of an input that are still to be read:
     where the two begin and end at different places, but before each other's end.
     """
     for name, other in read.items():

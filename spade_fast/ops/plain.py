@@ -27,7 +27,7 @@ def modulate(
 ) -> Tensor:
     """`spade_modulate` of arguments that have been checked; its arguments say what they are.
 
-    No operation is in place, and x's own statistics are part of what is differentiated.
+    No operation is in place, and derivatives go through x's own statistics, too.
     """
     dtype = contract.sum_dtype(x.dtype)
     if norm.measures:

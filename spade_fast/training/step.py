@@ -11,12 +11,12 @@ from ..layout import SemanticLayout
 from .config import Config
 from .judge import judge
 
-Losses = dict[str, torch.Tensor]  # weighted scalars by name; their sum is what is minimised
+Losses = dict[str, torch.Tensor]  # weighted scalars by name; their sum is minimised
 
 
 @dataclass
 class Networks:
-    """What is trained, and what it is trained with.
+    """The networks that are trained, and the perceptual loss, if there is one.
 
     generator(layout, z) makes images; discriminator(images, layout) judges them; encoder(images)
     gives mean and logarithm of the variance of their z; perceptual(fakes, reals) is a loss.
