@@ -75,6 +75,7 @@ VARIANTS = (
     "spade_fast, by itself",
     "spade_fast, new condition",
     "spade_fast, prepared",
+    "spade_fast, page",
     "spade_fast, frozen",
     "spade_fast, folded, frozen",
     "spade_fast, graph",

@@ -24,6 +24,8 @@ def _is_command():
 
 def import_public() -> None:
     """Gives the package all of its names, where it is the command's and has none yet."""
+    if "__all__" in globals():
+        return
     public = importlib.import_module(".public", __name__)
     globals().update({name: getattr(public, name) for name in ("__all__", *public.__all__)})
 

@@ -7,6 +7,7 @@ order. A condition [N, label_nc, *spatial] is held as codes, and a palette: the 
 for each code. The condition itself is never made.
 """
 
+import functools
 import sys
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -423,7 +424,7 @@ class SemanticLayout:
                 [self.palette, self.palette.new_zeros(1, self.label_nc)]
             ).double()  # −1, beyond the border, is the last
             seen = (vectors[codes.long()] for codes in patches.contents.unbind(1))
-            sums = sum(seen, vectors.new_zeros(()))
+            sums = functools.reduce(torch.add, seen)
             taps = patches.contents.shape[1]
             counts = (
                 taps

@@ -85,13 +85,11 @@ def test_what_is_wrong_gets_no_speed(monkeypatch, tmp_path):
     [
         "modulate",
         "lookup",
-        "block",
-        "generator",
-        "generate",
-        "paint",
         "discriminator",
-        "training",
-        "converted",
+        *(
+            pytest.param(case, marks=pytest.mark.full)  # each takes ten seconds or more
+            for case in ("block", "generator", "generate", "paint", "training", "converted")
+        ),
         pytest.param("monai", marks=pytest.mark.needs("monai", "einops")),
     ],
 )
@@ -129,6 +127,7 @@ def differs_by_a_sign(row):
     )  # 1.6e4 was seen
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("place", [0, -1])
 def test_every_generated_file_is_checked(place):
     """Also those whose truth is not in float64, up to a level of 8 bits."""

@@ -138,6 +138,7 @@ class SmallGenerator(torch.nn.Module):
         return z
 
 
+@pytest.mark.full
 @pytest.mark.float64
 @pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
 def test_a_generator_over_many_layouts_is_compiled_once(compiler, backend):
@@ -187,6 +188,7 @@ def small_generator():
     ).eval()
 
 
+@pytest.mark.full
 @pytest.mark.large
 def test_the_official_generator_is_compiled_once():
     generator = small_generator().double().train()

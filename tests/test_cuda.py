@@ -474,6 +474,7 @@ def test_why_it_does_not_run(monkeypatch):
     assert cuda_backend.why_not() == "the GPU has compute capability 7.5, these kernels need 8.0"
 
 
+@pytest.mark.full
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="there is no nvcc")
 def test_what_nvcc_makes_of_them():
     from benchmarks import cuda_proofs

@@ -2,6 +2,7 @@
 
 import re
 
+import pytest
 import torch
 from drawn_data import draw_folder, settings_for
 
@@ -13,6 +14,7 @@ FALLS = 1.5  # feature matching, from the run's first tenth to its last; 2.2 was
 APART = 1.4  # an image's distance from other scenes' photographs over that from its own; 2.6
 
 
+@pytest.mark.full
 def test_it_learns(tmp_path):
     others = dict(
         crop_size=64,

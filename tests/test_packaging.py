@@ -83,6 +83,7 @@ def test_an_editable_install_is_a_path_that_type_checkers_read(source):
     assert files[0].endswith(".pth")
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("compiler", ["works", "fails"])
 def test_wheel(compiler, sdist, tmp_path):
     target = tmp_path / "target"

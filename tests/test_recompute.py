@@ -257,6 +257,7 @@ def labels(rank):
     return torch.randint(LABEL_NC, (2, 4, 4), generator=generator).repeat_interleave(4, 1)
 
 
+@pytest.mark.full
 def test_processes(tmp_path):
     mp.spawn(in_parallel, (2, tmp_path / "rendezvous", tmp_path), nprocs=2)
     assert (tmp_path / "0").exists() and (tmp_path / "1").exists()

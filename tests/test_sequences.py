@@ -8,6 +8,7 @@ import warnings
 
 import families
 import modulations
+import pytest
 import torch
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
@@ -268,6 +269,7 @@ def sequences(kind):
     return st.tuples(st.just(kind), st.lists(step, min_size=6, max_size=12))
 
 
+@pytest.mark.full
 @FEW
 @given(st.sampled_from([*MODELS]).flatmap(sequences), st.booleans())
 def test_sequences_of_operations(sequence, train):

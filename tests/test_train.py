@@ -144,6 +144,7 @@ def train_or_resume(settings):
         train(Config(**settings))
 
 
+@pytest.mark.full
 def test_a_killed_run_ends_with_the_same_bits(settings, tmp_path):
     settings |= {"save_every": 1, "steps": 6, "workers": 1}
     whole = settings | {"out": str(tmp_path / "whole")}

@@ -269,6 +269,7 @@ def test_float64_says_why_not():
         spade_fast.spade_modulate(x, x, x)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     "capabilities,dtypes,activations",
     [
