@@ -254,8 +254,16 @@ def test_signals_to_the_whole_group_save_and_stop(settings):
         os.killpg(process.pid, 0)
 
 
+@pytest.fixture
+def listens_to_interrupts():
+    """As a process at a terminal does; one in the background may have been begun to ignore them."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.mark.parametrize("order", [[0.0, 1.0], [0.0, 3.0]], ids=["soon", "later"])
-def test_only_a_later_signal_ends_the_process(order, monkeypatch):
+def test_only_a_later_signal_ends_the_process(order, monkeypatch, listens_to_interrupts):
     times = iter(order)
     monkeypatch.setattr(signals.time, "monotonic", lambda: next(times))
     with pytest.raises(KeyboardInterrupt) if order[1] > 2 else contextlib.nullcontext():
