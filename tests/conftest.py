@@ -98,9 +98,9 @@ def is_made(item):
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
-    """Keeps the cases that their backend can run, and marks as "full" those of a test's matrix that
-    the ordinary run leaves out: in it, every two values of two parameters meet, not every value
-    with all others.
+    """Keeps the cases that their backend can run, and marks those of a test's matrix that a run
+    leaves out: in the ordinary run every two values of two parameters meet, in the full one every
+    three of three; the others, in which every value meets all others, are marked "product".
     """
     items[:] = filter(is_made, items)
     matrices = {}
@@ -108,29 +108,33 @@ def pytest_collection_modifyitems(items):
         if hasattr(item, "callspec"):
             matrices.setdefault((item.path, item.originalname), []).append(item)
     for matrix in matrices.values():
-        kept = covering_pairs([pairs_of(item) for item in matrix])
+        pairs, triples = (
+            covering([values_that_meet(item, count) for item in matrix]) for count in (2, 3)
+        )
         for number, item in enumerate(matrix):
-            if number not in kept:
-                item.add_marker("full")
+            if number not in pairs:
+                item.add_marker("full" if number in triples else "product")
 
 
-def pairs_of(item):
-    """Every two values of a case's parameters: those of one list are the same objects in all."""
+def values_that_meet(item, count):
+    """Every `count` values of a case's parameters: those of one list are the same objects in all
+    cases.
+    """
     values = [(name, id(value)) for name, value in item.callspec.params.items()]
-    return set(itertools.combinations(values, 2))
+    return set(itertools.combinations(values, count))
 
 
-def covering_pairs(cases):
-    """Numbers of cases that have all the pairs that all cases have, few of them: those that have
-    the most new ones first.
+def covering(cases):
+    """Numbers of cases in which all meet that meet in any case, few of them: those that have the
+    most new ones first. A case without any is kept.
     """
     kept, met = set(), set()
     for least in range(max(map(len, cases)), -1, -1):
-        for number, pairs in enumerate(cases):
-            is_alone = not pairs and least == 0  # one parameter: each of its values
-            if is_alone or (least > 0 and len(pairs - met) >= least):
+        for number, meeting in enumerate(cases):
+            is_wanted = len(meeting - met) >= least if least else not meeting
+            if is_wanted:
                 kept.add(number)
-                met |= pairs
+                met |= meeting
     return kept
 
 
