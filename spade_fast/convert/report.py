@@ -37,8 +37,8 @@ class Report(tuple[Entry, ...]):
 
         if not self:
             return (
-                "No SPADE was found: no module has convolutions for gamma and beta beside a norm."
-                " The model is as it was."
+                "No SPADE was found: no module has a norm, and convolutions with gamma and beta in"
+                " their names. The model is as it was."
             )
         table = Table("layer and its class", "recognised as; converted: how, or why not")
         for column in table.columns:

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import numbering
-from .contract import Activation, Backend, is_channels_last, sum_dtype
+from .contract import KEEPS_SIGNS, Activation, Backend, is_channels_last, sum_dtype
 
 PIECE = 256  # numbers of a list that one thread of a GPU adds up: half of a map may be one window
 # Bytes of a convolution's products at windows, at a time: they stay in a GPU's cache, and are never
@@ -362,6 +362,8 @@ def through_activation(
         y = normalised * _one_plus(gamma, normalised) + beta
         sigmoid = torch.sigmoid(y)
         return dy * (sigmoid * (1 + y * (1 - sigmoid)))
+    if activation not in KEEPS_SIGNS:
+        raise ValueError(f"activation is {activation!r}, whose derivative nobody has written here")
     positive = _unpack(signs, dy.shape, is_channels_last(x))
     return torch.where(positive, dy, dy * negative_slope if activation == "leaky_relu" else 0)
 

@@ -71,7 +71,8 @@ def _import_failure():
     """
     if not _failures:
         try:
-            importlib.import_module(".triton_kernels", __package__)
+            from . import triton_kernels as triton_kernels  # which torch.compile can trace
+
             _failures.append(None)
         except Exception as error:  # whatever a broken installation raises
             _failures.append(f"Triton is installed but cannot be imported: {error}")

@@ -142,9 +142,7 @@ def activate(y: torch.Tensor, activation: Activation | None, negative_slope: flo
     """The same after a SPADE that was called."""
     if activation == "leaky_relu":
         return F.leaky_relu(y, negative_slope)
-    if activation is None:
-        return y
-    return F.relu(y) if activation == "relu" else F.silu(y)
+    return y if activation is None else {"relu": F.relu, "silu": F.silu}[activation](y)
 
 
 def repeated_moments(moments: torch.Tensor, times: int) -> torch.Tensor:
