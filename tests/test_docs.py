@@ -76,11 +76,11 @@ def folder(tmp_path, monkeypatch):
     shutil.copytree("data/img", "images")
     Path("my_project").mkdir()
     Path("my_project/models.py").write_text(NETWORKS)
-    Path("networks.py").write_text(NETWORKS)
+    Path("my_networks.py").write_text(NETWORKS)
     small = {"crop_size": 32, "ngf": 2, "nhidden": 2}
     checkpoint.write(SPADEGenerator.official(184, **small), "latest_net_G.pth")
     yield
-    for module in ("networks", "my_project", "my_project.models"):
+    for module in ("my_networks", "my_project", "my_project.models"):
         sys.modules.pop(module, None)
 
 
