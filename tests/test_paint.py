@@ -737,7 +737,7 @@ def test_a_photographs_style_holds_until_another_is_drawn(open_page, address, se
 
 
 def test_two_tabs_draw_faster_than_images_are_made(open_page):
-    """Of the maps that are drawn while a tab waits for an image, the newest alone is asked for."""
+    """While a tab waits for an image, it asks for the newest of the maps that are drawn alone."""
     torch.manual_seed(0)
     with Held(SPADEGenerator(4, **SMALL).eval(), waiting=4) as held, served(held) as address:
         held.may.set()
