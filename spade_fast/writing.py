@@ -1,6 +1,7 @@
 """Files that are whole or not there."""
 
 import contextlib
+import errno
 import os
 import re
 import secrets
@@ -12,6 +13,7 @@ try:
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]  # what asks for it looks whether it is there
 
+NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK)  # as some file systems of clusters say
 UNFINISHED = ".unfinished"  # in the name of a file that is being written
 
 
@@ -52,14 +54,18 @@ def written(path: str | os.PathLike) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def _locked(path):
-    """Inside, no other process has the file locked, which Windows does not know. Errors:
-    BlockingIOError where one has.
+    """Inside, no other process has the file locked; where Windows or the file system has no locks,
+    nobody knows. Errors: BlockingIOError where one has.
     """
-    if fcntl is None:
-        yield
-        return
-    with open(path, "rb") as file:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    with open(path, "rb") if fcntl is not None else contextlib.nullcontext() as file:
+        try:
+            if file is not None:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise
+        except OSError as error:
+            if error.errno not in NO_LOCKS:
+                raise
         yield
 
 

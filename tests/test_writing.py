@@ -1,5 +1,6 @@
 """Files that are whole or not there."""
 
+import errno
 import os
 
 import pytest
@@ -75,4 +76,14 @@ def test_only_what_nobody_writes_any_more_is_removed(tmp_path):
         remove_unfinished(tmp_path)
         assert os.listdir(tmp_path) == [unfinished.name]
         unfinished.write_text("text")
+    assert os.listdir(tmp_path) == ["a.txt"]
+
+
+@pytest.mark.skipif(writing.fcntl is None, reason="Windows has no such locks")
+def test_a_file_system_without_locks(tmp_path, monkeypatch):
+    def refuse(file, how):
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    monkeypatch.setattr(writing.fcntl, "flock", refuse)
+    write(tmp_path / "a.txt", "text")
     assert os.listdir(tmp_path) == ["a.txt"]

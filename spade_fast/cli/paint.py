@@ -25,7 +25,7 @@ def paint(
     ] = None,
     encoder: Annotated[
         Path | None,
-        typer.Option(help="Its weights, for the style of a photograph; a run has them."),
+        options.file("Its weights, for the style of a photograph; a run has them."),
     ] = None,
     classes: Annotated[
         Path | None,
@@ -81,18 +81,18 @@ def _paint(weights, encoder, classes, door, host):
 
 
 def _generator(
-    weights: Path | None, options: dict[str, Path | None]
+    weights: Path | None, given: dict[str, Path | None]
 ) -> "tuple[Path | SPADEGenerator, Classes | None]":
     """What a service takes, and its classes where they are known without looking at it.
 
-    options: by name, those that the small generator does not take.
+    given: by name, those that the small generator does not take.
     """
     from ..paint import demo_classes, train_demo
     from ..training.run import GENERATOR
 
     if weights is not None:
         return (weights / GENERATOR if weights.is_dir() else weights), None
-    for name, value in options.items():
+    for name, value in given.items():
         if value is not None:
             raise ValueError(f"{name} is given without weights, which it should belong to")
     typer.echo("No weights are given: training a small generator on drawn scenes, about 15 s.")
