@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 
 from benchmarks import summary
 from benchmarks.cli import app as benchmarks
-from spade_fast import SPADEGenerator, checkpoint
+from spade_fast import ConvEncoder, SPADEGenerator, checkpoint
 from spade_fast.cli import app
 
 ROOT = Path(__file__).parent.parent
@@ -79,6 +79,7 @@ def folder(tmp_path, monkeypatch):
     Path("my_networks.py").write_text(NETWORKS)
     small = {"crop_size": 32, "ngf": 2, "nhidden": 2}
     checkpoint.write(SPADEGenerator.official(184, **small), "latest_net_G.pth")
+    checkpoint.write(ConvEncoder(ndf=2), "latest_net_E.pth")
     yield
     for module in ("my_networks", "my_project", "my_project.models"):
         sys.modules.pop(module, None)
