@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import math
 import types
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
@@ -138,6 +139,7 @@ class Config:
             setattr(self, each.name, value)
         self._check_choices()
         self._check_contradictions()
+        self.generator_arguments(1)
 
     def _check_choices(self):
         from ..data import CONVENTIONS, MODES
@@ -160,7 +162,6 @@ class Config:
                 raise ValueError(f"{name} is {getattr(self, name)}, it should be less than 1")
         if self.decay > 1:
             raise ValueError(f"decay is {self.decay}, it should be 1 or less: a part of the run")
-        self.generator_arguments(1)
 
     def _check_contradictions(self):
         if self.steps is not None and self.epochs is not None:
@@ -195,12 +196,41 @@ class Config:
             crop_size=self.crop_size,
             aspect_ratio=self.aspect_ratio,
             num_upsampling_layers=self.upsampling,
+            takes=self._takes,
         ) | dict(
             z_dim=self.z_dim if self.use_vae else None,
             ngf=self.ngf,
             nhidden=self.nhidden,
             norm_G=self.norm_G,
         )
+
+    def has_deviation(self, start: Sequence[int], images: int, processes: int = 1) -> bool:
+        """Whether the generator's norm has more than one number for a mean and a deviation in a
+        first map of this height and width.
+
+        images: of a batch, in each of the processes.
+        """
+        norm = parse_config(self.norm_G, "norm_G").norm
+        maps = {"instance": 1, "batch": images, "syncbatch": images * processes}.get(norm, 2)
+        return maps * math.prod(start) > 1
+
+    def _takes(self, crop_size, start):
+        """Whether a crop size that the generator can make passes the checks of a run in one
+        process, too.
+        """
+        from ..data import Preparation
+
+        try:
+            Preparation(
+                1,
+                mode=self.preprocess,
+                load_size=self.load_size,
+                crop_size=crop_size,
+                aspect_ratio=self.aspect_ratio,
+            )
+        except ValueError:
+            return False
+        return self.has_deviation(start, self.batch // self.accumulate)
 
     def save(self, path: Path) -> None:
         """Writes the settings as YAML."""

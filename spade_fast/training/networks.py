@@ -1,12 +1,9 @@
 """The networks of a run, made by its settings."""
 
-import math
-
 import torch
 
 from ..losses import Perceptual
 from ..nn import ConvEncoder, MultiscaleDiscriminator, SPADEGenerator
-from ..nn.config import parse_config
 from ..nn.initialise import initialise
 from .config import Config
 from .step import Networks
@@ -32,10 +29,8 @@ def check_norms(config: Config, images: int, processes: int) -> None:
 
     images: of a batch, in each of the processes.
     """
-    norm = parse_config(config.norm_G, "norm_G").norm
-    maps = {"instance": 1, "batch": images, "syncbatch": images * processes}
-    pixels = math.prod(config.generator_arguments(1)["start"])
-    if pixels * maps.get(norm, 2) == 1:
+    start = config.generator_arguments(1)["start"]
+    if not config.has_deviation(start, images, processes):
         raise ValueError(
             f"crop_size is {config.crop_size}, it should be larger: the first map has 1 × 1 pixels,"
             f" and norm_G {config.norm_G!r} needs more than one for a mean and a deviation"
