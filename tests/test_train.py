@@ -21,7 +21,7 @@ from typer.testing import CliRunner
 
 from spade_fast import SPADEGenerator, checkpoint
 from spade_fast.cli import app
-from spade_fast.training import Config, Stopped, preset, resume, signals, train, trainer
+from spade_fast.training import PRESETS, Config, Stopped, preset, resume, signals, train, trainer
 from spade_fast.training.log import Log
 from spade_fast.training.recorder import Recorder
 from spade_fast.training.run import Run
@@ -401,6 +401,15 @@ def test_presets_and_options(settings, tmp_path, name):
     found = Run(settings["out"]).settings()
     expected = preset(name) | own | {"steps": 2, "epochs": None}
     assert {key: getattr(found, key) for key in expected} == expected
+
+
+def test_the_help_says_which_settings_a_preset_sets():
+    shown = CliRunner().invoke(app, ["train", "--help"], env={"COLUMNS": "150"}).output
+    words = " ".join(shown.replace("│", " ").split())
+    for name, (text, settings) in PRESETS.items():
+        options = words_of(**settings)[1:]
+        assert f"{name}: {text} Sets {' '.join(options)}." in words
+    assert "--lr-generator 0.0002" in words
 
 
 def test_every_setting_is_an_option():

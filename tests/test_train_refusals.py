@@ -157,6 +157,7 @@ def test_a_ruined_folder(folder, options, ruin):
         (dict(crop_size=48, load_size=60), "--crop-size is 48, .* crop_size should be 32, no oth"),
         (dict(crop_size=16, preset="small"), "--crop-size is 16, .* it should be 64 or more"),
         (dict(crop_size=72, load_size=80, batch=1), "--crop-size is 72, .* should be 64, no other"),
+        (dict(crop_size=16, load_size=20), "--crop-size is 16, .* no crop_size near this one"),
         (dict(crop_size=48, load_size=50, batch=1), "--crop-size is 48, .* no crop_size near"),
         (dict(crop_size=16), "--crop-size is 16, .* it should be 32 or more"),
         (dict(norm_G="spadeinstance3x3"), "--crop-size is 32, it should be larger: .* 1 × 1"),
@@ -298,12 +299,13 @@ class TestResume:
     def test_settings_that_differ(self, run):
         words = refusal(resume=run.folder, ngf=4, use_vae=True, save_every=5)
         assert words == (
-            "the run was begun with other settings: ngf was 2, not 4; use_vae was False, not True"
+            "the run began with other settings: ngf was 2, and is now 4; use_vae was False, and is"
+            " now True"
         )
 
     def test_settings_that_were_edited(self, run):
         run.begin(run.settings().changed(seed=3))
-        assert refusal(resume=run.folder).endswith("other settings: seed was 0, not 3")
+        assert refusal(resume=run.folder).endswith("other settings: seed was 0, and is now 3")
 
     def test_a_condition_with_other_channels(self, run):
         run.begin(run.settings().changed(instances=None))
@@ -314,6 +316,20 @@ class TestResume:
         assert "preset is 'small' and resume" in refusal(resume=run.folder, preset="small")
         assert "--out is 'other' and resume" in refusal(resume=run.folder, out="other")
         assert "--steps is 1, the run has taken 2" in refusal(resume=run.folder, steps=1)
+
+    @pytest.mark.parametrize("other", ["cityscapes", "ade20k", "folder"])
+    def test_another_convention(self, run, other):
+        words = refusal(resume=run.folder, convention=other, steps=3)
+        assert words == (
+            f"the run began with other settings: convention was 'coco_stuff', and is now {other!r}"
+        )
+
+    def test_a_finished_run_says_so(self, run):
+        result = command(resume=run.folder)
+        words = "the run has taken all its 2 steps already; a larger --steps continues it"
+        assert result.exit_code == 0 and words in result.stderr.splitlines()
+        assert "resumed" not in result.stderr and run.path("log.txt").read_text().count(words) == 1
+        assert words not in command(resume=run.folder, steps=3).output
 
     @pytest.mark.parametrize("more", [dict(steps=4), dict(epochs=2)])
     def test_more_steps(self, run, more):

@@ -356,8 +356,9 @@ def official_arguments(
     start = _first_of_image(crop_size, aspect_ratio, doublings)
     wrong = f"crop_size is {crop_size}, with {doublings} doublings and an aspect ratio of"
     if min(start) < 1:
-        least = next(_fitting_sizes(range(1, FARTHEST), aspect_ratio, doublings, takes), "another")
-        raise ValueError(f"{wrong} {aspect_ratio} it should be {least} or more")
+        least = next(_fitting_sizes(range(1, FARTHEST), aspect_ratio, doublings, takes), None)
+        words = NO_SIZE if least is None else f"it should be {least} or more"
+        raise ValueError(f"{wrong} {aspect_ratio} {words}")
     if not _is_of_image(start, crop_size, aspect_ratio, doublings):
         made = " × ".join(str(length << doublings) for length in start)
         asked = f"{round(crop_size / aspect_ratio)} × {crop_size}"
@@ -371,6 +372,9 @@ def official_arguments(
         "last_scale": 1,
         "start": start,
     }
+
+
+NO_SIZE = "no crop_size near this one fits the other arguments"
 
 
 def _first_of_image(crop_size, aspect_ratio, doublings):
@@ -404,7 +408,7 @@ def _nearest(crop_size, aspect_ratio, doublings, takes):
         for size in itertools.islice(_fitting_sizes(widths, aspect_ratio, doublings, takes), 1)
     ]
     if not found:
-        return "no crop_size near this one fits the other arguments"
+        return NO_SIZE
     return f"crop_size should be {' or '.join(found)}, no other is nearer"
 
 

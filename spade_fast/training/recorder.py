@@ -49,7 +49,7 @@ class Recorder:
         self.log = stack.enter_context(log)
         if trainer.number > 0:
             self._restore()
-            log.say(f"resumed at step {trainer.number}")
+            log.say(_words_of_resuming(trainer))
 
     def note(self, step: Step, looks: bool) -> None:
         """Takes the losses of a step. A GPU is waited for where somebody looks at them: every
@@ -146,6 +146,12 @@ class Recorder:
             f"the last good checkpoint is that of step {numbers[-1]}: `spade-fast train --resume"
             f" {self.run.folder}` goes on from there"
         )
+
+
+def _words_of_resuming(trainer):
+    if trainer.number < trainer.steps:
+        return f"resumed at step {trainer.number}"
+    return f"the run has taken all its {trainer.steps} steps already; a larger --steps continues it"
 
 
 def _scenes(trainer, examples):

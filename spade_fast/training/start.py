@@ -63,9 +63,9 @@ def resume(folder: str | os.PathLike, **settings: Any) -> Path:
     refused = {name: value for name, value in began.items() if getattr(config, name) != value}
     if refused:
         raise ValueError(
-            "the run was begun with other settings: "
+            "the run began with other settings: "
             + "; ".join(
-                f"{name} was {value!r}, not {getattr(config, name)!r}"
+                f"{name} was {value!r}, and is now {getattr(config, name)!r}"
                 for name, value in refused.items()
             )
         )
