@@ -52,6 +52,9 @@ def test_folders_that_are_right(folder):
     result = run(folder)
     assert result.exit_code == 0 and "Nothing is wrong." in result.output
     assert "--num-classes 4 --dont-care 255" in result.output
+    assert "images are the label maps that have the class." in result.output
+    assert "the shortest side of a photograph is 10 pixels." in result.output
+    assert "its number in the files" not in result.output
     rows = [line.split("│")[1:-1] for line in result.output.splitlines() if "│" in line]
     assert [[cell.strip() for cell in row] for row in rows] == [
         ["0", "357", "99.17%", "3"],
@@ -171,7 +174,10 @@ def test_folders_that_are_ruined(folder, ruin):
     assert result.exit_code == 1
     faults = [line for line in result.output.splitlines() if line.startswith("WRONG: ")]
     assert len(faults) == (2 if ruin is truncated else 1)
-    assert f"{len(faults)} faults" in result.output and "Nothing is wrong" not in result.output
+    assert (
+        f"{len(faults)} faults. Rows and columns are counted from 0." in result.output
+        and "Nothing is wrong" not in result.output
+    )
     for words in expected:
         assert any(words in fault for fault in faults), result.output
     assert Image.open(folder / "sheet.png").width > 1000
@@ -199,6 +205,8 @@ def test_conventions(folder):
         save(drawn(40, 40)[1][:2, :2], folder / "images" / f"{number}.png")
     report = check_data(*folders(folder)[:2], convention="ade20k")
     assert report.classes == {0: (6, 3), 149: (3, 3), 150: (3, 3)} and not report.faults
+    command = run(folder, "--convention", "ade20k")
+    assert "A class is its number in the files minus 1." in command.output
     report = check_data(*folders(folder)[:2], convention="ade20k", num_classes=149)
     assert "first at row 1, column 0; it should have 1 to 149, or 0 for" in report.faults[0]
 
