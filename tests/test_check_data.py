@@ -105,12 +105,12 @@ def truncated(folder):
     for name in ("labels/0.png", "images/2.png"):
         path = folder / name
         path.write_bytes(path.read_bytes()[:60])
-    return ["labels/0.png is no image, or not a whole one", "images/2.png is no image"]
+    return ["labels/0.png is not an image, or is incomplete", "images/2.png is not an image"]
 
 
 def larger(folder):
     save(np.zeros((11, 12), np.uint8), folder / "labels" / "1.png")
-    return ["labels/1.png is 12 × 11, ", "images/1.png is 12 × 10: they should be of one size"]
+    return ["labels/1.png is 12 × 11, ", "images/1.png is 12 × 10: they should have the same size"]
 
 
 def other_instances(folder):
@@ -124,7 +124,7 @@ def out_of_range(folder):
     save(labels, folder / "labels" / "1.png")
     return [
         "labels/1.png has a 77 in 2 pixels, first at row 4, column 5; it should have 0 to 3, or 255"
-        " for don't care; 2 numbers in 3 pixels are out of range"
+        " for don't care; 2 labels in 3 pixels are out of range"
     ]
 
 
@@ -137,7 +137,7 @@ def turned(folder):
 
 def coloured(folder):
     save(drawn(10, 12)[1], folder / "labels" / "1.png")
-    return ["labels/1.png has colours (RGB), and it takes a palette"]
+    return ["labels/1.png has colours (RGB), whose classes are not known"]
 
 
 def lossy(folder):
