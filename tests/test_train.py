@@ -247,7 +247,7 @@ def test_signals_to_the_whole_group_save_and_stop(settings):
     last = run.numbers()[-1]
     assert process.returncode == 1 and not any("Traceback" in line for line in lines)
     assert lines[-1] == (
-        f"stopped after step {last}: `spade-fast train --resume {run.folder}` goes on"
+        f"stopped after step {last}: `spade-fast train --resume {run.folder}` continues the run"
     )
     assert last_state(run.folder)["trainer"]["number"] == last
     with pytest.raises(ProcessLookupError):  # none is left of the group, no worker either
@@ -424,5 +424,5 @@ def test_every_setting_is_an_option():
 def test_steps_take_the_place_of_a_presets_epochs():
     config = Config(**preset("published", steps=10))
     assert (config.steps, config.epochs, config.batch) == (10, None, 32)
-    with pytest.raises(ValueError, match="steps is 10 and epochs 3, only one"):
+    with pytest.raises(ValueError, match="steps is 10 and epochs is 3, only one"):
         Config(**preset("published", steps=10, epochs=3))

@@ -172,7 +172,7 @@ def test_a_state_of_other_networks_is_refused():
 def test_what_a_trainer_refuses():
     with pytest.raises(ValueError, match="steps is not given"):
         Trainer(config(steps=None))
-    with pytest.raises(ValueError, match="recompute is for a SPADEGenerator"):
+    with pytest.raises(ValueError, match="it should be a SPADEGenerator because recompute"):
         Trainer(config(recompute=True), own_networks())
 
 
