@@ -92,9 +92,9 @@ def loader(
     processes: int = 1,
     start: int = 0,
 ) -> DataLoader:
-    """Yields Batches of a data set: of a Folder without end, of a Stream until it ends. The batches
-    are the same for any number of workers, and those of several processes together are those of one
-    process with the whole batch.
+    """Yields Batches of a data set: of a Folder without end, of a Stream while it lasts. The
+    batches are the same for any number of workers, and those of several processes together are
+    those of one process with the whole batch.
 
     Args:
         dataset: a Folder, in an order that seed and epoch decide, or a Stream, in its own.

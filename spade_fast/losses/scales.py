@@ -26,7 +26,7 @@ def halves(results: Results) -> tuple[Results, Results]:
 
 
 def check_results(name: str, results: Results) -> None:
-    """Raises unless `results` is what a MultiscaleDiscriminator returns."""
+    """Raises TypeError or ValueError unless `results` has the form described above."""
     if not isinstance(results, (list, tuple)) or not all(
         isinstance(scale, (list, tuple))
         and scale
