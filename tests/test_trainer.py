@@ -165,7 +165,9 @@ def test_a_state_of_other_networks_is_refused():
     state = Trainer(config()).state_dict()
     with pytest.raises(ValueError, match="another generator than this: size mismatch for"):
         Trainer(config(ngf=4)).load_state_dict(state)
-    with pytest.raises(ValueError, match="has generator, discriminator, it should have .* encoder"):
+    with pytest.raises(
+        ValueError, match="networks generator, discriminator, it should have .* encoder"
+    ):
         Trainer(config(use_vae=True)).load_state_dict(state)
 
 
