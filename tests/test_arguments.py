@@ -43,7 +43,7 @@ def modulate(x=X, gamma=X, beta=X, **settings):
         (
             {"running_mean": torch.ones(4)},
             ValueError,
-            ["running_mean and running_var", "both or neither"],
+            ["running_mean and running_var", "together or not at all"],
         ),
         (
             {"running_mean": torch.ones(4), "running_var": torch.ones(4)},
