@@ -43,7 +43,7 @@ def modulate(x=X, gamma=X, beta=X, **settings):
         (
             {"running_mean": torch.ones(4)},
             ValueError,
-            ["running_mean and running_var", "both or neither"],
+            ["running_mean and running_var", "together or not at all"],
         ),
         (
             {"running_mean": torch.ones(4), "running_var": torch.ones(4)},
@@ -255,5 +255,5 @@ def test_norm_g(text, spectral, norm, kernel_size):
 
 
 def test_the_layer_has_no_spectral_norm_to_configure():
-    with pytest.raises(ValueError, match="'spectral' is for a block's convolutions"):
+    with pytest.raises(ValueError, match="it should be without 'spectral', which is for"):
         spade_fast.SPADE.from_config("spectralspadeinstance3x3", 4, 3)

@@ -530,10 +530,10 @@ def change_kind(network):
         (lambda network: setattr(network.up_1.norm_0.param_free_norm, "eps", 0.1), "eps is 0.1, "),
         (
             change_kind,
-            "up_1.norm_0.param_free_norm is a GroupNorm, it was made as a InstanceNorm2d",
+            "up_1.norm_0.param_free_norm is a GroupNorm, it was built as a InstanceNorm2d",
         ),
         (lambda network: network.up_1.add_module("act", nn.ReLU()), "up_1.act was added"),
-        (lambda network: delattr(network, "up_5"), "up_5 is not there any more"),
+        (lambda network: delattr(network, "up_5"), "up_5 was removed"),
         (
             lambda network: nn.utils.spectral_norm(network.up_1.conv_0),
             "conv_0.tensors is .*weight_u",

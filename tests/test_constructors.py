@@ -41,7 +41,7 @@ def test_what_is_no_whole_number(number):
 
 def test_least():
     assert whole_number("size", 0, least=0) == 0
-    with pytest.raises(ValueError, match="size is -1, it should be a whole number that is not neg"):
+    with pytest.raises(ValueError, match="size is -1, it should be a non-negative whole number"):
         whole_number("size", -1, least=0)
     with pytest.raises(ValueError, match="size is 1, it should be a whole number of at least 2"):
         whole_number("size", 1, least=2)
@@ -60,7 +60,7 @@ def test_an_official_generator_makes_what_was_asked_for_or_says_what_can_be(
             try:
                 start = official_arguments(3, crop_size=crop_size, **settings)["start"]
             except ValueError as error:
-                assert f"crop_size is {crop_size}, with {doublings} doublings" in str(error)
+                assert f"crop_size is {crop_size}, but with {doublings} doublings" in str(error)
                 proposed = str(error).rpartition("should be ")[2].replace(",", "").split()
                 for size in filter(str.isdigit, proposed):
                     start = official_arguments(3, crop_size=int(size), **settings)["start"]

@@ -127,6 +127,6 @@ def test_refuses(arguments, error, words):
 def test_refuses_weight_norm(norm):
     network = nn.Sequential(nn.Linear(2, 2), norm(nn.Linear(2, 2)))
     before = network[0].weight.clone()
-    with pytest.raises(ValueError, match="the weight of 1 is made of other parameters"):
+    with pytest.raises(ValueError, match="the weight of 1 is computed from other parameters"):
         initialise(network)
     assert torch.equal(network[0].weight, before)

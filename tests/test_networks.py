@@ -335,7 +335,7 @@ def test_bad_arguments_of_the_constructors():
     with pytest.raises(ValueError, match="num_upsampling_layers is 'few'"):
         SPADEGenerator.official("coco", num_upsampling_layers="few")
     with pytest.raises(
-        ValueError, match="crop_size is 64, with 7 doublings .* should be 128 or more"
+        ValueError, match="crop_size is 64, but with 7 doublings .* should be 128 or more"
     ):
         SPADEGenerator.official("coco", num_upsampling_layers="most", crop_size=64)
     with pytest.raises(
@@ -356,10 +356,10 @@ def test_bad_arguments_of_the_constructors():
 @pytest.mark.parametrize(
     "arguments,message",
     [
-        ((torch.zeros(1, 8, 32, 32),), r"x has 8 channels, it should be 9 in all"),
+        ((torch.zeros(1, 8, 32, 32),), r"x has 8 channels, there should be 9 in total"),
         (
             (torch.zeros(1, 3, 32, 32), torch.zeros(1, 5, 32, 32)),
-            "x has 3 channels and segmap 5, it should be 9 in all",
+            "x has 3 channels and segmap 5, there should be 9 in total",
         ),
         (
             (torch.zeros(3, 3, 32, 32), torch.zeros(2, 6, 32, 32)),

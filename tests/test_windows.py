@@ -354,7 +354,7 @@ def test_window_mode_as_a_setting_of_the_thread():
     [
         (
             lambda layout: layout.repeat(2),
-            "segmap has a batch of 4, it should be x's, 2",
+            "segmap has a batch of 4, it should be x's batch, 2, or 1",
         ),
         (
             lambda layout: SemanticLayout(layout.codes, layout.palette[:, :4]),
