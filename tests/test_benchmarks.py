@@ -202,7 +202,7 @@ def test_problems_have_names_before_anything_is_built(monkeypatch):
     result = invoke("run", "generator", "discriminator", "--only", "COCO 25²")
     assert result.exit_code == 2
     text = " ".join(result.output.replace("│", " ").split())
-    assert "no problem has 'COCO 25²' in its name; there are: COCO 256²; 4 samples" in text
+    assert "no problem's name contains 'COCO 25²'; the names are: COCO 256²; 4 samples" in text
     with pytest.raises(AssertionError, match="something is built"):
         next(cases.CASES["block"](settings)).build()
 
@@ -349,7 +349,7 @@ def test_list_and_bad_options(tmp_path):
                 assert listed[place] == f"    {problem}"
     for arguments, words in [
         (["run", "nothing"], "'nothing' should be one of modulate"),
-        (["run", "block", "--without", "spade-fast"], "there are: eager; eager, channels-last;"),
+        (["run", "block", "--without", "spade-fast"], "names are: eager; eager, channels-last;"),
         (["run", "block", "--labels", tmp_path / "no"], "should be a folder that exists"),
         (["picture", tmp_path / "no.png", "--labels", tmp_path / "no"], "folder that exists"),
         (["run", "block", "--dtype", "int8"], "'int8' should be one of float32"),
@@ -481,7 +481,7 @@ def test_the_picture_is_drawn(tmp_path):
         with Image.open(tmp_path / name) as picture:
             assert picture.format == "PNG" and picture.width == 1800 and 600 < picture.height < 900
     result = invoke("picture", tmp_path / "none.png", "--labels", folder, "--scene", 1)
-    assert result.exit_code == 2 and "has 1 PNGs, it should have 2" in " ".join(
+    assert result.exit_code == 2 and "has 1 PNGs, it should have at least 2" in " ".join(
         result.output.replace("│", "").split()
     )
     assert not (tmp_path / "none.png").exists()
@@ -580,7 +580,7 @@ def test_a_build_is_for_the_gpu_that_is_here(monkeypatch):
 def test_the_gpu_command_on_real_scenes(tmp_path):
     folder, instances = layouts.save_scenes(tmp_path, 2)
     result = invoke("gpu", "--dry-run", "--labels", folder)
-    assert result.exit_code == 2 and "has 2 PNGs, it should have 8" in " ".join(
+    assert result.exit_code == 2 and "has 2 PNGs, it should have at least 8" in " ".join(
         result.output.replace("│", "").split()
     )
     stages = gpu.with_scenes(gpu.STAGES, folder, instances)
@@ -635,7 +635,7 @@ def test_a_stage_that_fails_or_hangs_takes_nothing_from_the_others(tmp_path):
         "fails": "failed with 3",
         "hangs": "stopped after 1 s",
         "writes": "passed",
-        "lacks": "left out: no-such-program is not there",
+        "lacks": "left out: no-such-program is not installed",
         "late": "left out: no time is left",
     }
     assert (
