@@ -375,7 +375,7 @@ def test_instances_edges_are_those_of_the_crop():
     instances = np.array([[1, 1, 1, 1, 1, 2]] * 4)
     preparation = Preparation(1, mode="crop", crop_size=4)
     layout, _ = preparation(labels, np.zeros((4, 6, 3), np.uint8), instances)
-    # the middle is at a distance from the second instance
+    # the centre crop does not contain the second instance
     assert layout.to_segmap()[0, 1].sum() == 0
     layout, _ = preparation(labels[:, 2:], np.zeros((4, 4, 3), np.uint8), instances[:, 2:])
     assert layout.to_segmap()[0, 1].tolist() == [[0, 0, 1, 1]] * 4
