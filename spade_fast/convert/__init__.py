@@ -28,7 +28,6 @@ from .recognise import (
     recognise_spade,
 )
 from .report import Entry, Report
-from .seen import Seen
 from .swap import (
     Fast,
     FastBlock,
@@ -185,7 +184,6 @@ def _trusted(module, form):
         tuple(product(both, both)),
         tuple(product(both, floats, floats, (None, torch.bfloat16, torch.float16))),
         frozenset(CONDITIONS),
-        Seen(),
     )
 
 

@@ -14,7 +14,6 @@ from ..nn.choice import window_mode
 from ..nn.modules import marks_of
 from ..nn.parts import Form
 from .recognise import Unlike
-from .seen import Seen
 from .swap import Call, Fast, Proof, kinds_of_children, make_fast, marks
 
 PIXELS = (6, 4, 4)  # of a probe's x
@@ -73,7 +72,6 @@ def prove(module: nn.Module, kind: type[Fast], form: Form) -> tuple[Proof, list[
         tuple(modes),
         tuple(dtypes),
         frozenset(sizes),
-        Seen(),
     )
     return proof, exceptions
 

@@ -4,7 +4,8 @@ was proved, and the stranger's for every other.
 
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from itertools import chain
 from typing import Any, NamedTuple, SupportsIndex
 
 import torch
@@ -16,6 +17,7 @@ from ..nn.block import ResidualBlock
 from ..nn.modules import (
     KINDS,
     MAKERS,
+    NOT_MARKED,
     PLAIN,
     Same,
     first_weight,
@@ -27,8 +29,8 @@ from ..nn.modules import (
 )
 from ..nn.parts import Form, HasParts
 from ..nn.spade import SpatiallyAdaptive, batch_of
+from ..nn.unchanged import Each, Version, until_changed, views_inside
 from ..recording import is_recorded
-from .seen import Seen
 
 
 class Proof(NamedTuple):
@@ -41,7 +43,6 @@ class Proof(NamedTuple):
     modes: tuple  # (training, whether gradients are recorded)
     dtypes: tuple  # (training, the weights', x's, autocast's or None)
     sizes: frozenset  # of a condition beside x, along an axis: "same", "larger", "smaller"
-    seen: Seen  # what the module had when it was found to be as it was
 
     def holds(self, module: "Fast", x: torch.Tensor, segmap: torch.Tensor) -> bool:
         """Whether it is of the module as it is now, with these arguments."""
@@ -52,24 +53,40 @@ class Proof(NamedTuple):
             (module.training, torch.is_grad_enabled()) in self.modes
             and dtypes in self.dtypes
             and sizes_against(x, segmap) <= self.sizes
-            and self._is_of(module)
+            and until_changed(module, is_as_proved, views_of_marks)
         )
 
-    def _is_of(self, module):
-        """Whether the module is as it was."""
-        compiling = torch.compiler.is_compiling()
-        if not compiling and self.seen.has_the_same(module):
-            return True
-        is_as_it_was = (
-            kinds_of_children(module) == self.children
-            and follows(module)
-            and marks(module, module.spade_form) == self.marks
-            and marks_of_class(module.own_class) == module.class_marks
-        )
-        if is_as_it_was and not compiling:
-            wrappers = wrappers_in(module, module.spade_form)
-            self.seen.see(module, parts_of(module), wrappers, kinds_of(module.own_class))
-        return is_as_it_was
+
+def is_as_proved(module: "Fast") -> bool:
+    """Whether a module is as it was when it was proved."""
+    form = module.spade_form
+    return (
+        kinds_of_children(module) == form.proof.children
+        and follows(module)
+        and marks(module, form) == form.proof.marks
+        and marks_of_class(module.own_class) == module.class_marks
+    )
+
+
+def views_of_marks(module: "Fast") -> Iterator[Iterable]:
+    """Views of everything that `is_as_proved` looks at: comparing it takes far longer."""
+    parts, wrappers = parts_of(module), wrappers_in(module, module.spade_form)
+    entries = [vars(kind) for kind in kinds_of(module.own_class)]
+    entries += [own for of in (module, *wrappers) for own in (of._modules, of._buffers)]
+    yield Each(type, module._modules.values())
+    for own in (*entries, *map(vars, wrappers)):
+        yield from (own, own.values())
+    for part in parts:
+        yield from (vars(part), Each(_but_tensors, vars(part).values()))
+    for of in (module, *parts, *wrappers):
+        entries.append({name: own for name, own in vars(of).items() if name not in NOT_MARKED})
+    for value in chain.from_iterable(own.values() for own in entries):
+        yield from views_inside(value, Version)
+
+
+def _but_tensors(value):
+    """A value; in place of a tensor, which a call may compute anew, its class."""
+    return torch.Tensor if isinstance(value, torch.Tensor) else value
 
 
 def marks(module: nn.Module, form: Form) -> list:
