@@ -14,7 +14,7 @@ import torch.nn as nn
 from twins import assert_same_calls, dense_map, label_map, pictures
 
 import spade_fast
-from spade_fast.convert.swap import views_of_marks
+from spade_fast.convert.swap import Fast, views_of_marks
 from spade_fast.nn.unchanged import NAME
 
 
@@ -477,15 +477,19 @@ class Wrapper(nn.Module):
         return self.act(self.conv(x)) if self.acts else self.conv(x)
 
 
-def test_a_wrappers_flag_may_change():
-    def make():
-        layer = families.Layer()
-        layer.mlp_shared = Wrapper()
-        return layer
+def wrapped():
+    layer = families.Layer()
+    layer.mlp_shared = Wrapper()
+    return layer
 
+
+@pytest.mark.parametrize("make", [wrapped, lambda: families.Block(wrapped, spectral=False)])
+def test_a_wrappers_flag_may_change(make):
     model, own = both(make)
-    for module in (model, own):
-        module.mlp_shared.acts = False
+    assert isinstance(model, Fast)
+    for module in (*model.modules(), *own.modules()):
+        if isinstance(module, Wrapper):
+            module.acts = False
     assert_same_forwards(model, own)
 
 

@@ -96,5 +96,5 @@ def recognise_block(module: nn.Module) -> tuple[Form, str]:
     """The Form of its norm_0, which says what a block takes, and what it is in words."""
     first, second = module.norm_0, module.norm_1
     assert isinstance(first, SpatiallyAdaptive) and isinstance(second, SpatiallyAdaptive)
-    form = first.spade_form
+    form = first.spade_form._replace(inside=False)  # the parts that it names are the SPADEs'
     return form, f"residual block {form.norm_nc} → {second.spade_form.norm_nc}"
