@@ -450,7 +450,7 @@ def test_attributes_with_too_much_in_them_to_be_watched(value):
     layer.history = value
     report = spade_fast.convert(layer)
     assert not report.converted
-    assert report[0].reason == "attributes have too much in them to be watched: history"
+    assert report[0].reason == "attributes have too many values to be watched: history"
 
 
 @pytest.mark.parametrize("value", [nested(300), [[]] * 300, {"a": dict.fromkeys(range(300))}])
@@ -506,7 +506,7 @@ class Keeps(families.Layer):
 def test_a_forward_that_keeps_something_is_left_alone():
     layer = Keeps()
     report = spade_fast.convert(layer)
-    assert not report.converted and "changes what it has: sizes" in report[0].reason
+    assert not report.converted and "changes its attributes: sizes" in report[0].reason
     assert not layer.sizes
 
 
