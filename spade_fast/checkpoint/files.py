@@ -121,8 +121,8 @@ def _write_safetensors(weights, path):
     for key, tensor in weights.items():
         if not isinstance(key, str) or not isinstance(tensor, torch.Tensor):
             raise TypeError(
-                f"{key!r} is a {type(tensor).__name__}; .safetensors should have only strings as names"
-                " and only tensors as values"
+                f"{key!r} is a {type(tensor).__name__}; .safetensors should have strings as names"
+                " and tensors as values"
             )
     entries = {
         place: entry[ENTRY]

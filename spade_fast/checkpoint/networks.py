@@ -360,7 +360,7 @@ def _resolved(official, others):
 
 
 def _as_official(arguments):
-    """The arguments with which `SPADEGenerator.official` makes the same network; None if it cannot."""
+    """The arguments with which `official` makes the same network; None if it cannot."""
     stages = [tuple(stage) for stage in arguments.get("stages", ())]
     for layers, doublings in DOUBLINGS.items():
         if stages == published_stages(layers) and (

@@ -156,10 +156,10 @@ class Probe:
         dtype: torch.dtype,
         dtype_of_x: torch.dtype,
     ) -> None:
-        """Raises Unlike if the fast forward has larger rounding errors, or another result dtype."""
+        """Raises Unlike if the fast forward rounds more, or returns another dtype."""
         tensors = self.tensors(size, content)
         with torch.autocast(tensors[0].device.type, dtype):
-            # Autocast leaves float64 alone: the truth has only the own forward's explicit roundings.
+            # Autocast leaves float64 alone: the truth has only explicit roundings.
             truth = self.outcome(None, tensors, torch.float64, training)
             theirs, ours = (
                 self.outcome(of, tensors, self.dtype, training, dtype_of_x)
@@ -172,7 +172,7 @@ class Probe:
             error, allowed = ((one[name].double() - truth[name]).norm() for one in (ours, theirs))
             if error > AUTOCAST_SLACK * allowed + 1e-6 * scale:
                 raise Unlike(
-                    f"it rounds less: its relative error in {name} is {(allowed / scale).item():.1e}"
+                    f"it rounds less: its error in {name} is {(allowed / scale).item():.1e}"
                 )
 
     def tensors(self, size: tuple, content: str) -> tuple:
@@ -201,8 +201,8 @@ class Probe:
         training: bool | None,
         dtype_of_x: torch.dtype | None = None,
     ) -> dict:
-        """y, the gradients if they are recorded, and the buffers, after one forward of a copy of the
-        module, unchanged (kind is None) or made fast.
+        """y, the gradients if they are recorded, and the buffers, after one forward of a copy of
+        the module, unchanged (kind is None) or made fast.
         """
         module = _copy(self.module, self.values(dtype))
         if training is not None:

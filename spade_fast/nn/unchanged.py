@@ -37,8 +37,8 @@ def until_changed(
     module's parts, their classes, attributes, hooks, parameters and buffers are the very same
     objects. Whether their values have changed is for the caller to ask.
 
-    watch: the views of what `find` can see, if that is less, or values too. A module keeps one
-        finding for each `watch`.
+    watch: a function that returns views of everything that `find` depends on, if not `everything`.
+        A module keeps one finding for each `watch`.
     """
     traced = torch._C._get_tracing_state() is not None  # and records the questions
     if traced or torch.compiler.is_compiling() or calls._has_any_global_hook():
@@ -74,7 +74,7 @@ class Found:
 
 
 class State:
-    """Every object that decides a finding, as it was. The views show the present state."""
+    """The objects that decide a finding, at one time. The views show the present objects."""
 
     def __init__(self, module: nn.Module, views: Iterable[Iterable]) -> None:
         self._views = list(views)
@@ -118,8 +118,8 @@ def views_inside_of_module(module: nn.Module) -> Iterator[Iterable]:
 
 
 def views_inside(value: Any, of_tensor: type | None = None) -> Iterator[Iterable]:
-    """Views of what may change inside of one attribute, whose containers may be in themselves; of a
-    tensor, `of_tensor(tensor)`, and where that is None `Another`.
+    """Views of what may change inside of one attribute, whose containers may be in themselves. A
+    tensor's view is `of_tensor(tensor)`, or `Another` if that is None.
     """
     waiting, taken = [value], set[int]()
     while waiting:
@@ -142,7 +142,7 @@ def views_inside(value: Any, of_tensor: type | None = None) -> Iterator[Iterable
 
 
 class Each:
-    """A view of what a function gives for each of several things."""
+    """A view of a function's results for several things."""
 
     def __init__(self, of: Callable[[Any], object], things: Iterable) -> None:
         self._of, self._things = of, things
@@ -152,7 +152,7 @@ class Each:
 
 
 class Version:
-    """A view of a tensor, another once it has been written to."""
+    """A view that changes when a tensor is written to."""
 
     def __init__(self, tensor: torch.Tensor) -> None:
         self._tensor, self._version = tensor, version_of(tensor)
@@ -162,7 +162,7 @@ class Version:
 
 
 def version_of(tensor: torch.Tensor) -> int | None:
-    """How often a tensor was written to; None of an inference tensor, which has no count."""
+    """The number of times a tensor was written to; None for inference tensors, which lack it."""
     return None if tensor.is_inference() else tensor._version
 
 
