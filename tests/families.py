@@ -191,12 +191,12 @@ SPADES = {
     "CoCosNet": CoCosNet,
 }
 LOOKALIKES = {
-    "HiFaceGAN": (HiFaceGAN, "computes something else than its parts say: y is"),
-    "PSFRGAN": (PSFRGAN, "computes something else than its parts say: y is"),
-    "bilinear": (Bilinear, "computes something else than its parts say: y is"),
+    "HiFaceGAN": (HiFaceGAN, "does not compute what its parts suggest: y is"),
+    "PSFRGAN": (PSFRGAN, "does not compute what its parts suggest: y is"),
+    "bilinear": (Bilinear, "does not compute what its parts suggest: y is"),
     "FADE": (FADE, "it has nothing for the convolution before gamma and beta"),
-    "ALIASNorm": (ALIASNorm, "it has parameters that a SPADE has not: noise_scale"),
-    "SEAN": (InnerOfACE, "its own forward returns a tuple, a SPADE returns a tensor"),
+    "ALIASNorm": (ALIASNorm, "it has parameters that a SPADE does not have: noise_scale"),
+    "SEAN": (InnerOfACE, "its own forward returns a tuple; a SPADE returns a tensor"),
     "fails": (Fails, "its own forward fails on x"),
 }
 

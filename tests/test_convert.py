@@ -331,8 +331,8 @@ def test_a_forward_that_was_replaced_and_parameters_without_values():
     model = nn.ModuleDict({"replaced": Layer(), "meta": Layer().to("meta")})
     model["replaced"].forward = lambda x, segmap: x
     assert [entry.reason for entry in spade_fast.convert(model)] == [
-        "its forward was replaced on this very module",
-        "its parameters are on the meta device, they have no values",
+        "its forward was replaced on this instance",
+        "its parameters are on the meta device, so they have no values",
     ]
 
 

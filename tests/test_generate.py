@@ -112,7 +112,7 @@ def test_weights_that_do_not_determine_the_network(scenes, weights, tmp_path):
     torch.save({"ema": one, "raw": other}, tmp_path / "both.pth")
     options = ("--crop-size", SIZE)
     words = coco(tmp_path / "both.pth", scenes, tmp_path / "out", *options, code=2)
-    assert "several are there, key should say which of them" in words
+    assert "there are several networks; key should name one of them" in words
     coco(tmp_path / "both.pth", scenes, tmp_path / "out", *options, "--key", "ema")
     found = images_in(tmp_path / "out")
     assert np.array_equal(found["003.png"], by_hand(weights, scenes, "003"))
@@ -408,7 +408,7 @@ def test_wrong_options_are_refused_before_any_work(scenes, weights, tmp_path, op
 def test_wrong_paths(scenes, weights, tmp_path):
     assert "is not there" in coco(tmp_path / "none.pth", scenes, tmp_path / "out", code=2)
     (tmp_path / "text.pth").write_text("no weights")
-    assert "no file of weights" in coco(tmp_path / "text.pth", scenes, tmp_path / "out", code=2)
+    assert "not a file of weights" in coco(tmp_path / "text.pth", scenes, tmp_path / "out", code=2)
     checkpoint.write(ConvEncoder(2, 3), tmp_path / "encoder.pth")
     words = coco(tmp_path / "encoder.pth", scenes, tmp_path / "out", code=2)
     assert "weights are those of a ConvEncoder, they should be a generator's" in words

@@ -360,13 +360,13 @@ def test_weights_in_the_cache_of_torch_hub(file, monkeypatch, tmp_path):
         ({"features.5.bias": None}, "features.5.bias is missing"),
         (
             {"features.2.weight": torch.zeros(64, 3, 3, 3)},
-            r"features.2.weight \[64, 3, 3, 3\] for \[64, 64, 3, 3\] has another shape",
+            r"features.2.weight \[64, 3, 3, 3\] for \[64, 64, 3, 3\] differs in shape",
         ),
         ({"features.36.weight": torch.zeros(1)}, "features.36.weight is not known"),
         ({"classifier.6.other": torch.zeros(1)}, "classifier.6.other is not known"),
         (
             {"features.0.bias": torch.zeros(64, dtype=torch.int64)},
-            "features.0.bias torch.int64 is not of floating-point numbers",
+            "features.0.bias torch.int64 is not floating-point",
         ),
         (
             {"features.1.running_mean": torch.zeros(64)},
@@ -385,12 +385,14 @@ def test_ruined_files(file, tmp_path):
     for name, content in {"empty.pth": b"", "text.pth": b"weights", "cut.pth": None}.items():
         path = tmp_path / name
         path.write_bytes(file.read_bytes()[:100_000] if content is None else content)
-        with pytest.raises(ValueError, match=f"{name} is no file of weights"):
+        with pytest.raises(ValueError, match=f"{name} is not a file of weights"):
             losses.Perceptual(path)
-    with pytest.raises(FileNotFoundError, match="none.pth is not there"):
+    with pytest.raises(FileNotFoundError, match="none.pth does not exist"):
         losses.Perceptual(tmp_path / "none.pth")
     torch.save([1, 2], tmp_path / "list.pth")
-    with pytest.raises(ValueError, match="list.pth is no file of weights, .* it has list in it"):
+    with pytest.raises(
+        ValueError, match="list.pth is not a file of weights, .* it contains a list"
+    ):
         losses.Perceptual(tmp_path / "list.pth")
 
 

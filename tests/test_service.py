@@ -191,8 +191,8 @@ def test_a_reload_that_fails_leaves_the_old_weights(tmp_path):
     (tmp_path / "text.pth").write_text("no weights")
     with Service(generator) as service:
         for weights, words in (
-            (tmp_path / "text.pth", "is no file of weights"),
-            (tmp_path / "none.pth", "is not there"),
+            (tmp_path / "text.pth", "is not a file of weights"),
+            (tmp_path / "none.pth", "does not exist"),
             (ConvEncoder(2, 3), "weights is a ConvEncoder, it should be a SPADEGenerator"),
             (ConvEncoder(2, 3).state_dict(), "those of a ConvEncoder"),
         ):

@@ -292,7 +292,7 @@ class TestResume:
         path = run.checkpoint(2)
         path.write_bytes(path.read_bytes()[:1000])
         words = refusal(resume=run.folder)
-        assert f"{path} is no file of weights, or not a whole one" in words
+        assert f"{path} is not a file of weights, or is incomplete" in words
         assert words.endswith("without this file the run continues from step 1")
         path.unlink()
         assert command(resume=run.folder).exit_code == 0 and run.numbers() == [1, 2]

@@ -17,7 +17,7 @@ from torch.utils.module_tracker import ModuleTracker
 
 from ..ops.norms import Kind
 from ..recording import may_overwrite
-from .unchanged import NAME
+from .unchanged import NAME, version_of
 
 Model = TypeVar("Model", bound=nn.Module)
 KnownNorm = _NormBase | nn.GroupNorm  # _NormBase: instance and batch norms
@@ -230,7 +230,7 @@ def _mark_of_one(value):
     if type(value) in PLAIN:
         return (type(value), value)
     if isinstance(value, torch.Tensor):
-        return (Same(value), None if value.is_inference() else value._version)
+        return Same(value), version_of(value)
     return Same(value)
 
 

@@ -1,5 +1,5 @@
-"""The kernels in Triton, one per file. `triton_backend.py` imports them when they are first called:
-importing Triton takes a while.
+"""The kernels in Triton, one per file. Importing Triton takes a while, so `triton_backend.py`
+imports them only when one is first called.
 """
 
 from .apply import apply, apply_out
