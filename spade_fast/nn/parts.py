@@ -16,6 +16,7 @@ from .modules import (
     KnownNorm,
     Same,
     changes_itself,
+    first_weight,
     is_known,
     is_plain,
     keeps_size,
@@ -77,7 +78,7 @@ class Convolutions:
     @property
     def dtype(self) -> torch.dtype:
         """γ's and β's."""
-        return weights_in(self.gamma)[0].dtype
+        return first_weight(self.gamma).dtype
 
     @cached_property
     def marks(self) -> list:
