@@ -8,9 +8,9 @@ import torch.fx
 import torch.nn as nn
 from torch.nn.modules.batchnorm import _NormBase
 
+from .. import kernels
 from ..kernels.contract import Activation, lies_like, sum_dtype
 from ..layout import SemanticLayout
-from ..ops import norms
 from ..ops.arguments import check_channels, check_x
 from ..ops.modulate import modulate_by, spade_modulate
 from ..ops.norms import Kind
@@ -371,8 +371,7 @@ def frozen_planes(kept: Keeper, norm: KnownNorm, x: torch.Tensor) -> torch.Tenso
         check_x(x)
         for name in ("running_mean", "running_var", "weight", "bias"):
             check_channels(name, getattr(norm, name), x)
-        statistics = norms.given(mean, variance, eps, dtype)
-        return [norms.planes(statistics, shape, weight, bias).contiguous()]
+        return [kernels.select(x).running_planes(x, mean, variance, weight, bias, eps)]
 
     # PyTorch's own batch norm writes to running statistics without their version's saying so: it is
     # the count of batches that says it.
