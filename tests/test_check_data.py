@@ -52,6 +52,9 @@ def test_folders_that_are_right(folder):
     result = run(folder)
     assert result.exit_code == 0 and "Nothing is wrong." in result.output
     assert "--num-classes 4 --dont-care 255" in result.output
+    assert "images are the label maps that have the class." in result.output
+    assert "the shortest side of a photograph is 10 pixels." in result.output
+    assert "its number in the files" not in result.output
     rows = [line.split("│")[1:-1] for line in result.output.splitlines() if "│" in line]
     assert [[cell.strip() for cell in row] for row in rows] == [
         ["0", "357", "99.17%", "3"],
@@ -102,12 +105,12 @@ def truncated(folder):
     for name in ("labels/0.png", "images/2.png"):
         path = folder / name
         path.write_bytes(path.read_bytes()[:60])
-    return ["labels/0.png is no image, or not a whole one", "images/2.png is no image"]
+    return ["labels/0.png is not an image, or is incomplete", "images/2.png is not an image"]
 
 
 def larger(folder):
     save(np.zeros((11, 12), np.uint8), folder / "labels" / "1.png")
-    return ["labels/1.png is 12 × 11, ", "images/1.png is 12 × 10: they should be of one size"]
+    return ["labels/1.png is 12 × 11, ", "images/1.png is 12 × 10: they should have the same size"]
 
 
 def other_instances(folder):
@@ -121,7 +124,7 @@ def out_of_range(folder):
     save(labels, folder / "labels" / "1.png")
     return [
         "labels/1.png has a 77 in 2 pixels, first at row 4, column 5; it should have 0 to 3, or 255"
-        " for don't care; 2 numbers in 3 pixels are out of range"
+        " for don't care; 2 labels in 3 pixels are out of range"
     ]
 
 
@@ -134,7 +137,7 @@ def turned(folder):
 
 def coloured(folder):
     save(drawn(10, 12)[1], folder / "labels" / "1.png")
-    return ["labels/1.png has colours (RGB), and it takes a palette"]
+    return ["labels/1.png has colours (RGB), whose classes are not known"]
 
 
 def lossy(folder):
@@ -171,7 +174,10 @@ def test_folders_that_are_ruined(folder, ruin):
     assert result.exit_code == 1
     faults = [line for line in result.output.splitlines() if line.startswith("WRONG: ")]
     assert len(faults) == (2 if ruin is truncated else 1)
-    assert f"{len(faults)} faults" in result.output and "Nothing is wrong" not in result.output
+    assert (
+        f"{len(faults)} faults. Rows and columns are counted from 0." in result.output
+        and "Nothing is wrong" not in result.output
+    )
     for words in expected:
         assert any(words in fault for fault in faults), result.output
     assert Image.open(folder / "sheet.png").width > 1000
@@ -199,6 +205,8 @@ def test_conventions(folder):
         save(drawn(40, 40)[1][:2, :2], folder / "images" / f"{number}.png")
     report = check_data(*folders(folder)[:2], convention="ade20k")
     assert report.classes == {0: (6, 3), 149: (3, 3), 150: (3, 3)} and not report.faults
+    command = run(folder, "--convention", "ade20k")
+    assert "A class is its number in the files minus 1." in command.output
     report = check_data(*folders(folder)[:2], convention="ade20k", num_classes=149)
     assert "first at row 1, column 0; it should have 1 to 149, or 0 for" in report.faults[0]
 

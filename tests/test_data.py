@@ -131,15 +131,15 @@ def test_files_that_are_no_label_maps(tmp_path):
     path.rename(tmp_path / "hidden.png")
     assert "is a JPEG" in refusal(read_labels, tmp_path / "hidden.png")
     path = save(labels.astype(np.float32), tmp_path / "map.tif")
-    assert f"{path} has pixels of the kind F" in refusal(read_labels, path)
+    assert f"{path} has pixels of mode F" in refusal(read_labels, path)
     for suffix in ("png", "jpg"):
         path = save(photograph, tmp_path / f"whole.{suffix}")
         path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
         for read in (read_labels, read_photograph):
             if suffix == "png" or read is read_photograph:
-                assert f"{path} is no image, or not a whole one: " in refusal(read, path)
+                assert f"{path} is not an image, or is incomplete: " in refusal(read, path)
     path.write_bytes(b"")
-    assert "of no format that is known" in refusal(read_photograph, path)
+    assert "its format is not recognised" in refusal(read_photograph, path)
     with pytest.raises(FileNotFoundError, match="absent.png"):
         read_labels(tmp_path / "absent.png")
 
@@ -153,7 +153,7 @@ def test_a_photograph_in_memory(tmp_path):
     # Pillow would have another program draw this.
     postscript = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\n"
     assert Image.open(io.BytesIO(postscript)).format == "EPS"
-    assert "of no format that is known" in refusal(read_photograph, "it", postscript)
+    assert "its format is not recognised" in refusal(read_photograph, "it", postscript)
 
 
 def test_photographs(tmp_path):
@@ -222,7 +222,7 @@ def test_pairs_that_are_none(tmp_path):
     assert "has no images" in refusal(find_pairs, labels, images)
     touch(labels, "a.png", "d.png")
     message = refusal(find_pairs, labels, images)
-    assert message.startswith("3 files have no partner, or two: ") and "check-data" in message
+    assert message.startswith("3 files lack a partner or have two: ") and "check-data" in message
     assert f"{images / 'b.jpg'} has no partner in labels ({labels})" in message
     assert f"{labels / 'd.png'} has no partner in images ({images})" in message
     touch(images, "a.png", "d.png")
@@ -253,7 +253,7 @@ def test_conventions_of_labels():
     assert segmap[:35].argmax(0).tolist() == [[0, 33], [7, 34]] and len(segmap) == 36
     assert segmap[35].tolist() == [[1, 1], [0, 1]]
     message = refusal(prepared, "ade20k", [[0, 151], [1, 7]])
-    assert "labels has a 150 in 1 pixels" in message and "label_shift, -1, was added" in message
+    assert "labels has a 150 in 1 pixels" in message and "label_shift, -1, is added" in message
 
 
 # Preparation
@@ -611,7 +611,7 @@ def test_streams_that_end_and_streams_that_are_wrong():
     once = Stream(iter([drawn(36, 40, number)[:2] for number in range(5)]), preparation)
     assert [batch.names for batch in loader(once, 2)] == [("0", "1"), ("2", "3")]
     wrong = Stream([drawn(36, 40)[:1]], preparation)
-    assert refusal(next, iter(loader(wrong, 1))).startswith("example 0: it is a tuple")
+    assert refusal(next, iter(loader(wrong, 1))).startswith("example 0: this is a tuple")
     labels, photograph, _ = drawn(36, 40)
     wrong = Stream([(labels * 0 + 99, photograph)], preparation)
     assert refusal(next, iter(loader(wrong, 1))).startswith("example 0: labels has a 99")

@@ -383,7 +383,7 @@ def test_a_network_of_transformers_predicts_at_the_labels_size(segformer):
 def test_what_transformers_cannot_load_is_refused(segformer, tmp_path):
     import transformers
 
-    with pytest.raises(ValueError, match="transformers does not load: .*model"):
+    with pytest.raises(ValueError, match="transformers cannot load: .*model"):
         load_segmentation(str(tmp_path))
     cropping = save_segformer(tmp_path / "cropping", 3)
     settings = json.loads((cropping / "preprocessor_config.json").read_text())
@@ -509,11 +509,11 @@ def test_samples_have_the_label_map_of_their_scene(few):
 
 
 WRONG = {
-    "nothing given": ((), lambda folder: None, "one of them at least should be"),
+    "nothing given": ((), lambda folder: None, "at least one of them should be"),
     "no image": (
         ("@fid",),
         lambda folder: (folder / "generated" / "1.png").write_text("words"),
-        "1.png is no image",
+        "1.png is not an image",
     ),
     "no label map": (
         ("@labels",),
@@ -528,7 +528,7 @@ WRONG = {
     "another size": (
         ("@labels",),
         lambda folder: save(np.zeros((5, 6)), folder / "labels" / "1.png"),
-        "1.png is 6 × 5: they should be of one size",
+        "1.png is 6 × 5: they should have the same size",
     ),
     "out of range": (
         ("@labels",),
@@ -538,7 +538,7 @@ WRONG = {
     "only don't care": (
         ("@labels",),
         lambda folder: [save(np.full((4, 6), 255), path) for path in (folder / "labels").iterdir()],
-        "all of them are don't care",
+        "labels has only don't care",
     ),
     "no folder": (
         ("--photographs", "nowhere", "--features", "test_evaluate:mean_colour"),
@@ -558,7 +558,7 @@ WRONG = {
     "useless features": (
         ("@labels", "--features", "test_evaluate:mean_colour"),
         lambda folder: None,
-        "features is given, it should be given with photographs only",
+        "features is given, it should only be given with photographs",
     ),
     "no network": (
         ("--photographs", "photographs", "--features", "test_evaluate:not_a_network"),
@@ -584,7 +584,7 @@ WRONG = {
     "json is nowhere": (
         ("@fid", "--json", "nowhere/scores.json"),
         lambda folder: None,
-        "nowhere/scores.json, it should be a file in a folder that is there",
+        "nowhere/scores.json, it should be a file in a folder that exists",
     ),
     "classes": (
         ("@labels", "--classes", "classes.txt"),
@@ -594,12 +594,12 @@ WRONG = {
     "a class that nobody maps": (
         ("@labels", "--classes", "classes.txt"),
         lambda folder: (folder / "classes.txt").write_text("0 0\n1 1\n"),
-        "segmentation predicts its class 2, of which nobody says",
+        "segmentation predicts its class 2, whose label is not known",
     ),
     "a label that is none": (
         ("@labels", "--classes", "classes.txt"),
         lambda folder: (folder / "classes.txt").write_text("0 0\n1 3\n"),
-        "classes has the label 3, labels should be 0 to 2",
+        "classes has the label 3, it should have labels from 0 to 2",
     ),
 }
 SHORT = {

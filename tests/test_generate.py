@@ -188,10 +188,10 @@ def ruin(folder):
     Image.fromarray(wrong).save(folder / "inst" / "005.png")
     Image.fromarray(wrong).save(labels / "006.png")
     return {
-        "000.png is no image, or not a whole one",
-        "001.png is no image, or not a whole one: of no format that is known",
+        "000.png is not an image, or is incomplete",
+        "001.png is not an image, or is incomplete: its format is not recognised",
         "003.png: labels has a 200 in",
-        "004.png: instances is 52 × 40, labels is 52 × 20: they should be of one size",
+        "004.png: instances is 52 × 40, labels is 52 × 20: they should have the same size",
         "005.png has colours (RGB)",
         "006.png has no partner in instances",
     }

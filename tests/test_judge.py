@@ -137,8 +137,12 @@ def test_any_other_has_one_batch(how):
 def test_refuses():
     network, (fakes, reals, layout) = discriminator(), inputs()
     for arguments, error, words in (
-        ((fakes[:1], reals), ValueError, r"fakes has the shape \[1, 3, 32, 32\], it should be \[2"),
-        ((fakes[:1], reals[:1]), ValueError, "fakes has a batch of 1, it should be a multiple of"),
+        (
+            (fakes[:1], reals),
+            ValueError,
+            r"fakes has shape \[1, 3, 32, 32\], .* that of reals, \[2",
+        ),
+        ((fakes[:1], reals[:1]), ValueError, "fakes has 1 images, it should have a multiple of"),
         ((fakes, [reals]), TypeError, "reals is a list, it should be a tensor of images"),
     ):
         with pytest.raises(error, match=words):

@@ -189,7 +189,7 @@ RESULTS = [[torch.zeros(2, 1, 2, 2), torch.zeros(2, 1, 1, 1)]]
         ([[]], "is a list of a list of nothing, it should be"),
         ([[torch.zeros(2, dtype=torch.int64)]], "is a list of a list of torch.int64, it should be"),
         ([[None]], "is a list of a list of NoneType, it should be"),
-        ([], "has no elements, it should have a scale and an image or more"),
+        ([], "has no elements, it should have at least a scale and an image"),
         ([[torch.zeros(0, 1, 2, 2)]], "has no elements"),
     ],
 )
@@ -209,13 +209,15 @@ def test_what_are_no_results(results, words):
 def test_other_bad_input():
     with pytest.raises(ValueError, match=r"results has a tensor \[3, 1\], it should be \[2N, …\]"):
         losses.halves([[torch.zeros(3, 1)]])
-    with pytest.raises(ValueError, match=r"fakes has the shapes .*, it should have those of reals"):
+    with pytest.raises(ValueError, match=r"fakes has shapes .*, it should have those of reals"):
         losses.feature_matching(RESULTS, [[x[:1] for x in RESULTS[0]]])  # they would broadcast
-    with pytest.raises(ValueError, match="fakes has the shapes"):
+    with pytest.raises(ValueError, match="fakes has shapes"):
         losses.feature_matching(RESULTS, [*RESULTS, *RESULTS])
     with pytest.raises(ValueError, match="fakes has one layer in each scale"):
         losses.feature_matching([RESULTS[0][-1:]], [RESULTS[0][-1:]])
-    with pytest.raises(ValueError, match=r"logvar has shape \[1, 2\], it should have mu's, \[3"):
+    with pytest.raises(
+        ValueError, match=r"logvar has shape \[1, 2\], it should be that of mu, \[3"
+    ):
         losses.kl_divergence(torch.zeros(3, 2), torch.zeros(1, 2))
     with pytest.raises(TypeError, match="logvar is torch.int64, it should be"):
         losses.kl_divergence(torch.zeros(3), torch.zeros(3, dtype=torch.int64))
@@ -367,12 +369,15 @@ def test_weights_in_the_cache_of_torch_hub(file, monkeypatch, tmp_path):
             {"features.0.bias": torch.zeros(64, dtype=torch.int64)},
             "features.0.bias torch.int64 is not of floating-point numbers",
         ),
-        ({"features.1.running_mean": torch.zeros(64)}, "It has batch norms, as vgg19_bn has"),
+        (
+            {"features.1.running_mean": torch.zeros(64)},
+            "They have batch norms, like those of vgg19_bn",
+        ),
     ],
 )
 def test_weights_of_something_else(weights, change, words):
     changed = {key: tensor for key, tensor in (weights | change).items() if tensor is not None}
-    begin = "weights are not torchvision's for VGG19 .vgg19-dcbb9e9d.pth.: "
+    begin = "weights are not torchvision's of VGG19 .vgg19-dcbb9e9d.pth.: "
     with pytest.raises(ValueError, match=f"^{begin}.*{words}"):
         losses.Perceptual(changed)
 
@@ -398,7 +403,12 @@ def test_images_that_do_not_fit(weights):
         (image, image[:, :2], ValueError, r"real has shape \[1, 2, 16, 16\]"),
         (image[0], image, ValueError, r"fake has shape \[3, 16, 16\]"),
         (image[:0], image[:0], ValueError, r"fake has shape \[0, 3, 16, 16\]"),
-        (image, image.repeat(2, 1, 1, 1), ValueError, "fake has shape .* it should have real's"),
+        (
+            image,
+            image.repeat(2, 1, 1, 1),
+            ValueError,
+            "fake has shape .* it should be that of real",
+        ),
         (image.byte(), image, TypeError, "fake is torch.uint8, it should be"),
         (image, None, TypeError, "real is NoneType, it should be"),
     ]:

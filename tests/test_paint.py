@@ -138,9 +138,9 @@ def test_what_is_wrong_with_a_photograph_is_said(client_with_styles, client, mon
     content = image_file(a_photograph())
     clear = np.zeros((4, 4, 4), np.uint8)
     for wrong, words in (
-        (b"this is no image", "the photograph is no image, or not a whole one: of no format"),
-        (b"", "the photograph is no image"),
-        (content[: len(content) // 2], "the photograph is no image, or not a whole one"),
+        (b"this is no image", "the photograph is not an image, or is incomplete: its format"),
+        (b"", "the photograph is not an image"),
+        (content[: len(content) // 2], "the photograph is not an image, or is incomplete"),
         (image_file(clear), "the photograph has transparent pixels"),
         (image_file(np.zeros((4, 4), np.uint16)), "a photograph should have 8 bits per channel"),
     ):
@@ -721,7 +721,7 @@ def test_a_photographs_style_holds_until_another_is_drawn(open_page, address, se
     draw_stroke(page, (0.2, 0.2), (0.7, 0.3))
     assert image_of(page) == answer_of(address, page, z=z)
     open_file(page, "#photograph", b"no image", "text.png")
-    page.get_by_text("text.png was not opened: the photograph is no image").wait_for()
+    page.get_by_text("text.png was not opened: the photograph is not an image").wait_for()
     assert "422" in open_page.errors.pop()
     with open(tmp_path / "large.png", "wb") as large:
         large.truncate(2**25 + 1)

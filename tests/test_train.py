@@ -21,7 +21,7 @@ from typer.testing import CliRunner
 
 from spade_fast import SPADEGenerator, checkpoint
 from spade_fast.cli import app
-from spade_fast.training import Config, Stopped, preset, resume, signals, train, trainer
+from spade_fast.training import PRESETS, Config, Stopped, preset, resume, signals, train, trainer
 from spade_fast.training.log import Log
 from spade_fast.training.recorder import Recorder
 from spade_fast.training.run import Run
@@ -247,7 +247,7 @@ def test_signals_to_the_whole_group_save_and_stop(settings):
     last = run.numbers()[-1]
     assert process.returncode == 1 and not any("Traceback" in line for line in lines)
     assert lines[-1] == (
-        f"stopped after step {last}: `spade-fast train --resume {run.folder}` goes on"
+        f"stopped after step {last}: `spade-fast train --resume {run.folder}` continues the run"
     )
     assert last_state(run.folder)["trainer"]["number"] == last
     with pytest.raises(ProcessLookupError):  # none is left of the group, no worker either
@@ -403,6 +403,15 @@ def test_presets_and_options(settings, tmp_path, name):
     assert {key: getattr(found, key) for key in expected} == expected
 
 
+def test_the_help_says_which_settings_a_preset_sets():
+    shown = CliRunner().invoke(app, ["train", "--help"], env={"COLUMNS": "150"}).output
+    words = " ".join(shown.replace("│", " ").split())
+    for name, (text, settings) in PRESETS.items():
+        options = words_of(**settings)[1:]
+        assert f"{name}: {text} Sets {' '.join(options)}." in words
+    assert "--lr-generator 0.0002" in words
+
+
 def test_every_setting_is_an_option():
     words = CliRunner().invoke(app, ["train", "--help"], env={"COLUMNS": "150"}).output
     for each in dataclasses.fields(Config):
@@ -415,5 +424,5 @@ def test_every_setting_is_an_option():
 def test_steps_take_the_place_of_a_presets_epochs():
     config = Config(**preset("published", steps=10))
     assert (config.steps, config.epochs, config.batch) == (10, None, 32)
-    with pytest.raises(ValueError, match="steps is 10 and epochs 3, only one"):
+    with pytest.raises(ValueError, match="steps is 10 and epochs is 3, only one"):
         Config(**preset("published", steps=10, epochs=3))

@@ -332,9 +332,13 @@ def official_arguments(
     crop_size: int | None = None,
     aspect_ratio: float | None = None,
     num_upsampling_layers: str | None = None,
+    takes: Callable[[int, tuple[int, int]], bool] = lambda crop_size, start: True,
 ) -> dict:
     """What `official` makes of the arguments that a SPADEGenerator does not have: its `label_nc`,
     `stages`, `last_scale` and `start`. Errors: ValueError.
+
+    takes: whether the caller accepts a crop size with the first map's size; an error proposes no
+        other.
     """
     published = published_settings(dataset)
     layers = (
@@ -352,14 +356,15 @@ def official_arguments(
     start = _first_of_image(crop_size, aspect_ratio, doublings)
     wrong = f"crop_size is {crop_size}, with {doublings} doublings and an aspect ratio of"
     if min(start) < 1:
-        least = next(_fitting_sizes(range(1, FARTHEST), aspect_ratio, doublings), "another")
-        raise ValueError(f"{wrong} {aspect_ratio} it should be {least} or more")
+        least = next(_fitting_sizes(range(1, FARTHEST), aspect_ratio, doublings, takes), None)
+        words = NO_SIZE if least is None else f"it should be {least} or more"
+        raise ValueError(f"{wrong} {aspect_ratio} {words}")
     if not _is_of_image(start, crop_size, aspect_ratio, doublings):
         made = " × ".join(str(length << doublings) for length in start)
         asked = f"{round(crop_size / aspect_ratio)} × {crop_size}"
         raise ValueError(
             f"{wrong} {aspect_ratio}, {made} pixels would be made, not {asked}:"
-            f" {_nearest(crop_size, aspect_ratio, doublings)}"
+            f" {_nearest(crop_size, aspect_ratio, doublings, takes)}"
         )
     return {
         "label_nc": published.label_nc,
@@ -367,6 +372,9 @@ def official_arguments(
         "last_scale": 1,
         "start": start,
     }
+
+
+NO_SIZE = "no crop_size near this one fits the other arguments"
 
 
 def _first_of_image(crop_size, aspect_ratio, doublings):
@@ -381,25 +389,26 @@ def _is_of_image(start, crop_size, aspect_ratio, doublings):
     return (height, width) == (round(crop_size / aspect_ratio), crop_size)
 
 
-def _fitting_sizes(widths, aspect_ratio, doublings):
-    """Those widths of images that can be made, of these widths of the first map."""
+def _fitting_sizes(widths, aspect_ratio, doublings, takes):
+    """The widths of images that can be made from these widths of the first map, and are taken."""
     for width in widths:
         size = width << doublings
         start = _first_of_image(size, aspect_ratio, doublings)
-        if min(start) > 0 and _is_of_image(start, size, aspect_ratio, doublings):
+        fits = min(start) > 0 and _is_of_image(start, size, aspect_ratio, doublings)
+        if fits and takes(size, start):
             yield size
 
 
-def _nearest(crop_size, aspect_ratio, doublings):
+def _nearest(crop_size, aspect_ratio, doublings, takes):
     """Says which sizes near this one can be made."""
     below = crop_size >> doublings
     found = [
         str(size)
         for widths in (range(below, 0, -1), range(below + 1, below + FARTHEST))
-        for size in itertools.islice(_fitting_sizes(widths, aspect_ratio, doublings), 1)
+        for size in itertools.islice(_fitting_sizes(widths, aspect_ratio, doublings, takes), 1)
     ]
     if not found:
-        return "aspect_ratio should be another, no crop_size near this one fits it"
+        return NO_SIZE
     return f"crop_size should be {' or '.join(found)}, no other is nearer"
 
 
