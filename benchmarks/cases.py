@@ -493,8 +493,8 @@ def paint(settings):
 
 def paint_problem(settings, name, mode, size):
     """The problem of `paint`. Every variant goes from labels to an image's rounded values, 0 to
-    255, and computes each label map's windows and tables anew. The page's time ends when the answer
-    is decoded.
+    255, and computes each label map's windows and tables from scratch. The page's time ends when
+    the answer is decoded.
     """
     strokes = list(_strokes(settings, size, max(2 if settings.quick else 5, settings.scenes)))
     wiring = {"crop_size": size, "ngf": 8 if settings.quick else 64, "norm_G": COCO_NORM}

@@ -1,4 +1,6 @@
-"""Weights in files: the network that they are of is found, and they get in and out without loss."""
+"""Weights in files: the network they belong to is found, and they are written and read without
+loss.
+"""
 
 import copy
 import itertools
@@ -17,7 +19,7 @@ from spade_fast import ConvEncoder, MultiscaleDiscriminator, SPADEGenerator, che
 SMALL = {"ngf": 2, "nhidden": 2}
 TINY = {"ngf": 1, "nhidden": 2}
 official = SPADEGenerator.official
-MADE = {  # every argument of every network, by what stands out in it
+MADE = {  # together they have every argument of every network; the names say what is special
     "64²": lambda: official(3, crop_size=64, **TINY),
     "128²": lambda: official(184, crop_size=128, **TINY),
     "512²": lambda: official(3, crop_size=512, **TINY),
@@ -64,7 +66,7 @@ MADE = {  # every argument of every network, by what stands out in it
 
 
 def bare(network):
-    """Its weights without a word about its arguments, as older files have them."""
+    """The network's weights without its arguments, as in older files."""
     return dict(network.state_dict())
 
 
@@ -98,7 +100,7 @@ def assert_same(found, network):
 
 @pytest.mark.parametrize("suffix", ["pth", "safetensors"])
 @pytest.mark.parametrize("name", MADE)
-def test_what_is_written_comes_back_as_the_same_network(name, suffix, tmp_path):
+def test_a_written_network_is_read_back_the_same(name, suffix, tmp_path):
     network, path = MADE[name](), tmp_path / f"latest_net.{suffix}"
     checkpoint.write(network, path)
     assert_same(checkpoint.load(path), network)
@@ -106,7 +108,7 @@ def test_what_is_written_comes_back_as_the_same_network(name, suffix, tmp_path):
 
 
 @pytest.mark.parametrize("name", MADE)
-def test_arguments_make_the_same_network_again(name):
+def test_arguments_recreate_the_same_network(name):
     network = MADE[name]()
     for same in (
         type(network)(**network.arguments),
@@ -117,7 +119,7 @@ def test_arguments_make_the_same_network_again(name):
         assert checkpoint.load(same.state_dict()).arguments == network.arguments
 
 
-def test_a_file_that_torch_save_wrote_says_it_too(tmp_path):
+def test_files_of_torch_save_have_the_arguments_too(tmp_path):
     network = official(7, crop_size=64, aspect_ratio=2, **TINY)
     for weights in (
         network.state_dict(),
@@ -130,7 +132,7 @@ def test_a_file_that_torch_save_wrote_says_it_too(tmp_path):
         assert checkpoint.load(tmp_path / "net.pth").arguments == network.arguments
 
 
-def test_published_code_reads_what_is_written(tmp_path):
+def test_published_code_reads_written_files(tmp_path):
     import safetensors.torch
 
     network, eager = official(7, crop_size=64, **TINY), reference.SPADEGenerator(7, 1, crop_size=64)
@@ -152,7 +154,7 @@ def test_published_code_reads_what_is_written(tmp_path):
         checkpoint.load(tmp_path / "net.safetensors")
 
 
-def test_arguments_given_go_before_those_written():
+def test_given_arguments_override_written_ones():
     weights = official(7, crop_size=64, aspect_ratio=2, **TINY).state_dict()
     assert checkpoint.load(weights, crop_size=128).sizes[-1] == (64, 128)
     assert checkpoint.load(weights, start=3).sizes[-1] == (96, 96)
@@ -192,15 +194,15 @@ def test_published_keys_fit_the_published_wiring():
 
 @pytest.mark.parametrize("divided", [0.0, float("nan")])
 @pytest.mark.parametrize("weight,u", [(0.0, 1.0), (1.0, 0.0)])
-def test_a_right_vector_of_nothing_is_a_vector(weight, u, divided):
-    """A weight of zeros, whatever it was divided into, and a u of zeros."""
+def test_the_right_vector_of_zeros_is_zero(weight, u, divided):
+    """For a weight of zeros, whatever the divided weight is, and for a u of zeros."""
     parts = {"orig": torch.full((2, 3), weight), "u": torch.full((2,), u)}
     weights = {f"weight_{name}": tensor for name, tensor in parts.items()}
     found = checkpoint.named_as_here(weights | {"weight": torch.full((2, 3), divided)})
     assert torch.equal(found["weight_v"], torch.zeros(3))
 
 
-def test_what_weights_do_not_say_may_be_said():
+def test_arguments_that_weights_do_not_determine_can_be_given():
     weights = bare(official(184, **SMALL))
     assert checkpoint.load(weights).sizes[-1] == (256, 256)
     assert checkpoint.load(
@@ -262,7 +264,7 @@ OWN = {"stages": [["b", 16, 3], ["a", 8, 1]], "last_scale": 1}
         ),
     ],
 )
-def test_what_nothing_decides_is_asked_for(make, decides, enough):
+def test_undetermined_arguments_are_asked_for(make, decides, enough):
     network = make()
     with pytest.raises(ValueError, match=decides):
         checkpoint.load(bare(network))
@@ -279,15 +281,15 @@ def test_what_nothing_decides_is_asked_for(make, decides, enough):
         ({"crop_size": 128, "start": 3}, "start is no argument of SPADEGenerator.official"),
     ],
 )
-def test_what_is_given_and_cannot_fit(arguments, message):
+def test_given_arguments_that_cannot_fit(arguments, message):
     with pytest.raises((TypeError, ValueError), match=message):
         checkpoint.load(bare(official(7, **VAE, **TINY)), **arguments)
 
 
 @pytest.mark.parametrize("keeps_divided", [False, True], ids=["without weight", "with weight"])
 def test_spectral_norm_without_its_right_vector(keeps_divided):
-    """As before PyTorch 1.1: in eval mode the result is the divided weight's, which was kept
-    beside.
+    """As before PyTorch 1.1: in eval mode the result is that of the divided weight, if the file has
+    it.
     """
     network = SPADEGenerator.official(7, crop_size=64, **SMALL).double()
     segmap = torch.randn(1, 7, 64, 64, dtype=torch.float64)
@@ -302,7 +304,7 @@ def test_spectral_norm_without_its_right_vector(keeps_divided):
                     module.weight_u, module.weight_orig.detach().flatten(1) @ module.weight_v
                 )
                 weights[f"{name}.weight"] = module.weight_orig.detach() / sigma
-            else:  # σ is then what u alone says
+            else:  # without it, u alone determines σ
                 module.weight_v.copy_(
                     nn.functional.normalize(
                         module.weight_orig.detach().flatten(1).t() @ module.weight_u, dim=0
@@ -364,8 +366,8 @@ def test_modules_with_a_prefix_of_their_own():
         assert_same_weights(getattr(module, "module", other), network)
 
 
-def test_dictionaries_in_which_several_networks_lie(tmp_path):
-    """`key` chooses one; the moments of an optimizer are no network's."""
+def test_dictionaries_of_several_networks(tmp_path):
+    """`key` chooses one of them. An optimizer's moments are not a network's weights."""
     generator, averaged = MADE["64²"](), MADE["64²"]()
     discriminator = MultiscaleDiscriminator(9, 1, 2)
     optimizer = torch.optim.Adam(discriminator.parameters())
@@ -399,7 +401,7 @@ def test_dictionaries_in_which_several_networks_lie(tmp_path):
     assert checkpoint.read(path, key="netD").keys() == discriminator.state_dict().keys()
     assert_same_weights(
         checkpoint.load_into(MultiscaleDiscriminator(9, 1, 2), path), discriminator
-    )  # no other fits it
+    )  # no other network fits
     with pytest.raises(ValueError, match="key is 'netE', it should be one of 'nets.model.module'"):
         checkpoint.load(path, key="netE")
 
@@ -439,7 +441,7 @@ def test_old_files_without_counters():
     assert torch.equal(norm.running_mean, torch.ones(2))
 
 
-def test_weights_that_do_not_fit_are_named_and_nothing_is_lost():
+def test_weights_that_do_not_fit_are_named_and_not_loaded():
     network, before = SPADEGenerator.official(7, **SMALL), None
     before = {key: tensor.clone() for key, tensor in network.state_dict().items()}
     with pytest.raises(ValueError) as error:
@@ -475,7 +477,7 @@ def test_weights_that_do_not_fit_are_named_and_nothing_is_lost():
         (torch.zeros(2, 2, device="meta"), "weight has no values"),
     ],
 )
-def test_weights_that_have_no_such_numbers(weight, message):
+def test_weights_that_are_not_floating_point_numbers(weight, message):
     with pytest.raises(ValueError, match=message):
         checkpoint.load_into(nn.Linear(2, 2), {"weight": weight, "bias": torch.zeros(2)})
 
@@ -487,7 +489,7 @@ def test_a_module_without_memory_is_not_loaded():
 
 def test_a_module_is_never_half_loaded():
     module = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
-    module[1].weight = nn.Parameter(torch.zeros(2, 1).expand(2, 2))  # nothing can be copied there
+    module[1].weight = nn.Parameter(torch.zeros(2, 1).expand(2, 2))  # cannot be copied into
     before = copy.deepcopy(module[0])
     with pytest.raises(RuntimeError):
         checkpoint.load_into(module, nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)).state_dict())
@@ -503,14 +505,14 @@ def test_a_module_is_never_half_loaded():
         (nn.Linear(2, 2).state_dict(), "known here: weight, bias"),
     ],
 )
-def test_what_is_no_state_dict(source, message):
+def test_sources_that_are_not_state_dicts(source, message):
     with pytest.raises(ValueError, match=message):
         checkpoint.load(source)
 
 
 @pytest.mark.parametrize("suffix", ["pth", "safetensors"])
-def test_arguments_that_were_changed_later_are_written_as_they_are(suffix, tmp_path):
-    """Those of the constructor that are attributes."""
+def test_arguments_that_were_changed_later_are_written(suffix, tmp_path):
+    """Arguments of the constructor that are attributes."""
     network, path = SPADEGenerator(3, 4, 1, nhidden=2).eval(), tmp_path / f"net.{suffix}"
     network.last_scale, network.start = 3, (2, 8)
     checkpoint.write(network, path)
@@ -530,17 +532,17 @@ def change_kind(network):
         (lambda network: setattr(network.up_1.norm_0.param_free_norm, "eps", 0.1), "eps is 0.1, "),
         (
             change_kind,
-            "up_1.norm_0.param_free_norm is a GroupNorm, it was made as a InstanceNorm2d",
+            "up_1.norm_0.param_free_norm is a GroupNorm, it was built as a InstanceNorm2d",
         ),
         (lambda network: network.up_1.add_module("act", nn.ReLU()), "up_1.act was added"),
-        (lambda network: delattr(network, "up_5"), "up_5 is not there any more"),
+        (lambda network: delattr(network, "up_5"), "up_5 was removed"),
         (
             lambda network: nn.utils.spectral_norm(network.up_1.conv_0),
             "conv_0.tensors is .*weight_u",
         ),
     ],
 )
-def test_a_network_that_was_changed_is_not_written_as_what_it_was(change, words, tmp_path):
+def test_a_changed_network_is_not_written_as_the_original(change, words, tmp_path):
     network, path = SPADEGenerator(3, 4, 1, nhidden=2), tmp_path / "net.pth"
     change(network)
     for source in (network, network.state_dict(), nn.ModuleDict({"ema": network})):
@@ -554,7 +556,7 @@ def test_a_network_that_was_changed_is_not_written_as_what_it_was(change, words,
     assert_same_weights(checkpoint.load_into(copy.deepcopy(network), path), network)
 
 
-def test_what_makes_no_other_network_may_change(tmp_path):
+def test_changes_that_keep_the_network_the_same_are_allowed(tmp_path):
     network = SPADEGenerator.official(3, crop_size=64, ngf=2, nhidden=2, norm_G="spadebatch3x3")
     network.note, network.up_0 = "mine", torch.compile(network.up_0)
     network = nn.SyncBatchNorm.convert_sync_batchnorm(network)
@@ -568,7 +570,7 @@ def test_what_makes_no_other_network_may_change(tmp_path):
     assert all(torch.equal(found[key], weights[key]) for key in weights)
 
 
-def test_networks_of_classes_that_are_not_known_are_not_taken_for_others():
+def test_networks_of_unknown_classes_are_not_taken_for_known_ones():
     class Own(SPADEGenerator):
         def forward(self, segmap, z=None):
             return -super().forward(segmap, z)
@@ -591,8 +593,8 @@ def test_a_file_that_would_run_code_is_not_read(tmp_path):
 
 
 @pytest.mark.parametrize("zipped", [False, True])
-def test_files_that_end_anywhere(zipped, tmp_path):
-    """Those of torch.save's old format, too."""
+def test_truncated_files(zipped, tmp_path):
+    """Including files in torch.save's old format."""
     path = tmp_path / "net.pth"
     weights = {"weight": torch.ones(2)}
     torch.save(weights, path, _use_new_zipfile_serialization=zipped)
@@ -608,7 +610,7 @@ def test_files_that_end_anywhere(zipped, tmp_path):
 
 
 @pytest.mark.parametrize("suffix", ["pth", "safetensors"])
-def test_files_that_are_not_of_weights(suffix, tmp_path):
+def test_files_without_weights(suffix, tmp_path):
     path = tmp_path / f"net.{suffix}"
     checkpoint.write(ConvEncoder(1, 2), path)
     whole = path.read_bytes()
@@ -629,7 +631,7 @@ def test_files_that_are_not_of_weights(suffix, tmp_path):
         checkpoint.write({}, tmp_path / "none" / path.name)
 
 
-def test_what_cannot_be_written_leaves_what_was_there(tmp_path):
+def test_a_failed_write_keeps_the_old_file(tmp_path):
     path = tmp_path / "net.pth"
     checkpoint.write({"weight": torch.ones(1)}, path)
     with pytest.raises(Exception):
@@ -646,8 +648,8 @@ def test_what_cannot_be_written_leaves_what_was_there(tmp_path):
 
 
 @pytest.mark.parametrize("suffix", ["pth", "safetensors"])
-def test_a_disk_that_is_full_leaves_what_was_there(suffix, tmp_path):
-    """A limit on the size of files stands in for it."""
+def test_a_full_disk_keeps_the_old_file(suffix, tmp_path):
+    """A limit on the size of files stands in for a full disk."""
     resource, signal = pytest.importorskip("resource"), pytest.importorskip("signal")
     path = tmp_path / f"net.{suffix}"
     checkpoint.write({"weight": torch.ones(1)}, path)
@@ -665,7 +667,7 @@ def test_a_disk_that_is_full_leaves_what_was_there(suffix, tmp_path):
 
 
 @pytest.mark.parametrize("suffix", ["pth", "safetensors"])
-def test_permissions_and_links_stay(suffix, tmp_path):
+def test_permissions_and_links_are_kept(suffix, tmp_path):
     path, plain = tmp_path / f"net.{suffix}", tmp_path / "plain"
     plain.touch()
     checkpoint.write({"weight": torch.ones(1)}, path)
@@ -679,8 +681,8 @@ def test_permissions_and_links_stay(suffix, tmp_path):
 
 
 @pytest.mark.parametrize("suffix", ["pth", "safetensors"])
-def test_two_that_write_at_once(suffix, tmp_path):
-    """The file is always one of them, whole."""
+def test_two_concurrent_writers(suffix, tmp_path):
+    """The file is always one of the two, and complete."""
     path = tmp_path / f"net.{suffix}"
     checkpoint.write({"weight": torch.zeros(999)}, path)
 

@@ -1,4 +1,4 @@
-"""`spade-fast train`: what it refuses, in one line, before anything is written."""
+"""`spade-fast train` refuses in one line, before anything is written."""
 
 import re
 
@@ -23,8 +23,8 @@ def options(folder, tmp_path):
 
 
 def refusal(**options):
-    """What the command says in refusing these settings, in one line. Nothing has been written, and
-    what was there is as it was.
+    """The command's one-line refusal of these settings. Asserts that nothing was written or
+    changed.
     """
     folder = options.get("resume") or options.get("out")
     before = contents(folder)
@@ -45,7 +45,7 @@ def png(folder, name, pixels):
     Image.fromarray(pixels).save(folder / name)
 
 
-# Each ruins one of the files, and returns the words that the refusal should have.
+# Each ruins one of the files, and returns the words that the refusal should contain.
 
 
 def missing(folder):
@@ -200,12 +200,12 @@ def test_a_setting(options, others, words):
     assert out is None or not Run(out).folder.exists()
 
 
-def test_zeros_are_taken(options):
+def test_zeros_are_accepted(options):
     zeros = dict(weight_adversarial=0.0, lr_generator=0.0, ema=0.0, pictures=0, seed=0)
     assert command(**options | zeros).exit_code == 0
 
 
-def test_without_the_check_training_begins_and_says_what_it_met(folder, options):
+def test_without_the_check_training_starts_and_reports_the_fault(folder, options):
     out_of_range(folder)
     result = command(**options | dict(steps=50, workers=1, pictures=1), check=False)
     assert result.exit_code == 1 and "Traceback" not in result.output
@@ -221,7 +221,7 @@ def test_a_folder_that_cannot_be_written(options, tmp_path, kind, monkeypatch):
         out = tmp_path / "read only" / "run"
         out.parent.mkdir(mode=0o500)
 
-        def refuse(self, *arguments, **others):  # whoever is root writes there, too
+        def refuse(self, *arguments, **others):  # even as root, who may write anywhere
             raise PermissionError(13, "Permission denied", str(self))
 
         monkeypatch.setattr(type(out), "mkdir", refuse)
@@ -230,7 +230,7 @@ def test_a_folder_that_cannot_be_written(options, tmp_path, kind, monkeypatch):
     assert (tmp_path / "file").read_text() == "as it was"
 
 
-def test_a_folder_with_a_run_in_it(options):
+def test_a_folder_that_contains_a_run(options):
     assert command(**options).exit_code == 0
     assert f"`spade-fast train --resume {options['out']}` continues it" in refusal(**options)
 
@@ -244,7 +244,7 @@ def test_two_processes_in_one_folder(options):
 
 
 @pytest.mark.parametrize("again", ["train", "resume"])
-def test_a_run_that_ended_before_its_first_checkpoint_begins_anew(options, again, monkeypatch):
+def test_a_run_that_ended_before_its_first_checkpoint_starts_again(options, again, monkeypatch):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("spade_fast.training.trainer.Trainer.step", ends)
         with pytest.raises(KeyboardInterrupt):
@@ -265,7 +265,7 @@ class TestResume:
         train(Config(**options | dict(steps=2, save_every=1)))
         return Run(options["out"])
 
-    def test_nowhere(self, tmp_path):
+    def test_missing_runs(self, tmp_path):
         assert "has no config.yaml, it should be the folder of a run" in refusal(resume=tmp_path)
 
     @pytest.mark.parametrize(

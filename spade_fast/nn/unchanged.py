@@ -1,4 +1,4 @@
-"""What was found out about a module, kept until anything in the module is another than it was."""
+"""Facts about a module, kept until anything in the module is replaced."""
 
 import argparse
 import operator
@@ -12,7 +12,7 @@ import torch
 import torch.nn as nn
 from torch.nn.modules import module as calls
 
-NAME = "_spade_fast_found"  # the attribute that a module has it as
+NAME = "_spade_fast_found"  # the attribute of a module that holds its facts
 _ENTRIES = (
     "_parameters",
     "_buffers",
@@ -22,18 +22,18 @@ _ENTRIES = (
     "_backward_pre_hooks",
     "_backward_hooks",
 )
-MOST_INSIDE = 1000  # values of an attribute's containers
+MOST_INSIDE = 1000  # the most values in an attribute's containers that are compared
 _IN_EVERY_MODULE = frozenset(vars(nn.Module()))
 _of_part = tuple(map(operator.attrgetter, ("__class__", "__class__.forward", "__dict__")))
 _END = object()
 
 
 def until_changed(module: nn.Module, find: Callable[[nn.Module], Any]) -> Any:
-    """find(module), or what it was before, where everything that it can see is as it was: the
-    module's parts, their classes, attributes, hooks, parameters and buffers are the very same
-    objects. Whether their values have changed is for the caller to ask.
+    """find(module), or its earlier result if everything that it can see is unchanged: the module's
+    parts, their classes, attributes, hooks, parameters and buffers are the very same objects. The
+    caller has to check whether their values have changed.
     """
-    traced = torch._C._get_tracing_state() is not None  # and records the questions
+    traced = torch._C._get_tracing_state() is not None  # a trace would record the comparisons
     if traced or torch.compiler.is_compiling() or calls._has_any_global_hook():
         return find(module)
     found = module.__dict__.get(NAME)
@@ -48,8 +48,8 @@ def until_changed(module: nn.Module, find: Callable[[nn.Module], Any]) -> Any:
 
 
 class Found:
-    """What was found out about one module. It holds what it saw, so that nothing else can come to
-    lie there, and not the module itself. Copies and pickles of the module have none.
+    """What was found about one module. It holds the objects that it saw, so that no others can be
+    allocated there, but not the module itself. In copies and pickles of the module it is empty.
     """
 
     def __init__(self) -> None:
@@ -61,10 +61,10 @@ class Found:
         self._seen: list[object] = [None]
 
     def holds(self, module: nn.Module) -> bool:
-        """Whether the module is as it was."""
+        """Whether the module is unchanged."""
         try:
             return all(map(operator.is_, self._now(module), self._seen))
-        except RuntimeError:  # another thread changes it
+        except RuntimeError:  # another thread is changing it
             return False
 
     def keep(self, module: nn.Module, find: Callable[[nn.Module], Any]) -> None:
@@ -79,7 +79,7 @@ class Found:
         self.__dict__.update(new.__dict__)
 
     def _now(self, module: nn.Module) -> Iterator[object]:
-        """Every object that decides the finding. The views show the present state."""
+        """Every object that the finding depends on. The views show the present state."""
         own = module.__dict__
         return chain(
             (type(module), type(module).forward),
@@ -87,7 +87,7 @@ class Found:
             compress(own.values(), self._others),
             *(map(of, self._parts) for of in _of_part),
             chain.from_iterable(self._views),
-            (_END,),  # of something shorter or longer, another
+            (_END,),  # differs if the sequence became shorter or longer
         )
 
     def __deepcopy__(self, memo: dict) -> "Found":
@@ -98,7 +98,7 @@ class Found:
 
 
 def views_inside_of_module(module: nn.Module) -> Iterator[Iterable]:
-    """Views of what may change inside of a module's attributes."""
+    """Views of what may change inside a module's attributes."""
     for name, value in module.__dict__.items():
         if name in _ENTRIES:
             yield from (value, value.values())
@@ -107,7 +107,7 @@ def views_inside_of_module(module: nn.Module) -> Iterator[Iterable]:
 
 
 def views_inside(value: Any) -> Iterator[Iterable]:
-    """Views of what may change inside of one attribute, whose containers may be in themselves."""
+    """Views of what may change inside one attribute, whose containers may contain themselves."""
     waiting, taken = [value], set[int]()
     while waiting:
         value = waiting.pop()
@@ -125,8 +125,8 @@ def views_inside(value: Any) -> Iterator[Iterable]:
 
 
 class Another:
-    """A view of what never is as it was: a tensor, whose numbers may change, or too much to look at
-    in each call.
+    """A view that never counts as unchanged: of a tensor, whose numbers may change, or of too many
+    values to compare in each call.
     """
 
     def __iter__(self) -> Iterator[object]:
