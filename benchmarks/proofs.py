@@ -180,6 +180,8 @@ def _call_everything(images, channels, rows, size, dtype, gamma_dtype, last, tab
     planes = torch.empty(3, images, channels)
     modulation, settings = (planes, gamma, kept_beta, index), (activation, 0.2)
     triton_kernels.plane_moments(x)
+    for own in (None, planes[0, 0]):
+        triton_kernels.running_planes(x, *planes[:2, 0].to(dtype), own, own, 1e-5)
     _, signs = triton_kernels.apply(x, planes, gamma, beta, index, *settings, True)
     triton_kernels.instance_forward(x, gamma, beta, index, 1e-5, *settings, True)
     triton_kernels.instance_forward(x, gamma, beta, index, 1e-5, *settings, False)

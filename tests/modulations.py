@@ -124,6 +124,30 @@ def eager_modulate(x, gamma, beta, *, index=None, **settings):
     return reference.spade_modulate(x, gamma, beta, **settings)
 
 
+def running_statistics(dtype, statistics_dtype, affine):
+    """Arguments for a batch norm in eval mode, whose numbers have a dtype of their own."""
+    arguments, _ = sample(
+        (2, 6, 9, 7), "batch", "leaky_relu", dtype=dtype, affine=affine, training=False
+    )
+    names = ("running_mean", "running_var", *(("weight", "bias") if affine else ()))
+    return arguments | {name: arguments[name].to(statistics_dtype) for name in names}
+
+
+@torch.no_grad()
+def excess_without_gradients(arguments):
+    """The excess of y where no gradient is wanted, beside the truth in float64 rounded to y's
+    dtype.
+    """
+    ours = spade_fast.spade_modulate(**arguments)
+    in_double = {
+        name: value.double() if isinstance(value, torch.Tensor) else value
+        for name, value in arguments.items()
+    }
+    truth = eager_modulate(**in_double)
+    eps = torch.finfo(ours.dtype).eps
+    return excess(ours, truth.to(ours.dtype), truth, eps=eps)
+
+
 def disagreements(arguments, dy, truth_arguments=None):
     """The outputs that disagree with the reference, by name, with their excess. Empty if all agree.
 

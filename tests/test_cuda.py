@@ -21,7 +21,9 @@ from modulations import (
     channels_last,
     contiguous,
     disagreements,
+    excess_without_gradients,
     results,
+    running_statistics,
     sample,
     sliced,
     sliced_channels,
@@ -111,6 +113,14 @@ def test_planes_that_a_cluster_holds(
     monkeypatch.setenv("SPADE_FAST_HOST_CLUSTERS", "0")
     spade_fast.spade_modulate(**arguments)
     assert library.host_largest_cluster() == 1
+
+
+@needs_compiler
+@pytest.mark.parametrize("affine", [False, True])
+@pytest.mark.parametrize("statistics_dtype", [*DTYPES, torch.float64], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_running_statistics(dtype, statistics_dtype, affine, on_host):
+    assert excess_without_gradients(running_statistics(dtype, statistics_dtype, affine)) <= 1
 
 
 @needs_compiler
@@ -314,6 +324,7 @@ def test_outputs_match_the_fakes(layout, rows, passes):
     ops = getattr(torch.ops, NAMESPACE)
     for name, given in {
         "plane_moments": (x,),
+        "running_planes": (x, *torch.rand(2, 5), None, torch.rand(5), 1e-5),
         "apply": (x, planes, gamma, beta, index, "relu", 0.2, True),
         "backward_sums": (dy, x, planes, gamma, None, index, order, signs, "relu", 0.2),
         "backward_input": (dy, x, planes, gamma, None, index, signs, None, "relu", 0.2),

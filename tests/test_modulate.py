@@ -11,7 +11,9 @@ from modulations import (
     contiguous,
     disagreements,
     eager_modulate,
+    excess_without_gradients,
     results,
+    running_statistics,
     sample,
     sliced,
     transposed,
@@ -51,6 +53,13 @@ def test_every_norm_activation_dtype_and_layout(norm, activation, dtype, layout,
 def test_training_and_affine(norm, affine, training):
     arguments, dy = sample((3, 4, 5, 6), norm, "leaky_relu", affine=affine, training=training)
     assert not disagreements(arguments, dy)
+
+
+@pytest.mark.parametrize("affine", [False, True])
+@pytest.mark.parametrize("statistics_dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_running_statistics_without_gradients(dtype, statistics_dtype, affine):
+    assert excess_without_gradients(running_statistics(dtype, statistics_dtype, affine)) <= 1
 
 
 @pytest.mark.parametrize("rows", [None, 7])

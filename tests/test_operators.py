@@ -52,6 +52,9 @@ def test_opcheck(layout, activation, dtype, shape, rows):
     )
     kept_beta = beta if activation == "silu" else None
     opcheck(ops.plane_moments, (x,))
+    channels = torch.rand(2, x.shape[1])
+    opcheck(ops.running_planes, (x, *channels, None, None, 1e-5))
+    opcheck(ops.running_planes, (x, *channels, *channels, 1e-5))
     opcheck(ops.apply, (x, planes, gamma, beta, index, activation, 0.2, True))
     opcheck(ops.apply, (x, planes, gamma, beta, index, activation, 0.2, False))
     opcheck(ops.apply_out, (x, planes, gamma, beta, index, activation, 0.2, torch.empty_like(x)))

@@ -314,6 +314,7 @@ def test_kernels_compile_without_spills_or_doubles_and_with_wide_loads(
     kernels = {
         "apply",
         "plane_moments",
+        "running_planes",
         "backward_sums",
         "backward_input",
         "forward",

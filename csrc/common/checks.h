@@ -153,6 +153,20 @@ inline void check_apply(const Tensor& x, const Tensor& planes, const Tensor& gam
   check_numbers(planes, "planes", x, 3);
 }
 
+inline Extent check_running_planes(const Tensor& x, const Tensor& mean, const Tensor& variance,
+                                   const std::optional<Tensor>& weight,
+                                   const std::optional<Tensor>& bias) {
+  const Extent extent = check_features(x);
+  const auto check = [&](const Tensor& given, const char* name) {
+    check_operand(given, name, x, kFloating, std::vector<int64_t>{extent.channels},
+                  "a number for each channel");
+  };
+  check(mean, "mean"), check(variance, "variance");
+  if (weight) check(*weight, "weight");
+  if (bias) check(*bias, "bias");
+  return extent;
+}
+
 inline void check_out(const Tensor& out, const Tensor& x, const Tensor& gamma) {
   check_operand(out, "out", x, {promoted(x.scalar_type(), gamma.scalar_type())}, x.sizes(),
                 "x's shape");

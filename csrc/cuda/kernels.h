@@ -65,6 +65,14 @@ void plane_moments(const Settings& settings, const Operands& o, const Division& 
 // norm.
 void combine_moments(const Settings& settings, const Operands& o, const Division& d,
                      const float* parts, float eps, float* moments, float* planes);
+// Numbers [C] of a batch norm's channels; without a weight or bias of its own their data is null.
+struct RunningStatistics {
+  Rows mean, variance, weight, bias;
+  float eps;
+  int64_t images, channels;
+  float* planes;  // [3, N, C]
+};
+void running_planes(Stream stream, const RunningStatistics& s);
 void apply(const Settings& settings, const Operands& o, const Division& d, const Rows& y);
 // Writes dγ, dβ, and parts [splits, 2, N, C] of the planes' sums.
 void backward_sums(const Settings& settings, const Operands& o, const Division& d,

@@ -163,6 +163,29 @@ Tensor plane_moments_of(const Tensor& x) {
   return moments;
 }
 
+Tensor running_planes_of(const Tensor& x, const Tensor& mean, const Tensor& variance,
+                         std::optional<Tensor> weight, std::optional<Tensor> bias, double eps) {
+  const Extent extent = check_running_planes(x, mean, variance, weight, bias);
+  const OnDevice on_device(x);
+  std::vector<Tensor> kept;
+  const auto numbers = [&](const Tensor& given, const char* name) -> Rows {
+    const bool is_wide = given.scalar_type() == ScalarType::Double;
+    kept.push_back(without_gaps(is_wide ? in_dtype(given, ScalarType::Float) : given));
+    return {static_cast<char*>(const_cast<void*>(kept.back().const_data_ptr())), 0, 0,
+            type_of(kept.back(), name)};
+  };
+  const Tensor planes =
+      torch::stable::new_empty(x, {3, extent.images, extent.channels}, ScalarType::Float);
+  RunningStatistics s = {};
+  s.images = extent.images, s.channels = extent.channels, s.eps = static_cast<float>(eps);
+  s.mean = numbers(mean, "mean"), s.variance = numbers(variance, "variance");
+  if (weight) s.weight = numbers(*weight, "weight");
+  if (bias) s.bias = numbers(*bias, "bias");
+  s.planes = planes.mutable_data_ptr<float>();
+  running_planes(on_device.stream(), s);
+  return planes;
+}
+
 // Computes y, into a new tensor or `out`, and its signs. out may be x or γ: only the thread that
 // writes an element reads it, and it does so before.
 std::tuple<Tensor, Tensor> modulated(const Tensor& x, const Tensor& planes, const Tensor& gamma,
@@ -350,6 +373,7 @@ STABLE_TORCH_LIBRARY_IMPL(SPADE_FAST_NAMESPACE, SPADE_FAST_DISPATCH_KEY, library
   library.impl("apply_out", TORCH_BOX(&apply_out_to));
   library.impl("backward_sums", TORCH_BOX(&backward_sums_of));
   library.impl("backward_input", TORCH_BOX(&backward_input_of));
+  library.impl("running_planes", TORCH_BOX(&running_planes_of));
   library.impl("instance_forward", TORCH_BOX(&instance_forward_of));
   library.impl("instance_backward", TORCH_BOX(&instance_backward_of));
 }

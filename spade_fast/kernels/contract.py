@@ -53,6 +53,7 @@ class Backend:
     apply_out: Callable[..., None]
     backward_sums: Callable[..., tuple[Tensor, Tensor, Tensor]]
     backward_input: Callable[..., Tensor]
+    running_planes: Callable[..., Tensor]
     instance_forward: Callable[..., tuple[Tensor, Tensor, Tensor]]
     instance_backward: Callable[..., tuple[Tensor, Tensor, Tensor]]
     convolve_windows: Callable[..., Tensor]
@@ -208,6 +209,21 @@ def check_backward_sums(
             )
         shape = (x.shape[0], x.shape[2:].numel())
         _check("order", order, x, (torch.int32,), shape, "[N, pixels]")
+
+
+def check_running_planes(
+    x: Tensor,
+    mean: Tensor,
+    variance: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+) -> None:
+    check_plane_moments(x)
+    numbers = {"mean": mean, "variance": variance, "weight": weight, "bias": bias}
+    for name, given in numbers.items():
+        if given is not None:
+            _check(name, given, x, FLOATING, x.shape[1:2], "a number for each channel")
 
 
 def check_instance_forward(
@@ -373,6 +389,10 @@ def fake_backward_input(dy: Tensor, x: Tensor, *others: object) -> Tensor:
     return torch.empty_like(x)
 
 
+def fake_running_planes(x: Tensor, *others: object) -> Tensor:
+    return x.new_empty(3, *x.shape[:2], dtype=sum_dtype(x.dtype))
+
+
 def fake_instance_forward(
     x: Tensor,
     gamma: Tensor,
@@ -453,6 +473,12 @@ MODULATION = {
         f"({BACKWARD}, Tensor signs, Tensor? terms, {ACTIVATION}) -> Tensor",
         check_backward_input,
         fake_backward_input,
+    ),
+    "running_planes": Operation(
+        "(Tensor x, Tensor mean, Tensor variance, Tensor? weight, Tensor? bias, float eps)"
+        " -> Tensor",
+        check_running_planes,
+        fake_running_planes,
     ),
     "instance_forward": Operation(
         f"(Tensor x, {FORWARD}, float eps, {ACTIVATION}, bool keep_signs)"

@@ -8,7 +8,7 @@ from typing import Literal, get_args
 import torch
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from ..layout import SemanticLayout
+from ..layout import SemanticLayout, Windows
 from ..recording import is_recorded
 from ..scopes import Scope
 from ..streams import made_here, read_here
@@ -84,33 +84,29 @@ def find_layout(segmap: torch.Tensor | SemanticLayout) -> SemanticLayout | None:
     return layout
 
 
-def convolutions_at_windows(
+def windows_of(
     known: Known, layout: SemanticLayout | None, x: torch.Tensor, kept: object
-) -> Convolutions | None:
-    """The convolutions that compute γ and β at the distinct windows of the layout, or None if γ and
-    β are to be computed at pixels. kept: what keeps the layer's tables, or None.
+) -> tuple[Convolutions, Windows] | None:
+    """The convolutions that compute γ and β at the distinct windows of the layout, and those
+    windows; None if γ and β are to be computed at pixels. kept: what keeps the layer's tables, or
+    None.
     """
-    if layout is None or is_recorded(x, layout.palette) or 0 in x.shape[2:]:
-        return None
     convolutions = known.convolutions
-    if convolutions is None or not _pays(kept, layout, x, convolutions):
+    if layout is None or convolutions is None or is_recorded(x, layout.palette):
         return None
-    return convolutions
+    # A compiled graph may not depend on the number of windows, so it always has them.
+    mode = "always" if torch.compiler.is_compiling() else current_mode()
+    if mode == "never" or 0 in x.shape[2:]:
+        return None
+    windows = layout.windows(x.shape[2:], convolutions.gamma.kernel_size[0])
+    # Kept tables are computed once for many forward passes.
+    pays = mode == "always" or kept is not None or _pay(windows, layout, x, convolutions)
+    return (convolutions, windows) if pays else None
 
 
-def _pays(kept, layout, x, convolutions):
-    """Whether windows take less time or are asked for. A compiled graph always uses them, because
-    it may not depend on their number.
-    """
-    if torch.compiler.is_compiling():
-        return True
-    mode = current_mode()
-    if mode != "auto":
-        return mode == "always"
-    if kept is not None:
-        return True  # computed once for many forward passes
+def _pay(windows, layout, x, convolutions):
+    """Whether computing γ and β at the windows takes less time than at the pixels."""
     shared, gamma = convolutions.shared, convolutions.gamma
-    windows = layout.windows(x.shape[2:], gamma.kernel_size[0])
     taps, hidden = math.prod(gamma.kernel_size), gamma.in_channels
     outputs = 2 * gamma.out_channels
     if x.is_cuda and dtype_of_convolution(x, convolutions.dtype).itemsize == 2:

@@ -19,7 +19,7 @@ from .arguments import remember
 from .block import ResidualBlock, SPADEResnetBlock
 from .choice import current_mode, find_layout
 from .config import dimensions, parse_config, whole_number
-from .modules import CONVOLUTIONS, is_plain, keeps_size, taps_of, weights_in
+from .modules import CONVOLUTIONS, first_weight, is_plain, keeps_size, taps_of
 from .pixels import resize
 from .recompute import recomputed
 from .spade import SpatiallyAdaptive, batch_of
@@ -264,7 +264,7 @@ class SPADEGenerator(nn.Module):
 
     def _checked(self, segmap, z):
         """z, drawn if needed but not given. Raises ValueError or TypeError, naming the argument."""
-        weight, first = weights_in(self.fc)[0], getattr(self, self.stages[0].name)
+        weight, first = first_weight(self.fc), getattr(self, self.stages[0].name)
         if isinstance(first, ResidualBlock) and isinstance(first.norm_0, SpatiallyAdaptive):
             first.norm_0.check_segmap(segmap)
         conditions = batch_of(segmap)
@@ -297,7 +297,7 @@ class SPADEGenerator(nn.Module):
         if z is not None:
             return self.fc(z).view(z.shape[0], -1, *self.start)
         if isinstance(segmap, SemanticLayout):
-            segmap = segmap.resize(self.start).to_segmap(weights_in(self.fc)[0].dtype)
+            segmap = segmap.resize(self.start).to_segmap(first_weight(self.fc).dtype)
         return self.fc(resize(segmap, self.start))
 
 

@@ -138,6 +138,9 @@ def weights_in(module: nn.Module) -> list[torch.Tensor]:
 
 def first_weight(module: nn.Module) -> torch.Tensor:
     """The first of `weights_in`, found faster."""
+    for weight in module._parameters.values():
+        if weight is not None:
+            return weight
     weight = next(module.parameters(), None)
     return weights_in(module)[0] if weight is None else weight
 

@@ -16,6 +16,7 @@ from .modules import (
     KnownNorm,
     Same,
     changes_itself,
+    first_weight,
     is_known,
     is_plain,
     keeps_size,
@@ -75,7 +76,7 @@ class Convolutions:
     @property
     def dtype(self) -> torch.dtype:
         """The dtype of the weights that compute γ and β."""
-        return weights_in(self.gamma)[0].dtype
+        return first_weight(self.gamma).dtype
 
     @cached_property
     def marks(self) -> list:

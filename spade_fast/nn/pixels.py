@@ -13,11 +13,11 @@ from .modules import (
     CONVOLUTIONS,
     POINTWISE,
     Convolution,
+    first_weight,
     is_plain,
     keeps_size,
     leaves,
     taps_of,
-    weights_in,
 )
 from .parts import Parts
 from .upsampled import convolve_repeated, may_sum_weights, repeats
@@ -33,7 +33,7 @@ def at_pixels(
 ) -> Sequence[torch.Tensor]:
     """γ and β at every pixel of x."""
     if isinstance(segmap, SemanticLayout):
-        segmap = segmap.resize(x.shape[2:]).to_segmap(weights_in(parts.shared)[0].dtype)
+        segmap = segmap.resize(x.shape[2:]).to_segmap(first_weight(parts.shared).dtype)
     hidden = _hidden(parts.shared, like_pixels_of(x, segmap), x.shape[2:])
     if parts.pad is not None:
         hidden = parts.pad(hidden)

@@ -8,14 +8,14 @@ import torch.fx
 import torch.nn as nn
 from torch.nn.modules.batchnorm import _NormBase
 
+from .. import kernels
 from ..kernels.contract import Activation, lies_like, sum_dtype
 from ..layout import SemanticLayout
-from ..ops import norms
 from ..ops.arguments import check_channels, check_x
 from ..ops.modulate import modulate_by, spade_modulate
 from ..ops.norms import Kind
 from ..recording import of_their_class, ordinary
-from .choice import convolutions_at_windows, find_layout
+from .choice import find_layout, windows_of
 from .config import Config, dimensions, odd_number, parse_config, whole_number
 from .modules import (
     BATCH_NORMS,
@@ -94,10 +94,11 @@ class SpatiallyAdaptive(HasParts):
             x = x.expand(images, *x.shape[1:]) if several else x
         if layout is not None and len(layout) != x.shape[0]:
             layout = layout.repeat(x.shape[0]) if x.shape[0] else layout[:0]
-        convolutions = convolutions_at_windows(known, layout, x, kept)
+        found = windows_of(known, layout, x, kept)
         lookup: dict[str, Any] = {}
-        if layout is not None and convolutions is not None:
-            gamma, beta, lookup = at_windows(self, layout, x, convolutions, kept)
+        if layout is not None and found is not None:
+            convolutions, windows = found
+            gamma, beta, lookup = at_windows(self, layout, windows, x, convolutions, kept)
         else:
             given = ordinary(segmap) if isinstance(segmap, torch.Tensor) else layout
             assert given is not None
@@ -105,7 +106,7 @@ class SpatiallyAdaptive(HasParts):
             if gamma.shape[0] != x.shape[0]:  # one condition for all images
                 gamma, beta = gamma.expand(x.shape), beta.expand(x.shape)
         planes = None
-        if kept is not None and own_norm is not None and convolutions is not None:
+        if kept is not None and own_norm is not None and lookup:
             planes = frozen_planes(kept, own_norm, x)
         if planes is not None:
             index = lookup["index"]
@@ -372,8 +373,7 @@ def frozen_planes(kept: Keeper, norm: KnownNorm, x: torch.Tensor) -> torch.Tenso
         check_x(x)
         for name in ("running_mean", "running_var", "weight", "bias"):
             check_channels(name, getattr(norm, name), x)
-        statistics = norms.given(mean, variance, eps, dtype)
-        return [norms.planes(statistics, shape, weight, bias).contiguous()]
+        return [kernels.select(x).running_planes(x, mean, variance, weight, bias, eps)]
 
     # PyTorch's own batch norm writes to running statistics without changing their version, but the
     # count of batches shows it.

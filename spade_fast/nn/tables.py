@@ -54,14 +54,14 @@ class Keeper(Protocol):
 def at_windows(
     spade: HasParts,
     layout: SemanticLayout,
+    windows: Windows,
     x: torch.Tensor,
     convolutions: Convolutions,
     kept: Keeper | None,
 ) -> tuple[torch.Tensor, torch.Tensor, dict]:
     """γ and β of every distinct window, [K, C], and the arguments of `spade_modulate` by which each
-    pixel finds its row. kept: `kept_tables(spade)`.
+    pixel finds its row. windows: the layout's, at x's size; kept: `kept_tables(spade)`.
     """
-    windows = layout.windows(x.shape[2:], convolutions.gamma.kernel_size[0])
     dtype = dtype_of_convolution(x, convolutions.dtype)
     if kept is None or convolutions.changes_itself:
         gamma, beta = compute_table(layout, windows, convolutions, dtype)

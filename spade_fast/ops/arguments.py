@@ -182,7 +182,7 @@ def _check_index(index, x, rows):
     if rows == 0:
         raise ValueError("gamma has no rows, it should have one for each number in index")
     if index.is_cpu:
-        least, most = index.aminmax()
+        least, most = (bound.item() for bound in index.aminmax())
         if least < 0 or most >= rows:
             raise ValueError(
                 f"index has numbers from {least} to {most}, they should be rows of the table, 0 to"

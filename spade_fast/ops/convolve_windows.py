@@ -33,11 +33,9 @@ def convolve_windows(
     """
     if torch.is_grad_enabled():
         return convolve_beside(rows, [weight], [bias], sums, dtype)
-    rows, weight, bias = _in_dtype(
-        (rows, weight, bias), kernels.select(weight).dtype_at_windows(dtype)
-    )
+    backend, (rows, weight, bias) = _in_dtype((rows, weight, bias), weight, dtype)
     with _without_autocast(rows):
-        return kernels.select(rows).convolve_windows(rows, weight, bias, *sums[:2])
+        return backend.convolve_windows(rows, weight, bias, *sums[:2])
 
 
 def convolve_beside(
@@ -50,12 +48,11 @@ def convolve_beside(
     """Several convolutions of the same rows, each as convolve_windows computes it, side by side:
     [windows, sum of out]. A bias may be None.
     """
-    dtype = kernels.select(weights[0]).dtype_at_windows(dtype)
-    rows, *both = _in_dtype((rows, *weights, *biases), dtype)
+    backend, (rows, *both) = _in_dtype((rows, *weights, *biases), weights[0], dtype)
     with _without_autocast(rows):
         if torch.is_grad_enabled():
             return ConvolveWindows.apply(rows, *sums, *both)
-        return kernels.select(rows).convolve_gathered(rows, *_halves(both), *sums[:2])
+        return backend.convolve_gathered(rows, *_halves(both), *sums[:2])
 
 
 def _halves(both):
@@ -63,10 +60,14 @@ def _halves(both):
     return list(both[: len(both) // 2]), list(both[len(both) // 2 :])
 
 
-def _in_dtype(tensors, dtype):
-    if any(given is not None and given.dtype != dtype for given in tensors):
-        return [None if given is None else given.to(dtype) for given in tensors]
-    return tensors
+def _in_dtype(tensors, weight, dtype):
+    """The backend that computes, and the tensors in the dtype that it computes in."""
+    backend = kernels.select(weight)
+    dtype = backend.dtype_at_windows(dtype)
+    if all(given is None or given.dtype == dtype for given in tensors):
+        return backend, tensors
+    tensors = [None if given is None else given.to(dtype) for given in tensors]
+    return kernels.select(tensors[0]), tensors
 
 
 def _without_autocast(rows):

@@ -126,6 +126,10 @@ def spade_modulate(
         return backend.instance_forward(
             x, gamma, beta, index, eps, activation, negative_slope, False
         )[0]
+    is_given = settings.kind is not None and not settings.measures
+    if is_given and not differentiates:
+        planes = backend.running_planes(x, *running, weight, bias, eps)
+        return modulate_by(planes, x, gamma, beta, index, activation, negative_slope, out)
     with torch.no_grad():
         if settings.measures:
             moments = backend.plane_moments(x) if moments is None else moments
@@ -135,7 +139,7 @@ def spade_modulate(
         else:
             statistics = norms.given(*running, eps, contract.sum_dtype(x.dtype))
     if differentiates:
-        if settings.kind is not None and not settings.measures:
+        if is_given:
             # Running statistics may change before backward.
             statistics = statistics._replace(mean=statistics.mean.clone())
         return Modulate.apply(
@@ -149,12 +153,7 @@ def spade_modulate(
             backend,
         )
     planes = norms.planes(statistics, x.shape[:2], weight, bias)
-    if out is None:
-        return modulate_by(planes, x, gamma, beta, index, activation, negative_slope)
-    backend.apply_out(x, planes, gamma, beta, index, activation, negative_slope, out)
-    if not torch.compiler.is_compiling() and not out.is_inference():
-        torch.autograd.graph.increment_version(out)  # a backward that needs the old values fails
-    return out
+    return modulate_by(planes, x, gamma, beta, index, activation, negative_slope, out)
 
 
 def modulate_by(
@@ -165,12 +164,18 @@ def modulate_by(
     index: Tensor | None,
     activation: Activation | None,
     negative_slope: float,
+    out: Tensor | None = None,
 ) -> Tensor:
     """y, without gradients, from arguments that have been checked and the shift, scale and offset
     of each plane.
     """
-    apply = kernels.select(x, gamma).apply
-    return apply(x, planes, gamma, beta, index, activation, negative_slope, False)[0]
+    backend = kernels.select(x, gamma)
+    if out is None:
+        return backend.apply(x, planes, gamma, beta, index, activation, negative_slope, False)[0]
+    backend.apply_out(x, planes, gamma, beta, index, activation, negative_slope, out)
+    if not torch.compiler.is_compiling() and not out.is_inference():
+        torch.autograd.graph.increment_version(out)  # a backward that needs the old values fails
+    return out
 
 
 def plane_moments(x: Tensor) -> Tensor:
