@@ -389,7 +389,7 @@ def test_dictionaries_of_several_networks(tmp_path):
         },
         path,
     )
-    several = "there are several networks; key should name one of them: 'nets.model.module', 'nets.params_"
+    several = "there are several networks; key should name one of them: 'nets.model.module', "
     for call in (checkpoint.load, lambda path: checkpoint.load_into(MADE["64²"](), path)):
         with pytest.raises(ValueError, match=several):
             call(path)

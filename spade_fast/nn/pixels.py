@@ -65,8 +65,8 @@ def with_channels_together(x: torch.Tensor, scale: int = 1) -> torch.Tensor:
     """x as channels-last: a pixel's channels then lie together, as they do in a row of a table, and
     convolutions are fastest.
 
-    With few pixels (counted after x is enlarged by `scale`, which comes next), x is left as it is: the
-    convolutions that follow copy their weights to x's memory layout, which would cost more.
+    With few pixels (counted after x is enlarged by `scale`, which comes next), x is left as it is:
+    the convolutions that follow copy their weights to x's memory layout, which would cost more.
     """
     if is_recorded(x) or x.dim() not in FORMATS:
         return x  # a recorded graph may not depend on the batch

@@ -30,7 +30,7 @@ _END = object()
 
 def until_changed(
     module: nn.Module,
-    find: Callable[[nn.Module], Any],
+    find: Callable[[Any], Any],
     watch: Callable[[Any], Iterable[Iterable]] | None = None,
 ) -> Any:
     """find(module), or its earlier result if everything that it can see is unchanged: the module's
