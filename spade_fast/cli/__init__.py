@@ -7,25 +7,12 @@ from collections.abc import Callable
 from typing import Annotated, Any
 
 import typer
-from typer.core import TyperGroup
 
 from .. import __version__, import_public
 from . import check, check_data, compare, evaluate, generate, info, paint, train
 from .tables import table_of
 
 __all__ = ["app", "table_of"]
-
-
-class Commands(TyperGroup):
-    """The commands. The options of `train` are made when it is called: they are its settings."""
-
-    def resolve_command(self, ctx: Any, args: list[str]) -> tuple[str | None, Any, list[str]]:
-        name, command, rest = super().resolve_command(ctx, args)
-        if name == "train":
-            alone = typer.Typer(add_completion=False)
-            alone.command(name)(prepared(train.command()))
-            command = typer.main.get_command(alone)
-        return name, command, rest
 
 
 def prepared(command: Callable[..., None]) -> Callable[..., None]:
@@ -41,11 +28,11 @@ def prepared(command: Callable[..., None]) -> Callable[..., None]:
     return run
 
 
-app = typer.Typer(cls=Commands, no_args_is_help=True, add_completion=False)
+app = typer.Typer(no_args_is_help=True, add_completion=False)
 app.command("info")(prepared(info.info))
 app.command("check")(prepared(check.check))
 app.command("check-data")(prepared(check_data.check_data))
-app.command("train", help=train.HELP)(lambda: None)
+app.command("train")(prepared(train.command()))
 app.command("generate")(prepared(generate.generate))
 app.command("evaluate")(prepared(evaluate.evaluate))
 app.command("compare")(prepared(compare.compare))

@@ -10,6 +10,7 @@ from typing import Annotated, Any, get_args, get_type_hints
 
 import typer
 
+from ..settings import PRESETS, Config, preset
 from . import options
 from .memory import keep_freed_memory
 
@@ -32,8 +33,6 @@ def command() -> Callable[..., None]:
     """The function that typer makes the command of: its parameters are the settings, each None
     where it is not given.
     """
-    from ..training import PRESETS, Config, Stopped
-
     types_of = get_type_hints(Config)
     panel = "The run"
     parameters = [
@@ -57,6 +56,8 @@ def command() -> Callable[..., None]:
         parameters.append(_parameter(each.name, kind, help, option, panel))
 
     def run(resume_folder: Path | None, preset_name: str | None, **settings: Any) -> None:
+        from ..training import Stopped
+
         keep_freed_memory()
         given = {name: value for name, value in settings.items() if value is not None}
         try:
@@ -76,7 +77,7 @@ def command() -> Callable[..., None]:
 
 
 def _train(resume_folder, preset_name, given):
-    from ..training import Config, preset, resume, train
+    from ..training import resume, train
 
     if resume_folder is None:
         return train(Config(**preset(preset_name, **given)))
@@ -119,8 +120,6 @@ def _words(value):
 def _as_options(words):
     """A message of a setting, as of an option."""
     name, _, rest = words.partition(" ")
-    from ..training import Config
-
     if name in Config.__dataclass_fields__:
         return f"--{name.lower().replace('_', '-')} {rest}"
     return words

@@ -5,7 +5,7 @@ alone: `for step in trainer.fit(batches)`, with networks, losses and optimizers 
 by the settings.
 """
 
-from .config import PRESETS, Config, preset
+from ..settings import PRESETS, Config, preset
 from .recorder import Stopped
 from .start import resume, train
 from .step import Networks

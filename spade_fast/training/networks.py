@@ -8,7 +8,7 @@ from ..losses import Perceptual
 from ..nn import ConvEncoder, MultiscaleDiscriminator, SPADEGenerator
 from ..nn.config import parse_config
 from ..nn.initialise import initialise
-from .config import Config
+from ..settings import Config
 from .step import Networks
 
 IMAGE_CHANNELS = 3

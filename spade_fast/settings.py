@@ -1,5 +1,5 @@
 """The settings of a training run: one dataclass, written as YAML beside the weights, every field
-also an option of `spade-fast train`.
+also an option of `spade-fast train`, whose help reads them without importing PyTorch.
 """
 
 import contextlib
@@ -9,10 +9,6 @@ import types
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
-
-from ..losses import KINDS, check_kind
-from ..nn.config import parse_config
-from ..nn.generator import NORM_G, official_arguments
 
 ORDERS = ("published", "shared")
 PRECISIONS = ("no", "bf16", "fp16")
@@ -69,7 +65,7 @@ class Config:
     ngf: int = setting(64, "Channels of the generator, in multiples of which it is made.", 1)
     ndf: int = setting(64, "Channels of the discriminator's and encoder's first layer.", 1)
     nhidden: int = setting(128, "Channels between the condition and γ and β.", 1)
-    norm_G: str = setting(NORM_G, "The generator's norms and spectral norm.")
+    norm_G: str = setting("spectralspadesyncbatch3x3", "The generator's norms and spectral norm.")
     upsampling: str = setting("normal", "Doublings of the generator: normal, more or most.")
     scales: int = setting(2, "Scales of the discriminator.", 1)
     layers: int = setting(4, "Layers of each scale's discriminator, before the last.", 1)
@@ -78,7 +74,9 @@ class Config:
     init: str = setting("xavier", "Initialisation: " + ", ".join(INITIALISATIONS) + ".")
     init_gain: float = setting(0.02, "Its gain.", 0)
     # Losses
-    adversarial: str = setting("hinge", "Adversarial loss: " + ", ".join(KINDS) + ".")
+    adversarial: str = setting(
+        "hinge", "Adversarial loss: hinge, least_squares, non_saturating or wasserstein."
+    )
     perceptual: bool = setting(True, "The perceptual loss of VGG19's features.")
     vgg_weights: str | None = setting(
         None, "torchvision's file of VGG19's weights; else torch.hub's cache.", may_change=True
@@ -140,7 +138,9 @@ class Config:
         self._check_contradictions()
 
     def _check_choices(self):
-        from ..data import CONVENTIONS, MODES
+        from .data import CONVENTIONS, MODES
+        from .losses import check_kind
+        from .nn.config import parse_config
 
         check_kind(self.adversarial)
         parse_config(self.norm_G, "norm_G")
@@ -190,6 +190,8 @@ class Config:
         """The arguments of SPADEGenerator for a condition of label_nc channels. Errors: ValueError
         where an image of that size cannot be made.
         """
+        from .nn.generator import official_arguments
+
         return official_arguments(
             label_nc,
             crop_size=self.crop_size,
