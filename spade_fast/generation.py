@@ -265,7 +265,9 @@ class Styles:
                 " and all samples would be the same"
             )
         if style is not None and encoder is not None:
-            self.moments = moments_of(encoder_of(encoder, z_dim), read_photograph(style), size)
+            self.moments = moments_of(
+                encoder_of(encoder, z_dim), read_photograph(style, upright=True), size
+            )
 
     def __call__(self, name: str, samples: Iterable[int]) -> torch.Tensor | None:
         """z [M, z_dim] of these samples, float32 on the CPU; None for a generator without."""

@@ -7,7 +7,7 @@ import signal
 import numpy as np
 import pytest
 import torch
-from drawn_data import draw_folder, settings_for
+from drawn_data import draw_folder, on_its_side, save, settings_for
 from PIL import Image
 from typer.testing import CliRunner
 
@@ -158,6 +158,10 @@ def test_the_style_of_a_photograph(scenes, weights_with_z, tmp_path):
         expected = by_hand(weights_with_z, scenes, name, z)
         assert np.array_equal(found[f"{name}-0.png"], expected)
         assert not np.array_equal(found[f"{name}-1.png"], expected)
+    lying, exif = on_its_side(Image.open(style))
+    lying = save(lying, tmp_path / "lying.png", exif=exif)
+    coco(weights_with_z, scenes, tmp_path / "upright", "--style", lying, *options[2:])
+    assert np.array_equal(images_in(tmp_path / "upright")["000.png"], found["000-0.png"])
     words = coco(weights_with_z, scenes, tmp_path / "none", "--style", style, code=2)
     assert "style is given and encoder is not, both should be" in words
     options = ("--style", style, "--encoder", weights_with_z)

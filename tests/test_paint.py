@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import require
+from drawn_data import on_its_side
 from PIL import Image
 from typer.testing import CliRunner
 
@@ -111,10 +112,10 @@ def test_the_image_is_the_generators(client, service, kind):
     assert client.post("/image?seed=6", content=labels.tobytes()).content != answer.content
 
 
-def image_file(pixels, kind="PNG"):
+def image_file(pixels, kind="PNG", **settings):
     """The file of an image, in memory."""
     file = io.BytesIO()
-    Image.fromarray(pixels).save(file, kind)
+    Image.fromarray(pixels).save(file, kind, **settings)
     return file.getvalue()
 
 
@@ -132,6 +133,16 @@ def test_the_style_of_a_photograph(client_with_styles, service, encoder, kind):
     wanted = picture(service.generate(layout, mean[None])[0])
     image = client_with_styles.post("/image", params=answer.json(), content=labels.tobytes())
     assert (np.asarray(Image.open(io.BytesIO(image.content))) == wanted).all()
+
+
+def test_a_photograph_is_turned_upright_for_its_style(client_with_styles):
+    upright = a_photograph()
+    lying, exif = on_its_side(upright)
+    z, same, other = (
+        client_with_styles.post("/style", content=content).json()["z"]
+        for content in (image_file(upright), image_file(lying, exif=exif), image_file(lying))
+    )
+    assert z == same != other
 
 
 def test_what_is_wrong_with_a_photograph_is_said(client_with_styles, client, monkeypatch):

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 
 Palette = Mapping[tuple[int, int, int], int]  # the class that each colour stands for
 
@@ -50,14 +50,20 @@ def read_labels(path: str | os.PathLike, palette: Palette | None = None) -> np.n
 
 
 def read_photograph(
-    path: str | os.PathLike, content: bytes | None = None, most_pixels: int | None = None
+    path: str | os.PathLike,
+    content: bytes | None = None,
+    most_pixels: int | None = None,
+    upright: bool = False,
 ) -> Image.Image:
-    """A photograph as an RGB image of PIL, with the rows and columns that the file has: an EXIF
-    orientation turns nothing, since the label map has those rows and columns, too.
+    """A photograph as an RGB image of PIL. By default it has the rows and columns of the file,
+    which its label map has, too: an EXIF orientation is ignored, as in the published code, except
+    in a TIFF, which Pillow itself turns.
 
     Args:
         content: of the file, which is then not opened: path is its name in messages.
         most_pixels: that it may have; more are not decoded.
+        upright: whether to turn it as its EXIF orientation says, for a photograph without a label
+            map.
 
     Errors: ValueError, which names the file: it is no whole image, it has more pixels, more than 8
         bits for a grey one, or transparent ones, whose colour nobody sees.
@@ -68,7 +74,7 @@ def read_photograph(
             raise ValueError(
                 f"{path} has {width} × {height} pixels, it should have {most_pixels} or fewer"
             )
-    image = _read(path, content)
+    image = _read(path, content, upright)
     if image.mode.startswith("I") or image.mode == "F":
         raise ValueError(
             f"{path} has pixels of the kind {image.mode}, a photograph should have 8 bits per"
@@ -81,11 +87,16 @@ def read_photograph(
 
 
 def read_orientation(path: str | os.PathLike) -> int:
-    """The EXIF orientation of a photograph, 1 where it has none.
+    """The EXIF orientation that `read_photograph` ignores: 1 if there is none, or if the file is a
+    TIFF, which Pillow itself turns.
 
     Errors: ValueError where the file is no image.
     """
-    return _opened(path, lambda image: image.getexif().get(ORIENTATION, 1))
+
+    def found(image):
+        return 1 if image.format == "TIFF" else image.getexif().get(ORIENTATION, 1)
+
+    return _opened(path, found)
 
 
 def read_palette(path: str | os.PathLike) -> dict[tuple[int, int, int], int]:
@@ -148,12 +159,12 @@ def _classes_of(pixels, palette, path):
     return np.array([palette[colour] for colour in colours], np.int64)[places]
 
 
-def _read(path, content=None):
-    """All of an image."""
+def _read(path, content=None, upright=False):
+    """All of an image, upright or as it is in the file."""
 
     def load(image):
         image.load()
-        return image
+        return ImageOps.exif_transpose(image) if upright else image
 
     return _opened(path, load, content)
 

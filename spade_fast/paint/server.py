@@ -267,7 +267,9 @@ class _Painter:
     def style(self, content: bytes) -> str:
         """The mean z of a photograph's file, as text. Errors: ValueError."""
         assert self.encoder is not None
-        photograph = read_photograph("the photograph", content, MOST_PHOTOGRAPH_PIXELS)
+        photograph = read_photograph(
+            "the photograph", content, MOST_PHOTOGRAPH_PIXELS, upright=True
+        )
         mean, _ = moments_of(self.encoder, photograph, self.size)
         return _text_of(mean)
 
