@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 import pytest
+import typer
 from typer.testing import CliRunner
 
 import spade_fast
@@ -39,6 +40,16 @@ def test_help_and_version_import_nothing_heavy():
     assert all(name in help for name in COMMANDS)
     for name, said in zip(COMMANDS, helps, strict=True):
         assert f"spade-fast {name} [OPTIONS]" in said
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_the_lines_of_a_help_text_follow_the_width_of_the_terminal(name):
+    command = typer.main.get_command(app).commands[name]
+    first, *others = [" ".join(part.split()) for part in command.help.split("\n\n")]
+    wide = {"COLUMNS": "400"}
+    for words, parts in (["--help"], [first]), ([name, "--help"], [first, *others]):
+        output = CliRunner().invoke(app, words, env=wide).output
+        assert all(part.replace("`", "") in output for part in parts)
 
 
 def test_a_user_module_finds_the_whole_package_in_the_command(tmp_path):

@@ -393,8 +393,8 @@ def test_files_as_cityscapes_has_them(scenes, tmp_path):
     "options, words",
     [
         (["--dtype", "float8"], "dtype is 'float8', it should be one of float32"),
-        (["--device", "meta"], "device is 'meta', it should be one that is here"),
-        (["--device", "toaster"], "device is 'toaster', it should be one that is here"),
+        (["--device", "meta"], "device is 'meta', it should be a device of this machine"),
+        (["--device", "toaster"], "device is 'toaster', it should be a device of this machine"),
         (["--preprocess", "shrink"], "mode is 'shrink', it should be one of"),
         (["--convention", "mapillary"], "convention is 'mapillary', it should be one of"),
         (["--samples", "2"], "samples is 2, it should be 1: this generator begins with the cond"),

@@ -439,8 +439,8 @@ def test_the_command_says_what_is_wrong(tmp_path, monkeypatch):
     for path in (weights, tmp_path / "generator.safetensors"):
         checkpoint.write(SPADEGenerator(3, **SMALL), path)
     for arguments, words in (
-        (["--classes", classes], "classes is given without weights"),
-        (["--encoder", weights], "encoder is given without weights"),
+        (["--classes", classes], "classes is given without the weights"),
+        (["--encoder", weights], "encoder is given without the weights"),
         ([tmp_path / "text.pth"], "text.pth"),
         ([tmp_path / "none.pth"], "none.pth"),
         ([weights, "--encoder", weights], "encoder is the weights of a SPADEGenerator"),

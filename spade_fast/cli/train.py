@@ -1,4 +1,4 @@
-"""The command `spade-fast train`, with an option for every setting."""
+"""The command `spade-fast train`, with an option for each setting."""
 
 import dataclasses
 import inspect
@@ -14,12 +14,13 @@ from ..settings import PRESETS, Config, preset
 from . import options
 from .memory import keep_freed_memory
 
-HELP = """Train a generator on folders of label maps and photographs, or go on with a run. The
-run's folder has its settings, checkpoints, pictures, log and the generator's weights.
+HELP = """Train a generator on label maps and photographs, or resume a run.
+
+The run's folder gets its settings, checkpoints, pictures, log and the generator's weights.
 """
 FOLDERS = ("labels", "images", "instances")
 FILES = ("palette", "vgg_weights")
-# Where --help begins another group of settings, in their order.
+# The setting that begins each panel of the help.
 PANELS = {
     "labels": "Data",
     "ngf": "Networks",
@@ -30,13 +31,13 @@ PANELS = {
 
 
 def command() -> Callable[..., None]:
-    """The function that typer makes the command of: its parameters are the settings, each None
-    where it is not given.
+    """The command for typer: a function whose parameters are the settings, each None unless it is
+    given.
     """
     types_of = get_type_hints(Config)
     panel = "The run"
     parameters = [
-        _parameter("resume_folder", Path, "Go on with the run in this folder.", "--resume", panel),
+        _parameter("resume_folder", Path, "Folder of a run to go on with.", "--resume", panel),
         _parameter(
             "preset_name",
             str,
@@ -68,7 +69,7 @@ def command() -> Callable[..., None]:
         except (ValueError, TypeError, OSError, ModuleNotFoundError) as error:
             typer.echo(f"Error: {_as_options(str(error))}", err=True)
             raise typer.Exit(2) from None
-        if os.environ.get("RANK", "0") == "0":  # the first of the processes that trained
+        if os.environ.get("RANK", "0") == "0":  # the first of the training processes
             typer.echo(path)
 
     setattr(run, "__signature__", inspect.Signature(parameters))
@@ -84,7 +85,7 @@ def _train(resume_folder, preset_name, given):
     if preset_name is not None:
         raise ValueError(
             f"preset is {preset_name!r} and resume {str(resume_folder)!r}, only one of them should"
-            " be given: a run has its settings"
+            " be given: a run has its own settings"
         )
     return resume(resume_folder, **given)
 
@@ -118,7 +119,7 @@ def _words(value):
 
 
 def _as_options(words):
-    """A message of a setting, as of an option."""
+    """A message about a setting, with the name of its option instead."""
     name, _, rest = words.partition(" ")
     if name in Config.__dataclass_fields__:
         return f"--{name.lower().replace('_', '-')} {rest}"
