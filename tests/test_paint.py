@@ -172,13 +172,13 @@ def test_what_is_wrong_with_z_is_said(client, encoder):
         return base64.urlsafe_b64encode(np.array(numbers, "<f4").tobytes()).decode()
 
     for arguments, words in (
-        ({"z": "?"}, "z is no text of numbers"),
-        ({"z": "ä"}, "z is no text of numbers"),
-        ({"z": "AAA="}, "z is no text of numbers"),  # two bytes
-        ({"z": ""}, "z has 0 numbers, 0 of them finite; it should be 4 finite ones"),
+        ({"z": "?"}, "z cannot be decoded"),
+        ({"z": "ä"}, "z cannot be decoded"),
+        ({"z": "AAA="}, "z cannot be decoded"),  # two bytes
+        ({"z": ""}, "z has 0 numbers, 0 of them finite; it should be 4 finite float32 numbers"),
         ({"z": z_of(1, 2, 3)}, "z has 3 numbers, 3 of them finite"),
         ({"z": z_of(1, 2, 3, np.nan)}, "z has 4 numbers, 3 of them finite"),
-        ({"z": z_of(1, 2, 3, 4), "seed": 1}, "seed and z are given, one of them should be"),
+        ({"z": z_of(1, 2, 3, 4), "seed": 1}, "seed and z are given, only one of them should be"),
     ):
         answer = client.post("/image", params=arguments, content=bytes(4096))
         assert answer.status_code == 422 and words in answer.json()["detail"]
@@ -473,7 +473,7 @@ def test_a_port_that_is_not_free(tmp_path):
         port = taken.getsockname()[1]
         result = CliRunner().invoke(command, ["paint", str(weights), "--port", str(port)])
     assert result.exit_code == 1 and result.exception.args == (1,)
-    words = f"nobody can listen at 127.0.0.1, port {port}: Address already in use."
+    words = f"cannot listen at 127.0.0.1, port {port}: Address already in use."
     assert words in " ".join(result.output.split())
     with pytest.raises(OSError, match=r"listen at 192\.0\.2\.1, port 0: Cannot assign"):
         listening("192.0.2.1", 0)
@@ -707,13 +707,16 @@ def test_what_is_wrong_with_a_label_map_is_said(open_page, address):
     damaged[60] ^= 1
     for number, (content, words) in enumerate(
         (
-            (b"this is no image", "it is no PNG"),
-            (b"", "it is no PNG"),
-            (whole[:-20], "it is not whole"),
+            (b"this is no image", "it is not a PNG"),
+            (b"", "it is not a PNG"),
+            (whole[:-20], "it is incomplete"),
             (bytes(damaged), "it is damaged"),
             (image_file(np.zeros((64, 64, 3), np.uint8)), "it has colours"),
-            (image_file(np.full((64, 64), 700, np.uint16)), "it has a 700, which is no class here"),
-            (image_file(np.full((64, 64), 3, np.uint8)), "it has a 3, which is no class here"),
+            (
+                image_file(np.full((64, 64), 700, np.uint16)),
+                "it has a 700, which is not a class here",
+            ),
+            (image_file(np.full((64, 64), 3, np.uint8)), "it has a 3, which is not a class here"),
         )
     ):
         open_file(page, "#file", content, f"{number}.png")
@@ -737,7 +740,7 @@ def test_a_photographs_style_holds_until_another_is_drawn(open_page, address, se
     with open(tmp_path / "large.png", "wb") as large:
         large.truncate(2**25 + 1)
     page.set_input_files("#photograph", tmp_path / "large.png")
-    page.get_by_text("large.png was not opened: it is above 32 MB").wait_for()
+    page.get_by_text("large.png was not opened: it is larger than 32 MiB").wait_for()
     page.reload()
     assert image_of(page) == answer_of(address, page, z=z)
     page.get_by_role("button", name="New style").click()
