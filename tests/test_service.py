@@ -394,7 +394,7 @@ def test_a_full_queue_is_an_error(monkeypatch):
             futures = [service.submit(layout_of())]
             assert called.wait(10)
             futures += [service.submit(layout_of()) for _ in range(2)]
-            with pytest.raises(serving.Busy, match="2 images wait, and 1 more would be above 2"):
+            with pytest.raises(serving.Busy, match="with 1 more there would be more than 2"):
                 service.generate(layout_of())
         assert all(future.result().shape[0] == 1 for future in futures)
         assert len(service.generate(layout_of(), torch.randn(5, 3))) == 5
@@ -451,7 +451,7 @@ def test_a_callback_that_would_wait_for_itself_is_told_so():
     layout, found = layout_of(), []
 
     def ask_again(future):
-        with pytest.raises(RuntimeError, match="submit does not wait"):
+        with pytest.raises(RuntimeError, match="use submit, which does not wait"):
             service.generate(layout)
         found.append(service.submit(layout))
 
