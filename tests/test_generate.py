@@ -323,10 +323,10 @@ def test_a_run_has_its_encoder(scenes, tmp_path):
         (151, ("ade20k", 150, 0, None), 150),
         (36, ("cityscapes", 35, None, None), 35),
         (35, ("cityscapes", 35, None, None), 35),
-        (184, ("coco_stuff", 182, 255, None), "182 classes and don't care are 183: instances"),
-        (182, ("coco_stuff", 182, 255, None), "are 183: num_classes, dont_care"),
-        (2, ("folder", None, 255, "inst"), "0 classes and don't care and edges of instances are 2"),
-        (7, ("folder", 9, None, None), "the generator has 7 channels, and 9 classes are 9"),
+        (184, ("coco_stuff", 182, 255, None), "182 classes and don't care make 183: instances"),
+        (182, ("coco_stuff", 182, 255, None), "make 183: num_classes, dont_care"),
+        (2, ("folder", None, 255, "inst"), "don't care and edges of instances make 2"),
+        (7, ("folder", 9, None, None), "the generator has 7 channels, and 9 classes make 9"),
     ],
 )
 def test_the_number_of_classes_follows_from_the_generator(label_nc, maps, found):
