@@ -335,11 +335,11 @@ class _Doorman:
 
     def _is_own(self, host):
         name, colon, port = host.rpartition(":")
-        if not colon or port.endswith("]"):  # no port: that of http
+        if not colon or port.endswith("]"):  # http's port is left out
             name, port = host, "80"
         if port != str(self.port):
             return False
-        # The owner of a name can make it point here, but not of an address.
+        # The owner of a name can make it point here, but nobody can redirect an address.
         return name in self.names or (self.takes_addresses and _is_address(name))
 
 
