@@ -151,8 +151,8 @@ def test_eight_threads_and_other_weights_in_the_middle():
     ends, reloaded, found, wrong = time.monotonic() + 2, threading.Event(), [], []
 
     def ask(thread):
-        number = thread
-        while time.monotonic() < ends or not found:
+        number, is_new = thread, False
+        while not wrong and (time.monotonic() < ends or not is_new):
             place, after = number % 3, reloaded.is_set()
             image = service.generate(layouts[place], z)
             is_new = torch.equal(image, new[place])
@@ -166,6 +166,8 @@ def test_eight_threads_and_other_weights_in_the_middle():
         for thread in threads:
             thread.start()
         time.sleep(1)
+        while not found and any(thread.is_alive() for thread in threads):
+            time.sleep(0.01)
         service.reload(generators[1])
         reloaded.set()
         for thread in threads:
