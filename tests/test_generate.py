@@ -284,7 +284,7 @@ def test_a_folder_of_a_run_says_the_rest(scenes, folder, tmp_path):
         assert np.array_equal(image, by_hand(path, scenes, name.removesuffix(".png")))
     options = ("--labels", folder / "label", "--out", tmp_path / "other")
     words = run(tmp_path / "run", *options, code=2)
-    assert "instances should be given, if it was trained with them" in words
+    assert "instances should be given if it was trained with them" in words
     run(tmp_path / "run", *options, "--instances", folder / "inst")
     assert set(images_in(tmp_path / "other")) == names()
     path.unlink()
