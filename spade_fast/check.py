@@ -1,4 +1,4 @@
-"""What `spade-fast check` does: converts a model, compares it with what it was, and times both."""
+"""The work of `spade-fast check`: converts a copy of a model, compares the two, and times both."""
 
 import contextlib
 import copy
@@ -14,19 +14,20 @@ from .convert import Report, convert, revert
 from .imported import Failed, returned, theirs
 from .nn import spade as layer
 
-AGREES = 1e-8  # in float64, of each tensor's norm
+AGREES = 1e-8  # largest error in float64, relative to each tensor's norm
 
 
 class Result(NamedTuple):
-    """What `check` found; the report alone where nothing was converted."""
+    """What `check` found. If nothing was converted, only the report has contents."""
 
     report: Report
-    # relative error in float64 of each output ("output 0", …) and of the worst gradient ("gradient
-    # of …")
+    # The relative error in float64 of each output ("output 0", …) and of the worst gradient
+    # ("gradient of …").
     errors: dict
-    # median of a call, by mode ("forward", "forward and backward"): the model's own, and converted
+    # By mode ("forward", "forward and backward"): the median seconds of a call of the original and
+    # of the converted model.
     seconds: dict
-    # by mode, in how many calls of SPADEs γ and β were computed at "windows" and at "pixels"
+    # By mode: how many calls of SPADEs computed γ and β at "windows", and how many at "pixels".
     ways: dict
 
     @property
@@ -35,11 +36,11 @@ class Result(NamedTuple):
 
 
 def load(name: str) -> tuple[torch.nn.Module, Sequence]:
-    """The model and its arguments from "module:function": a function without arguments that returns
-    them, (model, arguments).
+    """The model and its arguments from "module:function", a function without arguments that returns
+    (model, arguments).
 
-    Errors: ValueError where there is no such function, or it returns something else; Failed where
-    the module or the function raises.
+    Errors: ValueError if there is no such function, or if it returns something else; Failed if the
+    module or the function raises.
     """
     found = returned(name, "my_project.models:generator_and_inputs")
     if not (
@@ -49,8 +50,8 @@ def load(name: str) -> tuple[torch.nn.Module, Sequence]:
         and isinstance(found[1], (tuple, list))
     ):
         raise ValueError(
-            f"{name!r} should return (model, arguments): a torch.nn.Module, and what it is called"
-            " with as a tuple"
+            f"{name!r} should return (model, arguments): a torch.nn.Module, and a tuple of the"
+            " arguments to call it with"
         )
     return found
 
@@ -60,13 +61,13 @@ def check(model: torch.nn.Module, arguments: Sequence, seconds: float = 10.0) ->
     change.
 
     Args:
-        model: a torch.nn.Module, in the mode that it is to be checked in. Modules of it that are
-            already converted are compared with their own classes.
-        arguments: what it is called with; its result is a tensor, or a tuple, list or dictionary
-            that has some.
-        seconds: how long the two are timed for.
+        model: a torch.nn.Module, in the mode (train or eval) to check it in. Modules in it that
+            are already converted are compared with their own classes.
+        arguments: the arguments to call it with. Its result should be a tensor, or a tuple, list or
+            dictionary that contains tensors.
+        seconds: seconds to spend on timing.
 
-    Errors: Failed where the model itself fails, or cannot be copied or converted.
+    Errors: Failed if the model itself fails, or if it cannot be copied or converted.
     """
     with theirs("the model cannot be copied"):
         own, fast = copy.deepcopy(model), copy.deepcopy(model)
@@ -86,7 +87,7 @@ def check(model: torch.nn.Module, arguments: Sequence, seconds: float = 10.0) ->
 
 
 def outcome(model: torch.nn.Module, arguments: Sequence) -> dict[str, torch.Tensor]:
-    """Outputs and gradients by name, of one forward and backward."""
+    """Outputs and gradients of one forward and backward, by name."""
     torch.manual_seed(0)
     tensors = outputs(model(*arguments))
     wanted = {
@@ -110,7 +111,7 @@ def outcome(model: torch.nn.Module, arguments: Sequence) -> dict[str, torch.Tens
 
 
 def outputs(result: object) -> list[torch.Tensor]:
-    """The floating-point tensors of what a model returns."""
+    """The floating-point tensors in a model's result."""
     if isinstance(result, torch.Tensor):
         return [result] if result.is_floating_point() else []
     parts = (
@@ -124,8 +125,8 @@ def outputs(result: object) -> list[torch.Tensor]:
 
 
 def compare(truth: dict[str, torch.Tensor], ours: dict[str, torch.Tensor]) -> dict[str, float]:
-    """The relative error of each output and of the worst gradient; a gradient that is nothing but
-    rounding is judged beside the others.
+    """The relative error of each output and of the worst gradient. A gradient that consists of
+    rounding errors is measured against the largest gradient instead of its own norm.
     """
     largest = max(
         (tensor.norm().item() for name, tensor in truth.items() if name.startswith("gradient")),
@@ -146,8 +147,8 @@ def compare(truth: dict[str, torch.Tensor], ours: dict[str, torch.Tensor]) -> di
 def time_both(
     own: torch.nn.Module, fast: torch.nn.Module, arguments: Sequence, seconds: float
 ) -> tuple[dict[str, tuple[float, float]], dict[str, Counter]]:
-    """Medians of calls, the two models in turn, and how the fast one computed γ and β in them:
-    {mode: (own, fast)}, {mode: ways}.
+    """Median seconds of calls, with the two models called in turn, and how the fast model computed
+    γ and β: {mode: (own, fast)}, {mode: ways}.
     """
 
     def forward(model):
@@ -183,8 +184,8 @@ def time_both(
 
 @contextlib.contextmanager
 def ways_of_spades() -> Iterator[Counter]:
-    """Inside, a Counter of how SPADEs compute γ and β: at "windows", which an index looks up, or at
-    "pixels".
+    """Inside, counts the calls in which SPADEs compute γ and β at "windows", looked up by an index,
+    and those at "pixels".
     """
     modulate, ways = layer.spade_modulate, Counter[str]()
 
@@ -205,7 +206,7 @@ def _wait():
 
 
 def _double(value):
-    """A model or arguments in float64, whatever is floating-point of them."""
+    """A model or arguments with all their floating-point tensors in float64."""
     if isinstance(value, torch.nn.Module):
         return value.double()
     if isinstance(value, torch.Tensor):

@@ -27,18 +27,18 @@ from .training.pictures import picture
 from .training.run import GENERATOR, Run
 from .writing import remove_unfinished, written
 
-ORIGIN = "spade_fast"  # the text in a PNG that says which generator made it, for `evaluate`
-READERS = 3  # label maps that are read, numbered or written beside those in the network
-MOST_WAITING = 2**31  # images: the number of threads bounds them already
+ORIGIN = "spade_fast"  # the key of a PNG's text that says how it was generated, for `evaluate`
+READERS = 3  # label maps that are read, numbered or written while others are in the network
+MOST_WAITING = 2**31  # no limit on images: the number of threads is one already
 
 
 @dataclass
 class Report:
     """What became of the label maps.
 
-    made: images that were written.
-    skipped: images that were there.
-    faults: a line for each label map that no image was made of.
+    made: the number of images written.
+    skipped: the number of images that existed already.
+    faults: a line for each label map that could not be used.
     """
 
     made: int = 0
@@ -80,38 +80,39 @@ def generate(
     progress: Callable[[Iterable, int], Iterable] = lambda found, count: found,
 ) -> Report:
     """Makes an image of every label map below a folder: `out/NAME.png`, or with several samples
-    `out/NAME-0.png` and so on. Each is written whole or not at all. A fault of one label map
-    is said in the report, and the others are made.
+    `out/NAME-0.png` and so on. Each is written whole or not at all. A label map with a fault is
+    reported, and the images of the others are made.
 
-    An image depends on its own label map, on weights, seed and name alone: with `batch` 1 to the
-    bit, else its values may differ by a rounding with the images beside it (see `Service`).
+    An image depends only on its own label map and name, the weights and the seed: with `batch` 1 to
+    the bit. With a larger `batch`, the other images of the batch may change its rounding (see
+    `Service`).
 
     Args:
-        weights: as `Service` takes them, or the folder of a run: then its settings say convention,
-            palette, num_classes and dont_care where they are not given, and instances where labels
-            are those that it was trained with.
-        loading: key and arguments of `checkpoint.load`, where the weights do not say enough.
-        labels, instances: folders; instances are needed where the generator was trained with them.
-        out: the folder of the images, which may be new.
-        convention, palette: as of `find_pairs` and `read_labels`.
-        num_classes, dont_care: where neither they nor the convention say so, all channels of the
-            generator are classes, but for that of the edges of instances.
+        weights: as `Service` takes them, or the folder of a run. A run's settings are the defaults
+            of convention, palette, num_classes and dont_care; and of instances, if labels is the
+            folder that it was trained on.
+        labels, instances: folders. Instances are required if the generator was trained with them.
+        out: the folder of the images, created if it does not exist.
+        loading: key and further arguments of `checkpoint.load`, if the weights do not say enough.
+        convention, palette: as for `find_pairs` and `read_labels`.
+        num_classes, dont_care: by default, as in the convention; if it has none, all channels of
+            the generator are classes, except that of instances' edges.
         preprocess, load_size: `Preparation`'s mode and load_size; "fixed" resizes to the
             generator's size.
-        samples: images of each label map, for a generator that begins with z.
-        seed: decides z, with the name and the number of the sample.
-        style, encoder: a photograph and the encoder or its weights, which make z of it: the mean is
-            the first sample's z, the others are drawn with the encoder's variance. A run's encoder
-            is that of its newest checkpoint where none is given.
+        samples: the number of images of each label map, for a generator that begins with z.
+        seed: the seed of z, with the name of the label map and the number of the sample.
+        style, encoder: a photograph, and the encoder or its weights, which computes z from it. The
+            first sample's z is the mean, and the others are drawn with the encoder's variance. By
+            default, the encoder is that of the run's newest checkpoint.
         batch: the most images that are computed together.
-        dtype, device: as of `Service`.
-        resume: images that are there stay, whatever they were made with.
-        progress: wraps an iterable with an item for each label map, and takes their number: a
-            progress bar.
+        dtype, device: as for `Service`.
+        resume: whether to keep images that exist, whatever they were made with.
+        progress: a progress bar: a function of an iterable with an item for each label map, and of
+            their number, that returns the iterable.
 
     Raises:
-        ValueError, TypeError, OSError: an argument is not as said above, the generator was trained
-            with other channels than these label maps have, or an image cannot be written.
+        ValueError, TypeError, OSError: an argument is not as described above, the generator was
+            trained with other channels than these label maps have, or an image cannot be written.
     """
     samples = whole_number("samples", samples)
     labels, out = Path(labels), Path(out)
@@ -129,9 +130,9 @@ def generate(
         if isinstance(folder, Path) and out.resolve().is_relative_to(folder.resolve()):
             raise ValueError(
                 f"out is {out}, it should not be in the folder of {name}, {folder}: images would be"
-                " taken for maps"
+                " mistaken for maps"
             )
-    source: Any = weights  # what neither takes is refused there
+    source: Any = weights  # `load` or `Service` refuses it if it is something else
     if loading:
         source = checkpoint.load(source, **loading)
     with Service(source, batch=batch, dtype=dtype, device=device, waiting=MOST_WAITING) as service:
@@ -168,17 +169,16 @@ def generate_with(
     resume: bool = False,
     progress: Callable[[Iterable, int], Iterable] = lambda found, count: found,
 ) -> Report:
-    """What `generate` does, with a service that is there already, where (READERS + batch) · samples
-    images may wait.
+    """As `generate`, with an existing service that lets (READERS + batch) · samples images wait.
 
-    average: "ema" where the weights are a running average, "raw" where they are not, None where it
-        is not known; the images say it, and the seed, in PNG's text.
+    average: "ema" if the weights are a running average, "raw" if they are not, None if it is not
+        known. It is written to each PNG as text, together with the seed.
     """
     arguments = service.generator_arguments
     if (arguments["spatial_dims"], arguments["output_nc"]) != (2, 3):
         raise ValueError(
             f"the generator makes {arguments['output_nc']} channels in"
-            f" {arguments['spatial_dims']} dimensions, they should be 3 in 2 to be written as"
+            f" {arguments['spatial_dims']} dimensions, it should make 3 in 2 to be written as"
             " images"
         )
     maps = with_classes(maps, arguments["label_nc"])
@@ -211,8 +211,8 @@ def generate_with(
 
 
 def with_classes(maps: Maps, label_nc: int) -> Maps:
-    """The maps' settings with num_classes, and instances False where there are none, for a
-    generator of label_nc channels. Errors: ValueError where they have other channels.
+    """The settings with num_classes filled in, and with instances False if there are none, for a
+    generator of label_nc channels. Errors: ValueError if the maps have another number of channels.
     """
     rules, others = convention_of(maps.convention), int(maps.dont_care is not None)
     if maps.instances is None:
@@ -225,22 +225,22 @@ def with_classes(maps: Maps, label_nc: int) -> Maps:
         words = [f"{max(classes, 0)} classes"]
         words += ["don't care"] if maps.dont_care is not None else []
         words += ["edges of instances"] if maps.instances is not False else []
-        hint = "num_classes, dont_care and instances should be those that it was trained with"
+        hint = "num_classes, dont_care and instances should be as in its training"
         if maps.instances is False and classes + others + 1 == label_nc:
-            hint = "instances should be given, if it was trained with them; else " + hint
+            hint = "instances should be given if it was trained with them; else " + hint
         raise ValueError(
-            f"the generator has {label_nc} channels, and {' and '.join(words)} are"
+            f"the generator has {label_nc} channels, and {' and '.join(words)} make"
             f" {max(classes, 0) + others}: {hint}"
         )
     return maps._replace(num_classes=classes)
 
 
 class Styles:
-    """The z of each sample: by seed and name of the label map alone.
+    """The z of each sample, which depends only on the style, the seed and the label map's name.
 
-    size: height and width that the photograph is resized to, as in training.
+    size: the height and width that the photograph is resized to, as in training.
 
-    Errors: ValueError, TypeError where the generator takes no z, or none of this encoder.
+    Errors: ValueError or TypeError if the generator takes no z, or if the encoder does not fit it.
     """
 
     def __init__(
@@ -257,7 +257,7 @@ class Styles:
             given, missing = ("style", "encoder") if encoder is None else ("encoder", "style")
             raise ValueError(
                 f"{given} is given and {missing} is not, both should be: a photograph, and the"
-                " weights of the encoder that makes z of it"
+                " weights of the encoder that computes z from it"
             )
         if z_dim is None and samples > 1:
             raise ValueError(
@@ -265,10 +265,12 @@ class Styles:
                 " and all samples would be the same"
             )
         if style is not None and encoder is not None:
-            self.moments = moments_of(encoder_of(encoder, z_dim), read_photograph(style), size)
+            self.moments = moments_of(
+                encoder_of(encoder, z_dim), read_photograph(style, upright=True), size
+            )
 
     def __call__(self, name: str, samples: Iterable[int]) -> torch.Tensor | None:
-        """z [M, z_dim] of these samples, float32 on the CPU; None for a generator without."""
+        """z [M, z_dim] of these samples, float32 on the CPU; None if the generator takes none."""
         if self.z_dim is None:
             return None
         return torch.stack([self._one(name, sample) for sample in samples])
@@ -285,8 +287,8 @@ class Styles:
 
 
 def encoder_of_run(run: Run) -> ConvEncoder | None:
-    """The encoder of a run's newest checkpoint, None where there is none, or it trains none.
-    Errors: FileNotFoundError, ValueError: the run's settings or the checkpoint cannot be read.
+    """The encoder of a run's newest checkpoint; None if there is no checkpoint or the run trains no
+    encoder. Errors: FileNotFoundError or ValueError if settings or checkpoint cannot be read.
     """
     numbers = run.numbers()
     if not numbers or not run.settings().use_vae:
@@ -299,8 +301,8 @@ def encoder_of_run(run: Run) -> ConvEncoder | None:
 def encoder_of(
     encoder: str | os.PathLike | Mapping | ConvEncoder, z_dim: int | None
 ) -> ConvEncoder:
-    """The encoder, or the one with these weights, for a generator whose z has length z_dim, or that
-    takes none. Errors: ValueError where it is no encoder, or of other generators or images.
+    """The encoder, or one with these weights, for a generator with this z_dim (None if it takes no
+    z). Errors: ValueError if it is not an encoder, or if its z or its images do not fit.
     """
     network = encoder if isinstance(encoder, torch.nn.Module) else checkpoint.load(encoder)
     if not isinstance(network, ConvEncoder):
@@ -311,8 +313,8 @@ def encoder_of(
     if length != z_dim:
         wanted = "takes none" if z_dim is None else f"has z_dim {z_dim}"
         raise ValueError(
-            f"encoder makes z of length {length}, and the generator {wanted}: they should be of"
-            " one run"
+            f"encoder makes z of length {length}, and the generator {wanted}: they should be from"
+            " the same run"
         )
     if channels != 3:
         raise ValueError(f"encoder takes {channels} channels, it should take a photograph's 3")
@@ -322,11 +324,11 @@ def encoder_of(
 def moments_of(
     encoder: ConvEncoder, photograph: Image.Image, size: tuple[int, int]
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean and standard deviation [z_dim] of a photograph's z.
+    """The mean and the standard deviation [z_dim] of a photograph's z.
 
-    size: height and width that the photograph is resized to, as in training.
+    size: the height and width that the photograph is resized to, as in training.
     """
-    # Its labels are not looked at.
+    # The preparation needs labels, but the encoder does not see them.
     preparation = Preparation(1, mode="fixed", crop_size=size[1], aspect_ratio=size[1] / size[0])
     _, image = preparation(np.zeros(photograph.size[::-1], np.uint8), photograph)
     with torch.no_grad():
@@ -335,8 +337,8 @@ def moments_of(
 
 
 class _Painter:
-    """Makes and writes the images of one label map: how many, how many were there, and what is
-    wrong with the label map, or None.
+    """Makes and writes the images of one label map. Returns how many it made, how many existed, and
+    what is wrong with the label map, or None.
     """
 
     def __init__(self, service, preparation, palette, styles, out, origin, resume):
@@ -384,7 +386,7 @@ class _Painter:
 
 @contextlib.contextmanager
 def _threads(number):
-    """A pool of threads that, after an error, begins nothing more."""
+    """A pool of threads that begins no further work after an error."""
     pool = ThreadPoolExecutor(number)
     try:
         yield pool
@@ -395,8 +397,8 @@ def _threads(number):
 
 
 def _maps_of(run, labels, instances, convention, palette):
-    """How label maps become conditions by the arguments, the run, if there is one, and the
-    convention.
+    """How label maps become conditions, according to the arguments, else to the run if there is
+    one, else to the convention.
     """
     instances = None if instances is None else Path(instances)
     said = None

@@ -1,10 +1,10 @@
 """One generator for many threads: requests wait in one queue, tables of γ and β are kept by the
-content of a layout, and other weights take the place of the old ones between two images.
+content of a layout, and new weights replace the old ones between two images.
 
-Serving with `frozen` leaves four things to the caller. A thread of a pool is not inside the
-`frozen` of another. Weights that are written in place while an image is computed are in a part of
-it. So is a layout that is edited meanwhile. A change through `.data` is seen at the end alone. Here
-weights and layouts are copies that nobody else has.
+Serving with `frozen` leaves four problems to the caller. A thread of a pool is not inside the
+`frozen` of another thread. Weights that are written in place while an image is computed affect only
+part of it. So does a layout that is edited in the meantime. A change through `.data` goes unnoticed
+until the end. Here, weights and layouts are private copies.
 """
 
 import contextvars
@@ -29,35 +29,36 @@ PREFIXES = {"": 0, "k": 1, "m": 2, "g": 3, "t": 4}
 
 
 class Busy(RuntimeError):
-    """As many images wait as may."""
+    """Too many images wait already."""
 
 
 class Service:
     """Images of one generator for any number of threads.
 
-    Spectral norm is folded, and γ and β of a layout are computed once for as long as there is room:
-    a layout with the same codes and the same palette uses the tables of the one before. An image is
-    that of the generator called by hand, folded and `frozen`, with one layout and one z. With
-    `batch` 1 it has the same bits, whatever else is asked for at the same time. With more, images
-    of one size that wait at the same time are computed together, and PyTorch's convolutions of a
-    batch may round otherwise than those of one image.
+    Spectral norm is folded. γ and β of a layout are computed once and kept while there is room: a
+    later layout with the same codes and palette uses the same tables. An image is the one that the
+    generator itself returns, folded and `frozen`, for one layout and one z. With `batch` 1 it has
+    the same bits, whatever other requests there are. With a larger `batch`, images of one size that
+    wait at the same time are computed together, and PyTorch's convolutions of a batch may round
+    differently from those of a single image.
 
-    A scope around its making, such as `use_backend`, holds for its images, whoever asks for them,
-    until that scope ends.
+    A scope in which the service is constructed, such as `use_backend`, applies to all its images,
+    whichever thread requests them, until the scope ends.
 
     Args:
         weights: a path or a state_dict, as `checkpoint.load` takes it, or a SPADEGenerator. It is
-            copied: later changes to it do not reach the service.
-        threads: how many batches are computed at the same time. PyTorch's own threads share each of
-            them; more help where one image does not keep them busy.
-        cache: memory for tables and windows of layouts: bytes, or text such as "256MB". The layout
-            that was not asked for for longest makes room.
-        device, dtype: of the network; those of the weights where None, a file's on the CPU.
+            copied, so later changes to it do not affect the service.
+        threads: the number of batches that are computed at the same time. Each also uses PyTorch's
+            own threads; more than 1 helps if a single image does not keep those busy.
+        cache: memory for the tables and windows of layouts: bytes, or text such as "256MB". The
+            least recently used layout makes room for a new one.
+        device, dtype: of the network. None: those of the weights; a file is loaded to the CPU.
         batch: the most images that are computed together.
         waiting: the most images that wait.
 
     Raises:
-        ValueError, TypeError: an argument is not as said above, or what `checkpoint.load` raises.
+        ValueError, TypeError: an argument is not as described above, or `checkpoint.load` raises
+            it.
     """
 
     def __init__(
@@ -88,38 +89,38 @@ class Service:
 
         Args:
             layout: N layouts. It is copied, and may be edited as soon as `submit` returns.
-            z: [M, z_dim] for a generator that begins with noise, standard normal where None, with M
-                = N; such as an encoder's. M is a multiple of N: image i has layout i % N.
+            z: [M, z_dim] for a generator that begins with z, drawn or from an encoder. M is a
+                multiple of N, and image i has layout i % N. None: standard normal, with M = N.
 
         Raises:
-            ValueError, TypeError: an argument is not as said above; the message names it.
-            Busy: as many images wait as may.
-            RuntimeError: the service is closed, or the network fails, such as for lack of memory;
-                or a Future's callback asks, whose thread would wait for itself: it may `submit`.
+            ValueError, TypeError: an argument is not as described above; the message names it.
+            Busy: the queue has no room for the images.
+            RuntimeError: the service is closed; the network fails, for example for lack of memory;
+                or a callback of a Future calls this and would wait for itself: it may `submit`.
         """
         if getattr(self._here, "computes", False):
             raise RuntimeError(
-                "generate is called in a callback of a Future, by the thread that computes images:"
-                " it would wait for itself. submit does not wait"
+                "generate is called in a callback of a Future, by the thread that computes images,"
+                " which would wait for itself: use submit, which does not wait"
             )
         return self.submit(layout, z).result()
 
     def submit(
         self, layout: SemanticLayout, z: torch.Tensor | None = None
     ) -> "Future[torch.Tensor]":
-        """A Future of what `generate` returns, which may be cancelled as long as it waits. All its
-        images are of the weights that the service has now. Raises: as `generate`.
+        """A Future of the images that `generate` returns. It may be cancelled while it waits. All
+        its images are of the service's present weights. Raises: as `generate`.
         """
         loaded = self._loaded
         layouts, styles = loaded.checked(layout, z)
         request = Request(layouts, styles, loaded)
         with self._lock:
             if self._closed:
-                raise RuntimeError("the service is closed, it takes no more requests")
+                raise RuntimeError("the service is closed and takes no more requests")
             if self._jobs and len(self._jobs) + len(request.layouts) > self.waiting:
                 raise Busy(
-                    f"{len(self._jobs)} images wait, and {len(request.layouts)} more would be above"
-                    f" {self.waiting}, which is as many as may: ask again later"
+                    f"{len(self._jobs)} images wait; with {len(request.layouts)} more there would"
+                    f" be more than {self.waiting}, the most that may wait: ask again later"
                 )
             self._jobs += [(request, number) for number in range(len(request.layouts))]
             for _ in request.layouts:
@@ -127,9 +128,10 @@ class Service:
         return request.future
 
     def reload(self, weights: str | os.PathLike | Mapping | SPADEGenerator) -> None:
-        """Takes other weights, which may be of another generator. Requests that were made before
-        still get images of the old ones, requests after this returned those of the new ones; no
-        image is a mixture. After an error the old ones stay. Raises: as the constructor.
+        """Replaces the weights, also by those of another generator. Requests made before this call
+        still get images of the old weights, and requests made after it returns get images of the
+        new ones; no image mixes the two. After an error, the old weights stay. Raises: as the
+        constructor.
         """
         new = self._load(weights)
         with self._lock:
@@ -138,12 +140,12 @@ class Service:
 
     @property
     def bytes(self) -> int:
-        """The memory of the tables and windows that are kept, never more than `cache`."""
+        """The bytes that kept tables and windows take, never more than `cache`."""
         return self._loaded.bytes
 
     @property
     def generator_arguments(self) -> dict:
-        """The arguments of the generator that the service has now, such as label_nc and z_dim."""
+        """The arguments of the present generator, such as label_nc and z_dim."""
         return dict(self._loaded.generator.arguments)
 
     @property
@@ -155,7 +157,7 @@ class Service:
     def close(self, cancel: bool = False) -> None:
         """Takes no more requests, and waits for those that were made.
 
-        cancel: those that no thread computes yet are cancelled.
+        cancel: whether to cancel the requests that no thread has begun to compute.
         """
         with self._lock:
             self._closed = True
@@ -174,7 +176,7 @@ class Service:
         return Loaded(generator_of(weights, *self._wanted), self._cache)
 
     def _compute_some(self):
-        """Computes the image that waits for longest, and with it others of its kind."""
+        """Computes the image that has waited longest, together with others of its kind."""
         self._here.computes = True
         jobs = self._next_jobs()
         if not jobs:
@@ -186,7 +188,7 @@ class Service:
             if len(jobs) == 1:
                 jobs[0][0].fail(error)
                 return
-            for job in jobs:  # one of them alone may have failed
+            for job in jobs:  # a single one may have caused the error
                 self._compute_alone(*job)
             return
         for (request, number), image in zip(jobs, images.split(1)):
@@ -199,8 +201,8 @@ class Service:
             request.fail(error)
 
     def _next_jobs(self):
-        """Up to `batch` jobs of one kind, the first in the queue among them; requests that were
-        cancelled or have failed are left out.
+        """Takes up to `batch` jobs of one kind from the queue, including the first. Requests that
+        were cancelled or have failed are dropped.
         """
         taken: list[tuple[Request, int]] = []
         left: list[tuple[Request, int]] = []
@@ -216,7 +218,7 @@ class Service:
 
 
 class Request:
-    """The images that one call asked for: their layouts, a z each or None, and the generator."""
+    """The images that one call requests: a layout and a z (or None) for each, and the generator."""
 
     def __init__(self, layouts: list[SemanticLayout], z: list, loaded: "Loaded") -> None:
         self.layouts, self.z, self.loaded = layouts, z, loaded
@@ -229,7 +231,7 @@ class Request:
         return self.layouts[number], self.z[number]
 
     def begins(self) -> bool:
-        """Whether its images are still wanted: from now on it cannot be cancelled."""
+        """Whether its images are still wanted. If so, it can no longer be cancelled."""
         if self.future.running():
             return True
         return not self.future.done() and self.future.set_running_or_notify_cancel()
@@ -248,12 +250,12 @@ class Request:
 
 
 class Loaded:
-    """A generator that nobody else has, and the layouts and tables that are kept for it."""
+    """A private generator, and the layouts and tables that are kept for it."""
 
     def __init__(self, generator: SPADEGenerator, cache: int) -> None:
         self.generator, self.cache = generator, cache
         self.tables = Tables(cache)
-        # By content: the layout and its bytes; last the newest.
+        # By content: the layout and its size in bytes, the most recently used last.
         self._layouts: OrderedDict[bytes, tuple[SemanticLayout, int]] = OrderedDict()
         self._held = 0  # bytes of the layouts
         self._lock = threading.RLock()
@@ -266,7 +268,7 @@ class Loaded:
             return self._held + self.tables.bytes
 
     def checked(self, layout: SemanticLayout, z: torch.Tensor | None) -> tuple[list, list]:
-        """A layout of its own and a z, or None, for each image. Errors: ValueError, TypeError."""
+        """A private layout for each image, and a z or None. Errors: ValueError, TypeError."""
         if not isinstance(layout, SemanticLayout):
             raise TypeError(
                 f"layout is a {type(layout).__name__}, it should be a SemanticLayout, such as"
@@ -288,7 +290,7 @@ class Loaded:
         return alone * (len(z) // len(alone)), list(z.split(1))
 
     def compute(self, images: list[tuple]) -> torch.Tensor:
-        """The images [M, …] of layouts of one size with a z each, or None."""
+        """The images [M, …] of layouts of one size, each with a z or None."""
         layouts = [layout for layout, _ in images]
         styles = [style for _, style in images if style is not None]
         z = torch.cat(styles) if styles else None
@@ -304,13 +306,13 @@ class Loaded:
         return made
 
     def retire(self) -> None:
-        """Keeps nothing any more: other weights have taken the place of these."""
+        """Drops all layouts and tables, because these weights have been replaced."""
         self.cache = 0
         self._make_room()
         self.tables.clear()
 
     def _known(self, layout):
-        """The layout with the same content that was asked for before, or this one, numbered."""
+        """An earlier layout with the same content, or else this one, prepared."""
         content = content_of(layout)
         with self._lock:
             if content in self._layouts:
@@ -326,7 +328,7 @@ class Loaded:
     def _make_room(self):
         with self._lock:
             while self._layouts and self._held + self.tables.bytes > self.cache:
-                # A layout that goes takes its tables along.
+                # A layout's tables go with it.
                 self._held -= self._layouts.popitem(last=False)[1][1]
             self.tables.limit(self.cache - self._held)
 
@@ -336,11 +338,13 @@ def generator_of(
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
 ) -> SPADEGenerator:
-    """A generator with these weights for inference, which shares no memory with them: in eval mode,
-    spectral norm folded. Errors: ValueError, TypeError, or what `checkpoint.load` raises.
+    """A generator with these weights for inference: in eval mode, with spectral norm folded. It
+    shares no memory with them. Errors: ValueError, TypeError, or those of `checkpoint.load`.
     """
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
-        raise TypeError(f"dtype is {dtype!r}, it should be one of floating point, as torch.float32")
+        raise TypeError(
+            f"dtype is {dtype!r}, it should be a floating-point dtype such as torch.float32"
+        )
     if isinstance(weights, torch.nn.Module) and not isinstance(weights, SPADEGenerator):
         raise TypeError(f"weights is a {type(weights).__name__}, it should be a SPADEGenerator")
     state = weights.state_dict() if isinstance(weights, SPADEGenerator) else weights
@@ -356,7 +360,7 @@ def generator_of(
         device, dtype = device or like.device, dtype or like.dtype
     generator.to(device=device, dtype=dtype)
     if generator.conv_img.weight.is_cuda and generator.conv_img.weight.dim() == 4:
-        # PyTorch does not declare that this may be given alone.
+        # PyTorch's type hints do not allow memory_format alone.
         generator.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     return generator.requires_grad_(False).fold_spectral_norm()
 
@@ -366,7 +370,7 @@ def copied(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def content_of(layout: SemanticLayout) -> bytes:
-    """A hash of a layout on the CPU: equal for the same codes and palette."""
+    """A hash of the codes and the palette of a layout on the CPU."""
     content = hashlib.blake2b(digest_size=32)
     for tensor in (layout.codes, layout.palette):
         content.update(f"{tensor.dtype} {list(tensor.shape)} ".encode())
@@ -375,8 +379,8 @@ def content_of(layout: SemanticLayout) -> bytes:
 
 
 def bytes_of(name: str, size: str | int) -> int:
-    """A number of bytes, or text such as "256MB" (10⁶ each) or "1GiB" (2³⁰), in bytes. Errors:
-    ValueError where it is neither.
+    """The bytes of a number of bytes, or of text such as "256MB" (of 10⁶ bytes each) or "1GiB" (of
+    2³⁰). Errors: ValueError if it is neither.
     """
     if isinstance(size, int) and not isinstance(size, bool) and size >= 0:
         return size

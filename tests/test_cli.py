@@ -1,17 +1,18 @@
 """The command itself: its output and errors before it does any work."""
 
+import re
 import subprocess
 import sys
 
 import pytest
+import typer
 from typer.testing import CliRunner
 
 import spade_fast
 from spade_fast.cli import app
 
 COMMANDS = ("info", "check", "check-data", "train", "generate", "evaluate", "compare", "paint")
-OTHERS_NEED_NONE = "print([name for name in ('torch', 'numpy', 'PIL') if name in sys.modules])"
-# `python -m spade_fast` with arguments, in an interpreter that can report its imports.
+# `python -m spade_fast` in an interpreter that can report its imports.
 AS_COMMAND = "import runpy, sys; sys.orig_argv[1:] = ['-m', 'spade_fast']; "
 RUN = """
 sys.argv[1:] = {words}
@@ -20,6 +21,7 @@ try:
 except SystemExit as ended:
     print(ended.code)
 """
+SHOW_HEAVY = "print([name for name in ('torch', 'numpy', 'PIL') if name in sys.modules])"
 
 
 def python(code):
@@ -28,14 +30,26 @@ def python(code):
     return found.stdout
 
 
-@pytest.mark.parametrize("words", [["--version"], ["--help"], ["generate", "--help"]], ids=" ".join)
-def test_help_and_version_import_nothing_heavy(words):
-    said = python(AS_COMMAND + RUN.format(words=words) + OTHERS_NEED_NONE).splitlines()
-    assert said[-2:] == ["0", "[]"]
-    if words == ["--version"]:
-        assert said[0] == f"spade_fast {spade_fast.__version__}"
-    else:
-        assert all(name in "\n".join(said) for name in (COMMANDS if len(words) == 1 else ["--out"]))
+def test_help_and_version_import_nothing_heavy():
+    calls = [["--version"], ["--help"], *([name, "--help"] for name in COMMANDS)]
+    code = "".join(f"{RUN.format(words=words)}\n{SHOW_HEAVY}\n" for words in calls)
+    output = python(AS_COMMAND + code)
+    assert re.findall(r"^(\d)\n(\[.*)$", output, re.MULTILINE) == [("0", "[]")] * len(calls)
+    version, help, *helps, _ = output.split("0\n[]\n")
+    assert version == f"spade_fast {spade_fast.__version__}\n"
+    assert all(name in help for name in COMMANDS)
+    for name, said in zip(COMMANDS, helps, strict=True):
+        assert f"spade-fast {name} [OPTIONS]" in said
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_the_lines_of_a_help_text_follow_the_width_of_the_terminal(name):
+    command = typer.main.get_command(app).commands[name]
+    first, *others = [" ".join(part.split()) for part in command.help.split("\n\n")]
+    wide = {"COLUMNS": "400"}
+    for words, parts in (["--help"], [first]), ([name, "--help"], [first, *others]):
+        output = CliRunner().invoke(app, words, env=wide).output
+        assert all(part.replace("`", "") in output for part in parts)
 
 
 def test_a_users_module_can_import_the_whole_package(tmp_path):

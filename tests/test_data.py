@@ -11,7 +11,7 @@ import subprocess
 import numpy as np
 import pytest
 import torch
-from drawn_data import CLASSES, DONT_CARE, drawn, save
+from drawn_data import CLASSES, DONT_CARE, drawn, on_its_side, save
 from PIL import Image
 from refusals import refusal
 
@@ -32,6 +32,7 @@ from spade_fast.data import (
     read_palette,
     read_photograph,
 )
+from spade_fast.data.files import read_orientation
 
 
 @pytest.fixture
@@ -158,9 +159,7 @@ def test_a_photograph_in_memory(tmp_path):
 
 def test_photographs(tmp_path):
     _, photograph, _ = drawn(6, 8)
-    exif = Image.Exif()
-    exif[0x0112] = 6  # rotated by 90°
-    path = save(photograph, tmp_path / "turned.png", exif=exif)
+    path = save(photograph, tmp_path / "photograph.png")
     assert (np.asarray(read_photograph(path)) == photograph).all()
     grey = read_photograph(save(photograph[..., 0], tmp_path / "grey.png"))
     assert (np.asarray(grey) == photograph[..., :1]).all()
@@ -172,6 +171,17 @@ def test_photographs(tmp_path):
     alpha[2, 3] = 254
     path = save(np.dstack([photograph, alpha]), tmp_path / "clear.png")
     assert "transparent" in refusal(read_photograph, path)
+
+
+@pytest.mark.parametrize("kind", ["png", "webp", "tiff"])
+def test_the_orientation_of_a_photograph(tmp_path, kind):
+    _, photograph, _ = drawn(6, 8)
+    lying, exif = on_its_side(photograph)
+    path = save(lying, tmp_path / f"lying.{kind}", exif=exif, lossless=True)
+    assert np.array_equal(read_photograph(path, upright=True), photograph)
+    is_tiff = kind == "tiff"  # which Pillow turns
+    assert np.array_equal(read_photograph(path), photograph if is_tiff else lying)
+    assert read_orientation(path) == (1 if is_tiff else 6)
 
 
 # Pairs

@@ -7,7 +7,7 @@ import signal
 import numpy as np
 import pytest
 import torch
-from drawn_data import draw_folder, settings_for
+from drawn_data import draw_folder, on_its_side, save, settings_for
 from PIL import Image
 from typer.testing import CliRunner
 
@@ -158,6 +158,10 @@ def test_the_style_of_a_photograph(scenes, weights_with_z, tmp_path):
         expected = by_hand(weights_with_z, scenes, name, z)
         assert np.array_equal(found[f"{name}-0.png"], expected)
         assert not np.array_equal(found[f"{name}-1.png"], expected)
+    lying, exif = on_its_side(Image.open(style))
+    lying = save(lying, tmp_path / "lying.png", exif=exif)
+    coco(weights_with_z, scenes, tmp_path / "upright", "--style", lying, *options[2:])
+    assert np.array_equal(images_in(tmp_path / "upright")["000.png"], found["000-0.png"])
     words = coco(weights_with_z, scenes, tmp_path / "none", "--style", style, code=2)
     assert "style is given and encoder is not, both should be" in words
     options = ("--style", style, "--encoder", weights_with_z)
@@ -282,7 +286,7 @@ def test_a_runs_folder_provides_the_settings(scenes, folder, tmp_path):
         assert np.array_equal(image, by_hand(path, scenes, name.removesuffix(".png")))
     options = ("--labels", folder / "label", "--out", tmp_path / "other")
     words = run(tmp_path / "run", *options, code=2)
-    assert "instances should be given, if it was trained with them" in words
+    assert "instances should be given if it was trained with them" in words
     run(tmp_path / "run", *options, "--instances", folder / "inst")
     assert set(images_in(tmp_path / "other")) == names()
     path.unlink()
@@ -321,10 +325,10 @@ def test_a_runs_encoder_is_used(scenes, tmp_path):
         (151, ("ade20k", 150, 0, None), 150),
         (36, ("cityscapes", 35, None, None), 35),
         (35, ("cityscapes", 35, None, None), 35),
-        (184, ("coco_stuff", 182, 255, None), "182 classes and don't care are 183: instances"),
-        (182, ("coco_stuff", 182, 255, None), "are 183: num_classes, dont_care"),
-        (2, ("folder", None, 255, "inst"), "0 classes and don't care and edges of instances are 2"),
-        (7, ("folder", 9, None, None), "the generator has 7 channels, and 9 classes are 9"),
+        (184, ("coco_stuff", 182, 255, None), "182 classes and don't care make 183: instances"),
+        (182, ("coco_stuff", 182, 255, None), "make 183: num_classes, dont_care"),
+        (2, ("folder", None, 255, "inst"), "don't care and edges of instances make 2"),
+        (7, ("folder", 9, None, None), "the generator has 7 channels, and 9 classes make 9"),
     ],
 )
 def test_the_number_of_classes_follows_from_the_generator(label_nc, maps, found):
@@ -391,8 +395,8 @@ def test_files_named_as_in_cityscapes(scenes, tmp_path):
     "options, words",
     [
         (["--dtype", "float8"], "dtype is 'float8', it should be one of float32"),
-        (["--device", "meta"], "device is 'meta', it should be one that is here"),
-        (["--device", "toaster"], "device is 'toaster', it should be one that is here"),
+        (["--device", "meta"], "device is 'meta', it should be a device of this machine"),
+        (["--device", "toaster"], "device is 'toaster', it should be a device of this machine"),
         (["--preprocess", "shrink"], "mode is 'shrink', it should be one of"),
         (["--convention", "mapillary"], "convention is 'mapillary', it should be one of"),
         (["--samples", "2"], "samples is 2, it should be 1: this generator begins with the cond"),

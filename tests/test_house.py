@@ -15,6 +15,7 @@ ROOMS = (
     "convert",
     "checkpoint",
     "losses",
+    "settings",
     "training",
     "service",
     "generation",

@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import require
+from drawn_data import on_its_side
 from PIL import Image
 from typer.testing import CliRunner
 
@@ -111,10 +112,10 @@ def test_the_image_is_the_generators(client, service, kind):
     assert client.post("/image?seed=6", content=labels.tobytes()).content != answer.content
 
 
-def image_file(pixels, kind="PNG"):
+def image_file(pixels, kind="PNG", **settings):
     """An image file in memory."""
     file = io.BytesIO()
-    Image.fromarray(pixels).save(file, kind)
+    Image.fromarray(pixels).save(file, kind, **settings)
     return file.getvalue()
 
 
@@ -132,6 +133,16 @@ def test_the_style_of_a_photograph(client_with_styles, service, encoder, kind):
     wanted = picture(service.generate(layout, mean[None])[0])
     image = client_with_styles.post("/image", params=answer.json(), content=labels.tobytes())
     assert (np.asarray(Image.open(io.BytesIO(image.content))) == wanted).all()
+
+
+def test_a_photograph_is_turned_upright_for_its_style(client_with_styles):
+    upright = a_photograph()
+    lying, exif = on_its_side(upright)
+    z, same, other = (
+        client_with_styles.post("/style", content=content).json()["z"]
+        for content in (image_file(upright), image_file(lying, exif=exif), image_file(lying))
+    )
+    assert z == same != other
 
 
 def test_a_wrong_photograph_gets_an_error_message(client_with_styles, client, monkeypatch):
@@ -161,13 +172,13 @@ def test_a_wrong_z_gets_an_error_message(client, encoder):
         return base64.urlsafe_b64encode(np.array(numbers, "<f4").tobytes()).decode()
 
     for arguments, words in (
-        ({"z": "?"}, "z is no text of numbers"),
-        ({"z": "ä"}, "z is no text of numbers"),
-        ({"z": "AAA="}, "z is no text of numbers"),  # two bytes
-        ({"z": ""}, "z has 0 numbers, 0 of them finite; it should be 4 finite ones"),
+        ({"z": "?"}, "z cannot be decoded"),
+        ({"z": "ä"}, "z cannot be decoded"),
+        ({"z": "AAA="}, "z cannot be decoded"),  # two bytes
+        ({"z": ""}, "z has 0 numbers, 0 of them finite; it should be 4 finite float32 numbers"),
         ({"z": z_of(1, 2, 3)}, "z has 3 numbers, 3 of them finite"),
         ({"z": z_of(1, 2, 3, np.nan)}, "z has 4 numbers, 3 of them finite"),
-        ({"z": z_of(1, 2, 3, 4), "seed": 1}, "seed and z are given, one of them should be"),
+        ({"z": z_of(1, 2, 3, 4), "seed": 1}, "seed and z are given, only one of them should be"),
     ):
         answer = client.post("/image", params=arguments, content=bytes(4096))
         assert answer.status_code == 422 and words in answer.json()["detail"]
@@ -428,8 +439,8 @@ def test_the_commands_errors(tmp_path, monkeypatch):
     for path in (weights, tmp_path / "generator.safetensors"):
         checkpoint.write(SPADEGenerator(3, **SMALL), path)
     for arguments, words in (
-        (["--classes", classes], "classes is given without weights"),
-        (["--encoder", weights], "encoder is given without weights"),
+        (["--classes", classes], "classes is given without the weights"),
+        (["--encoder", weights], "encoder is given without the weights"),
         ([tmp_path / "text.pth"], "text.pth"),
         ([tmp_path / "none.pth"], "none.pth"),
         ([weights, "--encoder", weights], "encoder is the weights of a SPADEGenerator"),
@@ -462,7 +473,7 @@ def test_a_port_that_is_not_free(tmp_path):
         port = taken.getsockname()[1]
         result = CliRunner().invoke(command, ["paint", str(weights), "--port", str(port)])
     assert result.exit_code == 1 and result.exception.args == (1,)
-    words = f"nobody can listen at 127.0.0.1, port {port}: Address already in use."
+    words = f"cannot listen at 127.0.0.1, port {port}: Address already in use."
     assert words in " ".join(result.output.split())
     with pytest.raises(OSError, match=r"listen at 192\.0\.2\.1, port 0: Cannot assign"):
         listening("192.0.2.1", 0)
@@ -697,13 +708,16 @@ def test_a_wrong_label_map_gets_an_error_message(open_page, address):
     damaged[60] ^= 1
     for number, (content, words) in enumerate(
         (
-            (b"this is no image", "it is no PNG"),
-            (b"", "it is no PNG"),
-            (whole[:-20], "it is not whole"),
+            (b"this is no image", "it is not a PNG"),
+            (b"", "it is not a PNG"),
+            (whole[:-20], "it is incomplete"),
             (bytes(damaged), "it is damaged"),
             (image_file(np.zeros((64, 64, 3), np.uint8)), "it has colours"),
-            (image_file(np.full((64, 64), 700, np.uint16)), "it has a 700, which is no class here"),
-            (image_file(np.full((64, 64), 3, np.uint8)), "it has a 3, which is no class here"),
+            (
+                image_file(np.full((64, 64), 700, np.uint16)),
+                "it has a 700, which is not a class here",
+            ),
+            (image_file(np.full((64, 64), 3, np.uint8)), "it has a 3, which is not a class here"),
         )
     ):
         open_file(page, "#file", content, f"{number}.png")
@@ -727,7 +741,7 @@ def test_a_photographs_style_is_kept_until_another_is_drawn(open_page, address, 
     with open(tmp_path / "large.png", "wb") as large:
         large.truncate(2**25 + 1)
     page.set_input_files("#photograph", tmp_path / "large.png")
-    page.get_by_text("large.png was not opened: it is above 32 MB").wait_for()
+    page.get_by_text("large.png was not opened: it is larger than 32 MiB").wait_for()
     page.reload()
     assert image_of(page) == answer_of(address, page, z=z)
     page.get_by_role("button", name="New style").click()

@@ -151,8 +151,8 @@ def test_eight_threads_and_other_weights_in_the_middle():
     ends, reloaded, found, wrong = time.monotonic() + 2, threading.Event(), [], []
 
     def ask(thread):
-        number = thread
-        while time.monotonic() < ends or not found:
+        number, is_new = thread, False
+        while not wrong and (time.monotonic() < ends or not is_new):
             place, after = number % 3, reloaded.is_set()
             image = service.generate(layouts[place], z)
             is_new = torch.equal(image, new[place])
@@ -166,6 +166,8 @@ def test_eight_threads_and_other_weights_in_the_middle():
         for thread in threads:
             thread.start()
         time.sleep(1)
+        while not found and any(thread.is_alive() for thread in threads):
+            time.sleep(0.01)
         service.reload(generators[1])
         reloaded.set()
         for thread in threads:
@@ -394,7 +396,7 @@ def test_a_full_queue_is_an_error(monkeypatch):
             futures = [service.submit(layout_of())]
             assert called.wait(10)
             futures += [service.submit(layout_of()) for _ in range(2)]
-            with pytest.raises(serving.Busy, match="2 images wait, and 1 more would be above 2"):
+            with pytest.raises(serving.Busy, match="with 1 more there would be more than 2"):
                 service.generate(layout_of())
         assert all(future.result().shape[0] == 1 for future in futures)
         assert len(service.generate(layout_of(), torch.randn(5, 3))) == 5
@@ -451,7 +453,7 @@ def test_a_callback_that_would_wait_for_itself_gets_an_error():
     layout, found = layout_of(), []
 
     def ask_again(future):
-        with pytest.raises(RuntimeError, match="submit does not wait"):
+        with pytest.raises(RuntimeError, match="use submit, which does not wait"):
             service.generate(layout)
         found.append(service.submit(layout))
 

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import errno
+import inspect
 import multiprocessing
 import os
 import random
@@ -21,6 +22,7 @@ from typer.testing import CliRunner
 
 from spade_fast import SPADEGenerator, checkpoint
 from spade_fast.cli import app
+from spade_fast.losses import KINDS
 from spade_fast.training import PRESETS, Config, Stopped, preset, resume, signals, train, trainer
 from spade_fast.training.log import Log
 from spade_fast.training.recorder import Recorder
@@ -421,6 +423,14 @@ def test_every_setting_is_an_option():
     panels = re.findall(r"─ ([A-Z][\w ]+) ─", words)
     assert panels == ["Options", "The run", "Data", "Networks", "Losses", "Steps"]
     assert "Default: 256." in words
+
+
+def test_settings_spell_what_the_losses_and_the_generator_have():
+    """Their module imports neither, since the command's help should not import PyTorch."""
+    words = {each.name: each.metadata["help"] for each in dataclasses.fields(Config)}
+    assert set(re.findall(r"\w+", words["adversarial"])) >= KINDS.keys()
+    official = inspect.signature(SPADEGenerator.official)
+    assert official.parameters["norm_G"].default == Config().norm_G
 
 
 def test_steps_replace_a_presets_epochs():

@@ -1,5 +1,5 @@
-"""The command `spade-fast`. What it imports to say its help is light: PyTorch is imported by the
-command that needs it.
+"""The command `spade-fast`. It prints its help without importing PyTorch: each command imports what
+it needs when it runs.
 """
 
 import functools
@@ -7,7 +7,6 @@ from collections.abc import Callable
 from typing import Annotated, Any
 
 import typer
-from typer.core import TyperGroup
 
 from .. import __version__, import_public
 from . import check, check_data, compare, evaluate, generate, info, paint, train
@@ -16,21 +15,9 @@ from .tables import table_of
 __all__ = ["app", "table_of"]
 
 
-class Commands(TyperGroup):
-    """The commands. The options of `train` are made when it is called: they are its settings."""
-
-    def resolve_command(self, ctx: Any, args: list[str]) -> tuple[str | None, Any, list[str]]:
-        name, command, rest = super().resolve_command(ctx, args)
-        if name == "train":
-            alone = typer.Typer(add_completion=False)
-            alone.command(name)(prepared(train.command()))
-            command = typer.main.get_command(alone)
-        return name, command, rest
-
-
 def prepared(command: Callable[..., None]) -> Callable[..., None]:
-    """The command, which begins as a program does that has imported spade_fast: a user's modules
-    find all of it.
+    """The command, preceded by the import of all public names, so that a user's module finds them
+    in spade_fast.
     """
 
     @functools.wraps(command)
@@ -41,18 +28,18 @@ def prepared(command: Callable[..., None]) -> Callable[..., None]:
     return run
 
 
-app = typer.Typer(cls=Commands, no_args_is_help=True, add_completion=False)
+app = typer.Typer(rich_markup_mode="markdown", no_args_is_help=True, add_completion=False)
 app.command("info")(prepared(info.info))
 app.command("check")(prepared(check.check))
 app.command("check-data")(prepared(check_data.check_data))
-app.command("train", help=train.HELP)(lambda: None)
+app.command("train")(prepared(train.command()))
 app.command("generate")(prepared(generate.generate))
 app.command("evaluate")(prepared(evaluate.evaluate))
 app.command("compare")(prepared(compare.compare))
 app.command("paint")(prepared(paint.paint))
 
 
-def _say_version(wanted: bool) -> None:
+def _print_version(wanted: bool) -> None:
     if wanted:
         typer.echo(f"spade_fast {__version__}")
         raise typer.Exit
@@ -62,7 +49,9 @@ def _say_version(wanted: bool) -> None:
 def main(
     version: Annotated[
         bool,
-        typer.Option("--version", is_eager=True, callback=_say_version, help="Say the version."),
+        typer.Option(
+            "--version", is_eager=True, callback=_print_version, help="Print the version and exit."
+        ),
     ] = False,
 ) -> None:
-    """The SPADE layer, fast."""
+    """SPADE, fast: train generators, use and score them, and try the conversion of a model."""

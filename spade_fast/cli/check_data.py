@@ -17,19 +17,20 @@ if TYPE_CHECKING:
 
 def check_data(
     labels: Annotated[Path, options.folder("Folder of label maps.")],
-    images: Annotated[Path, options.folder("Folder of photographs.")],
+    images: Annotated[Path, options.folder("Folder of their photographs.")],
     instances: Annotated[Path | None, options.folder("Folder of instance maps.")] = None,
     convention: options.Convention = "folder",
     palette: options.Palette = None,
     num_classes: options.NumClasses = None,
     dont_care: options.DontCare = None,
     sheet: Annotated[
-        Path | None, typer.Option(help="A PNG to write: photographs beside their labels.")
+        Path | None, typer.Option(help="PNG to write: some photographs beside their label maps.")
     ] = None,
 ) -> None:
-    """Read label maps and photographs before they are trained on: a line for each fault, what the
-    classes take, and which --num-classes and --dont-care they need. Exits with 1 where something
-    is wrong.
+    """Check a folder of label maps and photographs before training on it.
+
+    Prints a line for each fault, the share of the pixels that each class has, and the --num-classes
+    and --dont-care that the label maps need. Exits with 1 if there is a fault.
     """
     from .. import data as checking
 
@@ -69,7 +70,7 @@ def check_data(
 
 
 def table_of_classes(report: "Report") -> Table:
-    """What each class takes of a checked data set."""
+    """The pixels and images of each class in a checked data set."""
     table = table_of("class", "pixels", "share", "images", title="Classes that occur")
     pixels = max(1, sum(report.pixels.values()))
     for label, (count, images) in report.classes.items():

@@ -14,13 +14,17 @@ def compare(
     one: Annotated[
         Path,
         typer.Argument(
-            callback=options.is_there("file"), help="What `spade-fast evaluate --json` wrote."
+            callback=options.is_there("file"), help="File written by `spade-fast evaluate --json`."
         ),
     ],
-    other: Annotated[Path, typer.Argument(callback=options.is_there("file"), help="Another.")],
+    other: Annotated[
+        Path, typer.Argument(callback=options.is_there("file"), help="Another such file.")
+    ],
 ) -> None:
-    """Print the scores of two evaluations side by side. Exits with 1 where they were measured by
-    different protocols, and says what differs.
+    """Print the scores of two evaluations side by side.
+
+    Scores measured by different protocols cannot be compared: the command then prints what differs,
+    and exits with 1.
     """
     from .. import evaluation
 

@@ -13,6 +13,8 @@ from . import options
 from .generate import device_of
 from .tables import table_of
 
+NETWORKS = "Networks"
+
 
 def evaluate(
     generated: Annotated[Path, options.folder("Folder of generated images.")],
@@ -21,17 +23,34 @@ def evaluate(
         Path | None, options.folder("Folder of label maps, for mean IoU and pixel accuracy.")
     ] = None,
     features: Annotated[
-        str | None, typer.Option(help="inception (the default), or MODULE:FUNCTION.")
+        str | None,
+        typer.Option(
+            help="Network whose features FID compares: inception (the default), or"
+            " MODULE:FUNCTION.",
+            rich_help_panel=NETWORKS,
+        ),
     ] = None,
     features_weights: Annotated[
-        Path | None, options.file("Inception's file, where torch.hub's cache has none.")
+        Path | None,
+        options.file(
+            "File of Inception's weights; by default, that in torch.hub's cache.", NETWORKS
+        ),
     ] = None,
     segmentation: Annotated[
         str | None,
-        typer.Option(help="A folder or a hub name for transformers, or MODULE:FUNCTION."),
+        typer.Option(
+            help="Segmentation network, for --labels: a folder or hub name for transformers, or"
+            " MODULE:FUNCTION.",
+            rich_help_panel=NETWORKS,
+        ),
     ] = None,
     classes: Annotated[
-        Path | None, options.file("For its classes: a line NETWORK_ID LABEL each.")
+        Path | None,
+        options.file(
+            "File with the label of each class of the segmentation network, in lines NETWORK_ID"
+            " LABEL; by default, the two are equal.",
+            NETWORKS,
+        ),
     ] = None,
     convention: options.Convention = "folder",
     palette: options.Palette = None,
@@ -39,14 +58,19 @@ def evaluate(
     dont_care: options.DontCare = None,
     size: Annotated[
         str | None,
-        typer.Option(help="WIDTHxHEIGHT that all images and label maps are resized to before."),
+        typer.Option(
+            help="WIDTHxHEIGHT, in pixels, that all images and label maps are resized to first; by"
+            " default, they keep their sizes."
+        ),
     ] = None,
     batch: Annotated[int, typer.Option(min=1, help="Images that are computed together.")] = 8,
     device: options.Device = "cpu",
-    json: Annotated[Path | None, typer.Option(help="A file for scores and protocol.")] = None,
+    json: Annotated[Path | None, typer.Option(help="File to write scores and protocol to.")] = None,
 ) -> None:
-    """Score generated images: FID against photographs, and how much of their label maps a
-    segmentation network sees in them. Exits with 2 where something is wrong.
+    """Score generated images against photographs and label maps.
+
+    FID compares them with photographs. Mean IoU and pixel accuracy compare their label maps with
+    what a segmentation network sees in them. Exits with 2 if something is wrong.
     """
     from .. import evaluation
     from ..data import read_palette
@@ -83,7 +107,7 @@ def evaluate(
 
 
 def table_of_scores(results: list[tuple[str, dict]]) -> Table:
-    """The scores of each result, a column with its name."""
+    """The scores of each result, in a column with the result's name."""
     from ..evaluation import SCORES
 
     table = table_of("score", *(name for name, _ in results), title="Scores")

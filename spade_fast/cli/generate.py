@@ -11,6 +11,7 @@ from . import options
 if TYPE_CHECKING:
     import torch
 
+STYLE, FILE = "Styles", "File of weights"  # panels of the help
 DTYPES = ("float32", "float64", "bfloat16", "float16")
 
 
@@ -19,44 +20,96 @@ def generate(
         Path,
         typer.Argument(
             callback=options.is_there("file or folder"),
-            help="A generator's file, or the folder of a run, which says the rest.",
+            help="File of a generator's weights, or folder of a run, whose settings are then the"
+            " defaults.",
         ),
     ],
     labels: Annotated[Path, options.folder("Folder of label maps.")],
-    out: Annotated[Path, typer.Option(help="Folder of the images.")],
+    out: Annotated[Path, typer.Option(help="Folder to write the images to.")],
     instances: Annotated[Path | None, options.folder("Folder of instance maps.")] = None,
-    convention: Annotated[str | None, typer.Option(help=options.WORDS)] = None,
+    convention: Annotated[
+        str | None,
+        typer.Option(
+            help=f"{options.CONVENTION} By default, that of the run, or folder.",
+            rich_help_panel=options.READING,
+        ),
+    ] = None,
     palette: options.Palette = None,
     num_classes: options.NumClasses = None,
     dont_care: options.DontCare = None,
     preprocess: Annotated[
-        str, typer.Option(help="As of train; fixed resizes to the generator's size.")
+        str,
+        typer.Option(
+            help="How maps are resized, as for `spade-fast train`; fixed resizes them to the"
+            " generator's size.",
+            rich_help_panel=options.READING,
+        ),
     ] = "fixed",
     load_size: Annotated[
-        int | None, typer.Option(min=1, help="Length that maps are resized to before a crop.")
+        int | None,
+        typer.Option(
+            min=1,
+            help="Pixels that maps are resized to before they are cropped.",
+            rich_help_panel=options.READING,
+        ),
     ] = None,
-    samples: Annotated[int, typer.Option(min=1, help="Images of each label map.")] = 1,
-    seed: Annotated[int, typer.Option(min=0, help="Decides z, with the file's name.")] = 0,
-    style: Annotated[Path | None, options.file("A photograph whose style the images get.")] = None,
+    samples: Annotated[
+        int,
+        typer.Option(
+            min=1,
+            help="Images of each label map, for a generator with a style z.",
+            rich_help_panel=STYLE,
+        ),
+    ] = 1,
+    seed: Annotated[
+        int,
+        typer.Option(
+            min=0,
+            help="Seed that z is drawn from, with the label map's name.",
+            rich_help_panel=STYLE,
+        ),
+    ] = 0,
+    style: Annotated[
+        Path | None, options.file("Photograph whose style the images get.", STYLE)
+    ] = None,
     encoder: Annotated[
-        Path | None, options.file("Its weights, for --style; a run has them.")
+        Path | None,
+        options.file("File of an encoder's weights, for --style; by default, the run's.", STYLE),
     ] = None,
-    batch: Annotated[int, typer.Option(min=1, help="Most images computed together.")] = 1,
-    dtype: Annotated[str, typer.Option(help=", ".join(DTYPES) + ".")] = "float32",
+    batch: Annotated[int, typer.Option(min=1, help="Most images that are computed together.")] = 1,
+    dtype: Annotated[
+        str, typer.Option(help=f"Floating-point type of the network: {', '.join(DTYPES)}.")
+    ] = "float32",
     device: options.Device = "cpu",
     key: Annotated[
-        str | None, typer.Option(help="Which of several networks in the file, such as ema.")
+        str | None,
+        typer.Option(
+            help="Name of the network to load from a file of several, such as ema.",
+            rich_help_panel=FILE,
+        ),
     ] = None,
     crop_size: Annotated[
-        int | None, typer.Option(min=1, help="Width of the images, where the file does not say it.")
+        int | None,
+        typer.Option(
+            min=1,
+            help="Width of the images in pixels, if the file does not say it.",
+            rich_help_panel=FILE,
+        ),
     ] = None,
     aspect_ratio: Annotated[
-        float | None, typer.Option(help="Their width over their height, likewise.")
+        float | None,
+        typer.Option(
+            help="Width of the images over their height, if the file does not say it.",
+            rich_help_panel=FILE,
+        ),
     ] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Skip what is there.")] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Skip images that exist already.")
+    ] = False,
 ) -> None:
-    """Make images of label maps. Exits with 1 where a label map is wrong, which is named; the
-    others are made.
+    """Make an image of each label map in a folder.
+
+    Reports label maps that are wrong, makes the images of the others, and then exits with 1.
     """
     import torch
 
@@ -102,7 +155,7 @@ def generate(
 
 
 def device_of(name: str) -> "torch.device":
-    """The device with this name. Errors: ValueError where there is none here."""
+    """The device with this name. Errors: ValueError if this machine does not have it."""
     import torch
 
     try:
@@ -110,4 +163,6 @@ def device_of(name: str) -> "torch.device":
         return torch.device(name)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).partition("\n")[0]
-        raise ValueError(f"device is {name!r}, it should be one that is here: {reason}") from None
+        raise ValueError(
+            f"device is {name!r}, it should be a device of this machine: {reason}"
+        ) from None

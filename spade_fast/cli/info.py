@@ -11,7 +11,7 @@ from .tables import table_of
 
 
 def info() -> None:
-    """Which backends run here and why not the others, versions, CPU features, devices."""
+    """Print which backends run here, why the others do not, and what machine this is."""
     from ..kernels import backends
 
     console = Console()
@@ -26,7 +26,7 @@ def info() -> None:
 
 
 def facts() -> dict[str, str]:
-    """What `info` says of the machine: name to text."""
+    """Facts about the machine and its software, by name."""
     import torch
 
     from ..kernels import cpu_backend

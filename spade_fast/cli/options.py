@@ -1,4 +1,4 @@
-"""Options that several commands have, each with one meaning."""
+"""Options that several commands share, and checks of paths."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -8,7 +8,7 @@ import typer
 
 
 def is_there(kind: str) -> Callable[..., Path | None]:
-    """What typer calls with a path that was given, to refuse it where there is no such thing.
+    """A callback for typer that refuses a path unless it exists and is of this kind.
 
     kind: "folder", "file" or "file or folder".
     """
@@ -28,19 +28,36 @@ def is_there(kind: str) -> Callable[..., Path | None]:
     return check
 
 
-def folder(help: str) -> Any:
-    """An option that names a folder, which is there."""
-    return typer.Option(help=help, callback=is_there("folder"))
+def folder(help: str, panel: str | None = None) -> Any:
+    """An option for the path of a folder that exists."""
+    return typer.Option(help=help, callback=is_there("folder"), rich_help_panel=panel)
 
 
-def file(help: str) -> Any:
-    """An option that names a file, which is there."""
-    return typer.Option(help=help, callback=is_there("file"))
+def file(help: str, panel: str | None = None) -> Any:
+    """An option for the path of a file that exists."""
+    return typer.Option(help=help, callback=is_there("file"), rich_help_panel=panel)
 
 
-WORDS = "folder, coco_stuff, ade20k or cityscapes."
-Convention = Annotated[str, typer.Option(help=WORDS)]
-Palette = Annotated[Path | None, file("For colour-coded maps: a line R G B CLASS per colour.")]
-NumClasses = Annotated[int | None, typer.Option(min=1, help='Without "don\'t care".')]
-DontCare = Annotated[int | None, typer.Option(help="The number in the maps that is no class.")]
-Device = Annotated[str, typer.Option(help="Such as cpu or cuda.")]
+READING = "How label maps are read"  # the panel of the help
+CONVENTION = "Layout of the folders: folder, coco_stuff, ade20k or cityscapes."
+Convention = Annotated[str, typer.Option(help=CONVENTION, rich_help_panel=READING)]
+Palette = Annotated[
+    Path | None,
+    file("File for colour-coded label maps: a line R G B CLASS for each colour.", READING),
+]
+NumClasses = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        help="Number of classes, without don't care; by default, the convention's.",
+        rich_help_panel=READING,
+    ),
+]
+DontCare = Annotated[
+    int | None,
+    typer.Option(
+        help="Label of pixels without a class; by default, the convention's.",
+        rich_help_panel=READING,
+    ),
+]
+Device = Annotated[str, typer.Option(help="Device to compute on, such as cpu or cuda.")]

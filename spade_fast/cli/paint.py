@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from ..nn import SPADEGenerator
     from ..paint import Classes
 
-WAITING = 16  # images that wait, of all tabs together; each has one at a time
+WAITING = 16  # most images that wait, of all tabs together; a tab waits for one at a time
 
 
 def paint(
@@ -20,24 +20,32 @@ def paint(
         Path | None,
         typer.Argument(
             callback=options.is_there("file or folder"),
-            help="A generator's file or a run's folder; without, a small one is trained first.",
+            help="File of a generator's weights, or folder of a run; without it, a small generator"
+            " is trained first.",
         ),
     ] = None,
     encoder: Annotated[
         Path | None,
-        options.file("Its weights, for the style of a photograph; a run has them."),
+        options.file(
+            "File of an encoder's weights, for the styles of photographs; by default, the run's."
+        ),
     ] = None,
     classes: Annotated[
         Path | None,
-        options.file("Names, and colours: a line CLASS NAME [R G B] for each class."),
+        options.file("File of names and colours: a line CLASS NAME [R G B] for each class."),
     ] = None,
     host: Annotated[
-        str, typer.Option(help="Address to listen at; others than 127.0.0.1 let others in.")
+        str,
+        typer.Option(
+            help="Address to listen at. By default, only this machine can connect; 0.0.0.0 lets in"
+            " other machines."
+        ),
     ] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=1, max=65535)] = 7860,
+    port: Annotated[int, typer.Option(min=1, max=65535, help="Port to listen at.")] = 7860,
 ) -> None:
-    """Paint label maps on a page in your browser, and see the generator's image of them. Exits with
-    1 where it cannot listen at the port.
+    """Paint label maps on a page in your browser, and see the generator's images of them.
+
+    Exits with 1 if it cannot listen at the port, and with 2 if something else is wrong.
     """
     from ..paint import listening
 
@@ -83,9 +91,9 @@ def _paint(weights, encoder, classes, door, host):
 def _generator(
     weights: Path | None, given: dict[str, Path | None]
 ) -> "tuple[Path | SPADEGenerator, Classes | None]":
-    """What a service takes, and its classes where they are known without looking at it.
+    """The weights or the generator for a service, and its classes if they are known already.
 
-    given: by name, those that the small generator does not take.
+    given: by name, the options that only a generator of the user's takes.
     """
     from ..paint import demo_classes, train_demo
     from ..training.run import GENERATOR
@@ -94,7 +102,7 @@ def _generator(
         return (weights / GENERATOR if weights.is_dir() else weights), None
     for name, value in given.items():
         if value is not None:
-            raise ValueError(f"{name} is given without weights, which it should belong to")
+            raise ValueError(f"{name} is given without the weights that it belongs to")
     typer.echo("No weights are given: training a small generator on drawn scenes, about 15 s.")
     generator = train_demo(progress=lambda found, count: progress_bar(found, count, "Training"))
     return generator, demo_classes()

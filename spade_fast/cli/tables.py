@@ -1,4 +1,4 @@
-"""Tables on a terminal."""
+"""Tables for a terminal."""
 
 from typing import Any
 
@@ -6,7 +6,7 @@ from rich.table import Table
 
 
 def table_of(*columns: str, **settings: Any) -> Table:
-    """A table whose long words go on in the next line, where the terminal is narrow."""
+    """A table that breaks long words over lines if the terminal is narrow."""
     table = Table(**settings)
     for name in columns:
         table.add_column(name, overflow="fold")

@@ -1,4 +1,4 @@
-"""The command `spade-fast train`, with an option for every setting."""
+"""The command `spade-fast train`, with an option for each setting."""
 
 import dataclasses
 import inspect
@@ -10,15 +10,17 @@ from typing import Annotated, Any, get_args, get_type_hints
 
 import typer
 
+from ..settings import PRESETS, Config, preset
 from . import options
 from .memory import keep_freed_memory
 
-HELP = """Train a generator on folders of label maps and photographs, or go on with a run. The
-run's folder has its settings, checkpoints, pictures, log and the generator's weights.
+HELP = """Train a generator on label maps and photographs, or resume a run.
+
+The run's folder gets its settings, checkpoints, pictures, log and the generator's weights.
 """
 FOLDERS = ("labels", "images", "instances")
 FILES = ("palette", "vgg_weights")
-# Where --help begins another group of settings, in their order.
+# The setting that begins each panel of the help.
 PANELS = {
     "labels": "Data",
     "ngf": "Networks",
@@ -29,15 +31,13 @@ PANELS = {
 
 
 def command() -> Callable[..., None]:
-    """The function that typer makes the command of: its parameters are the settings, each None
-    where it is not given.
+    """The command for typer: a function whose parameters are the settings, each None unless it is
+    given.
     """
-    from ..training import PRESETS, Config, Stopped
-
     types_of = get_type_hints(Config)
     panel = "The run"
     parameters = [
-        _parameter("resume_folder", Path, "Go on with the run in this folder.", "--resume", panel),
+        _parameter("resume_folder", Path, "Folder of a run to go on with.", "--resume", panel),
         _parameter(
             "preset_name",
             str,
@@ -60,6 +60,8 @@ def command() -> Callable[..., None]:
         parameters.append(_parameter(each.name, kind, help, option, panel))
 
     def run(resume_folder: Path | None, preset_name: str | None, **settings: Any) -> None:
+        from ..training import Stopped
+
         keep_freed_memory()
         given = {name: value for name, value in settings.items() if value is not None}
         try:
@@ -70,7 +72,7 @@ def command() -> Callable[..., None]:
         except (ValueError, TypeError, OSError, ModuleNotFoundError) as error:
             typer.echo(f"Error: {_as_options(str(error))}", err=True)
             raise typer.Exit(2) from None
-        if os.environ.get("RANK", "0") == "0":  # the first of the processes that trained
+        if os.environ.get("RANK", "0") == "0":  # the first of the training processes
             typer.echo(path)
 
     setattr(run, "__signature__", inspect.Signature(parameters))
@@ -79,14 +81,14 @@ def command() -> Callable[..., None]:
 
 
 def _train(resume_folder, preset_name, given):
-    from ..training import Config, preset, resume, train
+    from ..training import resume, train
 
     if resume_folder is None:
         return train(Config(**preset(preset_name, **given)))
     if preset_name is not None:
         raise ValueError(
             f"preset is {preset_name!r} and resume {str(resume_folder)!r}, only one of them should"
-            " be given: a run has its settings"
+            " be given: a run has its own settings"
         )
     return resume(resume_folder, **given)
 
@@ -124,10 +126,8 @@ def _words(value):
 
 
 def _as_options(words):
-    """A message of a setting, as of an option."""
+    """A message about a setting, with the name of its option instead."""
     name, _, rest = words.partition(" ")
-    from ..training import Config
-
     if name in Config.__dataclass_fields__:
         return f"--{name.lower().replace('_', '-')} {rest}"
     return words

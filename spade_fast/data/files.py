@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 
 Palette = Mapping[tuple[int, int, int], int]  # the class that each colour stands for
 
@@ -50,14 +50,20 @@ def read_labels(path: str | os.PathLike, palette: Palette | None = None) -> np.n
 
 
 def read_photograph(
-    path: str | os.PathLike, content: bytes | None = None, most_pixels: int | None = None
+    path: str | os.PathLike,
+    content: bytes | None = None,
+    most_pixels: int | None = None,
+    upright: bool = False,
 ) -> Image.Image:
-    """A photograph as an RGB image of PIL, with the rows and columns of the file: its EXIF
-    orientation is ignored, because the label map has the same rows and columns.
+    """A photograph as an RGB image of PIL. By default it has the rows and columns of the file,
+    because its label map has the same: an EXIF orientation is ignored, as in the published code,
+    except in a TIFF, which Pillow itself turns.
 
     Args:
         content: the file's bytes; the file is then not opened, and path is its name in messages.
         most_pixels: the limit above which the image is not decoded.
+        upright: whether to turn the image as its EXIF orientation says, for a photograph without a
+            label map.
 
     Errors: ValueError, which names the file, if it is not a complete image, it has more pixels than
         the limit, transparent pixels, or grey pixels of more than 8 bits.
@@ -68,7 +74,7 @@ def read_photograph(
             raise ValueError(
                 f"{path} has {width} × {height} pixels, it should have {most_pixels} or fewer"
             )
-    image = _read(path, content)
+    image = _read(path, content, upright)
     if image.mode.startswith("I") or image.mode == "F":
         raise ValueError(
             f"{path} has pixels of mode {image.mode}, a photograph should have 8 bits per channel"
@@ -80,11 +86,16 @@ def read_photograph(
 
 
 def read_orientation(path: str | os.PathLike) -> int:
-    """The EXIF orientation of a photograph, 1 if it has none.
+    """The EXIF orientation that `read_photograph` ignores: 1 if there is none, or if the file is a
+    TIFF, which Pillow itself turns.
 
     Errors: ValueError if the file is not an image.
     """
-    return _opened(path, lambda image: image.getexif().get(ORIENTATION, 1))
+
+    def found(image):
+        return 1 if image.format == "TIFF" else image.getexif().get(ORIENTATION, 1)
+
+    return _opened(path, found)
 
 
 def read_palette(path: str | os.PathLike) -> dict[tuple[int, int, int], int]:
@@ -148,12 +159,12 @@ def _classes_of(pixels, palette, path):
     return np.array([palette[colour] for colour in colours], np.int64)[places]
 
 
-def _read(path, content=None):
-    """A fully decoded image."""
+def _read(path, content=None, upright=False):
+    """A fully decoded image, upright or as it is in the file."""
 
     def load(image):
         image.load()
-        return image
+        return ImageOps.exif_transpose(image) if upright else image
 
     return _opened(path, load, content)
 

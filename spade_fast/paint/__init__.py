@@ -1,8 +1,8 @@
-"""`spade-fast paint`: a page on which one paints a label map, and the generator's image follows.
+"""`spade-fast paint`: a page to paint a label map on, which shows the generator's image of it.
 
-`app_of` makes the application of a service and classes, `serve` runs it at a socket that is
-`listening`. The page is hand-written and loads nothing from elsewhere; the server takes numbers and
-photographs, no paths, and writes no files.
+`app_of` makes the web application for a service and its classes, and `serve` runs it at a socket
+from `listening`. The page loads nothing from elsewhere. The server takes numbers and photographs,
+but no paths, and writes no files.
 """
 
 from .classes import Class, Classes, classes_of, read_classes

@@ -1,4 +1,4 @@
-"""The classes that one paints with: their numbers, names and colours."""
+"""The classes to paint with: their numbers, names and colours."""
 
 import os
 from collections.abc import Iterable
@@ -11,9 +11,9 @@ from ..nn.config import whole_number
 from ..training import Config
 from ..training.examples import with_convention
 
-HIGHEST = 2**16 - 1  # number that a label of 16 bits can be
+HIGHEST = 2**16 - 1  # the largest label of 16 bits
 GREY = (128, 128, 128)  # of "don't care"
-# Colours that people expect: each is that of the first class with the word in its name.
+# Colours that people expect. Each goes to the first class with the word in its name.
 NATURAL = {
     "sky": (120, 190, 250),
     "sun": (255, 214, 70),
@@ -46,8 +46,8 @@ shelf, sky-other, skyscraper, snow, solid-other, stairs, stone, straw, structura
 tent, textile-other, towel, tree, vegetable, wall-brick, wall-concrete, wall-other, wall-panel,
 wall-stone, wall-tile, wall-wood, water-other, waterdrops, window-blind, window-other, wood
 """
-# ADE20K's, of the scene parsing benchmark (Zhou et al. 2017), in the order of their numbers, from 1
-# on: 0 is unlabelled.
+# The classes of ADE20K's scene parsing benchmark (Zhou et al. 2017) in the order of their numbers,
+# from 1 on: 0 is unlabelled.
 ADE20K = """
 wall, building, sky, floor, tree, ceiling, road, bed, windowpane, grass, cabinet, sidewalk, person,
 earth, door, table, mountain, plant, curtain, chair, car, water, painting, sofa, shelf, house, sea,
@@ -63,7 +63,8 @@ tent, bag, minibike, cradle, oven, ball, food, step, tank, trade name, microwave
 bicycle, lake, dishwasher, screen, blanket, sculpture, hood, sconce, vase, traffic light, tray,
 ashcan, fan, pier, crt screen, plate, monitor, bulletin board, shower, radiator, glass, clock, flag
 """
-# Cityscapes' (Cordts et al. 2016); the published generator has one number more, which no map uses.
+# Cityscapes' classes (Cordts et al. 2016) in the order of their numbers, from 0 on. The published
+# generator has one more, which no map uses.
 CITYSCAPES = """
 unlabeled, ego vehicle, rectification border, out of roi, static, dynamic, ground, road, sidewalk,
 parking, rail track, building, wall, fence, guard rail, bridge, tunnel, pole, polegroup,
@@ -74,7 +75,7 @@ trailer, train, motorcycle, bicycle
 
 @dataclass(frozen=True)
 class Class:
-    """number: in label maps; name: for people; colour: red, green and blue, 0 to 255."""
+    """A class: its number in label maps, its name, and its colour (red, green, blue; 0 to 255)."""
 
     number: int
     name: str
@@ -83,10 +84,10 @@ class Class:
 
 @dataclass(frozen=True)
 class Classes:
-    """What the numbers of a label map mean to a generator.
+    """The meaning of a label map's numbers for a generator.
 
-    listed: one for each number that a label map may have, "don't care" among them.
-    num_classes, dont_care, label_shift: as of `Preparation`.
+    listed: a class for each number that a label map may have, including "don't care".
+    num_classes, dont_care, label_shift: as in `Preparation`.
     has_edges: whether the generator's last channel is that of instances' edges.
     """
 
@@ -98,28 +99,29 @@ class Classes:
 
     @property
     def background(self) -> int:
-        """The number that the eraser leaves: don't care, or the first class where there is none."""
+        """The number that the eraser leaves: don't care, or else the first class."""
         return self.listed[0].number if self.dont_care is None else self.dont_care
 
 
 NAMES = {"coco_stuff": COCO_STUFF, "ade20k": ADE20K, "cityscapes": CITYSCAPES}  # by convention
-# By the channels of the published generators: the convention, and whether the last channel is that
-# of instances' edges.
+# By the published generators' numbers of channels: the convention, and whether the last channel is
+# that of instances' edges.
 PUBLISHED = {184: ("coco_stuff", True), 151: ("ade20k", False), 36: ("cityscapes", True)}
 
 
 def classes_of(
     label_nc: int, file: str | os.PathLike | None = None, settings: Config | None = None
 ) -> Classes:
-    """The classes of a generator with label_nc channels: those that its run's settings say; without
-    them, those of the published data sets for their numbers of channels (184, 151, 36), else each
-    channel is a class, numbered from 0 on.
+    """The classes of a generator with label_nc channels. With the settings of a run, they are the
+    run's. Otherwise 184, 151 or 36 channels are those of the published data sets, and in any other
+    number each channel is a class, numbered from 0 on.
 
     Args:
-        file: names and colours, see `read_classes`; the others keep their number as a name.
-        settings: of the run that the generator is from.
+        file: a file of names and colours, see `read_classes`. Classes that it does not list keep
+            theirs.
+        settings: those of the run that the generator is from.
 
-    Errors: ValueError where the file is not so, or names a number that is no class.
+    Errors: ValueError if the file has another format, or lists a number that is not a class.
     """
     label_nc = whole_number("label_nc", label_nc)
     if settings is None:
@@ -127,7 +129,7 @@ def classes_of(
         count, dont_care = CONVENTIONS[name].num_classes or label_nc, CONVENTIONS[name].dont_care
     else:
         settings = with_convention(settings)
-        assert settings.num_classes is not None  # a run has channels
+        assert settings.num_classes is not None  # always known in a run
         name, has_edges = settings.convention, settings.instances is not None
         count, dont_care = settings.num_classes, settings.dont_care
     convention, known = CONVENTIONS[name], NAMES.get(name, "")
@@ -157,13 +159,13 @@ def classes_of(
 
 
 def named(classes: Iterable[Class], word: str) -> Class | None:
-    """The first class that has the word in its name."""
+    """The first class with the word in its name."""
     return next((one for one in classes if word in one.name.replace("-", " ").split()), None)
 
 
 def read_classes(path: str | os.PathLike) -> list[tuple[int, str, tuple[int, int, int] | None]]:
-    """Number, name and colour of each class in a text file of lines `CLASS NAME` or `CLASS NAME R G
-    B`; a name may have spaces, and `#` begins a comment.
+    """The number, name and colour of each class in a text file. Its lines are `CLASS NAME` or
+    `CLASS NAME R G B`; a name may contain spaces, and `#` begins a comment.
 
     Errors: ValueError, which names the file and the line.
     """
@@ -176,7 +178,7 @@ def read_classes(path: str | os.PathLike) -> list[tuple[int, str, tuple[int, int
         if len(words) < 2 or not words[0].isdecimal() or max(colour or (0,)) > 255:
             raise ValueError(
                 f"{path}, line {place}, is {line!r}, it should be CLASS NAME or CLASS NAME"
-                " R G B: numbers from 0 on, those of the colour up to 255"
+                " R G B: CLASS is 0 or more, and R, G and B are 0 to 255"
             )
         found.append((int(words[0]), " ".join(words[1:]), colour))
     return found

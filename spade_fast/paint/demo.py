@@ -1,4 +1,4 @@
-"""A small generator that learns in seconds to paint drawn scenes, for those who have no weights."""
+"""A small generator that learns to paint drawn scenes in seconds, for users without weights."""
 
 from collections.abc import Callable, Iterable
 
@@ -15,7 +15,7 @@ from .scene import GRASS, HILL, HOUSE, SAND, SEA, SKY, SUN, TREE, WORDS, draw_sc
 
 SIZE = 128
 SCENES = 24
-# What photographs have of each class at the top and at the foot.
+# The colour of each class in photographs, at the top and at the bottom of the picture.
 LOOKS = {
     SKY: ((60, 120, 215), (235, 215, 200)),
     SUN: ((255, 246, 200), (255, 225, 150)),
@@ -26,7 +26,8 @@ LOOKS = {
     TREE: ((65, 115, 50), (20, 50, 25)),
     HOUSE: ((170, 60, 45), (245, 225, 205)),
 }
-GRAIN = {SKY: 3, SUN: 0, HILL: 8, SEA: 14, SAND: 8, GRASS: 16, TREE: 22, HOUSE: 5}  # of 255
+# The strength of the noise in each class, of 255.
+GRAIN = {SKY: 3, SUN: 0, HILL: 8, SEA: 14, SAND: 8, GRASS: 16, TREE: 22, HOUSE: 5}
 
 
 def demo_classes() -> Classes:
@@ -42,15 +43,16 @@ def train_demo(
     seed: int = 0,
     progress: Callable[[Iterable, int], Iterable] = lambda found, count: found,
 ) -> SPADEGenerator:
-    """A generator, in eval mode, that has learned drawn scenes, in memory: nothing is written.
+    """A generator in eval mode, trained on drawn scenes in memory: nothing is written.
 
     Args:
-        size: height and width of its images.
-        steps: of training.
-        seed: decides the scenes and the networks.
-        progress: wraps the steps, and how many they are.
+        size: the height and the width of its images, in pixels.
+        steps: the number of training steps.
+        seed: the seed of the scenes and the networks.
+        progress: a progress bar: a function of an iterable of steps and of their number, that
+            returns the iterable.
 
-    Errors: ModuleNotFoundError where Accelerate is not installed.
+    Errors: ModuleNotFoundError if Accelerate is not installed.
     """
     config = Config(
         num_classes=len(WORDS),
@@ -89,8 +91,8 @@ def train_demo(
 
 
 def photograph(scene: np.ndarray, seed: int) -> np.ndarray:
-    """A photograph of a drawn scene, uint8 [height, width, 3]: each class has its light, from the
-    top of the picture to its foot, and its grain.
+    """A photograph of a drawn scene, uint8 [height, width, 3]. Each class has a colour that changes
+    from the top of the picture to the bottom, and grain.
     """
     random = np.random.default_rng(seed)
     top, foot, grain = (
@@ -103,7 +105,7 @@ def photograph(scene: np.ndarray, seed: int) -> np.ndarray:
     )
     height = np.linspace(0, 1, len(scene))[:, None, None]
     noise = random.standard_normal(scene.shape)
-    noise += np.roll(noise, 1, axis=1)  # grain that lies
+    noise += np.roll(noise, 1, axis=1)  # grain is wider than high
     shade = np.roll(scene != np.roll(scene, 2, axis=1), 1, axis=1) * (scene > SUN) * 25
     painted = top + (foot - top) * height + (noise * grain - shade)[..., None]
     return painted.clip(0, 255).astype(np.uint8)

@@ -1,9 +1,9 @@
 import { readPng, writePng } from "./png.js";
 
-const MOST_STEPS = 100; // that can be undone
+const MOST_STEPS = 100; // of undo
 const LARGEST_FILE = 2 ** 26; // bytes
-const MANY = 16; // classes: from here on one can search for them
-const RETRY = 1000; // milliseconds until a server that did not answer is asked again
+const MANY = 16; // classes, from which on the page offers a search
+const RETRY = 1000; // milliseconds before a failed request is sent again
 const KEYS = { b: "brush", l: "line", f: "fill", e: "eraser", p: "pick" };
 const ARROWS = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1] };
 
@@ -21,7 +21,7 @@ for (const { number, colour } of classes) {
   const bytes = new Uint8Array([...colour, 255]);
   colours[number] = new Uint32Array(bytes.buffer)[0];
 }
-// What a tab keeps belongs to one kind of generator.
+// The stored map and style are used again only with the same kind of generator.
 const KIND = `${width} ${height} ${settings.zLength} ${classes.map((one) => one.name)}`;
 
 let labels = keptLabels() ?? (await firstScene());
@@ -49,8 +49,8 @@ async function firstScene() {
   return Numbers.from(numbers);
 }
 
-// The newest map alone is asked for: while one request is on its way, what is drawn meanwhile only
-// changes what the next one will ask for.
+// Only one request is on its way at a time. Strokes drawn in the meantime are sent together with the
+// next one.
 let wanted = 0, shown = -1, asking = false;
 
 function changed() {
@@ -70,7 +70,7 @@ async function follow() {
       shown = asked;
     } catch (error) {
       const again = error.status === undefined || error.status === 503;
-      say(`No image: ${error.message}${again ? "; trying again …" : ""}`, true);
+      say(`No image: ${error.message}${again ? "; retrying …" : ""}`, true);
       if (again) await pause(RETRY);
       else shown = asked;
     }
@@ -110,7 +110,7 @@ function draw() {
   element("redo").disabled = !future.length;
 }
 
-/** What one step of undo takes back begins here. */
+/** Begins a step that undo takes back. */
 function remember() {
   past.push(labels.slice());
   if (past.length > MOST_STEPS) past.shift();
@@ -137,7 +137,7 @@ const redo = () => step(future, past);
 const paintNumber = () => (tool === "eraser" ? settings.background : chosen);
 const radius = () => element("size").value / 2;
 
-/** Paints with a round brush from one place to another. */
+/** Paints a line with a round brush. */
 function stroke([x0, y0], [x1, y1]) {
   const r = radius(), number = paintNumber();
   const dx = x1 - x0, dy = y1 - y0, square = dx * dx + dy * dy;
@@ -152,7 +152,7 @@ function stroke([x0, y0], [x1, y1]) {
       if ((px - along * dx) ** 2 + (py - along * dy) ** 2 <= r * r) labels[y * width + x] = number;
     }
   }
-  // The smallest brush may lie between the middles of pixels.
+  // The smallest brush may miss the centres of all pixels.
   const x = Math.floor(x1), y = Math.floor(y1);
   if (x >= 0 && x < width && y >= 0 && y < height) labels[y * width + x] = number;
 }
@@ -168,13 +168,13 @@ function fill([x, y]) {
     labels[place] = after;
     if (place % width > 0) waiting.push(place - 1);
     if (place % width < width - 1) waiting.push(place + 1);
-    waiting.push(place - width, place + width); // outside there is undefined, which is no label
+    waiting.push(place - width, place + width); // outside the map: undefined, never equal to before
   }
 }
 
 // ---- A stroke, by pointer or keys ----
 
-let line = null; // of the stroke that is being drawn: {last, first, before}
+let line = null; // the stroke being drawn: {first, last, before}
 
 function begin(place) {
   if (tool === "pick") return choose(labels[Math.floor(place[1]) * width + Math.floor(place[0])]);
@@ -251,7 +251,7 @@ map.addEventListener("keydown", (event) => {
   } else if (event.key === " " || event.key === "Enter") {
     hideHint();
     if (!event.repeat && !line) begin(cursor);
-    else if (!event.repeat) end(); // what the first press began, the second ends
+    else if (!event.repeat) end(); // the second press ends the stroke
   } else if (event.key === "Escape") {
     end();
   } else {
@@ -318,14 +318,14 @@ async function openMap(file) {
     if (file.size > LARGEST_FILE) throw new Error("it is too large");
     const found = await readPng(new Uint8Array(await file.arrayBuffer()));
     const wrong = found.numbers.find((number) => !known.has(number));
-    if (wrong !== undefined) throw new Error(`it has a ${wrong}, which is no class here`);
+    if (wrong !== undefined) throw new Error(`it has a ${wrong}, which is not a class here`);
     replace(resized(found));
   } catch (error) {
     say(`${file.name} was not opened: ${error.message}`, true);
   }
 }
 
-/** A map at the size of this one, by nearest neighbour. */
+/** A map, resized to the size of this one by nearest neighbour. */
 function resized(found) {
   const numbers = new Numbers(width * height);
   for (let y = 0, place = 0; y < height; y++) {
@@ -339,7 +339,7 @@ function resized(found) {
 
 // ---- Styles ----
 
-let styles = 0; // that were asked for: an answer that comes after another wish is out of date
+let styles = 0; // requested so far: an answer to any but the last is out of date
 
 function newZ() {
   if (settings.zLength === null) return;
@@ -363,8 +363,8 @@ async function openStyle(file) {
   const turn = ++styles;
   try {
     const most = settings.mostPhotographBytes;
-    if (file.size > most) throw new Error(`it is above ${Math.floor(most / 2 ** 20)} MB`);
-    say(`Looking at ${file.name} …`);
+    if (file.size > most) throw new Error(`it is larger than ${Math.floor(most / 2 ** 20)} MiB`);
+    say(`Reading the style of ${file.name} …`);
     const { z } = await (await answerOf("style", { method: "POST", body: file })).json();
     if (turn === styles) setStyle(`z=${encodeURIComponent(z)}`, file.name);
   } catch (error) {
@@ -376,14 +376,14 @@ function hideHint() {
   element("hint").hidden = true;
   try {
     localStorage.setItem("understood", "yes");
-  } catch { /* a browser may forbid it: then the hint comes again */ }
+  } catch { /* the browser may forbid it: then the hint appears again */ }
 }
 
-// A tab's map and style survive a reload; other tabs have their own.
+// A tab's map and style survive a reload. Other tabs have their own.
 function store(what, text) {
   try {
     sessionStorage.setItem(`${what} ${KIND}`, text);
-  } catch { /* a browser may forbid it: then a reload begins anew */ }
+  } catch { /* the browser may forbid it: then a reload starts over */ }
 }
 
 function stored(what) {
@@ -410,7 +410,7 @@ function keptStyle() {
 element("undo").addEventListener("click", undo);
 element("redo").addEventListener("click", redo);
 element("scene").addEventListener("click", () => {
-  firstScene().then(replace, (error) => say(`The first scene did not come: ${error.message}`, true));
+  firstScene().then(replace, (error) => say(`The first scene was not loaded: ${error.message}`, true));
 });
 element("new-z").addEventListener("click", newZ);
 element("save-image").addEventListener("click", saveImage);
@@ -458,7 +458,7 @@ element("new-z").hidden = settings.zLength === null;
 element("open-style").hidden = settings.mostPhotographBytes === null;
 showStyle();
 element("note").textContent = settings.hasEdges
-  ? "Regions of one class count as one thing: this generator gets the edges between them."
+  ? "This generator also sees edges of instances: here, the borders between classes."
   : "";
 listClasses();
 choose(chosen);

@@ -1,5 +1,5 @@
-// Label maps as PNG: a number in each pixel. A canvas cannot do this: it has colours alone, and
-// would turn a paletted or a 16-bit map into other numbers.
+// Label maps as PNG: a number in each pixel. A canvas has only colours, and would change the numbers
+// of a paletted or a 16-bit map.
 
 const SIGNATURE = [137, 80, 78, 71, 13, 10, 26, 10];
 const GREY = 0, PALETTED = 3;
@@ -26,7 +26,7 @@ function joined(parts) {
   return whole;
 }
 
-/** What comes out of a stream of bytes; an Error where that is more than `most`. */
+/** The bytes after a transform stream. Throws an Error if there are more than `most`. */
 async function passed(bytes, stream, most = Infinity) {
   const reader = new Blob([bytes]).stream().pipeThrough(stream).getReader();
   const parts = [];
@@ -36,7 +36,7 @@ async function passed(bytes, stream, most = Infinity) {
     length += value.length;
     if (length > most) {
       await reader.cancel();
-      throw new Error("it has more pixels than it says");
+      throw new Error("it has more data than its size allows");
     }
     parts.push(value);
   }
@@ -52,7 +52,7 @@ function chunk(kind, content) {
   return bytes;
 }
 
-/** A PNG, as a Blob, of numbers row by row: a Uint8Array of 8 bits each, a Uint16Array of 16. */
+/** A PNG, as a Blob, of numbers row by row: a Uint8Array gives 8 bits each, a Uint16Array 16. */
 export async function writePng(numbers, width, height) {
   const size = numbers.BYTES_PER_ELEMENT, length = 1 + width * size;
   const rows = new DataView(new ArrayBuffer(height * length)); // each begins with 0: no filter
@@ -76,23 +76,23 @@ export async function writePng(numbers, width, height) {
   return new Blob(parts, { type: "image/png" });
 }
 
-/** {width, height, numbers} of a PNG's bytes: grey values, or the indices of a paletted one. An
-    Error in words where it is no whole PNG, or has colours. */
+/** {width, height, numbers} of a PNG's bytes: its grey values, or its palette indices. Throws an
+    Error in words if it is not a whole PNG, or if it has colours. */
 export async function readPng(bytes) {
-  if (SIGNATURE.some((byte, place) => bytes[place] !== byte)) throw new Error("it is no PNG");
+  if (SIGNATURE.some((byte, place) => bytes[place] !== byte)) throw new Error("it is not a PNG");
   const { header, content } = chunks(bytes);
   const width = header.getUint32(0), height = header.getUint32(4);
   const depth = header.getUint8(8), kind = header.getUint8(9);
   if (kind !== GREY && kind !== PALETTED) {
     throw new Error("it has colours; a label map has one number in each pixel");
   }
-  if (header.getUint8(12) !== 0) throw new Error("it is interlaced; save it without that");
+  if (header.getUint8(12) !== 0) throw new Error("it is interlaced; save it without interlacing");
   if (width * height < 1 || width * height > MOST_PIXELS) {
-    throw new Error(`it is ${width} × ${height}, which is too large, or nothing`);
+    throw new Error(`it is ${width} × ${height}, which is too large or empty`);
   }
   const length = Math.ceil((width * depth) / 8);
   const rows = await passed(content, new DecompressionStream("deflate"), height * (length + 1));
-  if (rows.length !== height * (length + 1)) throw new Error("it is not whole");
+  if (rows.length !== height * (length + 1)) throw new Error("it is incomplete");
   unfilter(rows, length, Math.max(1, depth / 8));
   const numbers = new Uint16Array(width * height);
   for (let y = 0, place = 0; y < height; y++) {
@@ -118,14 +118,14 @@ function chunks(bytes) {
     if (kind === "IEND" && header?.byteLength === 13) return { header, content: joined(parts) };
     place = end + 4;
   }
-  throw new Error("it is not whole");
+  throw new Error("it is incomplete");
 }
 
-/** Undoes PNG's filters in place: each row's first byte says which. */
+/** Undoes PNG's filters in place: the first byte of each row is its filter. */
 function unfilter(rows, length, step) {
   for (let start = 0; start < rows.length; start += length + 1) {
     const filter = rows[start];
-    if (filter > 4) throw new Error("it is damaged: it has an unknown filter");
+    if (filter > 4) throw new Error("it is damaged: a filter is unknown");
     for (let x = 1; x <= length; x++) {
       const at = start + x;
       const left = x > step ? rows[at - step] : 0;

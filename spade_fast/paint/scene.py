@@ -5,7 +5,7 @@ import numpy as np
 from .classes import Classes, named
 
 SKY, SUN, HILL, SEA, SAND, GRASS, TREE, HOUSE = range(8)
-# What each is called, and words that classes of other data sets are found by, the best first.
+# The name of each, then words that find a class for it in other data sets, the best first.
 WORDS = {
     SKY: ("sky",),
     SUN: ("sun", "clouds", "sky"),
@@ -19,7 +19,7 @@ WORDS = {
 
 
 def draw_scene(size: tuple[int, int], seed: int) -> np.ndarray:
-    """The numbers above, uint8 [height, width], of a scene that follows from the seed."""
+    """A scene of the numbers above, uint8 [height, width], which depends on the seed."""
     random = np.random.default_rng(seed)
     y, x = _places(size)
     scene = np.full(size, SKY, np.uint8)
@@ -39,8 +39,8 @@ def draw_scene(size: tuple[int, int], seed: int) -> np.ndarray:
 
 
 def opening_scene(classes: Classes, size: tuple[int, int], seed: int = 7) -> np.ndarray:
-    """A scene in a generator's own classes, int64 [height, width]: each thing is the class whose
-    name says so, or, where no name does, one of the classes by turns.
+    """A scene in a generator's own classes, int64 [height, width]. Each thing gets the class whose
+    name fits, or if no name does, one of all the classes in turn.
     """
     others = [one.number for one in classes.listed if one.number != classes.dont_care]
     numbers = [
@@ -55,7 +55,7 @@ def _named(classes, words, otherwise):
 
 
 def _places(size):
-    """Row and column of each pixel's middle, from 0 to 1."""
+    """The row and the column of each pixel's centre, from 0 to 1."""
     return [places / length for places, length in zip(np.mgrid[: size[0], : size[1]] + 0.5, size)]
 
 
@@ -64,7 +64,7 @@ def _ball(x, y, middle, height, radius):
 
 
 def _waves(x, random, height):
-    """A smooth line from 0 to about `height` over the width."""
+    """A smooth curve over the width, with values from 0 to about `height`."""
     waves = sum(
         np.sin(2 * np.pi * (often * x + random.random())) / often
         for often in random.uniform(0.6, 3.0, 3)

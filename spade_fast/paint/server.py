@@ -1,8 +1,8 @@
 """The server behind the page: label maps in, images out.
 
-It lets in nobody who does not belong. A page of another site that a browser has open can send
-requests to 127.0.0.1, also under a name of its own that it has point there; so every request must
-name this server as its Host, and where it has an Origin, that must be this server's.
+It refuses strangers. A page of another site that is open in the browser can send requests to
+127.0.0.1, also under a name of its own that points there. Therefore every request must name this
+server as its Host, and its Origin, if it has one, must be this server's.
 """
 
 import asyncio
@@ -48,7 +48,7 @@ HEADERS = {
     "Cross-Origin-Resource-Policy": "same-origin",
     "Cache-Control": "no-store",
 }
-MOST_PIXELS = 2**22  # of an image: its labels are sent whole, for every stroke
+MOST_PIXELS = 2**22  # of an image: each stroke sends all of its labels
 MOST_PHOTOGRAPH_BYTES, MOST_PHOTOGRAPH_PIXELS = 2**25, 2**26
 HIGHEST_SEED = 2**32 - 1
 ALL_ADDRESSES = ("0.0.0.0", "::")
@@ -62,25 +62,25 @@ def app_of(
     port: int = 7860,
     encoder: str | os.PathLike | Mapping | ConvEncoder | None = None,
 ) -> "FastAPI":
-    """The application: the page, `GET /settings`, `GET /scene`, `POST /image?seed=…` or `?z=…`, and
-    with an encoder `POST /style`.
+    """The web application: the page, `GET /settings`, `GET /scene`, `POST /image?seed=…` or `?z=…`,
+    and with an encoder `POST /style`.
 
-    `/image` takes labels as numbers of 1 byte, or of 2 bytes, the lower first, row by row, and
-    returns a PNG; its header Server-Timing has the milliseconds from the request's labels to the
-    image ("image": waiting, numbering and the network) and those of the PNG ("png"). A generator
-    that begins with noise takes z: `seed` decides it, or `z` is it, as text. `/style` takes the
-    file of a photograph and returns JSON, {"z": text}, the mean of its style. An error is JSON,
-    {"detail": words}.
+    `/image` takes the labels row by row, as numbers of 1 byte or of 2 bytes (the lower byte first),
+    and returns a PNG. The header Server-Timing has the milliseconds from the request's labels to
+    the image ("image": waiting, numbering and the network) and those of writing the PNG ("png").
+    For a generator that begins with z, either `seed` is the seed of z, or `z` is z itself, as text.
+    `/style` takes the file of a photograph and returns the mean of its style as JSON, {"z": text}.
+    An error is JSON, {"detail": words}.
 
     Args:
-        service: of a generator of RGB images.
-        classes: what the labels mean.
-        host, port: where the application will be reached: requests for other hosts are refused.
-        encoder: of photographs, or its weights, as `checkpoint.load` takes them.
+        service: a service of a generator of RGB images.
+        classes: the meaning of the labels.
+        host, port: the address of the application. Requests for other hosts are refused.
+        encoder: an encoder of photographs, or its weights, as `checkpoint.load` takes them.
 
-    Errors: ValueError where the generator makes no RGB images, has other channels than these
-        classes, makes images that are too large, or has z of another length than the encoder;
-        ModuleNotFoundError where FastAPI is missing.
+    Errors: ValueError if the generator does not make RGB images, has other channels than these
+        classes, makes images that are too large, or has another length of z than the encoder;
+        ModuleNotFoundError if FastAPI is missing.
     """
     fastapi = _module("fastapi")
     from starlette.concurrency import run_in_threadpool
@@ -115,7 +115,7 @@ def app_of(
         except Busy as busy:
             again = {"Retry-After": str(RETRY_SECONDS)}
             raise fastapi.HTTPException(503, str(busy), again) from None
-        except (RuntimeError, MemoryError) as error:  # of the network, such as for lack of memory
+        except (RuntimeError, MemoryError) as error:  # of the network, for lack of memory perhaps
             raise fastapi.HTTPException(500, f"no {result} was made: {error}") from None
 
     @app.post("/image")
@@ -147,7 +147,7 @@ def app_of(
             body = await request.body()
             with errors_in_words("style"):
                 if encoding.locked():
-                    raise Busy("another photograph is being looked at: ask again later")
+                    raise Busy("another photograph is being encoded: ask again later")
                 async with encoding:
                     return {"z": await run_in_threadpool(painter.style, body)}
 
@@ -155,8 +155,8 @@ def app_of(
 
 
 def listening(host: str = "127.0.0.1", port: int = 7860) -> socket.socket:
-    """A socket that listens there: from now on the system lets callers wait for `serve`. Errors:
-    OSError in words, where the port is not free, or the host is no address of this machine.
+    """A socket that listens at this address. From now on, callers wait for `serve` to answer.
+    Errors: OSError in words if the port is taken, or if host is not an address of this machine.
     """
     try:
         family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
@@ -164,8 +164,8 @@ def listening(host: str = "127.0.0.1", port: int = 7860) -> socket.socket:
     except OSError as error:
         reason = (error.strerror or str(error)).partition(" (")[0]
         raise OSError(
-            f"nobody can listen at {host}, port {port}: {reason}. host should be an address of this"
-            " machine, and port one that no other program has"
+            f"cannot listen at {host}, port {port}: {reason}. host should be an address of this"
+            " machine, and port one that no other program uses"
         ) from None
 
 
@@ -177,12 +177,11 @@ def serve(
     encoder: str | os.PathLike | Mapping | ConvEncoder | None = None,
     ready: Callable[[str], None] = lambda address: None,
 ) -> None:
-    """Answers with `app_of` at a socket that listens, until it is interrupted; then the socket is
-    closed.
+    """Runs `app_of` at a listening socket until it is interrupted, and then closes the socket.
 
-    ready: is called with the page's address once nothing is in the way of answering.
+    ready: a function that is called with the page's address when the server is about to answer.
 
-    Errors: as `app_of`; ModuleNotFoundError where uvicorn is missing.
+    Errors: as `app_of`; ModuleNotFoundError if uvicorn is missing.
     """
     port = door.getsockname()[1]
     server = server_of(app_of(service, classes, host, port, encoder))
@@ -192,16 +191,16 @@ def serve(
 
 
 def server_of(app: "FastAPI") -> "uvicorn.Server":
-    """A server, whose `run(sockets=[door])` answers at sockets that listen until its `should_exit`
-    is set. Errors: ModuleNotFoundError where uvicorn is missing.
+    """A server whose `run(sockets=[door])` answers at listening sockets until its `should_exit` is
+    set. Errors: ModuleNotFoundError if uvicorn is missing.
     """
     uvicorn = _module("uvicorn")
     return uvicorn.Server(uvicorn.Config(app, log_level="warning", server_header=False))
 
 
 class _Painter:
-    """From the numbers of a request to an image that the service computes, and from a photograph
-    to a style.
+    """Turns the numbers of a request into an image, which the service computes, and a photograph
+    into a style.
     """
 
     def __init__(self, service: Service, classes: Classes, encoder=None) -> None:
@@ -219,7 +218,7 @@ class _Painter:
         )
 
     def settings(self) -> dict:
-        """What the page is told."""
+        """The settings of the page."""
         return {
             "height": self.size[0],
             "width": self.size[1],
@@ -234,7 +233,7 @@ class _Painter:
     def submit(self, body: bytes, seed: int | None, z: str | None):
         """A Future of the image. Errors: ValueError; Busy."""
         labels = self.labels(body)
-        # Neighbours of one class are one instance: edges are where the classes' regions end.
+        # Neighbours of one class are one instance, so edges are the borders between classes.
         instances = labels if self.classes.has_edges else None
         return self.service.submit(self.preparation.layout(labels, instances), self.z(seed, z))
 
@@ -244,7 +243,7 @@ class _Painter:
         if rest or width_of_number not in (1, 2):
             raise ValueError(
                 f"labels has {len(body)} bytes, it should have {height} × {width} numbers of 1 or 2"
-                " bytes"
+                " bytes each"
             )
         kind = "u1" if width_of_number == 1 else "<u2"
         return np.frombuffer(body, kind).reshape(self.size).astype(np.int64)
@@ -256,7 +255,7 @@ class _Painter:
                 raise ValueError(f"{next(iter(given))} is given, and this generator takes no z")
             return None
         if len(given) > 1:
-            raise ValueError("seed and z are given, one of them should be")
+            raise ValueError("seed and z are given, only one of them should be")
         if z is not None:
             return _z_of(z, self.z_dim)
         seed = 0 if seed is None else seed
@@ -265,16 +264,20 @@ class _Painter:
         return torch.randn(1, self.z_dim, generator=torch.Generator().manual_seed(seed))
 
     def style(self, content: bytes) -> str:
-        """The mean z of a photograph's file, as text. Errors: ValueError."""
+        """The mean z of a photograph's file, as text; the photograph is turned upright. Errors:
+        ValueError.
+        """
         assert self.encoder is not None
-        photograph = read_photograph("the photograph", content, MOST_PHOTOGRAPH_PIXELS)
+        photograph = read_photograph(
+            "the photograph", content, MOST_PHOTOGRAPH_PIXELS, upright=True
+        )
         mean, _ = moments_of(self.encoder, photograph, self.size)
         return _text_of(mean)
 
 
 class _Doorman:
-    """Middleware that answers a request that does not belong here without reading its body, and
-    gives every answer the headers that bind a browser.
+    """Middleware that refuses requests from elsewhere without reading their bodies, and adds the
+    security headers to every answer.
     """
 
     def __init__(self, app, host, port, most_bytes):
@@ -286,7 +289,7 @@ class _Doorman:
         if scope["type"] != "http":
             if scope["type"] == "lifespan":
                 await self.app(scope, receive, send)
-            return  # a WebSocket is closed thereby
+            return  # which closes a WebSocket
 
         async def send_bound(message):
             if message["type"] == "http.response.start":
@@ -300,25 +303,25 @@ class _Doorman:
         from starlette.responses import JSONResponse
 
         status, words = refusal
-        # What comes of the body after this is nobody's.
+        # The body is not read, so the connection cannot be used again.
         answer = JSONResponse({"detail": words}, status, {"Connection": "close"})
         await answer(scope, receive, send_bound)
 
     def _refusal(self, scope):
-        """Status and words for a request that is refused, else None."""
+        """The status and the message if a request is refused, else None."""
         headers: dict[str, list[str]] = {}
         for name, text in scope["headers"]:
             headers.setdefault(name.decode("latin-1"), []).append(text.decode("latin-1"))
         hosts, origins = headers.get("host", []), headers.get("origin", [])
         if len(hosts) != 1 or not self._is_own(hosts[0].lower()):
             return 403, (
-                f"Host is {_words(hosts)}, it should be localhost:{self.port} or what --host says:"
+                f"Host is {_words(hosts)}, it should be localhost:{self.port} or that of --host:"
                 " the page is for this machine"
             )
         if origins and [origin.lower() for origin in origins] != ["http://" + hosts[0].lower()]:
             return 403, (
                 f"Origin is {_words(origins)}, it should be http://{hosts[0]}: other sites may not"
-                " ask this server"
+                " use this server"
             )
         if scope["method"] not in ("POST", "PUT", "PATCH"):
             return None
@@ -332,11 +335,11 @@ class _Doorman:
 
     def _is_own(self, host):
         name, colon, port = host.rpartition(":")
-        if not colon or port.endswith("]"):  # no port: that of http
+        if not colon or port.endswith("]"):  # http's port is left out
             name, port = host, "80"
         if port != str(self.port):
             return False
-        # A name can be made to point here by whoever owns it, an address cannot.
+        # The owner of a name can make it point here, but nobody can redirect an address.
         return name in self.names or (self.takes_addresses and _is_address(name))
 
 
@@ -345,12 +348,12 @@ def _check(service, classes):
     if (arguments["spatial_dims"], arguments["output_nc"]) != (2, 3):
         raise ValueError(
             f"the generator makes {arguments['output_nc']} channels in"
-            f" {arguments['spatial_dims']} dimensions, they should be 3 in 2 to be painted"
+            f" {arguments['spatial_dims']} dimensions, it should make 3 in 2 to be painted"
         )
     channels = classes.num_classes + (classes.dont_care is not None) + classes.has_edges
     if channels != arguments["label_nc"]:
         raise ValueError(
-            f"classes have {channels} channels, don't care and edges among them; they should be"
+            f"classes have {channels} channels, including don't care and edges; they should have"
             f" the generator's {arguments['label_nc']}"
         )
     numbers = [one.number for one in classes.listed]
@@ -368,18 +371,18 @@ def _check(service, classes):
 
 
 def _text_of(z):
-    """z [z_dim] as text that can stand in an address: base64 of its float32, low bytes first."""
+    """z [z_dim] as text for a URL: base64 of its float32 values, low bytes first."""
     return base64.urlsafe_b64encode(z.float().cpu().numpy().astype("<f4").tobytes()).decode()
 
 
 def _z_of(text, length):
-    """z [1, length] of such a text. Errors: ValueError."""
-    wanted = f"it should be {length} finite ones of float32 in base64, as /style returns them"
+    """z [1, length] from such a text. Errors: ValueError."""
+    wanted = f"it should be {length} finite float32 numbers in base64, as /style returns them"
     try:
         content = base64.b64decode(text, altchars=b"-_", validate=True)
         z = torch.from_numpy(np.frombuffer(content, "<f4").astype(np.float32))
     except ValueError as error:
-        raise ValueError(f"z is no text of numbers: {error}; {wanted}") from None
+        raise ValueError(f"z cannot be decoded: {error}; {wanted}") from None
     if len(z) != length or not z.isfinite().all():
         raise ValueError(f"z has {len(z)} numbers, {z.isfinite().sum()} of them finite; {wanted}")
     return z[None]
@@ -413,7 +416,7 @@ def _words(found):
 
 
 def check_installed() -> None:
-    """Errors: ModuleNotFoundError in words, where a package that serving needs is not there."""
+    """Checks that the packages for serving are installed. Errors: ModuleNotFoundError in words."""
     for name in ("fastapi", "uvicorn"):
         _module(name)
 

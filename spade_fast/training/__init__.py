@@ -5,7 +5,7 @@ alone: `for step in trainer.fit(batches)`, with networks and optimizers of your 
 the settings describe.
 """
 
-from .config import PRESETS, Config, preset
+from ..settings import PRESETS, Config, preset
 from .recorder import Stopped
 from .start import resume, train
 from .step import Networks

@@ -2,7 +2,7 @@
 
 from ..data import CONVENTIONS, Folder, Preparation, check_data, find_pairs, read_palette
 from ..progress import progress_bar
-from .config import Config
+from ..settings import Config
 from .networks import label_channels
 
 

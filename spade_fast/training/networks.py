@@ -5,7 +5,7 @@ import torch
 from ..losses import Perceptual
 from ..nn import ConvEncoder, MultiscaleDiscriminator, SPADEGenerator
 from ..nn.initialise import initialise
-from .config import Config
+from ..settings import Config
 from .step import Networks
 
 IMAGE_CHANNELS = 3

@@ -11,8 +11,8 @@ from pathlib import Path
 import torch
 
 from ..checkpoint.files import UnreadableFile, contents
+from ..settings import Config
 from ..writing import remove_unfinished, written
-from .config import Config
 
 SETTINGS, GENERATOR, BEST = "config.yaml", "generator.safetensors", "best.safetensors"
 CHECKPOINTS, PICTURES, LOG, EVENTS = "checkpoints", "pictures", "log.txt", "tensorboard"

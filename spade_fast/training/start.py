@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from ..data import loader
-from .config import Config
+from ..settings import Config
 from .examples import folder_of, with_convention, with_steps
 from .recorder import Recorder, Stopped, reason_of
 from .run import GENERATOR, Run

@@ -8,7 +8,7 @@ import torch.nn as nn
 
 from .. import losses
 from ..layout import SemanticLayout
-from .config import Config
+from ..settings import Config
 from .judge import judge
 
 Losses = dict[str, torch.Tensor]  # weighted scalars by name; their sum is minimised

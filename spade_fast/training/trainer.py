@@ -11,8 +11,8 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from ..data import Batch
 from ..nn import SPADEGenerator
+from ..settings import Config
 from .average import average
-from .config import Config
 from .networks import check_norms, label_channels, make_networks
 from .noise import Noise
 from .randomness import random_states, set_random_states

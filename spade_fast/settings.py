@@ -1,5 +1,5 @@
 """The settings of a training run: one dataclass, which is saved as YAML beside the weights. Every
-field is also an option of `spade-fast train`.
+field is also an option of `spade-fast train`, whose help reads them without importing PyTorch.
 """
 
 import contextlib
@@ -10,10 +10,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
-
-from ..losses import KINDS, check_kind
-from ..nn.config import parse_config
-from ..nn.generator import NORM_G, official_arguments
 
 ORDERS = ("published", "shared")
 PRECISIONS = ("no", "bf16", "fp16")
@@ -77,7 +73,9 @@ class Config:
     )
     ndf: int = setting(64, "Channels of the discriminator's and encoder's first layer.", 1)
     nhidden: int = setting(128, "Channels between the condition and γ and β.", 1)
-    norm_G: str = setting(NORM_G, "The generator's norms, as in the published code.")
+    norm_G: str = setting(
+        "spectralspadesyncbatch3x3", "The generator's norms, as in the published code."
+    )
     upsampling: str = setting(
         "normal",
         "How often the generator doubles the size: normal (5 times), more (6) or most (7).",
@@ -89,7 +87,9 @@ class Config:
     init: str = setting("xavier", "Initialisation: " + ", ".join(INITIALISATIONS) + ".")
     init_gain: float = setting(0.02, "Gain of the initialisation.", 0)
     # Losses
-    adversarial: str = setting("hinge", "Adversarial loss: " + ", ".join(KINDS) + ".")
+    adversarial: str = setting(
+        "hinge", "Adversarial loss: hinge, least_squares, non_saturating or wasserstein."
+    )
     perceptual: bool = setting(True, "Use the perceptual loss, on VGG19's features.")
     vgg_weights: str | None = setting(
         None,
@@ -160,7 +160,9 @@ class Config:
         self.generator_arguments(1)
 
     def _check_choices(self):
-        from ..data import CONVENTIONS, MODES
+        from .data import CONVENTIONS, MODES
+        from .losses import check_kind
+        from .nn.config import parse_config
 
         check_kind(self.adversarial)
         parse_config(self.norm_G, "norm_G")
@@ -210,6 +212,8 @@ class Config:
         """The arguments of SPADEGenerator for a condition of label_nc channels. Errors: ValueError
         if the generator cannot make images of this size.
         """
+        from .nn.generator import official_arguments
+
         return official_arguments(
             label_nc,
             crop_size=self.crop_size,
@@ -229,6 +233,8 @@ class Config:
 
         images: of a batch, in each of the processes.
         """
+        from .nn.config import parse_config
+
         norm = parse_config(self.norm_G, "norm_G").norm
         maps = {"instance": 1, "batch": images, "syncbatch": images * processes}.get(norm, 2)
         return maps * math.prod(start) > 1
@@ -237,7 +243,7 @@ class Config:
         """Whether a crop size that suits the generator also passes the checks of load_size and of
         the norm, for a run in one process.
         """
-        from ..data import Preparation
+        from .data import Preparation
 
         try:
             Preparation(
