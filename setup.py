@@ -1,14 +1,15 @@
 """Builds the compiled kernels: csrc/cpu into spade_fast._cpu, and csrc/cuda into spade_fast._cuda
 where the installed torch has CUDA and nvcc is found.
 
-Everything else about the package is in pyproject.toml. Ninja compiles what changed, headers
-included. Where a compiler is missing or fails, the package is installed without its work, and says
-so here and in `spade-fast info`. The kernels use PyTorch's stable ABI alone: a library built with
-one torch serves the later ones, and the CUDA kernels are built without a GPU.
+Everything else about the package is in pyproject.toml. Ninja recompiles only what changed, headers
+included. If a compiler is missing or fails, the package is installed without that library; the
+build and `spade-fast info` report it. The kernels use only PyTorch's stable ABI, so that a library
+built with one torch works with later ones. Building the CUDA kernels needs no GPU.
 
-Environment variables: CUDA_HOME or CUDA_PATH, where nvcc is if not on PATH; TORCH_CUDA_ARCH_LIST,
-such as "8.0;9.0"; MAX_JOBS, compilers at once; SKIP_CUDA_BUILD=1; FORCE_CUDA=1, to build the CUDA
-kernels with a torch without CUDA too, and for an error where they cannot be built.
+Environment variables: CUDA_HOME or CUDA_PATH, the folder of CUDA if nvcc is not on PATH;
+TORCH_CUDA_ARCH_LIST, such as "8.0;9.0"; MAX_JOBS, the number of parallel compilers;
+SKIP_CUDA_BUILD=1, to leave the CUDA kernels out; FORCE_CUDA=1, to build them even if torch has no
+CUDA, and to fail if they cannot be built.
 """
 
 import os
@@ -29,15 +30,15 @@ from setuptools.command.sdist import sdist
 from setuptools.errors import CompileError
 from torch.utils.cpp_extension import include_paths, library_paths
 
-STABLE_ABI = "-DTORCH_TARGET_VERSION=0x020a000000000000"  # that of torch 2.10
+STABLE_ABI = "-DTORCH_TARGET_VERSION=0x020a000000000000"  # the ABI of torch 2.10
 CPU_FLAGS = [
     "-std=c++17",
     "-O3",
     "-fopenmp-simd",
     "-fno-math-errno",
-    "-fno-trapping-math",  # without it a leaky ReLU is not vectorised
+    "-fno-trapping-math",  # leaky ReLU is not vectorised otherwise
     "-fvisibility=hidden",
-    # Python's own flags ask for debug information; CXXFLAGS may, too, and stand in their place.
+    # Python's own flags request debug information. CXXFLAGS replaces them, and may request it too.
     *([] if "CXXFLAGS" in os.environ else ["-g0"]),
     STABLE_ABI,
 ]
@@ -47,21 +48,23 @@ FORCE_CUDA = os.environ.get("FORCE_CUDA") == "1"
 
 
 def cpu_commands(compiler):
-    """The commands that compile and that link, without the files."""
+    """The commands that compile and link the CPU library, without the files."""
     if compiler.compiler_type != "unix":
-        raise CompileError(f"the flags are for g++, this compiler is {compiler.compiler_type}'s")
+        raise CompileError(
+            f"the flags are for g++, but the compiler type is {compiler.compiler_type}"
+        )
     paths = [get_path("include"), pybind11.get_include(), *include_paths()]
     compile_one = [*compiler.compiler_so_cxx, *CPU_FLAGS, *(f"-isystem{path}" for path in paths)]
     return compile_one, [*compiler.linker_so_cxx, "-Wl,--no-as-needed"]
 
 
 def cuda_commands(compiler):
-    """The same with nvcc."""
+    """The commands that compile and link the CUDA library with nvcc, without the files."""
     nvcc = find_nvcc()
     if os.environ.get("SKIP_CUDA_BUILD") == "1":
         raise CompileError("SKIP_CUDA_BUILD is 1")
     if torch.version.cuda is None and not FORCE_CUDA:
-        raise CompileError("this torch has no CUDA; FORCE_CUDA=1 builds it all the same")
+        raise CompileError("this torch has no CUDA; FORCE_CUDA=1 builds the kernels anyway")
     if nvcc is None:
         raise CompileError("there is no nvcc in CUDA_HOME, CUDA_PATH or PATH")
     paths = [f"-isystem={path}" for path in include_paths()]
@@ -83,12 +86,12 @@ def find_nvcc():
 
 
 def architectures():
-    """nvcc's flags: machine code for each architecture, and PTX of the lowest for what has none."""
+    """nvcc's flags: machine code for each architecture, and PTX of the lowest for all others."""
     listed = os.environ.get("TORCH_CUDA_ARCH_LIST") or "8.0;9.0;10.0"
     numbers = sorted({int(major + minor) for major, minor in re.findall(r"(\d+)\.(\d)", listed)})
     if not numbers or numbers[0] < 80:
         raise CompileError(
-            f"TORCH_CUDA_ARCH_LIST is {listed!r}, it should have numbers from 8.0 on, such as"
+            f"TORCH_CUDA_ARCH_LIST is {listed!r}, it should list architectures from 8.0 on, such as"
             " 8.0;9.0"
         )
     codes = [f"-gencode=arch=compute_{number},code=sm_{number}" for number in numbers]
@@ -96,7 +99,7 @@ def architectures():
 
 
 class BuildAndReport(build_ext):
-    """build_ext by ninja, which says at its end what was built and what was not."""
+    """build_ext by ninja, which reports at its end what was built and what was not."""
 
     def run(self):
         self.reasons = {}
@@ -104,12 +107,12 @@ class BuildAndReport(build_ext):
         print(f"spade_fast {self.distribution.get_version()} for torch {torch.__version__}")
         for name in COMMANDS:
             reason = self.reasons.get(name)
-            if reason:  # an older library would be loaded in its place
+            if reason:  # else an older library would be loaded
                 Path(self.get_ext_fullpath(name)).unlink(missing_ok=True)
             print(f"    {name:16} {f'NOT BUILT: {reason}' if reason else 'built'}")
 
     def build_extensions(self):
-        # It stays between builds, unlike the temporary folder of an editable install.
+        # Kept between builds, unlike the temporary folder of an editable install.
         self.folder = Path("build", f"ninja-{get_platform()}-{sys.implementation.cache_tag}")
         if self.force:
             shutil.rmtree(self.folder, ignore_errors=True)
@@ -140,9 +143,9 @@ class BuildAndReport(build_ext):
         return str(self.folder / self.get_ext_filename(extension.name))
 
     def build_extension(self, extension):
-        """Called by super().build_extensions(), which lets an optional one fail."""
+        """Called by super().build_extensions(), which lets optional ones fail."""
         if extension.name not in self.reasons and not self.run_ninja(self.library(extension)):
-            self.reasons[extension.name] = "the compiler says why above"
+            self.reasons[extension.name] = "compilation failed; see the messages above"
         if extension.name in self.reasons:
             raise CompileError(self.reasons[extension.name])
         target = Path(self.get_ext_fullpath(extension.name))
@@ -158,8 +161,8 @@ class BuildAndReport(build_ext):
 
 
 class WithoutTests(sdist):
-    """An sdist with all of csrc, the extensions' sources and what they depend on. The tests need
-    the benchmarks and their results: they run from the repository.
+    """An sdist with all of csrc: the extensions' sources and dependencies. It leaves the tests out,
+    because they need the benchmarks and their results, and so run from the repository only.
     """
 
     def make_release_tree(self, base_dir, files):

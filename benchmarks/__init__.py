@@ -1,3 +1,3 @@
-"""The benchmark suite: `python -m benchmarks --help`. From a case to the table, read cases.py,
-measure.py, report.py, cli.py.
+"""The benchmark suite: `python -m benchmarks --help`. To follow a case to its table, read cases.py,
+measure.py, report.py and cli.py.
 """

@@ -1,10 +1,10 @@
-"""The cases that are measured: the modulation, the residual blocks, the generator and others, each
-beside its rivals and its floor.
+"""The cases to measure: the modulation, the residual blocks, the generator and others, each beside
+its rivals and its floor.
 
-A case names its problems, and builds one when it is asked to: others are never made. A problem has
-variants, functions that each compute the same thing once and return it by name, and a truth in
-float64. The floor is what the same network costs with plain instance norm and leaky ReLU in place
-of every SPADE: the least that anyone can hope for.
+A case yields plans, which have names and build their problem only when they are called. A problem
+has variants, which are functions that each compute the same results once and return them by name,
+and a truth in float64. The floor is the same network with plain instance norm and leaky ReLU in
+place of every SPADE: about the least time that one can hope for.
 """
 
 import contextlib
@@ -36,10 +36,10 @@ from spade_fast.training.pictures import picture
 from . import layouts, steps
 
 FORWARD, BACKWARD = "forward", "forward+backward"
-# The time that counts on a GPU (measure.timed): without the host's part, or with it.
+# What is timed on a GPU (measure.timed): the device's time without or with the host's.
 DEVICE_ALONE, WHOLE_CALLS = "device alone", "whole calls"
-# (channels, size) of the 18 SPADEs of the published COCO generator at 256², and of LivePortrait's
-# decoder.
+# The distinct (channels, size) of the SPADEs of the published COCO generator at 256², and of
+# LivePortrait's decoder.
 COCO_SHAPES = [
     (1024, 8),
     (1024, 16),
@@ -63,8 +63,8 @@ COCO_BLOCKS = [
     (128, 64, 256),
 ]
 COCO_NORM = "spectralspadesyncbatch3x3"
-FILES_IN_DOUBLE = 2  # of `generate`: in float64 the published network takes seconds for each file
-# The names of variants. Not every problem has all of them.
+FILES_IN_DOUBLE = 2  # in `generate`: the published network takes seconds per file in float64
+# The names of all variants. No problem has all of them.
 VARIANTS = (
     "eager",
     "eager, channels-last",
@@ -97,32 +97,32 @@ class Plan:
 
 @dataclass
 class Problem:
-    """One row group of the table."""
+    """One group of rows in the table."""
 
-    name: str  # its plan's, and facts known only now
+    name: str  # the plan's name, with facts that are known only after building
     mode: str  # FORWARD or BACKWARD
     variants: dict[
         str, Callable
-    ]  # "eager" among them; those called "floor…" compute something else and are not checked
+    ]  # includes "eager"; names with "floor" compute something else and are not checked
     truth: Callable
-    jittered: Callable  # eager, from inputs that differ by a rounding, for the number of the run
+    jittered: Callable  # takes a run's number; eager, on inputs that differ by a rounding
     in_double: Callable | None = None  # ours in float64, where no rounding hides a mistake
     scenes: list = field(
         default_factory=lambda: [None]
-    )  # each round measures the next one, each is checked
-    scene: int = 0  # which of them the functions compute now
-    # Called before each call of a variant, with its name; it is not timed.
+    )  # all are checked; each round of timing takes the next one
+    scene: int = 0  # the number of the scene that the functions compute now
+    # Called with a variant's name before each call of that variant; not timed.
     prepare: Callable = lambda name: None
     clock: str = WHOLE_CALLS  # or DEVICE_ALONE
     least_bytes: int | None = (
-        None  # that the operation has to read and write, every input and output once
+        None  # bytes that the operation has to move: every input and output once
     )
-    least_rounds: int = 5  # of timing
+    least_rounds: int = 5  # minimum number of rounds of timing
 
 
 @dataclass
 class Settings:
-    """What the command line says."""
+    """The options of the command line."""
 
     device: str = "cpu"
     dtype: torch.dtype = torch.float32
@@ -130,13 +130,15 @@ class Settings:
     labels: str | None = None
     instances: str | None = None
     scenes: int = 1
-    batch: int = 1  # images of an operation, scenes that a network computes at once
-    compile_mode: str = "default"  # torch.compile's, for networks
-    without: tuple = ()  # how the names of variants begin that are not built
+    batch: int = 1  # images of an operation, or scenes that a network computes at once
+    compile_mode: str = "default"  # torch.compile's mode for networks
+    without: tuple = ()  # variants whose names begin with one of these are not built
 
     def wanted(self, makers):
-        """The variants that are not left out, built: of functions that make them, by name.
-        Errors: ValueError where VARIANTS lacks a name.
+        """Builds the variants that are not left out. makers: functions that build them, by name.
+
+        Raises:
+            ValueError: VARIANTS lacks a name.
         """
         if unknown := makers.keys() - set(VARIANTS):
             raise ValueError(f"VARIANTS lacks {', '.join(sorted(unknown))}")
@@ -144,8 +146,8 @@ class Settings:
 
 
 def modulate(settings):
-    """spade_modulate on the shapes of the published generators, both memory layouts, with the leaky
-    ReLU that follows.
+    """spade_modulate with a leaky ReLU, on the shapes of the published generators, in both memory
+    formats.
     """
     shapes = [(64, 32)] if settings.quick else dict.fromkeys(COCO_SHAPES + LIVEPORTRAIT_SHAPES)
     for channels, size in shapes:
@@ -157,7 +159,9 @@ def modulate(settings):
 
 
 def lookup(settings):
-    """The same with γ and β looked up, pixel by pixel, in the table of a scene's windows."""
+    """The case modulate with γ and β looked up, pixel by pixel, in the table of a scene's
+    windows.
+    """
 
     @functools.cache
     def scene():
@@ -174,12 +178,14 @@ def lookup(settings):
 
 
 def plan_of(build, settings, name, mode, *arguments):
-    """The plan of build(settings, name, mode, *arguments)."""
+    """The plan whose problem is build(settings, name, mode, *arguments)."""
     return Plan(name, mode, functools.partial(build, settings, name, mode, *arguments))
 
 
 def modulate_problem(settings, name, mode, channels, size, layout, windows=None):
-    """windows: of the table that γ and β are; without, they are dense."""
+    """The operation alone. windows: γ and β are tables with a row for each of these windows; if
+    None, γ and β are dense.
+    """
 
     def tensor(*shape):
         values = torch.randn(*shape, device=settings.device).to(settings.dtype)
@@ -217,13 +223,13 @@ def modulate_problem(settings, name, mode, channels, size, layout, windows=None)
         name: value.detach().double().requires_grad_(mode == BACKWARD)
         for name, value in inputs.items()
     }
-    # Forward reads x, γ, β and writes y; backward reads dy, x, γ and writes dx, dγ, dβ; both have a
-    # bit an element for the leaky ReLU.
+    # Forward reads x, γ, β and writes y; backward reads dy, x, γ and writes dx, dγ, dβ. With
+    # backward, the leaky ReLU's signs are written and read: a bit per element each time.
     streams, tables, bits = (2, 2, 0) if mode == FORWARD else (5, 5, 2)
     least_bytes = (
         streams * dy.numel() + tables * inputs["gamma"].numel()
     ) * dy.element_size() + dy.numel() * bits // 8
-    if windows is not None:  # both read the index, and backward the pixels in its order
+    if windows is not None:  # both read the index; backward also reads the pixels in its order
         least_bytes += (
             (1 if mode == FORWARD else 3) * windows.index.numel() * windows.index.element_size()
         )
@@ -248,8 +254,8 @@ def modulate_problem(settings, name, mode, channels, size, layout, windows=None)
 
 
 def layer(settings):
-    """One SPADE at every pixel, at every distinct window, and as it chooses: where windows pay, and
-    what finding out costs.
+    """One SPADE computed at pixels, at distinct windows, and as the layer chooses itself: where
+    windows pay, and the cost of finding out.
     """
     shapes = (
         [(64, 32)]
@@ -261,7 +267,7 @@ def layer(settings):
     def scene():
         return SemanticLayout.from_segmap(next(conditions(settings)))
 
-    @functools.lru_cache(1)  # of both modes
+    @functools.lru_cache(1)  # shared by both modes
     def segmap(kind, size):
         pixels = (len(scene()), size, size)
         if kind == "scene":
@@ -293,7 +299,7 @@ def _layer_problem(settings, name, mode, channels, size, segmap):
         module = module.to(settings.device)
         x = x.detach().requires_grad_(mode == BACKWARD)
 
-        def run():  # a view is another tensor each time: nothing is known of it
+        def run():  # each view is a new tensor, for which nothing is cached
             with spade_fast.window_mode(windows):
                 y = module(x, segmap.view_as(segmap) if fresh else segmap)
             return _outputs(y, {"x": x} | dict(module.named_parameters()), dy.to(x.dtype), mode)
@@ -319,20 +325,15 @@ def _layer_problem(settings, name, mode, channels, size, segmap):
 
 
 def block(settings):
-    """The residual blocks of the published COCO generator, with a COCO-Stuff layout at 256² as
-    their condition.
-    """
+    """The residual blocks of the published COCO generator, on a COCO-Stuff layout at 256²."""
 
     @functools.cache
     def segmaps():
         return list(conditions(settings))
 
     def build(settings, name, mode, fin, fout, size):
-        torch.manual_seed(
-            1
-            # with 0 torch.compile has a sign of a leaky ReLU that no other has, in the quick
-            # problem
-        )
+        # With seed 0, in the quick problem, a leaky ReLU's sign differs in torch.compile.
+        torch.manual_seed(1)
         networks = [
             kind(fin, fout, COCO_NORM, 184)
             for kind in (reference.SPADEResnetBlock, spade_fast.SPADEResnetBlock, FloorBlock)
@@ -357,7 +358,7 @@ def block(settings):
 
 def generator(settings):
     """The published generators: COCO 256², four samples of one layout, Cityscapes 512 × 256, and
-    512² with the most doublings.
+    num_upsampling_layers="most" at 512².
     """
     ngf, size = (8, 64) if settings.quick else (64, 256)
     problems = [
@@ -372,7 +373,7 @@ def generator(settings):
         (f"most {2 * size}²", 184, (2 * size, 2 * size), {"num_upsampling_layers": "most"}),
     ]
 
-    @functools.lru_cache(1)  # of both modes
+    @functools.lru_cache(1)  # shared by both modes
     def inputs(shape, label_nc, draws_z):
         segmaps = list(conditions(settings, shape, label_nc))
         return segmaps, (torch.randn(4 * settings.batch, 256),) if draws_z else ()
@@ -407,9 +408,9 @@ def generator(settings):
 
 
 def generate(settings):
-    """What `spade-fast generate` does after it has read the weights, beside a plain loop over the
-    published network: from a folder of label maps to one of images, reading, one-hot conditions and
-    writing included.
+    """The work of `spade-fast generate` after loading the weights, beside a plain loop over the
+    published network: from a folder of label maps to a folder of images, with reading, one-hot
+    conditions and writing.
     """
     count = max(3 if settings.quick else 4, settings.scenes)
     size = 64 if settings.quick else 256
@@ -420,12 +421,13 @@ def generate(settings):
 
 
 def generate_problem(settings, name, mode, size, count):
-    """A folder of drawn scenes, or of the first ones of the folder that was named. Both variants
-    return what is in the files that they wrote, from 0 to 255. The truth of the first
-    FILES_IN_DOUBLE is in float64. That of the others is the published network's in float32, before
-    it is rounded to 8 bits: a file may be a level from it.
+    """The problem on a folder of drawn scenes, or of the first scenes of `settings.labels`.
+
+    Both variants return the pixels of the files that they wrote, from 0 to 255. The truth of the
+    first FILES_IN_DOUBLE files is computed in float64. The truth of the other files is the
+    published network's image in float32 before rounding to 8 bits, so a file may be a level off.
     """
-    folder = tempfile.TemporaryDirectory()  # which goes when nothing refers to it any more
+    folder = tempfile.TemporaryDirectory()  # removed when nothing refers to it any more
     scenes = None
     if settings.labels is not None:
         scenes = layouts.load_scenes(settings.labels, settings.instances)[:count]
@@ -473,26 +475,26 @@ def generate_problem(settings, name, mode, size, count):
         images = dict(plain_loop(in_single)) | dict(plain_loop(exact, count=FILES_IN_DOUBLE))
         return {file: (image.movedim(0, -1) + 1) * 127.5 for file, image in images.items()}
 
-    def jittered(number):  # the other files stay as the plain loop before has written them
+    def jittered(number):  # the other files stay as the last full plain loop wrote them
         return plain(jitter, FILES_IN_DOUBLE)
 
     makers = {"eager": lambda: plain, "spade_fast": lambda: with_service}
-    # A run over all files is long, and the mean of many images already: three rounds are enough.
+    # A run over all files is long and already averages over many images: three rounds are enough.
     return Problem(name, mode, settings.wanted(makers), truth, jittered, least_rounds=3)
 
 
 def paint(settings):
-    """Strokes on the page of `spade-fast paint`, each a label map of its own: the request that the
-    page makes, beside the network alone from the same labels.
+    """Strokes on the page of `spade-fast paint`, each of which gives a new label map: the page's
+    request to its server, beside the network alone on the same labels.
     """
     size = _scene_size(settings)
     yield plan_of(paint_problem, settings, f"strokes on a COCO layout, {size}²", FORWARD, size)
 
 
 def paint_problem(settings, name, mode, size):
-    """All variants begin with labels and return an image's values from 0 to 255, rounded; windows
-    and tables of each label map are computed anew. The page's time is that until the answer is
-    decoded.
+    """The problem of `paint`. Every variant goes from labels to an image's rounded values, 0 to
+    255, and computes each label map's windows and tables from scratch. The page's time ends when
+    the answer is decoded.
     """
     strokes = list(_strokes(settings, size, max(2 if settings.quick else 5, settings.scenes)))
     wiring = {"crop_size": size, "ngf": 8 if settings.quick else 64, "norm_G": COCO_NORM}
@@ -522,7 +524,7 @@ def paint_problem(settings, name, mode, size):
         return rounded(network(layout.to(settings.device)))
 
     def page():
-        # The server has closed the connection of the round before when that is long ago.
+        # A new connection each time: the server closes idle ones.
         with contextlib.closing(http.client.HTTPConnection("127.0.0.1", port)) as connection:
             connection.request("POST", "/image", labels().tobytes())
             answer = connection.getresponse()
@@ -540,7 +542,7 @@ def paint_problem(settings, name, mode, size):
     def truth():
         return {"image": (plain(exact)[0].movedim(0, -1).cpu() + 1) * 127.5}
 
-    # The server ends when nothing can ask it any more.
+    # The server stops when nothing can send requests any more.
     weakref.finalize(page, setattr, server, "should_exit", True)
     makers = {
         "eager": lambda: lambda: rounded(plain(eager)),
@@ -559,7 +561,7 @@ def paint_problem(settings, name, mode, size):
 
 
 def _strokes(settings, size, count):
-    """Label maps, uint8 [size, size]: a scene's, and each has a stroke more than the one before."""
+    """Yields a scene's label map, uint8 [size, size], each time with one more stroke on it."""
     scenes = [layouts.draw_scene(0)]
     if settings.labels is not None:
         scenes = layouts.load_scenes(settings.labels)
@@ -572,8 +574,8 @@ def _strokes(settings, size, count):
 
 
 def discriminator(settings):
-    """The published discriminator in training: fake and real image of a COCO layout at 256² in one
-    batch, with all gradients.
+    """The published discriminator in training, on a fake and a real image of a COCO layout at 256²
+    in one batch, with all gradients.
     """
 
     def build(settings, name, mode):
@@ -603,10 +605,10 @@ def discriminator(settings):
 
 
 def training(settings):
-    """A step of the published training, generator and discriminator, on a COCO layout at 256²:
-    hinge and feature matching, without and with the perceptual loss.
+    """A step of the published training of generator and discriminator, on a COCO layout at 256²,
+    with hinge and feature matching losses, without and with the perceptual loss.
 
-    VGG19's weights are random ones of a fixed seed: right for time and Match, and for nothing else.
+    VGG19's weights are random, with a fixed seed: this is enough to measure time and agreement.
     """
     if settings.dtype not in (torch.float32, torch.float64):
         raise ValueError(f"dtype is {settings.dtype}, training should have float32 or float64")
@@ -617,9 +619,10 @@ def training(settings):
 
 
 def training_problem(settings, name, mode, perceptual):
-    """A step of training, from the same weights each time. In the case's dtype losses and gradients
-    are compared; in float64 weights and buffers after the step, too: in float32 rounding decides
-    the sign of some gradients that are about zero, and Adam makes whole steps of them.
+    """A step of training, from the same weights each time. In the settings' dtype, losses and
+    gradients are compared. In float64, weights and buffers after the step are compared, too. In
+    float32 they cannot be: rounding decides the sign of gradients near zero, and Adam turns that
+    sign into a whole step.
     """
     segmaps, ngf = list(conditions(settings)), 8 if settings.quick else 64
     size = tuple(segmaps[0].shape[2:])
@@ -659,7 +662,7 @@ def training_problem(settings, name, mode, perceptual):
         return found | steps.weights(trainer)
 
     def jittered(number):
-        # Every other time in channels-last, where PyTorch's convolutions round five times as much.
+        # Alternately in channels-last, where PyTorch's convolutions round five times as much.
         trainer = steps.rewind(trainers["eager"], begin)
         networks = (trainer.generator, trainer.discriminator)
         if number % 2:
@@ -682,7 +685,7 @@ def training_problem(settings, name, mode, perceptual):
     if settings.device != "cpu":
         for network in (own.generator, own.discriminator):
             network.to(memory_format=torch.channels_last)
-    # A view is another tensor each time: finding its windows is part of the step.
+    # Each view is a new tensor, so finding its windows is part of the step.
     conditions_of = {
         "eager": lambda number: inputs[0][number],
         "spade_fast": lambda number: inputs[0][number].view_as(inputs[0][number]),
@@ -709,12 +712,12 @@ def training_problem(settings, name, mode, perceptual):
 
 
 def converted(settings):
-    """Models of others, and what `spade_fast.convert` makes of them: the published generator, and
+    """Other people's models, before and after `spade_fast.convert`: the published generator, and
     LivePortrait's decoder of features.
     """
     size = _scene_size(settings)
 
-    @functools.lru_cache(1)  # of both modes
+    @functools.lru_cache(1)  # shared by both modes
     def inputs(make):
         torch.manual_seed(0)
         return make()
@@ -740,12 +743,12 @@ def converted(settings):
 
 
 def monai(settings):
-    """MONAI's models, and what `spade_fast.convert` makes of them: its generator of volumes, and
-    its diffusion over 50 steps.
+    """MONAI's models, before and after `spade_fast.convert`: its generator of volumes, and its
+    diffusion UNet over 50 steps.
     """
-    settings = dataclasses.replace(settings, batch=1)  # of one volume or image each time
+    settings = dataclasses.replace(settings, batch=1)  # one volume or image at a time
 
-    @functools.cache  # of both modes
+    @functools.cache  # shared by both modes
     def volumes(size, channels):
         nets, _ = _monai()
         torch.manual_seed(0)
@@ -789,7 +792,7 @@ def monai(settings):
             num_head_channels=channels[-1] // 4,
         )
         for parameter in network.parameters():
-            if not parameter.any():  # its last convolutions begin with zeros
+            if not parameter.any():  # MONAI initialises its last convolutions with zeros
                 nn.init.normal_(parameter, std=0.01)
         image = torch.randn(1, 3, size, size)
         return _converted_problem(
@@ -806,13 +809,13 @@ def monai(settings):
 
 
 def _name(settings, name):
-    """The name of a problem of networks: with how much is measured at once, and in turn."""
+    """The name of a problem of networks, with the batch size and the number of scenes."""
     name += f", batch {settings.batch}" if settings.batch > 1 else ""
     return name + (f", {settings.scenes} scenes" if settings.scenes > 1 else "")
 
 
 def _scene_size(settings):
-    """Height and width of what `conditions` gives where it is not told."""
+    """Default height and width of `conditions`."""
     return 64 if settings.quick else 256
 
 
@@ -821,13 +824,13 @@ def _monai():
         from monai.networks import nets, schedulers
     except ImportError as error:
         raise ModuleNotFoundError(
-            f"the case monai needs MONAI: pip install monai einops ({error})"
+            f"the case monai needs MONAI and einops: pip install monai einops ({error})"
         ) from error
     return nets, schedulers
 
 
 def _converted_problem(settings, name, mode, network, segmaps, *arguments, **named):
-    """A network of others beside what `convert` makes of it."""
+    """The problem of a network beside its converted copy."""
     settle(network)
     ours = copy.deepcopy(network)
     spade_fast.convert(ours)
@@ -852,13 +855,15 @@ def _network_problem(
     takes_layouts=False,
     graphed=False,
 ):
-    """Measures call(network, segmap, *inputs), of each scene's segmap in turn: with BACKWARD the
-    gradients of all parameters and of those inputs that require them.
+    """The problem of call(network, segmap, *inputs) on each scene's segmap in turn; with BACKWARD,
+    also the gradients of all parameters and of all inputs that require them.
 
-    our_call: the call of ours, where it takes less. keeps_tables: ours are kept inside of each
-    call. takes_layouts: ours takes SemanticLayouts too, and is measured with layouts that are
-    prepared; where it has SPADEs and infers, with tables that are frozen, too. graphed: ours is
-    measured as one CUDA graph, too, where it infers.
+    Args:
+        our_call: the call of our network, if it differs.
+        keeps_tables: our network keeps its tables during each call.
+        takes_layouts: our network takes SemanticLayouts, and is also measured on prepared ones. If
+            there is a floor and the mode is FORWARD, it is measured frozen, too.
+        graphed: our network is also measured as one CUDA graph, if the mode is FORWARD.
     """
     our_call = our_call or call
     settle(eager.to(settings.device))
@@ -898,19 +903,18 @@ def _network_problem(
         )
         tables = spade_fast.frozen(network, max_bytes=8 << 30) if frozen else None
         if frozen:
-            tables.__enter__()  # until nothing refers to it: run does
+            tables.__enter__()  # stays open while `run`, which refers to it, exists
 
         def run(tables=tables):
             nonlocal dy
             segmap = segmaps[problem.scene % len(segmaps)]
-            # A view is another tensor each time: finding its windows is measured, too,
-            # as for a new layout.
+            # Each view is a new tensor, so finding its windows is measured, as for a new layout.
             segmap = prepared_layout() if prepared else segmap.view_as(segmap)
             with spade_fast.frozen(network) if keeps_tables else contextlib.nullcontext():
                 y = _flat(call(forward, segmap, *inputs))
             if (
                 dy is None
-            ):  # zero where y is: there the derivative of an activation that comes last may jump
+            ):  # zero where y is zero: there the derivative of a final activation may jump
                 dy = [
                     torch.cos(torch.arange(part.numel(), device=part.device)).view(part.shape)
                     * part.detach()
@@ -927,7 +931,7 @@ def _network_problem(
         return SemanticLayout.from_segmap(segmaps[number])
 
     def prepared_layout():
-        """The layout of this round's scene: its windows are known from the first call on."""
+        """The layout of this round's scene. Its windows stay numbered after the first call."""
         return layout_of_scene(problem.scene % len(segmaps))
 
     def new_layout():
@@ -956,7 +960,7 @@ def _network_problem(
         "torch.compile": lambda: variant(copy.deepcopy(eager), inputs, segmaps, compile=True),
         "spade_fast": lambda: variant(ours, inputs, segmaps, our_call, keeps_tables=keeps_tables),
     }
-    if settings.device != "cpu":  # its tensor cores take nothing else, so that it is faster
+    if settings.device != "cpu":  # a GPU's tensor cores work in channels-last
         ours = ours.to(memory_format=torch.channels_last)
         makers["eager, channels-last"] = lambda: variant(
             copy.deepcopy(eager), inputs, segmaps, layout=torch.channels_last
@@ -979,7 +983,7 @@ def _network_problem(
     eager_channels_last = copy.deepcopy(eager)
 
     def jittered(number):
-        # Every other time in channels-last, where PyTorch's convolutions round five times as much.
+        # Alternately in channels-last, where PyTorch's convolutions round five times as much.
         segmap = segmaps[problem.scene % len(segmaps)]
         kinds = [(eager, torch.contiguous_format), (eager_channels_last, torch.channels_last)]
         network, layout = kinds[number % 2 if segmap.dim() == 4 else 0]
@@ -998,14 +1002,14 @@ def _network_problem(
 
 
 def _like(tensor, device=None, dtype=None, layout=torch.contiguous_format):
-    """A leaf with a tensor's numbers, elsewhere, otherwise or in another layout."""
+    """A leaf with a tensor's values, on a device, in a dtype and in a memory format."""
     layout = layout if tensor.dim() == 4 else torch.contiguous_format
     copied = tensor.detach().to(device=device or tensor.device, dtype=dtype)
     return copied.contiguous(memory_format=layout).requires_grad_(tensor.requires_grad)
 
 
 def _flat(results):
-    """The tensors in lists of results."""
+    """The tensors in nested lists of results."""
     return (
         [tensor for part in results for tensor in _flat(part)]
         if isinstance(results, (list, tuple))
@@ -1014,9 +1018,9 @@ def _flat(results):
 
 
 def conditions(settings, size=(256, 256), label_nc=184):
-    """Conditions [batch, label_nc, *size] (or 64²) of scenes: the first ones of the folder that was
-    named and, where it has too few, the same ones mirrored; without a folder, drawn ones. A network
-    with fewer classes than COCO-Stuff gives several of them the same number.
+    """Yields conditions [batch, label_nc, *size], or at 64² with --quick, of the first scenes of
+    `settings.labels`, or of drawn scenes if it is None. If the folder has too few, the same scenes
+    follow mirrored. For fewer classes than COCO-Stuff's, several classes share a number.
     """
     count = settings.scenes * settings.batch
     if settings.labels is None:
@@ -1037,8 +1041,8 @@ def conditions(settings, size=(256, 256), label_nc=184):
 
 
 class FaceDecoder(nn.Module):
-    """LivePortrait's decoder in its shapes: features [N, 256, 64, 64], which are the condition of
-    every SPADE too, to an image at 512².
+    """A network with the shapes of LivePortrait's decoder: from features [N, 256, 64, 64], which
+    are also the condition of every SPADE, to an image at 512².
     """
 
     def __init__(self, wide, middle, narrow):
@@ -1059,8 +1063,8 @@ class FaceDecoder(nn.Module):
 
 
 class FloorBlock(reference.SPADEResnetBlock):
-    """The block with F.instance_norm and leaky ReLU where the SPADEs are: same convolutions, no
-    condition.
+    """The residual block with F.instance_norm and leaky ReLU in place of every SPADE: the same
+    convolutions, no condition.
     """
 
     def __init__(self, fin, fout, norm_G, label_nc):
@@ -1076,15 +1080,15 @@ class FloorBlock(reference.SPADEResnetBlock):
 
 
 def jitter(x):
-    """x with elements off by a rounding, or not."""
+    """x with each element changed by at most about a rounding."""
     rounding = torch.finfo(x.dtype).eps * (torch.rand_like(x) - 0.5)
     return (x.detach() * (1 + rounding)).requires_grad_(x.requires_grad)
 
 
 @torch.no_grad()
 def settle(network):
-    """Lets spectral norm's power iteration converge, as it has in any trained network: σ of random
-    vectors is about zero.
+    """Lets spectral norm's power iteration converge, as in a trained network: with its initial
+    random vectors, σ is about zero.
     """
     for module in network.modules():
         for _ in range(20 if hasattr(module, "weight_orig") else 0):
@@ -1093,8 +1097,8 @@ def settle(network):
 
 
 def _set_mode(network, mode):
-    """Inference, or training but for spectral norm's power iteration: torch.compile gets its
-    gradient wrong (torch 2.13).
+    """Sets inference, or training without spectral norm's power iteration, whose gradient
+    torch.compile gets wrong (torch 2.13).
     """
     network.train(mode == BACKWARD)
     for module in network.modules():
@@ -1108,7 +1112,7 @@ def _compiled(function):
 
 
 def _outputs(y, wanted, dy, mode):
-    """y, a tensor or a list, and with BACKWARD the wanted gradients, by name."""
+    """y, a tensor or a list of tensors, and with BACKWARD the gradients of `wanted`, by name."""
     outputs = (
         {f"y{number}": part for number, part in enumerate(y)} if isinstance(y, list) else {"y": y}
     )

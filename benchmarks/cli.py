@@ -29,8 +29,8 @@ from .picture import save_picture
 from .tables import console_of_any_width
 
 app = typer.Typer(
-    help="How fast spade_fast is beside eager PyTorch, torch.compile and plain instance norm, and"
-    " whether it computes the same.",
+    help="Check that spade_fast matches plain PyTorch, and measure its speed beside eager PyTorch,"
+    " torch.compile and plain instance norm.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -47,9 +47,11 @@ DTYPES = {
 
 @app.command("list")
 def list_cases(
-    quick: Annotated[bool, typer.Option("--quick", help="The problems of `run --quick`.")] = False,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="List the problems of `run --quick`.")
+    ] = False,
 ):
-    """The cases that `run` takes, and below each the names of its problems, for `run --only`."""
+    """List the cases of `run` and, below each, the names of its problems for `run --only`."""
     for name, case in CASES.items():
         typer.echo(f"{name}: {' '.join(case.__doc__.split())}")
         for problem in names_of_problems(case(Settings(quick=quick))):
@@ -59,41 +61,40 @@ def list_cases(
 @app.command()
 def run(
     names: Annotated[
-        list[str], typer.Argument(metavar="NAME...", help=f"One or more: {', '.join(CASES)}.")
+        list[str], typer.Argument(metavar="NAME...", help=f"One or more of {', '.join(CASES)}.")
     ],
     quick: Annotated[
-        bool, typer.Option("--quick", help="One small problem of each, about a minute.")
+        bool, typer.Option("--quick", help="A few small problems of each case, about a minute.")
     ] = False,
     only: Annotated[
         list[str] | None,
         typer.Option(
             metavar="TEXT",
-            help="Problems whose name has this in it, such as '128 × 256²'. Given several times:"
-            " those of each, in this order.",
+            help="Measure only problems whose name contains this, such as '128 × 256²'. May be"
+            " given several times; the problems are measured in that order.",
         ),
     ] = None,
     without: Annotated[
         list[str] | None,
         typer.Option(
             metavar="TEXT",
-            help="Variants whose name begins with this, such as torch.compile, are neither built"
-            " nor checked nor timed; may be given several times.",
+            help="Leave out variants whose name begins with this, such as torch.compile. May be"
+            " given several times.",
         ),
     ] = None,
-    seconds: Annotated[
-        float, typer.Option(min=0, help="How long the rounds of one problem take.")
-    ] = 10,
+    seconds: Annotated[float, typer.Option(min=0, help="Seconds of timing for each problem.")] = 10,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     dtype: Annotated[str, typer.Option(help=f"{', '.join(DTYPES)}.")] = "float32",
     labels: Annotated[
         Path | None,
         typer.Option(
-            help="Folder of PNGs of COCO-Stuff classes; where it has too few, the same ones"
-            " mirrored follow; without, scenes are drawn."
+            help="Folder of PNGs of COCO-Stuff classes. If it has too few, mirrored copies follow."
+            " Without a folder, scenes are drawn."
         ),
     ] = None,
     instances: Annotated[
-        Path | None, typer.Option(help="Folder of PNGs of instance numbers, named as the labels.")
+        Path | None,
+        typer.Option(help="Folder of PNGs of instance numbers, named like the label PNGs."),
     ] = None,
     batch: Annotated[
         int, typer.Option(min=1, help="How many images or scenes are computed at once.")
@@ -101,29 +102,30 @@ def run(
     scenes: Annotated[
         int,
         typer.Option(
-            min=1, help="How many scenes networks are measured on, a round on each in turn."
+            min=1, help="How many scenes to measure networks on. Each round takes the next scene."
         ),
     ] = 1,
     compile_mode: Annotated[
-        str, typer.Option(help=f"torch.compile's, for networks: {', '.join(COMPILE_MODES)}.")
+        str, typer.Option(help=f"torch.compile's mode for networks: {', '.join(COMPILE_MODES)}.")
     ] = "default",
     json: Annotated[
-        Path | None, typer.Option(help="Write everything that was measured to this file.")
+        Path | None, typer.Option(help="Write all measurements to this JSON file.")
     ] = None,
     plot: Annotated[Path | None, typer.Option(help="Draw a chart to this file.")] = None,
 ):
-    """Check, then time, the cases; print a table. Exits with 1 where a row of ours or of eager does
-    not match.
+    """Check the cases, then time them, and print a table.
+
+    Exits with 1 if a variant of spade_fast or of eager PyTorch does not match.
     """
     check_scenes(labels, instances, -(-scenes * batch // 2))
     if any("eager".startswith(text) for text in without or ()):
         raise typer.BadParameter(
-            "eager cannot be left out: all others are compared with it", param_hint="--without"
+            "eager cannot be left out: every variant is compared with it", param_hint="--without"
         )
     for text in without or ():
         if not any(name.startswith(text) for name in VARIANTS):
             raise typer.BadParameter(
-                f"no variant's name begins with {text!r}; there are: {'; '.join(VARIANTS)}",
+                f"no variant's name begins with {text!r}; the names are: {'; '.join(VARIANTS)}",
                 param_hint="--without",
             )
     compile_mode = choose("--compile-mode", compile_mode, COMPILE_MODES)
@@ -142,19 +144,17 @@ def run(
     for option, path in (("--json", json), ("--plot", plot)):
         if path is not None:
             check_folder(option, path)
-    facts = report.environment(
-        settings
-    )  # of the code that is measured: the commit may be another by the end
+    facts = report.environment(settings)  # before measuring: the commit may have changed by the end
     rows, console = [], console_of_any_width()
     with Progress(console=console, transient=True) as progress:
         tasks = {}
         while plans:
-            case, plan = plans.popleft()  # what problems share goes with the last of them
+            case, plan = plans.popleft()  # data that problems share is freed with the last of them
             if case not in tasks:
                 tasks[case] = progress.add_task(case, total=None)
             task = tasks[case]
             progress.update(task, description=f"{case} {plan.name} {plan.mode}")
-            gc.collect()  # a problem's functions refer to it, and hold copies of whole networks
+            gc.collect()  # a problem and its functions are a reference cycle with whole networks
             problem = plan.build()
             del plan
             rows += measure(
@@ -169,33 +169,42 @@ def run(
             if json is not None:
                 report.save_json(
                     json, facts, rows
-                )  # each time: a run that is stopped has not measured in vain
+                )  # after each problem, so that an interrupted run keeps its measurements
     show(console, report.tables(rows), rows, facts)
     if plot is not None and any(row.times for row in rows):
         report.save_chart(plot, facts, rows)
     elif plot is not None:
-        console.print(f"{plot} is not drawn: nothing was timed", markup=False)
+        console.print(f"{plot} was not drawn: nothing was timed", markup=False)
     exit_unless_right(rows)
 
 
 @app.command()
 def service(
     quick: Annotated[
-        bool, typer.Option("--quick", help="Small images and three layouts, at most 2 seconds.")
+        bool,
+        typer.Option(
+            "--quick", help="Small images, at most three layouts and 2 seconds for each server."
+        ),
     ] = False,
-    seconds: Annotated[
-        float, typer.Option(min=0, help="How long all clients ask each server.")
-    ] = 60,
-    clients: Annotated[int, typer.Option(min=1, help="Threads that ask at the same time.")] = 8,
-    layouts: Annotated[int, typer.Option(min=1, help="Drawn scenes that are asked for.")] = 6,
-    cache: Annotated[str, typer.Option(help="The service's, such as 256MB.")] = "256MB",
+    seconds: Annotated[float, typer.Option(min=0, help="Seconds of requests to each server.")] = 60,
+    clients: Annotated[
+        int, typer.Option(min=1, help="Threads that send requests at the same time.")
+    ] = 8,
+    layouts: Annotated[int, typer.Option(min=1, help="How many drawn scenes to request.")] = 6,
+    cache: Annotated[
+        str, typer.Option(help="Size of the service's cache, such as 256MB.")
+    ] = "256MB",
     json: Annotated[
-        Path | None, typer.Option(help="Write everything that was measured to this file.")
+        Path | None, typer.Option(help="Write all measurements to this JSON file.")
     ] = None,
 ):
-    """Check, then time, a service under clients that ask at the same time, with a reload of other
-    weights in the middle; beside a lock around the published network, and ONNX Runtime. Exits with
-    1 where a row of ours or of eager does not match.
+    """Check, then time, a service with many clients, beside two rivals.
+
+    The service loads other weights halfway through.
+
+    The rivals are the published network behind a lock, and that network in ONNX Runtime.
+
+    Exits with 1 if an image of the service or of eager PyTorch does not match.
     """
     try:
         served.bytes_of("cache", cache)
@@ -223,23 +232,20 @@ def service(
 
 @app.command()
 def proofs(
-    capability: Annotated[list[int], typer.Option(help="A GPU's, such as 90.")] = list(
-        compiled.CAPABILITIES
-    ),
+    capability: Annotated[
+        list[int], typer.Option(help="Compute capability of a GPU, such as 90.")
+    ] = list(compiled.CAPABILITIES),
     dtype: Annotated[list[str], typer.Option(help=f"{'; '.join(compiled.DTYPES)}.")] = list(
         compiled.DTYPES
     ),
     activation: Annotated[
         list[str], typer.Option(help=f"{', '.join(compiled.ACTIVATIONS)}.")
     ] = list(compiled.ACTIVATIONS),
-    json: Annotated[
-        Path | None, typer.Option(help="Write everything that was found to this file.")
-    ] = None,
+    json: Annotated[Path | None, typer.Option(help="Write all proofs to this JSON file.")] = None,
 ):
-    """Compile every configuration of the Triton kernels, with no GPU, and read what came of it.
-    Exits with 1 where something is wrong.
+    """Compile every configuration of the Triton kernels without a GPU, and check the result.
 
-    Options that name configurations may be given several times.
+    Exits with 1 if a check fails. All options but --json may be given several times.
     """
     for option, names, choices in (
         ("--dtype", dtype, compiled.DTYPES),
@@ -258,14 +264,16 @@ def proofs(
 @app.command("cuda-proofs")
 def prove_cuda(
     capability: Annotated[
-        list[int], typer.Option(help="A GPU's, such as 90; may be given several times.")
+        list[int],
+        typer.Option(help="Compute capability of a GPU, such as 90. May be given several times."),
     ] = list(compiled.CAPABILITIES),
 ):
-    """Compile the CUDA kernels with nvcc, with no GPU, and read what came of them. Exits with 1
-    where something is wrong.
+    """Compile the CUDA kernels with nvcc, without a GPU, and check the result.
+
+    Exits with 1 if a check fails, with 2 if nvcc is missing.
     """
     if shutil.which("nvcc") is None:
-        typer.echo("there is no nvcc on PATH", err=True)
+        typer.echo("nvcc is not on PATH", err=True)
         raise typer.Exit(2)
     conclude(cuda_proofs, cuda_proofs.prove(capability))
 
@@ -273,19 +281,21 @@ def prove_cuda(
 @app.command()
 def launches(
     only: Annotated[
-        str, typer.Option(metavar="TEXT", help="Paths whose name has this in it.")
+        str, typer.Option(metavar="TEXT", help="Count only paths whose name contains this.")
     ] = "",
     operators: Annotated[
-        int, typer.Option(min=0, help="Show that many operators with the most launches, too.")
+        int,
+        typer.Option(min=0, help="How many of the operators with the most launches to list, too."),
     ] = 0,
 ):
-    """Count what a GPU would launch, and how often the host would wait for it, with no GPU. Exits
-    with 1 where something is more than its limit.
+    """Count a GPU's launches, and the host's waits for it, without a GPU.
+
+    Exits with 1 if a count exceeds its limit.
     """
     names = [name for name in counted.PATHS if only in name]
     if not names:
         raise typer.BadParameter(
-            f"no path has {only!r} in its name; there are: {'; '.join(counted.PATHS)}",
+            f"no path's name contains {only!r}; the names are: {'; '.join(counted.PATHS)}",
             param_hint="--only",
         )
     found = counted.count_all(names)
@@ -306,19 +316,19 @@ def launches(
 def gpu(
     out: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("gpu-results"),
     stage: Annotated[
-        list[str] | None, typer.Option(help="Only this stage; may be given several times.")
+        list[str] | None, typer.Option(help="Run only this stage. May be given several times.")
     ] = None,
     labels: Annotated[
-        Path | None, typer.Option(help="As for `run`, for all that is measured on scenes.")
+        Path | None, typer.Option(help="As for `run`; used by every stage that measures.")
     ] = None,
     instances: Annotated[Path | None, typer.Option(help="As for `run`.")] = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Only say what would be done.")
+        bool, typer.Option("--dry-run", help="Only list what would be done.")
     ] = False,
 ):
     """Build, test, sanitize and measure on this machine's GPU, in under nine minutes.
 
-    Exits with 1 where a stage failed, with 2 without a GPU.
+    Exits with 1 if a stage fails, with 2 if there is no GPU.
     """
     known = {one.name: one for one in on_gpu.STAGES}
     stages = [choose("--stage", name, known) for name in stage] if stage else on_gpu.STAGES
@@ -329,7 +339,7 @@ def gpu(
         return
     if not torch.cuda.is_available():
         typer.echo(
-            f"there is no CUDA GPU here (torch {torch.__version__}); --dry-run says what would be"
+            f"there is no CUDA GPU here (torch {torch.__version__}); --dry-run lists what would be"
             " done",
             err=True,
         )
@@ -341,49 +351,51 @@ def gpu(
 
 @app.command()
 def summary():
-    """The table of what was measured and committed, in Markdown."""
+    """Print the table of committed measurements in Markdown."""
     typer.echo(committed.summary())
 
 
 @app.command()
 def painting(
-    file: Annotated[Path, typer.Argument(help="The PNG that is drawn.")],
-    steps: Annotated[int, typer.Option(min=1, help="How long the generator is trained.")] = 140,
+    file: Annotated[Path, typer.Argument(help="PNG to write.")],
+    steps: Annotated[int, typer.Option(min=1, help="How many steps to train the generator.")] = 140,
 ):
-    """Train the small generator of `spade-fast paint`, and draw label maps above its images of
-    them.
-    """
+    """Train the small generator of `spade-fast paint`, and draw its images below their labels."""
     check_folder("FILE", file)
     save_painting(file, steps, functools.partial(progress_bar, words="Training"))
 
 
 @app.command()
 def layouts(
-    folder: Annotated[Path, typer.Argument(help="Where label/ and instance/ are made.")],
-    count: Annotated[int, typer.Option(min=1, help="How many scenes.")] = 13,
+    folder: Annotated[Path, typer.Argument(help="Where to write label/ and instance/.")],
+    count: Annotated[int, typer.Option(min=1, help="How many scenes to draw.")] = 13,
 ):
-    """Draw label and instance PNGs like real scenes, for `run --labels --instances`."""
+    """Draw label and instance PNGs that resemble real ones, for `run --labels --instances`."""
     label_folder, instance_folder = drawn.save_scenes(folder, count)
     typer.echo(f"--labels {label_folder} --instances {instance_folder}")
 
 
 @app.command()
 def picture(
-    file: Annotated[Path, typer.Argument(help="The PNG that is drawn.")],
+    file: Annotated[Path, typer.Argument(help="PNG to write.")],
     labels: Annotated[
         Path | None,
-        typer.Option(help="Folder of PNGs of COCO-Stuff classes; a drawn scene without."),
+        typer.Option(
+            help="Folder of PNGs of COCO-Stuff classes. Without a folder, the scene is drawn."
+        ),
     ] = None,
     instances: Annotated[
-        Path | None, typer.Option(help="Folder of PNGs of instance numbers, named as the labels.")
+        Path | None,
+        typer.Option(help="Folder of PNGs of instance numbers, named like the label PNGs."),
     ] = None,
-    scene: Annotated[int, typer.Option(min=0, help="Which of the scenes, from 0 on.")] = 0,
+    scene: Annotated[int, typer.Option(min=0, help="Number of the scene, counted from 0.")] = 0,
     size: Annotated[
-        int, typer.Option(min=16, help="Height and width that the scene is brought to.")
+        int, typer.Option(min=16, help="Height and width to resize the scene to.")
     ] = 256,
 ):
-    """Draw why windows make γ and β cheap: a label map, some of its windows, and the few pixels
-    that are computed.
+    """Draw a picture of why windows make γ and β cheap.
+
+    It shows a label map, some of its windows, and the few pixels that are computed.
     """
     check_folder("FILE", file)
     check_scenes(labels, instances, scene + 1)
@@ -399,7 +411,7 @@ def picture(
 
 
 def show(console, tables, rows, facts):
-    """Prints the tables of measured rows, what failed, and what a reader must know of them."""
+    """Prints the tables of measured rows, the failures, and the facts of the environment."""
     console.print(tables)
     for row in rows:
         if row.failure:
@@ -417,7 +429,7 @@ def exit_unless_right(rows):
 
 
 def conclude(module, proofs):
-    """Prints the table of proofs, and those that fail."""
+    """Prints the table of proofs and their failures. Exits with 1 if there are any."""
     console_of_any_width().print(module.table(proofs))
     failures = [f"{proof}: {failure}" for proof in proofs for failure in proof.failures]
     for failure in failures:
@@ -427,9 +439,7 @@ def conclude(module, proofs):
 
 
 def choose_plans(cases, settings, only):
-    """The pairs of case and Plan that are to be measured, in the order of `only`; nothing is
-    built for that.
-    """
+    """The pairs of case and Plan to measure, in the order of `only`. No problem is built."""
     plans = [(name, plan) for name, case in cases.items() for plan in case(settings)]
     chosen = {}
     for text in only or [""]:
@@ -437,14 +447,14 @@ def choose_plans(cases, settings, only):
         if not found:
             names = "; ".join(names_of_problems(plan for _, plan in plans))
             raise typer.BadParameter(
-                f"no problem has {text!r} in its name; there are: {names}", param_hint="--only"
+                f"no problem's name contains {text!r}; the names are: {names}", param_hint="--only"
             )
-        chosen |= found  # one that is there keeps its place
+        chosen |= found  # a plan that is already there keeps its place
     return deque(chosen.values())
 
 
 def names_of_problems(plans):
-    """Each once: many are measured forward, and with backward."""
+    """Each name once: many problems have a plan for forward and one with backward."""
     return list(dict.fromkeys(plan.name for plan in plans))
 
 
@@ -457,7 +467,7 @@ def choose(parameter, name, choices):
 
 
 def check_folder(option, path):
-    """Raises unless a file can be made there."""
+    """Raises unless the folder of a file to write exists."""
     if not path.absolute().parent.is_dir():
         raise typer.BadParameter(f"{path} should be in a folder that exists", param_hint=option)
 
@@ -470,7 +480,7 @@ def check_scenes(labels, instances, count):
             raise typer.BadParameter(f"{folder} should be a folder that exists", param_hint=option)
     if labels is not None and (there := len(list(labels.glob("*.png")))) < count:
         raise typer.BadParameter(
-            f"{labels} has {there} PNGs, it should have {count}", param_hint="--labels"
+            f"{labels} has {there} PNGs, it should have at least {count}", param_hint="--labels"
         )
 
 

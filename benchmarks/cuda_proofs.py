@@ -1,5 +1,5 @@
-"""What can be proved of the CUDA kernels without a GPU: nvcc compiles them, and says what became of
-them; their machine code is read.
+"""Proofs about the CUDA kernels that need no GPU: nvcc compiles them and reports their resources,
+and their machine code is read.
 """
 
 import collections
@@ -24,9 +24,8 @@ WIDTHS = {
     "S16": 2,
     "64": 8,
     "128": 16,
-}  # bytes, by what an instruction's name has in it; else 4
-# The kernels that go through tensors, and how many 16-byte loads of a thread do not wait for each
-# other.
+}  # bytes, by the modifier in an instruction's name; 4 without one
+# The kernels that access tensors in order, and how many 16-byte loads of a thread are independent.
 STREAMS = {
     "apply_kernel": 3,
     "backward_input_kernel": 3,
@@ -36,45 +35,44 @@ STREAMS = {
 HELD = {
     "forward_kernel",
     "backward_kernel",
-}  # those that copy all of it to shared memory first, where there are clusters their blocks'
+}  # kernels that first copy planes to shared memory: a cluster's, where there are clusters
 CLUSTERS = 90  # compute capability, times ten
 REGISTERS, MOST_THREADS = 65536, 2048  # of a processor
-# bytes of a processor: what an H100's memory is said to give in the 0.7 µs that it may take to
-# answer
+# Bytes per processor: an H100's stated memory bandwidth times a latency of 0.7 µs.
 IN_FLIGHT = 20 << 10
 
 
 @dataclasses.dataclass(frozen=True)
 class Proof:
-    """One kernel as it is compiled for one GPU."""
+    """One kernel, compiled for one GPU."""
 
     kernel: str
-    vector: int | None  # elements of a thread at a time
+    vector: int | None  # elements per thread and step
     layout: str | None
-    case: str | None  # sizes, and activation, that it is for
+    case: str | None  # the sizes and the activation that it is for
     capability: int
     registers: int
     stack: int  # bytes
     spilled: int  # bytes
-    shared: int  # bytes, besides what a launch asks for
-    threads: int  # of a block at most
-    loads: dict  # how many instructions of each width, in bytes
+    shared: int  # bytes of static shared memory
+    threads: int  # maximum per block
+    loads: dict  # number of instructions by their width in bytes
     stores: dict
-    double: int  # instructions in double precision
-    clusters: bool  # whether it waits for other blocks
+    double: int  # number of instructions in double precision
+    clusters: bool  # whether it waits for other blocks of its cluster
     tensor_cores: bool
 
     @property
     def resident(self):
-        """Threads that a processor has at once, as far as registers decide: a warp gets them by
-        256.
+        """Threads that reside on a processor at once, as limited by registers, which are allocated
+        to a warp in units of 256.
         """
         of_block = self.threads // 32 * (-(-self.registers * 32 // 256) * 256)
         return min(REGISTERS // of_block, MOST_THREADS // self.threads) * self.threads
 
     @property
     def failures(self):
-        """What should not be."""
+        """The faults of the kernel, in words."""
         found = []
         if self.spilled or self.stack:
             found.append(
@@ -87,9 +85,9 @@ class Proof:
         if self.kernel in {*STREAMS, *HELD} - {"plane_moments_kernel"} and 16 not in self.stores:
             found.append("no 16-byte stores")
         if self.kernel in HELD and self.capability >= CLUSTERS and not self.clusters:
-            found.append("blocks do not wait for those of their cluster")
+            found.append("blocks do not wait for the other blocks of their cluster")
         if self.kernel == "convolve_windows_kernel" and not self.tensor_cores:
-            found.append("its products are not on tensor cores")
+            found.append("no tensor cores")
         if (
             in_flight := 16 * STREAMS.get(self.kernel, 0) * self.resident
         ) and in_flight < IN_FLIGHT:
@@ -146,7 +144,7 @@ def _prove(source, capability):
         last, whole, silu = (*re.findall(r"\d", flags or ""), None, None, None)[:3]
         shared = re.search(r"(\d+) bytes smem", rest)
         widths = {"LDG": collections.Counter(), "STG": collections.Counter()}
-        # Copies to shared memory go through memory as loads do.
+        # Copies to shared memory count as loads.
         for instruction, modifiers in re.findall(r"\b(LDG|STG|LDGSTS)\.E([.\w]*)", code[name]):
             width = next((WIDTHS[word] for word in modifiers.split(".") if word in WIDTHS), 4)
             widths[instruction.replace("LDGSTS", "LDG")][width] += 1
@@ -176,7 +174,7 @@ def _prove(source, capability):
 
 
 def _cuobjdump():
-    """CUDA's, or the one that comes with Triton."""
+    """The cuobjdump on PATH, or Triton's."""
     if (found := shutil.which("cuobjdump")) is not None:
         return found
     triton = importlib.util.find_spec("triton")
@@ -193,8 +191,8 @@ def table(proofs):
         "kernel\n  elements, layout, case, GPU",
         *("registers", "spilled", "threads", "loads", "stores", "double"),
         caption=(
-            "elements: of a thread at a time; loads and stores: bytes at a time; threads: of a"
-            " processor at once, as far as registers decide."
+            "elements: per thread and step. loads, stores: bytes per instruction. threads: resident"
+            " on a processor, as limited by registers."
         ),
     )
     for proof in sorted(

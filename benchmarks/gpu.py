@@ -1,12 +1,13 @@
-"""What needs a GPU, in one call of less than nine minutes: build, speed, tests, sanitizer.
+"""Everything that needs a GPU, in one call of less than nine minutes: build, speed, tests,
+sanitizer.
 
-The stages are ordered by what they are worth, so that a call that is broken off has done the most:
-a build for this GPU alone, a smoke test, the operation and the generator beside eager PyTorch, the
-tests, the sanitizer, and at last whatever torch.compile has to compile first. Each stage is a
-process of its own with a time limit of its own, and what it found is saved when it ends: one that
-fails or hangs takes nothing from the others. Stages left out for want of time are run by `--stage`
-in another call. DIR gets log.txt, what every stage printed; gpu.json, how each ended; and the
-results by name.
+The most valuable stages come first, in case a call is interrupted: a build for this GPU alone, a
+smoke test, the operation and the generator beside eager PyTorch, the tests, the sanitizer, and last
+whatever torch.compile has to compile first. Each stage is a process with its own time limit and
+saves its results when it ends, so a stage that fails or hangs does not affect the others. Stages
+that are left out for lack of time can be run with `--stage` in another call. The folder of `--out`
+gets log.txt with the output of every stage, gpu.json with the outcome of each, and a file for each
+result.
 """
 
 import importlib.util
@@ -27,22 +28,22 @@ from .report import commit
 
 ROOT = Path(__file__).parent.parent
 TOTAL = 530  # seconds, for all stages together
-PROCESSES = 12  # of tests, which share the GPU
-LEAST_SCENES = 8  # in a folder: mirrored, they make a batch of 16
+PROCESSES = 12  # maximum number of test processes, which share the GPU
+LEAST_SCENES = 8  # in a folder: with mirrored copies, enough for a batch of 16
 KEY_SHAPES = ("128 × 256²", "256 × 128²", "512 × 64²", "1024 × 16²")
-# What torch.compile would have to compile before anything is timed.
+# torch.compile would compile before anything is timed.
 NOT_COMPILED = ("--without", "torch.compile")
 
 
 @dataclass(frozen=True)
 class Stage:
-    """One step: a command with {out} for DIR, and the seconds that it may take."""
+    """A command, in which {out} stands for the results' folder, and its time limit in seconds."""
 
     name: str
     what_for: str
     command: list
     seconds: int
-    needs: str | None = None  # a program without which it is left out
+    needs: str | None = None  # a program; without it the stage is left out
     environment: dict = field(default_factory=dict)
 
 
@@ -52,15 +53,15 @@ def python(call):
 
 
 def measures(case, result, *options, dtype="bfloat16", seconds="0.2"):
-    """The command that measures a case, and saves it as {result}.json."""
+    """The command that measures a case, and saves {result}-{dtype}.json."""
     command = [sys.executable, "-m", "benchmarks", "run", case, "--device", "cuda"]
     command += ["--dtype", dtype, "--seconds", seconds]
     return [*command, *options, "--json", f"{{out}}/{result}-{dtype}.json"]
 
 
 def tests(only, *files):
-    """The command that runs those tests of these files whose names fit, in several processes where
-    pytest-xdist is there.
+    """The command that runs the tests of `files` that the -k expression `only` selects, in several
+    processes if pytest-xdist is installed.
     """
     several = importlib.util.find_spec("xdist") is not None
     processes = min(PROCESSES, os.cpu_count() or 1)
@@ -70,7 +71,7 @@ def tests(only, *files):
 
 
 def sanitizer(tool, backend):
-    """The stage that looks at a backend's every kernel with a tool of compute-sanitizer."""
+    """The stage that checks every kernel of a backend with a tool of compute-sanitizer."""
     program = "compute-sanitizer"
     looks_for = {"memcheck": "accesses outside of tensors", "racecheck": "races in shared memory"}
     return Stage(
@@ -79,7 +80,7 @@ def sanitizer(tool, backend):
         [program, "--error-exitcode", "1", "--tool", tool, *python(f"exercise('{backend}')")],
         60 if backend == "cuda" else 150,  # Triton compiles each configuration first
         program,
-        # Each tensor is an allocation of its own, so that its end is an end of memory.
+        # Each tensor gets its own allocation, so that an access beyond its end is detected.
         {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
     )
 
@@ -99,7 +100,7 @@ STAGES = [
     ),
     Stage(
         "smoke",
-        "which backends run, and whether each is right, forward and backward, on a few shapes",
+        "which backends run, and whether each matches, forward and backward, on a few shapes",
         python("smoke()"),
         60,
     ),
@@ -140,13 +141,13 @@ STAGES = [
     ),
     Stage(
         "tests of layouts",
-        "numbering on the GPU, and steps that are captured in CUDA graphs",
+        "numbering on the GPU, and steps captured in CUDA graphs",
         tests("", "numbering", "graphs", "layout"),
         60,
     ),
     Stage(
         "tests of triton",
-        "its own tests and some of the suite's on the Triton kernels: each configuration is"
+        "Triton's own tests and some of the suite's on its kernels: each configuration is"
         " compiled first",
         tests(
             "triton and (tiles or bits or training_and_affine or layouts_that_differ or"
@@ -251,7 +252,7 @@ WIDTH = max(len(stage.name) for stage in STAGES)
 
 
 def with_scenes(stages, labels=None, instances=None):
-    """The stages with the networks and tables measured on the scenes of these folders."""
+    """The stages, with every measurement on the scenes of these folders."""
     if labels is None:
         return stages
     options = ["--labels", str(labels.absolute())]
@@ -271,13 +272,13 @@ def plan(stages=STAGES):
     return "\n".join(
         [
             *lines,
-            f"{'together':{WIDTH}} at most {TOTAL} s; a stage that begins late gets the rest",
+            f"{'together':{WIDTH}} at most {TOTAL} s; a stage that starts late gets the time left",
         ]
     )
 
 
 def shown(stage):
-    """A stage's command as one would type it."""
+    """A stage's command as typed into a shell."""
     return [
         *(f"{name}={value}" for name, value in stage.environment.items()),
         *(
@@ -288,14 +289,16 @@ def shown(stage):
 
 
 def run(out, stages=STAGES, total=TOTAL, say=print):
-    """Runs the stages; returns whether each passed. gpu.json is written anew after each."""
+    """Runs the stages, and rewrites gpu.json after each. Returns whether all passed; a stage whose
+    program is missing counts as passed.
+    """
     began, ended = time.monotonic(), []
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
     facts = {"device": device, "torch": torch.__version__, "commit": commit()}
     for stage in stages:
         limit = min(stage.seconds, total - (time.monotonic() - began))
         if stage.needs is not None and shutil.which(stage.needs, path=search_path()) is None:
-            outcome, seconds = f"left out: {stage.needs} is not there", 0.0
+            outcome, seconds = f"left out: {stage.needs} is not installed", 0.0
         elif limit <= 0:
             outcome, seconds = "left out: no time is left", 0.0
         else:
@@ -306,13 +309,13 @@ def run(out, stages=STAGES, total=TOTAL, say=print):
         (out / "gpu.json").write_text(json.dumps({"environment": facts, "stages": ended}, indent=1))
         say(f"{stage.name:{WIDTH}} {seconds:6.1f} s   {outcome}")
     return all(
-        stage["outcome"] in ("passed", f"left out: {stage['needs']} is not there")
+        stage["outcome"] in ("passed", f"left out: {stage['needs']} is not installed")
         for stage in ended
     )
 
 
 def execute(stage, out, limit):
-    """Runs one stage; how it ended."""
+    """Runs one stage, and returns its outcome."""
     command = [part.format(out=out) for part in stage.command]
     with open(out / "log.txt", "a") as log:
         log.write(f"\n==== {stage.name}: {' '.join(shown(stage))}\n")
@@ -328,25 +331,25 @@ def execute(stage, out, limit):
         try:
             code = process.wait(limit)
         except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)  # and what it started
+            os.killpg(process.pid, signal.SIGKILL)  # the process and its children
             process.wait()
             return f"stopped after {limit:.0f} s"
     return "passed" if code == 0 else f"failed with {code}"
 
 
 def for_all():
-    """The environment variables of every stage."""
+    """The environment variables for every stage."""
     return {"PYTHONPATH": str(ROOT), "PATH": search_path()}
 
 
 def search_path():
-    """Where programs are looked for: in CUDA's toolkit at last, which may not be on PATH."""
+    """The search path for programs: PATH, and last the CUDA toolkit, which may not be on PATH."""
     toolkit = [str(Path(CUDA_HOME, "bin"))] if CUDA_HOME else []
     return os.pathsep.join([os.environ.get("PATH", os.defpath), *toolkit])
 
 
 def for_this_gpu():
-    """The environment variables of a build that is no longer than it need be."""
+    """The environment variables for the shortest build: for this GPU alone, on all cores."""
     if not torch.cuda.is_available():
         return {}
     major, minor = torch.cuda.get_device_capability()
@@ -356,8 +359,7 @@ def for_this_gpu():
 
 def smoke(device="cuda", backends=("cuda", "triton")):
     """Compares each backend with the reference in float64, forward and backward, on a few shapes;
-    then a small generator in all the ways in which it is measured. Raises where something fails or
-    differs.
+    then a small generator in each of its variants. Exits with a message if any fails or differs.
     """
     import spade_fast
     from spade_fast.cli import app
@@ -377,7 +379,7 @@ def smoke(device="cuda", backends=("cuda", "triton")):
     for backend, case, plan in problems:
         with spade_fast.use_backend(backend), torch.set_grad_enabled(plan.mode == cases.BACKWARD):
             rows = check(case, plan.build()).values()
-        # One operation has no leaky ReLUs behind it, for which gradients are allowed more.
+        # The larger limit for gradients is for networks of several leaky ReLUs.
         differs = [
             row for row in rows if not row.matches or (case == "modulate" and (row.excess or 0) > 1)
         ]
@@ -391,8 +393,8 @@ def smoke(device="cuda", backends=("cuda", "triton")):
 
 
 def smoke_plans(settings, few):
-    """The operation on shapes that fit no tile, in one pass and in two, dense and with a table;
-    few: in bfloat16 alone, for kernels that are compiled first.
+    """Plans of the operation on shapes that are not multiples of a tile, in one pass and in two,
+    dense and with a table. few: bfloat16 only, for kernels that have to be compiled first.
     """
     from spade_fast import SemanticLayout
 
@@ -415,8 +417,9 @@ def smoke_plans(settings, few):
 
 
 def exercise(backend):
-    """Every kernel of a backend once, in both memory layouts and two dtypes, dense and with a
-    table, on sizes that fit no tile, and those of a layout: for the sanitizer.
+    """Runs every kernel of a backend once, for the sanitizer: in both memory formats and two
+    dtypes, dense and with a table, on sizes that are not multiples of a tile; and a layout's
+    kernels.
     """
     import spade_fast
 
@@ -448,7 +451,7 @@ def exercise_modulation(dtype, size, last, has_table):
 
 
 def exercise_layout(dtype):
-    """Finds and numbers a layout as networks do, and differentiates a layer of it."""
+    """Finds and numbers a layout as networks do, and differentiates a layer that it conditions."""
     import spade_fast
 
     labels = torch.randint(5, (2, 1, 11, 9), device="cuda").repeat_interleave(4, 2)[:, 0]

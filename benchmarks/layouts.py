@@ -1,5 +1,5 @@
-"""Semantic layouts to measure on: drawn scenes that look and measure like COCO-Stuff annotations,
-and a data set's own PNGs.
+"""Label and instance maps to measure on: drawn scenes that look and measure like COCO-Stuff's
+annotations, and a data set's own PNGs.
 """
 
 from pathlib import Path
@@ -38,13 +38,13 @@ PATCHES = (
 
 
 class _Kind(NamedTuple):
-    """What an object is drawn of, in units of its height: x from its middle, y from the ground."""
+    """The parts of an object, in units of its height: x from its middle, y from the ground."""
 
     classes: tuple
-    height: float  # a grown-up is 1
+    height: float  # in units of an adult's height
     ovals: tuple = ()  # (x, y, half width, half height)
-    limbs: tuple = ()  # (thickness, joint, joint, joint) of the right one of a pair
-    wheels: tuple = ()  # (x, radius) of the right one of a pair
+    limbs: tuple = ()  # (thickness, joint, joint, joint) of the right limb of a pair
+    wheels: tuple = ()  # (x, radius) of the right wheel of a pair
 
 
 KINDS = (
@@ -88,8 +88,8 @@ KINDS = (
 
 
 class _Scene:
-    """A label map and an instance map that are drawn on together. Points are float [count, 2], x
-    and y in pixels.
+    """A label map and an instance map that are drawn together. Points are float [count, 2], x and y
+    in pixels.
     """
 
     def __init__(self, rng, height, width):
@@ -107,7 +107,7 @@ class _Scene:
             )
 
     def waves(self, angles):
-        """A smooth random curve, float [len(angles)], that repeats after 2 pi."""
+        """A smooth random curve, float [len(angles)], with period 2π."""
         numbers = np.arange(1, 6)[:, None]
         return (
             self.rng.normal(size=(5, 1))
@@ -121,8 +121,8 @@ class _Scene:
         return self.rng.normal(size=count)[np.searchsorted(ends, np.arange(length))]
 
     def blob(self, centre, radii, roughness, roundness):
-        """The points of a closed random curve: with a roundness of 1 about an ellipse, near 0 about
-        a rectangle.
+        """The points of a closed random curve: roughly an ellipse with a roundness of 1, and a
+        rectangle with a roundness near 0.
         """
         angles = np.linspace(0, 2 * np.pi, 64)
         circle = np.stack([np.cos(angles), np.sin(angles)], 1)
@@ -135,8 +135,8 @@ class _Scene:
         )
 
     def band(self, label, level, roughness, skyline=0):
-        """Stuff from an uneven border, `level` pixels below the top, down to the bottom; here and
-        there a gap above it.
+        """Stuff from the bottom up to an uneven border, `level` pixels below the top, with
+        unlabelled gaps above it in places.
         """
         x = np.arange(self.width)
         border = (
@@ -157,8 +157,8 @@ class _Scene:
             )
 
     def stand(self, kind, feet, size, label, instance):
-        """An object `size` pixels tall, and beside it the unlabelled sliver where the annotator of
-        the stuff stopped short.
+        """An object `size` pixels tall, and beside it an unlabelled sliver, as annotators of stuff
+        leave it.
         """
         lean, side = self.rng.normal(0, 0.05), self.rng.choice([-1, 1])
         axes = size * np.array([[side, 0], [lean, -1]])  # pixels per unit of x and of y
@@ -177,18 +177,18 @@ class _Scene:
 
 
 def draw_scene(seed, height=480, width=640):
-    """A scene like an annotated photo: bands and patches of stuff, wires, and objects that stand on
-    the ground.
+    """Draws a scene like an annotated photo: bands and patches of stuff, wires, and objects that
+    stand on the ground.
 
-    Returns labels, uint8 [height, width], COCO-Stuff's classes 0..181 and 255 where nobody put a
-    label; and instances, uint8 [height, width], 0 for stuff and 1, 2, ... for the objects. The same
-    seed draws the same scene.
+    Returns labels, uint8 [height, width], COCO-Stuff's classes 0 to 181 and 255 where there is no
+    label; and instances, uint8 [height, width], 0 for stuff and 1, 2, … for the objects. The same
+    seed gives the same scene.
     """
     rng = np.random.default_rng(seed)
     scene = _Scene(rng, height, width)
     clutter = rng.beta(
         0.6, 0.7
-    )  # from an empty beach to a street market, often close to one of them
+    )  # from an empty beach, 0, to a street market, 1; often close to either
     horizon = height * rng.uniform(0.25, 0.65)
     scene.band(rng.choice(BACKDROPS), -height, 0)
     for label in rng.choice(MIDDLES, rng.binomial(3, clutter), replace=False):
@@ -213,7 +213,7 @@ def draw_scene(seed, height=480, width=640):
     instance = 0
     for near in np.sort(
         rng.uniform(0, 1, 1 + rng.poisson(5 * clutter)) ** 2
-    ):  # the far ones first: near ones hide them
+    ):  # far objects first, because near objects hide them
         kind = KINDS[rng.integers(len(KINDS))]
         label, size = rng.choice(kind.classes), height * (0.06 + 0.8 * near) * kind.height
         feet = np.array([rng.uniform(0, width), horizon + near * (height - horizon)])
@@ -225,8 +225,8 @@ def draw_scene(seed, height=480, width=640):
 
 
 def save_scenes(folder, count=13, scenes=None):
-    """Writes scenes, those of seeds 0 to count - 1 where none are given, as PNGs, label/0000.png,
-    instance/0000.png and so on.
+    """Writes scenes as PNGs: label/0000.png, instance/0000.png and so on. By default they are drawn
+    with the seeds 0 to count - 1.
 
     Returns the paths of the two folders, label and instance.
     """
@@ -241,11 +241,11 @@ def save_scenes(folder, count=13, scenes=None):
 
 
 def load_scenes(label_folder, instance_folder=None):
-    """The label folder's PNGs, sorted by name, each with the instance folder's PNG of the same
-    name.
+    """Reads the label folder's PNGs, sorted by name, each with the instance folder's PNG of the
+    same name.
 
-    Returns a list of (labels, instances), integer arrays [height, width]; without an instance
-    folder the instances are None.
+    Returns a list of (labels, instances), integer arrays [height, width]. Without an instance
+    folder, instances are None.
     """
     paths = sorted(Path(label_folder).glob("*.png"))
     if not paths:
@@ -262,7 +262,7 @@ def load_scenes(label_folder, instance_folder=None):
             if instances.shape != labels.shape:
                 raise ValueError(
                     f"{instance_path} is {list(instances.shape)}, it should be"
-                    f" {list(labels.shape)} as {path} is"
+                    f" {list(labels.shape)} like {path}"
                 )
         scenes.append((labels, instances))
     return scenes
@@ -271,7 +271,7 @@ def load_scenes(label_folder, instance_folder=None):
 def _read(path):
     if not path.is_file():
         raise FileNotFoundError(
-            f"{path} is missing, it should be the instance PNG of the label PNG with that name"
+            f"{path} is missing, it should be the instance PNG for the label PNG with that name"
         )
     with Image.open(path) as image:
         if image.mode not in ("L", "P", "I;16", "I"):
@@ -283,14 +283,12 @@ def _read(path):
 
 
 def mirrored(scene):
-    """Labels and instances (or None), left to right."""
+    """Labels and instances (or None) with left and right exchanged."""
     return tuple(None if values is None else values[:, ::-1].copy() for values in scene)
 
 
 def resized(labels, instances, size):
-    """labels and instances (or None) at another size, (height, width): every pixel takes its
-    nearest one's number.
-    """
+    """Labels and instances (or None) resized to (height, width) by nearest neighbour."""
     return tuple(
         None
         if values is None
@@ -300,15 +298,16 @@ def resized(labels, instances, size):
 
 
 def condition(labels, instances, num_classes=182, dont_care=255):
-    """What SPADE is conditioned on, prepared the published way.
+    """SPADE's condition, computed the published way.
 
     Args:
         labels: integers [height, width], 0 to num_classes - 1, and `dont_care`, which becomes class
             num_classes.
         instances: integers [height, width], or None.
 
-    Returns a float32 tensor [1, channels, height, width]: one-hot in num_classes + 1 channels; with
-    instances one channel more, 1 where any of the four neighbours has another instance number.
+    Returns a float32 tensor [1, channels, height, width]: one-hot in num_classes + 1 channels, and
+    with instances a further channel, 1 where any of the four neighbours has another instance
+    number.
     """
     for value in np.unique(labels):
         if value != dont_care and not 0 <= value < num_classes:
@@ -330,7 +329,7 @@ def condition(labels, instances, num_classes=182, dont_care=255):
 
 
 def draw_volume(seed, size, classes=8):
-    """Labels [size, size, size] of ellipsoids one over the other, as organs in a scan."""
+    """Draws labels, int64 [size, size, size], of overlapping ellipsoids, like organs in a scan."""
     random = torch.Generator().manual_seed(seed)
     grid = torch.stack(torch.meshgrid(*[torch.linspace(-1, 1, size)] * 3, indexing="ij"))
     labels = torch.zeros(size, size, size, dtype=torch.long)

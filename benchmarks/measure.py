@@ -1,5 +1,5 @@
-"""How it is measured: first whether a variant is right, then its time, interleaved with the others,
-and its peak memory.
+"""The measurements: first whether a variant matches the truth, then its time, interleaved with the
+other variants', and its peak memory.
 """
 
 import functools
@@ -19,21 +19,21 @@ from spade_fast.agreement import excess
 
 from .cases import BACKWARD, DEVICE_ALONE, FORWARD, WHOLE_CALLS
 
-# How far from the truth a variant may be, as a fraction of what the rule of agreement allows,
-# forward and in gradients too. In the gradients of a deep network a leaky ReLU whose sign differs
-# can hit a place that it hit in none of eager's few runs: 4.7 was seen in 13 scenes of the
-# generator. A wrong result is off by hundreds; and ours must be right in float64 besides, where no
-# sign differs. Inductor's convolutions moreover sum in another order than eager's: 2.3 was seen
-# forward, and 11.6 with such a sign.
+# A variant's largest error, as a fraction of the error that the rule of agreement allows: forward,
+# and with gradients. In the gradients of a deep network, a leaky ReLU's sign may differ at a place
+# where it differs in none of eager's few runs: 4.7 was seen in 13 scenes of the generator. A wrong
+# result is off by hundreds, and ours must also match in float64, where no sign differs. In
+# addition, Inductor's convolutions sum in another order than eager's: 2.3 was seen forward, and
+# 11.6 with such a sign.
 LIMITS = {"eager": (1, 1), "spade_fast": (1, 16), "torch.compile": (4, 16)}
 LIMIT_IN_DOUBLE = 1e-9  # of the largest element
 
 FLUSHED_BYTES = 256 << 20  # more than any L2 cache
-HEAD_START = 1 << 21  # cycles of a GPU, about a millisecond: eager's backward takes the host half
-LONGEST_HEAD_START = (
-    1 << 25
-)  # for what takes the host longer; what waits for the GPU never is ahead
-MOST_ROUNDS = 200  # of timing: more tell nothing new of small problems
+# GPU cycles, about a millisecond: the host needs half of it to launch eager's backward.
+HEAD_START = 1 << 21
+# For calls that take the host longer. A call that waits for the GPU is never ahead of it.
+LONGEST_HEAD_START = 1 << 25
+MOST_ROUNDS = 200  # of timing; more add nothing for small problems
 JITTERED_RUNS = 7  # of eager, to see how much a rounding matters (agreement.py)
 
 
@@ -45,18 +45,18 @@ class Row:
     problem: str
     mode: str
     variant: str
-    # the error as a fraction of the allowed one (agreement.py); None: nothing to compare with
+    # the error as a fraction of the allowed error (agreement.py); None if it was not compared
     excess: float | None = None
     error_in_double: float | None = None  # of ours in float64, as a fraction of the largest element
-    failure: str | None = None  # what it died of
+    failure: str | None = None  # the error that stopped it
     clock: str = WHOLE_CALLS  # what was timed: DEVICE_ALONE or WHOLE_CALLS (cases.py)
     times: list[float] = field(default_factory=list)
     ratio: tuple[float, float, float] | None = (
-        None  # eager's time over this one's: quartiles over the rounds
+        None  # quartiles over the rounds of eager's time over this variant's
     )
-    overhead: float | None = None  # this one's median over the floor's
+    overhead: float | None = None  # this variant's median over the fastest floor's
     peak_memory: int | None = None
-    least_bytes: int | None = None  # that it has to read and write
+    least_bytes: int | None = None  # bytes that the operation has to read and write
     bandwidth: float | None = None  # those bytes over the median time, as a fraction of a copy's
 
     @property
@@ -88,8 +88,8 @@ def quartiles(values):
 
 
 def measure(case, problem, device, seconds, advance=lambda: None):
-    """The problem's rows. A variant that does not match the truth is not timed. `advance` is called
-    after each step.
+    """Measures a problem, and returns its rows. A variant that does not match the truth is not
+    timed. `advance` is called after each step.
     """
     context = torch.no_grad if problem.mode == FORWARD else torch.enable_grad
     with context():
@@ -121,7 +121,7 @@ def measure(case, problem, device, seconds, advance=lambda: None):
 
 
 def check(case, problem, advance=lambda: None):
-    """A row for each variant that says whether it computes what it should, for every scene."""
+    """Compares every variant with the truth on every scene, and returns a row for each variant."""
     rows = {
         name: Row(case, problem.name, problem.mode, name, clock=problem.clock)
         for name in problem.variants
@@ -149,13 +149,13 @@ def check(case, problem, advance=lambda: None):
                 found = run()
             except (
                 Exception
-            ) as error:  # a rival may fail in any way, and the others are measured all the same
+            ) as error:  # a rival may fail in any way; the other variants are still measured
                 row.failure = f"{type(error).__name__}: {error}".split("\n")[0]
                 continue
             row.excess = max(
                 [
                     excess(found[key], [eager[key] for eager in eagers], truth[key], scales[key])
-                    for key in eagers[0]  # the truth may have more, for float64 alone
+                    for key in eagers[0]  # the truth may have more keys, compared only in float64
                 ]
                 + ([] if row.excess is None else [row.excess])
             )
@@ -164,8 +164,8 @@ def check(case, problem, advance=lambda: None):
 
 
 def gradient_scales(truth):
-    """max|truth| of each tensor; for a bias that of its weight where it is more, since before a
-    norm its gradient is zero.
+    """max|truth| of each tensor. A bias takes its weight's maximum if that is larger, because the
+    gradient of a bias before a norm is zero.
     """
     scales = {key: value.abs().max().item() for key, value in truth.items()}
     for key in truth:
@@ -178,9 +178,9 @@ def gradient_scales(truth):
 
 
 def time_interleaved(rows, runs, problem, device, seconds):
-    """Times one call of each variant a round, every round beginning with another variant, until
-    `seconds` are over: the problem's least_rounds to MOST_ROUNDS rounds, and each scene at least
-    once.
+    """Times one call of each variant per round, starting each round with the next variant, until
+    `seconds` have passed. There are at least the problem's least_rounds and as many rounds as
+    scenes, and otherwise at most MOST_ROUNDS.
     """
     for name, run in runs.items():
         problem.prepare(name)
@@ -198,16 +198,16 @@ def time_interleaved(rows, runs, problem, device, seconds):
 
 
 def timed(run, device, clock=WHOLE_CALLS):
-    """Seconds of one call, on a GPU from a cold L2 cache.
+    """Seconds of one call, on a GPU with a cold L2 cache.
 
-    WHOLE_CALLS, for networks: from when the host begins the call to when the device has ended it.
-    The host's time is part of that: where launching takes longer than the kernels do, the launches
-    are what a caller waits for, and nothing may hide them.
+    WHOLE_CALLS, for networks: from the start of the call on the host to its end on the device. This
+    includes the host's time: where launching takes longer than the kernels, a caller waits for the
+    launches, so they must not be hidden.
 
-    DEVICE_ALONE, for single operations on a GPU: between two events on the device. An operation is
-    launched in the middle of a network, where the device still has work of those before it, so that
-    the host's time is not its own. The device therefore sleeps before the first event, for so long
-    that the host has launched everything when it wakes. Whether it had is looked at each time.
+    DEVICE_ALONE, for single operations on a GPU: between two events on the device. In the middle of
+    a network, the device is still busy with earlier operations when an operation is launched, so
+    the host's time does not count. The device therefore sleeps before the first event until the
+    host has launched everything. Whether it slept long enough is checked each time.
     """
     if torch.device(device).type != "cuda":
         return timed_by_host(run, lambda: None)
@@ -224,18 +224,18 @@ def timed(run, device, clock=WHOLE_CALLS):
 
 
 def timed_by_host(run, wait):
-    """Seconds from the call to the end of wait()."""
+    """Seconds from the start of run() to the end of wait()."""
     start = time.perf_counter()
     result = run()
     wait()
     took = time.perf_counter() - start
-    del result  # freeing is not timed
+    del result  # after the timing, so that freeing is not timed
     return took
 
 
 def timed_by_device(run, device, cycles):
-    """Seconds between the events before and after a call on a GPU that slept for these cycles
-    first, and whether the host had launched everything before it woke.
+    """Seconds between the events before and after a call, on a GPU that first sleeps for `cycles`;
+    and whether the host had launched everything before the GPU woke.
     """
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     flush(device)
@@ -250,13 +250,13 @@ def timed_by_device(run, device, cycles):
 
 
 def flush(device):
-    """Writes over all of the L2 cache."""
+    """Overwrites the whole L2 cache."""
     torch.empty(FLUSHED_BYTES, dtype=torch.uint8, device=device).zero_()
 
 
 @functools.cache
 def copy_bandwidth(device):
-    """Bytes a second, read and written, of a large copy on a GPU: what memory gives."""
+    """Bytes per second, read and written, of a large copy on a GPU: its memory bandwidth."""
     x = torch.randn(1 << 28, device=device)
     y = torch.empty_like(x)
     seconds = [timed(lambda: y.copy_(x), device, DEVICE_ALONE) for _ in range(21)]
@@ -264,8 +264,8 @@ def copy_bandwidth(device):
 
 
 def peak_memory(run, device):
-    """The most that PyTorch has allocated at any moment of one run beyond what was allocated
-    before, in bytes.
+    """The peak of PyTorch's allocated memory during one run, in bytes, without the memory that was
+    allocated before.
     """
     if torch.device(device).type == "cuda":
         torch.cuda.reset_peak_memory_stats()
@@ -297,8 +297,8 @@ def peak_memory(run, device):
 
 @contextmanager
 def silent_stderr():
-    """The profiler's C++ code writes its starts and stops to stderr itself, where no Python setting
-    reaches it.
+    """Silences the profiler, whose C++ code writes its starts and stops to stderr directly, out of
+    reach of any Python setting.
     """
     sys.stderr.flush()
     stderr, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)

@@ -1,6 +1,6 @@
-"""A picture for a newcomer: the images that a small generator makes of label maps that it has not
-seen, after some seconds of training. It is the generator that `spade-fast paint` trains where no
-weights are given.
+"""A picture for newcomers: a small generator's images of label maps that it was not trained on,
+after some seconds of training. It is the generator that `spade-fast paint` trains when no weights
+are given.
 """
 
 from collections.abc import Callable, Iterable
@@ -16,15 +16,15 @@ from spade_fast.paint.demo import SIZE, demo_classes, train_demo
 from spade_fast.paint.scene import draw_scene
 from spade_fast.training.pictures import picture
 
-SHOWN = (1001, 1002, 1003, 1004, 1006)  # seeds of scenes that it does not learn from
+SHOWN = (1001, 1002, 1003, 1004, 1006)  # seeds of scenes that are not used in training
 GAP = 8  # white pixels between pictures
-LARGER = 2  # pixels of the picture for each of an image, along each axis
+LARGER = 2  # how many times each image is enlarged, along each axis
 
 
 def save_painting(
     path: Path, steps: int, progress: Callable[[Iterable, int], Iterable] = lambda found, _: found
 ) -> None:
-    """Trains the generator for as many steps, and writes a PNG of label maps in their classes'
+    """Trains the generator for `steps` steps, and writes a PNG with label maps in their classes'
     colours above the generator's images of them.
     """
     classes = demo_classes()

@@ -1,4 +1,4 @@
-"""One picture for a newcomer: why windows make γ and β cheap on a label map."""
+"""A picture for newcomers: why windows make γ and β cheap on a label map."""
 
 import numpy as np
 
@@ -6,7 +6,7 @@ from spade_fast import SemanticLayout
 
 from . import layouts
 
-# Light, so that letters can be read on them. The first ones go to the largest regions.
+# Light, so that letters can be read on them. The largest regions get the first colours.
 COLOURS = (
     "#8fc1e3",
     "#f6c177",
@@ -21,24 +21,22 @@ COLOURS = (
     "#9fa8da",
 )
 UNLABELLED, INK = "#e6e6e6", "#202020"
-CLASSES = 182  # of COCO-Stuff; the one after the last is "don't care"
-WINDOW = (
-    5  # what two 3 × 3 convolutions see: as many rows and columns, with the pixel in the middle
-)
+CLASSES = 182  # of COCO-Stuff; number 182 is "don't care"
+WINDOW = 5  # rows and columns of the receptive field of two 3 × 3 convolutions
 REACH = WINDOW // 2
-PLACES = 4  # of each window, that are framed
+PLACES = 4  # how many places of each window are framed at most
 
 
 def save_picture(path, labels, instances=None, size=256):
-    """Draws a label map, four of its windows, and the pixels that are computed, as a PNG (or what
-    the path's ending says).
+    """Draws a label map, up to four of its windows, and the pixels that are computed, as a PNG or
+    in the format of the path's suffix.
 
     Args:
-        path: the file.
-        labels: integers [height, width], COCO-Stuff's classes 0 to 181, and 255 where nobody put a
+        path: the file to write.
+        labels: integers [height, width], COCO-Stuff's classes 0 to 181, and 255 where there is no
             label.
         instances: integers [height, width], or None.
-        size: height and width that both are brought to, 16 or more.
+        size: height and width that labels and instances are resized to, 16 or more.
     """
     import matplotlib
 
@@ -54,7 +52,7 @@ def save_picture(path, labels, instances=None, size=256):
     windows = choose_windows(index, labels)
 
     figure = plt.figure(figsize=(9, 3.5), facecolor="white")
-    # 512 pixels wide and high, so that each of 256 × 256 is a square of the same size.
+    # 512 pixels wide and high, so that 256 × 256 pixels are drawn as squares of the same size.
     panels = [
         figure.add_axes((left / 1800, 124 / 700, 512 / 1800, 512 / 700)) for left in (36, 644, 1252)
     ]
@@ -66,7 +64,7 @@ def save_picture(path, labels, instances=None, size=256):
     computed.reshape(-1, 3)[first] = matplotlib.colors.to_rgb(INK)
     panels[2].imshow(computed, interpolation="nearest")
 
-    edges = "" if instances is None else "\nDarker: edges of instances."
+    edges = "" if instances is None else "\nDarker: instances' edges."
     texts = (
         (
             f"Labels, {size} × {size}",
@@ -75,13 +73,13 @@ def save_picture(path, labels, instances=None, size=256):
         ),
         (
             "The framed windows, enlarged",
-            "The same window gives the same γ and β,\nwherever it lies: computed once, they serve\n"
-            f"all {len(windows['A']):,} pixels that see A.",
+            "The same window gives the same γ and β,\nwherever it lies. Computed once, they serve\n"
+            f"all {len(windows['A']):,} pixels with window A.",
         ),
         (
             "The pixels that are computed",
-            f"One for each distinct window, black here:\n{len(first):,} of {index.size:,}. All the"
-            " others look up\n"
+            f"One for each distinct window, black here:\n{len(first):,} of {index.size:,}. The"
+            " other pixels look up\n"
             "the γ and β of their window.",
         ),
     )
@@ -103,8 +101,8 @@ def save_picture(path, labels, instances=None, size=256):
 
 
 def code_colours(layout):
-    """Red, green and blue of each code, float [P, 3]: a colour for its label, darker where it is an
-    edge of an instance.
+    """Red, green and blue of each code, float [P, 3]: the colour of its label, darker for codes of
+    instances' edges.
     """
     from matplotlib.colors import to_rgb
 
@@ -113,7 +111,7 @@ def code_colours(layout):
     area = np.bincount(label[layout.codes.numpy().ravel()], minlength=CLASSES + 1)
     rank = np.argsort(
         np.argsort(-area[:CLASSES], kind="stable")
-    )  # the label of the largest region has 0
+    )  # 0 for the label with the largest area
     names = [
         UNLABELLED if number == CLASSES else COLOURS[rank[number] % len(COLOURS)]
         for number in label
@@ -122,15 +120,13 @@ def code_colours(layout):
 
 
 def choose_windows(index, labels):
-    """The most frequent window, the most frequent ones on two borders, and a rare one where many
-    labels meet.
+    """The most frequent window, the most frequent windows on two borders between labels, and a rare
+    window where many labels meet.
 
-    Returns a dictionary of letters, and for each the first row and column of every place of the
-    window, int [count, 2].
+    Returns a dictionary from letters to the first row and column of every place of that window, int
+    [count, 2].
     """
-    inside = index[
-        REACH:-REACH, REACH:-REACH
-    ]  # nothing beyond the picture's border has to be drawn
+    inside = index[REACH:-REACH, REACH:-REACH]  # windows that do not reach beyond the picture
     _, first, counts = np.unique(inside, return_index=True, return_counts=True)
     kinds = [frozenset(around(labels, divmod(place, inside.shape[1])).flat) for place in first]
     order = np.argsort(-counts, kind="stable")
@@ -139,7 +135,7 @@ def choose_windows(index, labels):
         best.setdefault(kinds[number], number)
     borders = [number for kind, number in best.items() if len(kind) > 1]
     rare = max(order, key=lambda number: (-counts[number], len(kinds[number])))
-    chosen = dict.fromkeys([order[0], *borders[:2], rare])  # in a plain map some are the same
+    chosen = dict.fromkeys([order[0], *borders[:2], rare])  # in a plain map some coincide
     return {
         letter: np.argwhere(inside == inside.flat[first[number]])
         for letter, number in zip("ABCD", chosen)
@@ -147,14 +143,14 @@ def choose_windows(index, labels):
 
 
 def around(values, place):
-    """What a window sees of values [height, width, ...]; place: its first row and column."""
+    """The part of values [height, width, ...] inside a window. place: its first row and column."""
     row, column = place
     return values[row : row + WINDOW, column : column + WINDOW]
 
 
 def frame_places(axes, windows, size):
-    """Frames a few places of each window, with its letter, where there is room: first of the rare
-    window, which has no choice.
+    """Frames a few places of each window, with its letter, where there is room. The rare window
+    comes first, because it has the fewest places.
     """
     from matplotlib.patches import Rectangle
     from matplotlib.patheffects import withStroke
@@ -164,11 +160,11 @@ def frame_places(axes, windows, size):
         for number in range(PLACES):
             border = np.minimum(places, size - WINDOW - places).min(
                 1
-            )  # it may be nearer than other frames are
+            )  # a frame may be nearer to the border than to other frames
             room = np.min(
                 [3 * border, *(np.hypot(*(places - other).T) for other in framed)], axis=0
             )
-            if number and room.max() < WINDOW + 0.06 * size:  # a frame and its letter
+            if number and room.max() < WINDOW + 0.06 * size:  # width of a frame and its letter
                 break
             row, column = place = places[room.argmax()]
             framed.append(place)
@@ -197,7 +193,9 @@ def frame_places(axes, windows, size):
 
 
 def show_windows(axes, windows, colours):
-    """The windows as large squares, two by two, with their letters and how many pixels see each."""
+    """Draws the windows as large squares, two by two, each with its letter and its number of
+    pixels.
+    """
     axes.axis("off")
     for number, (letter, places) in enumerate(windows.items()):
         tile = axes.inset_axes((0.54 * (number % 2), 0.59 - 0.52 * (number // 2), 0.41, 0.41))

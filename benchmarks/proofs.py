@@ -1,9 +1,9 @@
-"""What can be proved of the Triton kernels without a GPU: every configuration is compiled, and what
-came of it is read.
+"""Proofs about the Triton kernels that need no GPU: every configuration is compiled, and its
+machine code is read.
 
-The package's own functions are called, on small tensors of the CPU, with a driver that says that
-there is a GPU; what they would launch is compiled and noted instead. So the proofs are of
-the shipped kernels: their tiles, warps, and the facts known of each argument.
+The package's own functions are called on small CPU tensors, with a driver that reports a GPU.
+Instead of launching, they compile the kernels and record them. The proofs therefore hold for the
+shipped kernels, with their tiles, their warps and the properties known of each argument.
 """
 
 import collections
@@ -32,33 +32,33 @@ ACTIVATIONS = {
     "none": None,
     "leaky_relu": "leaky_relu",
     "silu": "silu",
-}  # relu is compiled as leaky_relu is
+}  # relu is compiled like leaky_relu
 ALIGNED_SIZES = (
     (32, 32),
     (64, 64),
     (128, 128),
-)  # of 128 channels: the last takes two passes in backward, all with a table do
+)  # with 128 channels: backward takes two passes at the last size, and always with a table
 ODD_SIZES = (
     (5, 9),
     (45, 45),
     (91, 89),
-)  # of 35 channels; nearly the largest planes that one pass holds
+)  # with 35 channels; the last is nearly the largest plane that one pass holds
 ROWS = 100  # of a table
-# Triton compiles anew where a number is 1: images, channels, rows of a table and sizes, and whether
-# aligned; each with the last activation alone.
+# Triton compiles another kernel where an argument is 1: images, channels, rows of a table, sizes,
+# and whether they are aligned. Only the last activation is compiled with these.
 ONES = (
     (1, 128, 1, (64, 64), True),
     (2, 1, ROWS, (5, 9), False),
     (1, 1, 1, (1, 1), False),
 )
 TAPS = ((7, 7), (5, 5, 5))  # of convolutions, besides 3 × 3
-WINDOWS = (100, 1000, 3000, 30000)  # of convolutions: in tiles of each size
-PROCESSORS = 132  # of the GPU that there would be
+WINDOWS = (100, 1000, 3000, 30000)  # of convolutions; their tiles have different sizes
+PROCESSORS = 132  # of the GPU that is reported
 
 
 @dataclasses.dataclass(frozen=True)
 class Proof:
-    """One kernel as one configuration compiles it."""
+    """One kernel, compiled for one configuration."""
 
     kernel: str
     dtype: str
@@ -68,19 +68,19 @@ class Proof:
     aligned: bool
     capability: int
     registers: int
-    stack: int  # bytes of spilled registers and of arrays that are not in registers
+    stack: int  # bytes of spilled registers, and of arrays that are not in registers
     shared: int  # bytes
-    loads: dict  # how many instructions of each width, in bytes
+    loads: dict  # number of instructions by their width in bytes
     stores: dict
-    double: int  # instructions in double precision
-    tensor_cores: int  # instructions of theirs
+    double: int  # number of instructions in double precision
+    tensor_cores: int  # number of tensor core instructions
 
     @property
     def failures(self):
-        """What should not be."""
+        """The faults of the kernel, in words."""
         found = []
         if self.stack:
-            found.append(f"{self.stack} bytes of registers are spilled")
+            found.append(f"{self.stack} bytes of stack, for spilled registers or arrays")
         if self.double:
             found.append(f"{self.double} instructions in double precision")
         if self.kernel == "convolve_windows_kernel" and not self.tensor_cores:
@@ -88,12 +88,12 @@ class Proof:
         if self.aligned and self.streams and 16 not in self.loads:
             found.append("no 16-byte loads")
         if self.aligned and self.streams and self.kernel != "sum_pieces_kernel" and 2 in self.loads:
-            found.append("half-precision numbers are loaded one by one")
+            found.append("half-precision values are loaded one by one")
         return found
 
     @property
     def streams(self):
-        """Whether the kernel goes through memory in order."""
+        """Whether the kernel accesses memory in order."""
         return (
             self.kernel not in OUT_OF_ORDER
             and IN_ORDER.get(self.kernel, self.layout) == self.layout
@@ -103,7 +103,7 @@ class Proof:
 IN_ORDER = {
     "sum_pieces_kernel": "channels-last",
     "hash_kernel": "contiguous",
-}  # in this layout alone
+}  # in this layout only
 OUT_OF_ORDER = (
     "combine_moments_kernel",
     "combine_sums_kernel",
@@ -116,9 +116,9 @@ OUT_OF_ORDER = (
 
 
 def prove(capabilities=CAPABILITIES, dtypes=DTYPES, activations=ACTIVATIONS, processes=None):
-    """The proofs of these configurations, by name: a process for each capability and dtype."""
+    """The proofs of all combinations of these names, in a process for each capability and dtype."""
     if os.environ.get("TRITON_INTERPRET") == "1":
-        raise RuntimeError("TRITON_INTERPRET is 1: kernels that are interpreted are not compiled")
+        raise RuntimeError("TRITON_INTERPRET is 1: interpreted kernels are not compiled")
     tasks = list(itertools.product(capabilities, dtypes))
     with multiprocessing.get_context("spawn").Pool(processes or os.cpu_count()) as pool:
         found = pool.starmap(
@@ -158,7 +158,7 @@ def _note(proofs, launched, *configuration):
 
 
 def _call_everything(images, channels, rows, size, dtype, gamma_dtype, last, table, activation):
-    """Every function of the backend, on one shape."""
+    """Calls every function of the backend on one shape."""
     from spade_fast.kernels import numbering, triton_kernels
 
     def tensor(dtype):
@@ -180,6 +180,8 @@ def _call_everything(images, channels, rows, size, dtype, gamma_dtype, last, tab
     planes = torch.empty(3, images, channels)
     modulation, settings = (planes, gamma, kept_beta, index), (activation, 0.2)
     triton_kernels.plane_moments(x)
+    for own in (None, planes[0, 0]):
+        triton_kernels.running_planes(x, *planes[:2, 0].to(dtype), own, own, 1e-5)
     _, signs = triton_kernels.apply(x, planes, gamma, beta, index, *settings, True)
     triton_kernels.instance_forward(x, gamma, beta, index, 1e-5, *settings, True)
     triton_kernels.instance_forward(x, gamma, beta, index, 1e-5, *settings, False)
@@ -195,7 +197,7 @@ def _call_everything(images, channels, rows, size, dtype, gamma_dtype, last, tab
 
 
 def _convolve(channels, taps, windows, dtype, gamma_dtype):
-    """In half precision, at each of these numbers of windows: there is no other kernel."""
+    """Convolves each of these numbers of windows in half precision; other dtypes have no kernel."""
     from spade_fast.kernels import triton_kernels
 
     if dtype != gamma_dtype or dtype == torch.float32:
@@ -208,8 +210,8 @@ def _convolve(channels, taps, windows, dtype, gamma_dtype):
 
 
 class _compiling:
-    """Inside, Triton believes in a GPU, and what would be launched is compiled and listed instead,
-    by name.
+    """Inside, Triton's driver reports a GPU. Kernels are not launched but compiled, and listed as
+    (name, compiled kernel).
     """
 
     def __init__(self, capability):
@@ -255,8 +257,8 @@ class _compiling:
 
 
 def _read(compiled):
-    """Registers and memory of a compiled kernel from its machine code; widths and types from its
-    PTX, where they stand as they stay.
+    """Reads registers and memory of a compiled kernel from its machine code, and widths and types
+    from its PTX, which already has the final ones.
     """
     import triton
 
@@ -280,7 +282,7 @@ def _read(compiled):
         widths[instruction][int(vector or 1) * int(bits) // 8] += 1
     for width in re.findall(
         r"\bcp\.async\.c[ag]\.shared\.global[^;]*?\], 0x(\w+)", compiled.asm["ptx"]
-    ):  # to shared memory
+    ):  # asynchronous copies to shared memory
         widths["ld"][int(width, 16)] += 1
     return {
         "registers": usage["REG"],
@@ -296,15 +298,15 @@ def _read(compiled):
 
 
 def table(proofs):
-    """The worst of each kernel over activations and capabilities, a line for each dtype, layout and
-    kind of modulation.
+    """A line for each kernel, dtype, layout and kind of modulation, with the worst figures over
+    activations and capabilities.
     """
     result = narrow_table(
         "kernel\n  dtype, layout, γ and β",
         *("registers", "stack", "shared", "loads", "stores", "double"),
         caption=(
-            "registers, stack and shared memory: the most. loads and stores: bytes at a time in"
-            " sizes divisible by 16."
+            "registers, stack, shared: the maximum. loads, stores: bytes per instruction, on sizes"
+            " divisible by 16."
         ),
     )
     groups = {}

@@ -1,4 +1,4 @@
-"""How results are shown: tables, a JSON file, a chart."""
+"""Results as tables, as a JSON file, and as a chart."""
 
 import dataclasses
 import json
@@ -19,17 +19,17 @@ from .measure import LIMIT_IN_DOUBLE, copy_bandwidth
 from .tables import narrow_table
 
 CAPTION = (
-    "match: error as a fraction of the allowed one. ratio: eager's time over this, round by round."
-    " overhead: this time over that of plain instance norm. of a copy: the bytes that it has to"
-    " move over this time, of what a copy moves."
+    "match: the error as a fraction of the allowed error. ratio: eager's time over this variant's,"
+    " round by round. overhead: this variant's time over the floor's, which is plain instance norm."
+    " of a copy: the bytes that the operation has to move per second, as a fraction of a copy's."
 )
 
 
-CLOCKS = {DEVICE_ALONE: "the operation's time", WHOLE_CALLS: "time of a call"}
+CLOCKS = {DEVICE_ALONE: "time of the operation", WHOLE_CALLS: "time of a call"}
 
 
 def tables(rows):
-    """What rich prints of measured rows: a table for each problem."""
+    """Measured rows as a renderable of rich: a table for each problem."""
     problems = {}
     for row in rows:
         title = f"{row.case} {row.problem}, {row.mode}, {CLOCKS[row.clock]}"
@@ -46,9 +46,7 @@ def tables(rows):
 
 
 def match(row):
-    """Whether the row is right, and how far it is from wrong: its error as a fraction of what is
-    allowed.
-    """
+    """Whether the row matches, and its error as a fraction of the allowed error."""
     if row.failure:
         return "[red]failed"
     if row.excess is None:
@@ -59,7 +57,7 @@ def match(row):
 
 
 def numbers(row):
-    """A row's figures as text; none for a row that does not match."""
+    """A row's figures as text; none for a row that was not timed."""
     if not row.times:
         return []
     ratio = f"{row.ratio[1]:.2f} ({row.ratio[0]:.2f}–{row.ratio[2]:.2f})" if row.ratio else ""
@@ -75,12 +73,12 @@ def numbers(row):
 
 
 def short(number, decimals):
-    """A number as text with these decimals; from 1000 on without any."""
+    """A number as text with `decimals` decimals, or without any from 1000 on."""
     return f"{number:.{decimals if number < 1000 else 0}f}"
 
 
 def environment(settings):
-    """What a reader must know to repeat the numbers."""
+    """The facts that a reader needs to reproduce the numbers."""
     cuda = torch.device(settings.device).type == "cuda"
     return {
         "device": torch.cuda.get_device_name()
@@ -95,15 +93,15 @@ def environment(settings):
         "allocator": {
             name: value for name, value in os.environ.items() if name.startswith("MALLOC_")
         }
-        or "as the system has it",
+        or "the system's defaults",
         "backends": {status.name: status.reason or "runs" for status in spade_fast.backends()},
         "date": datetime.now(timezone.utc).date().isoformat(),
     }
 
 
 def commit():
-    """Which commit of this project runs: what the environment variable COMMIT says, for copies of
-    the files that have another history or none, else what git says.
+    """The commit of this project that runs: the environment variable COMMIT, meant for copies of
+    the files without this Git history; otherwise what `git describe` returns.
     """
     if os.environ.get("COMMIT"):
         return os.environ["COMMIT"]
@@ -118,7 +116,7 @@ def commit():
 
 
 def processor():
-    """The processor's name where the system tells it."""
+    """The processor's model name if the system has one, otherwise the architecture."""
     try:
         lines = open("/proc/cpuinfo").read().splitlines()
         return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
@@ -127,8 +125,8 @@ def processor():
 
 
 def save_json(path, facts, rows):
-    """Everything that was measured, each single time included, a line for each row; facts: the
-    environment when it began.
+    """Writes all measurements, with the time of every round, one line per row. facts: the
+    environment at the start of the run.
     """
     records = [
         dataclasses.asdict(row) | {"times": [round(time, 7) for time in row.times]} for row in rows
@@ -156,8 +154,8 @@ COLOURS = {
 
 
 def save_chart(path, facts, rows):
-    """Bars of time over the floor's (or where there is no floor, over eager's), a group for each
-    problem, as a PNG (or what the path's ending says).
+    """Draws bars of each variant's time over the floor's (over eager's if there is no floor),
+    grouped by problem, as a PNG or in the format of the path's suffix.
     """
     import matplotlib
 
@@ -217,7 +215,7 @@ def save_chart(path, facts, rows):
         if floors
         else "of eager PyTorch"
     )
-    axes.set_xlabel(f"time ÷ time {compared} (less is better)")
+    axes.set_xlabel(f"time ÷ time {compared} (lower is better)")
     axes.set_title(f"{facts['device']}, {facts['dtype']}, torch {facts['torch']}", fontsize=10)
     axes.spines[["top", "right"]].set_visible(False)
     handles, labels = axes.get_legend_handles_labels()

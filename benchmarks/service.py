@@ -1,9 +1,9 @@
-"""The service under clients that ask at the same time, with a reload of other weights in the
-middle, beside a lock around the published network and beside that network in ONNX Runtime.
+"""The service under concurrent clients, with a reload of other weights halfway through, beside the
+published network behind a lock and that network in ONNX Runtime.
 
-A client asks for the image of the next of a few layouts as soon as it has the one before. All
-inputs are ready: SemanticLayouts for the service, one-hot conditions for the others. The others
-keep their weights.
+A client requests the image of the next of a few layouts as soon as it has the previous image. All
+inputs are ready beforehand: SemanticLayouts for the service, one-hot conditions for the rivals. The
+rivals keep their weights.
 """
 
 import contextlib
@@ -34,10 +34,10 @@ from .tables import narrow_table
 
 CLASSES = 182
 CAPTION = (
-    "match: the largest error of an image as a fraction of the allowed one; the service's images"
-    " have the bits of the generator called by hand, too. alone: a request of the only client, with"
-    " a layout that is new, and with one that was asked for before. together: with all clients."
-    " cache: the most that tables and windows took."
+    "match: the largest error of an image as a fraction of the allowed error; the service's images"
+    " also equal, to the bit, those of the generator called directly. alone: a request of a single"
+    " client, for a new layout and for a known one. together: requests of all clients."
+    " cache: the peak size of tables and windows."
 )
 
 
@@ -49,7 +49,7 @@ class Load:
     clients: int = 8
     layouts: int = 6
     cache: str = "256MB"  # of the service
-    size: int = 256  # of the images, high and wide
+    size: int = 256  # height and width of the images
     ngf: int = 8
 
     @property
@@ -62,28 +62,30 @@ class Load:
 
 @dataclass
 class Row(measure.Row):
-    """One server. Its `times` are those of all requests while all clients asked."""
+    """One server. Its `times` are the seconds of every request while all clients are active."""
 
-    alone_new: float | None = None  # median seconds of the only client's requests
-    alone_known: float | None = None  # the same for layouts that were asked for before
+    alone_new: float | None = None  # median seconds of a single client's requests for new layouts
+    alone_known: float | None = None  # the same for layouts that were requested before
     images_per_second: float | None = None
-    p50: float | None = None  # seconds of a request while all clients asked
+    p50: float | None = None  # median seconds of a request while all clients are active
     p95: float | None = None
-    cache: int | None = None  # the most bytes that the server kept, of tables and windows
+    cache: int | None = None  # peak bytes of tables and windows that the server keeps
 
 
 @dataclass
 class Server:
-    ask: Callable  # the number of a layout: its image
-    reload: Callable = lambda: None  # takes the other weights
-    cached: Callable = lambda: 0  # bytes that it keeps now
-    # The images of the old and of the new weights that its own must equal to the bit; None: its
-    # images must agree with the old weights' truth.
+    ask: Callable  # takes a layout's number, returns its image
+    reload: Callable = lambda: None  # loads the other weights
+    cached: Callable = lambda: 0  # bytes that are kept now
+    # The images of the old and of the new weights, which the server's images must equal to the bit.
+    # None: its images must agree with the truth of the old weights.
     exactly: list | None = None
 
 
 class Inputs:
-    """Two generators of other weights, and layouts: one more than clients ask for, for a start."""
+    """The generators with the old and the new weights, and the layouts: one more than the clients
+    request, for a first request that is not timed.
+    """
 
     def __init__(self, load):
         self.load = load
@@ -107,7 +109,9 @@ class Inputs:
 
     @functools.cached_property
     def by_hand(self):
-        """The images of the old weights and those of the new ones, by the layout's number."""
+        """The images of the old and of the new weights, by the layout's number, from generators
+        that are called directly.
+        """
         found = []
         for ours in self.ours:
             folded = copy.deepcopy(ours).fold_spectral_norm()
@@ -117,8 +121,8 @@ class Inputs:
 
     @functools.cached_property
     def truths(self):
-        """The old weights' images in float64, and two of the published network to judge others by,
-        by the layout's number.
+        """By the layout's number, the old weights' image in float64, and two images of the
+        published network as yardsticks for the allowed error.
         """
         published, exact = self.published[0], copy.deepcopy(self.published[0]).double()
         with torch.no_grad():
@@ -128,23 +132,25 @@ class Inputs:
             ]
 
     def excess(self, number, image):
-        """How far an image of the old weights is from the truth (agreement.py)."""
+        """The error of an image of the old weights as a fraction of the allowed error
+        (agreement.py).
+        """
         truth, yardsticks = self.truths[number]
         return excess(image, yardsticks, truth)
 
 
 class Heard:
-    """A server, and what it answered: every image that differs from those before."""
+    """A server and its distinct answers: every image that differs from all previous ones."""
 
     def __init__(self, server):
         self.server = server
         self.reloaded = threading.Event()
-        self.images = defaultdict(list)  # by the layout's number, and whether it was asked later
+        self.images = defaultdict(list)  # by layout number, and whether requested after the reload
         self.most_cached = 0
         self._lock = threading.Lock()
 
     def ask(self, number):
-        """Seconds of one request."""
+        """Sends one request, records its image, and returns the seconds that it took."""
         key, began = (number, self.reloaded.is_set()), time.perf_counter()
         image = self.server.ask(number)
         took = time.perf_counter() - began
@@ -157,7 +163,7 @@ class Heard:
     def reload(self):
         try:
             self.server.reload()
-        finally:  # clients go on until it is
+        finally:  # even if it fails, because clients go on until this is set
             self.reloaded.set()
 
 
@@ -186,7 +192,7 @@ def behind_a_lock(inputs):
 
 @contextlib.contextmanager
 def in_onnx_runtime(inputs):
-    """On as many threads as PyTorch has: left to itself it may take fewer."""
+    """ONNX Runtime, on as many threads as PyTorch, because its default may be fewer."""
     try:
         import onnxruntime
 
@@ -217,16 +223,16 @@ SERVERS = {
 
 
 def measured(variant, inputs):
-    """The Row of one server; without figures where it failed or an image is wrong."""
+    """The Row of one server; without figures if it failed or an image is wrong."""
     load, row = inputs.load, Row("service", inputs.load.name, FORWARD, variant)
     numbers = range(load.layouts)
     try:
         with SERVERS[variant](inputs) as server:
-            server.ask(load.layouts)  # what only the first request costs
+            server.ask(load.layouts)  # a warm-up, for costs of the first request only
             heard = Heard(server)
             alone = [[heard.ask(number) for number in numbers] for _ in ("new", "known")]
             times, seconds = together(heard, load)
-    except Exception as error:  # the others are measured all the same
+    except Exception as error:  # the other servers are still measured
         row.failure = f"{type(error).__name__}: {error}".split("\n")[0]
         return row
     row.cache = heard.most_cached
@@ -241,9 +247,9 @@ def measured(variant, inputs):
 
 
 def together(heard, load):
-    """Seconds of each request of all clients, and those from the first request to the last
-    answer. After half of the time there are other weights; each client asks once more at least
-    after that.
+    """The seconds of each request of all clients, and the seconds from the first request to the
+    last answer. Halfway through, the server loads other weights; after that, each client sends at
+    least one more request.
     """
     numbers, answered, began = itertools.count(), threading.Event(), time.perf_counter()
 
@@ -269,7 +275,7 @@ def together(heard, load):
 
 
 def judge(row, heard, inputs):
-    """Says in the row how far its images are from the truth, or which fault one has."""
+    """Writes into the row the error of the server's images, or the fault of one of them."""
     images = [(*key, image) for key, found in heard.images.items() for image in found]
     if heard.server.exactly is None:
         row.excess = max(inputs.excess(number, image) for number, _, image in images)

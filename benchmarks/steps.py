@@ -1,4 +1,4 @@
-"""A step of training, the published one and ours, from the same beginning each time."""
+"""A step of training, the published one and ours, from the same state each time."""
 
 import copy
 import sys
@@ -7,13 +7,14 @@ from spade_fast import SemanticLayout
 from spade_fast.data import Batch
 from spade_fast.training import Config, Networks, Trainer
 
-# A part of a network's largest gradient in float64: zeros were 1e-15 of it, the others 1e-3.
+# As a fraction of a network's largest gradient in float64. Gradients that are zero in exact
+# arithmetic were at 1e-15, the others at 1e-3.
 ROUNDING = 1e-11
 
 
 class OurTrainer:
     """`spade_fast.training.Trainer`, as `training_problem` in cases.py calls it: the published
-    recipe, and the generator's running average besides, which the plain trainer does not have.
+    recipe and, in addition, the generator's running average, which the published trainer lacks.
     """
 
     def __init__(self, generator, discriminator, perceptual=None):
@@ -24,7 +25,7 @@ class OurTrainer:
         self.optimizer_g, self.optimizer_d = (one.optimizer for one in self.trainer.optimizers)
 
     def step(self, condition, image):
-        """The losses by name, without their weights; the gradients stay where they are.
+        """Returns the losses by name, without their weights. The parameters keep their gradients.
 
         condition: a SemanticLayout, or a tensor whose layout is found here.
         """
@@ -38,16 +39,14 @@ class OurTrainer:
 
 
 def beginning(trainer):
-    """Weights and buffers of a trainer's networks, to `rewind` to."""
+    """Copies of the weights and buffers of a trainer's networks, for `rewind`."""
     return {
         name: copy.deepcopy(network.state_dict()) for name, network in _networks(trainer).items()
     }
 
 
 def rewind(trainer, begin):
-    """A trainer as it was made: weights and buffers as in the beginning, Adam without a memory, no
-    gradients.
-    """
+    """Resets a trainer: weights and buffers as in `begin`, Adam's state zero, no gradients."""
     for name, network in _networks(trainer).items():
         network.load_state_dict(begin[name])
         network.zero_grad()
@@ -68,8 +67,8 @@ def gradients(trainer):
 
 
 def weights(trainer):
-    """All weights and buffers by name, but for those whose gradient is zero in exact arithmetic,
-    such as biases before a norm: Adam divides what rounding left of it by about itself.
+    """All weights and buffers by name, except weights whose gradient is zero in exact arithmetic,
+    such as biases before a norm: Adam scales their rounding errors up to whole steps.
     """
     found = {}
     for name, network in _networks(trainer).items():

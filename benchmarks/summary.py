@@ -1,5 +1,5 @@
-"""The table of what was measured (docs/pages/benchmarks.md), made from benchmarks/results/:
-what is not there is said to be not measured yet.
+"""The table of measurements in docs/pages/benchmarks.md, computed from benchmarks/results/. Where a
+result is missing, the table says "not measured yet".
 """
 
 import json
@@ -26,9 +26,9 @@ HEADER = (
 
 
 def summary(results=RESULTS):
-    """A table in Markdown: medians in ms, then spade_fast's ratio to eager, as the rounds had it,
-    and to the floor. On GPUs, where eager is measured in both memory formats, it is the faster one,
-    and there is a line for each way in which ours was measured.
+    """A table in Markdown: medians in ms, then eager's time over spade_fast's, and spade_fast's
+    over the floor's. On GPUs, eager is the faster of both memory formats, and each variant of
+    spade_fast has a line.
     """
     lines, measured = (
         list(HEADER),
@@ -42,7 +42,7 @@ def summary(results=RESULTS):
 
 
 def lines_of(measured, kind, case, dtype, only):
-    """The lines for one file, if it is of this kind of device, case and dtype."""
+    """The lines for the rows of one file that have this kind of device, case and dtype."""
     device = measured.get("environment", {}).get("device", "")
     if ("CPU" if device.startswith("CPU") else "GPU") != kind or measured["environment"].get(
         "dtype"
@@ -73,12 +73,12 @@ def lines_of(measured, kind, case, dtype, only):
 
 
 def median(row):
-    """In seconds; infinite where nothing was timed."""
+    """The median in seconds, or infinity if nothing was timed."""
     return statistics.median(row["times"]) if row["times"] else float("inf")
 
 
 def milliseconds(row):
-    """The median of what was measured, with three digits; nothing for what failed or is missing."""
+    """The median in ms with three digits, or a dash if the row failed or is missing."""
     if row is None or not row["times"]:
         return "–"
     median = statistics.median(row["times"]) * 1e3

@@ -4,7 +4,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-WIDTH = 100  # of a log or a file, which has none of its own
+WIDTH = 100  # columns, for a log or a file, which has no width of its own
 
 
 def console_of_any_width():
@@ -15,8 +15,8 @@ def console_of_any_width():
 
 
 def narrow_table(first, *figures, **settings):
-    """A table of a column of text and columns of figures: where there is no room, the text goes on
-    in the next line, and what is beside a figure.
+    """A table with one column of text and columns of figures. Cells that are too wide are folded
+    onto further lines.
     """
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=0, title_justify="left", **settings)
     table.add_column(first, overflow="fold")

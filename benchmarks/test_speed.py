@@ -1,5 +1,5 @@
-"""`pytest benchmarks`: the quick problems under pytest-benchmark, which keeps and compares runs
-(--benchmark-autosave, -compare).
+"""`pytest benchmarks` runs the quick problems under pytest-benchmark, which saves and compares runs
+(--benchmark-autosave, --benchmark-compare).
 """
 
 import pytest
@@ -7,7 +7,7 @@ import pytest
 from .cases import CASES, Settings
 from .measure import check
 
-# torch.compile, compiled anew in every process, says nothing about this project.
+# torch.compile compiles again in every process, and says nothing about this project.
 SETTINGS = Settings(quick=True, without=("torch.compile",))
 PLANS = [(name, plan) for name, case in CASES.items() for plan in case(SETTINGS)]
 

@@ -1,7 +1,7 @@
 """Checks of arguments that layouts and data share."""
 
 import operator
-from typing import SupportsIndex
+from typing import SupportsIndex, cast
 
 
 def whole_number(name: str, value: object, least: int | None = None) -> int:
@@ -10,14 +10,17 @@ def whole_number(name: str, value: object, least: int | None = None) -> int:
     Errors: TypeError if it is not a whole number (a bool is not); ValueError if it is smaller than
         `least`.
     """
-    import numpy as np
+    if type(value) is int:
+        number = value
+    else:
+        import numpy as np
 
-    try:
-        if isinstance(value, (bool, np.bool_)) or not isinstance(value, SupportsIndex):
-            raise TypeError
-        number = operator.index(value)
-    except TypeError:
-        raise TypeError(f"{name} is {value!r}, it should be a whole number") from None
+        try:
+            if isinstance(value, (bool, np.bool_)):
+                raise TypeError
+            number = operator.index(cast(SupportsIndex, value))
+        except TypeError:
+            raise TypeError(f"{name} is {value!r}, it should be a whole number") from None
     if least is not None and number < least:
         raise ValueError(f"{name} is {number}, it should be {least} or more")
     return number

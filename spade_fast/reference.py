@@ -1,7 +1,8 @@
-"""SPADE, its networks and a step of their training in plain PyTorch: short, obvious, in any dtype.
+"""SPADE, its networks and one step of their training in plain PyTorch: short, obvious, in any
+dtype.
 
-This file is the truth of every test (in float64) and the eager side of every benchmark. It imports
-nothing of the project, and nothing of the project but tests and benchmarks imports it. Names,
+In float64 this file is the truth that every test compares with, and it is the eager side of every
+benchmark. It imports nothing from the project, and only tests and benchmarks import it. Names,
 shapes and wiring are those of the published networks (Park et al., "Semantic Image Synthesis with
 Spatially-Adaptive Normalization", CVPR 2019).
 """
@@ -40,8 +41,8 @@ def spade_modulate(
     activation: Activation | None = None,
     negative_slope: float = 0.2,
 ) -> Tensor:
-    """y = activation(normalised(x) · (1 + γ) + β): equation 1 of the paper, with the activation
-    that follows it.
+    """y = activation(normalised(x) · (1 + γ) + β): equation 1 of the paper and the activation that
+    follows it.
     """
     if norm == "instance":
         normalised = F.instance_norm(x, weight=weight, bias=bias, eps=eps)
@@ -65,7 +66,9 @@ def spade_modulate(
 
 
 class SPADE(nn.Module):
-    """The layer: x [N, norm_nc, *spatial] and segmap [N, label_nc, *any] to y of x's shape."""
+    """The layer, which maps x [N, norm_nc, *spatial] and segmap [N, label_nc, *any] to y, which has
+    x's shape.
+    """
 
     def __init__(
         self,
@@ -111,8 +114,8 @@ class SPADE(nn.Module):
 
 
 class SqueezeExcitation(nn.Module):
-    """x · sigmoid(W_2 relu(W_1 mean(x))), mean over space (Hu et al., CVPR 2018, with their
-    reduction of 16).
+    """x · sigmoid(W_2 relu(W_1 mean(x))), with the mean over space and a reduction of 16 (Hu et
+    al., CVPR 2018).
     """
 
     def __init__(self, channels: int) -> None:
@@ -128,8 +131,8 @@ class SqueezeExcitation(nn.Module):
 
 
 class SPADEResnetBlock(nn.Module):
-    """Two SPADEs and 3-convolutions beside a shortcut, which has a SPADE and a 1-convolution where
-    fin ≠ fout.
+    """Two SPADEs, each followed by a convolution with 3 taps per axis, beside a shortcut. Where
+    fin ≠ fout, the shortcut has a SPADE and a convolution with 1 tap.
     """
 
     def __init__(
@@ -175,11 +178,11 @@ class SPADEResnetBlock(nn.Module):
 
 
 class SPADEGenerator(nn.Module):
-    """The published generator's wiring; `block(fin, fout, norm_G, label_nc)` makes its residual
+    """The published generator's wiring; `block(fin, fout, norm_G, label_nc)` builds its residual
     blocks.
 
-    segmap [N, label_nc, H, W], z [N, 256] (with use_vae only) to an image [N, 3, crop_size /
-    aspect_ratio, crop_size].
+    It maps segmap [N, label_nc, H, W] and, with use_vae only, z [N, z_dim] to an image [N, 3,
+    crop_size / aspect_ratio, crop_size].
     """
 
     def __init__(
@@ -237,8 +240,8 @@ class SPADEGenerator(nn.Module):
 
 
 class SPADEGeneratorFromNoise(nn.Module):
-    """The generator of the paper's sketch: noise [N, z_dim] at 4×4, six blocks, each followed by a
-    doubling, an image at 256².
+    """The generator of the paper's sketch: noise [N, z_dim] becomes a 4×4 map, and six blocks, each
+    followed by a doubling, turn that map into a 256×256 image.
     """
 
     def __init__(
@@ -267,14 +270,14 @@ class SPADEGeneratorFromNoise(nn.Module):
 
 
 def normalised(convolution: nn.Conv2d) -> nn.Sequential:
-    """A convolution under spectral norm, without bias, and the instance norm that follows it."""
+    """A convolution under spectral norm, followed by instance norm."""
     return nn.Sequential(
         nn.utils.spectral_norm(convolution), nn.InstanceNorm2d(convolution.out_channels)
     )
 
 
 class ConvEncoder(nn.Module):
-    """An image [N, 3, *any] to mean and logarithm of the variance of its z, both [N, z_dim]."""
+    """Maps an image [N, 3, *any] to the mean and the log variance of its z, both [N, z_dim]."""
 
     def __init__(self, ndf: int = 64, z_dim: int = 256) -> None:
         super().__init__()
@@ -293,8 +296,9 @@ class ConvEncoder(nn.Module):
 
 
 class PatchDiscriminator(nn.Module):
-    """x [N, input_nc, H, W] to the results of its n_layers + 1 layers, the last of one channel: how
-    real each patch looks. Each layer has twice the channels of the one before, up to 512.
+    """Maps x [N, input_nc, H, W] to the results of its n_layers + 1 layers. The last layer has one
+    channel, which says how real each patch looks. Every other layer has twice the channels of the
+    previous one, up to 512.
     """
 
     def __init__(self, input_nc: int, ndf: int = 64, *, n_layers: int = 4) -> None:
@@ -319,8 +323,8 @@ class PatchDiscriminator(nn.Module):
 
 
 class MultiscaleDiscriminator(nn.Module):
-    """Condition and image together, [N, input_nc, H, W], to the results of each scale; every scale
-    is half of the one before.
+    """Maps condition and image together, [N, input_nc, H, W], to the results of each scale. Every
+    scale is half the size of the previous one.
     """
 
     def __init__(
@@ -341,11 +345,11 @@ class MultiscaleDiscriminator(nn.Module):
 
 
 class Perceptual(nn.Module):
-    """Two images [N, 3, H, W] to Σ w · mean|difference| of VGG19's features at relu1_1 to relu5_1,
-    with torchvision's key names. Its weights are random until others are loaded.
+    """Maps two images [N, 3, H, W] to Σ w · mean|difference| of VGG19's features at relu1_1 to
+    relu5_1. Keys are torchvision's. The weights are random until others are loaded.
     """
 
-    WEIGHTS = {1: 1 / 32, 6: 1 / 16, 11: 1 / 8, 20: 1 / 4, 29: 1.0}  # by the layer's number
+    WEIGHTS = {1: 1 / 32, 6: 1 / 16, 11: 1 / 8, 20: 1 / 4, 29: 1.0}  # by layer number
 
     def __init__(self) -> None:
         super().__init__()
@@ -369,11 +373,11 @@ class Perceptual(nn.Module):
 
 
 class PublishedTrainer:
-    """The published training, a step at a time: first the generator (and the encoder), then the
-    discriminator, on a fake that the generator makes anew.
+    """The published training, one step at a time: the generator (with the encoder) is updated
+    first, then the discriminator, on a fake from the updated generator.
 
-    perceptual: (fake, real) to a scalar; without, there is no such loss. weights: of the
-    generator's losses in their sum.
+    perceptual: maps (fake, real) to a scalar; None leaves this loss out. weights: the weight of
+    each of the generator's losses in their sum.
     """
 
     WEIGHTS = {"adversarial": 1.0, "feature_matching": 10.0, "perceptual": 10.0, "kl": 0.05}
@@ -398,11 +402,11 @@ class PublishedTrainer:
     def step(
         self, segmap: Tensor, image: Tensor, noise: Iterator[Tensor] | None = None
     ) -> dict[str, Tensor]:
-        """The losses of a step by name, without their weights: those of the generator's step, and
-        "fake" and "real" of the discriminator's. The gradients of both stay where they are.
+        """Runs one step and returns its unweighted losses by name: those of the generator, and
+        "fake" and "real" of the discriminator. The gradients of both updates are left in place.
 
-        noise: an iterator of standard normal numbers [N, z_dim], of which each of the two fakes
-        takes one: for the encoder's z (drawn without), or as the z of a generator without encoder.
+        noise: an iterator over standard normal tensors [N, z_dim]. Each of the two fakes takes one,
+        as the noise in the encoder's z (drawn if None), or as z itself if there is no encoder.
         """
         for network in (self.generator, self.discriminator, self.encoder):
             if network is not None:
@@ -433,7 +437,7 @@ class PublishedTrainer:
         return {name: loss.detach() for name, loss in losses.items()}
 
     def _fake(self, segmap, image, noise):
-        """A fake, and the losses that come with it: the encoder's."""
+        """A fake, and the encoder's loss by name, if there is an encoder."""
         if self.encoder is None:
             return self.generator(segmap, *([] if noise is None else [next(noise)])), {}
         mu, logvar = self.encoder(image)
@@ -442,7 +446,7 @@ class PublishedTrainer:
         return self.generator(segmap, z), {"kl": kl}
 
     def _judge(self, segmap, fake, real):
-        """The discriminator's results of fakes and of reals, which are one batch there."""
+        """The discriminator's results for fakes and for reals, which it gets as one batch."""
         together = torch.cat([torch.cat([segmap, fake], 1), torch.cat([segmap, real], 1)])
         results = self.discriminator(together)
         return tuple(

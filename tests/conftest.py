@@ -1,4 +1,4 @@
-"""What every test shares: the backends that the suite runs on, and fixed random numbers."""
+"""Shared by all tests: the backends that the suite runs on, and fixed random numbers."""
 
 import contextlib
 import importlib.util
@@ -6,7 +6,7 @@ import itertools
 import os
 
 if "PYTEST_XDIST_WORKER" in os.environ:
-    os.environ.setdefault("OMP_NUM_THREADS", "1")  # there is a process for each core already
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # xdist already runs a process per core
 
 import pytest
 import torch
@@ -14,9 +14,9 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault(
         "TRITON_INTERPRET", "1"
-    )  # before the kernels are defined: without a GPU they run in the interpreter
+    )  # before the kernels are defined, because without a GPU they run in the interpreter
 
-# A GPU else rounds the factors of float32 products to ten bits, in eager too.
+# Otherwise a GPU rounds the factors of float32 products to ten bits, in eager, too.
 torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
 
 import spade_fast
@@ -26,7 +26,7 @@ BACKENDS = {
     "cpu": "cpu",
     "triton": "cuda" if torch.cuda.is_available() else "cpu",
     "torch": "cpu",
-}  # and where its tensors are
+}  # the backends of the suite, and the device of their tensors
 if importlib.util.find_spec("triton") is None:
     del BACKENDS["triton"]
 if cuda_backend.why_not() is None:
@@ -57,14 +57,14 @@ def use_threads(number):
 
 @pytest.fixture(params=BACKENDS)
 def backend(request):
-    """A backend of the whole suite; what a test makes is made where it runs."""
+    """Each backend of the whole suite. Tensors are created on the backend's device."""
     with spade_fast.use_backend(request.param), tensors_on(BACKENDS[request.param]):
         yield request.param
 
 
 @pytest.fixture(params=[*BACKENDS, *(f"cpu {name}" for name in INSTRUCTION_SETS[1:])])
 def backend_and_instruction_set(request):
-    """The backends, and the CPU's once more for each lesser instruction set that it has."""
+    """Each backend, and the CPU backend again with each lesser instruction set of the processor."""
     name, *instruction_set = request.param.split()
     with contextlib.ExitStack() as stack:
         stack.enter_context(spade_fast.use_backend(name))
@@ -75,16 +75,16 @@ def backend_and_instruction_set(request):
 
 
 def tensors_on(device):
-    """Inside, tensors are made on this device; where that is the CPU, without the context's own
+    """Inside, tensors are created on this device. For the CPU there is no context, which saves
     overhead.
     """
     return contextlib.nullcontext() if device == "cpu" else torch.device(device)
 
 
-def is_made(item):
-    """Whether a case's backend can run it. Triton's kernels have no float64 (a parameter, or the
-    mark of that name), and its interpreter takes minutes for what is marked as large, of which
-    test_triton.py has the same in small.
+def can_run(item):
+    """Whether a case's backend can run it. The Triton kernels have no float64, which cases have as
+    a parameter or as the mark "float64". Triton's interpreter takes minutes for tests marked
+    "large", which test_triton.py has at a smaller size.
     """
     parameters = item.callspec.params if hasattr(item, "callspec") else {}
     if not any(str(parameters.get(name)) == "triton" for name in BACKEND_FIXTURES):
@@ -98,11 +98,11 @@ def is_made(item):
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
-    """Keeps the cases that their backend can run, and marks those of a test's matrix that a run
-    leaves out: in the ordinary run every two values of two parameters meet, in the full one every
-    three of three; the others, in which every value meets all others, are marked "product".
+    """Keeps the cases that their backend can run, and marks the cases of a test's matrix that a run
+    leaves out. The ordinary run covers all pairs of values of two parameters, and the full run
+    ("full") all triples; the remaining combinations are marked "product".
     """
-    items[:] = filter(is_made, items)
+    items[:] = filter(can_run, items)
     matrices = {}
     for item in items:
         if hasattr(item, "callspec"):
@@ -117,16 +117,16 @@ def pytest_collection_modifyitems(items):
 
 
 def values_that_meet(item, count):
-    """Every `count` values of a case's parameters: those of one list are the same objects in all
-    cases.
+    """All sets of `count` values of a case's parameters. Values are compared by identity, since all
+    cases share the objects of one parameter list.
     """
     values = [(name, id(value)) for name, value in item.callspec.params.items()]
     return set(itertools.combinations(values, count))
 
 
 def covering(cases):
-    """Numbers of cases in which all meet that meet in any case, few of them: those that have the
-    most new ones first. A case without any is kept.
+    """The numbers of a small set of cases that cover all combinations that occur in any case. Cases
+    with the most new combinations are chosen first. A case without combinations is kept.
     """
     kept, met = set(), set()
     for least in range(max(map(len, cases)), -1, -1):
@@ -144,8 +144,8 @@ def pytest_runtest_setup(item):
 
 
 def require(*packages):
-    """Skips a test where a package that it needs is not installed, or fails it where all of them
-    should be.
+    """Skips a test if a package that it needs is missing, or fails it if all of them should be
+    installed.
     """
     missing = [name for name in packages if importlib.util.find_spec(name) is None]
     if missing:

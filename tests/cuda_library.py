@@ -1,4 +1,4 @@
-"""csrc/cuda compiled for the host, as a library whose operators run on the CPU."""
+"""csrc/cuda compiled for the host: a library whose operators run on the CPU."""
 
 import ctypes
 import os
@@ -18,14 +18,15 @@ TESTS = Path(__file__).parent
 CSRC = TESTS.parent / "csrc"
 COMPILER = shutil.which(os.environ.get("CXX", "g++"))
 FLAGS = os.environ.get("CXXFLAGS", "").split()
-CAN_WATCH = not any(flag.startswith("-fsanitize") for flag in FLAGS)  # one such option at a time
+# sanitizers cannot be combined
+CAN_WATCH = not any(flag.startswith("-fsanitize") for flag in FLAGS)
 
 
 def build(folder, namespace, watched=False, numbers=None):
-    """The library, loaded, and a backend of its operators.
+    """Builds and loads the library, and returns it with a backend of its operators.
 
-    watched: the kernels are compiled so that their accesses to memory are watched.
-    numbers: other values of constants of csrc, by name.
+    watched: compile the kernels so that their memory accesses are watched. numbers: other values
+    for constants of csrc, by name.
     """
     shutil.copytree(CSRC, folder / "csrc")
     for name, value in (numbers or {}).items():
@@ -44,14 +45,14 @@ def build(folder, namespace, watched=False, numbers=None):
 
 
 def build_one(source, folder):
-    """A library of one file of kernels, which are watched, and of no operators."""
+    """Builds and loads a library with the watched kernels of one file, and without operators."""
     sources = [TESTS / "cuda_on_host.cpp", source]
     objects = [compile_one(source, folder, "", watched=True) for source in sources]
     return ctypes.CDLL(link(objects, folder))
 
 
 def set_constant(folder, name, value):
-    """In the one file that says what it is."""
+    """Changes the constant in the one file that defines it."""
     count = 0
     for path in folder.iterdir():
         text, found = re.subn(

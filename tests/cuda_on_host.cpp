@@ -1,8 +1,8 @@
-// The threads of CUDA blocks as fibers, and the watch over their memory: cuda_on_host.h says what
-// they do. Never compiled with -fsanitize=thread: it is what the code that this option inserts into
-// the kernels calls.
+// The threads of CUDA blocks as fibers, and the watch over their memory accesses: cuda_on_host.h
+// describes them. Never compile this with -fsanitize=thread: it implements the functions that this
+// option makes the compiler insert into the kernels.
 
-#undef _FORTIFY_SOURCE  // which takes a jump to another stack for an error
+#undef _FORTIFY_SOURCE  // it takes a jump to another stack for an error
 
 #include "cuda_on_host.h"
 
@@ -24,36 +24,36 @@
 namespace host {
 namespace {
 
-struct Group {  // threads that wait for each other
+struct Group {  // threads that share a barrier
   unsigned size = 0, arrived = 0, round = 0;
 };
 
 struct Block {
   unsigned index;
-  Group threads, warps[32], exchanging[32];  // the last two: each warp's threads
+  Group threads, warps[32], exchanging[32];  // the last two: per warp
   uint64_t exchanged[1024];
 };
 
 struct Copy {
   void* to;
-  const void* from;  // null: zeros
+  const void* from;  // null for zeros
 };
 
 struct Fiber : Thread {
   ucontext_t beginning;
-  jmp_buf place;  // where it waits
+  jmp_buf place;  // where it continues
   std::unique_ptr<char[]> stack;
   Block* of;
   bool begun, done;
   Group* awaited;
-  unsigned round;                        // of that group, when it began to wait
-  std::deque<std::vector<Copy>> copies;  // groups, of which the last has not ended
+  unsigned round;                        // the group's round when the fiber began to wait
+  std::deque<std::vector<Copy>> copies;  // groups; the last one is still open
 
   bool ready() const { return !done && (awaited == nullptr || awaited->round != round); }
 };
 
 constexpr size_t kStack = 256 << 10, kShared = 227 << 10, kCopy = 16;
-// Between the blocks' shared memory; behind it stands a byte that is written when the block ends.
+// The distance between the blocks' shared memories. Its last byte is written when the block ends.
 constexpr size_t kStride = kShared + 64;
 jmp_buf scheduler;
 std::vector<Fiber> fibers;
@@ -61,7 +61,7 @@ std::vector<Block> blocks;
 std::vector<uint4> arena;  // the blocks' shared memory
 std::function<void()> body;
 Group cluster;
-int64_t shared_bytes, largest_cluster = 0;  // the largest that was launched, since it was asked for
+int64_t shared_bytes, largest_cluster = 0;  // the largest launched since the last query
 std::string left_out, fault;
 
 Fiber& me() { return static_cast<Fiber&>(*current); }
@@ -76,7 +76,7 @@ std::string name(unsigned thread, unsigned block) {
 
 std::string name(const Thread& thread) { return name(thread.number, thread.block.x); }
 
-// Jumps, for swapcontext asks the system each time.
+// Jumps, because swapcontext makes a system call each time.
 void to_scheduler() {
   if (_setjmp(me().place) == 0) _longjmp(scheduler, 1);
 }
@@ -88,22 +88,22 @@ void resume(Fiber& fiber) {
   setcontext(&fiber.beginning);
 }
 
-// What the current thread would do is not done, and the launch ends.
+// Records the fault and leaves the current thread; the launch then ends.
 void fail(const std::string& what) {
   fault = name(*current) + " " + what, watching = true;
   to_scheduler();
 }
 
-// The watch. What waits order is known from how often the warp, the block and the cluster have
-// waited: all of their threads do, each time.
+// The watch. Which accesses are ordered follows from the number of barriers that the warp, the
+// block and the cluster have passed, because all threads of each pass every one.
 
 enum Scope : uint8_t { nobody, one_thread, one_warp, one_block, one_cluster, everybody };
 
-// The accesses to a byte that nothing has ordered with each other: one of them, and among whom they
-// are.
+// The accesses to a byte that no barrier has ordered with each other: one of them, and the smallest
+// scope that contains all their threads.
 struct Access {
   Scope scope = nobody;
-  bool atomic;  // all of them
+  bool atomic;  // whether all of them are
   uint16_t thread;
   uint32_t block, rounds[3];  // of the warp, the block and the cluster
 
@@ -116,7 +116,7 @@ struct Access {
             block.index,
             {block.warps[number / 32].round, block.threads.round, cluster.round}};
   }
-  // Who they are among, together with the current thread's.
+  // The smallest scope that also contains the current thread.
   Scope with(const Access& mine) const {
     const unsigned together = cluster.size / me().of->threads.size;
     const bool same_warp = thread / 32 == mine.thread / 32;
@@ -152,9 +152,9 @@ struct Cell {
 };
 
 constexpr uintptr_t kPage = 1024, kMostPages = 4096;
-std::unordered_map<uintptr_t, std::vector<Cell>> cells;  // of a page's bytes
-std::pair<uintptr_t, Cell*> recent[64];                  // the pages that were asked for last
-// Memory is watched within a launch, shared memory within a cluster.
+std::unordered_map<uintptr_t, std::vector<Cell>> cells;  // one per byte of a page
+std::pair<uintptr_t, Cell*> recent[64];                  // the pages that were used last
+// Global memory is watched within a launch, shared memory within a cluster.
 uint32_t moments = 0, this_launch, this_cluster;
 
 Cell& cell_at(uintptr_t address) {
@@ -188,10 +188,10 @@ void note_bytes(const void* address, size_t bytes, int kind) {
     for (const Access* other : {&cell.writes, writes ? &cell.reads : &cell.writes}) {
       if (!other->conflicts(mine)) continue;
       const std::string others =
-          name(other->thread, other->block) + (other->scope > one_thread ? ", not alone," : "");
+          name(other->thread, other->block) + (other->scope > one_thread ? " (among others)" : "");
       fail((writes ? "writes " : "reads ") + std::string(shared ? "shared memory" : "memory") +
            " that " + others + (other == &cell.writes ? " writes" : " reads") +
-           ", and no wait is between them");
+           " without a wait in between");
     }
     if (shared && kind == kRead && cell.writes.scope == nobody)
       fail("reads shared memory that nothing has written");
@@ -199,14 +199,14 @@ void note_bytes(const void* address, size_t bytes, int kind) {
   }
 }
 
-// Nothing is read or written where the device would not.
+// Refuses places that the device could not access.
 void check_place(const void* address, size_t bytes, size_t divisor) {
   const uintptr_t first = reinterpret_cast<uintptr_t>(address),
                   mine = reinterpret_cast<uintptr_t>(shared_memory());
   if (is_shared(first) && (first < mine || first + bytes > mine + shared_bytes))
-    fail("has a place beyond its block's shared memory");
+    fail("accesses an address beyond its block's shared memory");
   if (first % divisor != 0)
-    fail("has a place that " + std::to_string(divisor) + " bytes do not divide");
+    fail("accesses an address that is not a multiple of " + std::to_string(divisor));
 }
 
 // The fibers.
@@ -229,7 +229,7 @@ bool is_left_out(const char* file, int line) {
   return std::filesystem::path(file).filename().string() + ":" + std::to_string(line) == left_out;
 }
 
-class Order {  // of warps and of their lanes, or of clusters
+class Order {  // of warps and their lanes, or of clusters
  public:
   Order() {
     const char* given = std::getenv("SPADE_FAST_HOST_ORDER");
@@ -243,7 +243,7 @@ class Order {  // of warps and of their lanes, or of clusters
     if (random_) std::shuffle(order.begin(), order.end(), numbers_);
     return order;
   }
-  unsigned lanes() { return random_ ? numbers_() % 32 : reverse_ ? 31 : 0; }  // lane ^ this
+  unsigned lanes() { return random_ ? numbers_() % 32 : reverse_ ? 31 : 0; }  // XORed with lane
   int64_t some(int64_t count) { return random_ ? 1 + numbers_() % count : count; }
 
  private:
@@ -263,8 +263,8 @@ void start(Fiber& fiber, Block& block, unsigned number) {
   fiber.begun = fiber.done = false, fiber.awaited = nullptr, fiber.copies.assign(1, {});
 }
 
-// `together` blocks from `first` on. Each time some of the warps, in an order, run as far as they
-// can.
+// Runs `together` blocks from `first` on. In each round some of the warps, in some order, run as
+// far as they can.
 void run_cluster(int64_t first, unsigned together, Order& order) {
   const unsigned count = threads_of_block.x * threads_of_block.y;
   cluster = {together * count}, this_cluster = ++moments;
@@ -292,7 +292,7 @@ void run_cluster(int64_t first, unsigned together, Order& order) {
     }
   }
   for (unsigned i = 0; i < cluster.size && fault.empty(); ++i) {
-    if (!fibers[i].done) fault = name(fibers[i]) + " waits for ever";
+    if (!fibers[i].done) fault = name(fibers[i]) + " waits forever";
   }
 }
 
@@ -328,7 +328,7 @@ void copy_async(void* shared, const void* global) {
 
 void end_group_of_copies() { me().copies.emplace_back(); }
 
-// Those that are waited for land now, as late as they may.
+// The copies that are waited for are made only now, the latest moment that CUDA allows.
 void wait_for_copies_but(size_t groups, const char* file, int line) {
   if (is_left_out(file, line)) return;
   for (; me().copies.size() - 1 > groups; me().copies.pop_front()) {
@@ -347,7 +347,7 @@ float in_block(uint32_t block, const float* shared) {
     check_place(shared, sizeof(float), sizeof(float));
     watching = false;
     note_bytes(there, sizeof(float), kRead);
-    // May be unwritten.
+    // The byte is unwritten while that block runs.
     if (&blocks[block] != me().of) note_bytes(running(blocks[block]), 1, kRead | kAtomic);
     watching = true;
   }
@@ -359,7 +359,7 @@ void watch(const void* address, size_t bytes, int kind, size_t divisor) {
       static_cast<size_t>(static_cast<const char*>(address) - me().stack.get()) < kStack)
     return;
   check_place(address, bytes, divisor);
-  watching = false;  // in here
+  watching = false;  // not for the watch's own accesses
   note_bytes(address, bytes, kind);
   watching = true;
 }
@@ -372,10 +372,10 @@ int64_t limit(const char* name, int64_t otherwise) {
 void launch(int64_t count, int64_t together, dim3 threads, int64_t shared,
             const std::function<void()>& kernel) {
   if (threads.x * threads.y % 32 != 0 || threads.x * threads.y > 1024)
-    throw std::runtime_error("a block is not of whole warps");
+    throw std::runtime_error("a block does not consist of whole warps");
   if (shared > static_cast<int64_t>(kShared))
     throw std::runtime_error("a block has too much shared memory");
-  if (count % together != 0) throw std::runtime_error("the blocks are not whole clusters");
+  if (count % together != 0) throw std::runtime_error("the blocks do not form whole clusters");
   const char* without = std::getenv("SPADE_FAST_HOST_WITHOUT");
   left_out = without != nullptr ? without : "", fault.clear();
   largest_cluster = std::max(largest_cluster, together);
@@ -401,7 +401,7 @@ extern "C" {
 
 int64_t host_largest_cluster() { return std::exchange(host::largest_cluster, 0); }
 
-// What the compiler calls at each access of the code that is watched.
+// The functions that the compiler calls at each access of instrumented code.
 #define HOST_WATCH(bytes)                                                                       \
   void __tsan_read##bytes(void* address) { host::watch(address, bytes, host::kRead, bytes); }   \
   void __tsan_write##bytes(void* address) { host::watch(address, bytes, host::kWrite, bytes); } \
@@ -426,7 +426,7 @@ void __tsan_read_range(void* address, size_t bytes) { host::watch(address, bytes
 void __tsan_write_range(void* address, size_t bytes) {
   host::watch(address, bytes, host::kWrite, 1);
 }
-// Whether a static variable is made already.
+// Whether a static variable is already initialised.
 char __tsan_atomic8_load(const volatile char* address, int) { return *address; }
 void __tsan_init() { host::watching = true; }
 void __tsan_func_entry(void*) {}

@@ -1,21 +1,22 @@
-// CUDA's part of C++ on a host, so that the kernels of csrc/cuda run, and are tested, without a
-// GPU: include it before them.
+// CUDA's language extensions for a host compiler, so that the kernels of csrc/cuda run, and are
+// tested, without a GPU. Include it before them.
 //
-// The threads of a cluster, most often one block, are fibers of one thread of the host
-// (cuda_on_host.cpp): each runs until it waits for the others of its warp, block or cluster. Shared
-// memory is new for each block, and full of NaNs, as is the place of an asynchronous copy until the
+// The threads of a cluster, usually a single block, are fibers of one host thread
+// (cuda_on_host.cpp). Each runs until it waits for the others of its warp, block or cluster. Every
+// block's shared memory starts as NaNs, and so does the target of an asynchronous copy until the
 // copy is waited for. These environment variables are read at every launch:
 //
-//   SPADE_FAST_HOST_SHARED, _PROCESSORS, _CLUSTERS   limits of the device
-//   SPADE_FAST_HOST_ORDER     which threads and blocks run first: forward, reverse, or the seed of
-//   a random order SPADE_FAST_HOST_WITHOUT   "walk.h:12": the wait that this line asks for is left
-//   out
+//     SPADE_FAST_HOST_SHARED, _PROCESSORS, _CLUSTERS   limits of the device
+//     SPADE_FAST_HOST_ORDER     the order in which threads and blocks run: forward, reverse, or the
+//                               seed of a random order
+//     SPADE_FAST_HOST_WITHOUT   "walk.h:12" leaves out the wait (the barrier) on that line
 //
-// A file that is compiled with -fsanitize=thread is watched: an access that no wait orders with
-// another thread's to the same bytes, one of the two a write, is an error, and so is one beyond the
-// block's shared memory, one that reads there what nothing has written, and one at an address that
-// its width does not divide. The launch then ends. Waits for the warp, the block and the cluster
-// order memory; shuffles and atomics do not. Atomics may meet each other, and volatile accesses.
+// A file that is compiled with -fsanitize=thread is watched. It is an error if two threads access
+// the same bytes, at least one of them writes, and no barrier orders the two accesses. So is an
+// access beyond the block's shared memory, a read of shared memory that nothing has written, and an
+// access whose address is not a multiple of its width. The launch then ends. Barriers of the warp,
+// the block and the cluster order memory; shuffles and atomics do not. Atomics, and volatile
+// accesses, do not conflict with each other.
 #pragma once
 #define SPADE_FAST_ON_HOST
 
@@ -52,10 +53,10 @@ inline uint4 make_uint4(uint32_t x, uint32_t y, uint32_t z, uint32_t w) { return
 
 namespace host {
 
-struct Thread {  // what it may ask about itself
+struct Thread {  // what a thread knows of itself
   dim3 index, block;
-  unsigned number;  // in its block
-  char* shared;     // its block's
+  unsigned number;  // within its block
+  char* shared;     // its block's shared memory
 };
 inline Thread* current = nullptr;
 inline dim3 threads_of_block, blocks_of_grid;
@@ -66,19 +67,19 @@ HOST_UNWATCHED inline dim3 grid_size() { return blocks_of_grid; }
 HOST_UNWATCHED inline unsigned lane() { return current->number % 32; }
 HOST_UNWATCHED inline char* shared_memory() { return current->shared; }
 
-void gather(uint64_t value, uint64_t (&of_lanes)[32]);  // what each lane of the warp gives
+void gather(uint64_t value, uint64_t (&of_lanes)[32]);  // the values of all lanes of the warp
 void wait_for_warp(const char* file, int line);
 void wait_for_block(const char* file, int line);
 void wait_for_cluster(const char* file, int line);
 void wait_for_copies_but(size_t groups, const char* file, int line);
-void copy_async(void* shared, const void* global);  // of zeros, where null
+void copy_async(void* shared, const void* global);  // zeros if global is null
 void end_group_of_copies();
 float in_block(uint32_t block, const float* shared);
 enum Kind : uint8_t { kRead = 0, kWrite = 1, kAtomic = 2 };  // an atomic write is both
 inline bool watching = false;
-void watch(const void* address, size_t bytes, int kind, size_t divisor);  // of the address
-// An access that the watch does not see by itself, where the caller is HOST_UNWATCHED, or not in
-// one piece.
+void watch(const void* address, size_t bytes, int kind, size_t divisor);  // the alignment
+// Reports an access that the instrumentation does not see, because the caller is HOST_UNWATCHED, or
+// sees only in pieces.
 HOST_UNWATCHED inline void note(const void* address, size_t bytes, int kind) {
   if (watching) watch(address, bytes, kind, bytes);
 }
@@ -95,7 +96,7 @@ HOST_UNWATCHED T exchange(T value, unsigned from) {
   return value;
 }
 
-// A bit for each lane of the warp whose value is this one.
+// A bit for each lane of the warp, set if its value equals `value`.
 HOST_UNWATCHED inline uint32_t lanes_with(uint64_t value, uint64_t own) {
   uint64_t of_lanes[32];
   gather(own, of_lanes);
@@ -104,7 +105,8 @@ HOST_UNWATCHED inline uint32_t lanes_with(uint64_t value, uint64_t own) {
   return bits;
 }
 
-// Puts what f makes of it there, and gives what was there. No thread is interrupted by another.
+// Replaces the value at an address by f(value), and returns the old one. Fibers are not preemptive,
+// so this is atomic.
 template <typename T, typename F>
 HOST_UNWATCHED T atomically(T* at, F&& f) {
   note(at, sizeof(T), kWrite | kAtomic);
@@ -182,10 +184,10 @@ struct OnDevice {
 };
 
 constexpr int64_t kSharedMemory = 227 << 10;
-// None: two passes.
+// A limit of 0 forces the two-pass kernels.
 inline int64_t most_shared_memory() { return host::limit("SPADE_FAST_HOST_SHARED", kSharedMemory); }
 inline int64_t processors() { return host::limit("SPADE_FAST_HOST_PROCESSORS", 2); }
-constexpr int64_t kAlwaysKept = 0;  // so that small tests come beyond it
+constexpr int64_t kAlwaysKept = 0;  // so that small tests exceed it
 
 template <typename Kernel>
 bool knows_clusters(Kernel*) {

@@ -1,5 +1,5 @@
-"""A folder of drawn scenes to train on: label maps, instance maps, and photographs that are painted
-by the classes' colours.
+"""A folder of drawn scenes to train on: label maps, instance maps, and photographs painted in the
+classes' colours.
 """
 
 from pathlib import Path
@@ -16,7 +16,7 @@ CLASSES, DONT_CARE = 12, 255  # of `drawn`
 
 
 def draw_folder(folder, count=4, first=0):
-    """Writes `count` scenes below the folder, as label, inst and img. Returns its path."""
+    """Writes `count` scenes to the folder's subfolders label, inst and img. Returns its path."""
     folder = Path(folder)
     for kind in ("label", "inst", "img"):
         (folder / kind).mkdir(parents=True, exist_ok=True)
@@ -32,7 +32,7 @@ def draw_folder(folder, count=4, first=0):
 
 
 def settings_for(folder, **others):
-    """The settings of a run of seconds on such a folder."""
+    """Settings of a run on such a folder that takes seconds."""
     small = dict(
         labels=str(folder / "label"),
         images=str(folder / "img"),
@@ -53,7 +53,7 @@ def settings_for(folder, **others):
 
 
 def words_of(**settings):
-    """`train` with these settings as options; None leaves one out."""
+    """The options of `train` for these settings. None leaves a setting out."""
     words = ["train"]
     for name, value in settings.items():
         name = name.lower().replace("_", "-")
@@ -65,7 +65,7 @@ def words_of(**settings):
 
 
 def command(**settings):
-    """The result of `spade-fast train` with these settings as options."""
+    """Runs `spade-fast train` with these settings as options, and returns its result."""
     return CliRunner().invoke(app, words_of(**settings))
 
 
@@ -76,7 +76,7 @@ def save(array, path, **settings):
 
 
 def drawn(height, width, seed=0):
-    """Rectangles: labels, a photograph, instances."""
+    """Draws rectangles: labels, a photograph, instances."""
     numbers = np.random.default_rng(seed)
     labels = np.full((height, width), DONT_CARE, np.uint8)
     instances = np.zeros((height, width), np.uint8)

@@ -1,10 +1,10 @@
-"""Comparisons bit for bit."""
+"""Exact comparisons, bit for bit."""
 
 import torch
 
 
 def assert_same(found, expected, place="state"):
-    """Bit for bit, whatever they are made of."""
+    """Asserts that nested containers and their tensors are the same, bit for bit."""
     assert type(found) is type(expected), place
     if isinstance(found, torch.Tensor):
         assert found.dtype == expected.dtype and torch.equal(found, expected), place

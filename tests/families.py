@@ -1,5 +1,5 @@
-"""Layers as the projects that use SPADE wire them, in small: those that compute SPADE, and those
-that only look like it.
+"""Small versions of SPADE layers as various projects wire them: layers that compute SPADE, and
+look-alikes that compute something else.
 """
 
 from types import SimpleNamespace
@@ -20,7 +20,7 @@ def to_size(segmap, x):
 
 
 class Layer(nn.Module):
-    """The formula over the parts that a family has, under its names."""
+    """SPADE's formula, computed with a family's submodules under their names."""
 
     names = ("param_free_norm", "mlp_shared", "mlp_gamma", "mlp_beta")
 
@@ -54,7 +54,7 @@ class Seed(Layer):
 
 
 class Imaginaire(nn.Module):
-    """A list of conditions, of which there is one; an affine norm and 5×5 convolutions."""
+    """A list with a single condition, an affine norm, and 5×5 convolutions."""
 
     def __init__(self):
         super().__init__()
@@ -86,14 +86,14 @@ class CoCosNet(Layer):
 
 
 class HalfPrecisionNorm(nn.GroupNorm):
-    """A norm that computes in float32 whatever x is."""
+    """A norm that computes in float32, whatever x's dtype."""
 
     def forward(self, x):
         return super().forward(x.float()).to(x.dtype)
 
 
 class NoResize(Layer):
-    """Its condition has to have x's size."""
+    """Does not resize its condition, which must have x's size."""
 
     def forward(self, x, segmap):
         hidden = self.mlp_shared(segmap)
@@ -101,7 +101,7 @@ class NoResize(Layer):
 
 
 class HiFaceGAN(Layer):
-    """No 1 + γ."""
+    """γ instead of 1 + γ."""
 
     def forward(self, x, segmap):
         hidden = self.mlp_shared(to_size(segmap, x))
@@ -109,7 +109,7 @@ class HiFaceGAN(Layer):
 
 
 class PSFRGAN(nn.Module):
-    """No 1 + γ, a bicubic condition, an activation that is no module."""
+    """γ instead of 1 + γ, a bicubic condition, and an activation that is not a module."""
 
     def __init__(self):
         super().__init__()
@@ -124,7 +124,7 @@ class PSFRGAN(nn.Module):
 
 
 class Bilinear(Layer):
-    """Its condition is resized by interpolation."""
+    """Resizes its condition by bilinear interpolation."""
 
     def forward(self, x, segmap):
         hidden = self.mlp_shared(F.interpolate(segmap, size=x.shape[2:], mode="bilinear"))
@@ -132,7 +132,7 @@ class Bilinear(Layer):
 
 
 class FADE(nn.Module):
-    """γ and β straight from the condition."""
+    """Computes γ and β directly from the condition."""
 
     def __init__(self):
         super().__init__()
@@ -148,7 +148,7 @@ class FADE(nn.Module):
 
 
 class ALIASNorm(Layer):
-    """Noise before the norm."""
+    """Adds noise before the norm."""
 
     names = ("param_free_norm", "conv_shared", "conv_gamma", "conv_beta")
 
@@ -163,7 +163,7 @@ class ALIASNorm(Layer):
 
 
 class InnerOfACE(Layer):
-    """Returns γ and β themselves."""
+    """Returns γ and β instead of applying them."""
 
     def forward(self, x, segmap):
         hidden = self.mlp_shared(to_size(segmap, x))
@@ -191,18 +191,18 @@ SPADES = {
     "CoCosNet": CoCosNet,
 }
 LOOKALIKES = {
-    "HiFaceGAN": (HiFaceGAN, "computes something else than its parts say: y is"),
-    "PSFRGAN": (PSFRGAN, "computes something else than its parts say: y is"),
-    "bilinear": (Bilinear, "computes something else than its parts say: y is"),
+    "HiFaceGAN": (HiFaceGAN, "does not compute what its parts suggest: y is"),
+    "PSFRGAN": (PSFRGAN, "does not compute what its parts suggest: y is"),
+    "bilinear": (Bilinear, "does not compute what its parts suggest: y is"),
     "FADE": (FADE, "it has nothing for the convolution before gamma and beta"),
-    "ALIASNorm": (ALIASNorm, "it has parameters that a SPADE has not: noise_scale"),
-    "SEAN": (InnerOfACE, "its own forward returns a tuple, a SPADE returns a tensor"),
+    "ALIASNorm": (ALIASNorm, "it has parameters that a SPADE does not have: noise_scale"),
+    "SEAN": (InnerOfACE, "its own forward returns a tuple; a SPADE returns a tensor"),
     "fails": (Fails, "its own forward fails on x"),
 }
 
 
 class Block(nn.Module):
-    """The published block, with any layers."""
+    """The published block, with layers of any class."""
 
     def __init__(self, layer, fout=CHANNELS, spectral=True):
         super().__init__()
@@ -223,14 +223,14 @@ class Block(nn.Module):
 
 
 class OtherBlock(Block):
-    """Another activation, which is no module."""
+    """Another activation, which is not a module."""
 
     def actvn(self, x):
         return F.leaky_relu(x, 0.1)
 
 
 class CLADE(Layer):
-    """A third argument, which this norm has no use for unless it is given."""
+    """Takes a third argument, which its norm uses only if it is given."""
 
     def forward(self, x, segmap, input_dist=None):
         y = super().forward(x, segmap)
@@ -250,7 +250,7 @@ class CLADEBlock(Block):
 
 
 class INADE(Layer):
-    """Instances, noise and a sketch beside the condition."""
+    """Takes instances, noise and a sketch besides the condition."""
 
     def forward(self, x, segmap, input_instances=None, noise=None, sketch=None):
         if sketch is not None:
@@ -262,7 +262,7 @@ class INADE(Layer):
 
 
 class INADEBlock(Block):
-    """Its norms take all five by position."""
+    """Passes all five arguments to its norms by position."""
 
     def __init__(self, layer=INADE, fout=CHANNELS):
         super().__init__(layer, fout)
@@ -275,7 +275,7 @@ class INADEBlock(Block):
 
 
 class PaddingBeside(nn.Module):
-    """One padding module beside γ's and β's bare convolutions, for the hidden map."""
+    """A single padding module, used for the hidden map before γ's and β's bare convolutions."""
 
     def __init__(self, hidden=HIDDEN, norm=None):
         super().__init__()
@@ -299,7 +299,7 @@ class PaddingBeside(nn.Module):
 
 
 class NowcastNet(PaddingBeside):
-    """Its condition is resized by adaptive average pooling."""
+    """Resizes its condition by adaptive average pooling."""
 
     def __init__(self):
         super().__init__(hidden=4)
@@ -309,7 +309,7 @@ class NowcastNet(PaddingBeside):
 
 
 class Conv2dBlock(nn.Module):
-    """A convolution and its activation as a dictionary of modules, which are called in order."""
+    """A convolution and its activation in a dictionary of modules, called in order."""
 
     def __init__(self, before, after, size=5, spectral=True, nonlinearity=None):
         super().__init__()
@@ -325,7 +325,9 @@ class Conv2dBlock(nn.Module):
 
 
 class ImaginaireNorm(nn.Module):
-    """Any number of conditions, each of which may be None; γ and β from one convolution, or two."""
+    """Takes any number of conditions, each of which may be None. γ and β come from one convolution,
+    or from two.
+    """
 
     def __init__(self, conditions=2, separate_projection=False, spectral=True):
         super().__init__()
@@ -356,8 +358,8 @@ class ImaginaireNorm(nn.Module):
 
 
 class StableSR(Layer):
-    """Conditions, and sometimes features, in dictionaries by width; one of fewer images is repeated
-    image by image.
+    """Conditions, and sometimes features, in dictionaries by width. A condition of fewer images is
+    repeated image by image.
     """
 
     def __init__(self):
@@ -374,8 +376,8 @@ class StableSR(Layer):
 
 
 class ACE(nn.Module):
-    """SEAN's norm: noise, γ and β of each label's style, blended with those of an inner SPADE that
-    returns them.
+    """SEAN's norm: adds noise, computes γ and β from each label's style, and blends them with those
+    of an inner SPADE, which returns its γ and β.
     """
 
     def __init__(self):
@@ -393,7 +395,7 @@ class ACE(nn.Module):
         noise = torch.randn_like(x[:, :1]) * self.noise_var.view(-1, 1, 1)
         normalised, segmap = self.param_free_norm(x + noise), to_size(segmap, x)
         gamma, beta = self.Spade(x, segmap)
-        if style_codes is not None:  # [N, labels, 3], one for each label of each image
+        if style_codes is not None:  # [N, labels, 3], a style for each label of each image
             styles = F.relu(self.fc_mu(style_codes))
             styles = torch.einsum("nlhw,nlc->nchw", segmap, styles)
             share, other = torch.sigmoid(self.blending_gamma), torch.sigmoid(self.blending_beta)
@@ -416,7 +418,7 @@ class SEANBlock(Block):
 
 
 class VITONHD(Layer):
-    """Noise before the norm, of a scale that is zero at first; a mask says where two norms are."""
+    """Adds noise, whose scale is initially zero, before the norm. A mask chooses between norms."""
 
     names = ("param_free_norm", "conv_shared", "conv_gamma", "conv_beta")
 
@@ -431,7 +433,7 @@ class VITONHD(Layer):
 
 
 class Recompute(torch.autograd.Function):
-    """Gradient checkpointing as guided diffusion has it: forward without a graph, and once more in
+    """Gradient checkpointing as in guided diffusion: forward without a graph, and again in
     backward.
     """
 
@@ -451,7 +453,7 @@ class Recompute(torch.autograd.Function):
 
 
 class SDMBlock(nn.Module):
-    """Group norm, SiLU, a time embedding, and a forward that is computed again in backward."""
+    """Group norm, SiLU, a time embedding, and a forward that is recomputed in backward."""
 
     def __init__(self, checkpointed=True):
         super().__init__()
@@ -474,7 +476,7 @@ class SDMBlock(nn.Module):
 
 
 class UpBlock(Block):
-    """A flag says whether x is made larger first."""
+    """A flag says whether x is upsampled first."""
 
     def forward(self, x, seg, up=False):
         if up:
@@ -483,7 +485,7 @@ class UpBlock(Block):
 
 
 class ScaleBlock(Block):
-    """An argument with a name that the package's own block has, too, and another meaning."""
+    """An argument with the name of one of the package's own block, but another meaning."""
 
     def forward(self, x, seg, scale=1.0):
         return x + scale * (super().forward(x, seg) - x)
@@ -495,7 +497,7 @@ class KeywordBlock(Block):
 
 
 class OwnNames(Layer):
-    """Arguments with the names of the package's own extras, and other meanings."""
+    """Arguments with the names of the package's own extra arguments, but other meanings."""
 
     def forward(self, x, segmap, activation=None, moments=2.0, negative_slope=1.0):
         y = super().forward(x, segmap) * moments / 2
@@ -503,14 +505,14 @@ class OwnNames(Layer):
 
 
 class Shifted(Layer):
-    """A number or a tensor is added."""
+    """Adds a number or a tensor."""
 
     def forward(self, x, segmap, shift=0.0):
         return super().forward(x, segmap) + shift
 
 
 class Strict(Layer):
-    """A flag that is asked for by identity: 1 is not True."""
+    """Compares a flag by identity, so that 1 is not True."""
 
     def forward(self, x, segmap, flag=True):
         return super().forward(x, segmap) * (1 if flag is True else 3)
@@ -530,21 +532,21 @@ class AnyMore(Layer):
 
 
 class ConditionOptional(Layer):
-    """Without a condition it is its norm alone."""
+    """Is just its norm if there is no condition."""
 
     def forward(self, x, segmap=None):
         return self.param_free_norm(x) if segmap is None else super().forward(x, segmap)
 
 
 class ConditionLast(Layer):
-    """Something stands between x and the condition."""
+    """Takes another argument between x and the condition."""
 
     def forward(self, x, factor, segmap):
         return factor * super().forward(x, segmap)
 
 
 class Dropout(Layer):
-    """Its forward asks for the mode itself."""
+    """Its forward checks the mode itself."""
 
     def forward(self, x, segmap):
         hidden = F.dropout(self.mlp_shared(to_size(segmap, x)), 0.5, self.training)
@@ -563,7 +565,7 @@ class OnlyInEval(Layer):
 
 
 class Strength(Layer):
-    """An attribute, a buffer, or an option of an object decides; all are zero at first."""
+    """An attribute, a buffer, or an object's option scales the result. All are initially zero."""
 
     def __init__(self):
         super().__init__()
@@ -588,7 +590,9 @@ class AsksForGradients(Layer):
 
 
 class BilinearWhereSmaller(Layer):
-    """A condition that is larger than x is resized by nearest neighbour, a smaller one is not."""
+    """Resizes a condition that is larger than x by nearest neighbour, and a smaller condition
+    bilinearly.
+    """
 
     def forward(self, x, segmap):
         if segmap.shape[-1] < x.shape[-1]:

@@ -1,4 +1,4 @@
-"""A fresh interpreter."""
+"""Runs code in a fresh interpreter."""
 
 import os
 import subprocess
@@ -6,7 +6,7 @@ import sys
 
 
 def python(code, **environment):
-    """What a fresh Python prints, and what it says when it fails."""
+    """Runs code in a fresh Python. Returns its stdout and stderr."""
     run = subprocess.run(
         [sys.executable, "-c", code], env=os.environ | environment, capture_output=True, text=True
     )

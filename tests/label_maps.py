@@ -1,4 +1,4 @@
-"""Label maps for tests, and conditions of few vectors."""
+"""Label maps for tests, and conditions with few distinct vectors."""
 
 import torch
 import torch.nn.functional as F
@@ -7,7 +7,7 @@ from spade_fast import SemanticLayout
 
 
 def patches(shape, classes, seed=0):
-    """Labels that are constant over patches, with some noise: the same on every device."""
+    """Labels that are constant over patches, with some noise. The same on every device."""
     generator = torch.Generator().manual_seed(seed)
     with torch.device("cpu"):
         coarse = torch.randint(
@@ -26,7 +26,7 @@ LABEL_NC = 6
 
 
 def layout_of(shape, seed=0):
-    """Patches of 5 classes, whose borders are the edges of instances: 6 channels."""
+    """A layout of patches of 5 classes, whose borders are instances' edges: 6 channels."""
     generator = torch.Generator().manual_seed(seed)
     labels = torch.randint(
         LABEL_NC - 1, (shape[0], *[-(-length // 16) for length in shape[1:]]), generator=generator

@@ -1,5 +1,5 @@
-"""EfficientNet-Lite0 (Tan and Le 2019, without squeeze and excitation), for real features: a
-package has its weights, which were trained on ImageNet.
+"""EfficientNet-Lite0 (Tan and Le 2019, without squeeze and excitation), for realistic features. A
+package provides its weights, which were trained on ImageNet.
 """
 
 import torch
@@ -8,12 +8,12 @@ import torch.nn.functional as F
 
 # The first block of each stage that halves height and width.
 HALVING = (1, 3, 5, 11)
-EPS = 1e-3  # of its batch norms
+EPS = 1e-3  # of the network's batch norms
 
 
 class Lite0(nn.Module):
-    """The mean over the image of what comes out of a number of blocks, of 16; 3 have 24 channels,
-    and all of them with the head 1280. Images are uint8 [N, 3, H, W].
+    """The features after the first `blocks` of 16 blocks, averaged over the image. After 3 blocks
+    there are 24 channels; after all 16 and the head, 1280. Images are uint8 [N, 3, H, W].
     """
 
     def __init__(self, blocks=3):

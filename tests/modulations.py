@@ -1,4 +1,4 @@
-"""Inputs for `spade_modulate` and the comparison of its every output with the float64 reference and
+"""Inputs for `spade_modulate`, and the comparison of all its outputs with the float64 reference and
 with eager PyTorch.
 """
 
@@ -18,24 +18,24 @@ def channels_last(x):
 
 
 def sliced(x):
-    """The same numbers inside a larger tensor, at an odd offset in every dimension."""
+    """The same values inside a larger tensor, at an odd offset in every dimension."""
     larger = x.new_full([size + 2 for size in x.shape], float("nan"))
     inner = larger[tuple(slice(1, -1) for _ in x.shape)]
     return inner.copy_(x)
 
 
 def sliced_channels(x):
-    """The first channels of a channels-last tensor that has more."""
+    """The first channels of a channels-last tensor with more channels."""
     return channels_last(torch.cat([x, torch.full_like(x, float("nan"))], dim=1))[:, : x.shape[1]]
 
 
 def transposed(x):
-    """The last dimension is not the innermost."""
+    """A tensor whose last dimension is not the innermost in memory."""
     return x.transpose(-1, 2).contiguous().transpose(-1, 2)
 
 
 def misaligned(x):
-    """Contiguous, from an address that is no multiple of anything but the element's size."""
+    """A contiguous tensor at an address that is aligned only to its element size."""
     return torch.cat([x.new_zeros(1), x.flatten()])[1:].view(x.shape)
 
 
@@ -58,9 +58,9 @@ def sample(
     num_groups=2,
     rows=None,
 ):
-    """Arguments of spade_modulate by name, and dy, in the dtypes and layouts that are asked for.
+    """Arguments of spade_modulate by name, and dy, in the given dtypes and memory layouts.
 
-    rows: γ and β are the halves of a table with this number of rows, the last of which none has.
+    rows: γ and β are the two halves of a table with this number of rows; no pixel has the last row.
     """
     gamma_dtype, gamma_layout = gamma_dtype or dtype, gamma_layout or layout
     x = layout((torch.randn(shape) + mean).to(dtype))
@@ -118,17 +118,41 @@ def results(modulate, arguments, dy, dtype=None):
 
 
 def eager_modulate(x, gamma, beta, *, index=None, **settings):
-    """The reference, which knows no tables."""
+    """The reference, which does not know tables."""
     if index is not None:
         gamma, beta = (rows[index].movedim(-1, 1) for rows in (gamma, beta))
     return reference.spade_modulate(x, gamma, beta, **settings)
 
 
-def disagreements(arguments, dy, truth_arguments=None):
-    """What does not agree with the reference, by name, with its excess: empty where all is well.
+def running_statistics(dtype, statistics_dtype, affine):
+    """Arguments for a batch norm in eval mode, whose numbers have a dtype of their own."""
+    arguments, _ = sample(
+        (2, 6, 9, 7), "batch", "leaky_relu", dtype=dtype, affine=affine, training=False
+    )
+    names = ("running_mean", "running_var", *(("weight", "bias") if affine else ()))
+    return arguments | {name: arguments[name].to(statistics_dtype) for name in names}
 
-    truth_arguments: where other arguments have the same result in exact arithmetic, and a more
-        exact one in float64.
+
+@torch.no_grad()
+def excess_without_gradients(arguments):
+    """The excess of y where no gradient is wanted, beside the truth in float64 rounded to y's
+    dtype.
+    """
+    ours = spade_fast.spade_modulate(**arguments)
+    in_double = {
+        name: value.double() if isinstance(value, torch.Tensor) else value
+        for name, value in arguments.items()
+    }
+    truth = eager_modulate(**in_double)
+    eps = torch.finfo(ours.dtype).eps
+    return excess(ours, truth.to(ours.dtype), truth, eps=eps)
+
+
+def disagreements(arguments, dy, truth_arguments=None):
+    """The outputs that disagree with the reference, by name, with their excess. Empty if all agree.
+
+    truth_arguments: other arguments for the truth, with the same result in exact arithmetic, and a
+    more accurate one in float64.
     """
     eps = max(torch.finfo(arguments[name].dtype).eps for name in ("x", "gamma"))
     ours = results(spade_fast.spade_modulate, arguments, dy)

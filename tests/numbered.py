@@ -1,4 +1,4 @@
-"""What tests of numbering share: conditions, patches, and what makes the host wait."""
+"""Helpers for tests of numbering: conditions, patches, and a guard against waits of the host."""
 
 import random
 
@@ -17,7 +17,7 @@ HAS_LIBRARY = pytest.mark.skipif(cpu_backend.library is None, reason=str(cpu_bac
 
 
 class NothingWaits(TorchDispatchMode):
-    """Inside, operators that make the host wait for a GPU are errors; only `_read` may."""
+    """Inside, operators that make the host wait for a GPU raise; only `_read` may wait."""
 
     WAITS = {
         "_local_scalar_dense",
@@ -43,7 +43,7 @@ class NothingWaits(TorchDispatchMode):
 
 
 def random_codes(seed):
-    """A layout's codes of any kind, and what else `find_windows` takes: several sizes at once."""
+    """Random codes of a layout and other arguments of `find_windows`, with up to three sizes."""
     choose = random.Random(seed)
     axes, classes = choose.choice([1, 2, 2, 3]), choose.choice([1, 2, 5, 300])
     given = [choose.choice([1, 2, 5, 8, 13]) for _ in range(axes)]
@@ -55,7 +55,7 @@ def random_codes(seed):
 
 
 def differences(find_windows, codes, *asked, device=DEVICE):
-    """The lists of windows that differ from those of the CPU's library."""
+    """The numbers of the lists of windows that differ from the CPU library's."""
     ours = find_windows(codes.to(device), *asked)
     theirs = cpu_backend.find_windows(codes, *asked)
     flat = [
@@ -82,14 +82,14 @@ CONDITIONS = [
 
 
 def condition(shape, dtype):
-    """One of few vectors at each pixel."""
+    """A condition with one of six vectors at each pixel."""
     places = (shape[0], *shape[2:])
     codes = torch.zeros(places).long() if 0 in places else patches(places, 6)
     return torch.randn(6, shape[1]).to(dtype)[codes].movedim(-1, 1)
 
 
 def random_patches(seed):
-    """What `find_patches` takes, of any kind."""
+    """Random arguments of `find_patches`."""
     choose = random.Random(seed)
     axes, classes = choose.choice([1, 2, 2, 3]), choose.choice([1, 3, 200])
     kernel_size, stride = choose.choice([1, 2, 3, 4, 7]), choose.choice([1, 2, 3])
@@ -101,7 +101,7 @@ def random_patches(seed):
 
 
 def patches_differ(find_patches, codes, *asked, device=DEVICE):
-    """Whether they are others than those of the CPU's library."""
+    """Whether the patches differ from the CPU library's."""
     contents, sums, *places = find_patches(codes.to(device), *asked)
     library_contents, library_sums, *library_places = cpu_backend.find_patches(codes, *asked)
     pairs = zip(

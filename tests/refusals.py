@@ -1,4 +1,4 @@
-"""What functions say of arguments that are wrong."""
+"""The messages with which functions refuse wrong arguments."""
 
 import pytest
 

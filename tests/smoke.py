@@ -1,5 +1,5 @@
-"""An installed spade_fast with its kernels for the CPU computes what plain PyTorch does. Run as a
-script: wheels are tried with it, where no pytest is.
+"""Checks that an installed spade_fast, with its kernels for the CPU, computes the same as plain
+PyTorch. Runs as a script, to try wheels without pytest.
 """
 
 import torch

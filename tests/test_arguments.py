@@ -1,4 +1,4 @@
-"""Bad input: a ValueError or TypeError names the argument, what it is and what it should be."""
+"""A ValueError or TypeError for bad input names the argument, what it is and what it should be."""
 
 import pytest
 import torch
@@ -43,7 +43,7 @@ def modulate(x=X, gamma=X, beta=X, **settings):
         (
             {"running_mean": torch.ones(4)},
             ValueError,
-            ["running_mean and running_var", "both or neither"],
+            ["running_mean and running_var", "together or not at all"],
         ),
         (
             {"running_mean": torch.ones(4), "running_var": torch.ones(4)},
@@ -101,7 +101,7 @@ SHAPE, MEMORY = (2, 4, 5, 6), torch.randn(600)
 
 
 def at(place, shape=SHAPE, dtype=torch.float32, order=None):
-    """A tensor in MEMORY that begins at a place, whose dimensions lie in this order."""
+    """A tensor at an offset into MEMORY, with its dimensions in this order in memory."""
     order = order or range(len(shape))
     sizes = torch.Size(shape[dim] for dim in order)
     tensor = MEMORY[place:].view(dtype)[: sizes.numel()].view(sizes)
@@ -118,7 +118,7 @@ def at(place, shape=SHAPE, dtype=torch.float32, order=None):
         ("index", TABLE | {"index": at(200, (2, 5, 6), torch.int32)}),
     ],
 )
-def test_out_that_overlaps_what_is_read(name, read):
+def test_out_that_overlaps_an_input(name, read):
     out = at(100)
     if "index" in read:
         read["index"].zero_()
@@ -129,7 +129,7 @@ def test_out_that_overlaps_what_is_read(name, read):
 
 
 @pytest.mark.parametrize("place", [0, 240])
-def test_out_beside_what_is_read(place):
+def test_out_next_to_an_input(place):
     x, gamma, out = at(place), at(place).clone(), at(240 - place)
     expected = modulate(x.clone(), gamma)
     assert torch.allclose(modulate(x, gamma, out=out), expected, atol=1e-5)
@@ -149,7 +149,7 @@ def test_plane_moments():
         spade_fast.plane_moments(X[0, 0])
 
 
-def test_running_statistics_are_untouched_by_a_call_that_fails():
+def test_a_failed_call_does_not_change_running_statistics():
     running_mean, running_var = torch.zeros(4), torch.ones(4)
     with pytest.raises(ValueError):
         modulate(norm="batch", beta=X[:1], running_mean=running_mean, running_var=running_var)
@@ -217,7 +217,7 @@ def test_spade_constructor(arguments, words):
         3,
     ],
 )
-def test_norm_g_that_is_not_the_grammar(text):
+def test_norm_g_outside_the_grammar(text):
     with pytest.raises(
         ValueError, match=r"norm_G is .*\[spectral\]spade\[spectral\]\[instance\|batch"
     ):
@@ -255,5 +255,5 @@ def test_norm_g(text, spectral, norm, kernel_size):
 
 
 def test_the_layer_has_no_spectral_norm_to_configure():
-    with pytest.raises(ValueError, match="'spectral' is for a block's convolutions"):
+    with pytest.raises(ValueError, match="it should be without 'spectral', which is for"):
         spade_fast.SPADE.from_config("spectralspadeinstance3x3", 4, 3)

@@ -1,4 +1,4 @@
-"""The moving average of a network, and the network that is made of it."""
+"""The moving average of a network, and the network with the averaged weights."""
 
 import copy
 
@@ -18,7 +18,7 @@ def generator(**arguments):
 
 
 def steps(network, averaged, number=3):
-    """Steps of an optimizer, each noted in the average."""
+    """Takes steps of an optimizer, and updates the average after each."""
     optimizer = torch.optim.SGD(network.parameters(), 0.1)
     for _ in range(number):
         optimizer.zero_grad()
@@ -43,8 +43,8 @@ def test_numbers():
 
 
 def test_numbers_of_buffers():
-    """Running means 0.1, 0.19, 0.271 of ones: 0.9 · 0.1 + 0.1 · 0.19 = 0.109, then 0.9 · 0.109 +
-    0.1 · 0.271 = 0.1252. Batches are counted, not averaged.
+    """Running means of ones: 0.1, 0.19, 0.271. Averaged: 0.9 · 0.1 + 0.1 · 0.19 = 0.109, then 0.9 ·
+    0.109 + 0.1 · 0.271 = 0.1252. Batches are counted, not averaged.
     """
     network = nn.BatchNorm1d(1).double()
     averaged = average(network, 0.9)
@@ -57,9 +57,9 @@ def test_numbers_of_buffers():
 
 
 @pytest.mark.parametrize("when", ["new", "after a forward", "after a backward"])
-def test_made_at_any_time(when):
-    """Spectral norm's weight is then the result of differentiable operations, which the network's
-    own graph still has afterwards.
+def test_an_average_can_start_at_any_time(when):
+    """Even when spectral norm's weight is the result of differentiable operations, whose graph the
+    network keeps.
     """
     network = nn.Sequential(spectral_norm(nn.Conv2d(2, 2, 3)))
     loss = network(torch.rand(1, 2, 4, 4)).square().sum() if when != "new" else None
@@ -78,7 +78,7 @@ def test_made_at_any_time(when):
 @pytest.mark.parametrize("norm", [spectral_norm, parametrizations.spectral_norm])
 @pytest.mark.parametrize("kind", ["convolution", "transposed", "linear"])
 def test_sigma_is_the_largest_singular_value(norm, kind):
-    """Though the vectors are averages, shorter than one and of other weights."""
+    """Even though the averaged vectors are shorter than one and belong to different weights."""
     make = {
         "convolution": lambda: nn.Conv2d(3, 4, 3),
         "transposed": lambda: nn.ConvTranspose2d(3, 4, 3),
@@ -108,7 +108,7 @@ def test_sigma_is_the_largest_singular_value(norm, kind):
     torch.testing.assert_close(divided, weight / largest, rtol=1e-5, atol=1e-6)
 
 
-def test_average_is_not_touched():
+def test_the_average_is_unchanged_by_its_network():
     network = generator()
     averaged = steps(network, average(network, 0.9))
     before = copy.deepcopy(averaged.state_dict())
@@ -121,7 +121,7 @@ def test_average_is_not_touched():
     assert not shared & {tensor.data_ptr() for tensor in into.state_dict().values()}
 
 
-def test_goes_on_from_its_state_dict():
+def test_resumes_from_its_state_dict():
     network = generator()
     averaged = steps(network, average(network, 0.9))
     again = average(network, 0.9)
@@ -134,7 +134,7 @@ def test_goes_on_from_its_state_dict():
 
 @pytest.mark.parametrize("use_vae", [False, True])
 def test_checkpoint(use_vae, tmp_path):
-    """A file of the settled average needs no arguments, and its network makes the same image."""
+    """A file of the settled average needs no arguments, and its network computes the same image."""
     network = generator(use_vae=use_vae)
     into = settled(steps(network, average(network, 0.9)), generator(use_vae=use_vae))
     for path in (tmp_path / "generator.pt", tmp_path / "generator.safetensors"):

@@ -1,5 +1,5 @@
-"""Which backend runs, and why not another: the choice, the environment variable, missing parts,
-`spade-fast info`.
+"""Which backend runs, and why another does not: the choice, the environment variable, missing
+parts, `spade-fast info`.
 """
 
 import subprocess
@@ -20,7 +20,9 @@ from spade_fast.kernels import cpu_backend, triton_backend
 
 @pytest.fixture
 def answers(monkeypatch):
-    """Why backends do not run, by name, for a test to say; they keep their own answers else."""
+    """Reasons why backends do not run, by name, which a test can set. Other backends give their
+    own.
+    """
     given = {}
 
     def answering(backend):
@@ -33,14 +35,14 @@ def answers(monkeypatch):
     return given
 
 
-def test_every_backend_says_whether_it_runs_and_why_not():
+def test_every_backend_runs_or_gives_a_reason():
     statuses = spade_fast.backends()
     assert [status.name for status in statuses] == ["cuda", "cpu", "triton", "torch"]
     assert all(status.runs == (status.reason == "") for status in statuses)
     assert statuses[-1].runs
 
 
-def test_the_answer_for_a_tensor():
+def test_reasons_for_a_tensor():
     on_meta = {
         status.name: status
         for status in spade_fast.backends(torch.randn(1, 2, 3, 3, device="meta"))
@@ -48,7 +50,7 @@ def test_the_answer_for_a_tensor():
     assert not on_meta["cpu"].runs and on_meta["torch"].runs
 
 
-def test_the_first_that_runs_is_chosen(answers):
+def test_the_first_backend_that_runs_is_chosen(answers):
     x = torch.randn(2, 3, 4, 4)
     answers["cpu"] = None
     assert kernels.select(x).name == "cpu"
@@ -56,7 +58,7 @@ def test_the_first_that_runs_is_chosen(answers):
     assert kernels.select(x).name == "torch"
 
 
-def test_a_backend_that_cannot_run_is_an_error_when_it_is_asked_for(answers):
+def test_forcing_a_backend_that_cannot_run_is_an_error(answers):
     answers["cpu"] = "it is Sunday"
     x = torch.randn(2, 3, 4, 4)
     with (
@@ -113,7 +115,7 @@ print(x.grad.isfinite().all().item(), *spade_fast.backends(), sep="\\n")
 
 
 @pytest.mark.parametrize("module", ["spade_fast._cpu", "triton"])
-def test_the_package_works_on_what_is_left(module):
+def test_the_package_works_without_a_module(module):
     output, error = python(MISSING.format(module=module))
     assert output.startswith("True\n"), error
     if module == "spade_fast._cpu":
@@ -135,7 +137,7 @@ def test_an_instruction_set_that_the_processor_lacks():
         cpu_backend._use_instruction_set("avx512", library)
 
 
-def test_a_library_that_was_not_built_or_cannot_be_loaded(monkeypatch):
+def test_a_library_that_is_missing_or_cannot_be_loaded(monkeypatch):
     monkeypatch.setitem(sys.modules, "spade_fast._cpu", None)
     assert "not built when the package was installed. It takes a C++" in cpu_backend._load()[1]
 

@@ -1,5 +1,5 @@
-"""The benchmark suite: what it draws, what it measures, and that it gives no speed to a wrong
-result.
+"""The benchmark suite: the layouts that it draws, its measurements, and that a wrong result gets no
+times.
 """
 
 import dataclasses
@@ -42,7 +42,7 @@ MEMORIES = ("contiguous", "channels-last")
 
 
 def toy(settings):
-    """A problem of a millisecond, one of whose rivals is wrong and one of which fails."""
+    """A problem that takes a millisecond, with a variant that is wrong and a rival that fails."""
     x = torch.randn(1000)
 
     def fail():
@@ -63,7 +63,7 @@ def toy(settings):
     )
 
 
-def test_what_is_wrong_gets_no_speed(monkeypatch, tmp_path):
+def test_wrong_results_get_no_times(monkeypatch, tmp_path):
     monkeypatch.setitem(cli.CASES, "toy", toy)
     result = invoke(
         "run", "toy", "--quick", "--json", tmp_path / "out.json", "--plot", tmp_path / "out.png"
@@ -87,13 +87,13 @@ def test_what_is_wrong_gets_no_speed(monkeypatch, tmp_path):
         "lookup",
         "discriminator",
         *(
-            pytest.param(case, marks=pytest.mark.full)  # each takes ten seconds or more
+            pytest.param(case, marks=pytest.mark.full)  # each takes at least ten seconds
             for case in ("block", "generator", "generate", "paint", "training", "converted")
         ),
         pytest.param("monai", marks=pytest.mark.needs("monai", "einops")),
     ],
 )
-def test_every_quick_case_matches_but_for_the_compiler(case):
+def test_every_quick_case_matches_without_the_compiler(case):
     for plan in cases.CASES[case](Settings(quick=True, without=("torch.compile",))):
         problem = plan.build()
         counted = re.escape(plan.name).replace("windows", r"\d+\ windows")
@@ -118,8 +118,8 @@ def test_every_quick_case_matches_but_for_the_compiler(case):
 
 
 def differs_by_a_sign(row):
-    """Whether a gradient is off by what a leaky ReLU's sign may make it: one differs on some
-    processor, and none does in float64.
+    """Whether a leaky ReLU's sign may explain a gradient's error: on some processors one sign
+    differs, but none does in float64.
     """
     proven = row.mode == BACKWARD and row.failure is None and row.error_in_double is not None
     return (
@@ -130,7 +130,9 @@ def differs_by_a_sign(row):
 @pytest.mark.full
 @pytest.mark.parametrize("place", [0, -1])
 def test_every_generated_file_is_checked(place):
-    """Also those whose truth is not in float64, up to a level of 8 bits."""
+    """Including files whose truth is not in float64, for which an error of one level of 8 bits is
+    allowed.
+    """
     problem = next(cases.generate(Settings(quick=True))).build()
     right, off = problem.variants["spade_fast"], 0.0
     kinds = [image.dtype for image in problem.truth().values()]
@@ -162,7 +164,7 @@ def test_a_step_of_training_with_vgg19_is_the_published_one():
     assert "generator.fc.bias" not in truth  # a norm follows, and takes it away
 
 
-def test_training_begins_anew_before_each_call():
+def test_training_restarts_before_each_call():
     problem = next(cases.training(Settings(quick=True))).build()
     results = []
     for _ in range(2):
@@ -182,7 +184,7 @@ def built(*arguments, **named):
     raise AssertionError("something is built")
 
 
-def test_problems_have_names_before_anything_is_built(monkeypatch):
+def test_plans_have_names_before_anything_is_built(monkeypatch):
     for where, name in [
         (torch.nn.Module, "__init__"),
         (torch, "randn"),
@@ -202,12 +204,12 @@ def test_problems_have_names_before_anything_is_built(monkeypatch):
     result = invoke("run", "generator", "discriminator", "--only", "COCO 25²")
     assert result.exit_code == 2
     text = " ".join(result.output.replace("│", " ").split())
-    assert "no problem has 'COCO 25²' in its name; there are: COCO 256²; 4 samples" in text
+    assert "no problem's name contains 'COCO 25²'; the names are: COCO 256²; 4 samples" in text
     with pytest.raises(AssertionError, match="something is built"):
         next(cases.CASES["block"](settings)).build()
 
 
-def test_what_is_left_out_is_not_built(monkeypatch):
+def test_problems_that_are_left_out_are_not_built(monkeypatch):
     def two(settings):
         yield Plan("wanted", FORWARD, lambda: next(toy(settings)).build())
         yield Plan("left out", FORWARD, built)
@@ -216,7 +218,7 @@ def test_what_is_left_out_is_not_built(monkeypatch):
     assert "toy" in invoke("run", "two", "--quick", "--only", "wanted", "--seconds", "0").output
 
 
-def test_problems_come_in_the_order_in_which_they_are_asked_for():
+def test_problems_keep_the_order_of_the_options():
     asked = ["64 × 256²", "channels-last", "1024 × 8² contiguous"]
     names = [
         plan.name for _, plan in cli.choose_plans({"modulate": cases.modulate}, Settings(), asked)
@@ -246,7 +248,7 @@ def test_variants_that_are_left_out_are_not_built(monkeypatch):
 
 
 class Events:
-    """What stands for a GPU's clock: the host is ahead where the GPU sleeps for long enough."""
+    """A stand-in for a GPU's clock. The host is ahead if the GPU sleeps long enough."""
 
     def __init__(self, cycles_of_the_host):
         self.cycles_of_the_host, self.slept = cycles_of_the_host, []
@@ -264,7 +266,7 @@ class Events:
 
 
 @pytest.mark.parametrize("cycles,slept", [(0, 1), (measure.HEAD_START + 1, 2), (1 << 60, 5)])
-def test_an_operation_is_timed_while_the_host_is_ahead(cycles, slept, monkeypatch):
+def test_an_operation_is_timed_with_the_host_ahead(cycles, slept, monkeypatch):
     events = Events(cycles)
     monkeypatch.setattr(torch.cuda, "Event", events.Event)
     monkeypatch.setattr(torch.cuda, "_sleep", events.sleep)
@@ -285,11 +287,11 @@ def test_rows_say_what_was_timed():
         assert report.CLOCKS[clock] in " ".join(in_80_columns(report.tables(rows.values())).split())
 
 
-def test_a_problem_is_gone_before_the_next_is_built(monkeypatch):
+def test_a_problem_is_freed_before_the_next_is_built(monkeypatch):
     alive = weakref.WeakSet()
 
     class Shared:
-        """What the problems of a case have in common."""
+        """Data that the problems of a case share."""
 
     def build(shared, name):
         assert len(alive) == 1
@@ -309,23 +311,24 @@ def test_a_problem_is_gone_before_the_next_is_built(monkeypatch):
     assert "eager" in result.output and not isinstance(result.exception, AssertionError)
 
 
-def test_a_batch_is_of_scenes():
+def test_a_batch_consists_of_different_scenes():
     one, two = cases.conditions(Settings(quick=True, scenes=2, batch=3))
     assert one.shape == two.shape == (3, 184, 64, 64)
     assert len({tuple(image.flatten().tolist()) for image in (*one, *two)}) == 6
 
 
-def test_a_folder_with_too_few_scenes_has_them_mirrored(tmp_path):
+def test_too_few_scenes_are_followed_by_mirrored_copies(tmp_path):
     folder, instances = layouts.save_scenes(tmp_path, 2)
     settings = Settings(quick=True, labels=folder, instances=instances, batch=4)
     (batch,) = cases.conditions(settings)
     (drawn,) = cases.conditions(Settings(quick=True, batch=2))
     assert torch.equal(batch[:2], drawn) and not torch.equal(batch[2:], drawn)
-    flipped = batch[2:].flip(-1)  # sampled from the other side of pixels, that is about the same
+    # sampled from the other side of the pixels, so only nearly the same
+    flipped = batch[2:].flip(-1)
     assert (flipped != drawn).double().mean() < 0.01
 
 
-def test_full_cases_are_the_published_shapes():
+def test_full_cases_have_the_published_shapes():
     assert next(cases.modulate(Settings())).name.startswith("1024 × 8²")
     with torch.device("meta"):
         shapes = []
@@ -349,7 +352,7 @@ def test_list_and_bad_options(tmp_path):
                 assert listed[place] == f"    {problem}"
     for arguments, words in [
         (["run", "nothing"], "'nothing' should be one of modulate"),
-        (["run", "block", "--without", "spade-fast"], "there are: eager; eager, channels-last;"),
+        (["run", "block", "--without", "spade-fast"], "names are: eager; eager, channels-last;"),
         (["run", "block", "--labels", tmp_path / "no"], "should be a folder that exists"),
         (["picture", tmp_path / "no.png", "--labels", tmp_path / "no"], "folder that exists"),
         (["run", "block", "--dtype", "int8"], "'int8' should be one of float32"),
@@ -481,13 +484,13 @@ def test_the_picture_is_drawn(tmp_path):
         with Image.open(tmp_path / name) as picture:
             assert picture.format == "PNG" and picture.width == 1800 and 600 < picture.height < 900
     result = invoke("picture", tmp_path / "none.png", "--labels", folder, "--scene", 1)
-    assert result.exit_code == 2 and "has 1 PNGs, it should have 2" in " ".join(
+    assert result.exit_code == 2 and "has 1 PNGs, it should have at least 2" in " ".join(
         result.output.replace("│", "").split()
     )
     assert not (tmp_path / "none.png").exists()
 
 
-def test_the_table_of_what_was_measured(tmp_path):
+def test_the_table_of_measurements(tmp_path):
     assert summary.summary(tmp_path).count("not measured yet") == len(summary.WANTED)
     (tmp_path / "gpu").mkdir()
     row = {"case": "generator", "problem": "COCO", "mode": "forward", "overhead": None}
@@ -508,14 +511,14 @@ def test_the_table_of_what_was_measured(tmp_path):
     )
 
 
-def test_the_commit_where_there_is_no_git(monkeypatch, tmp_path):
+def test_the_commit_without_git(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
     assert report.commit() == "unknown"
     monkeypatch.setenv("COMMIT", "abc")
     assert report.commit() == "abc"
 
 
-def test_what_the_gpu_command_would_do():
+def test_the_gpu_commands_dry_run():
     result = invoke("gpu", "--dry-run")
     assert result.exit_code == 0
     for stage in gpu.STAGES:
@@ -530,7 +533,7 @@ def test_what_the_gpu_command_would_do():
     assert invoke("gpu", "--stage", "nothing").exit_code == 2
 
 
-def test_the_gpu_command_begins_with_what_is_worth_most():
+def test_the_gpu_command_begins_with_the_most_valuable_stages():
     names = [stage.name for stage in gpu.STAGES]
     order = ("build", "smoke", "modulate", "generator", "tests of cuda", "memcheck of cuda")
     assert sorted(order, key=names.index) == list(order) and names[0] == order[0]
@@ -543,12 +546,12 @@ def test_the_gpu_command_begins_with_what_is_worth_most():
     assert len({stage.command[-1] for stage in measured}) == len(measured)  # none is written over
 
 
-def test_every_stage_is_a_command_that_there_is(monkeypatch):
+def test_every_stage_is_a_valid_command(monkeypatch):
     def stop(option, path):
         raise typer.BadParameter("all else is understood")
 
     monkeypatch.setattr(cli, "check_device", lambda name: name)
-    monkeypatch.setattr(cli, "check_folder", stop)  # what is asked last
+    monkeypatch.setattr(cli, "check_folder", stop)  # the last check
     for stage in gpu.STAGES:
         command = [part.format(out=".") for part in stage.command]
         if "pytest" in command:
@@ -570,7 +573,7 @@ def test_programs_are_found_in_the_toolkit(monkeypatch, tmp_path):
     assert "it ran" in (tmp_path / "log.txt").read_text()
 
 
-def test_a_build_is_for_the_gpu_that_is_here(monkeypatch):
+def test_a_build_is_for_this_machines_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
     found = gpu.for_this_gpu()
@@ -580,7 +583,7 @@ def test_a_build_is_for_the_gpu_that_is_here(monkeypatch):
 def test_the_gpu_command_on_real_scenes(tmp_path):
     folder, instances = layouts.save_scenes(tmp_path, 2)
     result = invoke("gpu", "--dry-run", "--labels", folder)
-    assert result.exit_code == 2 and "has 2 PNGs, it should have 8" in " ".join(
+    assert result.exit_code == 2 and "has 2 PNGs, it should have at least 8" in " ".join(
         result.output.replace("│", "").split()
     )
     stages = gpu.with_scenes(gpu.STAGES, folder, instances)
@@ -590,7 +593,7 @@ def test_the_gpu_command_on_real_scenes(tmp_path):
         assert added == (expected if "--json" in stage.command else [])
 
 
-def test_the_smoke_test_sees_what_is_wrong(monkeypatch, capsys):
+def test_the_smoke_test_finds_wrong_results(monkeypatch, capsys):
     plans = gpu.smoke_plans(Settings("cpu", batch=2, without=("torch.compile",)), few=True)
     few = [plan for plan in plans if "33 × 9²" in plan.name]
     assert len(few) == 8
@@ -613,7 +616,7 @@ def test_the_gpu_command_without_a_gpu(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_a_stage_that_fails_or_hangs_takes_nothing_from_the_others(tmp_path):
+def test_a_stage_that_fails_or_hangs_does_not_affect_the_others(tmp_path):
     def stage(name, code, seconds=60, needs=None):
         return gpu.Stage(name, "", [sys.executable, "-c", code], seconds, needs)
 
@@ -635,7 +638,7 @@ def test_a_stage_that_fails_or_hangs_takes_nothing_from_the_others(tmp_path):
         "fails": "failed with 3",
         "hangs": "stopped after 1 s",
         "writes": "passed",
-        "lacks": "left out: no-such-program is not there",
+        "lacks": "left out: no-such-program is not installed",
         "late": "left out: no time is left",
     }
     assert (

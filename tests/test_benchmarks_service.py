@@ -1,4 +1,4 @@
-"""`python -m benchmarks service`: what it measures, and that it gives no speed to a wrong image."""
+"""`python -m benchmarks service`: its measurements, and that a wrong image gets no times."""
 
 import dataclasses
 import json
@@ -21,13 +21,13 @@ def inputs():
     return service.Inputs(LOAD)
 
 
-def changed(monkeypatch, name, change):
-    """The method of Service, with `change` made of what it returns."""
+def replace_result(monkeypatch, name, change):
+    """Wraps a method of Service: it returns change(service, its usual result)."""
     right = getattr(Service, name)
     monkeypatch.setattr(Service, name, lambda self, *inputs: change(self, right(self, *inputs)))
 
 
-def test_weights_and_layouts_are_told_apart(inputs):
+def test_images_differ_by_weights_and_layouts(inputs):
     images = [image for found in inputs.by_hand for image in found]
     assert len(images) == 4
     for number, image in enumerate(images):
@@ -35,7 +35,7 @@ def test_weights_and_layouts_are_told_apart(inputs):
 
 
 @pytest.mark.parametrize("variant", [OURS, LOCK])
-def test_what_is_right_is_timed(variant, inputs):
+def test_right_images_are_timed(variant, inputs):
     row = service.measured(variant, inputs)
     assert row.matches and row.failure is None and 0 <= row.excess <= 1
     assert len(row.times) >= LOAD.clients + 1 and row.p50 <= row.p95 <= max(row.times)
@@ -44,13 +44,13 @@ def test_what_is_right_is_timed(variant, inputs):
     assert (0 < row.cache <= 256_000_000) if variant == OURS else row.cache == 0
 
 
-def test_a_cache_that_holds_one_layout_is_kept_to(inputs, monkeypatch):
+def test_a_cache_for_a_single_layout_keeps_its_limit(inputs, monkeypatch):
     monkeypatch.setattr(inputs, "load", dataclasses.replace(LOAD, cache="400kB"))
     row = service.measured(OURS, inputs)
     assert row.matches and row.times and 0 < row.cache <= 400_000
 
 
-def test_no_time_at_all_is_enough_for_old_and_new_weights(inputs):
+def test_zero_seconds_suffice_for_old_and_new_weights(inputs):
     load = service.Load(seconds=0, clients=1, layouts=2, size=32, ngf=2)
     asked = []
     server = service.Server(
@@ -61,25 +61,25 @@ def test_no_time_at_all_is_enough_for_old_and_new_weights(inputs):
     assert asked[0] == asked[-1] == "image" and asked.count("reload") == 1
 
 
-def test_an_image_that_is_another_by_a_bit_gets_no_speed(inputs, monkeypatch):
+def test_an_image_that_differs_by_a_bit_gets_no_times(inputs, monkeypatch):
     def off(self, image):
         image[0, 0, 0, 0] = torch.nextafter(image[0, 0, 0, 0], torch.tensor(2.0))
         return image
 
-    changed(monkeypatch, "generate", off)
+    replace_result(monkeypatch, "generate", off)
     row = service.measured(OURS, inputs)
     assert not row.matches and not row.times and row.images_per_second is None
     assert "is not that of the " in row.failure
 
 
-def test_old_weights_after_the_reload_get_no_speed(inputs, monkeypatch):
+def test_old_weights_after_the_reload_get_no_times(inputs, monkeypatch):
     monkeypatch.setattr(Service, "reload", lambda self, weights: None)
     row = service.measured(OURS, inputs)
     assert not row.matches and not row.times
     assert row.failure.endswith("is not that of the new weights, after the reload")
 
 
-def test_a_reload_or_a_request_that_fails_is_said(inputs, monkeypatch):
+def test_a_failing_reload_or_request_is_reported(inputs, monkeypatch):
     def fail(self, *inputs):
         raise OSError("no such luck")
 
@@ -90,7 +90,7 @@ def test_a_reload_or_a_request_that_fails_is_said(inputs, monkeypatch):
         assert row.failure == "OSError: no such luck" and not row.times
 
 
-def test_clients_that_all_fail_end(inputs):
+def test_clients_end_if_all_fail(inputs):
     def fail(number):
         raise OSError("no such luck")
 
@@ -98,14 +98,14 @@ def test_clients_that_all_fail_end(inputs):
         service.together(service.Heard(service.Server(fail)), LOAD)
 
 
-def test_a_cache_above_its_limit_gets_no_speed(inputs, monkeypatch):
+def test_a_cache_above_its_limit_gets_no_times(inputs, monkeypatch):
     monkeypatch.setattr(Service, "bytes", 256_000_001)
     row = service.measured(OURS, inputs)
     assert not row.times
     assert row.failure == "256000001 bytes are kept, they should be at most 256000000"
 
 
-def test_a_rival_whose_images_differ_gets_no_speed(inputs, monkeypatch):
+def test_a_rival_whose_images_differ_gets_no_times(inputs, monkeypatch):
     assert len(inputs.truths) == LOAD.layouts  # of the right network
     wrong = 1.01 * inputs.by_hand[0][0]
     monkeypatch.setattr(inputs.published[0], "forward", lambda condition: wrong)
@@ -116,7 +116,7 @@ def test_a_rival_whose_images_differ_gets_no_speed(inputs, monkeypatch):
 
 
 def test_the_command(tmp_path, monkeypatch):
-    """Without ONNX Runtime, which is said; the other two are measured."""
+    """Without ONNX Runtime, which is reported; the other two servers are measured."""
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     file = tmp_path / "out.json"
     arguments = ["--quick", "--seconds", "0", "--clients", "2", "--layouts", "1"]
@@ -129,7 +129,7 @@ def test_the_command(tmp_path, monkeypatch):
     assert rows[OURS]["problem"] == "COCO 64², ngf 8, 2 clients, 1 layouts, cache 256MB"
 
 
-def test_what_the_command_refuses(monkeypatch):
+def test_options_that_the_command_refuses(monkeypatch):
     monkeypatch.setattr(service, "Inputs", None)  # nothing is built
     for arguments, words in [
         (["--cache", "much"], "cache is 'much', it should be bytes"),
@@ -141,7 +141,7 @@ def test_what_the_command_refuses(monkeypatch):
         assert words in " ".join(result.output.replace("│", " ").split()), result.output
 
 
-def test_a_wrong_image_of_ours_is_an_error(monkeypatch):
+def test_a_wrong_image_of_the_service_is_an_error(monkeypatch):
     monkeypatch.setattr(service, "SERVERS", {OURS: service.our_service})
     monkeypatch.setattr(Service, "reload", lambda self, weights: None)
     arguments = ["--quick", "--seconds", "0", "--clients", "1", "--layouts", "1"]

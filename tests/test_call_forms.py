@@ -1,5 +1,5 @@
-"""After `convert` a module takes every call that its own forward took: the same numbers, gradients,
-buffers and kinds of errors, whether it was converted or not.
+"""After `convert`, a module accepts every call that its own forward accepted, with the same values,
+gradients, buffers and kinds of errors as before.
 """
 
 import copy
@@ -69,7 +69,7 @@ COMMON = {
 
 
 def named(x, segmap, **extra):
-    """The call by these names."""
+    """A call that passes x and the condition by these names."""
     names = {"x": x, "segmap": segmap}
     return lambda module, x, segmap: module(**{names["x"]: x, names["segmap"]: segmap}, **extra)
 
@@ -184,8 +184,8 @@ def styles():
 
 
 @functools.cache
-def made(family):
-    """The model as it is, and converted."""
+def original_and_converted(family):
+    """The model unchanged, and converted."""
     torch.manual_seed(0)
     own = MADE[family]().double()
     model = copy.deepcopy(own)
@@ -194,10 +194,10 @@ def made(family):
 
 
 @pytest.mark.parametrize("family,form", CASES)
-def test_every_call_is_the_twins(family, form):
+def test_every_call_matches_the_twins(family, form):
     call = COMMON.get(form) or OWN[family][form]
     for kind, mode, train in STATES:
-        model, own = (copy.deepcopy(one).train(train) for one in made(family))
+        model, own = (copy.deepcopy(one).train(train) for one in original_and_converted(family))
         x, segmap = pictures().requires_grad_(), CONDITIONS[kind]()
         with spade_fast.window_mode(mode):
             ours = outcome(call, model, x, segmap)
@@ -209,8 +209,8 @@ def test_every_call_is_the_twins(family, form):
     ["CLADE", "INADE", "padding beside", "shifted", "own names", "any more", "any named", "strict"],
 )
 def test_layers_with_more_arguments_are_converted(family):
-    assert isinstance(made(family)[0], type(made(family)[1]))
-    report = spade_fast.convert(copy.deepcopy(made(family)[1]))
+    assert isinstance(original_and_converted(family)[0], type(original_and_converted(family)[1]))
+    report = spade_fast.convert(copy.deepcopy(original_and_converted(family)[1]))
     assert report.converted == 1, report
 
 
@@ -257,7 +257,7 @@ def test_a_block_with_styles(train, obj_dic):
 @pytest.mark.parametrize("checkpointed", [True, False])
 @pytest.mark.parametrize("mode", ["always", "never"])
 @pytest.mark.parametrize("segmap", CONDITIONS)
-def test_a_block_that_is_computed_again_in_backward(checkpointed, mode, segmap):
+def test_a_block_that_is_recomputed_in_backward(checkpointed, mode, segmap):
     torch.manual_seed(0)
     own = families.SDMBlock(checkpointed).double()
     model = copy.deepcopy(own)
@@ -295,20 +295,20 @@ def test_a_meta_tensor_as_condition(layer, mode):
 
 
 @pytest.mark.needs("monai")
-def test_errors_of_monais_own_layer_are_its_own():
+def test_monais_layer_keeps_its_own_errors():
     from monai.networks.blocks import spade_norm
 
     own = spade_norm.SPADE(LABELS, 8, 3, 2, 6).double()
     model = copy.deepcopy(own)
     assert spade_fast.convert(model).converted == 1
     for form in COMMON:
-        # The bias before an instance norm has a gradient that is nothing but rounding.
+        # The gradient of the bias before an instance norm is rounding only.
         assert_same_calls(
             COMMON[form], model, own, pictures().requires_grad_(), label_map(), tolerance=1e-8
         )
 
 
-def test_a_converted_layer_takes_a_layout_of_one_image_for_all():
+def test_a_converted_layer_broadcasts_a_layout_of_one_image():
     torch.manual_seed(0)
     own = families.Block(SPADES["official, batch"], fout=4).double()
     model = copy.deepcopy(own)
@@ -327,7 +327,7 @@ def test_a_converted_layer_takes_a_layout_of_one_image_for_all():
 @pytest.mark.parametrize("mode", ["auto", "always", "never"])
 @pytest.mark.parametrize("batches", [(1, 3), (3, 1), (4, 2), (2, 4), (0, 1), (1, 0)])
 def test_batches_of_our_own_layer_broadcast(norm, mode, batches):
-    """As eager PyTorch broadcasts: 1 to N, and nothing else."""
+    """As in eager PyTorch: only 1 broadcasts to N."""
     ours, theirs = (
         module.SPADE(8, LABELS, 6, norm=norm, num_groups=4).double()
         for module in (spade_fast, reference)

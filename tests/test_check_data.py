@@ -1,4 +1,4 @@
-"""`spade-fast check-data`: every kind of ruined folder, and what is right."""
+"""`spade-fast check-data`: every kind of ruined folder, and right ones."""
 
 import numpy as np
 import pytest
@@ -14,8 +14,8 @@ from spade_fast.data.colours import _seen as seen_as
 
 @pytest.fixture
 def folder(tmp_path):
-    """Three pairs of 12 × 10: class 0, and in the second class 3 in two pixels, in the third 255 in
-    one.
+    """Three pairs of 12 × 10 pixels. All labels are 0, except for two pixels of 3 in the second map
+    and one pixel of 255 in the third.
     """
     for number in range(3):
         labels = np.zeros((10, 12), np.uint8)
@@ -39,7 +39,7 @@ def run(folder, *arguments):
     return CliRunner().invoke(app, ["check-data", *names, *map(str, arguments)], env=settings)
 
 
-def test_folders_that_are_right(folder):
+def test_right_folders(folder):
     report = check_data(*folders(folder))
     assert report.pairs == 3 and report.faults == [] and report.shortest == 10
     assert report.pixels == {0: 357, 3: 2, 255: 1} and report.images == {0: 3, 3: 1, 255: 1}
@@ -52,6 +52,9 @@ def test_folders_that_are_right(folder):
     result = run(folder)
     assert result.exit_code == 0 and "Nothing is wrong." in result.output
     assert "--num-classes 4 --dont-care 255" in result.output
+    assert "images are the label maps that have the class." in result.output
+    assert "the shortest side of a photograph is 10 pixels." in result.output
+    assert "its number in the files" not in result.output
     rows = [line.split("│")[1:-1] for line in result.output.splitlines() if "│" in line]
     assert [[cell.strip() for cell in row] for row in rows] == [
         ["0", "357", "99.17%", "3"],
@@ -65,7 +68,7 @@ def test_folders_that_are_right(folder):
     [
         ([0, 1, 2], (3, None)),
         ([0, 5, 255], (6, 255)),
-        ([0, 254, 255], (256, None)),  # as classes go: nothing sets 255 apart
+        ([0, 254, 255], (256, None)),  # three ordinary classes: nothing sets 255 apart
         ([0, 400, 65535], (401, 65535)),
         ([255], (1, 255)),
         ([7, 300], (301, None)),
@@ -102,12 +105,12 @@ def truncated(folder):
     for name in ("labels/0.png", "images/2.png"):
         path = folder / name
         path.write_bytes(path.read_bytes()[:60])
-    return ["labels/0.png is no image, or not a whole one", "images/2.png is no image"]
+    return ["labels/0.png is not an image, or is incomplete", "images/2.png is not an image"]
 
 
 def larger(folder):
     save(np.zeros((11, 12), np.uint8), folder / "labels" / "1.png")
-    return ["labels/1.png is 12 × 11, ", "images/1.png is 12 × 10: they should be of one size"]
+    return ["labels/1.png is 12 × 11, ", "images/1.png is 12 × 10: they should have the same size"]
 
 
 def other_instances(folder):
@@ -121,7 +124,7 @@ def out_of_range(folder):
     save(labels, folder / "labels" / "1.png")
     return [
         "labels/1.png has a 77 in 2 pixels, first at row 4, column 5; it should have 0 to 3, or 255"
-        " for don't care; 2 numbers in 3 pixels are out of range"
+        " for don't care; 2 labels in 3 pixels are out of range"
     ]
 
 
@@ -134,7 +137,7 @@ def turned(folder):
 
 def coloured(folder):
     save(drawn(10, 12)[1], folder / "labels" / "1.png")
-    return ["labels/1.png has colours (RGB), and it takes a palette"]
+    return ["labels/1.png has colours (RGB), whose classes are not known"]
 
 
 def lossy(folder):
@@ -165,13 +168,16 @@ def dangling(folder):
         dangling,
     ],
 )
-def test_folders_that_are_ruined(folder, ruin):
+def test_ruined_folders(folder, ruin):
     expected = ruin(folder)
     result = run(folder, "--num-classes", 4, "--dont-care", 255, "--sheet", folder / "sheet.png")
     assert result.exit_code == 1
     faults = [line for line in result.output.splitlines() if line.startswith("WRONG: ")]
     assert len(faults) == (2 if ruin is truncated else 1)
-    assert f"{len(faults)} faults" in result.output and "Nothing is wrong" not in result.output
+    assert (
+        f"{len(faults)} faults. Rows and columns are counted from 0." in result.output
+        and "Nothing is wrong" not in result.output
+    )
     for words in expected:
         assert any(words in fault for fault in faults), result.output
     assert Image.open(folder / "sheet.png").width > 1000
@@ -199,6 +205,8 @@ def test_conventions(folder):
         save(drawn(40, 40)[1][:2, :2], folder / "images" / f"{number}.png")
     report = check_data(*folders(folder)[:2], convention="ade20k")
     assert report.classes == {0: (6, 3), 149: (3, 3), 150: (3, 3)} and not report.faults
+    command = run(folder, "--convention", "ade20k")
+    assert "A class is its number in the files minus 1." in command.output
     report = check_data(*folders(folder)[:2], convention="ade20k", num_classes=149)
     assert "first at row 1, column 0; it should have 1 to 149, or 0 for" in report.faults[0]
 
@@ -211,14 +219,14 @@ def test_conventions(folder):
         (["--sheet", "sheet.jpg"], ".png"),
     ],
 )
-def test_arguments_that_are_wrong(folder, arguments, words):
+def test_wrong_arguments(folder, arguments, words):
     result = run(folder, *arguments)
     assert result.exit_code == 1
     assert words in result.stderr and len(result.stderr.splitlines()) == 1
 
 
 def test_sheet(folder):
-    """Photograph, labels in their colours, and edges of instances, where they should be."""
+    """Photograph, labels in their colours, and instances' edges are in their places."""
     numbers = np.repeat([0, 3], 120)[None].repeat(240, 0).astype(np.uint8)  # 240 × 240
     for number in range(3):
         save(numbers, folder / "labels" / f"{number}.png")
@@ -234,7 +242,7 @@ def test_sheet(folder):
         (255, 255, 255): 3 * 240 * 2,
     }.items():
         found = (sheet == colour).all(-1).sum()
-        assert 0.95 * pixels < found < 1.5 * pixels  # numbers are written on it, and the key
+        assert 0.95 * pixels < found < 1.5 * pixels  # numbers and the key are written on it
 
 
 def test_colours():
@@ -242,7 +250,7 @@ def test_colours():
     assert many.dtype == np.uint8 and (colours(183) == many[:183]).all()
     seen = seen_as(np.concatenate([many[:183], [(255, 255, 255)]]))
     distances = np.sqrt(((seen[:, None] - seen[None]) ** 2).sum(-1)) + np.eye(184)
-    assert distances.min() > 0.05  # the eye can tell 0.02
+    assert distances.min() > 0.05  # the eye can distinguish 0.02
     assert len({tuple(colour) for colour in many.tolist()}) == 400
     assert many.sum(1).max() < 3 * 255 and many.sum(1).min() > 100  # neither white nor dark
     published = {(255, 0, 0): (0.628, 0.225, 0.126), (0, 0, 255): (0.452, -0.032, -0.312)}

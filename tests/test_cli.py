@@ -1,4 +1,4 @@
-"""The command itself: what it says before it does anything."""
+"""The command itself: its output and errors before it does any work."""
 
 import subprocess
 import sys
@@ -11,7 +11,7 @@ from spade_fast.cli import app
 
 COMMANDS = ("info", "check", "check-data", "train", "generate", "evaluate", "compare", "paint")
 OTHERS_NEED_NONE = "print([name for name in ('torch', 'numpy', 'PIL') if name in sys.modules])"
-# `python -m spade_fast` with a last word, in an interpreter that can be asked what it has imported.
+# `python -m spade_fast` with arguments, in an interpreter that can report its imports.
 AS_COMMAND = "import runpy, sys; sys.orig_argv[1:] = ['-m', 'spade_fast']; "
 RUN = """
 sys.argv[1:] = {words}
@@ -38,14 +38,14 @@ def test_help_and_version_import_nothing_heavy(words):
         assert all(name in "\n".join(said) for name in (COMMANDS if len(words) == 1 else ["--out"]))
 
 
-def test_a_user_module_finds_the_whole_package_in_the_command(tmp_path):
+def test_a_users_module_can_import_the_whole_package(tmp_path):
     (tmp_path / "models.py").write_text("import spade_fast\nprint(spade_fast.convert.__class__)")
     code = f"import os; os.chdir({str(tmp_path)!r}); {AS_COMMAND}"
     code += RUN.format(words=["check", "models:nothing"])
     assert python(code).splitlines()[0] == "<class 'function'>"
 
 
-def test_the_package_is_whole_in_the_command_too():
+def test_the_package_is_complete_inside_the_command():
     show = "import spade_fast; print(sorted(spade_fast.__all__), spade_fast.kernels.__name__, "
     show += "spade_fast.SPADE(2, 3), hasattr(spade_fast, 'nothing')); "
     show += "from spade_fast import *; print(convert.__module__)"
@@ -75,7 +75,7 @@ def test_the_package_is_whole_in_the_command_too():
         "paint MISSING",
     ],
 )
-def test_what_is_not_there_is_called_so(words, tmp_path, monkeypatch):
+def test_missing_paths_are_reported(words, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     words = words.split()
     before = words[words.index("MISSING") - 1]

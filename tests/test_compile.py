@@ -43,11 +43,11 @@ def test_forward_and_backward_with_changing_batch(norm, activation, layout, rows
         )
         for name in expected:
             assert torch.allclose(found[name], expected[name], rtol=1e-4, atol=1e-5), (batch, name)
-    assert counter.frame_count <= 2  # once for the first batch, once for all others
+    assert counter.frame_count <= 2  # once for the first batch size, once for all others
 
 
 def test_a_slope_that_changes_compiles_again(backend):
-    """Also where two modulations of one graph have it."""
+    """Even if two modulations in one graph use the slope."""
     if backend == "torch":
         pytest.skip("eight seconds, and nothing that the other two do not show")
     x, gamma, beta = torch.randn(3, 2, 4, 5, 6).unbind(0)
@@ -71,8 +71,8 @@ def test_a_slope_that_changes_compiles_again(backend):
 
 
 def test_a_block_through_the_default_compiler():
-    # Without spectral norm: of its weights Inductor gets the gradient wrong in train mode, in the
-    # reference's block as well.
+    # Without spectral norm: Inductor computes a wrong gradient for its weights in train mode, in
+    # the reference's block, too.
     block = spade_fast.SPADEResnetBlock(6, 4, "spadesyncbatch3x3", 3, nhidden=6)
     eager = reference.SPADEResnetBlock(6, 4, "spadesyncbatch3x3", 3, nhidden=6)
     eager.load_state_dict(block.state_dict())
@@ -99,7 +99,7 @@ def test_without_gradients():
             assert torch.allclose(compiled(x, segmap), block(x, segmap), atol=1e-5)
 
 
-def test_an_exported_graph_is_plain_pytorch():
+def test_an_exported_graph_has_only_pytorch_operators():
     block = spade_fast.SPADEResnetBlock(6, 4, "spadebatch3x3", 3, nhidden=6).eval()
     x, segmap = torch.randn(2, 6, 8, 8), torch.randn(2, 3, 8, 8)
     batch = torch.export.Dim("batch", min=2)
@@ -113,7 +113,7 @@ def test_an_exported_graph_is_plain_pytorch():
     assert torch.allclose(program.module()(x, segmap), block(x, segmap), atol=1e-5)
 
 
-def test_bad_input_is_the_same_error_when_compiled():
+def test_bad_input_raises_the_same_error_when_compiled():
     compiled = torch.compile(spade_fast.spade_modulate, backend="eager")
     x = torch.randn(2, 4, 5, 6)
     with pytest.raises(ValueError, match="gamma has shape"):
@@ -121,8 +121,8 @@ def test_bad_input_is_the_same_error_when_compiled():
 
 
 class SmallGenerator(torch.nn.Module):
-    """Blocks at three sizes, one of them with 1×1 convolutions: where a layout has one class, that
-    sees a single window.
+    """Blocks at three sizes, one of them with 1×1 convolutions: for a layout of one class, that
+    block has a single window.
     """
 
     def __init__(self, classes):
@@ -143,7 +143,7 @@ class SmallGenerator(torch.nn.Module):
 @pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
 def test_a_generator_over_many_layouts_is_compiled_once(compiler, backend):
     if (compiler, backend) == ("aot_eager", "torch"):
-        pytest.skip("half a minute, and nothing that the other three do not show")
+        pytest.skip("takes half a minute, and shows no more than the other three")
     model = SmallGenerator(6).double()
     counter = torch._dynamo.testing.CompileCounterWithBackend(compiler)
     compiled = torch.compile(model, fullgraph=True, backend=counter)
@@ -159,12 +159,12 @@ def test_a_generator_over_many_layouts_is_compiled_once(compiler, backend):
     assert layout.windows((8, 8), 1).count == 3 and counter.frame_count == 1
 
 
-def test_a_layout_whose_windows_do_not_decide():
+def test_a_layout_whose_windows_do_not_determine_gamma():
     spade, layout = (
         spade_fast.SPADE(4, 3, 4),
         SemanticLayout.from_labels(patches((1, 16, 16), 3), 3),
     )
-    # No longer a window's alone: pixels are computed.
+    # γ no longer depends on the window alone, so it is computed at pixels.
     spade.mlp_gamma.register_forward_hook(lambda module, arguments, y: 2 * y)
     x = torch.randn(1, 4, 8, 8)
     compiled = torch.compile(spade, fullgraph=True, backend="aot_eager")

@@ -1,5 +1,5 @@
-"""Arguments of the networks' constructors: what is no size is refused, what is made is what was
-asked for.
+"""Arguments of the networks' constructors: invalid sizes are refused, and a network has the size
+that was asked for.
 """
 
 import numpy as np
@@ -21,7 +21,7 @@ def test_whole_numbers(number):
 
 
 @pytest.mark.parametrize("number", [0, -1, True, np.True_, 3.0, np.float32(3), "3", None, [3], {}])
-def test_what_is_no_whole_number(number):
+def test_values_that_are_not_whole_numbers(number):
     for make in (
         lambda size: whole_number("size", size),
         lambda size: ConvEncoder(size),
@@ -39,9 +39,9 @@ def test_what_is_no_whole_number(number):
         MultiscaleDiscriminator(3, spatial_dims=number)
 
 
-def test_least():
+def test_minimum_values():
     assert whole_number("size", 0, least=0) == 0
-    with pytest.raises(ValueError, match="size is -1, it should be a whole number that is not neg"):
+    with pytest.raises(ValueError, match="size is -1, it should be a non-negative whole number"):
         whole_number("size", -1, least=0)
     with pytest.raises(ValueError, match="size is 1, it should be a whole number of at least 2"):
         whole_number("size", 1, least=2)
@@ -49,10 +49,10 @@ def test_least():
 
 @pytest.mark.parametrize("layers,doublings", [("normal", 5), ("more", 6), ("most", 7)])
 @pytest.mark.parametrize("aspect_ratio", [1, 2.0, 0.5, 4 / 3, 1.5])
-def test_an_official_generator_makes_what_was_asked_for_or_says_what_can_be(
+def test_an_official_generator_has_the_asked_size_or_names_possible_ones(
     layers, doublings, aspect_ratio
 ):
-    """Sizes near the first ones that can be made."""
+    """For sizes near the smallest possible ones."""
     made = []
     for width in range(1, 9):
         for crop_size in ((width << doublings) - 4, width << doublings, (width << doublings) + 1):
@@ -60,7 +60,7 @@ def test_an_official_generator_makes_what_was_asked_for_or_says_what_can_be(
             try:
                 start = official_arguments(3, crop_size=crop_size, **settings)["start"]
             except ValueError as error:
-                assert f"crop_size is {crop_size}, with {doublings} doublings" in str(error)
+                assert f"crop_size is {crop_size}, but with {doublings} doublings" in str(error)
                 proposed = str(error).rpartition("should be ")[2].replace(",", "").split()
                 for size in filter(str.isdigit, proposed):
                     start = official_arguments(3, crop_size=int(size), **settings)["start"]
@@ -88,13 +88,13 @@ def test_an_official_generator_makes_what_was_asked_for_or_says_what_can_be(
         ({"num_upsampling_layers": ["more"]}, "num_upsampling_layers is \\['more'\\]"),
     ],
 )
-def test_official_sizes_that_cannot_be_made(settings, message):
+def test_impossible_official_sizes(settings, message):
     with pytest.raises(ValueError, match=message):
         official(184, **settings, **TINY)
 
 
 @pytest.mark.parametrize("dataset", [True, 0, 3.0, None, ["coco"], "voc"])
-def test_datasets_that_are_not_known(dataset):
+def test_unknown_datasets(dataset):
     with pytest.raises(
         ValueError, match="dataset is .*, it should be coco, ade20k, cityscapes, or"
     ):
@@ -114,19 +114,19 @@ def test_datasets_that_are_not_known(dataset):
         ([("a", 1.25, 1)], "ngf is 2, the block a of 1.25 · ngf channels should have a whole"),
     ],
 )
-def test_stages_that_cannot_be_blocks(stages, message):
+def test_stages_that_are_not_blocks(stages, message):
     with pytest.raises(ValueError, match=message):
         SPADEGenerator(3, 4, stages=stages, **TINY)
 
 
 @pytest.mark.parametrize("start", ["44", 4.0, 0, True, (4, True), (4,), (), [4, 0], np.array(4)])
-def test_a_start_that_is_no_size(start):
+def test_a_start_that_is_not_a_size(start):
     with pytest.raises(ValueError, match="start is .*, it should be a positive whole number, or 2"):
         SPADEGenerator(3, 4, start=start, **TINY)
 
 
-def test_a_discriminator_of_other_depth_is_the_published_one():
-    """n_layers and its limit of 512 channels, as `NLayerDiscriminator` has them."""
+def test_discriminators_of_other_depths_are_the_published_ones():
+    """Including the limit of 512 channels, as in the published `NLayerDiscriminator`."""
     with torch.device("meta"):
         network = MultiscaleDiscriminator(7, 1, 128, n_layers=5)
     shapes = [

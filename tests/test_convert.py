@@ -1,5 +1,5 @@
-"""`convert`: layers of every family, in place, with the same numbers; look-alikes are left as they
-were.
+"""`convert` replaces layers of every family in place, with the same values; look-alikes stay as
+they are.
 """
 
 import argparse
@@ -33,7 +33,7 @@ from spade_fast.nn import spade
 
 
 class Network(nn.Module):
-    """Two layers and a block, whatever their class."""
+    """Two layers and a block, of any class."""
 
     def __init__(self, layer):
         super().__init__()
@@ -101,17 +101,17 @@ def test_lookalikes_are_left_as_they_were(family):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("family", ["official, batch", "SDM", "leaky hidden"])
-def test_models_in_other_dtypes_are_proved_too(family, dtype):
+def test_models_in_other_dtypes_are_probed_too(family, dtype):
     assert spade_fast.convert(Network(SPADES[family]).to(dtype)).converted == 5
     assert not spade_fast.convert(LOOKALIKES["HiFaceGAN"][0]().to(dtype)).converted
 
 
-def test_a_layer_without_a_probe_is_taken_by_its_word():
+def test_a_layer_is_trusted_without_a_probe():
     assert spade_fast.convert(LOOKALIKES["HiFaceGAN"][0](), probe=False).converted == 1
 
 
 @pytest.mark.parametrize("train", [False, True])
-def test_nothing_but_the_class_changes(train):
+def test_only_the_class_changes(train):
     torch.manual_seed(0)
     model = Network(SPADES["official, batch"]).train(train)
     model.first.mlp_gamma.weight = model.block.norm_0.mlp_gamma.weight  # tied
@@ -176,7 +176,7 @@ def test_converting_twice():
     )
 
 
-def test_our_own_layers_are_fast_already():
+def test_our_own_layers_are_not_converted():
     report = spade_fast.convert(
         nn.Sequential(SPADE(4, 3), spade_fast.SPADEResnetBlock(4, 4, "spadebatch3x3", 3))
     )
@@ -190,7 +190,7 @@ def test_copies(copied):
     x, segmap = inputs()
     with (
         torch.no_grad()
-    ):  # spectral norm leaves a weight behind that PyTorch cannot copy where it has a gradient
+    ):  # spectral norm stores a computed weight, which PyTorch cannot copy if it has a gradient
         model(x, segmap)
     model.eval().requires_grad_(False)
     twin = copied(model)
@@ -210,7 +210,7 @@ def saved_and_loaded(model):
     return torch.load(file, weights_only=False)
 
 
-def test_a_condition_by_its_own_name():
+def test_a_condition_passed_by_its_original_name():
     block = Block(Layer)
     x, segmap = (tensor.float() for tensor in inputs())
     expected = block.eval()(x=x, seg=segmap)
@@ -220,7 +220,7 @@ def test_a_condition_by_its_own_name():
     assert block.norm_0(x, segmap=segmap).shape == x.shape
 
 
-def test_a_layout_goes_where_the_condition_went():
+def test_a_layout_can_replace_the_condition():
     model = Network(Layer).double().eval()
     layout = SemanticLayout.from_labels(patches((2, 20, 18), LABELS), LABELS)
     x, segmap = inputs()
@@ -331,8 +331,8 @@ def test_a_forward_that_was_replaced_and_parameters_without_values():
     model = nn.ModuleDict({"replaced": Layer(), "meta": Layer().to("meta")})
     model["replaced"].forward = lambda x, segmap: x
     assert [entry.reason for entry in spade_fast.convert(model)] == [
-        "its forward was replaced on this very module",
-        "its parameters are on the meta device, they have no values",
+        "its forward was replaced on this instance",
+        "its parameters are on the meta device, so they have no values",
     ]
 
 
@@ -348,8 +348,9 @@ def test_in_distributed_data_parallel(tmp_path):
     )
     try:
         compare_in_distributed_data_parallel()
-        # Before the group: were the reducer the last to hold it, its end would wait for a thread
-        # that waits for the interpreter (torch 2.13, now and then).
+        # Collected before the process group is destroyed. If the reducer held the last reference to
+        # the group, destroying it would wait for a thread that waits for the interpreter (torch
+        # 2.13, sporadically).
         gc.collect()
     finally:
         torch.distributed.destroy_process_group()
@@ -371,7 +372,7 @@ def compare_in_distributed_data_parallel():
 
 
 def under(norm):
-    """A layer whose convolutions make their weights in each call."""
+    """A function that builds a layer whose convolutions compute their weights in each call."""
 
     def layer():
         layer = Layer()
@@ -395,7 +396,7 @@ def under(norm):
     ],
     ids=["spectral", "weight", "parametrized spectral", "parametrized weight", "own", "own, plain"],
 )
-def test_convolutions_that_make_their_weights_go_by_windows(layer, monkeypatch):
+def test_convolutions_that_compute_their_weights_use_windows(layer, monkeypatch):
     torch.manual_seed(0)
     model, own = layer().double(), layer().double()
     own.load_state_dict(model.state_dict())
@@ -451,7 +452,7 @@ def test_lazy_convolutions_are_left_alone():
 
 
 class WithProperty(Layer):
-    """What a class says besides methods cannot be pickled; nor need it be."""
+    """A class attribute that is not a method cannot be pickled, and need not be."""
 
     names = ("param_free_norm", "mlp_shared", "mlp_gamma", "mlp_beta")
     scaled = property(lambda self: 1.0)

@@ -1,7 +1,7 @@
 """The CUDA kernels without a GPU: compiled as C++ for the host (cuda_on_host.h) and run, and
 compiled by nvcc and read.
 
-On a GPU they are a backend of the whole suite.
+On a GPU, they are a backend of the whole suite.
 """
 
 import itertools
@@ -21,7 +21,9 @@ from modulations import (
     channels_last,
     contiguous,
     disagreements,
+    excess_without_gradients,
     results,
+    running_statistics,
     sample,
     sliced,
     sliced_channels,
@@ -50,7 +52,7 @@ from spade_fast.kernels import (
 from spade_fast.ops import norms
 
 NAMESPACE = "spade_fast_cuda_on_host"
-ORDERS = ["forward", "reverse", "1", "2"]  # of the threads and blocks
+ORDERS = ["forward", "reverse", "1", "2"]  # in which threads and blocks run
 ACTIVATIONS = [None, "relu", "leaky_relu", "silu"]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -66,8 +68,8 @@ def built(tmp_path_factory):
 
 @pytest.fixture
 def library(built, monkeypatch, request):
-    """The kernels as a library whose operators run on the CPU; each test in one of the orders, its
-    name says which.
+    """The kernels as a library whose operators run on the CPU. The test's name determines in which
+    of the orders threads and blocks run.
     """
     order = ORDERS[zlib.crc32(request.node.name.encode()) % len(ORDERS)]
     monkeypatch.setenv("SPADE_FAST_HOST_ORDER", order)
@@ -76,7 +78,7 @@ def library(built, monkeypatch, request):
 
 @pytest.fixture
 def on_host(library, built, monkeypatch):
-    """A backend that runs them on the CPU."""
+    """A backend that runs the kernels on the CPU."""
     monkeypatch.setattr(kernels, "BEST_FIRST", (built[1],))
     return built[1]
 
@@ -100,7 +102,7 @@ def test_planes_that_a_cluster_holds(
 ):
     shared = (
         min(8 * shared, 227 << 10) if layout is channels_last else shared
-    )  # of more channels than three
+    )  # where a block has room for more than three channels
     monkeypatch.setenv("SPADE_FAST_HOST_SHARED", str(shared))
     arguments, dy = sample(
         (1, 3, 120, 171), "instance", activation, dtype=dtype, layout=layout, rows=rows, mean=mean
@@ -114,8 +116,16 @@ def test_planes_that_a_cluster_holds(
 
 
 @needs_compiler
+@pytest.mark.parametrize("affine", [False, True])
+@pytest.mark.parametrize("statistics_dtype", [*DTYPES, torch.float64], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_running_statistics(dtype, statistics_dtype, affine, on_host):
+    assert excess_without_gradients(running_statistics(dtype, statistics_dtype, affine)) <= 1
+
+
+@needs_compiler
 @pytest.mark.parametrize("out,rows", [("x", None), ("gamma", None), ("x", 7)])
-def test_written_over_what_it_reads(out, rows, on_host):
+def test_out_may_be_an_input(out, rows, on_host):
     arguments, _ = sample((2, 6, 9, 7), "instance", "leaky_relu", rows=rows)
     expected = spade_fast.spade_modulate(**arguments)
     assert spade_fast.spade_modulate(**arguments, out=arguments[out]) is arguments[out]
@@ -235,9 +245,9 @@ def test_plane_moments(shape, layout, on_host, monkeypatch):
 
 
 @needs_compiler
-def test_rows_at_vectors_of_channels_that_are_none(on_host):
+def test_rows_that_are_padded_to_whole_vectors(on_host):
     arguments, dy = sample((2, 6, 4, 4), "instance", "relu", rows=7)
-    for name in ("gamma", "beta"):  # rows 32 bytes apart, numbers of planes 24
+    for name in ("gamma", "beta"):  # rows are 32 bytes apart, the planes' values 24
         table = torch.zeros(7, 8)
         table[:, :6] = arguments[name]
         arguments[name] = table[:, :6]
@@ -245,9 +255,10 @@ def test_rows_at_vectors_of_channels_that_are_none(on_host):
 
 
 @needs_compiler
-def test_more_splits_than_are_under_way_at_once(on_host, monkeypatch):
+def test_more_splits_than_are_read_at_once(on_host, monkeypatch):
     monkeypatch.setenv("SPADE_FAST_HOST_PROCESSORS", "64")
-    x = channels_last(torch.randn(1, 60, 64, 132) + 1000)  # 132 splits, of 32 lanes with four each
+    # 132 splits; 32 lanes, four splits each
+    x = channels_last(torch.randn(1, 60, 64, 132) + 1000)
     mean, squares = on_host.plane_moments(x)
     true_mean, true_squares = torch_backend.plane_moments(x.double())
     assert torch.allclose(mean.double(), true_mean, rtol=1e-7, atol=0)
@@ -269,7 +280,7 @@ def test_nan_and_infinity_go_where_torch_has_them(special, where, activation, pa
 @pytest.mark.parametrize("norm", ["instance", "batch"])
 @pytest.mark.parametrize("shape", [(0, 4, 5, 6), (2, 4, 0, 6)])
 @pytest.mark.parametrize("layout", [contiguous, channels_last])
-def test_nothing_in_nothing_out(norm, shape, layout, rows, on_host):
+def test_empty_inputs(norm, shape, layout, rows, on_host):
     arguments, dy = sample(
         shape, norm, "leaky_relu", layout=layout, affine=norm == "batch", rows=rows
     )
@@ -300,7 +311,7 @@ def test_many_splits_and_long_pieces_and_the_same_bits_in_every_order(
 @needs_compiler
 @pytest.mark.parametrize("rows", [None, 7])
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_outputs_are_as_the_fakes_say(layout, rows, passes):
+def test_outputs_match_the_fakes(layout, rows, passes):
     arguments, dy = sample(
         (2, 5, 3, 4), "instance", "relu", layout=layout, rows=rows, dtype=torch.bfloat16
     )
@@ -313,6 +324,7 @@ def test_outputs_are_as_the_fakes_say(layout, rows, passes):
     ops = getattr(torch.ops, NAMESPACE)
     for name, given in {
         "plane_moments": (x,),
+        "running_planes": (x, *torch.rand(2, 5), None, torch.rand(5), 1e-5),
         "apply": (x, planes, gamma, beta, index, "relu", 0.2, True),
         "backward_sums": (dy, x, planes, gamma, None, index, order, signs, "relu", 0.2),
         "backward_input": (dy, x, planes, gamma, None, index, signs, None, "relu", 0.2),
@@ -327,7 +339,7 @@ def test_outputs_are_as_the_fakes_say(layout, rows, passes):
 
 @needs_compiler
 @pytest.mark.parametrize("layout", [contiguous, channels_last])
-def test_what_is_out_of_range_stays_within_the_table(layout, passes, on_host):
+def test_indices_out_of_range_stay_within_the_table(layout, passes, on_host):
     x, table = layout(torch.randn(2, 5, 3, 4)), torch.randn(7, 10)
     gamma, beta = table.chunk(2, dim=1)
     index = torch.randint(-9, 16, (2, 3, 4), dtype=torch.int32)
@@ -337,7 +349,7 @@ def test_what_is_out_of_range_stays_within_the_table(layout, passes, on_host):
     y, signs, planes = on_host.instance_forward(x, gamma, beta, index, *settings)
     expected, _, _ = on_host.instance_forward(x, gamma, beta, last, *settings)
     assert torch.equal(y, expected)
-    order = torch.randint(-9, 30, (2, 12), dtype=torch.int32)  # nor is it sorted
+    order = torch.randint(-9, 30, (2, 12), dtype=torch.int32)  # also not sorted
     rest = (signs, "relu", 0.2)
     found = on_host.instance_backward(x, x, planes, gamma, None, index, order, *rest)
     assert all(gradient.isfinite().all() for gradient in found)
@@ -350,7 +362,7 @@ def test_errors_name_the_argument(on_host):
         on_host.instance_forward(x, x.double(), x.double(), None, 1e-5, None, 0.2, False)
     with pytest.raises(RuntimeError, match="activation is gelu"):
         on_host.instance_forward(x, x, x, None, 1e-5, "gelu", 0.2, False)
-    with pytest.raises(RuntimeError, match="beta is None, silu's derivative needs it"):
+    with pytest.raises(RuntimeError, match="beta is None, it should be a tensor"):
         on_host.instance_backward(
             x,
             x,
@@ -404,7 +416,7 @@ def test_codes_are_the_same_as_the_librarys(hash_mask, dtype, on_host):
 
 @needs_compiler
 @HAS_LIBRARY
-def test_a_layout_that_they_found_and_numbered(on_host):
+def test_a_layout_found_and_numbered_by_the_kernels(on_host):
     segmap, sizes = condition((2, 5, 16, 12), torch.float32), [(4, 3), (16, 12), (20, 24)]
     layout = SemanticLayout.from_segmap(segmap).prepare(sizes, 3)
     assert torch.equal(layout.to_segmap(), segmap)
@@ -412,7 +424,7 @@ def test_a_layout_that_they_found_and_numbered(on_host):
     found = [layout.windows(size, 3) for size in sizes]
     layout.patches(4, 2, 2)
     pickled = pickle.dumps(layout)
-    assert len(pickled) < 2 * len(pickle.dumps(expected))  # the memory that they share, once
+    assert len(pickled) < 2 * len(pickle.dumps(expected))  # the shared memory is pickled once
     found += [pickle.loads(pickled).windows(size, 3) for size in sizes]
     for (hidden, table, *places), windows in zip(expected * 2, found, strict=True):
         pairs = zip((*hidden, *table, *places), (*windows[0], *windows[1], *windows[2:]))
@@ -420,7 +432,7 @@ def test_a_layout_that_they_found_and_numbered(on_host):
 
 
 @needs_compiler
-def test_vectors_are_compared_bit_for_bit_and_dense_ones_are_none(on_host):
+def test_vectors_are_compared_bit_for_bit_and_dense_features_have_no_codes(on_host):
     segmap = torch.tensor([0.0, -0.0, 0.0, float("nan"), -float("nan"), float("nan")])[None, None]
     codes, places = on_host.find_codes(segmap)
     assert codes.tolist() == [[0, 1, 0, 2, 3, 2]] and places.tolist() == [0, 1, 3, 4]
@@ -432,7 +444,7 @@ def test_vectors_are_compared_bit_for_bit_and_dense_ones_are_none(on_host):
 
 @needs_compiler
 @pytest.mark.parametrize("code", [-1, 5])
-def test_codes_that_are_no_rows_of_the_palette_are_refused(code, on_host):
+def test_codes_outside_the_palette_are_refused(code, on_host):
     codes = torch.tensor([[0, 4, code]], dtype=torch.int32)
     with pytest.raises(ValueError, match="codes has numbers that are not rows of the palette"):
         on_host.find_windows(codes, [(3,)], 3, 5)
@@ -442,7 +454,7 @@ def test_codes_that_are_no_rows_of_the_palette_are_refused(code, on_host):
 
 
 @needs_compiler
-def test_what_30_bits_cannot_count_is_numbered_otherwise(on_host, monkeypatch):
+def test_more_windows_than_30_bits_count_are_numbered_in_plain_pytorch(on_host, monkeypatch):
     codes, sizes = patches((1, 9, 9), 5).int(), [(4, 4), (9, 9)]
     asked, found = [], cuda_numbering.numbering.find_windows
     monkeypatch.setattr(cuda_numbering, "COUNTED", 6_000)
@@ -453,13 +465,13 @@ def test_what_30_bits_cannot_count_is_numbered_otherwise(on_host, monkeypatch):
     )
     assert not differences(on_host.find_windows, codes, sizes, 3, 5, torch.float32, device="cpu")
     assert asked == [[(9, 9)]]
-    with pytest.raises(RuntimeError, match="together they should be below"):
+    with pytest.raises(RuntimeError, match="fewer than 2.*30 entries"):
         getattr(torch.ops, NAMESPACE).find_windows(
             codes, torch.zeros(2, dtype=torch.int32), [1, 1], 3, 2**30, 0
         )
 
 
-def test_why_it_does_not_run(monkeypatch):
+def test_reasons_why_the_backend_does_not_run(monkeypatch):
     x = torch.randn(2, 3, 4, 4)
     if torch.version.cuda is None:
         assert "this PyTorch has no CUDA" in cuda_backend.why_not(x)
@@ -476,7 +488,7 @@ def test_why_it_does_not_run(monkeypatch):
 
 @pytest.mark.full
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="there is no nvcc")
-def test_what_nvcc_makes_of_them():
+def test_kernels_compiled_by_nvcc():
     from benchmarks import cuda_proofs
 
     proofs = cuda_proofs.prove(capabilities=(80, 90))
@@ -498,7 +510,8 @@ def test_what_nvcc_makes_of_them():
     [
         [0],
         [3, 0, 1, 32, 5],
-        [31, 33, 0, 0, 64, 2, 200],  # long ones that begin inside a piece, at one, and end at one
+        # long lists that begin inside a piece, begin at a piece, and end at one
+        [31, 33, 0, 0, 64, 2, 200],
         [32, 64, 500, 33, 1, 40, 0],
         [1] * 70 + [33] * 3,
     ],
@@ -522,7 +535,7 @@ def test_sums_of_listed_rows(dtype, lengths, columns, library):
 
 
 @needs_compiler
-def test_lists_that_name_no_row_stay_within_them(library):
+def test_lists_of_wrong_rows_stay_within_the_tensors(library):
     x, (offsets, numbers) = torch.randn(9, 16), listed([3, 40, 0, 2], 9)
     wrong = torch.where(torch.arange(45) % 3 == 0, numbers + 2**30, numbers)
     wrong[4] = -5
@@ -536,7 +549,7 @@ def test_lists_that_name_no_row_stay_within_them(library):
 
 
 @needs_compiler
-def test_gathering_operators_are_as_the_fakes_say(library):
+def test_gathering_operators_match_their_fakes(library):
     ops = getattr(torch.ops, NAMESPACE)
     rows, weights, biases, lists = gathered_sample((6, 13), (3, 3), 7, 5, torch.float16)
     for operator, given in {
@@ -552,7 +565,7 @@ def test_gathering_operators_are_as_the_fakes_say(library):
         (ops.sum_lists, (x, offsets.long(), numbers), "offsets has dtype"),
         (ops.sum_lists, (x, offsets, numbers[None]), "listed has shape"),
         (ops.sum_lists, (x, offsets[:0], numbers), "offsets has shape"),
-        (convolve, (rows, weights, biases[:1], *lists), "biases has 1 members"),
+        (convolve, (rows, weights, biases[:1], *lists), "biases has length 1 and"),
         (convolve, (rows, weights[:1], [biases[0][1:]], *lists), "biases has shape"),
         (convolve, (rows, [weights[0].float()], [None], *lists), "weights has dtype float32"),
         (convolve, (rows, [weights[0], weights[1][:, 1:]], biases, *lists), "weights has shape"),
@@ -567,7 +580,7 @@ def test_gathering_operators_are_as_the_fakes_say(library):
 
 @needs_compiler
 @pytest.mark.parametrize(
-    "processors,sizes",  # many processors have small tiles, few have large ones
+    "processors,sizes",  # tiles are small with many processors, and large with few
     [
         (1, ((16, 16), (3, 3), 7, 40)),
         (1, ((4, 7), (3,), 5, 0)),
@@ -582,7 +595,7 @@ def test_gathering_operators_are_as_the_fakes_say(library):
 )
 @pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
 def test_convolution_at_windows(dtype, sizes, processors, library, monkeypatch):
-    """What comes of these very numbers in float64, rounded once."""
+    """The result in float64 from the same inputs, rounded once."""
     monkeypatch.setenv("SPADE_FAST_HOST_PROCESSORS", str(processors))
     convolve = getattr(torch.ops, NAMESPACE).convolve_gathered
     for layout in (contiguous, channels_last):
@@ -605,7 +618,7 @@ def test_convolution_at_windows(dtype, sizes, processors, library, monkeypatch):
 
 
 @needs_compiler
-def test_windows_see_no_more_than_there_is(library):
+def test_windows_access_only_existing_rows(library):
     convolve = getattr(torch.ops, NAMESPACE).convolve_gathered
     rows, weights, biases, (offsets, listed) = gathered_sample((6, 8), (3, 3), 7, 5, torch.bfloat16)
     empty = convolve(rows, weights[1:], [None], offsets, listed[:0])
@@ -617,7 +630,7 @@ def test_windows_see_no_more_than_there_is(library):
 
 
 def test_compiled_with_gathered_rows_in_half_precision(monkeypatch):
-    """With gradients and without, as a GPU has them."""
+    """With and without gradients, as on a GPU."""
     torch._dynamo.reset()
     names = ("dtype_at_windows", "convolve_windows", "convolve_gathered")
     own = {name: getattr(cuda_backend, name) for name in (*names, "convolve_windows_gradients")}

@@ -36,7 +36,7 @@ from spade_fast.data import (
 
 @pytest.fixture
 def folder(tmp_path):
-    """Seven pairs, of 40 × 36."""
+    """Seven pairs of 40 × 36 pixels."""
     for number in range(7):
         labels, photograph, instances = drawn(36, 40, number)
         save(labels, tmp_path / "labels" / f"{number}.png")
@@ -52,7 +52,7 @@ def data_set(folder, **settings):
 
 
 def labels_in(layout):
-    """The label of each pixel, the don't care one as CLASSES, [height, width]."""
+    """The label of each pixel, [height, width]; "don't care" is CLASSES."""
     return layout.to_segmap()[0, : CLASSES + 1].argmax(0)
 
 
@@ -81,7 +81,7 @@ def test_labels_of_one_bit_and_of_palette_indices(tmp_path):
     with Image.open(tmp_path / "indices.png") as file:
         assert file.mode == "P"
     assert (read_labels(tmp_path / "indices.png") == labels * 7 + 2).all()
-    # With a palette colours are what counts, however the writer stored them.
+    # With a palette, only colours count, however the writer stored them.
     palette = {(253, 0, 2): 5, (246, 0, 9): 4}
     assert (read_labels(tmp_path / "indices.png", palette) == np.array([5, 4])[labels]).all()
 
@@ -108,7 +108,7 @@ def test_labels_in_colours(tmp_path):
     assert "other.png has the colour (1, 2, 3) in 2 pixels, first at row 4, column 2" in message
     assert "3 pixels" in message
     grey = save(np.zeros((3, 3), np.uint8), tmp_path / "grey.png")
-    assert (read_labels(grey, palette) == 255).all()  # a map of black alone, stored as grey
+    assert (read_labels(grey, palette) == 255).all()  # an entirely black map, stored as grey
     deep = save(np.zeros((3, 3), np.uint16), tmp_path / "deep.png")
     assert "I;16" in refusal(read_labels, deep, palette)
 
@@ -116,7 +116,7 @@ def test_labels_in_colours(tmp_path):
 @pytest.mark.parametrize(
     "line", ["1 2 3", "1 2 256 0", "1 2 3 -1", "a b c d", "0 0 0 2", "1 2 3 road"]
 )
-def test_palettes_that_are_none(tmp_path, line):
+def test_files_that_are_not_palettes(tmp_path, line):
     path = tmp_path / "palette.txt"
     path.write_text(f"0 0 0 1\n{line}\n")
     assert f"{path}, line 2, " in refusal(read_palette, path)
@@ -124,22 +124,22 @@ def test_palettes_that_are_none(tmp_path, line):
     assert str(path) in refusal(read_palette, path)
 
 
-def test_files_that_are_no_label_maps(tmp_path):
+def test_files_that_are_not_label_maps(tmp_path):
     labels, photograph, _ = drawn(40, 40)
     path = save(labels, tmp_path / "map.jpg")
     assert "map.jpg is a JPEG, whose compression changes labels" in refusal(read_labels, path)
     path.rename(tmp_path / "hidden.png")
     assert "is a JPEG" in refusal(read_labels, tmp_path / "hidden.png")
     path = save(labels.astype(np.float32), tmp_path / "map.tif")
-    assert f"{path} has pixels of the kind F" in refusal(read_labels, path)
+    assert f"{path} has pixels of mode F" in refusal(read_labels, path)
     for suffix in ("png", "jpg"):
         path = save(photograph, tmp_path / f"whole.{suffix}")
         path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
         for read in (read_labels, read_photograph):
             if suffix == "png" or read is read_photograph:
-                assert f"{path} is no image, or not a whole one: " in refusal(read, path)
+                assert f"{path} is not an image, or is incomplete: " in refusal(read, path)
     path.write_bytes(b"")
-    assert "of no format that is known" in refusal(read_photograph, path)
+    assert "its format is not recognised" in refusal(read_photograph, path)
     with pytest.raises(FileNotFoundError, match="absent.png"):
         read_labels(tmp_path / "absent.png")
 
@@ -150,16 +150,16 @@ def test_a_photograph_in_memory(tmp_path):
     assert (np.asarray(read_photograph("it", content, 48)) == photograph).all()
     words = refusal(read_photograph, "it", content, 47)
     assert words == "it has 8 × 6 pixels, it should have 47 or fewer"
-    # Pillow would have another program draw this.
+    # Pillow would draw this with an external program.
     postscript = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\n"
     assert Image.open(io.BytesIO(postscript)).format == "EPS"
-    assert "of no format that is known" in refusal(read_photograph, "it", postscript)
+    assert "its format is not recognised" in refusal(read_photograph, "it", postscript)
 
 
 def test_photographs(tmp_path):
     _, photograph, _ = drawn(6, 8)
     exif = Image.Exif()
-    exif[0x0112] = 6  # turned by a quarter
+    exif[0x0112] = 6  # rotated by 90°
     path = save(photograph, tmp_path / "turned.png", exif=exif)
     assert (np.asarray(read_photograph(path)) == photograph).all()
     grey = read_photograph(save(photograph[..., 0], tmp_path / "grey.png"))
@@ -213,7 +213,7 @@ def test_pairs_of_cityscapes(tmp_path):
     assert [pair.instances for pair in pairs] == [None, None]
 
 
-def test_pairs_that_are_none(tmp_path):
+def test_folders_without_valid_pairs(tmp_path):
     labels, images = tmp_path / "l", tmp_path / "i"
     assert "labels is" in refusal(find_pairs, labels, images)
     labels.mkdir()
@@ -222,7 +222,7 @@ def test_pairs_that_are_none(tmp_path):
     assert "has no images" in refusal(find_pairs, labels, images)
     touch(labels, "a.png", "d.png")
     message = refusal(find_pairs, labels, images)
-    assert message.startswith("3 files have no partner, or two: ") and "check-data" in message
+    assert message.startswith("3 files lack a partner or have two: ") and "check-data" in message
     assert f"{images / 'b.jpg'} has no partner in labels ({labels})" in message
     assert f"{labels / 'd.png'} has no partner in images ({images})" in message
     touch(images, "a.png", "d.png")
@@ -253,21 +253,21 @@ def test_conventions_of_labels():
     assert segmap[:35].argmax(0).tolist() == [[0, 33], [7, 34]] and len(segmap) == 36
     assert segmap[35].tolist() == [[1, 1], [0, 1]]
     message = refusal(prepared, "ade20k", [[0, 151], [1, 7]])
-    assert "labels has a 150 in 1 pixels" in message and "label_shift, -1, was added" in message
+    assert "labels has a 150 in 1 pixels" in message and "label_shift, -1, is added" in message
 
 
 # Preparation
 
 
 def places(height, width):
-    """An image whose pixels are their own places: labels row · width + column, and a photograph
+    """An image whose pixels encode their own places: labels row · width + column, and a photograph
     with row and column in two channels.
     """
     row, column = np.mgrid[:height, :width]
     return row * width + column, np.stack([row, column, 0 * row], -1).astype(np.uint8)
 
 
-SIZES = {  # of an image 48 wide and 32 high, (height, width) where it is cropped, by hand
+SIZES = {  # for an image 48 wide and 32 high: (height, width) before cropping, worked out by hand
     "resize_and_crop": (15, 30),
     "crop": (32, 48),
     "scale_width": (20, 30),
@@ -282,7 +282,7 @@ SIZES = {  # of an image 48 wide and 32 high, (height, width) where it is croppe
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("seed", [None, 0, 1])
 def test_modes(mode, seed):
-    """Both resized by Pillow as a whole, then cut where labels say that they were cut."""
+    """Pillow resizes labels and photograph as a whole, then both are cropped at the same place."""
     chance = None if seed is None else random.Random(seed)
     resized = mode not in ("crop", "fixed", "none")
     numbers, photograph = places(32, 48)
@@ -347,8 +347,8 @@ def test_published_load_size():
     assert same((*ours, ""), (*published, ""))
 
 
-def test_crops_and_flips_reach_everything():
-    """Every corner and both directions occur, and no others."""
+def test_crops_and_flips_reach_all_places():
+    """All corners and both directions occur, and nothing else."""
     numbers, photograph = places(5, 6)
     preparation = Preparation(30, mode="crop", crop_size=4)
     seen = set()
@@ -370,19 +370,20 @@ def test_crops_and_flips_reach_everything():
     assert all((row.diff() == 1).all() for row in columns)
 
 
-def test_edges_of_instances_are_those_of_the_crop():
+def test_instances_edges_are_those_of_the_crop():
     labels = np.zeros((4, 6), np.uint8)
     instances = np.array([[1, 1, 1, 1, 1, 2]] * 4)
     preparation = Preparation(1, mode="crop", crop_size=4)
     layout, _ = preparation(labels, np.zeros((4, 6, 3), np.uint8), instances)
-    assert layout.to_segmap()[0, 1].sum() == 0  # the middle does not reach the second instance
+    # the centre crop does not contain the second instance
+    assert layout.to_segmap()[0, 1].sum() == 0
     layout, _ = preparation(labels[:, 2:], np.zeros((4, 4, 3), np.uint8), instances[:, 2:])
     assert layout.to_segmap()[0, 1].tolist() == [[0, 0, 1, 1]] * 4
 
 
 def test_kinds_of_images():
     labels, photograph, instances = drawn(32, 48)
-    photograph = photograph // 2 + 64  # what bytes cannot hold would be cut off between two passes
+    photograph = photograph // 2 + 64  # avoids values that bytes would clip between the two passes
     preparation = Preparation(CLASSES, DONT_CARE, crop_size=24)
     layout, image = preparation(labels, photograph, instances)
     pixels = torch.from_numpy(photograph).permute(2, 0, 1) / 127.5 - 1
@@ -393,13 +394,13 @@ def test_kinds_of_images():
         preparation(Image.fromarray(labels), pixels, Image.fromarray(instances)),
     ):
         assert layout.equal(other[0])
-        # Bytes are rounded after each of two passes; the weights of one add up to 1.5 at most.
+        # Bytes are rounded after each of two passes; a pass's absolute weights sum to at most 1.5.
         assert (image - other[1]).abs().max() <= 1.25 / 127.5
     black_and_white = torch.where(torch.arange(48) < 24, -1.0, 1.0).expand(3, 32, 48)
-    assert preparation(labels, black_and_white)[1].abs().max() == 1  # bicubic would go beyond
+    assert preparation(labels, black_and_white)[1].abs().max() == 1  # bicubic would overshoot
 
 
-def test_pictures_that_do_not_fit():
+def test_pictures_whose_sizes_do_not_fit():
     labels, photograph, instances = drawn(32, 48)
     preparation = Preparation(CLASSES, DONT_CARE, mode="crop", crop_size=40)
     message = refusal(preparation, labels, photograph)
@@ -434,7 +435,7 @@ def test_pictures_that_do_not_fit():
         {"label_shift": None},
     ],
 )
-def test_preparations_that_are_none(settings):
+def test_invalid_preparations(settings):
     message = refusal(Preparation, **{"num_classes": 3} | settings)
     assert any(message.startswith(name) for name in settings)
 
@@ -460,8 +461,8 @@ def test_folder(folder):
     assert refusal(lambda: flat[4]).startswith("4: labels has a 77 in 1 pixels, first at [0, 3, 5]")
 
 
-def test_batches_have_numbered_everything(folder, monkeypatch):
-    """A step of generator and discriminator numbers nothing, forwards nor backwards."""
+def test_batches_are_completely_numbered(folder, monkeypatch):
+    """A training step of generator and discriminator numbers nothing, in forward or in backward."""
     generator = SPADEGenerator.official(CLASSES + 2, crop_size=32, ngf=2, nhidden=2)
     discriminator = MultiscaleDiscriminator(CLASSES + 2 + 3, n_scales=3, ndf=4)
     data = data_set(folder)
@@ -471,7 +472,7 @@ def test_batches_have_numbered_everything(folder, monkeypatch):
         "scales": 3,
     }
     batch = collate([data[0, 1], data[0, 2]], **numbered)
-    monkeypatch.setattr(torch.Tensor, "pin_memory", torch.Tensor.clone)  # which takes a GPU
+    monkeypatch.setattr(torch.Tensor, "pin_memory", torch.Tensor.clone)  # pinning needs a GPU
     batches = [batch, pickle.loads(pickle.dumps(batch)), batch.pin_memory(), batch.to("cpu")]
     batches += itertools.islice(loader(data, 2, workers=1, **numbered), 1)
     plain = collate([data[0, 1], data[0, 2]])
@@ -527,7 +528,7 @@ def test_sampler():
 @pytest.mark.parametrize(
     "settings", [{"batch": 8}, {"batch": 4, "processes": 2}, {"batch": 0}, {"rank": 1}]
 )
-def test_samplers_that_are_none(settings):
+def test_invalid_samplers(settings):
     assert "should" in refusal(Sampler, 7, **{"batch": 1} | settings)
 
 
@@ -544,11 +545,13 @@ def test_loaders_yield_the_same_for_any_workers_processes_and_start(folder):
         assert torch.equal(whole.images, torch.cat([part.images for part in parts]))
         assert whole.names == parts[0].names + parts[1].names
         assert whole.layout.equal(SemanticLayout.stack(part.layout for part in parts))
-    assert torch.equal(state, torch.get_rng_state())  # training's own
+    assert torch.equal(state, torch.get_rng_state())  # training's random state is untouched
 
 
 def test_batches_come_from_workers_as_one_tensor(folder):
-    """Each tensor would else be a file that is opened; and a change of one is none of others."""
+    """Otherwise each tensor would be a file to open. Changing one tensor leaves the others
+    unchanged.
+    """
     data = data_set(folder)
     numbered = {"sizes": [(16, 16), (32, 32)], "scales": 2}
     expected, (batch,) = (
@@ -565,12 +568,12 @@ def test_batches_come_from_workers_as_one_tensor(folder):
     assert same(batch._replace(images=expected[0].images), *expected)
 
 
-def test_interrupts_are_not_for_workers(folder):
+def test_workers_ignore_interrupts(folder):
     data = data_set(folder)
     batches = iter(loader(data, 2, workers=1))
     next(batches)
     (worker,) = batches._workers
-    for number in (signal.SIGINT, signal.SIGTERM):  # from another process than the loader's
+    for number in (signal.SIGINT, signal.SIGTERM):  # sent by another process than the loader's
         subprocess.run(["kill", f"-{int(number)}", str(worker.pid)], check=True)
         assert len(first(batches, 5)) == 5
     os.kill(worker.pid, signal.SIGTERM)
@@ -579,7 +582,7 @@ def test_interrupts_are_not_for_workers(folder):
 
 
 class Again:
-    """An iterable that begins anew each time."""
+    """An iterable that starts again each time."""
 
     def __init__(self, count):
         self.count = count
@@ -592,7 +595,7 @@ class Again:
 def test_streams():
     preparation = Preparation(CLASSES, DONT_CARE, crop_size=32)
     stream = Stream(Again(5), preparation, seed=2)
-    expected = first(loader(stream, 2), 6)  # without end
+    expected = first(loader(stream, 2), 6)  # endless
     assert [batch.names for batch in expected[:3]] == [("0", "1"), ("2", "3"), ("4", "5")]
     assert expected[2].images.shape == (2, 3, 32, 32)
     example = preparation(*drawn(36, 40, 3), random=random.Random("2 3"))
@@ -606,12 +609,12 @@ def test_streams():
         assert whole.names == parts[0].names + parts[1].names
 
 
-def test_streams_that_end_and_streams_that_are_wrong():
+def test_streams_that_end_and_invalid_streams():
     preparation = Preparation(CLASSES, DONT_CARE, crop_size=32)
     once = Stream(iter([drawn(36, 40, number)[:2] for number in range(5)]), preparation)
     assert [batch.names for batch in loader(once, 2)] == [("0", "1"), ("2", "3")]
     wrong = Stream([drawn(36, 40)[:1]], preparation)
-    assert refusal(next, iter(loader(wrong, 1))).startswith("example 0: it is a tuple")
+    assert refusal(next, iter(loader(wrong, 1))).startswith("example 0: this is a tuple")
     labels, photograph, _ = drawn(36, 40)
     wrong = Stream([(labels * 0 + 99, photograph)], preparation)
     assert refusal(next, iter(loader(wrong, 1))).startswith("example 0: labels has a 99")

@@ -1,4 +1,4 @@
-"""What README and docs show is what happens: every block of Python and every command runs."""
+"""README and docs are true: every block of Python and every command runs."""
 
 import contextlib
 import io
@@ -44,13 +44,13 @@ def generator_and_inputs():
     labels = torch.eye(5)[torch.randint(5, (1, 8, 8))].movedim(-1, 1)
     return reference.SPADE(4, 5, nhidden=4), (torch.randn(1, 4, 8, 8), labels)
 """
-# So that a command takes a second: options that come last win.
+# Makes a command take a second: the last of several equal options wins.
 SMALLER = {
     "train": "--crop-size 64 --ngf 2 --ndf 2 --nhidden 2 --workers 0 --batch 1 --steps 1",
     "train --resume": "--steps 2",
 }
-SERVES = {"paint"}  # until it is stopped: tests/test_paint.py
-# CI runs these, or whoever contributes.
+SERVES = {"paint"}  # runs until it is stopped; see tests/test_paint.py
+# Commands that CI or contributors run.
 OTHERS = (
     "pip",
     "python -m pytest",
@@ -69,7 +69,7 @@ def blocks(page, language):
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    """Where the pages' files are."""
+    """A working folder with the files that the pages use."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
     draw_folder("data", 3)
@@ -86,7 +86,7 @@ def folder(tmp_path, monkeypatch):
 
 
 def pages(**needed):
-    """All pages, marked by the packages that they need."""
+    """All pages, marked with the packages that they need."""
     return [
         pytest.param(page, marks=pytest.mark.needs(*needed[page.stem]), id=page.stem)
         if page.stem in needed
@@ -141,13 +141,13 @@ def run_command(words):
 
 
 def parse(typer_app, words):
-    """Errors where the command has no such options."""
+    """Raises if the command does not have these options."""
     group = typer.main.get_command(typer_app)
     name, command, rest = group.resolve_command(typer.Context(group), list(words))
     command.make_context(name, rest)
 
 
-def test_the_table_of_what_was_measured():
+def test_the_table_of_measurements():
     assert summary.summary() in (ROOT / "docs/pages/benchmarks.md").read_text()
 
 
@@ -155,7 +155,7 @@ def test_readme_is_short():
     assert len((ROOT / "README.md").read_text().splitlines()) <= 110
 
 
-def test_links_and_pictures_are_there():
+def test_links_and_pictures_exist():
     for page in PAGES:
         for target in re.findall(r"\]\(([^)#]+?)(?:#[^)]*)?\)", page.read_text()):
             if not target.startswith("http"):

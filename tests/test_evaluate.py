@@ -35,7 +35,7 @@ CLASSES = 182  # of drawn scenes, without "don't care"
 
 
 class ByColour(nn.Module):
-    """The class of each pixel of a drawn scene, by the colours that draw_folder paints with."""
+    """Predicts each pixel's class in a drawn scene from the colours that draw_folder uses."""
 
     def forward(self, images):
         height = images.shape[2]
@@ -46,7 +46,7 @@ class ByColour(nn.Module):
 
 
 class Returns(nn.Module):
-    """What a function makes of images."""
+    """Returns a function's result for the images."""
 
     def __init__(self, function=None):
         super().__init__()
@@ -74,7 +74,7 @@ def not_a_network():
 
 @pytest.fixture(scope="module")
 def scenes(tmp_path_factory):
-    """Thirty drawn scenes; `shuffled` has each photograph under another one's name."""
+    """Thirty drawn scenes. In `shuffled`, each photograph has another one's name."""
     folder = draw_folder(tmp_path_factory.mktemp("scenes"), 30)
     names = sorted(path.name for path in (folder / "img").iterdir())
     (folder / "shuffled").mkdir()
@@ -85,7 +85,7 @@ def scenes(tmp_path_factory):
 
 @pytest.fixture
 def few(tmp_path):
-    """Four images of 6 × 4 with labels 0 to 2, and 255 for don't care in one pixel."""
+    """Four images of 6 × 4 pixels with labels 0 to 2, and 255 for "don't care" in one pixel."""
     numbers = np.random.default_rng(0)
     for kind in ("generated", "photographs", "labels"):
         (tmp_path / kind).mkdir()
@@ -104,7 +104,7 @@ def run(folder, *arguments, command="evaluate"):
 
 
 def first_channel():
-    """Labels are what the red channel says."""
+    """Takes the red channel as labels."""
     return Returns(lambda images: images[:, 0].long())
 
 
@@ -130,7 +130,7 @@ def read_images(folder):
 
 
 def test_fid_is_its_formula_of_real_features(scenes):
-    """The features are those that a network has learned from ImageNet."""
+    """On features of a network trained on ImageNet."""
     reals = read_images(scenes / "img")
     fakes = 255 - reals.roll(3, -1)
     score = FrechetDistance(load_features("test_evaluate:lite0"))
@@ -166,25 +166,25 @@ def test_fid_of_given_features_to_float64s_last_digits():
     assert score.notes() == []
 
 
-def test_iou_and_accuracy_by_hand(few):
+def test_iou_and_accuracy_worked_out_by_hand(few):
     network = load_segmentation(Returns(lambda images: images[:, 0].long()))
     overlap = Overlap(network, 5, {0: 0, 7: 1, 2: 2, 3: 4, 9: None})
     labels = torch.tensor([[[0, 0, 1, 1], [2, 2, -1, -1]]])
     seen = torch.tensor([[[0, 7, 7, 7], [2, 9, 7, 3]]], dtype=torch.uint8)
     overlap.add(seen[:, None].expand(-1, 3, -1, -1), labels)
-    # Class 0: one of two; 1: two of three; 2: one of two, the other is no class. 3 and 4 do not
-    # occur, since don't care is left out.
+    # Class 0: one of two; 1: two of three; 2: one of two, the other pixel has no class. Classes 3
+    # and 4 do not occur, because "don't care" is left out.
     mean, accuracy, ious = overlap.compute()
     assert ious == pytest.approx({0: 1 / 2, 1: 2 / 3, 2: 1 / 2})
     assert mean == pytest.approx(5 / 9) and accuracy == pytest.approx(4 / 6)
-    # A class that is predicted and is in no label counts.
+    # A predicted class counts even if it is in no label.
     overlap.add(torch.full((1, 3, 1, 1), 3, dtype=torch.uint8), torch.tensor([[[0]]]))
     mean, accuracy, ious = overlap.compute()
     assert ious == pytest.approx({0: 1 / 3, 1: 2 / 3, 2: 1 / 2, 4: 0})
     assert mean == pytest.approx(1.5 / 4) and accuracy == pytest.approx(4 / 7)
 
 
-def test_labels_of_files_are_counted_as_by_hand(few):
+def test_labels_of_files_are_counted_as_worked_out_by_hand(few):
     result = evaluate(
         few / "generated",
         labels=few / "labels",
@@ -211,7 +211,7 @@ def test_labels_of_files_are_counted_as_by_hand(few):
 
 
 def test_labels_of_ade20k_begin_with_1(few):
-    """There 0 is unlabelled."""
+    """Where 0 is unlabelled."""
     for number in range(4):
         save([[0, 1, 2, 2]], few / "labels" / f"{number}.png")
         save([[[2] * 3, [0] * 3, [1] * 3, [5] * 3]], few / "generated" / f"{number}.png")
@@ -226,7 +226,7 @@ def test_labels_of_ade20k_begin_with_1(few):
 
 
 def test_images_are_resized_as_pillow_does(few):
-    """Bicubically with antialias."""
+    """Bicubic with antialiasing."""
     given = []
     features = Returns(lambda images: given.append(images) or images.float().mean((2, 3)))
     evaluate(few / "generated", few / "photographs", features=features, size=(3, 5))
@@ -256,7 +256,7 @@ def test_label_maps_are_resized_by_nearest_neighbour(few):
     assert result["scores"]["mean_iou"] == 1 and any(255 in labels for labels in maps)
 
 
-def test_the_sha256_is_of_all_weights_and_of_nothing_else():
+def test_the_sha256_covers_all_weights_and_nothing_else():
     torch.manual_seed(0)
     network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
     before = sha256_of(network)
@@ -271,7 +271,7 @@ def test_the_sha256_is_of_all_weights_and_of_nothing_else():
 
 
 def test_names_of_a_convention(few):
-    """Generated images have the name without its endings, in the same folders."""
+    """Generated images have the name without the convention's endings, in the same subfolders."""
     for kind, ending in (("labels", "_gtFine_labelIds"), ("photographs", "_leftImg8bit")):
         (few / kind / "city").mkdir()
         for number in range(4):
@@ -289,9 +289,7 @@ def test_names_of_a_convention(few):
     assert counts[0]["names_sha256"] == counts[2]["names_sha256"]
 
 
-def test_an_untrained_generator_is_worse_than_shuffled_photographs_and_those_than_real(
-    scenes, tmp_path
-):
+def test_untrained_generators_score_worse_than_shuffled_photographs(scenes, tmp_path):
     torch.manual_seed(0)
     generator = SPADEGenerator(CLASSES + 1, 16, 2, start=4, nhidden=4).eval()
     for path in sorted((scenes / "label").iterdir()):
@@ -327,12 +325,12 @@ def test_an_untrained_generator_is_worse_than_shuffled_photographs_and_those_tha
 
 @pytest.fixture(scope="module")
 def segformer(tmp_path_factory):
-    """A folder with a tiny network of transformers."""
+    """A folder with a tiny network in transformers' format."""
     return save_segformer(tmp_path_factory.mktemp("segformer"), 3)
 
 
 def save_segformer(folder, classes, **settings):
-    """A tiny network with random weights, and its image processor."""
+    """Saves a tiny network with random weights, and its image processor."""
     import transformers
 
     torch.manual_seed(0)
@@ -380,10 +378,10 @@ def test_a_network_of_transformers_predicts_at_the_labels_size(segformer):
     assert network.packages == ("transformers",)
 
 
-def test_what_transformers_cannot_load_is_refused(segformer, tmp_path):
+def test_networks_that_transformers_cannot_load_are_refused(segformer, tmp_path):
     import transformers
 
-    with pytest.raises(ValueError, match="transformers does not load: .*model"):
+    with pytest.raises(ValueError, match="transformers cannot load: .*model"):
         load_segmentation(str(tmp_path))
     cropping = save_segformer(tmp_path / "cropping", 3)
     settings = json.loads((cropping / "preprocessor_config.json").read_text())
@@ -394,7 +392,7 @@ def test_what_transformers_cannot_load_is_refused(segformer, tmp_path):
     except ValueError as error:
         assert "do_pad" in str(error)
     assert network is None
-    # Weights of the encoder alone: the rest would be drawn at random.
+    # Weights of the encoder alone: the others would be random.
     encoder = transformers.SegformerModel.from_pretrained(segformer)
     headless = tmp_path / "headless"
     encoder.save_pretrained(headless)
@@ -484,7 +482,7 @@ def test_the_generators_seed_and_average_are_read_from_the_images(few):
         evaluate(few / "generated", few / "photographs", **arguments)
 
 
-def test_few_images_are_warned_of(few):
+def test_few_images_give_a_warning(few):
     result = evaluate(
         few / "generated", few / "photographs", features="test_evaluate:lite0", size=(32, 32)
     )
@@ -509,11 +507,11 @@ def test_samples_have_the_label_map_of_their_scene(few):
 
 
 WRONG = {
-    "nothing given": ((), lambda folder: None, "one of them at least should be"),
+    "nothing given": ((), lambda folder: None, "at least one of them should be"),
     "no image": (
         ("@fid",),
         lambda folder: (folder / "generated" / "1.png").write_text("words"),
-        "1.png is no image",
+        "1.png is not an image",
     ),
     "no label map": (
         ("@labels",),
@@ -528,7 +526,7 @@ WRONG = {
     "another size": (
         ("@labels",),
         lambda folder: save(np.zeros((5, 6)), folder / "labels" / "1.png"),
-        "1.png is 6 × 5: they should be of one size",
+        "1.png is 6 × 5: they should have the same size",
     ),
     "out of range": (
         ("@labels",),
@@ -538,7 +536,7 @@ WRONG = {
     "only don't care": (
         ("@labels",),
         lambda folder: [save(np.full((4, 6), 255), path) for path in (folder / "labels").iterdir()],
-        "all of them are don't care",
+        "labels has only don't care",
     ),
     "no folder": (
         ("--photographs", "nowhere", "--features", "test_evaluate:mean_colour"),
@@ -558,7 +556,7 @@ WRONG = {
     "useless features": (
         ("@labels", "--features", "test_evaluate:mean_colour"),
         lambda folder: None,
-        "features is given, it should be given with photographs only",
+        "features is given, it should only be given with photographs",
     ),
     "no network": (
         ("--photographs", "photographs", "--features", "test_evaluate:not_a_network"),
@@ -584,7 +582,7 @@ WRONG = {
     "json is nowhere": (
         ("@fid", "--json", "nowhere/scores.json"),
         lambda folder: None,
-        "nowhere/scores.json, it should be a file in a folder that is there",
+        "nowhere/scores.json, it should be a file in a folder that exists",
     ),
     "classes": (
         ("@labels", "--classes", "classes.txt"),
@@ -594,12 +592,12 @@ WRONG = {
     "a class that nobody maps": (
         ("@labels", "--classes", "classes.txt"),
         lambda folder: (folder / "classes.txt").write_text("0 0\n1 1\n"),
-        "segmentation predicts its class 2, of which nobody says",
+        "segmentation predicts its class 2, whose label is not known",
     ),
     "a label that is none": (
         ("@labels", "--classes", "classes.txt"),
         lambda folder: (folder / "classes.txt").write_text("0 0\n1 3\n"),
-        "classes has the label 3, labels should be 0 to 2",
+        "classes has the label 3, it should have labels from 0 to 2",
     ),
 }
 SHORT = {
@@ -624,7 +622,7 @@ def test_bad_input_is_one_line_and_nothing_is_written(name, few, monkeypatch):
     assert result.output.count("\n") == 1 and not list(few.rglob("*scores*"))
 
 
-def test_a_disk_that_is_full_leaves_what_was_there(few, monkeypatch):
+def test_a_full_disk_keeps_the_old_file(few, monkeypatch):
     def full(descriptor):
         raise OSError(28, "No space left on device")
 
@@ -652,7 +650,7 @@ def test_a_disk_that_is_full_leaves_what_was_there(few, monkeypatch):
         (lambda images: images.float().mean((2, 3)) / 0, "not finite"),
     ],
 )
-def test_features_that_are_none(function, words, few):
+def test_invalid_features(function, words, few):
     with pytest.raises(ValueError, match=words):
         evaluate(few / "generated", few / "photographs", features=Returns(function))
 
@@ -666,7 +664,7 @@ def test_features_that_are_none(function, words, few):
         (lambda images: {}, "segmentation returned dict"),
     ],
 )
-def test_predictions_that_are_none(function, words, few):
+def test_invalid_predictions(function, words, few):
     settings = {"num_classes": 3, "dont_care": 255}
     with pytest.raises(ValueError, match=words):
         evaluate(
@@ -674,7 +672,7 @@ def test_predictions_that_are_none(function, words, few):
         )
 
 
-def test_what_is_missing_is_said(few, monkeypatch):
+def test_missing_packages_are_reported(few, monkeypatch):
     fid = ("--photographs", few / "photographs")
     for missing, arguments, words in (
         ("torch_fidelity", fid, "--features inception needs torch-fidelity: pip install"),
@@ -692,10 +690,8 @@ def test_what_is_missing_is_said(few, monkeypatch):
         assert result.output.count("\n") == 1
 
 
-def test_inceptions_weights_are_a_file_or_in_the_cache_and_never_downloaded(
-    few, tmp_path, monkeypatch
-):
-    """With a small network in place of torch-fidelity's, whose package is none of the tests'."""
+def test_inceptions_weights_come_from_a_file_or_the_cache(few, tmp_path, monkeypatch):
+    """With a small network in place of torch-fidelity's, whose package the tests do not install."""
 
     class Small(nn.Module):
         def __init__(self, name, features_list, feature_extractor_weights_path=None):

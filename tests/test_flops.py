@@ -1,4 +1,4 @@
-"""What FlopCounterMode counts of a SPADE at windows."""
+"""FlopCounterMode's count for a SPADE at windows."""
 
 import pytest
 import torch
@@ -20,15 +20,16 @@ def test_the_windows_operations_are_counted(backend):
         y = spade(x, layout)
         forward = mode.get_total_flops()
         y.sum().backward()
-    # Both have 9 taps. Into the first go the 2 codes that there are, into the second its windows:
-    # 6 kinds of rows, at the borders and beside the edge, times 3 kinds of columns.
+    # Both convolutions have 9 taps. The first takes the 2 distinct codes, the second its own
+    # windows: 6 kinds of rows, at the borders and at the edge, times 3 kinds of columns.
     first, second = 2 * 2 * 9 * 3 * 16, 2 * 18 * 9 * 16 * 16
     assert forward == first + second
-    # The gradients of both weights, and of the first's windows; that of codes nobody asks for.
+    # The gradients of both weights, and of the input of the second; that of the codes is not
+    # needed.
     assert mode.get_total_flops() - forward == first + 2 * second
 
 
-def test_whichever_is_imported_first():
+def test_the_order_of_imports_does_not_matter():
     count = """
 import torch{}
 import spade_fast

@@ -1,4 +1,4 @@
-"""Tables that are kept while weights stay as they are."""
+"""Tables are kept as long as the weights stay the same."""
 
 import asyncio
 import contextvars
@@ -23,7 +23,7 @@ from spade_fast.nn import tables as tables_of_windows
 
 @pytest.fixture
 def computed(monkeypatch):
-    """A list that grows by every table that is computed."""
+    """A list that gets an entry for every table that is computed."""
     tables, compute = [], tables_of_windows.compute_table
     monkeypatch.setattr(
         tables_of_windows,
@@ -54,7 +54,7 @@ def test_tables_are_computed_once_for_each_layout(computed, mode):
         computed.clear()
         with spade_fast.frozen(model) as tables:
             found = [model(own, layout) for own in x for layout in layouts]
-            assert len(computed) == 2 * 3  # layouts, SPADEs of the block
+            assert len(computed) == 2 * 3  # 2 layouts, 3 SPADEs in the block
             assert tables.bytes == sum(
                 4 * layout.windows((32, 32), 3).count * 2 * (8 + 8 + 4) for layout in layouts
             )
@@ -64,7 +64,7 @@ def test_tables_are_computed_once_for_each_layout(computed, mode):
     assert len(computed) == 3 * 3 and all(map(torch.equal, found, expected))
 
 
-def test_a_dense_condition_is_found_to_be_a_layout_first(computed):
+def test_a_dense_conditions_layout_is_found_first(computed):
     model, segmap = block(), layout_of().to_segmap()
     with torch.inference_mode(), spade_fast.frozen(model):
         for _ in range(3):
@@ -72,7 +72,7 @@ def test_a_dense_condition_is_found_to_be_a_layout_first(computed):
     assert len(computed) == 2 * 3
 
 
-def test_training_inside_computes_as_always(computed):
+def test_training_inside_keeps_no_tables(computed):
     model, layout, x = block(), layout_of(), torch.randn(1, 8, 32, 32)
     with spade_fast.frozen(model) as tables, spade_fast.window_mode("always"):
         for _ in range(2):
@@ -81,7 +81,7 @@ def test_training_inside_computes_as_always(computed):
     assert len(computed) == 6 and model.norm_0.mlp_gamma.weight.grad is not None
 
 
-def test_dtypes_and_sizes_are_kept_apart(computed):
+def test_dtypes_and_sizes_have_separate_tables(computed):
     spade, layout = SPADE(8, 5, 8), layout_of()
     with torch.no_grad(), spade_fast.frozen(spade):
         for _ in range(2):
@@ -106,7 +106,7 @@ def test_memory_is_bounded(computed):
             *layouts,
             layouts[3],
             layouts[0],
-        ]:  # the first makes room for the last, and the second for the first
+        ]:  # the first is dropped for the last, and the second for the first
             spade(x, layout)
         assert len(computed) == 5 and tables.bytes == sum(sizes) - sizes[1]
     computed.clear()
@@ -138,7 +138,7 @@ def test_a_change_of_weights_is_an_error(change):
         change(spade)
 
 
-def test_an_error_inside_comes_out_as_it_is():
+def test_an_error_inside_is_raised_unchanged():
     spade = SPADE(8, 5, 8)
     with pytest.raises(KeyError), torch.no_grad(), spade_fast.frozen(spade):
         spade.mlp_gamma.weight.add_(1)
@@ -204,7 +204,7 @@ def test_a_model_without_spades():
         pass
 
 
-def test_a_thread_that_brings_no_context_is_not_frozen():
+def test_a_thread_without_the_context_is_not_frozen():
     spade, layout, x = SPADE(8, 5, 8), layout_of(), torch.randn(1, 8, 32, 32)
 
     def sample():
@@ -221,7 +221,7 @@ def test_a_thread_that_brings_no_context_is_not_frozen():
 
 
 def pair():
-    """A model, others of its weights, a function of the weights that is the truth, and inputs."""
+    """A model, other weights for it, a function from weights to the truth, and inputs."""
     model = block().double()
     others = {name: 1 + one.detach().sin() for name, one in model.named_parameters()}
     layout, x = layout_of(), torch.randn(1, 8, 32, 32, dtype=torch.float64)
@@ -282,7 +282,7 @@ def by_modules(model, others, forward):
 
 
 def by_copies_and_back(model, others, forward):
-    """As an EMA does: the weights are written over, and written back to the last bit."""
+    """As with an EMA: the weights are overwritten, then restored to the last bit."""
     kept = {name: one.clone() for name, one in model.named_parameters()}
     for name, one in model.named_parameters():
         one.copy_(others[name])
@@ -296,7 +296,7 @@ def by_copies_and_back(model, others, forward):
 @pytest.mark.parametrize(
     "exchange", [by_functional_call, by_data, by_parameters, by_modules, by_copies_and_back]
 )
-def test_weights_that_are_exchanged_and_given_back(exchange, first):
+def test_weights_that_are_exchanged_and_restored(exchange, first):
     model, others, truth, x, layout = pair()
     own = {name: one.detach().clone() for name, one in model.named_parameters()}
     forward = functools.partial(model, x, layout)
@@ -309,13 +309,15 @@ def test_weights_that_are_exchanged_and_given_back(exchange, first):
                 assert same(exchange(model, others, forward), truth(others))
                 assert same(forward(), truth(own))
     except RuntimeError as error:
-        # The weights were written to: the end may say so.
+        # The weights were written to, so the end of frozen may report it.
         assert exchange in (by_copies_and_back, by_modules), error
         assert "weights changed inside frozen" in str(error)
 
 
 def ends_out_of_order(model, layout, x):
-    """Two threads hold the model frozen; who began first ends first. What they raised."""
+    """Two threads hold the model frozen; the one that began first ends first. Returns the errors
+    that they raised.
+    """
     begun, ended, errors = [threading.Event() for _ in range(2)], threading.Event(), []
 
     def hold(number):
@@ -354,7 +356,7 @@ def tasks_end_out_of_order(model, layout, x):
         await asyncio.sleep(0.01)
         await asyncio.gather(first, hold(0.03))
 
-    with torch.no_grad():  # around both: what turns gradients off is a thread's, not a task's
+    with torch.no_grad():  # around both tasks, because no_grad holds for a thread, not for a task
         asyncio.run(both())
     return errors
 
@@ -373,7 +375,7 @@ def scopes_end_out_of_order(model, layout, x):
 @pytest.mark.parametrize(
     "hold", [ends_out_of_order, tasks_end_out_of_order, scopes_end_out_of_order]
 )
-def test_scopes_that_overlap_end_for_good(hold):
+def test_overlapping_scopes_end_completely(hold):
     model, others, truth, x, layout = pair()
     assert not hold(model, layout, x)
     with torch.no_grad():
@@ -419,7 +421,7 @@ EDITS = {
 )
 @pytest.mark.parametrize("edit", EDITS)
 def test_a_layout_that_is_edited(edit, scope):
-    """As a painting program does, whose user moves an edge."""
+    """As in a painting program, when the user moves an edge."""
     model, _, _, x, layout = pair()
     plain = reference.SPADEResnetBlock(8, 4, "spadeinstance3x3", 5, nhidden=8).double()
     plain.load_state_dict(model.state_dict())
@@ -453,7 +455,7 @@ def test_an_edited_layout_pooled_repeated_and_resized(edit):
 
 
 @pytest.mark.parametrize("condition", ["layout", "label map"])
-def test_a_layout_that_is_gone_takes_its_tables_along(condition):
+def test_tables_are_freed_with_their_layout(condition):
     model, x, gone, held = block(), torch.randn(1, 8, 32, 32), [], []
     with torch.no_grad(), spade_fast.frozen(model) as tables:
         for seed in range(4):
@@ -473,7 +475,7 @@ def test_a_layout_that_is_gone_takes_its_tables_along(condition):
         assert condition != "layout" or tables.bytes == 0
 
 
-def test_a_model_that_is_gone_takes_its_tables_along():
+def test_tables_are_freed_with_their_model():
     x, layout = torch.randn(1, 8, 32, 32), layout_of()
     model = block()
     gone = weakref.ref(model)
@@ -492,7 +494,7 @@ def test_a_model_that_is_gone_takes_its_tables_along():
         lambda spade: setattr(spade.mlp_gamma[1], "eps", 1.0),
     ],
 )
-def test_what_is_no_weight_and_changes(change):
+def test_changes_of_anything_but_weights(change):
     spade, layout, x = SPADE(8, 5, 8).eval(), layout_of(), torch.randn(1, 8, 32, 32)
     spade.mlp_shared[1] = nn.LeakyReLU(0.2)
     spade.mlp_gamma = nn.Sequential(spade.mlp_gamma, nn.InstanceNorm2d(8))
@@ -505,7 +507,7 @@ def test_what_is_no_weight_and_changes(change):
 
 
 def by_pytorchs_own_norm(model):
-    """Which writes to running statistics without their versions' saying so."""
+    """Which writes to running statistics without changing their versions."""
     model.norm_0.param_free_norm.train()(torch.randn(2, 8, 4, 4))
     model.norm_0.param_free_norm.eval()
 
@@ -556,7 +558,7 @@ def test_norms_and_spectral_norm_that_change(change):
     with torch.no_grad():
         try:
             with spade_fast.frozen(model):
-                for size in (32, 2):  # x is divided by sigma where it is smaller than the weight
+                for size in (32, 2):  # x is divided by σ where it is smaller than the weight
                     model(x[..., :size, :size], layout)
                 NORMS_AND_SIGMA[change](model)
                 dtype = model.conv_0.bias.dtype
@@ -574,7 +576,7 @@ def test_norms_and_spectral_norm_that_change(change):
 
 
 def outside(model, x, layout):
-    """What the model gives where nothing is frozen: in a thread of its own, which has no scope."""
+    """The model's result without frozen: in a new thread, which has no scope."""
     found = []
 
     def run():
@@ -587,20 +589,22 @@ def outside(model, x, layout):
     return found[0]
 
 
-def test_norms_and_sigma_are_found_once(monkeypatch):
+def test_norms_and_sigma_are_computed_once(monkeypatch):
     model, x = (
         SPADEResnetBlock(8, 4, "spectralspadebatch3x3", 5, nhidden=8).eval(),
         torch.randn(2, 8, 2, 2),
     )
-    calls = []
-    for name in ("mv", "rsqrt"):
-        own = getattr(torch, name)
-        monkeypatch.setattr(
-            torch, name, lambda *arguments, own=own: calls.append(own) or own(*arguments)
-        )
+    calls, chosen = [], kernels.select(x)
+
+    def count(function):
+        return lambda *arguments: calls.append(function) or function(*arguments)
+
+    monkeypatch.setattr(torch, "mv", count(torch.mv))
+    counted = dataclasses.replace(chosen, running_planes=count(chosen.running_planes))
+    monkeypatch.setattr(kernels, "BEST_FIRST", (counted,))
     with torch.no_grad(), spade_fast.frozen(model):
         found = [model(x, layout_of(seed)) for seed in (0, 1, 0)]
-        assert len(calls) == 2 * 3  # sigma of three convolutions, planes of three norms
+        assert len(calls) == 2 * 3  # σ of three convolutions, planes of three norms
         model(x[:1], layout_of(0))
         assert len(calls) == 3 * 3  # the planes of one image
     assert torch.equal(found[0], found[2])
@@ -626,7 +630,7 @@ def test_sigma_with_and_without_autocast(dtype):
 @pytest.mark.parametrize(
     "tensor", ["norm_0.param_free_norm.running_mean", "conv_0.weight_orig", "conv_1.weight_u"]
 )
-def test_a_change_of_norms_and_convolutions_that_pytorch_does_not_see(tensor):
+def test_changes_of_norms_and_convolutions_that_versions_do_not_show(tensor):
     model = SPADEResnetBlock(8, 4, "spectralspadebatch3x3", 5, nhidden=8).eval()
     module, x = tensor.rpartition(".")[0], torch.randn(1, 8, 2, 2)
     with pytest.raises(RuntimeError, match=f"changed inside frozen.*: {module};"):
@@ -639,7 +643,9 @@ def test_a_change_of_norms_and_convolutions_that_pytorch_does_not_see(tensor):
 
 @pytest.fixture
 def gathering(monkeypatch):
-    """Kernels that gather rows in half precision, as on a GPU. What they were given of weights."""
+    """Kernels that gather rows in half precision, as on a GPU, and record the weights' addresses in
+    a list.
+    """
     given = []
 
     def convolve(rows, weight, bias, offsets, listed):
@@ -676,7 +682,7 @@ PACKED = {
 
 @pytest.mark.parametrize("change", PACKED)
 @pytest.mark.parametrize("kernel_size", [1, 3])
-def test_weights_in_the_order_of_the_kernels(gathering, change, kernel_size):
+def test_weights_packed_for_the_kernels(gathering, change, kernel_size):
     spade = SPADE(8, 5, 8, kernel_size=kernel_size).eval().bfloat16()
     x = torch.randn(1, 8, 32, 32)
     try:
@@ -697,7 +703,7 @@ def test_weights_in_the_order_of_the_kernels(gathering, change, kernel_size):
         assert change != "nothing" and "weights changed inside frozen" in str(error)
 
 
-def test_the_palette_is_read_anew_when_it_is_edited(gathering):
+def test_an_edited_palette_is_read_again(gathering):
     spade, x, layout = SPADE(8, 5, 8).eval().bfloat16(), torch.randn(1, 8, 32, 32), layout_of()
     with torch.no_grad(), spade_fast.window_mode("always"):
         spade(x.bfloat16(), layout)

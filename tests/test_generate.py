@@ -1,4 +1,4 @@
-"""`spade-fast generate`: which images it makes, and what is wrong with label maps and options."""
+"""`spade-fast generate`: its images, and its refusals of label maps and options."""
 
 import multiprocessing
 import os
@@ -61,7 +61,7 @@ def written_weights(folder, **settings):
 
 
 def run(*arguments, code=0):
-    """What the command says."""
+    """Runs the command, and returns its output."""
     result = CliRunner().invoke(app, ["generate", *map(str, arguments)])
     assert result.exit_code == code, result.output
     return " ".join(result.output.split())
@@ -73,13 +73,13 @@ def coco(weights, folder, out, *more, code=0):
 
 
 def images_in(folder):
-    """uint8 [height, width, 3] of each PNG by its name; all other files, too, should be PNGs."""
+    """uint8 [height, width, 3] of each PNG by its name. Asserts that there are no other files."""
     paths = [path for path in folder.rglob("*") if path.is_file()]
     return {path.relative_to(folder).as_posix(): np.asarray(Image.open(path)) for path in paths}
 
 
 def by_hand(weights, folder, name, z=None):
-    """One image, as README says it, and as an image file has it."""
+    """One image as README computes it, rounded as in an image file."""
     generator = checkpoint.load(weights).fold_spectral_norm()
     maps = (Image.open(folder / kind / f"{name}.png") for kind in ("label", "inst"))
     labels, instances = (
@@ -97,7 +97,7 @@ def names(samples=1):
     return {f"{number:03}{ending}.png" for number in range(SCENES) for ending in endings}
 
 
-def test_images_are_those_of_the_generator_by_hand(scenes, weights, tmp_path):
+def test_images_equal_those_of_a_direct_call(scenes, weights, tmp_path):
     words = coco(weights, scenes, tmp_path / "out")
     assert words == f"{SCENES} images in {tmp_path / 'out'}."
     found = images_in(tmp_path / "out")
@@ -107,18 +107,18 @@ def test_images_are_those_of_the_generator_by_hand(scenes, weights, tmp_path):
         assert np.array_equal(image, expected) and image.std() > 1
 
 
-def test_weights_that_do_not_say_enough(scenes, weights, tmp_path):
+def test_weights_that_do_not_determine_the_network(scenes, weights, tmp_path):
     one, other = (dict(generator_of(ngf=ngf).state_dict()) for ngf in (2, 3))
     torch.save({"ema": one, "raw": other}, tmp_path / "both.pth")
     options = ("--crop-size", SIZE)
     words = coco(tmp_path / "both.pth", scenes, tmp_path / "out", *options, code=2)
-    assert "several are there, key should say which of them" in words
+    assert "there are several networks; key should name one of them" in words
     coco(tmp_path / "both.pth", scenes, tmp_path / "out", *options, "--key", "ema")
     found = images_in(tmp_path / "out")
     assert np.array_equal(found["003.png"], by_hand(weights, scenes, "003"))
 
 
-def test_batches_are_within_a_rounding(scenes, weights_with_z, tmp_path):
+def test_batches_differ_by_at_most_a_rounding(scenes, weights_with_z, tmp_path):
     for batch in (1, 4):
         coco(weights_with_z, scenes, tmp_path / str(batch), "--batch", batch, "--samples", 2)
     one, four = (images_in(tmp_path / batch) for batch in ("1", "4"))
@@ -174,7 +174,7 @@ def test_the_style_of_a_photograph(scenes, weights_with_z, tmp_path):
 
 
 def ruin(folder):
-    """What is wrong with each of the label maps, all but one."""
+    """Ruins all label maps but one, and returns the words that name each fault."""
     labels = folder / "label"
     whole = (labels / "000.png").read_bytes()
     (labels / "000.png").write_bytes(whole[: len(whole) // 2])
@@ -188,23 +188,23 @@ def ruin(folder):
     Image.fromarray(wrong).save(folder / "inst" / "005.png")
     Image.fromarray(wrong).save(labels / "006.png")
     return {
-        "000.png is no image, or not a whole one",
-        "001.png is no image, or not a whole one: of no format that is known",
+        "000.png is not an image, or is incomplete",
+        "001.png is not an image, or is incomplete: its format is not recognised",
         "003.png: labels has a 200 in",
-        "004.png: instances is 52 × 40, labels is 52 × 20: they should be of one size",
+        "004.png: instances is 52 × 40, labels is 52 × 20: they should have the same size",
         "005.png has colours (RGB)",
         "006.png has no partner in instances",
     }
 
 
-def test_what_is_wrong_with_some_is_named_and_the_others_are_made(folder, weights, tmp_path):
+def test_wrong_label_maps_are_named_and_the_others_generated(folder, weights, tmp_path):
     faults = ruin(folder)
     words = coco(weights, folder, tmp_path / "out", code=1)
     assert all(fault in words for fault in faults) and f"{len(faults)} faults." in words
     assert "1 images in" in words and set(images_in(tmp_path / "out")) == {"002.png"}
 
 
-def test_values_that_are_not_finite_are_no_image(scenes, tmp_path):
+def test_values_that_are_not_finite_are_refused(scenes, tmp_path):
     generator = generator_of()
     torch.nn.init.constant_(generator.conv_img.bias, float("nan"))
     checkpoint.write(generator, tmp_path / "generator.pth")
@@ -213,7 +213,7 @@ def test_values_that_are_not_finite_are_no_image(scenes, tmp_path):
     assert not images_in(tmp_path / "out")
 
 
-def test_resume_skips_what_is_there(scenes, weights_with_z, tmp_path):
+def test_resume_skips_existing_images(scenes, weights_with_z, tmp_path):
     out = tmp_path / "out"
     coco(weights_with_z, scenes, out, "--samples", 2)
     before = images_in(out)
@@ -230,7 +230,9 @@ def test_resume_skips_what_is_there(scenes, weights_with_z, tmp_path):
 
 
 def generate_until_killed(weights, folder, out):
-    """Generates, and is killed where the third file is written and has not its name yet."""
+    """Generates in a process that is killed while the third file is written, before it has its
+    final name.
+    """
     torch.set_num_threads(1)
     replaced, replace = [], os.replace
 
@@ -246,7 +248,7 @@ def generate_until_killed(weights, folder, out):
     coco(weights, folder, out)
 
 
-def test_a_killed_process_leaves_no_half_written_image(scenes, weights, tmp_path):
+def test_a_killed_process_leaves_no_partial_image(scenes, weights, tmp_path):
     out = tmp_path / "out"
     processes = multiprocessing.get_context("forkserver")
     processes.set_forkserver_preload(["spade_fast.training", "drawn_data"])
@@ -261,7 +263,7 @@ def test_a_killed_process_leaves_no_half_written_image(scenes, weights, tmp_path
     assert f"{len(there)} were there" in words and set(images_in(out)) == names()
 
 
-def test_a_full_disk_ends_it(scenes, weights, tmp_path, monkeypatch):
+def test_a_full_disk_ends_the_command(scenes, weights, tmp_path, monkeypatch):
     def full(descriptor):
         raise OSError(28, "No space left on device")
 
@@ -270,7 +272,7 @@ def test_a_full_disk_ends_it(scenes, weights, tmp_path, monkeypatch):
     assert not images_in(tmp_path / "out")
 
 
-def test_a_folder_of_a_run_says_the_rest(scenes, folder, tmp_path):
+def test_a_runs_folder_provides_the_settings(scenes, folder, tmp_path):
     settings = settings_for(scenes, out=str(tmp_path / "run"), steps=1)
     path = train(Config(**settings))
     run(tmp_path / "run", "--labels", scenes / "label", "--out", tmp_path / "out")
@@ -292,7 +294,7 @@ def test_a_folder_of_a_run_says_the_rest(scenes, folder, tmp_path):
     assert origin(files) == {"average": "ema", "seed": 0}
 
 
-def test_a_run_has_its_encoder(scenes, tmp_path):
+def test_a_runs_encoder_is_used(scenes, tmp_path):
     settings = settings_for(scenes, out=str(tmp_path / "run"), steps=1, use_vae=True, z_dim=3)
     path, style = train(Config(**settings)), scenes / "img" / "001.png"
     options = ("--labels", scenes / "label", "--style", style)
@@ -360,8 +362,8 @@ def test_maps_in_colours_and_folders_of_folders(tmp_path):
     assert (tmp_path / "out" / "night" / "a.png").is_file() and np.array_equal(image, expected)
 
 
-def test_files_as_cityscapes_has_them(scenes, tmp_path):
-    """Instance maps lie beside the label maps, and names end otherwise."""
+def test_files_named_as_in_cityscapes(scenes, tmp_path):
+    """Instance maps are beside the label maps, and names have other endings."""
     generator = SPADEGenerator.official(36, crop_size=32, ngf=2, nhidden=4)
     checkpoint.write(generator, tmp_path / "generator.pth")
     labels, instances = (tmp_path / kind / "aachen" for kind in ("label", "inst"))
@@ -398,17 +400,15 @@ def test_files_as_cityscapes_has_them(scenes, tmp_path):
         (["--palette", "/nowhere"], "--palette is /nowhere, which is not there"),
     ],
 )
-def test_options_that_are_wrong_are_refused_before_any_work(
-    scenes, weights, tmp_path, options, words
-):
+def test_wrong_options_are_refused_before_any_work(scenes, weights, tmp_path, options, words):
     assert words in coco(weights, scenes, tmp_path / "out", *options, code=2)
     assert not (tmp_path / "out").exists()
 
 
-def test_paths_that_are_wrong(scenes, weights, tmp_path):
+def test_wrong_paths(scenes, weights, tmp_path):
     assert "is not there" in coco(tmp_path / "none.pth", scenes, tmp_path / "out", code=2)
     (tmp_path / "text.pth").write_text("no weights")
-    assert "no file of weights" in coco(tmp_path / "text.pth", scenes, tmp_path / "out", code=2)
+    assert "not a file of weights" in coco(tmp_path / "text.pth", scenes, tmp_path / "out", code=2)
     checkpoint.write(ConvEncoder(2, 3), tmp_path / "encoder.pth")
     words = coco(tmp_path / "encoder.pth", scenes, tmp_path / "out", code=2)
     assert "weights are those of a ConvEncoder, they should be a generator's" in words

@@ -1,4 +1,4 @@
-"""Once a layout's windows are numbered, nothing waits for the device any more: steps can be
+"""Once a layout's windows are numbered, nothing waits for the device any more, so steps can be
 captured in CUDA graphs.
 """
 
@@ -24,9 +24,7 @@ MODULES = {
 
 
 def step(module, device):
-    """A function that does a training step's forward and backward on tensors of its own, and those
-    tensors.
-    """
+    """A function that runs a training step's forward and backward on its own tensors, and its x."""
     module = module().to(device)
     layout = (
         SemanticLayout.from_labels(patches((2, 6, 6), 5), 5, patches((2, 6, 6), 2, seed=1))
@@ -49,7 +47,7 @@ def step(module, device):
 def test_nothing_waits_for_the_device(name, module, monkeypatch):
     monkeypatch.setattr(
         arguments, "_check_index", lambda *given: None
-    )  # looks at the numbers, but on a CPU alone
+    )  # reads the values, but only on a CPU
     with spade_fast.use_backend(name):
         run, _ = step(MODULES[module], BACKENDS[name])
         with NothingWaits():
@@ -59,7 +57,7 @@ def test_nothing_waits_for_the_device(name, module, monkeypatch):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA GPU here")
 @pytest.mark.parametrize("module", MODULES)
 @pytest.mark.parametrize("name", [name for name in BACKENDS if BACKENDS[name] == "cuda"])
-def test_a_captured_step_gives_the_same_bits(name, module):
+def test_a_captured_step_computes_the_same_bits(name, module):
     with spade_fast.use_backend(name):
         run, x = step(lambda: MODULES[module]().eval(), "cuda")
         stream = torch.cuda.Stream()
@@ -84,7 +82,7 @@ def small_generator():
 
 @pytest.mark.parametrize("network", [lambda: SPADE(6, 7, 4), small_generator])
 @pytest.mark.parametrize("mode", ["auto", "always"])
-def test_a_layout_written_over_another(backend, network, mode):
+def test_a_layout_overwritten_with_another(backend, network, mode):
     network, layouts = network().eval(), [drawn_layout(patch) for patch in (8, 16, 1)]
     inputs = [torch.randn(2, 5)] if isinstance(network, SPADEGenerator) else []
     call = (
@@ -105,7 +103,7 @@ def test_a_layout_written_over_another(backend, network, mode):
 
 
 def drawn_layout(patch, size=32):
-    """Two layouts of random patches: the smaller these are, the more windows."""
+    """Two layouts of random patches. Smaller patches give more windows."""
     labels = (
         torch.randint(7, (2, 1, size // patch, size // patch))
         .repeat_interleave(patch, 2)
@@ -124,9 +122,7 @@ def tensors_of(layout):
 
 
 class Streams:
-    """A GPU's streams, as far as they can be followed without one: what was put into which, in
-    order.
-    """
+    """Stands in for a GPU's streams, and logs what each is given, in order."""
 
     def __init__(self, log, name="here"):
         self.log, self.name = log, name
@@ -143,7 +139,7 @@ class Streams:
 
 
 @pytest.mark.parametrize("times", [1, 2])
-def test_tables_are_made_beside_the_network(times, monkeypatch):
+def test_tables_are_computed_on_a_second_stream(times, monkeypatch):
     generator, log = small_generator().eval(), []
     layout, z = SemanticLayout.stack([drawn_layout(8)]), torch.randn(2 * times, 5)
     monkeypatch.setattr(torch.cuda, "Stream", lambda: Streams(log, "beside"))
@@ -155,7 +151,7 @@ def test_tables_are_made_beside_the_network(times, monkeypatch):
         plain = (
             generator(drawn_layout(16), z),
             generator(layout, z),
-        )  # another layout is not this one's concern
+        )  # another layout is not affected
         generator.conv_img.register_forward_pre_hook(lambda *given: log.append("last convolution"))
         with ahead.made(layout):
             assert torch.equal(generator(layout, z), plain[1])
@@ -186,7 +182,7 @@ def test_a_generator_in_one_graph():
     assert is_right(layout) and is_right(layouts[1])
 
 
-def test_what_cannot_be_graphed():
+def test_models_that_cannot_be_graphed():
     generator = small_generator()
     with pytest.raises(ValueError, match="network is in train mode"):
         spade_fast.Graphed(generator, drawn_layout(8))

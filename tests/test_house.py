@@ -1,11 +1,11 @@
-"""The house: which file imports which, and what is public has types."""
+"""Rules of the code: which file imports which, and public functions have types."""
 
 import ast
 from graphlib import TopologicalSorter
 from pathlib import Path
 
 PACKAGE = Path(__file__).parent.parent / "spade_fast"
-# From the ground up: a room imports those before it, and none after it.
+# From the bottom up: a room imports only those before it.
 ROOMS = (
     "kernels",
     "layout",
@@ -26,7 +26,7 @@ ROOMS = (
 
 
 def imports():
-    """The modules that each module of the package imports, also inside of functions."""
+    """The modules that each module of the package imports, including imports inside functions."""
     graph = {}
     for file in PACKAGE.rglob("*.py"):
         inside = file.relative_to(PACKAGE).with_suffix("").parts
@@ -45,7 +45,7 @@ def imports():
     return graph
 
 
-def test_imports_run_in_no_circle():
+def test_imports_have_no_circles():
     assert list(TopologicalSorter(imports()).static_order())
 
 
@@ -60,7 +60,7 @@ def test_arrows_go_down():
 
 def public_functions(node):
     """The functions and methods without an underscore, and the special methods, in a module or a
-    class; but for Triton's kernels, whose annotations Triton reads.
+    class. Triton's kernels are excluded, because Triton reads their annotations.
     """
     for child in node.body:
         special = getattr(child, "name", "").startswith("__")
@@ -74,7 +74,7 @@ def public_functions(node):
             yield child
 
 
-def test_what_is_public_has_types():
+def test_public_functions_have_types():
     missing = []
     for file in PACKAGE.rglob("*.py"):
         for function in public_functions(ast.parse(file.read_text())):
@@ -94,7 +94,7 @@ def test_what_is_public_has_types():
 
 
 def test_no_test_imports_another():
-    """What tests share is in modules of its own."""
+    """Helpers that tests share have modules of their own."""
     for file in Path(__file__).parent.glob("*.py"):
         for node in ast.walk(ast.parse(file.read_text())):
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []

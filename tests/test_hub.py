@@ -1,5 +1,5 @@
-"""The package as a kernel of the Hugging Face Hub: its build.toml, and the layout of
-docs/pages/hub.md, as PyPI's `kernels` reads them.
+"""The package as a kernel of the Hugging Face Hub: PyPI's `kernels` reads its build.toml, and the
+layout in docs/pages/hub.md.
 """
 
 import json

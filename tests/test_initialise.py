@@ -26,7 +26,7 @@ DRAWS = {
 
 @pytest.mark.parametrize("kind", DRAWS)
 def test_equals_torch(kind):
-    """Every weight in the order of the modules, then nothing else is drawn."""
+    """Every weight in the order of the modules, and nothing else is drawn."""
     network = nn.Sequential(
         nn.Conv2d(3, 4, 3),
         nn.GroupNorm(2, 4),
@@ -64,7 +64,7 @@ def test_equals_torch(kind):
     ids=lambda network: type(network).__name__,
 )
 def test_deviation_of_each_layer(network):
-    """Within six standard errors of a normal distribution's standard deviation, and of its mean."""
+    """Within six standard errors of a normal distribution's standard deviation and mean."""
     initialise(network)
     layers = 0
     for module in network.modules():
@@ -127,6 +127,6 @@ def test_refuses(arguments, error, words):
 def test_refuses_weight_norm(norm):
     network = nn.Sequential(nn.Linear(2, 2), norm(nn.Linear(2, 2)))
     before = network[0].weight.clone()
-    with pytest.raises(ValueError, match="the weight of 1 is made of other parameters"):
+    with pytest.raises(ValueError, match="the weight of 1 is computed from other parameters"):
         initialise(network)
     assert torch.equal(network[0].weight, before)

@@ -1,4 +1,4 @@
-"""A generator's step: fakes and reals judged apart are what they are in one batch."""
+"""A generator's step is the same whether fakes and reals are judged separately or in one batch."""
 
 import copy
 
@@ -23,7 +23,7 @@ def inputs(images=2, size=32):
 
 
 def loss_of(of_fakes, of_reals):
-    """The hinge's, and feature matching's."""
+    """The hinge loss and feature matching."""
     loss = 0
     for fake, real in zip(of_fakes, of_reals):
         loss = loss - fake[-1].mean()
@@ -50,8 +50,8 @@ def numbers(run, network, fakes, reals, layout):
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("images", [2, 4])
 @pytest.mark.parametrize("dense", [False, True])
-def test_equals_one_batch(training, images, dense):
-    """Results, the gradient of the fakes and spectral vectors, over several steps."""
+def test_judging_separately_equals_one_batch(training, images, dense):
+    """Results, the fakes' gradient and spectral norm's vectors, over several steps."""
     network, (fakes, reals, layout) = discriminator().train(training), inputs(images)
     other = copy.deepcopy(network)
     seen = layout.to_segmap(torch.float64) if dense else layout
@@ -68,7 +68,7 @@ def test_equals_one_batch(training, images, dense):
                     parameter.mul_(1.1)
 
 
-def test_leaves_the_discriminator_as_it_was():
+def test_the_discriminator_is_unchanged():
     network, (fakes, reals, layout) = discriminator(), inputs()
     of_fakes, of_reals = judge(network, fakes, reals, layout)
     loss_of(of_fakes, of_reals).backward()
@@ -81,8 +81,8 @@ def test_leaves_the_discriminator_as_it_was():
     assert all(parameter.requires_grad for parameter in network.parameters())
 
 
-def test_backward_takes_half():
-    """And less where the parameters' gradients were computed and thrown away."""
+def test_backward_takes_half_the_flops():
+    """And less than a third of a batch whose parameters' gradients are computed, too."""
     network, (fakes, reals, layout) = discriminator(), inputs(size=64)
     spent = {}
     for run in (judge, in_one_batch):
@@ -122,7 +122,7 @@ HOW = ["hook", "hook inside", "batch norm", "running statistics", "another class
 
 
 @pytest.mark.parametrize("how", HOW)
-def test_any_other_has_one_batch(how):
+def test_a_changed_discriminator_gets_one_batch(how):
     (network, calls), (fakes, reals, layout) = changed(discriminator(), how), inputs()
     other = copy.deepcopy(network)
     assert judges_each_image(discriminator()) and not judges_each_image(network)
@@ -137,8 +137,12 @@ def test_any_other_has_one_batch(how):
 def test_refuses():
     network, (fakes, reals, layout) = discriminator(), inputs()
     for arguments, error, words in (
-        ((fakes[:1], reals), ValueError, r"fakes has the shape \[1, 3, 32, 32\], it should be \[2"),
-        ((fakes[:1], reals[:1]), ValueError, "fakes has a batch of 1, it should be a multiple of"),
+        (
+            (fakes[:1], reals),
+            ValueError,
+            r"fakes has shape \[1, 3, 32, 32\], .* that of reals, \[2",
+        ),
+        ((fakes[:1], reals[:1]), ValueError, "fakes has 1 images, it should have a multiple of"),
         ((fakes, [reals]), TypeError, "reals is a list, it should be a tensor of images"),
     ):
         with pytest.raises(error, match=words):

@@ -1,6 +1,4 @@
-"""What is counted of a GPU's work without a GPU: that the counting is right, and that no path asks
-for more than its limit.
-"""
+"""The counts of a GPU's work without a GPU are right, and no path exceeds its limit."""
 
 import pytest
 import torch
@@ -12,7 +10,7 @@ from benchmarks import cli, launches
 from spade_fast import SemanticLayout, kernels
 
 
-def test_no_path_asks_for_more_than_its_limit():
+def test_no_path_exceeds_its_limit():
     found = launches.count_all()
     assert launches.excesses(found) == []
     assert launches.LIMITS.keys() == found.keys() - {"generator, eager"}
@@ -26,7 +24,7 @@ def test_no_path_asks_for_more_than_its_limit():
     assert all(name.split(",")[0] in text for name in found) and "(230)" in text
 
 
-def test_more_than_a_limit_is_said(monkeypatch):
+def test_a_count_above_its_limit_is_reported(monkeypatch):
     monkeypatch.setattr(launches, "count_all", lambda names: {"layer": launches.Counts(12, 1)})
     monkeypatch.setitem(launches.LIMITS, "layer", launches.Limit(11, 0))
     result = CliRunner().invoke(cli.app, ["launches", "--only", "layer"])
@@ -58,7 +56,7 @@ OWN = ("convolve_gathered", "sum_lists", "instance_forward", "instance_backward"
         (lambda: X.nonzero(), (3, 1, 1, 96)),
     ],
 )
-def test_what_is_counted(call, found):
+def test_counts_of_single_operations(call, found):
     counts = launches.count(call)
     assert (counts.launches, counts.waits, counts.allocations, counts.bytes) == found
 
@@ -66,11 +64,11 @@ def test_what_is_counted(call, found):
 def test_backward_is_counted():
     x = X.clone().requires_grad_()
     counts = launches.count(lambda: torch.autograd.grad((x * x).sum(), x))
-    # The product; then two of the gradient with either factor, which are added.
+    # The product, then its gradients for both factors, which are added.
     assert counts.operators["mul"] == 3 and counts.operators["add"] == 1
 
 
-def test_inside_the_package_takes_the_ways_of_a_gpu():
+def test_the_package_takes_a_gpus_code_paths():
     spade, x = spade_fast.SPADE(8, 5, 4).bfloat16(), torch.randn(1, 8, 6, 6).bfloat16()
     x.requires_grad_()
     labels = torch.arange(36).view(1, 6, 6) // 8

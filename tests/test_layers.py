@@ -1,4 +1,4 @@
-"""SPADE and its residual block against the reference modules, with the same weights."""
+"""SPADE and its residual block against the reference modules with the same weights."""
 
 import copy
 import io
@@ -39,8 +39,8 @@ def numbers(module, x, segmap, dy):
 
 
 def assert_same(ours, eager, x_shape, segmap_shape, fout=None, dtype=torch.float32, steps=2):
-    """By the project's rule, in every output, gradient and buffer, over some steps in train mode
-    and one in eval mode.
+    """Compares every output, gradient and buffer by the rule of agreement, over some steps in train
+    mode and one in eval mode.
     """
     ours, eager = ours.to(dtype), eager.to(dtype)
     eager.load_state_dict(ours.state_dict())
@@ -56,27 +56,27 @@ def assert_same(ours, eager, x_shape, segmap_shape, fout=None, dtype=torch.float
             scale = true[name].abs().max().item()
             if name.endswith(
                 "bias"
-            ):  # before an instance norm its gradient is zero in exact arithmetic
+            ):  # the gradient of a bias before an instance norm is zero in exact arithmetic
                 weight = name.removesuffix("bias") + "weight"
                 scale = max(
                     scale, true[weight if weight in true else weight + "_orig"].abs().max().item()
                 )
             if name.endswith(
                 "running_mean"
-            ):  # means nearly cancel: rounded as x is, of deviation 1, times the momentum
+            ):  # means nearly cancel: their error is the momentum, 0.1, times a rounding of x
                 scale = max(scale, 0.1)
             assert excess(found[name], yardstick[name], true[name], scale) <= 1, (step, name)
 
 
 @pytest.mark.parametrize("pixels", [(8, 7), (64, 64)])
-def test_inference_in_memory_of_its_own(pixels, monkeypatch):
+def test_inference_writes_only_to_its_own_memory(pixels, monkeypatch):
     monkeypatch.setattr(spade, "ALWAYS_FRESH", 0)
     block, seen = spade_fast.SPADEResnetBlock(6, 5, "spadeinstance3x3", 4), []
     x, segmap = torch.randn(2, 6, *pixels), torch.randn(2, 4, *pixels)
     given, expected = (x.clone(), segmap.clone()), block(x, segmap)
     with torch.no_grad():
         assert torch.allclose(block(x, segmap), expected, atol=1e-5)
-        # Whoever looks at what a convolution returned keeps what he saw.
+        # A hook may keep a convolution's result, which must not change.
         parts = [block.conv_s, block.conv_0, block.norm_0.mlp_gamma]
         for part in parts:
             part.register_forward_hook(lambda part, inputs, y: seen.append((y, y.clone())))
@@ -124,14 +124,14 @@ def test_the_condition_may_have_any_size(size):
     ],
     ids=repr,
 )
-def test_a_norm_of_ones_own(norm):
+def test_a_users_own_norm(norm):
     norm = copy.deepcopy(norm).to(torch.get_default_device())
     layers = (module.SPADE(4, 3, 6, norm=copy.deepcopy(norm)) for module in (spade_fast, reference))
     assert_same(*layers, (2, 4, 5, 6), (2, 3, 5, 6), steps=3)
 
 
 @pytest.mark.parametrize("size", [(8, 6), (16, 18), (8, 13), (4, 3), (5, 7), (80, 6)])
-def test_resize_takes_torchs_pixels(size):
+def test_resize_picks_the_same_pixels_as_torch(size):
     segmap = torch.arange(2 * 3 * size[0] * size[1]).float().reshape(2, 3, *size)
     expected = nn.functional.interpolate(segmap, size=(8, 6), mode="nearest")
     assert torch.equal(resize(segmap, torch.Size((8, 6))), expected)
@@ -142,7 +142,7 @@ def test_resize_takes_torchs_pixels(size):
 @pytest.mark.parametrize(
     "shape", [(2, 8, 5, 6), (1, 3, 4, 7), (2, 6, 3), (2, 4, 3, 2, 5), (0, 4, 2, 2)]
 )
-def test_pixels_are_repeated_as_torch_does(shape, factor, dtype):
+def test_pixels_are_repeated_as_in_torch(shape, factor, dtype):
     x = torch.randint(-8, 8, shape).to(dtype).movedim(1, -1).contiguous().movedim(-1, 1)
     x.requires_grad_()
     repeated = RepeatPixels.apply(x, factor)
@@ -167,7 +167,7 @@ def test_settings_of_the_norm_are_read_when_they_are_used():
     assert_same(ours, eager, (2, 4, 5, 6), (2, 3, 5, 6))
 
 
-def test_hooks_on_the_parts_are_called():
+def test_hooks_on_submodules_are_called():
     ours, eager = spade_fast.SPADE(4, 3, 6), reference.SPADE(4, 3, 6)
     for layer in (ours, eager):
         nn.utils.spectral_norm(layer.mlp_gamma)
@@ -254,7 +254,7 @@ def test_spectral_norm_divides_the_smaller_of_x_and_weight(dtype, size, divides_
     ours.weight_u, ours.weight_v = (
         left[:, 0].clone(),
         right[0].clone(),
-    )  # from random vectors σ may be about zero
+    )  # with its initial random vectors, σ may be about zero
     ours, stale = ours.to(dtype), ours.weight
     eager = copy.deepcopy(ours)
     truth = copy.deepcopy(eager).double()
@@ -276,7 +276,7 @@ def test_spectral_norm_divides_the_smaller_of_x_and_weight(dtype, size, divides_
     assert (ours.weight is stale) == divides_x
 
 
-@pytest.mark.parametrize("size", [2, 9])  # x is the smaller one, or the weight
+@pytest.mark.parametrize("size", [2, 9])  # x is smaller, or the weight is
 def test_second_derivatives_through_spectral_norm(size):
     ours = nn.utils.spectral_norm(nn.Conv2d(6, 5, 3, padding=1)).double()
     eager = copy.deepcopy(ours)
@@ -353,8 +353,8 @@ def test_norm_0_and_norm_s_share_one_pass_of_moments(monkeypatch):
     assert calls == []
 
 
-def test_gamma_and_beta_from_one_convolution_are_the_same(monkeypatch):
-    """On a GPU γ and β come from one convolution; here the CPU is made to do so."""
+def test_gamma_and_beta_from_one_convolution(monkeypatch):
+    """On a GPU, γ and β come from one convolution; here the CPU is made to do the same."""
     calls = []
     convolve = nn.Conv2d._conv_forward
     monkeypatch.setattr(
@@ -442,7 +442,7 @@ def test_keys_and_the_order_of_parameters_are_the_references(norm_G, fin, fout):
     assert list(ours.state_dict()) == list(eager.state_dict())
     assert [name for name, _ in ours.named_parameters()] == [
         name for name, _ in eager.named_parameters()
-    ]  # optimizers count them
+    ]  # an optimizer's state refers to parameters by their order
     restored = reference.SPADEResnetBlock(fin, fout, norm_G, 3)
     restored.load_state_dict(ours.state_dict())
     again = spade_fast.SPADEResnetBlock(fin, fout, norm_G, 3)
@@ -453,7 +453,7 @@ def test_keys_and_the_order_of_parameters_are_the_references(norm_G, fin, fout):
 
 
 @pytest.mark.float64
-def test_an_optimizer_step_moves_both_alike():
+def test_an_optimizer_step_changes_both_in_the_same_way():
     ours, eager = (
         module.SPADEResnetBlock(6, 4, "spectralspadebatch3x3", 3).double()
         for module in (spade_fast, reference)
@@ -474,7 +474,7 @@ def test_an_optimizer_step_moves_both_alike():
 @pytest.mark.parametrize("kernel_size", [1, 3, 5])
 @pytest.mark.parametrize("factor", [2, 3, 4])
 @pytest.mark.parametrize("spatial_dims", [1, 2, 3])
-def test_a_dense_condition_that_is_smaller_than_x_is_not_made_larger(
+def test_a_dense_condition_smaller_than_x_is_not_enlarged(
     kernel_size, factor, spatial_dims, monkeypatch
 ):
     small = (4, 3, 2)[:spatial_dims]
@@ -499,7 +499,7 @@ def test_a_dense_condition_that_is_smaller_than_x_is_not_made_larger(
 
 @pytest.mark.parametrize("dims,taps,factor", [(1, 3, 2), (2, 5, 4), (2, 1, 3), (3, 3, 2)])
 def test_a_convolution_of_repeated_pixels(dims, taps, factor):
-    """With an infinite weight, too: beside the border, where padding may be multiplied by it."""
+    """Including an infinite weight, which padding may multiply at the border."""
     conv = CONVOLUTIONS[dims](2, 3, taps, padding=taps // 2).double()
     x = torch.rand(1, 2, *[6] * dims, dtype=torch.float64) + 0.1
     inner = (..., *[slice(taps, -taps)] * dims)
@@ -538,7 +538,7 @@ def test_a_quotient_that_is_rounded_repeats_other_pixels(factor):
 
 
 @pytest.mark.float64
-def test_one_activation_twice():
+def test_one_activation_module_used_twice():
     ours, theirs = SPADE(4, 3, 5).double(), reference.SPADE(4, 3, 5).double()
     theirs.load_state_dict(ours.state_dict())
     activation = nn.GELU()
@@ -563,7 +563,7 @@ def test_running_statistics_that_are_no_longer_tracked():
         assert torch.equal(dict(ours.named_buffers())[name], buffer)
 
 
-def test_a_norm_of_fewer_dimensions_is_refused_as_it_refuses():
+def test_a_norm_of_fewer_dimensions_raises_its_own_error():
     layer = SPADE(4, 3, 5, norm=nn.BatchNorm1d(4))
     with pytest.raises(ValueError, match="expected 2D or 3D input"):
         layer(torch.randn(2, 4, 6, 6), torch.randn(2, 3, 6, 6))

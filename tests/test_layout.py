@@ -21,8 +21,8 @@ pytestmark = pytest.mark.usefixtures("backend")
 
 
 def contents_of(codes, kernel_size):
-    """Each place's window, [N, *spatial, taps], −1 beyond the border: what numbering must tell
-    apart.
+    """The codes in each pixel's window, [N, *spatial, taps], with −1 beyond the border: numbering
+    must distinguish them.
     """
     half, axes = kernel_size // 2, codes.dim() - 1
     padded = F.pad(codes, (half, half) * axes, value=-1)
@@ -34,7 +34,7 @@ def contents_of(codes, kernel_size):
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("kernel_size", [1, 3, 5, 7])
 @pytest.mark.parametrize("classes", [1, 3, 300])
-def test_windows_have_the_same_number_just_where_they_are_the_same(shape, kernel_size, classes):
+def test_equal_windows_have_equal_numbers_and_different_ones_do_not(shape, kernel_size, classes):
     codes = patches(shape, classes).int()
     numbers, contents = spade_fast.kernels.select(codes).number_windows(codes, kernel_size)
     assert numbers.dtype == contents.dtype == torch.int32
@@ -44,10 +44,10 @@ def test_windows_have_the_same_number_just_where_they_are_the_same(shape, kernel
     assert len(contents.unique(dim=0)) == len(contents)  # different numbers: different windows
     assert torch.equal(
         numbers.unique(), torch.arange(len(contents), dtype=torch.int32)
-    )  # and each occurs
+    )  # every number occurs
 
 
-def test_all_sizes_that_are_missing_are_numbered_at_once(monkeypatch):
+def test_all_missing_sizes_are_numbered_at_once(monkeypatch):
     asked, number = [], spade_fast.layout.number
 
     def counted(codes, sizes, *rest):
@@ -67,7 +67,7 @@ def test_all_sizes_that_are_missing_are_numbered_at_once(monkeypatch):
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("kernel_size", [1, 3])
-def test_sums_list_what_each_window_sees_and_where_each_row_is_seen(shape, kernel_size):
+def test_lists_of_sums_match_the_windows_contents(shape, kernel_size):
     codes = patches(shape, 4).int()
     backend = spade_fast.kernels.select(codes)
     _, contents = backend.number_windows(codes, kernel_size)
@@ -87,7 +87,7 @@ def test_sums_list_what_each_window_sees_and_where_each_row_is_seen(shape, kerne
 
 
 @pytest.mark.parametrize("given", [1, 2, 7, 16, 33])
-def test_codes_are_resized_as_interpolate_does(given):
+def test_codes_are_resized_like_interpolate(given):
     codes = torch.arange(given, dtype=torch.int32)[None]
     for wanted in range(1, 41):
         expected = F.interpolate(codes[None].float(), size=wanted, mode="nearest")[0].int()
@@ -128,14 +128,14 @@ def test_from_labels_and_back(shape, dont_care, has_instances, dtype):
     "dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str
 )
 @pytest.mark.parametrize("shape", [(2, 40), (2, 17, 31), (1, 4, 5, 6)])
-def test_from_segmap_finds_what_is_piecewise_constant(shape, dtype):
+def test_from_segmap_finds_piecewise_constant_conditions(shape, dtype):
     labels = patches(shape, 9)
     multi_hot = torch.randint(2, (9, 13)).to(dtype)
     multi_hot[0, 0], multi_hot[1, 0], multi_hot[2, 0] = (
         -0.0,
         0.0,
         float("nan"),
-    )  # told apart by their bits
+    )  # distinguished by their bits
     per_image = (
         torch.randn(shape[0], 4, *[1] * len(shape[1:])).to(dtype).expand(shape[0], 4, *shape[1:])
     )
@@ -160,7 +160,7 @@ def test_from_segmap_of_dense_features_is_none(dtype):
     assert SemanticLayout.from_segmap(mixed.to(dtype)) is None
 
 
-def test_from_segmap_of_nothing_and_of_what_is_no_condition():
+def test_from_segmap_of_empty_and_invalid_conditions():
     assert SemanticLayout.from_segmap(torch.zeros(0, 3, 4, 4)).to_segmap().shape == (0, 3, 4, 4)
     assert SemanticLayout.from_segmap(torch.zeros(2, 3, 0, 4)).to_segmap().shape == (2, 3, 0, 4)
     for wrong in (torch.zeros(3, 4), torch.zeros(1, 3, 4, dtype=torch.long), [1]):
@@ -178,8 +178,8 @@ def test_a_layout_survives_pickling_with_its_windows():
     assert repr(layout) == f"SemanticLayout(2 of 16 × 16, 5 codes for 5 channels, {on})"
 
 
-def test_a_worker_sends_a_layout_with_all_that_was_made_of_it():
-    """Sending moves tensors into shared memory, one after the other."""
+def test_a_worker_sends_a_layout_with_everything_derived_from_it():
+    """Sending moves tensors into shared memory one after another."""
     layout = SemanticLayout.from_labels(patches((2, 16, 16), 5), 5).prepare([(8, 8)], 3)
     pooled = layout.avg_pool(3, 2, 1, False)
     wanted = {id(one): one.patches(4, 2, 2) for one in (layout, pooled)}
@@ -196,12 +196,12 @@ def test_a_worker_sends_a_layout_with_all_that_was_made_of_it():
 
 
 @pytest.mark.float64
-def test_a_stack_is_the_batch_of_all_and_keeps_their_windows():
+def test_a_stack_is_the_batch_of_all_layouts_and_keeps_windows():
     layouts = [
         SemanticLayout.from_labels(patches((n, 12, 9), 5, seed=n), 7).prepare([(12, 9), (6, 5)], 3)
         for n in (1, 2, 1)
     ]
-    layouts[0].windows((3, 3), 3)  # the others have not got it
+    layouts[0].windows((3, 3), 3)  # the other layouts do not have these windows
     stack = SemanticLayout.stack(layouts)
     assert torch.equal(stack.to_segmap(), torch.cat([layout.to_segmap() for layout in layouts]))
     assert set(stack._windows) == {((12, 9), 3), ((6, 5), 3)}
@@ -209,7 +209,7 @@ def test_a_stack_is_the_batch_of_all_and_keeps_their_windows():
     rows = torch.randn(len(stack.palette), 4, dtype=torch.float64)
     for size in ((12, 9), (6, 5)):
         found = []
-        for layout in (stack, fresh):  # numbered otherwise, but every pixel sees the same
+        for layout in (stack, fresh):  # numbered differently, but each pixel has the same window
             windows, maps = layout.windows(size, 3), rows
             for sums in windows[:2]:
                 weight = (
@@ -226,7 +226,7 @@ def test_a_stack_is_the_batch_of_all_and_keeps_their_windows():
         assert all(torch.allclose(*pair) for pair in zip(*found))
 
 
-def test_layouts_that_do_not_stack():
+def test_layouts_that_cannot_be_stacked():
     one, other = (SemanticLayout.from_labels(patches((1, size, 8), 5), 5) for size in (8, 9))
     for layouts in ([one, other], []):
         with pytest.raises(ValueError, match="layouts is .*, it should have one or more"):
@@ -273,7 +273,7 @@ def test_bad_layouts_and_sizes():
         ((codes, palette[0]), "palette is"),
         ((codes, palette.long()), "palette is torch.int64"),
         (
-            (codes.cpu() + 1, palette.cpu()),  # nobody waits for a GPU to see that
+            (codes.cpu() + 1, palette.cpu()),  # checking that would wait for a GPU
             "codes has numbers from 1 to 1, they should be rows of the palette, 0 to 0",
         ),
         ((codes.cpu() - 1, palette.cpu()), "codes has numbers from -1 to -1"),
@@ -317,7 +317,7 @@ def test_avg_pool_is_differentiable_in_the_palette():
     palette = layout.palette.double().requires_grad_()
     found = SemanticLayout(layout.codes, palette).avg_pool(3, 2, 1, False).to_segmap(torch.float64)
     segmap = palette[layout.codes.long()].movedim(-1, 1)
-    # Contiguous: channels-last, torch 2.11's gradient on a GPU is another's.
+    # Contiguous, because torch 2.11's gradient for channels-last on a GPU is wrong.
     expected = F.avg_pool2d(segmap.contiguous(), 3, 2, 1, False, False)
     (ours,) = torch.autograd.grad(found.square().sum(), palette)
     (theirs,) = torch.autograd.grad(expected.square().sum(), palette)
@@ -336,7 +336,7 @@ def test_avg_pool_is_differentiable_in_the_palette():
         ),
     ],
 )
-def test_avg_pool_that_cannot_be(arguments, message):
+def test_invalid_arguments_of_avg_pool(arguments, message):
     with pytest.raises(ValueError, match=message):
         SemanticLayout.from_labels(torch.zeros(1, 4, 9, dtype=torch.long), 2).avg_pool(*arguments)
 
@@ -344,7 +344,7 @@ def test_avg_pool_that_cannot_be(arguments, message):
 @pytest.mark.parametrize(
     "dont_care,labels,classes",
     [
-        (0, [[0, 1, 2]], [[3, 1, 2]]),  # within the classes: label 0 is none
+        (0, [[0, 1, 2]], [[3, 1, 2]]),  # within the classes: label 0 counts as unlabelled
         (3, [[0, 1, 3]], [[0, 1, 3]]),
         (-1, [[0, -1, 2]], [[0, 3, 2]]),
         (255, [[255, 1, 2]], [[3, 1, 2]]),
@@ -352,7 +352,7 @@ def test_avg_pool_that_cannot_be(arguments, message):
         (np.int64(255), [[255, 1, 2]], [[3, 1, 2]]),
     ],
 )
-def test_labels_and_what_is_no_label(dont_care, labels, classes):
+def test_labels_and_unlabelled_pixels(dont_care, labels, classes):
     layout = SemanticLayout.from_labels(torch.tensor(labels), np.int32(3), dont_care=dont_care)
     expected = F.one_hot(torch.tensor(classes), 4).movedim(-1, 1).float()
     assert torch.equal(layout.to_segmap(), expected)
@@ -369,7 +369,7 @@ def test_a_label_that_is_the_number_of_classes_is_out_of_range(dont_care):
 
 
 def as_given(numbers, kind):
-    """The same whole numbers, [N, *spatial], as they come."""
+    """The same whole numbers, [N, *spatial], as another kind of array."""
     if kind == "read-only":
         numbers = numbers.copy()
         numbers.flags.writeable = False
@@ -423,7 +423,7 @@ def test_whole_numbers_of_any_kind(kind):
         (torch.zeros(1, 4).long(), 2, {"instances": np.zeros((1, 4))}, "instances has dtype"),
     ],
 )
-def test_labels_that_are_none(labels, num_classes, settings, message):
+def test_invalid_labels(labels, num_classes, settings, message):
     with pytest.raises((ValueError, TypeError), match=message):
         SemanticLayout.from_labels(labels, num_classes, **settings)
 
@@ -437,7 +437,7 @@ def test_a_condition_of_nothing(shape):
         layout.resize([0 if length else 2 for length in shape[2:]])
 
 
-def test_conditions_that_have_no_layout():
+def test_conditions_without_a_layout():
     learned = torch.zeros(1, 3, 4, 4, requires_grad=True)
     for segmap, message in [
         (learned, "segmap requires a gradient, it should not"),
@@ -469,7 +469,7 @@ def test_tensors_of_other_classes():
 
 
 def everything(layout):
-    """What is made of a layout, as maps that do not depend on how things are numbered."""
+    """Everything derived from a layout, as maps that do not depend on the numbering."""
     windows, found = layout.windows((6, 5), 3), layout.patches(3, 2, 1)
     counts = layout.palette.double().cumsum(1)
     maps = [counts]
@@ -502,7 +502,7 @@ EDITS = {
 @pytest.mark.float64
 @pytest.mark.parametrize("edit", EDITS)
 @pytest.mark.parametrize("in_inference", [False, True])
-def test_what_is_made_of_an_edited_layout(edit, in_inference):
+def test_everything_derived_from_an_edited_layout(edit, in_inference):
     with torch.inference_mode(in_inference):
         codes = patches((2, 12, 10), 3).int()
         codes[0, 0, :3] = torch.arange(3, dtype=torch.int32)
@@ -515,7 +515,7 @@ def test_what_is_made_of_an_edited_layout(edit, in_inference):
         for one in (layout, repeated, layout.repeat(2)):
             fresh = SemanticLayout(one.codes.clone(), one.palette.clone())
             assert all(map(torch.allclose, everything(one), everything(fresh)))
-        if "palette in place" not in edit:  # else it is the palette of both
+        if "palette in place" not in edit:  # otherwise both have the same palette
             assert all(map(torch.allclose, before[1], everything(repeated)))
 
 
@@ -548,7 +548,7 @@ def test_codes_that_were_edited_out_of_range(wrong):
     layout = SemanticLayout.from_labels(patches((1, 8, 8), 3), 3).prepare([(8, 8)], 3)
     repeated = layout.repeat(2)
     if not layout.codes.is_cpu:
-        pytest.skip("nobody waits for a GPU to see that")
+        pytest.skip("not checked on a GPU, which would have to be waited for")
     layout.codes[0, 0, 0] = wrong
     for use in (
         lambda: layout.windows((8, 8), 3),
@@ -567,7 +567,7 @@ def test_codes_that_were_edited_out_of_range(wrong):
     ):
         with pytest.raises(ValueError, match="codes has numbers from .* rows of the palette"):
             use()
-    assert repeated.windows((8, 8), 3).count > 1  # its codes are its own
+    assert repeated.windows((8, 8), 3).count > 1  # it has its own codes
     layout.codes = layout.codes.clamp(0, 2).long()
     with pytest.raises(ValueError, match="codes is torch.int64"):
         layout.windows((8, 8), 3)
@@ -640,7 +640,7 @@ def test_images_of_a_batch():
         ("0", TypeError, "images is '0'"),
     ],
 )
-def test_images_that_a_batch_has_not(images, error, message):
+def test_images_that_are_not_in_the_batch(images, error, message):
     with pytest.raises(error, match=message):
         SemanticLayout.from_labels(patches((4, 6, 5), 3), 3)[images]
 
@@ -686,12 +686,12 @@ def test_flips_and_crops(shape):
         (lambda layout: layout.windows((4, 5), 3) and layout[:0].avg_pool(9), "kernel_size is 9"),
     ],
 )
-def test_what_a_layout_cannot_do(use, message):
+def test_invalid_uses_of_a_layout(use, message):
     with pytest.raises((ValueError, TypeError), match=message):
         use(SemanticLayout.from_labels(patches((2, 4, 5), 3), 3))
 
 
-def test_rows_that_were_taken_for_images():
+def test_slices_that_would_mistake_rows_for_images():
     layout = SemanticLayout.from_labels(torch.zeros(4, 5, dtype=torch.long), 3)
     with pytest.raises(ValueError, match=r"1 dimensions; a single map .* labels\[None\]"):
         layout.windows((4, 5), 3)
@@ -710,7 +710,7 @@ def test_sizes_of_numpy():
 
 @pytest.mark.parametrize("kernel_size", [2, 4])
 @pytest.mark.parametrize("count_include_pad", [True, False])
-def test_avg_pool_with_as_much_padding_as_pytorch_takes(kernel_size, count_include_pad):
+def test_avg_pool_with_pytorchs_largest_padding(kernel_size, count_include_pad):
     layout = SemanticLayout.from_labels(patches((1, 9, 8), 3), 3)
     settings = dict(stride=2, padding=kernel_size // 2, count_include_pad=count_include_pad)
     expected = F.avg_pool2d(layout.to_segmap(), kernel_size, **settings)
@@ -718,7 +718,7 @@ def test_avg_pool_with_as_much_padding_as_pytorch_takes(kernel_size, count_inclu
 
 
 class Maps(torch.utils.data.Dataset):
-    """A data set that yields layouts, each a batch of one."""
+    """A data set of layouts, each a batch of one."""
 
     def __len__(self):
         return 5
@@ -729,7 +729,7 @@ class Maps(torch.utils.data.Dataset):
 
 
 def test_a_data_loader_stacks_layouts():
-    with torch.device("cpu"), spade_fast.use_backend("torch"):  # where a data loader's workers are
+    with torch.device("cpu"), spade_fast.use_backend("torch"):  # as in a data loader's workers
         batches = list(torch.utils.data.DataLoader(Maps(), batch_size=2))
         expected = torch.cat([Maps()[number]["segmap"].to_segmap() for number in (2, 3)])
     assert [len(batch["segmap"]) for batch in batches] == [2, 2, 1]

@@ -1,4 +1,4 @@
-"""A run of seconds learns to paint drawn scenes."""
+"""A run of a few seconds learns to paint drawn scenes."""
 
 import re
 
@@ -10,8 +10,9 @@ from spade_fast import checkpoint
 from spade_fast.training import Config, train
 from spade_fast.training.examples import folder_of
 
-FALLS = 1.5  # feature matching, from the run's first tenth to its last; 2.2 was seen
-APART = 1.4  # an image's distance from other scenes' photographs over that from its own; 2.6
+FALLS = 1.5  # feature matching in the run's first tenth over its last; 2.2 was seen
+# an image's distance from other scenes' photographs over that from its own; 2.6 was seen
+APART = 1.4
 
 
 @pytest.mark.full

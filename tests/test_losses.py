@@ -1,6 +1,4 @@
-"""The losses against numbers worked out by hand, and VGG19 against the same convolutions written
-out.
-"""
+"""The losses against numbers worked out by hand, and VGG19 against its convolutions written out."""
 
 import math
 import re
@@ -15,12 +13,11 @@ from spade_fast.losses import perceptual
 
 
 def scale(*rows):
-    """A layer's result [N, 1, 1, W], a row for each image."""
+    """A layer's result [N, 1, 1, W], with a row for each image."""
     return torch.tensor(rows, dtype=torch.float64)[:, None, None].requires_grad_()
 
 
-# Two scales of unequal size. Only the last layer counts: the one before it holds what no loss may
-# see.
+# Two scales of unequal size. Only the last layer counts: no loss may use the layer before it.
 FAKES = [[scale([9e9]), scale([2, -3, 0.5, -1])], [scale([9e9]), scale([4])]]
 REALS = [[scale([9e9]), scale([3, 0, -2, 0.5])], [scale([9e9]), scale([-1])]]
 
@@ -29,7 +26,7 @@ def sp(x):
     return math.log(1 + math.exp(x))
 
 
-# Each is the mean of the two scales' means.
+# Each value is the mean of the two scales' means.
 BY_HAND = {  # generator, fakes, reals
     "hinge": (
         # scale 0: −(2 − 3 + 0.5 − 1) / 4 = 0.375; scale 1: −4
@@ -67,7 +64,7 @@ def close(number):
 
 
 @pytest.mark.parametrize("kind", BY_HAND)
-def test_adversarial_losses_by_hand(kind):
+def test_adversarial_losses_worked_out_by_hand(kind):
     generator, fake, real = BY_HAND[kind]
     assert losses.for_generator(FAKES, kind).item() == close(generator)
     assert [loss.item() for loss in losses.for_discriminator(FAKES, REALS, kind)] == [
@@ -88,7 +85,7 @@ def test_the_hinge_is_the_default_and_the_published_names_are_known():
 
 
 @pytest.mark.parametrize("kind", ["Hinge", "", None, ["hinge"]])
-def test_kinds_that_there_are_not(kind):
+def test_unknown_kinds(kind):
     words = "it should be one of hinge, least_squares, non_saturating, wasserstein"
     for call in (
         lambda: losses.check_kind(kind),
@@ -99,8 +96,8 @@ def test_kinds_that_there_are_not(kind):
             call()
 
 
-def test_gradients_of_the_hinge_by_hand():
-    """Every place of the large scale weighs 1/2 · 1/4, that of the small one 1/2."""
+def test_gradients_of_the_hinge_worked_out_by_hand():
+    """Each place of the large scale has the weight 1/2 · 1/4, that of the small scale 1/2."""
     of_scales = [FAKES[0][-1], FAKES[1][-1]]
     large, small = torch.autograd.grad(losses.for_generator(FAKES), of_scales)
     assert large.flatten().tolist() == [-0.125] * 4 and small.item() == -0.5
@@ -116,19 +113,19 @@ def test_gradients_of_every_kind(kind):
     assert torch.autograd.gradcheck(lambda x: losses.for_discriminator([[x]], [[x]], kind), x)
 
 
-def test_logits_that_exp_has_no_room_for():
+def test_logits_whose_exp_overflows():
     x = torch.tensor([[[[-1e4]]]])
     assert losses.for_generator([[x]], "non_saturating").item() == 1e4
     assert losses.for_discriminator([[x]], [[-x]], "non_saturating") == (0, 0)
 
 
-def test_images_weigh_the_same():
+def test_images_have_equal_weights():
     """A batch is the mean of its images."""
     two = [[scale([1, 2], [3, 6])]]
     assert losses.for_generator(two, "w").item() == -3
 
 
-def test_feature_matching_by_hand():
+def test_feature_matching_worked_out_by_hand():
     fakes = [[scale([1, 2]), scale([5, 5, 5, 1]), scale([7])], [scale([3]), scale([8])]]
     reals = [[scale([2, 4]), scale([5, 1, 5, 5]), scale([9])], [scale([-1]), scale([0])]]
     # scale 0: (1 + 2) / 2 + (0 + 4 + 0 + 4) / 4 = 3.5; scale 1: 4; by 2 scales
@@ -141,7 +138,7 @@ def test_feature_matching_by_hand():
     assert all(x.grad is None for x in (fakes[0][2], fakes[1][1], *reals[0], *reals[1]))
 
 
-def test_kl_divergence_by_hand():
+def test_kl_divergence_worked_out_by_hand():
     mu = torch.tensor([[1.0, -2.0], [0.0, 0.0]], dtype=torch.float64, requires_grad=True)
     logvar = torch.tensor([[0.0, math.log(4)], [0.0, -1.0]], dtype=torch.float64)
     logvar.requires_grad_()
@@ -169,7 +166,7 @@ def test_a_batch_of_fakes_and_reals_is_split():
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_is_summed_in_float32(dtype):
-    x = torch.full((2, 1, 4, 1), 300.0, dtype=dtype)  # x² has no room in float16
+    x = torch.full((2, 1, 4, 1), 300.0, dtype=dtype)  # x² overflows in float16
     kept = x.double().flatten()[0].item()
     assert losses.for_generator([[x]], "ls").item() == (kept - 1) ** 2
     assert losses.feature_matching([[x, x]], [[-x, x]]).item() == 2 * kept
@@ -189,11 +186,11 @@ RESULTS = [[torch.zeros(2, 1, 2, 2), torch.zeros(2, 1, 1, 1)]]
         ([[]], "is a list of a list of nothing, it should be"),
         ([[torch.zeros(2, dtype=torch.int64)]], "is a list of a list of torch.int64, it should be"),
         ([[None]], "is a list of a list of NoneType, it should be"),
-        ([], "has no elements, it should have a scale and an image or more"),
+        ([], "has no elements, it should have at least a scale and an image"),
         ([[torch.zeros(0, 1, 2, 2)]], "has no elements"),
     ],
 )
-def test_what_are_no_results(results, words):
+def test_invalid_results(results, words):
     for name, call in [
         ("results", lambda: losses.for_generator(results)),
         ("results", lambda: losses.halves(results)),
@@ -209,13 +206,15 @@ def test_what_are_no_results(results, words):
 def test_other_bad_input():
     with pytest.raises(ValueError, match=r"results has a tensor \[3, 1\], it should be \[2N, …\]"):
         losses.halves([[torch.zeros(3, 1)]])
-    with pytest.raises(ValueError, match=r"fakes has the shapes .*, it should have those of reals"):
+    with pytest.raises(ValueError, match=r"fakes has shapes .*, it should have those of reals"):
         losses.feature_matching(RESULTS, [[x[:1] for x in RESULTS[0]]])  # they would broadcast
-    with pytest.raises(ValueError, match="fakes has the shapes"):
+    with pytest.raises(ValueError, match="fakes has shapes"):
         losses.feature_matching(RESULTS, [*RESULTS, *RESULTS])
     with pytest.raises(ValueError, match="fakes has one layer in each scale"):
         losses.feature_matching([RESULTS[0][-1:]], [RESULTS[0][-1:]])
-    with pytest.raises(ValueError, match=r"logvar has shape \[1, 2\], it should have mu's, \[3"):
+    with pytest.raises(
+        ValueError, match=r"logvar has shape \[1, 2\], it should be that of mu, \[3"
+    ):
         losses.kl_divergence(torch.zeros(3, 2), torch.zeros(1, 2))
     with pytest.raises(TypeError, match="logvar is torch.int64, it should be"):
         losses.kl_divergence(torch.zeros(3), torch.zeros(3, dtype=torch.int64))
@@ -223,7 +222,7 @@ def test_other_bad_input():
         losses.kl_divergence(0.5, torch.zeros(3))
 
 
-# VGG19's convolutions at torchvision's places: channels in and out.
+# VGG19's convolutions by torchvision's indices: input and output channels.
 CONVOLUTIONS = {
     **{0: (3, 64), 2: (64, 64), 5: (64, 128), 7: (128, 128), 10: (128, 256)},
     **{12: (256, 256), 14: (256, 256), 16: (256, 256), 19: (256, 512), 21: (512, 512)},
@@ -234,7 +233,9 @@ CONVOLUTIONS = {
 
 @pytest.fixture(scope="module")
 def weights():
-    """A made-up file's contents: of torchvision's names and shapes, but for a small classifier."""
+    """The contents of a made-up file, with torchvision's names and shapes except for a small
+    classifier.
+    """
     generator = torch.Generator().manual_seed(0)
     found = {}
     for place, (before, width) in CONVOLUTIONS.items():
@@ -307,7 +308,7 @@ def test_vgg19_is_its_convolutions_written_out(weights, file):
     assert all(parameter.grad is None for parameter in network.parameters())
 
 
-def test_vgg19_is_torchvisions_in_name(weights):
+def test_vgg19_has_torchvisions_names(weights):
     network = losses.VGG19(weights)
     assert isinstance(network.features, nn.Sequential)
     assert list(network.state_dict()) == list(weights)[:26]
@@ -343,7 +344,7 @@ def test_weights_in_the_cache_of_torch_hub(file, monkeypatch, tmp_path):
         with pytest.raises(FileNotFoundError, match=re.escape(words)):
             losses.Perceptual()
     folder.mkdir(parents=True)
-    (folder / "vgg19_bn-c79401a0.pth").symlink_to(file)  # of another network
+    (folder / "vgg19_bn-c79401a0.pth").symlink_to(file)  # another network's
     with pytest.raises(FileNotFoundError):
         losses.Perceptual()
     (folder / perceptual.FILE).symlink_to(file)
@@ -359,20 +360,23 @@ def test_weights_in_the_cache_of_torch_hub(file, monkeypatch, tmp_path):
         ({"features.5.bias": None}, "features.5.bias is missing"),
         (
             {"features.2.weight": torch.zeros(64, 3, 3, 3)},
-            r"features.2.weight \[64, 3, 3, 3\] for \[64, 64, 3, 3\] has another shape",
+            r"features.2.weight \[64, 3, 3, 3\] for \[64, 64, 3, 3\] differs in shape",
         ),
         ({"features.36.weight": torch.zeros(1)}, "features.36.weight is not known"),
         ({"classifier.6.other": torch.zeros(1)}, "classifier.6.other is not known"),
         (
             {"features.0.bias": torch.zeros(64, dtype=torch.int64)},
-            "features.0.bias torch.int64 is not of floating-point numbers",
+            "features.0.bias torch.int64 is not floating-point",
         ),
-        ({"features.1.running_mean": torch.zeros(64)}, "It has batch norms, as vgg19_bn has"),
+        (
+            {"features.1.running_mean": torch.zeros(64)},
+            "They have batch norms, like those of vgg19_bn",
+        ),
     ],
 )
 def test_weights_of_something_else(weights, change, words):
     changed = {key: tensor for key, tensor in (weights | change).items() if tensor is not None}
-    begin = "weights are not torchvision's for VGG19 .vgg19-dcbb9e9d.pth.: "
+    begin = "weights are not torchvision's of VGG19 .vgg19-dcbb9e9d.pth.: "
     with pytest.raises(ValueError, match=f"^{begin}.*{words}"):
         losses.Perceptual(changed)
 
@@ -381,12 +385,14 @@ def test_ruined_files(file, tmp_path):
     for name, content in {"empty.pth": b"", "text.pth": b"weights", "cut.pth": None}.items():
         path = tmp_path / name
         path.write_bytes(file.read_bytes()[:100_000] if content is None else content)
-        with pytest.raises(ValueError, match=f"{name} is no file of weights"):
+        with pytest.raises(ValueError, match=f"{name} is not a file of weights"):
             losses.Perceptual(path)
-    with pytest.raises(FileNotFoundError, match="none.pth is not there"):
+    with pytest.raises(FileNotFoundError, match="none.pth does not exist"):
         losses.Perceptual(tmp_path / "none.pth")
     torch.save([1, 2], tmp_path / "list.pth")
-    with pytest.raises(ValueError, match="list.pth is no file of weights, .* it has list in it"):
+    with pytest.raises(
+        ValueError, match="list.pth is not a file of weights, .* it contains a list"
+    ):
         losses.Perceptual(tmp_path / "list.pth")
 
 
@@ -398,7 +404,12 @@ def test_images_that_do_not_fit(weights):
         (image, image[:, :2], ValueError, r"real has shape \[1, 2, 16, 16\]"),
         (image[0], image, ValueError, r"fake has shape \[3, 16, 16\]"),
         (image[:0], image[:0], ValueError, r"fake has shape \[0, 3, 16, 16\]"),
-        (image, image.repeat(2, 1, 1, 1), ValueError, "fake has shape .* it should have real's"),
+        (
+            image,
+            image.repeat(2, 1, 1, 1),
+            ValueError,
+            "fake has shape .* it should be that of real",
+        ),
         (image.byte(), image, TypeError, "fake is torch.uint8, it should be"),
         (image, None, TypeError, "real is NoneType, it should be"),
     ]:

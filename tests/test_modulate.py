@@ -1,4 +1,4 @@
-"""`spade_modulate`, its every output and gradient, against the float64 reference."""
+"""`spade_modulate`: all outputs and gradients against the float64 reference."""
 
 import itertools
 
@@ -11,7 +11,9 @@ from modulations import (
     contiguous,
     disagreements,
     eager_modulate,
+    excess_without_gradients,
     results,
+    running_statistics,
     sample,
     sliced,
     transposed,
@@ -53,6 +55,13 @@ def test_training_and_affine(norm, affine, training):
     assert not disagreements(arguments, dy)
 
 
+@pytest.mark.parametrize("affine", [False, True])
+@pytest.mark.parametrize("statistics_dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_running_statistics_without_gradients(dtype, statistics_dtype, affine):
+    assert excess_without_gradients(running_statistics(dtype, statistics_dtype, affine)) <= 1
+
+
 @pytest.mark.parametrize("rows", [None, 7])
 @pytest.mark.parametrize(
     "shape",
@@ -88,7 +97,7 @@ def test_layouts_that_differ(layouts):
     "out,rows",
     [("x", None), ("gamma", None), ("beta", None), ("another", None), ("x", 7), ("another", 7)],
 )
-def test_written_over_what_it_reads(out, rows, norm, layout, activation):
+def test_out_may_be_an_input(out, rows, norm, layout, activation):
     arguments, _ = sample((2, 6, 9, 7), norm, activation, layout=layout, rows=rows, training=False)
     expected = eager_modulate(
         **{
@@ -101,7 +110,7 @@ def test_written_over_what_it_reads(out, rows, norm, layout, activation):
     assert torch.allclose(out.double(), expected, rtol=1e-5, atol=1e-5)
 
 
-def test_what_is_written_over_is_missed_by_a_backward_that_needs_it():
+def test_backward_raises_if_a_tensor_that_it_needs_was_overwritten():
     weight = torch.ones(1, requires_grad=True)
     x, gamma, beta = torch.randn(3, 2, 4, 5, 6)
     product = (x * weight).sum()
@@ -142,8 +151,8 @@ def test_mean_1000_deviation_1(norm, dtype, layout, pixels):
     arguments, dy = sample(
         (2, 4, *pixels), norm, "leaky_relu", dtype=dtype, layout=layout, mean=1000.0
     )
-    # No norm sees a constant, and without it PyTorch's float64 is exact enough: with it, x·a + b
-    # loses three digits.
+    # No norm depends on a constant added to x. Without the constant, PyTorch's float64 is accurate
+    # enough; with it, x·a + b loses three digits.
     centred = arguments | {"x": arguments["x"].double() - 1000}
     for name in {"running_mean", "running_var"} & arguments.keys():
         del arguments[name], centred[name]
@@ -171,7 +180,7 @@ def test_nan_and_infinity_go_where_torch_has_them(special, where, activation, no
 @pytest.mark.parametrize("norm", ["instance", "batch", "group", None])
 @pytest.mark.parametrize("shape", [(0, 4, 5, 6), (2, 4, 0, 6)])
 @pytest.mark.parametrize("layout", [contiguous, channels_last])
-def test_nothing_in_nothing_out(norm, shape, layout, rows):
+def test_empty_inputs(norm, shape, layout, rows):
     arguments, dy = sample(
         shape, norm, "leaky_relu", layout=layout, affine=norm is not None, rows=rows
     )
@@ -187,7 +196,7 @@ def test_nothing_in_nothing_out(norm, shape, layout, rows):
 
 
 @pytest.mark.parametrize("norm", ["instance", "batch", "group"])
-def test_one_value_is_the_same_error_as_torchs(norm):
+def test_a_single_value_raises_the_same_error_as_torch(norm):
     arguments, dy = sample((1, 2, 1, 1), norm)
     messages = []
     for modulate in (spade_fast.spade_modulate, reference.spade_modulate):
@@ -204,7 +213,7 @@ def test_one_pixel_is_enough_for_the_other_norms():
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_y_and_dx_lie_as_x_does(layout):
+def test_y_and_dx_have_the_strides_of_x(layout):
     arguments, dy = sample((2, 5, 6, 7), "instance", "leaky_relu", layout=layout)
     found = results(spade_fast.spade_modulate, arguments, dy)
     expected = torch.empty_like(arguments["x"]).stride()
@@ -251,12 +260,12 @@ def test_gradients_and_second_derivatives_in_float64(
 
     tensors = [arguments[name].requires_grad_() for name in names]
     assert torch.autograd.gradcheck(modulate, tensors)
-    if backend_and_instruction_set == "cpu":  # they go through plain PyTorch whatever the backend
+    if backend_and_instruction_set == "cpu":  # these go through plain PyTorch with any backend
         assert torch.autograd.gradgradcheck(modulate, tensors)
 
 
 @pytest.mark.float64
-def test_second_derivative_where_gamma_comes_from_x():
+def test_second_derivatives_if_gamma_is_computed_from_x():
     x = torch.randn(2, 3, 4, 4, dtype=torch.float64, requires_grad=True)
 
     def penalty(modulate):
@@ -291,7 +300,7 @@ def test_only_what_needs_a_gradient_gets_one(frozen, create_graph, rows):
         assert torch.allclose(ours, theirs, rtol=1e-10)
 
 
-def test_moments_given_are_moments_used():
+def test_given_moments_are_used():
     arguments, dy = sample((2, 4, 5, 6), "batch", "leaky_relu", affine=True)
     moments = spade_fast.plane_moments(arguments["x"])
 
@@ -334,9 +343,9 @@ def test_several_tasks_to_a_plane_and_several_blocks_to_a_row(layout, shape, row
 @pytest.mark.large
 @pytest.mark.parametrize("layout", [contiguous, channels_last])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_outputs_so_large_that_they_are_written_past_the_caches(layout, dtype):
-    # Among millions of y there may be some whose sign is a matter of rounding: with the CPU's
-    # random numbers there are none.
+def test_outputs_large_enough_to_bypass_the_caches(layout, dtype):
+    # Among millions of elements of y, rounding may decide the sign of a few. With the CPU's random
+    # numbers, there are none.
     activation = "leaky_relu" if torch.get_default_device().type == "cpu" else "silu"
     shape = (4 // dtype.itemsize, 3, 1201, 701)
     arguments, dy = sample(shape, "instance", activation, layout=layout, dtype=dtype)
@@ -348,7 +357,7 @@ def test_outputs_so_large_that_they_are_written_past_the_caches(layout, dtype):
     "activation,floats,bits", [(None, 2, 0), ("relu", 2, 1), ("leaky_relu", 2, 1), ("silu", 3, 0)]
 )
 @pytest.mark.parametrize("layout", [contiguous, channels_last])
-def test_what_is_kept_for_backward(activation, floats, bits, layout, rows):
+def test_memory_kept_for_backward(activation, floats, bits, layout, rows):
     arguments, _ = sample((1, 16, 32, 32), "instance", activation, layout=layout, rows=rows)
     kept = {}
 
@@ -360,8 +369,8 @@ def test_what_is_kept_for_backward(activation, floats, bits, layout, rows):
         arguments[name].requires_grad_()
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         y = spade_fast.spade_modulate(**arguments)
-    planes = 16 * 4 * 8  # a few numbers for each plane
-    # or γ and, for SiLU, β, which in a table are next to nothing; the index is four bytes a pixel
+    planes = 16 * 4 * 8  # a few values per plane
+    # or γ and, for SiLU, β, which are small as a table; the index takes four bytes per pixel
     gammas = floats - 1
     dense = gammas if rows is None else 0
     table = 0 if rows is None else 4 * (32 * 32 + gammas * rows * 16)

@@ -1,5 +1,5 @@
-"""`convert` on MONAI's networks as they come from PyPI: γ and β that are normalised over space, in
-two and three dimensions.
+"""`convert` on MONAI's networks from PyPI, whose γ and β are normalised over space, in two and
+three dimensions.
 """
 
 import copy
@@ -57,7 +57,7 @@ NETWORKS = {
 
 
 def arguments(name, dims, batch=2):
-    """What the network is called with, and the layout of its condition."""
+    """The network's arguments, and the layout of its condition."""
     layout = SemanticLayout.from_labels(patches((batch, *[16] * dims), LABELS), LABELS)
     image, segmap = (
         torch.randn(batch, 1, *[16] * dims, dtype=torch.float64),
@@ -69,7 +69,7 @@ def arguments(name, dims, batch=2):
 
 
 def outcome(network, name, inputs):
-    torch.manual_seed(1)  # of the latent noise
+    torch.manual_seed(1)  # for the latent noise
     y = network(*inputs)
     y = y[0] if isinstance(y, tuple) else y
     wanted = {key: tensor for key, tensor in network.named_parameters() if tensor.requires_grad}
@@ -113,7 +113,7 @@ def test_a_sampler_computes_its_tables_once(monkeypatch):
     network = unet(2).double().eval()
     own = copy.deepcopy(network)
     layers = spade_fast.convert(network).converted
-    tables.clear()  # the probes'
+    tables.clear()  # drops the probes' tables
     scheduler = schedulers.DDIMScheduler(num_train_timesteps=1000)
     scheduler.set_timesteps(50)
     noise, _, segmap = arguments("SPADEDiffusionModelUNet", 2, batch=1)

@@ -1,5 +1,5 @@
-"""The networks against the reference wiring: outputs, gradients, buffers, in train and in eval
-mode, after steps of an optimizer.
+"""The networks against the reference: outputs, gradients and buffers, in train and in eval mode,
+after steps of an optimizer.
 """
 
 import copy
@@ -27,8 +27,8 @@ def assert_parity(ours, eager, inputs_of_step, steps=3, our_inputs=lambda *input
     """In float64, to 1e-10 of a module's largest number: outputs, gradients and buffers over some
     steps of SGD, then in eval mode.
 
-    Not of Adam: where a gradient is zero but for rounding, as of a bias before a norm, it makes
-    whole steps of the rounding.
+    With SGD, not Adam: where only rounding keeps a gradient from zero, as for a bias before a norm,
+    Adam turns the rounding into whole steps.
     """
     ours, eager = ours.double(), eager.double()
     ours.load_state_dict(eager.state_dict())
@@ -146,7 +146,7 @@ def test_discriminator(condition, size):
     def ours_of(x):
         if condition == "none":
             return (x,)
-        segmap = x[:2, :LABEL_NC]  # of fake images and of real ones
+        segmap = x[:2, :LABEL_NC]  # of the fake and the real images
         return x[:, LABEL_NC:], SemanticLayout.from_segmap(
             segmap
         ) if condition == "layout" else segmap
@@ -159,7 +159,7 @@ def test_discriminator(condition, size):
 
 @pytest.mark.parametrize("ndf,n_layers", [(3, 1), (3, 3), (300, 2), (5, 6)])
 def test_discriminators_of_other_depth_and_width(ndf, n_layers):
-    """The widths' limit of 512 channels is the reference's, too."""
+    """The reference, too, limits widths to 512 channels."""
     eager, ours = (
         module.MultiscaleDiscriminator(4, 1, ndf, n_layers=n_layers).double().eval()
         for module in (reference, spade_fast)
@@ -174,7 +174,7 @@ def test_discriminator_of_a_layout_in_one_and_three_dimensions(spatial):
     network = MultiscaleDiscriminator(LABEL_NC + 1, 2, 2, spatial_dims=len(spatial)).double()
     layout, image = layout_of((1, *spatial)), torch.randn(1, 1, *spatial, dtype=torch.float64)
     network.eval()
-    with spade_fast.window_mode("never"):  # a tensor then stays one
+    with spade_fast.window_mode("never"):  # so that no layout is found for the tensor
         expected = network(image, layout.to_segmap(torch.float64))
     for ours, theirs in zip(flat(network(image, layout)), flat(expected)):
         assert torch.allclose(ours, theirs, rtol=1e-10, atol=1e-10)
@@ -255,7 +255,7 @@ def test_generator_under_autocast_and_in_channels_last(dtype, layout):
     assert excess(found.to(dtype), yardstick.to(dtype), truth(segmap.double()).detach()) <= 1
 
 
-def test_noise_is_drawn_where_none_is_given():
+def test_noise_is_drawn_if_none_is_given():
     generator = SPADEGenerator(LABEL_NC, 8, 1, start=2).eval()
     first, second = (generator(layout_of((2, 16, 16))) for _ in range(2))
     assert first.shape == (2, 3, 128, 128) and not torch.equal(first, second)
@@ -273,7 +273,7 @@ def test_spectral_norm_is_folded_and_unfolded():
         assert list(generator.state_dict()) == keys
         weight = generator.up_0.conv_0.weight
         generator(segmap)
-        assert generator.up_0.conv_0.weight is weight  # once for all calls
+        assert generator.up_0.conv_0.weight is weight  # computed once for all calls
         copied = copy.deepcopy(generator)
         assert torch.equal(copied(segmap), generator(segmap))
         other = SPADEGenerator.official(LABEL_NC, ngf=2, crop_size=64).eval()
@@ -335,7 +335,7 @@ def test_bad_arguments_of_the_constructors():
     with pytest.raises(ValueError, match="num_upsampling_layers is 'few'"):
         SPADEGenerator.official("coco", num_upsampling_layers="few")
     with pytest.raises(
-        ValueError, match="crop_size is 64, with 7 doublings .* should be 128 or more"
+        ValueError, match="crop_size is 64, but with 7 doublings .* should be 128 or more"
     ):
         SPADEGenerator.official("coco", num_upsampling_layers="most", crop_size=64)
     with pytest.raises(
@@ -356,10 +356,10 @@ def test_bad_arguments_of_the_constructors():
 @pytest.mark.parametrize(
     "arguments,message",
     [
-        ((torch.zeros(1, 8, 32, 32),), r"x has 8 channels, it should be 9 in all"),
+        ((torch.zeros(1, 8, 32, 32),), r"x has 8 channels, there should be 9 in total"),
         (
             (torch.zeros(1, 3, 32, 32), torch.zeros(1, 5, 32, 32)),
-            "x has 3 channels and segmap 5, it should be 9 in all",
+            "x has 3 channels and segmap 5, there should be 9 in total",
         ),
         (
             (torch.zeros(3, 3, 32, 32), torch.zeros(2, 6, 32, 32)),
@@ -382,7 +382,7 @@ def test_bad_input_of_the_encoder():
 
 
 def test_a_layout_of_one_class_is_conditional_batch_norm():
-    """With a constant layout and 1×1 kernels SPADE is a batch norm with an affine map for each
+    """With a constant layout and 1×1 kernels, SPADE is a batch norm with an affine map for each
     class (Park et al. 2019, section 3.1).
     """
     spade = SPADE(4, 3, kernel_size=1, norm="batch").double()
@@ -397,8 +397,8 @@ def test_a_layout_of_one_class_is_conditional_batch_norm():
 
 
 def test_a_style_that_is_constant_in_space_is_adaptive_instance_norm():
-    """SPADE's condition is then a style's features, the same at every pixel, another for each
-    image; 1×1 kernels see no border.
+    """SPADE's condition is a style's features, the same at every pixel, but different for each
+    image. 1×1 kernels do not reach a border.
     """
     spade = SPADE(4, 3, kernel_size=1).double()
     x, style = (
@@ -410,8 +410,8 @@ def test_a_style_that_is_constant_in_space_is_adaptive_instance_norm():
     assert torch.allclose(spade(x, style.expand(2, 3, 5, 5)), expected, rtol=1e-10)
 
 
-def test_instance_norm_washes_a_uniform_layout_away_and_spade_does_not():
-    """Park et al. 2019, section 3.1: convolution and instance norm of a layout with one label is
+def test_instance_norm_washes_away_a_uniform_layout_but_spade_does_not():
+    """Park et al. 2019, section 3.1: convolution and instance norm of a layout with one label give
     zero, whatever the label.
     """
     convolution, spade = nn.Conv2d(3, 4, 1).double(), SPADE(4, 3, kernel_size=1).double()
@@ -425,9 +425,9 @@ def test_instance_norm_washes_a_uniform_layout_away_and_spade_does_not():
     assert (modulated[0] - modulated[1]).abs().max() > 1e-3
 
 
-def test_a_series_of_regimes_has_the_volatility_that_was_asked_for():
-    """Returns over time, conditioned on calm, volatile and crisis: each regime's standard
-    deviation, without drift, to a tenth.
+def test_a_series_of_regimes_has_the_wanted_volatility():
+    """Returns over time, conditioned on calm, volatile and crisis regimes: each regime's standard
+    deviation to a tenth, without drift.
     """
     wanted = torch.tensor([0.05, 0.15, 0.5])
     stages = [("head", 16, 1), ("up_1", 8, 2), ("up_2", 4, 2), ("up_3", 2, 2), ("up_4", 1, 2)]
@@ -437,7 +437,7 @@ def test_a_series_of_regimes_has_the_volatility_that_was_asked_for():
     optimizer = torch.optim.Adam(generator.parameters(), 3e-3)
 
     def sample(count):
-        """Deviation and mean of each regime in `count` series of 128 steps."""
+        """Each regime's deviation and mean in `count` series of 128 steps."""
         regimes = torch.randint(3, (count, 8)).repeat_interleave(16, dim=1)
         returns = generator(SemanticLayout.from_labels(regimes, 3)).squeeze(1)
         parts = [returns[regimes == regime] for regime in range(3)]
@@ -445,7 +445,7 @@ def test_a_series_of_regimes_has_the_volatility_that_was_asked_for():
             [part.mean() for part in parts]
         )
 
-    with use_threads(1):  # so little work, so often: threads would mostly wait
+    with use_threads(1):  # the work is too little for several threads
         for _ in range(200):
             deviation, mean = sample(32)
             optimizer.zero_grad()
@@ -470,7 +470,7 @@ def test_a_volume():
     assert volume.shape == (1, 1, 32, 16, 48) and torch.allclose(volume, expected, rtol=1e-10)
 
 
-def test_a_folded_weight_that_somebody_writes_into():
+def test_writing_to_a_folded_weight_changes_nothing():
     plain = nn.utils.spectral_norm(nn.Conv2d(3, 3, 3)).eval()
     folded, x = spade_fast.fold_spectral_norm(copy.deepcopy(plain)), torch.randn(1, 3, 8, 8)
     with torch.no_grad():
@@ -480,7 +480,7 @@ def test_a_folded_weight_that_somebody_writes_into():
         assert torch.equal(folded(x), expected)
 
 
-def test_a_folded_weight_of_inference_serves_gradients():
+def test_a_weight_folded_in_inference_mode_works_with_gradients():
     folded = spade_fast.fold_spectral_norm(
         nn.utils.spectral_norm(nn.Conv2d(3, 3, 3)).eval().requires_grad_(False)
     )

@@ -1,5 +1,5 @@
-"""Numbering in plain PyTorch, which GPUs use: the numbers of the CPU's library, whatever hashes
-collide, with one synchronisation.
+"""Numbering in plain PyTorch, which GPUs use: the same numbers as the CPU's library, even if hashes
+collide, with a single synchronisation.
 """
 
 import warnings
@@ -26,7 +26,7 @@ from spade_fast.kernels import cpu_backend, numbering
 
 @pytest.fixture
 def reads(monkeypatch):
-    """Grows by each time that the host waits; nothing else may."""
+    """A list that gets an entry for each wait of the host in `_read`. Any other wait raises."""
     found, read = [], numbering._read
 
     def counted(*numbers):
@@ -39,7 +39,7 @@ def reads(monkeypatch):
         yield found
 
 
-def test_the_guard_sees_what_waits():
+def test_the_guard_finds_waits():
     for waits in (
         lambda x: x.nonzero(),
         lambda x: x[x > 0],
@@ -67,7 +67,7 @@ def test_the_same_numbers_and_lists_as_the_librarys(shape, kernel_size, classes)
 @pytest.mark.parametrize("seed", range(20))
 def test_all_sizes_together(seed):
     codes, sizes, kernel_size, classes, dtype = random_codes(seed)
-    dtype = torch.float32 if DEVICE == "cuda" else dtype  # in which GPUs reckon
+    dtype = torch.float32 if DEVICE == "cuda" else dtype  # the dtype in which GPUs compute
     find_windows = kernels.select(codes.to(DEVICE)).find_windows
     for find in (numbering.find_windows, find_windows):
         assert not differences(find, codes, sizes, kernel_size, classes, dtype)
@@ -99,7 +99,7 @@ def test_the_same_patches_as_the_librarys(seed):
 
 
 @pytest.mark.skipif(DEVICE == "cpu", reason="there is no GPU to wait for")
-def test_what_waits_for_a_gpu_waits_once():
+def test_each_operation_waits_for_a_gpu_at_most_once():
     labels, instances = (patches((2, 40, 33), 7, seed).to(DEVICE) for seed in range(2))
     segmap = torch.eye(7, device=DEVICE)[labels].movedim(-1, 1).contiguous()
     layout = SemanticLayout.from_segmap(segmap)
@@ -117,7 +117,7 @@ def test_what_waits_for_a_gpu_waits_once():
         assert len([one for one in found if "called a synchronizing" in str(one.message)]) <= 1
 
 
-def test_codes_with_one_synchronisation_beside_the_look_for_dense_features(reads, monkeypatch):
+def test_codes_with_one_synchronisation_besides_the_check_for_dense_features(reads, monkeypatch):
     monkeypatch.setattr(numbering, "_are_dense", lambda bits, hash_vectors: False)
     segmap = torch.eye(7, device=DEVICE)[patches((2, 40, 33), 7).to(DEVICE)].movedim(-1, 1)
     assert numbering.find_codes(segmap) is not None
@@ -158,15 +158,15 @@ def test_colliding_hashes_change_nothing_in_the_library(hash_mask):
     assert torch.equal(plain[0], collided[0]) and torch.equal(plain[1], collided[1])
 
 
-def test_dense_features_are_none():
+def test_dense_features_have_no_codes():
     assert numbering.find_codes(torch.randn(2, 5, 40, 40, device=DEVICE)) is None
-    late = torch.zeros(1, 3, 64, 64, device=DEVICE)  # where the sample does not see it
+    late = torch.zeros(1, 3, 64, 64, device=DEVICE)  # not noticed by the sample
     late[:, :, 32:] = torch.randn(1, 3, 32, 64)
     assert numbering.find_codes(late) is None
 
 
 def test_signs_of_two_channels():
-    """Those of doubles cancelled in the hash, whatever its multiplier was."""
+    """The sign bits of doubles used to cancel in the hash, whatever the multiplier."""
     segmap = torch.ones(1, 2, 1, 2, dtype=torch.float64)
     segmap[..., 1] = -1
     codes, places = numbering.find_codes(segmap)

@@ -1,4 +1,4 @@
-"""The operators themselves: schemas, fakes, and the compiled kernels that exist."""
+"""The operators themselves: schemas, fakes, and the compiled kernels that are available."""
 
 import itertools
 
@@ -17,7 +17,7 @@ needs_library = pytest.mark.skipif(cpu_backend.library is None, reason=str(cpu_b
 
 
 def operands(shape, activation, dtype=torch.float32, layout=contiguous, affine=True, rows=None):
-    """What the kernels get for this sample: x, planes, γ, β, index, order, dy, signs, terms."""
+    """The kernels' operands for this sample: x, planes, γ, β, index, order, dy, signs, terms."""
     arguments, dy = sample(
         shape,
         "instance",
@@ -52,6 +52,9 @@ def test_opcheck(layout, activation, dtype, shape, rows):
     )
     kept_beta = beta if activation == "silu" else None
     opcheck(ops.plane_moments, (x,))
+    channels = torch.rand(2, x.shape[1])
+    opcheck(ops.running_planes, (x, *channels, None, None, 1e-5))
+    opcheck(ops.running_planes, (x, *channels, *channels, 1e-5))
     opcheck(ops.apply, (x, planes, gamma, beta, index, activation, 0.2, True))
     opcheck(ops.apply, (x, planes, gamma, beta, index, activation, 0.2, False))
     opcheck(ops.apply_out, (x, planes, gamma, beta, index, activation, 0.2, torch.empty_like(x)))
@@ -72,7 +75,7 @@ def test_opcheck(layout, activation, dtype, shape, rows):
 
 
 @pytest.mark.parametrize("layout", [contiguous, channels_last])
-def test_signs_are_the_bits_that_the_documentation_says(layout):
+def test_signs_are_the_documented_bits(layout):
     x, planes, gamma, beta, _, _, _, signs, _ = operands((2, 5, 3, 4), "leaky_relu", layout=layout)
     y, _ = torch_backend.apply(x, planes, gamma, beta, None, None, 0.0, False)
     rows = y.flatten(2) if layout is contiguous else y.flatten(2).transpose(1, 2)
@@ -107,9 +110,7 @@ def test_compiled_convolution_at_windows(sizes, dtype, instruction_set):
 
 
 @pytest.mark.parametrize("piece", [1, 3, 256])
-@pytest.mark.parametrize(
-    "rows,windows", [(7, 400), (70, 4)]
-)  # long lists; and many without a number
+@pytest.mark.parametrize("rows,windows", [(7, 400), (70, 4)])  # long lists, and many empty ones
 def test_long_lists_are_summed_in_pieces(rows, windows, piece, monkeypatch):
     monkeypatch.setattr(torch_backend, "PIECE", piece)
     _, _, _, _, (offsets, listed), gradient = convolution((5, 3), (3, 3), rows, windows)
@@ -123,8 +124,8 @@ def test_long_lists_are_summed_in_pieces(rows, windows, piece, monkeypatch):
 
 @pytest.mark.parametrize("sizes", [*CONVOLUTIONS, ((3, 4), (7, 7, 8), 5, 6)], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_convolution_at_windows_as_a_gpu_has_it(sizes, dtype):
-    """In half precision each result is rounded once, whatever it was summed of."""
+def test_convolution_at_windows_as_on_a_gpu(sizes, dtype):
+    """In half precision, each result is rounded once, however many terms it has."""
     *floats, lists, _, _ = convolution(*sizes)
     rows, weight, bias = (tensor.to(dtype) for tensor in floats)
     for given in (bias, None):
@@ -149,7 +150,7 @@ def test_opcheck_of_the_convolution_at_windows():
 @pytest.mark.parametrize("sizes", CONVOLUTIONS, ids=str)
 @pytest.mark.parametrize("products", [1, torch_backend.PRODUCTS])
 def test_gradients_from_sums_of_listed_rows(sizes, products, monkeypatch):
-    """As a GPU has them; in one part, and in several."""
+    """As on a GPU, in one part and in several."""
     monkeypatch.setattr(torch_backend, "PRODUCTS", products)
     rows, weight, _, lists, back_lists, gradient = convolution(*sizes)
     inputs = [rows.requires_grad_(), weight.requires_grad_()]
@@ -170,7 +171,7 @@ def test_gradients_from_sums_of_listed_rows(sizes, products, monkeypatch):
 
 
 @pytest.mark.parametrize("rows", [0, 57, 3001, 12345, 10**9])
-def test_parts_of_a_convolution_are_of_channels_that_a_gpu_reads_fast(rows):
+def test_parts_of_a_convolution_have_a_multiple_of_16_channels(rows):
     channels = torch_backend._channels_at_a_time(rows, torch.empty(4, 5, 3, 3, device="meta"))
     assert channels % 16 == 0 and channels >= 16
     assert channels == 16 or channels * rows * 9 * 4 <= torch_backend.PRODUCTS
@@ -199,8 +200,8 @@ def test_compiled_plane_moments(layout, dtype, shape):
     true_mean, true_squares = torch_backend.plane_moments(x.double())
     eps = torch.finfo(torch.promote_types(dtype, torch.float32)).eps
     assert mean.dtype == torch.promote_types(dtype, torch.float32)
-    # Combined in double precision: a rounding of the result, or in float64 one for each run of the
-    # plane.
+    # Combined in double precision: one rounding of the result, or, in float64, one for each run of
+    # the plane.
     assert torch.allclose(
         mean.double(), true_mean, rtol=16 * eps if dtype == torch.float64 else eps, atol=0
     )
@@ -209,7 +210,7 @@ def test_compiled_plane_moments(layout, dtype, shape):
     )  # float32 sums of up to 2048 terms
 
 
-def test_nan_goes_where_it_belongs():
+def test_nan_stays_in_its_plane():
     x = torch.randn(2, 3, 4, 5)
     x[1, 2, 3, 4] = float("nan")
     for moments in (torch.ops.spade_fast.plane_moments(x), torch_backend.plane_moments(x)):
@@ -229,7 +230,7 @@ BAD = {
 
 @needs_library
 @pytest.mark.parametrize("name", BAD)
-def test_a_bad_operand_is_refused_by_its_name(name):
+def test_a_bad_operand_is_refused_and_named(name):
     x, table = torch.randn(1, 2, 3, 4), torch.randn(4, 2)
     index = torch.arange(12, dtype=torch.int32).view(1, 3, 4) % 4
     arguments = {
@@ -263,7 +264,7 @@ def test_an_order_that_is_not_sorted_is_refused():
 
 
 def permuted(order):
-    """x with the dimensions in this order in memory."""
+    """A function that stores x with its dimensions in this order in memory."""
     inverse = [order.index(dim) for dim in range(len(order))]
     return lambda x: x.permute(order).contiguous().permute(inverse)
 
@@ -278,7 +279,7 @@ ODD_LAYOUTS = {
 
 
 @pytest.mark.parametrize("shape", [(2, 5, 3, 4), (2, 1, 3, 1), (1, 5, 1, 3)], ids=str)
-def test_results_lie_as_the_fakes_say(shape):
+def test_results_have_the_strides_of_the_fakes(shape):
     ops = torch.ops.spade_fast
     for layout in ODD_LAYOUTS.values():
         x, gamma, beta = layout(torch.randn(shape)), torch.randn(shape), torch.randn(shape)

@@ -1,8 +1,8 @@
-"""The native operators and functions with arguments of every kind, good ones and bad ones: a call
+"""The native operators and functions with random arguments, valid and invalid: a call either
 raises, or agrees with plain PyTorch.
 
-FUZZ_EXAMPLES says how many examples of each there are; a few by default, always the same ones. A
-wrong read or write shows best under AddressSanitizer: docs/pages/design.md.
+FUZZ_EXAMPLES is the number of examples of each; by default there are a few, always the same. A
+wrong read or write is most likely to show under AddressSanitizer: docs/pages/design.md.
 """
 
 import os
@@ -37,7 +37,7 @@ LARGE = [*SIZES, 33, 257, 300]
 
 
 def laid_out(choose, tensor):
-    """The same numbers with the dimensions in another order in memory, and NaNs between them."""
+    """The same values with the dimensions in another order in memory, and NaNs between them."""
     if choose.random() < 0.4:
         return tensor
     order = choose.sample(range(tensor.dim()), tensor.dim())
@@ -110,7 +110,7 @@ def convolution(choose):
 
 
 def spoiled(choose, name, value):
-    """Something else in an argument's place."""
+    """An argument's value, replaced by another that is probably invalid."""
     if name == "activation":
         return choose.choice(["gelu", "relu", "silu", None])
     if value is None:
@@ -159,7 +159,7 @@ def on_meta(value):
 
 
 def attempt(function, arguments):
-    """What a call returns, as a tuple; the error where it raises."""
+    """A call's results as a tuple, or the error that it raises."""
     try:
         found = function(*arguments)
     except (RuntimeError, ValueError, TypeError, IndexError, MemoryError) as error:
@@ -168,7 +168,7 @@ def attempt(function, arguments):
 
 
 def widened(value):
-    """The same numbers in float64, in the same places."""
+    """The same values in float64, with the same strides."""
     if not isinstance(value, torch.Tensor) or not value.is_floating_point():
         return value
     return torch.empty_strided(value.shape, value.stride(), dtype=torch.float64).copy_(value)
@@ -176,7 +176,7 @@ def widened(value):
 
 def agree(found, truth):
     if not found.dtype.is_floating_point:
-        return True  # signs: those near zero differ with the dtype
+        return True  # signs: near zero, they depend on the dtype
     scale = 1 + truth.abs().max() if truth.numel() else 1
     tolerance = 64 * torch.finfo(found.dtype).eps * scale  # sums of hundreds of terms
     return bool(((found.double() - truth).abs() <= tolerance).all())
@@ -209,7 +209,7 @@ def test_an_operator_raises_or_agrees(name, choose):
 
 
 def strange_array(choose, least_dims, most_dims):
-    """Whole numbers of any size, strides and dtype, mostly such as a map of codes has."""
+    """Integers of any value, strides and dtype, mostly as in a map of codes."""
     shape = [choose.choice(SIZES) for _ in range(choose.randint(least_dims, most_dims))]
     numbers = laid_out(choose, torch.randint(choose.choice([1, 2, 5, 50]), shape)).numpy()
     dtype = choose.choice(["int32"] * 9 + ["int16", "int64", ">i4", "float32", "uint8"])
@@ -224,7 +224,9 @@ def strange_array(choose, least_dims, most_dims):
 
 
 def raises_or_agrees(function, arguments, plain):
-    """Whether it raises. `plain` gets the first argument as a tensor."""
+    """Calls the function, and says whether it raises; otherwise compares the result with `plain`,
+    which gets the first argument as a tensor.
+    """
     found = attempt(function, arguments)
     if isinstance(found, Exception):
         return True
@@ -291,5 +293,6 @@ def test_codes_raise_or_agree(choose):
     assert isinstance(found, Exception) != good
     if segmap.dim() >= 3 and segmap.element_size() > 1:
         found, truth = cpu_backend.find_codes(segmap), numbering.find_codes(segmap)
-        if found is not None and truth is not None:  # dense features are told from other samples
+        # dense features are recognised by different samples
+        if found is not None and truth is not None:
             assert all(torch.equal(one, other) for one, other in zip(found, truth, strict=True))

@@ -1,5 +1,5 @@
-"""From the sources to a wheel: with a compiler, and with one that does not work; what a build does
-again, and what the import brings.
+"""From the sources to a wheel, with a compiler that works and one that does not; what a second
+build compiles again, and what the import loads.
 """
 
 import os
@@ -69,7 +69,7 @@ def test_the_sdist_has_all_sources_and_no_tests(sdist):
     assert not [path for path in found if path.parts[:1] in (("tests",), ("benchmarks",))]
 
 
-def test_an_editable_install_is_a_path_that_type_checkers_read(source):
+def test_an_editable_install_uses_a_path_that_type_checkers_read(source):
     subprocess.run(
         [sys.executable, "-c", MAKE.format("editable")],
         cwd=source,
@@ -130,7 +130,7 @@ def test_wheel(compiler, sdist, tmp_path):
 
 @pytest.fixture
 def small(tmp_path):
-    """A folder with setup.py and two sources for the CPU, of which one includes a header."""
+    """A folder with setup.py and two sources for the CPU, one of which includes a header."""
     shutil.copy(ROOT / "setup.py", tmp_path)
     (tmp_path / "spade_fast").mkdir()
     for folder in ("cpu", "cuda", "common"):
@@ -143,7 +143,7 @@ def small(tmp_path):
 
 
 def build(folder, **variables):
-    """How a build in place ends, and what it says."""
+    """Builds in place. Returns the exit code and the output."""
     run = subprocess.run(
         [sys.executable, "setup.py", "build_ext", "--inplace"],
         cwd=folder,
@@ -169,11 +169,11 @@ def test_only_what_changed_is_compiled(small):
     assert library.read_bytes() != before
     (small / "csrc" / "cpu" / "with.cpp").write_text("wrong\n")
     code, said = build(small)
-    assert code == 0 and "spade_fast._cpu  NOT BUILT: the compiler says why above" in said
+    assert code == 0 and "spade_fast._cpu  NOT BUILT: compilation failed" in said
     assert not library.exists()
 
 
-def test_cuda_kernels_are_built_where_they_can_run_or_are_asked_for(small):
+def test_cuda_kernels_are_built_if_possible_or_forced(small):
     import torch
 
     if torch.version.cuda is None:
@@ -185,10 +185,10 @@ def test_cuda_kernels_are_built_where_they_can_run_or_are_asked_for(small):
     code, said = build(small, FORCE_CUDA="1", TORCH_CUDA_ARCH_LIST="7.5")
     assert code != 0
     if shutil.which("nvcc"):
-        assert "TORCH_CUDA_ARCH_LIST is '7.5', it should have numbers from 8.0 on" in said
+        assert "TORCH_CUDA_ARCH_LIST is '7.5', it should list architectures from 8.0 on" in said
 
 
-def test_the_import_brings_nothing_but_itself_and_torch():
+def test_the_import_loads_only_itself_and_torch():
     run = subprocess.run(
         [sys.executable, "-c", IMPORTED], capture_output=True, text=True, check=True
     )

@@ -1,4 +1,4 @@
-"""The page on which one paints: what its server answers and refuses, and the page in a browser."""
+"""The painting page: its server's answers and refusals, and the page in a browser."""
 
 import asyncio
 import base64
@@ -47,7 +47,7 @@ from spade_fast.training.run import Run
 pytestmark = pytest.mark.needs("fastapi", "httpx", "uvicorn")
 OURS = "http://127.0.0.1:7860"
 STAGES = [("head", 16, 1), ("up_0", 8, 2), ("up_1", 4, 2), ("up_2", 1, 2)]
-SMALL = dict(z_dim=4, ngf=1, nhidden=4, stages=STAGES)  # images of 64 × 64
+SMALL = dict(z_dim=4, ngf=1, nhidden=4, stages=STAGES)  # images of 64 × 64 pixels
 NAMES = ("sky", "sea", "tree")
 
 
@@ -112,7 +112,7 @@ def test_the_image_is_the_generators(client, service, kind):
 
 
 def image_file(pixels, kind="PNG"):
-    """The file of an image, in memory."""
+    """An image file in memory."""
     file = io.BytesIO()
     Image.fromarray(pixels).save(file, kind)
     return file.getvalue()
@@ -134,13 +134,13 @@ def test_the_style_of_a_photograph(client_with_styles, service, encoder, kind):
     assert (np.asarray(Image.open(io.BytesIO(image.content))) == wanted).all()
 
 
-def test_what_is_wrong_with_a_photograph_is_said(client_with_styles, client, monkeypatch):
+def test_a_wrong_photograph_gets_an_error_message(client_with_styles, client, monkeypatch):
     content = image_file(a_photograph())
     clear = np.zeros((4, 4, 4), np.uint8)
     for wrong, words in (
-        (b"this is no image", "the photograph is no image, or not a whole one: of no format"),
-        (b"", "the photograph is no image"),
-        (content[: len(content) // 2], "the photograph is no image, or not a whole one"),
+        (b"this is no image", "the photograph is not an image, or is incomplete: its format"),
+        (b"", "the photograph is not an image"),
+        (content[: len(content) // 2], "the photograph is not an image, or is incomplete"),
         (image_file(clear), "the photograph has transparent pixels"),
         (image_file(np.zeros((4, 4), np.uint16)), "a photograph should have 8 bits per channel"),
     ):
@@ -151,12 +151,12 @@ def test_what_is_wrong_with_a_photograph_is_said(client_with_styles, client, mon
     assert answer.status_code == 422 and "has 60 × 40 pixels, it should have 2399" in answer.text
     monkeypatch.undo()
     ours = {"host": "127.0.0.1:7860", "content-length": str(2**25 + 1)}
-    assert request_by_hand(client_with_styles.app, ours, "/style") == 413
+    assert raw_request(client_with_styles.app, ours, "/style") == 413
     assert client_with_styles.post("/style", content=content).status_code == 200
-    assert client.post("/style", content=b"").status_code == 404  # there is no encoder
+    assert client.post("/style", content=b"").status_code == 404  # without an encoder
 
 
-def test_what_is_wrong_with_z_is_said(client, encoder):
+def test_a_wrong_z_gets_an_error_message(client, encoder):
     def z_of(*numbers):
         return base64.urlsafe_b64encode(np.array(numbers, "<f4").tobytes()).decode()
 
@@ -191,13 +191,13 @@ def test_what_is_wrong_with_z_is_said(client, encoder):
         ("/image?seed=x", b"\0" * 4096, "valid integer"),
     ],
 )
-def test_what_is_wrong_is_said(client, path, content, words):
+def test_a_wrong_request_gets_an_error_message(client, path, content, words):
     answer = client.post(path, content=content)
     assert answer.status_code == 422 and words in answer.text
     assert client.post("/image", content=bytes(4096)).status_code == 200
 
 
-def test_who_does_not_belong_is_refused(client):
+def test_foreign_hosts_and_origins_are_refused(client):
     for host in ("evil.example", "evil.example:7860", "127.0.0.1:7861", "127.0.0.1", "[::1]", ""):
         answer = client.get("/", headers={"Host": host})
         assert answer.status_code == 403 and "Host is" in answer.json()["detail"], host
@@ -214,15 +214,15 @@ def test_who_does_not_belong_is_refused(client):
     assert client.post("/image", content=bytes(4096), headers={"Origin": OURS}).status_code == 200
 
 
-def test_addresses_are_let_in_where_all_of_them_are_listened_at(service):
+def test_any_address_is_accepted_if_the_server_listens_at_all(service):
     app = app_of(service, classes_for(has_edges=True), "0.0.0.0", 80)
     client = client_of(app, "http://192.168.1.5")
     assert client.get("/").status_code == 200
     assert client.get("/", headers={"Host": "evil.example"}).status_code == 403
 
 
-def request_by_hand(app, headers, path="/image"):
-    """The status of a POST whose body nobody may read."""
+def raw_request(app, headers, path="/image"):
+    """The status of a POST whose body must not be read."""
 
     async def receive():
         raise AssertionError("the body was read")
@@ -240,14 +240,14 @@ def request_by_hand(app, headers, path="/image"):
 
 def test_a_large_body_is_refused_without_reading_it(client):
     ours = {"host": "127.0.0.1:7860"}
-    assert request_by_hand(client.app, ours | {"content-length": "100000000"}) == 413
-    assert request_by_hand(client.app, ours | {"content-length": "9" * 5000}) == 413
-    assert request_by_hand(client.app, ours | {"content-length": "-1"}) == 411
-    assert request_by_hand(client.app, ours | {"transfer-encoding": "chunked"}) == 411
+    assert raw_request(client.app, ours | {"content-length": "100000000"}) == 413
+    assert raw_request(client.app, ours | {"content-length": "9" * 5000}) == 413
+    assert raw_request(client.app, ours | {"content-length": "-1"}) == 411
+    assert raw_request(client.app, ours | {"transfer-encoding": "chunked"}) == 411
 
 
 class Failing:
-    """A service that answers each request with an error of its own."""
+    """A service that answers each request with the given error."""
 
     def __init__(self, service, error):
         self.generator_arguments, self.image_size = service.generator_arguments, service.image_size
@@ -260,7 +260,7 @@ class Failing:
 
 
 class Held(Service):
-    """A service that begins no image until it may."""
+    """A service that starts no image until it is allowed to."""
 
     def __init__(self, *arguments, **settings):
         super().__init__(*arguments, **settings)
@@ -278,7 +278,7 @@ def until(condition):
         time.sleep(0.005)
 
 
-def test_what_does_not_fit_in_the_queue_is_refused_and_the_rest_is_made():
+def test_requests_beyond_the_queue_are_refused_and_the_others_answered():
     torch.manual_seed(0)
     with Held(SPADEGenerator(3, **SMALL).eval(), waiting=2) as held:
         with client_of(app_of(held, classes_for())) as client:
@@ -322,7 +322,7 @@ def test_one_photograph_at_a_time(service, encoder, monkeypatch):
     "error, status",
     [(Busy("9 images wait"), 503), (RuntimeError("no memory"), 500), (MemoryError("none"), 500)],
 )
-def test_an_image_that_is_not_made(service, error, status):
+def test_a_failing_image(service, error, status):
     app = app_of(Failing(service, error), classes_for(has_edges=True))
     answer = client_of(app).post("/image", content=bytes(4096))
     assert answer.status_code == status and str(error) in answer.json()["detail"]
@@ -381,7 +381,7 @@ def test_classes_of_the_published_generators():
 
 
 def test_classes_of_a_run():
-    """As its settings say, whatever the number of channels looks like."""
+    """According to its settings, whatever the number of channels suggests."""
     common = {"labels": "l", "images": "i", "out": "o"}
     own = classes_of(36, settings=Config(num_classes=34, dont_care=7, instances="n", **common))
     assert (own.num_classes, own.dont_care, own.has_edges) == (34, 7, True)
@@ -403,7 +403,7 @@ def test_classes_of_a_file(tmp_path):
             classes_of(3, file)
 
 
-def test_a_generator_that_cannot_be_painted(service):
+def test_a_generator_that_cannot_be_painted_with(service):
     with pytest.raises(ValueError, match="classes have 3 channels.* the generator's 4"):
         app_of(service, classes_for())
     with Service(SPADEGenerator(3, output_nc=1, **SMALL).eval()) as grey:
@@ -421,7 +421,7 @@ def invoke(*arguments):
     return CliRunner().invoke(command, ["paint", *map(str, arguments), "--port", str(free_port())])
 
 
-def test_the_command_says_what_is_wrong(tmp_path, monkeypatch):
+def test_the_commands_errors(tmp_path, monkeypatch):
     (tmp_path / "text.pth").write_text("no weights")
     classes, weights = tmp_path / "classes.txt", tmp_path / "weights.pth"
     classes.write_text("0 sky")
@@ -437,12 +437,12 @@ def test_the_command_says_what_is_wrong(tmp_path, monkeypatch):
         result = invoke(*arguments)
         assert result.exit_code == 2 and words in " ".join(result.output.split())
     monkeypatch.setitem(sys.modules, "fastapi", None)
-    for path in (weights, tmp_path):  # a file, or a run's folder
+    for path in (weights, tmp_path):  # a file, and a run's folder
         result = invoke(path)
         assert result.exit_code == 2 and "pip install 'spade_fast[paint]'" in result.output
 
 
-def test_a_run_has_its_encoder(tmp_path, monkeypatch, encoder):
+def test_a_runs_encoder_is_used(tmp_path, monkeypatch, encoder):
     run = Run(tmp_path)
     checkpoint.write(SPADEGenerator(3, **SMALL), run.path("generator.safetensors"))
     taken = []
@@ -468,7 +468,7 @@ def test_a_port_that_is_not_free(tmp_path):
         listening("192.0.2.1", 0)
 
 
-def test_the_command_answers_where_it_says_also_when_the_disk_is_full(tmp_path, encoder):
+def test_the_command_answers_at_its_address_even_on_a_full_disk(tmp_path, encoder):
     weights = SPADEGenerator(4, **SMALL)
     for name, network in (("weights.pth", weights), ("encoder.pth", encoder)):
         checkpoint.write(network, tmp_path / name)
@@ -507,7 +507,8 @@ def full_disk():
 
 def test_the_small_generator_is_trained_on_a_full_disk(tmp_path):
     pytest.importorskip("accelerate")
-    importlib.import_module("torch._dynamo")  # looks for a folder where it can write
+    # imported before, because it looks for a folder that it can write to
+    importlib.import_module("torch._dynamo")
     with full_disk():
         with pytest.raises(OSError), open(tmp_path / "file", "w") as file:
             file.write("x")
@@ -521,7 +522,7 @@ def test_the_small_generator_learns():
     wanted = photograph(scene, 1000).astype(float)
     with torch.no_grad():
         made = picture(generator(SemanticLayout.from_labels(scene[None], 8))[0])
-    # Nearer than the best picture that knows nothing of the labels.
+    # Nearer than the best picture that does not depend on the labels.
     assert abs(made - wanted).mean() < 0.8 * abs(wanted - wanted.mean((0, 1))).mean()
 
 
@@ -546,7 +547,7 @@ def address(service, encoder):
         yield address
 
 
-def test_a_body_that_never_comes_holds_nobody_up(address):
+def test_a_body_that_never_arrives_blocks_nobody(address):
     host, port = address.removeprefix("http://").split(":")
     with socket.create_connection((host, int(port)), timeout=5) as connection:
         head = f"POST /image HTTP/1.1\r\nHost: {host}:{port}\r\nContent-Length: 100000000\r\n\r\n"
@@ -575,7 +576,7 @@ def browser():
 
 @pytest.fixture
 def open_page(browser):
-    """Opens a tab that has understood the hint; what its page says is wrong fails the test."""
+    """Opens a tab whose hint was dismissed. An error on its page fails the test."""
     contexts, errors = [], []
 
     def open_page(address, **settings):
@@ -605,14 +606,14 @@ def map_of(page):
 
 
 def labels_of(page):
-    """The labels of the map, by its colours."""
+    """The map's labels, by its colours."""
     numbers = {one.colour: one.number for one in classes_for().listed}
     pixels = np.array(map_of(page)).reshape(-1, 4)[:, :3].tolist()
     return np.array([numbers[tuple(pixel)] for pixel in pixels], np.uint8).reshape(64, 64)
 
 
 def image_of(page):
-    """The newest image's bytes, when it is that of the map."""
+    """The newest image's bytes, once it is the image of the current map."""
     page.wait_for_selector("#result[aria-busy=false]")
     return page.evaluate(
         "async () => [...new Uint8Array(await (await fetch("
@@ -628,7 +629,7 @@ def answer_of(address, page, **query):
 
 
 def at(page, x, y):
-    """The place on the page of a place on the map, from 0 to 1."""
+    """The position on the page of a position on the map, from 0 to 1."""
     box = page.locator("#map").bounding_box()
     return box["x"] + box["width"] * x, box["y"] + box["height"] * y
 
@@ -648,7 +649,7 @@ def open_file(page, field, content, name):
     page.set_input_files(field, {"name": name, "mimeType": "image/png", "buffer": content})
 
 
-def test_a_stroke_changes_the_image_and_undo_gives_it_back(open_page, address):
+def test_a_stroke_changes_the_image_and_undo_restores_it(open_page, address):
     page = open_page(address)
     map_before, image_before = map_of(page), image_of(page)
     assert image_before == answer_of(address, page)
@@ -663,7 +664,7 @@ def test_a_stroke_changes_the_image_and_undo_gives_it_back(open_page, address):
     assert image_of(page) == image_after and map_of(page) == map_after
 
 
-def test_label_maps_go_in_and_out_unchanged(open_page, address):
+def test_label_maps_are_opened_and_saved_unchanged(open_page, address):
     page = open_page(address)
     for seed, file in (
         (1, image_file),
@@ -676,7 +677,7 @@ def test_label_maps_go_in_and_out_unchanged(open_page, address):
         with page.expect_download() as download:
             page.get_by_text("Save map").click()
         assert (np.asarray(Image.open(download.value.path())) == labels).all()
-    small = image_file(np.arange(2, dtype=np.uint8)[:, None])  # is resized
+    small = image_file(np.arange(2, dtype=np.uint8)[:, None])  # will be resized
     open_file(page, "#file", small, "small.png")
     until(lambda: (labels_of(page) == np.arange(2).repeat(32)[:, None]).all())
 
@@ -689,7 +690,7 @@ def paletted(labels):
     return file.getvalue()
 
 
-def test_what_is_wrong_with_a_label_map_is_said(open_page, address):
+def test_a_wrong_label_map_gets_an_error_message(open_page, address):
     page, whole = open_page(address), image_file(drawn())
     before, image = map_of(page), image_of(page)
     damaged = bytearray(whole)
@@ -710,7 +711,7 @@ def test_what_is_wrong_with_a_label_map_is_said(open_page, address):
     assert map_of(page) == before and image_of(page) == image
 
 
-def test_a_photographs_style_holds_until_another_is_drawn(open_page, address, service, tmp_path):
+def test_a_photographs_style_is_kept_until_another_is_drawn(open_page, address, service, tmp_path):
     page, content = open_page(address), image_file(a_photograph())
     z = post(f"{address}/style", content=content).json()["z"]
     first = image_of(page)
@@ -721,7 +722,7 @@ def test_a_photographs_style_holds_until_another_is_drawn(open_page, address, se
     draw_stroke(page, (0.2, 0.2), (0.7, 0.3))
     assert image_of(page) == answer_of(address, page, z=z)
     open_file(page, "#photograph", b"no image", "text.png")
-    page.get_by_text("text.png was not opened: the photograph is no image").wait_for()
+    page.get_by_text("text.png was not opened: the photograph is not an image").wait_for()
     assert "422" in open_page.errors.pop()
     with open(tmp_path / "large.png", "wb") as large:
         large.truncate(2**25 + 1)
@@ -736,8 +737,8 @@ def test_a_photographs_style_holds_until_another_is_drawn(open_page, address, se
         assert not open_page(other).locator("#open-style").is_visible()
 
 
-def test_two_tabs_draw_faster_than_images_are_made(open_page):
-    """While a tab waits for an image, it asks for the newest of the maps that are drawn alone."""
+def test_two_tabs_draw_faster_than_images_are_computed(open_page):
+    """While a tab waits for an image, it requests only the newest of the maps drawn meanwhile."""
     torch.manual_seed(0)
     with Held(SPADEGenerator(4, **SMALL).eval(), waiting=4) as held, served(held) as address:
         held.may.set()
@@ -787,7 +788,7 @@ def test_a_reload_in_the_middle_of_a_request(open_page):
         assert image_of(page) == answer_of(address, page) and (labels_of(page) == labels).all()
 
 
-def test_keys_paint(open_page, address):
+def test_painting_with_keys(open_page, address):
     page = open_page(address)
     choose(page, "sea")
     before = labels_of(page)
@@ -798,7 +799,7 @@ def test_keys_paint(open_page, address):
     page.keyboard.press("Space")
     after = labels_of(page)
     assert (after[32, 32:60] == 1).all() and (after[:20] == before[:20]).all()
-    page.keyboard.press("ArrowLeft")  # moves the brush alone
+    page.keyboard.press("ArrowLeft")  # moves only the brush
     assert (labels_of(page) == after).all()
     for key, tool in (("e", "Eraser"), ("l", "Line"), ("f", "Fill"), ("p", "Pick"), ("b", "Brush")):
         page.keyboard.press(key)
@@ -806,7 +807,7 @@ def test_keys_paint(open_page, address):
     assert image_of(page) == answer_of(address, page)
 
 
-def test_a_finger_paints(open_page, address):
+def test_painting_with_a_finger(open_page, address):
     phone = {"viewport": {"width": 390, "height": 844}, "has_touch": True, "is_mobile": True}
     page = open_page(address, **phone)
     page.get_by_role("button", name="sea", exact=True).tap()
@@ -822,7 +823,7 @@ def test_a_finger_paints(open_page, address):
     for words in ("Short", "Image in 12345 ms, on the page after 12345 ms" * 2):
         page.evaluate("(words) => { document.getElementById('status').textContent = words }", words)
         boxes.append(page.locator("#map").bounding_box())
-    assert boxes[0] == boxes[1]  # the map stays below the finger
+    assert boxes[0] == boxes[1]  # the map stays under the finger
     touch("touchStart", (0.5, 0.2))
     for step in range(1, 7):
         touch("touchMove", (0.5, 0.2 + step / 10))

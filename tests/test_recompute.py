@@ -1,5 +1,5 @@
-"""Gradient checkpointing of the generator's blocks: to the bit what the plain forward and backward
-give.
+"""Gradient checkpointing of the generator's blocks gives the same bits as the plain forward and
+backward.
 """
 
 import copy
@@ -18,7 +18,7 @@ NORMS = ["instance", "batch", "syncbatch", "group"]
 
 
 def generators(norm="batch", spectral=True):
-    """Two of the same weights, the second one of which computes its blocks anew."""
+    """Two generators with the same weights. The second recomputes its blocks."""
     plain = SPADEGenerator(
         LABEL_NC,
         ngf=4,
@@ -45,7 +45,7 @@ def step(network, *inputs):
 
 
 def assert_same(first, second):
-    """Bit for bit: parameters, gradients, buffers."""
+    """Asserts that parameters, gradients and buffers are the same, bit for bit."""
     for kind in ("named_parameters", "named_buffers"):
         theirs = dict(getattr(second, kind)())
         for name, tensor in getattr(first, kind)():
@@ -61,7 +61,8 @@ def bytes_kept(run):
 
     def pack(tensor):
         storage = tensor.untyped_storage()
-        kept[storage.data_ptr()] = storage.nbytes(), tensor  # held, so that nothing else lies there
+        # kept alive, so that its address is not used again
+        kept[storage.data_ptr()] = storage.nbytes(), tensor
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
@@ -91,7 +92,7 @@ def test_several_steps(norm, spectral, dense):
 @pytest.mark.parametrize("mode", ["always", "never"])
 @pytest.mark.parametrize("dense", [False, True])
 def test_gradients_of_inputs(mode, dense):
-    """The switches that hold in forward are those of backward, too, in another thread."""
+    """Switches that hold in forward also hold in backward, even in another thread."""
     networks, seen = generators(), condition(dense)
     found = []
     for network in networks:
@@ -109,7 +110,7 @@ def test_gradients_of_inputs(mode, dense):
     assert_same(*networks)
 
 
-def test_keeps_the_blocks_inputs_alone():
+def test_only_the_blocks_inputs_are_kept():
     networks, z = generators(), torch.randn(2, 5)
     plain, other = (bytes_kept(lambda: network(condition(), z)) for network in networks)
     own = bytes_kept(lambda: networks[1].first(torch.rand(2, 64, 4, 4), condition()))
@@ -120,8 +121,8 @@ def test_keeps_the_blocks_inputs_alone():
     assert plain == other
 
 
-def test_no_grad_and_eval_keep_nothing_of_it(monkeypatch):
-    """`recomputed` is not so much as called."""
+def test_no_grad_and_eval_do_not_recompute(monkeypatch):
+    """`recomputed` is not even called."""
     monkeypatch.setattr("spade_fast.nn.generator.recomputed", None)
     _, network = generators()
     with torch.no_grad():
@@ -132,7 +133,9 @@ def test_no_grad_and_eval_keep_nothing_of_it(monkeypatch):
 
 
 def test_two_forwards_before_one_backward():
-    """Then in eval mode: the first one's vectors, running statistics and mode are gone by then."""
+    """The network is in eval mode by then, and the first forward's vectors and running statistics
+    have changed.
+    """
     networks, seen = generators(), condition()
     first, second = torch.randn(2, 2, 5)
     for network in networks:
@@ -176,7 +179,7 @@ def test_autocast(norm):
 
 
 def test_new_spectral_norm_and_hooks():
-    """Modules inside of a block may be others; a block that is watched keeps everything."""
+    """Modules inside a block may be replaced. A block with hooks keeps everything."""
     networks, seen, z, calls = generators(spectral=False), condition(), torch.randn(2, 5), []
     for network in networks:
         torch.manual_seed(0)
@@ -225,7 +228,7 @@ def test_condition_of_inference_mode():
     assert_same(*networks)
 
 
-def test_is_no_setting(tmp_path):
+def test_recompute_is_not_saved(tmp_path):
     plain, network = generators()
     assert not plain.recompute
     checkpoint.write(network, tmp_path / "generator.pt")
@@ -234,7 +237,9 @@ def test_is_no_setting(tmp_path):
 
 
 def in_parallel(rank, processes, rendezvous, results):
-    """DistributedDataParallel of instance norm, which it takes on a CPU; else the network alone."""
+    """DistributedDataParallel with instance norm, which it accepts on a CPU; otherwise the network
+    alone.
+    """
     dist.init_process_group(
         "gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=processes
     )

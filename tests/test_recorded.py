@@ -1,5 +1,5 @@
-"""Whoever records a graph or transforms a function gets the right numbers, or a refusal in words;
-never other numbers.
+"""Recording a graph or transforming a function gives the right numbers, or a refusal that says what
+to do; never other numbers.
 """
 
 import copy
@@ -45,13 +45,13 @@ def no_warnings():
 
 
 @pytest.fixture(autouse=True)
-def windows_wherever_they_may_be():
+def windows_wherever_possible():
     with spade_fast.window_mode("always"):
         yield
 
 
 def both(name):
-    """The package's module and the plain one, with the same weights and running statistics."""
+    """The package's module and the plain module, with the same weights and running statistics."""
     torch.manual_seed(0)
     if MODULES[name] is None:
         theirs = families.Block(families.Layer, 4, False) if "block" in name else families.Layer()
@@ -67,12 +67,12 @@ def both(name):
 
 
 def the_same(transform, name, *inputs):
-    """transform(module)(*inputs) of both: our result is right, or refused."""
+    """Applies transform(module)(*inputs) to both modules: our result is right, or refused."""
     ours, theirs = both(name)
     inputs = [tensor.detach() for tensor in inputs]
     try:
         expected = transform(theirs)(*inputs)
-    except Exception:  # eager PyTorch does not take it either
+    except Exception:  # eager PyTorch does not support it either
         pytest.skip("eager PyTorch refuses")
     right_or_refused(lambda: transform(ours)(*inputs), expected, compare_all)
 
@@ -80,7 +80,8 @@ def the_same(transform, name, *inputs):
 def compare_all(found, expected):
     found, expected = (torch.utils._pytree.tree_leaves(one) for one in (found, expected))
     assert len(found) == len(expected)
-    # A gradient that is zero in exact arithmetic is rounding beside the others.
+    # A gradient that is zero in exact arithmetic has only rounding errors, compared with the
+    # others.
     largest = max(
         (one.abs().max() for one in expected if one is not None and one.numel()), default=0.0
     )
@@ -106,8 +107,8 @@ def test_jit_trace(name, condition, check_trace):
     the_same(traced, name, x, segmap)
 
 
-def test_jit_trace_takes_the_other_kind_of_condition():
-    """Recorded with a label map, called with a dense one, and the other way round."""
+def test_jit_trace_with_the_other_kind_of_condition():
+    """Recorded with a label map and called with a dense condition, and vice versa."""
     for first, second in ((label_map, dense_map), (dense_map, label_map)):
         the_same(
             lambda module: torch.jit.trace(module, (pictures(), first().detach())),
@@ -118,7 +119,7 @@ def test_jit_trace_takes_the_other_kind_of_condition():
 
 
 def test_jit_trace_of_a_map_that_was_seen_before():
-    """Its windows are known already."""
+    """Its windows are already known."""
     x, segmap = pictures(), label_map()
 
     def traced(module):
@@ -273,7 +274,7 @@ def test_function_transforms(name, condition, transform):
 @pytest.mark.parametrize("condition", CONDITIONS)
 @pytest.mark.parametrize("name", ["instance, affine", "block"])
 def test_function_transforms_over_parameters(name, condition, transform):
-    """As for ensembles, and for per-sample gradients."""
+    """As for ensembles and for per-sample gradients."""
 
     def transformed(module):
         parameters = {key: one.detach() for key, one in module.named_parameters()}
@@ -311,7 +312,7 @@ def test_function_transforms_over_parameters(name, condition, transform):
 @pytest.mark.parametrize("condition", [*CONDITIONS, "layout"])
 @pytest.mark.parametrize("name", [*FORWARDS, "batch", "group"])
 def test_dual_numbers(name, condition, of, gradients):
-    """The tangent that forward differentiation has."""
+    """The tangents of forward-mode differentiation."""
     ours, theirs = both(name)
     x, segmap = pictures(), label_map() if condition == "layout" else CONDITIONS[condition]()
     if condition == "layout" and of == "the condition":
@@ -353,7 +354,7 @@ NORMS = {
 
 
 def modulation(norm, table, activation="silu"):
-    """Both operations as functions of x, γ, β, and those tensors."""
+    """Both implementations as functions of x, γ and β, and these tensors."""
     settings = {**NORMS[norm], "activation": activation}
     if settings.pop("affine", False):
         settings |= {"weight": pictures(8, 1, ())[:, 0], "bias": pictures(8, 1, (), 3)[:, 0]}
@@ -498,7 +499,7 @@ def test_meta_and_fake_tensors_of_the_operation(norm, table):
         right_or_refused(lambda: ours(*faked), theirs(*faked), compare_kinds)
 
 
-def test_converting_and_making_under_a_meta_device_context():
+def test_converting_and_constructing_under_a_meta_device_context():
     with torch.device("meta"):
         made = spade_fast.SPADEResnetBlock(8, 6, "spectralspadebatch3x3", 5)
         assert all(tensor.is_meta for tensor in made.parameters())
@@ -548,7 +549,7 @@ def test_export_with_dynamic_height_and_width(name, factor):
         the_same(exported, name, pictures(size=(8, 12)), label_map(size=other, seed=4))
 
 
-def test_a_trace_of_one_image_is_right_of_several():
+def test_a_trace_of_one_image_is_right_for_several():
     def modulated(x):
         return spade_fast.spade_modulate(x, 0.5 * x, x, norm="batch")
 
@@ -557,7 +558,7 @@ def test_a_trace_of_one_image_is_right_of_several():
     assert torch.allclose(traced(several), modulated(several), atol=1e-5)
 
 
-def test_a_trace_does_not_fix_that_sizes_are_equal():
+def test_a_trace_does_not_assume_that_sizes_are_equal():
     ours, theirs = both("instance")
     x, segmap = pictures(), dense_map(size=(6, 5))
     traced = torch.jit.trace(ours, (x, segmap))

@@ -1,4 +1,6 @@
-"""The published networks' facts, pinned: the reference is the truth of every other test."""
+"""The published networks' properties are pinned, because the reference is the truth of every other
+test.
+"""
 
 import copy
 import math
@@ -11,7 +13,7 @@ import torch.nn.functional as F
 from spade_fast import reference
 
 
-def test_the_formula_written_out():
+def test_the_formula_element_by_element():
     """Equation 1 of the paper, element by element, in Python floats."""
     layer = reference.SPADE(2, 3, 4).double()
     x, segmap = torch.randn(1, 2, 3, 3).double(), torch.randn(1, 3, 6, 6).double()
@@ -129,7 +131,7 @@ def test_wirings(settings, shape):
 
 
 class Numbers(nn.Module):
-    """A network of some numbers; `forward` is what it computes of them."""
+    """A network with a few numbers as parameters; `forward` computes its result from them."""
 
     def __init__(self, forward, **values):
         super().__init__()
@@ -142,8 +144,8 @@ class Numbers(nn.Module):
 
 
 def judge():
-    """Features a · image and results b · a · image of one scale, and no features of another whose
-    result is the condition.
+    """One scale with the features a · image and the result b · a · image, and another scale without
+    features, whose result is the condition.
     """
     return Numbers(
         lambda own, x: [[own.a * x[:, 1:], own.b * own.a * x[:, 1:]], [x[:, :1]]], a=2.0, b=0.5
@@ -151,7 +153,7 @@ def judge():
 
 
 def adam(before, lr, gradient):
-    """The first step from here: its second moment is gradient²."""
+    """Adam's first step from here: its second moment is gradient²."""
     return pytest.approx(before - lr * gradient / (abs(gradient) + 1e-8), rel=1e-14)
 
 
@@ -159,15 +161,15 @@ CONDITION = torch.full((1, 1, 1, 1), 0.6, dtype=torch.float64)
 REAL = torch.full((1, 1, 1, 1), 0.5, dtype=torch.float64)
 
 
-def test_a_published_step_by_hand():
-    """The generator makes w · condition = 0.15, and the real image is 0.5."""
+def test_a_published_step_worked_out_by_hand():
+    """The generator's image is w · condition = 0.15, and the real image is 0.5."""
     generator = Numbers(lambda own, segmap: own.w * segmap, w=0.25)
     discriminator = judge()
     trainer = reference.PublishedTrainer(
         generator, discriminator, perceptual=lambda fake, real: 3 * (real - fake).sum()
     )
     losses = trainer.step(CONDITION, REAL)
-    w = 0.25 + 1e-4  # the next fake's: its gradient is negative
+    w = 0.25 + 1e-4  # of the next fake, after a step along the negative gradient
     expected = {
         "adversarial": (-0.15 - 0.6) / 2,
         "feature_matching": 2 * (0.5 - 0.15) / 2,
@@ -177,21 +179,23 @@ def test_a_published_step_by_hand():
     }
     assert losses.keys() == expected.keys()
     for name, value in expected.items():
-        # Adam's 1e-8 beside its gradient is in w
+        # w leaves out Adam's 1e-8
         assert losses[name].item() == pytest.approx(value, rel=1e-12), name
-    # −b·a/2 of the first, 10 · −a/2 of the second, 10 · −3 of the third; all times the condition
+    # The first loss has −b·a/2, the second 10 · −a/2, the third 10 · −3, all times the condition.
     gradient = 0.6 * (-0.5 - 10 - 30)
     assert generator.w.grad.item() == pytest.approx(gradient, rel=1e-14)
     assert generator.w.item() == adam(0.25, 1e-4, gradient)
-    # ½ (b·a·fake − b·a·real): of the second step alone
+    # Only of the second step: ½ (b·a·fake − b·a·real).
     difference = 0.6 * generator.w.item() - 0.5
     for number, before, factor in ((discriminator.a, 2.0, 0.5), (discriminator.b, 0.5, 2.0)):
         assert number.grad.item() == pytest.approx(factor * difference / 2, rel=1e-12)
         assert number.item() == adam(before, 4e-4, factor * difference / 2)
 
 
-def test_a_published_step_with_an_encoder_by_hand():
-    """The image is z itself: 0.3 + exp(0 / 2) · 0.4 = 0.7, and then with other noise."""
+def test_a_published_step_with_an_encoder_worked_out_by_hand():
+    """The image is z itself: 0.3 + exp(0 / 2) · 0.4 = 0.7 at first, then another value with other
+    noise.
+    """
     generator = Numbers(lambda own, segmap, z: own.w * z[..., None, None], w=1.0)
     encoder = Numbers(
         lambda own, image: (own.mu + 0 * image[..., 0, 0], own.logvar + 0 * image[..., 0, 0]),
@@ -213,10 +217,10 @@ def test_a_published_step_with_an_encoder_by_hand():
     assert next(noise, None) is None
     assert losses["kl"].item() == pytest.approx(-0.5 * (1 + 0 - 0.09 - 1), rel=1e-12)
     assert losses["adversarial"].item() == pytest.approx((-0.7 - 0.6) / 2, rel=1e-12)
-    of_fake = -0.5 + 10  # the fake is more than the real image now
+    of_fake = -0.5 + 10  # the fake is now larger than the real image
     gradients = {
         "mu": of_fake + 0.05 * 0.3,
-        "logvar": of_fake * 0.5 * 0.4,  # and of KL ½ (exp(0) − 1) = 0
+        "logvar": of_fake * 0.5 * 0.4,  # KL has ½ (exp(0) − 1) = 0
     }
     for name, gradient in gradients.items():
         number = getattr(encoder, name)
@@ -228,7 +232,7 @@ def test_a_published_step_with_an_encoder_by_hand():
 
 
 def test_a_published_step_of_the_published_networks():
-    """Everything is in train mode and moves; noise decides the fakes where it is given."""
+    """All networks are in train mode and change. If noise is given, it determines the fakes."""
     torch.manual_seed(0)
     generator = reference.SPADEGenerator(3, 1, crop_size=64, use_vae=True, z_dim=2)
     networks = generator, reference.MultiscaleDiscriminator(6, 2, 1), reference.ConvEncoder(1, 2)

@@ -19,7 +19,9 @@ SWITCHES = {
 
 @pytest.fixture(params=SWITCHES)
 def switch(request):
-    """Opens a scope, and reads the setting; and what it reads before."""
+    """A function that opens a scope, a function that reads the setting, and the settings before and
+    inside.
+    """
     kind, setting, read = SWITCHES[request.param]
     before = read()
     assert before != setting
@@ -27,7 +29,7 @@ def switch(request):
     assert read() == before and not kind.anywhere
 
 
-def test_it_holds_with_and_without_with(switch):
+def test_a_switch_holds_with_and_without_with(switch):
     make, read, before, setting = switch
     with make():
         assert read() == setting
@@ -40,7 +42,7 @@ def test_it_holds_with_and_without_with(switch):
     scope.end()
 
 
-def test_two_may_end_in_any_order(switch):
+def test_two_switches_may_end_in_any_order(switch):
     make, read, before, setting = switch
     first, second = make(), make()
     first.__enter__(), second.__enter__()
@@ -61,7 +63,7 @@ def test_without_with_the_later_one_replaces_the_earlier():
     assert current_mode() == "auto"
 
 
-def test_threads_have_their_own(switch):
+def test_threads_have_their_own_switches(switch):
     make, read, before, setting = switch
     found = {}
 
@@ -85,7 +87,7 @@ def test_threads_have_their_own(switch):
     }
 
 
-def test_tasks_have_their_own(switch):
+def test_tasks_have_their_own_switches(switch):
     make, read, before, setting = switch
     ends = []
 
@@ -120,7 +122,7 @@ def test_one_switch_entered_twice(switch):
         assert read() == before
 
 
-def test_a_switch_made_here_and_entered_in_another_thread(switch):
+def test_a_switch_created_here_and_entered_in_another_thread(switch):
     make, read, before, setting = switch
     scope, found = make(), []
 
@@ -130,4 +132,4 @@ def test_a_switch_made_here_and_entered_in_another_thread(switch):
 
     thread = threading.Thread(target=other)
     thread.start(), thread.join()
-    assert found == [setting] and read() == before  # it has ended, everywhere
+    assert found == [setting] and read() == before  # it has ended everywhere

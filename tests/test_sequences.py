@@ -1,5 +1,5 @@
-"""Random sequences of what people do to a model: after each it computes what its plain twin
-does; and random layers, operations and calls against the reference.
+"""Random sequences of users' operations on a model: after each, it computes the same as its plain
+twin. Also random layers, operations and calls against the reference.
 """
 
 import copy
@@ -31,7 +31,7 @@ FEW = settings(
 
 
 class Network(torch.nn.Module):
-    """A layer and a block; the layers' class may be another's."""
+    """A layer and a block. The layers' class can be chosen."""
 
     def __init__(self, layer=families.SPADES["official, batch"]):
         super().__init__()
@@ -42,7 +42,7 @@ class Network(torch.nn.Module):
 
 
 class Generator(torch.nn.Module):
-    """A generator, called as the others are."""
+    """A generator with the call of the other models."""
 
     def __init__(self):
         super().__init__()
@@ -68,13 +68,16 @@ MODELS = {
 
 
 class Pair:
-    """A model and its twin, to which the same is done, but for what should change nothing."""
+    """A model and its twin. Both get the same operations, except for those that should change
+    nothing.
+    """
 
     def __init__(self, kind):
         torch.manual_seed(0)
         self.kind = kind
         self.model, self.twin = (one.double() for one in MODELS[kind]())
-        with torch.no_grad():  # singular vectors that are some: of random ones σ may be about zero
+        # converges the singular vectors: σ of random vectors may be about zero
+        with torch.no_grad():
             for seed in range(5):
                 self.model.train()(pictures(seed=seed), label_map())
         self.twin.load_state_dict(self.model.state_dict())
@@ -130,7 +133,7 @@ def step(pair):
 
 
 def swapped(pair):
-    """Weights by another's data, a forward, and back."""
+    """Exchanges the weights' data, runs a forward, and restores them."""
 
     def change(one):
         with torch.no_grad():
@@ -176,8 +179,8 @@ def load(pair):
 
 
 def replaced(pair, copied):
-    pair.close()  # what is frozen is that very model
-    with torch.no_grad():  # spectral norm leaves a weight behind that cannot be copied otherwise
+    pair.close()  # frozen holds for this very object
+    with torch.no_grad():  # otherwise spectral norm's computed weight cannot be copied
         for one in (pair.model, pair.twin):
             torch.manual_seed(pair.number)
             one(pictures(), label_map())
@@ -264,7 +267,7 @@ OF_KINDS = {
 
 
 def sequences(kind):
-    """Sequences of operations on such a model, each with a mode, with or without gradients."""
+    """Sequences of operations on such a model, each with a mode, and with or without gradients."""
     step = st.tuples(st.sampled_from(OF_KINDS[kind]), MODES, st.booleans())
     return st.tuples(st.just(kind), st.lists(step, min_size=6, max_size=12))
 
@@ -287,7 +290,7 @@ def test_sequences_of_operations(sequence, train):
 
 @st.composite
 def layers(draw):
-    """Settings of a SPADE, shapes of its arguments, and how they lie and are given."""
+    """Settings of a SPADE, its arguments' shapes and strides, and the form of the call."""
     dims = draw(st.integers(1, 3))
     channels = draw(st.sampled_from([1, 2, 4, 6]))
     side = st.integers(2, 5)
@@ -357,7 +360,7 @@ def test_layers_against_the_reference(case):
     dy = torch.randn(max(batch, batch_of_condition), case["channels"], *case["size"])
     try:
         true = results(truth, x.double(), segmap.double(), dy, "by position")
-    except Exception as error:  # as of one value per channel in train mode
+    except Exception as error:  # such as for one value per channel in train mode
         kinds = (type(error), ValueError, RuntimeError)
         try:
             found = results(ours, x, given, dy, case["form"])
@@ -372,7 +375,7 @@ def test_layers_against_the_reference(case):
         scale = true[name].abs().max().item()
         if name.endswith("bias") and name.replace("bias", "weight") in true:
             scale = max(scale, true[name.replace("bias", "weight")].abs().max().item())
-        if name not in ("y", "x"):  # gradients that are zero in exact arithmetic
+        if name not in ("y", "x"):  # gradients may be zero in exact arithmetic
             scale = max(scale, 0.1 if "running" in name else 1e-2 * largest)
         if name == "x":
             scale = max(scale, 1e-2 * dy.abs().max().item())
@@ -381,8 +384,8 @@ def test_layers_against_the_reference(case):
 
 @st.composite
 def operations(draw):
-    """Arguments of modulations.sample: two images or more, for with one and a dy whose channels lie
-    together, eager PyTorch's gradient of instance norm is wrong.
+    """Arguments of modulations.sample, with at least two images: for a single image and a
+    channels-last dy, eager PyTorch's gradient of instance norm is wrong.
     """
     dims, channels = draw(st.integers(1, 3)), draw(st.sampled_from([2, 4, 6]))
     dtypes = st.sampled_from([torch.float64, torch.float32, torch.bfloat16, torch.float16])

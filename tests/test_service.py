@@ -1,4 +1,4 @@
-"""A service: which weights an image is of, what is kept, and what goes wrong without harm."""
+"""A service: which weights it uses for an image, what it keeps, and that failures do no harm."""
 
 import contextlib
 import copy
@@ -41,7 +41,7 @@ def layout_of(seed=0, images=1, size=SIZE):
 
 
 def by_hand(generator, layout, z=None):
-    """As README says it."""
+    """The image as README computes it."""
     generator = copy.deepcopy(generator).fold_spectral_norm()
     with torch.no_grad(), frozen(generator):
         return generator(layout, z)
@@ -49,8 +49,8 @@ def by_hand(generator, layout, z=None):
 
 @contextlib.contextmanager
 def held(monkeypatch):
-    """Inside, what the network is called for waits until the event that this yields is set; the
-    other one is set when it is called.
+    """Inside, the network's calls wait. Yields two events: the first is set when the network is
+    called, and setting the second lets it go on.
     """
     called, go_on, compute = threading.Event(), threading.Event(), serving.Loaded.compute
 
@@ -69,7 +69,7 @@ def held(monkeypatch):
 
 @pytest.fixture
 def computed(monkeypatch):
-    """A list that grows by every table that is computed."""
+    """A list that gets an entry for every table that is computed."""
     tables, compute = [], tables_of_windows.compute_table
     monkeypatch.setattr(
         tables_of_windows,
@@ -81,7 +81,7 @@ def computed(monkeypatch):
 
 @pytest.mark.parametrize("use_vae", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-def test_images_are_those_of_the_generator_by_hand(use_vae, dtype):
+def test_images_equal_those_of_a_direct_call(use_vae, dtype):
     generator = generator_of(use_vae=use_vae).to(dtype)
     z = torch.randn(4, 3, dtype=dtype) if use_vae else None
     with Service(generator) as service:
@@ -98,7 +98,7 @@ def test_images_are_those_of_the_generator_by_hand(use_vae, dtype):
     assert len(found) == (4 if use_vae else 2) and found.dtype == dtype
 
 
-def test_a_z_of_the_encoder_and_one_that_is_drawn():
+def test_z_from_the_encoder_and_random_z():
     generator, encoder = generator_of(use_vae=True), ConvEncoder(2, 3).eval()
     with torch.no_grad():
         z, _ = encoder(torch.rand(1, 3, SIZE, SIZE) * 2 - 1)
@@ -110,7 +110,7 @@ def test_a_z_of_the_encoder_and_one_that_is_drawn():
     assert not torch.equal(*drawn)
 
 
-def test_asked_in_inference_mode():
+def test_requests_in_inference_mode():
     generator, z = generator_of(use_vae=True), torch.randn(1, 3)
     expected = by_hand(generator, layout_of(), z)
     with Service(generator) as service:
@@ -134,7 +134,7 @@ def test_weights_of_files_and_dicts(tmp_path):
     assert found.dtype == torch.float64 and torch.allclose(found.float(), expected, atol=1e-4)
 
 
-def test_what_is_done_to_the_weights_later_does_not_reach_it():
+def test_later_changes_of_the_weights_have_no_effect():
     generator = generator_of()
     expected = by_hand(generator, layout_of())
     with Service(generator) as service:
@@ -173,7 +173,7 @@ def test_eight_threads_and_other_weights_in_the_middle():
     assert not wrong and len(set(found)) == 2
 
 
-def test_what_waits_is_made_with_the_weights_it_was_asked_of(monkeypatch):
+def test_waiting_requests_use_the_weights_at_their_time(monkeypatch):
     generators = [generator_of(), generator_of(1, ngf=3)]
     old, new = (by_hand(one, layout_of()) for one in generators)
     with Service(generators[0]) as service:
@@ -191,8 +191,8 @@ def test_a_reload_that_fails_leaves_the_old_weights(tmp_path):
     (tmp_path / "text.pth").write_text("no weights")
     with Service(generator) as service:
         for weights, words in (
-            (tmp_path / "text.pth", "is no file of weights"),
-            (tmp_path / "none.pth", "is not there"),
+            (tmp_path / "text.pth", "is not a file of weights"),
+            (tmp_path / "none.pth", "does not exist"),
             (ConvEncoder(2, 3), "weights is a ConvEncoder, it should be a SPADEGenerator"),
             (ConvEncoder(2, 3).state_dict(), "those of a ConvEncoder"),
         ):
@@ -217,7 +217,7 @@ def test_the_same_content_uses_its_tables(computed):
         assert len(computed) == 3 * first
 
 
-def test_the_cache_is_bounded_and_the_oldest_goes(computed):
+def test_the_cache_is_bounded_and_drops_the_oldest(computed):
     generator = generator_of()
     with Service(generator) as service:
         service.generate(layout_of(0))
@@ -227,7 +227,7 @@ def test_the_cache_is_bounded_and_the_oldest_goes(computed):
         for seed in range(8):
             service.generate(layout_of(seed))
             assert 0 < service.bytes <= 3.5 * one
-            service.generate(layout_of(0))  # never the oldest
+            service.generate(layout_of(0))  # so it is never the oldest
         assert len(computed) == (1 + 8) * tables
     with Service(generator, cache=0) as service:
         for _ in range(2):
@@ -239,7 +239,7 @@ def test_the_cache_is_bounded_and_the_oldest_goes(computed):
     "edit",
     [
         lambda layout: layout.codes.copy_(layout.codes.flip(2)),
-        lambda layout: layout.codes.numpy().fill(1),  # PyTorch does not see it
+        lambda layout: layout.codes.numpy().fill(1),  # PyTorch does not notice this
         lambda layout: layout.palette.data.mul_(2),
         lambda layout: setattr(layout, "codes", layout.codes.flip(1)),
     ],
@@ -262,7 +262,7 @@ def test_a_layout_that_is_edited_in_place(edit, monkeypatch):
 
 
 def test_a_layout_that_another_thread_edits_while_it_is_looked_up(monkeypatch):
-    """By hand: its tables were kept as those of the layout that it had become."""
+    """Without a service. Its tables used to be kept for the layout that it had become."""
     spade, layout = spade_fast.SPADE(8, CLASSES, 8).eval(), layout_of()
     x, edits = torch.randn(1, 8, SIZE, SIZE), [lambda: layout.codes.copy_(layout.codes.flip(2))]
     dtype_of_convolution = tables_of_windows.dtype_of_convolution
@@ -282,7 +282,7 @@ def test_a_layout_that_another_thread_edits_while_it_is_looked_up(monkeypatch):
 
 
 def test_a_layout_that_another_thread_edits_while_it_is_numbered(monkeypatch):
-    """By hand: the windows of before were kept as those of after, or a KeyError came."""
+    """Without a service. Windows from before the edit used to be kept, or a KeyError was raised."""
     layout, number, edits = layout_of(), layouts.number, [lambda: layout.codes.fill_(1)]
 
     def edited(*arguments):
@@ -359,7 +359,7 @@ def test_an_error_in_one_request_does_not_stop_the_others(monkeypatch):
         (layout_of(images=2)[[]], None, "it should have one image or more"),
     ],
 )
-def test_a_request_that_is_wrong_is_refused_at_once(layout, z, words):
+def test_a_wrong_request_is_refused_at_once(layout, z, words):
     with Service(generator_of(use_vae=True)) as service:
         with pytest.raises((ValueError, TypeError), match=words):
             service.submit(layout, z)
@@ -377,12 +377,12 @@ def test_a_request_that_is_wrong_is_refused_at_once(layout, z, words):
         ({"dtype": torch.int64}, "dtype is torch.int64"),
     ],
 )
-def test_settings_that_are_wrong(settings, words):
+def test_wrong_settings(settings, words):
     with pytest.raises((ValueError, TypeError), match=words):
         Service(generator_of(), **settings)
 
 
-def test_bytes_in_words():
+def test_sizes_with_units():
     sizes = ("256MB", "1 GiB", "1.5k", "7", 5, "2TB")
     found = [serving.bytes_of("cache", size) for size in sizes]
     assert found == [256_000_000, 2**30, 1500, 7, 5, 2 * 10**12]
@@ -431,8 +431,8 @@ def test_a_request_that_is_cancelled(monkeypatch):
         assert len(first.result()) == len(third.result()) == 1
 
 
-def test_the_backend_that_it_was_made_with(monkeypatch):
-    """A thread of a pool begins without the scopes of the one that asks."""
+def test_the_backend_at_construction_is_used(monkeypatch):
+    """A thread of a pool starts without the scopes of the caller."""
     used, compute = [], serving.Loaded.compute
 
     def noting(self, images):
@@ -447,7 +447,7 @@ def test_the_backend_that_it_was_made_with(monkeypatch):
     assert used == ["torch", kernels.select(torch.zeros(1, 1, 2, 2)).name]
 
 
-def test_a_callback_that_would_wait_for_itself_is_told_so():
+def test_a_callback_that_would_wait_for_itself_gets_an_error():
     layout, found = layout_of(), []
 
     def ask_again(future):

@@ -1,5 +1,5 @@
-"""What was proved of a module in one state is not taken for another: mode, autocast, attributes,
-values that are zero at first, sizes.
+"""A proof about a module in one state does not count for another: mode, autocast, attributes,
+initial zeros, sizes.
 """
 
 import argparse
@@ -14,6 +14,8 @@ import torch.nn as nn
 from twins import assert_same_calls, dense_map, label_map, pictures
 
 import spade_fast
+from spade_fast.convert.swap import Fast, views_of_marks
+from spade_fast.nn.unchanged import NAME
 
 
 def both(make, train=True, probe=True):
@@ -64,7 +66,7 @@ def test_both_modes(layer, converted_in, set_mode):
 
 
 def test_a_part_whose_mode_differs():
-    """As where batch norms are held in eval mode while the rest trains."""
+    """As when batch norms are held in eval mode while the rest trains."""
     model, own = both(lambda: families.Layer(nn.BatchNorm2d(8, affine=False)))
     for module in (model, own):
         module.param_free_norm.eval()
@@ -92,7 +94,7 @@ def set_option(module):
 
 
 @pytest.mark.parametrize("change", [set_strength, set_share, exchange_share, set_option])
-def test_a_setting_that_is_changed_later(change):
+def test_a_setting_that_changes_later(change):
     model, own = both(families.Strength)
     assert_same_forwards(model, own)
     for module in (model, own):
@@ -165,8 +167,8 @@ ZEROS = [zero_gamma_and_beta, zero_shared, zero_everything, dead_relu]
 @pytest.mark.parametrize("frozen", [False, True])
 @pytest.mark.parametrize("zero", ZEROS)
 @pytest.mark.parametrize("layer", [families.Bilinear, families.BilinearWhereSmaller])
-def test_weights_that_are_zero_at_first(layer, zero, frozen):
-    """They hide what the forward does with its condition."""
+def test_initial_zeros_in_weights(layer, zero, frozen):
+    """They hide what the forward computes from its condition."""
 
     def made():
         module = layer()
@@ -184,7 +186,7 @@ def test_weights_that_are_zero_at_first(layer, zero, frozen):
 
 
 @pytest.mark.parametrize("layer", ["HiFaceGAN", "PSFRGAN"])
-def test_weights_that_are_zero_at_first_in_lookalikes(layer):
+def test_initial_zeros_in_the_weights_of_lookalikes(layer):
     def made():
         module = families.LOOKALIKES[layer][0]()
         with torch.no_grad():
@@ -203,7 +205,7 @@ def test_weights_that_are_zero_at_first_in_lookalikes(layer):
 
 
 def test_a_block_of_zeros():
-    """conv_1 is zero at first, as in diffusion models, and hides the activation before it."""
+    """conv_1 is initially zero, as in diffusion models, and hides the activation before it."""
 
     def made():
         module = families.OtherBlock(families.Layer, spectral=False)
@@ -221,7 +223,7 @@ def test_a_block_of_zeros():
     assert_same_forwards(model, own)
 
 
-def test_a_scale_of_noise_that_is_zero_at_first():
+def test_a_scale_of_noise_that_is_initially_zero():
     model, own = both(families.VITONHD)
     assert_same_forwards(model, own)
     for module in (model, own):
@@ -237,7 +239,7 @@ SIZES = [(3, 5), (2, 5), (3, 2), (4, 4), (6, 5), (1, 1), (6, 10), (12, 5), (12, 
 @pytest.mark.parametrize(
     "layer", [families.BilinearWhereSmaller, families.NowcastNet, families.Bilinear]
 )
-def test_conditions_of_other_sizes_than_the_proofs(layer, size):
+def test_conditions_of_other_sizes_than_in_the_proof(layer, size):
     model, own = both(layer)
     for x_size in ((6, 5), (12, 10)):
         for segmap in (dense_map(size=size), label_map(size=size)):
@@ -248,8 +250,8 @@ def test_conditions_of_other_sizes_than_the_proofs(layer, size):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_dtype_that_is_changed_later(dtype):
-    """A norm that computes in float32, whatever x is, and a layer that does so altogether."""
+def test_a_dtype_that_changes_later(dtype):
+    """For a norm, and for a whole layer, that compute in float32 whatever x's dtype."""
 
     class InFloat32(families.Layer):
         def forward(self, x, segmap):
@@ -265,7 +267,7 @@ def test_a_dtype_that_is_changed_later(dtype):
 
 
 class Reads(families.Layer):
-    """γ is as strong as something says that may change later."""
+    """Scales γ by a strength that may change later."""
 
     def strength(self):
         return 1.0
@@ -277,7 +279,9 @@ class Reads(families.Layer):
 
 
 def reads(what, prepare, change):
-    """A class whose strength is what the function says, and what makes and changes it."""
+    """A function that makes a module whose strength is read in this way, and a function that
+    changes the strength.
+    """
 
     def make():
         kind = type("Reads", (Reads,), {"strength": what, "of_the_class": 1.0})
@@ -339,12 +343,19 @@ READERS = {
 
 
 @pytest.mark.parametrize("what", READERS)
-def test_whatever_a_forward_reads_may_change(what):
+def test_anything_that_a_forward_reads_may_change(what):
     make, change = READERS[what]
     model, own = both(make)
     for module in (model, own):
         change(module)
     assert_same_forwards(model, own)
+
+
+def is_known_unchanged(module):
+    """Whether the next call compares objects alone, and no marks."""
+    found = vars(module)[NAME]
+    is_own = found.owner is not None and found.owner() is module
+    return is_own and found.kept[views_of_marks][0].holds(module)
 
 
 SEEN = {
@@ -400,31 +411,31 @@ SEEN = {
 
 
 @pytest.mark.parametrize("what", SEEN)
-def test_what_changes_between_calls(what):
-    """Calls in which nothing did come before."""
+def test_changes_between_calls(what):
+    """Without a probe; the first call is before the change."""
     make, change = SEEN[what]
     model, own = both(make, probe=False)
     x, segmap = pictures(), dense_map()
     with torch.no_grad():
         before = model(x, segmap)
-        assert model.spade_form.proof.seen.has_the_same(model)
+        assert is_known_unchanged(model)
         for module in (model, own):
             change(module)
         assert torch.equal(model(x, segmap), own(x, segmap))
         assert not torch.allclose(own(x, segmap), before)
 
 
-def test_what_was_seen_is_of_one_module():
+def test_a_proof_is_for_a_single_module():
     model, _ = both(families.Layer, probe=False)
     model(pictures(), dense_map())
     for other in (copy.deepcopy(model), copy.copy(model), replica(model)):
-        assert not other.spade_form.proof.seen.has_the_same(other)
+        assert not is_known_unchanged(other)
         assert other._is_proved(pictures(), dense_map())
     gone = weakref.ref(model)
     gc.disable()
     try:
         del model
-        assert gone() is None  # without a garbage collector: its tensors may be large
+        assert gone() is None  # even without a garbage collector, because its tensors may be large
     finally:
         gc.enable()
 
@@ -436,12 +447,12 @@ def nested(depth):
 @pytest.mark.parametrize(
     "value", [list(range(10**6)), dict.fromkeys(range(600)), [[0] * 600, [1] * 600]]
 )
-def test_attributes_with_too_much_in_them_to_be_watched(value):
+def test_attributes_that_are_too_large_to_be_watched(value):
     layer = families.Layer()
     layer.history = value
     report = spade_fast.convert(layer)
     assert not report.converted
-    assert report[0].reason == "attributes have too much in them to be watched: history"
+    assert report[0].reason == "attributes have too many values to be watched: history"
 
 
 @pytest.mark.parametrize("value", [nested(300), [[]] * 300, {"a": dict.fromkeys(range(300))}])
@@ -454,9 +465,9 @@ def test_attributes_that_are_deep_or_long(value):
     model, own = both(make, probe=False)
     for segmap in (dense_map(), label_map()):
         assert_same_calls(call, model, own, pictures(), segmap, tolerance=1e-10)
-        assert model.spade_form.proof.seen.has_the_same(model)
+        assert is_known_unchanged(model)
     model.history.clear()
-    assert not model.spade_form.proof.seen.has_the_same(model)
+    assert not is_known_unchanged(model)
 
 
 class Wrapper(nn.Module):
@@ -468,15 +479,19 @@ class Wrapper(nn.Module):
         return self.act(self.conv(x)) if self.acts else self.conv(x)
 
 
-def test_a_wrappers_flag_may_change():
-    def make():
-        layer = families.Layer()
-        layer.mlp_shared = Wrapper()
-        return layer
+def wrapped():
+    layer = families.Layer()
+    layer.mlp_shared = Wrapper()
+    return layer
 
+
+@pytest.mark.parametrize("make", [wrapped, lambda: families.Block(wrapped, spectral=False)])
+def test_a_wrappers_flag_may_change(make):
     model, own = both(make)
-    for module in (model, own):
-        module.mlp_shared.acts = False
+    assert isinstance(model, Fast)
+    for module in (*model.modules(), *own.modules()):
+        if isinstance(module, Wrapper):
+            module.acts = False
     assert_same_forwards(model, own)
 
 
@@ -490,10 +505,10 @@ class Keeps(families.Layer):
         return super().forward(x, segmap)
 
 
-def test_a_forward_that_keeps_something_is_left_alone():
+def test_a_forward_with_side_effects_is_left_alone():
     layer = Keeps()
     report = spade_fast.convert(layer)
-    assert not report.converted and "changes what it has: sizes" in report[0].reason
+    assert not report.converted and "changes its attributes: sizes" in report[0].reason
     assert not layer.sizes
 
 
@@ -506,7 +521,7 @@ def test_names_that_the_fast_class_needs(name):
 
 
 def replica(module):
-    """As DataParallel makes it: parameters are plain tensors, and no longer parameters."""
+    """As DataParallel makes it: its weights are plain tensors, not parameters."""
     copied = module._replicate_for_data_parallel()
     copied._former_parameters = {}
     for name, parameter in module._parameters.items():

@@ -1,4 +1,4 @@
-"""What is kept from one call to the next, on several streams of a GPU."""
+"""Results that are kept between calls are safe on several streams of a GPU."""
 
 import pytest
 import torch
@@ -7,7 +7,7 @@ import spade_fast
 from spade_fast import SPADE, SemanticLayout
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA GPU here")
-LONG = 200_000_000  # cycles of a GPU: about a tenth of a second
+LONG = 200_000_000  # GPU cycles, about a tenth of a second
 
 
 def layer_and_inputs():
@@ -19,7 +19,7 @@ def layer_and_inputs():
 @pytest.mark.parametrize("prepared", [True, False])
 @pytest.mark.parametrize("is_frozen", [True, False])
 @torch.no_grad()
-def test_what_another_stream_made_is_waited_for(is_frozen, prepared):
+def test_results_of_another_stream_are_waited_for(is_frozen, prepared):
     spade, layout = layer_and_inputs()
     x = torch.randn(1, 8, 32, 32, device="cuda")
     expected = spade(x, SemanticLayout(layout.codes.clone(), layout.palette.clone()))
@@ -38,10 +38,10 @@ def test_what_another_stream_made_is_waited_for(is_frozen, prepared):
 
 
 def made_aside_first(aside, spade, x, layout):
-    """What the layer gives here after it was called on another stream, which is busy yet."""
+    """The layer's result here, after a call on another stream that is still busy."""
     with torch.cuda.stream(aside):
         full = [torch.full((1 << 18,), torch.nan, device="cuda") for _ in range(8)]
-        del full  # what is new there is NaN until it is written
+        del full  # its memory holds NaN until the next tensor there is written
         torch.cuda._sleep(LONG)
         spade(x, layout)
     return spade(x, layout)

@@ -1,5 +1,5 @@
-"""Over two processes: syncbatch equals batch norm over the whole batch in one, and a generator in
-DistributedDataParallel itself.
+"""Over two processes: syncbatch equals batch norm over the whole batch in one process, and a
+generator in DistributedDataParallel equals itself.
 """
 
 import pytest
@@ -49,7 +49,7 @@ def process(rank, batches, rendezvous, results):
 
 
 @pytest.mark.parametrize("batches", BATCHES.values(), ids=BATCHES)
-def test_two_processes_are_one(batches, tmp_path):
+def test_two_processes_equal_one(batches, tmp_path):
     mp.spawn(process, (batches, tmp_path / "rendezvous", tmp_path), nprocs=2)
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
     whole = numbers(layer(reference), *data(sum(batches)))
@@ -78,7 +78,7 @@ def test_second_derivatives_over_two_processes_are_an_error(tmp_path):
 
 def generator_and_condition():
     torch.manual_seed(0)
-    # Of instance norm: on a CPU DistributedDataParallel refuses whatever has a SyncBatchNorm.
+    # With instance norm: on a CPU, DistributedDataParallel refuses SyncBatchNorm.
     generator = spade_fast.SPADEGenerator.official(
         3, ngf=2, nhidden=4, crop_size=64, norm_G="spectralspadeinstance3x3"
     ).double()
@@ -110,7 +110,7 @@ def test_a_generator_in_distributed_data_parallel(tmp_path):
     expected, buffers = gradients_of(generator, labels), dict(generator.named_buffers())
     for rank in range(2):
         found, found_buffers = torch.load(tmp_path / f"{rank}.pt")
-        for name in expected:  # which are averaged over the processes
+        for name in expected:  # gradients, which are averaged over the processes
             largest = max(
                 expected[key].abs().max()
                 for key in expected
@@ -131,7 +131,7 @@ ONE_VALUE = [(1, 4, 1, 1), (1, 4, 1), (1, 4, 1, 1, 1)]
 @pytest.mark.parametrize("norm", ["batch", "syncbatch"])
 @pytest.mark.parametrize("shape", ONE_VALUE)
 def test_one_value_per_channel_without_processes(norm, shape):
-    """There is no variance of it: eager PyTorch raises, and keeps its running statistics."""
+    """A single value has no variance: eager PyTorch raises, and keeps its running statistics."""
     settings = {"norm": norm, "spatial_dims": len(shape) - 2}
     ours, theirs = (
         package.SPADE(4, 3, 6, **settings).double() for package in (spade_fast, reference)

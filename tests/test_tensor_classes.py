@@ -1,4 +1,4 @@
-"""Tensors of other classes, and from inference mode, wherever a plain one may go."""
+"""Tensors of other classes, and from inference mode, wherever a plain tensor is accepted."""
 
 import copy
 
@@ -17,7 +17,7 @@ class Tagged(torch.Tensor):
 
 
 class Wrapped(torch.Tensor):
-    """A subclass that adds what every function returns to a list."""
+    """A subclass that adds the result of every function to a list."""
 
     seen = []
 
@@ -96,7 +96,7 @@ def test_other_classes(name, kind, mode):
 @pytest.mark.parametrize("which", ["x", "the condition", "both"])
 @pytest.mark.parametrize("name", MODELS)
 def test_inference_tensors_in_training(name, which, mode, train):
-    """What eager PyTorch takes is taken, and what it refuses is no other number."""
+    """What eager PyTorch accepts is accepted, and what it refuses does not give other numbers."""
     ours, theirs = (one.train(train) for one in both(name))
     x = inference(pictures()) if which != "the condition" else pictures().requires_grad_()
     segmap = inference(label_map()) if which != "x" else label_map()
@@ -107,7 +107,7 @@ def test_inference_tensors_in_training(name, which, mode, train):
             if not isinstance(expected, Exception):
                 assert_same(found, expected)
                 continue
-            # Eager may not save an inference tensor for backward. Ours may do without it.
+            # Eager may be unable to save an inference tensor for backward. Ours may not need it.
             if isinstance(found, Exception):
                 assert isinstance(found, RuntimeError), found
             else:
@@ -117,7 +117,7 @@ def test_inference_tensors_in_training(name, which, mode, train):
 
 
 @pytest.mark.parametrize("mode", ["always", "never"])
-def test_seen_in_inference_and_used_in_training(mode):
+def test_a_condition_seen_in_inference_and_used_in_training(mode):
     ours, theirs = both("block")
     segmap = label_map()
     with spade_fast.window_mode(mode):
@@ -131,7 +131,7 @@ def test_seen_in_inference_and_used_in_training(mode):
         assert_same(outcome(call, ours, x), outcome(call, theirs, x))
 
 
-def test_a_layout_made_in_inference_and_used_in_training():
+def test_a_layout_from_inference_used_in_training():
     ours, theirs = both("block")
     with torch.inference_mode():
         layouts = [

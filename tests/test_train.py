@@ -1,4 +1,4 @@
-"""`spade-fast train`: a run's folder, that nothing of it is lost, and what is refused."""
+"""`spade-fast train`: a run's folder, that nothing in it is lost, and what is refused."""
 
 import contextlib
 import dataclasses
@@ -21,7 +21,7 @@ from typer.testing import CliRunner
 
 from spade_fast import SPADEGenerator, checkpoint
 from spade_fast.cli import app
-from spade_fast.training import Config, Stopped, preset, resume, signals, train, trainer
+from spade_fast.training import PRESETS, Config, Stopped, preset, resume, signals, train, trainer
 from spade_fast.training.log import Log
 from spade_fast.training.recorder import Recorder
 from spade_fast.training.run import Run
@@ -50,7 +50,7 @@ def files_of(folder):
     }
 
 
-def test_a_run_has_all_that_one_needs(settings, tmp_path):
+def test_a_run_has_everything_needed(settings, tmp_path):
     weights = train(Config(**settings, save_every=1, keep=1, log_every=1))
     run = Run(settings["out"])
     assert run.settings() == Config(**settings, save_every=1, keep=1, log_every=1).changed(
@@ -95,7 +95,7 @@ def test_tensorboard_has_losses_and_pictures(settings):
     ],
     ids=["plain", "vae", "shared", "accumulated"],
 )
-def test_a_stopped_run_goes_on_bit_for_bit(settings, tmp_path, others):
+def test_a_stopped_run_continues_bit_for_bit(settings, tmp_path, others):
     settings = settings | others
     train(Config(**settings | {"out": str(tmp_path / "whole")}))
     torch.manual_seed(5)
@@ -122,13 +122,13 @@ def stopped_after(settings, steps):
     assert Run(settings["out"]).numbers() == [steps]
 
 
-def test_signals_are_as_before_after_a_run(settings):
+def test_signal_handlers_are_restored_after_a_run(settings):
     handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
     train(Config(**settings | {"steps": 1}))
     assert handlers == [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
 
 
-def test_trains_in_a_thread_that_gets_no_signals(settings):
+def test_training_in_a_thread_that_gets_no_signals(settings):
     found = []
     thread = threading.Thread(target=lambda: found.append(train(Config(**settings))))
     thread.start()
@@ -165,8 +165,8 @@ def test_a_killed_run_ends_with_the_same_bits(settings, tmp_path):
     assert not [name for name in files_of(Run(settings["out"]).folder) if UNFINISHED in name]
 
 
-def test_what_a_killed_process_was_writing_is_removed(settings):
-    """And nothing else: a user's folder below the run's is left alone."""
+def test_unfinished_files_of_a_killed_process_are_removed(settings):
+    """And nothing else: a user's own folder inside the run's is left alone."""
     train(Config(**settings | {"steps": 1}))
     run = Run(settings["out"])
     kept = files_of(run.folder) | {"mine/.a.unfinished.pt"}
@@ -183,14 +183,14 @@ def test_what_a_killed_process_was_writing_is_removed(settings):
 
 
 @pytest.mark.parametrize("number", range(1, 6))
-def test_killed_where_a_file_takes_its_place(settings, tmp_path, number):
-    """The settings', the first checkpoint's, the generator's and the best one's."""
+def test_killed_when_a_file_gets_its_final_name(settings, tmp_path, number):
+    """For the files of the settings, the first checkpoint, the generator and the best generator."""
     settings |= {"steps": 2, "save_every": 1}
     child = os.fork()
     if child == 0:
         killed_at(settings, number)
     assert os.waitpid(child, 0)[1] == signal.SIGKILL
-    if number > 2:  # the first step is done, and was the best
+    if number > 2:  # the first step is complete, and the best so far
         resume(settings["out"], steps=1)
         best, newest = (checkpoint.read(Run(settings["out"]).path(name)) for name in WEIGHTS)
         assert_same(dict(best), dict(newest))
@@ -203,7 +203,7 @@ WEIGHTS = ("best.safetensors", "generator.safetensors")
 
 
 def killed_at(settings, number):
-    """Trains, and kills the process where the file of this number takes its place."""
+    """Trains, and kills the process when the file with this number gets its final name."""
     replace, calls = os.replace, []
 
     def killing(before, after):
@@ -218,7 +218,7 @@ def killed_at(settings, number):
 
 
 def run_in(processes, settings, seconds):
-    """Trains in a process that is killed after some time; None: never."""
+    """Trains in a process that is killed after `seconds`; None lets it finish."""
     process = processes.Process(target=train_or_resume, args=(settings,))
     process.start()
     process.join(seconds)
@@ -229,8 +229,8 @@ def run_in(processes, settings, seconds):
 
 
 def test_signals_to_the_whole_group_save_and_stop(settings):
-    """As a scheduler's SIGTERM, or Ctrl+C in a terminal: the workers get it, too, and it comes
-    twice. The real command, in a process of its own.
+    """As with a scheduler's SIGTERM, or Ctrl+C in a terminal: the workers get the signal, too, and
+    it comes twice. This runs the real command in its own process.
     """
     run = Run(settings["out"])
     words = words_of(**settings | {"steps": 100000, "workers": 2, "save_every": 5})
@@ -247,16 +247,18 @@ def test_signals_to_the_whole_group_save_and_stop(settings):
     last = run.numbers()[-1]
     assert process.returncode == 1 and not any("Traceback" in line for line in lines)
     assert lines[-1] == (
-        f"stopped after step {last}: `spade-fast train --resume {run.folder}` goes on"
+        f"stopped after step {last}: `spade-fast train --resume {run.folder}` continues the run"
     )
     assert last_state(run.folder)["trainer"]["number"] == last
-    with pytest.raises(ProcessLookupError):  # none is left of the group, no worker either
+    with pytest.raises(ProcessLookupError):  # no process of the group is left, not even a worker
         os.killpg(process.pid, 0)
 
 
 @pytest.fixture
 def listens_to_interrupts():
-    """As a process at a terminal does; one in the background may have been begun to ignore them."""
+    """As in a process at a terminal; a background process may have been started with interrupts
+    ignored.
+    """
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
@@ -319,7 +321,7 @@ def nan_in_a_loss(losses, fakes):
 
 
 def nan_in_a_gradient(losses, fakes):
-    """The loss is 0, the derivative of the square root infinite."""
+    """The loss is 0, but the derivative of the square root is infinite."""
     return losses | {"more": (fakes * 0).sum().sqrt()}
 
 
@@ -330,7 +332,7 @@ def nan_in_a_gradient(losses, fakes):
         (nan_in_a_gradient, r"in saving step 3: \S+ of the generator is not finite"),
     ],
 )
-def test_what_is_not_finite_is_not_saved(settings, monkeypatch, ruin, words):
+def test_values_that_are_not_finite_are_not_saved(settings, monkeypatch, ruin, words):
     losses_of, calls = trainer.generator_losses, []
 
     def third(networks, config, layout, fakes, reals):
@@ -346,7 +348,7 @@ def test_what_is_not_finite_is_not_saved(settings, monkeypatch, ruin, words):
         assert tensor.isfinite().all()
 
 
-def test_an_error_in_the_middle_leaves_what_was_saved(settings, monkeypatch):
+def test_an_error_in_the_middle_keeps_saved_files(settings, monkeypatch):
     before = Recorder.note
 
     def broken(self, step, looks):
@@ -363,8 +365,8 @@ def test_an_error_in_the_middle_leaves_what_was_saved(settings, monkeypatch):
     assert Run(settings["out"]).numbers()[-1] == 4
 
 
-def test_a_run_of_more_steps_is_the_longer_run(settings, tmp_path):
-    """Also where learning rates fall: those of the shorter run had come to 0."""
+def test_a_run_continued_for_more_steps_equals_the_longer_run(settings, tmp_path):
+    """Even with falling learning rates, which had reached 0 in the shorter run."""
     settings |= {"decay": 0.5}
     stopped_after(settings, 2)
     resume(settings["out"], steps=6)
@@ -403,6 +405,15 @@ def test_presets_and_options(settings, tmp_path, name):
     assert {key: getattr(found, key) for key in expected} == expected
 
 
+def test_the_help_says_which_settings_a_preset_sets():
+    shown = CliRunner().invoke(app, ["train", "--help"], env={"COLUMNS": "150"}).output
+    words = " ".join(shown.replace("│", " ").split())
+    for name, (text, settings) in PRESETS.items():
+        options = words_of(**settings)[1:]
+        assert f"{name}: {text} Sets {' '.join(options)}." in words
+    assert "--lr-generator 0.0002" in words
+
+
 def test_every_setting_is_an_option():
     words = CliRunner().invoke(app, ["train", "--help"], env={"COLUMNS": "150"}).output
     for each in dataclasses.fields(Config):
@@ -412,8 +423,8 @@ def test_every_setting_is_an_option():
     assert "Default: 256." in words
 
 
-def test_steps_take_the_place_of_a_presets_epochs():
+def test_steps_replace_a_presets_epochs():
     config = Config(**preset("published", steps=10))
     assert (config.steps, config.epochs, config.batch) == (10, None, 32)
-    with pytest.raises(ValueError, match="steps is 10 and epochs 3, only one"):
+    with pytest.raises(ValueError, match="steps is 10 and epochs is 3, only one"):
         Config(**preset("published", steps=10, epochs=3))

@@ -1,4 +1,4 @@
-"""`spade-fast train`: what it refuses, in one line, before anything is written."""
+"""`spade-fast train` refuses in one line, before anything is written."""
 
 import re
 
@@ -23,8 +23,8 @@ def options(folder, tmp_path):
 
 
 def refusal(**options):
-    """What the command says in refusing these settings, in one line. Nothing has been written, and
-    what was there is as it was.
+    """The command's one-line refusal of these settings. Asserts that nothing was written or
+    changed.
     """
     folder = options.get("resume") or options.get("out")
     before = contents(folder)
@@ -45,12 +45,12 @@ def png(folder, name, pixels):
     Image.fromarray(pixels).save(folder / name)
 
 
-# Each ruins one of the files, and returns the words that the refusal should have.
+# Each ruins one of the files, and returns the words that the refusal should contain.
 
 
 def missing(folder):
     (folder / "img" / "001.png").unlink()
-    return r"1 files have no partner, or two: .*label/001\.png has no partner in images"
+    return r"1 files lack a partner or have two: .*label/001\.png has no partner in images"
 
 
 def missing_instances(folder):
@@ -66,12 +66,12 @@ def double(folder):
 def truncated(folder):
     path = folder / "img" / "003.png"
     path.write_bytes(path.read_bytes()[:60])
-    return r"1 faults in the data, first: .*img/003\.png is no image, or not a whole one"
+    return r"the data have 1 faults, the first: .*img/003\.png is not an image, or is incomplete"
 
 
 def larger(folder):
     png(folder, "label/001.png", np.zeros((41, 52), np.uint8))
-    return r"label/001\.png is 52 × 41, .*img/001\.png is 52 × 40: they should be of one size"
+    return r"label/001\.png is 52 × 41, .*img/001\.png is 52 × 40: they should have the same size"
 
 
 def other_instances(folder):
@@ -96,7 +96,7 @@ def turned(folder):
 
 def coloured(folder):
     png(folder, "label/001.png", np.zeros((40, 52, 3), np.uint8))
-    return r"label/001\.png has colours \(RGB\), and it takes a palette"
+    return r"label/001\.png has colours \(RGB\), whose classes are not known"
 
 
 def lossy(folder):
@@ -143,31 +143,40 @@ def test_a_ruined_folder(folder, options, ruin):
 @pytest.mark.parametrize(
     "others, words",
     [
-        (dict(convention="folder"), "--num-classes is not given: .*check-data` suggests"),
+        (dict(convention="folder"), "--num-classes is not given, .*check-data` suggests"),
         (dict(labels=None), "--labels is not given"),
         (dict(images="nowhere"), "--images is nowhere, which is not there"),
         (dict(palette="nowhere.txt"), "nowhere.txt"),
         (dict(out=None), "--out is not given"),
         (dict(steps=None), "--steps is not given"),
-        (dict(epochs=2), "--steps is 1 and epochs 2, only one of them"),
+        (dict(epochs=2), "--steps is 1 and epochs is 2, only one of them"),
         (dict(perceptual=True, vgg_weights="nowhere"), "nowhere"),
-        (dict(vgg_weights=__file__), "--vgg-weights is '.*' and perceptual is off"),
+        (
+            dict(vgg_weights=__file__),
+            "--vgg-weights is '.*', it should not be given: perceptual is off",
+        ),
         (dict(crop_size=40), "--crop-size is 40, .* crop_size should be 32 or 64"),
+        (dict(crop_size=48, batch=1), "--crop-size is 48, .* crop_size should be 64, no other"),
+        (dict(crop_size=48, load_size=60), "--crop-size is 48, .* crop_size should be 32, no oth"),
+        (dict(crop_size=16, preset="small"), "--crop-size is 16, .* it should be 64 or more"),
+        (dict(crop_size=72, load_size=80, batch=1), "--crop-size is 72, .* should be 64, no other"),
+        (dict(crop_size=16, load_size=20), "--crop-size is 16, .* no crop_size near this one"),
+        (dict(crop_size=48, load_size=50, batch=1), "--crop-size is 48, .* no crop_size near"),
         (dict(crop_size=16), "--crop-size is 16, .* it should be 32 or more"),
         (dict(norm_G="spadeinstance3x3"), "--crop-size is 32, it should be larger: .* 1 × 1"),
         (dict(norm_G="spadebatch3x3", batch=1), "--crop-size is 32, it should be larger"),
         (dict(norm_G="spadebatch3x3", accumulate=2), "--crop-size is 32, it should be larger"),
         (dict(norm_G="spadesyncbatch3x3", batch=1), "--crop-size is 32, it should be larger"),
         (dict(norm_G="spade-batch"), "--norm-g is 'spade-batch'"),
-        (dict(preprocess="none"), "--preprocess is 'none', which makes .*000.png 64 × 32: .* 32 ×"),
-        (dict(preprocess="scale_width"), "--preprocess is .*000.png 32 × 24: .*makes 32 × 32"),
-        (dict(preprocess="crop", crop_size=64), "000.png: the image is 52 × 40 where it is cropp"),
+        (dict(preprocess="none"), "--preprocess is 'none', which makes .*000.png 64 × 32; .* 32 ×"),
+        (dict(preprocess="scale_width"), "--preprocess is .*000.png 32 × 24; it should be 32 × 32"),
+        (dict(preprocess="crop", crop_size=64), "000.png: the image is 52 × 40 before it is cro"),
         (dict(preprocess="stretch"), "--preprocess is 'stretch', it should be one of"),
         (dict(preprocess="fixed", load_size=40), "--load-size is 40"),
         (dict(load_size=30), "--load-size is 30, it should be 32 or more"),
-        (dict(batch=5), "the data set has 4 examples, it should have one batch"),
+        (dict(batch=5), "the data set has 4 examples, it should have at least one batch"),
         (dict(batch=3, accumulate=2), "--batch is 3, it should be a multiple of accumulate, 2"),
-        (dict(order="shared", accumulate=2), "--order is 'shared' and accumulate 2"),
+        (dict(order="shared", accumulate=2), "--order is 'shared' and accumulate is 2"),
         (dict(precision="fp16"), "--precision is 'fp16', it should be bf16 or no on a CPU"),
         (dict(precision="half"), "--precision is 'half', it should be one of"),
         (dict(decay=1.5), "--decay is 1.5, it should be 1 or less"),
@@ -191,17 +200,17 @@ def test_a_setting(options, others, words):
     assert out is None or not Run(out).folder.exists()
 
 
-def test_zeros_are_taken(options):
+def test_zeros_are_accepted(options):
     zeros = dict(weight_adversarial=0.0, lr_generator=0.0, ema=0.0, pictures=0, seed=0)
     assert command(**options | zeros).exit_code == 0
 
 
-def test_without_the_check_training_begins_and_says_what_it_met(folder, options):
+def test_without_the_check_training_starts_and_reports_the_fault(folder, options):
     out_of_range(folder)
     result = command(**options | dict(steps=50, workers=1, pictures=1), check=False)
     assert result.exit_code == 1 and "Traceback" not in result.output
     line = result.stderr.splitlines()[-1]
-    assert re.match(r"001: labels has a 200 in \d+ pixels.*; there is no checkpoint before", line)
+    assert re.match(r"001: labels has a 200 in \d+ pixels.*; there is no earlier checkpoint", line)
 
 
 @pytest.mark.parametrize("kind", ["below a file", "a file", "read only"])
@@ -212,30 +221,30 @@ def test_a_folder_that_cannot_be_written(options, tmp_path, kind, monkeypatch):
         out = tmp_path / "read only" / "run"
         out.parent.mkdir(mode=0o500)
 
-        def refuse(self, *arguments, **others):  # whoever is root writes there, too
+        def refuse(self, *arguments, **others):  # even as root, who may write anywhere
             raise PermissionError(13, "Permission denied", str(self))
 
         monkeypatch.setattr(type(out), "mkdir", refuse)
     words = refusal(**options | {"out": out})
-    assert words.startswith(f"--out is {out}, which is no folder that can be written to: ")
+    assert words.startswith(f"--out is {out}, it should be a folder that can be written to: ")
     assert (tmp_path / "file").read_text() == "as it was"
 
 
-def test_a_folder_with_a_run_in_it(options):
+def test_a_folder_that_contains_a_run(options):
     assert command(**options).exit_code == 0
-    assert f"`spade-fast train --resume {options['out']}` goes on" in refusal(**options)
+    assert f"`spade-fast train --resume {options['out']}` continues it" in refusal(**options)
 
 
 def test_two_processes_in_one_folder(options):
     with Run(options["out"]).held():
-        assert "another process trains in" in refusal(**options)
+        assert "another process is training in" in refusal(**options)
     assert command(**options).exit_code == 0
     with Run(options["out"]).held():
-        assert "another process trains in" in refusal(resume=options["out"], steps=2)
+        assert "another process is training in" in refusal(resume=options["out"], steps=2)
 
 
 @pytest.mark.parametrize("again", ["train", "resume"])
-def test_a_run_that_ended_before_its_first_checkpoint_begins_anew(options, again, monkeypatch):
+def test_a_run_that_ended_before_its_first_checkpoint_starts_again(options, again, monkeypatch):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("spade_fast.training.trainer.Trainer.step", ends)
         with pytest.raises(KeyboardInterrupt):
@@ -256,15 +265,15 @@ class TestResume:
         train(Config(**options | dict(steps=2, save_every=1)))
         return Run(options["out"])
 
-    def test_nowhere(self, tmp_path):
+    def test_missing_runs(self, tmp_path):
         assert "has no config.yaml, it should be the folder of a run" in refusal(resume=tmp_path)
 
     @pytest.mark.parametrize(
         "text, words",
         [
-            ("a: [", "config.yaml is no YAML: "),
+            ("a: [", "config.yaml is not YAML: "),
             ("- 1", "config.yaml should have settings"),
-            ("ngff: 3", "config.yaml has ngff, which are no settings"),
+            ("ngff: 3", "config.yaml has unknown settings: ngff"),
             ("ngf: many", "config.yaml: ngf is 'many', it should be a whole number"),
             ("decay: 2.0", "config.yaml: decay is 2.0, it should be 1 or less"),
         ],
@@ -283,32 +292,49 @@ class TestResume:
         path = run.checkpoint(2)
         path.write_bytes(path.read_bytes()[:1000])
         words = refusal(resume=run.folder)
-        assert f"{path} is no file of weights, or not a whole one" in words
-        assert words.endswith("without this file the run goes on from step 1")
+        assert f"{path} is not a file of weights, or is incomplete" in words
+        assert words.endswith("without this file the run continues from step 1")
         path.unlink()
         assert command(resume=run.folder).exit_code == 0 and run.numbers() == [1, 2]
         torch.save({"weight": torch.zeros(1)}, path)
-        assert f"{path} is no checkpoint of a run; without" in refusal(resume=run.folder)
+        assert f"{path} is not a checkpoint of a run; without" in refusal(resume=run.folder)
 
     def test_settings_that_differ(self, run):
         words = refusal(resume=run.folder, ngf=4, use_vae=True, save_every=5)
         assert words == (
-            "the run was begun with other settings: ngf was 2, not 4; use_vae was False, not True"
+            "the run began with other settings: ngf was 2, and is now 4; use_vae was False, and is"
+            " now True"
         )
 
     def test_settings_that_were_edited(self, run):
         run.begin(run.settings().changed(seed=3))
-        assert refusal(resume=run.folder).endswith("other settings: seed was 0, not 3")
+        assert refusal(resume=run.folder).endswith("other settings: seed was 0, and is now 3")
 
     def test_a_condition_with_other_channels(self, run):
         run.begin(run.settings().changed(instances=None))
         words = refusal(resume=run.folder)
-        assert re.match("the state is of another generator than this one: size mismatch", words)
+        assert re.match("the state belongs to another generator than this: size mismatch", words)
 
     def test_contradictions(self, run):
         assert "preset is 'small' and resume" in refusal(resume=run.folder, preset="small")
         assert "--out is 'other' and resume" in refusal(resume=run.folder, out="other")
-        assert "--steps is 1, the run has taken 2" in refusal(resume=run.folder, steps=1)
+        assert "--steps is 1, it should be 2 or more: the run has taken 2 steps" in refusal(
+            resume=run.folder, steps=1
+        )
+
+    @pytest.mark.parametrize("other", ["cityscapes", "ade20k", "folder"])
+    def test_another_convention(self, run, other):
+        words = refusal(resume=run.folder, convention=other, steps=3)
+        assert words == (
+            f"the run began with other settings: convention was 'coco_stuff', and is now {other!r}"
+        )
+
+    def test_a_finished_run_says_so(self, run):
+        result = command(resume=run.folder)
+        words = "the run has taken all its 2 steps already; a larger --steps continues it"
+        assert result.exit_code == 0 and words in result.stderr.splitlines()
+        assert "resumed" not in result.stderr and run.path("log.txt").read_text().count(words) == 1
+        assert words not in command(resume=run.folder, steps=3).output
 
     @pytest.mark.parametrize("more", [dict(steps=4), dict(epochs=2)])
     def test_more_steps(self, run, more):
@@ -320,5 +346,5 @@ class TestResume:
 
     def test_ruined_data(self, run, folder):
         truncated(folder)
-        assert "img/003.png is no image" in refusal(resume=run.folder, steps=3)
+        assert "img/003.png is not an image" in refusal(resume=run.folder, steps=3)
         assert command(resume=run.folder, check=False).exit_code == 0

@@ -1,4 +1,4 @@
-"""Trainer as a library: the loop is the user's, with networks, optimizers and data of their own."""
+"""Trainer as a library: the user's own loop, networks, optimizers and data."""
 
 import itertools
 
@@ -23,7 +23,7 @@ def config(**others):
 
 @pytest.fixture(scope="module")
 def scenes(tmp_path_factory):
-    """A list of dicts, in the manner of a Hugging Face data set."""
+    """A list of dictionaries, like a Hugging Face data set."""
     folder = draw_folder(tmp_path_factory.mktemp("scenes"))
     return [
         {
@@ -36,7 +36,7 @@ def scenes(tmp_path_factory):
 
 
 class Tuples:
-    """Any iterable trains: of (labels, photograph) or (labels, photograph, instances)."""
+    """Any iterable can train: of (labels, photograph) or (labels, photograph, instances)."""
 
     def __init__(self, rows):
         self.rows = rows
@@ -74,7 +74,7 @@ def test_any_iterable_trains(scenes, workers):
 
 
 class Painter(nn.Module):
-    """A generator of one's own, without sizes or kernel_size."""
+    """A user's own generator, without sizes or kernel_size."""
 
     def __init__(self, channels):
         super().__init__()
@@ -85,7 +85,7 @@ class Painter(nn.Module):
 
 
 class Critic(nn.Module):
-    """A discriminator that is none of this package."""
+    """A discriminator from outside this package."""
 
     def __init__(self, channels):
         super().__init__()
@@ -102,7 +102,7 @@ def own_networks():
     return Networks(Painter(CLASSES + 2), Critic(CLASSES + 2 + 3))
 
 
-def test_networks_and_optimizers_of_ones_own(scenes):
+def test_the_users_own_networks_and_optimizers(scenes):
     """The first step of SGD is the learning rate times the gradient."""
     networks = own_networks()
     before = {name: value.clone() for name, value in networks.generator.named_parameters()}
@@ -118,9 +118,9 @@ def test_networks_and_optimizers_of_ones_own(scenes):
         assert torch.equal(value, before[name] - rates[0] * value.grad) and value.grad.any()
 
 
-def test_stepping_in(scenes):
-    """Learning rates stay as one sets them; frozen parameters do not move; one ends when one
-    likes, and goes on.
+def test_changes_between_steps(scenes):
+    """Changed learning rates persist, frozen parameters do not move, and the loop can stop and
+    continue at any time.
     """
     trainer = Trainer(config())
     given = iter(batches(scenes))
@@ -144,7 +144,7 @@ def test_stepping_in(scenes):
 
 @pytest.mark.parametrize("own", [False, True], ids=["made", "own"])
 @pytest.mark.parametrize("decay", [0.0, 0.75])
-def test_a_state_goes_into_a_new_trainer(scenes, tmp_path, own, decay):
+def test_a_state_is_loaded_into_a_new_trainer(scenes, tmp_path, own, decay):
     settings = config(decay=decay)
 
     def trainer():
@@ -163,20 +163,22 @@ def test_a_state_goes_into_a_new_trainer(scenes, tmp_path, own, decay):
 
 def test_a_state_of_other_networks_is_refused():
     state = Trainer(config()).state_dict()
-    with pytest.raises(ValueError, match="of another generator than this one: size mismatch for"):
+    with pytest.raises(ValueError, match="another generator than this: size mismatch for"):
         Trainer(config(ngf=4)).load_state_dict(state)
-    with pytest.raises(ValueError, match="has generator, discriminator, it should have .* encoder"):
+    with pytest.raises(
+        ValueError, match="networks generator, discriminator, it should have .* encoder"
+    ):
         Trainer(config(use_vae=True)).load_state_dict(state)
 
 
-def test_what_a_trainer_refuses():
+def test_arguments_that_a_trainer_refuses():
     with pytest.raises(ValueError, match="steps is not given"):
         Trainer(config(steps=None))
-    with pytest.raises(ValueError, match="recompute is for a SPADEGenerator"):
+    with pytest.raises(ValueError, match="it should be a SPADEGenerator because recompute"):
         Trainer(config(recompute=True), own_networks())
 
 
-def test_channels_of_a_condition_of_ones_own(scenes):
+def test_channels_of_a_users_own_condition(scenes):
     trainer = Trainer(config(instances=None, num_classes=None), label_nc=CLASSES + 2)
     assert [step.number for step in trainer.fit(batches(scenes))] == [1, 2, 3, 4]
     with pytest.raises(ValueError, match="num_classes is not given"):

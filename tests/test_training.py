@@ -33,7 +33,7 @@ def batches(count=STEPS, images=2, dtype=torch.float64):
 
 
 def numbers(batch, count=2 * STEPS):
-    """The noise of some steps."""
+    """The noise of several steps."""
     random = torch.Generator().manual_seed(1)
     return [
         torch.randn(len(batch.images), Z_DIM, generator=random, dtype=torch.float64)
@@ -58,7 +58,7 @@ def settings(**others):
 
 
 def features():
-    """A perceptual loss with weights of VGG19's shapes, drawn at random."""
+    """A perceptual loss with random weights in VGG19's shapes."""
     random = torch.Generator().manual_seed(2)
     with torch.device("meta"):
         shapes = losses.perceptual._layers()
@@ -72,7 +72,7 @@ def features():
 
 
 def plain(networks, config):
-    """The plain trainer of networks with the same weights."""
+    """The plain trainer with copies of the networks' weights."""
     generator = reference.SPADEGenerator(
         LABEL_NC,
         ngf=2,
@@ -102,7 +102,7 @@ def plain(networks, config):
 
 @pytest.mark.parametrize("vgg", [False, True], ids=["", "vgg"])
 @pytest.mark.parametrize("use_vae", [False, True], ids=["", "vae"])
-def test_three_steps_are_those_of_the_plain_trainer(use_vae, vgg):
+def test_three_steps_equal_the_plain_trainers(use_vae, vgg):
     config = settings(use_vae=use_vae)
     networks = double(make_networks(config, LABEL_NC))
     networks.perceptual = features().double() if vgg else None
@@ -131,8 +131,8 @@ def test_three_steps_are_those_of_the_plain_trainer(use_vae, vgg):
 
 
 def assert_all_close(found, expected, name):
-    """Each tensor within 1e-9 of its largest element. What is zero but for rounding, as a bias
-    before a norm and its gradient, is judged beside its layer's weight.
+    """Each tensor within 1e-9 of its largest element. A bias, which may be zero except for rounding
+    before a norm, is compared with its layer's weight.
     """
     assert set(found) == set(expected)
     for key, tensor in expected.items():
@@ -155,8 +155,10 @@ def double(networks):
 
 
 @pytest.mark.parametrize("use_vae", [False, True], ids=["", "vae"])
-def test_two_processes_are_one_with_the_whole_batch(use_vae, tmp_path):
-    """Losses, gradients, weights, running statistics: syncbatch norm, gradients exchanged."""
+def test_two_processes_equal_one_with_the_whole_batch(use_vae, tmp_path):
+    """Losses, gradients, weights and running statistics, with syncbatch norm and exchanged
+    gradients.
+    """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -182,7 +184,7 @@ def one_of_two(rank, use_vae, folder, port):
 
 
 def three_steps(use_vae, images):
-    """What the losses of three steps are, and gradients and states after them."""
+    """The losses of three steps, and the gradients and states afterwards."""
     config = settings(use_vae=use_vae)
     trainer = Trainer(config, double(make_networks(config, LABEL_NC)))
     given = [

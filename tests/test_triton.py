@@ -1,5 +1,5 @@
-"""What is Triton's own: how it divides its work, made small enough for the interpreter; and what
-its compiler makes of each kernel.
+"""Tests of Triton only: how it divides its work, scaled down for the interpreter, and what its
+compiler makes of each kernel.
 """
 
 import json
@@ -29,8 +29,8 @@ pytestmark = pytest.mark.skipif("triton" not in BACKENDS, reason="Triton is not 
 
 @pytest.fixture
 def watch():
-    """What the kernels of a test read and write in the interpreter, and at the end nothing is
-    wrong with it.
+    """Watches the memory accesses of a test's kernels in the interpreter. Asserts at the end that
+    there were no faults.
     """
     if BACKENDS["triton"] != "cpu":
         yield None
@@ -44,8 +44,8 @@ def watch():
 
 @pytest.fixture
 def small_tiles(watch, monkeypatch):
-    """So that small planes have several tiles and splits, do not fit in one pass, and rows of a
-    table have several pieces.
+    """Small planes have several tiles and splits and do not fit in one pass, and rows of a table
+    have several pieces.
     """
     from spade_fast.kernels.triton_kernels import plan, table_sums
 
@@ -96,7 +96,7 @@ def test_mean_1000_in_several_splits(layout, small_tiles):
 
 
 def test_more_splits_than_are_combined_at_once():
-    """Also splits without pixels, and of planes whose mean is large."""
+    """Including splits without pixels, and planes with a large mean."""
     from spade_fast.kernels.triton_kernels import per_plane
 
     with torch.device(BACKENDS["triton"]):
@@ -119,7 +119,7 @@ def test_planes_whose_first_value_is_far_from_the_others(layout, small_tiles):
 
     x = layout(torch.randn(2, 9, 31, 13))
     x[:, :, 0, 0] = 1e4
-    x[1, 3] = 7.3  # and one whose values are all the same
+    x[1, 3] = 7.3  # a plane whose values are all the same
     planes = x.double().flatten(2)
     mean = planes.mean(2, keepdim=True)
     squares = (planes - mean).square().sum(2)
@@ -130,7 +130,7 @@ def test_planes_whose_first_value_is_far_from_the_others(layout, small_tiles):
 
 
 @pytest.mark.parametrize("layout", [contiguous, channels_last])
-def test_a_table_whose_rows_no_pixel_has_or_all_have(layout, small_tiles):
+def test_a_table_of_which_all_pixels_have_one_row(layout, small_tiles):
     arguments, dy = sample((2, 9, 8, 9), "instance", "relu", layout=layout, rows=40)
     arguments["index"] = torch.full_like(arguments["index"], 39)
     assert not disagreements(arguments, dy)
@@ -142,8 +142,8 @@ def test_a_table_whose_rows_no_pixel_has_or_all_have(layout, small_tiles):
 def test_numbers_outside_the_table_are_its_last_row(
     layout, activation, held, small_tiles, watch, monkeypatch
 ):
-    """Nothing is read or written elsewhere, forward and backward, in one pass as in several; nor
-    where order is no order, of which nothing but sums without meaning comes.
+    """Nothing is read or written outside the table, forward and backward, in one pass and in
+    several; not even if the order is nonsense, which gives meaningless sums.
     """
     from spade_fast.kernels import triton_kernels
 
@@ -185,12 +185,12 @@ def test_numbers_outside_the_table_are_its_last_row(
             )
             assert [result.shape for result in sums] == [(3, 5), (3, 5), (2, 2, 5)]
     assert all(torch.equal(*pair) for pair in zip(*found))
-    # Pieces of what is no order have no one place each.
+    # With a nonsensical order, pieces may share places.
     watch.faults = [fault for fault in watch.faults if "outside of its arguments" in fault]
 
 
-def test_lists_of_rows_that_there_are_not():
-    """A convolution at windows sees nothing there."""
+def test_lists_of_rows_that_do_not_exist():
+    """A convolution at windows skips them."""
     with torch.device(BACKENDS["triton"]):
         rows, weight = torch.randn(2, 16).half(), torch.randn(4, 16, 3, 3).half()
         offsets = torch.tensor([0, 1, 3, 10**9, -(2**31), 2**31 - 1], dtype=torch.int32)
@@ -229,8 +229,8 @@ def test_hashes_of_vectors_and_their_comparison(layout, dtype, small_tiles):
     "sizes,tile", [*((sizes, 128) for sizes in CONVOLUTIONS), (CONVOLUTIONS[3], 16)], ids=str
 )
 def test_convolution_at_windows_in_half_precision(sizes, tile, dtype, monkeypatch):
-    """What comes of these very numbers in float64, rounded once; also without a bias, and where the
-    weight's channels are last.
+    """The result in float64 from the same inputs, rounded once; also without a bias, and with a
+    channels-last weight.
     """
     from spade_fast.kernels.triton_kernels import plan
 
@@ -249,7 +249,7 @@ def test_convolution_at_windows_in_half_precision(sizes, tile, dtype, monkeypatc
 
 
 @pytest.mark.parametrize("sizes", CONVOLUTIONS[1:3], ids=str)
-def test_convolution_keeps_to_its_arguments(sizes, watch):
+def test_convolution_accesses_only_its_arguments(sizes, watch):
     with torch.device(BACKENDS["triton"]):
         *floats, lists, _, _ = convolution(*sizes)
         tensors = (tensor.to(torch.bfloat16) for tensor in floats)
@@ -257,7 +257,7 @@ def test_convolution_keeps_to_its_arguments(sizes, watch):
     assert watch is None or watch.kernels == {"convolve_windows_kernel"}
 
 
-def test_float64_says_why_not():
+def test_float64_is_refused_with_a_reason():
     x = torch.randn(2, 3, 4, 4, dtype=torch.float64, device=BACKENDS["triton"])
     assert "float64" in triton_backend.why_not(x)
     with (
@@ -281,8 +281,8 @@ def test_float64_says_why_not():
 def test_kernels_compile_without_spills_or_doubles_and_with_wide_loads(
     capabilities, dtypes, activations, tmp_path
 ):
-    """`python -m benchmarks proofs` without these options proves every configuration, in some
-    minutes more.
+    """`python -m benchmarks proofs` without these options proves every configuration, which takes
+    some minutes longer.
     """
     chosen = {
         "--capability": map(str, capabilities),
@@ -314,6 +314,7 @@ def test_kernels_compile_without_spills_or_doubles_and_with_wide_loads(
     kernels = {
         "apply",
         "plane_moments",
+        "running_planes",
         "backward_sums",
         "backward_input",
         "forward",

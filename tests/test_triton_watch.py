@@ -1,4 +1,4 @@
-"""The watch over Triton's kernels finds what is wrong on purpose, and nothing else."""
+"""The watch over Triton's kernels finds deliberate faults, and nothing else."""
 
 import pytest
 import torch
@@ -66,7 +66,7 @@ WRONG = {
 
 
 def faults(kernel, dtype):
-    memory = torch.zeros(100, dtype=dtype)  # what is wrong stays in here
+    memory = torch.zeros(100, dtype=dtype)  # faulty accesses stay inside this memory
     x, y = memory[10:40], memory[50:80]
     with Watch() as watch:
         kernel[4,](x, y, x.numel(), BLOCK=8)
@@ -75,13 +75,13 @@ def faults(kernel, dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.int8], ids=str)
 @pytest.mark.parametrize("kernel", WRONG, ids=lambda kernel: kernel.fn.__name__)
-def test_what_is_wrong_on_purpose_is_found(kernel, dtype):
+def test_deliberate_faults_are_found(kernel, dtype):
     found = faults(kernel, dtype)
     assert any(f"{kernel.fn.__name__}: {WRONG[kernel]}" in fault for fault in found), found
     assert not faults(right_kernel, dtype)
 
 
-def test_new_memory_is_full_of_nan_in_there_alone():
+def test_new_memory_is_full_of_nan_only_inside_the_watch():
     before = torch.are_deterministic_algorithms_enabled()
     with Watch():
         assert torch.empty(1000).isnan().all() and torch.zeros(2).new_empty(9).isnan().all()

@@ -1,4 +1,4 @@
-"""What was found out about a module is asked anew where anything in it is another than before."""
+"""Facts about a module are determined again when anything in the module changes."""
 
 import argparse
 import copy
@@ -27,7 +27,7 @@ def layer():
 
 
 def answers(spade):
-    """A list that grows by each question that is asked, and a function that may ask it."""
+    """A list that grows with each new determination, and a function that triggers one if needed."""
     asked = []
     return asked, lambda: until_changed(spade, lambda module: asked.append(module) or len(asked))
 
@@ -62,7 +62,7 @@ CHANGES = {
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_a_change_asks_anew(change):
+def test_a_change_asks_again(change):
     spade = layer()
     del spade.mlp_gamma.written
     _, ask = answers(spade)
@@ -71,7 +71,7 @@ def test_a_change_asks_anew(change):
     assert [ask(), ask()] == [2, 2]
 
 
-def test_a_class_whose_forward_is_exchanged(monkeypatch):
+def test_a_class_whose_forward_is_replaced(monkeypatch):
     spade = layer()
     del spade.mlp_gamma.written
     spade.mlp_gamma.__class__ = Mine
@@ -81,12 +81,12 @@ def test_a_class_whose_forward_is_exchanged(monkeypatch):
     assert ask() == 2
 
 
-def test_what_has_a_tensor_in_it_is_asked_each_time():
+def test_attributes_with_tensors_ask_each_time():
     _, ask = answers(layer())
     assert [ask(), ask(), ask()] == [1, 2, 3]
 
 
-def test_where_all_modules_have_a_hook():
+def test_a_global_hook_asks_each_time():
     spade = layer()
     del spade.mlp_gamma.written
     _, ask = answers(spade)
@@ -99,7 +99,7 @@ def test_where_all_modules_have_a_hook():
     assert ask() == 1
 
 
-def test_copies_and_replicas_are_asked_themselves():
+def test_copies_and_replicas_have_their_own_facts():
     spade = SPADE(4, 3, nhidden=5).eval()
     found = Known.of(spade)
     assert Known.of(spade) is found
@@ -117,7 +117,7 @@ def test_copies_and_replicas_are_asked_themselves():
     assert list(spade.state_dict()) == list(SPADE(4, 3, nhidden=5).state_dict())
 
 
-def test_a_module_that_nobody_has_is_gone_at_once():
+def test_a_module_without_references_is_freed_at_once():
     spade = SPADE(4, 3, nhidden=5)
     Known.of(spade)
     gone = weakref.ref(spade), weakref.ref(spade.mlp_gamma.weight)
@@ -125,7 +125,7 @@ def test_a_module_that_nobody_has_is_gone_at_once():
     assert [ref() for ref in gone] == [None, None]
 
 
-def test_threads_that_ask_while_it_changes():
+def test_threads_that_ask_during_a_change():
     spade, wrong = SPADE(4, 3, nhidden=5).eval(), []
     parts = [nn.Conv2d(5, 4, 3, padding=1) for _ in range(2)]
 

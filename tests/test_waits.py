@@ -1,7 +1,7 @@
-"""The waits of csrc/cuda: no access to memory lacks one, and none is there for nothing. The kernels
-run on the host and their accesses are watched (cuda_on_host.h).
+"""The waits of csrc/cuda: no memory access lacks one, and none is superfluous. The kernels run on
+the host, and their accesses are watched (cuda_on_host.h).
 
-Whatever the order in which threads run: a wait that is missing is found by what it does not order.
+A missing wait is found by the accesses that it fails to order, in whatever order threads run.
 """
 
 import ctypes
@@ -24,14 +24,15 @@ KERNELS = cuda_library.CSRC / "cuda"
 WAIT = re.compile(
     r"(?<!void )\b(?:__sync\w+|__threadfence\w*|wait_for_\w+(?:<.*?>)?)\(.*?\)(?=.*;)"
 )
-PLACES = 64  # of a block that numbers pieces, so that few pixels need many blocks
+PLACES = 64  # in a block that numbers pieces; few, so that a few pixels need many blocks
 NAMESPACE = "spade_fast_cuda_watched"
-ROW_THREADS = 64  # of a block that sums a row, so that few images are more than it looks at at once
-HELD = 64  # numbers of a weight that a block holds, so that few channels are more than it holds
+# in a block that sums a row; few, so that a few images exceed what a block reads at once
+ROW_THREADS = 64
+HELD = 64  # values of a weight that a block holds; few, so that a few channels exceed them
 
 
 def modulation(shared, layout, rows=None, clusters=False, shape=(2, 8, 48, 48)):
-    """A case: forward and backward where a block has at most `shared` bytes of shared memory."""
+    """A case: forward and backward with at most `shared` bytes of shared memory per block."""
 
     def run(library, backend, monkeypatch):
         monkeypatch.setattr(kernels, "BEST_FIRST", (backend,))
@@ -47,7 +48,7 @@ def modulation(shared, layout, rows=None, clusters=False, shape=(2, 8, 48, 48)):
 
 
 def numbers(name, *asked, **settings):
-    """A case: what the backend finds is what plain PyTorch finds."""
+    """A case: the backend finds the same as plain PyTorch."""
 
     def run(library, backend, monkeypatch):
         found = tree_leaves(getattr(backend, name)(*asked, **settings))
@@ -58,7 +59,7 @@ def numbers(name, *asked, **settings):
 
 
 def refused(name, *asked):
-    """A case: codes that are not rows of the palette."""
+    """A case: codes that are not rows of the palette are refused."""
 
     def run(library, backend, monkeypatch):
         with pytest.raises(ValueError, match="codes has numbers that are not rows"):
@@ -68,7 +69,7 @@ def refused(name, *asked):
 
 
 def gathers(name, sample):
-    """A case: what the operator finds of numbers of its dtype is what PyTorch finds in float64."""
+    """A case: the operator's result in its dtype matches PyTorch's in float64."""
 
     def run(library, backend, monkeypatch):
         given = sample()
@@ -89,7 +90,7 @@ def in_double(x):
     return x.double() if isinstance(x, torch.Tensor) and x.is_floating_point() else x
 
 
-# Together they reach every wait. What one returns is what it found wrong.
+# Together the cases reach every wait. Each returns the wrong results that it found.
 CASES = {
     "vectors whose hashes collide": numbers(
         "find_codes", condition((1, 9, 9, 7), torch.float32), hash_mask=1
@@ -132,7 +133,7 @@ pytestmark = pytest.mark.skipif(
 
 
 def waits():
-    """Where each stands, as a test's parameter; its id says how it is written, too."""
+    """The place of each wait, as a test's parameter. Its id also has the code of the wait."""
     found = []
     for path in sorted(KERNELS.iterdir()):
         for number, line in enumerate(path.read_text().splitlines(), 1):
@@ -151,7 +152,7 @@ def watched_build(tmp_path_factory):
 
 @pytest.fixture
 def fault_of(watched_build, monkeypatch):
-    """What is wrong when a case runs, in words; nothing where all is well."""
+    """The fault that a case shows, in words, or None if there is none."""
 
     def run(case):
         try:
@@ -171,18 +172,18 @@ def test_no_access_lacks_a_wait(case, order, fault_of, monkeypatch):
 
 
 @pytest.mark.parametrize("place", waits())
-def test_each_wait_is_missed(place, fault_of, monkeypatch):
-    """Where it is left out, by the first case that notices: `pytest -rP` shows which, and how."""
+def test_leaving_out_a_wait_is_noticed(place, fault_of, monkeypatch):
+    """One case that notices a missing wait suffices: `pytest -rP` shows which case, and how."""
     monkeypatch.setenv("SPADE_FAST_HOST_WITHOUT", place)
     for case in CASES:
         if (fault := fault_of(case)) is not None:
-            print(f"{place} is missed in {case}: {fault}")
+            print(f"{place}: {case} notices that it is left out: {fault}")
             return
-    pytest.fail(f"nothing notices that the wait of {place} is left out")
+    pytest.fail(f"no case notices that the wait at {place} is left out")
 
 
-def test_waits_stand_on_lines_of_their_own():
-    """Else two would be left out at once."""
+def test_each_wait_has_its_own_line():
+    """Otherwise two waits would be left out at once."""
     places = [wait.values[0] for wait in waits()]
     assert len(places) == len(set(places)) > 0
 
@@ -196,7 +197,7 @@ def wrong_kernels(tmp_path_factory):
 
 @pytest.mark.parametrize("order", ["forward", "reverse", "1"])
 @pytest.mark.parametrize("name", NAMES)
-def test_what_is_wrong_on_purpose_is_found(name, order, wrong_kernels, monkeypatch):
+def test_deliberate_faults_are_found(name, order, wrong_kernels, monkeypatch):
     monkeypatch.setenv("SPADE_FAST_HOST_ORDER", order)
     assert wrong_kernels(name, False) == ""
     assert wrong_kernels(name, True) != ""

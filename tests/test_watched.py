@@ -1,5 +1,5 @@
-"""Whoever watches a module sees what he would see in plain PyTorch, and what he changes counts:
-hooks, checkpoints, forwards that were replaced, weights that are written to.
+"""A watched module shows the same as in plain PyTorch, and a watcher's changes count: hooks,
+checkpoints, replaced forwards, weights that are written to.
 """
 
 import copy
@@ -83,7 +83,9 @@ def call(module, x, segmap):
 
 
 def kept(values):
-    """What a hook was given: tensors with their values then, and the types of everything else."""
+    """The values that a hook was given: tensors with a copy of their values, and the types of
+    everything else.
+    """
     return [
         (value, value.detach().clone()) if isinstance(value, torch.Tensor) else type(value)
         for value in tree_leaves(values)
@@ -92,7 +94,7 @@ def kept(values):
 
 
 def assert_seen_alike(ours, theirs):
-    """What hooks saw of both, by kind, and that nobody wrote into it later."""
+    """Asserts that hooks were given the same by both, and that nothing was overwritten later."""
     assert [name for name, _ in ours] == [name for name, _ in theirs]
     for (name, our), (_, their) in zip(ours, theirs):
         assert len(our) == len(their), name
@@ -180,7 +182,7 @@ CHANGES = [
 
 @pytest.mark.parametrize("part", PARTS)
 @pytest.mark.parametrize("change", CHANGES)
-def test_what_hooks_change_counts(blocks, segmap, part, change):
+def test_changes_by_hooks_count(blocks, segmap, part, change):
     for block in blocks:
         change(block.get_submodule(part))
     assert_same_calls(call, *blocks, pictures().requires_grad_(), segmap)
@@ -189,7 +191,7 @@ def test_what_hooks_change_counts(blocks, segmap, part, change):
 
 
 @pytest.mark.parametrize("part", ["norm_0", "norm_s", "conv_0", "norm_0.mlp_gamma", ""])
-def test_gradients_that_hooks_see(blocks, segmap, part):
+def test_gradients_in_hooks(blocks, segmap, part):
     found = []
     for block in blocks:
         seen = []
@@ -238,7 +240,7 @@ def test_global_hooks_see_the_same(blocks, segmap, kind, gradients):
 
 
 @pytest.mark.parametrize("kind", [nn.Conv2d, nn.BatchNorm2d, nn.InstanceNorm2d, nn.ReLU, "norms"])
-def test_what_global_hooks_change_counts(blocks, segmap, kind):
+def test_changes_by_global_hooks_count(blocks, segmap, kind):
     found = []
     for block in blocks:
         norms = (block.norm_0, block.norm_1, block.norm_s)
@@ -344,11 +346,11 @@ def test_a_norm_that_becomes_another_in_its_first_forward(norm, made, train, seg
 
 @pytest.mark.parametrize("parts", ["whole", "norms alone"])
 def test_an_eval_forward_and_a_train_forward_before_the_first_ones_backward(segmap, parts):
-    """The first one's gradients are what they are without the second. (PyTorch's own batch norm has
-    others: it reads the running statistics in backward, when they have changed.)
+    """The first forward's gradients are the same as without the second. (PyTorch's own batch norm
+    differs: in backward it reads the running statistics, which have changed.)
     """
     torch.manual_seed(0)
-    ours, theirs = our_block()  # without spectral norm, whose vectors eager writes over, too
+    ours, theirs = our_block()  # without spectral norm, whose vectors eager overwrites, too
     alone = copy.deepcopy(theirs)
     x = pictures().requires_grad_()
 
@@ -375,7 +377,7 @@ def test_an_eval_forward_and_a_train_forward_before_the_first_ones_backward(segm
 
 @pytest.mark.parametrize("part", [part for part in PARTS if part])
 def test_a_forward_that_was_replaced(blocks, segmap, part):
-    """As libraries do that bring weights to a device only while they are used."""
+    """As in libraries that move weights to a device only while they are used."""
     calls = []
     for block in blocks:
         module = block.get_submodule(part)
@@ -392,8 +394,8 @@ def test_a_forward_that_was_replaced(blocks, segmap, part):
 
 
 @pytest.mark.parametrize("part", ["mlp_shared.0", "mlp_gamma", "mlp_beta", "param_free_norm"])
-def test_weights_that_are_there_only_while_their_module_is_called(part, segmap):
-    """Offloaded: on the meta device but inside the module's own forward."""
+def test_weights_that_exist_only_while_their_module_is_called(part, segmap):
+    """Offloaded: on the meta device except during the module's own forward."""
     ours, theirs = (
         package.SPADE(8, 5, 6, affine=True).double() for package in (spade_fast, reference)
     )
@@ -424,7 +426,7 @@ def with_weights(module, forward, weights, x):
 
 
 def generators(norm_G="spectralspadebatch3x3", last_scale=1, **settings):
-    """A small generator, and another of the same weights that is never folded."""
+    """A small generator, and another with the same weights that is never folded."""
     torch.manual_seed(0)
     stages = [("up_0", 8, 1), ("up_1", 4, 2)]
 
@@ -553,7 +555,7 @@ def test_weights_written_into_a_folded_generator(write):
         assert_close(ours(segmap), theirs(segmap), 1e-9)
 
 
-def test_a_folded_generator_with_other_weights_for_a_call():
+def test_a_folded_generator_with_other_weights_for_one_call():
     ours, theirs = generators()
     new = others(ours)
     ours.fold_spectral_norm()
@@ -568,7 +570,7 @@ def test_a_folded_generator_with_other_weights_for_a_call():
 
 
 def test_parts_of_a_folded_generator():
-    """Train mode, and a copy, of a part alone."""
+    """Train mode, and a copy, of a single part."""
     ours, theirs = generators()
     ours.fold_spectral_norm()
     x, segmap = pictures(channels=16), label_map()
@@ -653,7 +655,7 @@ def test_the_discriminators_first_convolution(first, condition):
     ours, own = made(), made()
 
     def plainly(discriminator, image):
-        """Its own parts, each called."""
+        """Calls each part of the discriminator itself."""
         together = torch.cat([segmap, image], dim=1)
         results = [discriminator.discriminator_0.model0(together)]
         for number in range(1, 5):
@@ -754,14 +756,14 @@ def test_hooks_in_the_encoder(part, change):
     ours, theirs = spade_fast.ConvEncoder(2, 3).double(), reference.ConvEncoder(2, 3).double()
     theirs.load_state_dict(ours.state_dict())
     if part == "layer1" and change is not changes_x:
-        return  # its result is after the activation here
+        return  # here, the result is after the activation
     for encoder in (ours, theirs):
         change(encoder.get_submodule(part))
     image = pictures(2, 3, (8, 8)).requires_grad_()
     assert_same_calls(lambda module, image: module(image), ours, theirs, image)
 
 
-def test_what_a_hook_captured_of_an_encoder_stays():
+def test_tensors_captured_by_an_encoders_hook_are_not_overwritten():
     encoder, seen = spade_fast.ConvEncoder(2, 3).double(), []
     for part in ("layer1.0", "layer1.1", "layer2.1", "layer6"):
         encoder.get_submodule(part).register_forward_hook(
@@ -773,7 +775,7 @@ def test_what_a_hook_captured_of_an_encoder_stays():
     assert len(seen) == 8 and all(torch.equal(*pair) for pair in seen)
 
 
-def test_a_global_hook_keeps_what_it_captured_of_networks():
+def test_tensors_captured_by_a_global_hook_are_not_overwritten():
     generator, _ = generators()
     discriminator = spade_fast.MultiscaleDiscriminator(8, 1, 3).double()
     seen = []
@@ -793,8 +795,8 @@ def test_a_global_hook_keeps_what_it_captured_of_networks():
     assert len(seen) > 40 and all(torch.equal(*pair) for pair in seen)
 
 
-def test_what_was_returned_is_not_written_over():
-    """By a later call, whoever made it."""
+def test_returned_tensors_are_not_overwritten():
+    """Not by a later call, whatever its caller."""
     for norm_G in ("spadeinstance3x3", "spectralspadebatch3x3"):
         block, _ = our_block(norm_G)
         block.eval()

@@ -1,4 +1,4 @@
-"""SPADE over the distinct windows of a layout: the same numbers as over its dense condition,
+"""SPADE over the distinct windows of a layout gives the same numbers as over its dense condition,
 forward and backward.
 """
 
@@ -24,12 +24,12 @@ pytestmark = pytest.mark.usefixtures("backend")
 
 
 def relative(ours, truth):
-    """Norm-wise."""
+    """The error as a fraction, by norms."""
     return ((ours - truth).norm() / truth.norm().clamp_min(1e-300)).item()
 
 
 def compare(spade, layout, x, activation=None):
-    """The largest relative error of y and every gradient in float64, against the reference with the
+    """The largest relative error of y and all gradients in float64, against the reference with the
     dense condition.
     """
     spade, x = spade.double(), x.double()
@@ -86,7 +86,7 @@ def test_exact_at_the_published_sizes(channels, size):
 
 
 @pytest.mark.float64
-def test_exact_where_every_window_is_distinct():
+def test_exact_if_every_window_is_distinct():
     layout = SemanticLayout.from_labels(torch.randperm(400).view(1, 20, 20), 400)
     assert layout.windows((20, 20), 3).count == 400
     errors = compare(SPADE(8, 400, 16), layout, torch.randn(1, 8, 20, 20))
@@ -137,7 +137,7 @@ def test_the_other_dtypes(dtype, layout_of_x):
 
 
 def test_a_discriminator_in_half_precision():
-    """At its second scale the condition's vectors are means, in float64."""
+    """At its second scale, the condition's vectors are means in float64."""
     layout = SemanticLayout.from_labels(patches((2, 16, 16), 5), 5)
     ours, eager, truth = (
         module.MultiscaleDiscriminator(5 + 3, 2, 4).eval()
@@ -217,7 +217,7 @@ def test_a_block(norm_G, fin, fout):
 
 
 def windows_used(monkeypatch):
-    """A list that grows by every table that a SPADE computes from now on."""
+    """A list that gets an entry for every table that a SPADE computes from now on."""
     used = []
     at_windows = spade.at_windows
     monkeypatch.setattr(
@@ -231,7 +231,7 @@ def one_hot(shape=(1, 64, 64), classes=5):
 
 
 @pytest.mark.large
-def test_a_dense_condition_is_looked_at_once_and_again_when_it_has_changed(monkeypatch):
+def test_a_dense_condition_is_searched_again_only_after_a_change(monkeypatch):
     used, looked = windows_used(monkeypatch), []
     from_segmap = SemanticLayout.from_segmap
     monkeypatch.setattr(
@@ -255,7 +255,7 @@ def test_a_dense_condition_is_looked_at_once_and_again_when_it_has_changed(monke
 
 
 @pytest.mark.large
-def test_inference_tensors_have_no_version_and_are_right_all_the_same(monkeypatch):
+def test_changes_of_inference_tensors_are_noticed_without_versions(monkeypatch):
     used = windows_used(monkeypatch)
     spade, x = SPADE(32, 5), torch.randn(1, 32, 64, 64)
     with torch.inference_mode():
@@ -274,7 +274,7 @@ def test_inference_tensors_have_no_version_and_are_right_all_the_same(monkeypatc
 
 @pytest.mark.large
 @pytest.mark.parametrize("as_layout", [False, True])
-def test_what_was_found_in_inference_is_used_in_training(monkeypatch, as_layout):
+def test_a_layout_found_in_inference_is_used_in_training(monkeypatch, as_layout):
     used = windows_used(monkeypatch)
     spade, x, condition = SPADE(32, 5), torch.randn(1, 32, 64, 64), one_hot()
     condition = SemanticLayout.from_segmap(condition) if as_layout else condition
@@ -308,7 +308,7 @@ def test_a_condition_that_needs_a_gradient_gets_it(monkeypatch):
         lambda spade: spade.mlp_shared.append(torch.nn.Softmax2d()),
     ],
 )
-def test_convolutions_that_are_no_longer_the_layers_own(monkeypatch, change):
+def test_convolutions_that_were_changed(monkeypatch, change):
     used = windows_used(monkeypatch)
     spade, x, segmap = SPADE(32, 5).eval(), torch.randn(1, 32, 64, 64), one_hot()
     change(spade)
@@ -354,7 +354,7 @@ def test_window_mode_as_a_setting_of_the_thread():
     [
         (
             lambda layout: layout.repeat(2),
-            "segmap has a batch of 4, it should be x's, 2",
+            "segmap has a batch of 4, it should be x's batch, 2, or 1",
         ),
         (
             lambda layout: SemanticLayout(layout.codes, layout.palette[:, :4]),
@@ -366,7 +366,7 @@ def test_window_mode_as_a_setting_of_the_thread():
         ),
     ],
 )
-def test_layouts_that_do_not_fit(change, message):
+def test_layouts_that_do_not_match_the_layer(change, message):
     layout = SemanticLayout.from_labels(patches((2, 8, 8), 5), 5)
     with pytest.raises(ValueError, match=message):
         SPADE(3, 5)(torch.randn(2, 3, 8, 8), change(layout))
@@ -375,7 +375,7 @@ def test_layouts_that_do_not_fit(change, message):
 @pytest.mark.float64
 @pytest.mark.parametrize("mode", ["always", "never"])
 def test_pixels_of_a_condition_in_float64(mode):
-    """They are not those of float32 where one is 82/64 of the other."""
+    """Resized at 82/64, they are not those of float32."""
     ours, theirs = SPADE(2, 3, 4).double(), reference.SPADE(2, 3, 4).double()
     theirs.load_state_dict(ours.state_dict())
     labels = torch.nn.functional.one_hot(torch.randint(3, (1, 64, 64)), 3)
@@ -385,8 +385,8 @@ def test_pixels_of_a_condition_in_float64(mode):
 
 
 @pytest.mark.parametrize("value", [float("inf"), float("nan")])
-def test_an_image_with_an_infinite_condition_leaves_the_others_as_they_are(value):
-    """Also where γ is normalised over each image."""
+def test_an_image_with_an_infinite_condition_does_not_change_the_others(value):
+    """Including γ that is normalised over each image."""
     spade = SPADE(2, 3, 4)
     spade.mlp_gamma = torch.nn.Sequential(spade.mlp_gamma, torch.nn.InstanceNorm2d(2))
     segmap = one_hot((2, 16, 16), 3)
@@ -402,7 +402,7 @@ def test_an_image_with_an_infinite_condition_leaves_the_others_as_they_are(value
 @pytest.mark.parametrize("kept", [False, True])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_tables_of_gathered_rows(dtype, kept, monkeypatch):
-    """As GPUs make them in half precision, without gradients."""
+    """As on GPUs in half precision without gradients."""
     calls, gathered = [], torch_backend.convolve_gathered
 
     def one(rows, weight, bias, *lists):

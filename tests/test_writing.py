@@ -1,4 +1,4 @@
-"""Files that are whole or not there."""
+"""Files are complete or absent."""
 
 import errno
 import os
@@ -14,7 +14,7 @@ def write(path, text):
         unfinished.write_text(text)
 
 
-def test_a_file_is_whole_or_as_it_was(tmp_path):
+def test_a_file_is_complete_or_unchanged(tmp_path):
     path = tmp_path / "a.txt"
     write(path, "first")
     with pytest.raises(KeyError), written(path) as unfinished:
@@ -23,7 +23,7 @@ def test_a_file_is_whole_or_as_it_was(tmp_path):
     assert path.read_text() == "first" and os.listdir(tmp_path) == ["a.txt"]
 
 
-def test_permissions_stay_and_new_files_have_the_usual_ones(tmp_path):
+def test_permissions_are_kept_and_new_files_have_the_usual_ones(tmp_path):
     usual, path = tmp_path / "usual", tmp_path / "a.txt"
     usual.touch()
     write(path, "first")
@@ -33,8 +33,8 @@ def test_permissions_stay_and_new_files_have_the_usual_ones(tmp_path):
     assert path.stat().st_mode & 0o777 == 0o640
 
 
-def test_a_link_stays_and_its_name_says_the_format(tmp_path):
-    """A cache of files has links with names to files without."""
+def test_a_link_is_kept_and_its_name_determines_the_format(tmp_path):
+    """A cache has links with suffixes to files without."""
     (tmp_path / "blob").write_text("first")
     (tmp_path / "a.txt").symlink_to("blob")
     with written(tmp_path / "a.txt") as unfinished:
@@ -53,7 +53,7 @@ def test_devices_folders_and_files_in_no_folder_are_refused(tmp_path):
             raise AssertionError("nothing should be written")
 
 
-def test_several_may_write_one_file(tmp_path):
+def test_several_writers_of_one_file(tmp_path):
     path = tmp_path / "a.txt"
     with written(path) as first, written(path) as second:
         first.write_text("first")
@@ -61,14 +61,14 @@ def test_several_may_write_one_file(tmp_path):
     assert path.read_text() == "first" and os.listdir(tmp_path) == ["a.txt"]
 
 
-def test_the_longest_name_that_a_folder_takes(tmp_path):
+def test_the_longest_possible_file_name(tmp_path):
     name = "a" * 251 + ".txt"
     write(tmp_path / name, "text")
     assert os.listdir(tmp_path) == [name]
 
 
 @pytest.mark.skipif(writing.fcntl is None, reason="Windows has no such locks")
-def test_only_what_nobody_writes_any_more_is_removed(tmp_path):
+def test_only_abandoned_files_are_removed(tmp_path):
     """As when two processes fill one folder."""
     dead = tmp_path / f".0123{writing.UNFINISHED}.txt"
     dead.write_text("half")

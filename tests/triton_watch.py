@@ -1,4 +1,4 @@
-"""A watch over what Triton's kernels read and write while its interpreter runs them."""
+"""Watches the memory accesses of Triton's kernels while its interpreter runs them."""
 
 import contextlib
 from unittest import mock
@@ -11,11 +11,11 @@ BUILDER = interpreter.InterpreterBuilder
 
 
 class Watch(contextlib.ExitStack):
-    """Inside, new tensors are full of NaN or the largest number, and of every launch is noted what
-    should not be: addresses outside of the arguments, and one that a program stores to and another
-    one stores to or loads from, in whatever order they run.
+    """Inside, new tensors are filled with NaN or the largest number, and the faults of every launch
+    are recorded: addresses outside the arguments, and addresses that one program stores to and
+    another stores to or loads from, whatever their order.
 
-    faults: what was found, in words. kernels: the names of those that ran.
+    faults: the faults, in words. kernels: the names of the kernels that ran.
     """
 
     def __init__(self):
@@ -68,7 +68,9 @@ class Watch(contextlib.ExitStack):
         self.faults.append(f"{self.kernel}: {what}")
 
     def addresses(self, builder, verb, pointers, mask):
-        """The bytes of these elements, as far as the mask has them, and the program."""
+        """Byte addresses of the elements that the mask selects, and the program that accesses
+        them.
+        """
         size = max(1, pointers.get_element_ty().primitive_bitwidth // 8)
         firsts, mask = numpy.broadcast_arrays(pointers.data, mask.data)
         firsts = firsts[mask.astype(bool)].astype(numpy.int64)
@@ -100,7 +102,7 @@ class Watch(contextlib.ExitStack):
 
 
 def ranges(arguments):
-    """First and last addresses of the tensors."""
+    """The first and last addresses of the tensors."""
     for argument in arguments:
         if isinstance(argument, tuple):
             yield from ranges(argument)

@@ -1,5 +1,5 @@
-"""A model beside its plain twin: what a call returns, its gradients, the buffers after it and its
-errors must be the twin's.
+"""A model beside its plain twin: a call's results, its gradients, the buffers after it and its
+errors must be the same.
 """
 
 import torch
@@ -9,8 +9,8 @@ from torch.utils._pytree import tree_leaves
 from spade_fast import SemanticLayout
 
 REFUSALS = (RuntimeError, NotImplementedError, ValueError, TypeError)
-ACCIDENTS = (AttributeError, IndexError)  # of a forward that was given what it does not expect
-# A refusal says what to do, in the caller's words: no message of PyTorch's inside is such a one.
+ACCIDENTS = (AttributeError, IndexError)  # from a forward with unexpected arguments
+# A refusal says what to do in the caller's terms; PyTorch's internal messages do not.
 WORDS = ("should", "use_backend", "window_mode", "spade_fast", "convert", "call it", "instead")
 INSIDE = ("INTERNAL ASSERT", "Cannot access data pointer", "unhashable type", "please report a bug")
 
@@ -31,13 +31,13 @@ def layout_of(batch=2, classes=5, size=(12, 10), seed=0):
 
 
 def dense_map(batch=2, classes=5, size=(12, 10), seed=2):
-    """A condition of noise, which wants gradients."""
+    """A condition of noise that requires gradients."""
     return pictures(batch, classes, size, seed).requires_grad_()
 
 
 def outcome(call, module, *inputs, seed=0):
-    """What call(module, *inputs) returns, by name: tensors, the gradients of parameters and inputs,
-    and buffers; or the error.
+    """The results of call(module, *inputs) by name: tensors, the gradients of parameters and
+    inputs, and buffers; or the error.
 
     Each call has the same random numbers, and copies of the inputs.
     """
@@ -45,7 +45,7 @@ def outcome(call, module, *inputs, seed=0):
     torch.manual_seed(seed)
     try:
         tensors = [leaf for leaf in tree_leaves(call(module, *inputs)) if is_float(leaf)]
-    except Exception as error:  # the twin's decides what may be raised
+    except Exception as error:  # the twin's call decides which errors are allowed
         return error
     found = {f"output {number}": tensor.detach() for number, tensor in enumerate(tensors)}
     differentiable = [tensor for tensor in tensors if tensor.requires_grad]
@@ -58,14 +58,14 @@ def outcome(call, module, *inputs, seed=0):
             gradients = torch.autograd.grad(
                 differentiable, list(wanted.values()), dy, allow_unused=True
             )
-        except RuntimeError as error:  # as of a hook that writes over what backward needs
+        except RuntimeError as error:  # such as from a hook that overwrites what backward needs
             return error
         found |= {f"gradient of {name}": one for name, one in zip(wanted, gradients)}
     return found | {f"buffer {name}": one.clone() for name, one in module.named_buffers()}
 
 
 def weights_like(y):
-    """The weights of a sum of y's elements that is no symmetric function of them."""
+    """Weights for a sum of y's elements that is not symmetric in them."""
     return torch.sin(torch.arange(y.numel(), dtype=torch.float64)).view(y.shape).to(y)
 
 
@@ -84,8 +84,8 @@ def copy_of(value):
 
 
 def assert_same(ours, theirs, tolerance=1e-10):
-    """Two outcomes agree; an error is of the twin's type, or of one derived from it, or one that
-    says more than that an attribute is missing.
+    """Asserts that two outcomes agree. An error must have the twin's type or a type derived from
+    it, or explain more than a missing attribute.
     """
     if isinstance(theirs, Exception):
         kinds = (type(theirs), *(REFUSALS if isinstance(theirs, ACCIDENTS) else ()))
@@ -105,8 +105,8 @@ def assert_same(ours, theirs, tolerance=1e-10):
 
 
 def assert_close(ours, theirs, tolerance=1e-10, largest=0.0, name="y"):
-    """To the tolerance, beside the largest element, or a thousandth of `largest`: a gradient that
-    is zero in exact arithmetic is noise beside the others.
+    """To the tolerance, relative to the largest element or to a thousandth of `largest`: a gradient
+    that is zero in exact arithmetic is only noise compared with the others.
     """
     ours, theirs = (plain(tensor) for tensor in (ours, theirs))
     assert ours.shape == theirs.shape, f"{name} is {ours.shape}, it should be {theirs.shape}"
@@ -130,12 +130,12 @@ def describe(outcome):
 
 
 def assert_same_calls(call, ours, theirs, *inputs, tolerance=1e-10):
-    """A call of both is the same in everything."""
+    """Asserts that a call of both has the same outcome."""
     assert_same(outcome(call, ours, *inputs), outcome(call, theirs, *inputs), tolerance)
 
 
 def right_or_refused(compute, expected, compare=assert_close):
-    """compute() gives what is expected, or refuses in words that say what to do."""
+    """Asserts that compute() gives the expected result, or refuses in words that say what to do."""
     try:
         found = compute()
     except REFUSALS as error:

@@ -1,4 +1,4 @@
-"""What users write, for type checkers: `pyright` and `mypy` read this file, nothing runs it."""
+"""Users' code for type checkers: `pyright` and `mypy` read this file, and nothing runs it."""
 
 import argparse
 from pathlib import Path
@@ -52,7 +52,7 @@ def swap_in(x: torch.Tensor, segmap: torch.Tensor, layout: SemanticLayout) -> No
 
 
 def refused() -> None:
-    """Each line is wrong, and a checker should say so: an ignore without an error is one itself."""
+    """Each line is wrong, and a checker should report it: an unused ignore is an error, too."""
     SPADE(64, 184, norm="layer")  # type: ignore[arg-type]
     SPADE(64)  # type: ignore[call-arg]
     SPADE(64, 184, kernel_size="3")  # type: ignore[arg-type]

@@ -1,5 +1,5 @@
-// Small kernels, each as it should be and, where it is asked for, with a fault that cuda_on_host.h
-// should find.
+// Small kernels, each in a correct version and in one with a fault that the watch of cuda_on_host.h
+// must find.
 
 #include "../csrc/cuda/device.h"
 
@@ -30,13 +30,13 @@ void write_what_others_read(Memory& memory, bool wrong) {
   shared_numbers()[threadIdx.x] = 2;
 }
 
-void take_a_shuffle_for_a_wait(Memory& memory, bool wrong) {
+void mistake_a_shuffle_for_a_wait(Memory& memory, bool wrong) {
   shared_numbers()[threadIdx.x] = 1;
   wrong ? void(__shfl_xor_sync(~0u, 0, 1)) : __syncwarp();
   memory.numbers[place()] = shared_numbers()[threadIdx.x ^ 1];
 }
 
-void take_a_warp_for_the_block(Memory& memory, bool wrong) {
+void mistake_a_warp_for_the_block(Memory& memory, bool wrong) {
   shared_numbers()[threadIdx.x] = 1;
   __syncwarp();
   memory.numbers[place()] = shared_numbers()[threadIdx.x ^ (wrong ? 32 : 1)];
@@ -46,13 +46,13 @@ void write_where_other_blocks_do(Memory& memory, bool wrong) {
   memory.numbers[wrong ? threadIdx.x : place()] = 1;
 }
 
-void take_a_block_for_the_grid(Memory& memory, bool wrong) {
+void mistake_a_block_for_the_grid(Memory& memory, bool wrong) {
   const float before = memory.numbers[wrong ? 0 : blockIdx.x];
   __syncthreads();
   if (threadIdx.x == 0) memory.numbers[blockIdx.x] = before + 1;
 }
 
-void take_a_block_for_the_cluster(Memory& memory, bool wrong) {
+void mistake_a_block_for_the_cluster(Memory& memory, bool wrong) {
   shared_numbers()[threadIdx.x] = 1;
   wrong ? __syncthreads() : wait_for_cluster();
   memory.numbers[place()] = in_block(1 - blockIdx.x, shared_numbers() + threadIdx.x);
@@ -134,21 +134,21 @@ struct Kernel {
   int64_t cluster = 1;
 };
 
-// One to a line, as test_waits.py reads them.
+// One per line, because test_waits.py reads them so.
 // clang-format off
 #define KERNEL(name, ...) \
   { #name, name, ##__VA_ARGS__ }
 const Kernel kKernels[] = {
     KERNEL(read_what_others_write),
     KERNEL(write_what_others_read),
-    KERNEL(take_a_shuffle_for_a_wait),
+    KERNEL(mistake_a_shuffle_for_a_wait),
     KERNEL(write_where_other_blocks_do),
-    KERNEL(take_a_block_for_the_grid),
-    KERNEL(take_a_block_for_the_cluster, 2),
+    KERNEL(mistake_a_block_for_the_grid),
+    KERNEL(mistake_a_block_for_the_cluster, 2),
     KERNEL(end_while_others_read, 2),
     KERNEL(write_what_others_add_to),
     KERNEL(read_what_others_set),
-    KERNEL(take_a_warp_for_the_block),
+    KERNEL(mistake_a_warp_for_the_block),
     KERNEL(read_what_others_copy),
     KERNEL(go_beyond_shared_memory),
     KERNEL(read_what_nothing_wrote),
@@ -162,7 +162,7 @@ const Kernel kKernels[] = {
 
 }  // namespace
 
-// Runs one in two blocks of 64 threads, and says what was found: nothing where all is well.
+// Runs a kernel in two blocks of 64 threads. Returns the fault that was found, or an empty string.
 extern "C" const char* run_kernel(const char* name, bool wrong) {
   static std::string found;
   found = "there is no such kernel";

@@ -7,8 +7,8 @@ from spade_fast.kernels import numbering
 
 
 def convolution(shape, kernel, rows, windows):
-    """rows, weight, bias, the lists of windows that see up to all of their taps, the lists the
-    other way round, and a gradient.
+    """rows, weight, bias, lists of windows with up to all of their taps, the reverse lists, and a
+    gradient.
     """
     out, given = shape
     weight = torch.randn(out, given, *kernel, dtype=torch.float64)
@@ -40,13 +40,13 @@ CONVOLUTIONS = [
 
 
 def listed(choose_lists, rows):
-    """Lists of these lengths, of random numbers of rows."""
+    """Lists of these lengths, of random row numbers."""
     offsets = torch.tensor([0, *choose_lists]).cumsum(0).int()
     return offsets, torch.randint(rows, (int(offsets[-1]),), dtype=torch.int32)
 
 
 def gathered_sample(shape, kernel, rows, windows, dtype, layout=contiguous):
-    """rows, weights, biases, lists; of two convolutions, one without a bias."""
+    """rows, weights, biases and lists for two convolutions, one of them without a bias."""
     outputs, channels = shape
     taps = torch.Size(kernel).numel()
     contents = torch.randint(-1, rows, (windows, taps), dtype=torch.int32)

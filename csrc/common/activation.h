@@ -1,4 +1,4 @@
-// The activations, and which of them keep signs for backward.
+// The activations, and which of them need signs for backward.
 #pragma once
 
 namespace spade_fast {

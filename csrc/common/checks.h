@@ -1,6 +1,6 @@
-// What every operator asks of its operands before anything runs: their shapes, dtypes and devices.
-// One function for each operator, the same for every device. (What the numbers in an index or a
-// list may be, only the CPU can ask without waiting: csrc/cpu/ranges.h.)
+// Checks of every operator's operands (shapes, dtypes, devices) before anything runs: one function
+// for each operator, shared by all devices. The values in an index or a list are checked on the CPU
+// only (csrc/cpu/ranges.h), because a GPU would have to synchronise for it.
 #pragma once
 
 #include <initializer_list>
@@ -58,20 +58,21 @@ inline void check_dtype(const Tensor& given, const char* name, Dtypes dtypes) {
 
 inline void check_device(const Tensor& given, const char* name, const Tensor& other) {
   if (given.is_cpu() && other.is_cpu()) return;
-  STD_TORCH_CHECK(given.is_cpu() == other.is_cpu() && given.is_cuda() == other.is_cuda() &&
-                      given.get_device_index() == other.get_device_index(),
-                  "spade_fast: ", name,
-                  " is on another device than the first operand, it should be on the same");
+  STD_TORCH_CHECK(
+      given.is_cpu() == other.is_cpu() && given.is_cuda() == other.is_cuda() &&
+          given.get_device_index() == other.get_device_index(),
+      "spade_fast: ", name,
+      " is on a different device from the other operands, it should be on the same one");
 }
 
 inline void check_shape(const Tensor& given, const char* name, Sizes sizes, const char* meaning) {
   const Sizes own = given.sizes();
   STD_TORCH_CHECK(std::equal(own.begin(), own.end(), sizes.begin(), sizes.end()),
-                  "spade_fast: ", name, " has shape ", text(own), ", it should be ", meaning, ", ",
-                  text(sizes));
+                  "spade_fast: ", name, " has shape ", text(own), ", it should be ", text(sizes),
+                  " (", meaning, ")");
 }
 
-// An operand that is all of this; `other` is on the right device.
+// Checks device, dtype and shape of an operand; `other` is known to be on the right device.
 inline void check_operand(const Tensor& given, const char* name, const Tensor& other, Dtypes dtypes,
                           Sizes sizes, const char* meaning) {
   check_device(given, name, other);
@@ -79,14 +80,14 @@ inline void check_operand(const Tensor& given, const char* name, const Tensor& o
   check_shape(given, name, sizes, meaning);
 }
 
-// The product of sizes, which may not be beyond what the kernels count with.
+// The product of sizes; refuses one beyond `bound`, the largest that the kernels can count.
 inline int64_t product(const Tensor& given, const char* name, std::initializer_list<int64_t> sizes,
                        int64_t bound = INT64_MAX) {
   int64_t found = 1;
   bool fits = true;
   for (const int64_t size : sizes) fits = !__builtin_mul_overflow(found, size, &found) && fits;
   STD_TORCH_CHECK(fits && found <= bound, "spade_fast: ", name, " has shape ", text(given.sizes()),
-                  ", which is too large");
+                  ", which is too large for the kernels to index");
   return found;
 }
 
@@ -95,7 +96,7 @@ struct Extent {
   int64_t images, channels, pixels = 1;
 };
 
-// x of every operator.
+// Checks x, for every operator.
 inline Extent check_features(const Tensor& x) {
   STD_TORCH_CHECK(x.dim() >= 3 && x.dim() <= 5, "spade_fast: x has shape ", text(x.sizes()),
                   ", it should be [N, C, *spatial] with one to three spatial dimensions");
@@ -109,7 +110,7 @@ inline Extent check_features(const Tensor& x) {
   return extent;
 }
 
-// x, γ, β and index of every operator that modulates. β is the last that may be missing: without
+// Checks x, γ, β and index, for every operator that modulates. β may be missing unless
 // `needs_beta`.
 inline Extent check_modulation(const Tensor& x, const Tensor& gamma,
                                const std::optional<Tensor>& beta,
@@ -122,24 +123,28 @@ inline Extent check_modulation(const Tensor& x, const Tensor& gamma,
     check_device(gamma, "gamma", x);
     check_dtype(gamma, "gamma", kFloating);
     STD_TORCH_CHECK(gamma.dim() == 2 && gamma.size(1) == extent.channels,
-                    "spade_fast: gamma has shape ", text(gamma.sizes()),
-                    ", with an index it should be a table, [K, ", extent.channels, "]");
+                    "spade_fast: gamma has shape ", text(gamma.sizes()), ", it should be [K, ",
+                    extent.channels, "] (a table, because index is given)");
     STD_TORCH_CHECK(gamma.size(0) > 0 || index->numel() == 0, "spade_fast: gamma has shape ",
-                    text(gamma.sizes()), ", it should have a row for each number of index");
+                    text(gamma.sizes()),
+                    ", it should be a table with a row for every number in index");
     product(gamma, "gamma", {gamma.size(0)}, INT32_MAX);
     product(*index, "index", {extent.pixels}, INT32_MAX);
   } else {
-    check_operand(gamma, "gamma", x, kFloating, x.sizes(), "x's");
+    check_operand(gamma, "gamma", x, kFloating, x.sizes(), "x's shape");
   }
-  STD_TORCH_CHECK(beta || !needs_beta, "spade_fast: beta is None, silu's derivative needs it");
-  if (beta) check_operand(*beta, "beta", gamma, {gamma.scalar_type()}, gamma.sizes(), "gamma's");
+  STD_TORCH_CHECK(
+      beta || !needs_beta,
+      "spade_fast: beta is None, it should be a tensor: the derivative of silu needs it");
+  if (beta)
+    check_operand(*beta, "beta", gamma, {gamma.scalar_type()}, gamma.sizes(), "gamma's shape");
   return extent;
 }
 
-// Rows of numbers of each plane.
+// Checks an array of `count` values per plane: [count, N, C].
 inline void check_numbers(const Tensor& given, const char* name, const Tensor& x, int64_t count) {
   check_operand(given, name, x, kSums, std::vector<int64_t>{count, x.size(0), x.size(1)},
-                "numbers of each plane");
+                "values per plane");
 }
 
 inline void check_apply(const Tensor& x, const Tensor& planes, const Tensor& gamma,
@@ -148,11 +153,27 @@ inline void check_apply(const Tensor& x, const Tensor& planes, const Tensor& gam
   check_numbers(planes, "planes", x, 3);
 }
 
+inline Extent check_running_planes(const Tensor& x, const Tensor& mean, const Tensor& variance,
+                                   const std::optional<Tensor>& weight,
+                                   const std::optional<Tensor>& bias) {
+  const Extent extent = check_features(x);
+  const auto check = [&](const Tensor& given, const char* name) {
+    check_operand(given, name, x, kFloating, std::vector<int64_t>{extent.channels},
+                  "a number for each channel");
+  };
+  check(mean, "mean"), check(variance, "variance");
+  if (weight) check(*weight, "weight");
+  if (bias) check(*bias, "bias");
+  return extent;
+}
+
 inline void check_out(const Tensor& out, const Tensor& x, const Tensor& gamma) {
-  check_operand(out, "out", x, {promoted(x.scalar_type(), gamma.scalar_type())}, x.sizes(), "x's");
+  check_operand(out, "out", x, {promoted(x.scalar_type(), gamma.scalar_type())}, x.sizes(),
+                "x's shape");
   const Tensor rows = layout_of(x) == Layout::channels_last ? channels_behind(out) : out;
   STD_TORCH_CHECK(rows.is_contiguous(), "spade_fast: out has strides ", text(out.strides()),
-                  ", it should lie without gaps as x does, with strides ", text(x.strides()));
+                  ", it should be dense and in the same memory format as x, which has strides ",
+                  text(x.strides()));
 }
 
 inline void check_signs(const Tensor& signs, const Tensor& x, const Extent& extent,
@@ -163,16 +184,17 @@ inline void check_signs(const Tensor& signs, const Tensor& x, const Extent& exte
   const std::vector<int64_t> shape =
       keeps ? std::vector<int64_t>{extent.images, rows, (length + 7) / 8} : std::vector<int64_t>{0};
   check_operand(signs, "signs", x, {ScalarType::Byte}, shape,
-                keeps ? "a bit for each element" : "of size 0");
+                keeps ? "a bit per element" : "the activation needs no signs");
 }
 
-// Both backward kernels.
+// The checks that both backward operators share.
 inline Extent check_backward(const Tensor& dy, const Tensor& x, const Tensor& planes,
                              const Tensor& gamma, const std::optional<Tensor>& beta,
                              const std::optional<Tensor>& index, const Tensor& signs,
                              Activation activation) {
   const Extent extent = check_modulation(x, gamma, beta, index, activation == Activation::silu);
-  check_operand(dy, "dy", x, {promoted(x.scalar_type(), gamma.scalar_type())}, x.sizes(), "x's");
+  check_operand(dy, "dy", x, {promoted(x.scalar_type(), gamma.scalar_type())}, x.sizes(),
+                "x's shape");
   check_numbers(planes, "planes", x, 3);
   check_signs(signs, x, extent, activation);
   return extent;
@@ -181,9 +203,9 @@ inline Extent check_backward(const Tensor& dy, const Tensor& x, const Tensor& pl
 inline void check_order(const std::optional<Tensor>& order, const Tensor& x,
                         const std::optional<Tensor>& index, const Extent& extent) {
   if (!index) return;
-  STD_TORCH_CHECK(
-      order,
-      "spade_fast: order is None, with an index it should be the sorted pixels, [N, pixels]");
+  STD_TORCH_CHECK(order,
+                  "spade_fast: order is None, it should be the sorted pixels [N, pixels], because "
+                  "index is given");
   check_operand(*order, "order", x, kWhole, std::vector<int64_t>{extent.images, extent.pixels},
                 "[N, pixels]");
 }
@@ -205,7 +227,7 @@ inline void check_backward_sums(const Tensor& dy, const Tensor& x, const Tensor&
               check_backward(dy, x, planes, gamma, beta, index, signs, activation));
 }
 
-// Lists of numbers of rows, on the device of another operand.
+// Checks lists of row numbers; `other` is known to be on the right device.
 inline void check_lists(const Tensor& offsets, const Tensor& listed, const Tensor& other) {
   for (const auto& [list, name] : {std::pair(&offsets, "offsets"), std::pair(&listed, "listed")}) {
     check_operand(*list, name, other, kWhole, std::vector<int64_t>{list->numel()}, "a list");
@@ -213,7 +235,7 @@ inline void check_lists(const Tensor& offsets, const Tensor& listed, const Tenso
   }
   STD_TORCH_CHECK(
       offsets.numel() > 0,
-      "spade_fast: offsets has shape [0], it should have one number more than there are lists");
+      "spade_fast: offsets has shape [0], it should have one entry more than there are lists");
 }
 
 inline void check_sum_lists(const Tensor& x, const Tensor& offsets, const Tensor& listed) {
@@ -225,7 +247,8 @@ inline void check_sum_lists(const Tensor& x, const Tensor& offsets, const Tensor
     product(x, "x", {std::max<int64_t>(1, rows), std::max<int64_t>(1, x.size(1)), 1024});
 }
 
-// The weight and the lists of every operator that convolves at windows; returns the kernel's taps.
+// Checks the weight and the lists of an operator that convolves at windows; returns the number of
+// taps.
 inline int64_t check_convolution(const Tensor& weight, const Tensor& offsets,
                                  const Tensor& listed) {
   check_dtype(weight, "weight", kSums);
@@ -233,50 +256,49 @@ inline int64_t check_convolution(const Tensor& weight, const Tensor& offsets,
   for (int64_t dim = 2; dim < weight.dim(); ++dim)
     taps = product(weight, "weight", {taps, weight.size(dim)}, INT32_MAX);
   STD_TORCH_CHECK(weight.dim() >= 3 && taps > 0, "spade_fast: weight has shape ",
-                  text(weight.sizes()),
-                  ", it should be [out, in, *kernel] with a kernel of one tap or more");
+                  text(weight.sizes()), ", it should be [out, in, *kernel] with at least one tap");
   product(weight, "weight",
           {taps, std::max<int64_t>(1, weight.size(0)), std::max<int64_t>(1, weight.size(1)), 1024});
   check_lists(offsets, listed, weight);
   return taps;
 }
 
-// The lists that go the other way round, one for each row and tap; returns how many rows there are.
+// The same for the lists of backward, one for each row and tap; returns the number of rows.
 inline int64_t check_back_convolution(const Tensor& weight, const Tensor& back_offsets,
                                       const Tensor& back_listed) {
   const int64_t taps = check_convolution(weight, back_offsets, back_listed),
                 lists = back_offsets.numel() - 1;
   STD_TORCH_CHECK(lists % taps == 0, "spade_fast: offsets has shape ", text(back_offsets.sizes()),
-                  ", it should have one number more than there are rows times ", taps, " taps");
+                  ", it should have rows * ", taps, " + 1 entries, with ", taps, " taps");
   return lists / taps;
 }
 
-// A matrix beside the weight; returns how many rows it has.
+// Checks a matrix that goes with the weight; returns its number of rows.
 inline int64_t check_matrix(const Tensor& given, const char* name, const Tensor& weight,
                             int64_t columns) {
   check_device(given, name, weight);
   check_dtype(given, name, {weight.scalar_type()});
   STD_TORCH_CHECK(given.dim() == 2 && given.size(1) == columns, "spade_fast: ", name, " has shape ",
-                  text(given.sizes()), ", it should have two dimensions, the second ", columns,
-                  ", with a weight of shape ", text(weight.sizes()));
+                  text(given.sizes()), ", it should have two dimensions, the second of size ",
+                  columns, ", to match a weight of shape ", text(weight.sizes()));
   return given.size(0);
 }
 
-// Convolutions beside each other: all outputs, and what they have in common.
+// Several convolutions of the same rows as one: their outputs together, and the sizes that they
+// share.
 struct Convolution {
   int64_t outputs, channels, taps;
 };
 
 inline constexpr Dtypes kHalf = {ScalarType::BFloat16, ScalarType::Half};
-inline constexpr int64_t kMostTaps = 343;  // of which a window's rows are kept at hand
+inline constexpr int64_t kMostTaps = 343;  // a window's row numbers are held in shared memory
 
 inline Convolution check_convolve_gathered(const Tensor& rows, const std::vector<Tensor>& weights,
                                            const std::vector<std::optional<Tensor>>& biases,
                                            const Tensor& offsets, const Tensor& listed) {
-  STD_TORCH_CHECK(!weights.empty() && weights.size() == biases.size(), "spade_fast: biases has ",
-                  biases.size(),
-                  " members, it should have one, or None, for each weight, of which there are ",
-                  weights.size());
+  STD_TORCH_CHECK(!weights.empty() && weights.size() == biases.size(),
+                  "spade_fast: biases has length ", biases.size(), " and weights has length ",
+                  weights.size(), ", they should have the same length, at least 1");
   check_dtype(rows, "rows", kHalf);
   Convolution found = {};
   for (size_t i = 0; i < weights.size(); ++i) {
@@ -287,7 +309,7 @@ inline Convolution check_convolve_gathered(const Tensor& rows, const std::vector
                     ", it should be [out, in, *kernel]");
     std::vector<int64_t> sizes(weights[0].sizes().begin(), weights[0].sizes().end());
     sizes[0] = weight.size(0);
-    check_shape(weight, "weights", sizes, "like the first");
+    check_shape(weight, "weights", sizes, "like the first weight");
     if (biases[i])
       check_operand(*biases[i], "biases", weight, {weight.scalar_type()},
                     std::vector<int64_t>{weight.size(0)}, "[out]");
@@ -298,11 +320,12 @@ inline Convolution check_convolve_gathered(const Tensor& rows, const std::vector
   for (int64_t dim = 2; dim < weight.dim(); ++dim)
     found.taps = product(weight, "weights", {found.taps, weight.size(dim)}, INT32_MAX);
   STD_TORCH_CHECK(found.taps > 0 && found.taps <= kMostTaps, "spade_fast: weights has shape ",
-                  text(weight.sizes()), ", it should have a kernel of one to ", kMostTaps, " taps");
+                  text(weight.sizes()), ", it should be [out, in, *kernel] with 1 to ", kMostTaps,
+                  " taps");
   product(weight, "weights",
           {std::max<int64_t>(1, found.outputs), found.taps + 1, found.channels + 8}, INT32_MAX);
   STD_TORCH_CHECK(rows.dim() == 2 && rows.size(1) == found.channels, "spade_fast: rows has shape ",
-                  text(rows.sizes()), ", it should have two dimensions, the second ",
+                  text(rows.sizes()), ", it should have two dimensions, the second of size ",
                   found.channels);
   product(rows, "rows", {rows.size(0), found.taps}, INT32_MAX);
   check_lists(offsets, listed, rows);

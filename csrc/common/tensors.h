@@ -1,5 +1,5 @@
-// What the kernels of every device ask of their tensors: dtypes, memory layouts, rows without gaps,
-// and places for results.
+// Helpers for tensors that the operators of every device share: dtypes, memory layouts, dense rows,
+// and outputs.
 #pragma once
 
 #if defined(__linux__)
@@ -42,8 +42,8 @@ inline Activation activation_named(const std::optional<std::string>& name) {
                   ", it should be None, relu, leaky_relu or silu");
 }
 
-// x without gaps, and in this dtype. Where it is so already PyTorch is not asked: each time takes
-// microseconds of the host.
+// x contiguous, and x in a dtype. The checks come first because each call into PyTorch takes
+// microseconds of the host, even if there is nothing to do.
 inline Tensor without_gaps(const Tensor& x) {
   return x.is_contiguous() ? x : torch::stable::contiguous(x);
 }
@@ -51,25 +51,25 @@ inline Tensor in_dtype(const Tensor& x, ScalarType dtype) {
   return x.scalar_type() == dtype ? x : torch::stable::to(x, dtype);
 }
 
-// How x [N, C, *spatial] lies in memory: planes one after the other, or pixels with all their
-// channels. A row is what lies together: the pixels of a plane, or the channels of a pixel.
+// How x [N, C, *spatial] lies in memory: plane after plane, or pixel after pixel with all channels.
+// A row is a contiguous run: the pixels of a plane, or the channels of a pixel.
 enum class Layout { contiguous, channels_last };
 
-// As `is_channels_last` in contract.py.
+// The same rule as `is_channels_last` in contract.py.
 inline Layout layout_of(const Tensor& x) {
   return !x.is_contiguous() && x.stride(1) == 1 ? Layout::channels_last : Layout::contiguous;
 }
 
-// The distance from row to row, if all rows of an image lie alike and have no gaps inside, else
-// nothing. A pixel's channels may be the first of more (half of a joint γ‖β), and so may an image's
-// planes.
+// The distance from one row to the next, in elements, if it is the same for all rows of an image
+// and rows have no gaps inside; else nullopt. The channels of a pixel, or the planes of an image,
+// may be a slice of a larger tensor (half of a joint γ‖β).
 inline std::optional<int64_t> row_distance(const Tensor& x, Layout layout) {
   const bool contiguous = layout == Layout::contiguous;
   if (!contiguous && x.size(1) != 1 && x.stride(1) != 1) return std::nullopt;
   int64_t distance = contiguous ? 1 : x.size(1), pixels = 1;
   for (int64_t dim = x.dim() - 1; dim >= 2; --dim) {
     if (x.size(dim) == 1) continue;
-    // From pixel to pixel, whatever it is.
+    // The innermost spatial stride may be anything; the others must follow from it.
     if (!contiguous && pixels == 1) distance = x.stride(dim);
     if (x.stride(dim) != distance * pixels) return std::nullopt;
     pixels *= x.size(dim);
@@ -77,7 +77,7 @@ inline std::optional<int64_t> row_distance(const Tensor& x, Layout layout) {
   return contiguous ? x.stride(1) : distance;
 }
 
-// x with its channels behind all else, and the other way round: views.
+// Views of x with the channels moved to the last dimension, and back to the second.
 inline Tensor channels_behind(Tensor x) {
   for (int64_t dim = 1; dim + 1 < x.dim(); ++dim) x = torch::stable::transpose(x, dim, dim + 1);
   return x;
@@ -88,16 +88,16 @@ inline Tensor channels_in_front(Tensor x) {
   return x;
 }
 
-// x itself where its rows lie alike, else a copy without gaps in the same layout.
+// x itself if row_distance is defined for it, else a dense copy in the same layout.
 inline Tensor with_rows(const Tensor& x, Layout layout) {
   if (row_distance(x, layout)) return x;
   if (layout == Layout::contiguous) return without_gaps(x);
   return channels_in_front(torch::stable::contiguous(channels_behind(x)));
 }
 
-// An uninitialised tensor. A large one on the CPU is fresh from the system each time, and the first
-// touch of its 4 KiB pages costs three times what the kernels do with them: huge pages cost next to
-// nothing.
+// An uninitialised tensor. On the CPU the system hands out fresh pages for each large one, and
+// faulting them in 4 KiB at a time costs three times as much as the kernels' own work. With huge
+// pages it costs next to nothing.
 inline Tensor new_tensor(const Tensor& like, const std::vector<int64_t>& sizes, ScalarType dtype) {
   Tensor x = torch::stable::new_empty(like, sizes, dtype);
 #if defined(MADV_HUGEPAGE)
@@ -107,13 +107,13 @@ inline Tensor new_tensor(const Tensor& like, const std::vector<int64_t>& sizes, 
                   end = start + x.numel() * x.element_size();
   const uintptr_t first = (start + kHugePage - 1) / kHugePage * kHugePage,
                   last = end / kHugePage * kHugePage;
-  // Advice: nothing is lost if it fails.
+  // Only a hint: if it fails, nothing is lost.
   if (first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
 #endif
   return x;
 }
 
-// An uninitialised tensor of x's shape without gaps in this layout, for a kernel to write.
+// An uninitialised dense tensor of x's shape in this layout, for a kernel to write.
 inline Tensor new_output(const Tensor& x, Layout layout, ScalarType dtype) {
   std::vector<int64_t> sizes(x.sizes().begin(), x.sizes().end());
   if (layout == Layout::contiguous) return new_tensor(x, sizes, dtype);
@@ -121,8 +121,8 @@ inline Tensor new_output(const Tensor& x, Layout layout, ScalarType dtype) {
   return channels_in_front(new_tensor(x, sizes, dtype));
 }
 
-// Whether x's dimensions follow each other in memory as a kernel writes them: then so do those of
-// empty_like(x).
+// Whether x's strides order its dimensions as a kernel's output has them, so that empty_like(x) has
+// the output's strides.
 inline bool is_in_order(const Tensor& x, Layout layout) {
   int64_t before = INT64_MAX;
   for (int64_t i = 0; i < x.dim(); ++i) {
@@ -134,8 +134,8 @@ inline bool is_in_order(const Tensor& x, Layout layout) {
   return true;
 }
 
-// What a kernel wrote, with the strides of empty_like(x), as the fakes in Python say; a tensor of
-// size 0 that stands for none stays one.
+// A kernel's output with the strides of empty_like(x), as the fakes in Python promise. A tensor of
+// size 0 that stands for none is returned unchanged.
 inline Tensor finished(const Tensor& y, const Tensor& x, Layout layout) {
   if (y.dim() != x.dim() || is_in_order(x, layout)) return y;
   Tensor like = in_dtype(torch::stable::empty_like(x), y.scalar_type());

@@ -1,5 +1,5 @@
-// Activations and their derivatives on one element, and the bits that the derivatives of ReLU and
-// leaky ReLU need.
+// Activations and their derivatives, elementwise, and the packed sign bits that the derivatives of
+// ReLU and leaky ReLU need.
 #pragma once
 
 #include <cmath>
@@ -10,14 +10,14 @@
 
 namespace spade_fast {
 
-// exp(x), to about two roundings; NaN for NaN.
+// exp(x), accurate to about two roundings; NaN for NaN.
 ALWAYS_INLINE float exponential(float x) {
   x = x > 88.7f ? 88.7f : x;
   x = x < -87.3f ? -87.3f : x;
-  // The nearest integer, in the low bits of the mantissa.
+  // Adding 1.5·2²³ leaves the nearest integer to x/ln 2 in the low bits of the mantissa.
   const float shifted = x * 1.44269504f + 12582912.0f;
   const float power = shifted - 12582912.0f;
-  // X − power·ln 2, in two steps.
+  // The remainder x − power·ln 2, with ln 2 in two parts.
   const float r = (x - power * 0.693359375f) + power * 2.12194440e-4f;
   float sum = 1.9875691500e-4f;
   sum = sum * r + 1.3981999507e-3f;
@@ -35,7 +35,7 @@ template <typename Sum>
 ALWAYS_INLINE void activate(int64_t count, Activation activation, Sum negative_slope, Sum* values) {
   if (activation == Activation::relu) {
 #pragma omp simd
-    // NaN stays.
+    // `<=` so that NaN stays NaN.
     for (int64_t i = 0; i < count; ++i) values[i] = values[i] <= 0 ? Sum(0) : values[i];
   } else if (activation == Activation::leaky_relu) {
 #pragma omp simd
@@ -47,7 +47,8 @@ ALWAYS_INLINE void activate(int64_t count, Activation activation, Sum negative_s
   }
 }
 
-// One bit for each value, in the order of `contract.py`, and back to bytes that are zero or not.
+// Packs one bit per value, in the order that contract.py defines; and unpacks bits to bytes that
+// are zero or not.
 template <typename Sum>
 ALWAYS_INLINE void pack_signs(int64_t count, Activation activation, const Sum* values,
                               uint8_t* signs) {
@@ -74,7 +75,7 @@ ALWAYS_INLINE void unpack_signs(int64_t count, const uint8_t* signs, uint8_t* po
   }
 }
 
-// g[i] = dy[i]·act'(…), from the signs, or for SiLU from the values that it was applied to.
+// g[i] = dy[i]·act'(…), from the signs, or for SiLU from the activation's arguments `values`.
 template <typename Sum>
 ALWAYS_INLINE void through_activation(int64_t count, Activation activation, Sum negative_slope,
                                       const uint8_t* signs, const Sum* values, const Sum* dy,

@@ -1,7 +1,8 @@
-// apply on the CPU: y = act(x̂·(1 + γ) + β), and the signs that the activation's derivative needs.
+// apply on the CPU: y = act(x̂·(1 + γ) + β), with x̂ = (x − shift)·scale + offset, and the signs
+// that the activation's derivative needs.
 //
-// Each element of x, γ and β is read once and each of y written once; with an index γ and β are
-// looked up in their table.
+// The kernel is bound by memory: each element of x, γ and β is read once and each element of y is
+// written once. With an index, γ and β are looked up in their table.
 
 #include "kernels.h"
 
@@ -63,8 +64,8 @@ template void apply_task(const Tasks&, int64_t, const Operands<double>&, const T
 
 namespace {
 
-// y, a new tensor or `out`, and its signs. out may be x or γ, whose elements are read before they
-// are written.
+// Computes y, into a new tensor or `out`, and its signs. out may be x or γ: each block is read
+// before it is written.
 std::tuple<Tensor, Tensor> modulated(const Tensor& x, const Tensor& planes, const Tensor& gamma,
                                      const Tensor& beta, const std::optional<Tensor>& index,
                                      const std::optional<std::string>& activation_name,

@@ -1,7 +1,7 @@
-// backward_input on the CPU: dx = scale·q + constant + slope·(x − shift), q = g·(1 + γ); without
-// terms dx = scale·q.
+// backward_input on the CPU: dx = scale·q + constant + slope·(x − shift), with q = g·(1 + γ);
+// without terms dx = scale·q.
 //
-// dy, x, γ and a bit (or β) of each element are read once, and each of dx is written once.
+// dy, x, γ and one bit (or β) per element are read once, and each element of dx is written once.
 
 #include "gradient.h"
 
@@ -33,7 +33,7 @@ struct BackwardInputBlock {
 template <typename Sum>
 void input_task(const Tasks& tasks, int64_t task, const Operands<Sum>& m, const Source<Sum>& dy,
                 const std::optional<Numbers<Sum>>& given_terms, const Target<Sum>& dx) {
-  // Something that can be read, and is not used.
+  // Without terms any readable array will do: it is not used.
   const Numbers<Sum>& terms = given_terms ? *given_terms : m.planes;
   tasks.for_each_block(
       task, [&](int64_t n, int64_t row, int64_t start, int64_t count, int64_t number) {

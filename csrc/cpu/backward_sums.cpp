@@ -1,8 +1,9 @@
-// backward_sums on the CPU: dγ = g·x̂, dβ = g, and the sums Σq and Σq·(x − shift) of every plane, q
-// = g·(1 + γ).
+// backward_sums on the CPU: dγ = g·x̂, dβ = g, and the sums Σq and Σq·(x − shift) of every plane,
+// with q = g·(1 + γ).
 //
-// dy, x, γ and a bit (or β) of each element are read once. The tasks' sums are added up in double
-// precision, always in the same order, so that the number of threads does not change a bit.
+// dy, x, γ and one bit (or β) per element are read once. The tasks' partial sums are added in
+// double precision and in a fixed order, so that the result does not depend on the number of
+// threads.
 
 #include "table_sums.h"
 
@@ -11,8 +12,8 @@ namespace {
 
 template <typename Sum, typename Number>
 struct BackwardSumsBlock {
-  // Adds to sums of one plane (a block of its pixels), or to those of each channel (a block of a
-  // pixel's channels).
+  // Adds to the sums of one plane (a block of its pixels), or to the sums of each channel (a block
+  // of a pixel's channels).
   static ALWAYS_INLINE void run(int64_t count, BackwardBlock<Sum> block, Number shift, Number scale,
                                 Number offset, Activation activation, Sum negative_slope,
                                 Destination<Sum> dgamma_place, Destination<Sum> dbeta_place,
@@ -101,7 +102,7 @@ template void combine_sums(const Tasks&, int64_t, const double*, double*);
 
 namespace {
 
-// Σq and Σq·(x − shift), [2, N, C], as `planes` are held.
+// The sums as a tensor [2, N, C] in the dtype of `planes`.
 template <typename Sum>
 Tensor as_planes(const std::vector<Sum>& sums, const Tasks& tasks, const Tensor& planes) {
   const Tensor result =

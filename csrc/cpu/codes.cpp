@@ -1,9 +1,9 @@
-// Finding out whether a condition [N, L, pixels] is piecewise constant: the distinct vectors of its
-// pixels, bit for bit.
+// Finds the distinct vectors of a condition [N, L, pixels], compared bit for bit; gives up if there
+// are too many for a layout.
 //
-// Most pixels have their left neighbour's vector, and are compared with it alone, channel by
-// channel, as the condition is read once. Those that differ are looked up by a hash, and compared
-// in full with the vector that is found.
+// Most pixels have the same vector as their left neighbour, so each is first compared with that
+// alone, channel by channel, in the one pass that reads the condition. Only pixels that differ are
+// looked up by a hash and compared in full with the vector that it finds.
 
 #include "codes.h"
 
@@ -15,8 +15,8 @@
 namespace spade_fast {
 namespace {
 
-// One channel of a block of pixels: added to their hashes, and where it differs from the pixel
-// before, noted.
+// Adds one channel of a block of pixels to their hashes, and marks the pixels that differ from
+// their predecessor.
 template <typename Bits>
 struct HashChannel {
   static ALWAYS_INLINE void run(int64_t count, const Bits* channel, bool has_before,
@@ -35,8 +35,8 @@ struct HashChannel {
 
 bool too_many(int64_t codes, int64_t pixels) { return codes > kFewCodes + pixels / kPixelsPerCode; }
 
-// Whether the first channel's first pixels alone have too many values: so dense features are told
-// at once.
+// Whether the first pixels of the first channel alone have too many distinct values, which
+// identifies dense features at once.
 template <typename Bits>
 bool is_dense(const Bits* segmap, int64_t count) {
   std::vector<Bits> values(segmap, segmap + count);

@@ -1,10 +1,11 @@
-// A convolution at the distinct windows of a map alone, on the CPU: its results, and the gradients
-// of its weight and rows.
+// A convolution at the distinct windows of a map alone, on the CPU, and the gradients of its weight
+// and rows.
 //
-// Result i is bias + Σ weight[:, :, t] · rows[r] over the (r, t) that window i sees. All products
-// weight[:, :, t] · rows[r] are made for one unit of output channels at a time, stay in the cache,
-// and are summed there. Every sum is in one order, whatever the number of threads. Which (r, t) a
-// window sees, and which windows see an (r, t), are lists of numbers r · taps + t: `layout.Sums`.
+// Result i is bias + Σ weight[:, :, t] · rows[r] over the pairs (r, t) that window i sees: row r at
+// tap t. A thread computes all products weight[:, :, t] · rows[r] of one unit of output channels
+// (64 bytes), which stay in its cache, and sums them there for every window. Every sum is in a
+// fixed order, whatever the number of threads. `layout.Sums` has the lists: the entries r · taps +
+// t of each window, and the windows of each (r, t).
 
 #include <memory>
 
@@ -14,13 +15,13 @@
 namespace spade_fast {
 namespace {
 
-// Sum i is over numbers[offsets[i]] to numbers[offsets[i + 1] − 1].
+// Sum i is over the entries numbers[offsets[i]] to numbers[offsets[i + 1] − 1].
 struct Lists {
   Tensor offsets_owner, numbers_owner;
   const int32_t *offsets, *numbers;
   int64_t count;
 
-  // The numbers are below `bound`.
+  // Refuses invalid offsets, and numbers that are not below `bound`.
   Lists(const Tensor& given_offsets, const Tensor& given_numbers, int64_t bound)
       : offsets_owner(without_gaps(given_offsets)),
         numbers_owner(without_gaps(given_numbers)),
@@ -29,15 +30,15 @@ struct Lists {
         count(given_offsets.numel() - 1) {
     STD_TORCH_CHECK(offsets[0] == 0 && !vectorised<EverFalls>(count + 1, offsets) &&
                         offsets[count] == numbers_owner.numel(),
-                    "spade_fast: offsets go from ", offsets[0], " to ", offsets[count],
-                    ", they should begin at 0, never fall, and end at ", numbers_owner.numel(),
+                    "spade_fast: offsets has numbers from ", offsets[0], " to ", offsets[count],
+                    ", they should begin at 0, never decrease, and end at ", numbers_owner.numel(),
                     ", the length of the list");
     check_range(numbers_owner, "listed", bound);
   }
 };
 
-// A unit of columns of each of the sums first to last − 1: sum i goes to `to + (i − first) ·
-// to_row`, and begins with `begin`.
+// One unit of columns of sums `first` to `last` − 1. Sum i starts from `begin` and is stored at row
+// i − first of `to`.
 template <typename Sum, int kBytes>
 struct SumListed : Vectors<Sum, kBytes> {
   using typename Vectors<Sum, kBytes>::Vector;
@@ -61,8 +62,8 @@ struct SumListed : Vectors<Sum, kBytes> {
   }
 };
 
-// from [unit, columns], of which the first `rows` rows are there, to [columns, unit], the others
-// zero; and the other way round.
+// Transposes from [unit, columns], whose first `rows` rows exist, to [columns, unit] with zeros for
+// the missing rows; and back.
 template <typename Sum>
 struct ToColumns {
   static ALWAYS_INLINE void run(int64_t rows, int64_t columns, const Sum* from, Sum* to) {
@@ -83,8 +84,8 @@ struct FromColumns {
   }
 };
 
-// A unit of columns of from, of which the first `columns` are there, to [rows, unit], the others
-// zero.
+// Copies one unit of columns, of which the first `columns` exist, to [rows, unit] with zeros for
+// the missing columns.
 template <typename Sum>
 struct TakeUnit {
   static ALWAYS_INLINE void run(int64_t rows, int64_t columns, const Sum* from, int64_t from_row,
@@ -101,7 +102,7 @@ std::unique_ptr<Sum[]> scratch(int64_t size) {
   return std::unique_ptr<Sum[]>(new Sum[size]);
 }
 
-// The sizes of a convolution, with output channels in units of which the last may be filled up.
+// The sizes of a convolution. Output channels are counted in units (`blocks`), the last padded.
 template <typename Sum>
 struct Sizes {
   int64_t rows, in, out, taps, blocks;
@@ -116,7 +117,7 @@ struct Sizes {
   int64_t channels(int64_t block) const { return std::min(kUnit<Sum>, out - first(block)); }
 };
 
-// x [rows, whole units] without the columns that fill up its last unit.
+// x [rows, whole units] without the padding of its last unit.
 Tensor without_filling(Tensor x, int64_t columns) {
   return x.size(1) == columns ? x : without_gaps(torch::stable::narrow(x, 1, 0, columns));
 }
@@ -153,8 +154,8 @@ Tensor convolve(const Tensor& given_rows, const Tensor& given_weight,
   return without_filling(result, sizes.out);
 }
 
-// The gradients of the products of rows first to last − 1, [rows, taps, unit], from the gradient
-// of a unit of channels, [windows, unit].
+// The gradients of the products of rows `first` to `last` − 1, [rows, taps, unit], from the
+// gradient of one unit of channels, [windows, unit].
 template <typename Sum>
 void product_gradients(const Sizes<Sum>& sizes, const Lists& lists, const Sum* gradient,
                        int64_t first, int64_t last, Sum* products) {
@@ -167,7 +168,7 @@ void product_gradients(const Sizes<Sum>& sizes, const Lists& lists, const Sum* g
 template <typename Sum>
 Tensor weight_gradient(const Tensor& given_gradient, const Tensor& given_rows, const Tensor& weight,
                        const Lists& lists) {
-  constexpr int64_t kRows = 256;  // at a time: their products' gradients stay in the cache
+  constexpr int64_t kRows = 256;  // per step, so that their products' gradients stay in the cache
   const Sizes<Sum> sizes(weight, given_rows.size(0));
   const Tensor gradient = without_gaps(given_gradient), rows = without_gaps(given_rows);
   const std::vector<int64_t> shape(weight.sizes().begin(), weight.sizes().end());
@@ -200,7 +201,8 @@ Tensor weight_gradient(const Tensor& given_gradient, const Tensor& given_rows, c
   return result;
 }
 
-// The weight of a block of output channels as [taps, unit, width], zeros where there is no channel.
+// The weight of one unit of output channels as [taps, unit, width], with zeros for missing
+// channels.
 template <typename Sum>
 void take_weight(const Sizes<Sum>& sizes, const Sum* weight, int64_t block, int64_t width,
                  Sum* to) {
@@ -216,7 +218,7 @@ void take_weight(const Sizes<Sum>& sizes, const Sum* weight, int64_t block, int6
 
 template <typename Sum>
 Tensor rows_gradient(const Tensor& given_gradient, const Tensor& given_weight, const Lists& lists) {
-  constexpr int64_t kRows = 32;  // at a time: the weight is read once for them
+  constexpr int64_t kRows = 32;  // per step, which share one pass over the weight
   Sizes<Sum> sizes(given_weight, 0);
   sizes.rows = lists.count / sizes.taps;
   const Tensor gradient = without_gaps(given_gradient), weight = without_gaps(given_weight);
@@ -274,7 +276,7 @@ Tensor convolve_windows_weight(const Tensor& gradient, const Tensor& rows, const
   const int64_t count = check_back_convolution(weight, offsets, numbers);
   const Lists lists(offsets, numbers, check_matrix(gradient, "gradient", weight, weight.size(0)));
   check_operand(rows, "rows", weight, {weight.scalar_type()},
-                std::vector<int64_t>{count, weight.size(1)}, "as many as the lists are for");
+                std::vector<int64_t>{count, weight.size(1)}, "[rows, in]");
   std::optional<Tensor> result;
   dispatch_sum(rows.scalar_type(), [&](auto zero) {
     result = weight_gradient<decltype(zero)>(gradient, rows, weight, lists);

@@ -1,4 +1,4 @@
-// Numbers for distinct rows of values.
+// Numbers distinct rows of values.
 #pragma once
 
 #include <algorithm>
@@ -8,16 +8,16 @@
 
 namespace spade_fast {
 
-// The distinct rows seen so far, each with its number: 0, 1, … in the order of their first
-// appearance. A hash finds the row that a new one may be equal to, and comparing them decides.
+// The distinct rows seen so far, numbered 0, 1, … in order of first appearance: an open-addressing
+// hash table. Hashes only find candidates; comparing the rows decides.
 template <typename Value>
 class Distinct {
  public:
-  // Hashes are masked, so that a test can make them collide.
+  // Hashes are masked so that a test can make them collide.
   explicit Distinct(int64_t length, uint64_t hash_mask = ~uint64_t{0})
       : length_(length), hash_mask_(hash_mask), slots_(1024, kFree) {}
 
-  // The number of this row, and whether it is new.
+  // Returns the row's number and whether the row is new.
   std::pair<int32_t, bool> number(const Value* row, uint64_t hash) {
     hash &= hash_mask_;
     uint64_t slot = hash & (slots_.size() - 1);
@@ -50,7 +50,7 @@ class Distinct {
 
   int64_t length_;
   uint64_t hash_mask_;
-  std::vector<int32_t> slots_;    // numbers by hash: a power of two of them, at most half taken
+  std::vector<int32_t> slots_;    // numbers by hash; a power of two, at most half full
   std::vector<uint64_t> hashes_;  // by number
   std::vector<Value> rows_;       // by number
 };

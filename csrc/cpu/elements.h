@@ -1,5 +1,5 @@
-// The elements of a tensor as a kernel's body reads and writes them, a block at a time: as Sums,
-// whatever their type in memory.
+// The elements of a tensor as a kernel's body reads and writes them, one block at a time: converted
+// to and from Sum, whatever the dtype in memory.
 #pragma once
 
 #include <torch/headeronly/core/ScalarType.h>
@@ -28,14 +28,15 @@ ALWAYS_INLINE void narrow(int64_t count, const Sum* from, void* to) {
   for (int64_t i = 0; i < count; ++i) store(elements[i], from[i]);
 }
 
-// Elements to read: neighbours in memory, or with an index those of a table's row that it names.
+// A block of elements to read: contiguous ones, or with an index the entries of a table's row that
+// it selects.
 template <typename Sum>
 struct Elements {
   const void* data;
   ScalarType type;
-  const int32_t* index;  // of Sums
+  const int32_t* index;  // if given, the data are Sums
 
-  // Where they lie already as Sums, else the buffer, filled with them.
+  // Returns a pointer to the data if they are Sums already, else fills the buffer and returns that.
   ALWAYS_INLINE const Sum* read(int64_t count, Sum* buffer) const {
     if (index != nullptr) {
       const Sum* row = static_cast<const Sum*>(data);
@@ -56,9 +57,9 @@ struct Elements {
   }
 };
 
-// Copies past the caches: for tensors that are too large to be found there again. The lines that it
-// overwrites need not be read first, so that a stream to memory costs half. Other cores see it
-// after `finish_stream`.
+// Copies with non-temporal stores, for outputs too large to be found in the cache later. The lines
+// that are overwritten need not be read first, which halves the memory traffic. Other cores see the
+// data after `finish_stream`.
 ALWAYS_INLINE void stream(int64_t bytes, const void* from, void* to) {
   const char* source = static_cast<const char*>(from);
   char* target = static_cast<char*>(to);
@@ -81,7 +82,7 @@ inline void finish_stream() {
 #endif
 }
 
-// Where elements are to be written.
+// A block of elements to write.
 template <typename Sum>
 struct Destination {
   void* data;

@@ -1,11 +1,11 @@
-// What both backward kernels begin with: of a block, g = dy·act'(…) and the deviation x − shift.
+// The start of both backward kernels: for a block, g = dy·act'(…) and the deviation x − shift.
 #pragma once
 
 #include "kernels.h"
 
 namespace spade_fast {
 
-// A block of dy, x, γ, the signs of y, and for SiLU β.
+// A block of dy, x, γ and the signs of y, and of β for SiLU.
 template <typename Sum>
 struct BackwardBlock {
   Elements<Sum> dy, x, gamma, beta;
@@ -19,7 +19,7 @@ BackwardBlock<Sum> backward_block(const Operands<Sum>& m, const Source<Sum>& dy,
           m.beta.at(n, row, start), m.signs.at(n, row, start)};
 }
 
-// γ comes widened, for the kernels need it as well; here it is read for SiLU alone.
+// Takes γ already converted to Sum, because the callers need it too; here only SiLU reads it.
 template <typename Sum, typename Number>
 ALWAYS_INLINE void gradient(int64_t count, const BackwardBlock<Sum>& block, const Sum* gamma,
                             Number shift, Number scale, Number offset, Activation activation,

@@ -1,6 +1,8 @@
-// Instance norm on the CPU, whose planes have nothing to do with each other: instance_forward is
-// plane_moments and apply in one, instance_backward is backward_sums and backward_input in one.
-// What the second of them reads is still in the cache, and no numbers go through Python.
+// Instance norm on the CPU: instance_forward is plane_moments and apply in one operator,
+// instance_backward is backward_sums and backward_input in one.
+//
+// The planes of instance norm are independent, so both steps can run plane by plane: what the
+// second step reads is still in the cache, and the numbers per plane never go through Python.
 
 #include <cmath>
 
@@ -9,8 +11,8 @@
 namespace spade_fast {
 namespace {
 
-// The constant and the slope that reach dx through the statistics, for some planes side by side,
-// from Σq and Σq·(x − shift).
+// The terms of dx that come through the statistics, for `count` planes from `first` on: constant
+// and slope from Σq and Σq·(x − shift).
 template <typename Sum>
 void set_terms(const Tasks& tasks, int64_t first, int64_t count, const Sum* sums, const Sum* planes,
                Sum* terms) {

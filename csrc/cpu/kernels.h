@@ -1,5 +1,6 @@
-// What each kernel does of one task, and what they all read. An operator runs its kernel's tasks in
-// parallel; instance norm's operators (instance.cpp) run those of two kernels in turn.
+// What each kernel does for one task, and the operands that the kernels share. An operator runs its
+// kernel's tasks in parallel; the operators of instance norm (instance.cpp) alternate between the
+// tasks of two kernels.
 #pragma once
 
 #include <tuple>
@@ -8,8 +9,8 @@
 
 namespace spade_fast {
 
-// What apply and both backward kernels read. beta may be missing where no kernel reads it:
-// backward, but for SiLU.
+// The operands of apply and of both backward kernels. β may be missing in backward, unless the
+// activation is SiLU.
 template <typename Sum>
 struct Operands {
   Source<Sum> x, gamma, beta;
@@ -30,8 +31,9 @@ struct Operands {
         signs(signs) {}
 };
 
-// plane_moments.cpp. The moments of a task, [2, width]: mean and squared deviations, zeros to begin
-// with. Those of a unit, in place of its first task's, from those of all its tasks.
+// plane_moments.cpp. measure_task adds a task's moments, mean and squared deviations, to found
+// [2, width], which starts as zeros. combine_moments combines those of all tasks of a unit in place
+// of its first task's.
 template <typename Sum>
 void measure_task(const Tasks& tasks, int64_t task, const Source<Sum>& x, double* found);
 void combine_moments(const Tasks& tasks, double* found);
@@ -42,9 +44,10 @@ template <typename Sum>
 void apply_task(const Tasks& tasks, int64_t task, const Operands<Sum>& modulation,
                 const Target<Sum>& y);
 
-// backward_sums.cpp. dγ and dβ of dense γ and β, to be written: dβ has size 0 without an
-// activation. A task's sums Σq and Σq·(x − shift), [2, width], zeros to begin with. Those of a
-// unit, put into sums [2, N, C], from those of all its tasks.
+// backward_sums.cpp. new_dense_gradients allocates dγ and dβ of dense γ and β; dβ has size 0
+// without an activation. sums_task adds a task's sums Σq and Σq·(x − shift) to found [2, width],
+// which starts as zeros. combine_sums adds those of all tasks of a unit and stores them in sums
+// [2, N, C].
 std::tuple<Tensor, Tensor> new_dense_gradients(const Tensor& x, Layout layout,
                                                Activation activation, ScalarType dtype);
 template <typename Sum>
@@ -60,7 +63,7 @@ void input_task(const Tasks& tasks, int64_t task, const Operands<Sum>& modulatio
                 const Source<Sum>& dy, const std::optional<Numbers<Sum>>& terms,
                 const Target<Sum>& dx);
 
-// The operators of the same names.
+// The operators of these names.
 std::tuple<Tensor, Tensor, Tensor> backward_sums(
     const Tensor& dy, const Tensor& x, const Tensor& planes, const Tensor& gamma,
     std::optional<Tensor> beta, std::optional<Tensor> index, std::optional<Tensor> order,

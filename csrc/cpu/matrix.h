@@ -1,5 +1,5 @@
-// Products of matrices that stay in the cache, in vectors as wide as the instruction set in use has
-// them.
+// Products of small matrices that stay in the cache, with vectors as wide as the instruction set in
+// use allows.
 #pragma once
 
 #include <algorithm>
@@ -8,7 +8,7 @@
 
 namespace spade_fast {
 
-// Columns are counted in units of 64 bytes, which every instruction set's vectors divide.
+// Columns are counted in units of 64 bytes, a multiple of every instruction set's vector.
 template <typename Sum>
 constexpr int64_t kUnit = 64 / sizeof(Sum);
 
@@ -17,7 +17,7 @@ constexpr int64_t units(int64_t columns) {
   return (columns + kUnit<Sum> - 1) / kUnit<Sum>;
 }
 
-// A vector of kBytes, at any address; at(data, v) is number v of those from data on.
+// A vector of kBytes without alignment; at(data, v) is vector number v from data on.
 template <typename Sum, int kBytes>
 struct Vectors {
   typedef Sum Vector __attribute__((vector_size(kBytes), aligned(alignof(Sum)), may_alias));
@@ -31,7 +31,7 @@ struct Vectors {
   }
 };
 
-// Calls Kernel<Sum, kBytes>::run(arguments…) with the vectors of the instruction set in use.
+// Calls Kernel<Sum, kBytes>::run(arguments…) with the vector width of the instruction set in use.
 template <template <typename, int> class Kernel, typename Sum, typename... Arguments>
 void in_vectors(Arguments... arguments) {
 #if defined(__x86_64__)
@@ -48,11 +48,11 @@ struct Strided {
   int64_t row, column;
 };
 
-// c = a·b, or c += a·b: rows × depth × units. b and c have their columns side by side, and b_row,
-// c_row from row to row.
+// c = a·b, or c += a·b if `accumulate`, with c of rows × units columns and a of `depth` columns.
+// The columns of b and c are contiguous; b_row and c_row are the distances between their rows.
 //
-// A tile of c, kRows × kUnits, is held in registers while its sums grow: as large as the registers
-// of the instruction set allow.
+// Each tile of c, kRows × kUnits, is accumulated in registers. Its size is the largest that the
+// registers of the instruction set allow.
 template <typename Sum, int kBytes, int kRows, int kUnits>
 struct Tiles : Vectors<Sum, kBytes> {
   using typename Vectors<Sum, kBytes>::Vector;

@@ -1,5 +1,5 @@
-// The Python module spade_fast._cpu. Importing it registers the CPU kernels; itself it holds what
-// concerns the host alone.
+// The Python module spade_fast._cpu. Importing it registers the CPU kernels as operators; the
+// module itself exports the functions that run on the host only.
 
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
@@ -36,7 +36,7 @@ void check_range(const Numbers& given, const char* name, int64_t least, int64_t 
   require(wrong.empty(), wrong);
 }
 
-// Whether one · other is a number of places that int32 counts.
+// Whether int32 can count one · other places.
 bool countable(int64_t one, int64_t other) {
   int64_t product;
   return !__builtin_mul_overflow(one, other, &product) && product < INT32_MAX;
@@ -53,7 +53,7 @@ std::tuple<Numbers, Numbers> number_windows_of(const Numbers& map, int64_t kerne
   for (size_t axis = 1; axis < shape.size(); ++axis) {
     require(kernel_size >= 1 && countable(taps, kernel_size),
             "kernel_size is " + std::to_string(kernel_size) +
-                ", it should be at least 1, with fewer than 2147483647 taps in all");
+                ", it should be at least 1 and give windows of fewer than 2147483647 taps");
     taps *= kernel_size;
   }
   check_range(map, "map", 0, INT32_MAX);
@@ -72,8 +72,8 @@ std::tuple<Numbers, Numbers, Numbers, Numbers> window_sums_of(const Numbers& con
           "contents has shape " + shape_text(contents) + ", it should be [windows, taps]");
   const int64_t windows = contents.shape(0), taps = contents.shape(1);
   require(rows >= 0 && countable(rows, taps) && countable(windows, taps),
-          "contents has shape " + shape_text(contents) + " and there are " + std::to_string(rows) +
-              " rows, windows and rows should be fewer than 2147483647 in all taps together");
+          "contents has shape " + shape_text(contents) + " and rows is " + std::to_string(rows) +
+              ", rows should be 0 or more, and windows * taps and rows * taps below 2147483647");
   check_range(contents, "contents", -1, rows);
   const int32_t* data = contents.data();
   std::vector<int32_t> found[4];
@@ -121,14 +121,13 @@ InstructionSet named(const std::string& name) {
     if (name != kNames[static_cast<int>(set)]) continue;
     if (supported(set)) return set;
     throw pybind11::value_error("the instruction set is " + name +
-                                ", which this processor does not have");
+                                ", which this processor does not support");
   }
   throw pybind11::value_error("the instruction set is " + name +
                               ", it should be base, avx2 or avx512");
 }
 
-// The instruction sets, among those that the kernels know, that this processor runs; the best
-// first.
+// The kernels' instruction sets that this processor supports, best first.
 std::vector<std::string> instruction_sets() {
   std::vector<std::string> names;
   for (const auto set : {InstructionSet::avx512, InstructionSet::avx2, InstructionSet::base}) {
@@ -139,8 +138,8 @@ std::vector<std::string> instruction_sets() {
 
 std::atomic<InstructionSet> in_use{InstructionSet::base};
 
-// Codes and places of a contiguous condition [N, L, *spatial] as numbers of its element size, or
-// nothing where there are too many.
+// Codes and first places of a contiguous condition [N, L, *spatial], whose elements are compared as
+// integers of their size; nullopt if it has too many codes.
 std::optional<std::tuple<Numbers, pybind11::array_t<int64_t>>> find_codes_of(
     const pybind11::array& segmap) {
   require(segmap.ndim() >= 3 && (segmap.flags() & pybind11::array::c_style) != 0,
@@ -179,22 +178,23 @@ PYBIND11_MODULE(_cpu, module) {
   in_use = named(instruction_sets().front());
   module.doc() = "The kernels of spade_fast for the CPU.";
   module.def("instruction_sets", &instruction_sets,
-             "The instruction sets, among those that the kernels know, that this processor runs; "
-             "the best first.");
+             "The kernels' instruction sets that this processor supports, best first.");
   module.def(
       "instruction_set", [] { return kNames[static_cast<int>(instruction_set())]; },
-      "The one that the kernels use: the best, unless another was asked for.");
-  module.def("find_codes", &find_codes_of,
-             "The codes of a condition, and the first place of each; None where it has too many.");
+      "The instruction set that the kernels use: the best, unless another was chosen.");
+  module.def(
+      "find_codes", &find_codes_of,
+      "The codes of a condition and the first place of each; None if it has too many codes.");
   module.def("number_windows", &number_windows_of,
-             "The windows of a map [N, *spatial]: their numbers, and what each sees.",
+             "The windows of a map [N, *spatial]: the number of each, and the contents of each.",
              pybind11::arg("map"), pybind11::arg("kernel_size"),
              pybind11::arg("hash_mask") = ~uint64_t{0});
   module.def("window_sums", &window_sums_of,
-             "What windows see, as lists for sums over their rows.");
-  module.def("sort_pixels", &sort_pixels_of,
-             "The pixels of each image [N, pixels], sorted by numbers below a bound.");
+             "The contents of windows as lists of the rows to sum, in both directions.");
+  module.def(
+      "sort_pixels", &sort_pixels_of,
+      "The pixels of each image, sorted by index [N, pixels], whose numbers are below bound.");
   module.def(
       "use_instruction_set", [](const std::string& name) { in_use = named(name); },
-      "Makes the kernels use this one.");
+      "Makes the kernels use this instruction set.");
 }

@@ -1,10 +1,10 @@
-// plane_moments on the CPU: mean and sum of squared deviations of every plane (n, c) of x [N, C,
-// *spatial], as [2, N, C].
+// plane_moments on the CPU: mean and sum of squared deviations of every plane (n, c) of x
+// [N, C, *spatial], as [2, N, C].
 //
-// x is read once. A few hundred elements at a time are measured in two passes, first the mean, then
-// the deviations from it, while they are in the nearest cache, and their moments are combined
-// exactly (Chan et al., 1979) in double precision. So a large mean costs no accuracy, and the
-// result does not depend on the number of threads.
+// x is read from memory once. Each run of a few hundred elements is measured in two passes while it
+// is in the L1 cache: first the mean, then the deviations from it. The moments of the runs are
+// combined exactly (Chan et al., 1979) in double precision. So a large mean costs no accuracy, and
+// the result does not depend on the number of threads.
 
 #include <memory>
 
@@ -13,8 +13,8 @@
 namespace spade_fast {
 namespace {
 
-// Adds a part's mean and squared deviations to those of what came before it. All planes side by
-// side have the same counts, so that what must be divided is the same for all.
+// Combines the moments of a part with those of everything before it. Neighbouring planes have the
+// same counts, so one division serves them all.
 struct Combine {
   static ALWAYS_INLINE void run(int64_t planes, double count_before, double count,
                                 const double* part_mean, const double* part_squares, double* mean,
@@ -29,7 +29,7 @@ struct Combine {
   }
 };
 
-// A run of pixels of one plane.
+// Adds the moments of a run of pixels of one plane.
 template <typename Sum>
 struct MeasureRun {
   static ALWAYS_INLINE void run(int64_t count, Elements<Sum> elements, double count_before,
@@ -47,10 +47,10 @@ struct MeasureRun {
       deviation_sum += deviation;
       square_sum += deviation * deviation;
     }
-    const double correction = static_cast<double>(deviation_sum) / count;  // of the mean's rounding
+    const double correction = static_cast<double>(deviation_sum) / count;  // rounding of the mean
     const double run_mean = rounded_mean + correction,
                  run_squares = square_sum - correction * deviation_sum;
-    if (count_before == 0) {  // small planes: no need to divide
+    if (count_before == 0) {  // saves small planes the division
       *mean = run_mean, *squares = run_squares;
       return;
     }
@@ -58,13 +58,13 @@ struct MeasureRun {
   }
 };
 
-// Ends the body of an outer loop, so that the compiler vectorises the inner one alone: both
-// together become three times slower.
+// Ends the body of an outer loop, so that the compiler vectorises the inner loop alone. If it
+// vectorises both together, they are three times slower.
 #define END_OF_OUTER_LOOP asm volatile("" ::: "memory")
 
-constexpr int64_t kPixels = 64;  // pixels whose channels are measured at a time
+constexpr int64_t kPixels = 64;  // per step, channels last
 
-// The moments of some pixels, combined with those of the pixels before.
+// Adds the moments of some pixels, channels last.
 template <typename Sum>
 struct MeasurePixels {
   static ALWAYS_INLINE void run(int64_t channels, int64_t pixels, const Elements<Sum>* elements,
@@ -117,7 +117,7 @@ void measure_task(const Tasks& tasks, int64_t task, const Source<Sum>& x, double
     });
     return;
   }
-  // Not filled with zeros, as a vector would be.
+  // A std::vector would be filled with zeros first.
   const std::unique_ptr<Sum[]> buffer(new Sum[kPixels * kBlock]);
   Elements<Sum> rows[kPixels];
   const int64_t n = task / tasks.parts, first = task % tasks.parts * tasks.step,
@@ -159,7 +159,7 @@ Tensor plane_moments(const Tensor& x) {
   dispatch_sum(x.scalar_type(), [&](auto zero) {
     using Sum = decltype(zero);
     const Source<Sum> source(x, layout);
-    // After what would fail where x is large in name only.
+    // Allocated after Source, which fails first if x is too large to copy (expanded, for instance).
     std::vector<double> found(2 * width * tasks.count());
     tasks.for_each(
         [&](int64_t task) { measure_task(tasks, task, source, &found[2 * width * task]); });

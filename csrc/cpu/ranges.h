@@ -1,5 +1,5 @@
-// Whether numbers that are used as places in memory are in range: asked of all of them at once,
-// before any is used.
+// Range checks of numbers that are used as places in memory: all of them at once, before any is
+// used.
 #pragma once
 
 #include <algorithm>
@@ -9,8 +9,8 @@
 
 namespace spade_fast {
 
-// By how much the largest of some numbers is above the least that they may be, 0 or −1; one below
-// that counts as above all others.
+// The largest of `numbers` relative to `least`, which is 0 or −1. Numbers below `least` wrap around
+// and count as larger than all others.
 struct Largest {
   static ALWAYS_INLINE int64_t run(int64_t count, const int32_t* numbers, int64_t least) {
     const uint32_t from = static_cast<uint32_t>(least);
@@ -33,7 +33,7 @@ struct EverFalls {
   }
 };
 
-// Empty where all numbers are from `least` to bound − 1, else the error's words.
+// Returns an empty string if all numbers are from `least` to `bound` − 1, else the error message.
 inline std::string out_of_range(const char* name, const int32_t* numbers, int64_t count,
                                 int64_t least, int64_t bound) {
   if (count == 0 || vectorised<Largest>(count, numbers, least) < bound - least) return {};

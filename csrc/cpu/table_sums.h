@@ -1,21 +1,21 @@
-// backward_sums where γ and β are rows of a table: the gradients of its rows, and the sums of every
-// plane, which come free from them.
+// backward_sums with γ and β in a table: the gradients of its rows, and the sums of every plane,
+// which follow from those at no cost.
 //
-// `order` lists each image's pixels sorted by window, so that every row's gradient is a sum over
-// neighbours in that list: no atomics, and the same bits whatever the number of threads. With D = Σ
-// g·(x − shift) and Σ g over a window's pixels in one image,
+// `order` lists each image's pixels sorted by window, so that the gradient of a row is a sum over
+// consecutive entries of that list. There are no atomics, and the result does not depend on the
+// number of threads. With Σg and D = Σ g·(x − shift) over the pixels of one window in one image,
 //
-//     dβ = Σ g,  dγ = D·scale + Σ g·offset,  Σq = Σ g·(1 + γ),  Σq·(x − shift) = D·(1 + γ) summed
-//     over images, or over windows
+//     dβ = Σg,  dγ = scale·D + offset·Σg               summed over images
+//     Σq = (1 + γ)·Σg,  Σq·(x − shift) = (1 + γ)·D     summed over windows
 //
-// The images come one after the other, for they may share windows.
+// Images are processed one after the other, because they may share windows.
 #pragma once
 
 #include "gradient.h"
 
 namespace spade_fast {
 
-// A pixel's channels, added to the sums of its window.
+// Adds the channels of one pixel to the sums of its window.
 template <typename Sum>
 struct AddGradient {
   static ALWAYS_INLINE void run(int64_t count, BackwardBlock<Sum> block, PerChannel<Sum> shift,
@@ -33,7 +33,7 @@ struct AddGradient {
   }
 };
 
-// A window's sums, added to its row's gradients and to the planes' sums.
+// Adds the sums of a window to the gradients of its row and to the sums of the planes.
 template <typename Sum>
 struct FinishWindow {
   static ALWAYS_INLINE void run(int64_t count, const Sum* g_sums, const Sum* g_deviation_sums,
@@ -52,7 +52,7 @@ struct FinishWindow {
   }
 };
 
-// g and g·(x − shift) of a block of a plane.
+// Stores g and g·(x − shift) of a block of a plane.
 template <typename Sum>
 struct KeepGradient {
   static ALWAYS_INLINE void run(int64_t count, BackwardBlock<Sum> block, Uniform<Sum> shift,
@@ -66,7 +66,8 @@ struct KeepGradient {
   }
 };
 
-// The pixels of all images sorted by window, and the window of each: both [N, S].
+// The pixels of all images sorted by window, and the window of each: both [N, S]. Refuses an
+// `order` that is not that.
 struct SortedPixels {
   Tensor owner;
   const int32_t* order;
@@ -80,8 +81,8 @@ struct SortedPixels {
     const Tensor index_owner = without_gaps(index);
     const int32_t* window = index_owner.const_data_ptr<int32_t>();
     for (int64_t start = 0; start < index.numel(); start += pixels) {
-      // Also among the pixels of one window, as everyone here sorts them: then each is there just
-      // once.
+      // Every sort in this package also sorts the pixels within a window. If so, the keys increase
+      // strictly and no pixel occurs twice.
       bool sorted = true;
       int64_t before = -1;
       for (int64_t i = start; i < start + pixels; ++i) {
@@ -89,13 +90,14 @@ struct SortedPixels {
         const int64_t key = static_cast<int64_t>(windows[i]) << 32 | order[i];
         sorted = sorted && key > before, before = key;
       }
-      STD_TORCH_CHECK(sorted || lists_sorted_pixels(start, pixels),
-                      "spade_fast: order is not as it should be: each image's pixels, every one "
-                      "once, sorted by index");
+      STD_TORCH_CHECK(
+          sorted || lists_sorted_pixels(start, pixels),
+          "spade_fast: order is not sorted by index, it should list every pixel of each "
+          "image once, sorted by index");
     }
   }
 
-  // The same with the pixels of one window in any order.
+  // The slower check, which accepts the pixels of a window in any order.
   bool lists_sorted_pixels(int64_t start, int64_t pixels) const {
     std::vector<bool> seen(pixels);
     for (int64_t i = start; i < start + pixels; ++i) {
@@ -106,14 +108,13 @@ struct SortedPixels {
   }
 };
 
-// Pixels with their channels together. dgamma and dbeta are [K, C], found [tasks, 2, C]; all begin
-// as zeros.
+// Channels last. dgamma and dbeta are [K, C], found is [tasks, 2, C]; all start as zeros.
 template <typename Sum>
 void sum_table_by_pixels(const Tasks& tasks, const Operands<Sum>& m, const Source<Sum>& dy,
                          const SortedPixels& sorted, Sum* dgamma, Sum* dbeta, Sum* found) {
   const int64_t channels = tasks.channels;
-  // A task's first and last window may go on in its neighbours: they come to rows of the task's
-  // own, and are added up afterwards.
+  // A task's first and last window may continue in the neighbouring tasks. Their gradients go to
+  // rows of the task's own, which are added at the end.
   struct Border {
     int64_t window = -1;
     std::vector<Sum> dgamma, dbeta;
@@ -161,7 +162,7 @@ void sum_table_by_pixels(const Tasks& tasks, const Operands<Sum>& m, const Sourc
   }
 }
 
-// Planes. dgamma and dbeta are [C, K], zeros to begin with; sums is [2, N, C].
+// Contiguous planes. dgamma and dbeta are [C, K] and start as zeros; sums is [2, N, C].
 template <typename Sum>
 void sum_table_by_planes(const Tasks& tasks, const Operands<Sum>& m, const Source<Sum>& dy,
                          const SortedPixels& sorted, int64_t rows, Sum* dgamma, Sum* dbeta,

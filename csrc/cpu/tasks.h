@@ -1,20 +1,20 @@
-// The work on x [N, C, *spatial] as tasks, and a task as blocks.
+// Divides the work on x [N, C, *spatial] into tasks, and a task into blocks.
 #pragma once
 
 #include "tensors.h"
 
 namespace spade_fast {
 
-// Tasks are of at most 32768 elements or so, whatever the number of threads, so that sums never
-// depend on it. A task is a part of a plane, or where a pixel's channels lie together a band of an
-// image's pixels, not too many for one float32 sum.
+// A task has about 32768 elements at most, whatever the number of threads, so that sums do not
+// depend on that number. It is a part of a plane, or with channels last a band of an image's
+// pixels, few enough for one float32 sum.
 struct Tasks {
   static constexpr int64_t kTask = 32768, kBand = 256;
 
   Layout layout;
   int64_t batch, channels, pixels;
-  int64_t step;   // pixels of a task
-  int64_t parts;  // tasks of a unit, which is a plane or an image: task t belongs to unit t / parts
+  int64_t step;   // pixels per task
+  int64_t parts;  // tasks per unit, a plane or an image: task t belongs to unit t / parts
 
   Tasks(const Tensor& x, Layout layout)
       : layout(layout), batch(x.size(0)), channels(x.size(1)), pixels(1) {
@@ -27,13 +27,13 @@ struct Tasks {
 
   int64_t planes() const { return batch * channels; }
   int64_t units() const { return layout == Layout::contiguous ? planes() : batch; }
-  // Planes of a unit, side by side.
+  // Planes per unit, adjacent in memory.
   int64_t width() const { return layout == Layout::contiguous ? 1 : channels; }
   int64_t count() const { return units() * parts; }
   int64_t rows() const { return layout == Layout::contiguous ? channels : pixels; }
   int64_t length() const { return layout == Layout::contiguous ? pixels : channels; }
 
-  // Runs f(task) for every task, or for those from first to last, in parallel.
+  // Runs f(task) in parallel for every task, or for tasks `first` to `last` − 1.
   template <typename F>
   void for_each(const F& f) const {
     for_each(0, count(), f);
@@ -44,9 +44,10 @@ struct Tasks {
     in_parallel(first, last, std::min(step, pixels) * width(), f);
   }
 
-  // Runs first(task) for all tasks of a unit, then between(unit), then second(task) for the same.
-  // Where there are enough units for all threads each is done at once, so that the second pass
-  // finds it in the cache, backwards: the end is there for sure.
+  // Runs first(task) for all tasks of a unit, then between(unit), then second(task) for all its
+  // tasks. If there are enough units for all threads, a thread runs both passes of a unit in
+  // succession, so that the second finds its data in the cache. It runs backwards, because the end
+  // of the unit is the most recently used.
   template <typename First, typename Between, typename Second>
   void in_two_passes(const First& first, const Between& between, const Second& second) const {
     const int64_t threads = torch::stable::get_num_threads();
@@ -63,9 +64,9 @@ struct Tasks {
     });
   }
 
-  // Calls f(n, row, start, count, number) for every block of a task. `number` is where the block's
-  // planes have their numbers in an array [N, C]: one for all of it (contiguous), or one for each
-  // element, side by side (channels last).
+  // Calls f(n, row, start, count, number) for every block of a task. `number` is the position in an
+  // array [N, C] of the block's one plane (contiguous), or of the first of its adjacent planes, one
+  // for each element (channels last).
   template <typename F>
   void for_each_block(int64_t task, const F& f) const {
     const int64_t unit = task / parts, first = task % parts * step,
@@ -84,7 +85,8 @@ struct Tasks {
   }
 
  private:
-  // `elements`: of each i. A thread is not worth waking for fewer than a task has.
+  // `elements` is the number per i. It is not worth waking a thread for less than one task's
+  // elements.
   template <typename F>
   static void in_parallel(int64_t first, int64_t last, int64_t elements, const F& f) {
     const int64_t grain = std::max<int64_t>(1, kTask / std::max<int64_t>(1, elements));

@@ -1,5 +1,5 @@
-// What the CPU kernels read and write: the rows of tensors and tables, the numbers of each plane,
-// and signs.
+// The CPU kernels' views of their operands: the rows of tensors and tables, the numbers of each
+// plane, and signs.
 #pragma once
 
 #include <cstdint>
@@ -15,14 +15,15 @@ namespace spade_fast {
 template <typename Sum>
 constexpr ScalarType kScalarType = sizeof(Sum) == 8 ? ScalarType::Double : ScalarType::Float;
 
-// Calls f with a value of the type that sums over elements of dtype are held in.
+// Calls f with a value of the accumulation type for elements of dtype.
 template <typename F>
 void dispatch_sum(ScalarType dtype, F&& f) {
   if (sum_dtype(dtype) == ScalarType::Double) return f(double());
   f(float());
 }
 
-// Numbers that are used as places: those of `index` are rows of a table, those of `order` pixels.
+// Refuses numbers that are out of range for what they address: `index` the rows of a table, `order`
+// pixels.
 inline void check_range(const Tensor& given, const char* name, int64_t bound) {
   const Tensor numbers = without_gaps(given);
   const std::string wrong =
@@ -34,8 +35,8 @@ inline void check_index(const std::optional<Tensor>& index, const Tensor& gamma)
   if (index) check_range(*index, "index", gamma.size(0));
 }
 
-// A tensor's rows, to read. With an index [N, *spatial] the tensor is a table [K, C], and each
-// pixel's channels are the row of it that the index names.
+// A tensor's rows, for reading. With an index [N, *spatial] the tensor is a table [K, C], and the
+// channels of a pixel are the table's row that the index gives.
 template <typename Sum>
 class Source {
  public:
@@ -53,7 +54,7 @@ class Source {
     pixels_ = index->size(0) == 0 ? 0 : index->numel() / index->size(0);
   }
 
-  // The elements of row `row` of image n, from `start` on.
+  // The elements of row `row` of image n from `start` on.
   Elements<Sum> at(int64_t n, int64_t row, int64_t start) const {
     if (index_ == nullptr)
       return {data_ + (n * image_ + row * row_ + start) * size_, type_, nullptr};
@@ -63,14 +64,14 @@ class Source {
     return {values + index_[n * pixels_ + row] * row_ + start, type_, nullptr};
   }
 
-  // What the rows of a table hold for channel c, [K], where planes are read.
+  // Channel c of all rows of a table, [K]; contiguous layout only.
   const Sum* plane_of_table(int64_t c) const {
     return reinterpret_cast<const Sum*>(data_) + c * row_;
   }
 
  private:
-  // As Sums, for it is small; [C, K] for planes, each of which then reads from a row that stays in
-  // the cache.
+  // Converts the table, which is small, to Sum. For the contiguous layout it is transposed to
+  // [C, K], so that each plane reads from one row, which stays in the cache.
   static Tensor table(const Tensor& x, Layout layout) {
     const Tensor rows = in_dtype(x, kScalarType<Sum>);
     if (layout == Layout::contiguous) return without_gaps(torch::stable::transpose(rows, 0, 1));
@@ -86,7 +87,7 @@ class Source {
   int64_t size_, image_, row_, pixels_ = 0;
 };
 
-// A tensor's rows, to write; one of size 0 that stands for none has no places.
+// A tensor's rows, for writing. A tensor of size 0 stands for none.
 template <typename Sum>
 class Target {
  public:
@@ -104,7 +105,7 @@ class Target {
   }
 
  private:
-  static constexpr int64_t kStreamed = 8 << 20;  // bytes: more than a core's share of the caches
+  static constexpr int64_t kStreamed = 8 << 20;  // bytes, more than a core's share of the caches
 
   ScalarType type_;
   int64_t size_;
@@ -113,8 +114,8 @@ class Target {
   bool streams_ = false;
 };
 
-// A number of each plane (n, c), as a block sees it: the same all along a row of pixels, or one for
-// each channel.
+// A number per plane (n, c) as a block reads it: the same for all elements of a row of pixels, or
+// one for each channel.
 template <typename Sum>
 struct Uniform {
   Sum value;
@@ -127,7 +128,8 @@ struct PerChannel {
   ALWAYS_INLINE Sum operator[](int64_t i) const { return values[i]; }
 };
 
-// Rows of numbers [k, N, C], in Sum: planes (shift, scale, offset) or terms (constant, slope).
+// Numbers per plane [k, N, C], converted to Sum: planes (shift, scale, offset) or terms (constant,
+// slope).
 template <typename Sum>
 class Numbers {
  public:
@@ -149,7 +151,7 @@ class Numbers {
   int64_t planes_;
 };
 
-// The rows of bits that `signs` [N, rows, bytes] holds; none where its size is 0.
+// The rows of the packed bits `signs` [N, rows, bytes]; a tensor of size 0 stands for none.
 class Signs {
  public:
   explicit Signs(const Tensor& signs) : owner_(without_gaps(signs)) {

@@ -1,10 +1,10 @@
-// One loop body for every instruction set: base, AVX2 and AVX-512, chosen at run time.
+// Runs one loop body in every instruction set: base, AVX2 and AVX-512, chosen at run time.
 //
-// All arithmetic is in Sum, float or double (elements.h says how others are read and written). A
-// kernel is a type with a static `run(arguments…)`, always inlined;
-// `vectorised<Kernel>(arguments…)` calls it from a wrapper that is compiled for the instruction set
-// in use, so that the compiler vectorises the one body for each of them. A body calls
-// always-inlined functions only and holds no lambda, which would be compiled for the base alone.
+// All arithmetic is in Sum, float or double (elements.h converts other dtypes). A kernel is a type
+// with a static, always inlined `run(arguments…)`. `vectorised<Kernel>(arguments…)` calls it from a
+// wrapper that is compiled for the instruction set in use, so that the compiler vectorises the same
+// body once for each. A body may call only always-inlined functions and must not contain lambdas,
+// because those would be compiled for the base alone.
 #pragma once
 
 #include <torch/headeronly/util/BFloat16.h>
@@ -22,8 +22,8 @@ using torch::headeronly::Half;
 
 enum class InstructionSet { base, avx2, avx512 };
 
-// The one in use: the best that this processor has, unless another was asked for. Defined in
-// module.cpp.
+// The instruction set in use: the best that this processor supports, unless another was chosen.
+// Defined in module.cpp.
 InstructionSet instruction_set();
 
 #if defined(__x86_64__)
@@ -54,7 +54,7 @@ auto vectorised(Arguments... arguments) {
   return run_base<Kernel>(arguments...);
 }
 
-// Elements that a kernel works on at a time: its intermediate numbers stay in the nearest cache.
+// Elements per block: a kernel's intermediate values for one block stay in the L1 cache.
 constexpr int64_t kBlock = 256;
 
 template <typename To, typename From>
@@ -65,8 +65,8 @@ ALWAYS_INLINE To bit_cast(From from) {
   return to;
 }
 
-// Loads widen and stores round to nearest even, by bits: the compiler vectorises that where it
-// would not call a conversion.
+// Loads widen and stores round to nearest even, in bit arithmetic: the compiler vectorises that,
+// but not calls to conversion functions.
 ALWAYS_INLINE float load(const float& x) { return x; }
 ALWAYS_INLINE double load(const double& x) { return x; }
 ALWAYS_INLINE float load(const BFloat16& x) {
@@ -74,8 +74,8 @@ ALWAYS_INLINE float load(const BFloat16& x) {
 }
 ALWAYS_INLINE float load(const Half& x) {
   const uint32_t sign = static_cast<uint32_t>(x.x & 0x8000) << 16, magnitude = x.x & 0x7fff;
-  // Subnormal numbers are multiples of 2⁻²⁴; the exponents of the others are 112 less than a
-  // float's; above are infinity, NaN.
+  // Subnormal numbers are multiples of 2⁻²⁴. The exponent bias of the others is 112 less than a
+  // float's. Magnitudes from 0x7c00 on are infinity and NaN.
   const uint32_t subnormal =
       bit_cast<uint32_t>(static_cast<float>(static_cast<int32_t>(magnitude)) * 0x1p-24f);
   const uint32_t normal = (magnitude << 13) + (magnitude < 0x7c00 ? 112u << 23 : 224u << 23);

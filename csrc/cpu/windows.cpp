@@ -1,10 +1,10 @@
-// Numbering the windows of a map: the places that see the same thing get the same number. On NumPy
-// memory, without the GIL.
+// Numbers the windows of a map: places whose windows have equal contents get the same number. Works
+// on NumPy memory, without the GIL.
 //
 // A window of k taps per axis is numbered axis by axis: first every run of k neighbours along the
 // first axis, then every run of k of those numbers along the second, and so on. Two windows are
-// equal just where their runs are equal in every step, so that k numbers at a time are compared,
-// never kᵈ.
+// equal exactly if their runs are equal in every step, so only k numbers are ever compared, never
+// kᵈ.
 
 #include "windows.h"
 
@@ -16,7 +16,7 @@
 namespace spade_fast {
 namespace {
 
-constexpr int32_t kOutside = -1;  // what a tap sees beyond the map's border: equal to nothing in it
+constexpr int32_t kOutside = -1;  // a tap beyond the border; no number in the map
 
 uint64_t hash_run(int64_t k, const int32_t* run) {
   uint64_t hash = 0;
@@ -25,13 +25,13 @@ uint64_t hash_run(int64_t k, const int32_t* run) {
   return hash;
 }
 
-// Numbers the runs of k along an axis of a map [outer, length, inner]; `firsts` gets the first
+// Numbers the runs of k along one axis of a map [outer, length, inner]; `firsts` receives the first
 // place of each number.
 void number_axis(const int32_t* map, int64_t outer, int64_t length, int64_t inner, int64_t k,
                  uint64_t hash_mask, int32_t* numbers, std::vector<int64_t>* firsts) {
   Distinct<int32_t> runs(k, hash_mask);
   firsts->clear();
-  // A line: elements that lie together.
+  // A line is a contiguous run of elements: along the axis if inner is 1, else across it.
   const int64_t line = inner == 1 ? length : inner, lines = inner == 1 ? 1 : length;
   const std::vector<int32_t> nothing(line, kOutside);
   std::vector<int32_t> padded(line + k - 1, kOutside), run(k);
@@ -47,7 +47,7 @@ void number_axis(const int32_t* map, int64_t outer, int64_t length, int64_t inne
                   : neighbour < 0 || neighbour >= lines ? nothing.data()
                                                         : map + (o * lines + neighbour) * line;
       }
-      // Most runs are equal to the one before.
+      // Most runs equal their predecessor, so compare with that first.
       std::fill(differs.begin(), differs.end(), 0);
       for (int64_t t = 0; t < k; ++t) {
         const int32_t* tap = taps[t];
@@ -89,7 +89,7 @@ Numbered number_windows(const int32_t* map, const std::vector<int64_t>& shape, i
       from = before.data();
     }
   }
-  // What each window sees, from the first place that sees it.
+  // The contents of each window, read at the first place that has it.
   const int64_t axes = shape.size() - 1;
   int64_t taps = 1;
   for (int64_t axis = 0; axis < axes; ++axis) taps *= k;
@@ -117,7 +117,7 @@ Numbered number_windows(const int32_t* map, const std::vector<int64_t>& shape, i
 void sort_positions(const int32_t* numbers, int64_t count, int64_t bound, int32_t* sorted) {
   std::vector<int32_t> starts;
   if (bound <= 4 * count + 1024) return sort_by_number(numbers, count, bound, &starts, sorted);
-  std::iota(sorted, sorted + count, 0);  // there are many more numbers than positions
+  std::iota(sorted, sorted + count, 0);  // too many possible numbers for a counting sort
   std::stable_sort(sorted, sorted + count,
                    [&](int32_t one, int32_t other) { return numbers[one] < numbers[other]; });
 }

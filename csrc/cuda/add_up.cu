@@ -1,5 +1,5 @@
-// Adding up what the chunks of each section have: whence each one's places are numbered, and how
-// much there is in all.
+// Per section and level of a numbering, the exclusive prefix sums of the chunks' counts, and their
+// totals. A block scans one section of one level, kThreads chunks at a time.
 
 #include "places.h"
 
@@ -10,7 +10,7 @@ struct Levels {
   uint64_t* chunks[kLevels];
 };
 
-// A block has a section of a level.
+// One block per section and level.
 __global__ void __launch_bounds__(kThreads)
     add_up_kernel(const Section* sections, uint32_t section_count, Levels levels, int level_count,
                   const uint32_t* is_wrong, uint64_t* totals) {

@@ -1,5 +1,8 @@
-// y = act(x̂·(1 + γ) + β), with x̂ from numbers of each plane, and the signs that the activation's
-// derivative needs.
+// y = act(x̂·(1 + γ) + β), with x̂ = (x − shift)·scale + offset from the numbers of each plane, and
+// the signs that the activation's derivative needs.
+//
+// A thread handles up to four items of V elements (`tiles` in plan.h), which share the loads of the
+// numbers per plane. The kernel is bound by memory: it reads x, γ and β once and writes y once.
 
 #include "kernels.h"
 #include "modulation.h"
@@ -14,7 +17,7 @@ __global__ void __launch_bounds__(kThreads, 3) apply_kernel(Operands o, Division
   const Cursor to = in.in(y);
   const auto shift = part.numbers(o, o.planes, 0), scale = part.numbers(o, o.planes, 1),
              offset = part.numbers(o, o.planes, 2);
-  // The next item's, so that only one load waits for another.
+  // The row of the next item is loaded one iteration ahead, so that γ and β need not wait for it.
   uint32_t next_row = modulation_row(in, part.at(part.begin + threadIdx.y));
   for (uint32_t first = part.begin; first < part.end; first += blockDim.y) {
     const Elements elements = part.at(first + threadIdx.y);

@@ -1,4 +1,6 @@
-// dx = scale·q + constant + slope·(x − shift), with q = g·(1 + γ).
+// dx = scale·q + constant + slope·(x − shift), with q = g·(1 + γ); without terms dx = scale·q. The
+// work is divided as in apply.cu. The kernel is bound by memory: it reads dy, γ, x (with terms, or
+// for SiLU) and one bit (or β) per element, and writes dx.
 
 #include "kernels.h"
 #include "modulation.h"
@@ -6,7 +8,7 @@
 namespace spade_fast {
 namespace {
 
-// Blocks of a processor: for GPUs before 9.0 it takes more registers than three leave it.
+// Blocks per SM. Before compute capability 9.0 the kernel needs more registers than three leave it.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
 constexpr int kInputBlocks = 2;
 #else

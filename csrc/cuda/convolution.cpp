@@ -1,5 +1,5 @@
-// The operators of contract.py for the convolution at windows, for CUDA: from tensors to what the
-// kernels are given.
+// The operators of contract.py for the convolution at windows on CUDA: checks, outputs and
+// workspaces, and the kernels' arguments.
 
 #include "../common/checks.h"
 #include "lists.h"
@@ -16,7 +16,7 @@ bool aligned(const Tensor& x) {
          0;
 }
 
-// A matrix whose rows have no gaps inside.
+// x, or a copy of it, with contiguous rows.
 Tensor with_whole_rows(const Tensor& x) {
   return x.size(1) <= 1 || x.stride(1) == 1 ? x : without_gaps(x);
 }
@@ -26,7 +26,7 @@ Rows rows_of(const Tensor& x, const char* name) {
           type_of(x, name)};
 }
 
-// Contiguous offsets and numbers.
+// Both must be contiguous.
 Lists lists_of(const Tensor& offsets, const Tensor& listed) {
   return {offsets.const_data_ptr<int32_t>(), listed.const_data_ptr<int32_t>(), offsets.numel() - 1,
           listed.numel()};
@@ -52,7 +52,7 @@ Tensor sum_lists_of(const Tensor& given_x, const Tensor& given_offsets,
   return sums;
 }
 
-// How far a weight's taps lie apart, in their order; nothing where that is not always as far.
+// The distance between a weight's taps, in elements; nullopt if their distances differ.
 std::optional<int64_t> step_of_taps(const Tensor& weight) {
   int64_t step = 1, taps = 1;
   for (int64_t dim = weight.dim() - 1; dim >= 2; --dim) {
@@ -64,7 +64,7 @@ std::optional<int64_t> step_of_taps(const Tensor& weight) {
   return step;
 }
 
-// Whether the kernel can read a weight as it lies.
+// Whether the kernel can read a weight without packing it first.
 bool lies_by_taps(const Tensor& weight) {
   const auto step = step_of_taps(weight);
   if (!step || weight.stride(1) != 1 || weight.size(1) % 8 != 0) return false;
@@ -73,7 +73,8 @@ bool lies_by_taps(const Tensor& weight) {
          0;
 }
 
-// Convolutions beside each other, as Packing says.
+// The weights and biases of several convolutions packed into one tensor, in the format that Packing
+// describes.
 Tensor packed(const std::vector<Tensor>& weights, const std::vector<std::optional<Tensor>>& biases,
               const Convolution& shape, Stream stream) {
   Packing p = {};

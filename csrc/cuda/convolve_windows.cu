@@ -1,6 +1,11 @@
-// A convolution at the distinct windows of a map in half precision, on tensor cores: the rows that
-// windows see are gathered as the matrix product goes through the taps, and only the results are
-// written. Products are summed in float32, as in a convolution of the whole map.
+// A convolution at the distinct windows of a map in half precision: result i is bias + Σ
+// weight[:, :, t] · rows[r] over the pairs (r, t) that window i sees.
+//
+// It is an implicit GEMM on tensor cores: windows × outputs, with taps × channels as the inner
+// dimension. A block computes a tile of windows and outputs in steps of 64 channels of one tap. It
+// gathers the rows that its windows see into shared memory with asynchronous copies, several steps
+// ahead of the products, so that no gathered matrix is ever written to memory. Accumulators are
+// float32, as in a convolution of the whole map.
 
 #include "elements.h"
 #include "kernels.h"
@@ -10,24 +15,24 @@
 namespace spade_fast {
 namespace {
 
-constexpr int kChannels = 64;            // of a step: 128 bytes of each row
-constexpr int kVectors = kChannels / 8;  // of 16 bytes
+constexpr int kChannels = 64;            // per step: 128 bytes of each row
+constexpr int kVectors = kChannels / 8;  // of 16 bytes each
 constexpr int kRowBytes = 16 * kVectors;
 
-constexpr int64_t kMostThreads = 256;  // of a block
+constexpr int64_t kMostThreads = 256;  // per block
 
-// What a block has: windows and outputs, divided between its warps, and the number of their steps
-// that are in shared memory.
+// The shape of a block's tile: windows and outputs, how they are divided between its warps, and the
+// number of steps that its shared memory holds.
 template <int kWindows_, int kOutputs_, int kWindowWarps_, int kOutputWarps_, int kSteps_>
 struct Tile {
   static constexpr int kWindows = kWindows_, kOutputs = kOutputs_, kWindowWarps = kWindowWarps_,
                        kOutputWarps = kOutputWarps_;
   static constexpr int kSteps = kSteps_, kThreads = 32 * kWindowWarps * kOutputWarps;
-  // By 16.
+  // In fragments of 16.
   static constexpr int kWarpWindows = kWindows / kWindowWarps / 16,
                        kWarpOutputs = kOutputs / kOutputWarps / 16;
   static constexpr int kStepBytes = (kWindows + kOutputs) * kRowBytes;
-  static constexpr int kBegins = kWindows + 4;  // with the end of the last list
+  static constexpr int kBegins = kWindows + 4;  // one for the end of the last list
   static int64_t shared(int taps) {
     return int64_t{kSteps} * kStepBytes + int64_t{4} * (kBegins + kWindows * taps);
   }
@@ -36,13 +41,13 @@ struct Tile {
   }
 };
 
-// Where a vector of a row of a step lies. Vectors of the same number change places from row to row:
-// eight rows are read at once.
+// The address of a vector of a step's row. Vectors are swizzled by row, so that the eight rows that
+// ldmatrix reads at once lie in different banks.
 __device__ inline char* place(char* step, int row, int vector) {
   return step + row * kRowBytes + (vector ^ row % 8) * 16;
 }
 
-// One of the steps of a product: some channels of a tap.
+// A step of the inner dimension: kChannels channels of one tap.
 struct Step {
   int tap, channel;
 
@@ -52,8 +57,8 @@ struct Step {
   }
 };
 
-// The row that each window of a block sees through each tap, −1 beyond the border: [kWindows,
-// taps], behind where their lists begin.
+// Finds the row that each window of a block sees through each tap, −1 beyond the border: an array
+// [kWindows, taps] behind the begins of the windows' lists.
 template <typename T>
 __device__ void find_rows(const WindowConvolution& w, int64_t first_window, int32_t* begins) {
   int32_t* seen = begins + T::kBegins;
@@ -76,7 +81,7 @@ __device__ void find_rows(const WindowConvolution& w, int64_t first_window, int3
   __syncthreads();
 }
 
-// Starts to copy a step of the rows that windows see to shared memory.
+// Starts the copies of one step's rows to shared memory.
 template <typename T, Type kType>
 __device__ void fetch_rows(const WindowConvolution& w, const Step& step, const int32_t* seen,
                            char* to) {
@@ -99,7 +104,7 @@ __device__ void fetch_rows(const WindowConvolution& w, const Step& step, const i
   }
 }
 
-// And of the outputs' weights, behind them.
+// Starts the copies of one step's weights, which lie behind the rows.
 template <typename T>
 __device__ void fetch_weights(const WindowConvolution& w, const Step& step, int64_t first_output,
                               char* to) {
@@ -114,15 +119,15 @@ __device__ void fetch_weights(const WindowConvolution& w, const Step& step, int6
   }
 }
 
-// A warp's windows and outputs, by 16.
+// A warp's accumulators, in fragments of 16 windows and 8 outputs.
 template <typename T>
 struct Products {
   float sums[T::kWarpWindows][2 * T::kWarpOutputs][4] = {};
-  // The first of them, in the block.
+  // The warp's first window and output in the block's tile.
   int window = threadIdx.x / 32 / T::kOutputWarps * T::kWarpWindows * 16;
   int output = threadIdx.x / 32 % T::kOutputWarps * T::kWarpOutputs * 16;
 
-  // Adds those of 16 channels of a step.
+  // Adds the products of 16 channels of a step.
   template <Type kType>
   __device__ void add(char* step, int part) {
     const int matrix = threadIdx.x % 32 / 8, row = threadIdx.x % 8;
@@ -148,7 +153,7 @@ struct Products {
     }
   }
 
-  // With the bias, to the results of these windows and outputs.
+  // Epilogue: adds the bias and stores the results.
   template <Type kType>
   __device__ void write(const WindowConvolution& w, int64_t first_window,
                         int64_t first_output) const {
@@ -196,7 +201,7 @@ __global__ void __launch_bounds__(kMostThreads) convolve_windows_kernel(WindowCo
   const int count = w.taps * ((w.width + kChannels - 1) / kChannels);
   const auto at = [&](int number) { return steps + number % T::kSteps * T::kStepBytes; };
   Step next = {};
-  // Weights first: they need not know what windows see.
+  // Weights first: they do not depend on find_rows.
   for (int number = 0; number < T::kSteps - 1 && number < count; ++number) {
     fetch_weights<T>(w, next, first_output, at(number));
     next.advance(w.width);
@@ -212,7 +217,8 @@ __global__ void __launch_bounds__(kMostThreads) convolve_windows_kernel(WindowCo
   Step step = {};
   for (int number = 0; number < count; ++number) {
     wait_for_copies_but<T::kSteps - 2>();
-    // All have their copies of this step, and are done with the one whose place the next takes.
+    // After the barrier all threads' copies of this step have arrived, and no thread reads the step
+    // whose buffer the next copies overwrite.
     __syncthreads();
     if (const int later = number + T::kSteps - 1; later < count) {
       fetch_rows<T, kType>(w, next, seen, at(later));
@@ -247,7 +253,7 @@ using Small = Tile<32, 32, 2, 2, 6>;
 
 }  // namespace
 
-// In large tiles, which read least, if those keep all processors busy.
+// Uses the largest tiles, which read the least, that still occupy all SMs.
 void convolve_windows(Stream stream, const WindowConvolution& w) {
   suits<Large>(w)    ? convolve_in<Large>(stream, w)
   : suits<Medium>(w) ? convolve_in<Medium>(stream, w)

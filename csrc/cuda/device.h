@@ -1,5 +1,5 @@
-// What the kernels ask of CUDA besides the language: launches, shared memory, asynchronous copies,
-// conversions. Tests put a host in its place (tests/cuda_on_host.h).
+// Everything that the kernels need of CUDA beyond the language: launches, shared memory,
+// asynchronous copies, conversions. For tests tests/cuda_on_host.h takes its place.
 #pragma once
 
 #include <cstdint>
@@ -18,7 +18,7 @@ using Stream = cudaStream_t;
 
 inline void check(cudaError_t error) {
   if (error != cudaSuccess)
-    throw std::runtime_error(std::string("spade_fast: CUDA says: ") + cudaGetErrorString(error));
+    throw std::runtime_error(std::string("spade_fast: CUDA error: ") + cudaGetErrorString(error));
 }
 
 inline int device_attribute(cudaDeviceAttr attribute) {
@@ -32,9 +32,10 @@ inline int64_t most_shared_memory() {
   return device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin);
 }
 inline int64_t processors() { return device_attribute(cudaDevAttrMultiProcessorCount); }
-constexpr int64_t kAlwaysKept = 64 << 20;  // bytes of a workspace that may be larger than x
+constexpr int64_t kAlwaysKept = 64 << 20;  // bytes that a workspace may have even if x is small
 
-// To the device, from memory that may change as soon as this returns; and to the host, which waits.
+// Copies to the device; the source may change as soon as this returns. `download` waits for the
+// stream.
 inline void upload(void* to, const void* from, int64_t bytes, Stream stream) {
   check(cudaMemcpyAsync(to, from, bytes, cudaMemcpyHostToDevice, stream));
 }
@@ -47,13 +48,15 @@ inline void set_bytes(void* to, int value, int64_t bytes, Stream stream) {
 }
 
 #ifdef __CUDACC__
-// Blocks in one dimension, `cluster` neighbours together; none are nothing to do.
+// Launches a one-dimensional grid in clusters of `cluster` consecutive blocks; does nothing for no
+// blocks.
 template <typename... Parameters, typename... Arguments>
 void launch_clusters(void (*kernel)(Parameters...), int64_t blocks, int64_t cluster, dim3 threads,
                      int64_t shared, Stream stream, Arguments... arguments) {
   if (blocks == 0) return;
   if (blocks > INT32_MAX)
-    throw std::runtime_error("spade_fast: x has more planes and pixels than one grid has blocks");
+    throw std::runtime_error(
+        "spade_fast: x has more planes and pixels than the blocks of one grid can cover");
   if (shared > 48 << 10)
     check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                static_cast<int>(shared)));
@@ -68,8 +71,8 @@ void launch_clusters(void (*kernel)(Parameters...), int64_t blocks, int64_t clus
   check(cudaLaunchKernelEx(&config, kernel, arguments...));
 }
 
-// Whether a kernel was compiled for GPUs with clusters: older code, which newer GPUs run too, has
-// none.
+// Whether the loaded code of a kernel was compiled for clusters. Code for an older architecture,
+// which newer GPUs run too, was not.
 template <typename Kernel>
 bool knows_clusters(Kernel* kernel) {
   cudaFuncAttributes attributes;
@@ -77,14 +80,14 @@ bool knows_clusters(Kernel* kernel) {
   return attributes.ptxVersion >= 90 && device_attribute(cudaDevAttrClusterLaunch) != 0;
 }
 
-// All threads of the cluster come here, and see what the others wrote before.
+// A barrier for all threads of the cluster, which also orders their accesses to shared memory.
 __device__ inline void wait_for_cluster() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("barrier.cluster.arrive.aligned;\nbarrier.cluster.wait.aligned;" ::: "memory");
 #endif
 }
 
-// What another block of the cluster has at this address of its shared memory.
+// The value at this address in another block's shared memory (distributed shared memory).
 __device__ inline float in_block(uint32_t block, const float* shared) {
   float value = 0;
 #if __CUDA_ARCH__ >= 900
@@ -103,14 +106,14 @@ __device__ inline char* shared_memory() {
   return memory;
 }
 
-// 16 bytes, both addresses multiples of that.
+// Copies 16 bytes asynchronously; both addresses must be multiples of 16.
 __device__ inline void copy_async(void* shared, const void* global) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(
                    static_cast<unsigned>(__cvta_generic_to_shared(shared))),
                "l"(global)
                : "memory");
 }
-// As copy_async; zeros where there is nothing to copy.
+// The same, or stores zeros if there is nothing to copy.
 __device__ inline void copy_async_or_zeros(void* shared, const void* global, bool exists) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(
                    static_cast<unsigned>(__cvta_generic_to_shared(shared))),
@@ -118,8 +121,8 @@ __device__ inline void copy_async_or_zeros(void* shared, const void* global, boo
                : "memory");
 }
 __device__ inline void wait_for_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
-// Copies of a thread since the last call belong together; all but the last kGroups of such groups
-// are waited for.
+// Ends a group of this thread's copies: all those since the last call. wait_for_copies_but waits
+// for all groups except the last kGroups.
 __device__ inline void end_group_of_copies() {
   asm volatile("cp.async.commit_group;" ::: "memory");
 }
@@ -128,7 +131,7 @@ __device__ void wait_for_copies_but() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kGroups) : "memory");
 }
 
-// Whole numbers, so that the order is all the same. Returns what was there before.
+// For integers only, whose sum does not depend on the order. Returns the previous value.
 __device__ inline int32_t add_atomically(int32_t* to, int32_t number) {
   return atomicAdd(to, number);
 }
@@ -140,7 +143,7 @@ __device__ inline uint32_t to_half(float value) { return __half_as_ushort(__floa
 __device__ inline uint32_t to_bfloat16(float value) {
   return __bfloat16_as_ushort(__float2bfloat16_rn(value));
 }
-// Two at once, the first in the lower bits.
+// Converts two values at once, the first to the low bits.
 __device__ inline uint32_t to_halves(float first, float second) {
   const __half2 both = __floats2half2_rn(first, second);
   return __half_as_ushort(__low2half(both)) |

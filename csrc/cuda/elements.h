@@ -1,13 +1,13 @@
-// Elements in memory, and V of them at a time in a thread's registers: 16 bytes where all tensors
-// are of one width, V = 8 where all have 16 bits, else V = 4. Which dtype it is, is asked at run
-// time: memory is what the kernels wait for.
+// Elements in memory, and V of them at a time in a thread's registers: 16 bytes if all tensors have
+// elements of the same size, with V = 8 if all have 16 bits, else V = 4. Dtypes are tested at run
+// time: the kernels are bound by memory, so that costs nothing.
 #pragma once
 
 #include "operands.h"
 
 namespace spade_fast {
 
-// V elements, `step` apart, of which the first `count` exist. `vector`: they are together, at an
+// V elements `step` apart, of which the first `count` exist. `vector`: they are contiguous, at an
 // address divisible by 16.
 struct Span {
   int64_t step;
@@ -15,7 +15,7 @@ struct Span {
   bool vector;
 };
 
-// Elements as they lie in memory, close together.
+// Elements in their memory format, packed.
 struct alignas(16) Raw {
   uint32_t words[4];
 };
@@ -35,7 +35,7 @@ __device__ void set(Raw* raw, int k, Type type, const char* element) {
   }
 }
 
-// Zeros where there are no elements.
+// Missing elements are zeros.
 template <int V>
 __device__ Raw load(const char* first, Type type, Span span) {
   Raw raw = {};
@@ -56,13 +56,13 @@ __device__ Raw load(const char* first, Type type, Span span) {
   return raw;
 }
 
-// As load, to a place in shared memory, after wait_for_copies().
+// The same to shared memory; complete after wait_for_copies().
 template <int V>
 __device__ void load_async(Raw* to, const char* first, Type type, Span span) {
   if (span.vector && span.count == V && (V == 8 || type == Type::float32))
     return copy_async(to, first);
   const Raw raw = load<V>(first, type, span);
-  *to = raw;  // in one piece, which a watch over memory sees
+  *to = raw;  // as one access, which the tests can watch
 }
 
 template <int V>

@@ -1,9 +1,9 @@
-// Finding the pixels of a condition [N, C, pixels] whose vectors are equal, bit for bit: each has a
-// slot of a hash table, and the slot the first of them.
+// Finds the pixels of a condition [N, C, pixels] whose vectors are equal, bit for bit: gives each
+// pixel the slot of its vector in a hash table, and each slot its first pixel.
 //
-// A block has 32 pixels, and each warp takes its turn at their channels: so a warp reads pixels
-// that lie together, and all of a vector's channels are on their way at once. What is compared with
-// the vector in a slot was read just before, and is still near.
+// A block handles 32 pixels, one per lane; its warps divide the channels between them. So the loads
+// of a warp are coalesced, and all channels of a vector are in flight at once. A vector is compared
+// with that of its slot right after it was read, while it is still in the cache.
 
 #include "places.h"
 
@@ -20,7 +20,8 @@ __device__ const Bits* vector_at(const Vectors& vectors, uint32_t place) {
          pixel;
 }
 
-// The hash of this warp's channels of a vector. Hashes of channels are added up, in any order.
+// The hash of this warp's channels of a vector. The hashes of channels are added, so their order
+// does not matter.
 template <typename Bits>
 __device__ uint32_t hash_of(const Vectors& vectors, const Bits* vector) {
   uint32_t hash = 0;
@@ -28,7 +29,7 @@ __device__ uint32_t hash_of(const Vectors& vectors, const Bits* vector) {
   for (uint32_t channel = threadIdx.y; channel < vectors.channels; channel += kWarps) {
     const uint64_t bits = __ldg(vector + static_cast<int64_t>(channel) * vectors.pixels);
     const uint32_t low = static_cast<uint32_t>(bits), high = static_cast<uint32_t>(bits >> 32);
-    // Once more: a sign, the highest bit, reaches few bits at once.
+    // Mixed once more: a difference in the highest bit, the sign, reaches only few bits at a time.
     hash += mixed(mixed(mixed(channel, low), high), 0);
   }
   return hash;
@@ -45,7 +46,7 @@ __device__ bool differ(const Vectors& vectors, const Bits* one, const Bits* othe
   return found;
 }
 
-// Every warp follows all pixels, and knows the same of them.
+// All warps agree on the state of every pixel.
 template <typename Bits>
 __global__ void __launch_bounds__(kThreads)
     equal_vectors_kernel(Vectors vectors, uint32_t places, Level level) {

@@ -1,12 +1,13 @@
-// Finding the places of a map whose windows are equal: each has a slot of a hash table, and the
-// slot the first of them.
+// Finds the places of a map whose windows are equal (gives each place the slot of its window in a
+// hash table, and each slot its first place), and writes the index and the lists that follow. One
+// thread per place.
 
 #include "places.h"
 
 namespace spade_fast {
 namespace {
 
-// Where a place is: in its section, its image and its map.
+// A place and its coordinates.
 struct Where {
   const Section* section;
   uint32_t place, image, position[kAxes];
@@ -51,7 +52,7 @@ __device__ uint32_t taps_inside(const Maps& maps, const Where& where) {
   return taps;
 }
 
-// What a tap of a place's window sees.
+// The value that a tap of a place's window sees, kNone beyond the border.
 __device__ uint32_t seen(const Maps& maps, const uint32_t* map, const Where& where,
                          const uint32_t (&tap)[kAxes]) {
   const Section& section = *where.section;
@@ -59,7 +60,7 @@ __device__ uint32_t seen(const Maps& maps, const uint32_t* map, const Where& whe
   uint32_t place = 0;
 #pragma unroll
   for (int axis = 0; axis < kAxes; ++axis) {
-    // Below 0, beyond any size.
+    // A negative coordinate wraps around, beyond any size.
     const uint32_t there = where.position[axis] * maps.stride + tap[axis] - maps.padding[axis];
     inside = inside && there < section.seen_size[axis];
     place = place * section.seen_size[axis] + there;
@@ -67,7 +68,7 @@ __device__ uint32_t seen(const Maps& maps, const uint32_t* map, const Where& whe
   return inside ? map[section.seen_first + where.image * section.seen_pixels + place] : kNone;
 }
 
-// Calls f with each tap, until it says no; whether it never did.
+// Calls f with each tap until it returns false; returns whether it never did.
 template <typename F>
 __device__ bool each_tap(const Maps& maps, F&& f) {
   uint32_t tap[kAxes];
@@ -91,7 +92,7 @@ __global__ void __launch_bounds__(kThreads) codes_kernel(Maps maps, uint32_t* ma
             maps.nearest[where.section->nearest[axis] + where.position[axis]];
   }
   const uint32_t code = static_cast<uint32_t>(maps.codes[pixel]);
-  // Other threads may write it, too: the same number.
+  // Other threads may store the same value.
   if (code >= maps.rows) *static_cast<volatile uint32_t*>(maps.is_wrong) = 0;
   map[where.place] = code < maps.rows ? code : 0;
 }
@@ -120,8 +121,8 @@ __global__ void __launch_bounds__(kThreads) resolve_windows_kernel(Maps maps, Le
   resolve(level, where.place, where.exists, where.exists ? taps_inside(maps, where) : 0);
 }
 
-// A list of what the window sees that is first seen here, and an entry for each number in it.
-// `number` says what a tap sees.
+// For a window that first appears at this place, writes the list of what it sees, and an entry for
+// each number in that list. `number` maps a tap to the number that it sees.
 template <typename Number>
 __device__ void list_window(const Maps& maps, const Where& where, uint32_t chunk,
                             const Level& level, const Segment& back, const Results& results,
@@ -149,7 +150,7 @@ __device__ void list_window(const Maps& maps, const Where& where, uint32_t chunk
   });
 }
 
-// The number of a place's window, and an entry for the place.
+// Writes the number of a place's window to the index, and an entry for the place.
 __device__ void list_place(const Where& where, const Level& level, const Segment& order,
                            const Results& results, const Result& result) {
   const uint32_t window = number_of(level, level.equals[where.place]),
@@ -159,8 +160,8 @@ __device__ void list_place(const Where& where, const Level& level, const Segment
   results.values[order.entry + local] = local - where.image * where.section->pixels;
 }
 
-// The first half of the blocks has the windows of codes, the second the windows of those, and the
-// index.
+// The first half of the blocks lists the windows of codes. The second half lists the windows of
+// those windows, and writes the index.
 __global__ void __launch_bounds__(kThreads, 4)
     list_windows_kernel(Maps maps, const uint32_t* codes, Level hidden, Level table,
                         Results results) {

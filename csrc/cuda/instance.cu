@@ -1,6 +1,7 @@
-// Instance norm in one pass: a block holds its planes in shared memory, from their moments to y,
-// and from their sums to dx; or the blocks of a cluster do, a split each. Each thread reads there
-// only what it put there itself.
+// Instance norm in one pass over memory: forward from x to y, backward from x and dy to dγ, dβ and
+// dx. A block holds its unit in shared memory (x, or x and dy) from the first sum to the last
+// output, so that global memory is read once; or the blocks of a cluster do, one split each. Each
+// thread reads from the held elements only what it stored itself, so they need no barrier.
 
 #include "kernels.h"
 #include "modulation.h"
@@ -30,7 +31,7 @@ __global__ void __launch_bounds__(kMostThreads, 1)
     float values[V];
     unpack<V>(held[held_at(item)], o.x.type, values);
 #pragma unroll
-    for (int k = 0; k < V; ++k) sum[k] += values[k];  // zeros where there are no elements
+    for (int k = 0; k < V; ++k) sum[k] += values[k];  // missing elements are zeros
   }
   const float share = 1 / static_cast<float>(o.shape.pixels);
   PerPlane<V, kLast> mean = unit_sum<V, kLast>(d, sum, scratch), correction, scale;
@@ -47,7 +48,7 @@ __global__ void __launch_bounds__(kMostThreads, 1)
       squares[k] += deviation * deviation;
     }
   }
-  // The mean was rounded, most where it is large.
+  // Corrects the rounding of the mean, which grows with the mean.
   correction = unit_sum<V, kLast>(d, deviations, scratch);
   scale = unit_sum<V, kLast>(d, squares, scratch);
   PerPlane<V, kLast> shift, offset = {};
@@ -70,7 +71,7 @@ __global__ void __launch_bounds__(kMostThreads, 1)
     for (int k = 0; k < V; ++k) values[k] = (values[k] - mean[k] - correction[k]) * scale[k];
     modulate<V>(in, elements, values, modulation, to);
   };
-  // Two items' loads under way.
+  // Keeps the loads of two items in flight.
   for (uint32_t first = part.begin; first < part.end; first += 2 * blockDim.y) {
     const uint32_t item = first + threadIdx.y, other_item = item + blockDim.y;
     const Elements elements = part.at(item), other_elements = part.at(other_item);
@@ -79,7 +80,7 @@ __global__ void __launch_bounds__(kMostThreads, 1)
     const GammaBeta other_modulation =
         load_modulation<V>(in, other_elements, modulation_row(in, other_elements), true);
     finish(item, elements, modulation);
-    // Else it is the next block's.
+    // Otherwise the second item belongs to the next split.
     if (first + blockDim.y < part.end) finish(other_item, other_elements, other_modulation);
   }
 }
@@ -107,7 +108,8 @@ __global__ void __launch_bounds__(kMostThreads, 1)
                            scale = part.numbers(o, o.planes, 1), offset = {};
   float q_sum[V] = {}, q_deviation_sum[V] = {};
   wait_for_copies();
-  // Calls f with each item's place and gradient; two items' loads are under way.
+  // Calls f with the elements and the gradient of each item; keeps the loads of two items in
+  // flight.
   const auto for_each = [&](auto&& f) {
     for (uint32_t item = part.begin + threadIdx.y; item < part.end; item += 2 * blockDim.y) {
       const uint32_t other_item = item + blockDim.y;
@@ -137,7 +139,7 @@ __global__ void __launch_bounds__(kMostThreads, 1)
     constant.values[k] *= share;
     slope.values[k] *= share * scale.values[k] * scale.values[k];
   }
-  for_each([&](const Elements& elements, const Gradient<V>& found) {  // γ comes from the cache
+  for_each([&](const Elements& elements, const Gradient<V>& found) {  // γ is in the cache by now
     float values[V];
 #pragma unroll
     for (int k = 0; k < V; ++k)
@@ -147,7 +149,7 @@ __global__ void __launch_bounds__(kMostThreads, 1)
   });
 }
 
-// The splits of a unit are the blocks of a cluster.
+// One block per split; the splits of a unit form a cluster.
 template <typename Kernel, typename... Arguments>
 void launch_units(Kernel* kernel, const Settings& settings, const Division& d,
                   int64_t planes_of_column, Arguments... arguments) {

@@ -1,4 +1,4 @@
-// Products of small matrices on tensor cores. Tests put a host in their place.
+// Products of fragments on tensor cores. For tests a host implementation takes their place.
 #pragma once
 
 #include "operands.h"
@@ -6,9 +6,9 @@
 namespace spade_fast {
 
 #ifdef __CUDACC__
-// Four matrices of 8 rows of 8 numbers of 16 bits in shared memory: thread 8·i + r of a warp has
-// the address of row r of matrix i, and each thread gets the numbers 2·(thread % 4) and the next of
-// row thread / 4 of all four.
+// ldmatrix: loads four 8 × 8 matrices of 16-bit numbers from shared memory. Lane 8·i + r passes the
+// address of row r of matrix i, and receives from each matrix numbers 2·(lane % 4) and the next one
+// of row lane / 4.
 __device__ inline void load_matrices(uint32_t (&words)[4], const void* row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3])
@@ -16,9 +16,10 @@ __device__ inline void load_matrices(uint32_t (&words)[4], const void* row) {
                : "memory");
 }
 
-// sums [16, 8] += one [16, 16] · other [8, 16]ᵀ, as load_matrices gives them: rows 0 to 7 and 8 to
-// 15 of the first half of one's columns, then of the second; both halves of other's. A thread has
-// the sums of row thread / 4, columns 2·(thread % 4) and the next, and those 8 rows below.
+// sums [16, 8] += one [16, 16] · other [8, 16]ᵀ, in fragments as load_matrices loads them: of
+// `one`, rows 0 to 7 and 8 to 15 of the first half of the columns, then of the second; of `other`,
+// both halves. A lane has the sums of row lane / 4, columns 2·(lane % 4) and the next, and the same
+// columns 8 rows below.
 template <Type kType>
 __device__ void multiply_add(float (&sums)[4], const uint32_t (&one)[4], uint32_t other_first,
                              uint32_t other_second) {

@@ -1,5 +1,4 @@
-// The computations on V elements: modulation and activation, and the gradient that comes back
-// through them.
+// The arithmetic on V elements: modulation and activation, and the gradient back through them.
 #pragma once
 
 #include "walk.h"
@@ -10,7 +9,7 @@ struct GammaBeta {
   Raw gamma, beta;
 };
 
-// Which row of γ and β these elements have, where all have the same.
+// The row of γ and β for these elements, if they share one.
 template <bool kLast>
 __device__ uint32_t modulation_row(const Cursors<kLast>& in, const Elements& elements) {
   return kLast && in.o.index != nullptr && elements.span.count > 0
@@ -18,8 +17,8 @@ __device__ uint32_t modulation_row(const Cursors<kLast>& in, const Elements& ele
              : elements.item;
 }
 
-// γ and, where it is wanted, β of these elements: from where x has its own, or from the row of the
-// table that each pixel has.
+// Loads γ and, if wanted, β for these elements: dense ones from the elements' own places, else from
+// the row of the table that each pixel has.
 template <int V, bool kLast>
 __device__ GammaBeta load_modulation(const Cursors<kLast>& in, const Elements& elements,
                                      uint32_t row, bool wants_beta) {
@@ -60,13 +59,13 @@ __device__ uint8_t* signs_at(const Cursors<kLast>& in, const Elements& elements)
          (kLast ? static_cast<uint64_t>(elements.item) * in.signs_step : elements.start / 8);
 }
 
-// The bits of these elements, for the derivative. All threads of a warp come here together, those
-// with no elements too.
+// Stores the signs of these elements. All lanes of a warp must call this together, even those
+// without elements.
 template <int V, bool kLast>
 __device__ void store_signs(const Cursors<kLast>& in, const Elements& elements,
                             const float (&y)[V]) {
   const Operands& o = in.o;
-  // PyTorch's ReLU passes the gradient on there.
+  // PyTorch's ReLU passes the gradient through at NaN.
   const bool keeps_nan = o.activation == Activation::relu;
   uint32_t bits = 0;
 #pragma unroll
@@ -74,7 +73,7 @@ __device__ void store_signs(const Cursors<kLast>& in, const Elements& elements,
     if (k < elements.span.count && (keeps_nan ? !(y[k] <= 0) : y[k] > 0)) bits |= 1u << k;
   }
   if (elements.span.step == 1) {
-    // The neighbour's are the byte's other half.
+    // The neighbouring lane has the other half of the byte.
     if (V == 4) bits |= __shfl_xor_sync(~0u, bits, 1) << 4;
     if (elements.span.count > 0 && elements.start % 8 == 0)
       *signs_at(in, elements) = static_cast<uint8_t>(bits);
@@ -108,7 +107,7 @@ __device__ uint32_t load_signs(const Cursors<kLast>& in, const Elements& element
   return bits;
 }
 
-// y = act(x̂·(1 + γ) + β), from x̂.
+// Stores y = act(x̂·(1 + γ) + β), given x̂, and its signs.
 template <int V, bool kLast>
 __device__ void modulate(const Cursors<kLast>& in, const Elements& elements, float (&values)[V],
                          const GammaBeta& modulation, const Cursor& y) {
@@ -121,7 +120,7 @@ __device__ void modulate(const Cursors<kLast>& in, const Elements& elements, flo
   if (o.signs != nullptr) store_signs<V>(in, elements, values);
   if (o.activation == Activation::relu) {
 #pragma unroll
-    for (int k = 0; k < V; ++k) values[k] = values[k] <= 0 ? 0.0f : values[k];  // NaN stays
+    for (int k = 0; k < V; ++k) values[k] = values[k] <= 0 ? 0.0f : values[k];  // NaN stays NaN
   } else if (o.activation == Activation::leaky_relu) {
 #pragma unroll
     for (int k = 0; k < V; ++k)
@@ -135,7 +134,7 @@ __device__ void modulate(const Cursors<kLast>& in, const Elements& elements, flo
 
 template <int V>
 struct Gradient {
-  float deviation[V], g[V], one_plus[V];  // x − shift, dy through the activation, 1 + γ
+  float deviation[V], g[V], one_plus[V];  // x − shift, dy·act'(…), 1 + γ
 };
 
 template <int V, bool kSilu, typename Number>
@@ -171,8 +170,8 @@ __device__ Gradient<V> gradient(const Operands& o, const Raw& x, const Raw& dy,
   return found;
 }
 
-// dγ = g·x̂ and dβ = g, which is not written where it is dy itself; adds q = g·(1 + γ) and q·(x −
-// shift) to sums.
+// Stores dγ = g·x̂, and dβ = g unless it is dy itself; adds q = g·(1 + γ) and q·(x − shift) to the
+// sums.
 template <int V, typename Number>
 __device__ void store_gradient(const Elements& elements, const Gradient<V>& found,
                                const Number& scale, const Number& offset, const Cursor& dgamma,

@@ -1,4 +1,5 @@
-// Numbering as operators: what the kernels of numbering.h find, with one wait for how much that is.
+// The numbering operators on CUDA. The kernels of numbering.h run in two stages; between them the
+// host waits once, to learn the sizes of the results.
 
 #include "numbering.h"
 
@@ -10,7 +11,7 @@
 namespace spade_fast {
 namespace {
 
-// Several arrays in one allocation, each at an address as the allocator gives.
+// Several arrays in one allocation, each aligned as the allocator would align it.
 class Memory {
  public:
   template <typename T>
@@ -35,12 +36,12 @@ class Memory {
   std::optional<Tensor> memory_;
 };
 
-// A level's arrays.
+// The offsets of a level's arrays.
 struct LevelParts {
   int64_t table, firsts, equals, words, chunks;
 };
 
-// Levels and totals in one memory. The tables come first, so that one call sets them.
+// The workspace of all levels. The hash tables come first, so that one memset initialises them.
 class Work {
  public:
   Work(int64_t places, int64_t chunks, int levels, int64_t hash_mask)
@@ -84,7 +85,7 @@ class Work {
   std::vector<LevelParts> parts_;
 };
 
-// A part of a tensor without gaps, that shares its memory.
+// A contiguous part of a tensor, sharing its memory.
 Tensor part_of(const Tensor& whole, int64_t offset, const std::vector<int64_t>& sizes) {
   std::vector<int64_t> strides(sizes.size(), 1);
   for (size_t i = sizes.size(); i-- > 1;)
@@ -96,7 +97,8 @@ Tensor part_of(const Tensor& whole, int64_t offset, const std::vector<int64_t>& 
   return Tensor(part);
 }
 
-// Where a tensor of several parts has each; every one begins as a tensor of its own would.
+// The parts of a tensor that holds several results; each is aligned as a tensor of its own would
+// be.
 class Layouts {
  public:
   int64_t add(std::vector<int64_t> sizes) {
@@ -122,7 +124,7 @@ class Layouts {
 
 int64_t axes_of(const Tensor& codes) { return codes.dim() - 1; }
 
-// The sections of all sizes, in their order.
+// The sections of all sizes, in order.
 struct Sections {
   std::vector<Section> all;
   int64_t chunks = 0;
@@ -160,8 +162,8 @@ int64_t power(int64_t base, int64_t exponent) {
   return found;
 }
 
-// Places, entries and buckets of all sizes together are counted in 30 bits: two more say what a
-// count is (sort_entries.cu).
+// Places, entries and buckets of all sizes together must be countable in 30 bits, because
+// sort_entries.cu needs the other two to mark its counts.
 constexpr int64_t kCounted = int64_t{1} << 30;
 
 void check_counts(const Tensor& codes, const std::vector<int64_t>& sizes, int64_t kernel_size,
@@ -179,8 +181,8 @@ void check_counts(const Tensor& codes, const std::vector<int64_t>& sizes, int64_
   STD_TORCH_CHECK(
       entries + count * (static_cast<double>(rows) * taps + 2) < static_cast<double>(kCounted),
       "spade_fast: codes has shape ", text(codes.sizes()),
-      ", that is too much for the sizes asked for and windows of ", taps,
-      " taps: together they should be below 2**30");
+      ", which is too large for these sizes and windows of ", taps,
+      " taps: together they should need fewer than 2**30 entries");
 }
 
 void check_codes(const Tensor& codes, int64_t rows) {
@@ -196,7 +198,7 @@ void check_find_windows(const Tensor& codes, const Tensor& nearest,
                         const std::vector<int64_t>& sizes, int64_t kernel_size, int64_t rows) {
   check_codes(codes, rows);
   STD_TORCH_CHECK(sizes.size() % axes_of(codes) == 0, "spade_fast: sizes has ", sizes.size(),
-                  " numbers, it should have one for each of ", axes_of(codes), " axes");
+                  " numbers, it should have a multiple of ", axes_of(codes), ", one for each axis");
   STD_TORCH_CHECK(kernel_size % 2 == 1 && kernel_size > 0 && kernel_size < 128,
                   "spade_fast: kernel_size is ", kernel_size, ", it should be odd, from 1 to 127");
   int64_t count = 0;
@@ -207,26 +209,27 @@ void check_find_windows(const Tensor& codes, const Tensor& nearest,
   }
   check_dtype(nearest, "nearest", kWhole);
   check_shape(nearest, "nearest", std::vector<int64_t>{count},
-              "a pixel for each place of each axis");
+              "a pixel for each place along each axis");
   STD_TORCH_CHECK(nearest.is_cpu() && nearest.is_contiguous(),
-                  "spade_fast: nearest should be on the CPU, without gaps");
+                  "spade_fast: nearest should be a contiguous tensor on the CPU");
   const int32_t* pixels = nearest.const_data_ptr<int32_t>();
   for (size_t i = 0; i < sizes.size(); pixels += sizes[i++]) {
     const int64_t given = codes.size(1 + i % axes_of(codes));
     for (int64_t place = 0; place < sizes[i]; ++place) {
       STD_TORCH_CHECK(pixels[place] >= 0 && pixels[place] < given, "spade_fast: nearest has ",
-                      pixels[place], ", it should have pixels of codes, 0 to ", given - 1);
+                      pixels[place], ", it should have pixels along that axis of codes, 0 to ",
+                      given - 1);
     }
   }
   check_counts(codes, sizes, kernel_size, rows);
 }
 
-// The facts about a section once the host has waited.
+// The counts of a section, which the host waits for.
 struct Found {
   uint32_t windows[kLevels], taps[kLevels];
 };
 
-// Where the results have everything, and which entries are sorted.
+// The layout of the results in memory, and the segments to be sorted.
 class Plan {
  public:
   Plan(const Tensor& codes, const std::vector<int64_t>& sizes, const std::vector<Section>& sections,
@@ -273,7 +276,7 @@ class Plan {
   uint32_t entries_ = 0, buckets_ = 0;
 };
 
-// What sorts a plan's entries, and the plan on the device.
+// The workspace for sorting a plan's entries, and a copy of the plan on the device.
 class SortingWork {
  public:
   explicit SortingWork(const Plan& plan) : plan_(plan) {
@@ -304,7 +307,7 @@ class SortingWork {
 
   const Sorting& sorting() const { return sorting_; }
 
-  // Where they go, with the entries of one side.
+  // The results for the kernels, with the entries in one of the two buffers.
   Results results(int side, int32_t* memory) const {
     Results results = {};
     results.memory = memory;
@@ -331,12 +334,12 @@ class SortingWork {
   int64_t counts_, said_, tickets_, zeros_, entries_[4], results_;
 };
 
-// Everything to be numbered: windows of codes, and of two levels windows of those, at the places of
-// `sections`. They see those of `taken`.
+// What to number: the windows at the places of `sections`, which see the codes at the places of
+// `taken`; with two levels also the windows of those windows.
 struct Task {
   Sections taken, sections;
   std::vector<int64_t> sizes;  // of the sections
-  const int32_t* nearest;      // which pixels are taken along each axis
+  const int32_t* nearest;      // the pixels that are taken along each axis
   int64_t nearest_count, kernel_size, stride, padding, rows;
   int levels;
 };
@@ -355,7 +358,7 @@ Maps maps_of(const Tensor& codes, const Task& task) {
   return maps;
 }
 
-// What the device has when the host begins to wait.
+// The first stage: everything that runs before the host waits.
 class Search {
  public:
   Search(const Tensor& codes, const Task& task, int64_t hash_mask, Stream stream)
@@ -394,7 +397,7 @@ class Search {
     add_up(stream, maps.sections, maps.section_count, levels, task.levels, maps.is_wrong, totals_);
   }
 
-  // Waits for it. Nothing where a code is no row.
+  // Waits for the first stage. Returns nullopt if a code is out of range.
   std::optional<std::vector<Found>> wait() const {
     std::vector<uint64_t> totals(total_count());
     download(totals.data(), totals_, total_count() * static_cast<int64_t>(sizeof(uint64_t)),
@@ -423,7 +426,7 @@ class Search {
   uint64_t* totals_;
 };
 
-// All tensors of the results, section by section; none where a code is no row.
+// Both stages: all result tensors, section by section; none if a code is out of range.
 std::vector<Tensor> numbered(const Tensor& given_codes, const Task& task, int64_t hash_mask) {
   const OnDevice on_device(given_codes);
   const Stream stream = on_device.stream();
@@ -448,7 +451,7 @@ std::vector<Tensor> numbered(const Tensor& given_codes, const Task& task, int64_
   return plan.layouts.of(memory);
 }
 
-// Ten tensors for each size, as `find_windows` of numbering.py gives them.
+// Ten tensors for each size, in the order of `find_windows` of numbering.py.
 std::vector<Tensor> find_windows_of(const Tensor& codes, const Tensor& nearest,
                                     std::vector<int64_t> sizes, int64_t kernel_size, int64_t rows,
                                     int64_t hash_mask) {
@@ -468,15 +471,16 @@ std::vector<Tensor> find_patches_of(const Tensor& codes, int64_t kernel_size, in
   check_codes(codes, rows);
   STD_TORCH_CHECK(kernel_size > 0 && stride > 0 && padding >= 0 &&
                       std::max({kernel_size, stride, padding}) < kCounted,
-                  "spade_fast: kernel_size is ", kernel_size, ", stride ", stride, ", padding ",
-                  padding, ": they should be below 2**30, and 1 or more, 1 or more, and 0 or more");
+                  "spade_fast: kernel_size is ", kernel_size, ", stride is ", stride,
+                  ", padding is ", padding,
+                  ", they should be at least 1, 1 and 0, and below 2**30");
   const std::vector<int64_t> given(codes.sizes().begin() + 1, codes.sizes().end());
   std::vector<int64_t> sizes;
   std::vector<int32_t> nearest;
   for (const int64_t length : given) {
     STD_TORCH_CHECK(length + 2 * padding >= kernel_size, "spade_fast: codes has shape ",
                     text(codes.sizes()), ", it should be no smaller than kernel_size, ",
-                    kernel_size);
+                    kernel_size, ", after padding");
     sizes.push_back((length + 2 * padding - kernel_size) / stride + 1);
   }
   check_counts(codes, sizes, kernel_size, rows);
@@ -495,11 +499,11 @@ std::vector<Tensor> find_patches_of(const Tensor& codes, int64_t kernel_size, in
                   hash_mask);
 }
 
-// A condition with more distinct vectors than this is no layout, as in numbering.py.
+// A condition with more distinct vectors than this is no layout; numbering.py has the same rule.
 bool are_many(int64_t codes, int64_t places) { return codes > 64 + places / 4; }
 
-// Codes [N, *spatial] and the first place of each, int64, of the vectors of a condition; nothing
-// where they are too many.
+// The codes [N, *spatial] of a condition and the first place of each, int64; nothing if there are
+// too many codes.
 std::vector<Tensor> find_codes_of(const Tensor& given_segmap, int64_t hash_mask) {
   STD_TORCH_CHECK(given_segmap.dim() >= 3 && given_segmap.dim() <= 2 + kAxes,
                   "spade_fast: segmap has shape ", text(given_segmap.sizes()),

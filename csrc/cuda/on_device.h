@@ -1,5 +1,5 @@
-// What every operator for CUDA needs of PyTorch: x's device and stream, dtypes, and where operators
-// are registered.
+// What every CUDA operator needs of PyTorch: the device and stream of x, dtypes, and the namespace
+// in which operators are registered.
 #pragma once
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
@@ -16,7 +16,7 @@
 namespace spade_fast {
 
 #ifndef SPADE_FAST_ON_HOST
-// Makes x's device the current one for as long as this lives.
+// Makes x's device the current one during its lifetime.
 class OnDevice {
  public:
   explicit OnDevice(const Tensor& x) : guard_(x.get_device_index()) {
@@ -44,7 +44,7 @@ inline Type type_of(const Tensor& x, const char* name) {
       return Type::float16;
     default:
       STD_TORCH_CHECK(false, "spade_fast: ", name,
-                      " should be float32, bfloat16 or float16: sums are held in float32");
+                      " should be float32, bfloat16 or float16: the kernels accumulate in float32");
   }
 }
 

@@ -1,4 +1,4 @@
-// What the kernels are given.
+// The kernels' arguments.
 #pragma once
 
 #include "../common/activation.h"
@@ -8,8 +8,8 @@ namespace spade_fast {
 
 enum class Type : int32_t { float32, bfloat16, float16 };
 
-// Where a thread has a tensor's elements: a few bytes from one item to the next, an address of one
-// multiplication.
+// A thread's position in a tensor: item i is `step` bytes behind item i − 1, so an address takes
+// one multiplication.
 struct Cursor {
   char* first;
   uint32_t step;  // bytes
@@ -18,8 +18,8 @@ struct Cursor {
   __device__ char* at(uint32_t item) const { return first + static_cast<uint64_t>(item) * step; }
 };
 
-// A tensor: how many elements its images are apart, and the rows of each. The rows of a table
-// belong to no image.
+// A tensor: the distance between images, and between the rows of an image, in elements. Tables have
+// no images.
 struct Rows {
   char* data;
   int64_t image, row;
@@ -41,18 +41,18 @@ struct Shape {
   int64_t images, channels, pixels;
 };
 
-// What apply and the backward kernels read, those of it that they need: `contract.py` says what
-// each is.
+// The operands of apply and of the backward kernels, unset where a kernel does not need them;
+// contract.py defines each.
 struct Operands {
   Shape shape;
   Rows x, gamma, beta, dy;
   const int32_t* index;  // null where γ and β are dense
-  uint32_t rows;         // of their table
+  uint32_t rows;         // of the table
   const float* planes;
   uint8_t* signs;
   Activation activation;
   float negative_slope;
-  bool vector;  // whether the rows of all tensors begin at addresses divisible by 16
+  bool vector;  // whether the rows of all tensors are aligned to 16 bytes
 };
 
 }  // namespace spade_fast

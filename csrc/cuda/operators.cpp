@@ -1,4 +1,5 @@
-// The operators of contract.py for CUDA: from tensors to what the kernels are given.
+// The operators of contract.py for the modulation on CUDA: checks, outputs and workspaces, and the
+// kernels' arguments.
 
 #include <limits>
 #include <tuple>
@@ -10,8 +11,8 @@
 namespace spade_fast {
 namespace {
 
-// One call of an operator: its tensors as the kernels see them, and how to launch those. Copies
-// that had to be made live as long.
+// One call of an operator: its tensors as kernel arguments, and the launch settings that follow
+// from them. Keeps copies of tensors alive until the kernels are launched.
 class Call {
  public:
   explicit Call(const Tensor& x)
@@ -20,7 +21,7 @@ class Call {
     for (int64_t dim = 2; dim < x.dim(); ++dim) operands.shape.pixels *= x.size(dim);
     STD_TORCH_CHECK(operands.shape.pixels <= INT32_MAX, "spade_fast: x has ", operands.shape.pixels,
                     " pixels, it should have at most ", INT32_MAX);
-    operands.vector = !last_ || x.size(1) % 4 == 0;  // numbers of channels are read by four
+    operands.vector = !last_ || x.size(1) % 4 == 0;  // numbers per plane are loaded four at a time
     operands.x = read(x, "x");
   }
 
@@ -47,7 +48,7 @@ class Call {
       operands.signs = const_cast<uint8_t*>(kept(without_gaps(signs)).const_data_ptr<uint8_t>());
   }
 
-  // Numbers of each plane, [k, N, C].
+  // Numbers per plane [k, N, C].
   const float* numbers(const Tensor& given) {
     const Tensor& numbers = kept(without_gaps(in_dtype(given, ScalarType::Float)));
     aligned(numbers.const_data_ptr(), 0);
@@ -65,7 +66,7 @@ class Call {
     return signs;
   }
 
-  // Has x's shape and is written; one of size 0 stands for none.
+  // A tensor of x's shape for a kernel to write, or one of size 0 that stands for none.
   Tensor output(ScalarType dtype, bool exists = true) {
     return exists ? new_output(x_, layout_, dtype) : torch::stable::new_empty(x_, {0}, dtype);
   }
@@ -81,7 +82,7 @@ class Call {
   }
   int64_t planes() const { return operands.shape.images * operands.shape.channels; }
 
-  // How the kernels run, once all tensors are known.
+  // The launch settings; call it after all tensors are set.
   Settings settings() const {
     const int64_t length = last_ ? operands.shape.channels : operands.shape.pixels;
     const int vector = narrow_ && operands.vector && length % 8 == 0 ? 8 : 4;
@@ -119,10 +120,10 @@ class Call {
         {static_cast<char*>(const_cast<void*>(rows.const_data_ptr())), 0, rows.stride(0), type});
   }
 
-  // Cursors have 32 bits for bytes from one row to the next.
+  // Cursors hold the distance between rows, in bytes, in 32 bits.
   static void check_distance(int64_t elements, const char* name) {
     STD_TORCH_CHECK(elements <= UINT32_MAX / 4, "spade_fast: ", name, " has rows ", elements,
-                    " elements apart, they should be at most ", UINT32_MAX / 4);
+                    " elements apart, they should be at most ", UINT32_MAX / 4, " apart");
   }
 
   Rows noted(const Rows& rows) {
@@ -145,7 +146,7 @@ class Call {
   std::vector<Tensor> kept_;
 };
 
-// Instance norm's planes [3, N, C] where planes are given, else moments [2, N, C].
+// Computes the planes [3, N, C] of instance norm if `planes` is given, else moments [2, N, C].
 void measure(Call& call, double eps, float* moments, float* planes) {
   const Division d = call.sweep();
   float* parts = call.workspace(kMomentParts * d.splits * call.planes()).mutable_data_ptr<float>();
@@ -162,8 +163,31 @@ Tensor plane_moments_of(const Tensor& x) {
   return moments;
 }
 
-// y, a new tensor or `out`, and its signs. out may be x or γ: each element is read by the thread
-// that then writes it, and no other.
+Tensor running_planes_of(const Tensor& x, const Tensor& mean, const Tensor& variance,
+                         std::optional<Tensor> weight, std::optional<Tensor> bias, double eps) {
+  const Extent extent = check_running_planes(x, mean, variance, weight, bias);
+  const OnDevice on_device(x);
+  std::vector<Tensor> kept;
+  const auto numbers = [&](const Tensor& given, const char* name) -> Rows {
+    const bool is_wide = given.scalar_type() == ScalarType::Double;
+    kept.push_back(without_gaps(is_wide ? in_dtype(given, ScalarType::Float) : given));
+    return {static_cast<char*>(const_cast<void*>(kept.back().const_data_ptr())), 0, 0,
+            type_of(kept.back(), name)};
+  };
+  const Tensor planes =
+      torch::stable::new_empty(x, {3, extent.images, extent.channels}, ScalarType::Float);
+  RunningStatistics s = {};
+  s.images = extent.images, s.channels = extent.channels, s.eps = static_cast<float>(eps);
+  s.mean = numbers(mean, "mean"), s.variance = numbers(variance, "variance");
+  if (weight) s.weight = numbers(*weight, "weight");
+  if (bias) s.bias = numbers(*bias, "bias");
+  s.planes = planes.mutable_data_ptr<float>();
+  running_planes(on_device.stream(), s);
+  return planes;
+}
+
+// Computes y, into a new tensor or `out`, and its signs. out may be x or γ: only the thread that
+// writes an element reads it, and it does so before.
 std::tuple<Tensor, Tensor> modulated(const Tensor& x, const Tensor& planes, const Tensor& gamma,
                                      const Tensor& beta, const std::optional<Tensor>& index,
                                      const std::optional<std::string>& activation,
@@ -220,8 +244,8 @@ std::tuple<Tensor, Tensor> sum_table(Call& call, const Tensor& gamma, const Tens
   pieces.order = order_of_all.const_data_ptr<int32_t>();
   pieces.rows = rows;
   pieces.most = std::min(places, images * rows + divide_up(pixels, kPiece) * images);
-  // As much memory as x in 16 bits, or kAlwaysKept: scenes have fewer pieces whose rows have
-  // others. Those beyond are summed twice.
+  // Half the memory of x in 16 bits, or kAlwaysKept, suffices for the layouts of real scenes.
+  // Pieces that do not fit are summed twice.
   pieces.kept = std::min(pieces.most, std::max(divide_up(places, 8),
                                                kAlwaysKept / (8 * std::max<int64_t>(1, channels))));
   const auto whole_numbers = [&](int64_t size) {
@@ -250,7 +274,7 @@ std::tuple<Tensor, Tensor> sum_table(Call& call, const Tensor& gamma, const Tens
   return {dgamma, dbeta};
 }
 
-// dγ and dβ, and the sums [2, N, C], or instance norm's terms where sums are not wanted.
+// Computes dγ and dβ, and the sums [2, N, C] or, if `sums` is null, the terms of instance norm.
 std::tuple<Tensor, Tensor> sum_gradients(Call& call, const Tensor& gamma,
                                          const std::optional<Tensor>& index,
                                          const std::optional<Tensor>& order, float* sums,
@@ -349,6 +373,7 @@ STABLE_TORCH_LIBRARY_IMPL(SPADE_FAST_NAMESPACE, SPADE_FAST_DISPATCH_KEY, library
   library.impl("apply_out", TORCH_BOX(&apply_out_to));
   library.impl("backward_sums", TORCH_BOX(&backward_sums_of));
   library.impl("backward_input", TORCH_BOX(&backward_input_of));
+  library.impl("running_planes", TORCH_BOX(&running_planes_of));
   library.impl("instance_forward", TORCH_BOX(&instance_forward_of));
   library.impl("instance_backward", TORCH_BOX(&instance_backward_of));
 }

@@ -1,5 +1,6 @@
-// A convolution's weight in the order in which convolve_windows reads it: it goes through shared
-// memory, for it is read and written in different orders.
+// Packs a convolution's weight and bias in the order in which convolve_windows reads them: taps
+// outside, channels inside. A block packs one output, through shared memory, so that both the loads
+// and the stores are coalesced.
 
 #include "kernels.h"
 #include "windows.h"
@@ -7,7 +8,7 @@
 namespace spade_fast {
 namespace {
 
-// Numbers of an output that a block holds at a time; some channels with all their taps.
+// Elements of a weight in a block's shared memory: some channels with all their taps.
 constexpr int64_t kHeld = 8192;
 
 __global__ void __launch_bounds__(kThreads) pack_convolution_kernel(Packing p, int held_channels) {

@@ -1,11 +1,12 @@
-// From sorted entries to the results: what they say, and where each bucket starts.
+// Writes the values of the sorted entries to the results, and the start of each bucket, which a
+// binary search finds. One thread per entry or start.
 
 #include "places.h"
 
 namespace spade_fast {
 namespace {
 
-// The last of `count` segments that begins at or before a number, as `begin` says.
+// The last of `count` segments that begins at or before a number; `begin` says where one begins.
 template <typename Begin>
 __device__ const Segment& segment_at(const Segment* segments, uint32_t count, uint32_t number,
                                      Begin&& begin) {
@@ -14,7 +15,7 @@ __device__ const Segment& segment_at(const Segment* segments, uint32_t count, ui
   return *segment;
 }
 
-// How many of the segment's entries have lesser buckets.
+// The number of the segment's entries in lower buckets.
 __device__ uint32_t entries_before(const Results& results, const Segment& segment,
                                    uint32_t bucket) {
   uint32_t begin = segment.entry, end = begin + segment.entries;
@@ -29,7 +30,7 @@ __device__ uint32_t entries_before(const Results& results, const Segment& segmen
   return begin - segment.entry;
 }
 
-// The first blocks have the entries, those behind them the starts of the lists' buckets.
+// The first blocks write entries, the others starts.
 __global__ void __launch_bounds__(kThreads)
     place_sorted_kernel(Results results, uint32_t entry_blocks) {
   if (blockIdx.x < entry_blocks) {

@@ -1,5 +1,5 @@
-// What a thread does with its place: looks for one that is equal to it, and counts those that are
-// the first of their kind.
+// Device functions that each thread calls for its place: find an equal place, and number the places
+// that are the first of their kind.
 #pragma once
 
 #include "numbering.h"
@@ -7,8 +7,8 @@
 
 namespace spade_fast {
 
-// Another thread may write there meanwhile: what was there or is there now, and not what this
-// thread read before.
+// A volatile load: other threads may store there meanwhile, so the compiler must not reuse a value
+// that was loaded before.
 __device__ inline uint32_t load_now(const uint32_t* from) {
   return *static_cast<const volatile uint32_t*>(from);
 }
@@ -18,8 +18,8 @@ __device__ inline uint32_t mixed(uint32_t hash, uint32_t value) {
   return hash ^ hash >> 15;
 }
 
-// The slot of a place: that of the first one that was put in and `is_same`, else a free one, which
-// it takes. A table is at most half full.
+// The slot of a place: the one that holds an equal place, or a free slot, which it claims. Tables
+// are at most half full, so probing ends.
 template <typename IsSame>
 __device__ uint32_t slot_of(const Level& level, uint32_t place, uint32_t hash, IsSame&& is_same) {
   for (uint32_t slot = hash & level.hash_mask & (level.slots - 1);;
@@ -30,20 +30,21 @@ __device__ uint32_t slot_of(const Level& level, uint32_t place, uint32_t hash, I
   }
 }
 
-// Most places are equal to one before them that was here already: few change anything.
+// Lowers the first place of a slot. Most places come after an equal one, so the load avoids most
+// atomics.
 __device__ inline void note_first(const Level& level, uint32_t slot, uint32_t place) {
   if (load_now(level.firsts + slot) > place) atomicMin(level.firsts + slot, place);
 }
 
-// The number of a first place in its section, once its level's chunks are added up.
+// The number of a first place within its section; only after add_up.
 __device__ inline uint32_t number_of(const Level& level, uint32_t first) {
   const Word word = level.words[first / 32];
   const uint32_t before = Counts::firsts(level.chunks[first / kThreads]) + word.before;
   return before + __popc(word.is_first & ((1u << first % 32) - 1));
 }
 
-// From slots to first places, for the block's places: this thread's, which exists or does not, has
-// `taps` taps within the border.
+// Replaces the slot of this thread's place by the first place, and counts the block's first places
+// and their taps. All threads of the block must call it, even if their place does not exist.
 __device__ inline void resolve(const Level& level, uint32_t place, bool exists, uint32_t taps) {
   uint32_t first = kNone;
   if (exists) level.equals[place] = first = level.firsts[level.equals[place]];

@@ -1,10 +1,10 @@
-// How the kernels divide their work between blocks: which planes, how many parts of each, and where
-// one pass is enough.
+// How the kernels divide their work between blocks, and whether one pass is enough.
 //
-// A block has a unit: a plane, or of an image with its channels last, neighbouring channels. It
-// goes through the unit's items: strips of a plane, 32·V pixels that a warp has at a time, or
-// pixels, of which each thread has V channels. Threads are (columns, lanes): columns side by side
-// in memory, lanes at different items.
+// A unit is a plane, or with channels last some adjacent channels of one image. It consists of
+// items: strips of a plane, 32·V pixels for a warp, or with channels last pixels, with V channels
+// for each thread. A block handles a split of a unit's items. Its threads are (columns, lanes):
+// threadIdx.x counts columns, which are adjacent in memory, and threadIdx.y counts lanes, which
+// handle different items.
 #pragma once
 
 #include <algorithm>
@@ -17,16 +17,17 @@ namespace spade_fast {
 
 struct Division {
   int64_t units, splits;       // blocks
-  int64_t items, split_items;  // of a unit, and of a split of it
+  int64_t items, split_items;  // per unit, and per split
   int64_t split_pixels;
   int columns, lanes;
-  bool units_first;  // whether neighbouring blocks are of different units
-  // Bytes of shared memory: 16 for each thread at each item, for each tensor that is held.
+  bool units_first;  // whether consecutive blocks have different units
+  // Bytes of shared memory for elements that are held: 16 per thread, item and tensor.
   int64_t held_bytes;
 
   int64_t blocks() const { return units * splits; }
   int64_t threads() const { return columns * lanes; }
-  // Bytes: the held elements, and behind them a few numbers of each warp for each of its planes.
+  // Bytes of shared memory in all: the held elements, and behind them some numbers per warp and
+  // plane.
   int64_t shared(int64_t numbers, int64_t planes_of_column) const {
     return held_bytes +
            threads() / 32 * numbers * 4 * (planes_of_column == 1 ? 1 : columns * planes_of_column);
@@ -41,8 +42,8 @@ inline int64_t power_from(int64_t number) {
   return power;
 }
 
-// Threads side by side over this number of vectors of channels: 16 or 8, whichever leaves fewer
-// idle; two at least, which share a byte of signs.
+// The columns for this number of vectors of channels: 16 or 8, whichever leaves fewer threads idle.
+// At least two, because two threads may share a byte of signs.
 inline int columns_of(int64_t vectors) {
   const auto idle = [&](int64_t columns) {
     return divide_up(vectors, columns) * columns - vectors;
@@ -70,20 +71,20 @@ inline Division split(Division d, int64_t splits, int vector, bool last) {
   return d;
 }
 
-constexpr int64_t kThreads = 256;      // of a block
-constexpr int64_t kMostThreads = 512;  // of a block that holds large planes
-constexpr int64_t kCombiners = 1024;   // of a block that combines what splits found
-constexpr int64_t kBlocks = 8;         // for each processor: enough to keep it busy
-// Where each leaves something to combine, and has several loads under way.
+constexpr int64_t kThreads = 256;      // per block
+constexpr int64_t kMostThreads = 512;  // per block that holds large planes
+constexpr int64_t kCombiners = 1024;   // per block that combines splits
+constexpr int64_t kBlocks = 8;         // per SM, enough to keep it busy
+// Blocks per SM for kernels that leave a partial result per block and keep several loads in flight.
 constexpr int64_t kSweepBlocks = 4;
-constexpr int64_t kCluster = 8;  // blocks of a cluster at most: what every GPU with clusters has
+constexpr int64_t kCluster = 8;  // most blocks of a cluster that every GPU with clusters supports
 
 inline int columns_of(const Shape& shape, int vector, bool last) {
   return last ? columns_of(divide_up(shape.channels, vector)) : 32;
 }
 
-// For kernels that find something of whole planes: the fewer blocks, the less there is to combine;
-// four items of a thread at least.
+// For kernels that reduce whole planes: few blocks, because each leaves a partial result to
+// combine, and at least four items per thread.
 inline Division sweep(const Shape& shape, int vector, bool last, int64_t processors) {
   const Division d = divide(shape, vector, last, columns_of(shape, vector, last), kThreads);
   const int64_t wanted = divide_up(kSweepBlocks * processors, std::max<int64_t>(1, d.units));
@@ -91,19 +92,18 @@ inline Division sweep(const Shape& shape, int vector, bool last, int64_t process
                vector, last);
 }
 
-// For kernels whose blocks are on their own: up to four items of a thread, which share the numbers
-// of their planes.
+// For elementwise kernels: up to four items per thread, which share the numbers of their planes.
 inline Division tiles(const Shape& shape, int vector, bool last, bool table, int64_t processors) {
   Division d = divide(shape, vector, last, columns_of(shape, vector, last), kThreads);
   const int64_t rounds = d.units * divide_up(d.items, 4 * d.lanes) < kBlocks * processors ? 1 : 4;
   d = split(d, std::max<int64_t>(1, divide_up(d.items, d.lanes * rounds)), vector, last);
-  d.units_first = table && !last;  // neighbouring channels read the same rows of the table
+  d.units_first = table && !last;  // adjacent channels read the same rows of the table
   return d;
 }
 
-// For kernels that hold the planes of `held` tensors whole: nothing where they do not fit, or would
-// leave most processors idle for long. What does not fit into one block is held by the blocks of a
-// cluster, which read each other's shared memory.
+// For kernels that hold whole units of `held` tensors in shared memory; nullopt if those do not
+// fit, or would leave most SMs idle for long. A unit that does not fit into one block is held by
+// the blocks of a cluster, which read each other's shared memory.
 inline std::optional<Division> one_pass(const Shape& shape, int vector, bool last, int64_t held,
                                         int64_t most_shared, int64_t most_blocks,
                                         int64_t processors) {
@@ -112,12 +112,12 @@ inline std::optional<Division> one_pass(const Shape& shape, int vector, bool las
     for (int columns = columns_of(shape, vector, last); columns >= 2; columns /= 2) {
       Division d = divide(shape, vector, last, columns, kThreads);
       if (d.items > 8 * d.lanes * blocks) d = divide(shape, vector, last, columns, kMostThreads);
-      if (blocks > 1 && d.items < d.lanes * blocks) break;  // one for each thread, at least
+      if (blocks > 1 && d.items < d.lanes * blocks) break;  // at least one item per thread
       d = split(d, blocks, vector, last);
-      d.splits = blocks;  // even if nothing is left for the last
+      d.splits = blocks;  // even if the last ones have no items
       d.split_items = std::min(d.split_items, d.items);
       d.held_bytes = held * d.split_items * d.columns * 16;
-      // Fewer channels would do, of more blocks on each processor.
+      // A wide block could be narrower, so it is taken only if an SM has room for three.
       const bool wide = last && columns > 2;
       const bool busy = 2 * d.blocks() >= processors || (!wide && d.items <= 16 * d.lanes);
       if (busy && d.shared(1, last ? vector : 1) <= most_shared / (wide ? 3 : 1)) return d;

@@ -1,7 +1,8 @@
-// Mean and squared deviations of each plane. Each split of a plane is read once, and what is found
-// is combined exactly (Chan et al. 1979), always in the same order. A mean is kept as the sum of
-// two numbers, a value of the plane and what the mean is beyond it: one number would be rounded at
-// each step, most where the mean is large.
+// Mean and sum of squared deviations of each plane. x is read once: a block reduces one split of a
+// unit in registers and shared memory, and combine_moments_kernel combines the splits. Moments are
+// always combined exactly (Chan et al. 1979) and in a fixed order. A mean is kept as the sum of two
+// numbers, `pivot`, a value of the plane, and `beyond`, the mean's distance from it. A single
+// number would be rounded at each step, which costs most if the mean is large.
 
 #include "kernels.h"
 #include "walk.h"
@@ -27,8 +28,9 @@ __device__ Moments shuffled(const Moments& mine, int lanes) {
           __shfl_xor_sync(~0u, mine.squares, lanes), __shfl_xor_sync(~0u, mine.count, lanes)};
 }
 
-// A thread adds up what its values of a plane are beyond the first of them, and the squares of
-// that. At most as many digits are lost as the number of its values has: the first is one of them.
+// A thread sums the differences of its values from the first of them, and their squares. Because
+// the pivot is one of the values, cancellation loses at most as many digits as the number of values
+// has.
 template <int V, bool kLast, bool kWhole>
 __global__ void __launch_bounds__(kThreads, 4)
     plane_moments_kernel(Operands o, Division d, float* parts) {
@@ -59,7 +61,7 @@ __global__ void __launch_bounds__(kThreads, 4)
       count += kLast ? 1 : here;
 #pragma unroll
       for (int k = 0; k < V; ++k) {
-        // What channels have that are not there, nobody asks for.
+        // The results of channels that do not exist are never used.
         if (kLast || k < here) add(values[k], kLast ? k : 0);
       }
     }
@@ -82,7 +84,7 @@ __global__ void __launch_bounds__(kThreads, 4)
   }
   __syncthreads();
   const int64_t all = o.shape.images * o.shape.channels, split = part.split(d);
-  // A thread for each.
+  // One thread per plane.
   for (int plane = thread; plane < columns * kCount; plane += blockDim.x * blockDim.y) {
     Moments found = {};
     for (int warp = 0; warp < warps; ++warp)

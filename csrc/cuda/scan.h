@@ -1,11 +1,12 @@
-// Sums of a block's values up to each thread's.
+// Prefix sums over a block.
 #pragma once
 
 #include "device.h"
 
 namespace spade_fast {
 
-// The sum of the block's values up to this thread's, and of all. Scratch: a value for each warp.
+// The inclusive prefix sum of the block's values, and in `all` their total. scratch has one value
+// per warp.
 template <typename T>
 __device__ T scan_block(T value, T* scratch, T* all) {
   const int lane = threadIdx.x % 32, mine = threadIdx.x / 32;
@@ -13,7 +14,7 @@ __device__ T scan_block(T value, T* scratch, T* all) {
     const T before = __shfl_up_sync(~0u, value, lanes);
     if (lane >= lanes) value += before;
   }
-  __syncthreads();  // the scratch may still be read
+  __syncthreads();  // another scan may still read scratch
   if (lane == 31) scratch[mine] = value;
   __syncthreads();
   *all = 0;

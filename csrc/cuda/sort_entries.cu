@@ -1,10 +1,11 @@
-// Sorting entries by their buckets, equal ones in the order that they had: by 8 bits at a time,
-// from the lowest on.
+// A stable radix sort of entries by bucket, 8 bits per pass from the lowest on.
 //
-// A tile of entries is sorted by one block, and goes where the entries of lesser digits, and those
-// of the same digit in the tiles before, leave room. A block says how many it has of each digit
-// before it looks what those before it said, back to one that knows all before it; tiles are taken
-// in the order in which blocks begin, so that none waits for one that has not begun.
+// A block sorts one tile of entries. An entry goes behind all entries with lower digits, which
+// count_digits_kernel counts for all passes at once, and behind those with the same digit in
+// earlier tiles. The latter come from a decoupled look-back: a tile publishes its own counts, then
+// goes back over the earlier tiles' counts to one that has published its inclusive prefix. Each
+// pass reads and writes the entries once. Tiles are numbered by a ticket that blocks draw when
+// they start, so that no block waits for one that has not started.
 
 #include "places.h"
 
@@ -13,7 +14,7 @@ namespace {
 
 constexpr int kItems = kSortTile / kThreads;
 constexpr int kWarps = kThreads / 32;
-// What a block has said: its own count, or that of all up to it.
+// The flags of a published count: the tile's own, or that of all tiles up to it.
 constexpr uint32_t kOwn = 1u << 30, kAll = 2u << 30;
 
 __device__ uint32_t digit_of(uint32_t bucket, int pass) {
@@ -39,7 +40,7 @@ __global__ void __launch_bounds__(kThreads) count_digits_kernel(Sorting s) {
   }
 }
 
-// How many entries with this digit the tiles before this one have; this one has `own`.
+// The number of entries with this digit in earlier tiles; this tile has `own`.
 __device__ uint32_t count_before(uint32_t* said, uint32_t tile, uint32_t digit, uint32_t own) {
   const auto say = [&](uint32_t what) {
     *static_cast<volatile uint32_t*>(said + tile * kDigits + digit) = what;
@@ -57,8 +58,8 @@ __device__ uint32_t count_before(uint32_t* said, uint32_t tile, uint32_t digit, 
 }
 
 struct Shared {
-  uint32_t of_warps[kWarps * kDigits];  // entries of each digit; then those of the warps before
-  // Where each digit's begin in the tile; and from there to where they go.
+  uint32_t of_warps[kWarps * kDigits];  // entries per warp and digit; then those of earlier warps
+  // Where each digit begins in the tile, and its distance from there to its place in the result.
   uint32_t starts[kDigits], targets[kDigits];
   uint32_t buckets[kSortTile], values[kSortTile], scratch[kWarps], tile;
 };
@@ -105,7 +106,7 @@ __global__ void __launch_bounds__(kThreads, 4)
     const uint32_t start = scan_block(count, shared.scratch, &all) - count,
                    of_all = s.counts[pass * kDigits + digit];
     shared.starts[digit] = start;
-    // Waits, so that all see the starts.
+    // This scan's barriers also make the starts visible.
     shared.targets[digit] = scan_block(of_all, shared.scratch, &all) - of_all + before - start;
   }
 #pragma unroll

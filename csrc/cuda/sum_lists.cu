@@ -1,7 +1,10 @@
-// Sums of listed rows: of the gradients of all windows that see a row through a tap. Most lists
-// have few numbers, and neighbouring threads of a warp each have a vector of columns of a list's
-// sum. But a list may have a large part of all windows: long ones are cut into pieces of `listed`,
-// whose sums then are summed. All sums are in float32, and always in the same order.
+// Sums of listed rows: sum i is Σ x[listed[j]] over list i. In backward, these are the gradients of
+// all windows that see a row through a tap.
+//
+// Most lists are short. A group of adjacent lanes sums each, with one vector of columns per lane,
+// so that the loads of a row are coalesced. But one list may contain a large part of all windows:
+// longer lists are cut at the multiples of kShortList, a warp sums each piece, and sum_parts_kernel
+// adds the pieces. All sums are in float32 and in a fixed order.
 
 #include "elements.h"
 #include "kernels.h"
@@ -10,12 +13,12 @@
 namespace spade_fast {
 namespace {
 
-constexpr int kLoads = 4;  // of a thread that do not wait for each other
-// The blocks that sum the parts of long lists have these.
+constexpr int kLoads = 4;  // in flight per thread
+// The shape of the blocks of sum_parts_kernel.
 constexpr int64_t kPartThreads = 512;
 constexpr int kPartColumns = 128, kPartLanes = kPartThreads / kPartColumns;
 
-// Adds V columns of the rows that are listed at begin, begin + step, ... before `end`.
+// Adds V columns of the rows that are listed at begin, begin + step, … before `end`.
 template <int V, bool kVector>
 __device__ void add_rows(const ListSums& s, int64_t begin, int64_t end, int step, int64_t column,
                          float (&sum)[V]) {
@@ -43,8 +46,8 @@ __device__ void add_rows(const ListSums& s, int64_t begin, int64_t end, int step
   }
 }
 
-// The list that has this number of `listed`: the last that begins there or before. The threads of a
-// warp look at 32 lists at a time.
+// The list that contains this entry of `listed`: the last that begins there or before. A warp
+// searches together, 32 lists at a time.
 __device__ int64_t list_with(const Lists& lists, int64_t place) {
   int64_t first = 0, left = lists.count;
   while (left > 1) {
@@ -58,7 +61,8 @@ __device__ int64_t list_with(const Lists& lists, int64_t place) {
   return first;
 }
 
-// What a warp has: some columns, a vector to a thread, with as many lanes as fit beside each other.
+// A warp's columns, one vector per thread. A lane here is a group of threads that covers those
+// columns; a warp has as many lanes as fit.
 template <int V>
 struct WarpColumns {
   int lane, lanes;
@@ -70,7 +74,7 @@ struct WarpColumns {
         column((block * columns + threadIdx.x % columns) * V) {}
 };
 
-// The sum of a warp's lanes over [begin, end), to a row of `parts`.
+// Stores the sum over [begin, end) of all lanes of a warp to a row of `parts`.
 template <int V, bool kVector>
 __device__ void sum_part(const ListSums& s, const WarpColumns<V>& own, int64_t begin, int64_t end,
                          int64_t part) {
@@ -86,8 +90,8 @@ __device__ void sum_part(const ListSums& s, const WarpColumns<V>& own, int64_t b
   }
 }
 
-// A long list has more numbers than a piece. So there are two at most in one: that with the first
-// number, and that with the last.
+// A long list has more entries than a piece, so at most two meet a piece: the list with its first
+// entry and the list with its last.
 template <int V, bool kVector>
 __device__ void sum_piece(const ListSums& s, const WarpColumns<V>& own, int64_t piece) {
   const int64_t first = piece * kShortList,
@@ -107,8 +111,8 @@ __device__ void sum_piece(const ListSums& s, const WarpColumns<V>& own, int64_t 
   if (own.column == 0 && own.lane == 0) s.begun[piece] = static_cast<int32_t>(begun);
 }
 
-// The first warps have some columns of a piece each, the others of as many lists as they have
-// lanes.
+// The first warps sum one piece each, the others as many lists as they have lanes; each some
+// columns.
 template <bool kVector, int V>
 __global__ void __launch_bounds__(kThreads, 3)
     sum_lists_kernel(ListSums s, int columns, int64_t column_blocks) {
@@ -126,7 +130,7 @@ __global__ void __launch_bounds__(kThreads, 3)
   store<V>(s.sums.at(0, list, own.column), s.sums.type, {1, kVector ? V : count, kVector}, sum);
 }
 
-// A block has the long list that begins in a piece, if one does.
+// A block sums the parts of the long list that begins in its piece, if there is one.
 __global__ void __launch_bounds__(kPartThreads) sum_parts_kernel(ListSums s) {
   const int64_t piece = blockIdx.x, list = s.begun[piece];
   if (list < 0) return;

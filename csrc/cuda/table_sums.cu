@@ -1,11 +1,15 @@
-// dγ and dβ of a table: for each of its rows the sums over the pixels that have it, always in the
-// same order.
+// dγ and dβ of a table, and the sums Σq and Σq·(x − shift) of the planes: each row's gradient is a
+// sum over the pixels that have this row, in a fixed order.
 //
-// Pixels sorted by their row are cut into pieces of one row and at most kPiece pixels. Threads with
-// neighbouring channels sum a piece, and write what a row of one piece has; then the pieces of the
-// other rows are summed. With d = x − shift a piece has Σg and Σg·d, whence dβ = Σg and dγ =
-// scale·Σg·d + offset·Σg, and for the planes, with the row's γ, Σq = (1 + γ)·Σg and Σq·d = (1 +
-// γ)·Σg·d: no other pass over x. How many pieces there are stays on the device.
+// The pixels, sorted by row, are cut into pieces of at most kPiece pixels of one row. Threads with
+// adjacent channels sum Σg and D = Σ g·(x − shift) of a piece. From those follow, with the row's γ
+// and the plane's scale and offset,
+//
+//     dβ = Σg,  dγ = scale·D + offset·Σg,  Σq = (1 + γ)·Σg,  Σq·(x − shift) = (1 + γ)·D,
+//
+// so the planes need no other pass over x. A row with a single piece is finished at once; the
+// others are summed from their pieces by sum_rows_kernel. The number of pieces stays on the device,
+// so the host never waits.
 
 #include "kernels.h"
 #include "modulation.h"
@@ -14,17 +18,18 @@
 namespace spade_fast {
 namespace {
 
-// Threads of a block that sums pieces of a row: 32, of four channels each, at each of 8 pieces.
+// Threads per block of sum_rows_kernel: 32 columns of four channels, and 8 lanes at different
+// pieces.
 constexpr int64_t kRowThreads = 256;
 
-// A place among the sorted pixels of all images.
+// A place in the sorted order of all images' pixels.
 struct Sorted {
   uint32_t image, position;
   int32_t row;
   bool exists, begins_row, ends_row, begins_piece;
 };
 
-// The pixel that order has at a place: one that there is, whatever the number.
+// The pixel at a place of `order`, clamped, because `order` is not checked.
 __device__ uint32_t pixel_at(const Operands& o, const Pieces& pieces, int64_t at) {
   const uint32_t pixel = static_cast<uint32_t>(__ldg(pieces.order + at)),
                  pixels = static_cast<uint32_t>(o.shape.pixels);
@@ -80,12 +85,12 @@ __global__ void __launch_bounds__(kPlaces) list_pieces_kernel(Operands o, Pieces
   const Sorted place = sorted_at(o, pieces, at);
   int all;
   const int64_t found = pieces.counts[blockIdx.x] + scan(place.begins_piece, &all) - 1;
-  // More there are not where order is sorted.
+  // Beyond `most` only if `order` is not sorted.
   const int piece = static_cast<int>(found < pieces.most ? found : pieces.most - 1);
   if (!place.exists) return;
   if (place.begins_piece) {
     pieces.firsts[piece] = static_cast<int32_t>(at), pieces.piece_rows[piece] = place.row;
-    // Two pieces may be in the last place.
+    // The last slot may then hold two pieces: count it twice, so that it finishes no row alone.
     add_atomically(pieces.row_pieces + place.row, found < pieces.most - 1 ? 1 : 2);
   }
   int32_t* range = pieces.ranges + 2 * (place.row * o.shape.images + place.image);
@@ -97,8 +102,8 @@ __global__ void __launch_bounds__(kPlaces) list_pieces_kernel(Operands o, Pieces
                         pieces.image_firsts[o.shape.images] = piece + 1;
 }
 
-// A place in `found` for each piece whose row has others too. Which it is may differ from run to
-// run: what is there does not.
+// Assigns a slot in `found` to each piece that shares its row. Slots may differ from run to run,
+// but what the pieces store does not.
 __global__ void __launch_bounds__(kThreads) place_pieces_kernel(Pieces pieces, int64_t images) {
   const int32_t piece = blockIdx.x * kThreads + threadIdx.x;
   if (piece >= pieces.image_firsts[images]) return;
@@ -107,12 +112,13 @@ __global__ void __launch_bounds__(kThreads) place_pieces_kernel(Pieces pieces, i
   pieces.places[piece] = has_others && place < pieces.kept ? place : kNotKept;
 }
 
-// Whether four or eight channels are together, in what has them side by side whatever x's layout.
+// Whether vectors of channels can be loaded at once from arrays with contiguous channels (tables
+// and numbers per plane), whatever the layout of x.
 __device__ bool channels_together(const Operands& o) {
   return o.vector && o.shape.channels % 4 == 0;
 }
 
-// V channels of an image, as the threads that sum pieces have them.
+// V channels of an image, for the threads that sum pieces.
 template <int V, bool kLast, bool kWhole>
 struct Channels {
   Cursors<kLast> in;
@@ -135,12 +141,12 @@ struct PieceSums {
   float g[V], g_deviation[V];  // Σg and Σg·(x − shift)
 };
 
-// Over the pixels that order has in [begin, end).
+// The sums over the pixels at places [begin, end).
 template <int V, bool kLast, bool kWhole, bool kSilu>
 __device__ PieceSums<V> sum_pixels(const Operands& o, const Pieces& pieces,
                                    const Channels<V, kLast, kWhole>& channels, uint32_t row,
                                    uint32_t begin, uint32_t end) {
-  constexpr int kUnderWay = kLast ? 2 : 8 / V;  // pixels
+  constexpr int kUnderWay = kLast ? 2 : 8 / V;  // pixels in flight
   const Cursors<kLast>& in = channels.in;
   GammaBeta modulation = {};
   PerPlane<V, true> scale = {}, offset = {};
@@ -200,9 +206,9 @@ __device__ Piece piece_at(const Pieces& pieces, uint32_t piece) {
           number(pieces.piece_rows + piece)};
 }
 
-// A block has a split of an image's pieces, and of its channels as many as it has columns. Each of
-// its lanes sums a piece at a time. What they find of the planes is added up in shared memory,
-// where each thread has places of its own until the end.
+// A block handles one split of an image's pieces and some of its channels; each of its lanes sums
+// one piece at a time. Each thread accumulates the sums of the planes in shared memory of its own,
+// and the block adds them up at the end.
 template <int V, bool kLast, bool kWhole, bool kSilu>
 __global__ void __launch_bounds__(kThreads, kLast && kWhole && !kSilu ? 3 : 2)
     sum_pieces_kernel(Operands o, Pieces pieces, uint32_t channel_blocks, uint32_t splits,
@@ -269,9 +275,9 @@ __global__ void __launch_bounds__(kThreads, kLast && kWhole && !kSilu ? 3 : 2)
   }
 }
 
-// dγ and dβ of the rows that have more pieces than one, or none. A block has a row at a time, and
-// four channels of each column: its lanes go through the row's pieces in each image. Sums of pieces
-// that were not kept are found again.
+// dγ and dβ of the rows that have several pieces, or none. A block handles one row at a time, with
+// four channels per column; its lanes go through the row's pieces in each image. The sums of pieces
+// that were not kept are computed again.
 template <bool kLast, bool kWhole, bool kSilu>
 __global__ void __launch_bounds__(kRowThreads, 1)
     sum_rows_kernel(Operands o, Pieces pieces, uint32_t channel_blocks, Rows dgamma, Rows dbeta) {
@@ -286,7 +292,7 @@ __global__ void __launch_bounds__(kRowThreads, 1)
     if (__ldg(pieces.row_pieces + row) == 1) continue;
     float g_sum[4] = {}, g_normalised_sum[4] = {};
     for (int64_t first = 0; first < images; first += kRowThreads) {
-      __syncthreads();  // ranges were read
+      __syncthreads();  // all have read the ranges
       if (first + thread < images) {
         const int32_t* range = pieces.ranges + 2 * (row * images + first + thread);
         ranges[2 * thread] = __ldg(range), ranges[2 * thread + 1] = __ldg(range + 1);
@@ -376,7 +382,7 @@ void table_sums(const Settings& settings, const Operands& o, const Pieces& piece
   launch(list_pieces_kernel, blocks, dim3(kPlaces), kPlaces / 8, stream, o, pieces);
   launch(place_pieces_kernel, divide_up(pieces.most, kThreads), dim3(kThreads), 0, stream, pieces,
          o.shape.images);
-  Settings of_channels = settings;  // of which threads have V here, whatever the layout
+  Settings of_channels = settings;  // vectors are of channels here, whatever the layout
   of_channels.vector = channels % 8 == 0 ? settings.vector : 4;
   of_channels.whole = settings.whole && channels % of_channels.vector == 0;
   specialised(of_channels, o, [&](auto vector, auto last, auto whole, auto is_silu) {

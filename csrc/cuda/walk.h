@@ -1,4 +1,4 @@
-// Which elements a thread has, the numbers of their planes, and sums over a block.
+// The elements of each thread, the numbers of their planes, and reductions over a block.
 #pragma once
 
 #include "elements.h"
@@ -6,7 +6,7 @@
 
 namespace spade_fast {
 
-// A row of the table, whatever number index has, for nobody waits to ask whether it is one.
+// A row of the table, clamped, because checking the index would make the host wait.
 __device__ inline uint32_t row_of(const Operands& o, uint32_t number) {
   return number < o.rows ? number : o.rows - 1;
 }
@@ -14,7 +14,7 @@ __device__ inline uint32_t row_at(const Operands& o, const int32_t* index) {
   return row_of(o, static_cast<uint32_t>(__ldg(index)));
 }
 
-// A number of each plane that a thread has elements of: one, or one for each of its channels.
+// One number per plane of a thread's elements: a single one, or one for each of its V channels.
 template <int V, bool kLast>
 struct PerPlane {
   static constexpr int kCount = kLast ? V : 1;
@@ -23,7 +23,7 @@ struct PerPlane {
   __device__ float operator[](int k) const { return values[kLast ? k : 0]; }
 };
 
-// From the numbers of all planes those of one channel, or of the channels that a span has.
+// Loads the number of one channel, or of the channels of a span, from the numbers of all planes.
 template <int V, bool kLast>
 __device__ PerPlane<V, kLast> numbers_of(const Operands& o, const float* all, int64_t which,
                                          int64_t image, int64_t channel, Span span) {
@@ -48,14 +48,14 @@ __device__ PerPlane<V, kLast> numbers_of(const Operands& o, const float* all, in
   return result;
 }
 
-// Where threads find what they read, of an image: from a channel on, or of a channel's plane.
+// A thread's positions in all operands, for one image: from a channel on, or in a channel's plane.
 template <bool kLast>
 struct Cursors {
   const Operands& o;
   int64_t image, channel;
   Cursor x, dy, gamma, beta;
   const int32_t* index;
-  uint8_t* signs;  // of the plane, or the byte of the first pixel
+  uint8_t* signs;  // of the plane, or of these channels at the first pixel
   uint32_t signs_step;
 
   __device__ Cursors(const Operands& o, int64_t image, int64_t channel)
@@ -80,10 +80,10 @@ struct Cursors {
   }
 };
 
-// V elements of a thread, in a channel's plane or at a pixel.
+// V elements of a thread, in a plane or at a pixel.
 struct Elements {
-  uint32_t item;   // where cursors find them: the first's place in the plane, or the pixel
-  uint32_t start;  // the first's place in its row: in the plane, or among the channels
+  uint32_t item;   // their position for cursors: the place of the first in the plane, or the pixel
+  uint32_t start;  // the place of the first in its row: in the plane, or among the channels
   Span span;
 };
 
@@ -97,8 +97,8 @@ __device__ void store(const Cursor& to, const Elements& elements, const float (&
   store<V>(to.at(elements.item), to.type, elements.span, values);
 }
 
-// A thread's part of a tensor: of one plane, or V channels of one image; the items [begin, end) are
-// those of the block. kWhole: everywhere there are V elements or none.
+// A thread's part of a tensor: in one plane, or V channels of one image. The items [begin, end) are
+// those of the block. kWhole: every vector has either V elements or none.
 template <int V, bool kLast, bool kWhole>
 struct Part {
   int64_t image, channel;
@@ -131,8 +131,8 @@ struct Part {
     return count < 0 ? 0 : count < V ? static_cast<int>(count) : V;
   }
 
-  // The elements at an item; none beyond the end. Where rows begin anywhere, a warp has the
-  // elements of a strip by turns.
+  // The elements at an item; none beyond the end. If rows are not aligned, the lanes of a warp take
+  // the elements of a strip in turn, so that their loads are coalesced.
   __device__ Elements at(uint32_t item) const {
     if (kLast)
       return {item, static_cast<uint32_t>(channel), {1, item < end ? channels : 0, vector}};
@@ -142,12 +142,12 @@ struct Part {
     return {start, start, {32, limited((left + 31) / 32), false}};
   }
 
-  // Numbers of these planes, from numbers of all.
+  // Loads this part's numbers from those of all planes.
   __device__ PerPlane<V, kLast> numbers(const Operands& o, const float* all, int64_t which) const {
     return numbers_of<V, kLast>(o, all, which, image, channel, {1, channels, vector});
   }
 
-  // The other way; one thread of the block for each plane does it.
+  // Stores them; one thread of the block does it for each plane.
   __device__ void store_numbers(const Operands& o, float* all, int64_t which,
                                 const PerPlane<V, kLast>& numbers) const {
     if (threadIdx.y != 0 || (!kLast && threadIdx.x != 0)) return;
@@ -159,8 +159,9 @@ struct Part {
   }
 };
 
-// Sums over all items of a block, to the first numbers of scratch: those of each warp in one order,
-// then, by a thread for each number, those of the warps in one order. How many numbers there are.
+// Sums values over all items of a block, into the first numbers of scratch: within each warp by
+// shuffles, then over the warps with one thread per number, in a fixed order. Returns the number of
+// sums.
 template <int V, bool kLast>
 __device__ int sum_in_scratch(const float (&values)[V], float* scratch) {
   constexpr int kCount = PerPlane<V, kLast>::kCount;
@@ -186,7 +187,7 @@ __device__ int sum_in_scratch(const float (&values)[V], float* scratch) {
   return numbers;
 }
 
-// A thread's of the numbers that others wrote there before a barrier.
+// Loads this thread's sums, which others stored before a barrier.
 template <int V, bool kLast>
 __device__ PerPlane<V, kLast> read_scratch(const float* scratch) {
   PerPlane<V, kLast> sums;
@@ -204,8 +205,9 @@ __device__ PerPlane<V, kLast> block_sum(const float (&values)[V], float* scratch
   return read_scratch<V, kLast>(scratch);
 }
 
-// Over all items of a unit, which the blocks of a cluster share: each finds its own sums, then all
-// add them up in one order, to behind their own, which others read.
+// The same over all items of a unit, which the blocks of a cluster share. Each block computes its
+// own sums, then all of them add up the sums of all blocks in a fixed order. The result goes behind
+// a block's own sums, which other blocks still read.
 template <int V, bool kLast>
 __device__ PerPlane<V, kLast> unit_sum(const Division& d, const float (&values)[V],
                                        float* scratch) {
@@ -223,9 +225,9 @@ __device__ PerPlane<V, kLast> unit_sum(const Division& d, const float (&values)[
   return read_scratch<V, kLast>(scratch + numbers);
 }
 
-// The sums of 32 planes over all splits, by a block of 32 × 32 threads: each warp has 32
-// planes, which are side by side in memory, of every 32nd split, four of them under way; then each
-// has one plane, and combines what the warps found. The order is always the same.
+// Combines 32 planes over all splits, with a block of 32 × 32 threads. Each warp first combines
+// every 32nd split of the 32 planes, one plane per lane, with four loads in flight; then, after a
+// transposition through shared memory, the warps' results of one plane. The order is fixed.
 template <typename Found, typename Load>
 __device__ Found over_splits(int64_t splits, Load&& load_split) {
   constexpr int kUnderWay = 4;

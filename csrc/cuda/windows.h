@@ -1,16 +1,16 @@
-// The convolution at windows, as convolution.cpp calls it.
+// The convolution at windows: the arguments that convolution.cpp passes to its kernels.
 #pragma once
 
 #include "lists.h"
 
 namespace spade_fast {
 
-// A weight [out, in, *kernel] whose taps lie a step apart, and its bias, to be packed: [out, taps +
-// 1, width] with the channels of a tap side by side, zeros to a multiple of eight, and the bias, or
-// zero, in the place of a last tap's first channel.
+// Packs a weight [out, in, *kernel], whose taps lie a constant step apart, and its bias into
+// [out, taps + 1, width]. The channels of a tap are contiguous and padded with zeros to a multiple
+// of eight. The bias, or zero, is the first channel of an additional last tap.
 struct Packing {
   const uint16_t *weight, *bias;
-  int64_t output, channel, tap;  // steps
+  int64_t output, channel, tap;  // steps, in elements
   int64_t outputs, bias_step;
   int channels, taps, width;
   uint16_t* packed;
@@ -19,14 +19,14 @@ struct Packing {
 void pack_convolution(Stream stream, const Packing& p);
 
 struct WindowConvolution {
-  Lists lists;  // of row · taps + tap: what each window sees
+  Lists lists;  // of entries row · taps + tap: what each window sees
   Rows rows, results;
   int64_t row_count;
-  bool vector;  // whether rows begin at addresses divisible by 16, and have whole vectors
-  const char *weight, *bias;  // of two bytes a number; no bias is null
-  // Steps from one to the next; the channels of a tap lie side by side.
+  bool vector;                // whether rows are aligned to 16 bytes and consist of whole vectors
+  const char *weight, *bias;  // 16-bit elements; bias may be null
+  // Steps, in elements; the channels of a tap are contiguous.
   int64_t output, tap, bias_step;
-  // Width: the weight's channels, a multiple of eight; the last may be zeros.
+  // `width` is the number of the weight's channels, padded with zeros to a multiple of eight.
   int outputs, channels, taps, width;
 };
 

@@ -1,12 +1,12 @@
-"""Weights in files: how they get in and out, and which network they are of.
+"""Loads weights from files, writes them, and finds out which network they belong to.
 
-What is written here, and every state_dict of a network of this package, says with which arguments
-the network was made. What can be known of other weights is said by names and shapes. Known are the
-published `latest_net_{G,D,E}.pth`, with spectral norm's vectors as PyTorch has had them
-(`weight_orig`, `weight_u` with `weight_v` or without; `parametrizations.weight.…`), and the names
-of the paper's sketch (`shared.0`, `conv_gamma`, `conv_beta`); with the prefixes of DataParallel,
-torch.compile or a module around them; within dictionaries (`{"state_dict": …}`, `{"ema": …}`).
-Files are `.safetensors`, or else what torch.save writes, read with weights_only=True.
+Every state_dict of a network of this package, and every file written here, contains the arguments
+that made the network. Other weights are identified by names and shapes: the published
+`latest_net_{G,D,E}.pth`, with spectral norm in any form that PyTorch has used (`weight_orig`,
+`weight_u` with or without `weight_v`; `parametrizations.weight.…`), and the names of the paper's
+sketch (`shared.0`, `conv_gamma`, `conv_beta`). Prefixes of DataParallel, torch.compile or an
+enclosing module are accepted, and so are nested dictionaries (`{"state_dict": …}`, `{"ema": …}`).
+Files are `.safetensors`, or files of torch.save, which are read with weights_only=True.
 """
 
 from typing import Any
@@ -46,32 +46,34 @@ __all__ = [
 
 
 def load(source: Source, *, key: str | None = None, **arguments: Any) -> nn.Module:
-    """The network whose weights these are, with them, in eval mode.
+    """Makes the network that these weights belong to, with the weights loaded, in eval mode.
 
-    The arguments that made it are those that you give and, of the others, those that are written
-    beside the weights. Where none are, names and shapes say most. They do not say:
+    Its arguments are those that you give, and otherwise those written beside the weights. If none
+    are written there, names and shapes determine most arguments, but not:
 
-    - the size and the doublings of a published generator (`crop_size`, `aspect_ratio`,
+    - the size and the number of doublings of a published generator (`crop_size`, `aspect_ratio`,
       `num_upsampling_layers`): with 184, 151 or 36 channels they are assumed to be those of the
-      published COCO, ADE20K and Cityscapes. Where you give some of the three or `dataset`, the
-      others are those of that dataset, or of `SPADEGenerator.official` for a number of channels.
-    - `start`, `last_scale` and the stages' scales of another generator: one with the names and
-      the first map's number of places of the paper's sketch is taken for that. Where you give
-      `stages`, the rest is as SPADEGenerator has it by default.
-    - the norm: running moments are taken for "syncbatch", as published ("batch" gives the same
-      numbers in eval mode), none for "instance": `norm_G` says "group".
+      published COCO, ADE20K and Cityscapes generators. If you give `dataset` or some of the three,
+      the others are those of that data set, or of `SPADEGenerator.official` for that number of
+      channels.
+    - `start`, `last_scale` and the scales of the stages of any other generator: one with the names
+      of the paper's sketch, and a first map of as many pixels, is assumed to be that sketch. If you
+      give `stages`, the rest are the defaults of SPADEGenerator.
+    - the norm: weights with running moments are assumed to be "syncbatch", as published ("batch"
+      gives the same numbers in eval mode), those without "instance". Give `norm_G` for "group".
 
-    Whatever is left open by that is asked for.
+    If that leaves several networks possible, the error names the arguments that decide.
 
     Args:
-        source: a path, or a state_dict, or a dictionary with state_dicts in it.
-        key: which of several it is, as "ema" or "netG", or a path of names with dots.
+        source: a path, a state_dict, or a dictionary that contains state_dicts.
+        key: selects one of several networks: "ema", "netG", or a dotted path of names.
         arguments: of the network's constructor, or of `SPADEGenerator.official`.
 
     Raises:
-        ValueError: the weights are of no network that is known, do not fit, or fit several: the
-            message says what does not, or which arguments decide. Or there is no such file of
-            weights: see `read`.
+        ValueError: if the weights fit no known network, or several: the message says what does not
+            fit, or which arguments decide.
+        TypeError: if an argument is not one of that network's.
+        OSError, UnreadableFile: if the file cannot be read, see `read`.
     """
     part = choose(known_networks(dictionaries(source)), key)
     network, found = described(part, arguments)
@@ -79,20 +81,20 @@ def load(source: Source, *, key: str | None = None, **arguments: Any) -> nn.Modu
 
 
 def load_into(module: Model, source: Source, *, key: str | None = None) -> Model:
-    """Gives a module these weights, a path's or a state_dict's, whatever names they have. Returns
-    the module. The arguments beside them are not looked at: names and shapes
-    have to fit.
+    """Loads weights from a path or a state_dict into a module, and returns the module. All forms of
+    names that `load` knows are accepted. Arguments written beside the weights are ignored: only
+    names and shapes have to fit.
 
-    key: which of several it is, as for `load`; where only one fits it need not be said.
+    key: selects one of several networks, as for `load`. It may be omitted if only one fits.
 
-    Errors: ValueError if they do not fit: the message names keys and shapes, and says what they
-        look like. The module is then as it was, after any other error too.
+    Errors: ValueError if the weights do not fit: the message names keys and shapes, and the network
+        that the weights look like. After any error the module is unchanged.
     """
     wanted = wanted_of(module.state_dict())
     if any(tensor.is_meta for tensor in wanted.values()):
         raise ValueError(
-            f"this {type(module).__name__} is on the meta device, it should have memory:"
-            " to_empty(device=…) gives it some"
+            f"this {type(module).__name__} is on the meta device; it should be in memory: call"
+            " to_empty(device=…) first"
         )
     parts = with_name(parts_like(wanted, dictionaries(source)), key)
     found = [part for part in parts if not differences(part.tensors, wanted)]
@@ -102,7 +104,7 @@ def load_into(module: Model, source: Source, *, key: str | None = None) -> Model
     try:
         first, *others = fitting(choose(networks_of(part), None), {})
         looks_like = f"they look like those of {first}"
-        looks_like += " or another with the same names and shapes" if others else ""
+        looks_like += " or of another network with the same names and shapes" if others else ""
     except (TypeError, ValueError) as error:
         looks_like = str(error)
     raise ValueError(
@@ -112,12 +114,12 @@ def load_into(module: Model, source: Source, *, key: str | None = None) -> Model
 
 
 def read(path: Source, *, key: str | None = None) -> dict[str, torch.Tensor]:
-    """The state_dict in a file, on the CPU, as it is.
+    """The state_dict in a file, on the CPU, with its names unchanged.
 
-    key: which of several it is, as for `load`.
+    key: selects one of several state_dicts, as for `load`.
 
-    Errors: FileNotFoundError; IsADirectoryError; UnreadableFile, a ValueError, where there is none
-        in it, it is no file of weights, or a part of one, or it would run code.
+    Errors: FileNotFoundError or IsADirectoryError; UnreadableFile, a ValueError, if the file
+        contains no weights, is incomplete, or would run code.
     """
     found = dictionaries(path)
     parts = [Part(name, weights, None, True) for name, weights in found]
@@ -127,7 +129,7 @@ def read(path: Source, *, key: str | None = None) -> dict[str, torch.Tensor]:
 
 
 def describe(weights: Source, **arguments: Any) -> Description:
-    """The Description of the network that these weights, a state_dict, are of; arguments as for
-    `load`. Errors: ValueError if they are of none, or may be of several.
+    """The Description of the network that these weights, a state_dict or a path, belong to. The
+    arguments are those of `load`. Errors: ValueError if they fit no known network, or several.
     """
     return described(choose(known_networks(dictionaries(weights)), None), arguments)

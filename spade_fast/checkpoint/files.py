@@ -1,4 +1,4 @@
-"""Files of weights: `.safetensors`, or else what torch.save writes, read with weights_only=True."""
+"""Files of weights: `.safetensors`, or files of torch.save, read with weights_only=True."""
 
 import json
 import os
@@ -15,24 +15,26 @@ import torch.nn as nn
 from ..nn.arguments import ENTRY
 from ..writing import written
 
-MOST_LISTED = 5  # keys that do not fit, or networks that do, in a message
+MOST_LISTED = 5  # items of a list in an error message
 
 
 class UnreadableFile(ValueError, pickle.UnpicklingError):
-    """A file that is none of weights, or not a whole one, or that would run code."""
+    """A file that contains no weights, is incomplete, or would run code."""
 
 
 def write(source: nn.Module | Mapping[str, Any], path: str | os.PathLike) -> None:
-    """Writes a module's state_dict, or a state_dict, to a file: as `.safetensors`, or as torch.save
-    does. What was there stays until all is written, and so do its permissions (see `written`).
+    """Writes a module's state_dict, or a given state_dict, to a file: as `.safetensors` if the path
+    ends so, and otherwise with torch.save. An existing file is replaced only once the new one is
+    complete, and keeps its permissions (see `written`).
 
-    The state_dict of a network of this package has the arguments that made it in its metadata, and
-    so has the file: `load` makes the same network of it. `load_state_dict` and torch.load find
-    nothing in it that they do not know.
+    The metadata of a state_dict of this package's networks contains the arguments that made the
+    network. They are written too, so `load` can make the same network from the file.
+    `load_state_dict` and torch.load can read the file as well.
 
-    Errors: ValueError if a network is no longer what its arguments make, since something in it was
-        exchanged: the message says what. OSError, if there is no such folder, `path` is no file or
-        the disk is full; TypeError or what torch.save raises, if something cannot be written.
+    Errors: ValueError if a part of the network was replaced, so that its arguments no longer make
+        the same network: the message says what was replaced. OSError if the folder does not exist,
+        `path` is not a file, or the disk is full. TypeError, or an error of torch.save, if a value
+        cannot be written.
     """
     weights = source.state_dict() if isinstance(source, nn.Module) else source
     _check_makes_itself(weights)
@@ -45,18 +47,18 @@ def write(source: nn.Module | Mapping[str, Any], path: str | os.PathLike) -> Non
 
 
 def _check_makes_itself(weights):
-    """Raises where `load` would make another network of what a state_dict says of itself."""
+    """Raises ValueError if `load` would make a different network from the written arguments."""
     for entry in getattr(weights, "_metadata", {}).values():
         changed = entry.get(ENTRY, {}).get("changed")
         if changed:
             raise ValueError(
                 f"source is not what its arguments make: {first_of(changed)}."
-                " write(dict(source.state_dict()), path) writes the weights alone, for load_into"
+                " write(dict(source.state_dict()), path) writes only the weights, for load_into"
             )
 
 
 def first_of(words: Sequence[str]) -> str:
-    """The first of several things, and how many more there are."""
+    """The first MOST_LISTED items as text, and the number of those left out."""
     more = len(words) - MOST_LISTED
     return ", ".join(words[:MOST_LISTED]) + (f" and {more} more" if more > 0 else "")
 
@@ -64,12 +66,12 @@ def first_of(words: Sequence[str]) -> str:
 def contents(path: Path) -> Any:
     """The contents of a file of weights."""
     if path.is_dir():
-        raise IsADirectoryError(f"{path} is a directory, it should be a file of weights")
+        raise IsADirectoryError(f"{path} is a directory; it should be a file of weights")
     if not path.exists():
-        raise FileNotFoundError(f"{path} is not there, it should be a file of weights")
+        raise FileNotFoundError(f"{path} does not exist; it should be a file of weights")
     if not path.is_file():
-        raise OSError(f"{path} is a device or the like, it should be a file of weights")
-    with open(path, "rb") as file:  # errors of the file system are raised here, as they are
+        raise OSError(f"{path} is not a regular file; it should be a file of weights")
+    with open(path, "rb") as file:  # errors of the file system are raised unchanged here
         beginning = file.read(16)
     if not beginning:
         raise unreadable(path, "it is empty")
@@ -79,20 +81,20 @@ def contents(path: Path) -> Any:
         return torch.load(path, map_location="cpu", weights_only=True)
     except (ImportError, MemoryError):
         raise
-    except Exception as error:  # of any type, by where it ends or what it is instead
+    except Exception as error:  # of any type, depending on the file's contents
         raise unreadable(path, _reason(error, beginning)) from error
 
 
 def unreadable(path: Path, reason: str) -> UnreadableFile:
-    return UnreadableFile(f"{path} is no file of weights, or not a whole one: {reason}")
+    return UnreadableFile(f"{path} is not a file of weights, or is incomplete: {reason}")
 
 
 def _reason(error, beginning):
-    """What an error says of a file that begins so."""
+    """The reason why a file is unreadable, from the error and the file's first bytes."""
     refused = re.search(r"Unsupported global: GLOBAL (\S+)", str(error))
     if refused:
-        return f"it has {refused[1]} in it, which may run code, or ends within that name"
-    if isinstance(error, (pickle.UnpicklingError, KeyError)):  # whose messages mean a byte
+        return f"it contains {refused[1]}, which may run code, or it ends within that name"
+    if isinstance(error, (pickle.UnpicklingError, KeyError)):  # their messages only name a byte
         return f"it begins with {beginning}"
     return str(error).partition("\n")[0] or repr(error)
 
@@ -119,7 +121,8 @@ def _write_safetensors(weights, path):
     for key, tensor in weights.items():
         if not isinstance(key, str) or not isinstance(tensor, torch.Tensor):
             raise TypeError(
-                f"{key!r} is {type(tensor).__name__}, .safetensors should have names and tensors"
+                f"{key!r} is a {type(tensor).__name__}; .safetensors should have strings as names"
+                " and tensors as values"
             )
     entries = {
         place: entry[ENTRY]
@@ -141,6 +144,6 @@ def _safetensors(purpose):
         import safetensors.torch
     except ImportError as error:
         raise ModuleNotFoundError(
-            f"{purpose} .safetensors this needs: pip install safetensors ({error})"
+            f"{purpose} .safetensors, install safetensors: pip install safetensors ({error})"
         ) from error
     return safetensors

@@ -1,4 +1,4 @@
-"""The network that weights are of, by the arguments given and written, by names and by shapes."""
+"""Finds the network that weights belong to, from arguments, given or written, names and shapes."""
 
 import contextlib
 import inspect
@@ -24,9 +24,9 @@ NETWORKS: dict[str, type[Network]] = {
 }
 FIRST_CONVOLUTION = ".norm_0.mlp_shared.0.weight"  # of a block
 SETTINGS = ("num_upsampling_layers", "crop_size", "aspect_ratio")  # of a published generator
-OFFICIAL = ("dataset", *SETTINGS, "use_vae")  # `official` has them, SPADEGenerator does not
-WIRING = ("label_nc", "stages", "last_scale", "start")  # what `official` makes of its own ones
-EXAMPLES = ((256, 256), (512, 512), (256, 512))  # of height and width, which may be any
+OFFICIAL = ("dataset", *SETTINGS, "use_vae")  # arguments of `official` that SPADEGenerator lacks
+WIRING = ("label_nc", "stages", "last_scale", "start")  # arguments that `official` computes
+EXAMPLES = ((256, 256), (512, 512), (256, 512))  # (height, width); any other size is possible too
 
 
 class Description(NamedTuple):
@@ -36,7 +36,9 @@ class Description(NamedTuple):
     arguments: dict[str, Any]
 
     def as_made(self) -> tuple[str, dict[str, Any]]:
-        """The name and the arguments of the function that makes it."""
+        """The name and the arguments of the constructor, or of `official` if that makes the same
+        network.
+        """
         official = _as_official(self.arguments) if self.network is SPADEGenerator else None
         if official is None:
             return self.network.__name__, self.arguments
@@ -48,8 +50,8 @@ class Description(NamedTuple):
 
 
 def described(part: Part, given: dict[str, Any]) -> Description:
-    """The Description of the network, of the arguments given and those found. Errors: ValueError if
-    there is none or more than one that fits.
+    """The Description of the network, with the arguments given and those found. Errors: ValueError
+    if no network or more than one fits.
     """
     found = fitting(part, given)
     if len(found) > 1:
@@ -58,7 +60,7 @@ def described(part: Part, given: dict[str, Any]) -> Description:
 
 
 def fitting(part: Part, given: dict[str, Any]) -> list[Description]:
-    """All Descriptions whose networks have just these weights. Errors: ValueError if there are
+    """All Descriptions whose networks have exactly these weights. Errors: ValueError if there are
     none.
     """
     problems, found = {}, []
@@ -75,24 +77,25 @@ def fitting(part: Part, given: dict[str, Any]) -> list[Description]:
     if not found:
         nearest = min(problems, key=lambda name: len(problems[name]))
         raise ValueError(
-            f"they are like those of {nearest}, but do not fit: {'; '.join(problems[nearest])}"
+            f"the weights resemble those of {nearest}, but do not fit:"
+            f" {'; '.join(problems[nearest])}"
         )
     return found
 
 
 def _check_names(description):
-    """Errors: TypeError if an argument is given that the network does not have."""
+    """Raises TypeError if an argument is given that the network does not have."""
     known = inspect.signature(description.network).parameters
     for name in description.arguments:
         if name not in known:
             raise TypeError(
-                f"{name} is no argument of {description.network.__name__}, which has"
+                f"{name} is not an argument of {description.network.__name__}, whose arguments are"
                 f" {', '.join(known)}"
             )
 
 
 def _question(found):
-    """What to give, where several Descriptions fit."""
+    """The error message if several Descriptions fit: which arguments should be given."""
     shown = [description.as_made() for description in found]
     deciding = [
         name
@@ -104,31 +107,33 @@ def _question(found):
         for made, arguments in shown
     ]
     return (
-        f"they fit several networks, such as {first_of(networks)}: {' or '.join(deciding)}"
-        f" should be given, what is left out is as {shown[0][0]} has it"
+        f"the weights fit several networks, such as {first_of(networks)}: {' or '.join(deciding)}"
+        f" should be given; arguments left out have the defaults of {shown[0][0]}"
     )
 
 
 def _candidates(part, given):
-    """Descriptions of what the weights may be of; they are still to be checked."""
+    """Descriptions of networks that the weights may belong to, not yet checked."""
     weights = part.tensors
     if _is_among(OFFICIAL, given):
         for name in WIRING:
             if name in given:
                 raise TypeError(
-                    f"{name} is no argument of SPADEGenerator.official, it cannot be given with"
-                    f" {', '.join(name for name in OFFICIAL if name in given)}"
+                    f"{name} is not an argument of SPADEGenerator.official, so it cannot be given"
+                    f" with {', '.join(name for name in OFFICIAL if name in given)}"
                 )
     if part.written is not None:
         name, arguments = part.written["network"], part.written["arguments"]
         if part.written.get("changed"):
             raise ValueError(
-                f"they are of a {name} that was changed after it was made:"
-                f" {first_of(part.written['changed'])}. load_into one that was changed likewise"
+                f"the weights are those of a {name} that was changed after it was made:"
+                f" {first_of(part.written['changed'])}. Use load_into with a network that was"
+                " changed in the same way"
             )
         if name not in NETWORKS:
             raise ValueError(
-                f"they are of {name}, which is not known here: load_into a module of that class"
+                f"the weights are those of {name}, which is not a known network: use load_into with"
+                " a module of that class"
             )
         return [Description(NETWORKS[name], _merged(NETWORKS[name], arguments, given))]
     if "discriminator_0.model0.0.weight" in weights:
@@ -156,10 +161,12 @@ def _is_among(names, given):
 
 
 def _shape(weights, key):
-    """The shape of a convolution's weights. Errors: ValueError if they are none."""
+    """The shape of a convolution's weight. Errors: ValueError if the tensor cannot be one."""
     shape = weights[key].shape
     if len(shape) < 3:
-        raise ValueError(f"{key} has the shape {list(shape)}, which no convolution's weights have")
+        raise ValueError(
+            f"{key} has shape {list(shape)}; it should be that of a convolution's weight"
+        )
     return shape
 
 
@@ -179,7 +186,9 @@ def _of_discriminator(weights):
 
 
 def _of_any_generator(weights, first):
-    """What names and shapes say of a generator whose first block has this name."""
+    """The arguments of a generator that follow from names and shapes; `first` is the name of its
+    first block.
+    """
     nhidden, label_nc, *taps = _shape(weights, f"{first}{FIRST_CONVOLUTION}")
     is_spectral = f"{first}.conv_0.weight_orig" in weights
     convolution = f"{first}.conv_0.weight{'_orig' if is_spectral else ''}"
@@ -199,12 +208,14 @@ def _of_any_generator(weights, first):
 
 
 def _places(weights, found):
-    """The first map's, where z makes it, else None; `found` is what the weights say."""
+    """The number of pixels of the first map if it is computed from z, else None. `found` are the
+    arguments that follow from the weights.
+    """
     return None if found["z_dim"] is None else len(weights["fc.weight"]) // (16 * found["ngf"])
 
 
 def _published_layers(blocks):
-    """The doublings with which published generators have just these blocks."""
+    """The values of num_upsampling_layers for which a published generator has these blocks."""
     return [
         layers
         for layers in DOUBLINGS
@@ -213,8 +224,8 @@ def _published_layers(blocks):
 
 
 def _official_generators(weights, blocks, given):
-    """The given settings, with the published ones or the defaults for the others, where
-    that fits; or else everything that may.
+    """The generator with the given settings, and published or default values for the others, if
+    that fits; otherwise all generators that may fit.
     """
     found = _of_any_generator(weights, "head_0" if "head_0" in blocks else min(blocks))
     places, layers = _places(weights, found), _published_layers(blocks)
@@ -223,7 +234,7 @@ def _official_generators(weights, blocks, given):
     }
     found |= {name: value for name, value in given.items() if name not in OFFICIAL}
     filled = dict(official)
-    if len(official) > 1 and layers == ["most"]:  # the default would be another
+    if len(official) > 1 and layers == ["most"]:  # the default would not fit
         filled = {"num_upsampling_layers": "most"} | official
     problem, first = None, []
     try:
@@ -244,14 +255,16 @@ def _official_generators(weights, blocks, given):
 
 
 def _can_be(arguments, places, blocks):
-    """Whether a generator of these arguments has such a first map and such blocks."""
+    """Whether a generator with these arguments has `places` pixels in its first map, and these
+    blocks.
+    """
     start, names = arguments["start"], {stage.name for stage in arguments["stages"]}
     return places in (None, math.prod(start)) and names == blocks
 
 
 def _sizes(places, official, layers):
-    """The settings, those that are given among them, with which the first map has `places` places;
-    where their number is not known, examples.
+    """The settings, including those that are given, for which the first map has `places` pixels; if
+    `places` is None, examples.
     """
     for number in layers:
         doublings = DOUBLINGS[number]
@@ -263,14 +276,14 @@ def _sizes(places, official, layers):
         for height, width in starts:
             settings = dict(zip(SETTINGS, (number, width << doublings, width / height)))
             settings |= {name: official[name] for name in settings if name in official}
-            with contextlib.suppress(ValueError):  # of a size that cannot be made
+            with contextlib.suppress(ValueError):  # this size is not possible
                 made = official_arguments(official["dataset"], **settings)
                 if places is None or made["start"] == (height, width):
                     yield settings
 
 
 def _generators(weights, blocks, given):
-    """Generators that `official` does not make."""
+    """Descriptions of generators that `official` does not make."""
     if "stages" in given:
         wirings = [(given["stages"], 2)]
     elif blocks == {stage.name for stage in FROM_NOISE}:
@@ -279,15 +292,15 @@ def _generators(weights, blocks, given):
         wirings = [(published_stages(layers), 1) for layers in _published_layers(blocks)]
     if not wirings:
         raise ValueError(
-            "they are of a SPADEGenerator with stages of its own, which names and shapes do not"
-            f" say: stages should be given, a (name, width, scale) for each of"
+            "the weights are those of a SPADEGenerator with custom stages, which names and shapes"
+            " do not determine: stages should be given, a (name, width, scale) for each of"
             f" {first_of(sorted(blocks))}"
         )
     for stages, last_scale in wirings:
         first = next((stage[0] for stage in stages), None)
         if first not in blocks:
             raise ValueError(
-                f"stages begin with {first!r}, the blocks of these weights are"
+                f"stages begin with {first!r}; they should begin with a block of these weights:"
                 f" {first_of(sorted(blocks))}"
             )
         found = _of_any_generator(weights, first)
@@ -306,7 +319,7 @@ def _generators(weights, blocks, given):
 
 
 def _shapes(places, dimensions):
-    """All sizes with `places` places."""
+    """All shapes of maps with `places` pixels."""
     if dimensions == 1:
         return [(places,)]
     return [
@@ -318,8 +331,8 @@ def _shapes(places, dimensions):
 
 
 def _merged(network, arguments, given):
-    """The arguments of a network, with those that are given, of `official` too, in place of its
-    own.
+    """The arguments of a network, overridden by those that are given, which may be arguments of
+    `official` too.
     """
     if network is not SPADEGenerator or not _is_among(OFFICIAL, given):
         return arguments | given
@@ -327,7 +340,7 @@ def _merged(network, arguments, given):
     if official is None:
         raise ValueError(
             f"{', '.join(name for name in OFFICIAL if name in given)} cannot be given: these are"
-            f" weights of {Description(network, arguments)}, which official does not make"
+            f" weights of {Description(network, arguments)}, which official cannot make"
         )
     chosen = {name: given[name] for name in OFFICIAL if given.get(name) is not None}
     others = {name: value for name, value in given.items() if name not in OFFICIAL}
@@ -335,8 +348,8 @@ def _merged(network, arguments, given):
 
 
 def _resolved(official, others):
-    """The arguments of a SPADEGenerator, of those of `official` that it does not have and the
-    others.
+    """The arguments of a SPADEGenerator, computed from the arguments that only `official` has and
+    from the others.
     """
     settings = {name: official.get(name) for name in SETTINGS}
     resolved = others | official_arguments(official["dataset"], **settings)
@@ -347,9 +360,7 @@ def _resolved(official, others):
 
 
 def _as_official(arguments):
-    """The arguments with which `SPADEGenerator.official` makes the same network; None if it does
-    not.
-    """
+    """The arguments with which `official` makes the same network; None if it cannot."""
     stages = [tuple(stage) for stage in arguments.get("stages", ())]
     for layers, doublings in DOUBLINGS.items():
         if stages == published_stages(layers) and (
@@ -373,7 +384,7 @@ def _as_official(arguments):
 
 
 def _dataset(label_nc):
-    """The published data set whose conditions have `label_nc` channels, or their number."""
+    """The published data set whose conditions have `label_nc` channels, or else `label_nc`."""
     return next(
         (name for name in PUBLISHED if published_settings(name).label_nc == label_nc), label_nc
     )

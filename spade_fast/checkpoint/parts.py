@@ -1,5 +1,5 @@
-"""Which weights a file has: dictionaries in dictionaries, prefixes, and names that
-mean the same; and whether they fit.
+"""Finds the weights in a file, through nested dictionaries, prefixes and equivalent names, and
+checks whether they fit a module.
 """
 
 import contextlib
@@ -17,7 +17,7 @@ from ..nn.arguments import ENTRY, WRAPPED
 from ..nn.modules import Model
 from .files import MOST_LISTED, contents, first_of, unreadable
 
-# A path, or a dictionary with state_dicts in it.
+# A path, a state_dict, or a dictionary that contains state_dicts.
 Source = str | os.PathLike | Mapping[str, Any]
 Dictionaries = list[tuple[str, dict[str, torch.Tensor]]]
 RENAMED = (
@@ -27,24 +27,24 @@ RENAMED = (
     (r"(^|\.)parametrizations\.weight\.original$", r"\1weight_orig"),
     (r"(^|\.)parametrizations\.weight\.0\._([uv])$", r"\1weight_\2"),
 )
-OF_EACH_NETWORK = re.compile(  # what stands before it is the network's prefix
+OF_EACH_NETWORK = re.compile(  # the names of one weight of each network, after its prefix
     r"(|.*\.)(?:conv_img\.weight|fc_mu\.weight|discriminator_0\.model0\.0\.weight)"
 )
-COUNTERS = ("num_batches_tracked", "n_averaged")  # of batches and of averages: old files lack them
+COUNTERS = ("num_batches_tracked", "n_averaged")  # old files lack them
 
 
 class Part(NamedTuple):
-    """Weights that belong together, named as here."""
+    """The weights of one network, with the names that this package uses."""
 
-    name: str  # of the dictionaries and the prefix that they are in, with dots between
+    name: str  # the dictionaries' keys and the prefix that lead to the weights, joined by dots
     tensors: dict[str, torch.Tensor]
-    written: dict[str, Any] | None  # the network and its arguments
-    is_whole: bool  # whether nothing else lies beside them in their dictionary
+    written: dict[str, Any] | None  # the network and its arguments, if they are in the metadata
+    is_whole: bool  # whether the dictionary contains no other weights
 
 
 def dictionaries(source: Source) -> Dictionaries:
-    """All (name, dictionary of tensors) in what something is or is the path of. Errors: ValueError
-    where there are none, an UnreadableFile of a path.
+    """All pairs (name, dictionary of tensors) in a source. Errors: ValueError if there are none;
+    for a path, UnreadableFile.
     """
     path = Path(source) if isinstance(source, (str, os.PathLike)) else None
     source = source if path is None else contents(path)
@@ -53,12 +53,12 @@ def dictionaries(source: Source) -> Dictionaries:
         shown = (
             f"a dictionary of {first_of(list(map(str, source)))}"
             if isinstance(source, Mapping)
-            else type(source).__name__
+            else f"a {type(source).__name__}"
         )
         if path is not None:
-            raise unreadable(path, f"it has {shown} in it")
+            raise unreadable(path, f"it contains {shown}")
         raise ValueError(
-            f"source is {shown}, it should be a state_dict, names and tensors, or the path of one"
+            f"source is {shown}; it should be a state_dict, names and tensors, or the path of one"
         )
     return found or [("", {})]
 
@@ -78,7 +78,7 @@ def _dictionaries_in(source, name=""):
 
 
 def known_networks(dictionaries: Dictionaries) -> list[Part]:
-    """A Part for each network that is known. Errors: ValueError if there are none."""
+    """A Part for each known network in the dictionaries. Errors: ValueError if there are none."""
     parts = [
         _part(name, weights, renamed, prefix)
         for name, weights in dictionaries
@@ -91,7 +91,7 @@ def known_networks(dictionaries: Dictionaries) -> list[Part]:
 
 
 def prefixes(weights: dict[str, torch.Tensor]) -> list[str]:
-    """The prefixes of known networks in a dictionary that has the names as here."""
+    """The prefixes of the known networks in a dictionary that `named_as_here` returned."""
     matches = [
         OF_EACH_NETWORK.fullmatch(key) for key, tensor in weights.items() if tensor.dim() > 1
     ]
@@ -103,8 +103,8 @@ def networks_of(part: Part) -> list[Part]:
 
 
 def parts_like(wanted: dict[str, torch.Tensor], dictionaries: Dictionaries) -> list[Part]:
-    """A Part for each dictionary and each prefix that some of the names in it have before those
-    that are wanted; the ones with most of these first.
+    """A Part for each dictionary and each prefix in it that precedes names in `wanted`. The Parts
+    are sorted by the number of such names, largest first.
     """
     parts = []
     for name, weights in dictionaries:
@@ -120,7 +120,9 @@ def parts_like(wanted: dict[str, torch.Tensor], dictionaries: Dictionaries) -> l
 
 
 def _part(name, weights, renamed, prefix):
-    """The weights with a prefix in a dictionary, which `renamed` has named as here."""
+    """The Part of the weights in a dictionary that have this prefix. `renamed` is the dictionary as
+    `named_as_here` returned it.
+    """
     tensors = {
         key.removeprefix(prefix): tensor
         for key, tensor in renamed.items()
@@ -144,7 +146,7 @@ def _is_description(entry):
 
 
 def with_name(parts: list[Part], key: str | None) -> list[Part]:
-    """Those that `key` names, all of them where it is None. Errors: ValueError if it names none."""
+    """The Parts that `key` names, or all if it is None. Errors: ValueError if it names none."""
     if key is None:
         return parts
     found = [part for part in parts if part.name == key] or [
@@ -152,35 +154,37 @@ def with_name(parts: list[Part], key: str | None) -> list[Part]:
     ]
     if not found:
         names = ", ".join(repr(part.name) for part in parts)
-        raise ValueError(f"key is {key!r}, it should be one of {names}")
+        raise ValueError(f"key is {key!r}; it should be one of {names}")
     return found
 
 
 def choose(parts: list[Part], key: str | None) -> Part:
-    """The one Part that there is, or that has this name. Errors: ValueError if nothing says which
-    it is.
+    """The only Part, or the Part that `key` names. Errors: ValueError if the choice is ambiguous,
+    or if `key` names none.
     """
     parts = with_name(parts, key)
     names = ", ".join(repr(part.name) for part in parts)
     if len(parts) > 1:
-        raise ValueError(f"several are there, key should say which of them: {names}")
+        raise ValueError(f"there are several networks; key should name one of them: {names}")
     if key is None and not parts[0].is_whole:
-        raise ValueError(f"other weights are there beside these, which key={names} takes alone")
+        raise ValueError(f"there are other weights beside these; key={names} selects only these")
     return parts[0]
 
 
 def named_as_here(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """A state_dict with the names of this project's modules, and all that spectral norm needs."""
+    """A state_dict with the names that this package uses, and with any missing v of spectral norm.
+    Errors: ValueError if two of the weights get the same name.
+    """
     renamed = {_renamed(key): tensor for key, tensor in weights.items()}
     if len(renamed) < len(weights):
         twice = Counter(map(_renamed, weights)).most_common(1)[0][0]
         raise ValueError(
-            "two of these weights are the same here, one of them should be left out:"
+            "two of these weights have the same name here; one of them should be left out:"
             f" {' and '.join(key for key in weights if _renamed(key) == twice)}"
         )
     for key in [key for key in renamed if key.rpartition(".")[2] == "weight_orig"]:
         prefix = key.removesuffix("_orig")
-        divided = renamed.pop(prefix, None)  # by σ: old versions keep it
+        divided = renamed.pop(prefix, None)  # weight / σ, which old versions keep
         weight, u = renamed[key], renamed.get(f"{prefix}_u")
         if f"{prefix}_v" in renamed or u is None or u.shape != weight.shape[:1]:
             continue
@@ -196,8 +200,8 @@ def _renamed(key):
 
 
 def _right_vector(weight, u, divided):
-    """Spectral norm's v for a weight and its u, so that σ = u · W v is what the weight was divided
-    by, or else what it would be.
+    """Spectral norm's v for a weight and its u. If the divided weight is known, v is such that
+    σ = u · W v is the number it was divided by; otherwise v is the normalised Wᵀ u.
     """
     v = torch.mv(weight.flatten(1).t(), u)
     if divided is None:
@@ -208,7 +212,9 @@ def _right_vector(weight, u, divided):
 
 
 def _own_names(own):
-    """Names as here, without DataParallel's prefix, to the own names in a module's state_dict."""
+    """A dictionary from the names that this package uses, without DataParallel's prefix, to the own
+    names in a module's state_dict.
+    """
     names = {_renamed(key): key for key, tensor in own.items() if isinstance(tensor, torch.Tensor)}
     while any(key not in COUNTERS for key in names) and all(
         key.startswith("module.") or key in COUNTERS for key in names
@@ -218,22 +224,22 @@ def _own_names(own):
 
 
 def wanted_of(own: dict[str, Any]) -> dict[str, torch.Tensor]:
-    """A module's state_dict, with names as here."""
+    """A module's state_dict, with the names that this package uses."""
     return {key: own[name] for key, name in _own_names(own).items()}
 
 
 def differences(weights: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> list[str]:
-    """What does not fit, in words."""
+    """Descriptions of everything that does not fit; empty if the weights fit."""
     both = [key for key in wanted if key in weights]
     lists = {
         "is missing": [key for key in wanted if key not in weights and not key.endswith(COUNTERS)],
         "is not known": [key for key in weights if key not in wanted and key not in COUNTERS],
-        "has another shape": [
+        "differs in shape": [
             f"{key} {list(weights[key].shape)} for {list(wanted[key].shape)}"
             for key in both
             if weights[key].shape != wanted[key].shape
         ],
-        "is not of floating-point numbers": [
+        "is not floating-point": [
             f"{key} {weights[key].dtype}"
             for key in both
             if wanted[key].is_floating_point() and not weights[key].is_floating_point()
@@ -244,7 +250,7 @@ def differences(weights: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor
 
 
 def fill(module: Model, weights: dict[str, torch.Tensor]) -> Model:
-    """The module, with weights that fit it; after an error it is as it was."""
+    """Loads weights that fit into a module, and returns it. After an error it is unchanged."""
     own = module.state_dict()
     before = {
         key: value.clone() if isinstance(value, torch.Tensor) else value
@@ -254,14 +260,15 @@ def fill(module: Model, weights: dict[str, torch.Tensor]) -> Model:
     try:
         module.load_state_dict(before | given)
     except Exception:
-        with contextlib.suppress(Exception):  # of the tensor that nothing can be copied into
+        with contextlib.suppress(Exception):  # one tensor cannot be written to
             module.load_state_dict(before)
         raise
     return module
 
 
 def unknown(keys: Iterable[str]) -> ValueError:
+    """The error for weights of no known network."""
     return ValueError(
-        "they are of no network that is known here:"
+        "the weights fit no known network:"
         f" {', '.join(list(keys)[:MOST_LISTED]) or 'there are none'} …"
     )

@@ -42,6 +42,10 @@ def check(
         colour = "green" if far <= checking.AGREES else "red"
         table.add_row(escape(what), f"[{colour}]{far:.1e}")
     console.print(table)
+    console.print(
+        "Each error is relative to the norm of the model's own result, and at most"
+        f" {checking.AGREES:.0e} counts as agreement. Only the worst gradient is shown."
+    )
     table = table_of(
         "", "its own", "converted", "times as fast", "γ and β at", title="Time of a call"
     )
@@ -55,11 +59,15 @@ def check(
             or "as its own",
         )
     console.print(table)
+    console.print(
+        "Times are medians. The last column counts the calls of SPADEs that compute γ and β once"
+        " per distinct window of a label map, and those that compute them at every pixel."
+    )
     if any(ways["pixels"] for ways in result.ways.values()):
         console.print(
-            "Pixels: the calls of SPADEs in which γ and β were computed at every pixel, because of"
-            " what the layers are, or of the condition: dense, or small. For a model of label maps"
-            " give arguments with label maps: random numbers have no windows that repeat."
+            "γ and β are computed at every pixel because of the layers, or because the condition is"
+            " dense or small. For a model of label maps give arguments with label maps: random"
+            " numbers have no windows that repeat."
         )
     if not result.agrees:
         raise typer.Exit(1)

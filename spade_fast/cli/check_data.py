@@ -50,13 +50,20 @@ def check_data(
         raise typer.Exit(1) from None
     console = Console()
     console.print(table_of_classes(report))
+    typer.echo(
+        "Pixels and share are of all label maps; images are the label maps that have the class."
+    )
+    if report.label_shift:
+        typer.echo(f"A class is its number in the files minus {-report.label_shift}.")
     for note in report.notes:
         typer.echo(f"Note: {note}")
-    typer.echo(f"{report.pairs} pairs, the shortest side {report.shortest} pixels.")
+    typer.echo(
+        f"{report.pairs} pairs; the shortest side of a photograph is {report.shortest} pixels."
+    )
     for fault in report.faults:
         typer.echo(f"WRONG: {fault}")
     if report.faults:
-        typer.echo(f"{len(report.faults)} faults.")
+        typer.echo(f"{len(report.faults)} faults. Rows and columns are counted from 0.")
         raise typer.Exit(1)
     typer.echo("Nothing is wrong.")
 

@@ -41,7 +41,10 @@ def command() -> Callable[..., None]:
         _parameter(
             "preset_name",
             str,
-            " ".join(f"{name}: {words}" for name, (words, _) in PRESETS.items()),
+            " ".join(
+                f"{name}: {words} Sets {' '.join(map(_as_option, changed, changed.values()))}."
+                for name, (words, changed) in PRESETS.items()
+            ),
             "--preset",
             panel,
         ),
@@ -110,6 +113,10 @@ def _plain(wanted):
     if isinstance(wanted, types.UnionType):
         return next(kind for kind in get_args(wanted) if kind is not type(None))
     return wanted
+
+
+def _as_option(name, value):
+    return f"--{name.lower().replace('_', '-')} {value}"
 
 
 def _words(value):

@@ -1,11 +1,11 @@
 """`convert`: finds the SPADEs of other people's models, proves that it has understood each, and
 makes them fast in place.
 
-A module stays the same object, with its parameters, buffers and hooks; its class becomes one that
-is derived from its own (swap.py) and has the forward of `nn/spade.py` or `nn/block.py` for every
-call that was proved. A SPADE is recognised by its parts, not by its name (recognise.py), and then
-proved (prove.py): on small random tensors its outputs, gradients and buffers must be those of its
-own forward, in float64 and in its own dtype, in train and in eval mode, with and without autocast.
+A module stays the same object, with its parameters, buffers and hooks. Its class becomes a subclass
+of its own class (swap.py), which runs the forward of `nn/spade.py` or `nn/block.py` for every call
+that was proved. A SPADE is recognised by its parts, not by its name (recognise.py), and then proved
+(prove.py): on small random tensors the outputs, gradients and buffers must match those of its own
+forward, in float64 and in its own dtype, in train and in eval mode, with and without autocast.
 """
 
 from itertools import product
@@ -28,7 +28,6 @@ from .recognise import (
     recognise_spade,
 )
 from .report import Entry, Report
-from .seen import Seen
 from .swap import (
     Fast,
     FastBlock,
@@ -45,35 +44,37 @@ __all__ = ["Entry", "Fast", "Report", "convert", "revert"]
 
 
 def convert(model: nn.Module, *, probe: bool = True, blocks: bool = True) -> Report:
-    """Makes the SPADEs of a model fast, in place: the same parameters, buffers, hooks, keys and
-    numbers.
+    """Makes the SPADEs of a model fast, in place: parameters, buffers, hooks, state_dict keys and
+    results stay the same.
 
-    A converted module takes every call that its own forward takes, and runs that for those that
-    were not proved: with arguments beyond x and the condition that say something, in a mode, under
-    autocast or with attributes (`module.strength = 0`) for which the two were not found to agree.
+    A converted module takes every call that its own forward takes. It falls back to its own forward
+    for any call that was not proved: one with further arguments that differ from their defaults, or
+    one in a mode, under an autocast or with attributes (`module.strength = 0`) for which the two
+    forwards were not found to agree.
 
     Args:
-        model: any torch.nn.Module. What it has of SPADEs is found by structure: see the report for
-            what was not converted, and why.
-        probe: prove each by outputs, gradients and buffers on small random tensors, against its own
-            forward.
+        model: any torch.nn.Module. Its SPADEs are found by their structure; the report says what
+            was not converted, and why.
+        probe: prove each module against its own forward, by outputs, gradients and buffers on small
+            random tensors.
         blocks: convert residual blocks of the published shape (norm_0, norm_1, norm_s, conv_0,
             conv_1, conv_s) as well.
 
     Returns:
-        The Report. `revert(model)` undoes it.
+        The Report. `revert(model)` undoes the conversion.
 
     Raises:
-        TypeError: the model is no module, or is scripted or compiled.
+        TypeError: if the model is not a module, or is scripted or compiled.
     """
     if not isinstance(model, nn.Module):
-        raise TypeError(f"model is a {type(model).__name__}, it should be a torch.nn.Module")
+        raise TypeError(f"model is a {type(model).__name__}; it should be a torch.nn.Module")
     if isinstance(model, torch.jit.ScriptModule):
         raise TypeError(
-            "model is scripted: its forward is fixed; convert it before torch.jit.script or trace"
+            "model is scripted, so its forward is fixed; convert it before torch.jit.script or"
+            " torch.jit.trace"
         )
     if hasattr(model, "_orig_mod"):
-        raise TypeError("model is compiled: convert it before torch.compile")
+        raise TypeError("model is compiled; convert it before torch.compile")
     entries = {}
     for name, module in model.named_modules():
         if looks_like_spade(module):
@@ -85,8 +86,8 @@ def convert(model: nn.Module, *, probe: bool = True, blocks: bool = True) -> Rep
 
 
 def revert(model: nn.Module) -> int:
-    """Gives the modules that `convert` converted their own classes back. Returns how many there
-    were.
+    """Restores the own class of each module that `convert` converted. Returns the number of such
+    modules.
     """
     found = [module for module in model.modules() if isinstance(module, Fast)]
     for module in found:
@@ -118,8 +119,9 @@ def _convert(name, module, kind, recognise, probe):
 
 
 def _proved(module, kind, form):
-    """The form, its proof and the proof's exceptions. What a part of an unknown class has inside is
-    taken for what it does where that is proved, for then windows are possible.
+    """The form, its proof and the exceptions to the proof. A part of an unknown class is first
+    assumed to run the modules inside it one after the other, because that makes windows possible.
+    If the proof fails, the part is called as a whole.
     """
     if kind is FastSPADE and _is_opaque(module, form):
         try:
@@ -131,26 +133,24 @@ def _proved(module, kind, form):
 
 
 def _is_opaque(module, form):
-    """Whether a part is of a class that has other modules in it, and no Sequential."""
+    """Whether a part contains other modules and is not a Sequential."""
     parts = [module.get_submodule(name) for name in (form.shared, form.gamma, form.beta)]
     return any(leaf._modules for part in parts for leaf in leaves(part))
 
 
 def _check_names(module, kind):
-    """Raises Unlike for a module that has a name of its own which its fast class needs."""
+    """Raises Unlike if the module already uses a name that its fast class needs."""
     needed = {name for own in kind.__mro__ for name in vars(own) if not name.startswith("__")}
     needed |= {"kind", "own_class", "class_marks", "call", "spade_form"}
     needed -= {"forward", "_get_name", *vars(nn.Module)}
     own = {*module.__dict__, *module._buffers, *module._parameters, *module._modules}
     own |= {name for name in needed if hasattr(type(module), name)}
     if taken := sorted(own & needed):
-        raise Unlike(f"it has names that the fast class needs: {', '.join(taken)}")
+        raise Unlike(f"it uses names that the fast class needs: {', '.join(taken)}")
 
 
 def _check_marks(module, form):
-    """Raises Unlike for a module that has attributes with too much in them to be looked at in each
-    call.
-    """
+    """Raises Unlike if the module has attributes with too many values to compare in each call."""
     own, parts, wrappers = marks(module, form)
     of_others = [marked for _, marked in (*wrappers, *marks_of_class(type(module)))]
     found = {
@@ -160,24 +160,24 @@ def _check_marks(module, form):
         if isinstance(mark, NeverTheSame)
     }
     if found:
-        raise Unlike(f"attributes have too much in them to be watched: {', '.join(sorted(found))}")
+        raise Unlike(f"attributes have too many values to be watched: {', '.join(sorted(found))}")
 
 
 def _check_values(module):
-    """Raises Unlike for a module that cannot be probed, whatever it is."""
+    """Raises Unlike if the module cannot be probed, whatever it computes."""
     if "forward" in module.__dict__:
-        raise Unlike("its forward was replaced on this very module")
+        raise Unlike("its forward was replaced on this instance")
     tensors = [*module.parameters(), *module.buffers()]
     if any(nn.parameter.is_lazy(tensor) for tensor in tensors):
-        raise Unlike("it has lazy parameters without a shape yet: call it once, then convert")
+        raise Unlike("it has lazy parameters, which have no shape yet: call it once, then convert")
     if any(tensor.is_meta for tensor in tensors):
-        raise Unlike("its parameters are on the meta device, they have no values")
+        raise Unlike("its parameters are on the meta device, so they have no values")
     if not all(map(has_values, tensors)):
-        raise Unlike("its parameters are of a class that dispatches for itself")
+        raise Unlike("its parameters are of a tensor subclass with its own __torch_dispatch__")
 
 
 def _trusted(module, form):
-    """The proof of a module that is taken by its word."""
+    """A proof that assumes agreement in every state, without a probe."""
     both, floats = (False, True), (torch.float64, torch.float32, torch.bfloat16, torch.float16)
     return Proof(
         marks(module, form),
@@ -185,7 +185,6 @@ def _trusted(module, form):
         tuple(product(both, both)),
         tuple(product(both, floats, floats, (None, torch.bfloat16, torch.float16))),
         frozenset(CONDITIONS),
-        Seen(),
     )
 
 

@@ -1,5 +1,6 @@
-"""Whether a module's own forward and the fast one are one function: outputs, every gradient and
-every buffer, on small random tensors and with random weights, in each state that it may be used in.
+"""Proves that a module's own forward and the fast one compute the same function: outputs, gradients
+and buffers are compared on small random tensors, with random weights, in each state that the module
+may be used in.
 """
 
 from collections.abc import Callable, Iterator
@@ -14,34 +15,32 @@ from ..nn.choice import window_mode
 from ..nn.modules import marks_of
 from ..nn.parts import Form
 from .recognise import Unlike
-from .seen import Seen
 from .swap import Call, Fast, Proof, kinds_of_children, make_fast, marks
 
 PIXELS = (6, 4, 4)  # of a probe's x
-# The conditions that a probe has, by how large they are beside x: some of noise, with gradients,
-# some of labels, which go by windows.
+# A probe's conditions, by their size relative to x: noise has gradients, labels use windows.
 CONDITIONS = {
     "larger": [((9, 7, 5), "noise"), ((12, 8, 8), "labels")],
     "smaller": [((3, 2, 2), "noise"), ((4, 3, 3), "labels")],
     "same": [(PIXELS, "noise")],
 }
-# Multiples of the error that agreement allows. In float64 that is 1e-12, and proves the formula; in
-# other dtypes, where one sum of a few numbers may be luckier than another, it shows that the
-# module's dtype works.
+# Multiples of the error that agreement.py allows. In float64 this is 1e-12, which proves the
+# formula. In other dtypes, where rounding may favour one of two short sums by chance, it shows that
+# the dtype works.
 SLACK_IN_DOUBLE, SLACK = 100, 30
-# From one computation's y to the other's, as a share of the largest element: rounding is amplified
-# where a channel's mean is large beside its deviation, which a hundredth here is.
+# The distance allowed between the two outputs, as a fraction of the largest element. Rounding is
+# amplified where a channel's deviation is small relative to its mean; here it is a hundredth.
 CLOSE = {torch.float64: 1e-10, torch.float32: 1e-4, torch.float16: 0.05, torch.bfloat16: 0.25}
-AUTOCAST_SLACK = 3  # the norm of our error over its own: autocast rounds where the own forward does
+AUTOCAST_SLACK = 3  # ratio of our error's norm to the own forward's, which rounds elsewhere
 
 
 class OwnForwardFails(Unlike):
-    """A probe that the module itself does not take."""
+    """The module's own forward fails on a probe."""
 
 
 def prove(module: nn.Module, kind: type[Fast], form: Form) -> tuple[Proof, list[str]]:
-    """The proof, and where it does not hold, in words. Raises Unlike where the two do not agree in
-    the mode and dtype that the module is in.
+    """The proof, and descriptions of the states that it does not cover. Raises Unlike if the two
+    forwards disagree in the module's present mode and dtype.
     """
     weight = next(module.parameters())
     device = weight.device
@@ -49,7 +48,7 @@ def prove(module: nn.Module, kind: type[Fast], form: Form) -> tuple[Proof, list[
         torch.random.fork_rng([device] if weight.is_cuda else []),
         torch.inference_mode(False),
         torch.enable_grad(),
-        # The user's default device may be another; what sets one slows every call.
+        # Only if the default device is another one: a default that is set slows every call.
         nullcontext() if torch.get_default_device() == device else device,
         torch.autocast(device.type, enabled=False),
         window_mode("always"),
@@ -64,22 +63,21 @@ def prove(module: nn.Module, kind: type[Fast], form: Form) -> tuple[Proof, list[
                 check()
                 (modes if kept == "mode" else dtypes).append(state)
             except OwnForwardFails:
-                pass  # and so it does not matter
+                pass  # nothing to prove: the module cannot be used in this state
             except Unlike as unlike:
-                exceptions.append(f"{words} its own forward: {unlike}")
+                exceptions.append(f"its own forward {words}: {unlike}")
     proof = Proof(
         marks(module, form),
         kinds_of_children(module),
         tuple(modes),
         tuple(dtypes),
         frozenset(sizes),
-        Seen(),
     )
     return proof, exceptions
 
 
 class Probe:
-    """Runs of copies of a module, as it is and made fast, on the same tensors and weights."""
+    """Runs copies of a module, unchanged and made fast, on the same tensors and weights."""
 
     def __init__(self, module: nn.Module, kind: type[Fast], form: Form) -> None:
         self.module, self.kind, self.form = module, kind, form
@@ -87,8 +85,8 @@ class Probe:
         self.values = Values(module)
 
     def prove_sizes(self) -> list[str]:
-        """How large a condition may be beside x. Raises Unlike where the two do not agree on one
-        that the own forward takes, or it takes none.
+        """The sizes, relative to x, that a condition may have. Raises Unlike if the two forwards
+        disagree on a condition that the own forward accepts, or if it accepts none.
         """
         sizes: list[str] = []
         failure: OwnForwardFails | None = None
@@ -104,8 +102,8 @@ class Probe:
         return sizes
 
     def others(self, weight: torch.Tensor, size: str) -> Iterator[tuple[str, tuple, str, Callable]]:
-        """The modes, and the dtypes of weights, x and autocast, that the module is not in now: in
-        words, the state, which of the two it is, and its proof.
+        """The modes, and the dtypes of weights, x and autocast, other than the present ones. Yields
+        a description, the state, "mode" or "dtype", and the function that proves the state.
         """
         state: tuple
         condition, device, dtype = CONDITIONS[size][-1], weight.device.type, weight.dtype
@@ -130,7 +128,7 @@ class Probe:
                     yield f"{words} under autocast to {autocast}", state, "dtype", check
 
     def compare(self, size: tuple, content: str, training: bool | None = None) -> None:
-        """Raises Unlike where the two do not agree in float64, and in the module's own dtype."""
+        """Raises Unlike if the two forwards disagree in float64 or in the module's own dtype."""
         tensors = self.tensors(size, content)
         truth = self.outcome(None, tensors, torch.float64, training)
         ours = self.outcome(self.kind, tensors, torch.float64, training)
@@ -145,7 +143,7 @@ class Probe:
     def compare_outputs(
         self, size: tuple[int, ...], content: str, training: bool | None, dtype: torch.dtype
     ) -> None:
-        """Raises Unlike where the two do not agree without gradients, in this dtype."""
+        """Raises Unlike if the two forwards disagree in this dtype, without gradients."""
         tensors = self.tensors(size, content)
         theirs, ours = (self.outcome(of, tensors, dtype, training) for of in (None, self.kind))
         _compare_outputs(ours, theirs, dtype)
@@ -158,10 +156,10 @@ class Probe:
         dtype: torch.dtype,
         dtype_of_x: torch.dtype,
     ) -> None:
-        """Raises Unlike where the fast forward rounds more, or gives another dtype."""
+        """Raises Unlike if the fast forward rounds more, or returns another dtype."""
         tensors = self.tensors(size, content)
         with torch.autocast(tensors[0].device.type, dtype):
-            # The truth has the roundings to this dtype alone: autocast leaves float64 as it is.
+            # Autocast leaves float64 alone: the truth has only explicit roundings.
             truth = self.outcome(None, tensors, torch.float64, training)
             theirs, ours = (
                 self.outcome(of, tensors, self.dtype, training, dtype_of_x)
@@ -173,16 +171,18 @@ class Probe:
             scale = truth[name].norm()
             error, allowed = ((one[name].double() - truth[name]).norm() for one in (ours, theirs))
             if error > AUTOCAST_SLACK * allowed + 1e-6 * scale:
-                raise Unlike(f"it rounds less: {name} is {(allowed / scale).item():.1e} away")
+                raise Unlike(
+                    f"it rounds less: its error in {name} is {(allowed / scale).item():.1e}"
+                )
 
     def tensors(self, size: tuple, content: str) -> tuple:
-        """x, a condition of this size of noise with gradients or of labels without, and dy, all in
-        float64.
+        """x, a condition of this size and dy, all float64. A condition of noise requires gradients,
+        one of labels does not.
         """
         channels, label_nc = self.form.norm_nc, self.form.label_nc
         dims = self.form.spatial_dims
         torch.manual_seed(0)
-        # Where eps matters, and where it does not.
+        # Some channels are small enough for eps to matter, others are not.
         spread = torch.logspace(-2, 1, channels, dtype=torch.float64).view(1, -1, *[1] * dims)
         x = torch.randn(2, channels, *PIXELS[:dims], dtype=torch.float64) * spread + 1
         dy = torch.randn_like(x)
@@ -201,8 +201,8 @@ class Probe:
         training: bool | None,
         dtype_of_x: torch.dtype | None = None,
     ) -> dict:
-        """y, the gradients, where they are recorded, and the buffers after one forward of a copy of
-        the module, as it is (kind None) or made fast.
+        """y, the gradients if they are recorded, and the buffers, after one forward of a copy of
+        the module, unchanged (kind is None) or made fast.
         """
         module = _copy(self.module, self.values(dtype))
         if training is not None:
@@ -219,7 +219,7 @@ class Probe:
             y = self._forward(module, kind, x, segmap)
             if not isinstance(y, torch.Tensor):
                 kind_of = type(y).__name__
-                raise Unlike(f"its own forward returns a {kind_of}, a SPADE returns a tensor")
+                raise Unlike(f"its own forward returns a {kind_of}; a SPADE returns a tensor")
             if not torch.is_grad_enabled():
                 wanted = {}
             dy = dy.to(y.dtype)[:, :1].expand_as(y)
@@ -228,7 +228,7 @@ class Probe:
                 gradients = torch.autograd.grad(y, list(wanted.values()), dy, allow_unused=True)
         except Unlike:
             raise
-        except Exception as error:  # whatever a stranger's forward may raise
+        except Exception as error:  # the own forward may raise anything
             on = (
                 f"fails on x {list(x.shape)} and a condition {list(segmap.shape)}:"
                 f" {type(error).__name__}: {error}"
@@ -245,7 +245,7 @@ class Probe:
         }
 
     def _forward(self, module, kind, x, segmap):
-        """Without the module's own hooks, which stay with it."""
+        """y, computed without the module's own hooks."""
         if kind is not None:
             make_fast(module, kind, self.form)
             return module._fast(x, segmap)
@@ -253,14 +253,14 @@ class Probe:
         y = type(module).forward(module, x, segmap, **further)
         kept = [name for name, mark in marks_of(module).items() if before.get(name) != mark]
         if kept:
-            raise Unlike(f"its own forward changes what it has: {', '.join(kept)}")
+            raise Unlike(f"its own forward changes its attributes: {', '.join(kept)}")
         return y
 
 
 class Values:
-    """A module's parameters and buffers as others of their own, in one dtype or another: gradients
-    with respect to them do not reach the module. They are random: what a parameter does that is
-    zero, or one, at first is seen.
+    """Substitutes for a module's parameters and buffers, in any dtype. Gradients with respect to
+    them do not reach the module. Their values are random, so that a parameter which starts at zero
+    or one has a visible effect.
     """
 
     def __init__(self, module: nn.Module) -> None:
@@ -281,8 +281,8 @@ class Values:
 
 
 def _random_weight(name, own):
-    """A weight in its own dtype: a convolution's of the size that gives results near one, a norm's
-    near one.
+    """A random weight in the dtype of its own. A convolution's is scaled so that results are near
+    one, and a norm's is near one.
     """
     noise = torch.randn(own.shape, dtype=torch.float64)
     if own.dim() > 1:
@@ -293,7 +293,7 @@ def _random_weight(name, own):
 
 
 def _random_buffer(own):
-    """Never less than it is: it may be a variance."""
+    """A buffer plus positive noise: it may be a variance, which must not become negative."""
     if not own.is_floating_point():
         return own.detach().clone()
     return (own.detach() + 0.5 * torch.rand(own.shape, dtype=torch.float64)).to(own.dtype)
@@ -302,9 +302,9 @@ def _random_buffer(own):
 def _compare(ours, theirs, truth, dtype):
     if ours.keys() != theirs.keys():
         differ = ", ".join(sorted(ours.keys() ^ theirs.keys()))
-        raise Unlike(f"the fast forward has other gradients: {differ}")
-    # Those of a module's parameters together: a gradient that is zero in exact arithmetic is noise
-    # beside the others.
+        raise Unlike(f"only one of the two forwards has results for: {differ}")
+    # One scale for all parameters of a module: a gradient that is zero in exact arithmetic is only
+    # rounding noise.
     scales: dict[str, float] = {}
     for name, tensor in truth.items():
         owner = name.rpartition(".")[0] or name
@@ -320,19 +320,21 @@ def _compare(ours, theirs, truth, dtype):
         if not agrees:
             away = _error(ours[name], truth[name])
             raise Unlike(
-                f"it computes something else than its parts say: {name} is {away} away in {dtype}"
+                f"it does not compute what its parts suggest: {name} is {away} away in {dtype}"
             )
 
 
 def _compare_outputs(ours, theirs, dtype):
-    """Beside each other: where dtype decides what a forward does, float64 is no truth."""
+    """Compares the two outputs directly: if a forward depends on the dtype, a float64 result is not
+    the truth.
+    """
     ours, theirs = ours["y"], theirs["y"]
     scale = theirs.abs().max().item() if theirs.numel() else 0.0
     if ours.shape != theirs.shape or ours.dtype != theirs.dtype:
         raise Unlike(f"y is {ours.dtype} {list(ours.shape)}, not {theirs.dtype}")
     if not (ours - theirs).abs().max().item() <= CLOSE[dtype] * scale:
         raise Unlike(
-            f"it computes something else than its parts say: y is {_error(ours, theirs)} away in"
+            f"it does not compute what its parts suggest: y is {_error(ours, theirs)} away in"
             f" {dtype}"
         )
 
@@ -345,12 +347,12 @@ def _error(ours, truth):
 
 
 def _copy(module, copies):
-    """A copy of a module, with those parameters and buffers that `copies` has for its own: nothing
-    done to it reaches it.
+    """A copy of a module, with the parameters and buffers that `copies` has in place of the own
+    ones. Changes of the copy do not reach the module.
     """
     if id(module) not in copies:
         copies[id(module)] = copy = module.__class__.__new__(module.__class__)
-        for name, value in module.__dict__.items():  # lists and dictionaries are not shared
+        for name, value in module.__dict__.items():  # containers are not shared
             copy.__dict__[name] = type(value)(value) if type(value) in (list, dict, set) else value
         for kind in ("_parameters", "_buffers"):
             copy.__dict__[kind] = {

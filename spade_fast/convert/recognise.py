@@ -1,5 +1,5 @@
-"""Which module is a SPADE or its block, by its parts: names decide which modules are looked at, not
-what they are.
+"""Recognises a SPADE or its residual block by its parts. Names only decide which modules are
+examined, not what they are.
 """
 
 import torch.nn as nn
@@ -11,7 +11,7 @@ from ..nn.spade import SpatiallyAdaptive
 
 
 class Unlike(Exception):
-    """Why a module is left as it was."""
+    """The reason why a module is left as it was."""
 
 
 def looks_like_spade(module: nn.Module) -> bool:
@@ -21,7 +21,7 @@ def looks_like_spade(module: nn.Module) -> bool:
 
 
 def recognise_spade(module: nn.Module) -> tuple[Form, str]:
-    """The Form of a SPADE, and what it is in words; raises Unlike."""
+    """The Form of a SPADE, and a description of it in words. Raises Unlike if it is not one."""
     children = dict(_only_child(name, child) for name, child in module.named_children())
     convolutions = {
         name: [part for part in child.modules() if isinstance(part, CONVOLUTION_TYPES)]
@@ -30,7 +30,7 @@ def recognise_spade(module: nn.Module) -> tuple[Form, str]:
 
     def only(what, names):
         if len(names) != 1:
-            raise Unlike(f"it has {', '.join(names) or 'nothing'} for {what}, it should have one")
+            raise Unlike(f"it has {', '.join(names) or 'nothing'} for {what}; it should have one")
         return names[0]
 
     def with_convolution(word):
@@ -49,7 +49,7 @@ def recognise_spade(module: nn.Module) -> tuple[Form, str]:
         not first.out_channels == second.in_channels == third.in_channels
         or second.out_channels != third.out_channels
     ):
-        raise Unlike(f"{shared}, {gamma} and {beta} have other channels than those of a SPADE")
+        raise Unlike(f"the channels of {shared}, {gamma} and {beta} do not match those of a SPADE")
     others = [name for name in children if name not in (gamma, beta, shared)]
     pads = [name for name in others if _is_of(children[name], padding)]
     pad = only("padding", pads) if pads else None
@@ -62,7 +62,7 @@ def recognise_spade(module: nn.Module) -> tuple[Form, str]:
     }
     unused = [name for name, tensor in module.named_parameters() if id(tensor) not in used]
     if unused:
-        raise Unlike(f"it has parameters that a SPADE has not: {', '.join(unused)}")
+        raise Unlike(f"it has parameters that a SPADE does not have: {', '.join(unused)}")
     dims = next(dims for dims, kind in CONVOLUTIONS.items() if isinstance(first, kind))
     form = Form(norm, shared, gamma, beta, second.out_channels, first.in_channels, dims, pad)
     sizes = f"{form.norm_nc}, {form.label_nc}, {first.out_channels}"
@@ -70,20 +70,22 @@ def recognise_spade(module: nn.Module) -> tuple[Form, str]:
 
 
 def _only_child(name, child):
-    """A child and its name; where it is a list of one, that one's."""
+    """A child and its name. If the child is a ModuleList of one module, that module instead."""
     if isinstance(child, nn.ModuleList) and len(child) == 1:
         return _only_child(f"{name}.0", child[0])
     return name, child
 
 
 def _is_of(module, like):
-    """Whether a module without parameters is defined where this class is, or in this file."""
+    """Whether a module has no parameters, and its class is defined in the file `like`, which is
+    given as a Python module or as a class defined there.
+    """
     home = getattr(like, "__module__", None) or like.__name__
     return type(module).__module__ == home and not list(module.parameters())
 
 
 def looks_like_block(module: nn.Module) -> bool:
-    """Whether a module has the children of a residual block, with SPADEs that are fast."""
+    """Whether a module has the children of a residual block, and its SPADEs are fast."""
     children = dict(module.named_children())
     needed = {"norm_0", "norm_1", "conv_0", "conv_1"}
     if not needed <= children.keys() or ("norm_s" in children) != ("conv_s" in children):
@@ -93,8 +95,10 @@ def looks_like_block(module: nn.Module) -> bool:
 
 
 def recognise_block(module: nn.Module) -> tuple[Form, str]:
-    """The Form of its norm_0, which says what a block takes, and what it is in words."""
+    """The Form of a block's norm_0, which gives the block's input sizes, and a description of the
+    block in words.
+    """
     first, second = module.norm_0, module.norm_1
     assert isinstance(first, SpatiallyAdaptive) and isinstance(second, SpatiallyAdaptive)
-    form = first.spade_form
+    form = first.spade_form._replace(inside=False)  # those parts are the SPADE's
     return form, f"residual block {form.norm_nc} → {second.spade_form.norm_nc}"

@@ -1,4 +1,4 @@
-"""What `convert` did, module by module."""
+"""The report of `convert`, module by module."""
 
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -9,19 +9,20 @@ WIDTH = 80
 
 
 class Entry(NamedTuple):
-    """What became of one module."""
+    """The outcome for one module."""
 
     name: str
     type: str
     recognised_as: str
     converted: bool
-    # why it was not converted; else how γ and β are computed, on which backend, and when not
+    # Why it was not converted; or else how γ and β are computed, on which backend, and in which
+    # states the module's own forward runs instead.
     reason: str
 
 
 class Report(tuple[Entry, ...]):
-    """The entries of every module that looked like a SPADE or its block, in the model's order;
-    printed, a table.
+    """The entries of all modules that looked like a SPADE or its block, in the model's order. It
+    prints as a table.
     """
 
     def __str__(self) -> str:
@@ -37,8 +38,8 @@ class Report(tuple[Entry, ...]):
 
         if not self:
             return (
-                "No SPADE was found: no module has a norm, and convolutions with gamma and beta in"
-                " their names. The model is as it was."
+                "No SPADE was found: no module has parts with gamma and beta in their names. The"
+                " model is as it was."
             )
         table = Table("layer and its class", "recognised as; converted: how, or why not")
         for column in table.columns:
@@ -52,5 +53,5 @@ class Report(tuple[Entry, ...]):
 
     @property
     def converted(self) -> int:
-        """How many modules were converted."""
+        """The number of modules that were converted."""
         return sum(entry.converted for entry in self)

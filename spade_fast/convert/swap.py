@@ -1,10 +1,11 @@
-"""Classes that are a stranger's but for their forward, which is the project's for every call that
-was proved, and the stranger's for every other.
+"""The fast classes: subclasses of other people's classes, whose forward is this project's for every
+call that was proved, and the own class's for every other call.
 """
 
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from itertools import chain
 from typing import Any, NamedTuple, SupportsIndex
 
 import torch
@@ -16,6 +17,7 @@ from ..nn.block import ResidualBlock
 from ..nn.modules import (
     KINDS,
     MAKERS,
+    NOT_MARKED,
     PLAIN,
     Same,
     first_weight,
@@ -27,24 +29,23 @@ from ..nn.modules import (
 )
 from ..nn.parts import Form, HasParts
 from ..nn.spade import SpatiallyAdaptive, batch_of
+from ..nn.unchanged import Each, Version, until_changed, views_inside
 from ..recording import is_recorded
-from .seen import Seen
 
 
 class Proof(NamedTuple):
-    """What a module's own forward and the fast one were found to agree on. A forward may look at
-    more than its arguments and weights: for anything else, the own forward is what there is.
+    """The states in which a module's own forward and the fast one were found to agree. A forward
+    may depend on more than its arguments and weights, so in any other state the own forward runs.
     """
 
-    marks: list  # the module's own attributes, and those of its parts
+    marks: list  # of the module's own attributes, and of those of its parts
     children: tuple  # the kinds of its parts
-    modes: tuple  # (training, whether gradients are recorded)
-    dtypes: tuple  # (training, the weights', x's, autocast's or None)
-    sizes: frozenset  # of a condition beside x, along an axis: "same", "larger", "smaller"
-    seen: Seen  # what the module had when it was found to be as it was
+    modes: tuple  # pairs: whether in train mode, whether gradients are recorded
+    dtypes: tuple  # whether in train mode, then the dtypes of weights, x and autocast (or None)
+    sizes: frozenset  # of a condition relative to x, along an axis: "same", "larger", "smaller"
 
     def holds(self, module: "Fast", x: torch.Tensor, segmap: torch.Tensor) -> bool:
-        """Whether it is of the module as it is now, with these arguments."""
+        """Whether the proof covers the module's present state and these arguments."""
         device = x.device.type
         autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
         dtypes = (module.training, first_weight(module).dtype, x.dtype, autocast)
@@ -52,39 +53,60 @@ class Proof(NamedTuple):
             (module.training, torch.is_grad_enabled()) in self.modes
             and dtypes in self.dtypes
             and sizes_against(x, segmap) <= self.sizes
-            and self._is_of(module)
+            and until_changed(module, is_as_proved, views_of_marks)
         )
 
-    def _is_of(self, module):
-        """Whether the module is as it was."""
-        compiling = torch.compiler.is_compiling()
-        if not compiling and self.seen.has_the_same(module):
-            return True
-        is_as_it_was = (
-            kinds_of_children(module) == self.children
-            and follows(module)
-            and marks(module, module.spade_form) == self.marks
-            and marks_of_class(module.own_class) == module.class_marks
-        )
-        if is_as_it_was and not compiling:
-            wrappers = wrappers_in(module, module.spade_form)
-            self.seen.see(module, parts_of(module), wrappers, kinds_of(module.own_class))
-        return is_as_it_was
+
+def is_as_proved(module: "Fast") -> bool:
+    """Whether a module is unchanged since it was proved, except for its weights."""
+    form = module.spade_form
+    return (
+        kinds_of_children(module) == form.proof.children
+        and follows(module)
+        and marks(module, form) == form.proof.marks
+        and marks_of_class(module.own_class) == module.class_marks
+    )
+
+
+def views_of_marks(module: "Fast") -> Iterator[Iterable]:
+    """Views of everything that `is_as_proved` compares. Comparing marks takes far longer than
+    comparing the objects in these views.
+    """
+    parts, wrappers = parts_of(module), wrappers_in(module, module.spade_form)
+    entries = [vars(kind) for kind in kinds_of(module.own_class)]
+    entries += [own for of in (module, *wrappers) for own in (of._modules, of._buffers)]
+    yield Each(type, module._modules.values())
+    for own in (*entries, *map(vars, wrappers)):
+        yield from (own, own.values())
+    for part in parts:
+        yield from (vars(part), Each(_but_tensors, vars(part).values()))
+    for of in (module, *parts, *wrappers):
+        entries.append({name: own for name, own in vars(of).items() if name not in NOT_MARKED})
+    for value in chain.from_iterable(own.values() for own in entries):
+        yield from views_inside(value, Version)
+
+
+def _but_tensors(value):
+    """The value; or for any tensor, which a call may recompute, the class Tensor."""
+    return torch.Tensor if isinstance(value, torch.Tensor) else value
 
 
 def marks(module: nn.Module, form: Form) -> list:
+    """The marks of a module's attributes, of its parts' settings, and of its wrappers."""
     parts = [marks_of_settings(part) for part in parts_of(module)]
     return [marks_of(module), parts, marks_of_wrappers(module, form)]
 
 
 def kinds_of_children(module: nn.Module) -> tuple:
-    """The own classes of a module's parts. A norm that is known may become another."""
+    """The own classes of a module's parts. All known norms count as one kind, because one may be
+    replaced by another.
+    """
     own = [getattr(type(child), "own_class", type(child)) for child in module._modules.values()]
     return tuple("norm" if kind in KINDS else kind for kind in own)
 
 
 def marks_of_class(own_class: type[nn.Module]) -> list:
-    """What a class and those that it is derived from say: a method may be exchanged."""
+    """The marks of the attributes of a class and its base classes: a method may be replaced."""
     return [
         (Same(kind), {name: mark_of(own) for name, own in vars(kind).items()})
         for kind in kinds_of(own_class)
@@ -92,17 +114,19 @@ def marks_of_class(own_class: type[nn.Module]) -> list:
 
 
 def kinds_of(own_class: type[nn.Module]) -> tuple:
-    """A class and those that it is derived from, up to torch's."""
+    """A class and its base classes, up to torch.nn.Module, which is left out."""
     return own_class.__mro__[: own_class.__mro__.index(nn.Module)]
 
 
 def marks_of_wrappers(module: nn.Module, form: Form) -> list:
-    """The attributes of what parts of unknown classes have inside, where that is looked into."""
+    """The marks of the attributes of the wrappers."""
     return [(Same(own), marks_of(own)) for own in wrappers_in(module, form)]
 
 
 def wrappers_in(module: nn.Module, form: Form) -> list[nn.Module]:
-    """The modules with others in them, where parts of unknown classes are looked into."""
+    """The wrappers: modules that contain others, in the parts of a SPADE whose contents count
+    (`form.inside`).
+    """
     if not form.inside:
         return []
     parts = (module.get_submodule(name) for name in (form.shared, form.gamma, form.beta))
@@ -110,12 +134,12 @@ def wrappers_in(module: nn.Module, form: Form) -> list[nn.Module]:
 
 
 def follows(module: nn.Module) -> bool:
-    """Whether a module's parts are in its mode."""
+    """Whether a module's parts are all in its own mode, train or eval."""
     return all(child.training == module.training for child in parts_of(module))
 
 
 def parts_of(module: nn.Module) -> list[nn.Module]:
-    """A module's own parts, but for norms and SPADEs: at those is looked when they are used."""
+    """A module's children except norms and SPADEs, which are checked when they are used."""
     return [
         child
         for child in module._modules.values()
@@ -124,12 +148,12 @@ def parts_of(module: nn.Module) -> list[nn.Module]:
 
 
 def is_same(one: Any, other: Any) -> bool:
-    """Whether two values are one object, or equal numbers, flags or names."""
+    """Whether two values are the same object, or equal numbers, flags or strings."""
     return one is other or (type(one) is type(other) and type(one) in PLAIN and one == other)
 
 
 def sizes_against(x: torch.Tensor, segmap: torch.Tensor | SemanticLayout) -> set:
-    """How a condition's size is beside x's, along each axis."""
+    """The sizes of a condition relative to x's, each axis as "same", "larger" or "smaller"."""
     given = segmap.codes.shape[1:] if isinstance(segmap, SemanticLayout) else segmap.shape[2:]
     found = set()
     for own, wanted in zip(given, x.shape[2:]):
@@ -142,35 +166,37 @@ def is_empty(x: torch.Tensor | SemanticLayout) -> bool:
 
 
 class Fast(nn.Module):
-    """Marks the classes that `convert` makes. They have no name that could be imported: pickle and
-    copy make them anew.
+    """The base of the classes that `convert` creates. These classes cannot be imported by name, so
+    pickle and copy create them again.
     """
 
     kind: type  # FastSPADE or FastBlock
     own_class: type[nn.Module]
-    class_marks: list  # of the own class when this one was made
+    class_marks: list  # of the own class, when this class was created
     call: "Call"
     spade_form: Form
     check: Callable[[torch.Tensor, torch.Tensor | SemanticLayout], None]
     _fast: Callable[[torch.Tensor, torch.Tensor | SemanticLayout], torch.Tensor]
 
     def __reduce_ex__(self, protocol: SupportsIndex) -> tuple:
-        getstate: Any = getattr(self.own_class, "__getstate__", None)  # object's, or the stranger's
+        getstate: Any = getattr(
+            self.own_class, "__getstate__", None
+        )  # object's, or the own class's
         is_own = getstate is not getattr(object, "__getstate__", None)
         return _empty, (self.kind, self.own_class), getstate(self) if is_own else self.__dict__
 
     def __init_subclass__(cls) -> None:
-        """The stranger's is not asked: a registry of its classes is not for this one."""
+        """Skips the own class's: a registry of its subclasses should not list this class."""
 
     def _get_name(self) -> str:
         return f"Fast{self.own_class.__name__}"
 
     def forward(self, *arguments: Any, **named: Any) -> Any:
-        """The own forward's result, of whatever it takes."""
+        """The result of the own forward, for any arguments that the own forward takes."""
         if isinstance(arguments, torch.fx.Proxy):
             raise TypeError(
-                "torch.fx cannot trace a converted module by itself: revert(model) first, or trace"
-                " the model that it is in"
+                "torch.fx cannot trace a converted module alone: call revert(model) first, or trace"
+                " the model that contains it"
             )
         if not isinstance(self, Fast):  # reverted while it was called
             return self.forward(*arguments, **named)
@@ -190,8 +216,8 @@ class Fast(nn.Module):
         )
 
     def _is_proved(self, x, segmap):
-        """Whether this is a call, in a state, that the proof holds for. Calls that are recorded
-        go to the own forward, and so do wrong ones: its users know its errors.
+        """Whether the proof covers this call in the present state. Recorded calls go to the own
+        forward, and so do calls with bad arguments, because users know its errors.
         """
         try:
             self.check(x, segmap)
@@ -216,19 +242,19 @@ class FastBlock(Fast, ResidualBlock):
         return self.compute(x, segmap)
 
     def _is_proved(self, x, segmap):
-        """Nor is it where somebody watches a part: the own forward calls them in its own way."""
+        """Also False if a part has hooks: they should see the calls that the own forward makes."""
         return not watches_inside(self) and super()._is_proved(x, segmap)
 
 
 class Call:
-    """How a forward is called: with x and a condition, and what else it takes."""
+    """The signature of a forward: x, a condition, and any further arguments."""
 
     def __init__(self, forward: Any) -> None:
         _, *parameters = inspect.signature(forward).parameters.values()
         positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
         self.names: list[str] = []
         self.several = False
-        # What each further argument is in a call without it; None where it has to be given.
+        # Each argument's default; None if it is required.
         self.neutral: dict[str, Any] = {}
         for parameter in parameters:
             if parameter.kind is inspect.Parameter.VAR_POSITIONAL:
@@ -236,8 +262,8 @@ class Call:
             elif parameter.kind in positional:
                 self.names.append(parameter.name)
             if parameter.kind in positional or parameter.kind is inspect.Parameter.KEYWORD_ONLY:
-                is_given = parameter.default is inspect.Parameter.empty
-                self.neutral[parameter.name] = None if is_given else parameter.default
+                is_required = parameter.default is inspect.Parameter.empty
+                self.neutral[parameter.name] = None if is_required else parameter.default
         self.required = [
             parameter.name
             for parameter in parameters
@@ -245,30 +271,30 @@ class Call:
         ][2 if not self.several else 1 :]
 
     def pair(self, arguments: tuple, named: dict) -> tuple | None:
-        """x and the condition, where the call has nothing else that says anything; else None."""
+        """x and the condition, if every further argument has its default value; else None."""
         if self.several:
-            further = all(self._says_nothing(name, value) for name, value in named.items())
+            further = all(self._is_default(name, value) for name, value in named.items())
             return arguments if len(arguments) == 2 and further else None
         if len(arguments) > len(self.names) or len(self.names) < 2:
             return None
         given = dict(zip(self.names, arguments))
         if given.keys() & named.keys():
-            return None  # twice, which the own forward says
+            return None  # given twice, for which the own forward raises an error
         given.update(named)
         x, segmap = self.names[:2]
         if x not in given or segmap not in given:
             return None
         pair = given.pop(x), given.pop(segmap)
-        return pair if all(self._says_nothing(*argument) for argument in given.items()) else None
+        return pair if all(self._is_default(*argument) for argument in given.items()) else None
 
-    def _says_nothing(self, name, value):
+    def _is_default(self, name, value):
         if name not in self.neutral:
             return False
         return is_same(value, self.neutral[name])
 
 
 def watches_inside(module: nn.Module) -> bool:
-    """Whether a part of a module has hooks, besides those that make its weight."""
+    """Whether a part of a module has hooks, besides those that compute its weight."""
     waiting = list(module._modules.values())
     while waiting:
         part = waiting.pop()
@@ -281,13 +307,13 @@ def watches_inside(module: nn.Module) -> bool:
 
 
 def dense(argument: Any, dtype: torch.dtype) -> Any:
-    """An argument as strangers know it: the condition itself in place of a layout."""
+    """An argument as the own forward takes it: a layout becomes a dense condition."""
     return argument.to_segmap(dtype) if isinstance(argument, SemanticLayout) else argument
 
 
 @functools.cache
 def fast_class(kind: type[Fast], own_class: type[nn.Module]) -> type[Fast]:
-    """The class that is own_class but for forward."""
+    """The subclass of `own_class` with the fast forward."""
     attributes = {
         "kind": kind,
         "own_class": own_class,

@@ -1,8 +1,8 @@
 """From a folder of label maps and photographs to batches for training: `find_pairs` finds the
-files, `Preparation` makes a layout and a tensor of each pair, `Folder` or `Stream` is the data set,
-and `loader` yields its batches, windows numbered.
+files, `Preparation` turns each pair into a layout and a tensor, `Folder` or `Stream` is the data
+set, and `loader` yields its batches with their windows numbered.
 
-Nothing here knows of networks; sizes, kernel_size and scales say what they will ask a layout for.
+Nothing here knows about networks: sizes, kernel_size and scales say which windows they need.
 """
 
 from .check import Report, check_data

@@ -1,4 +1,4 @@
-"""What `spade-fast check-data` does: finds before training what ruins it after."""
+"""The checks of `spade-fast check-data`: they find faults in the data before they ruin a run."""
 
 import os
 from collections import Counter
@@ -15,19 +15,20 @@ from .files import Palette, read_labels, read_orientation, read_photograph
 from .pairs import Pair, convention_of, match
 from .sheet import MOST_SHOWN, Shown, check_writable, draw
 
-FILLED = (255, 65535)  # all bits set: what data sets write where there is no class
+FILLED = (255, 65535)  # all bits set: data sets mark pixels without a class with these
 
 
 @dataclass
 class Report:
     """The contents of the folders.
 
-    pairs: files that have their partners.
-    faults: a line for each thing that is wrong.
-    notes: a line for each thing that is unusual, and may be right.
-    pixels, images: how many pixels and images each number has, by the number in the files.
-    num_classes, dont_care: as given, or as the numbers suggest; label_shift: the convention's.
-    sizes: width and height of the photographs, with the first file of each.
+    pairs: how many complete pairs there are.
+    faults: a line for each fault.
+    notes: a line for each thing that is unusual but may be right.
+    pixels, images: the number of pixels and of label maps with each label, by the label as it is
+        in the files.
+    num_classes, dont_care: as given, or as the labels suggest; label_shift: the convention's.
+    sizes: each width and height that photographs have, with the first such file.
     """
 
     pairs: int
@@ -42,12 +43,12 @@ class Report:
 
     @property
     def shortest(self) -> int:
-        """Pixels of the shortest side of all photographs, 0 if none can be read."""
+        """The shortest side of any photograph in pixels, 0 if none can be read."""
         return min(map(min, self.sizes), default=0)
 
     @property
     def classes(self) -> dict[int, tuple[int, int]]:
-        """Pixels and images of each class that occurs, "don't care" as num_classes."""
+        """The pixels and images of each class that occurs; "don't care" is num_classes."""
         found = {}
         for number in sorted(self.pixels):
             place = number + self.label_shift
@@ -80,17 +81,17 @@ def check_data(
     sheet: str | os.PathLike | None = None,
     progress: Callable[[Iterable, int], Iterable] = lambda found, count: found,
 ) -> Report:
-    """Reads all files of a data set, and reports every fault.
+    """Reads all files of a data set and reports every fault.
 
     Args:
-        labels, images, instances, convention: as of `find_pairs`.
-        palette: the class of each colour, where label maps are colour-coded.
-        num_classes, dont_care: those of the convention, or suggested, where they are not given.
-        sheet: a PNG to write, some of the photographs beside their labels in colours.
-        progress: wraps the pairs, and takes their number: a progress bar.
+        labels, images, instances, convention: as in `find_pairs`.
+        palette: the class of each colour, if label maps are colour-coded.
+        num_classes, dont_care: by default the convention's, or else suggested by the labels.
+        sheet: a PNG to write, with some of the photographs beside their labels in colours.
+        progress: called with the pairs and their number, returns the same pairs: a progress bar.
 
-    Errors: ValueError, where a folder is not there or has no files, an argument is no such thing,
-        or the sheet cannot be written there.
+    Errors: ValueError if a folder does not exist or has no files, an argument is not as described,
+        or the sheet cannot be written.
     """
     rules = convention_of(convention)
     if num_classes is not None:
@@ -136,7 +137,7 @@ def check_data(
 
 
 class Allowed(NamedTuple):
-    """Which numbers label maps may have; num_classes None for all that are not negative."""
+    """The labels that files may have: with num_classes None, every class from 0 up."""
 
     num_classes: int | None
     dont_care: int | None
@@ -173,13 +174,13 @@ def _look(pair: Pair, palette: Palette | None, allowed: Allowed, is_shown: bool)
             if numbers is not None and numbers.shape[::-1] != photograph.size:
                 faults.append(
                     f"{path} is {numbers.shape[1]} × {numbers.shape[0]}, {pair.image} is"
-                    f" {photograph.width} × {photograph.height}: they should be of one size"
+                    f" {photograph.width} × {photograph.height}: they should have the same size"
                 )
         orientation = tried(read_orientation, pair.image)
         if orientation not in (1, None):
             faults.append(
-                f"{pair.image} has the EXIF orientation {orientation}: viewers turn it, training"
-                " does not; turn its pixels, or remove the tag where the labels are as they are"
+                f"{pair.image} has the EXIF orientation {orientation}: viewers rotate it, training"
+                " does not; rotate its pixels, or remove the tag if they match the labels"
             )
     counts = {} if labels is None else counts_of(labels)
     wrong = [number for number in counts if number not in allowed]
@@ -192,7 +193,7 @@ def _look(pair: Pair, palette: Palette | None, allowed: Allowed, is_shown: bool)
 
 
 def counts_of(labels: np.ndarray) -> dict[int, int]:
-    """How many pixels have each number."""
+    """The number of pixels with each label."""
     numbers, counts = np.unique(labels, return_counts=True)
     return dict(zip(numbers.tolist(), counts.tolist()))
 
@@ -200,12 +201,12 @@ def counts_of(labels: np.ndarray) -> dict[int, int]:
 def words_of_wrong(
     labels: np.ndarray, counts: dict[int, int], wrong: list[int], allowed: Allowed
 ) -> str:
-    """A number that is out of range in words: how many pixels, the first place, what else is."""
+    """Describes the first label out of range: its pixels, its first place, and the rest's count."""
     row, column = np.argwhere(labels == wrong[0])[0].tolist()
     more = ""
     if len(wrong) > 1:
         pixels = sum(counts[number] for number in wrong)
-        more = f"; {len(wrong)} numbers in {pixels} pixels are out of range"
+        more = f"; {len(wrong)} labels in {pixels} pixels are out of range"
     return (
         f"a {wrong[0]} in {counts[wrong[0]]} pixels, first at row {row}, column {column}; it should"
         f" have {allowed.words}{more}"
@@ -213,8 +214,8 @@ def words_of_wrong(
 
 
 def _suggested(pixels, allowed):
-    """num_classes and dont_care where they are not given: no class is the number that all bits are
-    set of, if there is a gap below it; the classes end with the largest of the others.
+    """num_classes and dont_care, guessed if they are not given: a label with all bits set is "don't
+    care" if there is a gap below it, and the largest other label is the last class.
     """
     num_classes, dont_care, shift = allowed
     largest = max(pixels, default=0)
@@ -228,7 +229,7 @@ def _suggested(pixels, allowed):
 
 
 def _ranges(numbers):
-    """Whole numbers in words, such as "1, 3 to 7": they are sorted."""
+    """Sorted whole numbers in words, such as "1, 3 to 7"."""
     runs: list[list[int]] = []
     for number in numbers:
         if runs and number == runs[-1][1] + 1:

@@ -1,14 +1,14 @@
-"""Colours for classes: the same class has the same one in every picture."""
+"""Colours for classes: a class has the same colour in every picture."""
 
 import functools
 
 import numpy as np
 import torch
 
-LEVELS = 16  # of each channel of the colours that are chosen from
+LEVELS = 16  # values of each channel among the candidate colours
 DARKEST = 0.45  # lightness in OKLab: darker colours look like black
 # From linear RGB to the responses of the eye's cones, and from their cube roots to lightness and
-# two opponent axes: OKLab (Ottosson 2020), where distances are about as they are seen.
+# two opponent axes: OKLab (Ottosson 2020), where distances are roughly as the eye perceives them.
 CONES = np.array(
     [
         [0.4122214708, 0.5363325363, 0.0514459929],
@@ -26,22 +26,22 @@ AXES = np.array(
 
 
 def colours(count: int) -> np.ndarray:
-    """A colour for each of `count` classes, uint8 [count, 3]; those of fewer classes are the first
-    of them. Each looks as different as can be from those before it, from white and from dark ones,
-    which stay free. After some thousand they repeat.
+    """A colour for each of `count` classes, uint8 [count, 3]; a smaller count gives the first rows
+    of a larger one. Each colour looks as different as possible from those before it and from white.
+    Dark colours are not used. After some thousand classes the colours repeat.
     """
     return np.resize(_chosen(count), (count, 3))
 
 
 def paint(labels: np.ndarray | torch.Tensor, colours: np.ndarray) -> np.ndarray:
-    """A map in colours, uint8 [height, width, 3], of whole numbers [height, width] that are rows of
-    colours. Errors: ValueError where one is not.
+    """The picture, uint8 [height, width, 3], of whole numbers [height, width] that are rows of
+    colours. Errors: ValueError if a number is not a row.
     """
     labels = np.asarray(labels)
     if labels.size and not (0 <= labels.min() and labels.max() < len(colours)):
         raise ValueError(
             f"labels has numbers from {labels.min()} to {labels.max()}, they should be 0 to"
-            f" {len(colours) - 1}, a colour for each"
+            f" {len(colours) - 1}: colours has a row for each of these"
         )
     return colours[labels]
 

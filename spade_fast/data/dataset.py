@@ -14,14 +14,14 @@ from .packing import pack, unpack
 from .pairs import Pair
 from .preparation import Preparation
 
-# What the discriminator asks a layout for: its first convolution's kernel size, stride and padding,
-# and the pooling between its scales.
+# Windows that the discriminator needs: its first convolution's kernel size, stride and padding, and
+# the pooling between its scales.
 PATCHES = (4, 2, 2)
 HALF: dict[str, Any] = {"kernel_size": 3, "stride": 2, "padding": 1, "count_include_pad": False}
 
 
 class Example(NamedTuple):
-    """One layout, its photograph, float32 [1, 3, height, width] from −1 to 1, and its name."""
+    """A layout, its photograph as float32 [1, 3, height, width] from −1 to 1, and its name."""
 
     layout: SemanticLayout
     image: torch.Tensor
@@ -31,17 +31,17 @@ class Example(NamedTuple):
 class Folder(Dataset):
     """The examples of some pairs of files.
 
-    `dataset[epoch, index]` is cropped and mirrored at random, by seed, epoch and index alone: it is
-    the same in every process and worker, and in a run that goes on. `dataset[index]` is not random:
-    the middle, not mirrored.
+    `dataset[epoch, index]` is cropped and mirrored at random. Seed, epoch and index alone decide
+    how: it is the same in every process and worker, and in a resumed run. `dataset[index]` is not
+    random: it is the middle of the image, not mirrored.
 
     Args:
         pairs: as `find_pairs` returns them.
-        preparation: makes layout and tensor of each.
-        palette: the class of each colour, where label maps are colour-coded.
+        preparation: turns each pair into a layout and a tensor.
+        palette: the class of each colour, if label maps are colour-coded.
         seed: of the random crops.
 
-    Errors: ValueError, TypeError, which name the pair and the fault of its files.
+    Errors: ValueError or TypeError, which names the pair and the fault in its files.
     """
 
     def __init__(
@@ -64,7 +64,7 @@ class Folder(Dataset):
         chance = None if epoch is None else random_of(self.seed, epoch, index)
         with named(name):
             if image is None:
-                raise ValueError("it has no photograph, it should have one")
+                raise ValueError("the pair has no photograph, it should have one")
             classes = read_labels(labels, self.palette)
             numbers = None if instances is None else read_labels(instances)
             layout, photograph = self.preparation(classes, read_photograph(image), numbers, chance)
@@ -73,15 +73,15 @@ class Folder(Dataset):
 
 class Stream:
     """The examples of any iterable of (labels, photograph) or (labels, photograph, instances), in
-    its order: of a generator once, of an iterable that begins anew each time again and again.
+    its order. A generator is read once; an iterable that can start again is read over and over.
 
-    Every worker and process reads the iterable, and prepares those examples that are its own, by
-    their running number: so it should yield the same in each, and split nothing itself. Crops are
-    random by seed and running number alone.
+    Every worker and process reads the whole iterable, and prepares its share of the examples by
+    their running number. The iterable should therefore yield the same in each of them, without
+    splitting anything itself. Seed and running number alone decide the random crops.
 
     Args:
         iterable: of tuples that `Preparation` takes.
-        preparation: makes layout and tensor of each.
+        preparation: turns each tuple into a layout and a tensor.
         seed: of the random crops.
     """
 
@@ -91,19 +91,19 @@ class Stream:
     def numbered(self) -> Iterable[tuple[int, tuple]]:
         """The iterable's tuples with their running numbers, over and over."""
         number, before = 0, -1
-        while number != before:  # a pass that yields nothing is the end
+        while number != before:  # until a pass yields nothing
             before = number
             for example in self.iterable:
                 yield number, example
                 number += 1
 
     def example(self, number: int, given: tuple) -> Example:
-        """The example with this running number. Errors: as of Folder."""
+        """The example with this running number. Errors: as for Folder."""
         with named(f"example {number}"):
             if not isinstance(given, (tuple, list)) or len(given) not in (2, 3):
                 raise TypeError(
-                    f"it is a {type(given).__name__}, it should be (labels, photograph) or (labels,"
-                    " photograph, instances)"
+                    f"this is a {type(given).__name__}, it should be (labels, photograph) or"
+                    " (labels, photograph, instances)"
                 )
             chance = random_of(self.seed, number)
             labels, photograph, instances = given if len(given) == 3 else (*given, None)
@@ -112,13 +112,13 @@ class Stream:
 
 
 def random_of(*numbers: int) -> random.Random:
-    """A generator of random numbers that depends on these numbers alone."""
+    """A random number generator seeded with these numbers alone."""
     return random.Random(" ".join(map(str, numbers)))
 
 
 @contextlib.contextmanager
 def named(name: str) -> Iterator[None]:
-    """Inside, errors begin with the example's name."""
+    """Inside, the messages of errors begin with the example's name."""
     try:
         yield
     except (ValueError, TypeError) as error:
@@ -127,7 +127,7 @@ def named(name: str) -> Iterator[None]:
 
 
 class Batch(NamedTuple):
-    """A layout of several images, their photographs, float32 [N, 3, height, width] from −1 to 1,
+    """A layout of several images, their photographs as float32 [N, 3, height, width] from −1 to 1,
     and their names.
     """
 
@@ -143,7 +143,7 @@ class Batch(NamedTuple):
         return Batch(self.layout.pin_memory(), self.images.pin_memory(), self.names)
 
     def to(self, device: torch.device | str | int, non_blocking: bool = True) -> "Batch":
-        """The batch on this device, with all windows; a GPU does not wait where it is pinned."""
+        """The batch on this device, with all windows; a copy from pinned memory is asynchronous."""
         return Batch(
             self.layout.to(device, non_blocking),
             self.images.to(device, non_blocking=non_blocking),
@@ -161,13 +161,13 @@ def collate(
     kernel_size: int = 3,
     scales: int = 0,
 ) -> Batch:
-    """One batch of several examples, with everything numbered that a step asks its layout for.
+    """One batch of several examples, with all windows numbered that a training step needs.
 
     Args:
-        sizes, kernel_size: of the generator's blocks, as its attributes of these names say.
-        scales: of the discriminator.
+        sizes, kernel_size: the generator's attributes of these names.
+        scales: how many scales the discriminator has.
 
-    Errors: ValueError where the examples differ in size.
+    Errors: ValueError if the examples differ in size.
     """
     layout = SemanticLayout.stack(example.layout for example in examples)
     scale = layout.prepare(sizes, kernel_size)

@@ -10,10 +10,10 @@ from PIL import Image
 
 Palette = Mapping[tuple[int, int, int], int]  # the class that each colour stands for
 
-LOSSY = ("JPEG", "MPO", "JPEG2000")  # formats of images that no label map survives
-# Nothing else is tried: Pillow hands some formats to other programs, whoever the file is from.
+LOSSY = ("JPEG", "MPO", "JPEG2000")  # formats whose compression changes labels
+# No other format is opened: Pillow passes some to external programs, even from untrusted sources.
 FORMATS = ("PNG", "JPEG", "JPEG2000", "WEBP", "BMP", "TIFF", "GIF", "PPM")
-NUMBERS = ("1", "L", "P", "I", "I;16", "I;16B", "I;16L", "I;16N")  # modes of one number a pixel
+NUMBERS = ("1", "L", "P", "I", "I;16", "I;16B", "I;16L", "I;16N")  # modes with a number per pixel
 COLOURS = ("RGB", "RGBA", "RGBX")
 ORIENTATION = 0x0112  # the EXIF tag: 1 is upright
 
@@ -22,14 +22,14 @@ def read_labels(path: str | os.PathLike, palette: Palette | None = None) -> np.n
     """The numbers of a label map or an instance map, int64 [height, width].
 
     Without a palette they are the numbers in the file: of 1, 8 or 16 bits, or the indices of a
-    paletted PNG. With one, every file is read by its colours, since writers store a map of few
-    colours as a paletted or a grey image. Transparency is not looked at.
+    paletted PNG. With a palette, every file is read by its colours, because some programs store a
+    map of few colours as a paletted or a grey image. Transparency is ignored.
 
     Args:
         palette: the class of each colour, as `read_palette` returns.
 
-    Errors: ValueError, which names the file: it is no whole image, it is compressed with losses, it
-        has colours and there is no palette, or a colour is not in the palette.
+    Errors: ValueError, which names the file, if it is not a complete image, its compression is
+        lossy, it has colours and there is no palette, or a colour is not in the palette.
     """
     image = _read(path)
     if image.format in LOSSY:
@@ -40,27 +40,27 @@ def read_labels(path: str | os.PathLike, palette: Palette | None = None) -> np.n
         return _classes_of(np.asarray(image.convert("RGB")), palette, path)
     if image.mode in COLOURS:
         raise ValueError(
-            f"{path} has colours ({image.mode}), and it takes a palette to know their classes: give"
-            " a file with a line R G B CLASS for each"
+            f"{path} has colours ({image.mode}), whose classes are not known without a palette:"
+            " give a file with a line R G B CLASS for each colour"
         )
     if palette is not None or image.mode not in NUMBERS:
-        wanted = "colours, for there is a palette" if palette is not None else "whole numbers"
-        raise ValueError(f"{path} has pixels of the kind {image.mode}, it should have {wanted}")
+        wanted = "colours, as in the palette" if palette is not None else "whole numbers"
+        raise ValueError(f"{path} has pixels of mode {image.mode}, it should have {wanted}")
     return np.asarray(image).astype(np.int64)
 
 
 def read_photograph(
     path: str | os.PathLike, content: bytes | None = None, most_pixels: int | None = None
 ) -> Image.Image:
-    """A photograph as an RGB image of PIL, with the rows and columns that the file has: an EXIF
-    orientation turns nothing, since the label map has those rows and columns, too.
+    """A photograph as an RGB image of PIL, with the rows and columns of the file: its EXIF
+    orientation is ignored, because the label map has the same rows and columns.
 
     Args:
-        content: of the file, which is then not opened: path is its name in messages.
-        most_pixels: that it may have; more are not decoded.
+        content: the file's bytes; the file is then not opened, and path is its name in messages.
+        most_pixels: the limit above which the image is not decoded.
 
-    Errors: ValueError, which names the file: it is no whole image, it has more pixels, more than 8
-        bits for a grey one, or transparent ones, whose colour nobody sees.
+    Errors: ValueError, which names the file, if it is not a complete image, it has more pixels than
+        the limit, transparent pixels, or grey pixels of more than 8 bits.
     """
     if most_pixels is not None:
         width, height = _opened(path, lambda image: image.size, content)
@@ -71,8 +71,7 @@ def read_photograph(
     image = _read(path, content)
     if image.mode.startswith("I") or image.mode == "F":
         raise ValueError(
-            f"{path} has pixels of the kind {image.mode}, a photograph should have 8 bits per"
-            " channel"
+            f"{path} has pixels of mode {image.mode}, a photograph should have 8 bits per channel"
         )
     if image.has_transparency_data:
         if image.convert("RGBA").getchannel("A").getextrema()[0] < 255:
@@ -81,16 +80,17 @@ def read_photograph(
 
 
 def read_orientation(path: str | os.PathLike) -> int:
-    """The EXIF orientation of a photograph, 1 where it has none.
+    """The EXIF orientation of a photograph, 1 if it has none.
 
-    Errors: ValueError where the file is no image.
+    Errors: ValueError if the file is not an image.
     """
     return _opened(path, lambda image: image.getexif().get(ORIENTATION, 1))
 
 
 def read_palette(path: str | os.PathLike) -> dict[tuple[int, int, int], int]:
-    """The class of each colour, from a text file with a line `R G B CLASS` for each colour: 0 to
-    255, and 0 or more; a name may follow. Several colours may have one class; `#` begins a comment.
+    """The class of each colour, from a text file with a line `R G B CLASS` for each: R, G and B are
+    0 to 255, CLASS is 0 or more, and a name may follow. Several colours may have the same class.
+    `#` begins a comment.
 
     Errors: ValueError, which names the file and the line.
     """
@@ -104,13 +104,13 @@ def read_palette(path: str | os.PathLike) -> dict[tuple[int, int, int], int]:
         if not is_right:
             raise ValueError(
                 f"{path}, line {number}, is {line!r}, it should be R G B CLASS: three"
-                " numbers from 0 to 255 and a class from 0 on"
+                " numbers from 0 to 255 and a class of 0 or more"
             )
         red, green, blue = colour
         if palette.setdefault((red, green, blue), label) != label:
             raise ValueError(
-                f"{path}, line {number}, has the colour {tuple(colour)} for class {label}, an"
-                f" earlier line has it for {palette[red, green, blue]}"
+                f"{path}, line {number}, gives the colour {tuple(colour)} to class {label}, an"
+                f" earlier line gives it to {palette[red, green, blue]}"
             )
     if not palette:
         raise ValueError(f"{path} has no colours, it should have lines R G B CLASS")
@@ -118,20 +118,20 @@ def read_palette(path: str | os.PathLike) -> dict[tuple[int, int, int], int]:
 
 
 def lines_of(path: str | os.PathLike) -> Iterator[tuple[int, str, list[str]]]:
-    """The number, the text and the words of each line of a text file that has words before `#`,
-    which begins a comment. Errors: OSError; ValueError where it is no text.
+    """The number, the text and the words of each line of a text file, without comments, which begin
+    with `#`, and empty lines. Errors: OSError; ValueError if the file is not text.
     """
     try:
         lines = Path(path).read_text(encoding="utf-8").splitlines()
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is no text file: {error}") from None
+        raise ValueError(f"{path} is not a text file: {error}") from None
     for number, line in enumerate(lines, start=1):
         if words := line.partition("#")[0].split():
             yield number, line.strip(), words
 
 
 def _classes_of(pixels, palette, path):
-    """The class of each pixel, uint8 [height, width, 3], by its colour."""
+    """The class of each pixel by its colour; pixels is uint8 [height, width, 3]."""
     numbers = pixels.astype(np.int32) @ np.array([1 << 16, 1 << 8, 1], np.int32)
     colours = sorted(palette)
     known = np.array([red << 16 | green << 8 | blue for red, green, blue in colours], np.int32)
@@ -142,14 +142,14 @@ def _classes_of(pixels, palette, path):
         count = int((numbers == numbers[row, column]).sum())
         raise ValueError(
             f"{path} has the colour {tuple(pixels[row, column].tolist())} in {count} pixels, first"
-            f" at row {row}, column {column}; the palette does not have it"
-            f" ({int(wrong.sum())} pixels have colours that it does not have)"
+            f" at row {row}, column {column}; it is not in the palette"
+            f" ({int(wrong.sum())} pixels have colours that are not)"
         )
     return np.array([palette[colour] for colour in colours], np.int64)[places]
 
 
 def _read(path, content=None):
-    """All of an image."""
+    """A fully decoded image."""
 
     def load(image):
         image.load()
@@ -159,15 +159,15 @@ def _read(path, content=None):
 
 
 def _opened(path, function, content=None):
-    """What function returns for the image in a file, or in its content."""
-    # Errors of the file system are raised here, as they are.
+    """The function's result for the image in a file, or in its content."""
+    # Errors of the file system are raised here, unchanged.
     with open(path, "rb") if content is None else io.BytesIO(content) as file:
         try:
             return function(Image.open(file, formats=FORMATS))
         except MemoryError:
             raise
-        except Exception as error:  # of any type, by where the file ends or what it is instead
+        except Exception as error:  # the type depends on how the file is damaged
             reason = str(error).partition("\n")[0] or repr(error)
             if isinstance(error, Image.UnidentifiedImageError):
-                reason = "of no format that is known"
-            raise ValueError(f"{path} is no image, or not a whole one: {reason}") from error
+                reason = "its format is not recognised"
+            raise ValueError(f"{path} is not an image, or is incomplete: {reason}") from error

@@ -1,4 +1,4 @@
-"""Batches in an order that depends on the seed alone, so that a run can go on at any of them."""
+"""Batches in an order that depends on the seed alone, so that a run can resume at any batch."""
 
 import functools
 import multiprocessing
@@ -16,17 +16,17 @@ from .dataset import Example, Folder, Stream, collate, random_of
 
 
 class Sampler(TorchSampler):
-    """Endless lists of (epoch, index), a batch each: in every epoch each index once, in an order by
-    seed and epoch, but for those that fill no batch.
+    """Endless lists of (epoch, index), one per batch. Every epoch has each index once, in an order
+    that seed and epoch decide, except for those left over from the last whole batch.
 
     Args:
         length: of the data set.
-        batch: examples that this process takes of each batch, which has batch · processes.
-        rank, processes: which of how many processes this one is. Together they take the batch that
-            one process would take.
+        batch: examples of this process in each batch, which has batch · processes of them.
+        rank, processes: this process's number, and how many there are. Together they take the same
+            batches as one process would.
         start: the number of the batch to begin at, counted over all epochs.
 
-    Errors: ValueError where the data set has less than one batch.
+    Errors: ValueError if the data set has less than one batch.
     """
 
     def __init__(
@@ -42,7 +42,7 @@ class Sampler(TorchSampler):
         check_share(batch, rank, processes, start)
         if length < batch * processes:
             raise ValueError(
-                f"the data set has {length} examples, it should have one batch at least:"
+                f"the data set has {length} examples, it should have at least one batch:"
                 f" {batch} for each of {processes} processes"
             )
         self.length, self.batch, self.seed = length, batch, seed
@@ -61,8 +61,8 @@ class Sampler(TorchSampler):
 
 
 class Share(IterableDataset):
-    """Those examples of a stream that are this process' and worker's own: batch after batch of
-    them, so that workers, which take turns, yield what one would.
+    """This process's and worker's share of a stream's examples. Workers take turns, so their shares
+    are whole batches and together yield the same as one worker would.
     """
 
     def __init__(self, stream: Stream, batch: int, rank: int, processes: int, start: int) -> None:
@@ -92,20 +92,20 @@ def loader(
     processes: int = 1,
     start: int = 0,
 ) -> DataLoader:
-    """Yields Batches of a data set, without end if the data set has none. They are the same ones
-    for any number of workers, and those of several processes together are those of one with the
-    whole batch.
+    """Yields Batches of a data set: of a Folder without end, of a Stream while it lasts. The
+    batches are the same for any number of workers, and those of several processes together are
+    those of one process with the whole batch.
 
     Args:
-        dataset: a Folder, in an order by seed and epoch, or a Stream, in its own.
-        batch: examples in each Batch, of this process.
-        sizes, kernel_size, scales: what `collate` numbers, in the workers.
-        workers: processes that read and number ahead.
+        dataset: a Folder, in an order that seed and epoch decide, or a Stream, in its own.
+        batch: examples in each Batch of this process.
+        sizes, kernel_size, scales: as in `collate`, which runs in the workers.
+        workers: processes that read examples and number windows ahead.
         seed: of the order.
-        rank, processes: which of how many training processes this one is.
+        rank, processes: this training process's number, and how many there are.
         start: the number of the batch to begin at; a Stream is read up to it.
 
-    Errors: ValueError where the data set has less than one batch, or an argument is out of range.
+    Errors: ValueError if the data set has less than one batch, or an argument is out of range.
     """
     together = functools.partial(
         collate, sizes=[tuple(size) for size in sizes], kernel_size=kernel_size, scales=scales
@@ -116,7 +116,7 @@ def loader(
         "pin_memory": torch.cuda.is_available(),
         "persistent_workers": workers > 0,
         "worker_init_fn": _leave_interrupts,
-        # else the loader draws from the random numbers of training
+        # without it the loader would draw from training's random numbers
         "generator": torch.Generator().manual_seed(seed),
     }
     share = {"rank": rank, "processes": processes, "start": start}
@@ -129,11 +129,12 @@ def loader(
 
 
 def _leave_interrupts(worker):
-    """Ctrl+C goes to the workers, too, and often SIGTERM: these are for the process that trains,
-    which may yet save. Its own SIGTERM ends a worker.
+    """Makes a worker ignore signals that are meant for the training process, which may still need
+    its workers before it saves: Ctrl+C, and often SIGTERM, go to the whole process group. A SIGTERM
+    from the training process itself ends the worker.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if hasattr(signal, "sigwaitinfo"):  # else who sent it is not known
+    if hasattr(signal, "sigwaitinfo"):  # without it the sender is not known
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
         threading.Thread(target=_end_as_its_parent_says, daemon=True).start()
 
@@ -147,9 +148,10 @@ def _end_as_its_parent_says():
 
 
 def check_share(batch: int, rank: int, processes: int, start: int) -> None:
-    """Raises where a process can take no such share of the batches."""
+    """Raises ValueError unless a process can take this share of the batches."""
     if batch < 1 or processes < 1 or not 0 <= rank < processes or start < 0:
         raise ValueError(
-            f"batch is {batch}, rank {rank}, processes {processes}, start {start}: they should be 1"
-            " or more, 0 to processes − 1, 1 or more, and 0 or more"
+            f"batch is {batch}, it should be 1 or more; rank is {rank}, it should be 0 to"
+            f" processes − 1; processes is {processes}, it should be 1 or more; start is {start},"
+            " it should be 0 or more"
         )

@@ -1,6 +1,5 @@
-"""Objects with many tensors as one tensor, for the way from a worker to the process that trains.
-
-There each tensor of a worker is a file that is opened, and a batch has about a hundred.
+"""Packs objects with many tensors into one tensor, to pass them from a worker to the training
+process: each tensor that is passed costs an open file, and a batch has about a hundred.
 """
 
 import io
@@ -14,8 +13,8 @@ ALIGNMENT = 64  # bytes
 
 
 def pack(value: object) -> tuple:
-    """A pickle of the value, the bytes of its tensors, and dtype, shape and place of each: the
-    arguments of `unpack`. Tensors on other devices stay in the pickle.
+    """The arguments of `unpack`: a pickle of the value, the bytes of its tensors, and the dtype,
+    shape and offset of each tensor. Tensors on devices other than the CPU stay in the pickle.
     """
     file = io.BytesIO()
     packer = _Packer(file, protocol=pickle.HIGHEST_PROTOCOL)
@@ -32,7 +31,7 @@ def pack(value: object) -> tuple:
 
 
 def unpack(pickled: bytes, memory: torch.Tensor, places: list) -> Any:
-    """The value; its tensors are those bytes, without a copy."""
+    """The value that was packed; its tensors share `memory`."""
     unpacker = pickle.Unpickler(io.BytesIO(pickled))
     tensors = [_tensor_at(memory, *place) for place in places]
     setattr(unpacker, "persistent_load", tensors.__getitem__)
@@ -42,7 +41,7 @@ def unpack(pickled: bytes, memory: torch.Tensor, places: list) -> Any:
 class _Packer(pickle.Pickler):
     def __init__(self, *arguments, **settings):
         super().__init__(*arguments, **settings)
-        # By id, which no other tensor gets as long as this one is held.
+        # By id, which stays unique as long as the tensor is kept.
         self.tensors: dict[int, torch.Tensor] = {}
         self.numbers: dict[int, int] = {}
 
@@ -54,7 +53,9 @@ class _Packer(pickle.Pickler):
 
 
 def _tensor_at(memory, dtype, shape, place):
-    """A tensor in this memory that counts its own versions: a change of another is none of it."""
+    """A tensor in this memory with a version counter of its own, which other tensors' in-place
+    changes do not advance.
+    """
     start = place // dtype.itemsize
     empty: Any = torch.empty(0, dtype=dtype)  # set_ is declared without its default stride
     return empty.set_(memory.untyped_storage(), start, shape)

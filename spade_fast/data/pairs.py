@@ -1,4 +1,4 @@
-"""Which label map belongs to which photograph and instance map."""
+"""Matches label maps with their photographs and instance maps."""
 
 import os
 from pathlib import Path
@@ -9,7 +9,7 @@ MOST_LISTED = 3
 
 
 class Pair(NamedTuple):
-    """The files of one example; image and instances are None where there are none."""
+    """The files of one example; image and instances are None if the example has none."""
 
     name: str
     labels: Path
@@ -18,14 +18,14 @@ class Pair(NamedTuple):
 
 
 class Convention(NamedTuple):
-    """What a published data set has in its files.
+    """How a published data set names its files and numbers its classes.
 
-    num_classes: None where every folder has its own; without "don't care".
-    dont_care: the number in the files that is no class, or None.
-    label_shift: what is added to a number in the files to get a class.
-    labels, image, instances: how the stems of the files end; the pair's name is what comes before,
-        and files that end otherwise are not looked at.
-    beside_labels: the instance maps lie in the folder of the label maps.
+    num_classes: the number of classes, without "don't care"; None if it differs between folders.
+    dont_care: the label in the files that marks pixels without a class, or None.
+    label_shift: added to a label in the files to get its class.
+    labels, image, instances: endings of the files' stems. The part before the ending is the pair's
+        name; files with other endings are ignored.
+    beside_labels: whether the instance maps are in the folder of the label maps.
     """
 
     num_classes: int | None = None
@@ -52,7 +52,7 @@ CONVENTIONS = {
 
 
 def convention_of(name: str) -> Convention:
-    """The convention with this name. Errors: ValueError where there is none."""
+    """The convention with this name. Errors: ValueError if there is none."""
     if name not in CONVENTIONS:
         raise ValueError(f"convention is {name!r}, it should be one of {', '.join(CONVENTIONS)}")
     return CONVENTIONS[name]
@@ -66,22 +66,23 @@ def find_pairs(
 ) -> list[Pair]:
     """The pairs of label map, photograph and instance map in folders, sorted by name.
 
-    Files belong together where their paths below the folders are equal, without the suffix and the
-    convention's endings. Files that are no images by their suffix, and hidden ones, are left out.
+    Files match if their paths below the folders are equal without the suffix and the convention's
+    endings. Hidden files and those without an image's suffix are ignored.
 
     Args:
-        labels, images, instances: folders, with folders in them or without. Without `instances`
-            those are taken that the convention has beside the label maps; False takes none.
+        labels, images, instances: folders, which may have subfolders. With `instances` None, the
+            convention's instance maps beside the label maps are used, if it has any; False uses
+            none.
         convention: one of CONVENTIONS.
 
-    Errors: ValueError where a folder is not there or has no files, or where files lack a partner or
-        have two: how many, and the first ones.
+    Errors: ValueError if a folder does not exist or has no files, or files have no partner or more
+        than one; the message says how many, and names the first.
     """
     pairs, faults = match(labels, images, instances, convention)
     if faults:
         more = len(faults) - MOST_LISTED
         raise ValueError(
-            f"{len(faults)} files have no partner, or two: {'; '.join(faults[:MOST_LISTED])}"
+            f"{len(faults)} files lack a partner or have two: {'; '.join(faults[:MOST_LISTED])}"
             + (f"; and {more} more" if more > 0 else "")
             + ". `spade-fast check-data` lists them all"
         )
@@ -94,8 +95,8 @@ def match(
     instances: str | os.PathLike | Literal[False] | None = None,
     convention: str = "folder",
 ) -> tuple[list[Pair], list[str]]:
-    """The pairs that `find_pairs` returns, and in words the faults of other files; without
-    photographs where images is None.
+    """The pairs that `find_pairs` returns, and a description of each file that is in none. If
+    images is None, the pairs have no photographs.
     """
     rules = convention_of(convention)
     if instances is None and rules.beside_labels:
@@ -129,7 +130,9 @@ def match(
 
 
 def files_in(kind: str, folder: Path, ending: str, faults: list[str]) -> dict[str, Path]:
-    """The image of each name below a folder."""
+    """The image files below a folder, by name. Appends a line to `faults` for each name that two
+    files have. Errors: ValueError if the folder does not exist or has no such files.
+    """
     if not folder.is_dir():
         what = "a file" if folder.exists() else "not there"
         raise ValueError(f"{kind} is {folder}, which is {what}; it should be a folder")

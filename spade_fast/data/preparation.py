@@ -1,4 +1,4 @@
-"""From a label map and a photograph of any size to what a network is trained on."""
+"""Turns a label map and a photograph of any size into a layout and a tensor to train on."""
 
 import random as randoms
 from dataclasses import KW_ONLY, dataclass
@@ -19,30 +19,30 @@ MODES = (
     "scale_shortside_and_crop",
     "fixed",
     "none",
-)  # as published
-UNRESIZED = ("crop", "fixed", "none")  # modes that load_size says nothing about
-MULTIPLE = 32  # of each length, in mode "none"
+)  # the published names
+UNRESIZED = ("crop", "fixed", "none")  # modes without a load_size
+MULTIPLE = 32  # in mode "none" each side becomes a multiple of it
 
 Map = np.ndarray | torch.Tensor | Image.Image
 
 
 @dataclass
 class Preparation:
-    """The published preprocessing (Park et al. 2019): resizes, crops and flips a label map, its
+    """The published preprocessing (Park et al. 2019): resizes, crops and mirrors a label map, its
     instance map and its photograph together. The maps are resized by nearest neighbour and the
     photograph bicubically, both as Pillow does.
 
-    num_classes: classes, without "don't care".
-    dont_care: the number in the label maps that is no class: it becomes one more, num_classes.
-    mode: one of MODES. The image is resized to a width and a height of load_size
-        ("resize_and_crop"), to a width ("scale_width") or a shorter side ("scale_shortside") of
-        load_size with its own proportions, to the size of the crop ("fixed"), or to multiples of 32
-        ("none"); then a part of the crop's size is taken, in modes with "crop".
+    num_classes: the number of classes, without "don't care".
+    dont_care: the label that marks pixels without a class; it becomes one more class, num_classes.
+    mode: one of MODES. "resize_and_crop" resizes the image to a width of load_size and a height of
+        load_size / aspect_ratio. "scale_width" makes its width load_size, "scale_shortside" its
+        shorter side, and both keep its proportions. "fixed" resizes to the size of the crop, "none"
+        to multiples of 32. Modes with "crop" in their name then take a part of the crop's size.
     load_size: by default 286/256 of crop_size in modes that crop, as published, else crop_size.
     crop_size: the width of the crop.
-    aspect_ratio: width over height of the crop, and of what "resize_and_crop" resizes to.
+    aspect_ratio: width over height of the crop, and in "resize_and_crop" of the resized image.
     flip: whether half of the images are mirrored, left to right.
-    label_shift: what is added to the label maps' numbers to get classes.
+    label_shift: added to the label maps' numbers to get classes.
     """
 
     num_classes: int
@@ -65,15 +65,16 @@ class Preparation:
             raise ValueError(f"mode is {self.mode!r}, it should be one of {', '.join(MODES)}")
         if not 0 < self.aspect_ratio < float("inf") or min(self._box) < 1:
             raise ValueError(
-                f"aspect_ratio is {self.aspect_ratio!r}, it should be width over height of the crop"
+                f"aspect_ratio is {self.aspect_ratio!r}, it should be the crop's width over its"
+                " height"
             )
         if self.load_size is None:
             return
         whole_number("load_size", self.load_size, least=1)
         if self.mode in UNRESIZED:
             raise ValueError(
-                f"load_size is {self.load_size} and mode {self.mode!r}, which does not resize to"
-                " it: it should be None"
+                f"load_size is {self.load_size}, it should be None: mode {self.mode!r} does not use"
+                " it"
             )
         least = min(self._box) if "shortside" in self.mode else self.crop_size
         if self._crops and self.load_size < least:
@@ -84,12 +85,12 @@ class Preparation:
 
     @property
     def output_size(self) -> tuple[int, int] | None:
-        """The height and width of every result; None in modes where each image has its own."""
+        """The height and width of every result, or None if the mode leaves each image its own."""
         return self._box[::-1] if self._crops or self.mode == "fixed" else None
 
     def size_of(self, width: int, height: int) -> tuple[int, int]:
         """The height and width of the result for an image of this width and height. Errors:
-        ValueError where it is smaller than the crop.
+        ValueError if the image is smaller than the crop.
         """
         size = self._resized(width, height)
         return tuple(length - room for length, room in zip(size, self._spare(size)))[::-1]
@@ -101,18 +102,18 @@ class Preparation:
         instances: Map | None = None,
         random: randoms.Random | None = None,
     ) -> tuple[SemanticLayout, torch.Tensor]:
-        """The layout of one label map, and its photograph, float32 [1, 3, height, width] from −1 to
-        1. Edges of instances are those of the crop.
+        """The layout of one label map, and its photograph as float32 [1, 3, height, width] from −1
+        to 1. Instances' edges are computed after cropping.
 
         Args:
             labels, instances: whole numbers [height, width].
-            photograph: an image of PIL, uint8 [height, width, 3], or floats [3, height, width]
-                from −1 to 1, as a tensor.
-            random: where the crop lies, and whether the image is mirrored; None takes the middle
-                and mirrors nothing.
+            photograph: an image of PIL, uint8 [height, width, 3], or a tensor of floats
+                [3, height, width] from −1 to 1.
+            random: decides the place of the crop, and whether the image is mirrored; None takes the
+                middle and does not mirror.
 
-        Errors: ValueError, TypeError: an argument is not so, they differ in size, the image is
-            smaller than the crop, or a label is out of range.
+        Errors: ValueError or TypeError if an argument is not as described, the arguments differ in
+            size, the image is smaller than the crop, or a label is out of range.
         """
         maps, planes = _maps(labels, instances), _planes(photograph)
         width, height = planes[0].size
@@ -120,7 +121,7 @@ class Preparation:
             if numbers.shape != (height, width):
                 raise ValueError(
                     f"{name} is {_words(numbers.shape[::-1])}, the photograph is"
-                    f" {_words((width, height))}: they should be of one size"
+                    f" {_words((width, height))}: they should have the same size"
                 )
         size = self._resized(width, height)
         rows, columns, mirrored = self._part(size, random)
@@ -129,21 +130,21 @@ class Preparation:
         return self._cut(maps, size, rows, columns, mirrored), image[None]
 
     def layout(self, labels: Map, instances: Map | None = None) -> SemanticLayout:
-        """The layout of one label map that has no photograph: the middle, not mirrored. Arguments
-        and errors as above.
+        """The layout of one label map without a photograph: the middle of the map, not mirrored.
+        Arguments and errors are as for a call.
         """
         maps = _maps(labels, instances)
         height, width = maps["labels"].shape
         if instances is not None and maps["instances"].shape != (height, width):
             raise ValueError(
                 f"instances is {_words(maps['instances'].shape[::-1])}, labels is"
-                f" {_words((width, height))}: they should be of one size"
+                f" {_words((width, height))}: they should have the same size"
             )
         size = self._resized(width, height)
         return self._cut(maps, size, *self._part(size, None))
 
     def _cut(self, maps, size, rows, columns, mirrored):
-        """The layout of a part of the maps at another size."""
+        """The layout of a part of the maps, resized to `size` first."""
         height, width = maps["labels"].shape
         rows, columns = _nearest(height, size[1])[rows], _nearest(width, size[0])[columns]
         place = np.ix_(rows, columns[:: -1 if mirrored else 1])
@@ -158,7 +159,7 @@ class Preparation:
         except ValueError as error:
             if not self.label_shift:
                 raise
-            raise ValueError(f"{error}; label_shift, {self.label_shift}, was added") from None
+            raise ValueError(f"{error}; label_shift, {self.label_shift}, is added to it") from None
 
     @property
     def _crops(self):
@@ -187,13 +188,13 @@ class Preparation:
         return max(1, length * width // height), length
 
     def _spare(self, size):
-        """How much wider and higher an image of this size is than its crop."""
+        """By how many pixels an image of this size is wider and higher than its crop."""
         box = self._box if self._crops else size
         spare = [whole - part for whole, part in zip(size, box)]
         if min(spare) < 0:
             raise ValueError(
-                f"the image is {_words(size)} where it is cropped, it should be no smaller than the"
-                f" crop, {_words(box)}"
+                f"the image is {_words(size)} before it is cropped, it should be at least as large"
+                f" as the crop, {_words(box)}"
             )
         return spare
 
@@ -216,7 +217,7 @@ def _words(size):
 
 
 def _maps(labels, instances):
-    """The maps that there are, by name, as arrays."""
+    """The given maps as arrays, by name."""
     given = {"labels": labels} | ({} if instances is None else {"instances": instances})
     return {name: _numbers(name, values) for name, values in given.items()}
 
@@ -236,7 +237,7 @@ def _numbers(name, values):
 
 
 def _planes(photograph):
-    """A photograph's three channels as images of PIL: of bytes, or of floats from −1 to 1."""
+    """A photograph's three channels as images of PIL, of bytes or of floats from −1 to 1."""
     if isinstance(photograph, np.ndarray) and photograph.dtype == np.uint8:
         if photograph.ndim == 3 and photograph.shape[2] == 3 and photograph.size:
             photograph = Image.fromarray(np.ascontiguousarray(photograph))
@@ -264,13 +265,13 @@ def _planes(photograph):
 
 
 def _nearest(length, wanted):
-    """Which row or column Pillow's nearest neighbour takes for each of the wanted ones."""
+    """The source row or column that Pillow's nearest neighbour takes for each wanted one."""
     numbers = Image.fromarray(np.arange(length, dtype=np.int32)[None])
     return np.asarray(numbers.resize((wanted, 1), Image.Resampling.NEAREST))[0]
 
 
 def _bicubic(plane, size):
-    """A channel at another width and height, float32 from −1 to 1."""
+    """A channel resized to a width and a height, float32 from −1 to 1."""
     values = np.asarray(plane.resize(size, Image.Resampling.BICUBIC), dtype=np.float32)
     if plane.mode == "F":
         return values.clip(-1, 1)

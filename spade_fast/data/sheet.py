@@ -14,14 +14,14 @@ from .colours import colours, paint
 from .files import Image
 
 MOST_SHOWN = 12
-SIDE, GAP, LINE = 240, 12, 18  # pixels: of a picture at most, between two, of a line of text
-KEY = 120  # width of an entry of the key
+SIDE, GAP, LINE = 240, 12, 18  # pixels: a picture's longer side, a gap, a line of text
+KEY = 120  # pixels: the width of an entry of the key
 WHITE, GREY, BLACK, RED = (255,) * 3, (238,) * 3, (0,) * 3, (255, 0, 0)
-LEAST_NUMBERED = 0.01  # share of a picture
+LEAST_NUMBERED = 0.01  # share of a picture above which a class gets its number
 
 
 class Shown(NamedTuple):
-    """A pair as it is shown: arrays of a picture's size; edges is None without instances."""
+    """A pair at the size of its picture; edges is None without instances."""
 
     name: str
     photograph: Image.Image
@@ -36,14 +36,14 @@ class Shown(NamedTuple):
         labels: np.ndarray,
         instances: np.ndarray | None,
     ) -> "Shown":
-        """A pair's photograph, labels and instances, made smaller."""
+        """Resizes a pair's photograph, labels and instances to the size of a picture."""
         maps = [labels] if instances is None else [labels, instances]
         labels, *others = (_small(numbers) for numbers in maps)
         edges = None
         if others:
             edges = instance_edges(torch.from_numpy(others[0])[None])[0].numpy() > 0
         if edges is not None and edges.shape != labels.shape:
-            edges = None  # a fault that is reported
+            edges = None  # the sizes differ, which the check reports as a fault
         scale = SIDE / max(photograph.size)
         width, height = (max(1, round(length * scale)) for length in photograph.size)
         size = width, height
@@ -51,7 +51,7 @@ class Shown(NamedTuple):
 
 
 class Counted(Protocol):
-    """What the sheet says of a data set."""
+    """The facts of a data set that the sheet shows."""
 
     pairs: int
     num_classes: int
@@ -60,15 +60,15 @@ class Counted(Protocol):
 
 
 def check_writable(path: Path) -> None:
-    """Raises a ValueError where no PNG can be written."""
+    """Raises ValueError if no PNG can be written at this path."""
     if path.suffix.lower() != ".png":
-        raise ValueError(f"sheet is {path}, it should be a file that ends with .png")
+        raise ValueError(f"sheet is {path}, it should be a file whose name ends with .png")
     if not path.parent.is_dir() or path.is_dir() or not os.access(path.parent, os.W_OK):
         raise ValueError(f"sheet is {path}, it should be a file in a folder that can be written to")
 
 
 def draw(path: Path, pictures: list[Shown], report: Counted) -> None:
-    """Writes the sheet: the pictures, two pairs in a row, and the colour of each class in them."""
+    """Writes the sheet: two pairs in each row, and a key with the colour of each class in them."""
     shade = np.concatenate([colours(report.num_classes), [BLACK, RED]]).astype(np.uint8)
     painted, present = [], set[int]()
     for picture in pictures:
@@ -92,7 +92,7 @@ def draw(path: Path, pictures: list[Shown], report: Counted) -> None:
     pen, font = ImageDraw.Draw(sheet), ImageFont.load_default()
     pen.text(
         (GAP, GAP),
-        f"{len(pictures)} of {report.pairs} pairs: each photograph, and right of it its label map,"
+        f"{len(pictures)} of {report.pairs} pairs: each photograph, and on its right its label map"
         " with a colour and a number for each class",
         BLACK,
         font,
@@ -115,7 +115,7 @@ def draw(path: Path, pictures: list[Shown], report: Counted) -> None:
 
 
 def _middles(places, report):
-    """A pixel in the middle of each class that takes enough of a picture for its number."""
+    """A pixel in the middle of each class that is large enough in a picture to be numbered."""
     found = {}
     for label, count in zip(*np.unique(places, return_counts=True)):
         if label < report.num_classes and count > LEAST_NUMBERED * places.size:
@@ -126,7 +126,7 @@ def _middles(places, report):
 
 
 def _places(labels, report):
-    """Rows of the colours: classes, then "don't care", then labels out of range."""
+    """Each pixel's row in the colours: its class, then "don't care", then "out of range"."""
     places = labels + report.label_shift
     places[(places < 0) | (places >= report.num_classes)] = report.num_classes + 1
     if report.dont_care is not None:
@@ -141,7 +141,7 @@ def _words(place, report):
 
 
 def _small(numbers):
-    """A map whose longer side is SIDE, by nearest neighbour."""
+    """A map resized by nearest neighbour to a longer side of SIDE."""
     scale = SIDE / max(numbers.shape)
     size = [max(1, round(length * scale)) for length in numbers.shape]
     rows, columns = (

@@ -1,8 +1,8 @@
-"""How good generated images are: FID against photographs, and mean IoU and pixel accuracy of what a
-segmentation network sees in them against their label maps. Every score comes with the protocol that
-it was measured by, and `differences` says whether two can be compared.
+"""Scores of generated images: FID against photographs, and mean IoU and pixel accuracy of a
+segmentation network's predictions for the images against their label maps. Every score comes with
+the protocol by which it was measured, and `differences` says whether two can be compared.
 
-Metrics are torchmetrics'. Networks are torch-fidelity's, transformers', or the user's own.
+The metrics are those of torchmetrics. Networks are torch-fidelity's, transformers', or the user's.
 """
 
 from .evaluate import evaluate

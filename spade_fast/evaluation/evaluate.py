@@ -1,4 +1,4 @@
-"""Scores of generated images, with the protocol that they were measured by."""
+"""Scores of generated images, with the protocol by which they were measured."""
 
 import itertools
 import os
@@ -40,29 +40,29 @@ def evaluate(
     progress: Callable[[Iterable, int], Iterable] = lambda found, count: found,
 ) -> dict[str, Any]:
     """FID between generated images and photographs; mean IoU and pixel accuracy of a segmentation
-    network's prediction on the generated images against their label maps. Scores whose inputs are
-    not given are left out.
+    network's predictions for the generated images against their label maps. Scores whose inputs are
+    not given are None.
 
     Args:
-        generated, photographs, labels: folders. Photographs need not have the names of the others;
-            `NAME.png`, or each `NAME-K.png`, is generated of the label map `NAME`.
-        features, features_weights: as of `load_features`; None is Inception.
-        segmentation: a network, as of `load_segmentation`.
-        classes: the label of each of its classes, as `read_classes` returns; None where they are
-            the same.
-        convention, palette, num_classes, dont_care: of the label maps, as of `check_data`. Names of
-            label maps and photographs end as the convention says, those of generated images do not.
-        size: a width and a height that all images and label maps are resized to before; None leaves
-            them as they are.
-        batch: images that a network is given together, of one size.
+        generated, photographs, labels: folders. `NAME.png` and each `NAME-K.png` are images that
+            were generated from the label map `NAME`; photographs may have other names.
+        features, features_weights: as in `load_features`; None is Inception.
+        segmentation: a network, as in `load_segmentation`.
+        classes: the label of each of the network's classes, as `read_classes` returns; None if they
+            are the same.
+        convention, palette, num_classes, dont_care: of the label maps, as in `check_data`. The
+            convention's endings apply to label maps and photographs, not to generated images.
+        size: the width and the height that all images and label maps are first resized to; None
+            leaves their sizes unchanged.
+        batch: the most images of the same size that a network gets in one call.
         device: of the networks.
-        progress: wraps an iterable with an item for each image, and takes their number: a progress
-            bar.
+        progress: called with an iterable that has an item for each image, and with their number,
+            returns an iterable of the same items: a progress bar.
 
     Returns:
-        "scores", each None where it is not measured; "iou" of each class that occurs; "notes" in
+        "scores", each None if it was not measured; "iou" of each class that occurs; "notes" in
         words; "generated" with the folder and a SHA-256 of its images; and the "protocol", which is
-        the same for scores that can be compared. All of it can be written as JSON.
+        equal for scores that can be compared. All of it can be written as JSON.
 
     Raises:
         ValueError, TypeError, OSError, ModuleNotFoundError, Failed: the arguments do not fit
@@ -101,15 +101,15 @@ def evaluate(
     scores, ious, notes = dict.fromkeys(protocol.SCORES), None, []
     said["generated"] = seen.protocol | made_by
     if None in made_by.values():
-        notes.append("The images do not say their generator's seed, or whether it is an average.")
+        notes.append(
+            "The images do not say their generator's seed, or whether it is a running average."
+        )
     if frechet is not None:
         scores["fid"] = frechet.compute()
         said["photographs"] = seen_real.protocol | {"sha256": seen_real.sha256}
         notes += frechet.notes()
         if size is None and seen.sizes.keys() != seen_real.sizes.keys():
-            notes.append(
-                "Generated images and photographs differ in size: --size makes them alike."
-            )
+            notes.append("Generated images and photographs differ in size: --size resizes both.")
     if overlap is not None and maps is not None:
         scores["mean_iou"], scores["pixel_accuracy"], ious = overlap.compute()
         said["labels"] = maps.seen.protocol | {
@@ -133,7 +133,7 @@ def evaluate(
 
 
 def _measure(own, real, maps, frechet, overlap, size, batch, device, progress):
-    """Adds all images to the scores, and returns what was seen of the generated ones and of the
+    """Adds all images to the scores, and returns the facts about the generated images and about the
     photographs.
     """
     count = len(own) + len(real)
@@ -153,9 +153,11 @@ def _measure(own, real, maps, frechet, overlap, size, batch, device, progress):
 
 def _check_given(photographs, labels, features, features_weights, segmentation, classes):
     if photographs is None and labels is None:
-        raise ValueError("photographs and labels are not given, one of them at least should be")
+        raise ValueError("photographs and labels are not given, at least one of them should be")
     if labels is not None and segmentation is None:
-        raise ValueError("segmentation is not given, it should be: its results are compared")
+        raise ValueError(
+            "segmentation is not given, it should be: its predictions are compared with labels"
+        )
     of_photographs = {"features": features, "features_weights": features_weights}
     of_labels = {"segmentation": segmentation, "classes": classes}
     for needs, folder, others in (
@@ -164,11 +166,11 @@ def _check_given(photographs, labels, features, features_weights, segmentation, 
     ):
         unused = [name for name, value in others.items() if value is not None]
         if folder is None and unused:
-            raise ValueError(f"{unused[0]} is given, it should be given with {needs} only")
+            raise ValueError(f"{unused[0]} is given, it should only be given with {needs}")
 
 
 def _folder(kind, folder, ending=""):
-    """The images below a folder by name, sorted. Errors: ValueError."""
+    """The images below a folder by name, in order. Errors: ValueError."""
     faults: list[str] = []
     found = files_in(kind, Path(folder), ending, faults)
     if faults:
@@ -179,7 +181,7 @@ def _folder(kind, folder, ending=""):
 def _label_of_each(
     own: dict[str, Path], generated: str | os.PathLike, labels: str | os.PathLike, rules: Convention
 ) -> dict[str, Path]:
-    """The label map of each generated image. Errors: ValueError where one has no partner."""
+    """The label map of each generated image. Errors: ValueError if a file has no partner."""
     found = _folder("labels", labels, rules.labels)
     return {
         name: found[label]
@@ -188,11 +190,11 @@ def _label_of_each(
 
 
 def _allowed(rules, num_classes, dont_care):
-    """The numbers that label maps may have."""
+    """The labels that the files may have."""
     num_classes = rules.num_classes if num_classes is None else num_classes
     dont_care = rules.dont_care if dont_care is None else dont_care
     if num_classes is None:
-        raise ValueError("num_classes is not given, it should be: this convention has none")
+        raise ValueError("num_classes is not given, it should be: the convention does not say it")
     num_classes = whole_number("num_classes", num_classes, least=1)
     if dont_care is not None:
         dont_care = whole_number("dont_care", dont_care)
@@ -202,8 +204,8 @@ def _allowed(rules, num_classes, dont_care):
 def _batches(
     found: Iterable[tuple[str, torch.Tensor]], most: int, steps: Iterator[int]
 ) -> Iterator[tuple[list[str], torch.Tensor]]:
-    """Names, and images as a tensor [N, 3, H, W]: up to `most` of one size that follow each other.
-    For each image a step is taken.
+    """Names, and images as a tensor [N, 3, H, W]: up to `most` consecutive images of the same size.
+    Advances `steps` once for each image.
     """
     for _, alike in itertools.groupby(found, lambda one: one[1].shape):
         while waiting := list(itertools.islice(alike, most)):

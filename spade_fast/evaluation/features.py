@@ -1,4 +1,4 @@
-"""Features of images, and the Fréchet distance between those of two sets of images.
+"""Features of images, and the Fréchet distance between the features of two sets of images.
 
 FID = |μ − ν|² + tr(Σ + T − 2·(ΣT)^½) for means μ, ν and covariances Σ, T of the features (Heusel et
 al. 2017).
@@ -16,33 +16,35 @@ from ..imported import theirs
 from .networks import Network, first_line, given, needed, sha256_of
 
 INCEPTION = "inception"
-FILE = "pt_inception-2015-12-05-6726825d.pth"  # torch-fidelity's has "weights" for "pt"
+FILE = (
+    "pt_inception-2015-12-05-6726825d.pth"  # torch-fidelity's copy begins with "weights", not "pt"
+)
 FID = "Means and unbiased covariances are summed in float64."
-DIMENSION = "2048"  # the features that FID is published with: after the last pooling
+DIMENSION = "2048"  # the published FID's features, after the last pooling
 
 
 def load_features(features: str | nn.Module, weights: str | os.PathLike | None = None) -> Network:
-    """The network of features.
+    """The network that computes features.
 
     Args:
-        features: "inception", torch-fidelity's; or MODULE:FUNCTION or a module, which takes images
-            uint8 [N, 3, H, W], RGB from 0 to 255, and returns floats [N, D].
+        features: "inception" for torch-fidelity's; or a module, or a MODULE:FUNCTION that returns
+            one, from images uint8 [N, 3, H, W], RGB from 0 to 255, to floats [N, D].
         weights: Inception's file; None is the one in torch.hub's cache. It is never downloaded.
 
-    Errors: ModuleNotFoundError without torch-fidelity, FileNotFoundError without its file;
+    Errors: ModuleNotFoundError without torch-fidelity, FileNotFoundError without the weights;
         ValueError, TypeError, Failed.
     """
     if features == INCEPTION:
         return _inception(weights)
     if weights is not None:
         raise ValueError(
-            f"features_weights is {weights}, it should be given with features {INCEPTION} only"
+            f"features_weights is {weights}, it should only be given with features {INCEPTION}"
         )
     return given("features", features, "my_project.networks:features")
 
 
 class FrechetDistance:
-    """FID, from features in batches. Sums and covariances are torchmetrics', in float64."""
+    """FID, computed batch by batch. torchmetrics sums means and covariances, in float64."""
 
     def __init__(self, network: Network) -> None:
         self.network, self.dimension = network, 0
@@ -52,7 +54,7 @@ class FrechetDistance:
     @torch.no_grad()
     def add(self, images: torch.Tensor, real: bool) -> None:
         """Adds images, uint8 [N, 3, H, W]. Errors: ValueError, Failed."""
-        with theirs("the network of features failed"):
+        with theirs("the features network failed"):
             found = self.network.module(images)
         self._check(found, len(images))
         if self.metric is None:
@@ -63,26 +65,27 @@ class FrechetDistance:
         self.images[real] += len(images)
 
     def compute(self) -> float:
-        """The distance. Errors: ValueError where there are less than two images of one kind."""
+        """The distance. Errors: ValueError if there are fewer than two images of either kind."""
         if min(self.images.values()) < 2:
             raise ValueError(
                 f"there are {self.images[False]} generated images and {self.images[True]}"
-                " photographs, FID should have two of each at least"
+                " photographs, FID should have at least two of each"
             )
         distance = self.metric.compute().item()
         if not math.isfinite(distance):
-            raise ValueError(f"FID is {distance}: features should have smaller values")
+            raise ValueError(f"FID is {distance}, features should have smaller values")
         return distance
 
     def notes(self) -> list[str]:
-        """A warning where there are too few images for covariances of full rank, or none."""
+        """A warning if there are too few images for covariances of full rank; else nothing."""
         least = min(self.images.values())
         if least > self.dimension:
             return []
         return [
-            f"FID is of {self.images[False]} generated images and {self.images[True]} photographs,"
-            f" and has {self.dimension} features: covariances of {least} images are singular, and"
-            " FID is larger than with many. It says something beside FIDs of as many images only."
+            f"FID is computed from {self.images[False]} generated images and"
+            f" {self.images[True]} photographs with {self.dimension} features each: covariances of"
+            f" {least} images are singular, and FID is larger than with many images. Compare it"
+            " only with FIDs of as many images."
         ]
 
     def _check(self, found, count):
@@ -100,7 +103,7 @@ class FrechetDistance:
 
 
 class _Unchanged(nn.Module):
-    """Stands where torchmetrics wants the network: it is given features already."""
+    """Takes the network's place in torchmetrics, which is given features already."""
 
     def __init__(self, num_features):
         super().__init__()
@@ -128,7 +131,7 @@ def _inception(weights):
         raise FileNotFoundError(f"{path} is not there, it should be the file {FILE}")
     try:
         network = module.FeatureExtractorInceptionV3("inception", [DIMENSION], str(path))
-    except Exception as error:  # of any type: it depends on the file's content
+    except Exception as error:  # the type depends on the file's content
         raise ValueError(f"{path} is not the file {FILE}: {first_line(error)}") from error
     return Network(
         _First(network.eval()),
@@ -149,6 +152,6 @@ def _cached():
         has = ", ".join(path.name for path in found) or "none"
         raise FileNotFoundError(
             f"--features {INCEPTION} needs the file {FILE}: {folder} has {has}, it should have one,"
-            " or --features-weights FILE should say where it is"
+            " or --features-weights FILE should be given"
         )
     return found[0]

@@ -1,4 +1,4 @@
-"""Networks that scores are measured with, and what the protocol says of them."""
+"""The networks that scores are measured with, and their entries in the protocol."""
 
 import hashlib
 import importlib
@@ -15,8 +15,8 @@ from ..imported import returned
 
 
 class Network(NamedTuple):
-    """A module that takes images, uint8 [N, 3, H, W] in RGB, what the protocol says of it, and the
-    packages that it is from.
+    """A module that takes images, uint8 [N, 3, H, W] in RGB, its entry in the protocol, and the
+    packages that it comes from.
     """
 
     module: nn.Module
@@ -24,17 +24,18 @@ class Network(NamedTuple):
     packages: tuple[str, ...] = ()
 
     def to(self, device: torch.device | str) -> "Network":
-        """The same on a device."""
+        """The network, moved to a device."""
         return self._replace(module=self.module.to(device))
 
 
 def given(argument: str, network: str | nn.Module, example: str) -> Network:
-    """The user's own network: a module, or the one that MODULE:FUNCTION returns, in eval mode.
+    """The user's network: a module, or the one that MODULE:FUNCTION returns, in eval mode.
 
-    The protocol names it and has the SHA-256 of its weights and of the file with its class, since
-    what it computes is in both.
+    The protocol has its name, and the SHA-256 of its weights and of the file with its class, which
+    together determine what it computes.
 
-    Errors: ValueError, TypeError, Failed: there is none, or it is no torch.nn.Module.
+    Errors: ValueError, TypeError or Failed if there is no such function, it fails, or the network
+        is not a torch.nn.Module.
     """
     name = network
     if isinstance(network, str):
@@ -56,7 +57,7 @@ def given(argument: str, network: str | nn.Module, example: str) -> Network:
 
 
 def sha256_of(module: nn.Module) -> str:
-    """The SHA-256 of a module's state_dict: of each name, dtype, shape and the values, by name."""
+    """The SHA-256 of a module's state_dict: names, dtypes, shapes and values, sorted by name."""
     digest = hashlib.sha256()
     for name, value in sorted(module.state_dict().items()):
         if not isinstance(value, torch.Tensor):
@@ -69,7 +70,7 @@ def sha256_of(module: nn.Module) -> str:
 
 
 def needed(module: str, purpose: str) -> ModuleType:
-    """A module of a package that is an extra. Errors: ModuleNotFoundError where it is missing."""
+    """A module of an optional package. Errors: ModuleNotFoundError if it is not installed."""
     try:
         return importlib.import_module(module)
     except ImportError as error:
@@ -80,13 +81,13 @@ def needed(module: str, purpose: str) -> ModuleType:
 
 
 def first_line(error: BaseException) -> str:
-    """An error in one line."""
+    """The first line of an error's message."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[0] if lines else repr(error)
 
 
 def _sha256_of_source(kind):
-    """The SHA-256 of the file that has a class, or None where no file has it."""
+    """The SHA-256 of the source file of a class, or None if there is none."""
     try:
         path = inspect.getsourcefile(sys.modules[kind.__module__])
         return None if path is None else hashlib.sha256(Path(path).read_bytes()).hexdigest()

@@ -1,4 +1,4 @@
-"""The files that are evaluated, read one after another, and what the protocol says of them."""
+"""Reads the files that are evaluated, one after another, and records them in the protocol."""
 
 import hashlib
 import json
@@ -18,12 +18,12 @@ from ..data.pairs import MOST_LISTED
 from ..generation import ORIGIN
 from .segmentation import IGNORED
 
-SAYS = ("average", "seed")  # what it may say: "ema" or "raw", and a number
+SAYS = ("average", "seed")  # the keys of an origin: "ema" or "raw", and a number
 
 
 class Seen:
-    """The facts about a folder while its files are read: how many there are, their names, their
-    sizes, and a SHA-256 of names and values as they are evaluated.
+    """Collects facts about a folder while its files are read: their number, names and sizes, and a
+    SHA-256 of names and values as they are evaluated.
     """
 
     def __init__(self) -> None:
@@ -53,8 +53,8 @@ class Seen:
 def images(
     files: dict[str, Path], size: tuple[int, int] | None, seen: Seen
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """Names, and images as uint8 [3, H, W]; size is a width and a height that they are resized to,
-    bicubically as Pillow does. Errors: ValueError, which names the file.
+    """Names, and images as uint8 [3, H, W]. With a size, a width and a height, Pillow resizes them
+    bicubically. Errors: ValueError, which names the file.
     """
     for name, path in files.items():
         image = read_photograph(path)
@@ -70,7 +70,7 @@ class LabelMaps:
     """Label maps as int64 [H, W], from 0 to num_classes − 1, or IGNORED for "don't care".
 
     files: the label map of each generated image, by the image's name.
-    size: a width and a height that they are resized to, by nearest neighbour as Pillow does.
+    size: the width and the height that Pillow resizes them to, by nearest neighbour, or None.
     """
 
     def __init__(
@@ -84,8 +84,8 @@ class LabelMaps:
         self.seen = Seen()
 
     def __call__(self, name: str, image: Path, shape: tuple[int, int]) -> torch.Tensor:
-        """The label map of an image with that height and width. Errors: ValueError, which names the
-        file.
+        """The label map of an image with the given height and width. Errors: ValueError, which
+        names the file.
         """
         path = self.files[name]
         numbers = read_labels(path, self.palette)
@@ -101,8 +101,8 @@ class LabelMaps:
             labels = np.asarray(resized.resize(self.size, Image.Resampling.NEAREST), np.int64)
         if labels.shape != tuple(shape):
             raise ValueError(
-                f"{image} is {shape[1]} × {shape[0]}, {path} is {own[0]} × {own[1]}: they should be"
-                " of one size, or size should be one to resize both to"
+                f"{image} is {shape[1]} × {shape[0]}, {path} is {own[0]} × {own[1]}: they should"
+                " have the same size, or size should be given, to resize both"
             )
         self.seen.add(name, own, labels)
         return torch.tensor(labels)
@@ -111,8 +111,8 @@ class LabelMaps:
 def partners(
     generated: dict[str, Path], labels: dict[str, Path], images_in: Path, labels_in: Path
 ) -> dict[str, str]:
-    """The name of the label map of each generated image, which is its own, or the one before "-K"
-    where it is one of several samples. Errors: ValueError where one has no partner.
+    """The name of each generated image's label map: the image's name, or the part before "-K" if
+    the image is one of several samples. Errors: ValueError if a file has no partner.
     """
     found = {name: _partner(name, labels) for name in generated}
     faults = [
@@ -134,10 +134,10 @@ def partners(
 
 
 def origin(files: dict[str, Path]) -> dict[str, Any]:
-    """What generated images say of their generator in PNG's text "spade_fast", a JSON object:
-    "average", "ema" or "raw", and "seed"; None each where they say nothing.
+    """What generated images say about their generator, in the PNG text "spade_fast", a JSON object:
+    "average" ("ema" or "raw") and "seed", each None if it is not there.
 
-    Errors: ValueError where they say different things.
+    Errors: ValueError if the images say different things.
     """
     first, said = None, None
     for path in files.values():
@@ -157,11 +157,11 @@ def _origin(path):
             said = json.loads(image.info.get(ORIGIN, "{}"))
         return {name: said.get(name) for name in SAYS}
     except (OSError, ValueError, TypeError, AttributeError):
-        return dict.fromkeys(SAYS)  # reading refuses it if it is no image
+        return dict.fromkeys(SAYS)  # a file that is not an image is refused when it is read
 
 
 def _partner(name, labels):
-    """The label map that an image with this name was made of, or None."""
+    """The name of the label map that an image with this name was generated from, or None."""
     if name in labels:
         return name
     stem = re.sub(r"-\d+$", "", name)

@@ -1,4 +1,6 @@
-"""How scores were measured: two of them can be compared where that is the same."""
+"""The protocol of scores, which is how they were measured: two scores can be compared only if
+their protocols are equal.
+"""
 
 import json
 import os
@@ -18,15 +20,15 @@ PACKAGES = ("pillow", "torchmetrics")
 
 
 def versions(others: Iterable[str]) -> dict[str, str]:
-    """The version of each package that a score may depend on: of this one, PACKAGES, and others."""
+    """The version of each package that a score may depend on: these, PACKAGES, and others."""
     found = {"spade_fast": __version__, "torch": torch.__version__}
     return found | {name: metadata.version(name) for name in sorted({*PACKAGES, *others})}
 
 
 def check_writable(path: Path) -> None:
-    """Errors: ValueError where no file can be there."""
+    """Raises ValueError if no file can be written at this path."""
     if not path.parent.is_dir() or path.is_dir():
-        raise ValueError(f"json is {path}, it should be a file in a folder that is there")
+        raise ValueError(f"json is {path}, it should be a file in a folder that exists")
 
 
 def write(result: dict[str, Any], path: str | os.PathLike) -> None:
@@ -37,7 +39,7 @@ def write(result: dict[str, Any], path: str | os.PathLike) -> None:
 
 
 def read(path: str | os.PathLike) -> dict[str, Any]:
-    """Scores and protocol from a file. Errors: OSError; ValueError where they are not in it."""
+    """Scores and protocol from a file. Errors: OSError; ValueError if they are not in it."""
     try:
         found = json.loads(Path(path).read_text(encoding="utf-8"))
         scores, protocol, notes = found["scores"], found["protocol"], found["notes"]
@@ -48,12 +50,14 @@ def read(path: str | os.PathLike) -> dict[str, Any]:
     except (ValueError, KeyError, TypeError):
         is_right = False
     if not is_right:
-        raise ValueError(f"{path} has no scores, it should be what `spade-fast evaluate` wrote")
+        raise ValueError(
+            f"{path} has no scores, it should be a file from `spade-fast evaluate --json`"
+        )
     return found
 
 
 def differences(one: dict[str, Any], other: dict[str, Any]) -> list[str]:
-    """What differs between two protocols, a line each; empty where they are the same."""
+    """The differences between two protocols, a line for each; empty if they are equal."""
     flat, others = dict(_leaves(one)), dict(_leaves(other))
     return [
         f"{name}: {_words(flat, name)} and {_words(others, name)}"
@@ -63,7 +67,7 @@ def differences(one: dict[str, Any], other: dict[str, Any]) -> list[str]:
 
 
 def _leaves(value, name=""):
-    """Names and values of all that is no dictionary."""
+    """The dotted names and the values of everything that is not a dictionary."""
     if not isinstance(value, dict) or not value:
         yield name, value
         return

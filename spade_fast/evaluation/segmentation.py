@@ -1,4 +1,4 @@
-"""Whether a segmentation network sees in images what their label maps say."""
+"""Scores of a segmentation network's predictions for images against their label maps."""
 
 import json
 import os
@@ -13,9 +13,9 @@ from ..data.files import lines_of
 from ..imported import theirs
 from .networks import Network, first_line, given, needed, sha256_of
 
-IGNORED = -1  # "don't care" in what `Overlap` is given as labels
+IGNORED = -1  # "don't care" in the labels that `Overlap` takes
 NO_CLASS = "-"  # in a file of classes
-DISPLACING = ("do_center_crop", "do_pad")  # settings of image processors
+DISPLACING = ("do_center_crop", "do_pad")  # image processors' settings that shift predictions
 OVERLAP = (
     "Don't care is left out. Mean IoU is over the classes that occur in labels or predictions. A"
     " prediction that is no class of the labels is wrong where it is, and has no IoU of its own."
@@ -23,11 +23,11 @@ OVERLAP = (
 
 
 def load_segmentation(network: str | nn.Module) -> Network:
-    """The network of segmentation, which takes images uint8 [N, 3, H, W], RGB from 0 to 255, and
-    returns whole numbers [N, H, W], its classes.
+    """The segmentation network, which takes images uint8 [N, 3, H, W], RGB from 0 to 255, and
+    returns its classes, whole numbers [N, H, W].
 
     network: MODULE:FUNCTION, a module, or a folder or hub name that transformers'
-        AutoModelForSemanticSegmentation reads. transformers downloads a network of the hub.
+        AutoModelForSemanticSegmentation reads. transformers downloads networks from the hub.
 
     Errors: ModuleNotFoundError without transformers; ValueError, TypeError, Failed.
     """
@@ -38,8 +38,8 @@ def load_segmentation(network: str | nn.Module) -> Network:
 
 def read_classes(path: str | os.PathLike) -> dict[int, int | None]:
     """The label of each class of the network, from a text file with a line `NETWORK_ID LABEL` for
-    each; a name may follow, and `#` begins a comment. Labels are counted from 0 as `check-data`
-    prints them, and `-` is none, as None here.
+    each; a name may follow, and `#` begins a comment. Labels count from 0 as `check-data` prints
+    them; `-` means that the class has no label, and is returned as None.
 
     Errors: ValueError, which names the file and the line.
     """
@@ -48,7 +48,7 @@ def read_classes(path: str | os.PathLike) -> dict[int, int | None]:
         if len(words) < 2 or not words[0].isdecimal() or not _is_label(words[1]):
             raise ValueError(
                 f"{path}, line {number}, is {line!r}, it should be NETWORK_ID LABEL: two"
-                f" numbers from 0 on, or {NO_CLASS} for no label"
+                f" numbers of 0 or more, or {NO_CLASS} for no label"
             )
         own, label = int(words[0]), None if words[1] == NO_CLASS else int(words[1])
         if classes.setdefault(own, label) != label:
@@ -59,12 +59,13 @@ def read_classes(path: str | os.PathLike) -> dict[int, int | None]:
 
 
 class Overlap:
-    """Mean IoU and pixel accuracy, from images in batches: pixels are counted by torchmetrics.
+    """Mean IoU and pixel accuracy, computed batch by batch. torchmetrics counts the pixels.
 
-    classes: the label of each class of the network, None for none of them; without it the network's
-        classes are the labels.
+    num_classes: how many classes the labels have.
+    classes: the label of each class of the network, None for a class without one. By default the
+        network's classes are the labels.
 
-    Errors: ValueError where it has labels that are none.
+    Errors: ValueError if classes has a label that is not less than num_classes.
     """
 
     def __init__(
@@ -78,10 +79,11 @@ class Overlap:
         wrong = [label for label in labels if label is not None and label >= num_classes]
         if wrong:
             raise ValueError(
-                f"classes has the label {wrong[0]}, labels should be 0 to {num_classes - 1}"
+                f"classes has the label {wrong[0]}, it should have labels from 0 to"
+                f" {num_classes - 1}"
             )
         self.labels = torch.tensor([num_classes if label is None else label for label in labels])
-        # one row and column more, for predictions that are no label
+        # one more row and column, for predictions that are not a label
         matrix = needed("torchmetrics.classification", "mean IoU").MulticlassConfusionMatrix
         self.metric = matrix(num_classes + 1, ignore_index=IGNORED, validate_args=False)
 
@@ -90,18 +92,18 @@ class Overlap:
         """Adds images, uint8 [N, 3, H, W], and their labels, int64 [N, H, W] from 0 to
         num_classes − 1, or IGNORED. Errors: ValueError, Failed.
         """
-        with theirs("the network of segmentation failed"):
+        with theirs("the segmentation network failed"):
             found = self.network.module(images)
         self.metric.update(self._as_labels(found, list(labels.shape)), labels.cpu())
 
     def compute(self) -> tuple[float, float, dict[int, float]]:
         """Mean IoU, pixel accuracy, and the IoU of each class that occurs.
 
-        Errors: ValueError where all pixels are "don't care".
+        Errors: ValueError if all pixels are "don't care".
         """
         counts = self.metric.compute().double()
         if not counts.sum():
-            raise ValueError("labels has no pixel of a class, all of them are don't care")
+            raise ValueError("labels has only don't care, it should have pixels with a class")
         right = counts.diagonal()
         either = counts.sum(0) + counts.sum(1) - right
         ious = {
@@ -112,7 +114,7 @@ class Overlap:
         return sum(ious.values()) / len(ious), (right.sum() / counts.sum()).item(), ious
 
     def _as_labels(self, found, shape):
-        """The network's classes as labels, on the CPU."""
+        """The network's classes converted to labels, on the CPU."""
         if (
             not isinstance(found, torch.Tensor)
             or found.is_floating_point()
@@ -130,15 +132,15 @@ class Overlap:
         unknown = self.known[places] != found
         if unknown.any():
             raise ValueError(
-                f"segmentation predicts its class {found[unknown][0].item()}, of which nobody says"
-                f" which label it is: --classes FILE should, with a line NETWORK_ID LABEL, or"
-                f" NETWORK_ID {NO_CLASS} where it is none"
+                f"segmentation predicts its class {found[unknown][0].item()}, whose label is not"
+                " known: --classes FILE should have a line NETWORK_ID LABEL for it, or NETWORK_ID"
+                f" {NO_CLASS} if it has no label"
             )
         return self.labels[places]
 
 
 class _Segmentation(nn.Module):
-    """A network of transformers with its image processor."""
+    """A network from transformers with its image processor."""
 
     def __init__(self, network, processor):
         super().__init__()
@@ -160,20 +162,20 @@ def _of_transformers(name):
         network, loading = transformers.AutoModelForSemanticSegmentation.from_pretrained(
             name, output_loading_info=True
         )
-    except Exception as error:  # of any type: it depends on what transformers misses
+    except Exception as error:  # the type depends on what is missing
         raise ValueError(
-            f"segmentation is {name!r}, which transformers does not load: {first_line(error)}"
+            f"segmentation is {name!r}, which transformers cannot load: {first_line(error)}"
         ) from error
     if missing := sorted(loading["missing_keys"]):
         raise ValueError(
             f"segmentation is {name!r}, whose weights lack {missing[0]} and {len(missing) - 1}"
-            " others: it should be trained for semantic segmentation"
+            " others: it should be a network trained for semantic segmentation"
         )
     settings = json.loads(processor.to_json_string())
     if displacing := [key for key in DISPLACING if settings.get(key)]:
         raise ValueError(
-            f"segmentation is {name!r}, whose image processor has {displacing[0]}: its predictions"
-            " would not lie on the labels; --segmentation MODULE:FUNCTION can lay them there"
+            f"segmentation is {name!r}, whose image processor has {displacing[0]}: predictions"
+            " would be shifted against the labels; --segmentation MODULE:FUNCTION can undo that"
         )
     return Network(
         _Segmentation(network.eval(), processor),

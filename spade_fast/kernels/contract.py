@@ -52,6 +52,7 @@ class Backend:
     apply_out: Callable[..., None]
     backward_sums: Callable[..., tuple[Tensor, Tensor, Tensor]]
     backward_input: Callable[..., Tensor]
+    running_planes: Callable[..., Tensor]
     instance_forward: Callable[..., tuple[Tensor, Tensor, Tensor]]
     instance_backward: Callable[..., tuple[Tensor, Tensor, Tensor]]
     convolve_windows: Callable[..., Tensor]
@@ -128,13 +129,13 @@ def check_modulation(
     else:
         _check("index", index, x, (torch.int32,), (x.shape[0], *x.shape[2:]), "[N, *spatial]")
         table = (gamma.shape[0] if gamma.dim() else 0, x.shape[1])
-        _check("gamma", gamma, x, FLOATING, table, "with an index a table, [K, C]")
+        _check("gamma", gamma, x, FLOATING, table, "a table, because index is given")
         has_rows = torch.sym_min(index.numel(), 1) <= table[0]
-        _require(has_rows, "gamma", gamma, "a table with a row for each number of index")
+        _require(has_rows, "gamma", gamma, "a table with a row for every number in index")
     if beta is not None:
         _check("beta", beta, gamma, (gamma.dtype,), gamma.shape, "gamma's shape")
     elif needs_beta:
-        raise ValueError("beta is None, silu's derivative needs it")
+        raise ValueError("beta is None, it should be a tensor: the derivative of silu needs it")
 
 
 def check_apply(
@@ -158,8 +159,8 @@ def check_apply_out(
     _check("out", out, x, (torch.promote_types(x.dtype, gamma.dtype),), x.shape, "x's shape")
     if not lies_like(out, x):
         raise ValueError(
-            f"out has strides {list(out.stride())}, it should lie without gaps as x does, with"
-            f" strides {list(x.stride())}"
+            f"out has strides {list(out.stride())}, it should be dense and in the same memory"
+            f" format as x, which has strides {list(x.stride())}"
         )
 
 
@@ -179,10 +180,10 @@ def check_backward_input(
     _check("dy", dy, x, (torch.promote_types(x.dtype, gamma.dtype),), x.shape, "x's shape")
     _check_numbers("planes", planes, x, 3)
     if activation not in KEEPS_SIGNS:
-        _check("signs", signs, x, (torch.uint8,), (0,), "of size 0")
+        _check("signs", signs, x, (torch.uint8,), (0,), "the activation needs no signs")
     elif has_values(x):
         # A compiler tries other memory layouts for x, and at run time copies x to its original one.
-        _check("signs", signs, x, (torch.uint8,), signs_shape(x), "a bit for each element")
+        _check("signs", signs, x, (torch.uint8,), signs_shape(x), "a bit per element")
     if terms is not None:
         _check_numbers("terms", terms, x, 2)
 
@@ -203,10 +204,25 @@ def check_backward_sums(
     if index is not None:
         if order is None:
             raise ValueError(
-                "order is None, with an index it should be the sorted pixels, [N, pixels]"
+                "order is None, it should be the sorted pixels [N, pixels], because index is given"
             )
         shape = (x.shape[0], x.shape[2:].numel())
         _check("order", order, x, (torch.int32,), shape, "[N, pixels]")
+
+
+def check_running_planes(
+    x: Tensor,
+    mean: Tensor,
+    variance: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+) -> None:
+    check_plane_moments(x)
+    numbers = {"mean": mean, "variance": variance, "weight": weight, "bias": bias}
+    for name, given in numbers.items():
+        if given is not None:
+            _check(name, given, x, FLOATING, x.shape[1:2], "a number for each channel")
 
 
 def check_instance_forward(
@@ -255,15 +271,27 @@ def check_convolve_gathered(
 ) -> None:
     if not weights or len(weights) != len(biases):
         raise ValueError(
-            f"biases has {len(biases)} members, it should have one, or None, for each weight, of"
-            f" which there are {len(weights)}"
+            f"biases has length {len(biases)} and weights has length {len(weights)}, they should"
+            " have the same length, at least 1"
         )
     shape = weights[0].shape
     for weight, bias in zip(weights, biases):
         _require(weight.dim() >= 3, "weights", weight, "[out, in, *kernel]")
-        _require(weight.shape[2:].numel() > 0, "weights", weight, "of one tap or more")
+        _require(
+            weight.shape[2:].numel() > 0,
+            "weights",
+            weight,
+            "[out, in, *kernel] with at least one tap",
+        )
         _check_dtype("weights", weight, FLOATING)
-        _check("weights", weight, rows, (rows.dtype,), (len(weight), *shape[1:]), "like the first")
+        _check(
+            "weights",
+            weight,
+            rows,
+            (rows.dtype,),
+            (len(weight), *shape[1:]),
+            "like the first weight",
+        )
         if bias is not None:
             _check("biases", bias, weight, (weight.dtype,), weight.shape[:1], "[out]")
     _check("rows", rows, rows, FLOATING, (rows.shape[0], shape[1]), "[rows, in]")
@@ -272,7 +300,9 @@ def check_convolve_gathered(
 
 def _check_weight(weight, *lists):
     _require(weight.dim() >= 3, "weight", weight, "[out, in, *kernel]")
-    _require(weight.shape[2:].numel() > 0, "weight", weight, "of one tap or more")
+    _require(
+        weight.shape[2:].numel() > 0, "weight", weight, "[out, in, *kernel] with at least one tap"
+    )
     _check_dtype("weight", weight, FLOATING)
     _check_lists(weight, *lists)
 
@@ -283,7 +313,7 @@ def _check_lists(other, *lists):
 
 
 def _check_numbers(name, given, x, count):
-    _check(name, given, x, SUMS, (count, *x.shape[:2]), "numbers of each plane")
+    _check(name, given, x, SUMS, (count, *x.shape[:2]), "values per plane")
 
 
 def _check(name, given, other, dtypes, shape, meaning):
@@ -293,9 +323,9 @@ def _check(name, given, other, dtypes, shape, meaning):
     if given.device != other.device:
         raise ValueError(f"{name} is on {given.device}, it should be on {other.device}")
     _check_dtype(name, given, dtypes)
-    _require(given.dim() == len(shape), name, given, f"{meaning}, {list(shape)}")
+    _require(given.dim() == len(shape), name, given, f"{list(shape)} ({meaning})")
     for size, wanted in zip(given.shape, shape):
-        _require(size == wanted, name, given, f"{meaning}, {list(shape)}")
+        _require(size == wanted, name, given, f"{list(shape)} ({meaning})")
 
 
 def _check_dtype(name, given, dtypes):
@@ -356,6 +386,10 @@ def fake_backward_sums(
 
 def fake_backward_input(dy: Tensor, x: Tensor, *others: object) -> Tensor:
     return torch.empty_like(x)
+
+
+def fake_running_planes(x: Tensor, *others: object) -> Tensor:
+    return x.new_empty(3, *x.shape[:2], dtype=sum_dtype(x.dtype))
 
 
 def fake_instance_forward(
@@ -438,6 +472,12 @@ MODULATION = {
         f"({BACKWARD}, Tensor signs, Tensor? terms, {ACTIVATION}) -> Tensor",
         check_backward_input,
         fake_backward_input,
+    ),
+    "running_planes": Operation(
+        "(Tensor x, Tensor mean, Tensor variance, Tensor? weight, Tensor? bias, float eps)"
+        " -> Tensor",
+        check_running_planes,
+        fake_running_planes,
     ),
     "instance_forward": Operation(
         f"(Tensor x, {FORWARD}, float eps, {ACTIVATION}, bool keep_signs)"

@@ -296,6 +296,25 @@ def backward_input(
     return normalised.copy_(x).sub_(shift).mul_(slope).add_(constant).add_(scale_q).to(x.dtype)
 
 
+def running_planes(
+    x: Tensor,
+    mean: Tensor,
+    variance: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+) -> Tensor:
+    """The planes of x [N, C, *spatial] for a batch norm in eval mode, from its running statistics
+    and its own parameters, [C].
+    """
+    dtype = sum_dtype(x.dtype)
+    scale = torch.rsqrt(variance.to(dtype) + eps)
+    scale = scale if weight is None else scale * weight.to(dtype)
+    offset = torch.zeros_like(scale) if bias is None else bias.to(dtype)
+    planes = torch.stack([mean.to(dtype), scale, offset])
+    return planes[:, None].expand(3, *x.shape[:2]).contiguous()
+
+
 def instance_forward(
     x: Tensor,
     gamma: Tensor,
@@ -464,6 +483,7 @@ BACKEND = Backend(
     apply_out=apply_out,
     backward_sums=backward_sums,
     backward_input=backward_input,
+    running_planes=running_planes,
     instance_forward=instance_forward,
     instance_backward=instance_backward,
     convolve_windows=convolve_windows,

@@ -1,4 +1,4 @@
-"""The losses of training, each a scalar without its weight in the sum."""
+"""The losses of training. Each is a scalar, without its weight in the total."""
 
 from .adversarial import KINDS, check_kind, for_discriminator, for_generator
 from .feature_matching import feature_matching

@@ -1,10 +1,9 @@
-"""Adversarial losses over scales: how far the discriminator is from taking images for what they
-should be taken for.
+"""Adversarial losses over the discriminator's scales.
 
 Each kind is a function of x, the last layer's result at one place: the larger x is, the more the
 discriminator takes that place for real. The loss is the function's mean over the places and images
-of a scale, and then the mean over the scales, as in the published code: a large scale counts no
-more than a small one. float16 and bfloat16 are summed in float32.
+of a scale, and then the mean over the scales, as in the published code: a large scale counts as
+much as a small one. float16 and bfloat16 are summed in float32.
 """
 
 import torch
@@ -46,8 +45,8 @@ OTHER_NAMES = {"ls": "least_squares", "original": "non_saturating", "w": "wasser
 
 
 def check_kind(kind: str) -> str:
-    """The name in KINDS of a kind, which may have its name in the published options. Errors:
-    ValueError.
+    """The name in KINDS of a kind, which may also be given by its name in the published options.
+    Errors: ValueError.
     """
     name = OTHER_NAMES.get(kind, kind) if isinstance(kind, str) else None
     if name not in KINDS:
@@ -57,17 +56,17 @@ def check_kind(kind: str) -> str:
 
 
 def for_generator(results: Results, kind: str = "hinge") -> torch.Tensor:
-    """The generator's loss, a scalar: that fakes be taken for real, the kind's function of reals at
-    the fakes' results. The hinge has no bound there: it is −x (Lim and Ye 2017), as for
-    "wasserstein".
+    """The generator's loss, a scalar, which is small if the discriminator takes fakes for real: the
+    kind's function of reals, applied to the fakes' results. For the hinge it is −x without a bound
+    (Lim and Ye 2017), as for "wasserstein".
 
     Args:
-        results: of fakes, a list for each scale of the results of its layers, of which the last
-            counts: [N, 1, *size].
+        results: for each scale, a list of its layers' results for fakes. Only the last layer's is
+            used: [N, 1, *size].
         kind: one of KINDS.
 
     Raises:
-        ValueError, TypeError: an argument is not as said above; the message names it.
+        ValueError, TypeError: an argument is not as described above; the message names it.
     """
     name = check_kind(kind)
     return _mean("results", results, wasserstein if name == "hinge" else KINDS[name], real=True)
@@ -76,8 +75,8 @@ def for_generator(results: Results, kind: str = "hinge") -> torch.Tensor:
 def for_discriminator(
     fakes: Results, reals: Results, kind: str = "hinge"
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The discriminator's two losses, scalars: that fakes be taken for fake, and reals for real.
-    It minimises their sum.
+    """The discriminator's two losses, scalars, for taking fakes for fake and reals for real. The
+    discriminator minimises their sum.
 
     Arguments and errors are as for `for_generator`.
     """
@@ -86,7 +85,7 @@ def for_discriminator(
 
 
 def _mean(name, results, loss, real):
-    """The mean over the scales of each scale's mean."""
+    """The mean over the scales of each scale's mean loss."""
     check_results(name, results)
     last = [scale[-1].to(sum_dtype(scale[-1].dtype)) for scale in results]
     return torch.stack([loss(x, real).mean() for x in last]).mean()

@@ -1,5 +1,5 @@
-"""The perceptual loss: fakes should look to VGG19, which was trained to name photographs, as reals
-do.
+"""The perceptual loss: fakes should have the same features as reals in VGG19, a classifier of
+photographs.
 """
 
 import re
@@ -13,7 +13,7 @@ from ..checkpoint import read
 from ..checkpoint.parts import Source, differences
 from ..kernels.contract import sum_dtype
 
-FILE = "vgg19-dcbb9e9d.pth"  # torchvision's name for the weights of its VGG19
+FILE = "vgg19-dcbb9e9d.pth"  # torchvision's file of VGG19's weights
 # The layers before each pooling: VGG19's sixteen convolutions (Simonyan and Zisserman 2015, E).
 STAGES = ((64, 2), (128, 2), (256, 4), (512, 4), (512, 4))  # channels, convolutions
 WEIGHTS = (1 / 32, 1 / 16, 1 / 8, 1 / 4, 1.0)  # of relu1_1 to relu5_1
@@ -22,27 +22,27 @@ LEAST_SIZE = 16  # of an image: four poolings halve it
 
 class VGG19(nn.Module):
     """VGG19 up to relu5_1: thirteen of its sixteen convolutions, with torchvision's key names,
-    features.0.weight to features.28.bias, and weights that stay as they are.
+    features.0.weight to features.28.bias, and weights that are not trained.
 
     Args:
-        weights: the path of a file, or a state_dict. What comes after relu5_1 is passed over.
+        weights: the path of a file, or a state_dict. Layers after relu5_1 are ignored.
 
     Raises:
-        ValueError: the weights are those of something else; the message says what does not fit.
-            Or it is no file of weights: see `checkpoint.read`.
+        ValueError: the weights belong to another network; the message says what does not fit. Or
+            the file does not contain weights: see `checkpoint.read`.
     """
 
     def __init__(self, weights: Source):
         super().__init__()
-        with torch.device("meta"):  # no random weights are drawn, only to be overwritten
+        with torch.device("meta"):  # does not draw random weights that would be overwritten
             self.features = nn.Sequential(*_layers())
         given = read(weights)
         tensors = {key: tensor for key, tensor in given.items() if not _comes_later(key)}
         if wrong := differences(tensors, self.state_dict()):
             is_other = any(key.endswith("running_mean") for key in tensors)
-            hint = " It has batch norms, as vgg19_bn has." if is_other else ""
+            hint = " They have batch norms, like those of vgg19_bn." if is_other else ""
             raise ValueError(
-                f"weights are not torchvision's for VGG19 ({FILE}): {'; '.join(wrong)}.{hint}"
+                f"weights are not torchvision's of VGG19 ({FILE}): {'; '.join(wrong)}.{hint}"
             )
         dtype = torch.get_default_dtype()
         self.load_state_dict(
@@ -67,16 +67,17 @@ class Perceptual(nn.Module):
     """Σ_i w_i · mean|φ_i(fake) − φ_i(real)| over relu1_1 to relu5_1 of VGG19, w = 1/32, 1/16, 1/8,
     1/4, 1 (Johnson et al. 2016; weighted as in Wang et al. 2018 and the published code of SPADE).
 
-    It has no parameters that are trained. Images are between −1 and 1, and are not normalised as
-    those were that VGG19 was trained on: nor are they in the published code. The published weight
-    of 10 is not in it. float16 and bfloat16 are summed in float32.
+    It has no trainable parameters. Images are between −1 and 1. As in the published code, they are
+    not normalised the way that VGG19's training images were. The published weight of 10 is not
+    included. float16 and bfloat16 are summed in float32.
 
     Args:
         weights: torchvision's file of VGG19's weights or a state_dict of them; None is the file in
-            torch.hub's cache, if there is one. Nothing is ever downloaded or drawn at random.
+            torch.hub's cache. Weights are never downloaded or drawn at random.
 
     Raises:
-        FileNotFoundError: there is no file; the message says which one should be where.
+        FileNotFoundError: the file is missing; the message says which one it is, and where it
+            should be.
         ValueError: the weights are not those of VGG19.
     """
 
@@ -91,8 +92,8 @@ class Perceptual(nn.Module):
         return super().train(False)
 
     def forward(self, fake: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
-        """The loss, a scalar, of images [N, 3, H, W] between −1 and 1, of 16 pixels or more each
-        way. Nothing flows back into `real`. Errors: ValueError, TypeError.
+        """The loss, a scalar, of images [N, 3, H, W] between −1 and 1, with H and W at least 16. No
+        gradients flow to `real`. Errors: ValueError, TypeError.
         """
         _check_images(fake, real)
         with torch.no_grad():
@@ -117,7 +118,7 @@ def _layers():
 
 
 def _comes_later(key):
-    """Whether a weight of torchvision's VGG19 is one of what comes after relu5_1."""
+    """Whether a weight of torchvision's VGG19 belongs to a layer after relu5_1."""
     later = r"(features\.(30|32|34)|classifier\.(0|3|6))\.(weight|bias)"
     return re.fullmatch(later, key) is not None
 
@@ -129,12 +130,12 @@ def _cached():
     if not found:
         raise FileNotFoundError(
             f"the perceptual loss needs torchvision's weights of VGG19, the file {FILE}: it should"
-            f" be in {folder}, or --vgg-weights FILE should say where it is; --no-perceptual trains"
-            " without this loss"
+            f" be in {folder}, or be given as --vgg-weights FILE; --no-perceptual trains without"
+            " this loss"
         )
     if len(found) > 1:
         names = ", ".join(path.name for path in found)
-        raise ValueError(f"{folder} has {names}: --vgg-weights FILE should say which it is")
+        raise ValueError(f"{folder} has {names}: --vgg-weights FILE should say which to use")
     return found[0]
 
 
@@ -146,10 +147,10 @@ def _check_images(fake, real):
         shape = list(image.shape)
         if len(shape) != 4 or shape[0] == 0 or shape[1] != 3 or min(shape[2:]) < LEAST_SIZE:
             raise ValueError(
-                f"{name} has shape {shape}, it should be [N, 3, H, W] with {LEAST_SIZE} pixels or"
-                " more each way"
+                f"{name} has shape {shape}, it should be [N, 3, H, W] with H and W at least"
+                f" {LEAST_SIZE}"
             )
     if fake.shape != real.shape:
         raise ValueError(
-            f"fake has shape {list(fake.shape)}, it should have real's, {list(real.shape)}"
+            f"fake has shape {list(fake.shape)}, it should be that of real, {list(real.shape)}"
         )

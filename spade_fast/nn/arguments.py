@@ -1,5 +1,5 @@
-"""The arguments that a network was made with, which its weights do not say: the network remembers
-them, and so does every state_dict of it.
+"""The arguments that a network was built with, kept in the network and in each of its state_dicts,
+because weights alone do not determine them.
 """
 
 import copy
@@ -8,22 +8,22 @@ import torch.nn as nn
 
 from .modules import BATCH_NORMS, NOT_MARKED, PLAIN
 
-ENTRY = "spade_fast"  # in a state_dict's metadata, of the module whose arguments it has
-# The names under which torch's wrappers have a module that they wrap.
+ENTRY = "spade_fast"  # the key in a state_dict's metadata, among those of the module
+# The names under which torch's wrappers hold the module that they wrap.
 WRAPPED = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
-# What makes no other network of a module: where it runs, and how it uses memory.
+# Attributes that do not change the network: where it runs, and how it uses memory.
 NOT_SETTINGS = {*NOT_MARKED, "arguments", "made_with", "process_group", "inplace", "recompute"}
-NEITHER = object()  # is equal to no setting
-BATCH_NORM_TYPES = (*BATCH_NORMS.values(), nn.SyncBatchNorm)  # which keep the same numbers
+NEITHER = object()  # equal to no setting
+BATCH_NORM_TYPES = (*BATCH_NORMS.values(), nn.SyncBatchNorm)  # all with the same tensors
 
 
 def remember(network: nn.Module, arguments: dict) -> None:
-    """Makes `arguments`, plain values as JSON has them, an attribute of a network that has just
-    been made, and puts them into the metadata of every state_dict that is made of it, alone or
-    within other modules. One that is an attribute of the network, too, is there as it is then.
-    Where something in the network is no longer as the arguments make it, "changed" says what.
+    """Stores `arguments`, plain values as in JSON, as an attribute of a network that has just been
+    built, and writes them into the metadata of each of its state_dicts, alone or within other
+    modules. If the network has an attribute with an argument's name, its present value is written.
+    If something else in one of our networks no longer matches the arguments, "changed" says what.
 
-    torch.save writes that metadata and `load_state_dict` passes over what it does not know in it.
+    torch.save writes that metadata, and `load_state_dict` ignores what it does not know in it.
     """
     vars(network).update(arguments=arguments, made_with=_settings(network))
     network.register_state_dict_post_hook(_describe)
@@ -50,19 +50,19 @@ def _as_json(value):
 
 
 def _changes(network):
-    """What differs from the network that was made, in words; its arguments may."""
+    """How the network differs from the one that was built, in words; arguments may differ."""
     own, changes = _settings(network), []
     for name, (kind, settings) in network.made_with.items():
         label = name or type(network).__name__
         if name not in own:
-            changes.append(f"{label} is not there any more")
+            changes.append(f"{label} was removed")
             continue
         kind_now, settings_now = own[name]
         if not issubclass(kind_now, kind) and not {kind, kind_now} <= {*BATCH_NORM_TYPES}:
-            changes.append(f"{label} is a {kind_now.__name__}, it was made as a {kind.__name__}")
+            changes.append(f"{label} is a {kind_now.__name__}, it was built as a {kind.__name__}")
             continue
         changes += [
-            f"{label}.{key} is {settings_now.get(key)!r}, it was made as {value!r}"
+            f"{label}.{key} is {settings_now.get(key)!r}, it was built as {value!r}"
             for key, value in settings.items()
             if settings_now.get(key, NEITHER) != value and (name or key not in network.arguments)
         ]
@@ -70,7 +70,7 @@ def _changes(network):
 
 
 def _settings(network):
-    """The class and the plain attributes of each module, by name, whatever wraps it."""
+    """The class and the plain attributes of each module, by name, ignoring torch's wrappers."""
     found = {}
     for name, module in network.named_modules():
         if not any(wrapped in module._modules for wrapped in WRAPPED):

@@ -28,12 +28,12 @@ ACTIVATIONS: dict[type[nn.Module], Activation] = {
 
 
 class ResidualBlock(nn.Module):
-    """What a module does as the residual block, whatever its class: it has norm_0, norm_1, conv_0,
-    conv_1; norm_s and conv_s or neither.
+    """The computation of a residual block, for any class that has norm_0, norm_1, conv_0 and
+    conv_1, and either both norm_s and conv_s or neither.
 
-    Its activation is leaky ReLU of slope 0.2, or the one that it has as a module. A norm that is
-    watched, or is another class's, is called with what the block was called with, and without its
-    activation: what sees it sees what it would of the plain block.
+    The activation is the one that the block has as a module, or leaky ReLU of slope 0.2. A norm
+    that is watched, or is not a SPADE of ours, is called with the condition that the block was
+    called with, and without the activation, so that its hooks see what they see in the plain block.
     """
 
     norm_0: nn.Module
@@ -47,34 +47,35 @@ class ResidualBlock(nn.Module):
     def forward(
         self, x: torch.Tensor, segmap: torch.Tensor | SemanticLayout, scale: int = 1
     ) -> torch.Tensor:
-        """x [N, fin, *spatial] and segmap [N, label_nc, *any], or a SemanticLayout, to [N, fout,
-        *spatial].
+        """Maps x [N, fin, *spatial] and segmap [N, label_nc, *any], or a SemanticLayout, to [N,
+        fout, *spatial].
 
-        scale: x is made this many times larger first, by nearest neighbour.
-        Errors: SPADE.forward's.
+        scale: the factor by which x is enlarged first, by nearest neighbour, and so is the result.
+        Raises what SPADE.forward raises.
         """
         self.check(x, segmap)
         return self.compute(x, segmap, scale)
 
     def check(self, x: torch.Tensor, segmap: torch.Tensor | SemanticLayout) -> None:
-        """Errors: ValueError, TypeError, which name x or segmap."""
+        """Raises ValueError or TypeError, naming x or segmap, if norm_0 cannot take it."""
         if isinstance(self.norm_0, SpatiallyAdaptive):
             self.norm_0.check(x, segmap)
 
     def is_open(self, x: torch.Tensor, segmap: torch.Tensor | SemanticLayout) -> bool:
-        """Whether to call the module with these is to run `compute` and nothing else."""
+        """Whether calling the module with these runs ResidualBlock.forward and nothing else."""
         return type(self).forward is ResidualBlock.forward and not is_watched(self)
 
     def compute(
         self, x: torch.Tensor, segmap: torch.Tensor | SemanticLayout, scale: int = 1
     ) -> torch.Tensor:
-        """forward, of arguments that have been checked."""
+        """`forward` after its arguments have been checked."""
         x = with_channels_together(ordinary(x), scale)
         has_shortcut, open_0 = has_part(self, "norm_s"), opened(self.norm_0, x, segmap)
         open_s = opened(self.norm_s, x, segmap) if has_shortcut else None
         moments = None
         taking = sum(norm.measures for norm in (open_0, open_s) if norm is not None)
-        if taking + (scale > 1) >= 2 and not is_recorded(x):  # one pass for both, or a smaller one
+        # One pass over x serves both norms, or reads a smaller x.
+        if taking + (scale > 1) >= 2 and not is_recorded(x):
             moments = repeated_moments(plane_moments(x), scale ** (x.dim() - 2))
         x = repeat_pixels(x, scale)
         layout = find_layout(segmap)
@@ -107,7 +108,7 @@ class ResidualBlock(nn.Module):
 def opened(
     norm: nn.Module, x: torch.Tensor, segmap: torch.Tensor | SemanticLayout
 ) -> SpatiallyAdaptive | None:
-    """The norm, where it is a SPADE that may be given more than it is called with; else None."""
+    """The norm if it is a SPADE whose `modulate` may be called instead of it, otherwise None."""
     return norm if isinstance(norm, SpatiallyAdaptive) and norm.is_open(x, segmap) else None
 
 
@@ -120,7 +121,7 @@ def normalised(
     activation: Activation | None = None,
     negative_slope: float = 0.0,
 ) -> torch.Tensor:
-    """A norm of x and the activation that follows it: in the same pass where it is `opened`."""
+    """A norm of x and the activation that follows it, in the same pass if the norm is `opened`."""
     if spade is None:
         return activate(norm(x, segmap), activation, negative_slope)
     moments = moments if spade.measures else None
@@ -132,54 +133,56 @@ def has_part(module: nn.Module, name: str) -> bool:
 
 
 def activation_settings(module: nn.Module | None) -> tuple[Activation | None, float]:
-    """An activation as a SPADE's `activation` and `negative_slope`."""
+    """The `activation` and `negative_slope` of a SPADE that stand for an activation module."""
     if module is None:
         return "leaky_relu", 0.2
     return ACTIVATIONS[type(module)], getattr(module, "negative_slope", 0.2)
 
 
 def activate(y: torch.Tensor, activation: Activation | None, negative_slope: float) -> torch.Tensor:
-    """The same after a SPADE that was called."""
+    """The activation that follows a norm which was called without it."""
     if activation == "leaky_relu":
         return F.leaky_relu(y, negative_slope)
     return y if activation is None else {"relu": F.relu, "silu": F.silu}[activation](y)
 
 
 def repeated_moments(moments: torch.Tensor, times: int) -> torch.Tensor:
-    """`plane_moments` of x with every pixel repeated: the mean stays, there are more squares."""
+    """`plane_moments` of x with every pixel repeated, from those of x: only the sum of squares
+    grows.
+    """
     return torch.stack([moments[0], times * moments[1]]) if times > 1 else moments
 
 
 class PublishedOptions(Protocol):
-    """The options of the published code, as much of them as a block reads."""
+    """The options of the published code that a block reads."""
 
     norm_G: str
     semantic_nc: int
 
 
 class SPADEResnetBlock(ResidualBlock):
-    """x + conv_1(a(norm_1(conv_0(a(norm_0(x)))))), a = leaky ReLU of slope 0.2; where fin ≠ fout
-    conv_s(norm_s(x)) replaces x.
+    """x + conv_1(a(norm_1(conv_0(a(norm_0(x)))))), with a = leaky ReLU of slope 0.2. If fin ≠ fout,
+    conv_s(norm_s(x)) replaces the first x.
 
     The wiring and the state_dict keys are those of the published code (Park et al. 2019, figure 4);
-    the signature is that of the face models that share it. The published one,
-    SPADEResnetBlock(fin, fout, opt) with opt.norm_G and opt.semantic_nc, is taken as well. norm_0
-    and norm_s share one pass over x for its moments.
+    the signature is that of face models with the same wiring. The published signature,
+    SPADEResnetBlock(fin, fout, opt) with opt.norm_G and opt.semantic_nc, is accepted as well.
+    norm_0 and norm_s share one pass over x for its moments.
 
     Args:
         fin, fout: channels of x and of the result; between the two convolutions there are min(fin,
             fout).
         norm_G: `[spectral]spade[spectral][instance|batch|syncbatch|group][KxK]`; "spectral" puts
-            torch.nn.utils.spectral_norm on the block's convolutions (whose weights are then not
-            divided where dividing x is cheaper: `spectral.py`).
+            torch.nn.utils.spectral_norm on the block's convolutions (where it is cheaper, x is
+            divided by σ instead of the weight: see `spectral.py`).
         label_nc: channels of the condition.
-        use_se: adds a squeeze-and-excitation layer on the residual branch.
-        dilation: of conv_0 and conv_1.
+        use_se: whether the residual branch ends with a squeeze-and-excitation layer.
+        dilation: the dilation of conv_0 and conv_1.
         nhidden: hidden channels of each SPADE.
         spatial_dims: 1, 2 or 3.
 
     Raises:
-        ValueError: an argument is not as said above; the message names it.
+        ValueError: if an argument is not as described above; the message names it.
     """
 
     __call__: Callable[..., torch.Tensor]  # nn.Module's returns Any
@@ -233,15 +236,17 @@ class SPADEResnetBlock(ResidualBlock):
 
 
 class SPADEResBlk(SPADEResnetBlock):
-    """The block by its shorter name: instance norm, 3×3 convolutions, no spectral norm."""
+    """The block under its shorter name, with instance norm, 3×3 convolutions and no spectral
+    norm.
+    """
 
     def __init__(self, fin: int, fout: int, label_nc: int) -> None:
         super().__init__(fin, fout, "spadeinstance3x3", label_nc)
 
 
 class SqueezeExcitation(nn.Module):
-    """x · sigmoid(W_2 relu(W_1 mean(x))) with the mean over space and a sixteenth of the channels
-    between (Hu et al. 2018).
+    """x · sigmoid(W_2 relu(W_1 mean(x))), with the mean over space and a sixteenth of the channels
+    in between (Hu et al. 2018).
     """
 
     def __init__(self, channels: int) -> None:

@@ -1,5 +1,5 @@
-"""Whether a SPADE computes γ and β at every pixel, or at every distinct window of a layout: what
-its condition, its parts and whoever looks on allow, and what pays.
+"""The choice whether a SPADE computes γ and β at every pixel or at every distinct window of a
+layout: what its condition, its parts, hooks and tracers allow, and what costs less.
 """
 
 import math
@@ -8,7 +8,7 @@ from typing import Literal, get_args
 import torch
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from ..layout import SemanticLayout
+from ..layout import SemanticLayout, Windows
 from ..recording import is_recorded
 from ..scopes import Scope
 from ..streams import made_here, read_here
@@ -17,26 +17,26 @@ from .tables import dtype_of_convolution
 
 Mode = Literal["auto", "always", "never"]
 MODES: tuple[Mode, ...] = get_args(Mode)
-# Beside a multiply-add, as `python -m benchmarks run layer` shows on a CPU: an addition of rows,
-# which memory limits; what a convolution spends on bringing one weight into its own order; and what
-# windows cost more than their count, mostly in backward.
+# Costs relative to a multiply-add, as `python -m benchmarks run layer` shows on a CPU: an addition
+# in a sum of rows, which memory limits; reordering one weight for a convolution; and the factor by
+# which windows cost more than these counts, mostly in backward.
 COST_OF_ADDITION, COST_OF_WEIGHT, COST_OF_WINDOWS = 8, 100, 1.25
-# What a multiply-add costs on a GPU where its rows are gathered, in half precision, beside one of
-# PyTorch's convolution of pixels: forward, and forward and backward. On an H200 in bfloat16, for
-# the published generator's ten shapes, 1.8 to 2.7 and 3 to 5. Forward, pixels need seven launches
-# more, of about 6 µs each, in which a convolution makes these many products for each tap and hidden
-# channel; with backward they need fewer.
+# The cost of a multiply-add on gathered rows relative to one in PyTorch's convolution at pixels, on
+# a GPU in half precision: forward, and forward with backward. On an H200 in bfloat16, for the ten
+# shapes of the published generator, it is 1.8 to 2.7 and 3 to 5. Forward, pixels need seven more
+# launches than windows, of about 6 µs each; COST_OF_LAUNCHES is how many products per tap and
+# hidden channel a convolution computes in that time. With backward, pixels need fewer launches.
 COST_OF_GATHERED, COST_OF_GATHERED_TRAINING, COST_OF_LAUNCHES = 1.8, 4, 5_000_000
 
-_found = WeakTensorKeyDictionary()  # what `find_layout` found of each condition
+_found = WeakTensorKeyDictionary()  # what `find_layout` found for each condition
 
 
 class window_mode(Scope):
-    """What the SPADEs of this thread or task do with a layout: "never" computes γ and β at every
-    pixel, "always" at every distinct window, "auto", as without, where that takes less time. The
-    results are the same.
+    """How the SPADEs of this thread or task use a layout: "never" computes γ and β at every pixel,
+    "always" at every distinct window, and "auto", the default, at windows if that takes less time.
+    The results are the same up to rounding.
 
-    `with window_mode("never"):` holds inside, `window_mode("never")` alone from then on.
+    `with window_mode("never"):` applies inside, `window_mode("never")` alone from then on.
     """
 
     def __init__(self, mode: Mode) -> None:
@@ -50,12 +50,12 @@ def current_mode() -> Mode:
 
 
 def find_layout(segmap: torch.Tensor | SemanticLayout) -> SemanticLayout | None:
-    """The SemanticLayout of a condition, or None where it is none, or where nothing may depend on
-    its values.
+    """The SemanticLayout of a condition, or None if the condition is not a layout or nothing may
+    depend on its values.
 
-    A tensor is looked at once, and again when its version says that it was changed in place.
-    (Changes that PyTorch cannot see, through `.data` or NumPy, it cannot see.) Inference tensors
-    have no version: they are looked at each time, and the windows are kept.
+    A tensor is examined once, and again when its version shows that it was changed in place.
+    (Changes that PyTorch does not see, through `.data` or NumPy, go unnoticed.) Inference tensors
+    have no version: they are examined in each call, but their windows are kept.
     """
     if isinstance(segmap, SemanticLayout):
         return segmap
@@ -78,39 +78,35 @@ def find_layout(segmap: torch.Tensor | SemanticLayout) -> SemanticLayout | None:
         return layout
     layout = SemanticLayout.from_segmap(segmap.as_subclass(torch.Tensor))
     if layout is not None and before is not None and layout.equal(before[1]):
-        layout = before[1]  # with its windows
+        layout = before[1]  # which has its windows
     made = None if layout is None else made_here((layout.codes, layout.palette))
     _found[segmap] = (state, layout, made)
     return layout
 
 
-def convolutions_at_windows(
+def windows_of(
     known: Known, layout: SemanticLayout | None, x: torch.Tensor, kept: object
-) -> Convolutions | None:
-    """What γ and β are computed with where that is at the distinct windows of the layout; None
-    where it is at pixels. kept: what keeps the layer's tables, or None.
+) -> tuple[Convolutions, Windows] | None:
+    """The convolutions that compute γ and β at the distinct windows of the layout, and those
+    windows; None if γ and β are to be computed at pixels. kept: what keeps the layer's tables, or
+    None.
     """
-    if layout is None or is_recorded(x, layout.palette) or 0 in x.shape[2:]:
-        return None
     convolutions = known.convolutions
-    if convolutions is None or not _pays(kept, layout, x, convolutions):
+    if layout is None or convolutions is None or is_recorded(x, layout.palette):
         return None
-    return convolutions
+    # A compiled graph may not depend on the number of windows, so it always has them.
+    mode = "always" if torch.compiler.is_compiling() else current_mode()
+    if mode == "never" or 0 in x.shape[2:]:
+        return None
+    windows = layout.windows(x.shape[2:], convolutions.gamma.kernel_size[0])
+    # Kept tables are computed once for many forward passes.
+    pays = mode == "always" or kept is not None or _pay(windows, layout, x, convolutions)
+    return (convolutions, windows) if pays else None
 
 
-def _pays(kept, layout, x, convolutions):
-    """Whether windows take less time, or are asked for. A compiled graph has them: it may not
-    depend on how many they are.
-    """
-    if torch.compiler.is_compiling():
-        return True
-    mode = current_mode()
-    if mode != "auto":
-        return mode == "always"
-    if kept is not None:
-        return True  # once for many forward passes
+def _pay(windows, layout, x, convolutions):
+    """Whether computing γ and β at the windows takes less time than at the pixels."""
     shared, gamma = convolutions.shared, convolutions.gamma
-    windows = layout.windows(x.shape[2:], gamma.kernel_size[0])
     taps, hidden = math.prod(gamma.kernel_size), gamma.in_channels
     outputs = 2 * gamma.out_channels
     if x.is_cuda and dtype_of_convolution(x, convolutions.dtype).itemsize == 2:

@@ -1,5 +1,5 @@
-"""What constructors are given: whole numbers, and the strings that published code configures SPADE
-with, such as "spectralspadesyncbatch3x3".
+"""Constructor arguments: whole numbers, and the strings that configure SPADE in published code,
+such as "spectralspadesyncbatch3x3".
 """
 
 import operator
@@ -24,8 +24,8 @@ class Config(NamedTuple):
 
 
 def parse_config(text: object, argument: str) -> Config:
-    """A Config from the text; what does not follow the grammar is a ValueError that names the
-    argument and shows the grammar.
+    """A Config from the text. If the text does not follow the grammar, raises a ValueError that
+    names the argument and shows the grammar.
     """
     match = _PATTERN.fullmatch(text) if isinstance(text, str) else None
     if match is None:
@@ -36,8 +36,8 @@ def parse_config(text: object, argument: str) -> Config:
 
 
 def whole_number(name: str, value: object, least: int = 1) -> int:
-    """An argument's value as an int; NumPy's integers are whole numbers, too, and True is none.
-    Errors: ValueError where it is none, or smaller than `least`.
+    """An argument's value as an int. NumPy's integers are accepted, bools are not. Raises
+    ValueError if the value is not a whole number or is smaller than `least`.
     """
     try:
         if isinstance(value, bool) or not isinstance(value, SupportsIndex):
@@ -46,7 +46,7 @@ def whole_number(name: str, value: object, least: int = 1) -> int:
     except TypeError:
         number = least - 1
     if number < least:
-        bound = {0: "a whole number that is not negative", 1: "a positive whole number"}
+        bound = {0: "a non-negative whole number", 1: "a positive whole number"}
         raise ValueError(
             f"{name} is {value!r}, it should be"
             f" {bound.get(least, f'a whole number of at least {least}')}"
@@ -55,7 +55,7 @@ def whole_number(name: str, value: object, least: int = 1) -> int:
 
 
 def dimensions(spatial_dims: object) -> int:
-    """spatial_dims as an int. Errors: ValueError where it is not 1, 2 or 3."""
+    """spatial_dims as an int. Raises ValueError if it is not 1, 2 or 3."""
     try:
         number = whole_number("spatial_dims", spatial_dims)
     except ValueError:
@@ -66,11 +66,11 @@ def dimensions(spatial_dims: object) -> int:
 
 
 def odd_number(name: str, value: object) -> int:
-    """The same of an odd number. Errors: ValueError where it is none."""
+    """An argument's value as an int. Raises ValueError if it is not a positive odd number."""
     try:
         number = whole_number(name, value)
     except ValueError:
         number = 0
     if number % 2 == 0:
-        raise ValueError(f"{name} is {value!r}, it should be an odd whole number")
+        raise ValueError(f"{name} is {value!r}, it should be a positive odd number")
     return number

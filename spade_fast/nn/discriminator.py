@@ -1,5 +1,5 @@
-"""The multi-scale discriminator: how real each patch of an image looks beside its condition, at
-several scales.
+"""The multi-scale discriminator, which judges how real each patch of an image looks with its
+condition, at several scales.
 """
 
 from collections.abc import Callable
@@ -27,13 +27,13 @@ HALF: dict[str, Any] = {
     "stride": 2,
     "padding": 1,
     "count_include_pad": False,
-}  # from scale to scale
-WIDEST = 512  # channels of a convolution's result
+}  # the pooling from one scale to the next
+WIDEST = 512  # the most channels of a convolution's result
 
 
 class PatchDiscriminator(nn.Module):
-    """n_layers + 1 convolutions of 4 taps per axis. With a layout the first one looks its
-    condition's part up, a row for each distinct window.
+    """n_layers + 1 convolutions with 4 taps per axis. Given a layout, the first one looks up the
+    condition's share of its result in a table, which has a row for each distinct window.
     """
 
     def __init__(
@@ -58,10 +58,11 @@ class PatchDiscriminator(nn.Module):
         self.add_module(f"model{n_layers}", nn.Sequential(convolution(width, 1, 4, padding=2)))
 
     def forward(self, x: torch.Tensor, layout: SemanticLayout | None = None) -> list[torch.Tensor]:
-        """The results of all layers: the last [N, 1, *size], how real each patch looks; those
-        before it are its features.
+        """The results of all layers. The last, [N, 1, *size], says how real each patch looks; the
+        others are features.
 
-        x: [N, input_nc, *spatial], condition and image together, or with a layout the image alone.
+        x: [N, input_nc, *spatial], condition and image together, or the image alone if there is a
+        layout.
         """
         if layout is not None and self._may_look_up(x, layout):
             results = [self._first(x, layout)]
@@ -72,7 +73,7 @@ class PatchDiscriminator(nn.Module):
         return results
 
     def _may_look_up(self, image, layout):
-        """Whether the first layer is no more than its weights say, in a form that has windows."""
+        """Whether windows suffice for the first layer: a plain convolution, then leaky ReLU."""
         if is_recorded(image) or is_watched(self.model0) or len(self.model0) != 2:
             return False
         convolution, activation = self.model0
@@ -101,8 +102,8 @@ class PatchDiscriminator(nn.Module):
         )
         dtype = dtype_of_convolution(image, convolution.weight.dtype)
         table = convolve_windows(layout.palette, of_condition, None, patches.sums, dtype).to(dtype)
-        # x + the row of each place's window, and the leaky ReLU: a modulation without a norm, with
-        # γ = 0.
+        # Adding to x the row of each position's window, then leaky ReLU: this is a modulation
+        # without a norm, with γ = 0.
         return spade_modulate(
             x,
             torch.zeros_like(table),
@@ -116,16 +117,16 @@ class PatchDiscriminator(nn.Module):
 
 
 class MultiscaleDiscriminator(nn.Module):
-    """A PatchDiscriminator for each scale, half the size of the one before (Park et al. 2019,
-    figure 13), with the published keys. A new network has PyTorch's default initialisation;
-    `initialise(network)` gives it the published one.
+    """A PatchDiscriminator for each scale, every scale half the size of the previous one (Park et
+    al. 2019, figure 13), with the published keys. A new network has PyTorch's default
+    initialisation; `initialise(network)` gives it the published one.
 
     Args:
         input_nc: channels of condition and image together.
-        n_scales: how many discriminators.
-        ndf: channels of the first convolution's result; those of the next ones are twice as many,
-            up to 512.
-        n_layers: of each scale, before the one that has one channel.
+        n_scales: the number of scales.
+        ndf: channels of the first convolution's result; each further one has twice as many, up to
+            512.
+        n_layers: layers of each scale before the last one, which has one channel.
         spatial_dims: 1, 2 or 3.
     """
 
@@ -170,18 +171,19 @@ class MultiscaleDiscriminator(nn.Module):
     def forward(
         self, x: torch.Tensor, segmap: torch.Tensor | SemanticLayout | None = None
     ) -> list[list[torch.Tensor]]:
-        """A list for each scale, of the results of its layers: the last one [M, 1, *size],
-        those before it its features.
+        """For each scale, a list of its layers' results: the last is [M, 1, *size], the others are
+        features.
 
         Args:
-            x: [M, input_nc, *spatial], the condition and the image together; with segmap the image
+            x: [M, input_nc, *spatial], the condition and the image together; with segmap, the image
                 alone.
-            segmap: the condition, [N, channels, *spatial] or a SemanticLayout: of a layout the
-                one-hot map is never made. M is a multiple of N: image i has condition i % N, so
-                fake images and real ones may go through together.
+            segmap: the condition, [N, channels, *spatial] or a SemanticLayout, which is looked up
+                without building a one-hot map unless hooks, tracers or a replaced first layer need
+                one. M is a multiple of N: image i has condition i % N, so fake and real images may
+                go through together.
 
         Raises:
-            ValueError, TypeError: an argument is not as said above; the message names it.
+            ValueError, TypeError: if an argument is not as described above; the message names it.
         """
         layout = self._check(x, segmap)
         if layout is None and isinstance(segmap, torch.Tensor):
@@ -191,7 +193,7 @@ class MultiscaleDiscriminator(nn.Module):
             layout = layout.repeat(len(x) // max(1, len(layout))) if len(x) else layout[:0]
             x = x.contiguous(
                 memory_format=FORMATS.get(x.dim(), torch.contiguous_format)
-            )  # as rows of a table are looked up
+            )  # channels-last suits looking up rows of a table
         results = []
         for number, discriminator in enumerate(self.children()):
             if number > 0:
@@ -204,7 +206,7 @@ class MultiscaleDiscriminator(nn.Module):
         return results
 
     def _check(self, x, segmap):
-        """The layout of segmap, or None. Errors: ValueError, TypeError, by name."""
+        """The layout of segmap, or None. Raises ValueError or TypeError, naming the argument."""
         spatial = ", ".join("DHW"[-self.spatial_dims :])
         for name, tensor in {"x": x, "segmap": segmap}.items():
             if isinstance(tensor, SemanticLayout) or (tensor is None and name == "segmap"):
@@ -223,7 +225,7 @@ class MultiscaleDiscriminator(nn.Module):
             size = segmap.shape[2:] if layout is None else layout.codes.shape[1:]
             if size != x.shape[2:]:
                 raise ValueError(
-                    f"segmap has the size {list(size)}, it should be that of the image,"
+                    f"segmap has the size {list(size)}, it should be the image's size,"
                     f" {list(x.shape[2:])}"
                 )
             if len(segmap) == 0 or len(x) % len(segmap):
@@ -233,7 +235,7 @@ class MultiscaleDiscriminator(nn.Module):
         if x.shape[1] + of_condition != self.input_nc:
             together = f" and segmap {of_condition}" if of_condition else ""
             raise ValueError(
-                f"x has {x.shape[1]} channels{together}, it should be {self.input_nc} in all"
+                f"x has {x.shape[1]} channels{together}, there should be {self.input_nc} in total"
             )
         return layout
 

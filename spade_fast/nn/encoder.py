@@ -1,5 +1,5 @@
-"""The encoder of the variational generator: an image becomes the mean and the variance of its
-style, z.
+"""The encoder of the variational generator, which turns an image into the mean and the log variance
+of its style, z.
 """
 
 import itertools
@@ -14,14 +14,14 @@ from .arguments import remember
 from .config import whole_number
 from .normalised import NormalisedConvolution
 
-SIZE = 256  # of the image, to which any is resized first: its linear layers fit no other
+SIZE = 256  # every image is resized to this first, because the linear layers fit no other size
 
 
 class ConvEncoder(nn.Module):
-    """Six convolutions of stride 2, with spectral and instance norm, and a linear layer each for
-    mean and variance (Park et al. 2019, figure 14), with the state_dict keys of the published code.
-    A new network has PyTorch's default initialisation; `initialise(network)` gives it the
-    published one.
+    """Six convolutions of stride 2, with spectral and instance norm, then one linear layer for the
+    mean and one for the log variance (Park et al. 2019, figure 14), with the state_dict keys of the
+    published code. A new network has PyTorch's default initialisation; `initialise(network)` gives
+    it the published one.
 
     Args:
         ndf: channels of the first convolution's result.
@@ -51,8 +51,8 @@ class ConvEncoder(nn.Module):
         remember(self, {"ndf": ndf, "z_dim": z_dim, "input_nc": input_nc})
 
     def forward(self, image: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The mean and the logarithm of the variance of z, both [N, z_dim], for images [N,
-        input_nc, H, W] between −1 and 1.
+        """The mean and the log variance of z, both [N, z_dim], for images [N, input_nc, H, W]
+        between −1 and 1. Raises ValueError for any other shape.
         """
         channels = self.layer1.convolution.in_channels
         if not isinstance(image, torch.Tensor) or image.dim() != 4 or image.shape[1] != channels:
@@ -68,7 +68,7 @@ class ConvEncoder(nn.Module):
 
 
 def reparameterize(mu: torch.Tensor, logvar: torch.Tensor) -> torch.Tensor:
-    """z of a normal distribution with this mean and logarithm of the variance, differentiable in
-    both (Kingma and Welling 2014).
+    """Draws z from the normal distribution with mean `mu` and log variance `logvar`, differentiable
+    in both (Kingma and Welling 2014).
     """
     return mu + torch.randn_like(mu) * (0.5 * logvar).exp()

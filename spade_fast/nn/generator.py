@@ -1,5 +1,5 @@
-"""The generator: noise or the condition itself makes a small map, and residual blocks make an image
-of it, size by size.
+"""The generator: noise or the condition becomes a small first map, and residual blocks turn that
+map into an image, one size after another.
 """
 
 import itertools
@@ -19,7 +19,7 @@ from .arguments import remember
 from .block import ResidualBlock, SPADEResnetBlock
 from .choice import current_mode, find_layout
 from .config import dimensions, parse_config, whole_number
-from .modules import CONVOLUTIONS, is_plain, keeps_size, taps_of, weights_in
+from .modules import CONVOLUTIONS, first_weight, is_plain, keeps_size, taps_of
 from .pixels import resize
 from .recompute import recomputed
 from .spade import SpatiallyAdaptive, batch_of
@@ -35,7 +35,7 @@ class Stage(NamedTuple):
 
     name: str
     width: float  # channels of its result, in multiples of ngf
-    scale: int  # how many times larger it makes its x first, by nearest neighbour
+    scale: int  # the factor by which it enlarges its x first, by nearest neighbour
 
 
 FROM_NOISE = (
@@ -50,11 +50,11 @@ Doublings = Literal["normal", "more", "most"]
 
 
 class Published(NamedTuple):
-    """What a published network was trained for."""
+    """The settings of a published network."""
 
     label_nc: int  # channels of the condition: classes, "don't care", instance edges
     crop_size: int = 256  # width of the image
-    aspect_ratio: float = 1.0  # of its width to its height
+    aspect_ratio: float = 1.0  # width / height
     num_upsampling_layers: str = "normal"
 
 
@@ -64,37 +64,38 @@ PUBLISHED = {
     "cityscapes": Published(36, 512, 2.0, "more"),
 }
 DOUBLINGS = {"normal": 5, "more": 6, "most": 7}
-FARTHEST = 1000  # widths of the first map that are tried for a size to propose
+FARTHEST = 1000  # how many widths of the first map are tried to find a size to propose
 
 
 class SPADEGenerator(nn.Module):
-    """An image from a condition (Park et al. 2019, figure 4): a first map, residual blocks, a
-    convolution, tanh.
+    """Generates an image from a condition (Park et al. 2019, figure 4): a first map, residual
+    blocks, a convolution, tanh.
 
-    As it is made here it begins with noise at 4×4 and ends at 256²; `official` makes the published
+    By default it begins with noise at 4×4 and ends at 256×256; `official` builds the published
     networks. A new network has PyTorch's default initialisation; `initialise(network)` gives it the
     published one.
 
     Args:
         label_nc: channels of the condition.
-        z_dim: length of the noise that a linear layer makes the first map of; None: a convolution
-            of the condition makes it.
-        ngf: channels, which `stages` has multiples of; the first map has 16 times as many.
-        stages: the blocks, a `Stage` each.
-        last_scale: how many times larger the last block's result is made.
-        start: size of the first map, a number or one for each axis.
-        norm_G, nhidden: of the blocks: see SPADEResnetBlock.
+        z_dim: length of the noise from which a linear layer computes the first map; if None, a
+            convolution of the condition computes it.
+        ngf: the number of channels that `stages` has multiples of; the first map has 16 · ngf.
+        stages: the blocks, one `Stage` each.
+        last_scale: the factor by which the last block's result is enlarged.
+        start: size of the first map, one number or one for each axis.
+        norm_G, nhidden: settings of the blocks: see SPADEResnetBlock.
         output_nc: channels of the image.
         spatial_dims: 1, 2 or 3.
 
     Attributes:
-        recompute: gradient checkpointing: where True, a forward in train mode keeps of each block
-            its input alone, and backward computes the block anew, which takes a second forward's
-            time. Numbers are the same to the bit; running statistics and the vectors of spectral
-            norm change once for each forward. Hooks inside of a block run in backward, too. A block
-            that is watched by hooks itself is not computed anew, nor is any in a network that
-            torch.compile or torch.export records. Weights that are written to before backward are
-            a RuntimeError in it. It is no argument: it makes no other network.
+        recompute: whether to use gradient checkpointing. A forward in train mode then keeps only
+            the input of each block, and backward recomputes the block, which takes the time of a
+            second forward. The numbers are the same to the bit; running statistics and the vectors
+            of spectral norm change once per forward. Hooks inside a block run in backward, too. A
+            block that is itself watched by hooks is not recomputed, nor is any block of a network
+            that torch.compile or torch.export records. If weights are written to before backward,
+            backward raises RuntimeError. This is not a constructor argument, because it does not
+            change the network.
     """
 
     recompute = False
@@ -174,21 +175,22 @@ class SPADEGenerator(nn.Module):
         ngf: int = 64,
         nhidden: int = 128,
     ) -> "Self":
-        """The published generator, key for key: an image [N, 3, crop_size / aspect_ratio,
+        """The published generator, key for key, whose image is [N, 3, crop_size / aspect_ratio,
         crop_size].
 
         Args:
-            dataset: "coco", "ade20k" or "cityscapes", which decide the arguments that are None; or
-                channels of the condition.
-            use_vae: begin with z, which the encoder makes of an image, or noise; else with the
+            dataset: "coco", "ade20k" or "cityscapes", which decides the arguments that are None; or
+                the number of channels of the condition.
+            use_vae: whether to begin with z (noise, or from the encoder) rather than with the
                 condition.
             crop_size: width of the image.
-            aspect_ratio: of its width to its height.
+            aspect_ratio: width / height of the image.
             num_upsampling_layers: "normal", "more" or "most": 5, 6 or 7 doublings.
-            norm_G, z_dim, ngf, nhidden: as above.
+            norm_G, z_dim, ngf, nhidden: see the class.
 
-        Errors: ValueError where an argument is not as said here; where an image of that size cannot
-            be made, the message says which are nearest.
+        Raises:
+            ValueError: if an argument is not as described above. If no image of that size can be
+                made, the message names the nearest sizes.
         """
         return cls(
             **official_arguments(
@@ -205,7 +207,7 @@ class SPADEGenerator(nn.Module):
 
     @property
     def sizes(self) -> list[tuple[int, ...]]:
-        """The sizes of x in the blocks, for which `SemanticLayout.prepare` makes windows."""
+        """The size of x in each block, for `SemanticLayout.prepare`."""
         sizes, size = [], self.start
         for stage in self.stages:
             size = tuple(stage.scale * length for length in size)
@@ -215,17 +217,17 @@ class SPADEGenerator(nn.Module):
     def forward(
         self, segmap: torch.Tensor | SemanticLayout, z: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """The image [M, output_nc, *size], between −1 and 1.
+        """The images [M, output_nc, *size], between −1 and 1.
 
         Args:
             segmap: [N, label_nc, *any], the condition, or a SemanticLayout of it; resized by
                 nearest neighbour.
-            z: [M, z_dim] for a generator that begins with noise, standard normal where None. M is a
-                multiple of N: image i has condition i % N, and what depends on the condition alone
-                is computed once.
+            z: [M, z_dim], for a generator that begins with noise; drawn from the standard normal
+                distribution if None. M is a multiple of N: image i has condition i % N, and what
+                depends on the condition alone is computed once.
 
         Raises:
-            ValueError, TypeError: an argument is not as said above; the message names it.
+            ValueError, TypeError: if an argument is not as described above; the message names it.
         """
         z = self._checked(segmap, z)
         times = 1 if z is None else images_of_each(z, segmap)
@@ -233,7 +235,7 @@ class SPADEGenerator(nn.Module):
         seen = repeat_images(segmap if layout is None else layout, times)
         prepares = current_mode() != "never" and not torch.compiler.is_compiling()
         if isinstance(seen, SemanticLayout) and prepares and not is_recorded(seen.palette):
-            seen.prepare(self.sizes, self.kernel_size)  # a GPU is waited for here, nowhere below
+            seen.prepare(self.sizes, self.kernel_size)  # waits for a GPU here, nowhere below
         x = self._first_map(seen, z)
         recomputes = self.recompute and self.training and torch.is_grad_enabled()
         run_block = recomputed if recomputes else ResidualBlock.forward
@@ -253,7 +255,7 @@ class SPADEGenerator(nn.Module):
         return of_their_class(torch.tanh(x), segmap)
 
     def fold_spectral_norm(self) -> "Self":
-        """`fold_spectral_norm`, of a generator in eval mode. Errors: RuntimeError in train mode."""
+        """Calls `fold_spectral_norm` on this generator. Raises RuntimeError in train mode."""
         if self.training:
             raise RuntimeError(
                 "the generator is in train mode: σ changes in every call, call eval() first"
@@ -261,8 +263,8 @@ class SPADEGenerator(nn.Module):
         return fold_spectral_norm(self)
 
     def _checked(self, segmap, z):
-        """z, drawn where it is needed and not given. Errors: ValueError, TypeError, by name."""
-        weight, first = weights_in(self.fc)[0], getattr(self, self.stages[0].name)
+        """z, drawn if needed but not given. Raises ValueError or TypeError, naming the argument."""
+        weight, first = first_weight(self.fc), getattr(self, self.stages[0].name)
         if isinstance(first, ResidualBlock) and isinstance(first.norm_0, SpatiallyAdaptive):
             first.norm_0.check_segmap(segmap)
         conditions = batch_of(segmap)
@@ -295,12 +297,12 @@ class SPADEGenerator(nn.Module):
         if z is not None:
             return self.fc(z).view(z.shape[0], -1, *self.start)
         if isinstance(segmap, SemanticLayout):
-            segmap = segmap.resize(self.start).to_segmap(weights_in(self.fc)[0].dtype)
+            segmap = segmap.resize(self.start).to_segmap(first_weight(self.fc).dtype)
         return self.fc(resize(segmap, self.start))
 
 
 def images_of_each(z: torch.Tensor, segmap: torch.Tensor | SemanticLayout) -> int:
-    """How many images of each condition there are."""
+    """The number of images per condition."""
     conditions = batch_of(segmap)
     return 1 if z.shape[0] == conditions else z.shape[0] // conditions
 
@@ -308,14 +310,14 @@ def images_of_each(z: torch.Tensor, segmap: torch.Tensor | SemanticLayout) -> in
 def repeat_images(
     segmap: torch.Tensor | SemanticLayout, times: int
 ) -> torch.Tensor | SemanticLayout:
-    """A batch of conditions, `times` times over."""
+    """A batch of conditions, repeated `times` times."""
     if isinstance(segmap, SemanticLayout):
         return segmap.repeat(times)
     return segmap if times == 1 else segmap.repeat(times, *[1] * (segmap.dim() - 1))
 
 
 def published_settings(dataset: str | int) -> Published:
-    """By the dataset's name, or of a number of channels. Errors: ValueError."""
+    """The settings for a dataset's name, or for a number of channels. Raises ValueError."""
     if isinstance(dataset, str) and dataset in PUBLISHED:
         return PUBLISHED[dataset]
     try:
@@ -332,9 +334,13 @@ def official_arguments(
     crop_size: int | None = None,
     aspect_ratio: float | None = None,
     num_upsampling_layers: str | None = None,
+    takes: Callable[[int, tuple[int, int]], bool] = lambda crop_size, start: True,
 ) -> dict:
-    """What `official` makes of the arguments that a SPADEGenerator does not have: its `label_nc`,
-    `stages`, `last_scale` and `start`. Errors: ValueError.
+    """The `label_nc`, `stages`, `last_scale` and `start` of a SPADEGenerator, from the arguments
+    that only `official` has. Raises ValueError.
+
+    takes: whether the caller accepts a crop size with the first map's size; an error proposes no
+        other.
     """
     published = published_settings(dataset)
     layers = (
@@ -350,16 +356,17 @@ def official_arguments(
         raise ValueError(f"aspect_ratio is {aspect_ratio!r}, it should be a positive number")
     doublings = DOUBLINGS[layers]
     start = _first_of_image(crop_size, aspect_ratio, doublings)
-    wrong = f"crop_size is {crop_size}, with {doublings} doublings and an aspect ratio of"
+    wrong = f"crop_size is {crop_size}, but with {doublings} doublings and an aspect ratio of"
     if min(start) < 1:
-        least = next(_fitting_sizes(range(1, FARTHEST), aspect_ratio, doublings), "another")
-        raise ValueError(f"{wrong} {aspect_ratio} it should be {least} or more")
+        least = next(_fitting_sizes(range(1, FARTHEST), aspect_ratio, doublings, takes), None)
+        words = NO_SIZE if least is None else f"it should be {least} or more"
+        raise ValueError(f"{wrong} {aspect_ratio} {words}")
     if not _is_of_image(start, crop_size, aspect_ratio, doublings):
         made = " × ".join(str(length << doublings) for length in start)
         asked = f"{round(crop_size / aspect_ratio)} × {crop_size}"
         raise ValueError(
             f"{wrong} {aspect_ratio}, {made} pixels would be made, not {asked}:"
-            f" {_nearest(crop_size, aspect_ratio, doublings)}"
+            f" {_nearest(crop_size, aspect_ratio, doublings, takes)}"
         )
     return {
         "label_nc": published.label_nc,
@@ -369,6 +376,9 @@ def official_arguments(
     }
 
 
+NO_SIZE = "no crop_size near this one fits the other arguments"
+
+
 def _first_of_image(crop_size, aspect_ratio, doublings):
     """Height and width of the first map, as the published code rounds them."""
     width = crop_size >> doublings
@@ -376,31 +386,32 @@ def _first_of_image(crop_size, aspect_ratio, doublings):
 
 
 def _is_of_image(start, crop_size, aspect_ratio, doublings):
-    """Whether the doublings make an image of the first map that has the size asked for."""
+    """Whether the doublings turn the first map into an image of the size asked for."""
     height, width = (length << doublings for length in start)
     return (height, width) == (round(crop_size / aspect_ratio), crop_size)
 
 
-def _fitting_sizes(widths, aspect_ratio, doublings):
-    """Those widths of images that can be made, of these widths of the first map."""
+def _fitting_sizes(widths, aspect_ratio, doublings, takes):
+    """The widths of the images that can be made from first maps of these widths, and are taken."""
     for width in widths:
         size = width << doublings
         start = _first_of_image(size, aspect_ratio, doublings)
-        if min(start) > 0 and _is_of_image(start, size, aspect_ratio, doublings):
+        fits = min(start) > 0 and _is_of_image(start, size, aspect_ratio, doublings)
+        if fits and takes(size, start):
             yield size
 
 
-def _nearest(crop_size, aspect_ratio, doublings):
-    """Says which sizes near this one can be made."""
+def _nearest(crop_size, aspect_ratio, doublings, takes):
+    """The end of a message: the nearest sizes that can be made."""
     below = crop_size >> doublings
     found = [
         str(size)
         for widths in (range(below, 0, -1), range(below + 1, below + FARTHEST))
-        for size in itertools.islice(_fitting_sizes(widths, aspect_ratio, doublings), 1)
+        for size in itertools.islice(_fitting_sizes(widths, aspect_ratio, doublings, takes), 1)
     ]
     if not found:
-        return "aspect_ratio should be another, no crop_size near this one fits it"
-    return f"crop_size should be {' or '.join(found)}, no other is nearer"
+        return NO_SIZE
+    return f"crop_size should be {' or '.join(found)}, the nearest possible"
 
 
 def published_stages(num_upsampling_layers: str) -> list[Stage]:
@@ -426,8 +437,8 @@ def _first_size(start, spatial_dims):
 
 
 def _checked(stages, ngf):
-    """The blocks, a Stage each, of which every one has a name of its own and whole numbers of
-    channels.
+    """The blocks, as a Stage each. Raises ValueError unless each has a name of its own and a whole
+    number of channels.
     """
     try:
         stages = tuple(Stage(*stage) for stage in stages)

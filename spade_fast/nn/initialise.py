@@ -29,14 +29,14 @@ def initialise(network: Model, kind: str = "xavier", gain: float = 0.02) -> Mode
     """Gives a network the weights that the published training begins with, in place; PyTorch's
     global generator draws them, module by module. Returns the network.
 
-    The weight of every convolution and linear layer is drawn as `kind` says: under spectral norm
-    the weight that is divided by σ. The weight of every norm that has one is drawn from
-    N(1, gain²). Biases become 0. Buffers stay as they are, such as running statistics and the
-    vectors of spectral norm, and so do parameters of other modules.
+    The weight of every convolution and linear layer is drawn as `kind` says; under spectral norm
+    this is the weight that is divided by σ. The weight of every norm that has one is drawn from
+    N(1, gain²). Biases become 0. Buffers, such as running statistics and the vectors of spectral
+    norm, do not change, and neither do parameters of other modules.
 
     Args:
         network: a module; given a part of a network, only that part is initialised.
-        kind: "xavier", which is published: normal with the variance
+        kind: "xavier", as published: normal with the variance
             gain² · 2 / (fan_in + fan_out) (Glorot and Bengio 2010, which has gain 1);
             "xavier_uniform": the same variance;
             "normal": N(0, gain²);
@@ -45,8 +45,9 @@ def initialise(network: Model, kind: str = "xavier", gain: float = 0.02) -> Mode
         gain: positive; see `kind`.
 
     Raises:
-        TypeError, ValueError: an argument is not as said above, a weight has no values yet, or is
-            made of others in a way that is not known here. Nothing has been drawn then.
+        TypeError, ValueError: if an argument is not as described above, if a weight has no values
+            yet, or if it is computed from other parameters, except by spectral norm. Nothing has
+            been drawn then.
     """
     if not isinstance(network, nn.Module):
         raise TypeError(f"network is a {type(network).__name__}, it should be an nn.Module")
@@ -72,8 +73,8 @@ def initialise(network: Model, kind: str = "xavier", gain: float = 0.02) -> Mode
     for tensor in [*(weight for _, weight in draws), *biases]:
         if nn.parameter.is_lazy(tensor) or tensor.is_meta:
             raise ValueError(
-                "network has parameters without values, lazy ones or on the meta device: they"
-                " should have some, of a first forward or of to_empty(device=…)"
+                "network has parameters without values, lazy or on the meta device: they should"
+                " get some first, from a forward or from to_empty(device=…)"
             )
     for draw, weight in draws:
         draw(weight, gain)
@@ -83,7 +84,9 @@ def initialise(network: Model, kind: str = "xavier", gain: float = 0.02) -> Mode
 
 
 def _own_weight(module: nn.Module, name: str) -> torch.Tensor:
-    """The parameter that a convolution's or linear layer's weight is, or is divided by σ."""
+    """A convolution's or linear layer's weight as a parameter: itself, or the one that is divided
+    by σ.
+    """
     if parametrize.is_parametrized(module, "weight"):
         parametrizations: Any = module.parametrizations
         made = parametrizations.weight
@@ -93,6 +96,6 @@ def _own_weight(module: nn.Module, name: str) -> torch.Tensor:
         if (weight := module._parameters.get(own)) is not None:
             return weight
     raise ValueError(
-        f"the weight of {name or type(module).__name__} is made of other parameters, it should be"
-        " one itself, or be under spectral norm"
+        f"the weight of {name or type(module).__name__} is computed from other parameters, it"
+        " should be a parameter itself, or under spectral norm"
     )

@@ -1,4 +1,4 @@
-"""Questions about modules: what one is, and who watches it."""
+"""Predicates on modules: what a module is, and whether anything watches it."""
 
 import argparse
 import types
@@ -17,10 +17,10 @@ from torch.utils.module_tracker import ModuleTracker
 
 from ..ops.norms import Kind
 from ..recording import may_overwrite
-from .unchanged import NAME
+from .unchanged import NAME, version_of
 
 Model = TypeVar("Model", bound=nn.Module)
-KnownNorm = _NormBase | nn.GroupNorm  # the first are instance and batch norms
+KnownNorm = _NormBase | nn.GroupNorm  # _NormBase: instance and batch norms
 CONVOLUTIONS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 CONVOLUTION_TYPES: tuple[type[Convolution], ...] = tuple(CONVOLUTIONS.values())
 INSTANCE_NORMS = {1: nn.InstanceNorm1d, 2: nn.InstanceNorm2d, 3: nn.InstanceNorm3d}
@@ -35,12 +35,12 @@ KINDS: dict[type[nn.Module], Kind] = {
     nn.SyncBatchNorm: "syncbatch",
     nn.GroupNorm: "group",
 }
-MAKERS = (SpectralNorm, WeightNorm)  # hooks that make the weight, whatever the input is
+MAKERS = (SpectralNorm, WeightNorm)  # hooks that compute the weight, whatever the input is
 POINTWISE = (nn.ReLU, nn.LeakyReLU, nn.SiLU, nn.GELU, nn.ELU, nn.Tanh, nn.Sigmoid, nn.Identity)
 
 
 def hooks(module: nn.Module) -> list[Callable]:
-    """The module's own hooks: what runs when it is called, beside its forward."""
+    """The module's own hooks, which run beside its forward when it is called."""
     return [
         *module._forward_pre_hooks.values(),
         *module._forward_hooks.values(),
@@ -50,16 +50,16 @@ def hooks(module: nn.Module) -> list[Callable]:
 
 
 def is_called_plainly(module: nn.Module) -> bool:
-    """Whether to call the module is to run its class's forward and its own hooks: no hook on all
-    modules, no forward of this instance's own, nothing compiled in its place.
+    """Whether calling the module runs its class's forward and its own hooks and nothing else: no
+    hook on all modules, no forward set on the instance, nothing compiled in its place.
     """
     replaced = "forward" in module.__dict__ or module._compiled_call_impl is not None
     return not replaced and not (calls._has_any_global_hook() and _somebody_watches_all())
 
 
 def _somebody_watches_all() -> bool:
-    """Whether all modules have a hook, besides PyTorch's own that notes which module runs and looks
-    at no values, as FlopCounterMode has it.
+    """Whether there is a hook on all modules other than PyTorch's ModuleTracker, which
+    FlopCounterMode uses: it notes which module runs and looks at no values.
     """
     kinds = (
         calls._global_forward_pre_hooks,
@@ -72,8 +72,9 @@ def _somebody_watches_all() -> bool:
 
 
 def is_watched(module: nn.Module) -> bool:
-    """Whether anything but its class's forward runs when the module is called, and so sees, or may
-    change, what goes in and out. Then it is called, with what its own users would give it.
+    """Whether anything besides its class's forward runs when the module is called, and so sees or
+    may change what goes in and out. If so, it is called, with the arguments that it has in the
+    plain network.
     """
     has_hooks = (
         module._forward_pre_hooks
@@ -85,37 +86,39 @@ def is_watched(module: nn.Module) -> bool:
 
 
 def is_plain(module: nn.Module, types: Iterable[type]) -> bool:
-    """Whether a module is just what its type says, so that its weights say all about it."""
+    """Whether a module is exactly of one of these types and not watched, so that its settings and
+    weights determine its result.
+    """
     return type(module) in types and not is_watched(module)
 
 
 def leaves(module: nn.Module, inside: bool = False) -> list[nn.Module]:
-    """The modules that a module is, one after the other: those of a Sequential, and of the
-    Sequentials in it; with `inside` those of any module that has some.
+    """The modules that a module runs one after another: those in a Sequential and in the
+    Sequentials inside it; with `inside`, those in any module that has children.
     """
     in_turn = isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward
     opens = in_turn or (inside and module._modules and not parametrize.is_parametrized(module))
     if not opens or is_watched(module):
         return [module]
-    children = filter(None, module._modules.values())  # one may be there twice
+    children = filter(None, module._modules.values())  # including one that occurs twice
     return [leaf for child in children for leaf in leaves(child, inside)]
 
 
 def is_convolution(module: nn.Module) -> TypeGuard[Convolution]:
-    """Whether a module is a convolution that its settings and `weight_of` say all about: plain, or
+    """Whether a module is a convolution that its settings and `weight_of` determine: plain, or
     under spectral norm, weight norm or a parametrization.
     """
     kind = type(module)
     if kind not in CONVOLUTION_TYPES and parametrize.is_parametrized(module):
-        kind = kind.__bases__[0]  # the class that it had before
+        kind = kind.__bases__[0]  # its class before the parametrization
     if kind not in CONVOLUTION_TYPES or not is_called_plainly(module):
         return False
     return all(isinstance(hook, MAKERS) and hook.name == "weight" for hook in hooks(module))
 
 
 def weight_of(module: Convolution) -> torch.Tensor:
-    """The weight that a call of a convolution uses, made as a call makes it: to be asked for once,
-    in the call's place.
+    """The weight that a call of a convolution would use, computed as the call computes it. Since
+    this runs the hooks that compute it, ask for it once, in place of the call.
     """
     for hook in module._forward_pre_hooks.values():
         hook(module, None)
@@ -123,8 +126,8 @@ def weight_of(module: Convolution) -> torch.Tensor:
 
 
 def weights_in(module: nn.Module) -> list[torch.Tensor]:
-    """What a module has of parameters and buffers. Replicas of DataParallel have their parameters
-    as plain tensors.
+    """A module's parameters and buffers, also those of DataParallel's replicas, whose parameters
+    are plain tensors.
     """
     parameters = list(module.parameters())
     if not parameters:
@@ -134,15 +137,18 @@ def weights_in(module: nn.Module) -> list[torch.Tensor]:
 
 
 def first_weight(module: nn.Module) -> torch.Tensor:
-    """The first of `weights_in`, for less."""
+    """The first of `weights_in`, found faster."""
+    for weight in module._parameters.values():
+        if weight is not None:
+            return weight
     weight = next(module.parameters(), None)
     return weights_in(module)[0] if weight is None else weight
 
 
 def shape_of_weight(module: nn.Module) -> torch.Size:
-    """The shape of a convolution's weight, which is not made for it."""
+    """The shape of a convolution's weight, without computing the weight."""
     kept: tuple[dict[str, Any], ...] = (module._parameters, module.__dict__)
-    for name in ("weight", "weight_orig", "weight_v"):  # its own, of spectral and of weight norm
+    for name in ("weight", "weight_orig", "weight_v"):  # plain, spectral norm, weight norm
         for own in kept:
             if name in own:
                 return own[name].shape
@@ -153,16 +159,17 @@ def shape_of_weight(module: nn.Module) -> torch.Size:
 
 PLAIN = (bool, int, float, str, type(None))
 CONTAINERS = (list, tuple, dict, argparse.Namespace, types.SimpleNamespace)
-MOST_MARKED = 1000  # values in an attribute
-# What torch has in every module (the mode is asked for apart), what DataParallel adds, and ours.
+MOST_MARKED = 1000  # the most values in an attribute that are compared
+# Attributes that torch has in every module (the mode is compared separately), that DataParallel
+# adds, and ours.
 NOT_MARKED = {*vars(nn.Module()), "_is_replica", "_former_parameters", "spade_form", NAME}
 
 
 def marks_of(module: nn.Module) -> dict:
-    """What a forward may read of a module besides its weights: its attributes, of tensors how often
-    they were written to, and buffers that are no floating-point numbers.
+    """The marks of what a forward may read of a module besides its weights: its attributes and the
+    buffers that are not floating-point.
     """
-    weights = module.__dict__.get("_former_parameters", ())  # a replica's, plain tensors now
+    weights = module.__dict__.get("_former_parameters", ())  # of a replica: plain tensors
     marks = {
         name: mark_of(value)
         for name, value in module.__dict__.items()
@@ -175,7 +182,7 @@ def marks_of(module: nn.Module) -> dict:
 
 
 def marks_of_settings(module: nn.Module) -> dict:
-    """The marks of those attributes that are no tensors: a call may make tensors anew."""
+    """The marks of the attributes that are not tensors, because a call may replace tensors."""
     own = module.__dict__.items()
     return {
         name: mark_of(value)
@@ -185,9 +192,9 @@ def marks_of_settings(module: nn.Module) -> dict:
 
 
 def mark_of(value: object) -> object:
-    """What tells whether a value is as it was: numbers, flags and names by what they are, what has
-    such in it by those, tensors with their version, all else as one object. A value with more than
-    MOST_MARKED others in it is never as it was.
+    """A mark that stays equal as long as a value is unchanged. Numbers, flags and strings are
+    compared by value, containers by what they contain, tensors by identity and version, and all
+    else by identity. A container of more than MOST_MARKED values never counts as unchanged.
     """
     if type(value) not in CONTAINERS:
         return _mark_of_one(value)
@@ -198,7 +205,7 @@ def mark_of(value: object) -> object:
         value = waiting.pop()
         if type(value) not in CONTAINERS:
             marks.append(_mark_of_one(value))
-        elif id(value) in places:  # it may be in itself
+        elif id(value) in places:  # a container may contain itself
             marks.append((type(value), places[id(value)]))
         else:
             inside = contents_of(value, MOST_MARKED - len(marks) - len(waiting))
@@ -211,7 +218,7 @@ def mark_of(value: object) -> object:
 
 
 def contents_of(value: Any, most: int) -> list | None:
-    """What a container has in it, keys and values; None where that is more than `most`."""
+    """The keys and values in a container, or None if there are more than `most`."""
     inside = vars(value) if _is_namespace(value) else value
     if len(inside) * (1 + (type(inside) is dict)) > most:
         return None
@@ -226,19 +233,19 @@ def _mark_of_one(value):
     if type(value) in PLAIN:
         return (type(value), value)
     if isinstance(value, torch.Tensor):
-        return (Same(value), None if value.is_inference() else value._version)
+        return Same(value), version_of(value)
     return Same(value)
 
 
 class NeverTheSame:
-    """The mark of a value with too much in it to be looked at in each call."""
+    """The mark of a container that has too many values to compare in each call."""
 
     def __eq__(self, other: object) -> bool:
         return False
 
 
 class Same:
-    """An object that is equal to itself alone."""
+    """A mark that compares an object by identity."""
 
     def __init__(self, value: object) -> None:
         self.value = value
@@ -247,18 +254,21 @@ class Same:
         return isinstance(other, Same) and other.value is self.value
 
     def __deepcopy__(self, memo: dict) -> "Same":
-        return Same(memo.get(id(self.value), self.value))  # what was copied before, else itself
+        return Same(memo.get(id(self.value), self.value))  # the copy if there is one, or itself
 
 
 def changes_itself(module: nn.Module) -> bool:
-    """Whether a call changes what the next one's weight is, as spectral norm does in train mode."""
+    """Whether a call may change the weight of the next one, as spectral norm's does in train
+    mode.
+    """
     makes = type(module) not in CONVOLUTION_TYPES or hooks(module)
     return bool(makes) and any(part.training for part in module.modules())
 
 
 def keeps_size(module: nn.Module, size: int) -> TypeGuard[Convolution]:
-    """Whether a module is a convolution with an odd number of taps along each axis, `size`, around
-    each pixel of the map with zeros around it: the window that a pixel sees decides its result.
+    """Whether a module is a convolution with `size` taps along each axis, an odd number, centred on
+    each pixel of the map, which is padded with zeros. Then the window around a pixel determines its
+    result.
     """
     if size % 2 == 0 or not is_convolution(module):
         return False
@@ -279,14 +289,14 @@ def taps_of(module: nn.Module) -> int:
 
 
 def is_known(norm: nn.Module) -> TypeGuard[KnownNorm]:
-    """Whether `spade_modulate` can do what this module does."""
+    """Whether `spade_modulate` can compute what this module computes."""
     if not is_plain(norm, KINDS):
         return False
-    # An instance norm that was made with running statistics updates them.
+    # An instance norm with running statistics updates them, which `spade_modulate` does not.
     return KINDS[type(norm)] != "instance" or norm.running_mean is None
 
 
 def may_overwrite_result(module: nn.Module) -> bool:
-    """Whether what a module returns is a new tensor that nobody else has seen or keeps."""
+    """Whether a module returns a new tensor that nothing else has seen or keeps."""
     is_new = type(module) in CONVOLUTION_TYPES and not module._forward_hooks
     return is_new and is_called_plainly(module) and may_overwrite()

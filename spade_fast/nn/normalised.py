@@ -1,4 +1,4 @@
-"""What encoder and discriminator are made of: a convolution under spectral norm, instance norm,
+"""The layer of the encoder and the discriminator: a convolution under spectral norm, instance norm,
 leaky ReLU.
 """
 
@@ -16,8 +16,8 @@ NEGATIVE_SLOPE = 0.2
 
 
 class NormalisedConvolution(nn.Sequential):
-    """leaky_relu(instance_norm(convolution(x))), whose state_dict is that of a Sequential of
-    convolution and norm.
+    """leaky_relu(instance_norm(convolution(x))), with the state_dict of a Sequential of convolution
+    and norm.
     """
 
     def __init__(

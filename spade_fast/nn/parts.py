@@ -16,6 +16,7 @@ from .modules import (
     KnownNorm,
     Same,
     changes_itself,
+    first_weight,
     is_known,
     is_plain,
     keeps_size,
@@ -28,7 +29,7 @@ from .unchanged import until_changed
 
 
 class Form(NamedTuple):
-    """The names of the sub-modules that a layer has for SPADE's parts, and its sizes."""
+    """The names of a layer's sub-modules that are SPADE's parts, and its sizes."""
 
     norm: str
     shared: str
@@ -37,9 +38,9 @@ class Form(NamedTuple):
     norm_nc: int
     label_nc: int
     spatial_dims: int
-    pad: str | None = None  # what the hidden map goes through before gamma and beta
-    inside: bool = False  # whether parts of unknown classes are what the modules in them say
-    proof: Any = None  # of a converted module: when its parts are all that it is
+    pad: str | None = None  # the module that the hidden map goes through before gamma and beta
+    inside: bool = False  # whether a part of an unknown class runs its children one after another
+    proof: Any = None  # for a converted module: in which calls and states its parts say it all
 
 
 class HasParts(nn.Module):
@@ -50,8 +51,8 @@ class HasParts(nn.Module):
 
 @dataclass(frozen=True)
 class Convolutions:
-    """What decides the γ and β of a window: three convolutions, what follows the first, and norms
-    of γ's and β's own.
+    """What determines the γ and β of a window: three convolutions, the activations after the first,
+    and norms of γ and β, if there are any.
     """
 
     shared: Convolution
@@ -63,25 +64,23 @@ class Convolutions:
 
     @property
     def normalise(self) -> bool:
-        """Whether γ or β is normalised over each image: then images with one window have two rows
-        for it.
-        """
+        """Whether γ or β is normalised over each image, so that each image needs its own rows."""
         return self.gamma_norm is not None or self.beta_norm is not None
 
     @cached_property
     def weights(self) -> list[torch.Tensor]:
-        """Every tensor that decides the table."""
+        """Every tensor that determines the table."""
         modules = (self.shared, self.gamma, self.beta, self.gamma_norm, self.beta_norm)
         return [tensor for of in modules if of is not None for tensor in weights_in(of)]
 
     @property
     def dtype(self) -> torch.dtype:
-        """γ's and β's."""
-        return weights_in(self.gamma)[0].dtype
+        """The dtype of the weights that compute γ and β."""
+        return first_weight(self.gamma).dtype
 
     @cached_property
     def marks(self) -> list:
-        """What else decides it: the modules, and their attributes."""
+        """What else determines the table: the modules and their attributes."""
         modules = (self.shared, *self.activations, self.gamma, self.beta)
         norms = (self.gamma_norm, self.beta_norm)
         every = [part for of in (*modules, *norms) if of is not None for part in of.modules()]
@@ -89,7 +88,7 @@ class Convolutions:
 
     @cached_property
     def changes_itself(self) -> bool:
-        """Whether each call changes the next one's weights."""
+        """Whether each call may change the weights of the next one."""
         return any(changes_itself(module) for module in (self.shared, self.gamma, self.beta))
 
 
@@ -116,8 +115,8 @@ class Parts(NamedTuple):
         )
 
     def convolutions(self) -> Convolutions | None:
-        """What decides γ and β, or None where that is more than a window's codes and the weights
-        of plain convolutions.
+        """What determines γ and β, or None if that is more than a window's codes and the weights of
+        convolutions that keep a map's size.
         """
         shared, *activations = leaves(self.shared, self.inside)
         gamma, *gamma_norms = leaves(self.gamma, self.inside)
@@ -141,16 +140,16 @@ class Parts(NamedTuple):
 
 
 class Known(NamedTuple):
-    """The facts about a SPADE that each call asks for."""
+    """The facts about a SPADE that each call needs."""
 
     parts: Parts
-    weight: torch.Tensor | None  # of the shared convolution, where it has one by itself
-    own_norm: KnownNorm | None  # its norm, where `spade_modulate` does what that does
-    convolutions: Convolutions | None  # as Parts has it
+    weight: torch.Tensor | None  # the first one in the shared part, if there is one
+    own_norm: KnownNorm | None  # its norm, if `spade_modulate` can compute it
+    convolutions: Convolutions | None  # the result of `Parts.convolutions`
 
     @classmethod
     def of(cls, spade: HasParts) -> "Known":
-        """Asked anew where anything in the layer is another than before."""
+        """The facts about `spade`, found again whenever anything in it has been replaced."""
         return until_changed(spade, _known)
 
 
@@ -168,6 +167,6 @@ def _is_measured(norm: nn.Module) -> TypeGuard[InstanceNorm]:
 
 
 def part_of(spade: nn.Module, name: str) -> nn.Module:
-    """The sub-module of this name, which may lie deeper."""
+    """The sub-module of this name, which may be a dotted path."""
     own = spade._modules.get(name)
     return spade.get_submodule(name) if own is None else own

@@ -13,17 +13,17 @@ from .modules import (
     CONVOLUTIONS,
     POINTWISE,
     Convolution,
+    first_weight,
     is_plain,
     keeps_size,
     leaves,
     taps_of,
-    weights_in,
 )
 from .parts import Parts
 from .upsampled import convolve_repeated, may_sum_weights, repeats
 
 FORMATS = {4: torch.channels_last, 5: torch.channels_last_3d}
-# Below these numbers of pixels x keeps its memory layout. On a GPU the convolutions bring a
+# With fewer pixels than this, x keeps its memory layout. On a GPU, convolutions convert a
 # contiguous x and its weights to channels-last themselves, in each call.
 FEW_PIXELS = {"cpu": 4096, "cuda": 0}
 
@@ -31,19 +31,19 @@ FEW_PIXELS = {"cpu": 4096, "cuda": 0}
 def at_pixels(
     parts: Parts, segmap: torch.Tensor | SemanticLayout, x: torch.Tensor
 ) -> Sequence[torch.Tensor]:
-    """γ and β of every pixel, of x's size."""
+    """γ and β at every pixel of x."""
     if isinstance(segmap, SemanticLayout):
-        segmap = segmap.resize(x.shape[2:]).to_segmap(weights_in(parts.shared)[0].dtype)
+        segmap = segmap.resize(x.shape[2:]).to_segmap(first_weight(parts.shared).dtype)
     hidden = _hidden(parts.shared, like_pixels_of(x, segmap), x.shape[2:])
     if parts.pad is not None:
         hidden = parts.pad(hidden)
-    # On a CPU nothing is gained by convolving both at once, and copying the weights costs.
+    # On a CPU, one convolution for both gains nothing, and copying the weights costs time.
     convolve = convolve_jointly if hidden.is_cuda else convolve_apart
     return convolve((parts.gamma, parts.beta), hidden)
 
 
 def _hidden(shared, segmap, size):
-    """What γ and β are convolved from, at every pixel of this size."""
+    """The hidden map, from which γ and β are convolved, at this size."""
     conv, *activations = leaves(shared)
     simple = all(is_plain(module, POINTWISE) for module in activations)
     if not simple or not keeps_size(conv, taps_of(conv)) or 0 in segmap.shape:
@@ -54,7 +54,7 @@ def _hidden(shared, segmap, size):
     else:
         hidden = conv(resize(segmap, size))
     if activations and type(activations[0]) is nn.ReLU and may_overwrite():
-        # In the convolution's own result, which no backward needs.
+        # In place, in the convolution's result, which backward does not need.
         hidden, activations = F.relu_(hidden), activations[1:]
     for activation in activations:
         hidden = activation(hidden)
@@ -62,11 +62,11 @@ def _hidden(shared, segmap, size):
 
 
 def with_channels_together(x: torch.Tensor, scale: int = 1) -> torch.Tensor:
-    """x with each pixel's channels together: the layout in which they meet a row of a table, and in
-    which convolutions are fastest.
+    """x as channels-last: a pixel's channels then lie together, as they do in a row of a table, and
+    convolutions are fastest.
 
-    Not where there are few pixels (of x made `scale` times larger, as it is next): the convolutions
-    that follow copy their weights to x's layout, which then costs more.
+    With few pixels (counted after x is enlarged by `scale`, which comes next), x is left as it is:
+    the convolutions that follow copy their weights to x's memory layout, which would cost more.
     """
     if is_recorded(x) or x.dim() not in FORMATS:
         return x  # a recorded graph may not depend on the batch
@@ -75,20 +75,18 @@ def with_channels_together(x: torch.Tensor, scale: int = 1) -> torch.Tensor:
 
 
 def like_pixels_of(x: torch.Tensor, segmap: torch.Tensor) -> torch.Tensor:
-    """segmap with each pixel's channels together where x has them so: convolutions keep that, and γ
-    and β then lie as x does.
-    """
+    """segmap as channels-last if x is: convolutions keep that, so γ and β get x's memory layout."""
     if x.dim() in FORMATS and is_channels_last(x):
         return segmap.contiguous(memory_format=FORMATS[x.dim()])
     return segmap
 
 
 def resize(segmap: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
-    """segmap at x's size, by nearest neighbour: `F.interpolate`'s pixels, as a view where each size
-    is a multiple of x's.
+    """segmap resized by nearest neighbour, to the pixels that `F.interpolate` takes; a view if each
+    length is a multiple of the wanted one.
     """
     given = segmap.shape[2:]
-    if given == tuple(size) and torch._C._get_tracing_state() is None:  # a trace would fix it
+    if given == tuple(size) and torch._C._get_tracing_state() is None:  # a trace would fix the size
         return segmap
     if not is_recorded(segmap) and all(
         length and wanted and length % wanted == 0 for length, wanted in zip(given, size)
@@ -100,8 +98,8 @@ def resize(segmap: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
 
 
 def convolve_jointly(convolutions: Sequence[nn.Module], x: torch.Tensor) -> Sequence[torch.Tensor]:
-    """The outputs of equal convolutions of one x, from one convolution; their weights stay
-    parameters of their own.
+    """The outputs of several convolutions of one x, from one convolution if they can be `joined`.
+    Their weights remain separate parameters.
     """
     plain = [
         module
@@ -115,8 +113,8 @@ def convolve_jointly(convolutions: Sequence[nn.Module], x: torch.Tensor) -> Sequ
 
 
 def joined(convolutions: Sequence[Convolution]) -> tuple[torch.Tensor, torch.Tensor] | None:
-    """Weight and bias of several convolutions of one x as those of one convolution, or None where
-    they differ in kind.
+    """The weight and bias of one convolution that does the work of several convolutions of one x,
+    or None if their settings differ or a bias is missing.
     """
     settings = ("kernel_size", "padding", "stride", "dilation", "groups", "padding_mode")
     differ = any(len({getattr(module, name) for module in convolutions}) > 1 for name in settings)
@@ -128,5 +126,5 @@ def joined(convolutions: Sequence[Convolution]) -> tuple[torch.Tensor, torch.Ten
 
 
 def convolve_apart(convolutions: Sequence[nn.Module], x: torch.Tensor) -> Sequence[torch.Tensor]:
-    """The outputs of convolutions of one x."""
+    """The outputs of several convolutions of one x, computed one by one."""
     return [module(x) for module in convolutions]

@@ -1,5 +1,5 @@
-"""Gradient checkpointing of a residual block: backward computes its inside anew, instead of the
-forward's keeping it until then (Chen et al. 2016).
+"""Gradient checkpointing of a residual block: backward recomputes what is inside the block, so the
+forward need not keep it (Chen et al. 2016).
 """
 
 import contextvars
@@ -16,15 +16,15 @@ from .block import ResidualBlock
 from .choice import window_mode
 from .twin import twin
 
-SCOPES = (use_backend, window_mode)  # the switches that training's numbers depend on
+SCOPES = (use_backend, window_mode)  # the switches that the numbers of training depend on
 
 
 def recomputed(
     block: ResidualBlock, x: torch.Tensor, segmap: torch.Tensor | SemanticLayout, scale: int
 ) -> torch.Tensor:
-    """block.forward(x, segmap, scale), with the same gradients; until backward only x and copies of
-    the block's buffers are kept. Where operations are recorded, the block runs as always: what a
-    recorded graph keeps is its compiler's choice.
+    """block.forward(x, segmap, scale), with the same gradients; until backward, only x and copies
+    of the block's buffers are kept. Where operations are recorded, the block runs as usual, because
+    the compiler chooses what a recorded graph keeps.
     """
     if torch.compiler.is_compiling() or is_recorded(x):
         return block.forward(x, segmap, scale)
@@ -33,12 +33,12 @@ def recomputed(
 
 class Repeatable:
     """A block's forward that can be repeated. The first call runs the block itself. Each later call
-    gives the same bits, whatever was done to the block since, and changes nothing in it: it runs a
-    twin, which shares the block's parameters and has the buffers, modes and other attributes that
-    the block had before the first call. Spectral norm's iteration and the update of running
-    statistics are repeated in the twin.
+    returns the same bits, whatever was done to the block since, and changes nothing in it: it runs
+    a twin, which shares the block's parameters and has the buffers, modes and other attributes that
+    the block had before the first call. The twin repeats spectral norm's iteration and the update
+    of running statistics.
 
-    Errors: RuntimeError in a later call, where parameters or the condition were written to.
+    A later call raises RuntimeError if parameters or the condition have been written to.
     """
 
     def __init__(
@@ -59,10 +59,10 @@ class Repeatable:
         if self._state() != self.state:
             raise RuntimeError(
                 "a weight of a residual block or its condition was written to between forward and"
-                " backward, which should compute the block anew: backward should come first, or"
-                " the generator's `recompute` be False"
+                " backward, so backward cannot recompute the block: call backward first, or set"
+                " the generator's `recompute` to False"
             )
-        # Autograd may call from a thread of its own, and after the switches were set otherwise.
+        # Autograd may call this from a thread of its own, and after the switches have changed.
         return self.context.copy().run(self._repeat, x)
 
     def _repeat(self, x):

@@ -1,4 +1,4 @@
-"""The SPADE layer: convolutions make γ and β of a condition, which modulate the normalised x."""
+"""The SPADE layer: convolutions of a condition compute γ and β, which modulate the normalised x."""
 
 from collections.abc import Callable
 from typing import Any
@@ -8,14 +8,14 @@ import torch.fx
 import torch.nn as nn
 from torch.nn.modules.batchnorm import _NormBase
 
+from .. import kernels
 from ..kernels.contract import Activation, lies_like, sum_dtype
 from ..layout import SemanticLayout
-from ..ops import norms
 from ..ops.arguments import check_channels, check_x
 from ..ops.modulate import modulate_by, spade_modulate
 from ..ops.norms import Kind
 from ..recording import of_their_class, ordinary
-from .choice import convolutions_at_windows, find_layout
+from .choice import find_layout, windows_of
 from .config import Config, dimensions, odd_number, parse_config, whole_number
 from .modules import (
     BATCH_NORMS,
@@ -31,11 +31,11 @@ from .parts import Form, HasParts, Known, part_of
 from .pixels import at_pixels, with_channels_together
 from .tables import Keeper, at_windows, kept_tables
 
-ALWAYS_FRESH = 2**25  # bytes; of smaller tensors C libraries keep the memory
+ALWAYS_FRESH = 2**25  # bytes; C libraries keep the memory of smaller tensors for the next ones
 
 
 class SpatiallyAdaptive(HasParts):
-    """What a module does as a SPADE, whatever its class: `spade_form` names its parts.
+    """The computation of a SPADE, for any class; `spade_form` names its parts.
 
     h = shared(segmap);  y = norm(x) · (1 + gamma(h)) + beta(h)
     """
@@ -49,25 +49,26 @@ class SpatiallyAdaptive(HasParts):
         negative_slope: float = 0.2,
         moments: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """y of x's shape; channels-last from 4096 pixels on and on a GPU, else as x is.
+        """y, with x's shape. In two or three dimensions it is channels-last on a GPU, or if x has
+        4096 pixels or more; otherwise it has x's memory layout.
 
         Args:
             x: [N, norm_nc, *spatial].
             segmap: [N, label_nc, *any], the condition, or a SemanticLayout of it; resized to x by
-                nearest neighbour. Its batch or x's may be 1.
+                nearest neighbour. Either its batch or x's may be 1.
             activation: None, "relu", "leaky_relu" or "silu", applied to y in the same pass.
-            negative_slope: of leaky ReLU.
-            moments: `plane_moments(x)`, where several layers normalise one x.
+            negative_slope: the slope of leaky ReLU below zero.
+            moments: the result of `plane_moments(x)`, where several layers normalise one x.
 
         Raises:
-            ValueError, TypeError: an argument is not as said above; the message names it.
+            ValueError, TypeError: if an argument is not as described above; the message names it.
         """
         self.check(x, segmap)
         return self.modulate(x, segmap, activation, negative_slope, moments)
 
     def is_open(self, x: torch.Tensor, segmap: torch.Tensor | SemanticLayout) -> bool:
-        """Whether to call the module with these is to run `modulate` and nothing else: then whoever
-        has the module may do that, with an activation and moments besides.
+        """Whether calling the module with these runs SpatiallyAdaptive.forward and nothing else.
+        Then `modulate` may be called instead, with an activation and moments.
         """
         return type(self).forward is SpatiallyAdaptive.forward and not is_watched(self)
 
@@ -79,12 +80,12 @@ class SpatiallyAdaptive(HasParts):
         negative_slope: float = 0.2,
         moments: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """forward, of arguments that have been checked."""
+        """`forward` after its arguments have been checked."""
         known, layout, images = Known.of(self), find_layout(segmap), batch_of(segmap)
         parts, kept = known.parts, kept_tables(self)
         x = with_channels_together(ordinary(x))
-        several = x.shape[0] != images != 1  # conditions of one x
-        # Asked once: a lazy norm becomes another class.
+        several = x.shape[0] != images != 1  # several conditions for one x
+        # Read once, because a lazy norm changes its class when it is called.
         own_norm = None if several else known.own_norm
         if isinstance(own_norm, _NormBase):
             own_norm._check_input_dim(x)
@@ -93,18 +94,19 @@ class SpatiallyAdaptive(HasParts):
             x = x.expand(images, *x.shape[1:]) if several else x
         if layout is not None and len(layout) != x.shape[0]:
             layout = layout.repeat(x.shape[0]) if x.shape[0] else layout[:0]
-        convolutions = convolutions_at_windows(known, layout, x, kept)
+        found = windows_of(known, layout, x, kept)
         lookup: dict[str, Any] = {}
-        if layout is not None and convolutions is not None:
-            gamma, beta, lookup = at_windows(self, layout, x, convolutions, kept)
+        if layout is not None and found is not None:
+            convolutions, windows = found
+            gamma, beta, lookup = at_windows(self, layout, windows, x, convolutions, kept)
         else:
             given = ordinary(segmap) if isinstance(segmap, torch.Tensor) else layout
             assert given is not None
             gamma, beta = at_pixels(parts, given, x)
-            if gamma.shape[0] != x.shape[0]:  # one condition's, for every image
+            if gamma.shape[0] != x.shape[0]:  # one condition for all images
                 gamma, beta = gamma.expand(x.shape), beta.expand(x.shape)
         planes = None
-        if kept is not None and own_norm is not None and convolutions is not None:
+        if kept is not None and own_norm is not None and lookup:
             planes = frozen_planes(kept, own_norm, x)
         if planes is not None:
             index = lookup["index"]
@@ -132,14 +134,14 @@ class SpatiallyAdaptive(HasParts):
         return is_known(norm) and measures(norm)
 
     def check(self, x: torch.Tensor, segmap: torch.Tensor | SemanticLayout) -> None:
-        """Errors: ValueError, TypeError, which name x or segmap."""
+        """Raises ValueError or TypeError, naming x or segmap, if this layer cannot take it."""
         self._check_tensor("x", x, self.spade_form.norm_nc)
         self.check_segmap(segmap)
         known = Known.of(self)
         shared = known.parts.shared
         weight = segmap if known.weight is None else known.weight
         if weight.device != x.device and any(map(is_watched, shared.modules())):
-            weight = segmap  # a convolution may have its weights only while it is called
+            weight = segmap  # a hook may bring the weights here only for the call
         for name, tensor in {"segmap": segmap, "the layer's weight": weight}.items():
             if tensor.device != x.device:
                 raise ValueError(
@@ -152,16 +154,16 @@ class SpatiallyAdaptive(HasParts):
             and not torch.is_autocast_enabled(x.device.type)
         ):
             raise TypeError(
-                f"segmap has dtype {segmap.dtype}, it should be the weights', {weight.dtype}"
+                f"segmap has dtype {segmap.dtype}, it should be the weights' dtype, {weight.dtype}"
             )
         images = batch_of(segmap)
         if images != x.shape[0] and images != 1 and x.shape[0] != 1:
             raise ValueError(
-                f"segmap has a batch of {images}, it should be x's, {x.shape[0]}, or 1"
+                f"segmap has a batch of {images}, it should be x's batch, {x.shape[0]}, or 1"
             )
 
     def check_segmap(self, segmap: torch.Tensor | SemanticLayout) -> None:
-        """Errors: ValueError, TypeError where segmap is wrong, whatever x is."""
+        """Raises ValueError or TypeError if this layer cannot take segmap, whatever x is."""
         form = self.spade_form
         if not isinstance(segmap, SemanticLayout):
             self._check_tensor("segmap", segmap, form.label_nc)
@@ -179,7 +181,7 @@ class SpatiallyAdaptive(HasParts):
         if not isinstance(tensor, torch.Tensor):
             hint = ""
             if isinstance(tensor, torch.fx.Proxy):
-                hint = ": torch.fx cannot look into this module, make it a leaf of your tracer"
+                hint = ": torch.fx cannot trace this module, make it a leaf of your tracer"
             raise TypeError(
                 f"{name} is a {type(tensor).__name__}, it should be a torch.Tensor{hint}"
             )
@@ -189,7 +191,8 @@ class SpatiallyAdaptive(HasParts):
             )
         dims = self.spade_form.spatial_dims
         given = tensor.shape[1] if tensor.dim() == dims + 2 else None
-        # A symbol is not compared: in some graphs equal sizes are one symbol, and would be fixed.
+        # Symbolic sizes are not compared: in some graphs equal sizes share one symbol, which the
+        # comparison would fix.
         if given is None or (isinstance(given, int) and given != channels):
             spatial = ", ".join("DHW"[-dims:])
             raise ValueError(
@@ -203,22 +206,22 @@ class SPADE(SpatiallyAdaptive):
 
         h = relu(mlp_shared(segmap));  y = norm(x) · (1 + mlp_gamma(h)) + mlp_beta(h)
 
-    The published signature, SPADE("spadesyncbatch3x3", norm_nc, label_nc), is taken as well: see
+    The published signature, SPADE("spadesyncbatch3x3", norm_nc, label_nc), is accepted as well: see
     `from_config`.
 
     Args:
         norm_nc: channels C of x.
         label_nc: channels of the condition.
         nhidden: channels of h.
-        kernel_size: of all three convolutions, odd, 3 where None; zeros are padded.
+        kernel_size: taps per axis of all three convolutions, odd, 3 if None; padding is with zeros.
         norm: "instance", "batch", "syncbatch", "group", or a module whose output is modulated.
-        num_groups: for norm="group".
+        num_groups: the number of groups of channels, for norm="group".
         affine: whether the norm has a weight and a bias of its own.
-        eps, momentum: of the norm.
+        eps, momentum: the norm's settings.
         spatial_dims: 1, 2 or 3.
 
     Raises:
-        ValueError: an argument is not as said above; the message names it.
+        ValueError: if an argument is not as described above; the message names it.
     """
 
     __call__: Callable[..., torch.Tensor]  # nn.Module's returns Any
@@ -287,7 +290,7 @@ class SPADE(SpatiallyAdaptive):
     def from_config(
         cls, config_text: str, norm_nc: int, label_nc: int, nhidden: int = 128, **settings: Any
     ) -> "SPADE":
-        """SPADE("spadesyncbatch3x3", …) of the published code. settings: SPADE's keywords."""
+        """SPADE("spadesyncbatch3x3", …) as in the published code. settings: SPADE's keywords."""
         config = parse_layer_config(config_text)
         return cls(norm_nc, label_nc, nhidden, config.kernel_size, config.norm, **settings)
 
@@ -299,34 +302,34 @@ def parse_layer_config(config_text: str) -> Config:
     config = parse_config(config_text, "config_text")
     if config.spectral:
         raise ValueError(
-            f"config_text is {config_text!r}: 'spectral' is for a block's convolutions, SPADE has"
-            " none with it"
+            f"config_text is {config_text!r}, it should be without 'spectral', which is for the"
+            " convolutions of a block"
         )
     return config
 
 
 def batch_of(segmap: torch.Tensor | SemanticLayout) -> int:
-    """How many images' condition this is; len() of a tensor would hold an exported graph to one
-    batch.
+    """The number of images in a condition. (len() of a tensor would fix the batch of an exported
+    graph.)
     """
     return len(segmap) if isinstance(segmap, SemanticLayout) else segmap.shape[0]
 
 
 def measures(norm: KnownNorm) -> bool:
-    """Whether a norm that is known normalises x with its own moments."""
+    """Whether a known norm normalises x with x's own moments."""
     return norm.training or getattr(norm, "running_mean", None) is None
 
 
 def count_batch(norm: KnownNorm) -> None:
-    """What a batch norm does besides normalising, in train mode."""
+    """Counts the batch, as a batch norm does in train mode."""
     if isinstance(norm, _NormBase) and norm.training and norm.track_running_stats:
         if norm.num_batches_tracked is not None:
             norm.num_batches_tracked.add_(1)
 
 
 def norm_arguments(norm: KnownNorm | None) -> dict[str, Any]:
-    """What `spade_modulate` is to be told of a norm that is known: read anew each time, for it may
-    have been exchanged.
+    """The arguments of `spade_modulate` for a known norm, read in each call because they may have
+    been replaced.
     """
     if norm is None:
         return {"norm": None}
@@ -357,8 +360,8 @@ def norm_arguments(norm: KnownNorm | None) -> dict[str, Any]:
 
 
 def frozen_planes(kept: Keeper, norm: KnownNorm, x: torch.Tensor) -> torch.Tensor | None:
-    """The numbers of each plane of x [N, C, *spatial], [3, N, C], that running statistics and a
-    norm's own parameters make, found once; None where the norm measures x.
+    """The shift, scale and offset of each plane of x [N, C, *spatial], [3, N, C], from running
+    statistics and the norm's own parameters, computed once; None if the norm measures x.
     """
     if not isinstance(norm, _NormBase) or measures(norm) or norm.num_batches_tracked is None:
         return None
@@ -370,18 +373,17 @@ def frozen_planes(kept: Keeper, norm: KnownNorm, x: torch.Tensor) -> torch.Tenso
         check_x(x)
         for name in ("running_mean", "running_var", "weight", "bias"):
             check_channels(name, getattr(norm, name), x)
-        statistics = norms.given(mean, variance, eps, dtype)
-        return [norms.planes(statistics, shape, weight, bias).contiguous()]
+        return [kernels.select(x).running_planes(x, mean, variance, weight, bias, eps)]
 
-    # PyTorch's own batch norm writes to running statistics without their version's saying so: it is
-    # the count of batches that says it.
+    # PyTorch's own batch norm writes to running statistics without changing their version, but the
+    # count of batches shows it.
     weights = [mean, variance, count, weight, bias]
     return kept.derive(norm, "planes", weights, (shape, dtype, eps), make)[0]
 
 
 def reused(module: nn.Module, gamma: torch.Tensor, x: torch.Tensor) -> torch.Tensor | None:
-    """γ, where it is large and only the module that made it has seen it: y then takes its place.
-    Memory fresh from the system takes longer than to modulate.
+    """γ, for y to overwrite, if γ is large and only the module that computed it has seen it.
+    Getting fresh memory from the system takes longer than the modulation.
     """
     if x.device.type != "cpu" or torch.is_grad_enabled() or not may_overwrite_result(module):
         return None

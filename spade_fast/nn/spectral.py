@@ -17,17 +17,17 @@ from ..recording import gradients_of, is_recorded, is_transformed
 from .modules import CONVOLUTION_TYPES, Convolution, Model, is_called_plainly
 from .tables import Keeper, kept_tables
 
-CONVERGED = 1e-6  # the change of σ in one power iteration, relative
+CONVERGED = 1e-6  # the relative change of σ in one power iteration
 MOST_ITERATIONS = 1000
 
 
 def convolve(convolution: nn.Module, x: torch.Tensor) -> torch.Tensor:
-    """convolution(x); where spectral norm has its weight W divided by σ, and x is the smaller of
-    the two, x is divided instead.
+    """convolution(x). Where spectral norm divides the weight W by σ and x is smaller than W, x is
+    divided instead.
 
-    conv(x, W / σ) = conv(x / σ, W), and the gradients follow: `Quotient` has them with fewer passes
-    over the weight than PyTorch. `convolution.weight`, which spectral norm sets, is left as it was
-    where x is divided.
+    conv(x, W / σ) = conv(x / σ, W), and the gradients follow: `Quotient` computes them with fewer
+    passes over the weight than PyTorch. Where x is divided, `convolution.weight`, which spectral
+    norm sets, is left unchanged.
     """
     norm = spectral_norm_of(convolution)
     if norm is None or not isinstance(convolution, Convolution) or is_recorded(x):
@@ -40,7 +40,7 @@ def convolve(convolution: nn.Module, x: torch.Tensor) -> torch.Tensor:
             found = after_iterations(convolution, norm)
         divided = Quotient.apply(x if divides_x else None, weight, *found)
         if not divides_x:
-            convolution.weight = divided  # as spectral norm has it
+            convolution.weight = divided  # as spectral norm does
     elif not divides_x and kept is None:
         return convolution(x)
     else:
@@ -51,18 +51,20 @@ def convolve(convolution: nn.Module, x: torch.Tensor) -> torch.Tensor:
 
 
 def made_of(module: nn.Module, name: str = "weight") -> tuple[torch.Tensor, ...]:
-    """What spectral norm makes a weight of: the one that is divided, and the vectors u and v."""
+    """What spectral norm computes a weight from: the one that it divides, and the vectors u and
+    v.
+    """
     return tuple(getattr(module, f"{name}_{part}") for part in ("orig", "u", "v"))
 
 
 def _has_own_gradients(weight, norm):
-    """Whether gradients are wanted that `Quotient` has; a compiler finds its own."""
+    """Whether gradients are needed that `Quotient` computes; a compiler derives its own."""
     wanted = torch.is_grad_enabled() and weight.requires_grad and norm.dim == 0
     return wanted and not torch.compiler.is_compiling()
 
 
 def spectral_norm_of(module: nn.Module) -> SpectralNorm | None:
-    """The spectral norm of a convolution that nothing else is done to."""
+    """The spectral norm of a convolution, or None if it has none, or other hooks as well."""
     if type(module) not in CONVOLUTION_TYPES or not is_called_plainly(module):
         return None
     own = module._forward_pre_hooks
@@ -76,8 +78,8 @@ def spectral_norm_of(module: nn.Module) -> SpectralNorm | None:
 def largest_singular_value(
     module: nn.Module, norm: SpectralNorm, kept: Keeper | None = None
 ) -> torch.Tensor:
-    """σ = u · W v, after the power iterations that training makes: what
-    `SpectralNorm.compute_weight` divides by. It is found once where something keeps it.
+    """σ = u · W v, after the power iterations of train mode: what `SpectralNorm.compute_weight`
+    divides by. It is computed once if something keeps it.
     """
     if kept is not None:
         weight, u, v = made_of(module)
@@ -94,7 +96,7 @@ def largest_singular_value(
 
 
 def after_iterations(module: nn.Module, norm: SpectralNorm) -> tuple[torch.Tensor, ...]:
-    """σ = u · W v, and u and v, after the power iterations that training makes."""
+    """σ = u · W v, and u and v, after the power iterations of train mode."""
     weight, own_u, own_v = made_of(module)
     u, v = own_u, own_v
     matrix, product = norm.reshape_weight_to_matrix(weight), None
@@ -104,8 +106,8 @@ def after_iterations(module: nn.Module, norm: SpectralNorm) -> tuple[torch.Tenso
                 v = _normalised(torch.mv(matrix.t(), u), v, norm.eps)
                 product = torch.mv(matrix, v)
                 u = _normalised(product, u, norm.eps)
-            # In place: they are buffers, which replicas of the module share. Those that are
-            # returned stay, for a second forward before the first one's backward.
+            # In place, because replicas of the module share the buffers. The u and v that are
+            # returned are not overwritten by a second forward before the first one's backward.
             torch._foreach_copy_([own_u, own_v], [u, v])
     if product is None or torch.is_grad_enabled():
         product = torch.mv(matrix, v)
@@ -113,15 +115,15 @@ def after_iterations(module: nn.Module, norm: SpectralNorm) -> tuple[torch.Tenso
 
 
 def _normalised(vector, like, eps):
-    """F.normalize(vector, dim=0, eps=eps) in the dtype of `like`, without its many calls."""
+    """F.normalize(vector, dim=0, eps=eps) in the dtype of `like`, with fewer calls."""
     length = torch.linalg.vector_norm(vector, keepdim=True).clamp_min_(eps)
     return torch.div(vector, length, out=torch.empty_like(like))
 
 
 class Quotient(torch.autograd.Function):
-    """x, or where that is None the weight W, divided by σ = u · W v; W [out, ...] is a matrix of
-    `out` rows there. With g the gradient of the quotient q, g/σ is that of the dividend, and
-    −Σ(g·q)/σ · u vᵀ that of W through σ.
+    """x, or the weight W if x is None, divided by σ = u · W v, where W [out, ...] is a matrix of
+    `out` rows. With g the gradient of the quotient q, g/σ is the gradient of the dividend, and
+    −Σ(g·q)/σ · u vᵀ is the gradient of W through σ.
     """
 
     @staticmethod
@@ -153,8 +155,8 @@ class Quotient(torch.autograd.Function):
 
 
 def _differentiable_backward(gradient, x, weight, u, v):
-    """The same gradients of x and W through plain PyTorch, for second derivatives and transformed
-    backwards.
+    """The same gradients of x and W in plain PyTorch, for second derivatives and for transforms of
+    backward.
     """
     with torch.enable_grad():
         x, weight = inputs = [None if one is None else one.view_as(one) for one in (x, weight)]
@@ -164,9 +166,9 @@ def _differentiable_backward(gradient, x, weight, u, v):
 
 
 class Folded(SpectralNorm):
-    """Spectral norm that divides the weight once for as long as nothing that decides it changes,
-    for inference: where gradients are wanted, in train mode and where operations are recorded it
-    divides in each call, as always.
+    """Spectral norm for inference, which divides the weight once for as long as nothing that
+    determines it changes. Where gradients are needed, in train mode, and where operations are
+    recorded or captured, it divides in each call as usual.
     """
 
     _state: list[tuple] | None
@@ -194,7 +196,7 @@ class Folded(SpectralNorm):
             with torch.inference_mode(False), torch.no_grad():
                 weight = self.compute_weight(module, do_power_iteration=False)
             setattr(module, self.name, weight)
-            # The memory is held, so that no other weight can come to lie there.
+            # Their memory is held, so that no other weight can be allocated there.
             self._held = [tensor.detach() for tensor in tensors]
             self._weight, self._made, self._state = weight, state_of(weight), state
         return None
@@ -208,11 +210,11 @@ class Folded(SpectralNorm):
 
 def fold_spectral_norm(model: Model) -> Model:
     """For inference: divides the weights under `torch.nn.utils.spectral_norm` by their σ once,
-    instead of in every call, and anew where one was written to or exchanged. Returns the model.
+    instead of in every call, and again when one is written to or replaced. Returns the model.
 
-    Where gradients of them are wanted, and in train mode, they are divided in every call as before.
-    The state_dict stays as it is. (What PyTorch does not see of a change, through `.data` or NumPy,
-    is not seen here: call this again after it.)
+    Where their gradients are needed, and in train mode, they are divided in every call as before.
+    The state_dict does not change. (Changes that PyTorch does not see, through `.data` or NumPy, go
+    unnoticed: call this again after them.)
     """
     for part in model.modules():
         for key, hook in part._forward_pre_hooks.items():
@@ -222,9 +224,9 @@ def fold_spectral_norm(model: Model) -> Model:
 
 
 def converge(network: Model) -> Model:
-    """Makes the vectors u and v of every spectral norm in a network those of its weight, in place:
-    power iterations in float64 begin with u and go on until σ changes by less than CONVERGED, or
-    MOST_ITERATIONS are done. Training makes one iteration in each step. Returns the network.
+    """Brings the vectors u and v of every spectral norm in a network to convergence, in place:
+    power iterations in float64 begin with u and end when σ changes by at most CONVERGED, or
+    after MOST_ITERATIONS. Training makes one iteration per forward. Returns the network.
     """
     with torch.no_grad():
         for matrix, u, v, eps in spectral_vectors(network):
@@ -243,8 +245,8 @@ def converge(network: Model) -> Model:
 
 
 def spectral_vectors(network: nn.Module) -> Iterator[tuple]:
-    """The weight as a matrix, the vectors u and v, and eps of each spectral norm in a network,
-    PyTorch's old one or its parametrization.
+    """The weight as a matrix, the vectors u and v, and eps, for each spectral norm in a network, in
+    PyTorch's old form or as a parametrization.
     """
     for module in network.modules():
         for hook in module._forward_pre_hooks.values():

@@ -1,5 +1,5 @@
-"""γ and β of every distinct window of a layout, as tables, computed each time or kept while weights
-stay as they are.
+"""Tables of γ and β for the distinct windows of a layout, computed in each call, or kept as long as
+the weights do not change.
 """
 
 import threading
@@ -22,15 +22,15 @@ from ..scopes import Scope
 from .modules import weight_of
 from .parts import Convolutions, HasParts, InstanceNorm, Known, Parts
 
-ALIGNED = 16  # numbers: then rows begin where one access can take eight
-# `padded_palette` of layouts, and what they were then.
+ALIGNED = 16  # numbers per row: rows then begin where one access can load eight
+# The state of each layout and the `padded_palette` that belongs to it.
 _palettes: weakref.WeakKeyDictionary[SemanticLayout, tuple[list, torch.Tensor]] = (
     weakref.WeakKeyDictionary()
 )
 
 
 class Keeper(Protocol):
-    """What may keep the tables of SPADEs, as `Tables` does."""
+    """The interface of what keeps the tables of SPADEs, as `Tables` does."""
 
     def get(
         self,
@@ -54,14 +54,14 @@ class Keeper(Protocol):
 def at_windows(
     spade: HasParts,
     layout: SemanticLayout,
+    windows: Windows,
     x: torch.Tensor,
     convolutions: Convolutions,
     kept: Keeper | None,
 ) -> tuple[torch.Tensor, torch.Tensor, dict]:
-    """γ and β of every distinct window, [K, C], and how a pixel finds its own: the arguments of
-    `spade_modulate`. kept: `kept_tables(spade)`.
+    """γ and β of every distinct window, [K, C], and the arguments of `spade_modulate` by which each
+    pixel finds its row. windows: the layout's, at x's size; kept: `kept_tables(spade)`.
     """
-    windows = layout.windows(x.shape[2:], convolutions.gamma.kernel_size[0])
     dtype = dtype_of_convolution(x, convolutions.dtype)
     if kept is None or convolutions.changes_itself:
         gamma, beta = compute_table(layout, windows, convolutions, dtype)
@@ -81,13 +81,13 @@ def kept_table(
     images: int | None,
     kept: Keeper,
 ) -> list[torch.Tensor]:
-    """γ and β of these windows of the layout, as `kept` has them or `compute_table` makes them."""
+    """γ and β of these windows of the layout, from `kept`, or else from `compute_table`."""
     source = layout.source
     return kept.get(
         source,
         (spade, windows.index.shape[1:], dtype, images),
-        # Another thread may edit the layout since its windows were found: those are a part of what
-        # a table is made of.
+        # Another thread may have edited the layout since its windows were found, so a table depends
+        # on the windows as well.
         [source.codes, source.palette, windows.table.offsets, *convolutions.weights],
         convolutions.marks,
         lambda: compute_table(layout, windows, convolutions, dtype, kept),
@@ -95,8 +95,8 @@ def kept_table(
 
 
 def dtype_of_convolution(x: torch.Tensor, own: torch.dtype) -> torch.dtype:
-    """The dtype of a convolution's output for weights of this one, beside x: autocast leaves
-    float64.
+    """The dtype of the output of a convolution of x whose weights have the dtype `own`: autocast
+    does not apply to float64.
     """
     device = x.device.type
     if own != torch.float64 and torch.is_autocast_enabled(device):
@@ -111,8 +111,8 @@ def compute_table(
     dtype: torch.dtype,
     kept: Keeper | None = None,
 ) -> list[torch.Tensor]:
-    """γ and β of the distinct windows, [K, C], in dtype; where they have norms of their own, those
-    of each image, [N·K, C].
+    """γ and β of the distinct windows, [K, C], in dtype; if they have norms of their own, those of
+    each image, [N·K, C].
     """
     backend = kernels.select(layout.palette)
     gathers = dtype.itemsize == 2 and backend.dtype_at_windows(dtype) == dtype
@@ -120,12 +120,12 @@ def compute_table(
         return gathered_table(layout, windows, convolutions, dtype, kept, backend)
     modules = (convolutions.shared, convolutions.gamma, convolutions.beta)
     first, *others = [(weight_of(module), module.bias) for module in modules]
-    # Norms see what differs between windows, which half precision would round away.
+    # Norms magnify the differences between windows, which half precision would round away.
     within = torch.promote_types(dtype, torch.float32) if convolutions.normalise else dtype
     hidden = convolve_windows(layout.palette, *first, windows.hidden, within)
     for activation in convolutions.activations:
         hidden = activation(hidden)
-    if kernels.select(hidden).name == "cpu":  # where the copies that join them cost more
+    if kernels.select(hidden).name == "cpu":  # where copying the weights to join them costs more
         rows = [convolve_windows(hidden, *other, windows.table, within) for other in others]
     else:
         weights, biases = zip(*others)
@@ -145,8 +145,8 @@ def gathered_table(
     kept: Keeper | None,
     backend: Backend,
 ) -> list[torch.Tensor]:
-    """compute_table's result, without gradients, by kernels that gather rows in half precision,
-    which they read as `by_taps` makes them lie; what weights alone decide is made once where
+    """compute_table's result, without gradients, by kernels that gather rows in half precision and
+    read weights in the order of `by_taps`. What depends on the weights alone is computed once if
     something keeps it.
     """
     modules = (convolutions.shared, convolutions.gamma, convolutions.beta)
@@ -175,7 +175,7 @@ def gathered_table(
         return hidden
 
     palette = padded_palette(layout, dtype)
-    if kept is None:  # the kernels join them, and bring them into their order, faster
+    if kept is None:  # the kernels join and reorder the weights faster
         palette = palette[:, : first.shape[1]]
         hidden = convolve_beside(palette, [first], [first_bias], windows.hidden, dtype)
         rows = convolve_beside(activated(hidden), weights, biases, windows.table, dtype)
@@ -189,21 +189,21 @@ def gathered_table(
 
 
 def by_taps(weight: torch.Tensor) -> torch.Tensor:
-    """weight [out, in, *kernel] in memory as [out, *kernel, in], with zeros for channels that make
-    them a multiple of ALIGNED.
+    """weight [out, in, *kernel], stored as [out, *kernel, in], with channels of zeros that make
+    `in` a multiple of ALIGNED.
     """
     rows = padded(weight.flatten(2).transpose(1, 2)).contiguous()
     return rows.transpose(1, 2).unflatten(2, weight.shape[2:])
 
 
 def padded(rows: torch.Tensor) -> torch.Tensor:
-    """rows [..., C] with zeros behind each to a multiple of ALIGNED numbers."""
+    """rows [..., C], with zeros at the end that make C a multiple of ALIGNED."""
     missing = -rows.shape[-1] % ALIGNED
     return F.pad(rows, (0, missing)) if missing else rows
 
 
 def padded_palette(layout: SemanticLayout, dtype: torch.dtype) -> torch.Tensor:
-    """A layout's palette in dtype, `padded`; kept as long as the layout is as it was."""
+    """A layout's palette in dtype, `padded`, and kept as long as the layout does not change."""
     palette = layout.palette
     fits = palette.dtype == dtype and palette.shape[1] % ALIGNED == 0
     if fits or torch.compiler.is_compiling() or is_capturing(palette):
@@ -218,17 +218,18 @@ def padded_palette(layout: SemanticLayout, dtype: torch.dtype) -> torch.Tensor:
 def normalise_over_images(
     table: torch.Tensor, windows: Windows, norm: InstanceNorm | None
 ) -> torch.Tensor:
-    """A table [K, C] as instance norm makes it of each image, [N·K, C]: a row counts as often as
-    the image has its window.
+    """A table [K, C], normalised over each image by instance norm, [N·K, C]: a row counts as often
+    as its window occurs in the image.
 
-    In float64, for the table is small: γ and β differ little from window to window, and in float32
-    their mean took that with it.
+    This is computed in float64, because the table is small and γ and β differ little from window to
+    window: in float32, subtracting their mean lost the differences.
     """
     images, count = len(windows.index), windows.count
     if norm is None:
         return table.repeat(images, 1)
     share = windows.shares
-    # Not even a product with zero has what an image does not see: it may be infinite, or NaN.
+    # Windows that an image does not have are replaced by 0, not multiplied by it: their rows may be
+    # infinite or NaN.
     exact = table.double().where(share[:, :, None] > 0, 0)
     deviations = exact - torch.einsum("nk,nkc->nc", share, exact)[:, None]
     variance = torch.einsum("nk,nkc->nc", share, deviations.square())
@@ -239,21 +240,21 @@ def normalise_over_images(
 
 
 class Tables:
-    """γ and β by layout, and for each layout by layer, size and dtype: no more than max_bytes of
-    them. A kept table is used as long as the weights that it was made of are as they were; a
-    layout that nobody holds any more takes its tables along.
+    """Keeps γ and β by layout, and for each layout by layer, size and dtype, in at most max_bytes.
+    A kept table is used as long as the weights that it was computed from do not change. When a
+    layout is freed, its tables are dropped.
     """
 
     def __init__(self, max_bytes: int) -> None:
         self.max_bytes = max_bytes
         self.bytes: int = 0
-        # By id; the one that was used last at the end.
+        # By id, the most recently used one at the end.
         self._layouts: OrderedDict[int, tuple[weakref.ref, dict[tuple, Kept]]] = OrderedDict()
-        # By module, of its weights alone.
+        # By module: what depends on its weights alone.
         self._derived: weakref.WeakKeyDictionary[nn.Module, dict[str, Kept]] = (
             weakref.WeakKeyDictionary()
         )
-        self._lock = threading.RLock()  # a layout may go while it is held
+        self._lock = threading.RLock()  # reentrant: a layout may be freed while the lock is held
 
     def get(
         self,
@@ -263,8 +264,8 @@ class Tables:
         marks: list,
         compute: Callable[[], list[torch.Tensor]],
     ) -> list[torch.Tensor]:
-        """The tensors that compute() gave for this layout, key, weights and marks before, or gives
-        now.
+        """The tensors that compute() returned for this layout, key, weights and marks before, or
+        returns now.
         """
         state = [*states_of(weights), stream_of(layout.codes), marks]
         with self._lock:
@@ -284,12 +285,12 @@ class Tables:
         settings: tuple,
         compute: Callable[[], list[torch.Tensor]],
     ) -> list[torch.Tensor]:
-        """The tensors that compute() makes of this module's weights alone, with these settings; of
-        each name the newest are kept.
+        """The tensors that compute() returns, which depend on this module's weights and these
+        settings alone. For each name, the newest ones are kept.
         """
         given = [weight for weight in weights if weight is not None]
         if is_capturing(given[0]):
-            return compute()  # a graph has its own, made anew in each replay
+            return compute()  # a graph computes its own in each replay
         missing = [weight is None for weight in weights]
         state = [*states_of(given), *missing, stream_of(given[0]), settings]
         found = self._derived.get(module, {}).get(name)
@@ -325,15 +326,15 @@ class Tables:
             self.bytes -= sum(kept.bytes for kept in dropped.values())
 
     def changed_unseen(self) -> set[nn.Module]:
-        """The modules of whose weights something was made that were since written to in a way that
-        PyTorch does not see.
+        """The modules whose weights, after something was derived from them, were written to in a
+        way that PyTorch does not see.
         """
         with self._lock:
             made = [(module, kept) for module, of in self._derived.items() for kept in of.values()]
         return {module for module, kept in made if kept.changed_unseen()}
 
     def limit(self, max_bytes: int) -> None:
-        """Keeps no more than max_bytes from now on."""
+        """Keeps at most max_bytes from now on."""
         with self._lock:
             self.max_bytes = max_bytes
             while self._layouts and self.bytes > max_bytes:
@@ -347,9 +348,9 @@ class Tables:
 
 
 class Beside:
-    """The tables of a stack of layouts: those that `tables` keeps for each of its parts, one after
-    the other, as `SemanticLayout.stack` has their windows. The parts should have those windows
-    before they are stacked.
+    """The tables of a stack of layouts: those that `tables` keeps for each part, in the order in
+    which `SemanticLayout.stack` puts the parts' windows. The parts should have their windows before
+    they are stacked.
     """
 
     def __init__(self, tables: Tables, parts: list[SemanticLayout]) -> None:
@@ -367,7 +368,7 @@ class Beside:
         """As `Tables.get`, for SPADEs whose γ and β have no norms of their own."""
         spade, size, dtype, _ = key
         convolutions = Known.of(spade).convolutions
-        assert convolutions is not None  # else nobody would ask for its tables
+        assert convolutions is not None  # otherwise the SPADE has no tables
         kernel_size = convolutions.gamma.kernel_size[0]
         found = [
             kept_table(
@@ -385,8 +386,8 @@ class Beside:
 
 
 class Kept:
-    """Tables, and what they were made of: the memory of the weights is held, so that no others can
-    come to lie there.
+    """Tables, and the state of what they were computed from. The memory of the weights is held, so
+    that no others can be allocated there.
     """
 
     def __init__(
@@ -397,30 +398,30 @@ class Kept:
         self.bytes: int = sum(tensor.nbytes for tensor in tensors)
 
     def note(self) -> None:
-        """Notes what the weights are, for `changed_unseen`."""
+        """Notes the values of the weights, for `changed_unseen`."""
         self._noted = states_of(self.weights), list(map(sum_of_bits, self.weights))
 
     def changed_unseen(self) -> bool:
-        """Whether the weights look as when they were noted, and are others."""
+        """Whether the weights' values have changed since they were noted, but not their state."""
         states, sums = self._noted
         same = states_of(self.weights) == states
         return same and not all(map(torch.equal, sums, map(sum_of_bits, self.weights)))
 
 
 def stream_of(tensor: torch.Tensor) -> int | None:
-    """The stream that a GPU computes on here: what it was given on another may not be there yet."""
+    """The GPU's current stream, because results from another one may not be ready yet."""
     return torch._C._cuda_getCurrentRawStream(tensor.get_device()) if tensor.is_cuda else None
 
 
 def is_capturing(tensor: torch.Tensor) -> bool:
-    """Whether operations on it are recorded into a CUDA graph: their results are not there yet."""
+    """Whether operations on it are captured into a CUDA graph, so that results do not exist yet."""
     return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 class keep_in(Scope):
-    """Inside, these modules get what they make of their weights from `tables`, as they otherwise
-    compute it: SPADEs by `tables.get(layout, key, weights, marks, compute)`, all of them by
-    `tables.derive(module, name, weights, settings, compute)`; those of this thread or task.
+    """Inside, in this thread or task, these modules get what they compute from their weights from
+    `tables`: SPADEs by `tables.get(layout, key, weights, marks, compute)`, and all of them by
+    `tables.derive(module, name, weights, settings, compute)`.
     """
 
     def __init__(self, tables: Keeper, modules: Iterable[nn.Module]) -> None:
@@ -429,7 +430,7 @@ class keep_in(Scope):
 
 
 def kept_tables(module: nn.Module) -> Keeper | None:
-    """What keeps this module's tables here and now, or None."""
+    """What keeps this module's tables in the present scope, or None."""
     if not keep_in.anywhere or torch.compiler.is_compiling() or torch.is_grad_enabled():
         return None
     for scope in keep_in.all_here():
@@ -440,27 +441,27 @@ def kept_tables(module: nn.Module) -> Keeper | None:
 
 @contextmanager
 def frozen(model: nn.Module, max_bytes: int = 1 << 30) -> Iterator[Tables]:
-    """Inside `with frozen(model):` the weights of the model's SPADEs stay as they are, and with
-    gradients off each computes the γ and β of a layout's distinct windows once: for samples of z,
-    for the steps of a diffusion sampler.
+    """Inside `with frozen(model):` the weights of the model's SPADEs should not change, and with
+    gradients off each SPADE computes the γ and β of a layout's distinct windows only once: for many
+    samples of z, or for the steps of a diffusion sampler.
 
-    It holds in this thread or asyncio task; `contextvars.copy_context().run` takes it along into
-    another thread. Weights that are exchanged inside are noticed: what was computed with others is
-    not used. What PyTorch does not see of a change (through `.data`, or NumPy) is found at the end.
-    What else weights alone decide is computed once as well: the σ of spectral norm, what batch
-    norms make of running statistics, and the order in which kernels read the weights.
+    It applies to this thread or asyncio task; `contextvars.copy_context().run` carries it into
+    another thread. Weights that are replaced inside are noticed, and results of the old ones are
+    not used. A change that PyTorch does not see (through `.data` or NumPy) is found at the end.
+    Everything else that depends on weights alone is computed once as well: spectral norm's σ, the
+    planes of batch norms with running statistics, and the weights in the order that kernels read.
 
     Args:
         model: a module with SPADEs.
-        max_bytes: the memory that the tables may take. Those of the layout that was not used for
-            longest make room; for one layout alone that needs more, the tables that do not fit are
-            computed each time. A layout that is freed takes its tables along.
+        max_bytes: the memory that the tables may take. The tables of the least recently used layout
+            are dropped first; if one layout alone needs more, the tables that do not fit are
+            computed in each call. When a layout is freed, its tables are dropped.
 
     Yields:
-        The tables, whose `bytes` says how much they hold. They are dropped at the end.
+        The tables, whose `bytes` is the memory that they take. They are dropped at the end.
 
     Raises:
-        ValueError: the model has no SPADE.
+        ValueError: if the model has no SPADE.
         RuntimeError: at the end, if a weight is not what it was at the beginning.
     """
     named = model.named_modules()
@@ -479,7 +480,7 @@ def frozen(model: nn.Module, max_bytes: int = 1 << 30) -> Iterator[Tables]:
     if changed:
         raise RuntimeError(
             f"weights changed inside frozen(model): {', '.join(sorted(changed))}; what was computed"
-            " there may be of the old ones"
+            " there may come from the old ones"
         )
 
 
@@ -491,8 +492,8 @@ def sum_of_bits(tensor: torch.Tensor) -> torch.Tensor:
 
 @torch.no_grad()
 def fingerprints(layers: dict[str, HasParts]) -> dict[str, tuple]:
-    """By name of each weight that decides γ and β: where it is, how often it was written to, and
-    the sum of its bits.
+    """For each weight that determines γ and β, by name: its address, version, shape, dtype and the
+    sum of its bits.
     """
     found = {}
     for name, layer in layers.items():

@@ -1,4 +1,4 @@
-"""Modules that share their parameters and nothing else."""
+"""Copies of modules that share their parameters."""
 
 from typing import Any
 
@@ -7,8 +7,8 @@ from .unchanged import NAME
 
 
 def twin(module: Model, known: dict[int, Any] | None = None) -> Model:
-    """Another module of the same classes, with the same parameters and hooks, and copies of the
-    buffers. `known` has the twins of what occurs more than once.
+    """A module of the same classes, with the same parameters and hooks, and copies of the buffers.
+    `known` has, by id, the twins made so far: a part that occurs twice has one twin.
     """
     known = {} if known is None else known
     if id(module) in known:
@@ -22,7 +22,7 @@ def twin(module: Model, known: dict[int, Any] | None = None) -> Model:
     )
     for hook in module._forward_pre_hooks.values():
         if isinstance(hook, MAKERS):
-            own.pop(hook.name, None)  # the weight of the call before, which needs memory
+            own.pop(hook.name, None)  # the previous call's weight, which takes memory
     for name, child in module._modules.items():
         other._modules[name] = None if child is None else twin(child, known)
     for name, buffer in module._buffers.items():

@@ -1,4 +1,4 @@
-"""What was found out about a module, kept until anything in the module is another than it was."""
+"""Facts about a module, kept until anything in the module is replaced."""
 
 import argparse
 import operator
@@ -12,7 +12,7 @@ import torch
 import torch.nn as nn
 from torch.nn.modules import module as calls
 
-NAME = "_spade_fast_found"  # the attribute that a module has it as
+NAME = "_spade_fast_found"  # the attribute of a module that holds its facts
 _ENTRIES = (
     "_parameters",
     "_buffers",
@@ -22,73 +22,49 @@ _ENTRIES = (
     "_backward_pre_hooks",
     "_backward_hooks",
 )
-MOST_INSIDE = 1000  # values of an attribute's containers
+MOST_INSIDE = 1000  # the most values in an attribute's containers that are compared
 _IN_EVERY_MODULE = frozenset(vars(nn.Module()))
 _of_part = tuple(map(operator.attrgetter, ("__class__", "__class__.forward", "__dict__")))
 _END = object()
 
 
-def until_changed(module: nn.Module, find: Callable[[nn.Module], Any]) -> Any:
-    """find(module), or what it was before, where everything that it can see is as it was: the
-    module's parts, their classes, attributes, hooks, parameters and buffers are the very same
-    objects. Whether their values have changed is for the caller to ask.
+def until_changed(
+    module: nn.Module,
+    find: Callable[[Any], Any],
+    watch: Callable[[Any], Iterable[Iterable]] | None = None,
+) -> Any:
+    """find(module), or its earlier result if everything that it can see is unchanged: the module's
+    parts, their classes, attributes, hooks, parameters and buffers are the very same objects. The
+    caller has to check whether their values have changed.
+
+    watch: a function that returns views of everything that `find` depends on, if not `everything`.
+        A module keeps one finding for each `watch`.
     """
-    traced = torch._C._get_tracing_state() is not None  # and records the questions
+    traced = torch._C._get_tracing_state() is not None  # a trace would record the comparisons
     if traced or torch.compiler.is_compiling() or calls._has_any_global_hook():
         return find(module)
     found = module.__dict__.get(NAME)
     if found is None:
         found = module.__dict__[NAME] = Found()
-    elif found.owner is not None and found.owner() is not module:
+    if found.owner is None:
+        found.owner = weakref.ref(module)
+    elif found.owner() is not module:
         return find(module)  # a replica or shallow copy, which has its module's attributes
-    elif found.holds(module):
-        return found.value
-    found.keep(module, find)
-    return found.value
+    state, value = found.kept.get(watch, (None, None))
+    if state is None or not state.holds(module):
+        state, value = State(module, (watch or everything)(module)), find(module)
+        found.kept[watch] = state, value
+    return value
 
 
 class Found:
-    """What was found out about one module. It holds what it saw, so that nothing else can come to
-    lie there, and not the module itself. Copies and pickles of the module have none.
+    """What was found about one module. It holds the objects that it saw, so that no others can be
+    allocated there, but not the module itself. In copies and pickles of the module it is empty.
     """
 
     def __init__(self) -> None:
         self.owner: weakref.ref[nn.Module] | None = None
-        self.value: Any = None
-        self._parts: list[nn.Module] = []
-        self._views: list[Iterable] = []
-        self._others: list[bool] = []
-        self._seen: list[object] = [None]
-
-    def holds(self, module: nn.Module) -> bool:
-        """Whether the module is as it was."""
-        try:
-            return all(map(operator.is_, self._now(module), self._seen))
-        except RuntimeError:  # another thread changes it
-            return False
-
-    def keep(self, module: nn.Module, find: Callable[[nn.Module], Any]) -> None:
-        new = Found()
-        new._parts = list(module.modules())[1:]
-        new._views = list(views_inside_of_module(module))
-        for part in new._parts:
-            new._views += (vars(part), vars(part).values(), *views_inside_of_module(part))
-        new._others = [name != NAME for name in module.__dict__]
-        new._seen = list(new._now(module))
-        new.value, new.owner = find(module), weakref.ref(module)
-        self.__dict__.update(new.__dict__)
-
-    def _now(self, module: nn.Module) -> Iterator[object]:
-        """Every object that decides the finding. The views show the present state."""
-        own = module.__dict__
-        return chain(
-            (type(module), type(module).forward),
-            own,
-            compress(own.values(), self._others),
-            *(map(of, self._parts) for of in _of_part),
-            chain.from_iterable(self._views),
-            (_END,),  # of something shorter or longer, another
-        )
+        self.kept: dict[Callable | None, tuple[State, Any]] = {}
 
     def __deepcopy__(self, memo: dict) -> "Found":
         return Found()
@@ -97,8 +73,44 @@ class Found:
         return Found, ()
 
 
+class State:
+    """The objects that decide a finding, at one time. The views show the present objects."""
+
+    def __init__(self, module: nn.Module, views: Iterable[Iterable]) -> None:
+        self._views = list(views)
+        self._others = [name != NAME for name in module.__dict__]
+        self._seen = list(self._now(module))
+
+    def holds(self, module: nn.Module) -> bool:
+        """Whether the module is unchanged."""
+        try:
+            return all(map(operator.is_, self._now(module), self._seen))
+        except RuntimeError:  # another thread is changing it
+            return False
+
+    def _now(self, module: nn.Module) -> Iterator[object]:
+        """Every object that the finding depends on."""
+        own = module.__dict__
+        return chain(
+            (type(module), type(module).forward),
+            own,
+            compress(own.values(), self._others),
+            chain.from_iterable(self._views),
+            (_END,),  # differs if the sequence became shorter or longer
+        )
+
+
+def everything(module: nn.Module) -> Iterator[Iterable]:
+    """Views of a module's parts, their classes, attributes, hooks, parameters and buffers."""
+    parts = list(module.modules())[1:]
+    yield from (Each(of, parts) for of in _of_part)
+    yield from views_inside_of_module(module)
+    for part in parts:
+        yield from (vars(part), vars(part).values(), *views_inside_of_module(part))
+
+
 def views_inside_of_module(module: nn.Module) -> Iterator[Iterable]:
-    """Views of what may change inside of a module's attributes."""
+    """Views of what may change inside a module's attributes."""
     for name, value in module.__dict__.items():
         if name in _ENTRIES:
             yield from (value, value.values())
@@ -106,27 +118,58 @@ def views_inside_of_module(module: nn.Module) -> Iterator[Iterable]:
             yield from views_inside(value)
 
 
-def views_inside(value: Any) -> Iterator[Iterable]:
-    """Views of what may change inside of one attribute, whose containers may be in themselves."""
+def views_inside(value: Any, of_tensor: type | None = None) -> Iterator[Iterable]:
+    """Views of what may change inside one attribute, whose containers may contain themselves. A
+    tensor's view is `of_tensor(tensor)`, or `Another` if that is None.
+    """
     waiting, taken = [value], set[int]()
     while waiting:
         value = waiting.pop()
         if type(value) in (argparse.Namespace, types.SimpleNamespace):
+            yield Each(vars, (value,))
             value = vars(value)
         is_dict = type(value) is dict
-        if isinstance(value, torch.Tensor) or len(waiting) > MOST_INSIDE:
+        if len(waiting) > MOST_INSIDE:
             yield Another()
+        elif isinstance(value, torch.Tensor):
+            yield Another() if of_tensor is None else of_tensor(value)
         elif (is_dict or type(value) in (list, tuple)) and id(value) not in taken:
             taken.add(id(value))
             yield value
+            waiting += value
             if is_dict:
                 yield value.values()
-            waiting += value.values() if is_dict else value
+                waiting += value.values()
+
+
+class Each:
+    """A view of a function's results for several things."""
+
+    def __init__(self, of: Callable[[Any], object], things: Iterable) -> None:
+        self._of, self._things = of, things
+
+    def __iter__(self) -> Iterator[object]:
+        return map(self._of, self._things)
+
+
+class Version:
+    """A view that changes when a tensor is written to."""
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self._tensor, self._version = tensor, version_of(tensor)
+
+    def __iter__(self) -> Iterator[object]:
+        yield self if version_of(self._tensor) == self._version else object()
+
+
+def version_of(tensor: torch.Tensor) -> int | None:
+    """The number of times a tensor was written to; None for inference tensors, which lack it."""
+    return None if tensor.is_inference() else tensor._version
 
 
 class Another:
-    """A view of what never is as it was: a tensor, whose numbers may change, or too much to look at
-    in each call.
+    """A view that never counts as unchanged: of a tensor, whose numbers may change, or of too many
+    values to compare in each call.
     """
 
     def __iter__(self) -> Iterator[object]:

@@ -1,10 +1,10 @@
-"""A convolution of a map that nearest neighbour made larger: it repeats pixels, and repeated pixels
-need fewer products.
+"""A convolution of a map that nearest neighbour has enlarged: it repeats pixels, and repeated
+pixels need fewer products.
 
 A convolution with k taps per axis of a map whose pixels are repeated f times is a transposed
-convolution of the map itself, with stride f and k + f − 1 taps: each of those is the sum of the
-taps that would have met the same pixel. For f = 2 and k = 3 that is 4 products in place of 9 for
-each output in two dimensions, for f = 4 it is 2.25. Exact: the same function, sums in another
+convolution of the map itself, with stride f and k + f − 1 taps. Each of these taps is the sum of
+the taps that would have met the same pixel. In two dimensions with k = 3, each output takes 4
+products for f = 2 and 2.25 for f = 4, instead of 9. This is the same function, with sums in another
 order.
 """
 
@@ -23,8 +23,9 @@ TRANSPOSED = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3
 
 
 def repeats(segmap: torch.Tensor, size: Sequence[int]) -> int:
-    """How often nearest neighbour repeats each pixel of segmap [N, C, *spatial] along every axis to
-    make this size; 1 where it does not, or where sizes are symbols, which nothing may depend on.
+    """How many times nearest neighbour repeats each pixel of segmap [N, C, *spatial] along every
+    axis to reach this size. It is 1 if the pixels are not repeated alike, or if operations are
+    recorded, when nothing may depend on sizes.
     """
     if is_recorded(segmap):
         return 1
@@ -38,8 +39,8 @@ def repeats(segmap: torch.Tensor, size: Sequence[int]) -> int:
 
 @functools.cache
 def _is_exact(given, factor, double):
-    """Whether F.interpolate repeats each pixel just so often: it multiplies by a quotient that is
-    rounded, and 47 times 8 pixels are not what they should be.
+    """Whether F.interpolate repeats each pixel exactly `factor` times. It multiplies by a rounded
+    quotient, so that 8 pixels enlarged 47 times, for example, are not.
     """
     if torch.compiler.is_compiling() or factor & (factor - 1) == 0:
         return True
@@ -49,7 +50,7 @@ def _is_exact(given, factor, double):
 
 
 def repeat_pixels(x: torch.Tensor, factor: int) -> torch.Tensor:
-    """x [N, C, *spatial] with each pixel `factor` times along every axis, by nearest neighbour."""
+    """x [N, C, *spatial] with each pixel repeated `factor` times along every axis."""
     if factor == 1:
         return x
     copies = x.is_cuda and is_channels_last(x) and factor & (factor - 1) == 0
@@ -59,9 +60,9 @@ def repeat_pixels(x: torch.Tensor, factor: int) -> torch.Tensor:
 
 
 class RepeatPixels(torch.autograd.Function):
-    """F.interpolate of a channels-last x on a GPU, as one copy of rows of channels, and in backward
-    one sum: the kernels of PyTorch 2.11 for that layout take five to ten times as long (1.6 of 8.3
-    ms of the published generator's forward pass at batch 16 in bfloat16 on an H200).
+    """F.interpolate of a channels-last x on a GPU, as one copy of rows of channels, with one sum in
+    backward. PyTorch 2.11's kernels for that memory layout take five to ten times as long (1.6 of
+    8.3 ms of the published generator's forward pass at batch 16 in bfloat16 on an H200).
     """
 
     @staticmethod
@@ -82,7 +83,7 @@ class RepeatPixels(torch.autograd.Function):
 
 
 def _widest(rows):
-    """Rows of channels as numbers of up to 8 bytes, which one thread copies at a time."""
+    """Rows of channels, viewed as numbers of up to 8 bytes, each of which one thread copies."""
     for dtype in (torch.int64, torch.int32):
         fits = rows.shape[-1] * rows.element_size() % dtype.itemsize == 0
         if fits and rows.element_size() < dtype.itemsize and rows.numel():
@@ -105,19 +106,19 @@ def _with_axes(rows):
 
 
 def may_sum_weights(x: torch.Tensor) -> bool:
-    """Whether sums of weights, in the dtype of a convolution of x, are as good as sums of products:
-    in half precision they are rounded.
+    """Whether sums of weights, in the dtype of a convolution of x, are as accurate as sums of
+    products; in half precision they would be rounded.
     """
     return x.element_size() >= 4 and not torch.is_autocast_enabled(x.device.type)
 
 
 def convolve_repeated(conv: Convolution, x: torch.Tensor, factor: int) -> torch.Tensor:
-    """conv(repeat_pixels(x, factor)) of a convolution that keeps a map's size by zero padding."""
+    """conv(repeat_pixels(x, factor)) for a convolution that keeps a map's size by zero padding."""
     assert not isinstance(conv.padding, str)
     weight = conv.weight.transpose(0, 1)
     taps = weight.shape[-1]
-    # Tap j of the transposed one is the sum of those taps, `factor` in a row at most, that meet the
-    # same pixel. (A product with zeros and ones would make NaN of an infinite weight.)
+    # Tap j of the transposed convolution is the sum of the taps, at most `factor` in a row, that
+    # meet the same pixel. (A product with zeros and ones would turn an infinite weight into NaN.)
     meeting = [slice(max(0, end - factor), min(taps, end)) for end in range(1, taps + factor)][::-1]
     for dim in range(2, weight.dim()):
         slices = weight.unbind(dim)

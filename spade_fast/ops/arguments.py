@@ -1,5 +1,5 @@
-"""The checks of `spade_modulate`: each names the argument, what it is and what it should be, before
-any kernel runs.
+"""The argument checks of `spade_modulate`, made before any kernel runs. Each error names the
+argument, what it is and what it should be.
 """
 
 import math
@@ -57,7 +57,7 @@ def check_modulate(
     for name, tensor in {"gamma": gamma, "beta": beta}.items():
         if index is None and tensor.shape != x.shape:
             raise ValueError(
-                f"{name} has shape {list(tensor.shape)}, it should be x's, {list(x.shape)}"
+                f"{name} has shape {list(tensor.shape)}, it should be x's shape, {list(x.shape)}"
             )
         if index is not None and (
             tensor.dim() != 2 or tensor.shape[1] != x.shape[1] or tensor.shape[0] != gamma.shape[0]
@@ -72,7 +72,7 @@ def check_modulate(
                 f"{name} is on {tensor.device}, it should be on x's device, {x.device}"
             )
     if beta.dtype != gamma.dtype:
-        raise TypeError(f"beta has dtype {beta.dtype}, it should be gamma's, {gamma.dtype}")
+        raise TypeError(f"beta has dtype {beta.dtype}, it should be gamma's dtype, {gamma.dtype}")
     if index is not None:
         _check_index(index, x, gamma.shape[0])
     if order is not None:
@@ -119,23 +119,23 @@ def _check_out(out, x, dtype):
     _check_tensor("out", out)
     if out.shape != x.shape or out.device != x.device:
         raise ValueError(
-            f"out has shape {list(out.shape)} on {out.device}, it should be as x, {list(x.shape)}"
-            f" on {x.device}"
+            f"out has shape {list(out.shape)} on {out.device}, it should be as x is,"
+            f" {list(x.shape)} on {x.device}"
         )
     if out.dtype != dtype:
         raise TypeError(
-            f"out has dtype {out.dtype}, it should be what x and gamma promote to, {dtype}"
+            f"out has dtype {out.dtype}, it should be the one that x and gamma promote to, {dtype}"
         )
     if not contract.lies_like(out, x):
         raise ValueError(
-            f"out has strides {list(out.stride())}, it should lie without gaps as x does, with"
-            f" strides {list(x.stride())}"
+            f"out has strides {list(out.stride())}, it should be contiguous, or channels-last if x"
+            f" is, which has strides {list(x.stride())}"
         )
 
 
 def _check_overlaps(out, read):
-    """Raises where writing `out` would overwrite elements of an input that are still to be read:
-    where the two begin and end at different places, but before each other's end.
+    """Raises ValueError where writing `out` could overwrite elements of an input before they are
+    read: where the two overlap in memory without being the same elements at the same addresses.
     """
     for name, other in read.items():
         if other is None or is_same_memory(out, other):
@@ -144,7 +144,7 @@ def _check_overlaps(out, read):
         if begin < other_end and other_begin < end:
             raise ValueError(
                 f"out overlaps {name} in memory, it should be {name} itself, element for element,"
-                " or memory of its own"
+                " or have memory of its own"
             )
 
 
@@ -156,7 +156,7 @@ def memory_of(tensor: Tensor) -> tuple[int, int]:
 
 
 def is_same_memory(one: Tensor, other: Tensor) -> bool:
-    """Whether two tensors have each element at the same place."""
+    """Whether two tensors have each element at the same address."""
     return (one.data_ptr(), one.dtype, one.shape) == (
         other.data_ptr(),
         other.dtype,
@@ -180,9 +180,9 @@ def _check_index(index, x, rows):
     if torch.compiler.is_compiling() or is_recorded(index) or not index.numel():
         return
     if rows == 0:
-        raise ValueError("gamma has no rows, it should have one for each number of index")
+        raise ValueError("gamma has no rows, it should have one for each number in index")
     if index.is_cpu:
-        least, most = index.aminmax()
+        least, most = (bound.item() for bound in index.aminmax())
         if least < 0 or most >= rows:
             raise ValueError(
                 f"index has numbers from {least} to {most}, they should be rows of the table, 0 to"
@@ -193,7 +193,7 @@ def _check_index(index, x, rows):
 def _check_order(order, x):
     if not isinstance(order, torch.Tensor) or order.dtype != torch.int32:
         kind = getattr(order, "dtype", type(order).__name__)
-        raise TypeError(f"order is {kind}, it should be a tensor of int32")
+        raise TypeError(f"order is {kind}, it should be an int32 tensor")
     expected = (x.shape[0], math.prod(x.shape[2:]))
     if order.shape != expected:
         raise ValueError(
@@ -225,7 +225,7 @@ def _check_norm(x, norm, num_groups, weight, bias, running_mean, running_var, tr
     batch, channels = x.shape[:2]
     pixels = math.prod(x.shape[2:])
     if (running_mean is None) != (running_var is None):
-        raise ValueError("running_mean and running_var should be given both or neither")
+        raise ValueError("running_mean and running_var should be given together or not at all")
     if running_mean is not None and norm not in ("batch", "syncbatch"):
         raise ValueError(
             f"running_mean is given, it should be None for norm={norm!r}, which keeps no running"
@@ -236,8 +236,8 @@ def _check_norm(x, norm, num_groups, weight, bias, running_mean, running_var, tr
             f"running_mean is None, it should be a tensor [C] for norm={norm!r} with training=False"
         )
     if norm is None and (weight is not None or bias is not None):
-        raise ValueError("weight and bias are the norm's own, they should be None for norm=None")
-    # What follows are torch's own rules and words: one value has no deviation.
+        raise ValueError("weight and bias belong to the norm, they should be None for norm=None")
+    # These rules and messages are torch's own: a single value has no variance.
     if norm == "instance" and pixels == 1:
         raise ValueError(
             f"Expected more than 1 spatial element when training, got input size {x.shape}"

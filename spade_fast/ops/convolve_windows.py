@@ -1,10 +1,10 @@
-"""A convolution at the distinct windows of a map alone: each is computed once, wherever it occurs.
+"""A convolution at the distinct windows of a map: each window is computed once, wherever it occurs.
 
 A window sees rows through its taps. With T taps, result i is bias + Σ_t weight[:, :, t] ·
-rows[row(i, t)]: a matrix product makes weight[:, :, t] · row for every row and tap, and sums of
-those make the results. There are fewer rows than windows, so that the product is the smallest that
-there can be. It is made for some output channels at a time, and never held whole. (In half
-precision on a GPU products cost less than the memory that they would pass through:
+rows[row(i, t)]. A matrix product computes weight[:, :, t] · row for every row and tap, and each
+result is a sum of such products. There are fewer rows than windows, so this matrix product is as
+small as possible. It is computed for some output channels at a time and never held in full. (In
+half precision on a GPU, computing products again costs less than passing them through memory: see
 `csrc/cuda/convolve_windows.cu` and `triton_kernels/convolve_windows.py`.)
 """
 
@@ -27,17 +27,15 @@ def convolve_windows(
     """rows [R, in] convolved with weight [out, in, *kernel] and bias [out] at the windows of a
     `layout.Sums`: [windows, out].
 
-    As a convolution in `dtype`, whatever autocast says: half precision where the kernels sum its
-    products in float32, else at least float32, and the result is what it was computed in.
-    Differentiable in rows, weight and bias, twice.
+    The arithmetic is that of a convolution in `dtype`, whatever autocast says: half precision where
+    the kernels sum its products in float32, otherwise at least float32. The result has the dtype
+    of the computation, and is twice differentiable in rows, weight and bias.
     """
     if torch.is_grad_enabled():
         return convolve_beside(rows, [weight], [bias], sums, dtype)
-    rows, weight, bias = _in_dtype(
-        (rows, weight, bias), kernels.select(weight).dtype_at_windows(dtype)
-    )
+    backend, (rows, weight, bias) = _in_dtype((rows, weight, bias), weight, dtype)
     with _without_autocast(rows):
-        return kernels.select(rows).convolve_windows(rows, weight, bias, *sums[:2])
+        return backend.convolve_windows(rows, weight, bias, *sums[:2])
 
 
 def convolve_beside(
@@ -47,26 +45,29 @@ def convolve_beside(
     sums: Sums,
     dtype: torch.dtype,
 ) -> Tensor:
-    """Several convolutions of the same rows, as convolve_windows does each: [windows, out of all].
-    A bias may be None.
+    """Several convolutions of the same rows, each as convolve_windows computes it, side by side:
+    [windows, sum of out]. A bias may be None.
     """
-    dtype = kernels.select(weights[0]).dtype_at_windows(dtype)
-    rows, *both = _in_dtype((rows, *weights, *biases), dtype)
+    backend, (rows, *both) = _in_dtype((rows, *weights, *biases), weights[0], dtype)
     with _without_autocast(rows):
         if torch.is_grad_enabled():
             return ConvolveWindows.apply(rows, *sums, *both)
-        return kernels.select(rows).convolve_gathered(rows, *_halves(both), *sums[:2])
+        return backend.convolve_gathered(rows, *_halves(both), *sums[:2])
 
 
 def _halves(both):
-    """Weights and biases of what lists both."""
+    """The weights and the biases in a list of all weights followed by all biases."""
     return list(both[: len(both) // 2]), list(both[len(both) // 2 :])
 
 
-def _in_dtype(tensors, dtype):
-    if any(given is not None and given.dtype != dtype for given in tensors):
-        return [None if given is None else given.to(dtype) for given in tensors]
-    return tensors
+def _in_dtype(tensors, weight, dtype):
+    """The backend that computes, and the tensors in the dtype that it computes in."""
+    backend = kernels.select(weight)
+    dtype = backend.dtype_at_windows(dtype)
+    if all(given is None or given.dtype == dtype for given in tensors):
+        return backend, tensors
+    tensors = [None if given is None else given.to(dtype) for given in tensors]
+    return kernels.select(tensors[0]), tensors
 
 
 def _without_autocast(rows):
@@ -120,8 +121,8 @@ class ConvolveWindows(torch.autograd.Function):
 
 
 def _differentiable_backward(gradient, rows, weights, biases, offsets, listed):
-    """The same gradients through plain PyTorch, for second derivatives and transformed backwards,
-    with sums in no less than float32.
+    """The same gradients in plain PyTorch, for second derivatives and for transforms of backward,
+    with sums in at least float32.
     """
     with torch.enable_grad():
         inputs = [

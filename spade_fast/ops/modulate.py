@@ -1,8 +1,8 @@
-"""The one operation: y = activation((1 + γ)·x̂ + β), forward and a hand-written backward, whatever
-the norm and the backend.
+"""The modulation, y = activation((1 + γ)·x̂ + β), with a hand-written backward, for every norm and
+backend.
 
-`spade_modulate` checks its arguments and measures x; `Modulate` ties the forward and backward
-kernels of one backend together.
+`spade_modulate` checks its arguments and measures x; `Modulate` connects the forward and backward
+kernels of one backend to autograd.
 """
 
 import math
@@ -43,40 +43,41 @@ def spade_modulate(
     moments: Tensor | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
-    """Normalise x, modulate it by γ and β, and apply an activation (Park et al. 2019, equation 1).
+    """Normalises x, modulates it by γ and β, and applies an activation (Park et al. 2019, equation
+    1).
 
     Args:
         x: [N, C, *spatial], one to three spatial dimensions; float16, bfloat16, float32 or float64;
             any strides.
-        gamma, beta: γ and β, of x's shape and device, in one dtype, which may be another than x's.
-        index: [N, *spatial], whole numbers: then γ and β are the rows of a table, [K, C], and index
-            says which row each pixel has. On a CPU it is checked for numbers outside of the table.
-        order: [N, pixels], int32: each image's pixels sorted by index, for backward, where that is
-            known already.
-        norm: "instance", "batch", "syncbatch", "group", or None: x is modulated as it is.
-        num_groups: groups of channels, for norm="group".
-        weight, bias: [C], the norm's own affine parameters, before the modulation.
-        running_mean, running_var: [C], for "batch" and "syncbatch": read where training is False,
-            else updated in place.
-        training: whether batch norms use x's statistics (always so for "instance" and "group").
+        gamma, beta: γ and β, with x's shape and device, in one dtype, which may differ from x's.
+        index: [N, *spatial], whole numbers: γ and β are then tables [K, C], and the index says
+            which row each pixel has. On a CPU, numbers outside the table are refused.
+        order: [N, pixels], int32: each image's pixels sorted by index, for backward, which sorts
+            them if this is None.
+        norm: "instance", "batch", "syncbatch", "group", or None, which does not normalise x.
+        num_groups: the number of groups of channels, for norm="group".
+        weight, bias: [C], the norm's own affine parameters, applied before the modulation.
+        running_mean, running_var: [C], for "batch" and "syncbatch": read if training is False,
+            otherwise updated in place.
+        training: whether batch norms use x's statistics ("instance" and "group" always do).
         momentum: the weight of x's statistics in the update of the running ones.
         eps: added to the variance.
-        process_group: the processes that share statistics, for "syncbatch"; the default group where
-            None.
+        process_group: the processes that share statistics, for "syncbatch"; None is the default
+            group.
         activation: None, "relu", "leaky_relu" or "silu".
-        negative_slope: of leaky ReLU.
-        moments: what `plane_moments(x)` returned, for several modulations of one x.
-        out: where y is written, in y's shape and dtype and without gaps in x's memory layout; it
-            may be x, gamma or beta itself, which is then gone, but not overlap one of them in part.
-            Only where no gradient is asked for.
+        negative_slope: the slope of leaky ReLU below zero.
+        moments: the result of `plane_moments(x)`, where several modulations share one x.
+        out: the tensor to write y to, with y's shape and dtype; channels-last if x is, otherwise
+            contiguous. It may be x, gamma or beta itself, which is then overwritten, but may not
+            overlap one of them in part. It is refused where gradients are needed.
 
     Returns:
-        y of x's shape and memory layout, in the dtype that x and γ promote to. Sums are held in
-        float32, or in float64 where x is.
+        y, with x's shape and memory layout and the dtype that x and γ promote to. Sums are held in
+        float32, or in float64 if x is float64.
 
     Raises:
-        ValueError, TypeError: an argument is not as said above; the message names it.
-        RuntimeError: the backend that was asked for cannot run.
+        ValueError, TypeError: if an argument is not as described above; the message names it.
+        RuntimeError: if a backend is forced that cannot run.
     """
     check_modulate(
         x,
@@ -113,8 +114,8 @@ def spade_modulate(
     )
     if out is not None and (differentiates or (torch.is_grad_enabled() and out.requires_grad)):
         raise ValueError(
-            "out is given, it should be None where gradients are asked for: they need what it"
-            " would be written over"
+            "out is given, it should be None where gradients are needed: they depend on what it"
+            " would overwrite"
         )
     own = (weight, bias, moments, out)
     if settings.kind == "instance" and all(argument is None for argument in own):
@@ -125,6 +126,10 @@ def spade_modulate(
         return backend.instance_forward(
             x, gamma, beta, index, eps, activation, negative_slope, False
         )[0]
+    is_given = settings.kind is not None and not settings.measures
+    if is_given and not differentiates:
+        planes = backend.running_planes(x, *running, weight, bias, eps)
+        return modulate_by(planes, x, gamma, beta, index, activation, negative_slope, out)
     with torch.no_grad():
         if settings.measures:
             moments = backend.plane_moments(x) if moments is None else moments
@@ -134,7 +139,8 @@ def spade_modulate(
         else:
             statistics = norms.given(*running, eps, contract.sum_dtype(x.dtype))
     if differentiates:
-        if settings.kind is not None and not settings.measures:  # they may change before backward
+        if is_given:
+            # Running statistics may change before backward.
             statistics = statistics._replace(mean=statistics.mean.clone())
         return Modulate.apply(
             *differentiable,
@@ -147,12 +153,7 @@ def spade_modulate(
             backend,
         )
     planes = norms.planes(statistics, x.shape[:2], weight, bias)
-    if out is None:
-        return modulate_by(planes, x, gamma, beta, index, activation, negative_slope)
-    backend.apply_out(x, planes, gamma, beta, index, activation, negative_slope, out)
-    if not torch.compiler.is_compiling() and not out.is_inference():
-        torch.autograd.graph.increment_version(out)  # a backward that needs what was there says so
-    return out
+    return modulate_by(planes, x, gamma, beta, index, activation, negative_slope, out)
 
 
 def modulate_by(
@@ -163,21 +164,27 @@ def modulate_by(
     index: Tensor | None,
     activation: Activation | None,
     negative_slope: float,
+    out: Tensor | None = None,
 ) -> Tensor:
-    """y of arguments that have been checked, without gradients, where the numbers of each plane are
-    known already.
+    """y, without gradients, from arguments that have been checked and the shift, scale and offset
+    of each plane.
     """
-    apply = kernels.select(x, gamma).apply
-    return apply(x, planes, gamma, beta, index, activation, negative_slope, False)[0]
+    backend = kernels.select(x, gamma)
+    if out is None:
+        return backend.apply(x, planes, gamma, beta, index, activation, negative_slope, False)[0]
+    backend.apply_out(x, planes, gamma, beta, index, activation, negative_slope, out)
+    if not torch.compiler.is_compiling() and not out.is_inference():
+        torch.autograd.graph.increment_version(out)  # a backward that needs the old values fails
+    return out
 
 
 def plane_moments(x: Tensor) -> Tensor:
-    """Mean and sum of squared deviations of each plane of x [N, C, *spatial]: [2, N, C], float32,
-    or float64 where x is.
+    """Mean and sum of squared deviations of each plane of x [N, C, *spatial]: [2, N, C], in
+    float32, or in float64 if x is float64.
 
-    For `spade_modulate(..., moments=...)`, where several modulations share one x. Not
-    differentiable by itself: each modulation's backward accounts for the statistics it was given.
-    Errors: TypeError or ValueError for an x that is not so.
+    For `spade_modulate(..., moments=...)`, where several modulations share one x. The result is not
+    differentiable: each modulation's backward accounts for the statistics it was given. Raises
+    TypeError or ValueError if x is not such a tensor.
     """
     check_x(x)
     with torch.no_grad():
@@ -186,8 +193,8 @@ def plane_moments(x: Tensor) -> Tensor:
 
 
 class Modulate(torch.autograd.Function):
-    """Keeps x, γ and, for the activation's derivative, one bit an element (ReLU, leaky ReLU) or β
-    (SiLU).
+    """The modulation with any norm. For backward it keeps x, γ and what the activation's derivative
+    needs: one bit per element (ReLU, leaky ReLU) or β (SiLU).
     """
 
     @staticmethod
@@ -253,8 +260,8 @@ class Modulate(torch.autograd.Function):
 
 
 class ModulateInstance(torch.autograd.Function):
-    """The same for instance norm without parameters of its own, most SPADEs' norm: one operator
-    each way.
+    """The same for instance norm without parameters of its own, which is most SPADEs' norm: one
+    operator forward and one backward.
     """
 
     @staticmethod
@@ -298,8 +305,8 @@ class ModulateInstance(torch.autograd.Function):
 
 
 def _differentiable_backward(ctx, dy, x, gamma, beta, weight, bias, index, statistics, signs):
-    """The same gradients through plain PyTorch, for second derivatives (create_graph=True) and for
-    whoever transforms the backward (torch.func, is_grads_batched=True).
+    """The same gradients in plain PyTorch, for second derivatives (create_graph=True) and for
+    transforms of backward (torch.func, is_grads_batched=True).
     """
     if ctx.norm.processes > 1:
         raise RuntimeError(
@@ -311,8 +318,8 @@ def _differentiable_backward(ctx, dy, x, gamma, beta, weight, bias, index, stati
             dy, x, x.to(contract.sum_dtype(x.dtype)), None, None, signs, *activation
         )
         activation = (None, 0.0)
-    # Aliases, since autograd.grad would also follow a path from γ back to x where γ was made from
-    # x.
+    # Aliases, because autograd.grad would also follow the path from γ back to x if γ was computed
+    # from x.
     beta = torch.zeros_like(gamma, requires_grad=True) if beta is None else beta
     with torch.enable_grad():
         inputs = [

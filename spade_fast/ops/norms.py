@@ -1,14 +1,16 @@
-"""The norms, on [N, C] numbers: kernels never see one.
+"""The norms, as arithmetic on [N, C] tensors: no kernel knows a norm, except those that compute
+instance norm in one pass.
 
-Forward, a norm pools the moments of the planes that share their statistics: a plane alone
-(instance), a channel's planes over the batch (batch) and over all processes (syncbatch), or those
-of a group's channels (group). Backward, it pools their sums in the same way. With d = x − mean, r =
-1/sqrt(variance + eps), w the affine weight, M the elements of a pool, q = g·(1 + γ):
+Forward, a norm pools the moments of the planes that share statistics: each plane alone (instance),
+a channel's planes over the batch (batch) and over all processes (syncbatch), or the planes of a
+group's channels (group). Backward, it pools their sums in the same way. With d = x − mean, r =
+1/sqrt(variance + eps), w the affine weight, M the number of elements in a pool, g = dy times
+the activation's derivative and q = g·(1 + γ):
 
     dx = r·w·q − r·Σ(w·q)/M − d·r³·Σ(w·q·d)/M        summed over the pool
     dweight = Σ r·q·d,  dbias = Σ q                  summed over all planes of a channel
 
-The rows of numbers (moments, planes, sums, terms) are those of `kernels/contract.py`.
+`kernels/contract.py` defines moments, planes, sums and terms.
 """
 
 from collections.abc import Sequence
@@ -23,9 +25,9 @@ Running = tuple[Tensor | None, Tensor | None]  # mean and variance
 
 
 class Norm(NamedTuple):
-    """Which norm, with its settings."""
+    """A norm and its settings."""
 
-    kind: Kind | None  # None: x is modulated as it is
+    kind: Kind | None  # None: x is not normalised
     num_groups: int | None = None
     training: bool = True
     momentum: float = 0.1
@@ -43,7 +45,7 @@ class Norm(NamedTuple):
 
     @property
     def processes(self) -> int:
-        """How many processes share their statistics."""
+        """The number of processes that share statistics."""
         if (
             self.kind != "syncbatch"
             or not self.training
@@ -55,13 +57,13 @@ class Norm(NamedTuple):
 
 
 class Statistics(NamedTuple):
-    """What x is normalised with, [N or 1, C]: mean and r = 1/sqrt(variance + eps); M, the elements
-    behind each.
+    """What x is normalised with: mean and r = 1/sqrt(variance + eps), both [N or 1, C], and M, the
+    number of elements behind each.
     """
 
     mean: Tensor
     inverse_deviation: Tensor
-    count: int | Tensor  # type: ignore[assignment]  # hides tuple.count, which nobody calls
+    count: int | Tensor  # type: ignore[assignment]  # hides tuple.count, which is never called
 
 
 def measure(
@@ -71,8 +73,8 @@ def measure(
     running_mean: Tensor | None = None,
     running_var: Tensor | None = None,
 ) -> Statistics:
-    """Statistics from the moments of planes of `count` elements; running statistics, [C], are
-    brought up to date in place.
+    """Statistics from the moments of planes of `count` elements each. Running statistics, [C], are
+    updated in place.
     """
     mean, squares = moments
     own: dict[str | None, int] = {"instance": 1, "group": mean.shape[1] // (norm.num_groups or 1)}
@@ -80,8 +82,8 @@ def measure(
     total = count * parts
     if _is_one(parts):
         pooled_mean, pooled_squares = mean, squares
-    # squared deviations combine exactly (Chan et al., 1979); E[x²] − E[x]² would lose them where
-    # the mean is large
+    # Squared deviations combine exactly (Chan et al., 1979); E[x²] − E[x]² would lose them where
+    # the mean is large.
     else:
         pooled_mean = _pool(norm, mean) / max(parts, 1)
         deviations = mean - pooled_mean
@@ -110,7 +112,7 @@ def given(
 
 
 def identity(channels: int, dtype: torch.dtype, device: torch.device) -> Statistics:
-    """Statistics that leave x as it is."""
+    """Statistics that leave x unchanged."""
     mean = torch.zeros(1, channels, dtype=dtype, device=device)
     return Statistics(mean, torch.ones_like(mean), 1)
 
@@ -121,7 +123,7 @@ def planes(
     weight: Tensor | None = None,
     bias: Tensor | None = None,
 ) -> Tensor:
-    """Shift, scale and offset of each plane, [3, N, C], shape being (N, C): x̂ = (x − shift)·scale
+    """Shift, scale and offset of each plane, [3, N, C], for shape = (N, C): x̂ = (x − shift)·scale
     + offset.
     """
     mean, scale, _ = statistics
@@ -134,7 +136,7 @@ def planes(
 def backward_affine(
     statistics: Statistics, sums: Tensor, weight: Tensor | None, bias: Tensor | None
 ) -> tuple[Tensor | None, Tensor | None]:
-    """From the planes' sums [2, N, C]: dweight and dbias, [C], None where there is no weight or
+    """dweight and dbias, [C], from the planes' sums [2, N, C]; None where there is no weight or no
     bias.
     """
     q, q_deviation = sums
@@ -149,7 +151,7 @@ def backward_affine(
 def backward(
     norm: Norm, statistics: Statistics, sums: Tensor, weight: Tensor | None = None
 ) -> Tensor | None:
-    """From the planes' sums [2, N, C]: the terms of dx [2, N, C], None where x was not measured."""
+    """The terms of dx [2, N, C], from the planes' sums [2, N, C]; None if x was not measured."""
     if not norm.measures:
         return None
     _, inverse_deviation, count = statistics
@@ -162,8 +164,8 @@ def backward(
 
 
 def _pool(norm, numbers):
-    """The sum over each pool, [..., N, C] to [..., N or 1, C], repeated for all of a group's
-    channels.
+    """The sum over each pool: [..., N, C] becomes [..., N or 1, C]. A group's sum is repeated for
+    each of its channels.
     """
     if norm.kind == "group":
         groups = numbers.reshape(
@@ -176,16 +178,16 @@ def _pool(norm, numbers):
 
 
 def _is_one(size):
-    """Whether a size is one in every call: one that somebody records may be another later."""
+    """Whether a size is 1 in every call. A symbolic size, in a recorded graph, may vary."""
     return isinstance(size, int) and size == 1
 
 
 def _pool_processes(norm, mean, squares, count):
-    """The same from each process's pool, in one collective; the processes may hold batches of
-    different sizes.
+    """Mean, squared deviations and count over all processes, from each process's own, in one
+    collective. The processes may hold batches of different sizes.
     """
     channels = mean.shape[1]
-    own = torch.cat([mean[0], squares[0], mean.new_full((1,), count)])  # without a wait for it
+    own = torch.cat([mean[0], squares[0], mean.new_full((1,), count)])  # no wait for the GPU
     everyone = own.new_empty(norm.processes, own.numel())
     dist.all_gather(list(everyone.unbind(0)), own, group=norm.process_group)
     means, squares, counts = everyone.split([channels, channels, 1], dim=1)

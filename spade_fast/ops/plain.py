@@ -1,5 +1,5 @@
-"""The operation in plain PyTorch, which PyTorch differentiates itself: once, twice, forwards, for
-whole batches of calls; and which whoever records operations understands.
+"""The modulation in plain PyTorch, which PyTorch can differentiate itself (once, twice, in forward
+mode, under vmap) and every tracer can record.
 """
 
 import math
@@ -25,9 +25,9 @@ def modulate(
     activation: Activation | None = None,
     negative_slope: float = 0.2,
 ) -> Tensor:
-    """`spade_modulate` of arguments that have been checked; its arguments say what they are.
+    """`spade_modulate`, which describes the arguments, after they have been checked.
 
-    No operation is in place, and derivatives go through x's own statistics, too.
+    Only running statistics are updated in place. Derivatives go through x's own statistics, too.
     """
     dtype = contract.sum_dtype(x.dtype)
     if norm.measures:
@@ -53,7 +53,7 @@ def modulate_with(
     activation: Activation | None,
     negative_slope: float,
 ) -> Tensor:
-    """The same with statistics that are known."""
+    """The same with given statistics."""
     planes = norms.planes(statistics, x.shape[:2], weight, bias)
     shift, scale, offset = planes.reshape(*planes.shape, *[1] * (x.dim() - 2)).unbind(0)
     gamma, beta = (torch_backend.look_up(rows, index) for rows in (gamma, beta))

@@ -1,8 +1,8 @@
-"""Training: the published recipe, on one processor, one GPU or many machines.
+"""Training: the published recipe, on a CPU, one GPU or many machines.
 
-`train(config)` does the whole job in a folder, and `resume` goes on with it. `Trainer` is the loop
-alone: `for step in trainer.fit(batches)`, with networks, losses and optimizers of your own or made
-by the settings.
+`train(config)` does a whole run in a folder, and `resume` continues it. `Trainer` is the loop
+alone: `for step in trainer.fit(batches)`, with networks and optimizers of your own or those that
+the settings describe.
 """
 
 from .config import PRESETS, Config, preset

@@ -1,5 +1,5 @@
-"""The moving average of a network's weights over the steps of its training, with which images are
-made.
+"""The running average of a network's weights over its training steps. The finished generator has
+these weights.
 """
 
 import math
@@ -17,20 +17,20 @@ from ..nn.spectral import converge
 
 
 def average(network: nn.Module, decay: float) -> AveragedModel:
-    """The exponential moving average of a network's parameters and buffers, which begins as a copy
-    of the network. The first call of its `update_parameters(network)` copies the network once more,
-    each later one makes the average decay · average + (1 − decay) · network.
+    """The running average of a network's parameters and buffers, an exponential moving average that
+    begins as a copy of the network. The first call of its `update_parameters(network)` copies the
+    network again; each later call sets the average to decay · average + (1 − decay) · network.
 
-    Whole numbers, such as `num_batches_tracked`, are those of the last call's network: an average
-    that is rounded down would never count on. Save the average by its state_dict; `settled` makes a
-    network of it that can be run.
+    Whole numbers, such as `num_batches_tracked`, are copied from the network at each call: a
+    rounded average of a counter would stop increasing. Save the average by its state_dict;
+    `settled` turns it into a network that can run.
 
     Args:
-        network: a module, at any time, also between a forward and its backward.
+        network: a module, at any time, even between a forward and its backward.
         decay: at least 0 and less than 1.
 
     Raises:
-        TypeError, ValueError: an argument is not as said above; the message names it.
+        TypeError, ValueError: an argument is not as described above; the message names it.
     """
     if not isinstance(network, nn.Module):
         raise TypeError(f"network is a {type(network).__name__}, it should be an nn.Module")
@@ -51,22 +51,23 @@ def average(network: nn.Module, decay: float) -> AveragedModel:
 
 
 def settled(averaged: AveragedModel, into: Model) -> Model:
-    """Makes `into` the averaged network, in eval mode, and returns it. The average stays as it is.
+    """Copies the average into the network `into`, in eval mode, and returns it. The average itself
+    does not change.
 
-    Averages of spectral norm's vectors are not of length one and belong to no weight: in `into`
-    those of the averaged weight replace them (`nn.spectral.converge`).
+    Averages of spectral norm's vectors do not have length one and belong to no weight: `into` gets
+    the vectors of the averaged weights instead (`nn.spectral.converge`).
 
     Args:
-        averaged: what `average` made.
-        into: a network that was made with the same arguments as the averaged one; its parameters
-            and buffers are written over.
+        averaged: a result of `average`.
+        into: a network constructed with the same arguments as the averaged one; its parameters and
+            buffers are overwritten.
 
     Raises:
-        TypeError, ValueError: an argument is not as said above; `into` is then as it was.
+        TypeError, ValueError: an argument is not as described above; `into` is then unchanged.
     """
     if not isinstance(averaged, AveragedModel):
         raise TypeError(
-            f"averaged is a {type(averaged).__name__}, it should be what `average` made"
+            f"averaged is a {type(averaged).__name__}, it should be a result of `average`"
         )
     network = averaged.module
     kind = type_before_parametrizations(into)
@@ -97,8 +98,8 @@ def _tensors_of(network: nn.Module) -> dict[str, torch.Tensor]:
 
 @contextmanager
 def _attributes_detached(network: nn.Module) -> Iterator[None]:
-    """Inside, the network can be copied: attributes that are results of differentiable operations,
-    such as the weight that spectral norm sets in each forward, are detached.
+    """Inside, the network can be copied: attributes that autograd computed, such as the weight that
+    spectral norm sets in each forward, are detached.
     """
     made = [
         (module, name, value)

@@ -1,11 +1,12 @@
-"""The settings of a training run: one dataclass, written as YAML beside the weights, every field
-also an option of `spade-fast train`.
+"""The settings of a training run: one dataclass, which is saved as YAML beside the weights. Every
+field is also an option of `spade-fast train`.
 """
 
 import contextlib
 import dataclasses
 import math
 import types
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
@@ -23,109 +24,127 @@ def setting(default: Any, help: str, least: float | None = None, may_change: boo
     """A field of Config.
 
     Args:
-        default: its value where none is given.
-        help: what it means, for the command's help.
-        least: the smallest number that it may be.
-        may_change: whether a run may be resumed with another value: it does not decide what the
-            next steps compute.
+        default: its value if none is given.
+        help: its meaning, for the command's help.
+        least: its smallest allowed value.
+        may_change: whether a run may be resumed with another value, because the value does not
+            affect what the next steps compute.
     """
     return field(default=default, metadata=dict(help=help, least=least, may_change=may_change))
 
 
 @dataclass(kw_only=True)
 class Config:
-    """Everything that decides a training run. The defaults are those of the published code (Park et
-    al. 2019, section 4 and appendix A); `PRESETS` has others.
+    """All settings of a training run. The defaults are those of the published code (Park et al.
+    2019, section 4 and appendix A); `PRESETS` has others.
     """
 
     # Data
     labels: str | None = setting(None, "Folder of label maps.", may_change=True)
     images: str | None = setting(None, "Folder of photographs.", may_change=True)
     instances: str | None = setting(
-        None, "Folder of instance maps; their edges become a channel.", may_change=True
+        None, "Folder of instance maps; instances' edges become a channel.", may_change=True
     )
     convention: str = setting(
-        "folder", "How the folders are laid out: folder, coco_stuff, ade20k or cityscapes."
+        "folder", "Names and labels of the files: folder, coco_stuff, ade20k or cityscapes."
     )
     palette: str | None = setting(
-        None, "File of colours and classes, for colour-coded label maps.", may_change=True
+        None,
+        "For colour-coded label maps: a file with a line R G B CLASS per colour.",
+        may_change=True,
     )
-    num_classes: int | None = setting(None, "Classes, without don't care.", 1)
-    dont_care: int | None = setting(None, "The label of pixels without a class.")
+    num_classes: int | None = setting(None, "Number of classes, without don't care.", 1)
+    dont_care: int | None = setting(None, "The label that marks pixels without a class.")
     preprocess: str = setting(
         "resize_and_crop",
-        "resize_and_crop, crop, scale_width, scale_width_and_crop, scale_shortside,"
-        " scale_shortside_and_crop, fixed or none.",
+        "How images are resized and cropped: resize_and_crop, crop, scale_width,"
+        " scale_width_and_crop, scale_shortside, scale_shortside_and_crop, fixed or none.",
     )
     load_size: int | None = setting(
-        None, "Length that images are resized to before they are cropped; 286/256 of the crop.", 1
+        None,
+        "Length that images are resized to before the crop; by default 286/256 of the crop size,"
+        " or without a crop the crop size.",
+        1,
     )
-    crop_size: int = setting(256, "Width of the images that the networks see.", 1)
-    aspect_ratio: float = setting(1.0, "Width of the images over their height.")
-    flip: bool = setting(True, "Mirror half of the examples, at random.")
-    workers: int = setting(1, "Processes that read examples.", 0, may_change=True)
+    crop_size: int = setting(256, "Width of the images that the networks are trained on.", 1)
+    aspect_ratio: float = setting(1.0, "Width of these images over their height.")
+    flip: bool = setting(True, "Mirror half of the examples, chosen at random.")
+    workers: int = setting(1, "Processes that read examples ahead.", 0, may_change=True)
     check: bool = setting(True, "Check all files before the first step.", may_change=True)
     # Networks
-    ngf: int = setting(64, "Channels of the generator, in multiples of which it is made.", 1)
+    ngf: int = setting(
+        64, "The generator's base width: its layers have multiples of it as channels.", 1
+    )
     ndf: int = setting(64, "Channels of the discriminator's and encoder's first layer.", 1)
     nhidden: int = setting(128, "Channels between the condition and γ and β.", 1)
-    norm_G: str = setting(NORM_G, "The generator's norms and spectral norm.")
-    upsampling: str = setting("normal", "Doublings of the generator: normal, more or most.")
+    norm_G: str = setting(NORM_G, "The generator's norms, as in the published code.")
+    upsampling: str = setting(
+        "normal",
+        "How often the generator doubles the size: normal (5 times), more (6) or most (7).",
+    )
     scales: int = setting(2, "Scales of the discriminator.", 1)
-    layers: int = setting(4, "Layers of each scale's discriminator, before the last.", 1)
-    use_vae: bool = setting(False, "Train an encoder that makes the style z of photographs.")
+    layers: int = setting(4, "Layers before the last in the discriminator of each scale.", 1)
+    use_vae: bool = setting(False, "Train an encoder that computes the style z from photographs.")
     z_dim: int = setting(256, "Length of z.", 1)
     init: str = setting("xavier", "Initialisation: " + ", ".join(INITIALISATIONS) + ".")
-    init_gain: float = setting(0.02, "Its gain.", 0)
+    init_gain: float = setting(0.02, "Gain of the initialisation.", 0)
     # Losses
     adversarial: str = setting("hinge", "Adversarial loss: " + ", ".join(KINDS) + ".")
-    perceptual: bool = setting(True, "The perceptual loss of VGG19's features.")
+    perceptual: bool = setting(True, "Use the perceptual loss, on VGG19's features.")
     vgg_weights: str | None = setting(
-        None, "torchvision's file of VGG19's weights; else torch.hub's cache.", may_change=True
+        None,
+        "torchvision's file of VGG19's weights; by default the one in torch.hub's cache.",
+        may_change=True,
     )
     weight_adversarial: float = setting(1.0, "Weight of the generator's adversarial loss.", 0)
     weight_feature_matching: float = setting(10.0, "Weight of feature matching.", 0)
     weight_perceptual: float = setting(10.0, "Weight of the perceptual loss.", 0)
     weight_kl: float = setting(0.05, "Weight of the encoder's KL divergence.", 0)
     # Steps
-    steps: int | None = setting(None, "Steps of the run; or --epochs.", 1, may_change=True)
+    steps: int | None = setting(
+        None, "Steps of the run; give these or --epochs.", 1, may_change=True
+    )
     epochs: int | None = setting(None, "Epochs of the run.", 1, may_change=True)
-    batch: int = setting(1, "Images of a step, of all processes together.", 1)
-    accumulate: int = setting(1, "Parts that a step's batch is computed in, one by one.", 1)
+    batch: int = setting(1, "Images in a step, over all processes.", 1)
+    accumulate: int = setting(1, "Parts that a step's batch is split into, to save memory.", 1)
     order: str = setting(
         "published",
-        "published: the generator's step, then the discriminator's on a new image; shared: one"
-        " image for both, the discriminator first.",
+        "published: the generator's step, then the discriminator's on newly generated images;"
+        " shared: the same images for both, the discriminator first.",
     )
     discriminator_steps: int = setting(
-        1, "Steps of the discriminator for each of the generator.", 1
+        1, "Steps of the discriminator for each of the generator; --steps counts the former.", 1
     )
-    lr_generator: float = setting(1e-4, "Learning rate of generator and encoder.", 0)
+    lr_generator: float = setting(1e-4, "Learning rate of the generator and the encoder.", 0)
     lr_discriminator: float = setting(4e-4, "Learning rate of the discriminator.", 0)
     beta1: float = setting(0.0, "Adam's first beta.", 0)
     beta2: float = setting(0.9, "Adam's second beta.", 0)
     decay: float = setting(
         0.0,
-        "The last part of the run, in which learning rates fall to 0: 0.5 for its second half.",
+        "The last share of the run, in which learning rates fall to 0: 0.5 is its second half.",
         0,
     )
-    ema: float = setting(0.999, "Decay of the generator's running average in a step.", 0)
+    ema: float = setting(0.999, "Decay of the generator's running average per step.", 0)
     precision: str = setting("no", "Mixed precision: no, bf16 or fp16.")
     recompute: bool = setting(
-        False, "Compute the generator's blocks again in backward: slower, in less memory."
+        False, "Recompute the generator's blocks in backward: slower, with less memory."
     )
     # The run
     out: str | None = setting(None, "The run's folder.", may_change=True)
-    seed: int = setting(0, "Decides initialisation, order of examples, crops, flips and noise.", 0)
-    save_every: int = setting(1000, "Steps from checkpoint to checkpoint.", 1, may_change=True)
-    keep: int = setting(2, "Newest checkpoints that are kept, beside the best.", 1, may_change=True)
-    log_every: int = setting(50, "Steps from line to line of the log.", 1, may_change=True)
+    seed: int = setting(
+        0, "Seed of initialisation, order of examples, crops, mirroring and noise.", 0
+    )
+    save_every: int = setting(1000, "Steps between checkpoints.", 1, may_change=True)
+    keep: int = setting(
+        2, "How many of the newest checkpoints are kept, beside the best.", 1, may_change=True
+    )
+    log_every: int = setting(50, "Steps between lines of the log.", 1, may_change=True)
     pictures: int = setting(8, "Scenes in each picture of the run.", 0, may_change=True)
     tensorboard: bool = setting(True, "Write TensorBoard's events.", may_change=True)
 
     def __post_init__(self) -> None:
-        """Raises ValueError or TypeError where a setting is not as it should be, or contradicts
-        another; the message names it.
+        """Raises ValueError or TypeError if a setting is wrong or contradicts another; the message
+        names it.
         """
         types_of = get_type_hints(type(self))
         for each in dataclasses.fields(self):
@@ -138,6 +157,7 @@ class Config:
             setattr(self, each.name, value)
         self._check_choices()
         self._check_contradictions()
+        self.generator_arguments(1)
 
     def _check_choices(self):
         from ..data import CONVENTIONS, MODES
@@ -159,22 +179,22 @@ class Config:
             if not getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}, it should be less than 1")
         if self.decay > 1:
-            raise ValueError(f"decay is {self.decay}, it should be 1 or less: a part of the run")
-        self.generator_arguments(1)
+            raise ValueError(f"decay is {self.decay}, it should be 1 or less: a share of the run")
 
     def _check_contradictions(self):
         if self.steps is not None and self.epochs is not None:
             raise ValueError(
-                f"steps is {self.steps} and epochs {self.epochs}, only one of them should be given"
+                f"steps is {self.steps} and epochs is {self.epochs}, only one of them should be"
+                " given"
             )
         if self.vgg_weights is not None and not self.perceptual:
             raise ValueError(
-                f"vgg_weights is {self.vgg_weights!r} and perceptual is off: one of them should go"
+                f"vgg_weights is {self.vgg_weights!r}, it should not be given: perceptual is off"
             )
         if self.order == "shared" and self.accumulate > 1:
             raise ValueError(
-                f"order is 'shared' and accumulate {self.accumulate}, it should be 1: the"
-                " discriminator takes its step before the generator's losses are known"
+                f"order is 'shared' and accumulate is {self.accumulate}, it should be 1: the"
+                " discriminator takes its step before the generator's losses are computed"
             )
         if self.batch % self.accumulate:
             raise ValueError(
@@ -182,25 +202,54 @@ class Config:
             )
         if self.load_size is not None and self.preprocess in ("crop", "fixed", "none"):
             raise ValueError(
-                f"load_size is {self.load_size}, but preprocess {self.preprocess!r} resizes to no"
-                " such length"
+                f"load_size is {self.load_size}, it should not be given: preprocess"
+                f" {self.preprocess!r} does not use it"
             )
 
     def generator_arguments(self, label_nc: int) -> dict:
         """The arguments of SPADEGenerator for a condition of label_nc channels. Errors: ValueError
-        where an image of that size cannot be made.
+        if the generator cannot make images of this size.
         """
         return official_arguments(
             label_nc,
             crop_size=self.crop_size,
             aspect_ratio=self.aspect_ratio,
             num_upsampling_layers=self.upsampling,
+            takes=self._takes,
         ) | dict(
             z_dim=self.z_dim if self.use_vae else None,
             ngf=self.ngf,
             nhidden=self.nhidden,
             norm_G=self.norm_G,
         )
+
+    def has_deviation(self, start: Sequence[int], images: int, processes: int = 1) -> bool:
+        """Whether the generator's norm computes a mean and a deviation from more than one number in
+        a first map of this height and width.
+
+        images: of a batch, in each of the processes.
+        """
+        norm = parse_config(self.norm_G, "norm_G").norm
+        maps = {"instance": 1, "batch": images, "syncbatch": images * processes}.get(norm, 2)
+        return maps * math.prod(start) > 1
+
+    def _takes(self, crop_size, start):
+        """Whether a crop size that suits the generator also passes the checks of load_size and of
+        the norm, for a run in one process.
+        """
+        from ..data import Preparation
+
+        try:
+            Preparation(
+                1,
+                mode=self.preprocess,
+                load_size=self.load_size,
+                crop_size=crop_size,
+                aspect_ratio=self.aspect_ratio,
+            )
+        except ValueError:
+            return False
+        return self.has_deviation(start, self.batch // self.accumulate)
 
     def save(self, path: Path) -> None:
         """Writes the settings as YAML."""
@@ -213,7 +262,7 @@ class Config:
 
     @classmethod
     def load(cls, path: Path) -> "Config":
-        """The settings in a YAML file. Errors: OSError; ValueError or TypeError where it has
+        """The settings in a YAML file. Errors: OSError; ValueError or TypeError if the file has
         anything else in it.
         """
         import yaml
@@ -221,14 +270,14 @@ class Config:
         try:
             found = yaml.safe_load(path.read_text())
         except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise ValueError(f"{path} is no YAML: {' '.join(str(error).split())}") from None
+            raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
         if not isinstance(found, dict):
-            raise ValueError(f"{path} should have settings, one `name: value` in each line")
+            raise ValueError(f"{path} should have settings, a line `name: value` for each")
         names = [each.name for each in dataclasses.fields(cls)]
         unknown = [str(name) for name in found if name not in names]
         if unknown:
-            raise ValueError(f"{path} has {', '.join(unknown)}, which are no settings")
-        for name, kind in get_type_hints(cls).items():  # YAML takes 1e-4 for text
+            raise ValueError(f"{path} has unknown settings: {', '.join(unknown)}")
+        for name, kind in get_type_hints(cls).items():  # YAML reads 1e-4 as text
             if kind is float and isinstance(found.get(name), str):
                 with contextlib.suppress(ValueError):
                     found[name] = float(found[name])
@@ -238,11 +287,11 @@ class Config:
             raise type(error)(f"{path}: {error}") from None
 
     def changed(self, **others: Any) -> "Config":
-        """These settings with others in place of some."""
+        """A copy of these settings with some of them replaced."""
         return dataclasses.replace(self, **others)
 
     def deciding(self) -> dict:
-        """The settings that decide what was computed, by name: a run goes on with the same."""
+        """The settings that affect what steps compute, by name: a resumed run has to keep them."""
         fields = dataclasses.fields(self)
         return {
             each.name: getattr(self, each.name)
@@ -251,15 +300,15 @@ class Config:
         }
 
 
-# Each by its name: what it is, and which settings it changes.
+# By name: a description, and the settings that the preset changes.
 PRESETS: dict[str, tuple[str, dict]] = {
     "published": (
-        "The paper's recipe: batch 32, 200 epochs, learning rates that fall in the second half.",
+        "The paper's recipe.",
         dict(batch=32, epochs=200, decay=0.5),
     ),
     "small": (
-        "Half of the channels, and instance norm, so that one image is a batch, for a small GPU or"
-        " a CPU: a step of 4 images at 256² takes 1.3 GiB in float32, 0.9 with --recompute.",
+        "Half of the channels, and instance norm, which allows a batch of one image. For a small"
+        " GPU or a CPU: a step of 4 images at 256² takes 1.3 GiB in float32, 0.9 with --recompute.",
         dict(
             ngf=32,
             ndf=32,
@@ -272,8 +321,9 @@ PRESETS: dict[str, tuple[str, dict]] = {
 
 
 def preset(name: str | None, **others: Any) -> dict:
-    """The settings of a preset, none for None, with others in place of some; steps take the place
-    of epochs. Errors: ValueError where no preset has that name.
+    """The settings of a preset (none if the name is None), replaced and completed by `others`. If
+    steps are given, the preset's epochs are left out. Errors: ValueError if there is no such
+    preset.
     """
     if name is not None and name not in PRESETS:
         raise ValueError(f"preset is {name!r}, it should be one of {', '.join(PRESETS)}")
@@ -284,7 +334,7 @@ def preset(name: str | None, **others: Any) -> dict:
 
 
 def _as_type(name, value, wanted):
-    """value as a field's type has it. Errors: TypeError in words."""
+    """value as an instance of a field's type. Errors: TypeError."""
     kinds = get_args(wanted) if isinstance(wanted, types.UnionType) else (wanted,)
     if value is None and type(None) in kinds:
         return None

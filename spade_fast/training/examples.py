@@ -1,4 +1,4 @@
-"""The data set that a run's settings name."""
+"""The data set that a run's settings describe."""
 
 from ..data import CONVENTIONS, Folder, Preparation, check_data, find_pairs, read_palette
 from ..progress import progress_bar
@@ -7,7 +7,7 @@ from .networks import label_channels
 
 
 def with_convention(config: Config) -> Config:
-    """The settings with what the data set's convention says of classes, where they do not."""
+    """The settings, completed by the convention's num_classes, dont_care and instances."""
     convention = CONVENTIONS[config.convention]
     found = {}
     for name in ("num_classes", "dont_care"):
@@ -19,7 +19,7 @@ def with_convention(config: Config) -> Config:
 
 
 def with_steps(config: Config, examples: int) -> Config:
-    """The settings with the steps that their epochs are."""
+    """The settings with epochs converted to steps."""
     if config.epochs is None:
         return config
     return config.changed(steps=config.epochs * max(1, examples // config.batch), epochs=None)
@@ -32,10 +32,10 @@ def _given(name: str, folder: str | None) -> str:
 
 
 def folder_of(config: Config) -> Folder:
-    """The data set that the settings name. Errors: ValueError, OSError."""
+    """The data set that the settings describe. Errors: ValueError, OSError."""
     labels, images = _given("labels", config.labels), _given("images", config.images)
     label_channels(config)
-    assert config.num_classes is not None  # else it has no channels
+    assert config.num_classes is not None  # label_channels has checked it
     preparation = Preparation(
         config.num_classes,
         config.dont_care,
@@ -52,7 +52,7 @@ def folder_of(config: Config) -> Folder:
 
 
 def check_examples(config: Config, examples: Folder) -> None:
-    """Raises ValueError where there is a file that cannot be trained on: which one, and why."""
+    """Raises ValueError if a file cannot be used for training; the message says which, and why."""
     report = check_data(
         _given("labels", config.labels),
         _given("images", config.images),
@@ -65,8 +65,8 @@ def check_examples(config: Config, examples: Folder) -> None:
     )
     if report.faults:
         raise ValueError(
-            f"{len(report.faults)} faults in the data, first: {report.faults[0]}; `spade-fast"
-            " check-data` lists them all, and --no-check trains all the same"
+            f"the data have {len(report.faults)} faults, the first: {report.faults[0]}; `spade-fast"
+            " check-data` lists them all, and --no-check trains in spite of them"
         )
     wanted = round(config.crop_size / config.aspect_ratio), config.crop_size
     for size, path in report.sizes.items():
@@ -77,6 +77,6 @@ def check_examples(config: Config, examples: Folder) -> None:
         if found != wanted:
             heights = [f"{width} × {height}" for height, width in (found, wanted)]
             raise ValueError(
-                f"preprocess is {config.preprocess!r}, which makes {path} {heights[0]}: the"
-                f" generator makes {heights[1]}, as crop_size and aspect_ratio say"
+                f"preprocess is {config.preprocess!r}, which makes {path} {heights[0]}; it should"
+                f" be {heights[1]} as the generator's images, by crop_size and aspect_ratio"
             )

@@ -1,4 +1,4 @@
-"""How a discriminator judges images in a generator's step."""
+"""How the discriminator judges images in a generator's step."""
 
 import torch
 import torch.nn as nn
@@ -12,7 +12,7 @@ from ..nn.spade import batch_of
 from ..nn.twin import twin
 from ..recording import is_recorded
 
-# What makes each image's result of that image and the weights alone.
+# The modules whose result for an image depends on that image and the weights alone.
 OF_EACH_IMAGE = (
     MultiscaleDiscriminator,
     PatchDiscriminator,
@@ -30,23 +30,24 @@ def judge(
     reals: torch.Tensor,
     layout: SemanticLayout | torch.Tensor,
 ) -> tuple[list, list]:
-    """The results of fakes and those of reals, as the discriminator gives them of one batch, for a
-    step of the generator: gradients of the results reach the fakes, and none reach the reals.
+    """The discriminator's results for fakes and for reals, as if both were one batch, in a step of
+    the generator: gradients flow from the results to the fakes, and not to the reals.
 
-    A discriminator that judges each image by itself, as this package's does, judges the reals first
-    and keeps nothing of them for backward, then the fakes, and its own parameters get no gradients.
-    Spectral norm makes one power iteration, in train mode, as in one batch. Any other
-    discriminator, one that is wrapped (DistributedDataParallel), watched by hooks or recorded, is
-    called once, with fakes and reals in one batch, and its parameters get gradients, too.
+    A discriminator that judges each image by itself, as this package's does, first judges the reals
+    and keeps nothing for their backward, then the fakes, and its own parameters get no gradients.
+    In train mode spectral norm does one power iteration, as for one batch. Any other discriminator,
+    and one that is wrapped (DistributedDataParallel), has hooks or is being recorded, is called
+    once, with fakes and reals in one batch, and its parameters get gradients, too.
 
     Args:
         discriminator: called as discriminator(images, layout), returns tensors with a row for each
             image, in lists or tuples.
-        fakes, reals: images of one shape, [M, channels, *spatial].
+        fakes, reals: images of the same shape, [M, channels, *spatial].
         layout: the condition of both, of N images; M is a multiple of N.
 
     Raises:
-        TypeError, ValueError: fakes, reals or layout is not as said above; the message names it.
+        TypeError, ValueError: fakes, reals or layout is not as described above; the message names
+            it.
     """
     for name, images in {"fakes": fakes, "reals": reals}.items():
         if not isinstance(images, torch.Tensor):
@@ -57,12 +58,12 @@ def judge(
         )
     if fakes.shape != reals.shape:
         raise ValueError(
-            f"fakes has the shape {list(fakes.shape)}, it should be {list(reals.shape)} as reals"
+            f"fakes has shape {list(fakes.shape)}, it should be that of reals, {list(reals.shape)}"
         )
     conditions = batch_of(layout)
     if conditions == 0 or len(fakes) % conditions:
         raise ValueError(
-            f"fakes has a batch of {len(fakes)}, it should be a multiple of layout's, {conditions}"
+            f"fakes has {len(fakes)} images, it should have a multiple of layout's {conditions}"
         )
     compiled = torch.compiler.is_compiling()
     if compiled or is_recorded(fakes, reals) or not judges_each_image(discriminator):
@@ -74,8 +75,8 @@ def judge(
 
 
 def judges_each_image(discriminator: nn.Module) -> bool:
-    """Whether a discriminator is one of this package whose parts are as they are made here, and
-    whose calls nobody watches: then a batch's results are those of its images.
+    """Whether a discriminator is this package's, with its modules unchanged and no hooks on them.
+    Then each image's results do not depend on the rest of its batch.
     """
     return type(discriminator) is MultiscaleDiscriminator and all(
         type(part) in OF_EACH_IMAGE
@@ -87,8 +88,8 @@ def judges_each_image(discriminator: nn.Module) -> bool:
 
 
 def _without_gradients(discriminator):
-    """The same discriminator as it is now: its vectors of spectral norm stay, and its parameters
-    get no gradients.
+    """A twin of the discriminator, whose spectral vectors stay as they are and whose parameters get
+    no gradients.
     """
     other = twin(discriminator).eval()
     for part in other.modules():
@@ -98,7 +99,7 @@ def _without_gradients(discriminator):
 
 
 def _part(results, rows):
-    """These rows of every tensor."""
+    """The given rows of every tensor."""
     if isinstance(results, torch.Tensor):
         return results[rows]
     return [_part(result, rows) for result in results]

@@ -1,4 +1,4 @@
-"""What a run says of itself: a progress bar, lines in a file, TensorBoard's events."""
+"""The reports of a run: a progress bar, lines in a file, TensorBoard's events."""
 
 import contextlib
 import time
@@ -11,16 +11,16 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 
 class Log:
-    """Where a run's losses and pictures go.
+    """Reports a run's losses and pictures.
 
     Args:
-        path: of the file that lines are added to.
+        path: the file that lines are appended to.
         events: the folder of TensorBoard's events, or None for none.
-        done, steps: of the run.
-        images: of a step.
+        done, steps: how many steps the run has taken, and will have in the end.
+        images: how many images a step has.
 
     Raises:
-        ModuleNotFoundError: TensorBoard is wanted and not installed.
+        ModuleNotFoundError: events is given and TensorBoard is not installed.
     """
 
     def __init__(self, path: Path, events: Path | None, done: int, steps: int, images: int) -> None:
@@ -47,17 +47,17 @@ class Log:
         self.progress.stop()
         for part in (self.file, self.events):
             if part is not None:
-                with contextlib.suppress(OSError):  # as a full disk's, which has been raised
+                with contextlib.suppress(OSError):  # of a full disk, which has already been raised
                     part.close()
 
     def advance(self, number: int) -> None:
-        """Moves the bar to a step."""
+        """Moves the progress bar to a step."""
         self.progress.update(self.task, completed=number)
 
     def losses(self, number: int, losses: Mapping[str, float]) -> None:
-        """One line of the losses, the images in a second since the last line, the time left."""
+        """Writes a line: the losses, images per second since the last line, and the time left."""
         now = time.monotonic()
-        seconds = max(now - self._since, 1e-9) / max(number - self._from, 1)  # a step's
+        seconds = max(now - self._since, 1e-9) / max(number - self._from, 1)  # per step
         self._since, self._from = now, number
         speed, left = self.images / seconds, (self.steps - number) * seconds
         words = "  ".join(f"{name} {value:.4g}" for name, value in losses.items())
@@ -70,11 +70,11 @@ class Log:
             self.events.add_scalar("images per second", speed, number)
 
     def say(self, words: str) -> None:
-        """One line, with the time."""
+        """Writes a line with the time."""
         self._line(words, shown=True)
 
     def picture(self, number: int, grid: np.ndarray, distance: float) -> None:
-        """The pictures [H, W, 3] of a step, and how far they are from the photographs."""
+        """Records a step's picture [H, W, 3], and its images' distance from the photographs."""
         if self.events is not None:
             self.events.add_image("scenes", grid, number, dataformats="HWC")
             self.events.add_scalar("distance", distance, number)

@@ -1,12 +1,9 @@
-"""The networks of a run, made by its settings."""
-
-import math
+"""Builds the networks of a run from its settings."""
 
 import torch
 
 from ..losses import Perceptual
 from ..nn import ConvEncoder, MultiscaleDiscriminator, SPADEGenerator
-from ..nn.config import parse_config
 from ..nn.initialise import initialise
 from .config import Config
 from .step import Networks
@@ -15,27 +12,25 @@ IMAGE_CHANNELS = 3
 
 
 def label_channels(config: Config) -> int:
-    """The condition's channels: classes, don't care, instance edges. Errors: ValueError where the
-    number of classes is not known.
+    """The number of the condition's channels: classes, don't care, instances' edges. Errors:
+    ValueError if the number of classes is not given.
     """
     if config.num_classes is None:
         raise ValueError(
-            "num_classes is not given: it should be the number of classes, which `spade-fast"
-            " check-data` suggests"
+            "num_classes is not given, it should be the number of classes: `spade-fast check-data`"
+            " suggests it"
         )
     return config.num_classes + (config.dont_care is not None) + (config.instances is not None)
 
 
 def check_norms(config: Config, images: int, processes: int) -> None:
-    """Raises ValueError where the generator's first map has but one number for a norm's mean and
+    """Raises ValueError if the generator's first map has only one number for a norm's mean and
     deviation.
 
     images: of a batch, in each of the processes.
     """
-    norm = parse_config(config.norm_G, "norm_G").norm
-    maps = {"instance": 1, "batch": images, "syncbatch": images * processes}
-    pixels = math.prod(config.generator_arguments(1)["start"])
-    if pixels * maps.get(norm, 2) == 1:
+    start = config.generator_arguments(1)["start"]
+    if not config.has_deviation(start, images, processes):
         raise ValueError(
             f"crop_size is {config.crop_size}, it should be larger: the first map has 1 × 1 pixels,"
             f" and norm_G {config.norm_G!r} needs more than one for a mean and a deviation"
@@ -43,9 +38,9 @@ def check_norms(config: Config, images: int, processes: int) -> None:
 
 
 def make_networks(config: Config, label_nc: int) -> Networks:
-    """New networks with the initialisation that the settings say, the same for the same seed.
+    """New networks, initialised as the settings say: the same seed gives the same weights.
 
-    Errors: FileNotFoundError where VGG19's weights are wanted and not there.
+    Errors: FileNotFoundError if the perceptual loss is on and VGG19's weights are missing.
     """
     with torch.random.fork_rng([]):
         torch.manual_seed(config.seed)

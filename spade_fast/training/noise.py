@@ -1,11 +1,11 @@
-"""The random numbers of the steps: the same for any number of processes."""
+"""The random numbers of steps, which are the same for any number of processes."""
 
 import torch
 
 
 class Noise:
-    """Standard normal numbers, drawn on the CPU for the images of all processes, of which each
-    process takes its own: so neither the device nor the number of processes decides them.
+    """Standard normal numbers. Each process draws those for the images of all processes on the CPU,
+    and takes its own, so that they depend neither on the device nor on the number of processes.
     """
 
     def __init__(self, seed: int, rank: int = 0, processes: int = 1) -> None:

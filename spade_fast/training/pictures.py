@@ -1,4 +1,4 @@
-"""Pictures of a run: some scenes' layouts, what the generator makes of them, and photographs."""
+"""Pictures of a run: the layouts of some scenes, the generated images, and the photographs."""
 
 import contextlib
 import math
@@ -13,21 +13,21 @@ from ..data import Example, collate, colours, paint
 from ..layout import SemanticLayout
 
 GAP = 4  # white pixels between images; three times as many between scenes
-SEED = 0  # of the z that pictures are made with: the same in each
+SEED = 0  # of the z of generated images, which is the same in every picture
 
 
 class Scenes:
-    """Scenes that a run shows again and again.
+    """The scenes that all pictures of a run show.
 
-    examples: of one size, each of one image.
+    examples: of the same size, with one image each.
     """
 
     def __init__(self, examples: Sequence[Example], sizes: Sequence = (), kernel_size: int = 3):
         self.batches = [collate([example], sizes, kernel_size) for example in examples]
 
     def generated(self, generator: nn.Module, encoder: nn.Module | None = None) -> torch.Tensor:
-        """The generator's images [N, 3, H, W] on the CPU, in float32: with the encoder's mean as z
-        where there is one.
+        """The generator's images [N, 3, H, W] on the CPU, in float32. If there is an encoder, z is
+        the mean that it computes from the photograph.
         """
         parameter = next(generator.parameters())
         random, images = torch.Generator().manual_seed(SEED), []
@@ -46,8 +46,8 @@ class Scenes:
         return torch.cat(images)
 
     def distance(self, generated: torch.Tensor, perceptual: nn.Module | None) -> float:
-        """How far the generated images are from the photographs: by VGG19's features where they
-        are at hand, else by the mean absolute difference.
+        """The mean distance of the generated images from the photographs: the perceptual loss if it
+        is given, else the mean absolute difference.
         """
         found = []
         for image, batch in zip(generated.split(1), self.batches):
@@ -60,8 +60,8 @@ class Scenes:
         return float(torch.stack(found).mean())
 
     def grid(self, generated: torch.Tensor) -> np.ndarray:
-        """uint8 [H, W, 3]: of each scene layout, generated image and photograph beside each other,
-        in as many columns of scenes as make the picture about square.
+        """A picture, uint8 [H, W, 3], with each scene's layout, generated image and photograph side
+        by side. The number of columns makes it about square.
         """
         scenes = [
             side_by_side([layout_picture(batch.layout), picture(image), picture(batch.images[0])])
@@ -78,7 +78,7 @@ class Scenes:
 
 @contextlib.contextmanager
 def in_eval_mode(network: nn.Module) -> Iterator[None]:
-    """Inside, the network is in eval mode, which changes none of its buffers."""
+    """Inside, the network is in eval mode, so that calls do not change its buffers."""
     before = network.training
     network.eval()
     try:
@@ -88,23 +88,23 @@ def in_eval_mode(network: nn.Module) -> Iterator[None]:
 
 
 def picture(image: torch.Tensor) -> np.ndarray:
-    """uint8 [H, W, 3] of an image [3, H, W] between −1 and 1."""
+    """An image [3, H, W] between −1 and 1 as uint8 [H, W, 3]."""
     return ((image.movedim(0, -1).clamp(-1, 1) + 1) * 127.5).round().byte().numpy()
 
 
 def layout_picture(layout: SemanticLayout) -> np.ndarray:
-    """uint8 [H, W, 3]: the first image's classes in colours, edges of instances in white."""
+    """The first image's classes in colours and instances' edges in white, uint8 [H, W, 3]."""
     palette = layout.palette.cpu()
     codes = layout.codes[0].cpu().numpy()
     classes = palette.argmax(dim=1).numpy()
-    is_edge = (palette.sum(dim=1) > 1).numpy()  # a class and the channel of edges
+    is_edge = (palette.sum(dim=1) > 1).numpy()  # both a class and the channel of edges
     image = paint(classes[codes], colours(layout.label_nc))
     image[is_edge[codes]] = 255
     return image
 
 
 def side_by_side(images: Sequence[np.ndarray], axis: int = 1, gap: int = GAP) -> np.ndarray:
-    """Images of one size in a row (axis 1) or a column (axis 0), with white pixels between them."""
+    """Images of the same size in a row (axis 1) or column (axis 0), with white pixels between."""
     parts = []
     for image in images:
         shape = list(image.shape)

@@ -1,4 +1,4 @@
-"""The states of the global random number generators, for a run that goes on where it stopped."""
+"""The states of the global random number generators, which a checkpoint saves and restores."""
 
 import random
 from typing import Any
@@ -8,7 +8,7 @@ import torch
 
 
 def random_states() -> dict:
-    """Those of Python, NumPy and torch in this process, as torch.load reads them with
+    """The states of Python, NumPy and torch in this process, in types that torch.load accepts with
     weights_only.
     """
     version, numbers, following = random.getstate()
@@ -23,7 +23,7 @@ def random_states() -> dict:
 
 
 def set_random_states(states: dict) -> None:
-    """Makes the generators go on from there; those of GPUs where there are as many."""
+    """Restores the generators' states; those of GPUs only if there are as many GPUs as before."""
     version, numbers, following = states["python"]
     random.setstate((version, tuple(numbers), following))
     name, keys, *rest = states["numpy"]

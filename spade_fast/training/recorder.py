@@ -1,4 +1,4 @@
-"""What a run looks at and writes while it trains."""
+"""The checks, checkpoints, pictures and log of a run while it trains."""
 
 import copy
 import math
@@ -19,21 +19,25 @@ from .trainer import Step, Trainer
 
 
 class Stopped(Exception):
-    """Why a run ended before its last step, in words for the user."""
+    """Raised when a run ends before its last step; the message tells the user why."""
 
 
 class Recorder:
-    """What a run looks at and writes while it trains."""
+    """Checks the losses of a run, and writes its checkpoints, pictures and log.
+
+    run, trainer: the folder, and the trainer that takes the steps.
+    best: the step and the distance of the best checkpoint so far, or None.
+    """
 
     def __init__(self, run: Run, trainer: Trainer, best: tuple[int, float] | None) -> None:
-        self.run, self.trainer, self.best = run, trainer, best  # (step, distance) of the best one
-        self.unseen: list[tuple[int, Losses]] = []  # of steps that nobody has looked at
-        self.seen: list[dict[str, float]] = []  # losses since a line
-        self.log: Log | None = None  # in other processes than the first
+        self.run, self.trainer, self.best = run, trainer, best
+        self.unread: list[tuple[int, Losses]] = []  # losses by step, still on the device
+        self.read: list[dict[str, float]] = []  # losses since the last line of the log
+        self.log: Log | None = None  # stays None in all processes but the first
 
     def begin(self, stack: ExitStack, examples: Folder) -> None:
-        """Checks the data, and only then begins to write in the folder, for as long as the stack
-        is open.
+        """Checks the data, and only then begins to write in the folder. The folder stays locked and
+        the log open until the stack closes.
         """
         run, trainer, config = self.run, self.trainer, self.trainer.config
         if config.check:
@@ -42,47 +46,47 @@ class Recorder:
         self.scenes = _scenes(trainer, examples)
         stack.enter_context(run.held())
         if trainer.number == 0:
-            run.check_new()  # another process may have trained there until now
+            run.check_new()  # again, now that no other process can train there
         run.begin(config)
         events = run.path(EVENTS) if config.tensorboard else None
         log = Log(run.path(LOG), events, trainer.number, trainer.steps, config.batch)
         self.log = stack.enter_context(log)
         if trainer.number > 0:
             self._restore()
-            log.say(f"resumed at step {trainer.number}")
+            log.say(_words_of_resuming(trainer))
 
     def note(self, step: Step, looks: bool) -> None:
-        """Takes the losses of a step. A GPU is waited for where somebody looks at them: every
-        `log_every` steps. Raises Stopped where one is not finite.
+        """Takes the losses of a step. On a GPU they are read only if `looks` is true, and every
+        `log_every` steps, because that waits for the GPU. Raises Stopped if one is not finite.
         """
         trainer, config = self.trainer, self.trainer.config
         if self.log is not None:
             self.log.advance(step.number)
-        self.unseen.append((step.number, step.losses))
+        self.unread.append((step.number, step.losses))
         writes = step.number % config.log_every == 0 or step.number == config.steps
         if not (looks or writes or trainer.accelerator.device.type == "cpu"):
             return
-        for number, unseen in self.unseen:
-            losses = trainer.mean(unseen)
+        for number, unread in self.unread:
+            losses = trainer.mean(unread)
             wrong = {name: loss for name, loss in losses.items() if not math.isfinite(loss)}
             if wrong:
                 words = ", ".join(f"{name} is {loss}" for name, loss in wrong.items())
                 raise Stopped(f"{words} in step {number}; {self.last_good()}")
-            self.seen.append(losses)
-        self.unseen.clear()
+            self.read.append(losses)
+        self.unread.clear()
         if writes and self.log is not None:
-            names = dict.fromkeys(name for losses in self.seen for name in losses)
-            self.log.losses(step.number, {name: _mean_of(name, self.seen) for name in names})
+            names = dict.fromkeys(name for losses in self.read for name in losses)
+            self.log.losses(step.number, {name: _mean_of(name, self.read) for name in names})
         if writes:
-            self.seen.clear()
+            self.read.clear()
 
     def save(self, judges: bool) -> None:
-        """Writes a checkpoint, the generator and pictures.
+        """Writes a checkpoint, the generator and a picture.
 
-        judges: whether it may become the best. One that is written because somebody stopped the
-            run may not: the best should not depend on that.
+        judges: whether this checkpoint may become the best. One that is written because the run was
+            stopped may not: the best should not depend on when a run is stopped.
 
-        Raises Stopped where they cannot be written.
+        Raises Stopped if they cannot be written.
         """
         trainer, run, failure = self.trainer, self.run, None
         state = trainer.state_dict()
@@ -108,8 +112,8 @@ class Recorder:
             raise Stopped(f"in saving step {trainer.number}: {failure}; {self.last_good()}")
 
     def _restore(self):
-        """Writes the generator and the best one as checkpoints have them, since a process may have
-        been killed between a checkpoint and these.
+        """Writes the generator and the best one from their checkpoints, because a process may have
+        been killed after it wrote a checkpoint and before it wrote these.
         """
         settled(self.trainer.average, self.painter)
         self._write(GENERATOR)
@@ -120,13 +124,15 @@ class Recorder:
             self._write(BEST)
 
     def _look(self):
-        """The average's images of the scenes, and how far they are from the photographs."""
+        """The average's images of the scenes, and their distance from the photographs."""
         settled(self.trainer.average, self.painter)
         generated = self.scenes.generated(self.painter, self.trainer.networks.encoder)
         return self.scenes.distance(generated, self.trainer.networks.perceptual), generated
 
     def _write(self, name):
-        """Writes the painter, which has been settled: at the published sizes that takes seconds."""
+        """Writes the painter, which the caller has settled: at the published sizes that takes
+        seconds, and is done once for several files.
+        """
         with written(self.run.path(name)) as path:
             checkpoint.write(self.painter, path)
 
@@ -136,20 +142,26 @@ class Recorder:
             Image.fromarray(grid).save(path)
         assert self.log is not None  # this process is the first
         self.log.picture(number, grid, distance)
-        self.log.say(f"saved step {number}, {distance:.4g} from the photographs")
+        self.log.say(f"saved step {number}, distance from the photographs {distance:.4g}")
 
     def last_good(self) -> str:
         numbers = self.run.numbers()
         if not numbers:
-            return "there is no checkpoint before it"
+            return "there is no earlier checkpoint"
         return (
             f"the last good checkpoint is that of step {numbers[-1]}: `spade-fast train --resume"
-            f" {self.run.folder}` goes on from there"
+            f" {self.run.folder}` continues from there"
         )
 
 
+def _words_of_resuming(trainer):
+    if trainer.number < trainer.steps:
+        return f"resumed at step {trainer.number}"
+    return f"the run has taken all its {trainer.steps} steps already; a larger --steps continues it"
+
+
 def _scenes(trainer, examples):
-    """The scenes of the run's pictures, from all over the data set."""
+    """The scenes of the run's pictures, evenly spread over the data set."""
     count = max(1, min(trainer.config.pictures, len(examples)))
     numbers = [number * len(examples) // count for number in range(count)]
     generator = trainer.networks.generator
@@ -158,7 +170,7 @@ def _scenes(trainer, examples):
 
 
 def reason_of(error: BaseException) -> str:
-    """An error in one line, without the traceback that a DataLoader's worker puts before it."""
+    """An error in one line, without the traceback that a DataLoader's worker adds before it."""
     lines = str(error).strip().splitlines() or [type(error).__name__]
     if lines[0].startswith("Caught "):
         return lines[-1].partition(": ")[2] or lines[-1]
@@ -166,7 +178,7 @@ def reason_of(error: BaseException) -> str:
 
 
 def _check_finite(trainer):
-    """Raises ValueError where a step with finite losses has left numbers that are not."""
+    """Raises ValueError if weights or buffers are not finite, though the losses were."""
     for name, network in trainer.networks.trained().items():
         for key, tensor in network.state_dict().items():
             if not tensor.isfinite().all():

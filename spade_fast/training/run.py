@@ -1,4 +1,6 @@
-"""The folder of a run: all that one needs to go on, each file whole or not there."""
+"""The folder of a run, with everything needed to resume it. Each file is written whole or not at
+all.
+"""
 
 import contextlib
 import os
@@ -14,16 +16,16 @@ from .config import Config
 
 SETTINGS, GENERATOR, BEST = "config.yaml", "generator.safetensors", "best.safetensors"
 CHECKPOINTS, PICTURES, LOG, EVENTS = "checkpoints", "pictures", "log.txt", "tensorboard"
-PARTS = {"trainer", "best", "settings"}  # of a checkpoint
+PARTS = {"trainer", "best", "settings"}  # the keys of a checkpoint
 
 
 class Run:
     """A run's folder:
 
     - config.yaml: the settings;
-    - checkpoints/step-N.pt: the newest ones, and the best, from which training goes on;
-    - generator.safetensors: the generator's running average at the newest, for
-      `checkpoint.load`; best.safetensors: at the best;
+    - checkpoints/step-N.pt: the newest checkpoints, and the best one;
+    - generator.safetensors: the generator's running average at the newest checkpoint, for
+      `checkpoint.load`; best.safetensors: that at the best one;
     - pictures/step-N.png: layouts, generated images and photographs; log.txt; tensorboard/.
     """
 
@@ -31,17 +33,17 @@ class Run:
         self.folder = Path(folder)
 
     def check_new(self) -> None:
-        """Raises ValueError where there is a run in the folder. Settings alone are none: a run that
-        ended before its first checkpoint has left nothing to lose.
+        """Raises ValueError if the folder contains a run. Settings alone do not count: a run that
+        ended before its first checkpoint has nothing to lose.
         """
         if self.numbers() or self.path(GENERATOR).exists():
             raise ValueError(
-                f"{self.folder} has a run in it: `spade-fast train --resume {self.folder}` goes on"
-                " with it, or out should be another folder"
+                f"{self.folder} has a run in it: `spade-fast train --resume {self.folder}`"
+                " continues it, or out should be another folder"
             )
 
     def begin(self, config: Config) -> None:
-        """Writes the settings, and makes the folders of what follows. Errors: OSError."""
+        """Writes the settings, makes the folders of checkpoints and pictures. Errors: OSError."""
         with written(self.path(SETTINGS)) as path:
             config.save(path)
         for part in (CHECKPOINTS, PICTURES):
@@ -57,8 +59,9 @@ class Run:
 
     @contextlib.contextmanager
     def held(self) -> Iterator[None]:
-        """Inside, no other process trains in this folder, which is made; what a killed one left
-        half-written is removed. Errors: ValueError where another does, or it cannot be written.
+        """Makes the folder and locks it: inside, no other process trains there. Files that a killed
+        process left half-written are removed. Errors: ValueError if another process trains there,
+        or the folder cannot be written to.
         """
         import fcntl
 
@@ -67,14 +70,15 @@ class Run:
             lock = open(self.path(".lock"), "w")
         except OSError as error:
             raise ValueError(
-                f"out is {self.folder}, which is no folder that can be written to: {error.strerror}"
+                f"out is {self.folder}, it should be a folder that can be written to:"
+                f" {error.strerror}"
             ) from None
         with lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError:
-                raise ValueError(f"another process trains in {self.folder}") from None
-            for part in ("", CHECKPOINTS, PICTURES):  # not below other folders: they are no run's
+                raise ValueError(f"another process is training in {self.folder}") from None
+            for part in ("", CHECKPOINTS, PICTURES):  # other folders are the user's
                 remove_unfinished(self.path(part))
             yield
 
@@ -94,28 +98,32 @@ class Run:
         return list(folder.iterdir()) if folder.is_dir() else []
 
     def save(self, number: int, state: dict) -> None:
-        """Writes the checkpoint of a step, PARTS. Errors: OSError: the disk is full or the like;
-        the checkpoints that are there stay.
+        """Writes the checkpoint of a step, with the keys PARTS. Errors: OSError, for example if the
+        disk is full; earlier checkpoints are left as they are.
         """
         with written(self.checkpoint(number)) as path, open(path, "wb") as file:
             torch.save(state, file)
 
     def load(self, number: int) -> dict:
-        """The checkpoint of a step, on the CPU. Errors: ValueError where it is damaged: which file,
-        and which one is older.
+        """The checkpoint of a step, on the CPU. Errors: ValueError if it is damaged; the message
+        names the file, and the step from which the run continues without it.
         """
         path, older = self.checkpoint(number), [one for one in self.numbers() if one < number]
         try:
             state = contents(path)
             if not isinstance(state, dict) or not PARTS <= set(state):
-                raise UnreadableFile(f"{path} is no checkpoint of a run")
+                raise UnreadableFile(f"{path} is not a checkpoint of a run")
         except UnreadableFile as error:
             rest = f"step {older[-1]}" if older else "the first step"
-            raise ValueError(f"{error}; without this file the run goes on from {rest}") from None
+            raise ValueError(f"{error}; without this file the run continues from {rest}") from None
         return state
 
     def keep(self, newest: int, best: int | None) -> None:
-        """Removes the checkpoints that are neither among the newest nor the best."""
+        """Removes all checkpoints but the newest ones and the best.
+
+        newest: how many to keep.
+        best: the best one's step, or None.
+        """
         for number in self.numbers()[:-newest]:
             if number != best:
                 self.checkpoint(number).unlink()

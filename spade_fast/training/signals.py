@@ -1,4 +1,4 @@
-"""What asks a run to stop."""
+"""Signals that ask a run to stop."""
 
 import contextlib
 import signal
@@ -15,10 +15,10 @@ PATIENCE = 2.0  # seconds
 
 @contextlib.contextmanager
 def asked_to_stop() -> Iterator[list[float]]:
-    """Inside, SIGINT and SIGTERM end nothing, but their times are added to the list. One that comes
-    more than PATIENCE seconds after the first ends the process as always; before, it may be the
-    same request, which launchers pass on to processes that had it from the terminal. In other
-    threads than the main one signals are left alone.
+    """Inside, SIGINT and SIGTERM do not end the process; their times are appended to the list. A
+    signal more than PATIENCE seconds after the first ends the process as usual. An earlier one may
+    be the same request twice: launchers pass on signals that the terminal has already sent to the
+    whole process group. Outside the main thread, signals are left alone.
     """
     asked: list[float] = []
     before: dict[int, Any] = {}
@@ -40,7 +40,7 @@ def asked_to_stop() -> Iterator[list[float]]:
 
 
 def anywhere(accelerator: "Accelerator", asked: bool) -> bool:
-    """Whether one of the processes was asked to stop: all of them know of it in the same step."""
+    """Whether any of the processes was asked to stop; all of them learn it in the same step."""
     if accelerator.num_processes == 1:
         return asked
     if asked:

@@ -1,4 +1,4 @@
-"""`spade-fast train`: from folders of label maps and photographs to a generator."""
+"""Runs in a folder, as `spade-fast train` starts and resumes them."""
 
 import contextlib
 import os
@@ -22,10 +22,11 @@ def train(config: Config) -> Path:
 
     Raises:
         ValueError, TypeError, OSError: the settings, the data or the folder are not as they should
-            be; nothing has been trained then.
+            be; no step has been taken.
         ModuleNotFoundError: Accelerate or TensorBoard is not installed.
-        Stopped: a signal, a loss that is not finite or a full disk ended the run; the message says
-            which checkpoint it goes on from.
+        Stopped: the run ended early, because of a signal, a loss that is not finite, a file that
+            cannot be read or written, or a lack of memory; the message says from which checkpoint
+            it can continue.
     """
     if config.out is None:
         raise ValueError("out is not given, it should be the folder of the run")
@@ -37,13 +38,13 @@ def train(config: Config) -> Path:
 
 
 def resume(folder: str | os.PathLike, **settings: Any) -> Path:
-    """Goes on with the run in a folder from its newest checkpoint, as if it had not stopped; from
-    the first step where it has none yet.
+    """Continues the run in a folder from its newest checkpoint as if it had not stopped, or from
+    the first step if it has no checkpoint yet.
 
-    settings: those that are to differ from the run's, and do from now on; some decide what was
-        computed, and may not.
+    settings: new values for some of the run's settings, from now on. Settings that affect what
+        steps compute cannot be changed.
 
-    Raises: as `train`.
+    Raises: as `train` does.
     """
     run = Run(folder)
     before = run.settings()
@@ -53,7 +54,7 @@ def resume(folder: str | os.PathLike, **settings: Any) -> Path:
             " given"
         )
     if settings.get("epochs") is not None:
-        settings = {"steps": None} | settings  # the run has its epochs as steps
+        settings = {"steps": None} | settings  # the run's epochs were converted to steps
     config, state = before.changed(**settings), None
     if run.numbers():
         state = run.load(run.numbers()[-1])
@@ -63,9 +64,9 @@ def resume(folder: str | os.PathLike, **settings: Any) -> Path:
     refused = {name: value for name, value in began.items() if getattr(config, name) != value}
     if refused:
         raise ValueError(
-            "the run was begun with other settings: "
+            "the run began with other settings: "
             + "; ".join(
-                f"{name} was {value!r}, not {getattr(config, name)!r}"
+                f"{name} was {value!r}, and is now {getattr(config, name)!r}"
                 for name, value in refused.items()
             )
         )
@@ -73,7 +74,9 @@ def resume(folder: str | os.PathLike, **settings: Any) -> Path:
     config = with_steps(config, len(examples))
     done = 0 if state is None else state["trainer"]["number"]
     if config.steps is not None and config.steps < done:
-        raise ValueError(f"steps is {config.steps}, the run has taken {done} already")
+        raise ValueError(
+            f"steps is {config.steps}, it should be {done} or more: the run has taken {done} steps"
+        )
     return _train(run, config, examples, state)
 
 
@@ -106,13 +109,13 @@ def _take_steps(trainer, batches, recorder, asked):
         if stops:
             raise Stopped(
                 f"stopped after step {step.number}: `spade-fast train --resume"
-                f" {recorder.run.folder}` goes on"
+                f" {recorder.run.folder}` continues the run"
             )
 
 
 def _in_first(trainer, work):
-    """Does work in the first process alone. An error of it is raised in all of them: else the
-    others would wait for it for ever.
+    """Does work in the first process only. An error is raised in all of them, or else the others
+    would wait for the first forever.
     """
     error = None
     if trainer.accelerator.is_main_process:

@@ -1,4 +1,4 @@
-"""What one step of training computes: the losses of the generator and of the discriminator."""
+"""The computations of one training step: generated images, and the losses of both networks."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,8 +18,9 @@ Losses = dict[str, torch.Tensor]  # weighted scalars by name; their sum is minim
 class Networks:
     """The networks that are trained, and the perceptual loss, if there is one.
 
-    generator(layout, z) makes images; discriminator(images, layout) judges them; encoder(images)
-    gives mean and logarithm of the variance of their z; perceptual(fakes, reals) is a loss.
+    generator(layout, z) returns images, or generator(layout) if it has no z_dim;
+    discriminator(images, layout) judges them; encoder(images) returns the mean and the logarithm of
+    the variance of their z; perceptual(fakes, reals) is a loss.
     """
 
     generator: nn.Module
@@ -28,7 +29,7 @@ class Networks:
     perceptual: nn.Module | None = None
 
     def trained(self) -> dict[str, nn.Module]:
-        """Those that have an optimizer, by name."""
+        """The networks that are trained, by name."""
         found = dict(
             generator=self.generator, discriminator=self.discriminator, encoder=self.encoder
         )
@@ -41,10 +42,10 @@ def generate(
     reals: torch.Tensor,
     noise: Callable[[torch.Tensor], torch.Tensor],
 ) -> tuple[torch.Tensor, Losses]:
-    """The generator's images of a layout [N, 3, H, W], and with an encoder the KL divergence of
-    the z that it makes of the photographs, unweighted.
+    """The generator's images [N, 3, H, W] of a layout. With an encoder also the KL divergence of
+    the z that it computes from the photographs, unweighted.
 
-    noise: gives standard normal numbers that look like its argument.
+    noise: returns standard normal numbers with the shape, dtype and device of its argument.
     """
     if networks.encoder is not None:
         mu, logvar = networks.encoder(reals)
@@ -64,8 +65,8 @@ def generator_losses(
     fakes: torch.Tensor,
     reals: torch.Tensor,
 ) -> Losses:
-    """How far the fakes are from what the discriminator takes for real, and from the photographs
-    in its features and in VGG19's (Park et al. 2019, appendix A).
+    """The generator's weighted losses: adversarial, feature matching and perceptual (Park et al.
+    2019, appendix A).
     """
     of_fakes, of_reals = judge(inner(networks.discriminator), fakes, reals, layout)
     found = {
@@ -86,14 +87,14 @@ def discriminator_losses(
     fakes: torch.Tensor,
     reals: torch.Tensor,
 ) -> Losses:
-    """How well the discriminator tells fakes from photographs; both go through in one batch."""
+    """The discriminator's adversarial losses for fakes and photographs, judged in one batch."""
     results = networks.discriminator(torch.cat([fakes.detach(), reals]), layout)
     fake, real = losses.for_discriminator(*losses.halves(results), config.adversarial)
     return {"fake": fake, "real": real}
 
 
 def inner(network: nn.Module) -> nn.Module:
-    """The network within DistributedDataParallel."""
+    """The network itself, without a wrapping DistributedDataParallel."""
     if isinstance(network, nn.parallel.DistributedDataParallel):
         return network.module
     return network

@@ -1,4 +1,4 @@
-"""The loop of training, which stays the user's: `for step in trainer.fit(batches)`."""
+"""The training loop, in the user's hands: `for step in trainer.fit(batches)`."""
 
 import contextlib
 import itertools
@@ -20,38 +20,38 @@ from .step import Losses, Networks, discriminator_losses, generate, generator_lo
 
 
 class Step(NamedTuple):
-    """What a step did."""
+    """The results of a training step."""
 
-    number: int  # from 1 on
+    number: int  # counted from 1
     losses: Losses  # weighted scalars by name, on the device, of this process's images
-    generated: torch.Tensor  # [N, 3, H, W], the last images that the step made
-    batch: Batch  # what they were made of
+    generated: torch.Tensor  # [N, 3, H, W], the last images that the step generated
+    batch: Batch  # the batch that they were generated from
 
 
 class Trainer:
     """Networks, optimizers and the state of a run, on the devices that Accelerate finds.
 
     Args:
-        config: the settings; those of data and of the run's folder are not looked at.
-        networks: to train; made by the settings where None. They may be any that are called as
-            Networks says.
-        optimizers: of generator and encoder, and of the discriminator; Adam as the settings say
-            where None.
-        noise: gives standard normal numbers that look like its argument; `Noise` by the seed
-            where None.
-        label_nc: channels of the condition, where the settings make the networks: by default
-            classes, don't care, and edges where `config.instances` is given.
+        config: the settings; those of the run's folder and of reading the data are ignored.
+        networks: the networks to train, called as Networks describes; None builds them from the
+            settings.
+        optimizers: one for generator and encoder, and one for the discriminator; None is Adam as
+            the settings say.
+        noise: returns standard normal numbers with the shape, dtype and device of its argument;
+            None is `Noise` with the settings' seed.
+        label_nc: the number of the condition's channels, if networks is None: by default classes,
+            don't care, and instances' edges if `config.instances` is given.
 
     Attributes:
-        networks: those that are trained.
-        optimizers, schedules: of generator and encoder, and of the discriminator. Without
-            `config.decay` there are no schedules, and learning rates stay as one sets them.
+        networks: the networks that are trained.
+        optimizers, schedules: for generator and encoder, and for the discriminator. Without
+            `config.decay` there are no schedules, and learning rates stay as the user sets them.
         average: the running average of the generator, a torch.optim.swa_utils.AveragedModel.
-        number: steps done.
-        images: the images of each batch that a process is to be given.
+        number: the number of steps taken.
+        images: how many images each batch of this process should have.
 
     Raises:
-        ValueError: settings contradict the networks, or what the machine has.
+        ValueError: the settings contradict the networks or the machine.
         ModuleNotFoundError: Accelerate is not installed.
     """
 
@@ -74,7 +74,10 @@ class Trainer:
             networks = make_networks(config, label_nc)
         if config.recompute:
             if not isinstance(networks.generator, SPADEGenerator):
-                raise ValueError("recompute is for a SPADEGenerator, this generator is another")
+                raise ValueError(
+                    f"generator is a {type(networks.generator).__name__}, it should be a"
+                    " SPADEGenerator because recompute is on"
+                )
             networks.generator.recompute = True
         self.networks = self._placed(networks)
         self.average = average(networks.generator, config.ema)
@@ -83,7 +86,7 @@ class Trainer:
             LambdaLR(optimizer, self._rate) for optimizer in optimizers if config.decay
         ]
         self.optimizers = [self.accelerator.prepare(optimizer) for optimizer in optimizers]
-        self.synchronised = Networks(  # their forward is followed by gradients of all processes
+        self.synchronised = Networks(  # processes exchange the gradients of these
             **{name: self._prepared(network) for name, network in networks.trained().items()}
         )
         if noise is None:
@@ -93,10 +96,10 @@ class Trainer:
         self.noise = noise
 
     def fit(self, batches: Iterable[Batch]) -> Iterator[Step]:
-        """Takes the steps that are left, each as it is asked for.
+        """Takes the remaining steps, each when the iterator is advanced.
 
-        batches: `config.accumulate` of them for a step, of `images` images each; where they end
-            before the steps do, so does this.
+        batches: `config.accumulate` for each step, with `images` images each. If they run out, the
+            loop ends early.
         """
         batches, wanted = iter(batches), self.config.accumulate
         while self.number < self.steps:
@@ -108,8 +111,8 @@ class Trainer:
             yield self.step(parts)
 
     def step(self, parts: list[Batch]) -> Step:
-        """One step of the discriminator, and one of the generator where it is its turn, by the
-        gradients of all these batches together.
+        """One step of the discriminator, and one of the generator if it is its turn, with the mean
+        gradients of all these batches.
         """
         updates_generator = self.number % self.config.discriminator_steps == 0
         if self.config.order == "published":
@@ -125,8 +128,8 @@ class Trainer:
         return Step(self.number, losses | judged, fakes, parts[-1])
 
     def _generator_step(self, parts, generated=None):
-        """A step of generator and encoder; `generated` is what `_generate` has made of the only
-        part, where it has.
+        """A step of generator and encoder; `generated` is the result of `_generate` for the only
+        part, if there is one already.
         """
         optimizer, found = self.optimizers[0], []
         optimizer.zero_grad()
@@ -144,7 +147,7 @@ class Trainer:
         return _mean(found)
 
     def _discriminator_step(self, parts, fakes=None):
-        """The images that were judged last, and the losses; new images where `fakes` is None."""
+        """The images that were judged last, and the losses; if `fakes` is None, images are new."""
         optimizer, found, given = self.optimizers[1], [], fakes
         optimizer.zero_grad()
         for number, batch in enumerate(parts):
@@ -163,7 +166,7 @@ class Trainer:
         networks = self.synchronised if with_gradients else self.networks
         with torch.set_grad_enabled(with_gradients), self.accelerator.autocast():
             fakes, losses = generate(networks, batch.layout, batch.images, self.noise)
-        # The divergence is a sum over images, and DistributedDataParallel takes means.
+        # The divergence is a sum over images, but processes and parts are averaged.
         weight = self.config.weight_kl * self.accelerator.num_processes * self.config.accumulate
         return fakes, {name: weight * loss for name, loss in losses.items()}
 
@@ -172,7 +175,7 @@ class Trainer:
 
     @contextlib.contextmanager
     def _sums_gradients(self, number, parts, *names):
-        """Processes exchange gradients after the last part alone."""
+        """Inside, processes exchange gradients only if this is the last part."""
         with contextlib.ExitStack() as stack:
             if number < parts - 1:
                 for name in names:
@@ -182,8 +185,8 @@ class Trainer:
             yield
 
     def _rate(self, step):
-        """The learning rates' factor after these steps: 1, and in the last part of the run towards
-        0 in a line.
+        """The factor of the learning rates after this many steps: 1, then falling linearly to 0 at
+        the end of the run.
         """
         falling = self.config.decay * self.steps
         return min(1.0, (self.steps - step) / falling) if falling else 1.0
@@ -193,7 +196,7 @@ class Trainer:
         images, rest = divmod(self.config.batch, processes * parts)
         if rest:
             raise ValueError(
-                f"batch is {self.config.batch}, it should be a multiple of processes times"
+                f"batch is {self.config.batch}, it should be a multiple of the processes times"
                 f" accumulate, {processes} · {parts}"
             )
         return images
@@ -203,7 +206,7 @@ class Trainer:
         for network in (*networks.trained().values(), networks.perceptual):
             if network is not None:
                 network.to(device)
-                if device.type == "cuda":  # else convolutions bring weights there in each call
+                if device.type == "cuda":  # else convolutions convert weights in each call
                     network.to(memory_format=torch.channels_last)
         for network in networks.trained().values():
             network.train()
@@ -211,10 +214,10 @@ class Trainer:
 
     def _prepared(self, network):
         own = {name: vars(network).get(name) for name in ("forward", "_original_forward")}
-        with _taken_on_a_processor(network, self.accelerator.device):
+        with _accepted_on_a_cpu(network, self.accelerator.device):
             prepared = self.accelerator.prepare(network)
-        # Without the autocast that Accelerate puts around forward: a step has its own, and a
-        # network is watched whose forward is another.
+        # Removes the autocast that Accelerate wraps around forward: a step has its own, and a
+        # network with a replaced forward would not count as called plainly.
         for name, value in own.items():
             vars(network).pop(name, None)
             if value is not None:
@@ -222,7 +225,7 @@ class Trainer:
         return prepared
 
     def mean(self, losses: Losses) -> dict[str, float]:
-        """The losses of all images of the step, by name; all processes ask together."""
+        """A step's losses by name, averaged over processes; all processes have to call this."""
         if not losses:
             return {}
         values = torch.stack([loss.detach() for loss in losses.values()])
@@ -230,22 +233,22 @@ class Trainer:
         return dict(zip(losses, values))
 
     def seed(self) -> None:
-        """Gives the random numbers of Python, NumPy and torch the settings' seed, for networks and
-        data sets that use them.
+        """Seeds the random numbers of Python, NumPy and torch with the settings' seed, for networks
+        and data sets that use them.
         """
         from accelerate.utils import set_seed
 
         set_seed(self.config.seed)
 
     def gathered(self, value: Any) -> list:
-        """The value of each process, in all of them."""
+        """The values of all processes, returned in each of them."""
         from accelerate.utils import gather_object
 
         return gather_object([value])
 
     def state_dict(self) -> dict:
-        """All that the next steps depend on, as torch.load reads it with weights_only; all
-        processes ask together.
+        """Everything that the next steps depend on, in types that torch.load accepts with
+        weights_only. All processes have to call this.
         """
         scaler = self.accelerator.scaler
         return {
@@ -262,34 +265,34 @@ class Trainer:
         }
 
     def load_state_dict(self, state: dict) -> None:
-        """Goes on from the step that a state is of.
+        """Restores a state, to continue from its step.
 
-        Errors: ValueError where the state is of other networks than these, which may then have a
-            part of it.
+        Errors: ValueError if the state belongs to other networks. Some of it may then have been
+            loaded.
         """
         networks = self.networks.trained()
         if set(networks) != set(state["networks"]):
             raise ValueError(
-                f"the state has {', '.join(state['networks'])}, it should have those of this run,"
-                f" {', '.join(networks)}"
+                f"the state has the networks {', '.join(state['networks'])}, it should have those"
+                f" of this run, {', '.join(networks)}"
             )
         try:
             for name, network in networks.items():
                 network.load_state_dict(state["networks"][name])
         except RuntimeError as error:
             first = str(error).splitlines()[1].strip()  # after the network's name
-            raise ValueError(f"the state is of another {name} than this one: {first}") from None
+            raise ValueError(f"the state belongs to another {name} than this: {first}") from None
         self.average.load_state_dict(state["average"])
         for own, found in zip(self.optimizers, state["optimizers"], strict=True):
             own.load_state_dict(found)
         for own, found in zip(self.schedules, state["schedules"], strict=True):
             own.load_state_dict(found)
             for group, rate in zip(own.optimizer.param_groups, own.base_lrs):
-                group["lr"] = rate * self._rate(state["number"])  # of this run's number of steps
+                group["lr"] = rate * self._rate(state["number"])  # for this run's number of steps
         if self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(state["scaler"])
         if state["noise"] is not None:
-            noise: Any = self.noise  # of the kind that the state is of
+            noise: Any = self.noise  # of the type that the state was saved from
             noise.load_state_dict(state["noise"])
         rank = self.accelerator.process_index
         if rank < len(state["random"]):
@@ -305,9 +308,9 @@ def _accelerator(precision):
         raise ModuleNotFoundError(
             f'training needs Accelerate: pip install "spade_fast[train]" ({error})'
         ) from error
-    AcceleratorState._reset_state()  # or it keeps the precision of the process's first trainer
-    # Buffers are the same in all processes: spectral vectors follow from the weights, running
-    # statistics from all images.
+    AcceleratorState._reset_state()  # else the precision of the process's first trainer stays
+    # Buffers need no exchange: spectral vectors follow from the weights, running statistics are
+    # those of all images.
     handlers = [DistributedDataParallelKwargs(broadcast_buffers=False)]
     accelerator = Accelerator(mixed_precision=precision, kwargs_handlers=handlers)
     if precision == "fp16" and accelerator.device.type == "cpu":  # it would train in float32
@@ -316,9 +319,9 @@ def _accelerator(precision):
 
 
 @contextlib.contextmanager
-def _taken_on_a_processor(network, device):
-    """Inside, DistributedDataParallel does not see SyncBatchNorms. It refuses them on a processor,
-    where PyTorch's own have no kernels; those of this package have.
+def _accepted_on_a_cpu(network, device):
+    """Inside, SyncBatchNorms on a CPU look like BatchNorms to DistributedDataParallel. It refuses
+    them there because PyTorch's SyncBatchNorm has no CPU kernel; this package has one.
     """
     norms: list[nn.Module] = [
         module
@@ -335,7 +338,7 @@ def _taken_on_a_processor(network, device):
 
 
 def _optimizers(config, networks):
-    """Adam with one rate for each side (Heusel et al. 2017)."""
+    """Adam with a learning rate for each side (Heusel et al. 2017)."""
     of_generator = list(networks.generator.parameters())
     if networks.encoder is not None:
         of_generator += networks.encoder.parameters()
@@ -349,7 +352,7 @@ def _optimizers(config, networks):
 
 
 def _mean(found):
-    """The losses of a step of those of its parts."""
+    """The losses of a step, the means of its parts' losses."""
     if len(found) == 1:
         return {name: loss.detach() for name, loss in found[0].items()}
     return {name: sum(losses[name].detach() for losses in found) / len(found) for name in found[0]}

@@ -1,5 +1,5 @@
-"""The kernels in Triton, one per file. `triton_backend.py` imports them when they are first called:
-importing Triton takes a while.
+"""The kernels in Triton, one per file. Importing Triton takes a while, so `triton_backend.py`
+imports them only when one is first called.
 """
 
 from .apply import apply, apply_out
@@ -8,6 +8,7 @@ from .backward_sums import backward_sums
 from .convolve_windows import convolve_windows
 from .instance import instance_backward, instance_forward
 from .plane_moments import plane_moments
+from .running_planes import running_planes
 from .vectors import find_codes, hash_vectors, vectors_differ
 
 __all__ = [
@@ -21,5 +22,6 @@ __all__ = [
     "instance_backward",
     "instance_forward",
     "plane_moments",
+    "running_planes",
     "vectors_differ",
 ]

@@ -1,4 +1,6 @@
-"""y = activation((1 + γ)·x̂ + β) of one tile to a program, with x̂ from numbers of each plane."""
+"""y = activation((1 + γ)·x̂ + β), one tile per program. x̂ = (x − shift)·scale + offset is computed
+from the three numbers of each plane.
+"""
 
 import torch
 import triton

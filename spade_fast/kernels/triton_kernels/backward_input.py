@@ -1,4 +1,4 @@
-"""dx = scale·q + constant + slope·(x − shift) of one tile to a program, with q = g·(1 + γ)."""
+"""dx = scale·q + constant + slope·(x − shift), one tile per program, where q = g·(1 + γ)."""
 
 import triton
 import triton.language as tl

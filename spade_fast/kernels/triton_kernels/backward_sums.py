@@ -1,7 +1,7 @@
-"""dγ = g·x̂, dβ = g, and Σq and Σq·(x − shift) of each plane, q = g·(1 + γ): each program goes
-through a part of some planes once.
+"""dγ = g·x̂, dβ = g, and for each plane Σq and Σq·(x − shift), where q = g·(1 + γ). Each program
+goes through a part of some planes once.
 
-Where γ and β are a table: `table_sums.py`.
+If γ and β are a table, `table_sums.py` computes the same.
 """
 
 import torch
@@ -113,7 +113,7 @@ def gradients(
     negative_slope: float,
     instance_planes: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """dγ, dβ (of size 0 where it is dy), and the sums, or for instance norm the terms of dx."""
+    """dγ, dβ (of size 0 if it equals dy), and the sums, or for instance norm the terms of dx."""
     if index is not None:
         assert order is not None
         dgamma, dbeta, parts = table_gradients(
@@ -122,8 +122,8 @@ def gradients(
     else:
         last = is_channels_last(x)
         images, channels, pixels = x.flatten(2).shape
-        # What a processor has registers for: with SiLU there is β, and where accesses are not wide
-        # each element has an address of its own.
+        # Registers limit these numbers: SiLU needs β too, and without wide accesses each element
+        # needs its own address.
         grid, settings = plan.sweeps(
             images,
             channels,

@@ -1,10 +1,10 @@
-"""A convolution at the distinct windows of a map in half precision, on tensor cores: the rows that
-a window sees are gathered as the matrix product goes through its taps, and only the results are
+"""A convolution at the distinct windows of a map in half precision, on tensor cores. The matrix
+product goes through the taps and gathers the rows that each window sees, and only the results are
 written.
 
-In plain PyTorch each row is multiplied with each tap first, and those products summed: fewer
-multiplications, but each product is written, read again by every window that has it, and rounded.
-Here they are summed in float32, as in a convolution of the whole map.
+The plain PyTorch version first multiplies each row by each tap, and then sums the products. That is
+fewer multiplications, but each product is rounded, written, and read again by every window that
+needs it. Here products are summed in float32, as in a convolution of the whole map.
 """
 
 import torch.nn.functional as F
@@ -35,9 +35,11 @@ def convolve_windows_kernel(
     OUTPUTS: tl.constexpr,
     CHANNELS: tl.constexpr,
 ):
-    """Some outputs of some windows. rows [count, channels], weight [outputs, TAPS, channels],
-    listed [length]; SEEN: a power of two, TAPS or more. Numbers that no row or place has see
-    nothing.
+    """Some outputs of some windows.
+
+    rows [count, channels], weight [outputs, TAPS, channels], offsets [windows + 1], listed
+    [length]: each entry of listed is row · TAPS + tap, and a window's entries lie between its two
+    offsets. SEEN is a power of two, at least TAPS. Entries out of range are skipped.
     """
     output_blocks = tl.cdiv(outputs, OUTPUTS)
     window = tl.program_id(0) // output_blocks * WINDOWS + tl.arange(0, WINDOWS)
@@ -54,9 +56,8 @@ def convolve_windows_kernel(
             step // channel_blocks,
             step % channel_blocks * CHANNELS + tl.arange(0, CHANNELS),
         )
-        row = tl.max(
-            tl.where((seen >= 0) & (seen % TAPS == tap), seen // TAPS, -1), axis=1
-        )  # none beyond the border
+        # −1 if the tap lies beyond the border.
+        row = tl.max(tl.where((seen >= 0) & (seen % TAPS == tap), seen // TAPS, -1), axis=1)
         values = tl.load(
             rows + (row.to(tl.int64) * channels)[:, None] + channel[None, :],
             ((row >= 0) & (row < count))[:, None] & (channel < channels)[None, :],
@@ -80,15 +81,12 @@ def convolve_windows_kernel(
 def convolve_windows(
     rows: Tensor, weight: Tensor, bias: Tensor | None, offsets: Tensor, listed: Tensor
 ) -> Tensor:
-    by_tap = weight.flatten(2).transpose(1, 2)  # as it lies where the channels are last
+    by_tap = weight.flatten(2).transpose(1, 2)  # contiguous if the weight's channels are last
     rows, by_tap = (_aligned(matrix).contiguous() for matrix in (rows, by_tap))
     windows, (outputs, taps, channels) = len(offsets) - 1, by_tap.shape
     results = rows.new_empty(windows, outputs)
-    if INTERPRETED:
-        rows, by_tap = (
-            rows.float(),
-            by_tap.float(),
-        )  # the interpreter multiplies the bits of bfloat16
+    if INTERPRETED:  # which multiplies the bits of bfloat16, not its values
+        rows, by_tap = rows.float(), by_tap.float()
     if results.numel():
         grid, settings = plan.products(windows, taps, outputs, rows.device)
         convolve_windows_kernel[grid](
@@ -110,7 +108,7 @@ def convolve_windows(
 
 
 def _aligned(matrix: Tensor) -> Tensor:
-    """With zeros behind each row to a multiple of 16 numbers: then rows begin where one access can
-    take eight.
+    """The matrix with its rows padded by zeros to a multiple of 16 elements, so that one access can
+    cover eight elements from the beginning of each row.
     """
     return F.pad(matrix, (0, -matrix.shape[-1] % 16)) if matrix.shape[-1] % 16 else matrix

@@ -1,5 +1,5 @@
-"""Instance norm in one pass: each program holds some planes whole, from their moments to y, and
-from their sums to dx.
+"""Instance norm in one pass: each program holds some whole planes, and computes their moments and y
+in forward, their sums and dx in backward.
 """
 
 import torch
@@ -61,9 +61,8 @@ def forward_kernel(
     value = tl.load(place(x, image, channel, pixel, LAST), inside, 0.0).to(tl.float32)
     mean = sum_pixels(value, LAST) / pixels
     deviation = tl.where(inside, value - mean, 0.0)
-    correction = (
-        sum_pixels(deviation, LAST) / pixels
-    )  # the mean was rounded, most where it is large
+    # The mean was rounded, which matters most if it is large.
+    correction = sum_pixels(deviation, LAST) / pixels
     variance = sum_pixels(deviation * deviation, LAST) / pixels - correction * correction
     scale = 1 / tl.sqrt_rn(variance + eps)
     plane = planes + (image * channels + channel)

@@ -1,18 +1,20 @@
-"""From what the splits of planes have found to numbers of each plane."""
+"""Combines the results of a plane's splits into the numbers of each plane."""
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
-PLANES = tl.constexpr(8)  # of a program: what one access to memory reads
+PLANES = tl.constexpr(8)  # per program: one memory access reads as many
 SPLITS = tl.constexpr(256)  # of these planes that a program combines at once
 WARPS = 8
 
 
 @triton.jit
 def moments_together(distance, squares, count, AXIS: tl.constexpr):
-    """From what the means of parts along an axis are beyond one pivot, their squared deviations and
-    the count of their numbers: the same of all together (Chan et al. 1979).
+    """Combines the moments of parts along an axis (Chan et al. 1979).
+
+    distance: of each part's mean from a common pivot; squares: its sum of squared deviations;
+    count: its number of pixels. Returns distance and squares of all parts together.
     """
     total = tl.maximum(tl.sum(count, axis=AXIS, keep_dims=True), 1.0)
     mean = tl.sum(count * distance, axis=AXIS, keep_dims=True) / total
@@ -22,12 +24,11 @@ def moments_together(distance, squares, count, AXIS: tl.constexpr):
 
 @triton.jit
 def combine_moments_kernel(parts, moments, planes, eps, images_channels, pixels, splits):
-    """Mean and squared deviations of parts [splits, 4, N·C] together; for instance norm, its
-    planes. Each place of a tile combines the splits that fall on it, then all places are
-    combined.
+    """The moments of each plane from parts [splits, 4, N·C]; for instance norm, the numbers in
+    `planes`. Each element of a tile first combines its own splits, then all elements are combined.
     """
     plane = tl.program_id(0) * PLANES + tl.arange(0, PLANES)[None, :]
-    pivot = tl.load(parts + plane, plane < images_channels, 0.0)  # as in plane_moments.py
+    pivot = tl.load(parts + plane, plane < images_channels, 0.0)  # from plane_moments.py
     distance, squares, count = (
         tl.zeros([SPLITS, PLANES], tl.float32),
         tl.zeros([SPLITS, PLANES], tl.float32),
@@ -63,7 +64,9 @@ def combine_moments_kernel(parts, moments, planes, eps, images_channels, pixels,
 
 @triton.jit
 def combine_sums_kernel(parts, sums, planes, terms, images_channels, pixels, splits):
-    """Sums of parts [splits, 2, N·C]; for instance norm, with its planes, the terms of dx."""
+    """The sums of each plane from parts [splits, 2, N·C]; for instance norm, which passes `planes`,
+    the terms of dx.
+    """
     plane = tl.program_id(0) * PLANES + tl.arange(0, PLANES)[None, :]
     q, q_deviation = (
         tl.zeros([SPLITS, PLANES], tl.float32),
@@ -91,8 +94,8 @@ def combine_sums_kernel(parts, sums, planes, terms, images_channels, pixels, spl
 
 
 def combine_moments(parts: Tensor, x: Tensor, eps: float | None = None) -> Tensor:
-    """Moments [2, N, C] from parts [splits, 4, N, C]; for instance norm, which gives its eps,
-    planes [3, N, C].
+    """Moments [2, N, C] from parts [splits, 4, N, C]; for instance norm, which passes eps, planes
+    [3, N, C].
     """
     splits, _, images, channels = parts.shape
     result = parts.new_empty(2 if eps is None else 3, images, channels)
@@ -111,7 +114,7 @@ def combine_moments(parts: Tensor, x: Tensor, eps: float | None = None) -> Tenso
 
 
 def combine_sums(parts: Tensor, x: Tensor, planes: Tensor | None = None) -> Tensor:
-    """Sums [2, N, C] from parts [splits, 2, N, C]; for instance norm, which gives its planes, terms
+    """Sums [2, N, C] from parts [splits, 2, N, C]; for instance norm, which passes planes, terms
     [2, N, C].
     """
     splits, _, images, channels = parts.shape

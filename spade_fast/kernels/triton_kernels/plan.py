@@ -1,5 +1,5 @@
-"""How the Triton kernels divide their work: sizes of tiles, splits of planes, and where one pass is
-enough.
+"""How the Triton kernels divide their work: the sizes of tiles, the splits of planes, and when one
+pass is enough.
 """
 
 import functools
@@ -9,29 +9,22 @@ import triton
 
 Plan = tuple[tuple[int, ...], dict[str, int]]  # the grid of a kernel, and its settings
 TILE = 1024  # elements: eight to a thread, 16 bytes of half precision
-TABLE_TILE = (
-    16,
-    64,
-)  # pixels and channels: the rows of a table lie by channels, and are read whole lines at a time
-PIECE_TILE = (8, 128)  # pixels and channels where channels are last
-PLANES_PIECE_TILE = (32, 32)  # and where not: neighbours mostly have the same row
-PIECE_UNDER_WAY = 4  # of these tiles
+# Pixels and channels. A table's rows are contiguous along channels, and read in whole cache lines.
+TABLE_TILE = (16, 64)
+PIECE_TILE = (8, 128)  # pixels and channels, if channels are last
+PLANES_PIECE_TILE = (32, 32)  # and if not: neighbours mostly have the same row
+PIECE_UNDER_WAY = 4  # of these tiles are in flight at once
 ROW_TILE = (32, 32)  # pieces and channels
-PRODUCT_TILES = (
-    (128, 128, 8),
-    (64, 64, 4),
-    (32, 32, 4),
-    (16, 32, 4),
-)  # windows, outputs and warps, largest first
-MOST_SEEN = 1024  # numbers of rows that a warp can hold beside its products
-# elements that a program can hold without spilling, half as many where each has an address of its
-# own
+# Windows, outputs and warps, largest first.
+PRODUCT_TILES = ((128, 128, 8), (64, 64, 4), (32, 32, 4), (16, 32, 4))
+MOST_SEEN = 1024  # row numbers that a warp can hold in addition to its products
+# Elements that a program can hold without spilling; half of it if each element has its own address.
 ONE_PASS = 16384
 
 
 def tile_of(channels: int, pixels: int, last: bool, table: bool) -> tuple[int, int]:
-    """Pixels and channels of one tile, both powers of two; eight or more along what lies together,
-    for the bits of signs.
+    """Pixels and channels of one tile, both powers of two. Along the contiguous axis there are
+    eight or more, because signs are stored eight to a byte.
     """
     if table:
         most_pixels, most_channels = TABLE_TILE
@@ -53,19 +46,19 @@ def tiles(images: int, channels: int, pixels: int, last: bool, table: bool) -> P
 
 
 def aligned(channels: int, pixels: int, last: bool) -> bool:
-    """Whether one access can take eight elements."""
+    """Whether one memory access can cover eight elements."""
     return (channels if last else pixels) % 8 == 0
 
 
 def warps_of(elements: int, channels: int, pixels: int, last: bool) -> int:
-    """Warps of a tile: eight elements to a thread where one access takes them; four where each has
-    an access and an address of its own.
+    """The number of warps for a tile: eight elements per thread if one access covers them, four if
+    each element needs its own access and address.
     """
     return max(1, min(8, elements // (256 if aligned(channels, pixels, last) else 128)))
 
 
 def blocks(pixels: int) -> Plan:
-    """Grid and settings of a kernel in which each program has a tile's number of pixels."""
+    """Grid and settings of a kernel in which each program has TILE pixels."""
     return (triton.cdiv(pixels, TILE),), {"BLOCK": TILE, "num_warps": 4}
 
 
@@ -79,8 +72,8 @@ def sweeps(
     under_way: int,
 ) -> Plan:
     """Grid and settings of a kernel in which each program goes through a part of some planes. The
-    programs take turns at tiles, `under_way` each time, so that together they go through memory in
-    order; `at_once` of them run at once on a processor.
+    programs take turns, with `under_way` tiles each time, so that together they go through memory
+    in order. A multiprocessor runs `at_once` of them at once.
     """
     tile_pixels, tile_channels = tile_of(channels, pixels, last, False)
     programs = images * triton.cdiv(channels, tile_channels)
@@ -94,15 +87,16 @@ def sweeps(
 
 
 def splits(programs: int, parts: int, device: torch.device, at_once: int) -> int:
-    """The number of splits into which programs that each go through `parts` parts are cut, to keep
-    all processors busy; no more than run at once, or the last ones would run alone.
+    """The number of splits of each of several programs with `parts` parts, to keep all
+    multiprocessors busy. It is at most the number that run at once: otherwise the last ones would
+    run alone.
     """
     return max(1, min(parts, at_once * processors(device) // max(1, programs)))
 
 
 def products(windows: int, taps: int, outputs: int, device: torch.device) -> Plan:
-    """Grid and settings of a convolution at distinct windows: in large tiles, which read least, if
-    those keep all processors busy.
+    """Grid and settings of a convolution at distinct windows. Large tiles read the least memory, so
+    the largest that keep all multiprocessors busy are used.
     """
     seen = triton.next_power_of_2(taps)
     for tile_windows, tile_outputs, warps in PRODUCT_TILES:
@@ -114,7 +108,7 @@ def products(windows: int, taps: int, outputs: int, device: torch.device) -> Pla
 
 
 def piece_tile(channels: int, last: bool) -> dict[str, int]:
-    """Settings of a kernel that goes through pixels that have one row of a table."""
+    """Settings of a kernel that sums over pixels with the same row of a table."""
     most_pixels, most_channels = PIECE_TILE if last else PLANES_PIECE_TILE
     return {
         "UNDER_WAY": PIECE_UNDER_WAY,
@@ -125,7 +119,7 @@ def piece_tile(channels: int, last: bool) -> dict[str, int]:
 
 
 def row_tile(channels: int) -> dict[str, int]:
-    """Settings of a kernel that goes through the sums of pieces."""
+    """Settings of a kernel that adds up the sums of pieces."""
     most_pieces, most_channels = ROW_TILE
     return {
         "PIECES": most_pieces,
@@ -137,9 +131,9 @@ def row_tile(channels: int) -> dict[str, int]:
 def one_pass(
     images: int, channels: int, pixels: int, last: bool, table: bool, tensors: int
 ) -> Plan | None:
-    """Grid and settings of a kernel in which each program holds whole planes of `tensors` tensors;
-    None where they do not fit, or where each element has an access of its own to x and to its row:
-    that spills.
+    """Grid and settings of a kernel in which each program holds whole planes of `tensors` tensors.
+    None if they do not fit, or if each element needs its own access both to x and to its row, which
+    would spill registers.
     """
     if table and not last and not aligned(channels, pixels, last):
         return None
@@ -157,12 +151,13 @@ def one_pass(
 
 
 def next_power(number: int) -> int:
+    """The next power of two, at least eight."""
     return max(8, triton.next_power_of_2(number))
 
 
 @functools.lru_cache
 def processors(device: torch.device) -> int:
-    """Multiprocessors of a GPU; under the interpreter, on a CPU, a few."""
+    """The number of a GPU's multiprocessors; on a CPU, under the interpreter, 2."""
     return (
         torch.cuda.get_device_properties(device).multi_processor_count
         if device.type == "cuda"

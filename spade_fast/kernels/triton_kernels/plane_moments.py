@@ -1,5 +1,5 @@
-"""Mean and sum of squared deviations of each plane: each program goes through a part of some planes
-once.
+"""The moments of each plane: mean and sum of squared deviations. Each program goes through a part
+of some planes once.
 """
 
 import torch
@@ -29,9 +29,9 @@ def plane_moments_kernel(
     image = (tl.program_id(0) // channel_blocks).to(tl.int64)
     channel = channels_from(tl.program_id(0) % channel_blocks * CHANNELS, LAST, CHANNELS)
     begin, step = tl.program_id(1) * PIXELS, tl.num_programs(1) * PIXELS
-    # Each place of a tile adds up by itself what its values are beyond the first of them, and the
-    # squares of that: nothing waits for another place, and at most as many digits are lost as the
-    # number of its values has, for the first is one of them.
+    # Each element of a tile independently sums the differences of its values from the first of them
+    # (the pivot), and their squares, without waiting for other elements. Because the pivot is one
+    # of the values, cancellation costs at most as many digits as the count of values has.
     pixel = pixels_from(begin, LAST, PIXELS)
     inside = (pixel < pixels) & (channel < channels)
     pivot = tl.load(place(x, image, channel, pixel, LAST), inside, 0.0).to(tl.float32)
@@ -47,7 +47,7 @@ def plane_moments_kernel(
             squares += deviation * deviation
     mean = beyond / tl.maximum(count, 1.0)
     squares = tl.maximum(squares - beyond * mean, 0.0, propagate_nan=tl.PropagateNan.ALL)
-    # What all are counted from is amid them: the first value of all may be far from the others.
+    # The common pivot is the mean of the pivots: a single value may be far from all others.
     total = sum_pixels(count, LAST)
     middle = sum_pixels(count * pivot, LAST) / tl.maximum(total, 1.0)
     distance = tl.where(count > 0, (pivot - middle) + mean, 0.0)
@@ -59,8 +59,8 @@ def plane_moments_kernel(
 
 
 def partial_moments(x: Tensor) -> Tensor:
-    """A pivot of each split of each plane, its mean's distance from that, its squared deviations
-    and its pixels: [splits, 4, N, C].
+    """For each split of each plane: a pivot, the distance of the split's mean from the pivot, its
+    sum of squared deviations, and its number of pixels, [splits, 4, N, C].
     """
     last = is_channels_last(x)
     images, channels, pixels = x.flatten(2).shape

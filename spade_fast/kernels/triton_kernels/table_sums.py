@@ -1,11 +1,10 @@
-"""dγ and dβ of a table: for each of its rows the sums over the pixels that have it, always in the
-same order.
+"""dγ and dβ of a table: for each row, sums over the pixels that have it, always in the same order.
 
-Pixels sorted by their row are cut into pieces of one row and at most PIECE pixels. Each piece is
-summed by a program, then each row's pieces are. With d = x − shift a piece has Σg and Σg·d, whence
-dβ = Σg and dγ = scale·Σg·d + offset·Σg, and for the planes, with the row's γ, Σq = (1 + γ)·Σg and
-Σq·d = (1 + γ)·Σg·d: no other pass over x. Rows and pieces are as many as a layout has, and nothing
-is compiled for their number.
+Pixels are sorted by their row and cut into pieces, each of one row and at most PIECE pixels. A
+program sums each piece, then the sums of each row's pieces are added. With d = x − shift, a piece
+yields Σg and Σg·d. From these follow dβ = Σg and dγ = scale·Σg·d + offset·Σg, and for the planes,
+with the row's γ, Σq = (1 + γ)·Σg and Σq·d = (1 + γ)·Σg·d, without another pass over x. The numbers
+of rows and pieces depend on the layout, so the kernels are not specialised for them.
 """
 
 import torch
@@ -35,13 +34,13 @@ PIECE = 256  # pixels
 
 @triton.jit
 def pixel_at(order, pixels, place, inside):
-    """The pixels that sorted places have."""
+    """The pixels at positions of the sorted order."""
     return within(tl.load(order + place, inside, 0), pixels)
 
 
 @triton.jit
 def row_at(index, rows, order, image, pixels, place, inside):
-    """The rows of a table of `rows` rows that the pixels of sorted places have."""
+    """The rows, in a table of `rows` rows, of the pixels at positions of the sorted order."""
     pixel = pixel_at(order, pixels, place, inside)
     return within(tl.load(index + (image * pixels + pixel), inside, 0), rows)
 
@@ -50,7 +49,7 @@ def row_at(index, rows, order, image, pixels, place, inside):
 def find_pieces_kernel(
     index, order, begins, images, pixels, rows, PIECE: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """1 where a piece begins among the sorted pixels of all images, else 0."""
+    """Stores 1 wherever a piece begins in the sorted pixels of all images, else 0."""
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = at < images * pixels
     image, position = at // pixels, at % pixels
@@ -75,8 +74,8 @@ def list_pieces_kernel(
     PIECE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """The first place of each piece, and after the last the end; of each row in each image, its
-    first piece and the one after its last.
+    """Stores in firsts each piece's first position, followed by the end of the last piece; and in
+    ranges, for each row in each image, its first piece and the one after its last.
     """
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = at < images * pixels
@@ -87,7 +86,7 @@ def list_pieces_kernel(
     row_after = row_at(index, rows, order, image, pixels, at + 1, after)
     begins = inside & ((position == 0) | (row != row_before))
     ends = inside & ((position == pixels - 1) | (row != row_after))
-    # More than there is room for they are only where order is not sorted.
+    # There are more pieces than `capacity` only if `order` does not sort the pixels.
     piece = within(tl.load(pieces + at, inside, 1) - 1, capacity)
     tl.store(firsts + piece, at.to(tl.int32), begins | (inside & (position % PIECE == 0)))
     tl.store(firsts + piece + 1, at.to(tl.int32) + 1, ends & (at == images * pixels - 1))
@@ -120,7 +119,7 @@ def sum_pieces_kernel(
     PIXELS: tl.constexpr,
     CHANNELS: tl.constexpr,
 ):
-    """Σg and Σg·d of a piece, for some channels: found [2, pieces, C]."""
+    """Σg and Σg·d of a piece, for some channels, stored in found [2, capacity, C]."""
     channel_blocks = tl.cdiv(channels, CHANNELS)
     piece = tl.program_id(0) // channel_blocks
     if piece < tl.load(pieces + images * pixels - 1):
@@ -232,7 +231,7 @@ def sum_planes_kernel(
     PIECES: tl.constexpr,
     CHANNELS: tl.constexpr,
 ):
-    """Σq and Σq·d of some planes, over this program's split of their image's pieces."""
+    """Σq and Σq·d of some planes, summed over this program's split of their image's pieces."""
     channel_blocks = tl.cdiv(channels, CHANNELS)
     image = (tl.program_id(0) // channel_blocks).to(tl.int64)
     channel = tl.program_id(0) % channel_blocks * CHANNELS + tl.arange(0, CHANNELS)[None, :]
@@ -291,7 +290,7 @@ def table_gradients(
             dbeta.zero_(),
             x.new_zeros(1, 2, images, channels, dtype=torch.float32),
         )
-    # Pieces are numbered by counting where they begin; how many there are stays on the device.
+    # A cumulative sum of their beginnings numbers the pieces. Their total stays on the device.
     capacity = min(places, images * rows + triton.cdiv(places, PIECE) + images)
     pieces = torch.empty(places, dtype=torch.int32, device=x.device)
     grid, settings = plan.blocks(places)

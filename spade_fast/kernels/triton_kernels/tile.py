@@ -1,5 +1,5 @@
-"""What the Triton kernels share: how tensors lie in memory, which tile a program has, and what is
-done to one element.
+"""Shared code of the Triton kernels: the layout of tensors in memory, the tile of a program, and
+the operations on one element.
 """
 
 from typing import NamedTuple
@@ -11,18 +11,18 @@ from torch import Tensor
 
 
 class Rows(NamedTuple):
-    """A tensor [N, C, pixels] whose rows, its planes or its pixels with all their channels, have no
-    gaps inside; or a table [K, C].
+    """A tensor [N, C, pixels] whose rows are contiguous, or a table [K, C]. A row is a plane, or
+    all channels of a pixel if the channels are last.
     """
 
     data: torch.Tensor
-    image: int  # elements from image to image
-    row: int  # and from row to row
+    image: int  # stride between images, in elements
+    row: int  # stride between rows
 
 
 def rows_of(x: Tensor, last: bool) -> Rows:
-    """x [N, C, *spatial] as Rows of planes, or of pixels where the channels are last; a copy where
-    that has gaps.
+    """x [N, C, *spatial] as Rows of planes, or of pixels if the channels are last (`last`). It is
+    copied if its rows are not contiguous.
     """
     flat = x.flatten(2)
     inner = 1 if last else 2
@@ -32,7 +32,7 @@ def rows_of(x: Tensor, last: bool) -> Rows:
 
 
 def modulation_rows(gamma: Tensor, last: bool, index: Tensor | None) -> Rows:
-    """γ or β as Rows, dense or a table."""
+    """γ or β as Rows: dense if `index` is None, else a table."""
     if index is None:
         return rows_of(gamma, last)
     gamma = gamma if gamma.stride(1) == 1 else gamma.contiguous()
@@ -40,7 +40,7 @@ def modulation_rows(gamma: Tensor, last: bool, index: Tensor | None) -> Rows:
 
 
 def empty_rows(x: Tensor, last: bool, dtype: torch.dtype) -> Rows:
-    """Rows of x's shape to be written to."""
+    """Uninitialised Rows of x's shape."""
     images, channels, pixels = x.flatten(2).shape
     shape = (images, pixels, channels) if last else (images, channels, pixels)
     flat = x.new_empty(shape, dtype=dtype)
@@ -48,7 +48,9 @@ def empty_rows(x: Tensor, last: bool, dtype: torch.dtype) -> Rows:
 
 
 def like(rows: Rows, x: Tensor) -> Tensor:
-    """What was written, in x's shape, with the strides of empty_like(x), as the fakes say."""
+    """The tensor behind Rows, in x's shape and with the strides of empty_like(x), which are those
+    of the fakes.
+    """
     y = rows.data.view(x.shape)
     if y.stride() == x.stride() or x.is_contiguous():
         return y
@@ -60,8 +62,8 @@ def like(rows: Rows, x: Tensor) -> Tensor:
 
 @triton.jit
 def tile(channels, pixels, LAST: tl.constexpr, PIXELS: tl.constexpr, CHANNELS: tl.constexpr):
-    """This program's image, first channel and first pixel: tiles follow each other as they lie in
-    memory.
+    """This program's image, first channel and first pixel. Consecutive programs have tiles that are
+    neighbours in memory.
     """
     channel_blocks, pixel_blocks = tl.cdiv(channels, CHANNELS), tl.cdiv(pixels, PIXELS)
     program = tl.program_id(0)
@@ -84,8 +86,8 @@ def tile(channels, pixels, LAST: tl.constexpr, PIXELS: tl.constexpr, CHANNELS: t
 
 @triton.jit
 def channels_from(first, LAST: tl.constexpr, CHANNELS: tl.constexpr):
-    """The channels of a tile. What lies together in memory is along a tile's last axis: [1,
-    CHANNELS], or [CHANNELS, 1].
+    """The channels of a tile: [1, CHANNELS] if the channels are last, else [CHANNELS, 1]. Memory is
+    contiguous along a tile's last axis.
     """
     if LAST:
         return first + tl.arange(0, CHANNELS)[None, :]
@@ -95,7 +97,7 @@ def channels_from(first, LAST: tl.constexpr, CHANNELS: tl.constexpr):
 
 @triton.jit
 def pixels_from(first, LAST: tl.constexpr, PIXELS: tl.constexpr):
-    """The pixels of a tile, [PIXELS, 1] or [1, PIXELS]."""
+    """The pixels of a tile: [PIXELS, 1] if the channels are last, else [1, PIXELS]."""
     if LAST:
         return first + tl.arange(0, PIXELS)[:, None]
     else:
@@ -124,7 +126,7 @@ def fold_pixels(
     PIXELS: tl.constexpr,
     CHANNELS: tl.constexpr,
 ):
-    """The sum of TILES tiles, whose pixels follow each other: each thread adds up its own."""
+    """The sum of TILES tiles with consecutive pixels. Each thread adds its own elements."""
     if LAST:
         return tl.sum(tl.reshape(values, [TILES, PIXELS, CHANNELS]), axis=0)
     else:
@@ -133,7 +135,7 @@ def fold_pixels(
 
 @triton.jit
 def place(rows, image, channel, pixel, LAST: tl.constexpr):
-    """Where elements are."""
+    """The addresses of elements."""
     if LAST:
         return rows.data + (image * rows.image + pixel.to(tl.int64) * rows.row + channel)
     else:
@@ -142,8 +144,8 @@ def place(rows, image, channel, pixel, LAST: tl.constexpr):
 
 @triton.jit
 def look_up(rows, row, image, channel, pixel, inside, LAST: tl.constexpr):
-    """γ or β of these elements: from where x has its own, or from the row of the table that each
-    pixel has.
+    """γ or β of these elements. If `row` is None, they are dense, with the same shape as x;
+    otherwise they come from each pixel's row of the table.
     """
     if row is None:
         return tl.load(place(rows, image, channel, pixel, LAST), inside, 0.0).to(tl.float32)
@@ -155,21 +157,21 @@ def look_up(rows, row, image, channel, pixel, inside, LAST: tl.constexpr):
 
 @triton.jit
 def within(number, count):
-    """These numbers, or the last one below a count where one is not: nobody waits to ask whether
-    all are. (A negative one is large without its sign, as csrc/cuda has it, too.)
+    """These numbers, clamped to at most count − 1, so that nobody has to wait for a check of the
+    index. Negative numbers count as large ones, as in csrc/cuda.
     """
     return tl.minimum(number.to(tl.uint32), tl.cast(count - 1, tl.uint32)).to(tl.int32)
 
 
 @triton.jit
 def row_of(index, rows, image, pixel, pixels):
-    """The rows of a table of `rows` rows that pixels have."""
+    """The row of each pixel, in a table of `rows` rows."""
     return within(tl.load(index + (image * pixels + pixel), pixel < pixels, 0), rows)
 
 
 @triton.jit
 def per_plane(numbers, which, images, image, channels, channel):
-    """One of several numbers of each plane, [k, N, C]: of these channels."""
+    """One of the k numbers of each plane, from [k, N, C], for these channels."""
     return tl.load(
         numbers + ((which * images + image) * channels + channel), channel < channels, 0.0
     )
@@ -177,7 +179,7 @@ def per_plane(numbers, which, images, image, channels, channel):
 
 @triton.jit
 def store_part(parts, which, kinds, numbers, images, image, channels, channel):
-    """One of several numbers of each of these planes, from this program's split of them: to parts
+    """Stores one of the `kinds` numbers of each of these planes, for this program's split, in parts
     [splits, kinds, N, C].
     """
     places = ((tl.program_id(1).to(tl.int64) * kinds + which) * images + image) * channels + channel
@@ -187,7 +189,7 @@ def store_part(parts, which, kinds, numbers, images, image, channels, channel):
 @triton.jit
 def activate(y, negative_slope, ACTIVATION: tl.constexpr):
     if ACTIVATION == "relu":
-        return tl.where(y <= 0, 0.0, y)  # NaN stays
+        return tl.where(y <= 0, 0.0, y)  # NaN stays NaN
     elif ACTIVATION == "leaky_relu":
         return tl.where(y > 0, y, y * negative_slope)
     elif ACTIVATION == "silu":
@@ -211,7 +213,7 @@ def through_activation(
     ACTIVATION: tl.constexpr,
     LAST: tl.constexpr,
 ):
-    """g: dy times the activation's derivative, which for SiLU takes y before it."""
+    """g: dy times the activation's derivative. SiLU needs y, the activation's argument."""
     if ACTIVATION == "relu":
         return tl.where(
             positive(signs, image, channel, pixel, channels, pixels, inside, LAST), dy, 0.0
@@ -244,10 +246,11 @@ def store_signs(
     PIXELS: tl.constexpr,
     CHANNELS: tl.constexpr,
 ):
-    """A bit for each element of y, before the activation, eight of a row to a byte."""
-    positive = (
-        y > 0 if ACTIVATION == "leaky_relu" else tl.where(y <= 0, 0, 1) != 0
-    )  # at NaN ReLU passes the gradient on
+    """Stores the signs: a bit for each element of y, the activation's argument, with eight elements
+    of a row in each byte.
+    """
+    # At NaN, ReLU passes the gradient on.
+    positive = y > 0 if ACTIVATION == "leaky_relu" else tl.where(y <= 0, 0, 1) != 0
     bits = (positive & inside).to(tl.int32)
     ROWS: tl.constexpr = PIXELS if LAST else CHANNELS
     BYTES: tl.constexpr = (CHANNELS if LAST else PIXELS) // 8
@@ -264,7 +267,7 @@ def store_signs(
 
 @triton.jit
 def positive(signs, image, channel, pixel, channels, pixels, inside, LAST: tl.constexpr):
-    """Which of these elements of y are positive."""
+    """Whether each of these elements of y is positive."""
     if LAST:
         places, bit = (image * pixels + pixel) * tl.cdiv(channels, 8) + channel // 8, channel % 8
     else:

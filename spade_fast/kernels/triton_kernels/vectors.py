@@ -1,7 +1,7 @@
-"""The two passes that find a layout in a condition, each of which reads it once: hashes of its
-pixels' vectors, and their comparison.
+"""The two passes that find a layout in a condition: hashing its pixels' vectors, and comparing
+them. Each reads the condition once.
 
-What is done with them, and what the plain PyTorch for them is: `numbering.py`.
+`numbering.py` uses these passes, and has the same in plain PyTorch.
 """
 
 import torch
