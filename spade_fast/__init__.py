@@ -1,11 +1,11 @@
-"""SPADE (spatially-adaptive normalisation, Park et al. 2019), fast: the same parameters, the same
-numbers.
+"""A fast SPADE (spatially-adaptive normalisation, Park et al. 2019), with the same parameters and
+the same results.
 
-`SPADE` and `SPADEResnetBlock` replace the published layers, `SPADEGenerator`, `ConvEncoder` and
-`MultiscaleDiscriminator` the networks, `convert` the SPADEs of other models. `spade_modulate` is
-the fused operation beneath them, `Service` one generator for many threads, and `backends()` says
-which kernels run here and why not the others. `spade_fast.reference` is the plain PyTorch of it
-all.
+`SPADE` and `SPADEResnetBlock` replace the published layers; `SPADEGenerator`, `ConvEncoder` and
+`MultiscaleDiscriminator` replace the networks; `convert` replaces the SPADEs of other models.
+`spade_modulate` is the fused operation beneath them, `Service` shares one generator between many
+threads, and `backends()` says which kernels run here and why the others do not.
+`spade_fast.reference` is all of it in plain PyTorch.
 """
 
 import importlib
@@ -17,13 +17,13 @@ __version__ = "0.1.0"
 
 
 def _is_command():
-    """Whether this process is `spade-fast` or `python -m spade_fast`."""
+    """Whether this process runs `spade-fast` or `python -m spade_fast`."""
     words = sys.orig_argv[1:3]
     return words == ["-m", "spade_fast"] or PurePath(*words[:1]).stem == "spade-fast"
 
 
 def import_public() -> None:
-    """Gives the package all of its names, where it is the command's and has none yet."""
+    """Imports the public names into the package, unless it has them: the command starts without."""
     if "__all__" in globals():
         return
     public = importlib.import_module(".public", __name__)
@@ -33,7 +33,7 @@ def import_public() -> None:
 if TYPE_CHECKING or not _is_command():
     from .public import *
     from .public import __all__ as __all__
-else:  # PyTorch takes seconds to import, which the command's help and version do not need
+else:  # importing PyTorch takes seconds, and the command's help and version do not need it
 
     def __getattr__(name):
         import_public()

@@ -1,4 +1,4 @@
-"""`python -m spade_fast` is `spade-fast`: what launchers of several processes call."""
+"""Makes `python -m spade_fast` run `spade-fast`, for launchers that start several processes."""
 
 from .cli import app
 

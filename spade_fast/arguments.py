@@ -1,14 +1,14 @@
-"""What arguments are given as, checked in one place for layouts and data."""
+"""Checks of arguments that layouts and data share."""
 
 import operator
 from typing import SupportsIndex, cast
 
 
 def whole_number(name: str, value: object, least: int | None = None) -> int:
-    """value as an int: Python's, NumPy's, or a tensor of one.
+    """value, a Python or NumPy integer or an integer tensor of one element, as an int.
 
-    Errors: TypeError where it is no whole number, and a bool is none; ValueError where it is
-        smaller than `least`.
+    Errors: TypeError if it is not a whole number (a bool is not); ValueError if it is smaller than
+        `least`.
     """
     if type(value) is int:
         number = value

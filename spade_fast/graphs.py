@@ -1,5 +1,5 @@
 """A network as a CUDA graph, for inference: at small batches the host cannot launch kernels as fast
-as a GPU runs them.
+as the GPU runs them.
 """
 
 from collections.abc import Callable, Iterator
@@ -15,23 +15,23 @@ from .nn.tables import keep_in
 
 
 class Graphed:
-    """network(layout, *inputs) as one CUDA graph, for all layouts of one size: the graph
-    reads from the same memory each time.
+    """network(layout, *inputs) as one CUDA graph for all layouts of one size: the graph reads from
+    the same memory each time.
 
-    A layout is numbered first, which waits for the GPU, and written over the one before, unless it
-    is that one still; then everything is one launch. The tables of γ and β, which x has no part in,
-    are made beside the network: small kernels that would else stand in its way. A layout with more
-    windows than there is room for has the graph captured anew, with more.
+    A call first numbers the windows of a new layout, which waits for the GPU, and copies them over
+    the previous layout's. Everything else is one launch. The tables of γ and β do not depend on x,
+    so a second stream computes them: their small kernels would hold up the network. If a layout has
+    more windows than there is room for, the graph is captured again with more room.
 
     Args:
         network: a module in eval mode, on a GPU, that returns a tensor; its weights may change in
             place.
         layout: a SemanticLayout of the size that all will have.
-        inputs: tensors, such as z, whose shapes all calls share.
-        room: how many times as many windows as this layout's there is memory for.
+        inputs: tensors, such as z, whose shapes and dtypes all calls share.
+        room: the memory for windows, as a multiple of what this layout needs.
 
     Raises:
-        ValueError, TypeError: an argument is not as said above; the message names it.
+        ValueError, TypeError: an argument is not as described above; the message names it.
     """
 
     def __init__(
@@ -45,9 +45,7 @@ class Graphed:
             raise ValueError(f"room is {room}, it should be 1 or more")
         self._check(layout)
         if layout.device.type != "cuda":
-            raise ValueError(
-                f"layout is on {layout.device}, it should be on a GPU: CUDA graphs are theirs"
-            )
+            raise ValueError(f"layout is on {layout.device}, it should be on a CUDA GPU")
         self.network, self.room = network, room
         self._inputs = [given.detach().clone() for given in inputs]
         self._capture(layout)
@@ -55,14 +53,14 @@ class Graphed:
 
     @torch.no_grad()
     def __call__(self, layout: SemanticLayout, *inputs: torch.Tensor) -> torch.Tensor:
-        """What network(layout, *inputs) is, a new tensor."""
+        """The result of network(layout, *inputs), as a new tensor."""
         self._check(layout)
         if [(given.shape, given.dtype) for given in inputs] != [
             (own.shape, own.dtype) for own in self._inputs
         ]:
             raise ValueError(
                 f"inputs are {[(list(given.shape), given.dtype) for given in inputs]}, they should"
-                " be as at first, "
+                " have the shapes and dtypes that the graph was captured with, "
                 f"{[(list(own.shape), own.dtype) for own in self._inputs]}"
             )
         for own, given in zip(self._inputs, inputs):
@@ -83,11 +81,8 @@ class Graphed:
         with torch.cuda.device(layout.device), keep_in(ahead, spades):
             aside = torch.cuda.Stream()
             aside.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(
-                aside
-                # libraries make their workspaces, and the layout its windows, before anything is
-                # captured
-            ):
+            # Before the capture, libraries allocate workspaces and the layout numbers its windows.
+            with torch.cuda.stream(aside):
                 self.network(layout, *self._inputs)
                 self._layout = with_room(layout, self.room)
                 self.network(self._layout, *self._inputs)
@@ -102,9 +97,8 @@ class Graphed:
 
 
 class TablesAhead:
-    """What SPADEs get their tables from while their network is captured: they are made in the order
-    in which the run before it asked for them, all on a stream of their own, and each is waited for
-    where it is first used.
+    """Computes the tables of SPADEs ahead while their network is captured: in the order in which
+    the previous run requested them, and on a separate stream. Each use of a table waits for it.
     """
 
     def __init__(self) -> None:
@@ -124,7 +118,7 @@ class TablesAhead:
             event.wait()
             return table
         *_, images = key
-        if images is None:  # else γ and β are normalised over the very images of this run
+        if images is None:  # otherwise γ and β are normalised over the images of this run
             self._asked[layout, key] = compute
         return compute()
 
@@ -136,12 +130,12 @@ class TablesAhead:
         settings: tuple,
         compute: Callable[[], list[torch.Tensor]],
     ) -> list[torch.Tensor]:
-        """In each replay anew: weights may change in place."""
+        """Recomputed in each replay, because weights may change in place."""
         return compute()
 
     @contextmanager
     def made(self, layout: SemanticLayout) -> Iterator[None]:
-        """Inside, what was asked for of this layout is there, or under way."""
+        """Inside the block, the tables requested for this layout are computed or under way."""
         here, beside = torch.cuda.current_stream(), torch.cuda.Stream()
         beside.wait_stream(here)
         with torch.cuda.stream(beside):
@@ -155,8 +149,8 @@ class TablesAhead:
 
 
 def with_room(layout: SemanticLayout, room: float) -> SemanticLayout:
-    """A copy with the windows that the layout has so far, in memory for `room` times as many.
-    Without what backward reads.
+    """A copy of the layout, with the windows computed so far, in memory for `room` times as many.
+    The lists that only backward reads are left out.
     """
     copy = SemanticLayout(
         layout.codes.clone(), _more_codes(layout.palette, int(len(layout.palette) * room))
@@ -171,10 +165,10 @@ def with_room(layout: SemanticLayout, room: float) -> SemanticLayout:
 
 
 def write_over(room: SemanticLayout, layout: SemanticLayout) -> bool:
-    """Writes a layout into the memory of one that `with_room` made. Returns whether there is
-    enough; where not, nothing is written.
+    """Copies a layout into the memory of one that `with_room` made. Returns whether there is enough
+    memory; if not, nothing is written.
 
-    Errors: ValueError where they differ in size, channels, dtype or device.
+    Errors: ValueError if the two differ in size, channels, dtype or device.
     """
     kinds = [
         (list(one.codes.shape), one.label_nc, one.palette.dtype, one.device)
@@ -199,7 +193,7 @@ def write_over(room: SemanticLayout, layout: SemanticLayout) -> bool:
         pairs += zip(windows[2:], given[2:])
     for own, other in pairs:
         own.copy_(other)
-    room._take_as_seen()  # its windows were written over, too
+    room._take_as_seen()  # its windows were overwritten, too
     return True
 
 
@@ -208,8 +202,8 @@ def _more_codes(palette, count):
 
 
 def _more_windows(sums, key, count):
-    """Sums of `count` windows, one more than there are at least: those that are added see the first
-    row, about as often as others see theirs.
+    """Sums padded to `count` windows, at least one more than there are. The added windows sum the
+    first row, and share the rest of the list evenly.
     """
     size, kernel_size = key
     length, listed, more = (

@@ -1,4 +1,4 @@
-"""What tells that a tensor is as it was."""
+"""Whether a tensor has changed since its state was last taken."""
 
 import operator
 
@@ -9,12 +9,13 @@ _attributes = operator.attrgetter("_version", "shape", "dtype", "device")
 
 
 def state_of(tensor: torch.Tensor) -> tuple:
-    """Which memory a tensor is, and how often it was written to: equal as long as it is as it was.
-    Memory that is moved, as into shared memory when a worker sends a tensor, is the same.
+    """A tensor's memory and its version counter: equal as long as the tensor is unchanged. The
+    state stays equal if the memory moves, as into shared memory when a worker sends the tensor.
 
-    An inference tensor has no count, and differs from itself each time (`with_version` makes one
-    that has). A change that PyTorch does not see (through `.data`, or NumPy) is not seen here.
-    Whoever keeps this must keep the memory, too: another tensor may else come to lie there.
+    An inference tensor has no version counter, and its state differs each time (`with_version`
+    makes a copy that has one). A change that PyTorch does not see, through `.data` or NumPy, does
+    not change the state. Whoever keeps a state must keep the tensor, too: otherwise another tensor
+    may be allocated in its memory.
     """
     version: object
     try:
@@ -26,18 +27,18 @@ def state_of(tensor: torch.Tensor) -> tuple:
 
 
 def states_of(tensors: list[torch.Tensor]) -> list:
-    """The same of each, by addresses, as one list; without a call in Python for each, which many of
-    them are.
+    """The states of several tensors, by address, as one list. There may be many tensors, so no
+    Python function is called for each.
     """
     try:
         return [*map(_pointer, tensors), *map(_stride, tensors), *map(_attributes, tensors)]
-    except RuntimeError:  # one is an inference tensor
+    except RuntimeError:  # one of them is an inference tensor
         return list(map(state_of, tensors))
 
 
 def with_version(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor; a copy that counts how often it is written to, and that training may keep, of one
-    that was made in inference mode.
+    """The tensor; if it was made in inference mode, a copy that has a version counter and that
+    autograd may save.
     """
     if not tensor.is_inference():
         return tensor

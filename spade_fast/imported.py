@@ -1,4 +1,4 @@
-"""What a user's MODULE:FUNCTION returns, and whose error it is where it raises."""
+"""Loads what a user names as MODULE:FUNCTION, and tells errors in the user's code from ours."""
 
 import contextlib
 import importlib
@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-# Files where a traceback is not the user's yet.
+# A traceback's frames in these files come before the user's own code.
 NOT_THEIRS = (
     *(f"{Path(file).parent}{os.sep}" for file in (__file__, torch.__file__, importlib.__file__)),
     contextlib.__file__,
@@ -20,17 +20,17 @@ NOT_THEIRS = (
 
 
 class Failed(Exception):
-    """Why nothing was found, in words for the user: with their own traceback where their code
-    raised.
+    """What the user named cannot be used. The message tells the user why, with their own traceback
+    if their code raised.
     """
 
 
 def returned(name: str, example: str) -> Any:
-    """What the function "module:function" returns without arguments; or the object that is named
-    so, where it is a torch.nn.Module or cannot be called.
+    """The result of the function "module:function", called without arguments. An object of this
+    name that is a torch.nn.Module, or cannot be called, is returned itself.
 
-    Errors: ValueError where there is none, which shows the example; Failed where the module or the
-    function raises.
+    Errors: ValueError if the name is malformed (the message shows the example), or nothing has this
+    name; Failed if the module or the function raises.
     """
     module_name, _, attribute = name.partition(":")
     if not module_name or not attribute:
@@ -42,7 +42,7 @@ def returned(name: str, example: str) -> Any:
             module = importlib.import_module(module_name)
         except ModuleNotFoundError as error:
             if not f"{module_name}.".startswith(f"{error.name}."):
-                raise  # the module is there, and what it imports is not
+                raise  # the module exists, but something that it imports does not
             module, why = None, str(error)
     if module is None:
         raise ValueError(f"{name!r} cannot be imported: {why}")
@@ -58,8 +58,8 @@ def returned(name: str, example: str) -> Any:
 
 @contextlib.contextmanager
 def theirs(what: str) -> Iterator[None]:
-    """Inside, the user's code runs: where it raises, Failed says what failed, and shows their
-    traceback from their own first line on.
+    """For a block that runs the user's code: if it raises, Failed says what failed, and shows the
+    user's traceback from the first line of their own code on.
     """
     try:
         yield

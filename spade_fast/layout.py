@@ -1,10 +1,10 @@
 """A semantic layout as small whole numbers, and its distinct windows: what makes γ and β cheap on
 label maps.
 
-γ and β at a pixel depend on the condition in a small window around it alone, and a layout has few
-distinct windows. So each one is computed once, and looked up: the same function, sums in another
-order. A condition [N, label_nc, *spatial] is held as codes, and a palette: the condition's vector
-for each code. The condition itself is never made.
+γ and β at a pixel depend only on the condition in a small window around it, and a layout has few
+distinct windows. So each distinct window is computed once and looked up: the same function, with
+its sums in another order. A condition [N, label_nc, *spatial] is stored as codes and a palette, the
+condition's vector for each code. The condition itself is never built.
 """
 
 import functools
@@ -29,28 +29,27 @@ LARGEST_KERNEL = 7  # taps per axis of a window
 
 
 class Sums(NamedTuple):
-    """What windows see, as sums of rows: sum i is over rows[offsets[i]:offsets[i + 1]], each row ·
-    taps + tap.
+    """What windows see, as sums of rows: sum i is over rows[offsets[i]:offsets[i + 1]], where each
+    entry is row · taps + tap.
 
-    And the other way round, for backward: row · taps + tap is in the sums
-    back_rows[back_offsets[…]:back_offsets[… + 1]]. All int32, on the layout's device; a tap beyond
-    the border sees nothing, and is left out.
+    Backward needs the opposite direction: the entry j = row · taps + tap is in the sums
+    back_rows[back_offsets[j]:back_offsets[j + 1]]. All are int32, on the layout's device. A tap
+    beyond the border sees nothing, and is left out.
     """
 
     offsets: torch.Tensor
     rows: torch.Tensor
-    back_offsets: torch.Tensor | None  # None in a copy that backward does not read
+    back_offsets: torch.Tensor | None  # None in a copy that is not for backward
     back_rows: torch.Tensor | None
 
 
 class Windows(NamedTuple):
     """The distinct windows of a layout at one size, for convolutions of one kernel size.
 
-    hidden: the windows of codes that the first convolution sees, K1 of them, as sums of the
-        palette's rows.
-    table: the windows of those that γ and β see, K2 of them, as sums of hidden rows.
+    hidden: the K1 windows of codes that the first convolution sees, as sums of the palette's rows.
+    table: the K2 windows of hidden windows that γ and β see, as sums of hidden rows.
     index: [N, *size], which of the K2 each pixel has; order: [N, pixels], each image's pixels
-        sorted by it. Both int32.
+        sorted by their index. Both are int32.
     """
 
     hidden: Sums
@@ -70,17 +69,15 @@ class Windows(NamedTuple):
 
     @property
     def index_of_images(self) -> torch.Tensor:
-        """index, where each image has rows of its own for its windows: image n has those from n ·
-        K2 on.
+        """The index for tables in which each image has rows of its own: those of image n begin at
+        n · K2.
         """
         images = torch.arange(len(self.index), dtype=torch.int32, device=self.index.device)
         return self.index + images.view(-1, *[1] * (self.index.dim() - 1)) * self.count
 
     @property
     def shares(self) -> torch.Tensor:
-        """How much of each image each window takes, [N, K2], float64: one over the pixels, for each
-        that has it.
-        """
+        """The share of each image's pixels that have each window: [N, K2], float64."""
         pixels = self.index.flatten(1).long()
         shares = torch.zeros(len(pixels), self.count, dtype=torch.float64, device=pixels.device)
         return shares.scatter_add_(
@@ -89,13 +86,13 @@ class Windows(NamedTuple):
 
 
 class Patches(NamedTuple):
-    """The distinct windows that one convolution of a layout sees, of any kernel size, stride and
+    """The distinct windows that one convolution of a layout sees, for any kernel size, stride and
     padding.
 
-    contents: [K, taps], the codes that each sees, −1 beyond the border; sums: the same as sums of
-        the palette's rows.
+    contents: [K, taps], the codes that each window sees, −1 beyond the border; sums: the same as
+        sums of the palette's rows.
     index: [N, *size of the result], which of the K each place has; order: [N, places], each image's
-        places sorted by it. All int32.
+        places sorted by their index. All are int32.
     """
 
     contents: torch.Tensor
@@ -108,15 +105,15 @@ class SemanticLayout:
     """A batch of semantic layouts: codes [N, *spatial], int32, and a palette [P, label_nc] of the
     vectors that they stand for.
 
-    Made by `from_labels` or `from_segmap`. Wherever the project takes a condition [N, label_nc,
-    *spatial], it takes this.
+    `from_labels` and `from_segmap` build one. Everything in the package that takes a condition
+    [N, label_nc, *spatial] also takes a SemanticLayout.
 
-    Codes and palette may be exchanged or edited in place: the codes' range is then checked again,
-    and windows and what else was made of them is made anew. (Changes that PyTorch cannot see,
-    through `.data` or NumPy, it cannot see. A compiled call takes the windows as they were
-    prepared: `prepare` it again.)
+    Codes and palette may be replaced, or edited in place: the codes' range is then checked again,
+    and all cached results that the change affects are recomputed. (A change that PyTorch cannot
+    see, through `.data` or NumPy, is not noticed. A compiled call reads the windows that `prepare`
+    numbered, so call `prepare` again.)
 
-    `torch.utils.data.default_collate` makes one batch of several layouts, as `stack` does.
+    `torch.utils.data.default_collate` joins several layouts into one batch, as `stack` does.
     """
 
     def __init__(self, codes: torch.Tensor, palette: torch.Tensor) -> None:
@@ -124,9 +121,9 @@ class SemanticLayout:
         self._windows: dict[tuple[tuple[int, ...], int], Windows] = {}
         self._patches: dict[tuple[int, int, int], Patches] = {}
         self._pooled: dict[tuple[int, int, int, bool], tuple[SemanticLayout, object]] = {}
-        # By what windows and patches are kept by: on which stream of a GPU.
+        # For each key of `_windows` and `_patches`, the GPU stream that computes them.
         self._made: dict[tuple, Made | None] = {}
-        # The layout that this one is a repetition of, its content, how often.
+        # The layout that this one repeats, its content at that time, and how many times.
         self._repeats: tuple[SemanticLayout, object, int] | None = None
         self._seen: tuple[torch.Tensor, torch.Tensor] | None = None
         self._state: tuple | None = None
@@ -137,8 +134,8 @@ class SemanticLayout:
             self._look()
 
     def _look(self):
-        """Notices codes or a palette that are not what they were: checks them, and forgets what was
-        made of those before.
+        """Notices a change of codes or palette: checks them, and drops the cached results that the
+        change affects.
         """
         if torch.compiler.is_compiling():
             return
@@ -154,8 +151,8 @@ class SemanticLayout:
         self._take_as_seen()
 
     def _take_as_seen(self):
-        """Takes everything that is kept as made of codes and palette as they are now."""
-        # The tensors are held: another in freed memory could look the same.
+        """Marks all cached results as belonging to the present codes and palette."""
+        # Both are held: another tensor in their freed memory could have the same state.
         self._seen, self._state = (self.codes, self.palette), self._state_now()
         self._content = object()
 
@@ -177,34 +174,34 @@ class SemanticLayout:
         preprocessing.
 
         Args:
-            labels: whole numbers [N, *spatial], torch or NumPy, 0 to num_classes − 1, and
-                `dont_care`. A single map [height, width] is labels[None]: as it is, its rows are
-                taken for maps of one dimension.
-            num_classes: classes, without "don't care".
-            instances: whole numbers of the same shape: one channel more is 1 where a direct
+            labels: whole numbers [N, *spatial], torch or NumPy, each from 0 to num_classes − 1 or
+                `dont_care`. Pass a single map [height, width] as labels[None]: otherwise its rows
+                are taken for maps of one dimension.
+            num_classes: the number of classes, without "don't care".
+            instances: whole numbers of the same shape. They add a channel that is 1 where a direct
                 neighbour has another number.
-            dont_care: a label, any whole number, that becomes one more class, num_classes.
+            dont_care: a label, any whole number, that becomes an additional class, num_classes.
 
         Raises:
-            ValueError, TypeError: an argument is not so; of a label out of range, which, how many
-                and where the first one is.
+            ValueError, TypeError: an argument is not as described above. If a label is out of
+                range, the message says which, how many pixels have it, and where the first one is.
         """
         num_classes = whole_number("num_classes", num_classes, least=1)
         if dont_care is not None:
             dont_care = whole_number("dont_care", dont_care)
-        with torch.inference_mode(False):  # windows found in inference mode may be used in training
+        with torch.inference_mode(False):  # so that training may use windows from inference mode
             label_map = _label_map("labels", labels)
             codes, channels = _classes(label_map, num_classes, dont_care)
             if instances is not None:
                 numbers = _label_map("instances", instances)
                 if numbers.shape != codes.shape:
                     raise ValueError(
-                        f"instances has shape {list(numbers.shape)}, it should be that of labels,"
-                        f" {list(codes.shape)}"
+                        f"instances has shape {list(numbers.shape)}, it should have the shape of"
+                        f" labels, {list(codes.shape)}"
                     )
                 if numbers.device != codes.device:
                     raise ValueError(
-                        f"instances is on {numbers.device}, it should be on labels' device,"
+                        f"instances is on {numbers.device}, it should be on the device of labels,"
                         f" {codes.device}"
                     )
                 codes = codes + channels * instance_edges(numbers)
@@ -219,13 +216,13 @@ class SemanticLayout:
 
     @classmethod
     def from_segmap(cls, segmap: torch.Tensor) -> "SemanticLayout | None":
-        """The layout of any condition [N, label_nc, *spatial] that is piecewise constant: one-hot,
-        multi-hot, edges, noise per image.
+        """The layout of any piecewise constant condition [N, label_nc, *spatial]: one-hot or
+        multi-hot, with edges, or with a noise vector per image.
 
-        Its vectors are compared bit for bit. None where they are too many for looking them up to
-        pay, as in dense features.
+        Its vectors are compared bit for bit. None if there are too many distinct ones for a table
+        to pay, as in dense features.
 
-        Errors: ValueError where it is no such tensor, or has a gradient to get.
+        Errors: ValueError if segmap is not such a tensor, or requires a gradient.
         """
         if (
             not isinstance(segmap, torch.Tensor)
@@ -234,16 +231,16 @@ class SemanticLayout:
             or not 3 <= segmap.dim() <= 5
         ):
             raise ValueError(
-                "segmap should be a floating-point tensor [N, label_nc, *spatial] with 1 to 3"
-                f" spatial dimensions, it is {_description(segmap)}"
+                f"segmap is {_description(segmap)}, it should be a tensor [N, label_nc, *spatial]"
+                " of 16-, 32- or 64-bit floating-point numbers with 1 to 3 spatial dimensions"
             )
         _check_has_values("segmap", segmap)
         if segmap.requires_grad and torch.is_grad_enabled():
             raise ValueError(
-                "segmap requires a gradient, it should not: a layout gives it none; detach() it"
+                "segmap requires a gradient, it should not: a layout passes none back; detach() it"
             )
         if torch.is_inference_mode_enabled():
-            with torch.inference_mode(False):  # as above
+            with torch.inference_mode(False):  # as in from_labels
                 return cls.from_segmap(segmap)
         segmap = segmap.detach().as_subclass(torch.Tensor)
         found = kernels.select(segmap).find_codes(segmap)
@@ -256,11 +253,11 @@ class SemanticLayout:
     @classmethod
     @torch.inference_mode(False)
     def stack(cls, layouts: Iterable["SemanticLayout"]) -> "SemanticLayout":
-        """One batch of several layouts, in their order: a data loader's `collate_fn`. Windows that
-        all of them have are kept.
+        """One batch of several layouts, in their order; a `collate_fn` for data loaders. Windows of
+        sizes that all of them have are kept.
 
-        Errors: ValueError where they differ in size, channels, dtype or device; TypeError where one
-        is no layout.
+        Errors: ValueError if there are none, or they differ in size, channels, dtype or device;
+        TypeError if one of them is not a layout.
         """
         layouts = list(layouts)
         for layout in layouts:
@@ -275,9 +272,8 @@ class SemanticLayout:
         }
         if len(kinds) != 1:
             raise ValueError(
-                "layouts should be one or more of one size, with the same channels, dtype and"
-                " device;"
-                f" they are {', '.join(map(repr, layouts)) or 'none'}"
+                f"layouts is [{', '.join(map(repr, layouts))}], it should have one or more layouts"
+                " with the same size, channels, dtype and device"
             )
         stack = cls(
             _side_by_side([(layout.codes, len(layout.palette)) for layout in layouts]),
@@ -295,17 +291,18 @@ class SemanticLayout:
     def __getitem__(
         self, images: "int | slice | list | np.ndarray | torch.Tensor"
     ) -> "SemanticLayout":
-        """The layout of some images of the batch, in the order in which they are named, with the
-        codes that they have. Its windows are found anew.
+        """The layout of some images of the batch, in the given order, with only the codes that they
+        use. Its windows are computed again.
 
-        A layout always has a batch: layout[i] is a batch of one, layout[i : i + 1]. So
-        `stack([layout[i] for i in numbers])` is layout[numbers], and a data set may yield either.
+        A layout always has a batch axis: layout[i] is a batch of one, layout[i : i + 1]. So
+        `stack([layout[i] for i in numbers])` has the same condition as layout[numbers], and a data
+        set may yield either.
 
         Args:
-            images: a number, a slice, or a list, an array or a tensor of numbers, or of a bool for
-                each image.
+            images: a number, a slice, or a list, an array or a tensor, either of numbers or of one
+                bool per image.
 
-        Errors: IndexError where there is no such image; TypeError where it is something else.
+        Errors: IndexError if there is no such image; TypeError if images is anything else.
         """
         self._look()
         numbers = _numbers_of_images(images, len(self))
@@ -313,12 +310,12 @@ class SemanticLayout:
         return self._with_codes(self.codes.index_select(0, rows))
 
     def flip(self, *dims: int | Sequence[int]) -> "SemanticLayout":
-        """The layout mirrored along some axes: -1 or (-1,) left to right, -2 top to bottom.
+        """The layout mirrored along some axes: -1 or (-1,) is left to right, -2 top to bottom.
 
-        dims are those of the condition, [N, label_nc, *spatial], as of torch.Tensor.flip: its last
-        axis is -1, its first spatial one 2. Windows are found anew.
+        dims are axes of the condition, [N, label_nc, *spatial], as in torch.Tensor.flip: its last
+        axis is -1, its first spatial axis 2. The windows are computed again.
 
-        Errors: ValueError where one is no spatial axis.
+        Errors: ValueError if one of them is not a spatial axis.
         """
         self._look()
         given = dims[0] if len(dims) == 1 and isinstance(dims[0], (tuple, list)) else dims
@@ -328,20 +325,20 @@ class SemanticLayout:
             axis = dim if dim < 0 else dim - spatial - 2
             if not -spatial <= axis < 0:
                 raise ValueError(
-                    f"dims has {dim}, it should have axes of size, 2 to {spatial + 1} or"
+                    f"dims has {dim}, it should have spatial axes, 2 to {spatial + 1} or"
                     f" {-spatial} to -1"
                 )
             axes.append(axis)
         return SemanticLayout(self.codes.flip(axes), self.palette)
 
     def crop(self, start: Sequence[int], size: Sequence[int]) -> "SemanticLayout":
-        """The layout of a part of each image: of `size` pixels from `start` on, a number for each
-        axis in both, such as crop((top, left), (height, width)).
+        """The layout of a part of each image: `size` pixels from `start` on, each with a number per
+        axis, as in crop((top, left), (height, width)).
 
-        It is the part of the condition: edges of instances stay as they were. Windows are found
-        anew.
+        This crops the condition, so the instance edges stay where they were. The windows are
+        computed again.
 
-        Errors: ValueError where it is not within the images.
+        Errors: ValueError if the part is not within the images.
         """
         self._look()
         given = self.codes.shape[1:]
@@ -353,18 +350,18 @@ class SemanticLayout:
         for dim, (begin, length, whole) in enumerate(zip(start, size, given), start=1):
             if begin < 0 or length < 1 or begin + length > whole:
                 raise ValueError(
-                    f"start is {start} and size {size}, they should be a part of the layout's size,"
+                    f"start is {start} and size {size}, they should be within the layout's size,"
                     f" {tuple(given)}"
                 )
             codes = codes.narrow(dim, begin, length)
         return self._with_codes(codes)
 
     def _with_codes(self, codes):
-        """Some of this layout's codes, with the rows of the palette that they need."""
+        """A layout of some of this layout's codes, with only the palette rows that they use."""
         codes, present, are_rows = _compact(codes, len(self.palette))
         if not are_rows:
             raise ValueError(
-                f"codes has numbers that are no rows of the palette, they should be 0 to"
+                f"codes has numbers that are not rows of the palette, they should be 0 to"
                 f" {len(self.palette) - 1}"
             )
         return SemanticLayout(codes, self.palette[present.to(codes.device, non_blocking=True)])
@@ -377,7 +374,7 @@ class SemanticLayout:
     def resize(self, size: Sequence[int]) -> "SemanticLayout":
         """The layout at another size, by nearest neighbour.
 
-        Errors: ValueError, TypeError where size is not a number of pixels for each axis.
+        Errors: ValueError, TypeError if size is not a number of pixels for each axis.
         """
         self._look()
         return SemanticLayout(
@@ -392,16 +389,17 @@ class SemanticLayout:
         count_include_pad: bool = True,
     ) -> "SemanticLayout":
         """The layout of `F.avg_pool2d(condition, …)` (or 1d, 3d): each distinct window of codes
-        becomes a code, its mean a vector, in
-        float64: a network rounds it to its own dtype.
+        becomes a code, and its mean the code's vector, in float64. A network rounds it to its own
+        dtype.
 
         Args:
-            kernel_size: taps per axis, up to 7.
-            stride: from window to window, kernel_size where None.
-            padding: zeros around the condition, half of kernel_size at most.
+            kernel_size: taps per axis, at most 7.
+            stride: the step from window to window; kernel_size if None.
+            padding: zeros around the condition, at most half of kernel_size.
             count_include_pad: whether those zeros count in the mean.
 
-        Errors: ValueError where an argument is not so, or the layout is smaller than a window.
+        Errors: ValueError, TypeError if an argument is not as described above, or the padded layout
+        is smaller than a window.
         """
         self._look()
         stride = kernel_size if stride is None else stride
@@ -409,7 +407,7 @@ class SemanticLayout:
         if kernel_size > LARGEST_KERNEL or 2 * padding > kernel_size:
             raise ValueError(
                 f"kernel_size is {kernel_size}, stride {stride}, padding {padding}: they should be"
-                f" 1 to {LARGEST_KERNEL}, 1 or more, and half of kernel_size at most"
+                f" 1 to {LARGEST_KERNEL}, 1 or more, and at most half of kernel_size"
             )
         key, kept = (kernel_size, stride, padding, bool(count_include_pad)), self._pooled
         pooled, content = kept.get(key, (None, None))
@@ -420,9 +418,8 @@ class SemanticLayout:
             pooled = layout.avg_pool(*key).repeat(times)
         else:
             patches = self.patches(kernel_size, stride, padding)
-            vectors = torch.cat(
-                [self.palette, self.palette.new_zeros(1, self.label_nc)]
-            ).double()  # −1, beyond the border, is the last
+            # Code −1, beyond the border, takes the last row: zeros.
+            vectors = torch.cat([self.palette, self.palette.new_zeros(1, self.label_nc)]).double()
             seen = (vectors[codes.long()] for codes in patches.contents.unbind(1))
             sums = functools.reduce(torch.add, seen)
             taps = patches.contents.shape[1]
@@ -437,11 +434,11 @@ class SemanticLayout:
         return pooled
 
     def patches(self, kernel_size: int, stride: int, padding: int) -> Patches:
-        """The Patches of a convolution of the condition with such a kernel, stride and padding.
-        Made once, then kept.
+        """The Patches of a convolution of the condition with this kernel size, stride and padding.
+        Computed once, then cached.
 
-        Errors: ValueError where an argument is negative or zero (padding may be), or the layout
-        is smaller than a window; TypeError where it is no whole number.
+        Errors: ValueError if an argument is negative or zero (padding may be zero), or the padded
+        layout is smaller than a window; TypeError if an argument is not a whole number.
         """
         self._look()
         key, kept = _whole_patches(kernel_size, stride, padding), self._patches
@@ -457,10 +454,10 @@ class SemanticLayout:
         return kept[key]
 
     def repeat(self, times: int) -> "SemanticLayout":
-        """The layouts of this batch, all of them `times` times over: for several images of each.
-        They share their windows.
+        """The whole batch `times` times over, for several images of each layout. The repetitions
+        share their windows.
 
-        Errors: ValueError, TypeError where times is not 1 or more.
+        Errors: ValueError, TypeError if times is not a whole number of at least 1.
         """
         self._look()
         if not torch.compiler.is_compiling():
@@ -472,7 +469,7 @@ class SemanticLayout:
         return repeated
 
     def _source(self):
-        """The layout that this one still is a repetition of, and how often; or None."""
+        """The layout that this one still repeats and how many times, or None."""
         if self._repeats is not None:
             layout, content, times = self._repeats
             if torch.compiler.is_compiling() or (
@@ -483,11 +480,11 @@ class SemanticLayout:
         return None
 
     def windows(self, size: Sequence[int], kernel_size: int) -> Windows:
-        """The Windows at this size, *spatial, for convolutions of this kernel size. Made once, then
-        kept.
+        """The Windows at this size, *spatial, for convolutions of this kernel size. Computed once,
+        then cached.
 
-        Errors: ValueError, TypeError where size is not a number of pixels for each axis, or
-        kernel_size not odd and at most 7.
+        Errors: ValueError, TypeError if size is not a number of pixels for each axis, or
+        kernel_size is not odd and at most 7.
         """
         self._look()
         size = size if isinstance(size, (tuple, list)) else self._size("size", size)
@@ -505,11 +502,11 @@ class SemanticLayout:
         return kept[key]
 
     def _make_windows(self, sizes, kernel_size, kept):
-        """Makes those windows that are not there yet, all at once: then a GPU is waited for once.
-        Returns what they are kept by.
+        """Computes the windows that are not cached yet, all at once, so that a GPU is waited for
+        once. Returns the keys of all of them.
 
-        kept: `_windows` as it is now. Where another thread notices meanwhile that the layout was
-            edited, it has other ones, which these windows are not for.
+        kept: `_windows` at the time of the call. If another thread meanwhile notices an edit of the
+            layout, it replaces `_windows` by a new dict, to which these windows do not belong.
         """
         kernel_size = whole_number("kernel_size", kernel_size)
         if kernel_size % 2 == 0 or not 1 <= kernel_size <= LARGEST_KERNEL:
@@ -535,22 +532,22 @@ class SemanticLayout:
         return keys
 
     def _size(self, name, size):
-        """size as whole numbers that this layout can be brought to."""
+        """size as a tuple of ints, to which this layout can be resized."""
         given = self.codes.shape[1:]
         size = _whole_number_for_each_axis(name, size, len(given))
         if any(wanted != own and min(wanted, own) < 1 for wanted, own in zip(size, given)):
             raise ValueError(
-                f"{name} is {size}, it should have 1 pixel or more along each axis, or what the"
-                f" layout has, {tuple(given)}"
+                f"{name} is {size}, it should have 1 pixel or more along each axis, or be the"
+                f" layout's own, {tuple(given)}"
             )
         return size
 
     def prepare(self, sizes: Iterable[Sequence[int]], kernel_size: int) -> "SemanticLayout":
-        """Makes the windows of these sizes ahead, in a data loader's worker for instance. Returns
-        the layout.
+        """Numbers the windows of these sizes ahead, for instance in a data loader's worker. Returns
+        the layout itself.
 
-        A compiled network needs that, in the process that calls it: then one compilation does for
-        all layouts.
+        A compiled network requires this, in the process that calls the network; one compilation
+        then serves all layouts.
         """
         sizes = list(sizes)
         if not torch.compiler.is_compiling():
@@ -558,22 +555,21 @@ class SemanticLayout:
             self._make_windows(sizes, kernel_size, self._windows)
         for size in sizes:
             windows = self.windows(size, kernel_size)
-            if (
-                "torch._dynamo" in sys.modules
-            ):  # else nothing has been compiled, and importing it takes more than a second
+            # If it is not imported, nothing has been compiled; importing it takes over a second.
+            if "torch._dynamo" in sys.modules:
                 for tensor in (self.palette, *windows.hidden, *windows.table):
                     marked = tensor is None or 0 in getattr(tensor, "_dynamo_unbacked_indices", ())
-                    if not marked:  # each layout has another number of rows
+                    if not marked:  # the number of rows differs between layouts
                         torch._dynamo.decorators.mark_unbacked(tensor, 0)
         return self
 
     def to(self, device: torch.device | str | int, non_blocking: bool = True) -> "SemanticLayout":
-        """The layout with all its windows on this device; itself where it is there.
+        """The layout with everything cached on this device; itself if it is there already.
 
-        Towards a GPU it does not wait where memory is pinned and non_blocking; towards the CPU it
-        always waits, since numbers could else be read before they are there.
+        A copy to a GPU does not wait if the memory is pinned and non_blocking is true. A copy to
+        the CPU always waits, because numbers could otherwise be read before they have arrived.
 
-        Errors: TypeError where device is none: a layout's dtype is that of its palette.
+        Errors: TypeError if device is not a device. A dtype is not: a layout has its palette's.
         """
         try:
             device = torch.device(device)
@@ -587,17 +583,17 @@ class SemanticLayout:
         return self._mapped(lambda tensor: tensor.to(device, non_blocking=non_blocking))
 
     def cpu(self) -> "SemanticLayout":
-        """`to("cpu")`."""
+        """The layout on the CPU: see `to`."""
         return self.to("cpu")
 
     def cuda(
         self, device: torch.device | str | int | None = None, non_blocking: bool = True
     ) -> "SemanticLayout":
-        """`to` this GPU, or the current one."""
+        """The layout on this GPU, or on the current one: see `to`."""
         return self.to("cuda" if device is None else device, non_blocking)
 
     def pin_memory(self) -> "SemanticLayout":
-        """The layout with all its windows in pinned memory, for a data loader."""
+        """The layout with everything cached in pinned memory, for a data loader."""
         return self._mapped(torch.Tensor.pin_memory)
 
     @torch.inference_mode(False)
@@ -622,8 +618,8 @@ class SemanticLayout:
         return layout
 
     def stats(self) -> dict:
-        """Distinct windows per pixel, by (size, kernel size), of those sizes that have been needed:
-        (K1, K2) over pixels.
+        """Distinct windows per pixel, (K1 / pixels, K2 / pixels), for each (size, kernel size) that
+        has been needed so far.
         """
         self._look()
         return {
@@ -635,7 +631,7 @@ class SemanticLayout:
         }
 
     def equal(self, other: object) -> bool:
-        """Whether other is a layout of the same codes and palette."""
+        """Whether other is a layout with the same codes and palette."""
         return (
             isinstance(other, SemanticLayout)
             and self.device == other.device
@@ -646,8 +642,8 @@ class SemanticLayout:
 
     @property
     def source(self) -> "SemanticLayout":
-        """The layout that this one is a repetition of, or itself: what depends on neither the
-        number of images is the same for both.
+        """The layout that this one repeats, or itself. Whatever does not depend on the number of
+        images is the same for both.
         """
         self._look()
         source = self._source()
@@ -655,8 +651,8 @@ class SemanticLayout:
 
     @property
     def content(self) -> object:
-        """An object that is another one after codes or palette were changed: a key for what was
-        made of them.
+        """An object that is replaced when codes or palette change: a key for caching what is
+        computed from them.
         """
         self._look()
         return self._content
@@ -667,7 +663,7 @@ class SemanticLayout:
 
     @property
     def nbytes(self) -> int:
-        """The memory of codes, palette and windows."""
+        """The memory of codes, palette and windows, in bytes."""
         self._look()
         tensors = [self.codes, self.palette, *_tensors_in(tuple(self._windows.values()))]
         return sum(tensor.nbytes for tensor in tensors)
@@ -689,19 +685,19 @@ class SemanticLayout:
     def __getstate__(self) -> dict[str, Any]:
         self._look()
         values = {name: value for name, value in self.__dict__.items() if name != "_state"}
-        values["_made"] = {}  # who copies or pickles has read it
+        values["_made"] = {}  # a copy has read them, and need not wait
         for name in ("_windows", "_patches"):
             values[name] = {key: _on_its_own(found) for key, found in values[name].items()}
         return values
 
     def __setstate__(self, values: dict[str, Any]) -> None:
         self.__dict__.update(values)
-        # The same tensors lie elsewhere; without versions, all is made of copies.
+        # The tensors have new addresses. Inference tensors have no version: `_look` copies them.
         self._state = self._state_now()
 
 
 def _tensors_in(found):
-    """The tensors of Windows or Patches, one after the other."""
+    """The tensors of Windows or Patches, one after another."""
     for part in found:
         if isinstance(part, tuple):
             yield from _tensors_in(part)
@@ -710,8 +706,8 @@ def _tensors_in(found):
 
 
 def _on_its_own(found):
-    """Windows or Patches whose tensors have memory of their own: those found on a GPU share it, and
-    all of it would be pickled with each.
+    """Windows or Patches whose tensors have memory of their own: those computed on a GPU share one
+    buffer, all of which would be pickled with each tensor.
     """
     if isinstance(found, tuple):
         return type(found)(*map(_on_its_own, found))
@@ -725,7 +721,7 @@ def _collate(layouts, *, collate_fn_map=None):
 default_collate_fn_map[SemanticLayout] = _collate
 
 
-@torch.inference_mode(False)  # as above
+@torch.inference_mode(False)  # as in from_labels
 def number(
     codes: torch.Tensor,
     sizes: Sequence[Sequence[int]],
@@ -733,8 +729,8 @@ def number(
     num_codes: int,
     dtype: torch.dtype,
 ) -> list[Windows]:
-    """The Windows of codes [N, *spatial] at each of these sizes, by the pixels of a condition in
-    this dtype.
+    """The Windows of codes [N, *spatial] at each of these sizes, resized as a condition in this
+    dtype would be.
     """
     found = kernels.select(codes).find_windows(codes, sizes, kernel_size, num_codes, dtype)
     return [Windows(Sums(*hidden), Sums(*table), *places) for hidden, table, *places in found]
@@ -744,14 +740,14 @@ def number(
 def number_patches(
     codes: torch.Tensor, kernel_size: int, stride: int, padding: int, num_codes: int
 ) -> Patches:
-    """The Patches of codes [N, *spatial]. Errors: ValueError where the map is smaller than a
+    """The Patches of codes [N, *spatial]. Errors: ValueError if the padded map is smaller than a
     window.
     """
     size = [(length + 2 * padding - kernel_size) // stride + 1 for length in codes.shape[1:]]
     if min(size) < 1:
         raise ValueError(
-            f"the layout is {list(codes.shape[1:])}, it should be no smaller than kernel_size,"
-            f" {kernel_size}"
+            f"the layout has size {list(codes.shape[1:])}; with a padding of {padding} it should be"
+            f" at least kernel_size, {kernel_size}"
         )
     contents, sums, *places = kernels.select(codes).find_patches(
         codes, kernel_size, stride, padding, num_codes
@@ -763,21 +759,21 @@ def _repeat(tensor, times):
     return tensor.repeat(times, *[1] * (tensor.dim() - 1))
 
 
-@torch.inference_mode(False)  # as above
+@torch.inference_mode(False)  # as in from_labels
 def _repeated(tensor, times):
     return _repeat(tensor, times)
 
 
 def _side_by_side(parts):
-    """Several tensors of numbers in one: (numbers, bound) each, those of every part above those of
-    the parts before.
+    """Concatenates tensors of numbers, given as (numbers, bound) pairs. The numbers of each part
+    are raised by the sum of the bounds before it.
     """
     bounds = [bound for _, bound in parts]
     return torch.cat([numbers + sum(bounds[:number]) for number, (numbers, _) in enumerate(parts)])
 
 
 def _stack_sums(parts):
-    """The Sums of several layouts' windows in one: no window and no row is shared."""
+    """Joins the Sums of several layouts, which share neither windows nor rows."""
 
     def offsets(lists):
         return _side_by_side(
@@ -793,8 +789,8 @@ def _stack_sums(parts):
 
 
 def instance_edges(instances: torch.Tensor) -> torch.Tensor:
-    """1 where a direct neighbour along any axis has another instance number, else 0: [N, *spatial]
-    as long.
+    """1 where a direct neighbour along any axis has another instance number, else 0: int64
+    [N, *spatial].
     """
     edges = torch.zeros_like(instances, dtype=torch.bool)
     for dim in range(1, instances.dim()):
@@ -812,9 +808,9 @@ def instance_edges(instances: torch.Tensor) -> torch.Tensor:
 
 
 def _compact(numbers, bound):
-    """Numbers from 0 to below `bound` as int32 from 0 on without a gap, in the same order; which
-    each one stands for, int64 on the CPU; and whether all are in that range. A GPU is waited for
-    once.
+    """Renumbers numbers from 0 to bound − 1 without gaps, in the same order. Returns them as int32;
+    the number that each of them stands for, int64 on the CPU; and whether all were in that range.
+    A GPU is waited for once.
     """
     numbers = numbers.long()
     numbers = torch.where((numbers >= 0) & (numbers < bound), numbers, bound)
@@ -832,7 +828,7 @@ def _label_map(name, values):
     if isinstance(values, np.ma.MaskedArray):
         raise TypeError(f"{name} is a masked array, it should have a number everywhere: fill it")
     if isinstance(values, np.ndarray):
-        try:  # a copy, in the machine's own byte order: torch takes no other, nor negative strides
+        try:  # a copy in native byte order: torch takes no other order, and no negative strides
             values = torch.from_numpy(np.array(values, values.dtype.newbyteorder("="), order="C"))
         except TypeError:
             raise TypeError(
@@ -852,13 +848,13 @@ def _label_map(name, values):
     _check_has_values(name, values)
     signed = values.as_subclass(torch.Tensor).long()
     if values.dtype == torch.uint64 and (signed < 0).any():
-        raise ValueError(f"{name} has numbers from 2**63 on, they should be less")
+        raise ValueError(f"{name} has numbers of 2**63 or more, they should be smaller")
     return signed
 
 
 def _classes(labels, num_classes, dont_care):
-    """The class of each label, int64, and how many there are. Negative, even with that number added
-    to it, where a label is neither a class nor dont_care.
+    """The class of each label, int64, and the number of classes. A label that is neither a class
+    nor dont_care becomes negative, and stays so if the number of classes is added.
     """
     channels = num_classes + (dont_care is not None)
     codes = torch.where((labels >= 0) & (labels < num_classes), labels, -1 - channels)
@@ -868,7 +864,7 @@ def _classes(labels, num_classes, dont_care):
 
 
 def _refuse_labels(labels, num_classes, dont_care):
-    """Raises for labels of which some are neither a class nor dont_care."""
+    """Raises a ValueError about labels, some of which are neither a class nor dont_care."""
     codes, _ = _classes(labels, num_classes, dont_care)
     wrong = codes < 0
     place = wrong.nonzero()[0].tolist()
@@ -890,7 +886,7 @@ def _check_tensors(codes, palette):
     if codes.dtype != torch.int32 or codes.dim() < 2 or codes.dim() > 4:
         raise ValueError(
             f"codes is {codes.dtype} {list(codes.shape)}, it should be int32 [N, *spatial]"
-            " with 1 to 3 dimensions"
+            " with 1 to 3 spatial dimensions"
         )
     if palette.dim() != 2 or not palette.is_floating_point():
         raise ValueError(
@@ -899,12 +895,14 @@ def _check_tensors(codes, palette):
         )
     if palette.device != codes.device:
         raise ValueError(
-            f"palette is on {palette.device}, it should be on the codes' device, {codes.device}"
+            f"palette is on {palette.device}, it should be on the device of codes, {codes.device}"
         )
 
 
 def _check_codes(codes, rows):
-    """Raises where codes are not rows of the palette; on a GPU nobody waits to see that."""
+    """Raises if codes are not rows of the palette. Codes on a GPU would have to be waited for: only
+    the compiled kernels check them, when they number windows.
+    """
     if not codes.is_cpu or not codes.numel():
         return
     least, most = codes.aminmax()
@@ -918,7 +916,7 @@ def _check_codes(codes, rows):
 def _check_has_values(name, tensor):
     if tensor.is_meta or tensor.layout is not torch.strided:
         raise ValueError(
-            f"{name} is {_description(tensor)}, it should be a dense tensor that has values"
+            f"{name} is {_description(tensor)}, it should be a dense tensor with values"
         )
 
 
@@ -945,13 +943,15 @@ def _whole_number_for_each_axis(name, values, axes):
     except TypeError:
         values = (values,)
     if len(values) != axes:
-        hint = "; a single map [height, width] needs a batch: labels[None]" if axes == 1 else ""
+        hint = (
+            "; a single map [height, width] needs a batch axis: labels[None]" if axes == 1 else ""
+        )
         raise ValueError(f"{name} is {values}, it should have the layout's {axes} dimensions{hint}")
     return tuple(whole_number(name, value) for value in values)
 
 
 def _numbers_of_images(images, count):
-    """The numbers of the images that an index names among `count`, as a list."""
+    """The numbers of the images that an index selects from a batch of `count`, as a list."""
     import numpy as np
 
     if isinstance(images, slice):
@@ -959,7 +959,9 @@ def _numbers_of_images(images, count):
     found = images.tolist() if isinstance(images, (torch.Tensor, np.ndarray)) else images
     if isinstance(found, list) and found and all(isinstance(one, bool) for one in found):
         if len(found) != count:
-            raise IndexError(f"images is a mask of {len(found)}, it should have {count}, the batch")
+            raise IndexError(
+                f"images is a mask of {len(found)}, it should have {count}, one for each image"
+            )
         return [number for number, is_wanted in enumerate(found) if is_wanted]
     try:
         numbers = [
@@ -967,10 +969,12 @@ def _numbers_of_images(images, count):
         ]
     except TypeError:
         raise TypeError(
-            f"images is {images!r}, it should be numbers of the batch, a slice or a mask; crop() is"
+            f"images is {images!r}, it should be numbers of images, a slice or a mask; crop() is"
             " for parts of an image"
         ) from None
     for number in numbers:
         if not -count <= number < count:
-            raise IndexError(f"images has {number}, it should be less than the batch, {count}")
+            raise IndexError(
+                f"images has {number}, it should name one of the batch's {count} images"
+            )
     return [number % count for number in numbers]

@@ -1,4 +1,4 @@
-"""A progress bar for what takes long."""
+"""A progress bar for long loops."""
 
 from collections.abc import Iterable
 
@@ -7,7 +7,7 @@ from rich.progress import track
 
 
 def progress_bar(found: Iterable, count: int, words: str = "Reading") -> Iterable:
-    """The same, with a bar while it lasts, on a terminal."""
+    """The items of `found`, with a progress bar on standard error if that is a terminal."""
     console = Console(stderr=True)
     return track(
         found,

@@ -1,4 +1,4 @@
-"""What `import spade_fast` gives."""
+"""The public names of the package."""
 
 from . import checkpoint
 from .convert import convert, revert

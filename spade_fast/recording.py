@@ -1,4 +1,4 @@
-"""Whether operations run on values, or somebody records or transforms them."""
+"""Whether operations run on values, or are recorded or transformed."""
 
 import torch
 from torch.autograd import forward_ad
@@ -13,11 +13,11 @@ _RECORDERS = (
 
 def is_recorded(*tensors: torch.Tensor | None) -> bool:
     """Whether operations on these tensors are recorded or transformed: by torch.export,
-    torch.jit.trace, make_fx, torch.func or forward-mode differentiation, or on tensors without
-    values (meta, fake, and other classes that dispatch for themselves).
+    torch.jit.trace, make_fx, torch.func or forward-mode differentiation, or because the tensors
+    have no values (meta, fake, and other classes that dispatch for themselves).
 
-    Then nothing may depend on values, and everything is plain PyTorch, which each of these
-    understands. torch.compile is none of them: it knows this package's operators.
+    If so, nothing may depend on values, and everything is computed in plain PyTorch, which all of
+    these understand. torch.compile is not among them: it knows this package's operators.
     """
     if torch.compiler.is_compiling():
         return torch.compiler._is_exporting_flag
@@ -39,14 +39,14 @@ def is_recorded(*tensors: torch.Tensor | None) -> bool:
 
 
 def has_values(tensor: torch.Tensor) -> bool:
-    """Whether a tensor's numbers lie in memory as it says, whatever subclass it is of."""
+    """Whether a tensor's elements lie in memory as its strides say, whatever its subclass."""
     return not tensor.is_meta and type(tensor).__torch_dispatch__ is torch.Tensor.__torch_dispatch__
 
 
 def may_overwrite() -> bool:
-    """Whether a tensor that only its maker holds may be written over: nobody keeps what operations
-    return, as the modes of `torch.utils._python_dispatch` may (selective checkpointing does), or
-    records them. A compiler finds out by itself.
+    """Whether a result that only its caller holds may be overwritten: operations are not recorded,
+    and no mode of `torch.utils._python_dispatch` is active, which might keep their results
+    (selective checkpointing does). A compiler decides by itself what it overwrites.
     """
     if torch.compiler.is_compiling():
         return False
@@ -54,23 +54,24 @@ def may_overwrite() -> bool:
 
 
 def ordinary(tensor: torch.Tensor) -> torch.Tensor:
-    """A tensor that autograd may keep, though it was made in inference mode."""
+    """The tensor; outside inference mode, a copy of an inference tensor that autograd may save."""
     if torch.compiler.is_compiling() or not tensor.is_inference():
         return tensor
     return tensor if torch.is_inference_mode_enabled() else tensor.clone()
 
 
 def constant(number: float) -> float:
-    """A number that a compiled graph may depend on: for another value the graph is made anew.
+    """A number as a constant of the compiled graph: another value causes a recompilation.
 
-    A number that has changed once is a symbol to Dynamo, and several autograd.Functions of one
-    graph whose backward has the same symbol are an error of its own there.
+    Dynamo turns a number that has changed once into a symbol, and fails if several
+    autograd.Functions of one graph have the same symbol in their backward.
     """
-    return {number: number}[number] if torch.compiler.is_compiling() else number  # as a key it is
+    # Dynamo takes the keys of a dict for constants.
+    return {number: number}[number] if torch.compiler.is_compiling() else number
 
 
 def is_transformed(gradient: torch.Tensor) -> bool:
-    """Whether a backward is itself differentiated, or transformed: then it is plain PyTorch."""
+    """Whether a backward is itself differentiated or transformed: it then runs in plain PyTorch."""
     if torch.compiler.is_compiling():
         return False
     return torch.is_grad_enabled() or is_recorded(gradient)
@@ -79,8 +80,8 @@ def is_transformed(gradient: torch.Tensor) -> bool:
 def gradients_of(
     result: torch.Tensor, inputs: list[torch.Tensor | None], gradient: torch.Tensor
 ) -> list[torch.Tensor | None]:
-    """The gradients of these inputs of a result that a transformed backward has made anew, None
-    for those that need none; themselves differentiable where gradients are on.
+    """The gradients of these inputs, from a result that a transformed backward has recomputed; None
+    for inputs that need none. The gradients are differentiable if grad mode is on.
     """
     needed = [tensor is not None and tensor.requires_grad for tensor in inputs]
     wanted = [tensor for tensor in inputs if tensor is not None and tensor.requires_grad]
@@ -91,8 +92,8 @@ def gradients_of(
 
 
 def of_their_class(y: torch.Tensor, *others: object) -> torch.Tensor:
-    """y as what an operation on it and the other tensors gives: some classes of tensors pass
-    themselves on. The operation moves nothing.
+    """y in the class that an operation on it and the other tensors would return, since some tensor
+    subclasses propagate. No data is copied.
     """
     theirs = [
         other

@@ -1,5 +1,5 @@
-"""Switches that hold in one thread or asyncio task: which backend runs, windows or pixels, and
-which tables are kept.
+"""Settings that hold in one thread or asyncio task: which backend runs, whether windows or pixels
+are computed, and which tables are kept.
 """
 
 import threading
@@ -17,15 +17,16 @@ _lock = threading.Lock()
 
 
 class Scope:
-    """A setting that holds inside `with Switch(setting):`, or after `Switch(setting)` alone until
-    the `with` around it ends, in this thread or asyncio task and in the tasks that it starts.
+    """A setting that holds in this thread or asyncio task and in the tasks that it starts: with a
+    subclass such as `use_backend`, inside `with use_backend(name):`, or after `use_backend(name)`
+    alone until the surrounding `with` ends.
 
-    Scopes may end in any order: the newest that has not ended decides. A thread begins without any;
-    `contextvars.copy_context().run` takes those of the thread that starts it along.
+    Scopes may end in any order: the newest that has not ended decides. A thread starts without any;
+    `contextvars.copy_context().run` passes on those of the thread that starts it.
     """
 
-    anywhere: tuple = ()  # the settings that hold in any thread
-    _open: ContextVar[tuple[Any, ...]]  # of scopes of this kind
+    anywhere: tuple = ()  # the settings that hold in at least one thread
+    _open: ContextVar[tuple[Any, ...]]  # scopes of this kind, the oldest first
     _counts: Counter
 
     def __init_subclass__(cls) -> None:
@@ -35,12 +36,12 @@ class Scope:
         self.setting, self._entered, self._ended, self._opened = setting, False, False, 0
         before = self._not_ended()
         if len(before) > 1 and not any(scope._entered for scope in before[-2:]):
-            before.pop(-2).end()  # two without `with`: the later one replaced it for good
+            before.pop(-2).end()  # neither has a `with`: the later has replaced it for good
         self._open.set((*before, self))
         self._note(1)
 
     def __enter__(self) -> "Self":
-        if self._ended or self not in self._open.get():  # once more, or in another thread
+        if self._ended or self not in self._open.get():  # again, or in another thread
             self._ended = False
             self._open.set((*self._not_ended(), self))
             self._note(1)
@@ -52,11 +53,11 @@ class Scope:
         if self in before:
             for later in before[before.index(self) + 1 :]:
                 if not later._entered:
-                    later.end()  # it was set inside, and holds no longer than this
+                    later.end()  # it was set inside this one, and ends with it
         self.end()
 
     def end(self) -> None:
-        """Ends it, wherever it stands among the others, in every task that it holds in."""
+        """Ends this scope in every task in which it holds, whatever was opened before or after."""
         if not self._ended:
             self._ended = True
             self._open.set(tuple(self._not_ended()))
@@ -74,8 +75,8 @@ class Scope:
 
     @classmethod
     def setting_here(cls, default: Any = None) -> Any:
-        """The setting that holds here and now. In a compiled graph it is that of the compilation,
-        made anew where one begins or ends anywhere.
+        """The setting that holds here and now. In a compiled graph it is the setting at
+        compilation; a change of `anywhere` causes a recompilation.
         """
         if not cls.anywhere:
             return default
@@ -92,7 +93,7 @@ class Scope:
         with _lock:
             self._opened += change
             cls._counts[self.setting] += change
-            cls._counts += Counter()  # without those that hold nowhere
+            cls._counts += Counter()  # drops counts of zero
             cls.anywhere = tuple(cls._counts)
 
 
@@ -101,5 +102,5 @@ def _constant_setting(cls: type[Scope], default: Any) -> Any:
     return default if scope is None else scope.setting
 
 
-# As torch.compiler.assume_constant_result does, which takes a second to import.
+# This is torch.compiler.assume_constant_result without its import, which takes a second.
 setattr(_constant_setting, "_dynamo_marked_constant", True)

@@ -1,5 +1,5 @@
-"""What is kept from one call to the next was made on one stream of a GPU, and may be read on
-another: then that one waits, and the memory is not given away before it has read.
+"""Synchronisation for tensors that are computed on one CUDA stream, kept, and read on another: the
+reading stream waits, and the memory is not reused before it has read.
 """
 
 from collections.abc import Iterable
@@ -9,16 +9,17 @@ import torch
 
 
 class Made(NamedTuple):
-    """Where kept tensors were made, and when they are there."""
+    """Where kept tensors are computed, and the event after which they are ready."""
 
     device: int
-    stream: int  # the stream's own handle
+    stream: int  # the stream's raw handle
     event: torch.cuda.Event
 
 
 def made_here(tensors: Iterable[torch.Tensor]) -> Made | None:
-    """To be called right after these tensors were made: what `read_here` needs later. None where
-    none is on a GPU, or where a graph is captured, whose replays are in order by themselves.
+    """Call this right after launching the computation of these tensors; `read_here` takes the
+    result. None if none of them is on a GPU, if a compiler is tracing, or while a graph is
+    captured, whose replays keep their order anyway.
     """
     device = next((tensor.device.index for tensor in tensors if tensor.is_cuda), None)
     if device is None or torch.compiler.is_compiling() or torch.cuda.is_current_stream_capturing():
@@ -28,13 +29,13 @@ def made_here(tensors: Iterable[torch.Tensor]) -> Made | None:
 
 
 def read_here(made: Made | None, tensors: Iterable[torch.Tensor]) -> None:
-    """To be called before these tensors are read: what reads them from here on waits for them."""
+    """Call this before these tensors are read: the current stream then waits for them."""
     if made is None:
         return
     if torch._C._cuda_getCurrentRawStream(made.device) == made.stream:
         return
     if torch.cuda.is_current_stream_capturing():
-        return  # the device was waited for before the capture
+        return  # the device was synchronised before the capture
     stream = torch.cuda.current_stream(made.device)
     stream.wait_event(made.event)
     for tensor in tensors:

@@ -1,4 +1,4 @@
-"""Files that are whole or not there."""
+"""Writing files so that they are either complete or absent."""
 
 import contextlib
 import errno
@@ -11,21 +11,21 @@ from pathlib import Path
 try:
     import fcntl
 except ImportError:  # Windows
-    fcntl = None  # type: ignore[assignment]  # what asks for it looks whether it is there
+    fcntl = None  # type: ignore[assignment]  # its uses check for None
 
-NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK)  # as some file systems of clusters say
+NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK)  # from some file systems of clusters
 UNFINISHED = ".unfinished"  # in the name of a file that is being written
 
 
 @contextlib.contextmanager
 def written(path: str | os.PathLike) -> Iterator[Path]:
-    """A path to write to inside, which becomes `path` at once after it, when all of it is on the
-    disk; after an error what was there stays. Permissions stay too, and where `path` is a link the
-    file that it points to is replaced. Several processes may write one file: the last one's stays.
-    A process that is killed leaves a hidden file, which `remove_unfinished` finds.
+    """Gives the block a path to write to. When the block ends and the file is on the disk, it
+    replaces `path` atomically; after an error the previous file stays. Permissions are kept, and if
+    `path` is a link, the file that it points to is replaced. If several processes write one file,
+    the last one's stays. A killed process leaves a hidden file, which `remove_unfinished` removes.
 
-    Errors: OSError, which names the file, if there is no such folder, `path` is no file, or the
-        disk is full.
+    Errors: OSError, which names the file, if its folder does not exist, `path` is not a file, or
+        the disk is full.
     """
     suffix, path = Path(path).suffix, Path(os.path.realpath(path))
     if not path.parent.is_dir():
@@ -43,7 +43,7 @@ def written(path: str | os.PathLike) -> Iterator[Path]:
             os.chmod(unfinished, permissions)
             _to_disk(unfinished)
             os.replace(unfinished, path)
-        if fcntl is not None:  # Windows opens no folder
+        if fcntl is not None:  # Windows cannot open folders
             _to_disk(path.parent)  # the new name as well
     except Exception as error:
         raise_of_system(error, path)
@@ -54,8 +54,8 @@ def written(path: str | os.PathLike) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def _locked(path):
-    """Inside, no other process has the file locked; where Windows or the file system has no locks,
-    nobody knows. Errors: BlockingIOError where one has.
+    """Holds a lock on the file in the block; without locks, as on Windows and some file systems, it
+    does nothing. Errors: BlockingIOError if another process holds the lock.
     """
     with open(path, "rb") if fcntl is not None else contextlib.nullcontext() as file:
         try:
@@ -78,8 +78,9 @@ def _to_disk(path):
 
 
 def remove_unfinished(folder: Path) -> None:
-    """Removes what killed processes left half-written in a folder, and neither what another process
-    writes there now nor anything in folders below, which may be somebody else's.
+    """Removes the unfinished files that killed processes left in a folder. Subfolders, which may be
+    somebody else's, are left alone, and so is a file that another process is writing; without
+    locks (see `_locked`) such a file cannot be told apart, and is removed.
     """
     for path in folder.glob(f".*{UNFINISHED}*"):
         with contextlib.suppress(FileNotFoundError, BlockingIOError), _locked(path):
@@ -87,10 +88,10 @@ def remove_unfinished(folder: Path) -> None:
 
 
 def raise_of_system(error: BaseException, path: Path) -> None:
-    """Raises the OSError that an error comes from, such as a full disk, if it does."""
+    """Raises the OSError behind an error, such as a full disk, if there is one."""
     for found in (error, error.__context__):
         if isinstance(found, OSError) and found.errno is not None:
             raise OSError(found.errno, os.strerror(found.errno), str(path)) from error
-    number = re.search(r"\(os error (\d+)\)", str(error))  # as safetensors says it
+    number = re.search(r"\(os error (\d+)\)", str(error))  # as safetensors reports it
     if number:
         raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from error

@@ -63,7 +63,7 @@ def test_forcing_a_backend_that_cannot_run_is_an_error(answers):
     x = torch.randn(2, 3, 4, 4)
     with (
         spade_fast.use_backend("cpu"),
-        pytest.raises(RuntimeError, match="cpu is asked for but cannot run: it is Sunday"),
+        pytest.raises(RuntimeError, match="cpu was requested but cannot run: it is Sunday"),
     ):
         spade_fast.spade_modulate(x, x, x)
     spade_fast.spade_modulate(x, x, x)
@@ -119,7 +119,7 @@ def test_the_package_works_without_a_module(module):
     output, error = python(MISSING.format(module=module))
     assert output.startswith("True\n"), error
     if module == "spade_fast._cpu":
-        assert "the library spade_fast._cpu is not there" in output
+        assert "the library spade_fast._cpu is missing" in output
 
 
 def test_the_instruction_set():

@@ -446,9 +446,9 @@ def test_vectors_are_compared_bit_for_bit_and_dense_features_have_no_codes(on_ho
 @pytest.mark.parametrize("code", [-1, 5])
 def test_codes_outside_the_palette_are_refused(code, on_host):
     codes = torch.tensor([[0, 4, code]], dtype=torch.int32)
-    with pytest.raises(ValueError, match="codes has numbers that are no rows of the palette"):
+    with pytest.raises(ValueError, match="codes has numbers that are not rows of the palette"):
         on_host.find_windows(codes, [(3,)], 3, 5)
-    with pytest.raises(ValueError, match="codes has numbers that are no rows of the palette"):
+    with pytest.raises(ValueError, match="codes has numbers that are not rows of the palette"):
         on_host.find_patches(codes, 2, 1, 0, 5)
     on_host.find_windows(codes[:, :2], [(3,)], 3, 5)
 

@@ -263,7 +263,7 @@ def test_float64_is_refused_with_a_reason():
     with (
         spade_fast.use_backend("triton"),
         pytest.raises(
-            RuntimeError, match="triton is asked for but cannot run: x or gamma is float64"
+            RuntimeError, match="triton was requested but cannot run: x or gamma is float64"
         ),
     ):
         spade_fast.spade_modulate(x, x, x)

@@ -62,7 +62,7 @@ def refused(name, *asked):
     """A case: codes that are not rows of the palette are refused."""
 
     def run(library, backend, monkeypatch):
-        with pytest.raises(ValueError, match="codes has numbers that are no rows"):
+        with pytest.raises(ValueError, match="codes has numbers that are not rows"):
             getattr(backend, name)(*asked)
 
     return run
@@ -99,7 +99,7 @@ CASES = {
         "find_windows", patches((1, 17, 13), 5).int(), [(17, 13), (8, 9)], 3, 5
     ),
     "patches": numbers("find_patches", patches((2, 9, 7), 5).int(), 3, 1, 1, 5),
-    "codes that are no rows": refused(
+    "codes that are not rows": refused(
         "find_windows", torch.full((1, 9, 9), 5).int(), [(9, 9)], 3, 5
     ),
     "long lists of few columns": gathers(

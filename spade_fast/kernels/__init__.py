@@ -1,7 +1,7 @@
-"""The kernels of the modulation, once for each backend, and the choice between them.
+"""The kernels of each backend, and the choice between the backends.
 
-A backend is a `contract.Backend`, one from each module below; its `why_not(x, gamma)` answers both
-"can it run?" and "why not?".
+A backend is a `contract.Backend`; each of the modules `*_backend.py` has one. Its
+`why_not(x, gamma)` answers both "can it run?" and "why not?".
 """
 
 import os
@@ -23,18 +23,17 @@ NAMES = tuple(backend.name for backend in BEST_FIRST)
 
 
 class BackendStatus(NamedTuple):
-    """One line of `backends()`."""
+    """One entry of what `backends()` returns."""
 
     name: str
     runs: bool
-    reason: str  # why it does not run; empty where it does
+    reason: str  # why it does not run; empty if it does
 
 
 def backends(x: Tensor | None = None, gamma: Tensor | None = None) -> list[BackendStatus]:
-    """Which backends run here, best first, and why not for each that does not: a list of
-    BackendStatus.
+    """Which backends run here, and why the others do not: a list of BackendStatus, best first.
 
-    With x (and γ), whether they run on these very tensors. `spade_modulate` uses the first that
+    With x (and γ), the answers are for these tensors. `spade_modulate` uses the first backend that
     runs, unless one is forced.
     """
     reasons = {backend.name: backend.why_not(x, gamma) for backend in BEST_FIRST}
@@ -51,11 +50,11 @@ FORCED = _checked(os.environ.get("SPADE_FAST_BACKEND") or None, "SPADE_FAST_BACK
 
 
 class use_backend(Scope):
-    """Inside `with use_backend("torch"):` this thread or task uses this backend only; where it
-    cannot run, that is a RuntimeError. `use_backend("torch")` alone holds from then on.
+    """Inside `with use_backend("torch"):` this thread or task uses only this backend, and raises a
+    RuntimeError if it cannot run. `use_backend("torch")` alone holds from then on.
 
     The environment variable SPADE_FAST_BACKEND, read when the package is imported, does the same
-    for a whole process. None gives the choice back.
+    for a whole process. `use_backend(None)` restores the automatic choice.
     """
 
     def __init__(self, name: str | None) -> None:
@@ -63,14 +62,17 @@ class use_backend(Scope):
 
 
 def is_exporting() -> bool:
-    """Whether torch.export runs. In torch 2.11 `torch.compiler.is_exporting()` says so in
-    torch.compile as well.
+    """Whether torch.export is running. In torch 2.11 `torch.compiler.is_exporting()` is also true
+    in torch.compile.
     """
     return torch.compiler._is_exporting_flag
 
 
 def select(x: Tensor, gamma: Tensor | None = None) -> Backend:
-    """The backend that x and γ go to: the forced one, else the best that runs."""
+    """The backend for x and γ: the forced one, else the best that can run.
+
+    Errors: RuntimeError if the forced one cannot run.
+    """
     if is_exporting():
         return torch_backend.BACKEND  # an exported graph must run without this package
     forced = use_backend.setting_here(FORCED)
@@ -79,4 +81,4 @@ def select(x: Tensor, gamma: Tensor | None = None) -> Backend:
             reason = backend.why_not(x, gamma)
             if reason is None:
                 return backend
-    raise RuntimeError(f"the backend {forced} is asked for but cannot run: {reason}")
+    raise RuntimeError(f"the backend {forced} was requested but cannot run: {reason}")

@@ -1,24 +1,24 @@
-"""What the kernels are: the operations with their schemas, checks of operands and fakes, what
-passes between them, and the `Backend` that has them all.
+"""The operations that a backend implements, each with its schema, the check of its operands and
+its fake; the tensors that pass between them; and the `Backend` that holds all of them.
 
-A backend has the kernels of the modulation, one of them in two forms, for instance norm two that
-each do the work of two; the convolution at distinct windows with its two gradients, which GPUs
-make of operations that gather rows; and those that find and number what `layout.py` holds. Between
-the kernels of the modulation go rows of numbers of each plane (n, c), in float32, or in float64
-where x is float64:
+A backend has three groups of kernels. Those of the modulation include a form of `apply` that writes
+to a given tensor, and for instance norm two kernels that each do the work of two. Those of the
+convolution at distinct windows include its two gradients, which GPUs compute with operations that
+gather rows. The third group finds and numbers the codes and windows of a layout. The kernels of
+the modulation exchange numbers for each plane (n, c), in float32, or in float64 if x is float64:
 
     moments [2, N, C]   mean, sum of squared deviations
     planes  [3, N, C]   shift, scale, offset: x̂ = (x − shift)·scale + offset
     sums    [2, N, C]   Σq, Σq·(x − shift) over the plane, with q = g·(1 + γ)
-    terms   [2, N, C]   constant, slope: what reaches dx through the statistics,
-                        constant + slope·(x − shift)
+    terms   [2, N, C]   constant, slope: the part of dx that comes through the statistics
+                        is constant + slope·(x − shift)
 
 x, γ, β, y, dy: [N, C, *spatial]. g is dy times the activation's derivative, so dβ = g and
-dγ = g·x̂. With an index [N, *spatial], int32, γ and β are the rows of a table, [K, C], that it names
-for each pixel; `order` [N, S], int32, lists each image's pixels sorted by it.
-`signs` holds one bit for each element of y, all that the derivative of ReLU and leaky ReLU needs:
-bytes [N, C, ⌈S/8⌉], or [N, S, ⌈C/8⌉] where a pixel's channels lie together; bit b of byte j is
-element 8j + b of its row. SiLU needs β instead.
+dγ = g·x̂. With an index, int32 [N, *spatial], γ and β are tables [K, C], and the index has the row
+of each pixel; `order`, int32 [N, S], lists each image's S pixels sorted by their row.
+`signs` holds one bit for each element of y, all that the derivatives of ReLU and leaky ReLU need:
+bytes [N, C, ⌈S/8⌉], or [N, S, ⌈C/8⌉] if a pixel's channels are adjacent in memory; bit b of byte j
+is element 8j + b of its row. SiLU needs β instead.
 """
 
 from collections.abc import Callable, Sequence
@@ -40,14 +40,13 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True)
 class Backend:
-    """The kernels of one kind. What each computes is said where plain PyTorch computes it:
+    """All kernels of one backend. Their versions in plain PyTorch document what each computes:
     `torch_backend.py`, and `numbering.py` for the last six.
     """
 
     name: str
-    why_not: Callable[
-        ..., str | None
-    ]  # (x=None, gamma=None): why they cannot run (on x and γ), or None
+    # (x=None, gamma=None): why the kernels cannot run here, or on x and γ; None if they can.
+    why_not: Callable[..., str | None]
     plane_moments: Callable[..., Tensor]
     apply: Callable[..., tuple[Tensor, Tensor]]
     apply_out: Callable[..., None]
@@ -69,15 +68,15 @@ class Backend:
 
 
 class Operation(NamedTuple):
-    """A row of the table below. All three have the same arguments."""
+    """An entry of the tables below. All three have the same arguments."""
 
     schema: str
-    check: Callable[..., None]  # raises where operands are not as they should be
-    fake: Callable[..., Any]  # results as the kernel's, without their values
+    check: Callable[..., None]  # raises if an operand is not as it should be
+    fake: Callable[..., Any]  # returns the kernel's results without values
 
     def checked(self, kernel: Callable[..., Result]) -> Callable[..., Result]:
-        """A kernel, or the fake, that first refuses operands which are not as they should be. (csrc
-        asks the same: common/checks.h.)
+        """The kernel, or the fake, preceded by the check. (Compiled kernels make the same checks:
+        csrc/common/checks.h.)
         """
 
         def run(*operands):
@@ -88,19 +87,19 @@ class Operation(NamedTuple):
 
 
 def sum_dtype(dtype: torch.dtype) -> torch.dtype:
-    """What sums over elements of `dtype` are held in."""
+    """The dtype of sums over elements of `dtype`."""
     return torch.promote_types(dtype, torch.float32)
 
 
 def is_channels_last(x: Tensor) -> bool:
-    """Whether a pixel's channels lie together: the layout of x in any number of dimensions, not of
-    size-1 look-alikes.
+    """Whether a pixel's channels are adjacent in memory, in any number of dimensions. A contiguous
+    x whose strides look the same, because an axis has size 1, does not count.
     """
     return not x.is_contiguous() and x.stride(1) == 1
 
 
 def lies_like(out: Tensor, x: Tensor) -> bool:
-    """Whether `out` lies in memory as a kernel's result for x does."""
+    """Whether `out` has the memory layout of a kernel's result for x."""
     return (out.movedim(1, -1) if is_channels_last(x) else out).is_contiguous()
 
 
@@ -111,7 +110,7 @@ def signs_shape(x: Tensor) -> tuple[int, int, int]:
 
 
 def empty_signs(x: Tensor, activation: Activation | None, keep_signs: bool) -> Tensor:
-    """Where the signs of y go, of size 0 unless wanted and needed."""
+    """Memory for the signs of y; of size 0 unless they are wanted and needed."""
     shape = signs_shape(x) if keep_signs and activation in KEEPS_SIGNS else 0
     return x.new_empty(shape, dtype=torch.uint8)
 
@@ -183,7 +182,7 @@ def check_backward_input(
     if activation not in KEEPS_SIGNS:
         _check("signs", signs, x, (torch.uint8,), (0,), "the activation needs no signs")
     elif has_values(x):
-        # Compilers try other memory layouts for x, and copy it to the one it had before they run.
+        # A compiler tries other memory layouts for x, and at run time copies x to its original one.
         _check("signs", signs, x, (torch.uint8,), signs_shape(x), "a bit per element")
     if terms is not None:
         _check_numbers("terms", terms, x, 2)
@@ -318,8 +317,8 @@ def _check_numbers(name, given, x, count):
 
 
 def _check(name, given, other, dtypes, shape, meaning):
-    """Raises where an operand is not of this shape, of one of these dtypes and on the device of
-    another that is known to be on the right one.
+    """Raises unless an operand has this shape, one of these dtypes, and the device of `other`,
+    which is known to be on the right one.
     """
     if given.device != other.device:
         raise ValueError(f"{name} is on {given.device}, it should be on {other.device}")
@@ -336,7 +335,7 @@ def _check_dtype(name, given, dtypes):
 
 
 def _require(holds, name, given, wanted):
-    # In a compiled graph, facts that are known only when it runs are asked then.
+    # In a compiled graph, a condition that is known only at run time is checked then.
     if holds is not True:
         torch._check_value(
             holds, lambda: f"{name} has shape {list(given.shape)}, it should be {wanted}"

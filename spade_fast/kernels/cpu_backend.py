@@ -1,5 +1,5 @@
-"""The kernels compiled for the CPU (csrc/cpu), reached as operators. What their arguments are:
-`contract.py`.
+"""The kernels compiled for the CPU (csrc/cpu), called as PyTorch operators. `contract.py` describes
+their arguments.
 """
 
 import importlib
@@ -17,9 +17,9 @@ INSTRUCTION_SETS = ("base", "avx2", "avx512")
 
 
 def _load():
-    """The library, and why there is none."""
+    """The library, which registers its kernels; or None and why it cannot be loaded."""
     try:
-        return importlib.import_module(".._cpu", __package__), None  # which registers its kernels
+        return importlib.import_module(".._cpu", __package__), None
     except ModuleNotFoundError:
         return None, operators.not_built("spade_fast._cpu", "a C++ compiler such as g++")
     except ImportError as error:
@@ -27,14 +27,14 @@ def _load():
 
 
 def _use_instruction_set(name, library):
-    """Has the kernels use the one that the environment variable SPADE_FAST_ISA asks for."""
+    """Makes the kernels use the instruction set that the variable SPADE_FAST_ISA names."""
     if name not in INSTRUCTION_SETS:
         raise ValueError(f"SPADE_FAST_ISA is {name}, it should be base, avx2 or avx512")
     if library is None:
         return
     if name not in library.instruction_sets():
         raise ValueError(
-            f"SPADE_FAST_ISA is {name}, which this processor does not have, it should be one of"
+            f"SPADE_FAST_ISA is {name}, which this processor does not have; it should be one of"
             f" {', '.join(library.instruction_sets())}"
         )
     library.use_instruction_set(name)
@@ -50,7 +50,7 @@ if failure is None and (missing := operators.without_kernel("CPU", COMPILED)):
 
 
 def why_not(x: Tensor | None = None, gamma: Tensor | None = None) -> str | None:
-    """Why these kernels cannot run (on x and γ), or None."""
+    """Why these kernels cannot run here, or on x and γ; None if they can."""
     if failure is not None:
         return failure
     if x is not None and x.device.type != "cpu":

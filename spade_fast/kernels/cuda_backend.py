@@ -1,5 +1,5 @@
-"""The kernels compiled for CUDA GPUs (csrc/cuda), reached as operators. What their arguments are:
-`contract.py`.
+"""The kernels compiled for CUDA GPUs (csrc/cuda), called as PyTorch operators. `contract.py`
+describes their arguments.
 """
 
 import functools
@@ -12,19 +12,19 @@ from torch import Tensor
 
 from . import contract, cuda_numbering, operators, torch_backend
 
-CAPABILITY = 8  # copies to shared memory that go on beside the computation
+CAPABILITY = 8  # the kernels copy to shared memory asynchronously
 HALF = (torch.bfloat16, torch.float16)
-MOST_TAPS = 343  # of a convolution at windows: which rows a window sees is kept at hand
+MOST_TAPS = 343  # of a convolution at windows, whose row numbers a kernel holds in shared memory
 
 
 def _load():
-    """Loads the library, which registers its kernels; why it cannot be, or None."""
+    """Loads the library, which registers its kernels. Returns why it cannot be loaded, or None."""
     if torch.version.cuda is None:
-        return "this PyTorch has no CUDA; beside it these kernels are built with FORCE_CUDA=1 only"
+        return "this PyTorch has no CUDA; these kernels are then built only if FORCE_CUDA=1 is set"
     found = sorted(Path(__file__).parent.parent.glob("_cuda.*"))
     if not found:
         return operators.not_built(
-            "spade_fast._cuda", "nvcc of CUDA's toolkit and a PyTorch with CUDA"
+            "spade_fast._cuda", "nvcc from the CUDA toolkit and a PyTorch with CUDA"
         )
     try:
         torch.ops.load_library(found[0])
@@ -43,11 +43,11 @@ def _capability(index):
     return properties.major, properties.minor
 
 
-_capability_of = functools.cache(_capability)  # it stays, and is asked for in each call
+_capability_of = functools.cache(_capability)  # it is constant, and each call needs it
 
 
 def why_not(x: Tensor | None = None, gamma: Tensor | None = None) -> str | None:
-    """Why these kernels cannot run (on x and γ), or None."""
+    """Why these kernels cannot run here, or on x and γ; None if they can."""
     if failure is not None:
         return failure
     if x is None or not x.is_cuda:
@@ -70,7 +70,7 @@ def dtype_at_windows(dtype: torch.dtype) -> torch.dtype:
 def convolve_windows(
     rows: Tensor, weight: Tensor, bias: Tensor | None, offsets: Tensor, listed: Tensor
 ) -> Tensor:
-    """On tensor cores in half precision; in float32, where they would round, in plain PyTorch."""
+    """On tensor cores in half precision; in plain PyTorch in float32, which they would round."""
     if rows.dtype not in HALF:
         return torch_backend.convolve_windows(rows, weight, bias, offsets, listed)
     return convolve_gathered(rows, [weight], [bias], offsets, listed)
@@ -104,7 +104,7 @@ def convolve_windows_gradients(
     )
 
 
-# For matrix products PyTorch has kernels.
+# PyTorch has the kernels for matrix products.
 BACKEND = replace(
     torch_backend.BACKEND,
     name="cuda",

@@ -1,8 +1,8 @@
 """Numbering by kernels compiled for CUDA GPUs, csrc/cuda/numbering.cpp: all sizes of a layout
-together, with one wait. The numbers are those of `numbering.py`, which numbers layouts that are
-too large for the kernels' counters.
+together, with one wait. The numbers are the same as those of `numbering.py`, which takes over when
+a layout is too large for the kernels' counters.
 
-hash_mask: which bits of hashes are used, so that a test can make them collide.
+hash_mask: the bits of the hashes that are used, so that a test can make hashes collide.
 """
 
 import functools
@@ -16,13 +16,13 @@ from torch import Tensor
 from . import numbering
 from .contract import Lists
 
-COUNTED = 2**30  # the kernels count in 30 bits: two more say what a count is
+COUNTED = 2**30  # the kernels count in 30 bits; two more say what a count means
 ALL_BITS = 2**32 - 1
-CHUNK = 256  # places, of which each size has whole ones
+CHUNK = 256  # places; those of each size are padded to whole chunks
 
 
 def of(namespace: str) -> dict[str, Callable[..., Any]]:
-    """What a backend has of them, where the operators are in this namespace."""
+    """These functions as fields of a `Backend` whose operators are in this namespace."""
     operators = getattr(torch.ops, namespace)
     functions: dict[str, Callable[..., Any]] = {
         "find_codes": find_codes,
@@ -96,13 +96,13 @@ def find_patches(
 def _require_rows(found, num_codes):
     if not found:
         raise ValueError(
-            f"codes has numbers that are no rows of the palette, they should be 0 to"
+            f"codes has numbers that are not rows of the palette, they should be 0 to"
             f" {num_codes - 1}"
         )
 
 
 def _can_be_counted(codes, sizes, kernel_size, num_codes):
-    """Whether all that may be listed of these sizes is less than what the kernels count."""
+    """Whether the lists of these sizes are certain to be shorter than the kernels can count."""
     taps, images = kernel_size ** (codes.dim() - 1), len(codes)
     places = sum(images * math.prod(size) + CHUNK for size in sizes)
     return places * (2 * taps + 1 + images) + len(sizes) * (num_codes * taps + 2) < COUNTED
@@ -110,7 +110,7 @@ def _can_be_counted(codes, sizes, kernel_size, num_codes):
 
 @functools.lru_cache(1024)
 def _nearest(given, sizes, reckoned):
-    """The pixel along each axis that each place of each size takes, one after the other: int32."""
+    """The source pixel of each place, for each axis of each size in turn: one int32 tensor."""
     return torch.cat(
         [
             numbering.resize_codes(

@@ -1,7 +1,7 @@
-"""What `torch.utils.flop_counter.FlopCounterMode` counts of the operators that multiply matrices.
+"""What `torch.utils.flop_counter.FlopCounterMode` counts for the operators that multiply matrices.
 
-The formulas are registered when somebody imports that module: it imports Triton, which takes a
-while.
+The formulas are registered when that module is imported elsewhere: importing it here would import
+Triton, which takes a while.
 """
 
 import importlib.abc
@@ -21,7 +21,7 @@ COUNTER = "torch.utils.flop_counter"
 def of_results(
     rows: torch.Size, weight: torch.Size, *others: object, out_shape: torch.Size, **settings: object
 ) -> int:
-    return 2 * rows[0] * math.prod(weight)  # of each row with each tap
+    return 2 * rows[0] * math.prod(weight)  # each row with each tap
 
 
 def of_weight(
@@ -48,7 +48,7 @@ def of_rows(
 def of_results_in_triton(
     rows: torch.Size, weight: torch.Size, *others: object, out_shape: torch.Size, **settings: object
 ) -> int:
-    return 2 * out_shape[0] * math.prod(weight)  # of each window with each tap
+    return 2 * out_shape[0] * math.prod(weight)  # each window with each tap
 
 
 def of_gathered(
@@ -73,7 +73,9 @@ def register(module: Any) -> None:
 
 
 class WhenImported(importlib.abc.MetaPathFinder):
-    """Finds the counter's module as others would, once, and registers when it is loaded."""
+    """Finds the counter's module once, as other finders would, and registers the formulas when it
+    is loaded.
+    """
 
     def find_spec(
         self, name: str, path: Sequence[str] | None, target: ModuleType | None = None
@@ -95,7 +97,9 @@ class WhenImported(importlib.abc.MetaPathFinder):
 
 
 def register_when_imported() -> None:
-    """The operators are declared before that."""
+    """Registers the formulas as soon as the counter's module is imported. The operators must have
+    been declared before.
+    """
     if COUNTER in sys.modules:
         register(sys.modules[COUNTER])
     else:

@@ -1,4 +1,4 @@
-"""Whether Triton's kernels run in its interpreter, on a CPU: that is for tests."""
+"""Whether the Triton kernels run on a CPU in Triton's interpreter, which is for tests."""
 
 import os
 

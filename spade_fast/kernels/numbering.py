@@ -1,10 +1,11 @@
-"""What `layout.py` holds of a condition, found in plain PyTorch, on the device where the condition
-is.
+"""Finds and numbers the codes and the distinct windows of a condition in plain PyTorch, on the
+condition's device.
 
-Equal things are found by sorting hashes of 64 bits. Every thing is then compared with the first
-that has its hash, and where two differ, all is hashed anew: hashes decide nothing. Numbers go by
-first appearance, as the CPU's do. The host waits for the device once, to learn the sizes of what is
-made (and, for a condition, once before, to tell dense features early).
+Equal items are found by sorting hashes of 64 bits. Each item is then compared with the first that
+has its hash. If any two differ, all are hashed again with another multiplier, so that hashes decide
+nothing. Numbers follow first appearance, as those of the CPU kernels do. The host waits for the
+device once, to learn the sizes of the results (and, for a condition, once before that, to recognise
+dense features early).
 """
 
 import itertools
@@ -18,15 +19,15 @@ from torch import Tensor
 
 from .contract import Lists
 
-SAMPLE = 1024  # pixels that tell dense features
-CHANNELS = 16  # of a condition, that are hashed or compared at a time
+SAMPLE = 1024  # the approximate number of pixels that are sampled to recognise dense features
+CHANNELS = 16  # of a condition, compared at a time
 BITS = {8: torch.int64, 4: torch.int32, 2: torch.int16}
 
 
 def find_codes(segmap: Tensor) -> tuple[Tensor, Tensor] | None:
-    """The distinct vectors of a condition's pixels, bit for bit: codes, int32 [N, *spatial], and
-    the first of all N · pixels places that has each. None where they are too many for a layout:
-    more than 64 and a quarter of the pixels.
+    """Numbers the distinct vectors of a condition's pixels, compared bit for bit. Returns codes,
+    int32 [N, *spatial], and the first of all N · pixels places that has each code; None if there
+    are too many for a layout: more than 64 plus a quarter of the pixels.
     """
     return find_codes_by(segmap, hash_vectors, vectors_differ)
 
@@ -36,7 +37,7 @@ def find_codes_by(
     hash_vectors: Callable[[Tensor, int], Tensor],
     vectors_differ: Callable[[Tensor, Tensor], Tensor],
 ) -> tuple[Tensor, Tensor] | None:
-    """The same with other ways to do the two passes over the condition."""
+    """find_codes with the given implementations of its two passes over the condition."""
     bits = segmap.view(BITS[segmap.element_size()]).flatten(2)
     if _are_dense(bits, hash_vectors):
         return None
@@ -53,19 +54,19 @@ def find_codes_by(
 
 
 def hash_vectors(bits: Tensor, multiplier: int) -> Tensor:
-    """A number for each pixel of bits [N, channels, pixels], whole numbers: [N, pixels], int64."""
+    """A hash for each pixel of bits, whole numbers [N, channels, pixels]: int64 [N, pixels]."""
     hashes = bits.new_zeros(bits.shape[0], bits.shape[2], dtype=torch.int64)
     for channel in bits.unbind(1):
-        # The highest bit, a double's sign, is lost in any product with an even number, and so in
-        # the sum of two powers of any multiplier: it is added lower down as well.
+        # Vectors that differ in the highest bit of two channels, a double's sign, would have one
+        # hash: 2**63 · (the sum of two odd powers) is 0 modulo 2**64. So it counts lower down, too.
         channel = channel ^ channel >> 32 if channel.dtype == torch.int64 else channel
         hashes = torch.add(channel, hashes, alpha=multiplier)
     return hashes
 
 
 def vectors_differ(bits: Tensor, firsts: Tensor) -> Tensor:
-    """Whether any pixel's vector is another than that of the place that `firsts`, [N · pixels],
-    names for it.
+    """Whether any pixel's vector differs from the one at the place that `firsts`, [N · pixels], has
+    for it.
     """
     differ = firsts.new_zeros((), dtype=torch.bool)
     for part in bits.split(CHANNELS, dim=1):
@@ -75,11 +76,12 @@ def vectors_differ(bits: Tensor, firsts: Tensor) -> Tensor:
 
 
 def number_windows(codes: Tensor, kernel_size: int) -> tuple[Tensor, Tensor]:
-    """The distinct windows of kernel_size taps per axis of codes [N, *spatial], int32 and not
-    negative.
+    """Numbers the distinct windows of kernel_size taps per axis of codes [N, *spatial], int32 and
+    not negative.
 
-    Returns their numbers, int32 [N, *spatial], and what they see, int32 [windows, taps], −1 beyond
-    the border. Along each axis a pixel is tap kernel_size // 2 of its own window.
+    Returns each pixel's window, int32 [N, *spatial], and the codes that each window sees, int32
+    [windows, taps], −1 beyond the border. Along each axis a pixel is tap kernel_size // 2 of its
+    own window.
     """
     (((numbers, contents, _),),) = _number([codes], kernel_size, 1)
     return numbers, contents
@@ -92,9 +94,9 @@ def find_windows(
     num_codes: int,
     dtype: torch.dtype = torch.float32,
 ) -> list[tuple[Lists, Lists, Tensor, Tensor]]:
-    """For each of these sizes, what codes [N, *spatial] become there (`resize_codes`): the windows
-    of those, and the windows of these windows: two of `list_windows`, `index` and `order`, as
-    `layout.Windows` has them.
+    """Numbers the distinct windows of codes [N, *spatial], brought to each of these sizes by
+    `resize_codes`, and the windows of these windows. Returns for each size two results of
+    `list_windows`, `index` and `order`, as `layout.Windows` has them.
     """
     maps, found = [resize_codes(codes, size, dtype) for size in sizes], []
     for (_, hidden, seen_codes), (index, table, seen_windows) in _number(maps, kernel_size, 2):
@@ -113,10 +115,10 @@ def find_windows(
 def find_patches(
     codes: Tensor, kernel_size: int, stride: int, padding: int, num_codes: int
 ) -> tuple[Tensor, Lists, Tensor, Tensor]:
-    """The windows that a convolution of codes [N, *spatial] sees: `contents`, `list_windows` of
-    them, `index` and `order`, as `layout.Patches` has them.
+    """Numbers the windows that a convolution of codes [N, *spatial] sees. Returns `contents`, their
+    `list_windows`, `index` and `order`, as `layout.Patches` has them.
 
-    No window may be larger than codes and padding.
+    No window may be larger than the codes with their padding.
     """
     return find_patches_by(
         codes, kernel_size, stride, padding, num_codes, number_windows, window_sums, sort_pixels
@@ -133,8 +135,8 @@ def find_patches_by(
     window_sums: Callable[[Tensor, int], Lists],
     sort_pixels: Callable[[Tensor], Tensor],
 ) -> tuple[Tensor, Lists, Tensor, Tensor]:
-    """The same with other ways to do its parts."""
-    # With the border around it as one more code, every window is within the map.
+    """find_patches with the given implementations of its parts."""
+    # Padding becomes one more code, so that every window is within the map.
     numbers, contents = number_windows(
         F.pad(codes, (padding,) * 2 * (codes.dim() - 1), value=num_codes), kernel_size
     )
@@ -149,8 +151,8 @@ def find_patches_by(
 
 
 def resize_codes(codes: Tensor, size: Sequence[int], dtype: torch.dtype = torch.float32) -> Tensor:
-    """codes [N, *spatial] at another size, by the pixels that `F.interpolate(mode="nearest")` takes
-    of a condition in this dtype: on a CPU it reckons in float64 for float64, else in float32.
+    """codes [N, *spatial] at another size, from the pixels that `F.interpolate(mode="nearest")`
+    takes of a condition in this dtype.
     """
     for dim, (given, wanted) in enumerate(zip(codes.shape[1:], size), start=1):
         if given == wanted:
@@ -165,11 +167,14 @@ def resize_codes(codes: Tensor, size: Sequence[int], dtype: torch.dtype = torch.
 
 
 def reckoned(codes: Tensor, dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which `F.interpolate` computes positions for a condition in this dtype: float64
+    for float64 on a CPU, else float32.
+    """
     return torch.float64 if dtype == torch.float64 and codes.is_cpu else torch.float32
 
 
 def check_windows(hidden: Tensor, num_codes: int) -> None:
-    """Raises where lists would need numbers beyond int32."""
+    """Raises a ValueError if the lists of these windows would need numbers beyond int32."""
     windows, taps = hidden.shape
     if max(num_codes, windows) * taps >= 2**31:
         raise ValueError(
@@ -179,25 +184,24 @@ def check_windows(hidden: Tensor, num_codes: int) -> None:
 
 
 def window_sums(contents: Tensor, rows: int) -> Lists:
-    """The lists of windows, whose contents are [windows, taps] of `rows` rows, −1 beyond the
-    border.
+    """The lists of windows with these contents: [windows, taps], numbers of `rows` rows, −1 beyond
+    the border.
     """
     return list_windows(contents, rows, int((contents >= 0).sum()))
 
 
 def list_windows(contents: Tensor, rows: int, seen: int) -> Lists:
-    """The contents of windows, [windows, taps] of `rows` rows, as the lists for sums over them that
-    `layout.Sums` describes.
+    """The contents of windows, [windows, taps] of `rows` rows, as the lists that `layout.Sums`
+    describes.
 
-    seen: how many taps of all windows are within the border.
+    seen: the number of taps within the border, over all windows.
     """
     windows, taps = contents.shape
     inside = (contents >= 0).flatten()
     numbers = (
         contents * taps + torch.arange(taps, dtype=torch.int32, device=contents.device)
     ).flatten()
-    # Each goes to its place in the list; pixels beyond the border, to one place too many at its
-    # end.
+    # Each entry goes to its place in the list; those beyond the border go to an extra last place.
     places = torch.where(inside, inside.cumsum(0) - 1, seen)
     listed = numbers.new_empty(seen + 1).scatter_(0, places, numbers)[:seen]
     window_of = torch.arange(windows, dtype=torch.int32, device=contents.device).repeat_interleave(
@@ -223,17 +227,17 @@ def sort_pixels(index: Tensor) -> Tensor:
 
 
 class _Level(NamedTuple):
-    """Windows that are numbered, before the host knows how many there are."""
+    """Numbered windows, before the host knows how many there are."""
 
     numbers: torch.Tensor
     taps: torch.Tensor  # [N, *spatial, *kernel]: what each place's window sees
-    ranks: torch.Tensor  # [places]: how many windows appear up to each place
-    sizes: tuple  # windows, taps within the border of all of them, whether two have one hash
+    ranks: torch.Tensor  # [places]: the number of distinct windows up to each place
+    sizes: tuple  # numbers of windows and of their taps within the border; whether hashes collide
 
 
 def _number(maps, kernel_size, levels):
-    """The windows of each map of codes, the windows of those, and so on: for each level numbers,
-    contents and how many taps see something.
+    """Numbers the windows of each map of codes, the windows of those windows, and so on. Returns
+    for each level numbers, contents, and the number of taps within the border.
     """
     for attempt in itertools.count():
         found = [_number_levels(codes, kernel_size, levels, attempt) for codes in maps]
@@ -286,7 +290,7 @@ def _contents(level, count):
 
 
 def _taps_inside(codes, kernel_size):
-    """How many taps of the window at each place are within the border: [*spatial]."""
+    """The number of taps within the border, for the window at each place: [*spatial]."""
     taps, half = torch.ones((), dtype=torch.int64, device=codes.device), kernel_size // 2
     for length in codes.shape[1:]:
         position = torch.arange(length, device=codes.device)
@@ -297,12 +301,12 @@ def _taps_inside(codes, kernel_size):
 
 
 def multiplier(attempt: int, axis: int = 0) -> int:
-    """A hash's multiplier: large and odd, another for each attempt and axis."""
+    """The multiplier of a hash: large, odd, and different for each attempt and axis."""
     return random.Random(f"{attempt} {axis}").getrandbits(62) | 1
 
 
 def _first_equal(keys):
-    """For each place of keys [places] the first place that has the same."""
+    """For each place of keys [places], the first place that has the same key."""
     if len(keys) == 0:
         return keys
     in_order, places = keys.sort(stable=True)
@@ -316,22 +320,22 @@ def _first_equal(keys):
 
 
 def _count_firsts(firsts):
-    """How many places up to each are the first of theirs."""
+    """For each place, the number of places up to it that are their own first."""
     return (firsts == torch.arange(len(firsts), device=firsts.device)).cumsum(0)
 
 
 def _numbers(firsts, ranks):
-    """Equal values get one number, by their first appearance."""
+    """One number for all places with the same first place, in order of first appearance."""
     return (ranks[firsts] - 1).to(torch.int32)
 
 
 def _first_places(ranks, count):
-    """Where each number appears first."""
+    """The place where each number first appears."""
     return torch.searchsorted(ranks, torch.arange(1, count + 1, device=ranks.device))
 
 
 def _positions(places, shape):
-    """Places of a map as one index for each of its dimensions."""
+    """Places of a map, counted through, as one index per dimension."""
     positions = []
     for length in reversed(shape):
         positions.append(places % length)
@@ -340,7 +344,7 @@ def _positions(places, shape):
 
 
 def _are_dense(bits, hash_vectors):
-    """Whether some of the first image's pixels tell already that it is no layout."""
+    """Whether a sample of the first image's pixels already has too many codes for a layout."""
     sample = bits[:1, :, :: max(1, bits.shape[2] // SAMPLE)]
     return sample.numel() > 0 and _are_many(
         len(hash_vectors(sample, multiplier(0)).unique()), sample.shape[2]
@@ -356,5 +360,5 @@ def _last(ranks):
 
 
 def _read(*numbers):
-    """Numbers from the device: the host waits for them."""
+    """Copies numbers from the device to the host, which waits for them."""
     return torch.stack([number.to(torch.int64) for number in numbers]).tolist()

@@ -1,8 +1,8 @@
-"""The operations of `contract.py` as PyTorch operators, with plain PyTorch where no compiled kernel
+"""The operations of `contract.py` as PyTorch operators, in plain PyTorch unless a compiled kernel
 is registered.
 
-Compiled backends register their kernels for these (csrc/cpu for CPU, csrc/cuda for CUDA); with
-nothing compiled the operators still exist and can be checked.
+Compiled backends register their kernels for these operators (csrc/cpu for CPU, csrc/cuda for CUDA).
+Without compiled kernels the operators still exist and can be tested.
 """
 
 from collections.abc import Callable, Iterable
@@ -15,7 +15,9 @@ from .contract import NUMBERING, OPERATIONS
 
 
 def declare(namespace: str, names: Iterable[str]) -> None:
-    """Makes these operators exist in a namespace: each set of kernels for a device has its own."""
+    """Declares these operators in a namespace. A second set of kernels for the same device needs a
+    namespace of its own.
+    """
     for name in names:
         operator, operation = f"{namespace}::{name}", OPERATIONS[name]
         torch.library.define(operator, operation.schema, tags=[torch.Tag.pt2_compliant_tag])
@@ -23,8 +25,8 @@ def declare(namespace: str, names: Iterable[str]) -> None:
 
 
 def declare_numbering(namespace: str) -> None:
-    """The same of those that number: only compiled kernels for GPUs have them, and no compiler sees
-    them.
+    """Declares the operators that number: only compiled GPU kernels implement them, and no graph
+    compiler sees them.
     """
     for name, schema in NUMBERING.items():
         torch.library.define(f"{namespace}::{name}", schema)
@@ -36,7 +38,7 @@ def implement(namespace: str, name: str, key: str, kernel: Callable[..., Any]) -
 
 
 def declared(namespace: str, names: Iterable[str]) -> dict[str, Callable[..., Any]]:
-    """These operators of a namespace, by name, as a `Backend` has them."""
+    """These operators of a namespace by name, as fields of a `Backend`."""
     return {name: getattr(getattr(torch.ops, namespace), name).default for name in names}
 
 
@@ -47,7 +49,7 @@ for name in OPERATIONS:
 
 
 def without_kernel(dispatch_key: str, names: Iterable[str]) -> list[str]:
-    """Which of these operators have no compiled kernel for a device ("CPU", "CUDA")."""
+    """Those of these operators that have no compiled kernel for a device ("CPU", "CUDA")."""
     return [
         name
         for name in names
@@ -56,17 +58,17 @@ def without_kernel(dispatch_key: str, names: Iterable[str]) -> list[str]:
 
 
 def not_built(library: str, needs: str) -> str:
-    """Why a library that is missing is missing, and what to do."""
+    """Why a library is missing, and what to do about it."""
     return (
-        f"the library {library} is not there: it was not built when the package was installed. It"
-        f" takes {needs}; install that, then the package again with `pip install -v`, whose output"
-        " says what was built and why not"
+        f"the library {library} is missing: it was not built when the package was installed. It"
+        f" takes {needs}; install that, then reinstall the package with `pip install -v`, whose"
+        " output says what was built, and why anything was not"
     )
 
 
 def not_loaded(library: str, error: Exception) -> str:
-    """The same for one that is there."""
+    """Why a library that was built does not load, and what to do about it."""
     return (
         f"the library {library} cannot be loaded: {error}. If another torch was installed since it"
-        " was built, install the package again"
+        " was built, reinstall the package"
     )

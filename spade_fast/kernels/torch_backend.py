@@ -1,5 +1,5 @@
-"""The kernels in plain PyTorch: any device, any layout, and what torch.export, ONNX and second
-derivatives go through. What their arguments are: `contract.py`.
+"""The kernels in plain PyTorch, for any device and memory layout; torch.export, ONNX and second
+derivatives go through them. `contract.py` describes their arguments.
 """
 
 from collections.abc import Callable, Sequence
@@ -12,9 +12,9 @@ from torch import Tensor
 from . import numbering
 from .contract import KEEPS_SIGNS, Activation, Backend, is_channels_last, sum_dtype
 
-PIECE = 256  # numbers of a list that one thread of a GPU adds up: half of a map may be one window
-# Bytes of a convolution's products at windows, at a time: they stay in a GPU's cache, and are never
-# all held.
+PIECE = 256  # numbers of a list that one GPU thread adds: one window may have half of a map
+# Bytes of products that a convolution at windows holds at a time: they stay in a GPU's cache, and
+# the products never all exist at once.
 PRODUCTS = 2**25
 
 
@@ -29,7 +29,7 @@ def plane_moments(x: Tensor) -> Tensor:
         return pixels.new_zeros(2, *x.shape[:2])
     mean = pixels.mean(2, keepdim=True)
     deviations = pixels - mean
-    correction = deviations.mean(2, keepdim=True)  # the mean was rounded, most where it is large
+    correction = deviations.mean(2, keepdim=True)  # of the mean's rounding, largest for large means
     squares = deviations.square().sum(2) - pixels.shape[2] * correction.square().squeeze(2)
     return torch.stack([(mean + correction).squeeze(2), squares])
 
@@ -39,15 +39,15 @@ def look_up(rows: Tensor, index: Tensor | None) -> Tensor: ...
 @overload
 def look_up(rows: None, index: Tensor | None) -> None: ...
 def look_up(rows: Tensor | None, index: Tensor | None) -> Tensor | None:
-    """Rows of a table [K, C] as a tensor [N, C, *spatial]; anything else stays as it is."""
+    """The rows of a table [K, C] at an index, as [N, C, *spatial]; without an index, `rows`."""
     if index is None or rows is None:
         return rows
     return rows.index_select(0, index.flatten()).view(*index.shape, rows.shape[1]).movedim(-1, 1)
 
 
 def dtype_at_windows(dtype: torch.dtype) -> torch.dtype:
-    """What a convolution at windows is computed in, of a layer that convolves in `dtype`: each of
-    its products is rounded to it.
+    """The dtype that a convolution at windows uses for a layer that convolves in `dtype`: each
+    product is rounded to it.
     """
     return sum_dtype(dtype)
 
@@ -63,9 +63,8 @@ def convolve_windows(
         products = rows @ _by_tap(part).t()
         taps = part.shape[2:].numel()
         results.append(_sum_listed(products.view(len(rows) * taps, len(part)), offsets, listed))
-    return (
-        torch.cat(results, dim=1) if bias is None else torch.cat(results, dim=1) + bias
-    )  # not in place: see `apply`
+    # The sum is not in place: see `apply`.
+    return torch.cat(results, dim=1) if bias is None else torch.cat(results, dim=1) + bias
 
 
 def convolve_windows_gradients(
@@ -77,8 +76,8 @@ def convolve_windows_gradients(
     wants_rows: bool = True,
     wants_weights: bool = True,
 ) -> tuple[Tensor | None, Sequence[Tensor | None]]:
-    """The gradients of rows and of each weight from that of the results of all, [windows, out of
-    all]; None for gradients that are not wanted.
+    """The gradients of rows and of each weight, from the gradient of the results side by side,
+    [windows, sum of out]; None for gradients that are not wanted.
     """
     lists = _in_pieces(back_offsets, back_listed)
 
@@ -99,8 +98,8 @@ def gradients_of_sums(
     wants_rows: bool = True,
     wants_weights: bool = True,
 ) -> tuple[Tensor | None, Sequence[Tensor | None]]:
-    """The same with any sum_lists(part): some columns of the gradient, [windows, D], summed over
-    the windows that see a row through a tap, [rows · taps, D].
+    """convolve_windows_gradients with the given sum_lists(part), which sums columns of the
+    gradient, [windows, D], over the windows that see each row through each tap: [rows · taps, D].
     """
     shape = weights[0].shape[1:]
     taps, channels = shape[1:].numel(), shape[0]
@@ -126,7 +125,7 @@ def gradients_of_sums(
 
 
 def _added(products):
-    """Their sum, with no rounding between them."""
+    """The sum of products, rounded once."""
     if len(products) == 1:
         return products[0]
     total = sum(product.to(sum_dtype(product.dtype)) for product in products)
@@ -140,8 +139,8 @@ def convolve_gathered(
     offsets: Tensor,
     listed: Tensor,
 ) -> Tensor:
-    """convolve_windows with several weights of the same inputs, beside each other; each result is
-    summed in no less than float32, and rounded once.
+    """convolve_windows of the same rows with several weights, the results side by side. Each result
+    is summed in at least float32, and rounded once.
     """
     wide = sum_dtype(rows.dtype)
     weight, bias = joined(weights, biases)
@@ -152,7 +151,7 @@ def convolve_gathered(
 def joined(
     weights: Sequence[Tensor], biases: Sequence[Tensor | None]
 ) -> tuple[Tensor, Tensor | None]:
-    """Several convolutions of the same inputs as one: its weight, and its bias if one has one."""
+    """Several convolutions of the same rows as one: its weight, and its bias if any has a bias."""
     if len(weights) == 1:
         return weights[0], biases[0]
     if all(bias is None for bias in biases):
@@ -165,7 +164,7 @@ def joined(
 
 
 def sum_lists(x: Tensor, offsets: Tensor, listed: Tensor) -> Tensor:
-    """Sums of listed rows: x [R, D] to [len(offsets) − 1, D]; sum i is over
+    """Sums of listed rows of x [R, D]: [len(offsets) − 1, D]. Sum i is over
     x[listed[offsets[i]:offsets[i + 1]]].
     """
     return _sum_pieces(x, *_in_pieces(offsets, listed))
@@ -201,8 +200,8 @@ def apply(
     negative_slope: float,
     keep_signs: bool,
 ) -> tuple[Tensor, Tensor]:
-    """y in the dtype that x and γ promote to, in x's memory layout; signs, of size 0 unless wanted
-    and needed.
+    """y, in the dtype that x and γ promote to and x's memory layout; and signs, of size 0 unless
+    they are wanted and needed.
     """
     gamma, beta = look_up(gamma, index), look_up(beta, index)
     normalised = _normalise(x, planes, gamma)
@@ -211,9 +210,8 @@ def apply(
     if keep_signs and activation == "leaky_relu":
         signs = _pack(y > 0, is_channels_last(x))
     elif keep_signs and activation == "relu":
-        signs = _pack(
-            ~(y <= 0), is_channels_last(x)
-        )  # at NaN PyTorch's ReLU passes the gradient on
+        # At NaN, PyTorch's ReLU passes the gradient on.
+        signs = _pack(~(y <= 0), is_channels_last(x))
     if activation == "relu":
         y = F.relu_(y)
     elif activation == "leaky_relu":
@@ -221,8 +219,7 @@ def apply(
     elif activation == "silu":
         y = F.silu(y)
     y = y.to(torch.promote_types(x.dtype, gamma.dtype))
-    # torch 2.11 loses the gradient of a result that has a second name; of a copy compilers make
-    # nothing.
+    # In torch 2.11 a compiled result that is an alias loses its gradient; compilers drop the copy.
     return y.clone() if torch.compiler.is_compiling() else y, signs
 
 
@@ -236,8 +233,8 @@ def apply_out(
     negative_slope: float,
     out: Tensor,
 ) -> None:
-    """The same y written to `out`, which has its shape and dtype and lies as x does, without gaps;
-    it may be x, γ or β itself.
+    """Writes the y of `apply` to `out`, which has y's shape and dtype and x's memory layout without
+    gaps; `out` may be x, γ or β itself.
     """
     out.copy_(apply(x, planes, gamma, beta, index, activation, negative_slope, False)[0])
 
@@ -254,7 +251,7 @@ def backward_sums(
     activation: Activation | None,
     negative_slope: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """dγ, dβ and sums. dβ has size 0 without an activation and an index: it is dy itself."""
+    """dγ, dβ and sums. Without an activation and an index, dβ is dy itself, and has size 0 here."""
     table, gamma, beta = gamma, look_up(gamma, index), look_up(beta, index)
     normalised = _normalise(x, planes, gamma)
     g = through_activation(dy, x, normalised, gamma, beta, signs, activation, negative_slope)
@@ -285,8 +282,8 @@ def backward_input(
     activation: Activation | None,
     negative_slope: float,
 ) -> Tensor:
-    """dx = scale·q + constant + slope·(x − shift), in x's dtype and memory layout; terms None: just
-    scale·q.
+    """dx = scale·q + constant + slope·(x − shift), in x's dtype and memory layout; only scale·q if
+    terms is None.
     """
     gamma, beta = look_up(gamma, index), look_up(beta, index)
     normalised = _normalise(x, planes, gamma)
@@ -328,7 +325,7 @@ def instance_forward(
     negative_slope: float,
     keep_signs: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """plane_moments and apply for instance norm: y, signs, and the planes they were made with."""
+    """plane_moments and apply for instance norm: y, signs, and the planes that `apply` used."""
     mean, squares = plane_moments(x)
     inverse_deviation = torch.rsqrt(squares / max(x.shape[2:].numel(), 1) + eps)
     planes = torch.stack([mean, inverse_deviation, torch.zeros_like(mean)])
@@ -347,8 +344,8 @@ def instance_backward(
     activation: Activation | None,
     negative_slope: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """backward_sums and backward_input for instance norm: dγ, dβ (of size 0 where it is dy itself)
-    and dx.
+    """backward_sums and backward_input for instance norm: dγ, dβ (of size 0 if it is dy itself) and
+    dx.
     """
     dgamma, dbeta, sums = backward_sums(
         dy, x, planes, gamma, beta, index, order, signs, activation, negative_slope
@@ -382,7 +379,7 @@ def through_activation(
         sigmoid = torch.sigmoid(y)
         return dy * (sigmoid * (1 + y * (1 - sigmoid)))
     if activation not in KEEPS_SIGNS:
-        raise ValueError(f"activation is {activation!r}, whose derivative nobody has written here")
+        raise ValueError(f"activation is {activation!r}, whose derivative is not implemented here")
     positive = _unpack(signs, dy.shape, is_channels_last(x))
     return torch.where(positive, dy, dy * negative_slope if activation == "leaky_relu" else 0)
 
@@ -394,9 +391,9 @@ def _by_tap(weight):
 
 
 def _channels_at_a_time(rows, weight):
-    """The number of a convolution's output channels that have no more than PRODUCTS bytes of
-    products with `rows` rows; a few at least, and as many as a GPU reads and multiplies fast: their
-    rows begin where one access can take several numbers.
+    """The number of a convolution's output channels whose products with `rows` rows take at most
+    PRODUCTS bytes, but at least 16. It is a multiple of 16, so that a GPU can read several numbers
+    of a row of products in one access.
     """
     if torch.compiler.is_compiling():
         return 64  # a graph may not depend on the number of rows
@@ -405,33 +402,30 @@ def _channels_at_a_time(rows, weight):
 
 
 def _sum_listed(x, offsets, listed):
-    """x [R, D] to [len(offsets) − 1, D]: sum i is over x[listed[offsets[i]:offsets[i + 1]]], in
-    that order.
-    """
+    """`sum_lists` in one step, which adds the rows of each list in their order."""
     return F.embedding_bag(listed, x.contiguous(), offsets, mode="sum", include_last_offset=True)
 
 
 def _in_pieces(offsets, listed):
-    """Lists cut at every PIECE-th number: `listed`, where each piece begins, and which pieces each
-    list has. Nothing waits for a GPU.
+    """Cuts lists at every PIECE-th number. Returns `listed`, where each piece begins, and which
+    pieces each list has. The host does not wait for a GPU.
     """
     cuts = torch.arange(0, len(listed), PIECE, dtype=offsets.dtype, device=offsets.device)
     begins, end = offsets.split([len(offsets) - 1, 1])
-    begins = (
-        torch.cat([begins, cuts]).sort().values
-    )  # where a list begins at a cut, a piece is empty
+    # If a list begins at a cut, one piece is empty.
+    begins = torch.cat([begins, cuts]).sort().values
     return listed, torch.cat([begins, end]), torch.searchsorted(begins, offsets, out_int32=True)
 
 
 def _sum_pieces(x, listed, begins, lists):
-    """As _sum_listed, of lists cut by `_in_pieces`."""
+    """The sums over lists that `_in_pieces` cut."""
     pieces = torch.arange(len(begins) - 1, dtype=lists.dtype, device=lists.device)
     return _sum_listed(_sum_listed(x, begins, listed), lists, pieces)
 
 
 def _sum_rows(x, index, table):
-    """x [N, C, *spatial] summed over the pixels that each row of the table is named for, always in
-    the same order.
+    """x [N, C, *spatial] summed over the pixels of each row of the table, always in the same
+    order.
     """
     windows, order = index.flatten().sort(stable=True)
     first_pixels = torch.searchsorted(windows, torch.arange(len(table) + 1, device=x.device))
@@ -442,18 +436,18 @@ def _sum_rows(x, index, table):
 
 
 def _one_plus(gamma, normalised):
-    """1 + γ in the dtype of x̂: in γ's own, the sum would be rounded to half precision."""
+    """1 + γ in the dtype of x̂: a γ in half precision would round the sum."""
     return 1 + gamma.to(normalised.dtype)
 
 
 def _per_plane(numbers, x):
-    """[k, N, C] to k tensors that broadcast against x."""
+    """numbers [k, N, C] as k tensors that broadcast against x."""
     return numbers.reshape(*numbers.shape, *[1] * (x.dim() - 2)).unbind(0)
 
 
 def _normalise(x, planes, gamma):
-    """x̂, in the dtype of the sums over x and γ. x comes first in every product: the first operand
-    decides the layout.
+    """x̂, in the dtype that planes and γ promote to. x is the first operand of every operation,
+    because the first operand decides the memory layout.
     """
     shift, scale, offset = _per_plane(planes, x)
     x = x.to(torch.promote_types(planes.dtype, gamma.dtype))
@@ -480,7 +474,7 @@ def _unpack(signs, shape, channels_last):
     return rows.reshape(shape)
 
 
-# The others are this one with kernels of their own in the place of some.
+# The other backends replace some of these kernels by their own.
 BACKEND = Backend(
     name="torch",
     why_not=why_not,

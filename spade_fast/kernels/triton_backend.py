@@ -1,8 +1,8 @@
-"""The kernels in Triton (triton_kernels/), reached as operators of their own. What their arguments
-are: `contract.py`.
+"""The kernels in Triton (triton_kernels/), called as PyTorch operators in a namespace of their own.
+`contract.py` describes their arguments.
 
-They run on CUDA GPUs; on a CPU, slowly, in Triton's interpreter: that is for tests, and
-TRITON_INTERPRET=1 asks for it.
+They run on CUDA GPUs. For tests they run, slowly, on a CPU in Triton's interpreter, if
+TRITON_INTERPRET=1 is set.
 """
 
 import importlib.util
@@ -43,7 +43,7 @@ def dtype_at_windows(dtype: torch.dtype) -> torch.dtype:
 def convolve_windows(
     rows: Tensor, weight: Tensor, bias: Tensor | None, offsets: Tensor, listed: Tensor
 ) -> Tensor:
-    """On tensor cores in half precision; in float32, where they would round, in plain PyTorch."""
+    """On tensor cores in half precision; in plain PyTorch in float32, which they would round."""
     half = rows.dtype in (torch.bfloat16, torch.float16)
     return (torch.ops.spade_fast_triton if half else torch_backend).convolve_windows(
         rows, weight, bias, offsets, listed
@@ -57,21 +57,21 @@ def convolve_gathered(
     offsets: Tensor,
     listed: Tensor,
 ) -> Tensor:
-    """As one convolution: what joins them costs less than a second launch."""
+    """As one convolution: joining the weights costs less than a second launch."""
     weight, bias = torch_backend.joined(weights, biases)
     return convolve_windows(rows, weight, bias, offsets, listed)
 
 
-_failures: list[str | None] = []  # of the import, once it was tried: why it failed, or None
+_failures: list[str | None] = []  # once the import was tried: why it failed, or None
 
 
 def _import_failure():
-    """Why Triton cannot be imported, or None. Asked only where nothing else is in the way, for the
-    import takes a while.
+    """Why the kernels cannot be imported, or None. This is called last, because the import takes a
+    while.
     """
     if not _failures:
         try:
-            from . import triton_kernels as triton_kernels  # which torch.compile can trace
+            from . import triton_kernels as triton_kernels  # torch.compile can trace this form
 
             _failures.append(None)
         except Exception as error:  # whatever a broken installation raises
@@ -80,7 +80,7 @@ def _import_failure():
 
 
 def why_not(x: Tensor | None = None, gamma: Tensor | None = None) -> str | None:
-    """Why these kernels cannot run (on x and γ), or None."""
+    """Why these kernels cannot run here, or on x and γ; None if they can."""
     if not INSTALLED:
         return "Triton is not installed"
     devices = ("cuda", "cpu") if INTERPRETED else ("cuda",)
@@ -94,7 +94,7 @@ def why_not(x: Tensor | None = None, gamma: Tensor | None = None) -> str | None:
     return _import_failure()
 
 
-# For matrix products, sums of listed rows, and the sorts of numbering PyTorch has kernels.
+# PyTorch has the kernels for matrix products, sums of listed rows, and sorting.
 BACKEND = replace(
     torch_backend.BACKEND,
     name="triton",
