@@ -554,7 +554,7 @@ def test_gathering_operators_match_their_fakes(library):
     rows, weights, biases, lists = gathered_sample((6, 13), (3, 3), 7, 5, torch.float16)
     for operator, given in {
         ops.sum_lists: (torch.randn(9, 16), *listed([3, 40, 0, 2], 9)),
-        ops.convolve_gathered: (rows, weights, biases, *lists),
+        ops.convolve_gathered: (rows, weights, biases, *lists, True),
     }.items():
         torch.library.opcheck(operator, given, test_utils=("test_schema", "test_faketensor"))
     with pytest.raises(RuntimeError, match="x should be float32, bfloat16 or float16"):
@@ -610,11 +610,18 @@ def test_convolution_at_windows(dtype, sizes, processors, library, monkeypatch):
             (joint, (weights, biases)),
             (parts[0], (weights[:1], biases[:1])),
             (parts[1], (weights[1:], biases[1:])),
+            # More than one launch packs.
+            (
+                torch.cat([joint, joint, parts[0]], dim=1),
+                (2 * weights + weights[:1], 2 * biases + biases[:1]),
+            ),
+            (joint.relu(), (weights, biases, True)),
         ):
-            found = convolve(rows, *given, *lists)
+            given, relu = given[:2], given[2:]
+            found = convolve(rows, *given, *lists, *relu)
             assert found.dtype == dtype and found.shape == truth.shape
             assert (found - truth).norm() <= torch.finfo(dtype).eps * truth.norm()
-            assert torch.equal(found, convolve(rows, *given, *lists))
+            assert torch.equal(found, convolve(rows, *given, *lists, *relu))
 
 
 @needs_compiler

@@ -83,22 +83,30 @@ Tensor packed(const std::vector<Tensor>& weights, const std::vector<std::optiona
   const Tensor result =
       torch::stable::new_empty(weights[0], {shape.outputs, shape.taps + 1, p.width});
   p.packed = static_cast<uint16_t*>(result.mutable_data_ptr());
+  std::vector<Tensor> kept;
+  int64_t outputs = 0;
   for (size_t i = 0; i < weights.size(); ++i) {
-    const Tensor weight = step_of_taps(weights[i]) ? weights[i] : without_gaps(weights[i]);
-    p.weight = static_cast<const uint16_t*>(weight.const_data_ptr());
-    p.output = weight.stride(0), p.channel = weight.stride(1), p.tap = *step_of_taps(weight);
-    p.outputs = weight.size(0);
-    p.bias = biases[i] ? static_cast<const uint16_t*>(biases[i]->const_data_ptr()) : nullptr;
-    p.bias_step = biases[i] ? biases[i]->stride(0) : 0;
+    const Tensor& weight =
+        kept.emplace_back(step_of_taps(weights[i]) ? weights[i] : without_gaps(weights[i]));
+    p.parts[p.count] = {
+        static_cast<const uint16_t*>(weight.const_data_ptr()),
+        biases[i] ? static_cast<const uint16_t*>(biases[i]->const_data_ptr()) : nullptr,
+        weight.stride(0),
+        weight.stride(1),
+        *step_of_taps(weight),
+        biases[i] ? biases[i]->stride(0) : 0};
+    p.ends[p.count++] = outputs += weight.size(0);
+    if (p.count < kMostUnpacked && i + 1 < weights.size()) continue;
     pack_convolution(stream, p);
-    p.packed += p.outputs * (shape.taps + 1) * p.width;
+    p.packed += outputs * (shape.taps + 1) * p.width;
+    p.count = 0, outputs = 0;
   }
   return result;
 }
 
 Tensor convolve_gathered_of(const Tensor& given_rows, std::vector<Tensor> weights,
                             std::vector<std::optional<Tensor>> biases, const Tensor& given_offsets,
-                            const Tensor& given_listed) {
+                            const Tensor& given_listed, bool relu) {
   const Convolution shape =
       check_convolve_gathered(given_rows, weights, biases, given_offsets, given_listed);
   const OnDevice on_device(given_rows);
@@ -110,7 +118,7 @@ Tensor convolve_gathered_of(const Tensor& given_rows, std::vector<Tensor> weight
   if (results.numel() == 0) return results;
   w.rows = rows_of(rows, "rows"), w.results = rows_of(results, "results");
   w.row_count = rows.size(0);
-  w.vector = aligned(rows);
+  w.vector = aligned(rows), w.relu = relu;
   w.outputs = static_cast<int>(shape.outputs), w.channels = static_cast<int>(shape.channels),
   w.taps = static_cast<int>(shape.taps);
   const bool as_it_lies = weights.size() == 1 && lies_by_taps(weights[0]);

@@ -174,15 +174,19 @@ struct Products {
       for (int i = 0; i < 2 * T::kWarpWindows; ++i) {
         const int64_t of = first_window + window + i * 8 + lane / 4;
         if (of >= w.lists.count) continue;
-        const float* found = sums[i / 2][j] + i % 2 * 2;
+        float found[2];
+#pragma unroll
+        for (int k = 0; k < 2; ++k) {
+          const float sum = sums[i / 2][j][i % 2 * 2 + k] + bias[k];
+          found[k] = w.relu && sum < 0 ? 0 : sum;  // NaN stays
+        }
         if (w.outputs % 2 == 0 && at < w.outputs) {
           *reinterpret_cast<uint32_t*>(w.results.at(0, of, at)) =
-              to_16_bits(found[0] + bias[0], kType) | to_16_bits(found[1] + bias[1], kType) << 16;
+              to_16_bits(found[0], kType) | to_16_bits(found[1], kType) << 16;
         } else {
 #pragma unroll
           for (int k = 0; k < 2; ++k) {
-            if (at + k < w.outputs)
-              store_one(w.results.at(0, of, at + k), found[k] + bias[k], kType);
+            if (at + k < w.outputs) store_one(w.results.at(0, of, at + k), found[k], kType);
           }
         }
       }

@@ -5,14 +5,21 @@
 
 namespace spade_fast {
 
-// Packs a weight [out, in, *kernel], whose taps lie a constant step apart, and its bias into
-// [out, taps + 1, width]. The channels of a tap are contiguous and padded with zeros to a multiple
-// of eight. The bias, or zero, is the first channel of an additional last tap.
-struct Packing {
+// A weight [out, in, *kernel], whose taps lie a constant step apart, and its bias or null.
+struct Unpacked {
   const uint16_t *weight, *bias;
-  int64_t output, channel, tap;  // steps, in elements
-  int64_t outputs, bias_step;
-  int channels, taps, width;
+  int64_t output, channel, tap, bias_step;  // in elements
+};
+
+constexpr int kMostUnpacked = 4;
+
+// Packs weights and biases, one after the other, into [outputs of all, taps + 1, width]. The
+// channels of a tap are contiguous and padded with zeros to a multiple of eight. The bias, or zero,
+// is the first channel of an additional last tap.
+struct Packing {
+  Unpacked parts[kMostUnpacked];
+  int64_t ends[kMostUnpacked];  // the number of outputs up to the end of each part
+  int count, channels, taps, width;
   uint16_t* packed;
 };
 
@@ -28,6 +35,7 @@ struct WindowConvolution {
   int64_t output, tap, bias_step;
   // `width` is the number of the weight's channels, padded with zeros to a multiple of eight.
   int outputs, channels, taps, width;
+  bool relu;  // whether negative results become zero
 };
 
 void convolve_windows(Stream stream, const WindowConvolution& w);

@@ -268,6 +268,7 @@ def check_convolve_gathered(
     biases: Sequence[Tensor | None],
     offsets: Tensor,
     listed: Tensor,
+    relu: bool = False,
 ) -> None:
     if not weights or len(weights) != len(biases):
         raise ValueError(
@@ -442,6 +443,7 @@ def fake_convolve_gathered(
     biases: Sequence[Tensor | None],
     offsets: Tensor,
     listed: Tensor,
+    relu: bool = False,
 ) -> Tensor:
     return rows.new_empty(offsets.shape[0] - 1, sum(weight.shape[0] for weight in weights))
 
@@ -513,8 +515,8 @@ GATHERING = {
         "(Tensor x, Tensor offsets, Tensor listed) -> Tensor", check_sum_lists, fake_sum_lists
     ),
     "convolve_gathered": Operation(
-        "(Tensor rows, Tensor[] weights, Tensor?[] biases, Tensor offsets, Tensor listed)"
-        " -> Tensor",
+        "(Tensor rows, Tensor[] weights, Tensor?[] biases, Tensor offsets, Tensor listed,"
+        " bool relu=False) -> Tensor",
         check_convolve_gathered,
         fake_convolve_gathered,
     ),

@@ -82,10 +82,11 @@ def convolve_gathered(
     biases: Sequence[Tensor | None],
     offsets: Tensor,
     listed: Tensor,
+    relu: bool = False,
 ) -> Tensor:
     compiled = rows.dtype in HALF and weights[0].shape[2:].numel() <= MOST_TAPS
     kernels = torch.ops.spade_fast if compiled else torch_backend
-    return kernels.convolve_gathered(rows, weights, biases, offsets, listed)
+    return kernels.convolve_gathered(rows, weights, biases, offsets, listed, relu)
 
 
 def convolve_windows_gradients(

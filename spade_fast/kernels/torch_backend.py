@@ -138,14 +138,16 @@ def convolve_gathered(
     biases: Sequence[Tensor | None],
     offsets: Tensor,
     listed: Tensor,
+    relu: bool = False,
 ) -> Tensor:
-    """convolve_windows of the same rows with several weights, the results side by side. Each result
-    is summed in at least float32, and rounded once.
+    """convolve_windows of the same rows with several weights, the results side by side, and ReLU if
+    asked for. Each result is summed in at least float32, and rounded once.
     """
     wide = sum_dtype(rows.dtype)
     weight, bias = joined(weights, biases)
     bias = None if bias is None else bias.to(wide)
-    return convolve_windows(rows.to(wide), weight.to(wide), bias, offsets, listed).to(rows.dtype)
+    result = convolve_windows(rows.to(wide), weight.to(wide), bias, offsets, listed)
+    return (torch.relu(result) if relu else result).to(rows.dtype)
 
 
 def joined(

@@ -56,10 +56,12 @@ def convolve_gathered(
     biases: Sequence[Tensor | None],
     offsets: Tensor,
     listed: Tensor,
+    relu: bool = False,
 ) -> Tensor:
     """As one convolution: joining the weights costs less than a second launch."""
     weight, bias = torch_backend.joined(weights, biases)
-    return convolve_windows(rows, weight, bias, offsets, listed)
+    result = convolve_windows(rows, weight, bias, offsets, listed)
+    return torch.relu_(result) if relu else result
 
 
 _failures: list[str | None] = []  # once the import was tried: why it failed, or None

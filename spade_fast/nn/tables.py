@@ -169,21 +169,23 @@ def gathered_table(
 
     tensors = [first, first_bias, *weights, *biases]
 
-    def activated(hidden):
-        for activation in convolutions.activations:
+    def activated(hidden, activations):
+        for activation in activations:
             hidden = activation(hidden)
         return hidden
 
-    palette = padded_palette(layout, dtype)
+    palette, activations = padded_palette(layout, dtype), convolutions.activations
     if kept is None:  # the kernels join and reorder the weights faster
         palette = palette[:, : first.shape[1]]
-        hidden = convolve_beside(palette, [first], [first_bias], windows.hidden, dtype)
-        rows = convolve_beside(activated(hidden), weights, biases, windows.table, dtype)
+        relu = bool(activations) and type(activations[0]) is nn.ReLU
+        hidden = convolve_beside(palette, [first], [first_bias], windows.hidden, dtype, relu)
+        hidden = activated(hidden, activations[relu:])
+        rows = convolve_beside(hidden, weights, biases, windows.table, dtype)
     else:
         packs = kept.derive(convolutions.gamma, "packed", tensors, (dtype,), packed)
         convolve = backend.convolve_windows
         hidden = convolve(palette, *packs[:2], windows.hidden.offsets, windows.hidden.rows)
-        hidden = padded(activated(hidden))
+        hidden = padded(activated(hidden, activations))
         rows = convolve(hidden, *packs[2:], windows.table.offsets, windows.table.rows)
     return list(rows.split([weight.shape[0] for weight in weights], dim=1))
 

@@ -44,15 +44,17 @@ def convolve_beside(
     biases: Sequence[Tensor | None],
     sums: Sums,
     dtype: torch.dtype,
+    relu: bool = False,
 ) -> Tensor:
     """Several convolutions of the same rows, each as convolve_windows computes it, side by side:
-    [windows, sum of out]. A bias may be None.
+    [windows, sum of out]. A bias may be None. With `relu`, ReLU follows.
     """
     backend, (rows, *both) = _in_dtype((rows, *weights, *biases), weights[0], dtype)
     with _without_autocast(rows):
         if torch.is_grad_enabled():
-            return ConvolveWindows.apply(rows, *sums, *both)
-        return backend.convolve_gathered(rows, *_halves(both), *sums[:2])
+            results = ConvolveWindows.apply(rows, *sums, *both)
+            return torch.relu(results) if relu else results
+        return backend.convolve_gathered(rows, *_halves(both), *sums[:2], relu)
 
 
 def _halves(both):
