@@ -1,0 +1,108 @@
+"""Whether two computations of one function agree, where there is no float64 truth and no eager run
+to measure by: those have spade_fast/agreement.py.
+"""
+
+import torch
+from torch.utils._pytree import keystr, tree_flatten_with_path
+
+# On a CPU layers and blocks need up to 17, an encoder 27, and most tests less than 4.
+ROUNDINGS = 32
+ONCE = 1  # a sum in a wider dtype, rounded at its end
+NETWORK = 1024  # a whole network, or sums over thousands of pixels: up to 479
+# Small numbers that are left of large ones, and networks after steps of SGD: up to 17,300.
+CANCELLED = 2**16
+ADAM = 2**20  # Adam makes whole steps of gradients that are nothing but rounding: up to 330,000
+
+
+def assert_agree(ours, theirs, roundings=None, largest=None, name="y"):
+    """Tensors, or lists, tuples and dicts of such, agree: max|ours − theirs| is at most
+    `roundings` · eps · max|theirs| in each, eps being that of the coarser of the two dtypes, and
+    NaNs and infinities are in the same places. What is no floating-point tensor is equal.
+
+    roundings: ROUNDINGS where None; ONCE in half precision, whose sums are in float32.
+    largest: what max|theirs| is at least taken to be.
+    """
+    words = disagreement(ours, theirs, roundings, largest, name)
+    assert words is None, words
+
+
+def agrees(ours, theirs, roundings=None, largest=None):
+    """Whether assert_agree would pass."""
+    return disagreement(ours, theirs, roundings, largest) is None
+
+
+def largest_of(tree):
+    """The largest finite absolute value in a tree of tensors."""
+    tensors = [plain(leaf) for leaf in leaves_of(tree).values() if is_float(leaf)]
+    finite = [tensor[tensor.isfinite()].abs() for tensor in tensors]
+    return max((tensor.max().item() for tensor in finite if tensor.numel()), default=0.0)
+
+
+def disagreement(ours, theirs, roundings, largest=None, name="y"):
+    """What does not agree, in words; None where all does."""
+    ours, theirs = leaves_of(ours), leaves_of(theirs)
+    if ours.keys() != theirs.keys():
+        return f"{name} has {list(ours)}, it should have {list(theirs)}"
+    faults = (fault(ours[key], theirs[key], roundings, largest or 0.0) for key in theirs)
+    return next((f"{name}{key}{words}" for key, words in zip(theirs, faults) if words), None)
+
+
+def fault(one, other, roundings, largest):
+    """The same of two leaves, without their name."""
+    if not (is_float(one) and is_float(other)):
+        return None if is_equal(one, other) else f" is {one}, it should be {other}"
+    if one.shape != other.shape:
+        return f" has shape {list(one.shape)}, it should be {list(other.shape)}"
+    eps = max(torch.finfo(leaf.dtype).eps for leaf in (one, other))
+    one, other = plain(one), plain(other)
+    is_special = ~(one.isfinite() & other.isfinite())
+    if not torch.allclose(one[is_special], other[is_special], 0, 0, equal_nan=True):
+        return " has NaNs or infinities in other places"
+    if roundings is None:
+        roundings = ROUNDINGS if eps < 1e-6 else ONCE
+    distance = (one - other).masked_fill(is_special, 0).abs()
+    scale = max(largest_of(other), largest)
+    if distance.numel() == 0 or distance.max() <= roundings * eps * scale:
+        return None
+    place = [index.item() for index in torch.unravel_index(distance.argmax(), distance.shape)]
+    found = f"{one[tuple(place)]}, it should be {other[tuple(place)]}"
+    away = f"{distance.max() / eps / scale:.3g} roundings of {scale:.3g}, not {roundings}"
+    return f" at {place} is {found}: {away}"
+
+
+def leaves_of(tree):
+    """What a tree is made of, by the words that lead there: "" for a lone tensor."""
+    return {keystr(path): leaf for path, leaf in tree_flatten_with_path(tree)[0]}
+
+
+def is_float(leaf):
+    return isinstance(leaf, torch.Tensor) and leaf.is_floating_point()
+
+
+def is_equal(one, other):
+    if isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor):
+        return one.dtype == other.dtype and torch.equal(one, other)
+    return type(one) is type(other) and one == other
+
+
+def plain(tensor):
+    return tensor.detach().as_subclass(torch.Tensor).double()
+
+
+def assert_agree_beside(ours, theirs, roundings=None):
+    """The same, each beside the largest of all: a gradient that is zero in exact arithmetic is
+    rounding beside the others.
+    """
+    assert_agree(ours, theirs, roundings, largest_of(theirs))
+
+
+def assert_layers_agree(ours, theirs, roundings=None):
+    """The same of named tensors, each beside the largest of its layer."""
+    layers = {}
+    for name in theirs:
+        layers.setdefault(name.rpartition(".")[0] or name, []).append(name)
+    assert ours.keys() == theirs.keys()
+    for names in layers.values():
+        assert_agree_beside(
+            *({name: one[name] for name in names} for one in (ours, theirs)), roundings
+        )
