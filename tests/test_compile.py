@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 import torch._dynamo.testing
+from agree import assert_agree, assert_agree_beside
 from label_maps import patches
 from modulations import channels_last, contiguous, results, sample
 
@@ -42,7 +43,7 @@ def test_forward_and_backward_with_changing_batch(norm, activation, layout, rows
             results(modulate, arguments, dy) for modulate in (compiled, spade_fast.spade_modulate)
         )
         for name in expected:
-            assert torch.allclose(found[name], expected[name], rtol=1e-4, atol=1e-5), (batch, name)
+            assert_agree(found[name], expected[name], name=f"{name} of {batch}")
     assert counter.frame_count <= 2  # once for the first batch size, once for all others
 
 
@@ -67,7 +68,7 @@ def test_a_slope_that_changes_compiles_again(backend):
             (y, *torch.autograd.grad(y.square().sum(), x))
             for y in (compiled(slope), forward(slope))
         ]
-        assert all(torch.allclose(*pair, atol=1e-5) for pair in zip(*found)), slope
+        assert_agree(*found, name=f"slope {slope}: ")
 
 
 def test_a_block_through_the_default_compiler():
@@ -80,14 +81,14 @@ def test_a_block_through_the_default_compiler():
     for batch in (2, 3):
         x, segmap = torch.randn(batch, 6, 8, 8), torch.randn(batch, 3, 8, 8)
         found, expected = compiled(x, segmap), eager(x, segmap)
-        assert torch.allclose(found, expected, atol=1e-4)
+        assert_agree(found, expected)
         for module, y in ((block, found), (eager, expected)):
             module.zero_grad()
             y.square().sum().backward()
-        for ours, theirs in zip(block.parameters(), eager.parameters()):
-            assert torch.allclose(ours.grad, theirs.grad, rtol=1e-3, atol=1e-3)
-    for (name, ours), theirs in zip(block.named_buffers(), eager.buffers()):
-        assert torch.allclose(ours, theirs, atol=1e-4), name
+        assert_agree_beside(
+            *([parameter.grad for parameter in one.parameters()] for one in (block, eager))
+        )
+    assert_agree(dict(block.named_buffers()), dict(eager.named_buffers()))
 
 
 def test_without_gradients():
@@ -96,7 +97,7 @@ def test_without_gradients():
     compiled = torch.compile(block, fullgraph=True, backend="aot_eager")
     for mode in (torch.no_grad, torch.inference_mode):
         with mode():
-            assert torch.allclose(compiled(x, segmap), block(x, segmap), atol=1e-5)
+            assert_agree(compiled(x, segmap), block(x, segmap))
 
 
 def test_an_exported_graph_has_only_pytorch_operators():
@@ -110,7 +111,7 @@ def test_an_exported_graph_has_only_pytorch_operators():
         target.startswith("aten.") or "getitem" in target or "sym" in target for target in targets
     ), targets
     x, segmap = torch.randn(5, 6, 8, 8), torch.randn(5, 3, 8, 8)
-    assert torch.allclose(program.module()(x, segmap), block(x, segmap), atol=1e-5)
+    assert_agree(program.module()(x, segmap), block(x, segmap))
 
 
 def test_bad_input_raises_the_same_error_when_compiled():
@@ -155,7 +156,7 @@ def test_a_generator_over_many_layouts_is_compiled_once(compiler, backend):
             with spade_fast.window_mode("always"):
                 y = network(z, layout)
             found.append([y, *torch.autograd.grad(y.square().sum(), [z, *model.parameters()])])
-        assert all(torch.allclose(*pair, rtol=1e-9, atol=1e-9) for pair in zip(*found)), classes
+        assert_agree(*found, name=f"{classes} classes: ")
     assert layout.windows((8, 8), 1).count == 3 and counter.frame_count == 1
 
 
@@ -168,7 +169,7 @@ def test_a_layout_whose_windows_do_not_determine_gamma():
     spade.mlp_gamma.register_forward_hook(lambda module, arguments, y: 2 * y)
     x = torch.randn(1, 4, 8, 8)
     compiled = torch.compile(spade, fullgraph=True, backend="aot_eager")
-    assert torch.allclose(compiled(x, layout), spade(x, layout), atol=1e-5)
+    assert_agree(compiled(x, layout), spade(x, layout))
 
 
 def test_a_layout_that_is_not_prepared():
@@ -200,7 +201,7 @@ def test_the_official_generator_is_compiled_once():
         )
         with spade_fast.window_mode("always"):
             ours, expected = (network(layout) for network in (compiled, generator))
-        assert torch.allclose(ours, expected, rtol=1e-9, atol=1e-9)
+        assert_agree(ours, expected)
     ours.sum().backward()
     assert counter.frame_count == 1
 
@@ -215,7 +216,7 @@ def test_the_discriminator_of_a_layout_is_compiled():
     expected = discriminator(images, layout)
     compiled = torch.compile(discriminator, backend="aot_eager")
     for ours, theirs in zip(compiled(images, layout), expected):
-        assert all(torch.allclose(*pair, rtol=1e-9) for pair in zip(ours, theirs))
+        assert_agree(ours, theirs)
 
 
 @pytest.mark.large
@@ -226,7 +227,7 @@ def test_an_exported_generator_takes_any_batch():
             generator, (segmap,), dynamic_shapes=({0: torch.export.Dim("batch", min=2)},)
         )
         segmap = torch.randn(3, 6, 64, 64)
-        assert torch.allclose(program.module()(segmap), generator(segmap), atol=1e-5)
+        assert_agree(program.module()(segmap), generator(segmap))
 
 
 @pytest.mark.large
@@ -238,4 +239,4 @@ def test_an_onnx_generator_computes_the_same(tmp_path):
     torch.onnx.export(generator, (segmap,), tmp_path / "generator.onnx", dynamo=True, verbose=False)
     session = runtime.InferenceSession(tmp_path / "generator.onnx")
     (found,) = session.run(None, {session.get_inputs()[0].name: segmap.numpy()})
-    assert torch.allclose(torch.from_numpy(found), generator(segmap), atol=1e-4)
+    assert_agree(torch.from_numpy(found), generator(segmap))

@@ -12,6 +12,7 @@ import weakref
 import pytest
 import torch
 import torch.nn as nn
+from agree import agrees, assert_agree
 from label_maps import patches
 from torch.func import functional_call
 
@@ -153,7 +154,7 @@ def test_a_copy_made_inside_is_not_frozen(computed):
         spade(x, layout)
         other = copy.deepcopy(spade)
         other.mlp_beta.bias.add_(1)
-        assert torch.allclose(other(x, layout), spade(x, layout) + 1, atol=1e-5)
+        assert_agree(other(x, layout), spade(x, layout) + 1)
 
 
 def test_frozen_inside_frozen(computed):
@@ -182,7 +183,7 @@ def test_threads_share_the_tables():
         with torch.no_grad():
             for number in range(20):
                 y = spade(x, layouts[number % 4])
-                wrong.extend([number] * (not torch.allclose(y, expected[number % 4], atol=1e-5)))
+                wrong.extend([number] * (not agrees(y, expected[number % 4])))
 
     with spade_fast.frozen(spade, max_bytes=100_000):
         threads = [
@@ -232,10 +233,6 @@ def pair():
         return functional_call(plain, {**plain.state_dict(), **weights}, (x, segmap))
 
     return model, others, truth, x, layout
-
-
-def same(y, expected):
-    return torch.allclose(y, expected, rtol=1e-9, atol=1e-9)
 
 
 def by_functional_call(model, others, forward):
@@ -304,10 +301,10 @@ def test_weights_that_are_exchanged_and_restored(exchange, first):
         with torch.no_grad(), spade_fast.frozen(model):
             for _ in range(2):
                 if first == "own":
-                    assert same(forward(), truth(own))
+                    assert_agree(forward(), truth(own))
                 first = "own"
-                assert same(exchange(model, others, forward), truth(others))
-                assert same(forward(), truth(own))
+                assert_agree(exchange(model, others, forward), truth(others))
+                assert_agree(forward(), truth(own))
     except RuntimeError as error:
         # The weights were written to, so the end of frozen may report it.
         assert exchange in (by_copies_and_back, by_modules), error
@@ -382,10 +379,10 @@ def test_overlapping_scopes_end_completely(hold):
         model(x, layout)
         model.load_state_dict(others)
         with spade_fast.window_mode("always"):
-            assert same(model(x, layout), truth(others))
-        assert same(model(x, layout), truth(others))
+            assert_agree(model(x, layout), truth(others))
+        assert_agree(model(x, layout), truth(others))
     with torch.no_grad(), spade_fast.frozen(model):
-        assert same(model(x, layout), truth(others))
+        assert_agree(model(x, layout), truth(others))
 
 
 def test_a_scope_that_ends_while_another_thread_is_inside():
@@ -405,7 +402,8 @@ def test_a_scope_that_ends_while_another_thread_is_inside():
         thread.start(), inside.wait(10)
     go_on.set(), thread.join()
     (y, bytes), expected = found[0], truth(own)
-    assert same(y, expected) and bytes > 0
+    assert_agree(y, expected)
+    assert bytes > 0
 
 
 EDITS = {
@@ -427,9 +425,9 @@ def test_a_layout_that_is_edited(edit, scope):
     plain.load_state_dict(model.state_dict())
     with torch.no_grad(), scope(model):
         for _ in range(2):
-            assert same(model(x, layout), plain(x, layout.to_segmap(torch.float64)))
+            assert_agree(model(x, layout), plain(x, layout.to_segmap(torch.float64)))
             EDITS[edit](layout)
-        assert same(model(x, layout), plain(x, layout.to_segmap(torch.float64)))
+        assert_agree(model(x, layout), plain(x, layout.to_segmap(torch.float64)))
 
 
 @pytest.mark.parametrize("edit", EDITS)
@@ -446,8 +444,8 @@ def test_an_edited_layout_pooled_repeated_and_resized(edit):
             assert torch.equal(
                 layout.avg_pool(3, 2, 1).to_segmap(), fresh().avg_pool(3, 2, 1).to_segmap()
             )
-            assert same(spade(x, layout.repeat(2)), spade(x, fresh().repeat(2)))
-            assert same(
+            assert_agree(spade(x, layout.repeat(2)), spade(x, fresh().repeat(2)))
+            assert_agree(
                 spade(x, repeated),
                 spade(x, SemanticLayout(repeated.codes.clone(), repeated.palette.clone())),
             )

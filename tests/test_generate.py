@@ -6,6 +6,7 @@ import signal
 
 import numpy as np
 import pytest
+import ruined
 import torch
 from drawn_data import draw_folder, on_its_side, save, settings_for
 from PIL import Image
@@ -177,32 +178,17 @@ def test_the_style_of_a_photograph(scenes, weights_with_z, tmp_path):
     assert "encoder takes 1 channels, it should take a photograph's 3" in words
 
 
-def ruin(folder):
-    """Ruins all label maps but one, and returns the words that name each fault."""
-    labels = folder / "label"
-    whole = (labels / "000.png").read_bytes()
-    (labels / "000.png").write_bytes(whole[: len(whole) // 2])
-    (labels / "001.png").write_text("these are no labels")
-    wrong = np.full((40, 52), 7, np.uint8)
-    wrong[3, 5] = 200
-    Image.fromarray(wrong).save(labels / "003.png")
-    Image.fromarray(wrong[:20]).save(labels / "004.png")
-    Image.fromarray(wrong).save(folder / "inst" / "004.png")
-    Image.fromarray(np.dstack([wrong] * 3)).save(labels / "005.png")
-    Image.fromarray(wrong).save(folder / "inst" / "005.png")
-    Image.fromarray(wrong).save(labels / "006.png")
-    return {
-        "000.png is not an image, or is incomplete",
-        "001.png is not an image, or is incomplete: its format is not recognised",
+def test_wrong_label_maps_are_named_and_the_others_generated(weights, tmp_path):
+    folder = draw_folder(tmp_path / "own", 7)
+    faults = [
+        *ruined.truncated_labels(folder, "000"),
+        *ruined.text(folder, "001"),
+        *ruined.coloured(folder, "005"),
+        *ruined.missing_instances(folder, "006"),
         "003.png: labels has a 200 in",
-        "004.png: instances is 52 × 40, labels is 52 × 20: they should have the same size",
-        "005.png has colours (RGB)",
-        "006.png has no partner in instances",
-    }
-
-
-def test_wrong_label_maps_are_named_and_the_others_generated(folder, weights, tmp_path):
-    faults = ruin(folder)
+        "004.png: instances is 52 × 40, labels is 52 × 41: they should have the same size",
+    ]
+    ruined.out_of_range(folder, "003"), ruined.larger(folder, "004")
     words = coco(weights, folder, tmp_path / "out", code=1)
     assert all(fault in words for fault in faults) and f"{len(faults)} faults." in words
     assert "1 images in" in words and set(images_in(tmp_path / "out")) == {"002.png"}

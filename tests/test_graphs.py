@@ -6,6 +6,7 @@ import contextlib
 
 import pytest
 import torch
+from agree import NETWORK, agrees, assert_agree
 from conftest import BACKENDS
 from label_maps import patches
 from numbered import NothingWaits
@@ -96,7 +97,7 @@ def test_a_layout_overwritten_with_another(backend, network, mode):
         places = [tensor.data_ptr() for tensor in tensors_of(room)]
         for layout, fits in zip(layouts, (True, True, False)):
             assert write_over(room, layout) == fits
-            assert torch.allclose(call(room), call(layout if fits else layouts[1]), atol=1e-4)
+            assert_agree(call(room), call(layout if fits else layouts[1]))
         assert [tensor.data_ptr() for tensor in tensors_of(room)] == places
     with pytest.raises(ValueError, match="layout has size.*it should have"):
         write_over(room, drawn_layout(8, size=16))
@@ -174,7 +175,7 @@ def test_a_generator_in_one_graph():
     def is_right(layout):
         z = torch.randn(2, 5).cuda()
         with torch.no_grad():
-            return torch.allclose(graphed(layout, z), generator(layout, z), atol=1e-4)
+            return agrees(graphed(layout, z), generator(layout, z), NETWORK)
 
     for layout in layouts:
         assert is_right(layout) and is_right(layout)

@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 import torch.nn as nn
+from agree import assert_agree
 from label_maps import LABEL_NC, layout_of
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -58,10 +59,7 @@ def test_judging_separately_equals_one_batch(training, images, dense):
     for _ in range(3):
         found = numbers(judge, network, fakes, reals, seen)
         wanted = numbers(in_one_batch, other, fakes, reals, seen)
-        assert len(found) == len(wanted)
-        for ours, theirs in zip(found, wanted):
-            scale = theirs.abs().max().item()
-            torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-12 * scale)
+        assert_agree(found, wanted)
         for one in (network, other):
             with torch.no_grad():
                 for parameter in one.parameters():

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from agree import assert_agree
 from label_maps import SHAPES, patches
 
 import spade_fast
@@ -223,7 +224,7 @@ def test_a_stack_is_the_batch_of_all_layouts_and_keeps_windows():
             (gradient,) = torch.autograd.grad(pixels.square().sum(), weight)
             found.append((pixels, gradient))
             assert windows.index.flatten(1).gather(1, windows.order.long()).diff().min() >= 0
-        assert all(torch.allclose(*pair) for pair in zip(*found))
+        assert_agree(*found)
 
 
 def test_layouts_that_cannot_be_stacked():
@@ -308,7 +309,8 @@ def test_avg_pool(shape, kernel_size, stride, padding, count_include_pad):
     pool = (F.avg_pool1d, F.avg_pool2d, F.avg_pool3d)[len(shape) - 2]
     pooled = layout.avg_pool(kernel_size, stride, padding, count_include_pad)
     expected = pool(layout.to_segmap(), kernel_size, stride, padding, False, count_include_pad)
-    assert torch.allclose(pooled.to_segmap(), expected, atol=1e-7) and pooled.label_nc == 6
+    assert_agree(pooled.to_segmap(), expected)
+    assert pooled.label_nc == 6
     assert len(pooled.palette) <= pooled.codes.numel()
 
 
@@ -321,7 +323,7 @@ def test_avg_pool_is_differentiable_in_the_palette():
     expected = F.avg_pool2d(segmap.contiguous(), 3, 2, 1, False, False)
     (ours,) = torch.autograd.grad(found.square().sum(), palette)
     (theirs,) = torch.autograd.grad(expected.square().sum(), palette)
-    assert torch.allclose(ours, theirs, rtol=1e-12)
+    assert_agree(ours, theirs)
 
 
 @pytest.mark.parametrize(
@@ -514,9 +516,9 @@ def test_everything_derived_from_an_edited_layout(edit, in_inference):
         assert layout.content is not content
         for one in (layout, repeated, layout.repeat(2)):
             fresh = SemanticLayout(one.codes.clone(), one.palette.clone())
-            assert all(map(torch.allclose, everything(one), everything(fresh)))
+            assert_agree(everything(one), everything(fresh))
         if "palette in place" not in edit:  # otherwise both have the same palette
-            assert all(map(torch.allclose, before[1], everything(repeated)))
+            assert_agree(before[1], everything(repeated))
 
 
 @pytest.mark.float64
@@ -529,9 +531,9 @@ def test_a_repetition_that_is_edited():
         palette = layout.palette.clone()
         edit(repeated)
         fresh = SemanticLayout(repeated.codes.clone(), repeated.palette.clone())
-        assert all(map(torch.allclose, everything(repeated), everything(fresh)))
+        assert_agree(everything(repeated), everything(fresh))
         layout.palette.copy_(palette)
-        assert all(map(torch.allclose, everything(layout), expected))
+        assert_agree(everything(layout), expected)
 
 
 def test_a_pooled_layout_that_is_edited_is_not_kept():
@@ -584,8 +586,8 @@ def test_copies_are_edited_apart(duplicate):
     assert other.stats() == layout.stats() != {}
     other.codes = other.codes.flip(1)
     fresh = SemanticLayout(other.codes, other.palette)
-    assert all(map(torch.allclose, everything(other), everything(fresh)))
-    assert all(map(torch.allclose, everything(layout), expected))
+    assert_agree(everything(other), everything(fresh))
+    assert_agree(everything(layout), expected)
 
 
 @pytest.mark.large
@@ -714,7 +716,7 @@ def test_avg_pool_with_pytorchs_largest_padding(kernel_size, count_include_pad):
     layout = SemanticLayout.from_labels(patches((1, 9, 8), 3), 3)
     settings = dict(stride=2, padding=kernel_size // 2, count_include_pad=count_include_pad)
     expected = F.avg_pool2d(layout.to_segmap(), kernel_size, **settings)
-    assert torch.allclose(layout.avg_pool(kernel_size, **settings).to_segmap(), expected, atol=1e-7)
+    assert_agree(layout.avg_pool(kernel_size, **settings).to_segmap(), expected)
 
 
 class Maps(torch.utils.data.Dataset):

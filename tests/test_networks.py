@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from agree import CANCELLED, NETWORK, assert_agree, assert_layers_agree
 from conftest import use_threads
 from label_maps import LABEL_NC, layout_of
 
@@ -63,15 +64,7 @@ def assert_parity(ours, eager, inputs_of_step, steps=3, our_inputs=lambda *input
                 found | {name: buffer.clone() for name, buffer in network.named_buffers()}
             )
             optimizer.step()
-        found, true = results
-        scales = {}
-        for name, tensor in true.items():
-            owner = name.rpartition(".")[0] or name
-            scales[owner] = max(scales.get(owner, 0), tensor.abs().max().item())
-        assert found.keys() == true.keys()
-        for name in true:
-            error = (found[name] - true[name]).abs().max().item()
-            assert error <= 1e-10 * scales[name.rpartition(".")[0] or name], (step, name, error)
+        assert_layers_agree(*results, CANCELLED)
 
 
 def flat(results):
@@ -166,7 +159,7 @@ def test_discriminators_of_other_depth_and_width(ndf, n_layers):
     )
     ours.load_state_dict(eager.state_dict())
     x = torch.randn(1, 4, 33, 18, dtype=torch.float64)
-    assert all(torch.allclose(*pair, 1e-10, 1e-10) for pair in zip(flat(ours(x)), flat(eager(x))))
+    assert_agree(ours(x), eager(x), NETWORK)
 
 
 @pytest.mark.parametrize("spatial", [(40,), (20, 24, 12)], ids=str)
@@ -176,8 +169,7 @@ def test_discriminator_of_a_layout_in_one_and_three_dimensions(spatial):
     network.eval()
     with spade_fast.window_mode("never"):  # so that no layout is found for the tensor
         expected = network(image, layout.to_segmap(torch.float64))
-    for ours, theirs in zip(flat(network(image, layout)), flat(expected)):
-        assert torch.allclose(ours, theirs, rtol=1e-10, atol=1e-10)
+    assert_agree(network(image, layout), expected)
 
 
 @pytest.mark.parametrize(
@@ -222,7 +214,7 @@ def test_several_images_of_each_layout(make_segmap):
     segmap = segmap.double() if isinstance(segmap, torch.Tensor) else segmap
     together = generator(segmap, z)
     apart = torch.cat([generator(segmap, part) for part in z.split(2)])
-    assert torch.allclose(together, apart, rtol=1e-10, atol=1e-12)
+    assert_agree(together, apart)
 
 
 def test_images_of_one_layout_share_its_tables():
@@ -269,7 +261,8 @@ def test_spectral_norm_is_folded_and_unfolded():
     with torch.no_grad():
         before, keys = generator(segmap), list(generator.state_dict())
         folded = generator.fold_spectral_norm()
-        assert folded is generator and torch.allclose(generator(segmap), before, atol=1e-6)
+        assert folded is generator
+        assert_agree(generator(segmap), before)
         assert list(generator.state_dict()) == keys
         weight = generator.up_0.conv_0.weight
         generator(segmap)
@@ -278,9 +271,9 @@ def test_spectral_norm_is_folded_and_unfolded():
         assert torch.equal(copied(segmap), generator(segmap))
         other = SPADEGenerator.official(LABEL_NC, ngf=2, crop_size=64).eval()
         generator.load_state_dict(other.state_dict())
-        assert torch.allclose(generator(segmap), other(segmap), atol=1e-6)
+        assert_agree(generator(segmap), other(segmap))
         generator.train().eval()
-        assert torch.allclose(generator(segmap), other(segmap), atol=1e-6)
+        assert_agree(generator(segmap), other(segmap))
     generator.train()(segmap).sum().backward()
     assert generator.up_0.conv_0.weight_orig.grad is not None
     with pytest.raises(RuntimeError, match="in train mode"):
@@ -393,7 +386,7 @@ def test_a_layout_of_one_class_is_conditional_batch_norm():
         part.weight[:, :, 0, 0] @ hidden + part.bias for part in (spade.mlp_gamma, spade.mlp_beta)
     )
     expected = F.batch_norm(x, None, None, 1 + gamma, beta, training=True)
-    assert torch.allclose(spade(x, segmap), expected, rtol=1e-10)
+    assert_agree(spade(x, segmap), expected)
 
 
 def test_a_style_that_is_constant_in_space_is_adaptive_instance_norm():
@@ -407,7 +400,7 @@ def test_a_style_that_is_constant_in_space_is_adaptive_instance_norm():
     )
     scale = 1 + spade.mlp_gamma(spade.mlp_shared(style))
     expected = F.instance_norm(x) * scale + spade.mlp_beta(spade.mlp_shared(style))
-    assert torch.allclose(spade(x, style.expand(2, 3, 5, 5)), expected, rtol=1e-10)
+    assert_agree(spade(x, style.expand(2, 3, 5, 5)), expected)
 
 
 def test_instance_norm_washes_away_a_uniform_layout_but_spade_does_not():
@@ -467,7 +460,8 @@ def test_a_volume():
         volume = generator(layout, z)
     with spade_fast.window_mode("never"):
         expected = generator(layout.to_segmap(torch.float64), z)
-    assert volume.shape == (1, 1, 32, 16, 48) and torch.allclose(volume, expected, rtol=1e-10)
+    assert volume.shape == (1, 1, 32, 16, 48)
+    assert_agree(volume, expected)
 
 
 def test_writing_to_a_folded_weight_changes_nothing():

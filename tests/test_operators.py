@@ -4,6 +4,7 @@ import itertools
 
 import pytest
 import torch
+from agree import ONCE, assert_agree
 from conftest import INSTRUCTION_SETS, use_instruction_set
 from modulations import LAYOUTS, channels_last, contiguous, sample
 from torch.library import opcheck
@@ -90,7 +91,6 @@ def test_signs_are_the_documented_bits(layout):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 def test_compiled_convolution_at_windows(sizes, dtype, instruction_set):
     rows, weight, bias, lists, back_lists, gradient = convolution(*sizes)
-    ops, tolerance = torch.ops.spade_fast, 16 * torch.finfo(dtype).eps
     calls = [
         ("convolve_windows", (rows, weight, bias, *lists)),
         ("convolve_windows", (rows, weight, None, *lists)),
@@ -104,9 +104,9 @@ def test_compiled_convolution_at_windows(sizes, dtype, instruction_set):
             for value in arguments
         ]
         with use_instruction_set(instruction_set):
-            found = getattr(ops, name)(*own)
+            found = getattr(torch.ops.spade_fast, name)(*own)
         assert found.dtype == dtype and found.shape == truth.shape and found.is_contiguous()
-        assert (found - truth).norm() <= tolerance * truth.norm(), name
+        assert_agree(found, truth, name=name)
 
 
 @pytest.mark.parametrize("piece", [1, 3, 256])
@@ -117,7 +117,7 @@ def test_long_lists_are_summed_in_pieces(rows, windows, piece, monkeypatch):
     truth = torch.stack(
         [gradient[one.long()].sum(0) for one in listed.split(offsets.diff().tolist())]
     )
-    assert torch.allclose(
+    assert_agree(
         torch_backend._sum_pieces(gradient, *torch_backend._in_pieces(offsets, listed)), truth
     )
 
@@ -133,8 +133,7 @@ def test_convolution_at_windows_as_on_a_gpu(sizes, dtype):
         wide = None if given is None else given.double()
         truth = torch_backend.convolve_windows(rows.double(), weight.double(), wide, *lists)
         assert found.dtype == dtype and found.shape == truth.shape
-        tolerance = torch.finfo(dtype).eps * (16 if dtype == torch.float32 else 1)
-        assert (found - truth).norm() <= tolerance * truth.norm()
+        assert_agree(found, truth)
 
 
 def test_opcheck_of_the_convolution_at_windows():
@@ -164,10 +163,9 @@ def test_gradients_from_sums_of_listed_rows(sizes, products, monkeypatch):
             gradient, rows, weight.split([1, len(weight) - 1]), *back_lists
         )
         founds = (of_rows, torch.cat(of_weights))
-        for found, truth in zip(founds, truths, strict=True):
-            assert found.shape == truth.shape and torch.allclose(found, truth)
+        assert_agree(founds, truths)
         only = cuda_backend.convolve_windows_gradients(gradient, rows, [weight], *back_lists, False)
-        assert only[0] is None and torch.allclose(only[1][0], founds[1])
+        assert_agree(only, (None, [founds[1]]))
 
 
 @pytest.mark.parametrize("rows", [0, 57, 3001, 12345, 10**9])
@@ -198,16 +196,11 @@ def test_compiled_plane_moments(layout, dtype, shape):
     x = layout(torch.randn(shape).to(dtype) + 1000)
     mean, squares = torch.ops.spade_fast.plane_moments(x)
     true_mean, true_squares = torch_backend.plane_moments(x.double())
-    eps = torch.finfo(torch.promote_types(dtype, torch.float32)).eps
     assert mean.dtype == torch.promote_types(dtype, torch.float32)
-    # Combined in double precision: one rounding of the result, or, in float64, one for each run of
-    # the plane.
-    assert torch.allclose(
-        mean.double(), true_mean, rtol=16 * eps if dtype == torch.float64 else eps, atol=0
-    )
-    assert torch.allclose(
-        squares.double(), true_squares, rtol=64 * eps, atol=0
-    )  # float32 sums of up to 2048 terms
+    # Combined in double precision: a rounding of the result, or in float64 one for each run of the
+    # plane.
+    assert_agree(mean, true_mean, 16 if dtype == torch.float64 else ONCE)
+    assert_agree(squares, true_squares, 64)  # float32 sums of up to 2048 terms
 
 
 def test_nan_stays_in_its_plane():

@@ -10,10 +10,11 @@ import families
 import modulations
 import pytest
 import torch
+from agree import assert_agree
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from modulations import LAYOUTS, disagreements
-from twins import assert_close, dense_map, label_map, layout_of, pictures, right_or_refused
+from twins import dense_map, label_map, layout_of, pictures, right_or_refused
 
 import spade_fast
 from spade_fast import reference
@@ -105,8 +106,7 @@ class Pair:
             results.append([y])
             if y.requires_grad and self.kind != "generator":
                 results[-1].extend(torch.autograd.grad(y.sin().sum(), given))
-        for ours, theirs in zip(*results):
-            assert_close(ours, theirs, 1e-8)
+        assert_agree(*results)
 
     def both(self, change):
         self.changed = True
@@ -151,7 +151,7 @@ def swapped(pair):
     pair.both(change)
     for one, mode in zip((pair.model, pair.twin), modes):
         one.train(mode)
-    assert_close(*found, 1e-8)
+    assert_agree(*found)
 
 
 def ema(pair):

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from agree import CANCELLED, NETWORK, assert_agree, assert_layers_agree
 
 import spade_fast
 from spade_fast import reference
@@ -53,12 +54,13 @@ def test_two_processes_equal_one(batches, tmp_path):
     mp.spawn(process, (batches, tmp_path / "rendezvous", tmp_path), nprocs=2)
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
     whole = numbers(layer(reference), *data(sum(batches)))
-    for *parts, expected in zip(first["by sample"], second["by sample"], whole["by sample"]):
-        assert torch.allclose(torch.cat(parts), expected, rtol=1e-9, atol=1e-10)
-    for *parts, expected in zip(first["by process"], second["by process"], whole["by process"]):
-        assert torch.allclose(parts[0] + parts[1], expected, rtol=1e-9, atol=1e-10)
-    for *parts, expected in zip(first["running"], second["running"], whole["running"]):
-        assert torch.equal(parts[0], parts[1]) and torch.allclose(parts[0], expected, rtol=1e-12)
+    joint = {
+        "by sample": map(torch.cat, zip(first["by sample"], second["by sample"])),
+        "by process": map(torch.add, first["by process"], second["by process"]),
+        "running": first["running"],
+    }
+    assert_agree({name: list(tensors) for name, tensors in joint.items()}, whole, CANCELLED)
+    assert all(map(torch.equal, first["running"], second["running"]))
 
 
 def second_derivative(rank, rendezvous):
@@ -110,19 +112,9 @@ def test_a_generator_in_distributed_data_parallel(tmp_path):
     expected, buffers = gradients_of(generator, labels), dict(generator.named_buffers())
     for rank in range(2):
         found, found_buffers = torch.load(tmp_path / f"{rank}.pt")
-        for name in expected:  # gradients, which are averaged over the processes
-            largest = max(
-                expected[key].abs().max()
-                for key in expected
-                if key.rpartition(".")[0] == name.rpartition(".")[0]
-            )
-            assert (2 * found[name] - expected[name]).abs().max() <= 1e-9 * largest, name
-        assert all(
-            torch.allclose(
-                found_buffers[name].double(), buffers[name].double(), rtol=1e-9, atol=1e-12
-            )
-            for name in buffers
-        )
+        # Gradients are averaged over the processes.
+        assert_layers_agree({name: 2 * one for name, one in found.items()}, expected, NETWORK)
+        assert_agree(found_buffers, buffers, NETWORK)
 
 
 ONE_VALUE = [(1, 4, 1, 1), (1, 4, 1), (1, 4, 1, 1, 1)]
@@ -147,7 +139,7 @@ def test_one_value_per_channel_without_processes(norm, shape):
             if "num_batches" not in name:
                 assert torch.equal(buffer, before[name])
     theirs.load_state_dict(ours.state_dict())
-    assert torch.allclose(ours.eval()(x, segmap), theirs.eval()(x, segmap), rtol=1e-10)
+    assert_agree(ours.eval()(x, segmap), theirs.eval()(x, segmap))
 
 
 @pytest.mark.parametrize("norm", ["batch", "syncbatch", "instance"])

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.multiprocessing as mp
 import torch.nn as nn
+from agree import ADAM, assert_agree, assert_layers_agree
 
 from spade_fast import SemanticLayout, losses, reference
 from spade_fast.data import Batch
@@ -116,7 +117,7 @@ def test_three_steps_equal_the_plain_trainers(use_vae, vgg):
         expected = truth.step(batch.layout.to_segmap(torch.float64), batch.images, theirs)
         assert set(step.losses) == set(expected)
         for name, loss in step.losses.items():
-            assert_close(loss, weights[name] * expected[name], name)
+            assert_agree(loss, weights[name] * expected[name], ADAM, name=name)
         for kind in ("generator", "discriminator", "encoder"):
             own, other = getattr(networks, kind), getattr(truth, kind)
             if own is None:
@@ -125,27 +126,9 @@ def test_three_steps_equal_the_plain_trainers(use_vae, vgg):
                 {name: parameter.grad for name, parameter in network.named_parameters()}
                 for network in (own, other)
             ]
-            assert_all_close(*gradients, f"gradient of {kind}")
-            assert_all_close(own.state_dict(), other.state_dict(), kind)
+            assert_layers_agree(*gradients, ADAM)
+            assert_layers_agree(own.state_dict(), other.state_dict(), ADAM)
     assert trainer.number == STEPS
-
-
-def assert_all_close(found, expected, name):
-    """Each tensor within 1e-9 of its largest element. A bias, which may be zero except for rounding
-    before a norm, is compared with its layer's weight.
-    """
-    assert set(found) == set(expected)
-    for key, tensor in expected.items():
-        beside = [
-            expected[other].abs().max()
-            for other in expected
-            if key.endswith(".bias") and other.startswith(key.removesuffix("bias") + "weight")
-        ]
-        assert_close(found[key], tensor, f"{name} {key}", *beside)
-
-
-def assert_close(found, expected, name, *scales):
-    assert (found - expected).abs().max() <= 1e-9 * max(expected.abs().max(), *scales, 0), name
 
 
 def double(networks):
@@ -166,8 +149,8 @@ def test_two_processes_equal_one_with_the_whole_batch(use_vae, tmp_path):
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
     whole = three_steps(use_vae, slice(None))
     for name in whole:
-        assert_all_close(first[name], whole[name], name)
-        assert_all_close(second[name], whole[name], name)
+        assert_layers_agree(first[name], whole[name], ADAM)
+        assert_layers_agree(second[name], whole[name], ADAM)
 
 
 def one_of_two(rank, use_vae, folder, port):

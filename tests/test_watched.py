@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from agree import NETWORK, assert_agree, assert_agree_beside
 from label_maps import patches
 from torch.func import functional_call
 from torch.nn.modules import module as globally
@@ -21,7 +22,6 @@ from torch.utils.checkpoint import (
     create_selective_checkpoint_contexts,
 )
 from twins import (
-    assert_close,
     assert_same,
     assert_same_calls,
     dense_map,
@@ -103,7 +103,7 @@ def assert_seen_alike(ours, theirs):
                 assert one == other, name
             else:
                 assert isinstance(one, tuple), f"{name} sees a {one}, not a tensor"
-                assert_close(one[1], other[1], largest=1.0, name=name)
+                assert_agree(one[1], other[1], largest=1.0, name=name)
                 assert torch.equal(one[0], one[1]), f"{name}: written over later"
 
 
@@ -285,10 +285,7 @@ def test_checkpoints(blocks, segmap, kind, around, train):
         y.sin().sum().backward()
         gradients = [x.grad, *(one.grad for one in block.parameters() if one.grad is not None)]
         found.append([y, *gradients, *(one.double() for one in block.buffers())])
-    assert len(found[0]) == len(found[1])
-    largest = max(one.abs().max() for one in found[1])
-    for one, other in zip(*found):
-        assert_close(one, other, 1e-9, largest)
+    assert_agree_beside(*found)
 
 
 class BecomesAnother(nn.Module):
@@ -339,8 +336,7 @@ def test_a_norm_that_becomes_another_in_its_first_forward(norm, made, train, seg
         for module in (ours, theirs):
             y = module(x, segmap)
             results.append([y, *torch.autograd.grad(y.sin().sum(), x)])
-        for one, other in zip(*results):
-            assert_close(one, other)
+        assert_agree(*results)
     assert type(ours.param_free_norm) is type(theirs.param_free_norm)
 
 
@@ -370,9 +366,7 @@ def test_an_eval_forward_and_a_train_forward_before_the_first_ones_backward(segm
     expected_first, expected = alone.eval()(x, segmap), forwards(theirs)[1]
     found = [*gradients(ours, first), *gradients(ours, second), *ours.buffers()]
     truth = [*gradients(alone, expected_first), *gradients(theirs, expected), *theirs.buffers()]
-    largest = max(one.abs().max() for one in truth)
-    for one, other in zip(found, truth):
-        assert_close(one.double(), other.double(), 1e-9, largest)
+    assert_agree_beside(found, truth)
 
 
 @pytest.mark.parametrize("part", [part for part in PARTS if part])
@@ -411,7 +405,7 @@ def test_weights_that_exist_only_while_their_module_is_called(part, segmap):
             setattr(module, name, nn.Parameter(one.to("meta")))
         module.forward = wrapped
     y, expected = ours(pictures(), segmap), theirs(pictures(), segmap)
-    assert_close(y, expected)
+    assert_agree(y, expected)
 
 
 def with_weights(module, forward, weights, x):
@@ -546,13 +540,13 @@ def test_weights_written_into_a_folded_generator(write):
     segmap = label_map()
     for _ in range(2):
         with torch.no_grad():
-            assert_close(ours(segmap), theirs(segmap), 1e-9)
+            assert_agree(ours(segmap), theirs(segmap), NETWORK)
         for generator in (ours, theirs):
             write(generator)
     with torch.no_grad():
-        assert_close(ours(segmap), theirs(segmap), 1e-9)
+        assert_agree(ours(segmap), theirs(segmap), NETWORK)
     with torch.no_grad(), spade_fast.frozen(ours):
-        assert_close(ours(segmap), theirs(segmap), 1e-9)
+        assert_agree(ours(segmap), theirs(segmap), NETWORK)
 
 
 def test_a_folded_generator_with_other_weights_for_one_call():
@@ -562,10 +556,9 @@ def test_a_folded_generator_with_other_weights_for_one_call():
     segmap = label_map()
     with torch.no_grad():
         for weights in ({}, new, {}):
-            assert_close(
+            assert_agree(
                 functional_call(ours, weights, (segmap,)),
                 functional_call(theirs, {**theirs.state_dict(), **weights}, (segmap,)),
-                1e-9,
             )
 
 
@@ -577,7 +570,7 @@ def test_parts_of_a_folded_generator():
     copied = copy.deepcopy(ours)
     ema_copy(copied), ema_copy(theirs)
     with torch.no_grad():
-        assert_close(copied(segmap), theirs(segmap), 1e-9)
+        assert_agree(copied(segmap), theirs(segmap))
     ours, theirs = generators()
     ours.fold_spectral_norm()
     for generator in (ours, theirs):
@@ -601,17 +594,17 @@ def test_a_folded_generator_inside_another_module(way):
     inside.fold_spectral_norm()
     segmap = label_map()
     with torch.no_grad():
-        assert_close(wrapped(segmap), theirs(segmap), 1e-9)
+        assert_agree(wrapped(segmap), theirs(segmap))
         if way == "averaged model":
             plain = wrap(theirs)
             moved = copy.deepcopy(theirs)
             ema_copy(moved)
             for averaged in (wrapped, plain):
                 averaged.update_parameters(theirs), averaged.update_parameters(moved)
-            assert_close(wrapped.eval()(segmap), plain.eval()(segmap), 1e-9)
+            assert_agree(wrapped.eval()(segmap), plain.eval()(segmap))
             for averaged in (wrapped, plain):
                 torch.optim.swa_utils.update_bn([segmap], averaged)
-            assert_close(wrapped.eval()(segmap), plain.eval()(segmap), 1e-9)
+            assert_agree(wrapped.eval()(segmap), plain.eval()(segmap))
 
 
 FIRST = {
@@ -706,8 +699,7 @@ def test_hooks_in_a_discriminator_of_a_layout(part):
         given = (torch.cat([segmap, image], 1),) if condition is None else (image, condition)
         found.append((tree_leaves(discriminator(*given)), calls))
     assert found[0][1] == found[1][1] == [part]
-    for one, other in zip(found[0][0], found[1][0]):
-        assert_close(one, other)
+    assert_agree(found[0][0], found[1][0])
 
 
 LAST = {

@@ -3,6 +3,7 @@ errors must be the same.
 """
 
 import torch
+from agree import assert_agree, assert_agree_beside
 from label_maps import patches
 from torch.utils._pytree import tree_leaves
 
@@ -83,7 +84,7 @@ def copy_of(value):
     return value.detach().clone().requires_grad_(value.requires_grad)
 
 
-def assert_same(ours, theirs, tolerance=1e-10):
+def assert_same(ours, theirs, roundings=None):
     """Asserts that two outcomes agree. An error must have the twin's type or a type derived from
     it, or explain more than a missing attribute.
     """
@@ -92,35 +93,9 @@ def assert_same(ours, theirs, tolerance=1e-10):
         assert isinstance(ours, kinds), f"{describe(ours)} for {describe(theirs)}"
         return
     assert not isinstance(ours, Exception), f"{describe(ours)} where the twin has a result"
-    assert ours.keys() == theirs.keys()
-    floats = [one for one in theirs.values() if is_float(one) and one.numel()]
-    largest = max([one.double().abs().max() for one in floats], default=0)
+    assert_agree_beside(ours, theirs, roundings)
     for name, their in theirs.items():
-        our = ours[name]
-        if our is None or their is None:
-            assert our is their, f"{name} is None on one side"
-        else:
-            assert our.shape == their.shape and our.dtype == their.dtype, name
-            assert_close(our, their, tolerance, largest, name)
-
-
-def assert_close(ours, theirs, tolerance=1e-10, largest=0.0, name="y"):
-    """To the tolerance, relative to the largest element or to a thousandth of `largest`: a gradient
-    that is zero in exact arithmetic is only noise compared with the others.
-    """
-    ours, theirs = (plain(tensor) for tensor in (ours, theirs))
-    assert ours.shape == theirs.shape, f"{name} is {ours.shape}, it should be {theirs.shape}"
-    if theirs.numel() == 0:
-        return
-    assert torch.equal(ours.isnan(), theirs.isnan()), f"{name} has other NaNs"
-    ours, theirs = ours.nan_to_num(0), theirs.nan_to_num(0)
-    scale = max(theirs.abs().max(), 1e-3 * largest)
-    distance = (ours - theirs).abs().max()
-    assert distance <= tolerance * scale, f"{name} is {distance:.1e} away, of {scale:.1e}"
-
-
-def plain(tensor):
-    return tensor.detach().as_subclass(torch.Tensor).double()
+        assert their is None or ours[name].dtype == their.dtype, name
 
 
 def describe(outcome):
@@ -129,12 +104,12 @@ def describe(outcome):
     return "a result"
 
 
-def assert_same_calls(call, ours, theirs, *inputs, tolerance=1e-10):
+def assert_same_calls(call, ours, theirs, *inputs, roundings=None):
     """Asserts that a call of both has the same outcome."""
-    assert_same(outcome(call, ours, *inputs), outcome(call, theirs, *inputs), tolerance)
+    assert_same(outcome(call, ours, *inputs), outcome(call, theirs, *inputs), roundings)
 
 
-def right_or_refused(compute, expected, compare=assert_close):
+def right_or_refused(compute, expected, compare=assert_agree):
     """Asserts that compute() gives the expected result, or refuses in words that say what to do."""
     try:
         found = compute()
@@ -145,12 +120,3 @@ def right_or_refused(compute, expected, compare=assert_close):
         ), f"not clear: {describe(error)}"
         return
     compare(found, expected)
-
-
-def agree(ours, theirs, tolerance=1e-10):
-    largest = max(tensor.double().norm() for tensor in theirs.values())
-    assert ours.keys() == theirs.keys()
-    for name in theirs:
-        assert (ours[name].double() - theirs[name].double()).norm() <= tolerance * max(
-            theirs[name].double().norm(), 1e-3 * largest
-        ), name
