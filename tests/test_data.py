@@ -510,7 +510,7 @@ def test_batches_of_several_sizes_are_refused(folder):
     save(drawn(36, 64)[2], folder / "instances" / "1.png")
     data = data_set(folder, mode="none", load_size=None)
     assert data[0].layout.codes.shape[1:] == (32, 32) and data[1].image.shape == (1, 3, 32, 64)
-    assert "of one size" in refusal(collate, [data[0], data[1]])
+    assert "with the same size" in refusal(collate, [data[0], data[1]])
 
 
 # Loaders

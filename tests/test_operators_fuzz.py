@@ -75,7 +75,14 @@ def modulation(choose):
     y, signs = torch_backend.apply(x, planes, gamma, beta, index, activation, 0.2, True)
     out = y.movedim(1, -1) if contract.is_channels_last(x) else y
     out = torch.empty(out.shape, dtype=y.dtype)
-    return {
+    channels = {
+        name: random(choose, shape[1:2], choose.choice(FLOATS))
+        for name in ("mean", "variance", "weight", "bias")
+    }
+    channels["variance"] = channels["variance"].abs()
+    for name in ("weight", "bias"):
+        channels[name] = choose.choice([None, channels[name]])
+    return channels | {
         "x": x,
         "planes": planes,
         "gamma": gamma,
