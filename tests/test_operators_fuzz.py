@@ -176,9 +176,11 @@ def attempt(function, arguments):
 
 
 def widened(value):
-    """The same values in float64, with the same strides."""
+    """The same values in float64, with the same strides unless elements share their memory."""
     if not isinstance(value, torch.Tensor) or not value.is_floating_point():
         return value
+    if 0 in value.stride():
+        return value.double()
     return torch.empty_strided(value.shape, value.stride(), dtype=torch.float64).copy_(value)
 
 

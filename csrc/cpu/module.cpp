@@ -5,6 +5,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <atomic>
 #include <optional>
 #include <string>
@@ -71,7 +72,7 @@ std::tuple<Numbers, Numbers, Numbers, Numbers> window_sums_of(const Numbers& con
   require(contents.ndim() == 2,
           "contents has shape " + shape_text(contents) + ", it should be [windows, taps]");
   const int64_t windows = contents.shape(0), taps = contents.shape(1);
-  require(rows >= 0 && countable(rows, taps) && countable(windows, taps),
+  require(rows >= 0 && countable(rows, std::max<int64_t>(1, taps)) && countable(windows, taps),
           "contents has shape " + shape_text(contents) + " and rows is " + std::to_string(rows) +
               ", rows should be 0 or more, and windows * taps and rows * taps below 2147483647");
   check_range(contents, "contents", -1, rows);
