@@ -176,12 +176,12 @@ def attempt(function, arguments):
 
 
 def widened(value):
-    """The same values in float64, with the same strides unless elements share their memory."""
+    """The same values in float64, with the same strides."""
     if not isinstance(value, torch.Tensor) or not value.is_floating_point():
         return value
-    if 0 in value.stride():
-        return value.double()
-    return torch.empty_strided(value.shape, value.stride(), dtype=torch.float64).copy_(value)
+    once = value[tuple(slice(None) if step else slice(1) for step in value.stride())]
+    wide = torch.empty_strided(once.shape, once.stride(), dtype=torch.float64).copy_(once)
+    return wide.expand(value.shape)
 
 
 @pytest.mark.parametrize("name", contract.MODULATION | contract.CONVOLUTION)
@@ -209,7 +209,8 @@ def test_an_operator_raises_or_agrees(name, choose):
             assert torch._prims_common.check_significant_strides(one, other)[0], which
             assert one.shape == true.shape, which
             if one.is_floating_point():  # signs near zero differ with the dtype
-                assert_agree(one, true, largest=1.0, name=f"result {which}")
+                sums = 128 if one.dtype in contract.SUMS else None  # of hundreds of terms
+                assert_agree(one, true, sums, largest=1.0, name=f"result {which}")
 
 
 def strange_array(choose, least_dims, most_dims):
