@@ -91,7 +91,7 @@ def architectures():
     numbers = sorted({int(major + minor) for major, minor in re.findall(r"(\d+)\.(\d)", listed)})
     if not numbers or numbers[0] < 80:
         raise CompileError(
-            f"TORCH_CUDA_ARCH_LIST is {listed!r}, it should list architectures from 8.0 on, such as"
+            f"TORCH_CUDA_ARCH_LIST is {listed!r}; it should list architectures from 8.0 on, such as"
             " 8.0;9.0"
         )
     codes = [f"-gencode=arch=compute_{number},code=sm_{number}" for number in numbers]

@@ -480,7 +480,7 @@ def check_scenes(labels, instances, count):
             raise typer.BadParameter(f"{folder} should be a folder that exists", param_hint=option)
     if labels is not None and (there := len(list(labels.glob("*.png")))) < count:
         raise typer.BadParameter(
-            f"{labels} has {there} PNGs, it should have at least {count}", param_hint="--labels"
+            f"{labels} has {there} PNGs; it should have at least {count}", param_hint="--labels"
         )
 
 

@@ -250,7 +250,7 @@ def load_scenes(label_folder, instance_folder=None):
     paths = sorted(Path(label_folder).glob("*.png"))
     if not paths:
         raise FileNotFoundError(
-            f"label_folder is {str(label_folder)!r}, it should be a folder with PNGs of class"
+            f"label_folder is {str(label_folder)!r}; it should be a folder with PNGs of class"
             " numbers"
         )
     scenes = []
@@ -261,7 +261,7 @@ def load_scenes(label_folder, instance_folder=None):
             instances = _read(instance_path)
             if instances.shape != labels.shape:
                 raise ValueError(
-                    f"{instance_path} is {list(instances.shape)}, it should be"
+                    f"{instance_path} is {list(instances.shape)}; it should be"
                     f" {list(labels.shape)} like {path}"
                 )
         scenes.append((labels, instances))
@@ -271,12 +271,12 @@ def load_scenes(label_folder, instance_folder=None):
 def _read(path):
     if not path.is_file():
         raise FileNotFoundError(
-            f"{path} is missing, it should be the instance PNG for the label PNG with that name"
+            f"{path} is missing; it should be the instance PNG for the label PNG with that name"
         )
     with Image.open(path) as image:
         if image.mode not in ("L", "P", "I;16", "I"):
             raise ValueError(
-                f"{path} has Pillow's mode {image.mode}, it should hold one integer per pixel: L,"
+                f"{path} has Pillow's mode {image.mode}; it should hold one integer per pixel: L,"
                 " P, I;16 or I"
             )
         return np.array(image)
@@ -312,7 +312,7 @@ def condition(labels, instances, num_classes=182, dont_care=255):
     for value in np.unique(labels):
         if value != dont_care and not 0 <= value < num_classes:
             raise ValueError(
-                f"labels has a {value}, it should have 0 to {num_classes - 1}, or {dont_care} for"
+                f"labels has a {value}; it should have 0 to {num_classes - 1}, or {dont_care} for"
                 " don't care"
             )
     channels = (

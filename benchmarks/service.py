@@ -284,7 +284,7 @@ def judge(row, heard, inputs):
     row.excess = max(map(inputs.excess, range(len(old)), old))
     limit = bytes_of("cache", inputs.load.cache)
     if heard.most_cached > limit:
-        row.failure = f"{heard.most_cached} bytes are kept, they should be at most {limit}"
+        row.failure = f"{heard.most_cached} bytes are kept; they should be at most {limit}"
     for number, is_late, image in images:
         allowed = [new[number]] if is_late else [new[number], old[number]]
         if not any(torch.equal(image, one) for one in allowed):

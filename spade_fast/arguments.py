@@ -20,7 +20,7 @@ def whole_number(name: str, value: object, least: int | None = None) -> int:
                 raise TypeError
             number = operator.index(cast(SupportsIndex, value))
         except TypeError:
-            raise TypeError(f"{name} is {value!r}, it should be a whole number") from None
+            raise TypeError(f"{name} is {value!r}; it should be a whole number") from None
     if least is not None and number < least:
-        raise ValueError(f"{name} is {number}, it should be {least} or more")
+        raise ValueError(f"{name} is {number}; it should be {least} or more")
     return number

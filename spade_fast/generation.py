@@ -129,7 +129,7 @@ def generate(
     for name, folder in (("labels", labels), ("instances", maps.instances)):
         if isinstance(folder, Path) and out.resolve().is_relative_to(folder.resolve()):
             raise ValueError(
-                f"out is {out}, it should not be in the folder of {name}, {folder}: images would be"
+                f"out is {out}; it should not be in the folder of {name}, {folder}: images would be"
                 " mistaken for maps"
             )
     source: Any = weights  # `load` or `Service` refuses it if it is something else
@@ -178,7 +178,7 @@ def generate_with(
     if (arguments["spatial_dims"], arguments["output_nc"]) != (2, 3):
         raise ValueError(
             f"the generator makes {arguments['output_nc']} channels in"
-            f" {arguments['spatial_dims']} dimensions, it should make 3 in 2 to be written as"
+            f" {arguments['spatial_dims']} dimensions; it should make 3 in 2 to be written as"
             " images"
         )
     maps = with_classes(maps, arguments["label_nc"])
@@ -261,7 +261,7 @@ class Styles:
             )
         if z_dim is None and samples > 1:
             raise ValueError(
-                f"samples is {samples}, it should be 1: this generator begins with the condition,"
+                f"samples is {samples}; it should be 1: this generator begins with the condition,"
                 " and all samples would be the same"
             )
         if style is not None and encoder is not None:
@@ -307,7 +307,7 @@ def encoder_of(
     network = encoder if isinstance(encoder, torch.nn.Module) else checkpoint.load(encoder)
     if not isinstance(network, ConvEncoder):
         raise ValueError(
-            f"encoder is the weights of a {type(network).__name__}, they should be an encoder's"
+            f"encoder is the weights of a {type(network).__name__}; they should be an encoder's"
         )
     length, channels = network.arguments["z_dim"], network.arguments["input_nc"]
     if length != z_dim:
@@ -317,7 +317,7 @@ def encoder_of(
             " the same run"
         )
     if channels != 3:
-        raise ValueError(f"encoder takes {channels} channels, it should take a photograph's 3")
+        raise ValueError(f"encoder takes {channels} channels; it should take a photograph's 3")
     return network
 
 

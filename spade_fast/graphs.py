@@ -39,13 +39,13 @@ class Graphed:
     ) -> None:
         if network.training:
             raise ValueError(
-                "network is in train mode, it should be in eval mode: a graph is for inference"
+                "network is in train mode; it should be in eval mode: a graph is for inference"
             )
         if room < 1:
-            raise ValueError(f"room is {room}, it should be 1 or more")
+            raise ValueError(f"room is {room}; it should be 1 or more")
         self._check(layout)
         if layout.device.type != "cuda":
-            raise ValueError(f"layout is on {layout.device}, it should be on a CUDA GPU")
+            raise ValueError(f"layout is on {layout.device}; it should be on a CUDA GPU")
         self.network, self.room = network, room
         self._inputs = [given.detach().clone() for given in inputs]
         self._capture(layout)
@@ -59,7 +59,7 @@ class Graphed:
             (own.shape, own.dtype) for own in self._inputs
         ]:
             raise ValueError(
-                f"inputs are {[(list(given.shape), given.dtype) for given in inputs]}, they should"
+                f"inputs are {[(list(given.shape), given.dtype) for given in inputs]}; they should"
                 " have the shapes and dtypes that the graph was captured with, "
                 f"{[(list(own.shape), own.dtype) for own in self._inputs]}"
             )
@@ -93,7 +93,7 @@ class Graphed:
 
     def _check(self, layout):
         if not isinstance(layout, SemanticLayout):
-            raise TypeError(f"layout is a {type(layout).__name__}, it should be a SemanticLayout")
+            raise TypeError(f"layout is a {type(layout).__name__}; it should be a SemanticLayout")
 
 
 class TablesAhead:
@@ -176,7 +176,7 @@ def write_over(room: SemanticLayout, layout: SemanticLayout) -> bool:
     ]
     if kinds[0] != kinds[1]:
         raise ValueError(
-            f"layout has size, channels, dtype and device {kinds[0]}, it should have {kinds[1]}"
+            f"layout has size, channels, dtype and device {kinds[0]}; it should have {kinds[1]}"
         )
     if len(layout.palette) > len(room.palette):
         return False

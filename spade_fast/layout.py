@@ -196,12 +196,12 @@ class SemanticLayout:
                 numbers = _label_map("instances", instances)
                 if numbers.shape != codes.shape:
                     raise ValueError(
-                        f"instances has shape {list(numbers.shape)}, it should have the shape of"
+                        f"instances has shape {list(numbers.shape)}; it should have the shape of"
                         f" labels, {list(codes.shape)}"
                     )
                 if numbers.device != codes.device:
                     raise ValueError(
-                        f"instances is on {numbers.device}, it should be on the device of labels,"
+                        f"instances is on {numbers.device}; it should be on the device of labels,"
                         f" {codes.device}"
                     )
                 codes = codes + channels * instance_edges(numbers)
@@ -231,13 +231,13 @@ class SemanticLayout:
             or not 3 <= segmap.dim() <= 5
         ):
             raise ValueError(
-                f"segmap is {_description(segmap)}, it should be a tensor [N, label_nc, *spatial]"
+                f"segmap is {_description(segmap)}; it should be a tensor [N, label_nc, *spatial]"
                 " of 16-, 32- or 64-bit floating-point numbers with 1 to 3 spatial dimensions"
             )
         _check_has_values("segmap", segmap)
         if segmap.requires_grad and torch.is_grad_enabled():
             raise ValueError(
-                "segmap requires a gradient, it should not: a layout passes none back; detach() it"
+                "segmap requires a gradient; it should not: a layout passes none back; detach() it"
             )
         if torch.is_inference_mode_enabled():
             with torch.inference_mode(False):  # as in from_labels
@@ -263,7 +263,7 @@ class SemanticLayout:
         for layout in layouts:
             if not isinstance(layout, SemanticLayout):
                 raise TypeError(
-                    f"layouts has a {type(layout).__name__}, it should have SemanticLayouts"
+                    f"layouts has a {type(layout).__name__}; it should have SemanticLayouts"
                 )
             layout._look()
         kinds = {
@@ -272,7 +272,7 @@ class SemanticLayout:
         }
         if len(kinds) != 1:
             raise ValueError(
-                f"layouts is [{', '.join(map(repr, layouts))}], it should have one or more layouts"
+                f"layouts is [{', '.join(map(repr, layouts))}]; it should have one or more layouts"
                 " with the same size, channels, dtype and device"
             )
         stack = cls(
@@ -325,7 +325,7 @@ class SemanticLayout:
             axis = dim if dim < 0 else dim - spatial - 2
             if not -spatial <= axis < 0:
                 raise ValueError(
-                    f"dims has {dim}, it should have spatial axes, 2 to {spatial + 1} or"
+                    f"dims has {dim}; it should have spatial axes, 2 to {spatial + 1} or"
                     f" {-spatial} to -1"
                 )
             axes.append(axis)
@@ -350,7 +350,7 @@ class SemanticLayout:
         for dim, (begin, length, whole) in enumerate(zip(start, size, given), start=1):
             if begin < 0 or length < 1 or begin + length > whole:
                 raise ValueError(
-                    f"start is {start} and size {size}, they should be within the layout's size,"
+                    f"start is {start} and size {size}; they should be within the layout's size,"
                     f" {tuple(given)}"
                 )
             codes = codes.narrow(dim, begin, length)
@@ -361,7 +361,7 @@ class SemanticLayout:
         codes, present, are_rows = _compact(codes, len(self.palette))
         if not are_rows:
             raise ValueError(
-                f"codes has numbers that are not rows of the palette, they should be 0 to"
+                f"codes has numbers that are not rows of the palette; they should be 0 to"
                 f" {len(self.palette) - 1}"
             )
         return SemanticLayout(codes, self.palette[present.to(codes.device, non_blocking=True)])
@@ -511,7 +511,7 @@ class SemanticLayout:
         kernel_size = whole_number("kernel_size", kernel_size)
         if kernel_size % 2 == 0 or not 1 <= kernel_size <= LARGEST_KERNEL:
             raise ValueError(
-                f"kernel_size is {kernel_size}, it should be odd, from 1 to {LARGEST_KERNEL}"
+                f"kernel_size is {kernel_size}; it should be odd, from 1 to {LARGEST_KERNEL}"
             )
         keys = [(self._size("size", size), kernel_size) for size in sizes]
         missing = [key for key in dict.fromkeys(keys) if key not in kept]
@@ -537,7 +537,7 @@ class SemanticLayout:
         size = _whole_number_for_each_axis(name, size, len(given))
         if any(wanted != own and min(wanted, own) < 1 for wanted, own in zip(size, given)):
             raise ValueError(
-                f"{name} is {size}, it should have 1 pixel or more along each axis, or be the"
+                f"{name} is {size}; it should have 1 pixel or more along each axis, or be the"
                 f" layout's own, {tuple(given)}"
             )
         return size
@@ -574,7 +574,7 @@ class SemanticLayout:
         try:
             device = torch.device(device)
         except (TypeError, RuntimeError) as error:
-            raise TypeError(f"device is {device!r}, it should be a device ({error})") from None
+            raise TypeError(f"device is {device!r}; it should be a device ({error})") from None
         if device.type == "cuda" and device.index is None:
             device = torch.device("cuda", torch.cuda.current_device())
         if device == self.codes.device:
@@ -826,29 +826,29 @@ def _label_map(name, values):
     import numpy as np
 
     if isinstance(values, np.ma.MaskedArray):
-        raise TypeError(f"{name} is a masked array, it should have a number everywhere: fill it")
+        raise TypeError(f"{name} is a masked array; it should have a number everywhere: fill it")
     if isinstance(values, np.ndarray):
         try:  # a copy in native byte order: torch takes no other order, and no negative strides
             values = torch.from_numpy(np.array(values, values.dtype.newbyteorder("="), order="C"))
         except TypeError:
             raise TypeError(
-                f"{name} has dtype {values.dtype}, it should hold whole numbers"
+                f"{name} has dtype {values.dtype}; it should hold whole numbers"
             ) from None
     if not isinstance(values, torch.Tensor):
         raise TypeError(
-            f"{name} is a {type(values).__name__}, it should be a torch.Tensor or a numpy.ndarray"
+            f"{name} is a {type(values).__name__}; it should be a torch.Tensor or a numpy.ndarray"
         )
     if values.is_floating_point() or values.is_complex() or values.dtype == torch.bool:
-        raise TypeError(f"{name} has dtype {values.dtype}, it should hold whole numbers")
+        raise TypeError(f"{name} has dtype {values.dtype}; it should hold whole numbers")
     if not 2 <= values.dim() <= 4:
         raise ValueError(
-            f"{name} has shape {list(values.shape)}, it should be [N, *spatial] with 1 to 3"
+            f"{name} has shape {list(values.shape)}; it should be [N, *spatial] with 1 to 3"
             " spatial dimensions"
         )
     _check_has_values(name, values)
     signed = values.as_subclass(torch.Tensor).long()
     if values.dtype == torch.uint64 and (signed < 0).any():
-        raise ValueError(f"{name} has numbers of 2**63 or more, they should be smaller")
+        raise ValueError(f"{name} has numbers of 2**63 or more; they should be smaller")
     return signed
 
 
@@ -882,20 +882,20 @@ def _refuse_labels(labels, num_classes, dont_care):
 def _check_tensors(codes, palette):
     for name, tensor in (("codes", codes), ("palette", palette)):
         if not isinstance(tensor, torch.Tensor):
-            raise TypeError(f"{name} is a {type(tensor).__name__}, it should be a torch.Tensor")
+            raise TypeError(f"{name} is a {type(tensor).__name__}; it should be a torch.Tensor")
     if codes.dtype != torch.int32 or codes.dim() < 2 or codes.dim() > 4:
         raise ValueError(
-            f"codes is {codes.dtype} {list(codes.shape)}, it should be int32 [N, *spatial]"
+            f"codes is {codes.dtype} {list(codes.shape)}; it should be int32 [N, *spatial]"
             " with 1 to 3 spatial dimensions"
         )
     if palette.dim() != 2 or not palette.is_floating_point():
         raise ValueError(
-            f"palette is {palette.dtype} {list(palette.shape)}, it should be floating-point"
+            f"palette is {palette.dtype} {list(palette.shape)}; it should be floating-point"
             " [P, label_nc]"
         )
     if palette.device != codes.device:
         raise ValueError(
-            f"palette is on {palette.device}, it should be on the device of codes, {codes.device}"
+            f"palette is on {palette.device}; it should be on the device of codes, {codes.device}"
         )
 
 
@@ -908,7 +908,7 @@ def _check_codes(codes, rows):
     least, most = codes.aminmax()
     if least < 0 or most >= rows:
         raise ValueError(
-            f"codes has numbers from {least} to {most}, they should be rows of the palette, 0 to"
+            f"codes has numbers from {least} to {most}; they should be rows of the palette, 0 to"
             f" {rows - 1}"
         )
 
@@ -916,7 +916,7 @@ def _check_codes(codes, rows):
 def _check_has_values(name, tensor):
     if tensor.is_meta or tensor.layout is not torch.strided:
         raise ValueError(
-            f"{name} is {_description(tensor)}, it should be a dense tensor with values"
+            f"{name} is {_description(tensor)}; it should be a dense tensor with values"
         )
 
 
@@ -946,7 +946,7 @@ def _whole_number_for_each_axis(name, values, axes):
         hint = (
             "; a single map [height, width] needs a batch axis: labels[None]" if axes == 1 else ""
         )
-        raise ValueError(f"{name} is {values}, it should have the layout's {axes} dimensions{hint}")
+        raise ValueError(f"{name} is {values}; it should have the layout's {axes} dimensions{hint}")
     return tuple(whole_number(name, value) for value in values)
 
 
@@ -960,7 +960,7 @@ def _numbers_of_images(images, count):
     if isinstance(found, list) and found and all(isinstance(one, bool) for one in found):
         if len(found) != count:
             raise IndexError(
-                f"images is a mask of {len(found)}, it should have {count}, one for each image"
+                f"images is a mask of {len(found)}; it should have {count}, one for each image"
             )
         return [number for number, is_wanted in enumerate(found) if is_wanted]
     try:
@@ -969,12 +969,12 @@ def _numbers_of_images(images, count):
         ]
     except TypeError:
         raise TypeError(
-            f"images is {images!r}, it should be numbers of images, a slice or a mask; crop() is"
+            f"images is {images!r}; it should be numbers of images, a slice or a mask; crop() is"
             " for parts of an image"
         ) from None
     for number in numbers:
         if not -count <= number < count:
             raise IndexError(
-                f"images has {number}, it should name one of the batch's {count} images"
+                f"images has {number}; it should name one of the batch's {count} images"
             )
     return [number % count for number in numbers]

@@ -271,15 +271,15 @@ class Loaded:
         """A private layout for each image, and a z or None. Errors: ValueError, TypeError."""
         if not isinstance(layout, SemanticLayout):
             raise TypeError(
-                f"layout is a {type(layout).__name__}, it should be a SemanticLayout, such as"
+                f"layout is a {type(layout).__name__}; it should be a SemanticLayout, such as"
                 " SemanticLayout.from_labels(labels, num_classes)"
             )
         if not len(layout) or not layout.codes.numel():
-            raise ValueError(f"layout is {layout}, it should have one image or more, with pixels")
+            raise ValueError(f"layout is {layout}; it should have one image or more, with pixels")
         if z is not None:
             if not isinstance(z, torch.Tensor) or not z.is_floating_point():
                 kind = z.dtype if isinstance(z, torch.Tensor) else type(z).__name__
-                raise TypeError(f"z is {kind}, it should be a floating-point tensor or None")
+                raise TypeError(f"z is {kind}; it should be a floating-point tensor or None")
             z = z.detach().to(self.device, self.dtype, copy=True)
         z = self.generator._checked(layout, z)
         copy = SemanticLayout(copied(layout.codes), copied(layout.palette))
@@ -343,15 +343,15 @@ def generator_of(
     """
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         raise TypeError(
-            f"dtype is {dtype!r}, it should be a floating-point dtype such as torch.float32"
+            f"dtype is {dtype!r}; it should be a floating-point dtype such as torch.float32"
         )
     if isinstance(weights, torch.nn.Module) and not isinstance(weights, SPADEGenerator):
-        raise TypeError(f"weights is a {type(weights).__name__}, it should be a SPADEGenerator")
+        raise TypeError(f"weights is a {type(weights).__name__}; it should be a SPADEGenerator")
     state = weights.state_dict() if isinstance(weights, SPADEGenerator) else weights
     generator = checkpoint.load(state)
     if not isinstance(generator, SPADEGenerator):
         raise ValueError(
-            f"weights are those of a {type(generator).__name__}, they should be a generator's"
+            f"weights are those of a {type(generator).__name__}; they should be a generator's"
         )
     if isinstance(weights, SPADEGenerator):
         like = next(weights.parameters())
@@ -388,6 +388,6 @@ def bytes_of(name: str, size: str | int) -> int:
     if isinstance(size, str):
         found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b?\s*", size.lower())
     if found is None:
-        raise ValueError(f'{name} is {size!r}, it should be bytes, or text such as "256MB"')
+        raise ValueError(f'{name} is {size!r}; it should be bytes, or text such as "256MB"')
     number, prefix, binary = found.groups()
     return math.floor(float(number) * (1024 if binary else 1000) ** PREFIXES[prefix])

@@ -151,9 +151,9 @@ class Config:
             value = _as_type(each.name, getattr(self, each.name), types_of[each.name])
             least = each.metadata["least"]
             if isinstance(value, float) and not math.isfinite(value):
-                raise ValueError(f"{each.name} is {value}, it should be a finite number")
+                raise ValueError(f"{each.name} is {value}; it should be a finite number")
             if value is not None and least is not None and not value >= least:
-                raise ValueError(f"{each.name} is {value}, it should be {least} or more")
+                raise ValueError(f"{each.name} is {value}; it should be {least} or more")
             setattr(self, each.name, value)
         self._check_choices()
         self._check_contradictions()
@@ -175,13 +175,13 @@ class Config:
         }.items():
             if getattr(self, name) not in choices:
                 raise ValueError(
-                    f"{name} is {getattr(self, name)!r}, it should be one of {', '.join(choices)}"
+                    f"{name} is {getattr(self, name)!r}; it should be one of {', '.join(choices)}"
                 )
         for name in ("beta1", "beta2", "ema"):
             if not getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}, it should be less than 1")
+                raise ValueError(f"{name} is {getattr(self, name)}; it should be less than 1")
         if self.decay > 1:
-            raise ValueError(f"decay is {self.decay}, it should be 1 or less: a share of the run")
+            raise ValueError(f"decay is {self.decay}; it should be 1 or less: a share of the run")
 
     def _check_contradictions(self):
         if self.steps is not None and self.epochs is not None:
@@ -191,20 +191,20 @@ class Config:
             )
         if self.vgg_weights is not None and not self.perceptual:
             raise ValueError(
-                f"vgg_weights is {self.vgg_weights!r}, it should not be given: perceptual is off"
+                f"vgg_weights is {self.vgg_weights!r}; it should not be given: perceptual is off"
             )
         if self.order == "shared" and self.accumulate > 1:
             raise ValueError(
-                f"order is 'shared' and accumulate is {self.accumulate}, it should be 1: the"
+                f"order is 'shared' and accumulate is {self.accumulate}; it should be 1: the"
                 " discriminator takes its step before the generator's losses are computed"
             )
         if self.batch % self.accumulate:
             raise ValueError(
-                f"batch is {self.batch}, it should be a multiple of accumulate, {self.accumulate}"
+                f"batch is {self.batch}; it should be a multiple of accumulate, {self.accumulate}"
             )
         if self.load_size is not None and self.preprocess in ("crop", "fixed", "none"):
             raise ValueError(
-                f"load_size is {self.load_size}, it should not be given: preprocess"
+                f"load_size is {self.load_size}; it should not be given: preprocess"
                 f" {self.preprocess!r} does not use it"
             )
 
@@ -332,7 +332,7 @@ def preset(name: str | None, **others: Any) -> dict:
     preset.
     """
     if name is not None and name not in PRESETS:
-        raise ValueError(f"preset is {name!r}, it should be one of {', '.join(PRESETS)}")
+        raise ValueError(f"preset is {name!r}; it should be one of {', '.join(PRESETS)}")
     found = dict(PRESETS[name][1]) if name is not None else {}
     if "steps" in others:
         found.pop("epochs", None)
@@ -351,5 +351,5 @@ def _as_type(name, value, wanted):
         return str(value)
     if type(value) is not kind:
         words = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
-        raise TypeError(f"{name} is {value!r}, it should be {words[kind]}")
+        raise TypeError(f"{name} is {value!r}; it should be {words[kind]}")
     return value

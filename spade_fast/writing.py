@@ -31,9 +31,9 @@ def written(path: str | os.PathLike) -> Iterator[Path]:
     if not path.parent.is_dir():
         raise FileNotFoundError(f"{path.parent} should be a folder to write {path.name} into")
     if path.is_dir():
-        raise IsADirectoryError(f"{path} is a directory, it should be a file")
+        raise IsADirectoryError(f"{path} is a directory; it should be a file")
     if path.exists() and not path.is_file():
-        raise OSError(f"{path} is a device or the like, it should be a file")
+        raise OSError(f"{path} is a device or the like; it should be a file")
     unfinished = path.with_name(f".{secrets.token_hex(8)}{UNFINISHED}{suffix}")
     try:
         unfinished.touch(exist_ok=False)

@@ -44,7 +44,7 @@ def disagreement(ours, theirs, roundings, largest=None, name="y"):
     """The first disagreement, in words; None if all agrees."""
     ours, theirs = leaves_of(ours), leaves_of(theirs)
     if ours.keys() != theirs.keys():
-        return f"{name} has {list(ours)}, it should have {list(theirs)}"
+        return f"{name} has {list(ours)}; it should have {list(theirs)}"
     faults = (fault(ours[key], theirs[key], roundings, largest or 0.0) for key in theirs)
     return next((f"{name}{key}{words}" for key, words in zip(theirs, faults) if words), None)
 
@@ -52,9 +52,9 @@ def disagreement(ours, theirs, roundings, largest=None, name="y"):
 def fault(one, other, roundings, largest):
     """The disagreement of two leaves, without their name."""
     if not (is_float(one) and is_float(other)):
-        return None if is_equal(one, other) else f" is {one}, it should be {other}"
+        return None if is_equal(one, other) else f" is {one}; it should be {other}"
     if one.shape != other.shape:
-        return f" has shape {list(one.shape)}, it should be {list(other.shape)}"
+        return f" has shape {list(one.shape)}; it should be {list(other.shape)}"
     eps = max(torch.finfo(leaf.dtype).eps for leaf in (one, other))
     one, other = plain(one), plain(other)
     is_special = ~(one.isfinite() & other.isfinite())
@@ -67,7 +67,7 @@ def fault(one, other, roundings, largest):
     if distance.numel() == 0 or distance.max() <= roundings * eps * scale:
         return None
     place = [index.item() for index in torch.unravel_index(distance.argmax(), distance.shape)]
-    found = f"{one[tuple(place)]}, it should be {other[tuple(place)]}"
+    found = f"{one[tuple(place)]}; it should be {other[tuple(place)]}"
     away = f"{distance.max() / eps / scale:.3g} roundings of {scale:.3g}, not {roundings}"
     return f" at {place} is {found}: {away}"
 

@@ -61,7 +61,7 @@ def set_constant(folder, name, value):
         path.write_text(text)
         count += found
     if count != 1:
-        raise ValueError(f"name is {name}, it should be a constant of {folder}: {count} are found")
+        raise ValueError(f"name is {name}; it should be a constant of {folder}: {count} are found")
 
 
 def compile_one(source, folder, namespace, watched=False):

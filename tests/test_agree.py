@@ -78,7 +78,7 @@ def test_nothing_but_zero_agrees_with_zeros():
 def test_the_error_says_where_and_how_far():
     ours = {"weight": [Y.view(3, 3).clone()]}
     ours["weight"][0][1, 2] += 4 * 100 * EPS[torch.float64]
-    words = r"dx\['weight'\]\[0\] at \[1, 2\] is .*, it should be 1.0: 100 roundings of 4, not 64"
+    words = r"dx\['weight'\]\[0\] at \[1, 2\] is .*; it should be 1.0: 100 roundings of 4, not 64"
     with pytest.raises(AssertionError, match=words):
         assert_agree(ours, {"weight": [Y.view(3, 3)]}, name="dx")
 

@@ -124,7 +124,7 @@ def test_out_that_overlaps_an_input(name, read):
     if "index" in read:
         read["index"].zero_()
     before = MEMORY.clone()
-    with pytest.raises(ValueError, match=f"out overlaps {name} in memory, it should be {name} it"):
+    with pytest.raises(ValueError, match=f"out overlaps {name} in memory; it should be {name} it"):
         modulate(**read, out=out)
     assert torch.equal(MEMORY.view(torch.int32), before.view(torch.int32))
 
@@ -138,7 +138,7 @@ def test_out_next_to_an_input(place):
 
 def test_a_table_without_rows():
     table = torch.ones(0, 4)
-    with pytest.raises(ValueError, match="gamma has no rows, it should have one for each number"):
+    with pytest.raises(ValueError, match="gamma has no rows; it should have one for each number"):
         modulate(gamma=table, beta=table, index=INDEX)
     assert modulate(X[:0], table, table, index=INDEX[:0]).shape == (0, 4, 5, 6)
 

@@ -149,21 +149,21 @@ def test_checkpoint(use_vae, tmp_path):
 def test_refuses():
     network = MultiscaleDiscriminator(3, ndf=1)
     for decay in (1, -0.1, float("nan"), "0.9", True):
-        with pytest.raises(ValueError, match=f"decay is {decay!r}, it should be a number"):
+        with pytest.raises(ValueError, match=f"decay is {decay!r}; it should be a number"):
             average(network, decay)
     with pytest.raises(TypeError, match="network is a list"):
         average([network], 0.9)
     averaged = average(network, 0.9)
     with pytest.raises(TypeError, match="averaged is a MultiscaleDiscriminator"):
         settled(network, network)
-    with pytest.raises(TypeError, match="into is a SPADEGenerator, it should be a Multiscale"):
+    with pytest.raises(TypeError, match="into is a SPADEGenerator; it should be a Multiscale"):
         settled(averaged, generator())
     with pytest.raises(ValueError, match="into is the averaged network itself"):
         settled(averaged, averaged.module)
     other = MultiscaleDiscriminator(3, ndf=2)
     before = copy.deepcopy(other.state_dict())
-    with pytest.raises(ValueError, match=r"into has \S+ \[2, 3, 4, 4\], it should be \[1, 3, 4"):
+    with pytest.raises(ValueError, match=r"into has \S+ \[2, 3, 4, 4\]; it should be \[1, 3, 4"):
         settled(averaged, other)
-    with pytest.raises(ValueError, match=r"into has \S+ absent, it should be"):
+    with pytest.raises(ValueError, match=r"into has \S+ absent; it should be"):
         settled(AveragedModel(MultiscaleDiscriminator(3, 3, 1)), MultiscaleDiscriminator(3, 2, 1))
     assert all(torch.equal(tensor, before[name]) for name, tensor in other.state_dict().items())

@@ -80,7 +80,7 @@ def test_use_backend_ends_with_its_block():
         raise KeyError
     assert kernels.select(x).name == best
     with pytest.raises(
-        ValueError, match="name is 'gpu', it should be one of cuda, cpu, triton, torch"
+        ValueError, match="name is 'gpu'; it should be one of cuda, cpu, triton, torch"
     ):
         spade_fast.use_backend("gpu").__enter__()
 
@@ -99,7 +99,7 @@ def test_the_environment_variable():
     assert python(code, SPADE_FAST_BACKEND="torch")[0].strip() == "torch"
     assert python(code, SPADE_FAST_BACKEND="")[0].strip() == "None"
     assert (
-        "SPADE_FAST_BACKEND is 'gpu', it should be one of cuda, cpu, triton, torch"
+        "SPADE_FAST_BACKEND is 'gpu'; it should be one of cuda, cpu, triton, torch"
         in python(code, SPADE_FAST_BACKEND="gpu")[1]
     )
 
@@ -126,7 +126,7 @@ def test_the_instruction_set():
     code = "import spade_fast._cpu as library; print(library.instruction_set())"
     assert python(code, SPADE_FAST_ISA="base")[0].strip() == "base"
     assert (
-        "SPADE_FAST_ISA is sse9, it should be base, avx2 or avx512"
+        "SPADE_FAST_ISA is sse9; it should be base, avx2 or avx512"
         in python("import spade_fast", SPADE_FAST_ISA="sse9")[1]
     )
 

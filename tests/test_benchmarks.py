@@ -467,12 +467,12 @@ def test_scenes_that_cannot_be_read(tmp_path):
     with pytest.raises(FileNotFoundError, match="is missing"):
         layouts.load_scenes(tmp_path / "label", tmp_path)
     Image.fromarray(np.zeros((4, 6), np.uint8)).save(tmp_path / "0.png")
-    with pytest.raises(ValueError, match=r"is \[4, 6\], it should be \[4, 5\]"):
+    with pytest.raises(ValueError, match=r"is \[4, 6\]; it should be \[4, 5\]"):
         layouts.load_scenes(tmp_path / "label", tmp_path)
     Image.fromarray(np.zeros((4, 5, 3), np.uint8)).save(tmp_path / "label" / "0.png")
     with pytest.raises(ValueError, match="mode RGB"):
         layouts.load_scenes(tmp_path / "label")
-    with pytest.raises(ValueError, match="labels has a 9, it should have 0 to 3, or 255"):
+    with pytest.raises(ValueError, match="labels has a 9; it should have 0 to 3, or 255"):
         layouts.condition(np.array([[0, 9]]), None, num_classes=4)
 
 
@@ -484,7 +484,7 @@ def test_the_picture_is_drawn(tmp_path):
         with Image.open(tmp_path / name) as picture:
             assert picture.format == "PNG" and picture.width == 1800 and 600 < picture.height < 900
     result = invoke("picture", tmp_path / "none.png", "--labels", folder, "--scene", 1)
-    assert result.exit_code == 2 and "has 1 PNGs, it should have at least 2" in " ".join(
+    assert result.exit_code == 2 and "has 1 PNGs; it should have at least 2" in " ".join(
         result.output.replace("│", "").split()
     )
     assert not (tmp_path / "none.png").exists()
@@ -583,7 +583,7 @@ def test_a_build_is_for_this_machines_gpu(monkeypatch):
 def test_the_gpu_command_on_real_scenes(tmp_path):
     folder, instances = layouts.save_scenes(tmp_path, 2)
     result = invoke("gpu", "--dry-run", "--labels", folder)
-    assert result.exit_code == 2 and "has 2 PNGs, it should have at least 8" in " ".join(
+    assert result.exit_code == 2 and "has 2 PNGs; it should have at least 8" in " ".join(
         result.output.replace("│", "").split()
     )
     stages = gpu.with_scenes(gpu.STAGES, folder, instances)

@@ -102,7 +102,7 @@ def test_a_cache_above_its_limit_gets_no_times(inputs, monkeypatch):
     monkeypatch.setattr(Service, "bytes", 256_000_001)
     row = service.measured(OURS, inputs)
     assert not row.times
-    assert row.failure == "256000001 bytes are kept, they should be at most 256000000"
+    assert row.failure == "256000001 bytes are kept; they should be at most 256000000"
 
 
 def test_a_rival_whose_images_differ_gets_no_times(inputs, monkeypatch):
@@ -132,7 +132,7 @@ def test_the_command(tmp_path, monkeypatch):
 def test_options_that_the_command_refuses(monkeypatch):
     monkeypatch.setattr(service, "Inputs", None)  # nothing is built
     for arguments, words in [
-        (["--cache", "much"], "cache is 'much', it should be bytes"),
+        (["--cache", "much"], "cache is 'much'; it should be bytes"),
         (["--json", "/no/such/folder/out.json"], "folder that exists"),
         (["--clients", "0"], "should be greater than or equal to 1"),
     ]:

@@ -176,4 +176,4 @@ def test_colours():
     assert colours(0).shape == (0, 3) and len(colours(5000)) == 5000
     labels = np.array([[0, 2], [1, 0]])
     assert (paint(labels, many)[1] == many[[1, 0]]).all()
-    assert "numbers from 0 to 2, they should be 0 to 1" in refusal(paint, labels, many[:2])
+    assert "numbers from 0 to 2; they should be 0 to 1" in refusal(paint, labels, many[:2])

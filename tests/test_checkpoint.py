@@ -650,7 +650,7 @@ def test_a_failed_write_keeps_the_old_file(tmp_path):
         checkpoint.write({"weight": lambda: None}, tmp_path / "net.safetensors")
     if hasattr(os, "mkfifo"):
         os.mkfifo(tmp_path / "pipe")
-        with pytest.raises(OSError, match="pipe is a device or the like, it should be a file"):
+        with pytest.raises(OSError, match="pipe is a device or the like; it should be a file"):
             checkpoint.write({}, tmp_path / "pipe")
 
 

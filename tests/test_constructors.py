@@ -33,17 +33,17 @@ def test_values_that_are_not_whole_numbers(number):
         lambda size: official(3, use_vae=True, z_dim=size),
         lambda size: official(3, nhidden=size),
     ):
-        with pytest.raises(ValueError, match=r"\w+ is .*, it should be a positive whole number"):
+        with pytest.raises(ValueError, match=r"\w+ is .*; it should be a positive whole number"):
             make(number)
-    with pytest.raises(ValueError, match="spatial_dims is .*, it should be 1, 2 or 3"):
+    with pytest.raises(ValueError, match="spatial_dims is .*; it should be 1, 2 or 3"):
         MultiscaleDiscriminator(3, spatial_dims=number)
 
 
 def test_minimum_values():
     assert whole_number("size", 0, least=0) == 0
-    with pytest.raises(ValueError, match="size is -1, it should be a non-negative whole number"):
+    with pytest.raises(ValueError, match="size is -1; it should be a non-negative whole number"):
         whole_number("size", -1, least=0)
-    with pytest.raises(ValueError, match="size is 1, it should be a whole number of at least 2"):
+    with pytest.raises(ValueError, match="size is 1; it should be a whole number of at least 2"):
         whole_number("size", 1, least=2)
 
 
@@ -79,9 +79,9 @@ def test_an_official_generator_has_the_asked_size_or_names_possible_ones(
         ({"crop_size": 96, "aspect_ratio": 2}, "64 × 96 pixels would be made, not 48 × 96"),
         ({"crop_size": 256, "aspect_ratio": 1.37}, "crop_size should be 1184"),
         ({"crop_size": 16, "aspect_ratio": 1.5}, "it should be 96 or more"),
-        ({"crop_size": 0}, "crop_size is 0, it should be a positive whole number"),
+        ({"crop_size": 0}, "crop_size is 0; it should be a positive whole number"),
         ({"crop_size": 256.0}, "crop_size is 256.0"),
-        ({"aspect_ratio": 0}, "aspect_ratio is 0, it should be a positive number"),
+        ({"aspect_ratio": 0}, "aspect_ratio is 0; it should be a positive number"),
         ({"aspect_ratio": float("nan")}, "aspect_ratio is nan"),
         ({"aspect_ratio": "2"}, "aspect_ratio is '2'"),
         ({"num_upsampling_layers": ""}, "num_upsampling_layers is ''"),
@@ -96,7 +96,7 @@ def test_impossible_official_sizes(settings, message):
 @pytest.mark.parametrize("dataset", [True, 0, 3.0, None, ["coco"], "voc"])
 def test_unknown_datasets(dataset):
     with pytest.raises(
-        ValueError, match="dataset is .*, it should be coco, ade20k, cityscapes, or"
+        ValueError, match="dataset is .*; it should be coco, ade20k, cityscapes, or"
     ):
         official(dataset)
 
@@ -110,7 +110,7 @@ def test_unknown_datasets(dataset):
         ([("a", 16, 2), ("a", 8, 2)], "two parts have the name a"),
         ([("fc", 16, 2)], "two parts have the name fc"),
         ([("a.b", 16, 2)], "a block's name is 'a.b'"),
-        ([("a", 16, 0.5)], "the block a's scale is 0.5, it should be a positive whole number"),
+        ([("a", 16, 0.5)], "the block a's scale is 0.5; it should be a positive whole number"),
         ([("a", 1.25, 1)], "ngf is 2, the block a of 1.25 · ngf channels should have a whole"),
     ],
 )
@@ -121,7 +121,7 @@ def test_stages_that_are_not_blocks(stages, message):
 
 @pytest.mark.parametrize("start", ["44", 4.0, 0, True, (4, True), (4,), (), [4, 0], np.array(4)])
 def test_a_start_that_is_not_a_size(start):
-    with pytest.raises(ValueError, match="start is .*, it should be a positive whole number, or 2"):
+    with pytest.raises(ValueError, match="start is .*; it should be a positive whole number, or 2"):
         SPADEGenerator(3, 4, start=start, **TINY)
 
 

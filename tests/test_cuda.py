@@ -363,7 +363,7 @@ def test_errors_name_the_argument(on_host):
         on_host.instance_forward(x, x.double(), x.double(), None, 1e-5, None, 0.2, False)
     with pytest.raises(RuntimeError, match="activation is gelu"):
         on_host.instance_forward(x, x, x, None, 1e-5, "gelu", 0.2, False)
-    with pytest.raises(RuntimeError, match="beta is None, it should be a tensor"):
+    with pytest.raises(RuntimeError, match="beta is None; it should be a tensor"):
         on_host.instance_backward(
             x,
             x,

@@ -151,7 +151,7 @@ def test_a_photograph_in_memory(tmp_path):
     content = save(photograph, tmp_path / "photograph.png").read_bytes()
     assert (np.asarray(read_photograph("it", content, 48)) == photograph).all()
     words = refusal(read_photograph, "it", content, 47)
-    assert words == "it has 8 × 6 pixels, it should have 47 or fewer"
+    assert words == "it has 8 × 6 pixels; it should have 47 or fewer"
     # Pillow would draw this with an external program.
     postscript = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\n"
     assert Image.open(io.BytesIO(postscript)).format == "EPS"

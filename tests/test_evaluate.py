@@ -556,12 +556,12 @@ WRONG = {
     "useless features": (
         ("@labels", "--features", "test_evaluate:mean_colour"),
         lambda folder: None,
-        "features is given, it should only be given with photographs",
+        "features is given; it should only be given with photographs",
     ),
     "no network": (
         ("--photographs", "photographs", "--features", "test_evaluate:not_a_network"),
         lambda folder: None,
-        "which is a str, it should be a torch.nn.Module",
+        "which is a str; it should be a torch.nn.Module",
     ),
     "no function": (
         ("--photographs", "photographs", "--features", "test_evaluate:nothing"),
@@ -577,17 +577,17 @@ WRONG = {
     "no device": (
         ("@fid", "--device", "abacus"),
         lambda folder: None,
-        "device is 'abacus', it should be",
+        "device is 'abacus'; it should be",
     ),
     "json is nowhere": (
         ("@fid", "--json", "nowhere/scores.json"),
         lambda folder: None,
-        "nowhere/scores.json, it should be a file in a folder that exists",
+        "nowhere/scores.json; it should be a file in a folder that exists",
     ),
     "classes": (
         ("@labels", "--classes", "classes.txt"),
         lambda folder: (folder / "classes.txt").write_text("0 0\n1 tree\n"),
-        "classes.txt, line 2, is '1 tree', it should be NETWORK_ID LABEL",
+        "classes.txt, line 2, is '1 tree'; it should be NETWORK_ID LABEL",
     ),
     "a class that nobody maps": (
         ("@labels", "--classes", "classes.txt"),
@@ -597,7 +597,7 @@ WRONG = {
     "a label that is none": (
         ("@labels", "--classes", "classes.txt"),
         lambda folder: (folder / "classes.txt").write_text("0 0\n1 3\n"),
-        "classes has the label 3, it should have labels from 0 to 2",
+        "classes has the label 3; it should have labels from 0 to 2",
     ),
 }
 SHORT = {
@@ -643,9 +643,9 @@ def test_a_full_disk_keeps_the_old_file(few, monkeypatch):
 @pytest.mark.parametrize(
     "function, words",
     [
-        (lambda images: "words", "features returned str, they should be floats"),
+        (lambda images: "words", "features returned str; they should be floats"),
         (lambda images: images, "features returned torch.uint8"),
-        (lambda images: images.float(), r"shape \[4, 3, 4, 6\], they should be \[4, D\]"),
+        (lambda images: images.float(), r"shape \[4, 3, 4, 6\]; they should be \[4, D\]"),
         (lambda images: images.float().mean((0, 2, 3))[None], r"shape \[1, 3\]"),
         (lambda images: images.float().mean((2, 3)) / 0, "not finite"),
     ],
@@ -659,7 +659,7 @@ def test_invalid_features(function, words, few):
     "function, words",
     [
         (lambda images: images.float(), "segmentation returned torch.float32"),
-        (lambda images: images.long(), r"shape \[4, 3, 4, 6\], it should be \[4, 4, 6\]"),
+        (lambda images: images.long(), r"shape \[4, 3, 4, 6\]; it should be \[4, 4, 6\]"),
         (lambda images: images[:, 0].long() - 1, "predicts its class -1"),
         (lambda images: {}, "segmentation returned dict"),
     ],

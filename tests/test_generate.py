@@ -175,7 +175,7 @@ def test_the_style_of_a_photograph(scenes, weights_with_z, tmp_path):
     checkpoint.write(ConvEncoder(2, 3, input_nc=1), tmp_path / "grey.pth")
     options = ("--style", style, "--encoder", tmp_path / "grey.pth")
     words = coco(weights_with_z, scenes, tmp_path / "none", *options, code=2)
-    assert "encoder takes 1 channels, it should take a photograph's 3" in words
+    assert "encoder takes 1 channels; it should take a photograph's 3" in words
 
 
 def test_wrong_label_maps_are_named_and_the_others_generated(weights, tmp_path):
@@ -279,7 +279,7 @@ def test_a_runs_folder_provides_the_settings(scenes, folder, tmp_path):
     words = run(tmp_path / "run", *options, code=2)
     assert "run has no generator.safetensors yet" in words
     words = run(scenes, *options, code=2)
-    assert "has no config.yaml, it should be the folder of a run" in words
+    assert "has no config.yaml; it should be the folder of a run" in words
     files = {path.stem: path for path in (tmp_path / "out").iterdir()}
     assert origin(files) == {"average": "ema", "seed": 0}
 
@@ -380,12 +380,12 @@ def test_files_named_as_in_cityscapes(scenes, tmp_path):
 @pytest.mark.parametrize(
     "options, words",
     [
-        (["--dtype", "float8"], "dtype is 'float8', it should be one of float32"),
-        (["--device", "meta"], "device is 'meta', it should be a device of this machine"),
-        (["--device", "toaster"], "device is 'toaster', it should be a device of this machine"),
-        (["--preprocess", "shrink"], "mode is 'shrink', it should be one of"),
-        (["--convention", "mapillary"], "convention is 'mapillary', it should be one of"),
-        (["--samples", "2"], "samples is 2, it should be 1: this generator begins with the cond"),
+        (["--dtype", "float8"], "dtype is 'float8'; it should be one of float32"),
+        (["--device", "meta"], "device is 'meta'; it should be a device of this machine"),
+        (["--device", "toaster"], "device is 'toaster'; it should be a device of this machine"),
+        (["--preprocess", "shrink"], "mode is 'shrink'; it should be one of"),
+        (["--convention", "mapillary"], "convention is 'mapillary'; it should be one of"),
+        (["--samples", "2"], "samples is 2; it should be 1: this generator begins with the cond"),
         (["--num-classes", "7"], "the generator has 184 channels, and 7 classes and don't care"),
         (["--palette", "/nowhere"], "--palette is /nowhere, which is not there"),
     ],
@@ -401,7 +401,7 @@ def test_wrong_paths(scenes, weights, tmp_path):
     assert "not a file of weights" in coco(tmp_path / "text.pth", scenes, tmp_path / "out", code=2)
     checkpoint.write(ConvEncoder(2, 3), tmp_path / "encoder.pth")
     words = coco(tmp_path / "encoder.pth", scenes, tmp_path / "out", code=2)
-    assert "weights are those of a ConvEncoder, they should be a generator's" in words
+    assert "weights are those of a ConvEncoder; they should be a generator's" in words
     words = coco(weights, tmp_path, tmp_path / "out", code=2)
     assert "label, which is not there; it should be a folder" in words
     words = coco(weights, scenes, scenes / "label" / "out", code=2)

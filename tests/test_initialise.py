@@ -107,9 +107,9 @@ def test_forward_has_the_new_spectral_weight(after_a_forward):
     "arguments, error, words",
     [
         ((nn.Linear(1, 1).weight,), TypeError, "network is a Parameter"),
-        ((nn.Linear(2, 2), "xavir"), ValueError, "kind is 'xavir', it should be one of xavier, "),
+        ((nn.Linear(2, 2), "xavir"), ValueError, "kind is 'xavir'; it should be one of xavier, "),
         ((nn.Linear(2, 2), ["xavier"]), ValueError, "kind is "),
-        ((nn.Linear(2, 2), "xavier", 0), ValueError, "gain is 0, it should be a positive"),
+        ((nn.Linear(2, 2), "xavier", 0), ValueError, "gain is 0; it should be a positive"),
         ((nn.Linear(2, 2), "xavier", "1"), ValueError, "gain is '1'"),
         ((nn.Linear(2, 2), "xavier", math.nan), ValueError, "gain is nan"),
         ((nn.Sequential(nn.Linear(2, 2), nn.LazyLinear(2)),), ValueError, "without values"),

@@ -138,12 +138,12 @@ def test_refuses():
         (
             (fakes[:1], reals),
             ValueError,
-            r"fakes has shape \[1, 3, 32, 32\], .* that of reals, \[2",
+            r"fakes has shape \[1, 3, 32, 32\]; .* that of reals, \[2",
         ),
-        ((fakes[:1], reals[:1]), ValueError, "fakes has 1 images, it should have a multiple of"),
-        ((fakes, [reals]), TypeError, "reals is a list, it should be a tensor of images"),
+        ((fakes[:1], reals[:1]), ValueError, "fakes has 1 images; it should have a multiple of"),
+        ((fakes, [reals]), TypeError, "reals is a list; it should be a tensor of images"),
     ):
         with pytest.raises(error, match=words):
             judge(network, *arguments, layout)
-    with pytest.raises(TypeError, match="layout is a NoneType, it should be a SemanticLayout"):
+    with pytest.raises(TypeError, match="layout is a NoneType; it should be a SemanticLayout"):
         judge(network, fakes, reals, None)

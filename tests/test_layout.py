@@ -165,7 +165,7 @@ def test_from_segmap_of_empty_and_invalid_conditions():
     assert SemanticLayout.from_segmap(torch.zeros(0, 3, 4, 4)).to_segmap().shape == (0, 3, 4, 4)
     assert SemanticLayout.from_segmap(torch.zeros(2, 3, 0, 4)).to_segmap().shape == (2, 3, 0, 4)
     for wrong in (torch.zeros(3, 4), torch.zeros(1, 3, 4, dtype=torch.long), [1]):
-        with pytest.raises(ValueError, match="segmap is .*, it should be a tensor"):
+        with pytest.raises(ValueError, match="segmap is .*; it should be a tensor"):
             SemanticLayout.from_segmap(wrong)
 
 
@@ -230,7 +230,7 @@ def test_a_stack_is_the_batch_of_all_layouts_and_keeps_windows():
 def test_layouts_that_cannot_be_stacked():
     one, other = (SemanticLayout.from_labels(patches((1, size, 8), 5), 5) for size in (8, 9))
     for layouts in ([one, other], []):
-        with pytest.raises(ValueError, match="layouts is .*, it should have one or more"):
+        with pytest.raises(ValueError, match="layouts is .*; it should have one or more"):
             SemanticLayout.stack(layouts)
 
 
@@ -245,19 +245,19 @@ def test_layouts_that_cannot_be_stacked():
         ),
         (torch.tensor([[0, -1]]), {}, r"labels has a -1 in 1 pixels, first at \[0, 1\]"),
         (torch.tensor([[0, 7]]), {"dont_care": 255}, "should have 0 to 4, or 255 for don't care"),
-        (torch.zeros(1, 4), {}, "labels has dtype torch.float32, it should hold whole numbers"),
+        (torch.zeros(1, 4), {}, "labels has dtype torch.float32; it should hold whole numbers"),
         (torch.zeros(1, 4, dtype=torch.complex64), {}, "labels has dtype torch.complex64"),
         (np.zeros((1, 4), dtype=np.float32), {}, "labels has dtype torch.float32"),
-        ([[1]], {}, "labels is a list, it should be a torch.Tensor or a numpy.ndarray"),
+        ([[1]], {}, "labels is a list; it should be a torch.Tensor or a numpy.ndarray"),
         (
             torch.zeros(4, dtype=torch.long),
             {},
-            r"labels has shape \[4\], it should be \[N, \*spatial\]",
+            r"labels has shape \[4\]; it should be \[N, \*spatial\]",
         ),
         (
             torch.zeros(1, 4, dtype=torch.long),
             {"instances": torch.zeros(1, 5, dtype=torch.long)},
-            r"instances has shape \[1, 5\], it should",
+            r"instances has shape \[1, 5\]; it should",
         ),
     ],
 )
@@ -270,12 +270,12 @@ def test_bad_layouts_and_sizes():
     codes, palette = torch.zeros(1, 4, 4, dtype=torch.int32), torch.zeros(1, 3)
     for arguments, message in [
         ((codes.long(), palette), "codes is torch.int64"),
-        ((codes[0, 0], palette), r"int32 \[4\], it should be"),
+        ((codes[0, 0], palette), r"int32 \[4\]; it should be"),
         ((codes, palette[0]), "palette is"),
         ((codes, palette.long()), "palette is torch.int64"),
         (
             (codes.cpu() + 1, palette.cpu()),  # checking that would wait for a GPU
-            "codes has numbers from 1 to 1, they should be rows of the palette, 0 to 0",
+            "codes has numbers from 1 to 1; they should be rows of the palette, 0 to 0",
         ),
         ((codes.cpu() - 1, palette.cpu()), "codes has numbers from -1 to -1"),
     ]:
@@ -408,20 +408,20 @@ def test_whole_numbers_of_any_kind(kind):
 @pytest.mark.parametrize(
     "labels,num_classes,settings,message",
     [
-        (np.zeros((1, 4), bool), 2, {}, "labels has dtype .*bool, it should hold whole numbers"),
-        (np.array([["a"]]), 2, {}, "labels has dtype <U1, it should hold whole numbers"),
+        (np.zeros((1, 4), bool), 2, {}, "labels has dtype .*bool; it should hold whole numbers"),
+        (np.array([["a"]]), 2, {}, "labels has dtype <U1; it should hold whole numbers"),
         (np.array([[None]]), 2, {}, "labels has dtype object"),
         (np.ma.masked_equal([[0, 1]], 1), 2, {}, "labels is a masked array"),
         (np.array([[2**63]], np.uint64), 2, {"dont_care": -(2**63)}, "labels has numbers of 2"),
         (torch.zeros(1, 4, dtype=torch.bool), 2, {}, "labels has dtype torch.bool"),
-        (torch.zeros(1, 4, dtype=torch.long, device="meta"), 2, {}, "on meta, it should be a den"),
+        (torch.zeros(1, 4, dtype=torch.long, device="meta"), 2, {}, "on meta; it should be a den"),
         (torch.eye(3).long().to_sparse(), 2, {}, "torch.sparse_coo.*it should be a dense tensor"),
-        (torch.zeros(1, 4).long(), 0, {}, "num_classes is 0, it should be 1 or more"),
-        (torch.zeros(1, 4).long(), -2, {}, "num_classes is -2, it should be 1 or more"),
-        (torch.zeros(1, 4).long(), 2.0, {}, "num_classes is 2.0, it should be a whole number"),
-        (torch.zeros(1, 4).long(), True, {}, "num_classes is True, it should be a whole number"),
-        (torch.zeros(1, 4).long(), 2, {"dont_care": 1.5}, "dont_care is 1.5, it should be a whole"),
-        (torch.zeros(1, 4).long(), 2, {"dont_care": False}, "dont_care is False, it should be a"),
+        (torch.zeros(1, 4).long(), 0, {}, "num_classes is 0; it should be 1 or more"),
+        (torch.zeros(1, 4).long(), -2, {}, "num_classes is -2; it should be 1 or more"),
+        (torch.zeros(1, 4).long(), 2.0, {}, "num_classes is 2.0; it should be a whole number"),
+        (torch.zeros(1, 4).long(), True, {}, "num_classes is True; it should be a whole number"),
+        (torch.zeros(1, 4).long(), 2, {"dont_care": 1.5}, "dont_care is 1.5; it should be a whole"),
+        (torch.zeros(1, 4).long(), 2, {"dont_care": False}, "dont_care is False; it should be a"),
         (torch.zeros(1, 4).long(), 2, {"instances": np.zeros((1, 4))}, "instances has dtype"),
     ],
 )
@@ -442,11 +442,11 @@ def test_a_condition_of_nothing(shape):
 def test_conditions_without_a_layout():
     learned = torch.zeros(1, 3, 4, 4, requires_grad=True)
     for segmap, message in [
-        (learned, "segmap requires a gradient, it should not"),
-        (torch.zeros(1, 3, 4, 4, device="meta"), "on meta, it should be a dense tensor"),
+        (learned, "segmap requires a gradient; it should not"),
+        (torch.zeros(1, 3, 4, 4, device="meta"), "on meta; it should be a dense tensor"),
         (
             torch.zeros(1, 3, 4, 4).to(torch.float8_e4m3fn),
-            "segmap is torch.float8_e4m3fn .*, it should be a tensor",
+            "segmap is torch.float8_e4m3fn .*; it should be a tensor",
         ),
     ]:
         with pytest.raises(ValueError, match=message):
@@ -574,7 +574,7 @@ def test_codes_that_were_edited_out_of_range(wrong):
     with pytest.raises(ValueError, match="codes is torch.int64"):
         layout.windows((8, 8), 3)
     layout.codes = [[1]]
-    with pytest.raises(TypeError, match="codes is a list, it should be a torch.Tensor"):
+    with pytest.raises(TypeError, match="codes is a list; it should be a torch.Tensor"):
         layout.windows((8, 8), 3)
 
 
@@ -633,10 +633,10 @@ def test_images_of_a_batch():
 @pytest.mark.parametrize(
     "images,error,message",
     [
-        (4, IndexError, "images has 4, it should name one of the batch's 4 images"),
+        (4, IndexError, "images has 4; it should name one of the batch's 4 images"),
         ([0, -5], IndexError, "images has -5"),
-        ([True], IndexError, "images is a mask of 1, it should have 4, one for each image"),
-        (1.0, TypeError, "images is 1.0, it should be numbers of images"),
+        ([True], IndexError, "images is a mask of 1; it should have 4, one for each image"),
+        (1.0, TypeError, "images is 1.0; it should be numbers of images"),
         ((0, slice(2)), TypeError, r"images is \(0, slice.*crop\(\) is for parts of an image"),
         (None, TypeError, "images is None"),
         ("0", TypeError, "images is '0'"),
@@ -665,25 +665,25 @@ def test_flips_and_crops(shape):
 @pytest.mark.parametrize(
     "use,message",
     [
-        (lambda layout: layout.flip(1), "dims has 1, it should have spatial axes, 2 to 3 or -2 to"),
+        (lambda layout: layout.flip(1), "dims has 1; it should have spatial axes, 2 to 3 or -2 to"),
         (lambda layout: layout.flip(-3), "dims has -3"),
-        (lambda layout: layout.flip("left"), "dims is 'left', it should be a whole number"),
-        (lambda layout: layout.crop((0, 1), (4, 5)), r"start is \(0, 1\) and size \(4, 5\), they"),
+        (lambda layout: layout.flip("left"), "dims is 'left'; it should be a whole number"),
+        (lambda layout: layout.crop((0, 1), (4, 5)), r"start is \(0, 1\) and size \(4, 5\); they"),
         (lambda layout: layout.crop((-1, 0), (4, 5)), r"start is \(-1, 0\)"),
         (lambda layout: layout.crop((0, 0), (0, 5)), r"size \(0, 5\)"),
         (lambda layout: layout.crop((0,), (4, 5)), "start is .* should have the layout's 2 dimens"),
-        (lambda layout: layout.resize((4.0, 5)), "size is 4.0, it should be a whole number"),
+        (lambda layout: layout.resize((4.0, 5)), "size is 4.0; it should be a whole number"),
         (lambda layout: layout.resize((4, -5)), "size is .*it should have 1 pixel or more"),
         (lambda layout: layout.resize((4,)), "size is .* should have the layout's 2 dimensions"),
         (lambda layout: layout.windows((4, 0), 3), "size is .*it should have 1 pixel or more"),
-        (lambda layout: layout.windows((4, 5), 3.0), "kernel_size is 3.0, it should be a whole"),
+        (lambda layout: layout.windows((4, 5), 3.0), "kernel_size is 3.0; it should be a whole"),
         (lambda layout: layout.prepare((4, 5), 3), "size is .* should have the layout's 2 dimens"),
         (lambda layout: layout.patches(0, 1, 0), "kernel_size is 0, stride 1, padding 0"),
         (lambda layout: layout.patches(3, 0, 0), "kernel_size is 3, stride 0, padding 0"),
         (lambda layout: layout.patches(3, 1, -1), "kernel_size is 3, stride 1, padding -1"),
-        (lambda layout: layout.repeat(0), "times is 0, it should be 1 or more"),
-        (lambda layout: layout.repeat(1.5), "times is 1.5, it should be a whole number"),
-        (lambda layout: layout.to(torch.float16), "device is torch.float16, it should be a device"),
+        (lambda layout: layout.repeat(0), "times is 0; it should be 1 or more"),
+        (lambda layout: layout.repeat(1.5), "times is 1.5; it should be a whole number"),
+        (lambda layout: layout.to(torch.float16), "device is torch.float16; it should be a device"),
         (lambda layout: SemanticLayout.stack([layout, layout.codes]), "layouts has a Tensor"),
         (lambda layout: layout.windows((4, 5), 3) and layout[:0].avg_pool(9), "kernel_size is 9"),
     ],

@@ -93,7 +93,7 @@ def test_unknown_kinds(kind):
         lambda: losses.for_generator(FAKES, kind),
         lambda: losses.for_discriminator(FAKES, REALS, kind),
     ):
-        with pytest.raises(ValueError, match=f"kind is {re.escape(repr(kind))}, {words}"):
+        with pytest.raises(ValueError, match=f"kind is {re.escape(repr(kind))}; {words}"):
             call()
 
 
@@ -181,12 +181,12 @@ RESULTS = [[torch.zeros(2, 1, 2, 2), torch.zeros(2, 1, 1, 1)]]
 @pytest.mark.parametrize(
     "results,words",
     [
-        (torch.zeros(2, 1), "is torch.float32, it should be a list for each scale"),
-        (RESULTS[0], "is a list of torch.float32, it should be a list for each scale"),
-        ([[]], "is a list of a list of nothing, it should be"),
-        ([[torch.zeros(2, dtype=torch.int64)]], "is a list of a list of torch.int64, it should be"),
-        ([[None]], "is a list of a list of NoneType, it should be"),
-        ([], "has no elements, it should have at least a scale and an image"),
+        (torch.zeros(2, 1), "is torch.float32; it should be a list for each scale"),
+        (RESULTS[0], "is a list of torch.float32; it should be a list for each scale"),
+        ([[]], "is a list of a list of nothing; it should be"),
+        ([[torch.zeros(2, dtype=torch.int64)]], "is a list of a list of torch.int64; it should be"),
+        ([[None]], "is a list of a list of NoneType; it should be"),
+        ([], "has no elements; it should have at least a scale and an image"),
         ([[torch.zeros(0, 1, 2, 2)]], "has no elements"),
     ],
 )
@@ -204,21 +204,21 @@ def test_invalid_results(results, words):
 
 
 def test_other_bad_input():
-    with pytest.raises(ValueError, match=r"results has a tensor \[3, 1\], it should be \[2N, …\]"):
+    with pytest.raises(ValueError, match=r"results has a tensor \[3, 1\]; it should be \[2N, …\]"):
         losses.halves([[torch.zeros(3, 1)]])
-    with pytest.raises(ValueError, match=r"fakes has shapes .*, it should have those of reals"):
+    with pytest.raises(ValueError, match=r"fakes has shapes .*; it should have those of reals"):
         losses.feature_matching(RESULTS, [[x[:1] for x in RESULTS[0]]])  # they would broadcast
     with pytest.raises(ValueError, match="fakes has shapes"):
         losses.feature_matching(RESULTS, [*RESULTS, *RESULTS])
     with pytest.raises(ValueError, match="fakes has one layer in each scale"):
         losses.feature_matching([RESULTS[0][-1:]], [RESULTS[0][-1:]])
     with pytest.raises(
-        ValueError, match=r"logvar has shape \[1, 2\], it should be that of mu, \[3"
+        ValueError, match=r"logvar has shape \[1, 2\]; it should be that of mu, \[3"
     ):
         losses.kl_divergence(torch.zeros(3, 2), torch.zeros(1, 2))
-    with pytest.raises(TypeError, match="logvar is torch.int64, it should be"):
+    with pytest.raises(TypeError, match="logvar is torch.int64; it should be"):
         losses.kl_divergence(torch.zeros(3), torch.zeros(3, dtype=torch.int64))
-    with pytest.raises(TypeError, match="mu is float, it should be"):
+    with pytest.raises(TypeError, match="mu is float; it should be"):
         losses.kl_divergence(0.5, torch.zeros(3))
 
 
@@ -400,7 +400,7 @@ def test_images_that_do_not_fit(weights):
     network, image = losses.Perceptual(weights), torch.zeros(1, 3, 16, 16)
     assert network(image, image) == 0
     for fake, real, error, words in [
-        (image[:, :, :15], image, ValueError, r"fake has shape \[1, 3, 15, 16\], it should be \[N"),
+        (image[:, :, :15], image, ValueError, r"fake has shape \[1, 3, 15, 16\]; it should be \[N"),
         (image, image[:, :2], ValueError, r"real has shape \[1, 2, 16, 16\]"),
         (image[0], image, ValueError, r"fake has shape \[3, 16, 16\]"),
         (image[:0], image[:0], ValueError, r"fake has shape \[0, 3, 16, 16\]"),
@@ -410,8 +410,8 @@ def test_images_that_do_not_fit(weights):
             ValueError,
             "fake has shape .* it should be that of real",
         ),
-        (image.byte(), image, TypeError, "fake is torch.uint8, it should be"),
-        (image, None, TypeError, "real is NoneType, it should be"),
+        (image.byte(), image, TypeError, "fake is torch.uint8; it should be"),
+        (image, None, TypeError, "real is NoneType; it should be"),
     ]:
         with pytest.raises(error, match=words):
             network(fake, real)

@@ -286,7 +286,7 @@ def test_spectral_norm_is_folded_and_unfolded():
         (
             lambda layout: (torch.zeros(2, 5, 8, 8),),
             ValueError,
-            r"segmap has shape \[2, 5, 8, 8\], it should be \[N, 6, H, W\]",
+            r"segmap has shape \[2, 5, 8, 8\]; it should be \[N, 6, H, W\]",
         ),
         (
             lambda layout: (torch.zeros(2, 6, 8, 8).int(),),
@@ -301,12 +301,12 @@ def test_spectral_norm_is_folded_and_unfolded():
         (
             lambda layout: (layout, torch.zeros(2, 7)),
             ValueError,
-            r"z is \[2, 7\], it should be a tensor \[M, 8\]",
+            r"z is \[2, 7\]; it should be a tensor \[M, 8\]",
         ),
         (
             lambda layout: (layout, torch.zeros(3, 8)),
             ValueError,
-            "z has a batch of 3, it should be a multiple of segmap's, 2",
+            "z has a batch of 3; it should be a multiple of segmap's, 2",
         ),
         (lambda layout: (layout, torch.zeros(0, 8)), ValueError, "z has a batch of 0"),
     ],
@@ -322,7 +322,7 @@ def test_bad_arguments_of_the_constructors():
             layout_of((1, 32, 32)), torch.zeros(1, 256)
         )
     with pytest.raises(
-        ValueError, match="dataset is 'voc', it should be coco, ade20k, cityscapes, or a number"
+        ValueError, match="dataset is 'voc'; it should be coco, ade20k, cityscapes, or a number"
     ):
         SPADEGenerator.official("voc")
     with pytest.raises(ValueError, match="num_upsampling_layers is 'few'"):
@@ -356,7 +356,7 @@ def test_bad_arguments_of_the_constructors():
         ),
         (
             (torch.zeros(3, 3, 32, 32), torch.zeros(2, 6, 32, 32)),
-            "x has a batch of 3, it should be a multiple of segmap's, 2",
+            "x has a batch of 3; it should be a multiple of segmap's, 2",
         ),
         ((torch.zeros(1, 3, 32, 32), torch.zeros(1, 6, 16, 32)), r"segmap has the size \[16, 32\]"),
         ((torch.zeros(3, 32, 32),), r"x has shape \[3, 32, 32\]"),
@@ -369,7 +369,7 @@ def test_bad_input_of_the_discriminator(arguments, message):
 
 def test_bad_input_of_the_encoder():
     with pytest.raises(
-        ValueError, match=r"image is \[1, 4, 8, 8\], it should be a tensor \[N, 3, H, W\]"
+        ValueError, match=r"image is \[1, 4, 8, 8\]; it should be a tensor \[N, 3, H, W\]"
     ):
         ConvEncoder(1)(torch.zeros(1, 4, 8, 8))
 

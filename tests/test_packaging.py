@@ -185,7 +185,7 @@ def test_cuda_kernels_are_built_if_possible_or_forced(small):
     code, said = build(small, FORCE_CUDA="1", TORCH_CUDA_ARCH_LIST="7.5")
     assert code != 0
     if shutil.which("nvcc"):
-        assert "TORCH_CUDA_ARCH_LIST is '7.5', it should list architectures from 8.0 on" in said
+        assert "TORCH_CUDA_ARCH_LIST is '7.5'; it should list architectures from 8.0 on" in said
 
 
 def test_the_import_loads_only_itself_and_torch():

@@ -159,7 +159,7 @@ def test_a_wrong_photograph_gets_an_error_message(client_with_styles, client, mo
         assert answer.status_code == 422 and words in answer.json()["detail"]
     monkeypatch.setattr(server, "MOST_PHOTOGRAPH_PIXELS", 40 * 60 - 1)
     answer = client_with_styles.post("/style", content=content)
-    assert answer.status_code == 422 and "has 60 × 40 pixels, it should have 2399" in answer.text
+    assert answer.status_code == 422 and "has 60 × 40 pixels; it should have 2399" in answer.text
     monkeypatch.undo()
     ours = {"host": "127.0.0.1:7860", "content-length": str(2**25 + 1)}
     assert raw_request(client_with_styles.app, ours, "/style") == 413
@@ -196,9 +196,9 @@ def test_a_wrong_z_gets_an_error_message(client, encoder):
     "path, content, words",
     [
         ("/image", b"\0" * 4095 + b"\x09", "has a 9 in 1 pixels"),
-        ("/image", b"\0" * 4095, "has 4095 bytes, it should have 64 × 64"),
+        ("/image", b"\0" * 4095, "has 4095 bytes; it should have 64 × 64"),
         ("/image", b"", "has 0 bytes"),
-        ("/image?seed=-1", b"\0" * 4096, "seed is -1, it should be 0 to"),
+        ("/image?seed=-1", b"\0" * 4096, "seed is -1; it should be 0 to"),
         ("/image?seed=x", b"\0" * 4096, "valid integer"),
     ],
 )

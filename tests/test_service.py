@@ -197,7 +197,7 @@ def test_a_reload_that_fails_leaves_the_old_weights(tmp_path):
         for weights, words in (
             (tmp_path / "text.pth", "is not a file of weights"),
             (tmp_path / "none.pth", "does not exist"),
-            (ConvEncoder(2, 3), "weights is a ConvEncoder, it should be a SPADEGenerator"),
+            (ConvEncoder(2, 3), "weights is a ConvEncoder; it should be a SPADEGenerator"),
             (ConvEncoder(2, 3).state_dict(), "those of a ConvEncoder"),
         ):
             with pytest.raises((ValueError, TypeError, OSError), match=words):
@@ -353,13 +353,13 @@ def test_an_error_in_one_request_does_not_stop_the_others(monkeypatch):
 @pytest.mark.parametrize(
     "layout, z, words",
     [
-        (torch.zeros(1, CLASSES, 8, 8), None, "layout is a Tensor, it should be a SemanticLayout"),
+        (torch.zeros(1, CLASSES, 8, 8), None, "layout is a Tensor; it should be a SemanticLayout"),
         (SemanticLayout.from_labels(torch.zeros(1, 8, 8).long(), 7), None, "has 7 channels"),
         (SemanticLayout.from_labels(torch.zeros(1, 8).long(), CLASSES), None, "has 1 dimensions"),
-        (layout_of(images=2), torch.zeros(3, 3), "z has a batch of 3, it should be a multiple"),
-        (layout_of(), torch.zeros(1, 4), r"z is \[1, 4\], it should be a tensor \[M, 3\]"),
-        (layout_of(), torch.zeros(1, 3).long(), "z is torch.int64, it should be a floating-point"),
-        (layout_of(), [0.0] * 3, "z is list, it should be a floating-point tensor or None"),
+        (layout_of(images=2), torch.zeros(3, 3), "z has a batch of 3; it should be a multiple"),
+        (layout_of(), torch.zeros(1, 4), r"z is \[1, 4\]; it should be a tensor \[M, 3\]"),
+        (layout_of(), torch.zeros(1, 3).long(), "z is torch.int64; it should be a floating-point"),
+        (layout_of(), [0.0] * 3, "z is list; it should be a floating-point tensor or None"),
         (layout_of(images=2)[[]], None, "it should have one image or more"),
     ],
 )
@@ -376,7 +376,7 @@ def test_a_wrong_request_is_refused_at_once(layout, z, words):
         ({"threads": 0}, "threads is 0"),
         ({"batch": 1.5}, "batch is 1.5"),
         ({"waiting": "many"}, "waiting is 'many'"),
-        ({"cache": "much"}, "cache is 'much', it should be bytes, or text such as \"256MB\""),
+        ({"cache": "much"}, "cache is 'much'; it should be bytes, or text such as \"256MB\""),
         ({"cache": -1}, "cache is -1"),
         ({"dtype": torch.int64}, "dtype is torch.int64"),
     ],

@@ -64,7 +64,7 @@ def test_an_empty_folder(folder, options):
 @pytest.mark.parametrize(
     "others, words",
     [
-        (dict(convention="folder"), "--num-classes is not given, .*check-data` suggests"),
+        (dict(convention="folder"), "--num-classes is not given; .*check-data` suggests"),
         (dict(labels=None), "--labels is not given"),
         (dict(images="nowhere"), "--images is nowhere, which is not there"),
         (dict(palette="nowhere.txt"), "nowhere.txt"),
@@ -74,7 +74,7 @@ def test_an_empty_folder(folder, options):
         (dict(perceptual=True, vgg_weights="nowhere"), "nowhere"),
         (
             dict(vgg_weights=__file__),
-            "--vgg-weights is '.*', it should not be given: perceptual is off",
+            "--vgg-weights is '.*'; it should not be given: perceptual is off",
         ),
         (dict(crop_size=40), "--crop-size is 40, .* crop_size should be 32 or 64"),
         (dict(crop_size=48, batch=1), "--crop-size is 48, .* crop_size should be 64, the near"),
@@ -84,32 +84,32 @@ def test_an_empty_folder(folder, options):
         (dict(crop_size=16, load_size=20), "--crop-size is 16, .* no crop_size near this one"),
         (dict(crop_size=48, load_size=50, batch=1), "--crop-size is 48, .* no crop_size near"),
         (dict(crop_size=16), "--crop-size is 16, .* it should be 32 or more"),
-        (dict(norm_G="spadeinstance3x3"), "--crop-size is 32, it should be larger: .* 1 × 1"),
-        (dict(norm_G="spadebatch3x3", batch=1), "--crop-size is 32, it should be larger"),
-        (dict(norm_G="spadebatch3x3", accumulate=2), "--crop-size is 32, it should be larger"),
-        (dict(norm_G="spadesyncbatch3x3", batch=1), "--crop-size is 32, it should be larger"),
+        (dict(norm_G="spadeinstance3x3"), "--crop-size is 32; it should be larger: .* 1 × 1"),
+        (dict(norm_G="spadebatch3x3", batch=1), "--crop-size is 32; it should be larger"),
+        (dict(norm_G="spadebatch3x3", accumulate=2), "--crop-size is 32; it should be larger"),
+        (dict(norm_G="spadesyncbatch3x3", batch=1), "--crop-size is 32; it should be larger"),
         (dict(norm_G="spade-batch"), "--norm-g is 'spade-batch'"),
         (dict(preprocess="none"), "--preprocess is 'none', which makes .*000.png 64 × 32; .* 32 ×"),
         (dict(preprocess="scale_width"), "--preprocess is .*000.png 32 × 24; it should be 32 × 32"),
         (dict(preprocess="crop", crop_size=64), "000.png: the image is 52 × 40 before it is cro"),
-        (dict(preprocess="stretch"), "--preprocess is 'stretch', it should be one of"),
+        (dict(preprocess="stretch"), "--preprocess is 'stretch'; it should be one of"),
         (dict(preprocess="fixed", load_size=40), "--load-size is 40"),
-        (dict(load_size=30), "--load-size is 30, it should be 32 or more"),
-        (dict(batch=5), "the data set has 4 examples, it should have at least one batch"),
-        (dict(batch=3, accumulate=2), "--batch is 3, it should be a multiple of accumulate, 2"),
+        (dict(load_size=30), "--load-size is 30; it should be 32 or more"),
+        (dict(batch=5), "the data set has 4 examples; it should have at least one batch"),
+        (dict(batch=3, accumulate=2), "--batch is 3; it should be a multiple of accumulate, 2"),
         (dict(order="shared", accumulate=2), "--order is 'shared' and accumulate is 2"),
-        (dict(precision="fp16"), "--precision is 'fp16', it should be bf16 or no on a CPU"),
-        (dict(precision="half"), "--precision is 'half', it should be one of"),
-        (dict(decay=1.5), "--decay is 1.5, it should be 1 or less"),
-        (dict(decay=-0.5), "--decay is -0.5, it should be 0 or more"),
-        (dict(weight_kl=float("nan")), "--weight-kl is nan, it should be a finite number"),
-        (dict(lr_generator=float("inf")), "--lr-generator is inf, it should be a finite number"),
-        (dict(lr_generator=-1e-4), "--lr-generator is -0.0001, it should be 0 or more"),
-        (dict(ema=1.0), "--ema is 1.0, it should be less than 1"),
-        (dict(beta1=1), "--beta1 is 1.0, it should be less than 1"),
-        (dict(aspect_ratio=0.0), "--aspect-ratio is 0.0, it should be a positive number"),
-        (dict(steps=0), "--steps is 0, it should be 1 or more"),
-        (dict(preset="large"), "preset is 'large', it should be one of published, small"),
+        (dict(precision="fp16"), "--precision is 'fp16'; it should be bf16 or no on a CPU"),
+        (dict(precision="half"), "--precision is 'half'; it should be one of"),
+        (dict(decay=1.5), "--decay is 1.5; it should be 1 or less"),
+        (dict(decay=-0.5), "--decay is -0.5; it should be 0 or more"),
+        (dict(weight_kl=float("nan")), "--weight-kl is nan; it should be a finite number"),
+        (dict(lr_generator=float("inf")), "--lr-generator is inf; it should be a finite number"),
+        (dict(lr_generator=-1e-4), "--lr-generator is -0.0001; it should be 0 or more"),
+        (dict(ema=1.0), "--ema is 1.0; it should be less than 1"),
+        (dict(beta1=1), "--beta1 is 1.0; it should be less than 1"),
+        (dict(aspect_ratio=0.0), "--aspect-ratio is 0.0; it should be a positive number"),
+        (dict(steps=0), "--steps is 0; it should be 1 or more"),
+        (dict(preset="large"), "preset is 'large'; it should be one of published, small"),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
 )
@@ -147,7 +147,7 @@ def test_a_folder_that_cannot_be_written(options, tmp_path, kind, monkeypatch):
 
         monkeypatch.setattr(type(out), "mkdir", refuse)
     words = refusal(**options | {"out": out})
-    assert words.startswith(f"--out is {out}, it should be a folder that can be written to: ")
+    assert words.startswith(f"--out is {out}; it should be a folder that can be written to: ")
     assert (tmp_path / "file").read_text() == "as it was"
 
 
@@ -187,7 +187,7 @@ class TestResume:
         return Run(options["out"])
 
     def test_missing_runs(self, tmp_path):
-        assert "has no config.yaml, it should be the folder of a run" in refusal(resume=tmp_path)
+        assert "has no config.yaml; it should be the folder of a run" in refusal(resume=tmp_path)
 
     @pytest.mark.parametrize(
         "text, words",
@@ -195,8 +195,8 @@ class TestResume:
             ("a: [", "config.yaml is not YAML: "),
             ("- 1", "config.yaml should have settings"),
             ("ngff: 3", "config.yaml has unknown settings: ngff"),
-            ("ngf: many", "config.yaml: ngf is 'many', it should be a whole number"),
-            ("decay: 2.0", "config.yaml: decay is 2.0, it should be 1 or less"),
+            ("ngf: many", "config.yaml: ngf is 'many'; it should be a whole number"),
+            ("decay: 2.0", "config.yaml: decay is 2.0; it should be 1 or less"),
         ],
     )
     def test_broken_settings(self, run, text, words):
@@ -239,7 +239,7 @@ class TestResume:
     def test_contradictions(self, run):
         assert "preset is 'small' and resume" in refusal(resume=run.folder, preset="small")
         assert "--out is 'other' and resume" in refusal(resume=run.folder, out="other")
-        assert "--steps is 1, it should be 2 or more: the run has taken 2 steps" in refusal(
+        assert "--steps is 1; it should be 2 or more: the run has taken 2 steps" in refusal(
             resume=run.folder, steps=1
         )
 

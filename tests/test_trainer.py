@@ -166,7 +166,7 @@ def test_a_state_of_other_networks_is_refused():
     with pytest.raises(ValueError, match="another generator than this: size mismatch for"):
         Trainer(config(ngf=4)).load_state_dict(state)
     with pytest.raises(
-        ValueError, match="networks generator, discriminator, it should have .* encoder"
+        ValueError, match="networks generator, discriminator; it should have .* encoder"
     ):
         Trainer(config(use_vae=True)).load_state_dict(state)
 

@@ -320,7 +320,7 @@ def test_window_mode(monkeypatch):
         assert len(used) == expected
     assert_agree(results[1:], results[:1] * 2)
     with pytest.raises(
-        ValueError, match="mode is 'sometimes', it should be one of auto, always, never"
+        ValueError, match="mode is 'sometimes'; it should be one of auto, always, never"
     ):
         spade_fast.window_mode("sometimes")
 
@@ -341,15 +341,15 @@ def test_window_mode_as_a_setting_of_the_thread():
     [
         (
             lambda layout: layout.repeat(2),
-            "segmap has a batch of 4, it should be x's batch, 2, or 1",
+            "segmap has a batch of 4; it should be x's batch, 2, or 1",
         ),
         (
             lambda layout: SemanticLayout(layout.codes, layout.palette[:, :4]),
-            "segmap has 4 channels, it should have 5",
+            "segmap has 4 channels; it should have 5",
         ),
         (
             lambda layout: SemanticLayout(layout.codes[:, 0], layout.palette),
-            "segmap has 1 dimensions, it should have 2",
+            "segmap has 1 dimensions; it should have 2",
         ),
     ],
 )

@@ -46,7 +46,7 @@ def test_a_link_is_kept_and_its_name_determines_the_format(tmp_path):
 def test_devices_folders_and_files_in_no_folder_are_refused(tmp_path):
     for path, error in (
         ("/dev/null", "/dev/null is a device"),
-        (tmp_path, "is a directory, it should be a file"),
+        (tmp_path, "is a directory; it should be a file"),
         (tmp_path / "none" / "a.txt", "should be a folder to write a.txt into"),
     ):
         with pytest.raises(OSError, match=error), written(path):

@@ -52,7 +52,7 @@ inline void check_dtype(const Tensor& given, const char* name, Dtypes dtypes) {
   for (const ScalarType& one : dtypes) {
     wanted += (&one == dtypes.begin() ? "" : &one + 1 == dtypes.end() ? " or " : ", ") + text(one);
   }
-  STD_TORCH_CHECK(false, "spade_fast: ", name, " has dtype ", text(dtype), ", it should be ",
+  STD_TORCH_CHECK(false, "spade_fast: ", name, " has dtype ", text(dtype), "; it should be ",
                   wanted);
 }
 
@@ -62,13 +62,13 @@ inline void check_device(const Tensor& given, const char* name, const Tensor& ot
       given.is_cpu() == other.is_cpu() && given.is_cuda() == other.is_cuda() &&
           given.get_device_index() == other.get_device_index(),
       "spade_fast: ", name,
-      " is on a different device from the other operands, it should be on the same one");
+      " is on a different device from the other operands; it should be on the same one");
 }
 
 inline void check_shape(const Tensor& given, const char* name, Sizes sizes, const char* meaning) {
   const Sizes own = given.sizes();
   STD_TORCH_CHECK(std::equal(own.begin(), own.end(), sizes.begin(), sizes.end()),
-                  "spade_fast: ", name, " has shape ", text(own), ", it should be ", text(sizes),
+                  "spade_fast: ", name, " has shape ", text(own), "; it should be ", text(sizes),
                   " (", meaning, ")");
 }
 
@@ -99,7 +99,7 @@ struct Extent {
 // Checks x, for every operator.
 inline Extent check_features(const Tensor& x) {
   STD_TORCH_CHECK(x.dim() >= 3 && x.dim() <= 5, "spade_fast: x has shape ", text(x.sizes()),
-                  ", it should be [N, C, *spatial] with one to three spatial dimensions");
+                  "; it should be [N, C, *spatial] with one to three spatial dimensions");
   check_dtype(x, "x", kFloating);
   Extent extent = {x.size(0), x.size(1)};
   for (int64_t dim = 2; dim < x.dim(); ++dim)
@@ -123,11 +123,11 @@ inline Extent check_modulation(const Tensor& x, const Tensor& gamma,
     check_device(gamma, "gamma", x);
     check_dtype(gamma, "gamma", kFloating);
     STD_TORCH_CHECK(gamma.dim() == 2 && gamma.size(1) == extent.channels,
-                    "spade_fast: gamma has shape ", text(gamma.sizes()), ", it should be [K, ",
+                    "spade_fast: gamma has shape ", text(gamma.sizes()), "; it should be [K, ",
                     extent.channels, "] (a table, because index is given)");
     STD_TORCH_CHECK(gamma.size(0) > 0 || index->numel() == 0, "spade_fast: gamma has shape ",
                     text(gamma.sizes()),
-                    ", it should be a table with a row for every number in index");
+                    "; it should be a table with a row for every number in index");
     product(gamma, "gamma", {gamma.size(0)}, INT32_MAX);
     product(*index, "index", {extent.pixels}, INT32_MAX);
   } else {
@@ -135,7 +135,7 @@ inline Extent check_modulation(const Tensor& x, const Tensor& gamma,
   }
   STD_TORCH_CHECK(
       beta || !needs_beta,
-      "spade_fast: beta is None, it should be a tensor: the derivative of silu needs it");
+      "spade_fast: beta is None; it should be a tensor: the derivative of silu needs it");
   if (beta)
     check_operand(*beta, "beta", gamma, {gamma.scalar_type()}, gamma.sizes(), "gamma's shape");
   return extent;
@@ -172,7 +172,7 @@ inline void check_out(const Tensor& out, const Tensor& x, const Tensor& gamma) {
                 "x's shape");
   const Tensor rows = layout_of(x) == Layout::channels_last ? channels_behind(out) : out;
   STD_TORCH_CHECK(rows.is_contiguous(), "spade_fast: out has strides ", text(out.strides()),
-                  ", it should be dense and in the same memory format as x, which has strides ",
+                  "; it should be dense and in the same memory format as x, which has strides ",
                   text(x.strides()));
 }
 
@@ -204,7 +204,7 @@ inline void check_order(const std::optional<Tensor>& order, const Tensor& x,
                         const std::optional<Tensor>& index, const Extent& extent) {
   if (!index) return;
   STD_TORCH_CHECK(order,
-                  "spade_fast: order is None, it should be the sorted pixels [N, pixels], because "
+                  "spade_fast: order is None; it should be the sorted pixels [N, pixels], because "
                   "index is given");
   check_operand(*order, "order", x, kWhole, std::vector<int64_t>{extent.images, extent.pixels},
                 "[N, pixels]");
@@ -235,12 +235,12 @@ inline void check_lists(const Tensor& offsets, const Tensor& listed, const Tenso
   }
   STD_TORCH_CHECK(
       offsets.numel() > 0,
-      "spade_fast: offsets has shape [0], it should have one entry more than there are lists");
+      "spade_fast: offsets has shape [0]; it should have one entry more than there are lists");
 }
 
 inline void check_sum_lists(const Tensor& x, const Tensor& offsets, const Tensor& listed) {
   STD_TORCH_CHECK(x.dim() == 2, "spade_fast: x has shape ", text(x.sizes()),
-                  ", it should be [rows, columns]");
+                  "; it should be [rows, columns]");
   check_dtype(x, "x", kFloating);
   check_lists(offsets, listed, x);
   for (const int64_t rows : {x.size(0), offsets.numel()})
@@ -256,7 +256,7 @@ inline int64_t check_convolution(const Tensor& weight, const Tensor& offsets,
   for (int64_t dim = 2; dim < weight.dim(); ++dim)
     taps = product(weight, "weight", {taps, weight.size(dim)}, INT32_MAX);
   STD_TORCH_CHECK(weight.dim() >= 3 && taps > 0, "spade_fast: weight has shape ",
-                  text(weight.sizes()), ", it should be [out, in, *kernel] with at least one tap");
+                  text(weight.sizes()), "; it should be [out, in, *kernel] with at least one tap");
   product(weight, "weight",
           {taps, std::max<int64_t>(1, weight.size(0)), std::max<int64_t>(1, weight.size(1)), 1024});
   check_lists(offsets, listed, weight);
@@ -269,7 +269,7 @@ inline int64_t check_back_convolution(const Tensor& weight, const Tensor& back_o
   const int64_t taps = check_convolution(weight, back_offsets, back_listed),
                 lists = back_offsets.numel() - 1;
   STD_TORCH_CHECK(lists % taps == 0, "spade_fast: offsets has shape ", text(back_offsets.sizes()),
-                  ", it should have rows * ", taps, " + 1 entries, with ", taps, " taps");
+                  "; it should have rows * ", taps, " + 1 entries, with ", taps, " taps");
   return lists / taps;
 }
 
@@ -279,7 +279,7 @@ inline int64_t check_matrix(const Tensor& given, const char* name, const Tensor&
   check_device(given, name, weight);
   check_dtype(given, name, {weight.scalar_type()});
   STD_TORCH_CHECK(given.dim() == 2 && given.size(1) == columns, "spade_fast: ", name, " has shape ",
-                  text(given.sizes()), ", it should have two dimensions, the second of size ",
+                  text(given.sizes()), "; it should have two dimensions, the second of size ",
                   columns, ", to match a weight of shape ", text(weight.sizes()));
   return given.size(0);
 }
@@ -298,7 +298,7 @@ inline Convolution check_convolve_gathered(const Tensor& rows, const std::vector
                                            const Tensor& offsets, const Tensor& listed) {
   STD_TORCH_CHECK(!weights.empty() && weights.size() == biases.size(),
                   "spade_fast: biases has length ", biases.size(), " and weights has length ",
-                  weights.size(), ", they should have the same length, at least 1");
+                  weights.size(), "; they should have the same length, at least 1");
   check_dtype(rows, "rows", kHalf);
   Convolution found = {};
   for (size_t i = 0; i < weights.size(); ++i) {
@@ -306,7 +306,7 @@ inline Convolution check_convolve_gathered(const Tensor& rows, const std::vector
     check_device(weight, "weights", rows);
     check_dtype(weight, "weights", {rows.scalar_type()});
     STD_TORCH_CHECK(weight.dim() >= 3, "spade_fast: weights has shape ", text(weight.sizes()),
-                    ", it should be [out, in, *kernel]");
+                    "; it should be [out, in, *kernel]");
     std::vector<int64_t> sizes(weights[0].sizes().begin(), weights[0].sizes().end());
     sizes[0] = weight.size(0);
     check_shape(weight, "weights", sizes, "like the first weight");
@@ -320,12 +320,12 @@ inline Convolution check_convolve_gathered(const Tensor& rows, const std::vector
   for (int64_t dim = 2; dim < weight.dim(); ++dim)
     found.taps = product(weight, "weights", {found.taps, weight.size(dim)}, INT32_MAX);
   STD_TORCH_CHECK(found.taps > 0 && found.taps <= kMostTaps, "spade_fast: weights has shape ",
-                  text(weight.sizes()), ", it should be [out, in, *kernel] with 1 to ", kMostTaps,
+                  text(weight.sizes()), "; it should be [out, in, *kernel] with 1 to ", kMostTaps,
                   " taps");
   product(weight, "weights",
           {std::max<int64_t>(1, found.outputs), found.taps + 1, found.channels + 8}, INT32_MAX);
   STD_TORCH_CHECK(rows.dim() == 2 && rows.size(1) == found.channels, "spade_fast: rows has shape ",
-                  text(rows.sizes()), ", it should have two dimensions, the second of size ",
+                  text(rows.sizes()), "; it should have two dimensions, the second of size ",
                   found.channels);
   product(rows, "rows", {rows.size(0), found.taps}, INT32_MAX);
   check_lists(offsets, listed, rows);

@@ -39,7 +39,7 @@ inline Activation activation_named(const std::optional<std::string>& name) {
   if (*name == "leaky_relu") return Activation::leaky_relu;
   if (*name == "silu") return Activation::silu;
   STD_TORCH_CHECK(false, "spade_fast: activation is ", *name,
-                  ", it should be None, relu, leaky_relu or silu");
+                  "; it should be None, relu, leaky_relu or silu");
 }
 
 // x contiguous, and x in a dtype. The checks come first because each call into PyTorch takes

@@ -31,7 +31,7 @@ struct Lists {
     STD_TORCH_CHECK(offsets[0] == 0 && !vectorised<EverFalls>(count + 1, offsets) &&
                         offsets[count] == numbers_owner.numel(),
                     "spade_fast: offsets has numbers from ", offsets[0], " to ", offsets[count],
-                    ", they should begin at 0, never decrease, and end at ", numbers_owner.numel(),
+                    "; they should begin at 0, never decrease, and end at ", numbers_owner.numel(),
                     ", the length of the list");
     check_range(numbers_owner, "listed", bound);
   }

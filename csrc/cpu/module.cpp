@@ -47,14 +47,14 @@ std::tuple<Numbers, Numbers> number_windows_of(const Numbers& map, int64_t kerne
                                                uint64_t hash_mask) {
   const std::vector<int64_t> shape(map.shape(), map.shape() + map.ndim());
   require(map.ndim() >= 2 && map.ndim() <= 4,
-          "map has shape " + shape_text(map) + ", it should be [N, *spatial]");
+          "map has shape " + shape_text(map) + "; it should be [N, *spatial]");
   require(map.size() < INT32_MAX,
-          "map has shape " + shape_text(map) + ", it should have fewer than 2147483647 places");
+          "map has shape " + shape_text(map) + "; it should have fewer than 2147483647 places");
   int64_t taps = 1;
   for (size_t axis = 1; axis < shape.size(); ++axis) {
     require(kernel_size >= 1 && countable(taps, kernel_size),
             "kernel_size is " + std::to_string(kernel_size) +
-                ", it should be at least 1 and give windows of fewer than 2147483647 taps");
+                "; it should be at least 1 and give windows of fewer than 2147483647 taps");
     taps *= kernel_size;
   }
   check_range(map, "map", 0, INT32_MAX);
@@ -70,7 +70,7 @@ std::tuple<Numbers, Numbers> number_windows_of(const Numbers& map, int64_t kerne
 std::tuple<Numbers, Numbers, Numbers, Numbers> window_sums_of(const Numbers& contents,
                                                               int64_t rows) {
   require(contents.ndim() == 2,
-          "contents has shape " + shape_text(contents) + ", it should be [windows, taps]");
+          "contents has shape " + shape_text(contents) + "; it should be [windows, taps]");
   const int64_t windows = contents.shape(0), taps = contents.shape(1);
   require(rows >= 0 && countable(rows, std::max<int64_t>(1, taps)) && countable(windows, taps),
           "contents has shape " + shape_text(contents) + " and rows is " + std::to_string(rows) +
@@ -89,12 +89,12 @@ std::tuple<Numbers, Numbers, Numbers, Numbers> window_sums_of(const Numbers& con
 }
 
 Numbers sort_pixels_of(const Numbers& index, int64_t bound) {
-  require(index.ndim() == 2, "index has shape " + shape_text(index) + ", it should be [N, pixels]");
+  require(index.ndim() == 2, "index has shape " + shape_text(index) + "; it should be [N, pixels]");
   const int64_t images = index.shape(0), pixels = index.shape(1);
   require(countable(1, pixels),
-          "index has shape " + shape_text(index) + ", it should have fewer than 2147483647 pixels");
+          "index has shape " + shape_text(index) + "; it should have fewer than 2147483647 pixels");
   require(bound >= 0 && bound <= int64_t{1} << 31,
-          "bound is " + std::to_string(bound) + ", it should be from 0 to 2147483648");
+          "bound is " + std::to_string(bound) + "; it should be from 0 to 2147483648");
   check_range(index, "index", 0, bound);
   Numbers order({images, pixels});
   const int32_t* from = index.data();
@@ -125,7 +125,7 @@ InstructionSet named(const std::string& name) {
                                 ", which this processor does not support");
   }
   throw pybind11::value_error("the instruction set is " + name +
-                              ", it should be base, avx2 or avx512");
+                              "; it should be base, avx2 or avx512");
 }
 
 // The kernels' instruction sets that this processor supports, best first.
@@ -145,16 +145,16 @@ std::optional<std::tuple<Numbers, pybind11::array_t<int64_t>>> find_codes_of(
     const pybind11::array& segmap) {
   require(segmap.ndim() >= 3 && (segmap.flags() & pybind11::array::c_style) != 0,
           "segmap has shape " + shape_text(segmap) +
-              ", it should be [N, channels, *spatial] and contiguous");
+              "; it should be [N, channels, *spatial] and contiguous");
   require(segmap.itemsize() == 2 || segmap.itemsize() == 4 || segmap.itemsize() == 8,
           "segmap has elements of " + std::to_string(segmap.itemsize()) +
-              " bytes, they should be of 2, 4 or 8");
+              " bytes; they should be of 2, 4 or 8");
   std::vector<int64_t> shape(segmap.shape(), segmap.shape() + segmap.ndim());
   const int64_t batch = shape[0], channels = shape[1];
   shape.erase(shape.begin() + 1);
   Numbers codes(shape);
   require(codes.size() < INT32_MAX, "segmap has shape " + shape_text(segmap) +
-                                        ", it should have fewer than 2147483647 pixels");
+                                        "; it should have fewer than 2147483647 pixels");
   int32_t* data = codes.mutable_data();
   const void* elements = segmap.data();
   const int64_t element_size = segmap.itemsize(), pixels = batch > 0 ? codes.size() / batch : 0;

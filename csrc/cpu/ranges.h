@@ -39,7 +39,7 @@ inline std::string out_of_range(const char* name, const int32_t* numbers, int64_
   if (count == 0 || vectorised<Largest>(count, numbers, least) < bound - least) return {};
   const auto [lowest, highest] = std::minmax_element(numbers, numbers + count);
   return std::string("spade_fast: ") + name + " has numbers from " + std::to_string(*lowest) +
-         " to " + std::to_string(*highest) + ", they should be from " + std::to_string(least) +
+         " to " + std::to_string(*highest) + "; they should be from " + std::to_string(least) +
          " to " + std::to_string(bound - 1);
 }
 

@@ -92,7 +92,7 @@ struct SortedPixels {
       }
       STD_TORCH_CHECK(
           sorted || lists_sorted_pixels(start, pixels),
-          "spade_fast: order is not sorted by index, it should list every pixel of each "
+          "spade_fast: order is not sorted by index; it should list every pixel of each "
           "image once, sorted by index");
     }
   }

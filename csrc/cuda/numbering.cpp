@@ -189,22 +189,22 @@ void check_codes(const Tensor& codes, int64_t rows) {
   check_dtype(codes, "codes", kWhole);
   STD_TORCH_CHECK(codes.dim() >= 2 && codes.dim() <= 1 + kAxes, "spade_fast: codes has shape ",
                   text(codes.sizes()),
-                  ", it should be [N, *spatial] with one to three spatial dimensions");
+                  "; it should be [N, *spatial] with one to three spatial dimensions");
   STD_TORCH_CHECK(rows >= 0 && rows < INT32_MAX, "spade_fast: rows is ", rows,
-                  ", it should be from 0 to 2**31 - 2");
+                  "; it should be from 0 to 2**31 - 2");
 }
 
 void check_find_windows(const Tensor& codes, const Tensor& nearest,
                         const std::vector<int64_t>& sizes, int64_t kernel_size, int64_t rows) {
   check_codes(codes, rows);
   STD_TORCH_CHECK(sizes.size() % axes_of(codes) == 0, "spade_fast: sizes has ", sizes.size(),
-                  " numbers, it should have a multiple of ", axes_of(codes), ", one for each axis");
+                  " numbers; it should have a multiple of ", axes_of(codes), ", one for each axis");
   STD_TORCH_CHECK(kernel_size % 2 == 1 && kernel_size > 0 && kernel_size < 128,
-                  "spade_fast: kernel_size is ", kernel_size, ", it should be odd, from 1 to 127");
+                  "spade_fast: kernel_size is ", kernel_size, "; it should be odd, from 1 to 127");
   int64_t count = 0;
   for (const int64_t size : sizes) {
     STD_TORCH_CHECK(size >= 0 && size < INT32_MAX, "spade_fast: sizes has ", size,
-                    ", it should have numbers from 0 to 2**31 - 2");
+                    "; it should have numbers from 0 to 2**31 - 2");
     count += size;
   }
   check_dtype(nearest, "nearest", kWhole);
@@ -217,7 +217,7 @@ void check_find_windows(const Tensor& codes, const Tensor& nearest,
     const int64_t given = codes.size(1 + i % axes_of(codes));
     for (int64_t place = 0; place < sizes[i]; ++place) {
       STD_TORCH_CHECK(pixels[place] >= 0 && pixels[place] < given, "spade_fast: nearest has ",
-                      pixels[place], ", it should have pixels along that axis of codes, 0 to ",
+                      pixels[place], "; it should have pixels along that axis of codes, 0 to ",
                       given - 1);
     }
   }
@@ -473,13 +473,13 @@ std::vector<Tensor> find_patches_of(const Tensor& codes, int64_t kernel_size, in
                       std::max({kernel_size, stride, padding}) < kCounted,
                   "spade_fast: kernel_size is ", kernel_size, ", stride is ", stride,
                   ", padding is ", padding,
-                  ", they should be at least 1, 1 and 0, and below 2**30");
+                  "; they should be at least 1, 1 and 0, and below 2**30");
   const std::vector<int64_t> given(codes.sizes().begin() + 1, codes.sizes().end());
   std::vector<int64_t> sizes;
   std::vector<int32_t> nearest;
   for (const int64_t length : given) {
     STD_TORCH_CHECK(length + 2 * padding >= kernel_size, "spade_fast: codes has shape ",
-                    text(codes.sizes()), ", it should be no smaller than kernel_size, ",
+                    text(codes.sizes()), "; it should be no smaller than kernel_size, ",
                     kernel_size, ", after padding");
     sizes.push_back((length + 2 * padding - kernel_size) / stride + 1);
   }
@@ -507,7 +507,7 @@ bool are_many(int64_t codes, int64_t places) { return codes > 64 + places / 4; }
 std::vector<Tensor> find_codes_of(const Tensor& given_segmap, int64_t hash_mask) {
   STD_TORCH_CHECK(given_segmap.dim() >= 3 && given_segmap.dim() <= 2 + kAxes,
                   "spade_fast: segmap has shape ", text(given_segmap.sizes()),
-                  ", it should be [N, label_nc, *spatial] with one to three spatial dimensions");
+                  "; it should be [N, label_nc, *spatial] with one to three spatial dimensions");
   check_dtype(given_segmap, "segmap", kFloating);
   std::vector<int64_t> shape = {given_segmap.size(0)};
   for (int64_t dim = 2; dim < given_segmap.dim(); ++dim) shape.push_back(given_segmap.size(dim));

@@ -20,7 +20,7 @@ class Call {
     operands.shape = {x.size(0), x.size(1), 1};
     for (int64_t dim = 2; dim < x.dim(); ++dim) operands.shape.pixels *= x.size(dim);
     STD_TORCH_CHECK(operands.shape.pixels <= INT32_MAX, "spade_fast: x has ", operands.shape.pixels,
-                    " pixels, it should have at most ", INT32_MAX);
+                    " pixels; it should have at most ", INT32_MAX);
     operands.vector = !last_ || x.size(1) % 4 == 0;  // numbers per plane are loaded four at a time
     operands.x = read(x, "x");
   }
@@ -123,7 +123,7 @@ class Call {
   // Cursors hold the distance between rows, in bytes, in 32 bits.
   static void check_distance(int64_t elements, const char* name) {
     STD_TORCH_CHECK(elements <= UINT32_MAX / 4, "spade_fast: ", name, " has rows ", elements,
-                    " elements apart, they should be at most ", UINT32_MAX / 4, " apart");
+                    " elements apart; they should be at most ", UINT32_MAX / 4, " apart");
   }
 
   Rows noted(const Rows& rows) {

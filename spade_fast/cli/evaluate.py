@@ -124,5 +124,5 @@ def _size(words):
     """A width and a height. Errors: ValueError."""
     found = re.fullmatch(r"(\d+)[x×](\d+)", words)
     if found is None:
-        raise ValueError(f"size is {words!r}, it should be WIDTHxHEIGHT, such as 256x256")
+        raise ValueError(f"size is {words!r}; it should be WIDTHxHEIGHT, such as 256x256")
     return int(found[1]), int(found[2])

@@ -119,7 +119,7 @@ def generate(
     loading = {"key": key, "crop_size": crop_size, "aspect_ratio": aspect_ratio}
     try:
         if dtype not in DTYPES:
-            raise ValueError(f"dtype is {dtype!r}, it should be one of {', '.join(DTYPES)}")
+            raise ValueError(f"dtype is {dtype!r}; it should be one of {', '.join(DTYPES)}")
         report = generation.generate(
             weights,
             labels,
@@ -164,5 +164,5 @@ def device_of(name: str) -> "torch.device":
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).partition("\n")[0]
         raise ValueError(
-            f"device is {name!r}, it should be a device of this machine: {reason}"
+            f"device is {name!r}; it should be a device of this machine: {reason}"
         ) from None

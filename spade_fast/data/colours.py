@@ -40,7 +40,7 @@ def paint(labels: np.ndarray | torch.Tensor, colours: np.ndarray) -> np.ndarray:
     labels = np.asarray(labels)
     if labels.size and not (0 <= labels.min() and labels.max() < len(colours)):
         raise ValueError(
-            f"labels has numbers from {labels.min()} to {labels.max()}, they should be 0 to"
+            f"labels has numbers from {labels.min()} to {labels.max()}; they should be 0 to"
             f" {len(colours) - 1}: colours has a row for each of these"
         )
     return colours[labels]

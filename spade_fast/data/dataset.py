@@ -64,7 +64,7 @@ class Folder(Dataset):
         chance = None if epoch is None else random_of(self.seed, epoch, index)
         with named(name):
             if image is None:
-                raise ValueError("the pair has no photograph, it should have one")
+                raise ValueError("the pair has no photograph; it should have one")
             classes = read_labels(labels, self.palette)
             numbers = None if instances is None else read_labels(instances)
             layout, photograph = self.preparation(classes, read_photograph(image), numbers, chance)
@@ -102,7 +102,7 @@ class Stream:
         with named(f"example {number}"):
             if not isinstance(given, (tuple, list)) or len(given) not in (2, 3):
                 raise TypeError(
-                    f"this is a {type(given).__name__}, it should be (labels, photograph) or"
+                    f"this is a {type(given).__name__}; it should be (labels, photograph) or"
                     " (labels, photograph, instances)"
                 )
             chance = random_of(self.seed, number)

@@ -45,7 +45,7 @@ def read_labels(path: str | os.PathLike, palette: Palette | None = None) -> np.n
         )
     if palette is not None or image.mode not in NUMBERS:
         wanted = "colours, as in the palette" if palette is not None else "whole numbers"
-        raise ValueError(f"{path} has pixels of mode {image.mode}, it should have {wanted}")
+        raise ValueError(f"{path} has pixels of mode {image.mode}; it should have {wanted}")
     return np.asarray(image).astype(np.int64)
 
 
@@ -72,7 +72,7 @@ def read_photograph(
         width, height = _opened(path, lambda image: image.size, content)
         if width * height > most_pixels:
             raise ValueError(
-                f"{path} has {width} × {height} pixels, it should have {most_pixels} or fewer"
+                f"{path} has {width} × {height} pixels; it should have {most_pixels} or fewer"
             )
     image = _read(path, content, upright)
     if image.mode.startswith("I") or image.mode == "F":
@@ -114,7 +114,7 @@ def read_palette(path: str | os.PathLike) -> dict[tuple[int, int, int], int]:
             is_right = False
         if not is_right:
             raise ValueError(
-                f"{path}, line {number}, is {line!r}, it should be R G B CLASS: three"
+                f"{path}, line {number}, is {line!r}; it should be R G B CLASS: three"
                 " numbers from 0 to 255 and a class of 0 or more"
             )
         red, green, blue = colour
@@ -124,7 +124,7 @@ def read_palette(path: str | os.PathLike) -> dict[tuple[int, int, int], int]:
                 f" earlier line gives it to {palette[red, green, blue]}"
             )
     if not palette:
-        raise ValueError(f"{path} has no colours, it should have lines R G B CLASS")
+        raise ValueError(f"{path} has no colours; it should have lines R G B CLASS")
     return palette
 
 

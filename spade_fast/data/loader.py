@@ -42,7 +42,7 @@ class Sampler(TorchSampler):
         check_share(batch, rank, processes, start)
         if length < batch * processes:
             raise ValueError(
-                f"the data set has {length} examples, it should have at least one batch:"
+                f"the data set has {length} examples; it should have at least one batch:"
                 f" {batch} for each of {processes} processes"
             )
         self.length, self.batch, self.seed = length, batch, seed
@@ -151,7 +151,7 @@ def check_share(batch: int, rank: int, processes: int, start: int) -> None:
     """Raises ValueError unless a process can take this share of the batches."""
     if batch < 1 or processes < 1 or not 0 <= rank < processes or start < 0:
         raise ValueError(
-            f"batch is {batch}, it should be 1 or more; rank is {rank}, it should be 0 to"
-            f" processes − 1; processes is {processes}, it should be 1 or more; start is {start},"
+            f"batch is {batch}; it should be 1 or more; rank is {rank}; it should be 0 to"
+            f" processes − 1; processes is {processes}; it should be 1 or more; start is {start};"
             " it should be 0 or more"
         )

@@ -54,7 +54,7 @@ CONVENTIONS = {
 def convention_of(name: str) -> Convention:
     """The convention with this name. Errors: ValueError if there is none."""
     if name not in CONVENTIONS:
-        raise ValueError(f"convention is {name!r}, it should be one of {', '.join(CONVENTIONS)}")
+        raise ValueError(f"convention is {name!r}; it should be one of {', '.join(CONVENTIONS)}")
     return CONVENTIONS[name]
 
 

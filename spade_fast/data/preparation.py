@@ -62,10 +62,10 @@ class Preparation:
         if self.dont_care is not None:
             self.dont_care = whole_number("dont_care", self.dont_care)
         if self.mode not in MODES:
-            raise ValueError(f"mode is {self.mode!r}, it should be one of {', '.join(MODES)}")
+            raise ValueError(f"mode is {self.mode!r}; it should be one of {', '.join(MODES)}")
         if not 0 < self.aspect_ratio < float("inf") or min(self._box) < 1:
             raise ValueError(
-                f"aspect_ratio is {self.aspect_ratio!r}, it should be the crop's width over its"
+                f"aspect_ratio is {self.aspect_ratio!r}; it should be the crop's width over its"
                 " height"
             )
         if self.load_size is None:
@@ -73,13 +73,13 @@ class Preparation:
         whole_number("load_size", self.load_size, least=1)
         if self.mode in UNRESIZED:
             raise ValueError(
-                f"load_size is {self.load_size}, it should be None: mode {self.mode!r} does not use"
+                f"load_size is {self.load_size}; it should be None: mode {self.mode!r} does not use"
                 " it"
             )
         least = min(self._box) if "shortside" in self.mode else self.crop_size
         if self._crops and self.load_size < least:
             raise ValueError(
-                f"load_size is {self.load_size}, it should be {least} or more to crop"
+                f"load_size is {self.load_size}; it should be {least} or more to crop"
                 f" {_words(self._box)} from it"
             )
 
@@ -193,7 +193,7 @@ class Preparation:
         spare = [whole - part for whole, part in zip(size, box)]
         if min(spare) < 0:
             raise ValueError(
-                f"the image is {_words(size)} before it is cropped, it should be at least as large"
+                f"the image is {_words(size)} before it is cropped; it should be at least as large"
                 f" as the crop, {_words(box)}"
             )
         return spare
@@ -230,9 +230,9 @@ def _numbers(name, values):
         values = np.asarray(values)
     if not isinstance(values, np.ndarray) or values.dtype.kind not in "biu":
         kind = getattr(values, "dtype", type(values).__name__)
-        raise TypeError(f"{name} is {kind}, it should be whole numbers [height, width]")
+        raise TypeError(f"{name} is {kind}; it should be whole numbers [height, width]")
     if values.ndim != 2 or not values.size:
-        raise ValueError(f"{name} has shape {list(values.shape)}, it should be [height, width]")
+        raise ValueError(f"{name} has shape {list(values.shape)}; it should be [height, width]")
     return values.astype(np.int64)
 
 
@@ -253,13 +253,13 @@ def _planes(photograph):
         kind = getattr(photograph, "dtype", type(photograph).__name__)
         shape = list(getattr(photograph, "shape", ()))
         raise TypeError(
-            f"photograph is {kind} {shape}, it should be an image of PIL, uint8 [height, width, 3],"
+            f"photograph is {kind} {shape}; it should be an image of PIL, uint8 [height, width, 3],"
             " or a tensor of floats [3, height, width]"
         )
     least, most = photograph.aminmax()
     if not (least >= -1 and most <= 1):
         raise ValueError(
-            f"photograph has values from {least:g} to {most:g}, they should be from −1 to 1"
+            f"photograph has values from {least:g} to {most:g}; they should be from −1 to 1"
         )
     return [Image.fromarray(plane) for plane in photograph.float().numpy(force=True)]
 

@@ -62,9 +62,9 @@ class Counted(Protocol):
 def check_writable(path: Path) -> None:
     """Raises ValueError if no PNG can be written at this path."""
     if path.suffix.lower() != ".png":
-        raise ValueError(f"sheet is {path}, it should be a file whose name ends with .png")
+        raise ValueError(f"sheet is {path}; it should be a file whose name ends with .png")
     if not path.parent.is_dir() or path.is_dir() or not os.access(path.parent, os.W_OK):
-        raise ValueError(f"sheet is {path}, it should be a file in a folder that can be written to")
+        raise ValueError(f"sheet is {path}; it should be a file in a folder that can be written to")
 
 
 def draw(path: Path, pictures: list[Shown], report: Counted) -> None:

@@ -156,7 +156,7 @@ def _check_given(photographs, labels, features, features_weights, segmentation, 
         raise ValueError("photographs and labels are not given, at least one of them should be")
     if labels is not None and segmentation is None:
         raise ValueError(
-            "segmentation is not given, it should be: its predictions are compared with labels"
+            "segmentation is not given; it should be: its predictions are compared with labels"
         )
     of_photographs = {"features": features, "features_weights": features_weights}
     of_labels = {"segmentation": segmentation, "classes": classes}
@@ -166,7 +166,7 @@ def _check_given(photographs, labels, features, features_weights, segmentation, 
     ):
         unused = [name for name, value in others.items() if value is not None]
         if folder is None and unused:
-            raise ValueError(f"{unused[0]} is given, it should only be given with {needs}")
+            raise ValueError(f"{unused[0]} is given; it should only be given with {needs}")
 
 
 def _folder(kind, folder, ending=""):
@@ -194,7 +194,7 @@ def _allowed(rules, num_classes, dont_care):
     num_classes = rules.num_classes if num_classes is None else num_classes
     dont_care = rules.dont_care if dont_care is None else dont_care
     if num_classes is None:
-        raise ValueError("num_classes is not given, it should be: the convention does not say it")
+        raise ValueError("num_classes is not given; it should be: the convention does not say it")
     num_classes = whole_number("num_classes", num_classes, least=1)
     if dont_care is not None:
         dont_care = whole_number("dont_care", dont_care)

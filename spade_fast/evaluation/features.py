@@ -38,7 +38,7 @@ def load_features(features: str | nn.Module, weights: str | os.PathLike | None =
         return _inception(weights)
     if weights is not None:
         raise ValueError(
-            f"features_weights is {weights}, it should only be given with features {INCEPTION}"
+            f"features_weights is {weights}; it should only be given with features {INCEPTION}"
         )
     return given("features", features, "my_project.networks:features")
 
@@ -92,12 +92,12 @@ class FrechetDistance:
         wanted = f"[{count}, {self.dimension or 'D'}]"
         if not isinstance(found, torch.Tensor) or not found.is_floating_point():
             kind = getattr(found, "dtype", type(found).__name__)
-            raise ValueError(f"features returned {kind}, they should be floats {wanted}")
+            raise ValueError(f"features returned {kind}; they should be floats {wanted}")
         shape = list(found.shape)
         if len(shape) != 2 or shape[0] != count or shape[1] == 0:
-            raise ValueError(f"features returned shape {shape}, they should be {wanted}")
+            raise ValueError(f"features returned shape {shape}; they should be {wanted}")
         if self.dimension not in (0, shape[1]):
-            raise ValueError(f"features returned shape {shape}, they should be {wanted} as before")
+            raise ValueError(f"features returned shape {shape}; they should be {wanted} as before")
         if not found.isfinite().all():
             raise ValueError("features returned values that are not finite")
 
@@ -128,7 +128,7 @@ def _inception(weights):
     module = needed("torch_fidelity.feature_extractor_inceptionv3", f"--features {INCEPTION}")
     path = _cached() if weights is None else Path(weights)
     if not path.is_file():
-        raise FileNotFoundError(f"{path} is not there, it should be the file {FILE}")
+        raise FileNotFoundError(f"{path} is not there; it should be the file {FILE}")
     try:
         network = module.FeatureExtractorInceptionV3("inception", [DIMENSION], str(path))
     except Exception as error:  # the type depends on the file's content
@@ -151,7 +151,7 @@ def _cached():
     if len(found) != 1:
         has = ", ".join(path.name for path in found) or "none"
         raise FileNotFoundError(
-            f"--features {INCEPTION} needs the file {FILE}: {folder} has {has}, it should have one,"
+            f"--features {INCEPTION} needs the file {FILE}: {folder} has {has}; it should have one,"
             " or --features-weights FILE should be given"
         )
     return found[0]

@@ -42,7 +42,7 @@ def given(argument: str, network: str | nn.Module, example: str) -> Network:
         network = returned(network, example)
     if not isinstance(network, nn.Module):
         raise TypeError(
-            f"{argument} is {name!r}, which is a {type(network).__name__}, it should be a"
+            f"{argument} is {name!r}, which is a {type(network).__name__}; it should be a"
             " torch.nn.Module or a function that returns one"
         )
     kind = type(network)

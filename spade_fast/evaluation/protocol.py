@@ -28,7 +28,7 @@ def versions(others: Iterable[str]) -> dict[str, str]:
 def check_writable(path: Path) -> None:
     """Raises ValueError if no file can be written at this path."""
     if not path.parent.is_dir() or path.is_dir():
-        raise ValueError(f"json is {path}, it should be a file in a folder that exists")
+        raise ValueError(f"json is {path}; it should be a file in a folder that exists")
 
 
 def write(result: dict[str, Any], path: str | os.PathLike) -> None:
@@ -51,7 +51,7 @@ def read(path: str | os.PathLike) -> dict[str, Any]:
         is_right = False
     if not is_right:
         raise ValueError(
-            f"{path} has no scores, it should be a file from `spade-fast evaluate --json`"
+            f"{path} has no scores; it should be a file from `spade-fast evaluate --json`"
         )
     return found
 

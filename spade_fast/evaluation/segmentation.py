@@ -47,14 +47,14 @@ def read_classes(path: str | os.PathLike) -> dict[int, int | None]:
     for number, line, words in lines_of(path):
         if len(words) < 2 or not words[0].isdecimal() or not _is_label(words[1]):
             raise ValueError(
-                f"{path}, line {number}, is {line!r}, it should be NETWORK_ID LABEL: two"
+                f"{path}, line {number}, is {line!r}; it should be NETWORK_ID LABEL: two"
                 f" numbers of 0 or more, or {NO_CLASS} for no label"
             )
         own, label = int(words[0]), None if words[1] == NO_CLASS else int(words[1])
         if classes.setdefault(own, label) != label:
             raise ValueError(f"{path}, line {number}, has {own} again, with another label")
     if not classes:
-        raise ValueError(f"{path} has no classes, it should have lines NETWORK_ID LABEL")
+        raise ValueError(f"{path} has no classes; it should have lines NETWORK_ID LABEL")
     return classes
 
 
@@ -79,7 +79,7 @@ class Overlap:
         wrong = [label for label in labels if label is not None and label >= num_classes]
         if wrong:
             raise ValueError(
-                f"classes has the label {wrong[0]}, it should have labels from 0 to"
+                f"classes has the label {wrong[0]}; it should have labels from 0 to"
                 f" {num_classes - 1}"
             )
         self.labels = torch.tensor([num_classes if label is None else label for label in labels])
@@ -103,7 +103,7 @@ class Overlap:
         """
         counts = self.metric.compute().double()
         if not counts.sum():
-            raise ValueError("labels has only don't care, it should have pixels with a class")
+            raise ValueError("labels has only don't care; it should have pixels with a class")
         right = counts.diagonal()
         either = counts.sum(0) + counts.sum(1) - right
         ious = {
@@ -122,10 +122,10 @@ class Overlap:
             or found.dtype == torch.bool
         ):
             kind = getattr(found, "dtype", type(found).__name__)
-            raise ValueError(f"segmentation returned {kind}, it should be whole numbers {shape}")
+            raise ValueError(f"segmentation returned {kind}; it should be whole numbers {shape}")
         if list(found.shape) != shape:
             raise ValueError(
-                f"segmentation returned shape {list(found.shape)}, it should be {shape}"
+                f"segmentation returned shape {list(found.shape)}; it should be {shape}"
             )
         found = found.cpu().long()
         places = torch.searchsorted(self.known, found).clamp_(max=len(self.known) - 1)

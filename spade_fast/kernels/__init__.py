@@ -42,7 +42,7 @@ def backends(x: Tensor | None = None, gamma: Tensor | None = None) -> list[Backe
 
 def _checked(name, source):
     if name is not None and name not in NAMES:
-        raise ValueError(f"{source} is {name!r}, it should be one of {', '.join(NAMES)}")
+        raise ValueError(f"{source} is {name!r}; it should be one of {', '.join(NAMES)}")
     return name
 
 

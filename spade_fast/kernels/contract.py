@@ -135,7 +135,7 @@ def check_modulation(
     if beta is not None:
         _check("beta", beta, gamma, (gamma.dtype,), gamma.shape, "gamma's shape")
     elif needs_beta:
-        raise ValueError("beta is None, it should be a tensor: the derivative of silu needs it")
+        raise ValueError("beta is None; it should be a tensor: the derivative of silu needs it")
 
 
 def check_apply(
@@ -159,7 +159,7 @@ def check_apply_out(
     _check("out", out, x, (torch.promote_types(x.dtype, gamma.dtype),), x.shape, "x's shape")
     if not lies_like(out, x):
         raise ValueError(
-            f"out has strides {list(out.stride())}, it should be dense and in the same memory"
+            f"out has strides {list(out.stride())}; it should be dense and in the same memory"
             f" format as x, which has strides {list(x.stride())}"
         )
 
@@ -204,7 +204,7 @@ def check_backward_sums(
     if index is not None:
         if order is None:
             raise ValueError(
-                "order is None, it should be the sorted pixels [N, pixels], because index is given"
+                "order is None; it should be the sorted pixels [N, pixels], because index is given"
             )
         shape = (x.shape[0], x.shape[2:].numel())
         _check("order", order, x, (torch.int32,), shape, "[N, pixels]")
@@ -272,7 +272,7 @@ def check_convolve_gathered(
 ) -> None:
     if not weights or len(weights) != len(biases):
         raise ValueError(
-            f"biases has length {len(biases)} and weights has length {len(weights)}, they should"
+            f"biases has length {len(biases)} and weights has length {len(weights)}; they should"
             " have the same length, at least 1"
         )
     shape = weights[0].shape
@@ -322,7 +322,7 @@ def _check(name, given, other, dtypes, shape, meaning):
     which is known to be on the right one.
     """
     if given.device != other.device:
-        raise ValueError(f"{name} is on {given.device}, it should be on {other.device}")
+        raise ValueError(f"{name} is on {given.device}; it should be on {other.device}")
     _check_dtype(name, given, dtypes)
     _require(given.dim() == len(shape), name, given, f"{list(shape)} ({meaning})")
     for size, wanted in zip(given.shape, shape):
@@ -332,14 +332,14 @@ def _check(name, given, other, dtypes, shape, meaning):
 def _check_dtype(name, given, dtypes):
     if given.dtype not in dtypes:
         wanted = " or ".join(map(str, dtypes))
-        raise TypeError(f"{name} has dtype {given.dtype}, it should be {wanted}")
+        raise TypeError(f"{name} has dtype {given.dtype}; it should be {wanted}")
 
 
 def _require(holds, name, given, wanted):
     # In a compiled graph, a condition that is known only at run time is checked then.
     if holds is not True:
         torch._check_value(
-            holds, lambda: f"{name} has shape {list(given.shape)}, it should be {wanted}"
+            holds, lambda: f"{name} has shape {list(given.shape)}; it should be {wanted}"
         )
 
 

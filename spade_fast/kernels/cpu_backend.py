@@ -29,7 +29,7 @@ def _load():
 def _use_instruction_set(name, library):
     """Makes the kernels use the instruction set that the variable SPADE_FAST_ISA names."""
     if name not in INSTRUCTION_SETS:
-        raise ValueError(f"SPADE_FAST_ISA is {name}, it should be base, avx2 or avx512")
+        raise ValueError(f"SPADE_FAST_ISA is {name}; it should be base, avx2 or avx512")
     if library is None:
         return
     if name not in library.instruction_sets():

@@ -96,7 +96,7 @@ def find_patches(
 def _require_rows(found, num_codes):
     if not found:
         raise ValueError(
-            f"codes has numbers that are not rows of the palette, they should be 0 to"
+            f"codes has numbers that are not rows of the palette; they should be 0 to"
             f" {num_codes - 1}"
         )
 

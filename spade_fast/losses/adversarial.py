@@ -51,7 +51,7 @@ def check_kind(kind: str) -> str:
     name = OTHER_NAMES.get(kind, kind) if isinstance(kind, str) else None
     if name not in KINDS:
         others = ", ".join(f"{other} for {own}" for other, own in OTHER_NAMES.items())
-        raise ValueError(f"kind is {kind!r}, it should be one of {', '.join(KINDS)} ({others})")
+        raise ValueError(f"kind is {kind!r}; it should be one of {', '.join(KINDS)} ({others})")
     return name
 
 

@@ -26,5 +26,5 @@ def feature_matching(fakes: Results, reals: Results) -> torch.Tensor:
         for fake, real in zip(fake_scale[:-1], real_scale[:-1])
     ]
     if not distances:
-        raise ValueError("fakes has one layer in each scale, it should have layers before the last")
+        raise ValueError("fakes has one layer in each scale; it should have layers before the last")
     return torch.stack(distances).sum() / len(fakes)

@@ -21,10 +21,10 @@ def kl_divergence(mu: torch.Tensor, logvar: torch.Tensor) -> torch.Tensor:
     for name, tensor in {"mu": mu, "logvar": logvar}.items():
         if not isinstance(tensor, torch.Tensor) or not tensor.is_floating_point():
             kind = getattr(tensor, "dtype", type(tensor).__name__)
-            raise TypeError(f"{name} is {kind}, it should be a floating-point tensor")
+            raise TypeError(f"{name} is {kind}; it should be a floating-point tensor")
     if mu.shape != logvar.shape:
         raise ValueError(
-            f"logvar has shape {list(logvar.shape)}, it should be that of mu, {list(mu.shape)}"
+            f"logvar has shape {list(logvar.shape)}; it should be that of mu, {list(mu.shape)}"
         )
     mu, logvar = (tensor.to(sum_dtype(tensor.dtype)) for tensor in (mu, logvar))
     return -0.5 * (1 + logvar - mu.square() - logvar.exp()).sum()

@@ -143,14 +143,14 @@ def _check_images(fake, real):
     for name, image in {"fake": fake, "real": real}.items():
         if not isinstance(image, torch.Tensor) or not image.is_floating_point():
             kind = getattr(image, "dtype", type(image).__name__)
-            raise TypeError(f"{name} is {kind}, it should be a floating-point tensor")
+            raise TypeError(f"{name} is {kind}; it should be a floating-point tensor")
         shape = list(image.shape)
         if len(shape) != 4 or shape[0] == 0 or shape[1] != 3 or min(shape[2:]) < LEAST_SIZE:
             raise ValueError(
-                f"{name} has shape {shape}, it should be [N, 3, H, W] with H and W at least"
+                f"{name} has shape {shape}; it should be [N, 3, H, W] with H and W at least"
                 f" {LEAST_SIZE}"
             )
     if fake.shape != real.shape:
         raise ValueError(
-            f"fake has shape {list(fake.shape)}, it should be that of real, {list(real.shape)}"
+            f"fake has shape {list(fake.shape)}; it should be that of real, {list(real.shape)}"
         )

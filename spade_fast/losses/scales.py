@@ -15,7 +15,7 @@ def halves(results: Results) -> tuple[Results, Results]:
     for tensor in (tensor for scale in results for tensor in scale):
         if tensor.dim() == 0 or len(tensor) % 2:
             raise ValueError(
-                f"results has a tensor {list(tensor.shape)}, it should be [2N, …]: N fakes, then N"
+                f"results has a tensor {list(tensor.shape)}; it should be [2N, …]: N fakes, then N"
                 " reals"
             )
     fakes, reals = (
@@ -34,11 +34,11 @@ def check_results(name: str, results: Results) -> None:
         for scale in results
     ):
         raise TypeError(
-            f"{name} is {_kinds(results)}, it should be a list for each scale with its layers'"
+            f"{name} is {_kinds(results)}; it should be a list for each scale with its layers'"
             " results, floating-point tensors"
         )
     if not results or any(x.numel() == 0 for scale in results for x in scale):
-        raise ValueError(f"{name} has no elements, it should have at least a scale and an image")
+        raise ValueError(f"{name} has no elements; it should have at least a scale and an image")
 
 
 def check_alike(fakes: Results, reals: Results) -> None:
@@ -49,7 +49,7 @@ def check_alike(fakes: Results, reals: Results) -> None:
         shapes[name] = [[list(x.shape) for x in scale] for scale in results]
     if shapes["fakes"] != shapes["reals"]:
         raise ValueError(
-            f"fakes has shapes {shapes['fakes']}, it should have those of reals, {shapes['reals']}"
+            f"fakes has shapes {shapes['fakes']}; it should have those of reals, {shapes['reals']}"
         )
 
 

@@ -41,7 +41,7 @@ class window_mode(Scope):
 
     def __init__(self, mode: Mode) -> None:
         if mode not in MODES:
-            raise ValueError(f"mode is {mode!r}, it should be one of {', '.join(MODES)}")
+            raise ValueError(f"mode is {mode!r}; it should be one of {', '.join(MODES)}")
         super().__init__(mode)
 
 

@@ -29,7 +29,7 @@ def parse_config(text: object, argument: str) -> Config:
     """
     match = _PATTERN.fullmatch(text) if isinstance(text, str) else None
     if match is None:
-        raise ValueError(f"{argument} is {text!r}, it should be {GRAMMAR}")
+        raise ValueError(f"{argument} is {text!r}; it should be {GRAMMAR}")
     found: tuple[Any, ...] = match.groups()
     before, after, norm, kernel_size = found
     return Config(bool(before or after), norm or "instance", int(kernel_size or 3))
@@ -48,7 +48,7 @@ def whole_number(name: str, value: object, least: int = 1) -> int:
     if number < least:
         bound = {0: "a non-negative whole number", 1: "a positive whole number"}
         raise ValueError(
-            f"{name} is {value!r}, it should be"
+            f"{name} is {value!r}; it should be"
             f" {bound.get(least, f'a whole number of at least {least}')}"
         )
     return number
@@ -61,7 +61,7 @@ def dimensions(spatial_dims: object) -> int:
     except ValueError:
         number = 0
     if number not in (1, 2, 3):
-        raise ValueError(f"spatial_dims is {spatial_dims!r}, it should be 1, 2 or 3")
+        raise ValueError(f"spatial_dims is {spatial_dims!r}; it should be 1, 2 or 3")
     return number
 
 
@@ -72,5 +72,5 @@ def odd_number(name: str, value: object) -> int:
     except ValueError:
         number = 0
     if number % 2 == 0:
-        raise ValueError(f"{name} is {value!r}, it should be a positive odd number")
+        raise ValueError(f"{name} is {value!r}; it should be a positive odd number")
     return number

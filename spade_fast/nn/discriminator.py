@@ -213,10 +213,10 @@ class MultiscaleDiscriminator(nn.Module):
                 continue
             if not isinstance(tensor, torch.Tensor) or not tensor.is_floating_point():
                 kind = getattr(tensor, "dtype", type(tensor).__name__)
-                raise TypeError(f"{name} is {kind}, it should be a floating-point tensor")
+                raise TypeError(f"{name} is {kind}; it should be a floating-point tensor")
             if tensor.dim() != self.spatial_dims + 2:
                 raise ValueError(
-                    f"{name} has shape {list(tensor.shape)}, it should be [N, channels, {spatial}]"
+                    f"{name} has shape {list(tensor.shape)}; it should be [N, channels, {spatial}]"
                 )
         layout = None if segmap is None else find_layout(segmap)
         of_condition, size = 0, x.shape[2:]
@@ -225,12 +225,12 @@ class MultiscaleDiscriminator(nn.Module):
             size = segmap.shape[2:] if layout is None else layout.codes.shape[1:]
             if size != x.shape[2:]:
                 raise ValueError(
-                    f"segmap has the size {list(size)}, it should be the image's size,"
+                    f"segmap has the size {list(size)}; it should be the image's size,"
                     f" {list(x.shape[2:])}"
                 )
             if len(segmap) == 0 or len(x) % len(segmap):
                 raise ValueError(
-                    f"x has a batch of {len(x)}, it should be a multiple of segmap's, {len(segmap)}"
+                    f"x has a batch of {len(x)}; it should be a multiple of segmap's, {len(segmap)}"
                 )
         if x.shape[1] + of_condition != self.input_nc:
             together = f" and segmap {of_condition}" if of_condition else ""

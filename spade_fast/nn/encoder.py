@@ -57,7 +57,7 @@ class ConvEncoder(nn.Module):
         channels = self.layer1.convolution.in_channels
         if not isinstance(image, torch.Tensor) or image.dim() != 4 or image.shape[1] != channels:
             shape = list(image.shape) if isinstance(image, torch.Tensor) else type(image).__name__
-            raise ValueError(f"image is {shape}, it should be a tensor [N, {channels}, H, W]")
+            raise ValueError(f"image is {shape}; it should be a tensor [N, {channels}, H, W]")
         x = image
         if x.shape[2:] != (SIZE, SIZE):
             x = F.interpolate(x, size=(SIZE, SIZE), mode="bilinear")

@@ -276,12 +276,12 @@ class SPADEGenerator(nn.Module):
             return torch.randn(conditions, self.z_dim, dtype=weight.dtype, device=weight.device)
         if not isinstance(z, torch.Tensor) or z.dim() != 2 or z.shape[1] != self.z_dim:
             raise ValueError(
-                f"z is {list(z.shape) if isinstance(z, torch.Tensor) else z!r}, it should be a"
+                f"z is {list(z.shape) if isinstance(z, torch.Tensor) else z!r}; it should be a"
                 f" tensor [M, {self.z_dim}]"
             )
         if z.device != weight.device:
             raise ValueError(
-                f"z is on {z.device}, it should be on the weights' device, {weight.device}"
+                f"z is on {z.device}; it should be on the weights' device, {weight.device}"
             )
         images = z.shape[0]
         if images == conditions:
@@ -289,7 +289,7 @@ class SPADEGenerator(nn.Module):
         times, rest = divmod(images, max(1, conditions))
         if rest or times == 0 or conditions == 0:
             raise ValueError(
-                f"z has a batch of {images}, it should be a multiple of segmap's, {conditions}"
+                f"z has a batch of {images}; it should be a multiple of segmap's, {conditions}"
             )
         return z
 
@@ -324,7 +324,7 @@ def published_settings(dataset: str | int) -> Published:
         return Published(whole_number("dataset", dataset))
     except ValueError:
         raise ValueError(
-            f"dataset is {dataset!r}, it should be {', '.join(PUBLISHED)}, or a number of channels"
+            f"dataset is {dataset!r}; it should be {', '.join(PUBLISHED)}, or a number of channels"
         ) from None
 
 
@@ -348,12 +348,12 @@ def official_arguments(
     )
     if not isinstance(layers, str) or layers not in DOUBLINGS:
         raise ValueError(
-            f"num_upsampling_layers is {layers!r}, it should be one of {', '.join(DOUBLINGS)}"
+            f"num_upsampling_layers is {layers!r}; it should be one of {', '.join(DOUBLINGS)}"
         )
     crop_size = published.crop_size if crop_size is None else whole_number("crop_size", crop_size)
     aspect_ratio = published.aspect_ratio if aspect_ratio is None else aspect_ratio
     if not isinstance(aspect_ratio, numbers.Real) or not 0 < aspect_ratio < math.inf:
-        raise ValueError(f"aspect_ratio is {aspect_ratio!r}, it should be a positive number")
+        raise ValueError(f"aspect_ratio is {aspect_ratio!r}; it should be a positive number")
     doublings = DOUBLINGS[layers]
     start = _first_of_image(crop_size, aspect_ratio, doublings)
     wrong = f"crop_size is {crop_size}, but with {doublings} doublings and an aspect ratio of"
@@ -431,7 +431,7 @@ def _first_size(start, spatial_dims):
         lengths = ()
     if len(lengths) != spatial_dims:
         raise ValueError(
-            f"start is {start!r}, it should be a positive whole number, or {spatial_dims} of them"
+            f"start is {start!r}; it should be a positive whole number, or {spatial_dims} of them"
         )
     return lengths
 
@@ -450,7 +450,7 @@ def _checked(stages, ngf):
     taken = {"fc", "conv_img"}
     for number, (name, width, scale) in enumerate(stages):
         if not isinstance(name, str) or not name or "." in name:
-            raise ValueError(f"a block's name is {name!r}, it should be a name without dots")
+            raise ValueError(f"a block's name is {name!r}; it should be a name without dots")
         if name in taken or name in names[:number]:
             raise ValueError(f"two parts have the name {name}, every block should have its own")
         whole_number(f"the block {name}'s scale", scale)

@@ -50,11 +50,11 @@ def initialise(network: Model, kind: str = "xavier", gain: float = 0.02) -> Mode
             been drawn then.
     """
     if not isinstance(network, nn.Module):
-        raise TypeError(f"network is a {type(network).__name__}, it should be an nn.Module")
+        raise TypeError(f"network is a {type(network).__name__}; it should be an nn.Module")
     if not isinstance(kind, str) or kind not in KINDS:
-        raise ValueError(f"kind is {kind!r}, it should be one of {', '.join(KINDS)}")
+        raise ValueError(f"kind is {kind!r}; it should be one of {', '.join(KINDS)}")
     if isinstance(gain, bool) or not isinstance(gain, numbers.Real) or not 0 < gain < math.inf:
-        raise ValueError(f"gain is {gain!r}, it should be a positive number")
+        raise ValueError(f"gain is {gain!r}; it should be a positive number")
 
     def of_norm(weight, gain):
         return nn.init.normal_(weight, 1.0, gain)
@@ -96,6 +96,6 @@ def _own_weight(module: nn.Module, name: str) -> torch.Tensor:
         if (weight := module._parameters.get(own)) is not None:
             return weight
     raise ValueError(
-        f"the weight of {name or type(module).__name__} is computed from other parameters, it"
+        f"the weight of {name or type(module).__name__} is computed from other parameters; it"
         " should be a parameter itself, or under spectral norm"
     )

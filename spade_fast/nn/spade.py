@@ -145,7 +145,7 @@ class SpatiallyAdaptive(HasParts):
         for name, tensor in {"segmap": segmap, "the layer's weight": weight}.items():
             if tensor.device != x.device:
                 raise ValueError(
-                    f"{name} is on {tensor.device}, it should be on x's device, {x.device}"
+                    f"{name} is on {tensor.device}; it should be on x's device, {x.device}"
                 )
         if (
             isinstance(segmap, torch.Tensor)
@@ -154,12 +154,12 @@ class SpatiallyAdaptive(HasParts):
             and not torch.is_autocast_enabled(x.device.type)
         ):
             raise TypeError(
-                f"segmap has dtype {segmap.dtype}, it should be the weights' dtype, {weight.dtype}"
+                f"segmap has dtype {segmap.dtype}; it should be the weights' dtype, {weight.dtype}"
             )
         images = batch_of(segmap)
         if images != x.shape[0] and images != 1 and x.shape[0] != 1:
             raise ValueError(
-                f"segmap has a batch of {images}, it should be x's batch, {x.shape[0]}, or 1"
+                f"segmap has a batch of {images}; it should be x's batch, {x.shape[0]}, or 1"
             )
 
     def check_segmap(self, segmap: torch.Tensor | SemanticLayout) -> None:
@@ -169,12 +169,12 @@ class SpatiallyAdaptive(HasParts):
             self._check_tensor("segmap", segmap, form.label_nc)
         elif segmap.codes.dim() - 1 != form.spatial_dims:
             raise ValueError(
-                f"segmap has {segmap.codes.dim() - 1} dimensions, it should have"
+                f"segmap has {segmap.codes.dim() - 1} dimensions; it should have"
                 f" {form.spatial_dims}; a single map [height, width] needs a batch: labels[None]"
             )
         elif segmap.label_nc != form.label_nc:
             raise ValueError(
-                f"segmap has {segmap.label_nc} channels, it should have {form.label_nc}"
+                f"segmap has {segmap.label_nc} channels; it should have {form.label_nc}"
             )
 
     def _check_tensor(self, name, tensor, channels):
@@ -183,11 +183,11 @@ class SpatiallyAdaptive(HasParts):
             if isinstance(tensor, torch.fx.Proxy):
                 hint = ": torch.fx cannot trace this module, make it a leaf of your tracer"
             raise TypeError(
-                f"{name} is a {type(tensor).__name__}, it should be a torch.Tensor{hint}"
+                f"{name} is a {type(tensor).__name__}; it should be a torch.Tensor{hint}"
             )
         if not tensor.is_floating_point():
             raise TypeError(
-                f"{name} has dtype {tensor.dtype}, it should be a floating-point tensor"
+                f"{name} has dtype {tensor.dtype}; it should be a floating-point tensor"
             )
         dims = self.spade_form.spatial_dims
         given = tensor.shape[1] if tensor.dim() == dims + 2 else None
@@ -196,7 +196,7 @@ class SpatiallyAdaptive(HasParts):
         if given is None or (isinstance(given, int) and given != channels):
             spatial = ", ".join("DHW"[-dims:])
             raise ValueError(
-                f"{name} has shape {list(tensor.shape)}, it should be [N, {channels}, {spatial}]"
+                f"{name} has shape {list(tensor.shape)}; it should be [N, {channels}, {spatial}]"
             )
 
 
@@ -264,7 +264,7 @@ class SPADE(SpatiallyAdaptive):
             own_norm = norm
         else:
             raise ValueError(
-                f"norm is {norm!r}, it should be 'instance', 'batch', 'syncbatch', 'group' or an"
+                f"norm is {norm!r}; it should be 'instance', 'batch', 'syncbatch', 'group' or an"
                 " nn.Module"
             )
         convolution = CONVOLUTIONS[spatial_dims]
@@ -302,7 +302,7 @@ def parse_layer_config(config_text: str) -> Config:
     config = parse_config(config_text, "config_text")
     if config.spectral:
         raise ValueError(
-            f"config_text is {config_text!r}, it should be without 'spectral', which is for the"
+            f"config_text is {config_text!r}; it should be without 'spectral', which is for the"
             " convolutions of a block"
         )
     return config

@@ -469,7 +469,7 @@ def frozen(model: nn.Module, max_bytes: int = 1 << 30) -> Iterator[Tables]:
     named = model.named_modules()
     layers = {name: module for name, module in named if isinstance(module, HasParts)}
     if not layers:
-        raise ValueError(f"model is a {type(model).__name__} without any SPADE, it should have one")
+        raise ValueError(f"model is a {type(model).__name__} without any SPADE; it should have one")
     tables, before = Tables(max_bytes), fingerprints(layers)
     try:
         with keep_in(tables, model.modules()):

@@ -25,7 +25,7 @@ def check_x(x: Tensor) -> None:
     _check_tensor("x", x)
     if not 3 <= x.dim() <= 5:
         raise ValueError(
-            f"x has shape {list(x.shape)}, it should be [N, C, *spatial] with one to three spatial"
+            f"x has shape {list(x.shape)}; it should be [N, C, *spatial] with one to three spatial"
             " dimensions"
         )
 
@@ -51,13 +51,13 @@ def check_modulate(
 ) -> None:
     check_x(x)
     if index is not None and not isinstance(index, torch.Tensor):
-        raise TypeError(f"index is a {type(index).__name__}, it should be a torch.Tensor")
+        raise TypeError(f"index is a {type(index).__name__}; it should be a torch.Tensor")
     _check_tensor("gamma", gamma)
     _check_tensor("beta", beta)
     for name, tensor in {"gamma": gamma, "beta": beta}.items():
         if index is None and tensor.shape != x.shape:
             raise ValueError(
-                f"{name} has shape {list(tensor.shape)}, it should be x's shape, {list(x.shape)}"
+                f"{name} has shape {list(tensor.shape)}; it should be x's shape, {list(x.shape)}"
             )
         if index is not None and (
             tensor.dim() != 2 or tensor.shape[1] != x.shape[1] or tensor.shape[0] != gamma.shape[0]
@@ -69,18 +69,18 @@ def check_modulate(
             )
         if tensor.device != x.device:
             raise ValueError(
-                f"{name} is on {tensor.device}, it should be on x's device, {x.device}"
+                f"{name} is on {tensor.device}; it should be on x's device, {x.device}"
             )
     if beta.dtype != gamma.dtype:
-        raise TypeError(f"beta has dtype {beta.dtype}, it should be gamma's dtype, {gamma.dtype}")
+        raise TypeError(f"beta has dtype {beta.dtype}; it should be gamma's dtype, {gamma.dtype}")
     if index is not None:
         _check_index(index, x, gamma.shape[0])
     if order is not None:
         _check_order(order, x)
     if norm not in NORMS:
-        raise ValueError(f"norm is {norm!r}, it should be one of {NORMS}")
+        raise ValueError(f"norm is {norm!r}; it should be one of {NORMS}")
     if activation not in ACTIVATIONS:
-        raise ValueError(f"activation is {activation!r}, it should be one of {ACTIVATIONS}")
+        raise ValueError(f"activation is {activation!r}; it should be one of {ACTIVATIONS}")
     per_channel = {
         "weight": weight,
         "bias": bias,
@@ -95,7 +95,7 @@ def check_modulate(
         _check_tensor("moments", moments)
         if moments.shape != (2, *x.shape[:2]):
             raise ValueError(
-                f"moments has shape {list(moments.shape)}, it should be [2, N, C],"
+                f"moments has shape {list(moments.shape)}; it should be [2, N, C],"
                 f" {[2, *x.shape[:2]]}"
             )
     if out is not None:
@@ -107,10 +107,10 @@ def check_modulate(
 
 def _check_tensor(name, tensor):
     if not isinstance(tensor, torch.Tensor):
-        raise TypeError(f"{name} is a {type(tensor).__name__}, it should be a torch.Tensor")
+        raise TypeError(f"{name} is a {type(tensor).__name__}; it should be a torch.Tensor")
     if tensor.dtype not in DTYPES:
         raise TypeError(
-            f"{name} has dtype {tensor.dtype}, it should be a floating-point tensor of 16, 32 or"
+            f"{name} has dtype {tensor.dtype}; it should be a floating-point tensor of 16, 32 or"
             " 64 bits"
         )
 
@@ -119,16 +119,16 @@ def _check_out(out, x, dtype):
     _check_tensor("out", out)
     if out.shape != x.shape or out.device != x.device:
         raise ValueError(
-            f"out has shape {list(out.shape)} on {out.device}, it should be as x is,"
+            f"out has shape {list(out.shape)} on {out.device}; it should be as x is,"
             f" {list(x.shape)} on {x.device}"
         )
     if out.dtype != dtype:
         raise TypeError(
-            f"out has dtype {out.dtype}, it should be the one that x and gamma promote to, {dtype}"
+            f"out has dtype {out.dtype}; it should be the one that x and gamma promote to, {dtype}"
         )
     if not contract.lies_like(out, x):
         raise ValueError(
-            f"out has strides {list(out.stride())}, it should be contiguous, or channels-last if x"
+            f"out has strides {list(out.stride())}; it should be contiguous, or channels-last if x"
             f" is, which has strides {list(x.stride())}"
         )
 
@@ -143,7 +143,7 @@ def _check_overlaps(out, read):
         (begin, end), (other_begin, other_end) = memory_of(out), memory_of(other)
         if begin < other_end and other_begin < end:
             raise ValueError(
-                f"out overlaps {name} in memory, it should be {name} itself, element for element,"
+                f"out overlaps {name} in memory; it should be {name} itself, element for element,"
                 " or have memory of its own"
             )
 
@@ -169,23 +169,23 @@ def is_same_memory(one: Tensor, other: Tensor) -> bool:
 
 def _check_index(index, x, rows):
     if index.dtype not in INTEGERS:
-        raise TypeError(f"index has dtype {index.dtype}, it should be a tensor of whole numbers")
+        raise TypeError(f"index has dtype {index.dtype}; it should be a tensor of whole numbers")
     expected = (x.shape[0], *x.shape[2:])
     if index.shape != expected:
         raise ValueError(
-            f"index has shape {list(index.shape)}, it should be [N, *spatial], {list(expected)}"
+            f"index has shape {list(index.shape)}; it should be [N, *spatial], {list(expected)}"
         )
     if index.device != x.device:
-        raise ValueError(f"index is on {index.device}, it should be on x's device, {x.device}")
+        raise ValueError(f"index is on {index.device}; it should be on x's device, {x.device}")
     if torch.compiler.is_compiling() or is_recorded(index) or not index.numel():
         return
     if rows == 0:
-        raise ValueError("gamma has no rows, it should have one for each number in index")
+        raise ValueError("gamma has no rows; it should have one for each number in index")
     if index.is_cpu:
         least, most = (bound.item() for bound in index.aminmax())
         if least < 0 or most >= rows:
             raise ValueError(
-                f"index has numbers from {least} to {most}, they should be rows of the table, 0 to"
+                f"index has numbers from {least} to {most}; they should be rows of the table, 0 to"
                 f" {rows - 1}"
             )
 
@@ -193,14 +193,14 @@ def _check_index(index, x, rows):
 def _check_order(order, x):
     if not isinstance(order, torch.Tensor) or order.dtype != torch.int32:
         kind = getattr(order, "dtype", type(order).__name__)
-        raise TypeError(f"order is {kind}, it should be an int32 tensor")
+        raise TypeError(f"order is {kind}; it should be an int32 tensor")
     expected = (x.shape[0], math.prod(x.shape[2:]))
     if order.shape != expected:
         raise ValueError(
-            f"order has shape {list(order.shape)}, it should be [N, pixels], {list(expected)}"
+            f"order has shape {list(order.shape)}; it should be [N, pixels], {list(expected)}"
         )
     if order.device != x.device:
-        raise ValueError(f"order is on {order.device}, it should be on x's device, {x.device}")
+        raise ValueError(f"order is on {order.device}; it should be on x's device, {x.device}")
 
 
 def check_channels(name: str, tensor: Tensor | None, x: Tensor) -> None:
@@ -208,9 +208,9 @@ def check_channels(name: str, tensor: Tensor | None, x: Tensor) -> None:
         return
     _check_tensor(name, tensor)
     if tensor.shape != (x.shape[1],):
-        raise ValueError(f"{name} has shape {list(tensor.shape)}, it should be [C], [{x.shape[1]}]")
+        raise ValueError(f"{name} has shape {list(tensor.shape)}; it should be [C], [{x.shape[1]}]")
     if tensor.device != x.device:
-        raise ValueError(f"{name} is on {tensor.device}, it should be on x's device, {x.device}")
+        raise ValueError(f"{name} is on {tensor.device}; it should be on x's device, {x.device}")
 
 
 def is_divisor(number: Any, whole: int) -> bool:
@@ -228,15 +228,15 @@ def _check_norm(x, norm, num_groups, weight, bias, running_mean, running_var, tr
         raise ValueError("running_mean and running_var should be given together or not at all")
     if running_mean is not None and norm not in ("batch", "syncbatch"):
         raise ValueError(
-            f"running_mean is given, it should be None for norm={norm!r}, which keeps no running"
+            f"running_mean is given; it should be None for norm={norm!r}, which keeps no running"
             " statistics"
         )
     if running_mean is None and norm in ("batch", "syncbatch") and not training:
         raise ValueError(
-            f"running_mean is None, it should be a tensor [C] for norm={norm!r} with training=False"
+            f"running_mean is None; it should be a tensor [C] for norm={norm!r} with training=False"
         )
     if norm is None and (weight is not None or bias is not None):
-        raise ValueError("weight and bias belong to the norm, they should be None for norm=None")
+        raise ValueError("weight and bias belong to the norm; they should be None for norm=None")
     # These rules and messages are torch's own: a single value has no variance.
     if norm == "instance" and pixels == 1:
         raise ValueError(
@@ -252,7 +252,7 @@ def _check_norm(x, norm, num_groups, weight, bias, running_mean, running_var, tr
     if norm == "group":
         if not is_divisor(num_groups, channels):
             raise ValueError(
-                f"num_groups is {num_groups!r}, it should be a positive number that divides C,"
+                f"num_groups is {num_groups!r}; it should be a positive number that divides C,"
                 f" {channels}"
             )
         if batch * channels // num_groups * pixels == 1:

@@ -114,7 +114,7 @@ def spade_modulate(
     )
     if out is not None and (differentiates or (torch.is_grad_enabled() and out.requires_grad)):
         raise ValueError(
-            "out is given, it should be None where gradients are needed: they depend on what it"
+            "out is given; it should be None where gradients are needed: they depend on what it"
             " would overwrite"
         )
     own = (weight, bias, moments, out)

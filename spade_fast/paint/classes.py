@@ -177,7 +177,7 @@ def read_classes(path: str | os.PathLike) -> list[tuple[int, str, tuple[int, int
             words, colour = words[:-3], (red, green, blue)
         if len(words) < 2 or not words[0].isdecimal() or max(colour or (0,)) > 255:
             raise ValueError(
-                f"{path}, line {place}, is {line!r}, it should be CLASS NAME or CLASS NAME"
+                f"{path}, line {place}, is {line!r}; it should be CLASS NAME or CLASS NAME"
                 " R G B: CLASS is 0 or more, and R, G and B are 0 to 255"
             )
         found.append((int(words[0]), " ".join(words[1:]), colour))

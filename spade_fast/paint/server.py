@@ -242,7 +242,7 @@ class _Painter:
         width_of_number, rest = divmod(len(body), height * width)
         if rest or width_of_number not in (1, 2):
             raise ValueError(
-                f"labels has {len(body)} bytes, it should have {height} × {width} numbers of 1 or 2"
+                f"labels has {len(body)} bytes; it should have {height} × {width} numbers of 1 or 2"
                 " bytes each"
             )
         kind = "u1" if width_of_number == 1 else "<u2"
@@ -260,7 +260,7 @@ class _Painter:
             return _z_of(z, self.z_dim)
         seed = 0 if seed is None else seed
         if not 0 <= seed <= HIGHEST_SEED:
-            raise ValueError(f"seed is {seed}, it should be 0 to {HIGHEST_SEED}")
+            raise ValueError(f"seed is {seed}; it should be 0 to {HIGHEST_SEED}")
         return torch.randn(1, self.z_dim, generator=torch.Generator().manual_seed(seed))
 
     def style(self, content: bytes) -> str:
@@ -315,12 +315,12 @@ class _Doorman:
         hosts, origins = headers.get("host", []), headers.get("origin", [])
         if len(hosts) != 1 or not self._is_own(hosts[0].lower()):
             return 403, (
-                f"Host is {_words(hosts)}, it should be localhost:{self.port} or that of --host:"
+                f"Host is {_words(hosts)}; it should be localhost:{self.port} or that of --host:"
                 " the page is for this machine"
             )
         if origins and [origin.lower() for origin in origins] != ["http://" + hosts[0].lower()]:
             return 403, (
-                f"Origin is {_words(origins)}, it should be http://{hosts[0]}: other sites may not"
+                f"Origin is {_words(origins)}; it should be http://{hosts[0]}: other sites may not"
                 " use this server"
             )
         if scope["method"] not in ("POST", "PUT", "PATCH"):
@@ -330,7 +330,7 @@ class _Doorman:
             return 411, "Content-Length is missing: it should be the number of the body's bytes"
         most = self.most_bytes.get(scope["path"], 0)
         if len(lengths[0]) > 12 or int(lengths[0]) > most:
-            return 413, f"the body has {lengths[0][:20]} bytes, it should have {most} or fewer"
+            return 413, f"the body has {lengths[0][:20]} bytes; it should have {most} or fewer"
         return None
 
     def _is_own(self, host):
@@ -348,7 +348,7 @@ def _check(service, classes):
     if (arguments["spatial_dims"], arguments["output_nc"]) != (2, 3):
         raise ValueError(
             f"the generator makes {arguments['output_nc']} channels in"
-            f" {arguments['spatial_dims']} dimensions, it should make 3 in 2 to be painted"
+            f" {arguments['spatial_dims']} dimensions; it should make 3 in 2 to be painted"
         )
     channels = classes.num_classes + (classes.dont_care is not None) + classes.has_edges
     if channels != arguments["label_nc"]:
@@ -359,13 +359,13 @@ def _check(service, classes):
     numbers = [one.number for one in classes.listed]
     if min(numbers) < 0 or max(numbers) > HIGHEST:
         raise ValueError(
-            f"classes have numbers from {min(numbers)} to {max(numbers)}, they should be 0 to"
+            f"classes have numbers from {min(numbers)} to {max(numbers)}; they should be 0 to"
             f" {HIGHEST}"
         )
     height, width = service.image_size
     if height * width > MOST_PIXELS:
         raise ValueError(
-            f"the generator's images are {height} × {width}, they should have {MOST_PIXELS} pixels"
+            f"the generator's images are {height} × {width}; they should have {MOST_PIXELS} pixels"
             " or fewer to be painted"
         )
 

@@ -33,10 +33,10 @@ def average(network: nn.Module, decay: float) -> AveragedModel:
         TypeError, ValueError: an argument is not as described above; the message names it.
     """
     if not isinstance(network, nn.Module):
-        raise TypeError(f"network is a {type(network).__name__}, it should be an nn.Module")
+        raise TypeError(f"network is a {type(network).__name__}; it should be an nn.Module")
     is_number = isinstance(decay, numbers.Real) and not isinstance(decay, bool)
     if not is_number or math.isnan(decay) or not 0 <= decay < 1:
-        raise ValueError(f"decay is {decay!r}, it should be a number of at least 0 and less than 1")
+        raise ValueError(f"decay is {decay!r}; it should be a number of at least 0 and less than 1")
     move = get_ema_multi_avg_fn(float(decay))
 
     @torch.no_grad()
@@ -67,24 +67,24 @@ def settled(averaged: AveragedModel, into: Model) -> Model:
     """
     if not isinstance(averaged, AveragedModel):
         raise TypeError(
-            f"averaged is a {type(averaged).__name__}, it should be a result of `average`"
+            f"averaged is a {type(averaged).__name__}; it should be a result of `average`"
         )
     network = averaged.module
     kind = type_before_parametrizations(into)
     wanted = type_before_parametrizations(network)
     if kind is not wanted:
         raise TypeError(
-            f"into is a {kind.__name__}, it should be a {wanted.__name__} like the averaged network"
+            f"into is a {kind.__name__}; it should be a {wanted.__name__} like the averaged network"
         )
     given, own = _tensors_of(network), _tensors_of(into)
     for name in given | own:
         shapes = [list(of[name].shape) if name in of else "absent" for of in (own, given)]
         if shapes[0] != shapes[1]:
             raise ValueError(
-                f"into has {name} {shapes[0]}, it should be {shapes[1]} as in the averaged network"
+                f"into has {name} {shapes[0]}; it should be {shapes[1]} as in the averaged network"
             )
     if any(tensor is given[name] for name, tensor in own.items()):
-        raise ValueError("into is the averaged network itself, it should be another one")
+        raise ValueError("into is the averaged network itself; it should be another one")
     with torch.no_grad():
         for name, tensor in own.items():
             tensor.copy_(given[name])

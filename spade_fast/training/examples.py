@@ -27,7 +27,7 @@ def with_steps(config: Config, examples: int) -> Config:
 
 def _given(name: str, folder: str | None) -> str:
     if folder is None:
-        raise ValueError(f"{name} is not given, it should be a folder")
+        raise ValueError(f"{name} is not given; it should be a folder")
     return folder
 
 

@@ -51,19 +51,19 @@ def judge(
     """
     for name, images in {"fakes": fakes, "reals": reals}.items():
         if not isinstance(images, torch.Tensor):
-            raise TypeError(f"{name} is a {type(images).__name__}, it should be a tensor of images")
+            raise TypeError(f"{name} is a {type(images).__name__}; it should be a tensor of images")
     if not isinstance(layout, (torch.Tensor, SemanticLayout)):
         raise TypeError(
-            f"layout is a {type(layout).__name__}, it should be a SemanticLayout or a tensor"
+            f"layout is a {type(layout).__name__}; it should be a SemanticLayout or a tensor"
         )
     if fakes.shape != reals.shape:
         raise ValueError(
-            f"fakes has shape {list(fakes.shape)}, it should be that of reals, {list(reals.shape)}"
+            f"fakes has shape {list(fakes.shape)}; it should be that of reals, {list(reals.shape)}"
         )
     conditions = batch_of(layout)
     if conditions == 0 or len(fakes) % conditions:
         raise ValueError(
-            f"fakes has {len(fakes)} images, it should have a multiple of layout's {conditions}"
+            f"fakes has {len(fakes)} images; it should have a multiple of layout's {conditions}"
         )
     compiled = torch.compiler.is_compiling()
     if compiled or is_recorded(fakes, reals) or not judges_each_image(discriminator):

@@ -17,7 +17,7 @@ def label_channels(config: Config) -> int:
     """
     if config.num_classes is None:
         raise ValueError(
-            "num_classes is not given, it should be the number of classes: `spade-fast check-data`"
+            "num_classes is not given; it should be the number of classes: `spade-fast check-data`"
             " suggests it"
         )
     return config.num_classes + (config.dont_care is not None) + (config.instances is not None)
@@ -32,7 +32,7 @@ def check_norms(config: Config, images: int, processes: int) -> None:
     start = config.generator_arguments(1)["start"]
     if not config.has_deviation(start, images, processes):
         raise ValueError(
-            f"crop_size is {config.crop_size}, it should be larger: the first map has 1 × 1 pixels,"
+            f"crop_size is {config.crop_size}; it should be larger: the first map has 1 × 1 pixels,"
             f" and norm_G {config.norm_G!r} needs more than one for a mean and a deviation"
         )
 

@@ -53,7 +53,7 @@ class Run:
         """The settings of the run in the folder. Errors: FileNotFoundError, ValueError."""
         if not self.path(SETTINGS).is_file():
             raise FileNotFoundError(
-                f"{self.folder} has no {SETTINGS}, it should be the folder of a run"
+                f"{self.folder} has no {SETTINGS}; it should be the folder of a run"
             )
         return Config.load(self.path(SETTINGS))
 
@@ -70,7 +70,7 @@ class Run:
             lock = open(self.path(".lock"), "w")
         except OSError as error:
             raise ValueError(
-                f"out is {self.folder}, it should be a folder that can be written to:"
+                f"out is {self.folder}; it should be a folder that can be written to:"
                 f" {error.strerror}"
             ) from None
         with lock:

@@ -29,7 +29,7 @@ def train(config: Config) -> Path:
             it can continue.
     """
     if config.out is None:
-        raise ValueError("out is not given, it should be the folder of the run")
+        raise ValueError("out is not given; it should be the folder of the run")
     run = Run(config.out)
     run.check_new()
     config = with_convention(config)
@@ -75,7 +75,7 @@ def resume(folder: str | os.PathLike, **settings: Any) -> Path:
     done = 0 if state is None else state["trainer"]["number"]
     if config.steps is not None and config.steps < done:
         raise ValueError(
-            f"steps is {config.steps}, it should be {done} or more: the run has taken {done} steps"
+            f"steps is {config.steps}; it should be {done} or more: the run has taken {done} steps"
         )
     return _train(run, config, examples, state)
 

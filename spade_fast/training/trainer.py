@@ -64,7 +64,7 @@ class Trainer:
         label_nc: int | None = None,
     ) -> None:
         if config.steps is None:
-            raise ValueError("steps is not given, it should be the number of steps of the run")
+            raise ValueError("steps is not given; it should be the number of steps of the run")
         self.config, self.steps, self.number = config, config.steps, 0
         self.accelerator = _accelerator(config.precision)
         self.images = self._images_of_a_batch()
@@ -75,7 +75,7 @@ class Trainer:
         if config.recompute:
             if not isinstance(networks.generator, SPADEGenerator):
                 raise ValueError(
-                    f"generator is a {type(networks.generator).__name__}, it should be a"
+                    f"generator is a {type(networks.generator).__name__}; it should be a"
                     " SPADEGenerator because recompute is on"
                 )
             networks.generator.recompute = True
@@ -196,7 +196,7 @@ class Trainer:
         images, rest = divmod(self.config.batch, processes * parts)
         if rest:
             raise ValueError(
-                f"batch is {self.config.batch}, it should be a multiple of the processes times"
+                f"batch is {self.config.batch}; it should be a multiple of the processes times"
                 f" accumulate, {processes} · {parts}"
             )
         return images
@@ -273,7 +273,7 @@ class Trainer:
         networks = self.networks.trained()
         if set(networks) != set(state["networks"]):
             raise ValueError(
-                f"the state has the networks {', '.join(state['networks'])}, it should have those"
+                f"the state has the networks {', '.join(state['networks'])}; it should have those"
                 f" of this run, {', '.join(networks)}"
             )
         try:
@@ -314,7 +314,7 @@ def _accelerator(precision):
     handlers = [DistributedDataParallelKwargs(broadcast_buffers=False)]
     accelerator = Accelerator(mixed_precision=precision, kwargs_handlers=handlers)
     if precision == "fp16" and accelerator.device.type == "cpu":  # it would train in float32
-        raise ValueError(f"precision is {precision!r}, it should be bf16 or no on a CPU")
+        raise ValueError(f"precision is {precision!r}; it should be bf16 or no on a CPU")
     return accelerator
 
 
