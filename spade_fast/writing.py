@@ -54,10 +54,11 @@ def written(path: str | os.PathLike) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def _locked(path):
-    """Holds a lock on the file in the block; without locks, as on Windows and some file systems, it
-    does nothing. Errors: BlockingIOError if another process holds the lock.
+    """Holds a lock on the file in the block, and gives the block whether it does: Windows and some
+    file systems have no locks. Errors: BlockingIOError if another process holds the lock.
     """
     with open(path, "rb") if fcntl is not None else contextlib.nullcontext() as file:
+        is_locked = file is not None
         try:
             if file is not None:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -66,7 +67,8 @@ def _locked(path):
         except OSError as error:
             if error.errno not in NO_LOCKS:
                 raise
-        yield
+            is_locked = False
+        yield is_locked
 
 
 def _to_disk(path):
@@ -79,12 +81,13 @@ def _to_disk(path):
 
 def remove_unfinished(folder: Path) -> None:
     """Removes the unfinished files that killed processes left in a folder. Subfolders, which may be
-    somebody else's, are left alone, and so is a file that another process is writing; without
-    locks (see `_locked`) such a file cannot be told apart, and is removed.
+    somebody else's, are left alone, and so is a file that another process is writing. Without locks
+    (see `_locked`) such a file cannot be told apart, and all are left.
     """
     for path in folder.glob(f".*{UNFINISHED}*"):
-        with contextlib.suppress(FileNotFoundError, BlockingIOError), _locked(path):
-            path.unlink()
+        with contextlib.suppress(FileNotFoundError, BlockingIOError), _locked(path) as is_locked:
+            if is_locked:
+                path.unlink()
 
 
 def raise_of_system(error: BaseException, path: Path) -> None:

@@ -85,5 +85,7 @@ def test_a_file_system_without_locks(tmp_path, monkeypatch):
         raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
 
     monkeypatch.setattr(writing.fcntl, "flock", refuse)
-    write(tmp_path / "a.txt", "text")
+    with written(tmp_path / "a.txt") as unfinished:
+        remove_unfinished(tmp_path)
+        unfinished.write_text("text")
     assert os.listdir(tmp_path) == ["a.txt"]
