@@ -156,7 +156,7 @@ def test_a_generator_over_many_layouts_is_compiled_once(compiler, backend):
             with spade_fast.window_mode("always"):
                 y = network(z, layout)
             found.append([y, *torch.autograd.grad(y.square().sum(), [z, *model.parameters()])])
-        assert_agree(*found, name=f"{classes} classes: ")
+        assert_agree_beside(*found)
     assert layout.windows((8, 8), 1).count == 3 and counter.frame_count == 1
 
 
