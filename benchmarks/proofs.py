@@ -109,6 +109,7 @@ OUT_OF_ORDER = (
     "combine_sums_kernel",
     "find_pieces_kernel",
     "list_pieces_kernel",
+    "running_planes_kernel",
     "sum_planes_kernel",
     "sum_rows_kernel",
     "differ_kernel",

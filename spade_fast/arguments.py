@@ -4,6 +4,11 @@ import operator
 from typing import SupportsIndex, cast
 
 
+def counted(number: int, noun: str) -> str:
+    """A number with its noun, which has an s unless the number is 1: "3 images"."""
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
 def whole_number(name: str, value: object, least: int | None = None) -> int:
     """value, a Python or NumPy integer or an integer tensor of one element, as an int.
 

@@ -196,7 +196,12 @@ def generate_with(
     seed = whole_number("seed", seed, 0)
     styles = Styles(arguments["z_dim"], (height, width), samples, seed, style, encoder)
     pairs, faults = match(labels, None, maps.instances, maps.convention)
-    out.mkdir(parents=True, exist_ok=True)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OSError(
+            f"out is {out}; it should be a folder that can be written to: {error.strerror}"
+        ) from None
     for folder in {(out / pair.name).parent for pair in pairs}:
         remove_unfinished(folder)
     origin = {"average": average, "seed": seed}

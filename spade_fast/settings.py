@@ -124,7 +124,12 @@ class Config:
         "The last share of the run, in which learning rates fall to 0: 0.5 is its second half.",
         0,
     )
-    ema: float = setting(0.999, "Decay of the generator's running average per step.", 0)
+    ema: float = setting(
+        0.999,
+        "Decay per step of the running average of the generator's weights, which is what is saved;"
+        " 0.9 suits a run of some hundred steps.",
+        0,
+    )
     precision: str = setting("no", "Mixed precision: no, bf16 or fp16.")
     recompute: bool = setting(
         False, "Recompute the generator's blocks in backward: slower, with less memory."

@@ -93,7 +93,7 @@ def test_ruined_folders(folder, ruin):
     result = run(folder, "--num-classes", 4, "--dont-care", 255, "--sheet", folder / "sheet.png")
     assert result.exit_code == 1
     faults = [line for line in result.output.splitlines() if line.startswith("WRONG: ")]
-    assert len(faults) == 1 and "1 faults" in result.output, result.output
+    assert len(faults) == 1 and "1 fault." in result.output, result.output
     assert all(words in faults[0] for words in expected), faults
     assert "Nothing is wrong" not in result.output
     assert ruin is not out_of_range or "it should have 0 to 3, or 255 for don't care" in faults[0]
@@ -138,7 +138,7 @@ def test_conventions(folder):
 )
 def test_wrong_arguments(folder, arguments, words):
     result = run(folder, *arguments)
-    assert result.exit_code == 1
+    assert result.exit_code == 2
     assert words in result.stderr and len(result.stderr.splitlines()) == 1
 
 

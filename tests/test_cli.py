@@ -96,6 +96,8 @@ def test_missing_paths_are_reported(words, tmp_path, monkeypatch):
     result = CliRunner().invoke(app, words)
     assert result.exit_code == 2 and "MISSING" in result.output
     name = before if before.startswith("--") else {"compare": "one"}.get(before, "weights")
-    assert result.output.startswith(f"Error: {name} is MISSING, which is not there; it should be a")
+    assert result.output.startswith(
+        f"Error: {name} is MISSING, which does not exist; it should be a"
+    )
     assert result.output.count("\n") == 1
     assert not list(tmp_path.iterdir())

@@ -541,7 +541,7 @@ WRONG = {
     "no folder": (
         ("--photographs", "nowhere", "--features", "test_evaluate:mean_colour"),
         lambda folder: None,
-        "photographs is nowhere, which is not there",
+        "photographs is nowhere, which does not exist",
     ),
     "no segmentation": (
         ("--labels", "labels", "--num-classes", "3"),
@@ -720,7 +720,7 @@ def test_inceptions_weights_come_from_a_file_or_the_cache(few, tmp_path, monkeyp
     assert found["protocol"]["versions"]["torch-fidelity"] == "of torch-fidelity"
     given = {"features_weights": file}
     assert evaluate(few / "generated", few / "photographs", **given) == found
-    with pytest.raises(FileNotFoundError, match="nowhere.pth is not there"):
+    with pytest.raises(FileNotFoundError, match="nowhere.pth does not exist"):
         evaluate(few / "generated", few / "photographs", features_weights="nowhere.pth")
     file.write_text("words")
     with pytest.raises(ValueError, match="6726825d.pth is not the file pt_inception"):

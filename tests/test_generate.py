@@ -191,7 +191,7 @@ def test_wrong_label_maps_are_named_and_the_others_generated(weights, tmp_path):
     ruined.out_of_range(folder, "003"), ruined.larger(folder, "004")
     words = coco(weights, folder, tmp_path / "out", code=1)
     assert all(fault in words for fault in faults) and f"{len(faults)} faults." in words
-    assert "1 images in" in words and set(images_in(tmp_path / "out")) == {"002.png"}
+    assert "1 image in" in words and set(images_in(tmp_path / "out")) == {"002.png"}
 
 
 def test_values_that_are_not_finite_are_refused(scenes, tmp_path):
@@ -210,7 +210,7 @@ def test_resume_skips_existing_images(scenes, weights_with_z, tmp_path):
     (out / "001-1.png").unlink()
     Image.new("RGB", (1, 1)).save(out / "002-0.png")
     words = coco(weights_with_z, scenes, out, "--samples", 2, "--resume")
-    assert words == f"1 images in {out}, 7 were there."
+    assert words == f"1 image in {out}; 7 existed already."
     after = images_in(out)
     assert after.pop("002-0.png").shape == (1, 1, 3)
     assert all(np.array_equal(image, before[name]) for name, image in after.items())
@@ -250,7 +250,7 @@ def test_a_killed_process_leaves_no_partial_image(scenes, weights, tmp_path):
     there = [path for path in out.glob("*") if not path.name.startswith(".")]
     assert len(there) >= 2 and all(np.asarray(Image.open(path)).size for path in there)
     words = coco(weights, scenes, out, "--resume")
-    assert f"{len(there)} were there" in words and set(images_in(out)) == names()
+    assert f"{len(there)} existed already" in words and set(images_in(out)) == names()
 
 
 def test_a_full_disk_ends_the_command(scenes, weights, tmp_path, monkeypatch):
@@ -387,7 +387,7 @@ def test_files_named_as_in_cityscapes(scenes, tmp_path):
         (["--convention", "mapillary"], "convention is 'mapillary'; it should be one of"),
         (["--samples", "2"], "samples is 2; it should be 1: this generator begins with the cond"),
         (["--num-classes", "7"], "the generator has 184 channels, and 7 classes and don't care"),
-        (["--palette", "/nowhere"], "--palette is /nowhere, which is not there"),
+        (["--palette", "/nowhere"], "--palette is /nowhere, which does not exist"),
     ],
 )
 def test_wrong_options_are_refused_before_any_work(scenes, weights, tmp_path, options, words):
@@ -396,14 +396,14 @@ def test_wrong_options_are_refused_before_any_work(scenes, weights, tmp_path, op
 
 
 def test_wrong_paths(scenes, weights, tmp_path):
-    assert "is not there" in coco(tmp_path / "none.pth", scenes, tmp_path / "out", code=2)
+    assert "does not exist" in coco(tmp_path / "none.pth", scenes, tmp_path / "out", code=2)
     (tmp_path / "text.pth").write_text("no weights")
     assert "not a file of weights" in coco(tmp_path / "text.pth", scenes, tmp_path / "out", code=2)
     checkpoint.write(ConvEncoder(2, 3), tmp_path / "encoder.pth")
     words = coco(tmp_path / "encoder.pth", scenes, tmp_path / "out", code=2)
     assert "weights are those of a ConvEncoder; they should be a generator's" in words
     words = coco(weights, tmp_path, tmp_path / "out", code=2)
-    assert "label, which is not there; it should be a folder" in words
+    assert "label, which does not exist; it should be a folder" in words
     words = coco(weights, scenes, scenes / "label" / "out", code=2)
     assert "it should not be in the folder of labels" in words
     assert not (tmp_path / "out").exists() and not (scenes / "label" / "out").exists()

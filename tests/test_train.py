@@ -74,7 +74,8 @@ def test_a_run_has_everything_needed(settings, tmp_path):
     for name, parameter in generator.named_parameters():
         assert torch.equal(parameter, averaged[f"module.{name}"])
     lines = (run.folder / "log.txt").read_text().splitlines()
-    assert sum(" images/s" in line for line in lines) == 4 and "left" in lines[0]
+    assert sum(" images/s" in line for line in lines) == 4 and "left" in lines[1]
+    assert "images may stay grey" in lines[0]
 
 
 def test_tensorboard_has_losses_and_pictures(settings):

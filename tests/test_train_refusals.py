@@ -41,8 +41,8 @@ def contents(folder):
 
 
 SAYS_ALSO = {
-    ruined.missing: "1 files lack a partner or have two: ",
-    ruined.truncated: "the data have 1 faults, the first: ",
+    ruined.missing: "1 name without a partner, or with two files: ",
+    ruined.truncated: "the data have 1 fault, the first: ",
     ruined.out_of_range: "`spade-fast check-data`",
 }
 
@@ -66,7 +66,7 @@ def test_an_empty_folder(folder, options):
     [
         (dict(convention="folder"), "--num-classes is not given; .*check-data` suggests"),
         (dict(labels=None), "--labels is not given"),
-        (dict(images="nowhere"), "--images is nowhere, which is not there"),
+        (dict(images="nowhere"), "--images is nowhere, which does not exist"),
         (dict(palette="nowhere.txt"), "nowhere.txt"),
         (dict(out=None), "--out is not given"),
         (dict(steps=None), "--steps is not given"),

@@ -349,7 +349,7 @@ def test_window_mode_as_a_setting_of_the_thread():
         ),
         (
             lambda layout: SemanticLayout(layout.codes[:, 0], layout.palette),
-            "segmap has 1 dimensions; it should have 2",
+            "segmap has 1 spatial dimension; it should have 2",
         ),
     ],
 )

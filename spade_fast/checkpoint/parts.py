@@ -268,7 +268,8 @@ def fill(module: Model, weights: dict[str, torch.Tensor]) -> Model:
 
 def unknown(keys: Iterable[str]) -> ValueError:
     """The error for weights of no known network."""
+    first = ", ".join(list(keys)[:MOST_LISTED])
     return ValueError(
-        "the weights fit no known network:"
-        f" {', '.join(list(keys)[:MOST_LISTED]) or 'there are none'} …"
+        f"the weights fit no known network: {first or 'there are none'} …; `checkpoint.load_into`"
+        " loads those of a network of your own"
     )

@@ -54,4 +54,4 @@ def main(
         ),
     ] = False,
 ) -> None:
-    """SPADE, fast: train generators, use and score them, and try the conversion of a model."""
+    """SPADE, fast: train, use and score generators, and test the conversion of a model."""

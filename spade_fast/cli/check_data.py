@@ -7,6 +7,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from ..arguments import counted
 from ..progress import progress_bar
 from . import options
 from .tables import table_of
@@ -30,7 +31,8 @@ def check_data(
     """Check a folder of label maps and photographs before training on it.
 
     Prints a line for each fault, the share of the pixels that each class has, and the --num-classes
-    and --dont-care that the label maps need. Exits with 1 if there is a fault.
+    and --dont-care that the label maps need. Exits with 1 if there is a fault, with 2 if the check
+    cannot be made.
     """
     from .. import data as checking
 
@@ -47,8 +49,8 @@ def check_data(
             progress=progress_bar,
         )
     except (ValueError, OSError) as error:
-        typer.echo(error, err=True)
-        raise typer.Exit(1) from None
+        typer.echo(f"Error: {error}", err=True)
+        raise typer.Exit(2) from None
     console = Console()
     console.print(table_of_classes(report))
     typer.echo(
@@ -59,12 +61,13 @@ def check_data(
     for note in report.notes:
         typer.echo(f"Note: {note}")
     typer.echo(
-        f"{report.pairs} pairs; the shortest side of a photograph is {report.shortest} pixels."
+        f"{counted(report.pairs, 'pair')}; the shortest side of a photograph is"
+        f" {counted(report.shortest, 'pixel')}."
     )
     for fault in report.faults:
         typer.echo(f"WRONG: {fault}")
     if report.faults:
-        typer.echo(f"{len(report.faults)} faults. Rows and columns are counted from 0.")
+        typer.echo(f"{counted(len(report.faults), 'fault')}. Rows and columns are counted from 0.")
         raise typer.Exit(1)
     typer.echo("Nothing is wrong.")
 

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from ..arguments import counted
 from ..progress import progress_bar
 from . import options
 
@@ -147,10 +148,10 @@ def generate(
         raise typer.Exit(2) from None
     for fault in report.faults:
         typer.echo(f"WRONG: {fault}", err=True)
-    there = f", {report.skipped} were there" if report.skipped else ""
-    typer.echo(f"{report.made} images in {out}{there}.")
+    there = f"; {report.skipped} existed already" if report.skipped else ""
+    typer.echo(f"{counted(report.made, 'image')} in {out}{there}.")
     if report.faults:
-        typer.echo(f"{len(report.faults)} faults.", err=True)
+        typer.echo(f"{counted(len(report.faults), 'fault')}.", err=True)
         raise typer.Exit(1)
 
 

@@ -16,11 +16,11 @@ def is_there(kind: str) -> Callable[..., Path | None]:
     def check(parameter: typer.CallbackParam, path: Path | None) -> Path | None:
         if path is None:
             return None
-        found = "not there"
+        found = "does not exist"
         if path.exists():
-            found = "a folder" if path.is_dir() else "a file"
-        if found.removeprefix("a ") not in kind.split():
-            words = f"{parameter.opts[0]} is {path}, which is {found}; it should be a {kind}"
+            found = "is a folder" if path.is_dir() else "is a file"
+        if found.removeprefix("is a ") not in kind.split():
+            words = f"{parameter.opts[0]} is {path}, which {found}; it should be a {kind}"
             typer.echo(f"Error: {words}", err=True)
             raise typer.Exit(2)
         return path

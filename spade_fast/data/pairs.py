@@ -4,6 +4,8 @@ import os
 from pathlib import Path
 from typing import Literal, NamedTuple
 
+from ..arguments import counted
+
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".pgm")
 MOST_LISTED = 3
 
@@ -80,9 +82,9 @@ def find_pairs(
     """
     pairs, faults = match(labels, images, instances, convention)
     if faults:
-        more = len(faults) - MOST_LISTED
+        more, first = len(faults) - MOST_LISTED, "; ".join(faults[:MOST_LISTED])
         raise ValueError(
-            f"{len(faults)} files lack a partner or have two: {'; '.join(faults[:MOST_LISTED])}"
+            f"{counted(len(faults), 'name')} without a partner, or with two files: {first}"
             + (f"; and {more} more" if more > 0 else "")
             + ". `spade-fast check-data` lists them all"
         )
@@ -134,8 +136,8 @@ def files_in(kind: str, folder: Path, ending: str, faults: list[str]) -> dict[st
     files have. Errors: ValueError if the folder does not exist or has no such files.
     """
     if not folder.is_dir():
-        what = "a file" if folder.exists() else "not there"
-        raise ValueError(f"{kind} is {folder}, which is {what}; it should be a folder")
+        what = "is a file" if folder.exists() else "does not exist"
+        raise ValueError(f"{kind} is {folder}, which {what}; it should be a folder")
     found: dict[str, Path] = {}
     for place, folders, names in os.walk(folder, followlinks=True):
         folders[:] = [name for name in folders if not name.startswith(".")]

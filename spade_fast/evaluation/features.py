@@ -128,7 +128,7 @@ def _inception(weights):
     module = needed("torch_fidelity.feature_extractor_inceptionv3", f"--features {INCEPTION}")
     path = _cached() if weights is None else Path(weights)
     if not path.is_file():
-        raise FileNotFoundError(f"{path} is not there; it should be the file {FILE}")
+        raise FileNotFoundError(f"{path} does not exist; it should be the file {FILE}")
     try:
         network = module.FeatureExtractorInceptionV3("inception", [DIMENSION], str(path))
     except Exception as error:  # the type depends on the file's content

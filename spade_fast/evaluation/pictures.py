@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from ..arguments import counted
 from ..data.check import Allowed, counts_of, words_of_wrong
 from ..data.files import Palette, read_labels, read_photograph
 from ..data.pairs import MOST_LISTED
@@ -127,7 +128,7 @@ def partners(
     if faults:
         more = len(faults) - MOST_LISTED
         raise ValueError(
-            f"{len(faults)} files have no partner: {'; '.join(faults[:MOST_LISTED])}"
+            f"{counted(len(faults), 'file')} without a partner: {'; '.join(faults[:MOST_LISTED])}"
             + (f"; and {more} more" if more > 0 else "")
         )
     return found

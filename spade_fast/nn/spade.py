@@ -9,6 +9,7 @@ import torch.nn as nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from .. import kernels
+from ..arguments import counted
 from ..kernels.contract import Activation, lies_like, sum_dtype
 from ..layout import SemanticLayout
 from ..ops.arguments import check_channels, check_x
@@ -168,9 +169,13 @@ class SpatiallyAdaptive(HasParts):
         if not isinstance(segmap, SemanticLayout):
             self._check_tensor("segmap", segmap, form.label_nc)
         elif segmap.codes.dim() - 1 != form.spatial_dims:
+            given = segmap.codes.dim() - 1
+            hint = "a single map [height, width] needs a batch: labels[None]"
+            if given > form.spatial_dims:
+                hint = "labels [N, 1, height, width] should lose an axis: labels[:, 0]"
             raise ValueError(
-                f"segmap has {segmap.codes.dim() - 1} dimensions; it should have"
-                f" {form.spatial_dims}; a single map [height, width] needs a batch: labels[None]"
+                f"segmap has {counted(given, 'spatial dimension')}; it should have"
+                f" {form.spatial_dims}; {hint}"
             )
         elif segmap.label_nc != form.label_nc:
             raise ValueError(
@@ -186,8 +191,10 @@ class SpatiallyAdaptive(HasParts):
                 f"{name} is a {type(tensor).__name__}; it should be a torch.Tensor{hint}"
             )
         if not tensor.is_floating_point():
+            hint = "; for labels give SemanticLayout.from_labels(labels, num_classes)"
             raise TypeError(
                 f"{name} has dtype {tensor.dtype}; it should be a floating-point tensor"
+                + (hint if name == "segmap" else "")
             )
         dims = self.spade_form.spatial_dims
         given = tensor.shape[1] if tensor.dim() == dims + 2 else None

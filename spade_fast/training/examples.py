@@ -1,5 +1,6 @@
 """The data set that a run's settings describe."""
 
+from ..arguments import counted
 from ..data import CONVENTIONS, Folder, Preparation, check_data, find_pairs, read_palette
 from ..progress import progress_bar
 from ..settings import Config
@@ -65,7 +66,7 @@ def check_examples(config: Config, examples: Folder) -> None:
     )
     if report.faults:
         raise ValueError(
-            f"the data have {len(report.faults)} faults, the first: {report.faults[0]}; `spade-fast"
+            f"the data have {counted(len(report.faults), 'fault')}, the first: {report.faults[0]}; `spade-fast"
             " check-data` lists them all, and --no-check trains in spite of them"
         )
     wanted = round(config.crop_size / config.aspect_ratio), config.crop_size

@@ -58,8 +58,11 @@ def resume(folder: str | os.PathLike, **settings: Any) -> Path:
     config, state = before.changed(**settings), None
     if run.numbers():
         state = run.load(run.numbers()[-1])
-    else:
-        run.check_new()
+    elif run.path(GENERATOR).exists():
+        raise ValueError(
+            f"{run.folder} has no checkpoints any more, from which it could be resumed; out should be"
+            " another folder for a new run"
+        )
     began = before.deciding() if state is None else state["settings"]
     refused = {name: value for name, value in began.items() if getattr(config, name) != value}
     if refused:
