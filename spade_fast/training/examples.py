@@ -66,7 +66,8 @@ def check_examples(config: Config, examples: Folder) -> None:
     )
     if report.faults:
         raise ValueError(
-            f"the data have {counted(len(report.faults), 'fault')}, the first: {report.faults[0]}; `spade-fast"
+            f"the data have {counted(len(report.faults), 'fault')}, the first:"
+            f" {report.faults[0]}; `spade-fast"
             " check-data` lists them all, and --no-check trains in spite of them"
         )
     wanted = round(config.crop_size / config.aspect_ratio), config.crop_size
