@@ -17,7 +17,6 @@ from .run import BEST, EVENTS, GENERATOR, LOG, PICTURES, SETTINGS, Run
 from .step import Losses
 from .trainer import Step, Trainer
 
-
 # A run's steps beside those of the running average. At 0.4 all images were grey, with a standard
 # deviation of 1.4 of 255.
 SHORT = 2
