@@ -60,8 +60,8 @@ def resume(folder: str | os.PathLike, **settings: Any) -> Path:
         state = run.load(run.numbers()[-1])
     elif run.path(GENERATOR).exists():
         raise ValueError(
-            f"{run.folder} has no checkpoints any more, from which it could be resumed; out should be"
-            " another folder for a new run"
+            f"{run.folder} has lost its checkpoints, so it cannot be resumed; out should be another"
+            " folder, for a new run"
         )
     began = before.deciding() if state is None else state["settings"]
     refused = {name: value for name, value in began.items() if getattr(config, name) != value}
