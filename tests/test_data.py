@@ -233,7 +233,7 @@ def test_folders_without_valid_pairs(tmp_path):
     assert "has no images" in refusal(find_pairs, labels, images)
     touch(labels, "a.png", "d.png")
     message = refusal(find_pairs, labels, images)
-    assert message.startswith("3 files lack a partner or have two: ") and "check-data" in message
+    assert message.startswith("3 names without a partner, or with two") and "check-data" in message
     assert f"{images / 'b.jpg'} has no partner in labels ({labels})" in message
     assert f"{labels / 'd.png'} has no partner in images ({images})" in message
     touch(images, "a.png", "d.png")

@@ -355,7 +355,7 @@ def test_an_error_in_one_request_does_not_stop_the_others(monkeypatch):
     [
         (torch.zeros(1, CLASSES, 8, 8), None, "layout is a Tensor; it should be a SemanticLayout"),
         (SemanticLayout.from_labels(torch.zeros(1, 8, 8).long(), 7), None, "has 7 channels"),
-        (SemanticLayout.from_labels(torch.zeros(1, 8).long(), CLASSES), None, "has 1 dimensions"),
+        (SemanticLayout.from_labels(torch.zeros(1, 8).long(), CLASSES), None, "has 1 spatial"),
         (layout_of(images=2), torch.zeros(3, 3), "z has a batch of 3; it should be a multiple"),
         (layout_of(), torch.zeros(1, 4), r"z is \[1, 4\]; it should be a tensor \[M, 3\]"),
         (layout_of(), torch.zeros(1, 3).long(), "z is torch.int64; it should be a floating-point"),
