@@ -424,7 +424,7 @@ def test_the_operation_transformed(norm, table, transform):
         pytest.skip("eager PyTorch refuses")
 
     def compare(found, expected):
-        # A norm undoes a scaling of x: its derivative is what is left of numbers near 1.
+        # A norm undoes a scaling of x: its derivative is a small difference of numbers near 1.
         assert_agree(found, expected, largest=max(1.0, largest_of(expected)))
 
     right_or_refused(lambda: OF_MODULATION[transform](ours)(*inputs), expected, compare)
