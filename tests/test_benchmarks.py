@@ -228,6 +228,17 @@ def test_problems_keep_the_order_of_the_options():
     assert all(names.count(name) == 2 for name in names)  # forward, and with backward
 
 
+def test_a_whole_name_takes_one_problem_of_a_case():
+    chosen = {"discriminator": cases.discriminator, "training": cases.training}
+    for text, expected in [
+        ("COCO 256²", ["COCO 256²", "COCO 256², without VGG19", "COCO 256², VGG19"]),
+        ("COCO 256², VGG19", ["COCO 256², VGG19"]),
+        ("COCO", ["COCO 256²", "COCO 256², without VGG19", "COCO 256², VGG19"]),
+    ]:
+        plans = [plan for _, plan in cli.choose_plans(chosen, Settings(), [text])]
+        assert cli.names_of_problems(plans) == expected
+
+
 def test_variants_that_are_left_out_are_not_built(monkeypatch):
     monkeypatch.setattr(cases, "_compiled", built)
     monkeypatch.setattr(torch, "compile", built)
