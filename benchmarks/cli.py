@@ -31,7 +31,7 @@ from .tables import console_of_any_width
 
 app = typer.Typer(
     help="Check that spade_fast matches plain PyTorch, and measure its speed beside eager PyTorch,"
-    " torch.compile and plain instance norm.",
+    " torch.compile, plain instance norm and the convolutions alone.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
