@@ -167,8 +167,8 @@ COLOURS = {
 BARS = (
     (
         lambda row: row.over_limit,
-        "limit: convolutions and activations alone",
-        "of the same network with nothing but its convolutions and activations",
+        "limit: without SPADE",
+        "of the same network with nothing in place of SPADE",
     ),
     (
         lambda row: row.overhead,

@@ -276,7 +276,7 @@ def test_plans_have_names_before_anything_is_built(monkeypatch):
     result = invoke("run", "generator", "discriminator", "--only", "COCO 25²")
     assert result.exit_code == 2
     text = " ".join(result.output.replace("│", " ").split())
-    assert "no problem's name contains 'COCO 25²'; the names are: COCO 256²; COCO 256², no" in text
+    assert "no problem's name contains 'COCO 25²'; the names are: COCO 256²; small 128²;" in text
     with pytest.raises(AssertionError, match="something is built"):
         next(cases.CASES["block"](settings)).build()
 
