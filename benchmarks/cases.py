@@ -1,10 +1,11 @@
 """The cases to measure: the modulation, the residual blocks, the generator and others, each beside
-its rivals and its floor.
+its rivals, its floor and its limit.
 
 A case yields plans, which have names and build their problem only when they are called. A problem
 has variants, which are functions that each compute the same results once and return them by name,
-and a truth in float64. The floor is the same network with plain instance norm and leaky ReLU in
-place of every SPADE: about the least time that one can hope for.
+and a truth in float64. The floor is the same network with plain instance norm in place of every
+SPADE. The limit is the same network with nothing in place of them, so that its convolutions and
+activations remain: what a user has to pay for anyway.
 """
 
 import contextlib
@@ -36,6 +37,7 @@ from spade_fast.training.pictures import picture
 from . import layouts, steps
 
 FORWARD, BACKWARD = "forward", "forward+backward"
+MEMORIES = {"contiguous": torch.contiguous_format, "channels-last": torch.channels_last}
 # What is timed on a GPU (measure.timed): the device's time without or with the host's.
 DEVICE_ALONE, WHOLE_CALLS = "device alone", "whole calls"
 # The distinct (channels, size) of the SPADEs of the published COCO generator at 256², and of
@@ -63,6 +65,10 @@ COCO_BLOCKS = [
     (128, 64, 256),
 ]
 COCO_NORM = "spectralspadesyncbatch3x3"
+NO_SPECTRAL_NORM = {"norm_G": COCO_NORM.removeprefix("spectral")}
+# By what a variant's name begins with: norm(x), which stands in place of SPADE(x, segmap). These
+# variants compute something else than the others, and are not compared with them.
+BARE = {"floor": F.instance_norm, "limit": lambda x: x}
 FILES_IN_DOUBLE = 2  # in `generate`: the published network takes seconds per file in float64
 # The names of all variants. No problem has all of them.
 VARIANTS = (
@@ -83,6 +89,8 @@ VARIANTS = (
     "floor",
     "floor, contiguous",
     "floor, channels-last",
+    "limit, contiguous",
+    "limit, channels-last",
 )
 
 
@@ -103,7 +111,7 @@ class Problem:
     mode: str  # FORWARD or BACKWARD
     variants: dict[
         str, Callable
-    ]  # includes "eager"; names with "floor" compute something else and are not checked
+    ]  # includes "eager"; those whose name begins with one of BARE are not checked
     truth: Callable
     jittered: Callable  # takes a run's number; eager, on inputs that differ by a rounding
     in_double: Callable | None = None  # ours in float64, where no rounding hides a mistake
@@ -111,6 +119,9 @@ class Problem:
         default_factory=lambda: [None]
     )  # all are checked; each round of timing takes the next one
     scene: int = 0  # the number of the scene that the functions compute now
+    # Variants that compute spectral norm's σ once. They get no time over the limit's, because the
+    # limit computes σ in each call.
+    folding: tuple[str, ...] = ()
     # Called with a variant's name before each call of that variant; not timed.
     prepare: Callable = lambda name: None
     clock: str = WHOLE_CALLS  # or DEVICE_ALONE
@@ -151,8 +162,7 @@ def modulate(settings):
     """
     shapes = [(64, 32)] if settings.quick else dict.fromkeys(COCO_SHAPES + LIVEPORTRAIT_SHAPES)
     for channels, size in shapes:
-        for layout in (torch.contiguous_format, torch.channels_last):
-            memory = "channels-last" if layout is torch.channels_last else "contiguous"
+        for memory, layout in MEMORIES.items():
             for mode in (FORWARD, BACKWARD):
                 name, shape = f"{channels} × {size}² {memory}", (channels, size, layout)
                 yield plan_of(modulate_problem, settings, name, mode, *shape)
@@ -336,7 +346,7 @@ def block(settings):
         torch.manual_seed(1)
         networks = [
             kind(fin, fout, COCO_NORM, 184)
-            for kind in (reference.SPADEResnetBlock, spade_fast.SPADEResnetBlock, FloorBlock)
+            for kind in (reference.SPADEResnetBlock, spade_fast.SPADEResnetBlock)
         ]
         x = torch.randn(settings.batch, fin, size, size).requires_grad_(mode == BACKWARD)
         return _network_problem(
@@ -347,6 +357,7 @@ def block(settings):
             segmaps(),
             (x,),
             lambda network, segmap, x: network(x, segmap),
+            bare=("floor", "limit"),
             takes_layouts=True,
         )
 
@@ -357,13 +368,17 @@ def block(settings):
 
 
 def generator(settings):
-    """The published generators: COCO 256², four samples of one layout, Cityscapes 512 × 256, and
+    """The published generators: COCO 256², a small network without spectral norm, four samples of
+    one layout, COCO 256² without spectral norm, Cityscapes 512 × 256, and
     num_upsampling_layers="most" at 512².
     """
     ngf, size = (8, 64) if settings.quick else (64, 256)
+    small = min(size, 128)
     problems = [
         (f"COCO {size}²", 184, (size, size), {}),
+        (f"small {small}²", 36, (small, small), {"ngf": 16, "nhidden": 64} | NO_SPECTRAL_NORM),
         (f"4 samples of one COCO layout, {size}²", 184, (size, size), {"use_vae": True}),
+        (f"COCO {size}², no spectral norm", 184, (size, size), NO_SPECTRAL_NORM),
         (
             f"Cityscapes {2 * size} × {size}",
             36,
@@ -380,29 +395,29 @@ def generator(settings):
 
     def build(settings, name, mode, label_nc, shape, wiring):
         segmaps, z = inputs(shape, label_nc, "use_vae" in wiring)
-        wiring = {"crop_size": shape[1], "norm_G": COCO_NORM} | wiring
+        wiring = {"crop_size": shape[1], "ngf": ngf, "nhidden": 128, "norm_G": COCO_NORM} | wiring
+        ours = spade_fast.SPADEGenerator.official(label_nc, **wiring)
+        block = functools.partial(reference.SPADEResnetBlock, nhidden=wiring.pop("nhidden"))
         torch.manual_seed(0)
-        eager, floor = (
-            reference.SPADEGenerator(label_nc, ngf, block=kind, **wiring)
-            for kind in (reference.SPADEResnetBlock, FloorBlock)
-        )
-        ours = spade_fast.SPADEGenerator.official(label_nc, ngf=ngf, **wiring)
+        eager = reference.SPADEGenerator(label_nc, block=block, **wiring)
         return _network_problem(
             settings,
             name,
             mode,
             eager,
             ours,
-            floor,
             segmaps,
             z,
             lambda network, segmap, *z: network(segmap.repeat(4, 1, 1, 1) if z else segmap, *z),
             lambda network, segmap, *z: network(segmap, *z),
+            # Beside z, a network without SPADE reads nothing but the number of images.
+            lambda network, segmap, *z: network(z[0] if z else segmap, *z),
+            bare=("floor", "limit"),
             takes_layouts=True,
             graphed=settings.device != "cpu",
         )
 
-    for name, *problem in problems[: 2 if settings.quick else None]:
+    for name, *problem in problems[: 3 if settings.quick else None]:
         for mode in (FORWARD, BACKWARD):
             yield plan_of(build, settings, _name(settings, name), mode, *problem)
 
@@ -591,7 +606,6 @@ def discriminator(settings):
             mode,
             eager,
             ours,
-            None,
             segmaps,
             (images,),
             lambda network, segmap, images: network(
@@ -735,7 +749,7 @@ def converted(settings):
         ]
 
     def build(settings, name, mode, make):
-        return _converted_problem(settings, name, mode, *inputs(make))
+        return _converted_problem(settings, name, mode, *inputs(make), bare=("limit",))
 
     for name, make in {f"COCO {size}²": generator, "LivePortrait's decoder": decoder}.items():
         for mode in (FORWARD, BACKWARD):
@@ -835,7 +849,7 @@ def _converted_problem(settings, name, mode, network, segmaps, *arguments, **nam
     ours = copy.deepcopy(network)
     spade_fast.convert(ours)
     return _network_problem(
-        settings, name, mode, copy.deepcopy(network), ours, None, segmaps, *arguments, **named
+        settings, name, mode, copy.deepcopy(network), ours, segmaps, *arguments, **named
     )
 
 
@@ -845,12 +859,13 @@ def _network_problem(
     mode,
     eager,
     ours,
-    floor,
     segmaps,
     inputs=(),
     call=lambda network, segmap, *inputs: network(segmap, *inputs),
     our_call=None,
+    bare_call=None,
     *,
+    bare=(),
     keeps_tables=False,
     takes_layouts=False,
     graphed=False,
@@ -860,12 +875,14 @@ def _network_problem(
 
     Args:
         our_call: the call of our network, if it differs.
+        bare_call: the call of a network without SPADE, if it differs.
+        bare: which of BARE are measured. Every SPADE of eager's network is one of reference.py.
         keeps_tables: our network keeps its tables during each call.
         takes_layouts: our network takes SemanticLayouts, and is also measured on prepared ones. If
-            there is a floor and the mode is FORWARD, it is measured frozen, too.
+            it has SPADEs to leave out (`bare`) and the mode is FORWARD, it is measured frozen, too.
         graphed: our network is also measured as one CUDA graph, if the mode is FORWARD.
     """
-    our_call = our_call or call
+    our_call, bare_call = our_call or call, bare_call or call
     settle(eager.to(settings.device))
     ours.load_state_dict(eager.state_dict())
     eager, ours = (_set_mode(network.to(settings.device), mode) for network in (eager, ours))
@@ -952,8 +969,8 @@ def _network_problem(
         own = fold(copy.deepcopy(ours))
         return variant(own, inputs, segmaps, our_call, prepared=True, frozen=True)
 
-    def floor_in(layout):
-        return variant(copy.deepcopy(floor), inputs, segmaps, layout=layout)
+    def without_spades(kind, layout):
+        return variant(without_spade(eager, BARE[kind]), inputs, segmaps, bare_call, layout=layout)
 
     makers = {
         "eager": lambda: variant(eager, inputs, segmaps),
@@ -969,16 +986,18 @@ def _network_problem(
         makers["spade_fast, prepared"] = lambda: variant(
             ours, inputs, segmaps, our_call, prepared=True
         )
-    if takes_layouts and floor is not None and mode == FORWARD:
+    is_spectral = any(hasattr(module, "weight_orig") for module in eager.modules())
+    if takes_layouts and bare and mode == FORWARD:
         makers["spade_fast, frozen"] = lambda: frozen(lambda network: network)
-        makers["spade_fast, folded, frozen"] = lambda: frozen(spade_fast.fold_spectral_norm)
+        if is_spectral:
+            makers["spade_fast, folded, frozen"] = lambda: frozen(spade_fast.fold_spectral_norm)
     if graphed and mode == FORWARD:
         makers["spade_fast, graph"] = lambda: graph(new_layout)
         makers["spade_fast, graph, prepared"] = lambda: graph(prepared_layout)
-    if floor is not None:
-        floor = _set_mode(settle(floor.to(settings.device)).to(settings.dtype), mode)
-        makers["floor, contiguous"] = lambda: floor_in(torch.contiguous_format)
-        makers["floor, channels-last"] = lambda: floor_in(torch.channels_last)
+    for kind in bare:
+        for memory, layout in MEMORIES.items():
+            make = functools.partial(without_spades, kind, layout)
+            makers[f"{kind}, {memory}"] = make
     variants = settings.wanted(makers)
     eager_channels_last = copy.deepcopy(eager)
 
@@ -996,7 +1015,14 @@ def _network_problem(
     ]
     ours_in_double = variant(ours_in_double, *in_double, our_call, keeps_tables=keeps_tables)
     problem = Problem(
-        name, mode, variants, variant(exact, *in_double), jittered, ours_in_double, segmaps
+        name,
+        mode,
+        variants,
+        variant(exact, *in_double),
+        jittered,
+        ours_in_double,
+        segmaps,
+        folding=tuple(name for name in variants if is_spectral and name.endswith("frozen")),
     )
     return problem
 
@@ -1062,21 +1088,27 @@ class FaceDecoder(nn.Module):
         return torch.sigmoid(F.pixel_shuffle(self.conv_img(F.leaky_relu(x, 0.2)), 2))
 
 
-class FloorBlock(reference.SPADEResnetBlock):
-    """The residual block with F.instance_norm and leaky ReLU in place of every SPADE: the same
-    convolutions, no condition.
-    """
+class Instead(nn.Module):
+    """norm(x), in place of SPADE(x, segmap)."""
 
-    def __init__(self, fin, fout, norm_G, label_nc):
-        super().__init__(fin, fout, norm_G, label_nc)
-        del self.norm_0, self.norm_1
-        if self.learned_shortcut:
-            del self.norm_s
+    def __init__(self, norm):
+        super().__init__()
+        self.norm = norm
 
     def forward(self, x, segmap):
-        shortcut = self.conv_s(F.instance_norm(x)) if self.learned_shortcut else x
-        dx = self.conv_0(F.leaky_relu(F.instance_norm(x), 0.2))
-        return shortcut + self.conv_1(F.leaky_relu(F.instance_norm(dx), 0.2))
+        return self.norm(x)
+
+
+def without_spade(network, norm):
+    """A copy of a network with norm(x) in place of every SPADE: the same convolutions with the same
+    weights, no γ and no β.
+    """
+    bare = copy.deepcopy(network)
+    for module in list(bare.modules()):
+        for name, part in list(module.named_children()):
+            if isinstance(part, reference.SPADE):
+                setattr(module, name, Instead(norm))
+    return bare
 
 
 def jitter(x):

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import gc
+import itertools
 import json as notation
 import shutil
 from collections import deque
@@ -30,7 +31,7 @@ from .tables import console_of_any_width
 
 app = typer.Typer(
     help="Check that spade_fast matches plain PyTorch, and measure its speed beside eager PyTorch,"
-    " torch.compile and plain instance norm.",
+    " torch.compile, plain instance norm and the convolutions alone.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -70,8 +71,9 @@ def run(
         list[str] | None,
         typer.Option(
             metavar="TEXT",
-            help="Measure only problems whose name contains this, such as '128 × 256²'. May be"
-            " given several times; the problems are measured in that order.",
+            help="Measure only problems whose name contains this, such as '128 × 256²'; in a case"
+            " with a problem of exactly this name, only that one. May be given several times; the"
+            " problems are measured in that order.",
         ),
     ] = None,
     without: Annotated[
@@ -440,17 +442,25 @@ def conclude(module, proofs):
 
 def choose_plans(cases, settings, only):
     """The pairs of case and Plan to measure, in the order of `only`. No problem is built."""
-    plans = [(name, plan) for name, case in cases.items() for plan in case(settings)]
+    plans = {name: list(case(settings)) for name, case in cases.items()}
     chosen = {}
     for text in only or [""]:
-        found = {id(plan): (name, plan) for name, plan in plans if text in plan.name}
+        found = {
+            id(plan): (name, plan) for name, own in plans.items() for plan in matching(own, text)
+        }
         if not found:
-            names = "; ".join(names_of_problems(plan for _, plan in plans))
+            names = "; ".join(names_of_problems(itertools.chain(*plans.values())))
             raise typer.BadParameter(
                 f"no problem's name contains {text!r}; the names are: {names}", param_hint="--only"
             )
         chosen |= found  # a plan that is already there keeps its place
     return deque(chosen.values())
+
+
+def matching(plans, text):
+    """The plans with this name or, if there is none, those whose name contains it."""
+    exact = [plan for plan in plans if plan.name == text]
+    return exact or [plan for plan in plans if text in plan.name]
 
 
 def names_of_problems(plans):

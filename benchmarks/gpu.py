@@ -89,7 +89,8 @@ def only(*texts):
     return [part for text in texts for part in ("--only", text)]
 
 
-GENERATOR = only("COCO 256²")
+# Whole names, so that the problem without spectral norm, whose name begins alike, is left out.
+GENERATOR, GENERATOR_AT_16 = only("COCO 256²"), only("COCO 256², batch 16")
 STAGES = [
     Stage(
         "build",
@@ -128,7 +129,7 @@ STAGES = [
         measures(
             "generator",
             "generator-batch-16",
-            *("--batch", "16", *GENERATOR, *NOT_COMPILED),
+            *("--batch", "16", *GENERATOR_AT_16, *NOT_COMPILED),
             seconds="3",
         ),
         120,
@@ -242,7 +243,7 @@ STAGES = [
         measures(
             "generator",
             "generator-batch-16-compiled",
-            *("--batch", "16", *GENERATOR, "--compile-mode", "max-autotune"),
+            *("--batch", "16", *GENERATOR_AT_16, "--compile-mode", "max-autotune"),
             seconds="3",
         ),
         400,

@@ -17,7 +17,7 @@ import torch
 
 from spade_fast.agreement import excess
 
-from .cases import BACKWARD, DEVICE_ALONE, FORWARD, WHOLE_CALLS
+from .cases import BACKWARD, BARE, DEVICE_ALONE, FORWARD, WHOLE_CALLS
 
 # A variant's largest error, as a fraction of the error that the rule of agreement allows: forward,
 # and with gradients. In the gradients of a deep network, a leaky ReLU's sign may differ at a place
@@ -55,6 +55,8 @@ class Row:
         None  # quartiles over the rounds of eager's time over this variant's
     )
     overhead: float | None = None  # this variant's median over the fastest floor's
+    # this variant's median over the fastest limit's, unless the variant is one of problem.folding
+    over_limit: float | None = None
     peak_memory: int | None = None
     least_bytes: int | None = None  # bytes that the operation has to read and write
     bandwidth: float | None = None  # those bytes over the median time, as a fraction of a copy's
@@ -104,20 +106,28 @@ def measure(case, problem, device, seconds, advance=lambda: None):
     if problem.least_bytes and torch.device(device).type == "cuda":
         bandwidth = copy_bandwidth(device)
         for row in rows.values():
-            if row.times and not row.variant.startswith("floor"):
+            if row.times and not row.variant.startswith(tuple(BARE)):
                 row.least_bytes, row.bandwidth = (
                     problem.least_bytes,
                     problem.least_bytes / row.median / bandwidth,
                 )
-    floors = [row.median for name, row in rows.items() if name.startswith("floor") and row.times]
-    for row in rows.values():
+    floor, limit = (fastest(rows, kind) for kind in ("floor", "limit"))
+    for name, row in rows.items():
         if row.times and rows["eager"].times:
             row.ratio = tuple(
                 quartiles([eager / own for eager, own in zip(rows["eager"].times, row.times)])
             )
-        if row.times and floors:
-            row.overhead = row.median / min(floors)
+        if row.times and floor:
+            row.overhead = row.median / floor
+        if row.times and limit and name not in problem.folding:
+            row.over_limit = row.median / limit
     return list(rows.values())
+
+
+def fastest(rows, kind):
+    """The least median of the rows whose name begins with this, or None if none was timed."""
+    medians = [row.median for name, row in rows.items() if name.startswith(kind) and row.times]
+    return min(medians, default=None)
 
 
 def check(case, problem, advance=lambda: None):
@@ -142,7 +152,7 @@ def check(case, problem, advance=lambda: None):
             row = rows[name]
             if name.startswith("spade_fast") and errors:
                 row.error_in_double = max(row.error_in_double or 0, *errors)
-            if name.startswith("floor") or row.failure:
+            if name.startswith(tuple(BARE)) or row.failure:
                 continue
             problem.prepare(name)
             try:

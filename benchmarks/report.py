@@ -14,13 +14,14 @@ from rich.markup import escape
 
 import spade_fast
 
-from .cases import DEVICE_ALONE, WHOLE_CALLS
+from .cases import BARE, DEVICE_ALONE, WHOLE_CALLS
 from .measure import LIMIT_IN_DOUBLE, copy_bandwidth
 from .tables import narrow_table
 
 CAPTION = (
     "match: the error as a fraction of the allowed error. ratio: eager's time over this variant's,"
     " round by round. overhead: this variant's time over the floor's, which is plain instance norm."
+    " ÷ limit: this variant's time over that of the network's convolutions and activations alone."
     " of a copy: the bytes that the operation has to move per second, as a fraction of a copy's."
 )
 
@@ -34,7 +35,15 @@ def tables(rows):
     for row in rows:
         title = f"{row.case} {row.problem}, {row.mode}, {CLOCKS[row.clock]}"
         problems.setdefault(title, []).append(row)
-    columns = ["match", "time", "spread", "ratio\n(quartiles)", "overhead", "memory"]
+    columns = [
+        "match",
+        "time",
+        "spread",
+        "ratio\n(quartiles)",
+        "over-\nhead",
+        "÷\nlimit",
+        "memory\n(MiB)",
+    ]
     columns += ["of a\ncopy"] * any(row.bandwidth for row in rows)
     found = []
     for name, measured in problems.items():
@@ -50,7 +59,7 @@ def match(row):
     if row.failure:
         return "[red]failed"
     if row.excess is None:
-        return "[dim]floor"
+        return f"[dim]{row.variant.split(',')[0]}"
     if row.error_in_double and row.error_in_double > LIMIT_IN_DOUBLE:
         return f"[red]NO[/] {row.error_in_double:.1e}\nin float64"
     return f"[green]yes[/] {row.excess:.2f}" if row.matches else f"[red]NO[/] {row.excess:.3g}"
@@ -61,13 +70,13 @@ def numbers(row):
     if not row.times:
         return []
     ratio = f"{row.ratio[1]:.2f} ({row.ratio[0]:.2f}–{row.ratio[2]:.2f})" if row.ratio else ""
-    overhead = f"{row.overhead:.2f}" if row.overhead else ""
+    overheads = (f"{number:.2f}" if number else "" for number in (row.overhead, row.over_limit))
     return [
         f"{short(row.median * 1e3, 2)} ms",
         f"± {row.spread * 100:.0f}%",
         ratio,
-        overhead,
-        f"{short(row.peak_memory / 2**20, 1)} MiB",
+        *overheads,
+        short(row.peak_memory / 2**20, 1),
         *([f"{row.bandwidth:.0%}"] if row.bandwidth else []),
     ]
 
@@ -153,28 +162,42 @@ COLOURS = {
 }
 
 
+# What a chart's bars may show: a row's time over another's, with that other's name in the legend
+# (unless it has bars itself) and in the axis' label. The first one that any row has is drawn.
+BARS = (
+    (
+        lambda row: row.over_limit,
+        "limit: without SPADE",
+        "of the same network with nothing in place of SPADE",
+    ),
+    (
+        lambda row: row.overhead,
+        "floor: plain instance norm",
+        "of the same network with plain instance norm in place of SPADE",
+    ),
+    (lambda row: 1 / row.ratio[1] if row.ratio else None, None, "of eager PyTorch"),
+)
+
+
 def save_chart(path, facts, rows):
-    """Draws bars of each variant's time over the floor's (over eager's if there is no floor),
-    grouped by problem, as a PNG or in the format of the path's suffix.
+    """Draws bars of each variant's time over the limit's (over the floor's or eager's if no problem
+    has a limit), grouped by problem, as a PNG or in the format of the path's suffix.
     """
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    floors = any(row.overhead for row in rows)
-    shown = [
-        row
-        for row in rows
-        if (row.overhead if floors else row.ratio) and not row.variant.startswith("floor")
-    ]
+    rows = [row for row in rows if not row.variant.startswith(tuple(BARE))]
+    length_of, line, compared = next(bars for bars in BARS if any(map(bars[0], rows)))
+    shown = [row for row in rows if length_of(row)]
     groups = list(dict.fromkeys((row.case, row.problem, row.mode) for row in shown))
     variants = [variant for variant in COLOURS if any(row.variant == variant for row in shown)]
     height = 0.9 / len(variants)
     figure, axes = plt.subplots(
         figsize=(9, 1.2 + 0.22 * len(variants) * len(groups)), layout="constrained"
     )
-    lengths = [row.overhead if floors else 1 / row.ratio[1] for row in shown]
+    lengths = list(map(length_of, shown))
     labelled = set()
     for row, length in zip(shown, lengths):
         group = groups.index((row.case, row.problem, row.mode))
@@ -203,23 +226,18 @@ def save_chart(path, facts, rows):
         linewidth=1,
         linestyle="--",
         zorder=0,
-        label="floor: plain instance norm" if floors else None,
+        label=line,
     )
     axes.set_yticks(
         range(len(groups)), [f"{case} {problem}\n{mode}" for case, problem, mode in groups]
     )
     axes.invert_yaxis()
     axes.set_xlim(0, 1.25 * max(lengths))
-    compared = (
-        "of the same network with plain instance norm in place of SPADE"
-        if floors
-        else "of eager PyTorch"
-    )
     axes.set_xlabel(f"time ÷ time {compared} (lower is better)")
     axes.set_title(f"{facts['device']}, {facts['dtype']}, torch {facts['torch']}", fontsize=10)
     axes.spines[["top", "right"]].set_visible(False)
     handles, labels = axes.get_legend_handles_labels()
-    order = sorted(range(len(labels)), key=lambda number: labels[number].startswith("floor"))
+    order = sorted(range(len(labels)), key=lambda number: labels[number] == line)
     figure.legend(
         [handles[number] for number in order],
         [labels[number] for number in order],

@@ -53,6 +53,7 @@ def toy(settings):
         "spade_fast": lambda: {"y": x.exp() + 1e-3},
         "torch.compile": fail,
         "floor": lambda: {"y": x},
+        "limit": lambda: {"y": x},
     }
     yield Plan(
         "toy",
@@ -71,6 +72,7 @@ def test_wrong_results_get_no_times(monkeypatch, tmp_path):
     assert result.exit_code == 1
     assert "NO" in result.output and "no such luck" in result.output
     rows = {row["variant"]: row for row in json.loads((tmp_path / "out.json").read_text())["rows"]}
+    assert rows["limit"]["over_limit"] == 1 and rows["eager"]["over_limit"] is not None
     assert (
         rows["eager"]["times"] and rows["floor"]["times"] and rows["eager"]["peak_memory"] == 4000
     )
@@ -115,6 +117,76 @@ def test_every_quick_case_matches_without_the_compiler(case):
                 "dhead_0.norm_0.mlp_gamma.weight" in problem.truth()
                 or "dnorm_0.mlp_gamma.weight" in problem.truth()
             )
+
+
+def bare_networks():
+    """Networks of reference.py with and without spectral norm, and a call of each."""
+    segmap = torch.randn(1, 5, 64, 64)
+    for norm_G in (cases.COCO_NORM, cases.NO_SPECTRAL_NORM["norm_G"]):
+        network = reference.SPADEGenerator(5, 2, crop_size=64, norm_G=norm_G)
+        yield network.eval(), (segmap,)
+    yield cases.FaceDecoder(16, 8, 8).eval(), (torch.randn(1, 8, 8, 8),)
+
+
+def convolutions_called(network, *inputs):
+    """Name, weight, stride, padding, shape of the input of each convolution outside of SPADE, in
+    the order of the calls.
+    """
+    called, spades = [], [part for part in network.modules() if isinstance(part, reference.SPADE)]
+    inside = {part for spade in spades for part in spade.modules()}
+    for name, part in network.named_modules():
+        if isinstance(part, torch.nn.Conv2d) and part not in inside:
+            part.register_forward_pre_hook(
+                lambda part, inputs, name=name: called.append(
+                    (name, part.weight.tolist(), part.stride, part.padding, inputs[0].shape)
+                )
+            )
+    with torch.no_grad():
+        network(*inputs)
+    return called
+
+
+def test_the_limit_has_the_convolutions_outside_of_spade():
+    for network, inputs in bare_networks():
+        bare = {kind: cases.without_spade(network, norm) for kind, norm in cases.BARE.items()}
+        expected = convolutions_called(network, *inputs)
+        names = {name for name, *_ in expected}
+        assert {"fc", "conv_img"} < names and any(name.endswith("conv_s") for name in names)
+        weights = {
+            name: value for name, value in network.state_dict().items() if ".norm_" not in name
+        }
+        for found in bare.values():
+            own = found.state_dict()
+            assert own.keys() == weights.keys()
+            assert all(torch.equal(own[name], value) for name, value in weights.items())
+            assert convolutions_called(found, *inputs) == expected
+
+
+def test_the_limit_is_the_network_without_spade():
+    """In the words of the definition: convolutions and leaky ReLUs around a shortcut."""
+    block = reference.SPADEResnetBlock(4, 6, "spadeinstance3x3", 5).eval()
+    x, segmap = torch.randn(2, 4, 8, 8), torch.randn(2, 5, 8, 8)
+    leaky = functools.partial(torch.nn.functional.leaky_relu, negative_slope=0.2)
+    norm = torch.nn.functional.instance_norm
+    limit, floor = (cases.without_spade(block, cases.BARE[kind]) for kind in ("limit", "floor"))
+    found = limit(x, segmap)
+    assert torch.equal(found, block.conv_s(x) + block.conv_1(leaky(block.conv_0(leaky(x)))))
+    dx = block.conv_1(leaky(norm(block.conv_0(leaky(norm(x))))))
+    assert torch.equal(floor(x, segmap), block.conv_s(norm(x)) + dx)
+
+
+@pytest.mark.parametrize(
+    "case,problem,folding",
+    [("block", "128", {"frozen", "folded, frozen"}), ("generator", "small", set())],
+)
+def test_rows_that_fold_spectral_norm_have_no_time_over_the_limit(case, problem, folding):
+    plans = cases.CASES[case](Settings(quick=True, without=("torch.compile",)))
+    plan = next(plan for plan in plans if plan.name.startswith(problem))
+    rows = {row.variant: row for row in measure.measure(case, plan.build(), "cpu", 0)}
+    assert all(row.times for row in rows.values()) and "spade_fast, frozen" in rows
+    unlimited = {name for name, row in rows.items() if row.over_limit is None}
+    assert unlimited == {f"spade_fast, {name}" for name in folding}
+    assert min(rows[f"limit, {memory}"].over_limit for memory in MEMORIES) == 1
 
 
 def differs_by_a_sign(row):
@@ -204,7 +276,7 @@ def test_plans_have_names_before_anything_is_built(monkeypatch):
     result = invoke("run", "generator", "discriminator", "--only", "COCO 25²")
     assert result.exit_code == 2
     text = " ".join(result.output.replace("│", " ").split())
-    assert "no problem's name contains 'COCO 25²'; the names are: COCO 256²; 4 samples" in text
+    assert "no problem's name contains 'COCO 25²'; the names are: COCO 256²; small 128²;" in text
     with pytest.raises(AssertionError, match="something is built"):
         next(cases.CASES["block"](settings)).build()
 
@@ -228,11 +300,24 @@ def test_problems_keep_the_order_of_the_options():
     assert all(names.count(name) == 2 for name in names)  # forward, and with backward
 
 
+def test_a_whole_name_takes_one_problem_of_a_case():
+    chosen = {"generator": cases.generator, "training": cases.training}
+    for text, expected in [
+        ("COCO 256²", ["COCO 256²", "COCO 256², without VGG19", "COCO 256², VGG19"]),
+        ("COCO 256², no", ["COCO 256², no spectral norm"]),
+    ]:
+        plans = [plan for _, plan in cli.choose_plans(chosen, Settings(), [text])]
+        assert cli.names_of_problems(plans) == expected
+    for batch, only in ((1, gpu.GENERATOR), (16, gpu.GENERATOR_AT_16)):
+        plans = cli.choose_plans({"generator": cases.generator}, Settings(batch=batch), only[1:])
+        assert {plan.name for _, plan in plans} == {only[1]}
+
+
 def test_variants_that_are_left_out_are_not_built(monkeypatch):
     monkeypatch.setattr(cases, "_compiled", built)
     monkeypatch.setattr(torch, "compile", built)
     for case in ("modulate", "block"):
-        settings = Settings(quick=True, without=("torch.compile", "spade_fast, f", "floor"))
+        settings = Settings(quick=True, without=("torch.compile", "spade_fast, f", *cases.BARE))
         problem = next(cases.CASES[case](settings)).build()
         expected = {"eager", "spade_fast"} | (
             {"spade_fast, prepared"} if case == "block" else set()
@@ -367,7 +452,7 @@ def test_list_and_bad_options(tmp_path):
 
 def rows_of_every_kind():
     problem = "generator", "4 samples of one COCO layout, 256², batch 16, 3 scenes", BACKWARD
-    variants = [*report.COLOURS, "floor, contiguous", "floor, channels-last"]
+    variants = [*report.COLOURS, *(f"{kind}, {own}" for kind in cases.BARE for own in MEMORIES)]
     rows = [
         measure.Row(
             *(*problem, variant, 0.5),
@@ -377,7 +462,8 @@ def rows_of_every_kind():
         for variant in variants
     ]
     for row in rows:
-        row.overhead, row.peak_memory, row.bandwidth = 12.34, 12345 * 2**20, 0.8
+        row.overhead, row.over_limit = 12.34, 23.45
+        row.peak_memory, row.bandwidth = 12345 * 2**20, 0.8
     rows.append(dataclasses.replace(rows[0], times=[], error_in_double=1e-3))
     return [*rows, dataclasses.replace(rows[0], times=[], failure="no such luck")]
 
@@ -393,7 +479,16 @@ def in_80_columns(renderable):
 def test_tables_can_be_read_in_80_columns():
     text = in_80_columns(report.tables(rows_of_every_kind()))
     words = {word for variant in report.COLOURS for word in variant.split()}
-    for word in (*words, "channels-last", "(1.99–2.11)", "12345", "1250", "in float64", "failed"):
+    for word in (
+        *words,
+        "channels-last",
+        "(1.99–2.11)",
+        "23.45",
+        "12345",
+        "1250",
+        "in float64",
+        "failed",
+    ):
         assert word in text
     widths = {16: 1, 8: 2, 4: 3, 2: 1}
     found = in_80_columns(
@@ -500,15 +595,16 @@ def test_the_table_of_measurements(tmp_path):
         row
         | {"variant": "spade_fast", "times": [0.0123], "ratio": [1.9, 2, 2.1], "overhead": 1.234},
     ]
+    rows.append(rows[2] | {"variant": "spade_fast, prepared", "over_limit": 1.567})
     measured = {"environment": {"device": "NVIDIA H100", "dtype": "bfloat16"}, "rows": rows}
     (tmp_path / "gpu" / "generator.json").write_text(json.dumps(measured))
     (tmp_path / "gpu" / "gpu.json").write_text(
         json.dumps({"environment": {"device": "NVIDIA H100"}, "stages": []})
     )
-    assert (
-        "| NVIDIA H100 | generator COCO, bfloat16, forward | 2.10 | – | 12.3 | 2.00 | 1.23 |"
-        in summary.summary(tmp_path).splitlines()
-    )
+    written = summary.summary(tmp_path).splitlines()
+    for what, limit in (("forward", ""), ("forward, prepared", "1.57")):
+        figures = f"2.10 | – | 12.3 | 2.00 | 1.23 | {limit} |"
+        assert f"| NVIDIA H100 | generator COCO, bfloat16, {what} | {figures}" in written
 
 
 def test_the_commit_without_git(monkeypatch, tmp_path):
