@@ -58,6 +58,9 @@ class Backend:
     convolve_windows: Callable[..., Tensor]
     convolve_gathered: Callable[..., Tensor]
     convolve_windows_gradients: Callable[..., tuple[Tensor | None, Sequence[Tensor | None]]]
+    # Whether several convolutions of the same rows are computed as one, by convolve_gathered and
+    # convolve_windows_gradients; where not, copying the weights to join them costs more.
+    joins_weights: bool
     dtype_at_windows: Callable[[torch.dtype], torch.dtype]
     find_codes: Callable[..., tuple[Tensor, Tensor] | None]
     find_windows: Callable[..., list[tuple[Lists, Lists, Tensor, Tensor]]]

@@ -67,17 +67,13 @@ def convolve_windows_gradients(
     wants_rows: bool = True,
     wants_weights: bool = True,
 ) -> tuple[Tensor | None, Sequence[Tensor | None]]:
-    ops, back = torch.ops.spade_fast, (back_offsets, back_listed)
-    weight, _ = torch_backend.joined(weights, [None] * len(weights))
-    of_weights: Sequence[Tensor | None] = [None] * len(weights)
-    if wants_weights:
-        of_weights = ops.convolve_windows_weight(gradient, rows, weight, *back).split(
-            [len(one) for one in weights]
-        )
-    return (
-        ops.convolve_windows_rows(gradient, weight, *back) if wants_rows else None,
-        of_weights,
-    )
+    """Of one weight at a time: joining several would copy them."""
+    ops, (weight,) = torch.ops.spade_fast, weights
+    back = (back_offsets, back_listed)
+    of_rows = ops.convolve_windows_rows(gradient, weight, *back) if wants_rows else None
+    return of_rows, [
+        ops.convolve_windows_weight(gradient, rows, weight, *back) if wants_weights else None
+    ]
 
 
 def find_codes(segmap: Tensor) -> tuple[Tensor, Tensor] | None:
@@ -149,6 +145,7 @@ BACKEND = replace(
     why_not=why_not,
     **operators.declared("spade_fast", (*contract.MODULATION, "convolve_windows")),
     convolve_windows_gradients=convolve_windows_gradients,
+    joins_weights=False,
     find_codes=find_codes,
     find_windows=find_windows,
     find_patches=find_patches,

@@ -491,6 +491,7 @@ BACKEND = Backend(
     convolve_windows=convolve_windows,
     convolve_gathered=convolve_gathered,
     convolve_windows_gradients=convolve_windows_gradients,
+    joins_weights=True,
     dtype_at_windows=dtype_at_windows,
     find_codes=numbering.find_codes,
     find_windows=numbering.find_windows,

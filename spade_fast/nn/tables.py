@@ -5,7 +5,7 @@ the weights do not change.
 import threading
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Protocol
 
@@ -17,7 +17,7 @@ from .. import kernels
 from ..identity import states_of
 from ..kernels.contract import Backend
 from ..layout import SemanticLayout, Windows
-from ..ops.convolve_windows import convolve_beside, convolve_windows
+from ..ops.convolve_windows import convolve_beside, convolve_through_relu, convolve_windows
 from ..scopes import Scope
 from .modules import weight_of
 from .parts import Convolutions, HasParts, InstanceNorm, Known, Parts
@@ -116,38 +116,48 @@ def compute_table(
     """
     backend = kernels.select(layout.palette)
     gathers = dtype.itemsize == 2 and backend.dtype_at_windows(dtype) == dtype
-    if gathers and not torch.is_grad_enabled() and not convolutions.normalise:
-        return gathered_table(layout, windows, convolutions, dtype, kept, backend)
+    if gathers and kept is not None and not torch.is_grad_enabled() and not convolutions.normalise:
+        return packed_table(layout, windows, convolutions, dtype, kept, backend)
     modules = (convolutions.shared, convolutions.gamma, convolutions.beta)
-    first, *others = [(weight_of(module), module.bias) for module in modules]
+    (first, first_bias), *others = [(weight_of(module), module.bias) for module in modules]
+    weights, biases = zip(*others)
     # Norms magnify the differences between windows, which half precision would round away.
     within = torch.promote_types(dtype, torch.float32) if convolutions.normalise else dtype
-    hidden = convolve_windows(layout.palette, *first, windows.hidden, within)
-    for activation in convolutions.activations:
-        hidden = activation(hidden)
-    if kernels.select(hidden).name == "cpu":  # where copying the weights to join them costs more
-        rows = [convolve_windows(hidden, *other, windows.table, within) for other in others]
+    palette = layout.palette
+    if gathers and within == dtype and not torch.is_grad_enabled():
+        palette = padded_palette(layout, dtype)[:, : first.shape[1]]
+    activations = convolutions.activations
+    rows: Sequence[torch.Tensor]
+    if [type(activation) for activation in activations] == [nn.ReLU]:
+        rows = convolve_through_relu(
+            palette, first, first_bias, windows.hidden, weights, biases, windows.table, within
+        )
     else:
-        weights, biases = zip(*others)
-        joint = convolve_beside(hidden, weights, biases, windows.table, within)
-        rows = list(joint.split_with_sizes([weight.shape[0] for weight in weights], dim=1))
+        hidden = convolve_windows(palette, first, first_bias, windows.hidden, within)
+        hidden = activated(hidden, activations)
+        rows = convolve_beside(hidden, weights, biases, windows.table, within)
     if convolutions.normalise:
         norms = (convolutions.gamma_norm, convolutions.beta_norm)
         rows = [normalise_over_images(table, windows, norm) for table, norm in zip(rows, norms)]
     return [table.to(dtype) for table in rows]
 
 
-def gathered_table(
+def activated(hidden: torch.Tensor, activations: list[nn.Module]) -> torch.Tensor:
+    for activation in activations:
+        hidden = activation(hidden)
+    return hidden
+
+
+def packed_table(
     layout: SemanticLayout,
     windows: Windows,
     convolutions: Convolutions,
     dtype: torch.dtype,
-    kept: Keeper | None,
+    kept: Keeper,
     backend: Backend,
 ) -> list[torch.Tensor]:
     """compute_table's result, without gradients, by kernels that gather rows in half precision and
-    read weights in the order of `by_taps`. What depends on the weights alone is computed once if
-    something keeps it.
+    read weights in the order of `by_taps`, which `kept` keeps.
     """
     modules = (convolutions.shared, convolutions.gamma, convolutions.beta)
     (first, first_bias), *others = [(weight_of(module), module.bias) for module in modules]
@@ -168,25 +178,12 @@ def gathered_table(
         ]
 
     tensors = [first, first_bias, *weights, *biases]
-
-    def activated(hidden, activations):
-        for activation in activations:
-            hidden = activation(hidden)
-        return hidden
-
-    palette, activations = padded_palette(layout, dtype), convolutions.activations
-    if kept is None:  # the kernels join and reorder the weights faster
-        palette = palette[:, : first.shape[1]]
-        relu = bool(activations) and type(activations[0]) is nn.ReLU
-        hidden = convolve_beside(palette, [first], [first_bias], windows.hidden, dtype, relu)
-        hidden = activated(hidden, activations[relu:])
-        rows = convolve_beside(hidden, weights, biases, windows.table, dtype)
-    else:
-        packs = kept.derive(convolutions.gamma, "packed", tensors, (dtype,), packed)
-        convolve = backend.convolve_windows
-        hidden = convolve(palette, *packs[:2], windows.hidden.offsets, windows.hidden.rows)
-        hidden = padded(activated(hidden, activations))
-        rows = convolve(hidden, *packs[2:], windows.table.offsets, windows.table.rows)
+    packs = kept.derive(convolutions.gamma, "packed", tensors, (dtype,), packed)
+    convolve = backend.convolve_windows
+    palette = padded_palette(layout, dtype)
+    hidden = convolve(palette, *packs[:2], windows.hidden.offsets, windows.hidden.rows)
+    hidden = padded(activated(hidden, convolutions.activations))
+    rows = convolve(hidden, *packs[2:], windows.table.offsets, windows.table.rows)
     return list(rows.split([weight.shape[0] for weight in weights], dim=1))
 
 

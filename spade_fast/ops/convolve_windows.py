@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from .. import kernels
-from ..kernels import contract, torch_backend
+from ..kernels import contract
 from ..layout import Sums
 from ..recording import gradients_of, is_transformed
 
@@ -31,11 +31,7 @@ def convolve_windows(
     the kernels sum its products in float32, otherwise at least float32. The result has the dtype
     of the computation, and is twice differentiable in rows, weight and bias.
     """
-    if torch.is_grad_enabled():
-        return convolve_beside(rows, [weight], [bias], sums, dtype)
-    backend, (rows, weight, bias) = _in_dtype((rows, weight, bias), weight, dtype)
-    with _without_autocast(rows):
-        return backend.convolve_windows(rows, weight, bias, *sums[:2])
+    return convolve_beside(rows, [weight], [bias], sums, dtype)[0]
 
 
 def convolve_beside(
@@ -44,17 +40,37 @@ def convolve_beside(
     biases: Sequence[Tensor | None],
     sums: Sums,
     dtype: torch.dtype,
-    relu: bool = False,
-) -> Tensor:
-    """Several convolutions of the same rows, each as convolve_windows computes it, side by side:
-    [windows, sum of out]. A bias may be None. With `relu`, ReLU follows.
+) -> tuple[Tensor, ...]:
+    """Several convolutions of the same rows, each as convolve_windows computes it. A bias may be
+    None.
     """
     backend, (rows, *both) = _in_dtype((rows, *weights, *biases), weights[0], dtype)
     with _without_autocast(rows):
         if torch.is_grad_enabled():
-            results = ConvolveWindows.apply(rows, *sums, *both)
-            return torch.relu(results) if relu else results
-        return backend.convolve_gathered(rows, *_halves(both), *sums[:2], relu)
+            return ConvolveWindows.apply(rows, *sums, *both)
+        return _convolved(backend, rows, both, sums[:2])
+
+
+def convolve_through_relu(
+    rows: Tensor,
+    first: Tensor,
+    first_bias: Tensor | None,
+    hidden: Sums,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    sums: Sums,
+    dtype: torch.dtype,
+) -> tuple[Tensor, ...]:
+    """convolve_beside of relu(convolve_windows(rows, first, first_bias, hidden)), in one step of
+    autograd: in small networks, the steps take longer than the arithmetic.
+    """
+    tensors = (rows, first, first_bias, *weights, *biases)
+    backend, (rows, first, first_bias, *both) = _in_dtype(tensors, first, dtype)
+    with _without_autocast(rows):
+        if torch.is_grad_enabled():
+            return ConvolveThroughReLU.apply(rows, first, first_bias, *hidden, *sums, *both)
+        (between,) = _convolved(backend, rows, (first, first_bias), hidden[:2], relu=True)
+        return _convolved(backend, between, both, sums[:2])
 
 
 def _halves(both):
@@ -77,7 +93,47 @@ def _without_autocast(rows):
     return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
 
 
+def _convolved(backend, rows, both, lists, relu=False):
+    """The convolutions of rows with these weights and biases, followed by ReLU if asked for."""
+    weights, biases = _halves(both)
+    if backend.joins_weights:
+        joint = backend.convolve_gathered(rows, weights, biases, *lists, relu)
+        return joint.split_with_sizes([weight.shape[0] for weight in weights], dim=1)
+    results = [backend.convolve_windows(rows, *one, *lists) for one in zip(weights, biases)]
+    return tuple(map(torch.relu_, results)) if relu else tuple(results)
+
+
+def _gradients(backend, gradients, rows, both, lists, wants_rows, wants_both):
+    """The gradients of rows, and those of the weights and biases, from the gradients of the results
+    of `_convolved`; None for those that are not wanted.
+    """
+    weights, biases = _halves(both)
+    wants_weights, wants_biases = map(any, _halves(wants_both))
+    wanted = (wants_rows, wants_weights)
+    if backend.joins_weights:
+        joint = gradients[0] if len(gradients) == 1 else torch.cat(gradients, dim=1)
+        of_rows, of_weights = backend.convolve_windows_gradients(
+            joint, rows, weights, *lists, *wanted
+        )
+    else:
+        each = [
+            backend.convolve_windows_gradients(gradient, rows, [weight], *lists, *wanted)
+            for gradient, weight in zip(gradients, weights)
+        ]
+        of_weights = [own for _, (own,) in each]
+        of_rows = each[0][0]
+        for other, _ in each[1:] if wants_rows else ():
+            of_rows = of_rows.add_(other)
+    of_biases = [
+        None if bias is None or not wants_biases else gradient.sum(0)
+        for gradient, bias in zip(gradients, biases)
+    ]
+    return of_rows, [*of_weights, *of_biases]
+
+
 class ConvolveWindows(torch.autograd.Function):
+    """`convolve_beside` of rows with the weights and biases in `both`."""
+
     @staticmethod
     def forward(
         ctx: Any,
@@ -87,60 +143,95 @@ class ConvolveWindows(torch.autograd.Function):
         back_offsets: Tensor,
         back_listed: Tensor,
         *both: Tensor | None,
-    ) -> Tensor:
+    ) -> tuple[Tensor, ...]:
         ctx.save_for_backward(rows, offsets, listed, back_offsets, back_listed, *both)
         ctx.backend = kernels.select(rows)
-        weights, biases = _halves(both)
-        if len(weights) == 1:
-            return ctx.backend.convolve_windows(rows, *both, offsets, listed)
-        return ctx.backend.convolve_gathered(rows, weights, biases, offsets, listed)
+        return _convolved(ctx.backend, rows, both, (offsets, listed))
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         rows, offsets, listed, back_offsets, back_listed, *both = ctx.saved_tensors
-        weights, biases = _halves(both)
-        if is_transformed(gradient):
-            of_rows, *of_both = _differentiable_backward(
-                gradient, rows, weights, biases, offsets, listed
-            )
+        if is_transformed(gradients[0]):
+            with torch.enable_grad():
+                inputs = _aliases((rows, *both))
+                results = _plainly(inputs[0], inputs[1:], offsets, listed)
+            of_rows, *of_both = gradients_of(torch.cat(results, 1), inputs, _joint(gradients))
             return of_rows, *[None] * 4, *of_both
-        wants_weights, wants_biases = map(any, _halves(ctx.needs_input_grad[5:]))
-        of_rows, of_weights = ctx.backend.convolve_windows_gradients(
-            gradient,
-            rows,
-            weights,
-            back_offsets,
-            back_listed,
-            ctx.needs_input_grad[0],
-            wants_weights,
+        wants_rows, *wants_both = ctx.needs_input_grad[:1] + ctx.needs_input_grad[5:]
+        of_rows, of_both = _gradients(
+            ctx.backend, gradients, rows, both, (back_offsets, back_listed), wants_rows, wants_both
         )
-        of_biases: list[Tensor | None] = [None] * len(biases)
-        if wants_biases:
-            sizes = [weight.shape[0] for weight in weights]
-            parts = gradient.sum(0).split_with_sizes(sizes)
-            of_biases = [None if bias is None else part for part, bias in zip(parts, biases)]
-        return of_rows, *[None] * 4, *of_weights, *of_biases
+        return of_rows, *[None] * 4, *of_both
 
 
-def _differentiable_backward(gradient, rows, weights, biases, offsets, listed):
-    """The same gradients in plain PyTorch, for second derivatives and for transforms of backward,
-    with sums in at least float32.
+class ConvolveThroughReLU(torch.autograd.Function):
+    """`convolve_through_relu`, with the second step's weights and biases in `both`."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, rows: Tensor, first: Tensor, first_bias: Tensor | None, *others: Tensor | None
+    ) -> tuple[Tensor, ...]:
+        hidden, sums, both = others[:4], others[4:8], others[8:]
+        ctx.backend = kernels.select(rows)
+        (between,) = _convolved(ctx.backend, rows, (first, first_bias), hidden[:2], relu=True)
+        ctx.save_for_backward(rows, first, first_bias, between, *others)
+        return _convolved(ctx.backend, between, both, sums[:2])
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        rows, first, first_bias, between, *others = ctx.saved_tensors
+        hidden, sums, both = others[:4], others[4:8], others[8:]
+        if is_transformed(gradients[0]):
+            with torch.enable_grad():
+                inputs = _aliases((rows, first, first_bias, *both))
+                (again,) = _plainly(inputs[0], inputs[1:3], *hidden[:2])
+                results = _plainly(torch.relu(again), inputs[3:], *sums[:2])
+            found = gradients_of(torch.cat(results, 1), inputs, _joint(gradients))
+            return *found[:3], *[None] * 8, *found[3:]
+        wants, wants_both = ctx.needs_input_grad[:3], ctx.needs_input_grad[11:]
+        of_between, of_both = _gradients(
+            ctx.backend, gradients, between, both, sums[2:], any(wants), wants_both
+        )
+        of_rows, of_first = None, (None, None)
+        if any(wants):
+            of_hidden = torch.ops.aten.threshold_backward(of_between, between, 0)
+            of_rows, of_first = _gradients(
+                ctx.backend,
+                (of_hidden,),
+                rows,
+                (first, first_bias),
+                hidden[2:],
+                wants[0],
+                wants[1:],
+            )
+        return of_rows, *of_first, *[None] * 8, *of_both
+
+
+def _aliases(tensors):
+    """Aliases, because autograd.grad would also follow a path from one tensor back to another."""
+    return [None if tensor is None else tensor.view_as(tensor) for tensor in tensors]
+
+
+def _joint(gradients):
+    gradient = torch.cat(gradients, dim=1)
+    return gradient.to(contract.sum_dtype(gradient.dtype))
+
+
+def _plainly(rows, both, offsets, listed):
+    """`_convolved` in plain PyTorch, for second derivatives and for transforms of backward, with
+    sums in at least float32.
     """
-    with torch.enable_grad():
-        inputs = [
-            None if tensor is None else tensor.view_as(tensor)
-            for tensor in (rows, *weights, *biases)
-        ]
-        rows, *both = (
-            None if tensor is None else tensor.to(contract.sum_dtype(tensor.dtype))
-            for tensor in inputs
-        )
-        weight, bias = torch_backend.joined(*_halves(both))
-        windows = torch.repeat_interleave(
-            torch.arange(len(offsets) - 1, device=rows.device), offsets.diff()
-        )
+    rows, *both = (
+        None if tensor is None else tensor.to(contract.sum_dtype(tensor.dtype))
+        for tensor in (rows, *both)
+    )
+    windows = torch.repeat_interleave(
+        torch.arange(len(offsets) - 1, device=rows.device), offsets.diff()
+    )
+    results = []
+    for weight, bias in zip(*_halves(both)):
         by_tap = weight.flatten(2).permute(2, 0, 1).reshape(-1, weight.shape[1])
         products = (rows @ by_tap.t()).view(-1, len(weight))[listed.long()]
         result = products.new_zeros(len(offsets) - 1, len(weight)).index_add(0, windows, products)
-        result = result if bias is None else result + bias
-    return gradients_of(result, inputs, gradient.to(result.dtype))
+        results.append(result if bias is None else result + bias)
+    return results
