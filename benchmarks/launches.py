@@ -40,26 +40,24 @@ DTYPE = torch.bfloat16
 
 
 class Limit(NamedTuple):
-    """The most launches and waits that a path may have: now, and when it is as it should be."""
+    """The most launches and waits that a path may have."""
 
     launches: int
     waits: int
-    wanted_launches: int | None = None
-    wanted_waits: int | None = None
 
 
 # Limits of the paths below. A change that lowers a count lowers its limit here, too.
 LIMITS = {
     "from_segmap": Limit(8, 1),
-    "numbering, six sizes": Limit(17, 1, wanted_launches=12),
+    "numbering, six sizes": Limit(11, 1),
     "layer": Limit(7, 0),
     "block": Limit(34, 0),
-    "generator, new layout": Limit(248, 2),
+    "generator, new layout": Limit(242, 2),
     "generator, windows known": Limit(221, 0),
     "generator, frozen": Limit(95, 0),
     "generator, folded, frozen": Limit(77, 0),
     "generator, training": Limit(1247, 0),
-    "discriminator, new layout": Limit(161, 3),
+    "discriminator, new layout": Limit(140, 3),
     "discriminator, windows known": Limit(83, 0),
     "training step, windows known": Limit(1563, 0),
 }
@@ -86,8 +84,9 @@ OWN = {
     "instance_backward": (3, 7),
     "sum_lists": (2, 2),
 }
-# Launches of the operators that number, including copies and fills.
-NUMBERING = {"find_codes": 5, "find_windows": 17, "find_patches": 15}
+# Launches of the operators that number, including copies and fills, for the calls of the paths below:
+# test_cuda.py runs the kernels and counts. Others may have another number of passes in their sort.
+NUMBERING = {"find_codes": 5, "find_windows": 11, "find_patches": 8}
 WAITS = {"_local_scalar_dense", "nonzero", "equal", "_unique2", "unique_dim", "bincount"}
 WAITS |= {"masked_select", "repeat_interleave"}
 UPLOADS = {torch.tensor, torch.as_tensor, torch.from_numpy, torch.Tensor.new_tensor}
@@ -395,23 +394,16 @@ def count_all(names: Iterable[str] = PATHS) -> dict[str, Counts]:
 
 def table(found: dict[str, Counts]) -> Table:
     """Counts beside their limits."""
-    columns = (
-        "launches",
-        "at most\n(wanted)",
-        "waits",
-        "at most\n(wanted)",
-        "allo-\ncations",
-        "MiB",
-    )
+    columns = ("launches", "at most", "waits", "at most", "allo-\ncations", "MiB")
     shown = narrow_table("one call", *columns)
     for name, counts in found.items():
         limit = LIMITS.get(name, Limit(None, None))  # eager has no limit
         shown.add_row(
             name,
             marked(counts.launches, limit.launches),
-            allowed(limit.launches, limit.wanted_launches),
+            "–" if limit.launches is None else str(limit.launches),
             marked(counts.waits, limit.waits),
-            allowed(limit.waits, limit.wanted_waits),
+            "–" if limit.waits is None else str(limit.waits),
             str(counts.allocations),
             f"{counts.bytes / 2**20:.0f}",
         )
@@ -420,16 +412,12 @@ def table(found: dict[str, Counts]) -> Table:
 
 CAPTION = (
     "COCO at 256², one scene, bfloat16. launches: kernels and copies. waits: how often the host"
-    " waits for the device. at most: the limit, with the wanted limit where that is lower."
+    " waits for the device. at most: the limit."
 )
 
 
 def marked(number, limit):
     return str(number) if limit is None or number <= limit else f"[red]{number}"
-
-
-def allowed(limit, wanted):
-    return f"{'–' if limit is None else limit}{'' if wanted is None else f' ({wanted})'}"
 
 
 def excesses(found: dict[str, Counts]) -> list[str]:

@@ -400,6 +400,8 @@ void launch(int64_t count, int64_t together, dim3 threads, int64_t shared,
 extern "C" {
 
 int64_t host_largest_cluster() { return std::exchange(host::largest_cluster, 0); }
+int64_t host_launches() { return std::exchange(host::launches, 0); }
+int64_t host_waits() { return std::exchange(host::waits, 0); }
 
 // The functions that the compiler calls at each access of instrumented code.
 #define HOST_WATCH(bytes)                                                                       \

@@ -86,6 +86,8 @@ HOST_UNWATCHED inline void note(const void* address, size_t bytes, int kind) {
 void launch(int64_t blocks, int64_t cluster, dim3 threads, int64_t shared,
             const std::function<void()>& body);
 int64_t limit(const char* name, int64_t otherwise);
+// Since the last query: launches of kernels, copies and fills; and how often the host waited.
+inline int64_t launches = 0, waits = 0;
 
 template <typename T>
 HOST_UNWATCHED T exchange(T value, unsigned from) {
@@ -150,8 +152,8 @@ T atomicAdd(T* at, T value) {
   return host::atomically(at, [=](T before) { return before + value; });
 }
 template <typename T>
-T atomicMin(T* at, T value) {
-  return host::atomically(at, [=](T before) { return value < before ? value : before; });
+T atomicMax(T* at, T value) {
+  return host::atomically(at, [=](T before) { return value > before ? value : before; });
 }
 template <typename T>
 T atomicCAS(T* at, T expected, T value) {
@@ -197,16 +199,19 @@ bool knows_clusters(Kernel*) {
 template <typename... Parameters, typename... Arguments>
 void launch_clusters(void (*kernel)(Parameters...), int64_t blocks, int64_t cluster, dim3 threads,
                      int64_t shared, Stream, Arguments... arguments) {
+  if (blocks == 0) return;
+  ++host::launches;
   host::launch(blocks, cluster, threads, shared, [=]() HOST_UNWATCHED { kernel(arguments...); });
 }
 
-inline void upload(void* to, const void* from, int64_t bytes, Stream) {
-  std::memcpy(to, from, bytes);
-}
 inline void download(void* to, const void* from, int64_t bytes, Stream) {
+  ++host::launches, ++host::waits;
   std::memcpy(to, from, bytes);
 }
-inline void set_bytes(void* to, int value, int64_t bytes, Stream) { std::memset(to, value, bytes); }
+inline void set_bytes(void* to, int value, int64_t bytes, Stream) {
+  ++host::launches;
+  std::memset(to, value, bytes);
+}
 
 inline char* shared_memory() { return host::shared_memory(); }
 inline void wait_for_cluster(const char* file = __builtin_FILE(), int line = __builtin_LINE()) {

@@ -5,6 +5,7 @@ On a GPU, they are a backend of the whole suite.
 """
 
 import itertools
+import math
 import pickle
 import shutil
 import zlib
@@ -15,6 +16,7 @@ from types import SimpleNamespace
 import cuda_library
 import pytest
 import torch
+import torch.nn.functional as F
 from agree import ONCE, assert_agree
 from label_maps import patches
 from modulations import (
@@ -42,6 +44,7 @@ from numbered import (
 from window_lists import gathered_sample, listed
 
 import spade_fast
+from benchmarks import launches
 from spade_fast import SemanticLayout, kernels
 from spade_fast.kernels import (
     cpu_backend,
@@ -383,7 +386,37 @@ def test_errors_name_the_argument(on_host):
 @pytest.mark.parametrize("first", range(0, 200, 20))
 def test_windows_have_the_same_numbers_as_the_librarys(first, on_host):
     for seed in range(first, first + 20):
-        assert not differences(on_host.find_windows, *random_codes(seed), device="cpu"), seed
+        *asked, _ = random_codes(seed)
+        assert not differences(on_host.find_windows, *asked, device="cpu"), seed
+
+
+@needs_compiler
+@HAS_LIBRARY
+@pytest.mark.parametrize("given", [(1,), (7,), (41,), (600,), (9, 10), (3, 4, 5)], ids=str)
+def test_codes_are_resized_like_interpolate(given, on_host):
+    """At more sizes than one call takes."""
+    codes = torch.arange(math.prod(given), dtype=torch.int32).view(1, *given)
+    wanted = [given[1:] + (length,) for length in range(1, 50)]
+    found = on_host.find_windows(codes, wanted, 1, codes.numel())
+    for ((_, seen, *_), _, index, _), size in zip(found, wanted, strict=True):
+        taken = F.interpolate(codes[None].float(), size=size, mode="nearest")[0].int()
+        assert torch.equal(seen[index], taken)
+
+
+@needs_compiler
+def test_numbering_takes_the_launches_and_waits_that_are_counted(on_host, library, monkeypatch):
+    asked, numbered = [], launches.numbered
+    monkeypatch.setattr(
+        launches,
+        "numbered",
+        lambda counts, *call: asked.append(call) or numbered(counts, *call),
+    )
+    launches.count_all(["from_segmap", "numbering, six sizes", "discriminator, new layout"])
+    assert {name for name, *_ in asked} == launches.NUMBERING.keys()
+    for name, *arguments in asked:
+        library.host_launches(), library.host_waits()
+        getattr(on_host, name)(*arguments)
+        assert (library.host_launches(), library.host_waits()) == (launches.NUMBERING[name], 1)
 
 
 @needs_compiler
@@ -400,7 +433,8 @@ def test_patches_are_the_same_as_the_librarys(first, on_host):
 def test_windows_whose_hashes_collide(hash_mask, on_host):
     find_windows = partial(on_host.find_windows, hash_mask=hash_mask)
     for seed in range(10):
-        assert not differences(find_windows, *random_codes(seed), device="cpu")
+        *asked, _ = random_codes(seed)
+        assert not differences(find_windows, *asked, device="cpu")
 
 
 @needs_compiler
@@ -466,10 +500,21 @@ def test_more_windows_than_30_bits_count_are_numbered_in_plain_pytorch(on_host, 
     )
     assert not differences(on_host.find_windows, codes, sizes, 3, 5, torch.float32, device="cpu")
     assert asked == [[(9, 9)]]
-    with pytest.raises(RuntimeError, match="fewer than 2.*30 entries"):
-        getattr(torch.ops, NAMESPACE).find_windows(
-            codes, torch.zeros(2, dtype=torch.int32), [1, 1], 3, 2**30, 0
-        )
+    find_windows = getattr(torch.ops, NAMESPACE).find_windows
+    for message, given in {
+        "fewer than 2.*30 entries": (codes, [1, 1], 3, 2**30, 0),
+        "codes has shape .*at most 2.*24": (
+            codes[:, :, :1].expand(1, 9, 2**24 + 1),
+            [1, 1],
+            3,
+            5,
+            0,
+        ),
+        "sizes has 34 numbers; it should have 2 for each of at most 16": (codes, [1] * 34, 3, 5, 0),
+        "sizes has 1; it should have 0 where codes": (codes[:, :0], [1, 1], 3, 5, 0),
+    }.items():
+        with pytest.raises(RuntimeError, match=message):
+            find_windows(*given)
 
 
 def test_reasons_why_the_backend_does_not_run(monkeypatch):

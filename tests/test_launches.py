@@ -14,14 +14,12 @@ def test_no_path_exceeds_its_limit():
     found = launches.count_all()
     assert launches.excesses(found) == []
     assert launches.LIMITS.keys() == found.keys() - {"generator, eager"}
-    for name, limit in launches.LIMITS.items():
-        assert limit.wanted_launches is None or limit.wanted_launches <= limit.launches, name
     console = Console(width=80, color_system=None)
     with console.capture() as capture:
         console.print(launches.table(found))
     text = capture.get()
     assert max(map(len, text.splitlines())) <= 80 and "…" not in text
-    assert all(name.split(",")[0] in text for name in found) and "(12)" in text
+    assert all(name.split(",")[0] in text for name in found)
 
 
 def test_a_count_above_its_limit_is_reported(monkeypatch):

@@ -34,11 +34,7 @@ inline int64_t most_shared_memory() {
 inline int64_t processors() { return device_attribute(cudaDevAttrMultiProcessorCount); }
 constexpr int64_t kAlwaysKept = 64 << 20;  // bytes that a workspace may have even if x is small
 
-// Copies to the device; the source may change as soon as this returns. `download` waits for the
-// stream.
-inline void upload(void* to, const void* from, int64_t bytes, Stream stream) {
-  check(cudaMemcpyAsync(to, from, bytes, cudaMemcpyHostToDevice, stream));
-}
+// Copies from the device, after waiting for the stream.
 inline void download(void* to, const void* from, int64_t bytes, Stream stream) {
   check(cudaMemcpyAsync(to, from, bytes, cudaMemcpyDeviceToHost, stream));
   check(cudaStreamSynchronize(stream));
@@ -53,6 +49,7 @@ inline void set_bytes(void* to, int value, int64_t bytes, Stream stream) {
 template <typename... Parameters, typename... Arguments>
 void launch_clusters(void (*kernel)(Parameters...), int64_t blocks, int64_t cluster, dim3 threads,
                      int64_t shared, Stream stream, Arguments... arguments) {
+  static_assert((sizeof(Parameters) + ... + 0) <= 4096, "CUDA's limit before version 12.1");
   if (blocks == 0) return;
   if (blocks > INT32_MAX)
     throw std::runtime_error(

@@ -61,8 +61,8 @@ __global__ void __launch_bounds__(kThreads)
   uint32_t slot = mixed(0, hash) & level.hash_mask & (level.slots - 1);
   while (__ballot_sync(~0u, is_open) != 0) {
     if (warp == 0) {
-      uint32_t other = is_open ? load_now(level.table + slot) : kNone;
-      if (is_open && other == kNone) other = atomicCAS(level.table + slot, kNone, place);
+      uint32_t other = is_open ? ~load_now(level.table + slot) : kNone;
+      if (is_open && other == kNone) other = ~atomicCAS(level.table + slot, ~kNone, ~place);
       others[lane] = other;
     }
     __syncthreads();
@@ -82,9 +82,14 @@ __global__ void __launch_bounds__(kThreads)
   level.equals[place] = slot;
 }
 
+// The last block adds up the counts of the others.
 __global__ void __launch_bounds__(kThreads) resolve_vectors_kernel(uint32_t places, Level level) {
-  const uint32_t place = blockIdx.x * kThreads + threadIdx.x;
-  resolve(level, place, place < places, 0);
+  const uint32_t block = draw_ticket(level.tickets, reinterpret_cast<uint32_t*>(shared_memory()));
+  if (block + 1 < gridDim.x) {
+    resolve(level, block, block * kThreads + threadIdx.x < places, 0);
+  } else {
+    add_up(level, 0, places, 0);
+  }
 }
 
 __global__ void __launch_bounds__(kThreads)
@@ -115,8 +120,8 @@ void find_equal_vectors(Stream stream, const Vectors& vectors, uint32_t places,
 }
 
 void resolve_vectors(Stream stream, uint32_t places, const Level& level) {
-  launch(resolve_vectors_kernel, divide_up(places, kThreads), dim3(kThreads), kScanScratch, stream,
-         places, level);
+  launch(resolve_vectors_kernel, divide_up(places, kThreads) + 1, dim3(kThreads), kScanScratch,
+         stream, places, level);
 }
 
 void number_vectors(Stream stream, uint32_t places, const Level& level, int32_t* codes,

@@ -3,8 +3,6 @@
 
 #include "numbering.h"
 
-#include <cstring>
-
 #include "../common/checks.h"
 #include "on_device.h"
 
@@ -36,53 +34,52 @@ class Memory {
   std::optional<Tensor> memory_;
 };
 
-// The offsets of a level's arrays.
-struct LevelParts {
-  int64_t table, firsts, equals, words, chunks;
-};
-
-// The workspace of all levels. The hash tables come first, so that one memset initialises them.
+// The arrays of the first stage, and those that the second expects as zeros. Those that begin as
+// zeros come first, so that one memset suffices.
 class Work {
  public:
-  Work(int64_t places, int64_t chunks, int levels, int64_t hash_mask)
-      : places_(places), hash_mask_(static_cast<uint32_t>(hash_mask)) {
-    slots_ = power_from(2 * std::max<int64_t>(1, places));
-    parts_.resize(levels);
-    for (LevelParts& parts : parts_)
-      parts.table = memory.add<uint32_t>(slots_), parts.firsts = memory.add<uint32_t>(slots_);
-    is_wrong_ = memory.add<uint32_t>(1);
-    set_ = memory.add<char>(0);
-    for (LevelParts& parts : parts_) {
-      parts.equals = memory.add<uint32_t>(chunks * kThreads);
-      parts.words = memory.add<Word>(chunks * kThreads / 32);
-      parts.chunks = memory.add<uint64_t>(chunks);
+  Work(const Tensor& like, int64_t chunks, int64_t sections, int level_count, int64_t hash_mask,
+       Stream stream) {
+    const int64_t slots = power_from(2 * std::max<int64_t>(1, chunks * kThreads));
+    struct {
+      int64_t table, firsts, chunks, tickets, equals, words;
+    } parts[kLevels];
+    for (int level = 0; level < level_count; ++level) {
+      parts[level].table = memory_.add<uint32_t>(slots);
+      parts[level].firsts = memory_.add<uint32_t>(slots);
+      parts[level].chunks = memory_.add<uint64_t>(chunks);
+      parts[level].tickets = memory_.add<uint32_t>(1);
+    }
+    const int64_t totals = memory_.add<uint64_t>(level_count * sections + 1),
+                  digits = memory_.add<uint32_t>(kMostPasses * kDigits),
+                  tickets = memory_.add<uint32_t>(kMostPasses), zeroed = memory_.add<char>(0);
+    for (int level = 0; level < level_count; ++level) {
+      parts[level].equals = memory_.add<uint32_t>(chunks * kThreads);
+      parts[level].words = memory_.add<Word>(chunks * kThreads / 32);
+    }
+    memory_.allocate(like);
+    set_bytes(memory_.at<char>(0), 0, zeroed, stream);
+    this->totals = memory_.at<uint64_t>(totals), is_wrong = this->totals + level_count * sections;
+    this->digits = memory_.at<uint32_t>(digits), this->tickets = memory_.at<uint32_t>(tickets);
+    for (int level = 0; level < level_count; ++level) {
+      levels[level] = {memory_.at<uint32_t>(parts[level].table),
+                       memory_.at<uint32_t>(parts[level].firsts),
+                       static_cast<uint32_t>(slots),
+                       static_cast<uint32_t>(hash_mask),
+                       memory_.at<uint32_t>(parts[level].equals),
+                       memory_.at<Word>(parts[level].words),
+                       memory_.at<uint64_t>(parts[level].chunks),
+                       this->totals + level * sections,
+                       memory_.at<uint32_t>(parts[level].tickets)};
     }
   }
 
-  void allocate(const Tensor& like, Stream stream) {
-    memory.allocate(like);
-    set_bytes(memory.at<char>(0), 0xff, set_, stream);
-  }
-
-  uint32_t* is_wrong() const { return memory.at<uint32_t>(is_wrong_); }
-
-  Level level(int number) const {
-    const LevelParts& parts = parts_[number];
-    Level level = {};
-    level.table = memory.at<uint32_t>(parts.table),
-    level.firsts = memory.at<uint32_t>(parts.firsts);
-    level.slots = static_cast<uint32_t>(slots_), level.hash_mask = hash_mask_;
-    level.equals = memory.at<uint32_t>(parts.equals), level.words = memory.at<Word>(parts.words);
-    level.chunks = memory.at<uint64_t>(parts.chunks);
-    return level;
-  }
-
-  Memory memory;
+  Level levels[kLevels] = {};
+  uint64_t *totals, *is_wrong;  // [levels, sections]; [1], behind them
+  uint32_t *digits, *tickets;   // of the sort
 
  private:
-  int64_t places_, slots_, is_wrong_, set_;
-  uint32_t hash_mask_;
-  std::vector<LevelParts> parts_;
+  Memory memory_;
 };
 
 // A contiguous part of a tensor, sharing its memory.
@@ -101,12 +98,13 @@ Tensor part_of(const Tensor& whole, int64_t offset, const std::vector<int64_t>& 
 // be.
 class Layouts {
  public:
-  int64_t add(std::vector<int64_t> sizes) {
+  // The results of a numbering that check_counts accepts have fewer than 2**32 numbers.
+  uint32_t add(std::vector<int64_t> sizes) {
     int64_t count = 1;
     for (const int64_t size : sizes) count *= size;
     parts_.push_back({size_, std::move(sizes)});
     size_ += divide_up(count, 64) * 64;
-    return parts_.back().first;
+    return static_cast<uint32_t>(parts_.back().first);
   }
 
   int64_t size() const { return size_; }
@@ -124,42 +122,41 @@ class Layouts {
 
 int64_t axes_of(const Tensor& codes) { return codes.dim() - 1; }
 
-// The sections of all sizes, in order.
-struct Sections {
-  std::vector<Section> all;
-  int64_t chunks = 0;
-
-  uint32_t count() const { return static_cast<uint32_t>(all.size()); }
-  int64_t bytes() const { return static_cast<int64_t>(all.size() * sizeof(Section)); }
-};
-
-Sections sections_of(const Tensor& codes, const std::vector<int64_t>& sizes) {
-  const int64_t axes = axes_of(codes), images = codes.size(0);
-  Sections sections;
-  uint32_t nearest = 0;
-  for (size_t size = 0; size + axes <= sizes.size(); size += axes) {
-    Section section = {};
-    section.first = static_cast<uint32_t>(sections.chunks * kThreads), section.pixels = 1;
-    for (int axis = 0; axis < kAxes; ++axis) {
-      const int64_t own = axis - (kAxes - axes);
-      section.size[axis] = own < 0 ? 1 : static_cast<uint32_t>(sizes[size + own]);
-      section.pixels *= section.size[axis];
-      section.nearest[axis] = own < 0 ? 0 : nearest;
-      if (own >= 0) nearest += section.size[axis];
-    }
-    section.count = static_cast<uint32_t>(images * section.pixels);
-    section.seen_first = section.first, section.seen_pixels = section.pixels;
-    std::copy_n(section.size, kAxes, section.seen_size);
-    sections.chunks += divide_up(section.count, kThreads);
-    sections.all.push_back(section);
-  }
-  return sections;
-}
-
 int64_t power(int64_t base, int64_t exponent) {
   int64_t found = 1;
   while (exponent-- > 0) found *= base;
   return found;
+}
+
+// The sections of all sizes, whose windows see maps of the sizes in `seen`.
+Maps maps_of(const Tensor& codes, const std::vector<int64_t>& sizes,
+             const std::vector<int64_t>& seen, int64_t kernel_size, int64_t stride, int64_t padding,
+             int64_t rows) {
+  const int64_t axes = axes_of(codes);
+  Maps maps = {};
+  maps.stride = static_cast<uint32_t>(stride), maps.rows = static_cast<uint32_t>(rows);
+  maps.taps = static_cast<uint32_t>(power(kernel_size, axes));
+  for (int axis = 0; axis < kAxes; ++axis) {
+    const int64_t own = axis - (kAxes - axes);
+    maps.given[axis] = own < 0 ? 1 : static_cast<uint32_t>(codes.size(1 + own));
+    maps.kernel[axis] = own < 0 ? 1 : static_cast<uint32_t>(kernel_size);
+    maps.padding[axis] = own < 0 ? 0 : static_cast<uint32_t>(padding);
+  }
+  for (size_t size = 0; size + axes <= sizes.size(); size += axes) {
+    Section& section = maps.sections[maps.section_count++];
+    section.first = maps.chunks * kThreads, section.pixels = 1;
+    for (int axis = 0; axis < kAxes; ++axis) {
+      const int64_t own = axis - (kAxes - axes);
+      section.size[axis] = own < 0 ? 1 : static_cast<uint32_t>(sizes[size + own]);
+      section.seen[axis] = own < 0 ? 1 : static_cast<uint32_t>(seen[size + own]);
+      section.scale[axis] =
+          static_cast<float>(maps.given[axis]) / static_cast<float>(section.seen[axis]);
+      section.pixels *= section.size[axis];
+    }
+    section.count = static_cast<uint32_t>(codes.size(0)) * section.pixels;
+    maps.chunks += static_cast<uint32_t>(divide_up(section.count, kThreads));
+  }
+  return maps;
 }
 
 // Places, entries and buckets of all sizes together must be countable in 30 bits, because
@@ -190,279 +187,137 @@ void check_codes(const Tensor& codes, int64_t rows) {
   STD_TORCH_CHECK(codes.dim() >= 2 && codes.dim() <= 1 + kAxes, "spade_fast: codes has shape ",
                   text(codes.sizes()),
                   "; it should be [N, *spatial] with one to three spatial dimensions");
+  for (int64_t dim = 1; dim < codes.dim(); ++dim)
+    STD_TORCH_CHECK(codes.size(dim) <= 1 << 24, "spade_fast: codes has shape ", text(codes.sizes()),
+                    "; its spatial sizes should be at most 2**24, because float32 holds positions");
   STD_TORCH_CHECK(rows >= 0 && rows < INT32_MAX, "spade_fast: rows is ", rows,
                   "; it should be from 0 to 2**31 - 2");
 }
 
-void check_find_windows(const Tensor& codes, const Tensor& nearest,
-                        const std::vector<int64_t>& sizes, int64_t kernel_size, int64_t rows) {
+void check_find_windows(const Tensor& codes, const std::vector<int64_t>& sizes, int64_t kernel_size,
+                        int64_t rows) {
   check_codes(codes, rows);
-  STD_TORCH_CHECK(sizes.size() % axes_of(codes) == 0, "spade_fast: sizes has ", sizes.size(),
-                  " numbers; it should have a multiple of ", axes_of(codes), ", one for each axis");
+  const int64_t axes = axes_of(codes), numbers = static_cast<int64_t>(sizes.size());
+  STD_TORCH_CHECK(numbers % axes == 0 && numbers <= kMostSizes * axes, "spade_fast: sizes has ",
+                  numbers, " numbers; it should have ", axes, " for each of at most ", kMostSizes,
+                  " sizes");
   STD_TORCH_CHECK(kernel_size % 2 == 1 && kernel_size > 0 && kernel_size < 128,
                   "spade_fast: kernel_size is ", kernel_size, "; it should be odd, from 1 to 127");
-  int64_t count = 0;
-  for (const int64_t size : sizes) {
-    STD_TORCH_CHECK(size >= 0 && size < INT32_MAX, "spade_fast: sizes has ", size,
+  for (int64_t i = 0; i < numbers; ++i) {
+    STD_TORCH_CHECK(sizes[i] >= 0 && sizes[i] < INT32_MAX, "spade_fast: sizes has ", sizes[i],
                     "; it should have numbers from 0 to 2**31 - 2");
-    count += size;
-  }
-  check_dtype(nearest, "nearest", kWhole);
-  check_shape(nearest, "nearest", std::vector<int64_t>{count},
-              "a pixel for each place along each axis");
-  STD_TORCH_CHECK(nearest.is_cpu() && nearest.is_contiguous(),
-                  "spade_fast: nearest should be a contiguous tensor on the CPU");
-  const int32_t* pixels = nearest.const_data_ptr<int32_t>();
-  for (size_t i = 0; i < sizes.size(); pixels += sizes[i++]) {
-    const int64_t given = codes.size(1 + i % axes_of(codes));
-    for (int64_t place = 0; place < sizes[i]; ++place) {
-      STD_TORCH_CHECK(pixels[place] >= 0 && pixels[place] < given, "spade_fast: nearest has ",
-                      pixels[place], "; it should have pixels along that axis of codes, 0 to ",
-                      given - 1);
-    }
+    STD_TORCH_CHECK(sizes[i] == 0 || codes.size(1 + i % axes) > 0, "spade_fast: sizes has ",
+                    sizes[i], "; it should have 0 where codes, of shape ", text(codes.sizes()),
+                    ", has no pixels");
   }
   check_counts(codes, sizes, kernel_size, rows);
 }
 
-// The counts of a section, which the host waits for.
-struct Found {
-  uint32_t windows[kLevels], taps[kLevels];
-};
-
-// The layout of the results in memory, and the segments to be sorted.
-class Plan {
- public:
-  Plan(const Tensor& codes, const std::vector<int64_t>& sizes, const std::vector<Section>& sections,
-       const std::vector<Found>& found, int levels, int64_t taps, int64_t rows) {
+// The layout of the results in memory, and the segments to be sorted. totals: the counts that the
+// host waited for, [levels, sections].
+struct Plan {
+  Plan(const Tensor& codes, const std::vector<int64_t>& sizes, const Maps& maps,
+       const std::vector<uint64_t>& totals, int levels) {
     const int64_t axes = axes_of(codes), images = codes.size(0);
-    for (size_t number = 0; number < sections.size(); ++number) {
-      Result result = {};
+    Segment* segment = results.segments;
+    uint32_t orders[kMostSizes];
+    for (uint32_t number = 0; number < maps.section_count; ++number) {
+      Result& result = results.of_sections[number];
+      uint32_t rows = maps.rows;
       for (int level = 0; level < levels; ++level) {
-        const int64_t windows = found[number].windows[level], seen = found[number].taps[level];
-        const int64_t buckets = (level == 0 ? rows : found[number].windows[0]) * taps;
-        result.offsets[level] = layouts.add({windows + 1}),
+        const uint64_t counts = totals[level * maps.section_count + number];
+        const uint32_t windows = Counts::firsts(counts), seen = Counts::taps(counts);
+        result.offsets[level] = layouts.add({windows + 1});
         result.rows[level] = layouts.add({seen});
-        const int64_t starts = layouts.add({buckets + 1}), sorted = layouts.add({seen});
-        segments.push_back({entries_, static_cast<uint32_t>(seen), buckets_,
-                            static_cast<uint32_t>(buckets), sorted, starts,
-                            result.offsets[level] + windows});
-        entries_ += segments.back().entries, buckets_ += segments.back().buckets + 1;
+        const uint32_t starts = layouts.add({int64_t{rows} * maps.taps + 1}),
+                       sorted = layouts.add({seen});
+        *segment++ = {results.entries,
+                      seen,
+                      buckets,
+                      rows * maps.taps,
+                      sorted,
+                      starts,
+                      result.offsets[level] + windows};
+        results.entries += seen, buckets += rows * maps.taps + 1;
+        rows = windows;
       }
-      result.windows = found[number].windows[levels - 1];
+      result.windows = rows;
       std::vector<int64_t> shape = {images};
       shape.insert(shape.end(), sizes.begin() + number * axes, sizes.begin() + (number + 1) * axes);
       result.index = layouts.add(shape);
-      orders_.push_back(layouts.add({images, sections[number].pixels}));
-      if (levels == 1) result.contents = layouts.add({result.windows, taps});
-      results.push_back(result);
+      orders[number] = layouts.add({images, maps.sections[number].pixels});
+      if (levels == 1) result.contents = layouts.add({result.windows, maps.taps});
     }
-    starts = buckets_;
-    for (size_t number = 0; number < sections.size(); ++number) {
-      const uint32_t buckets = static_cast<uint32_t>(images * results[number].windows);
-      segments.push_back(
-          {entries_, sections[number].count, buckets_, buckets, orders_[number], 0, 0});
-      entries_ += sections[number].count, buckets_ += buckets;
+    results.lists = maps.section_count * levels, results.orders = maps.section_count;
+    results.starts = buckets;
+    for (uint32_t number = 0; number < maps.section_count; ++number) {
+      const uint32_t count = maps.sections[number].count,
+                     windows = static_cast<uint32_t>(images) * results.of_sections[number].windows;
+      *segment++ = {results.entries, count, buckets, windows, orders[number], 0, 0};
+      results.entries += count, buckets += windows;
     }
-    entries = entries_, buckets = buckets_;
   }
 
   Layouts layouts;
-  std::vector<Result> results;
-  std::vector<Segment> segments;
-  uint32_t entries, starts, buckets;
-
- private:
-  std::vector<int64_t> orders_;
-  uint32_t entries_ = 0, buckets_ = 0;
+  Results results = {};
+  uint32_t buckets = 0;
 };
 
-// The workspace for sorting a plan's entries, and a copy of the plan on the device.
-class SortingWork {
- public:
-  explicit SortingWork(const Plan& plan) : plan_(plan) {
-    sorting_.count = plan.entries, sorting_.tiles = divide_up(plan.entries, kSortTile);
-    while (plan.buckets > uint64_t{1} << kDigitBits * sorting_.passes) ++sorting_.passes;
-    counts_ = memory_.add<uint32_t>(sorting_.passes * kDigits);
-    said_ = memory_.add<uint32_t>(sorting_.passes * sorting_.tiles * kDigits);
-    tickets_ = memory_.add<uint32_t>(sorting_.passes);
-    zeros_ = memory_.add<char>(0);
-    for (int64_t& part : entries_) part = memory_.add<uint32_t>(plan.entries);
-    results_ = memory_.add<char>(result_bytes() + segment_bytes());
-  }
-
-  void allocate(const Tensor& like, Stream stream) {
-    memory_.allocate(like);
-    set_bytes(memory_.at<char>(0), 0, zeros_, stream);
-    std::vector<char> plan(result_bytes() + segment_bytes());
-    std::memcpy(plan.data(), plan_.results.data(), result_bytes());
-    std::memcpy(plan.data() + result_bytes(), plan_.segments.data(), segment_bytes());
-    upload(memory_.at<char>(results_), plan.data(), static_cast<int64_t>(plan.size()), stream);
-    for (int side = 0; side < 2; ++side) {
-      sorting_.buckets[side] = memory_.at<uint32_t>(entries_[2 * side]),
-      sorting_.values[side] = memory_.at<uint32_t>(entries_[2 * side + 1]);
-    }
-    sorting_.counts = memory_.at<uint32_t>(counts_), sorting_.said = memory_.at<uint32_t>(said_);
-    sorting_.tickets = memory_.at<uint32_t>(tickets_);
-  }
-
-  const Sorting& sorting() const { return sorting_; }
-
-  // The results for the kernels, with the entries in one of the two buffers.
-  Results results(int side, int32_t* memory) const {
-    Results results = {};
-    results.memory = memory;
-    results.of_sections = memory_.at<Result>(results_),
-    results.segments = memory_.at<Segment>(results_ + result_bytes());
-    results.entries = plan_.entries, results.starts = plan_.starts;
-    results.orders = static_cast<uint32_t>(plan_.results.size());
-    results.lists = static_cast<uint32_t>(plan_.segments.size()) - results.orders;
-    results.buckets = sorting_.buckets[side], results.values = sorting_.values[side];
-    return results;
-  }
-
- private:
-  int64_t result_bytes() const {
-    return static_cast<int64_t>(plan_.results.size() * sizeof(Result));
-  }
-  int64_t segment_bytes() const {
-    return static_cast<int64_t>(plan_.segments.size() * sizeof(Segment));
-  }
-
-  const Plan& plan_;
-  Memory memory_;
-  Sorting sorting_ = {};
-  int64_t counts_, said_, tickets_, zeros_, entries_[4], results_;
-};
-
-// What to number: the windows at the places of `sections`, which see the codes at the places of
-// `taken`; with two levels also the windows of those windows.
-struct Task {
-  Sections taken, sections;
-  std::vector<int64_t> sizes;  // of the sections
-  const int32_t* nearest;      // the pixels that are taken along each axis
-  int64_t nearest_count, kernel_size, stride, padding, rows;
-  int levels;
-};
-
-Maps maps_of(const Tensor& codes, const Task& task) {
-  Maps maps = {};
-  maps.codes = codes.const_data_ptr<int32_t>();
-  for (int axis = 0; axis < kAxes; ++axis) {
-    const int64_t own = axis - (kAxes - axes_of(codes));
-    maps.given[axis] = own < 0 ? 1 : static_cast<uint32_t>(codes.size(1 + own));
-    maps.kernel[axis] = own < 0 ? 1 : static_cast<uint32_t>(task.kernel_size);
-    maps.padding[axis] = own < 0 ? 0 : static_cast<uint32_t>(task.padding);
-  }
-  maps.stride = static_cast<uint32_t>(task.stride), maps.rows = static_cast<uint32_t>(task.rows);
-  maps.taps = static_cast<uint32_t>(power(task.kernel_size, axes_of(codes)));
-  return maps;
+// The sort of a plan's entries, in this memory.
+Sorting sorting_of(const Plan& plan, const Work& work, const Tensor& like, Memory& memory) {
+  Sorting sorting = {};
+  sorting.count = plan.results.entries, sorting.tiles = divide_up(sorting.count, kSortTile);
+  while (plan.buckets > uint64_t{1} << kDigitBits * sorting.passes) ++sorting.passes;
+  const int64_t said = memory.add<uint32_t>(sorting.passes * sorting.tiles * kDigits);
+  int64_t parts[4];
+  for (int64_t& part : parts) part = memory.add<uint32_t>(sorting.count);
+  memory.allocate(like);
+  for (int side = 0; side < 2; ++side)
+    sorting.sides[side] = {memory.at<uint32_t>(parts[2 * side]),
+                           memory.at<uint32_t>(parts[2 * side + 1])};
+  sorting.counts = work.digits, sorting.tickets = work.tickets;
+  sorting.said = memory.at<uint32_t>(said);
+  return sorting;
 }
 
-// The first stage: everything that runs before the host waits.
-class Search {
- public:
-  Search(const Tensor& codes, const Task& task, int64_t hash_mask, Stream stream)
-      : task_(task),
-        work_(task.sections.chunks * kThreads, task.sections.chunks, task.levels, hash_mask),
-        stream_(stream) {
-    const int64_t map = work_.memory.add<uint32_t>(task.taken.chunks * kThreads),
-                  totals = work_.memory.add<uint64_t>(total_count());
-    const int64_t taken_bytes = task.taken.bytes(), bytes = taken_bytes + task.sections.bytes();
-    const int64_t plan = work_.memory.add<char>(bytes + 4 * task.nearest_count);
-    work_.allocate(codes, stream);
-    std::vector<char> uploaded(bytes + 4 * task.nearest_count);
-    std::memcpy(uploaded.data(), task.taken.all.data(), taken_bytes);
-    std::memcpy(uploaded.data() + taken_bytes, task.sections.all.data(), bytes - taken_bytes);
-    if (task.nearest_count > 0)
-      std::memcpy(uploaded.data() + bytes, task.nearest, 4 * task.nearest_count);
-    upload(work_.memory.at<char>(plan), uploaded.data(), static_cast<int64_t>(uploaded.size()),
-           stream);
-    totals_ = work_.memory.at<uint64_t>(totals);
-    this->map = work_.memory.at<uint32_t>(map);
-    for (int level = 0; level < task.levels; ++level) levels[level] = work_.level(level);
-    maps = maps_of(codes, task);
-    maps.sections = work_.memory.at<Section>(plan + taken_bytes),
-    maps.section_count = task.sections.count();
-    maps.chunks = static_cast<uint32_t>(task.sections.chunks),
-    maps.nearest = work_.memory.at<int32_t>(plan + bytes);
-    maps.is_wrong = work_.is_wrong();
-    Maps taken = maps;
-    taken.sections = work_.memory.at<Section>(plan), taken.section_count = task.taken.count();
-    taken.chunks = static_cast<uint32_t>(task.taken.chunks);
-    take_codes(stream, taken, this->map);
-    for (int level = 0; level < task.levels; ++level) {
-      find_equal_windows(stream, maps, level == 0 ? this->map : levels[0].equals, levels[level]);
-      resolve_windows(stream, maps, levels[level]);
-    }
-    add_up(stream, maps.sections, maps.section_count, levels, task.levels, maps.is_wrong, totals_);
-  }
-
-  // Waits for the first stage. Returns nullopt if a code is out of range.
-  std::optional<std::vector<Found>> wait() const {
-    std::vector<uint64_t> totals(total_count());
-    download(totals.data(), totals_, total_count() * static_cast<int64_t>(sizeof(uint64_t)),
-             stream_);
-    if (static_cast<uint32_t>(totals.back()) != kNone) return std::nullopt;
-    std::vector<Found> found(task_.sections.all.size());
-    for (size_t i = 0; i + 1 < totals.size(); ++i) {
-      found[i / task_.levels].windows[i % task_.levels] = Counts::firsts(totals[i]);
-      found[i / task_.levels].taps[i % task_.levels] = Counts::taps(totals[i]);
-    }
-    return found;
-  }
-
-  Maps maps;
-  uint32_t* map;
-  Level levels[kLevels] = {};
-
- private:
-  int64_t total_count() const {
-    return task_.levels * static_cast<int64_t>(task_.sections.all.size()) + 1;
-  }
-
-  const Task& task_;
-  Work work_;
-  Stream stream_;
-  uint64_t* totals_;
-};
-
-// Both stages: all result tensors, section by section; none if a code is out of range.
-std::vector<Tensor> numbered(const Tensor& given_codes, const Task& task, int64_t hash_mask) {
+// Numbers the windows of codes, and with two levels the windows of those windows. Returns all
+// result tensors, section by section; none if a code is out of range.
+std::vector<Tensor> numbered(const Tensor& given_codes, const std::vector<int64_t>& sizes,
+                             Maps maps, int levels, int64_t hash_mask) {
   const OnDevice on_device(given_codes);
   const Stream stream = on_device.stream();
   const Tensor codes = without_gaps(given_codes);
-  const Search search(codes, task, hash_mask, stream);
-  const auto found = search.wait();
-  if (!found) return {};
-  const Plan plan(codes, task.sizes, task.sections.all, *found, task.levels, search.maps.taps,
-                  task.rows);
-  const Tensor memory = torch::stable::new_empty(codes, {plan.layouts.size()}, ScalarType::Int);
-  SortingWork sorting(plan);
-  sorting.allocate(codes, stream);
-  int32_t* to = memory.mutable_data_ptr<int32_t>();
-  if (task.levels == 1) {
-    list_patches(stream, search.maps, search.map, search.levels[0], sorting.results(0, to));
-  } else {
-    list_windows(stream, search.maps, search.map, search.levels[0], search.levels[1],
-                 sorting.results(0, to));
+  const Work work(codes, maps.chunks, maps.section_count, levels, hash_mask, stream);
+  maps.codes = codes.const_data_ptr<int32_t>(), maps.is_wrong = work.is_wrong;
+  for (int level = 0; level < levels; ++level) {
+    find_equal_windows(stream, maps, level == 0 ? nullptr : work.levels, work.levels[level]);
+    resolve_windows(stream, maps, work.levels[level]);
   }
-  sort_entries(stream, sorting.sorting());
-  place_sorted(stream, sorting.results(sorting.sorting().passes % 2, to));
+  std::vector<uint64_t> totals(levels * maps.section_count + 1);
+  download(totals.data(), work.totals, totals.size() * sizeof(uint64_t), stream);
+  if (totals.back() != 0) return {};
+  Plan plan(codes, sizes, maps, totals, levels);
+  const Tensor memory = torch::stable::new_empty(codes, {plan.layouts.size()}, ScalarType::Int);
+  plan.results.memory = memory.mutable_data_ptr<int32_t>();
+  Memory sort_memory;
+  const Sorting sorting = sorting_of(plan, work, codes, sort_memory);
+  if (levels == 1) {
+    list_patches(stream, maps, work.levels[0], plan.results, sorting);
+  } else {
+    list_windows(stream, maps, work.levels[0], work.levels[1], plan.results, sorting);
+  }
+  sort_entries(stream, sorting);
+  place_sorted(stream, plan.results, sorting.sides[sorting.passes % 2]);
   return plan.layouts.of(memory);
 }
 
 // Ten tensors for each size, in the order of `find_windows` of numbering.py.
-std::vector<Tensor> find_windows_of(const Tensor& codes, const Tensor& nearest,
-                                    std::vector<int64_t> sizes, int64_t kernel_size, int64_t rows,
-                                    int64_t hash_mask) {
-  check_find_windows(codes, nearest, sizes, kernel_size, rows);
+std::vector<Tensor> find_windows_of(const Tensor& codes, std::vector<int64_t> sizes,
+                                    int64_t kernel_size, int64_t rows, int64_t hash_mask) {
+  check_find_windows(codes, sizes, kernel_size, rows);
   if (sizes.empty()) return {};
-  const Sections sections = sections_of(codes, sizes);
-  const int32_t* pixels = nearest.const_data_ptr<int32_t>();
-  return numbered(codes,
-                  {sections, sections, sizes, pixels, nearest.numel(), kernel_size, 1,
-                   kernel_size / 2, rows, kLevels},
-                  hash_mask);
+  return numbered(codes, sizes, maps_of(codes, sizes, sizes, kernel_size, 1, kernel_size / 2, rows),
+                  kLevels, hash_mask);
 }
 
 // Seven tensors: the four of `list_windows` of numbering.py, `index`, `order` and `contents`.
@@ -476,7 +331,6 @@ std::vector<Tensor> find_patches_of(const Tensor& codes, int64_t kernel_size, in
                   "; they should be at least 1, 1 and 0, and below 2**30");
   const std::vector<int64_t> given(codes.sizes().begin() + 1, codes.sizes().end());
   std::vector<int64_t> sizes;
-  std::vector<int32_t> nearest;
   for (const int64_t length : given) {
     STD_TORCH_CHECK(length + 2 * padding >= kernel_size, "spade_fast: codes has shape ",
                     text(codes.sizes()), "; it should be no smaller than kernel_size, ",
@@ -484,18 +338,7 @@ std::vector<Tensor> find_patches_of(const Tensor& codes, int64_t kernel_size, in
     sizes.push_back((length + 2 * padding - kernel_size) / stride + 1);
   }
   check_counts(codes, sizes, kernel_size, rows);
-  check_counts(codes, given, 1, rows);
-  for (const int64_t length : given) {
-    for (int64_t pixel = 0; pixel < length; ++pixel) nearest.push_back(static_cast<int32_t>(pixel));
-  }
-  const Sections taken = sections_of(codes, given);
-  Sections sections = sections_of(codes, sizes);
-  Section& section = sections.all[0];
-  section.seen_first = taken.all[0].first, section.seen_pixels = taken.all[0].pixels;
-  std::copy_n(taken.all[0].size, kAxes, section.seen_size);
-  return numbered(codes,
-                  {taken, sections, sizes, nearest.data(), static_cast<int64_t>(nearest.size()),
-                   kernel_size, stride, padding, rows, 1},
+  return numbered(codes, sizes, maps_of(codes, sizes, given, kernel_size, stride, padding, rows), 1,
                   hash_mask);
 }
 
@@ -519,31 +362,23 @@ std::vector<Tensor> find_codes_of(const Tensor& given_segmap, int64_t hash_mask)
   const Stream stream = on_device.stream();
   const Tensor segmap = without_gaps(given_segmap);
 
-  const int64_t chunks = divide_up(places, kThreads);
-  Work work(places, chunks, 1, hash_mask);
-  const int64_t section_part = work.memory.add<Section>(1),
-                totals_part = work.memory.add<uint64_t>(2);
-  work.allocate(segmap, stream);
-  Section section = {};
-  section.count = static_cast<uint32_t>(places);
-  upload(work.memory.at<Section>(section_part), &section, sizeof(section), stream);
+  const Work work(segmap, divide_up(places, kThreads), 1, 1, hash_mask, stream);
   Vectors vectors = {};
   vectors.elements = segmap.const_data_ptr(),
   vectors.size = static_cast<int64_t>(segmap.element_size());
   vectors.channels = static_cast<uint32_t>(segmap.size(1));
   vectors.pixels = static_cast<uint32_t>(places / std::max<int64_t>(1, shape[0]));
-  const Level level = work.level(0);
-  find_equal_vectors(stream, vectors, section.count, level);
-  resolve_vectors(stream, section.count, level);
-  uint64_t totals[2], *device_totals = work.memory.at<uint64_t>(totals_part);
-  add_up(stream, work.memory.at<Section>(section_part), 1, &level, 1, work.is_wrong(),
-         device_totals);
-  download(totals, device_totals, sizeof(totals), stream);
-  const int64_t count = Counts::firsts(totals[0]);
+  const uint32_t all = static_cast<uint32_t>(places);
+  const Level& level = work.levels[0];
+  find_equal_vectors(stream, vectors, all, level);
+  resolve_vectors(stream, all, level);
+  uint64_t total;
+  download(&total, level.totals, sizeof(total), stream);
+  const int64_t count = Counts::firsts(total);
   if (are_many(count, places)) return {};
   const Tensor codes = torch::stable::new_empty(segmap, shape, ScalarType::Int);
   const Tensor first_places = torch::stable::new_empty(segmap, {count}, ScalarType::Long);
-  number_vectors(stream, section.count, level, codes.mutable_data_ptr<int32_t>(),
+  number_vectors(stream, all, level, codes.mutable_data_ptr<int32_t>(),
                  first_places.mutable_data_ptr<int64_t>());
   return {codes, first_places};
 }

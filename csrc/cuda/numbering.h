@@ -17,16 +17,14 @@ namespace spade_fast {
 constexpr uint32_t kNone = ~0u;  // no place: a free slot, or beyond the border
 constexpr int kAxes = 3;         // of a map; missing leading axes have size 1
 constexpr int kLevels = 2;       // windows of codes, and windows of those
+constexpr int kMostSizes = 16;   // sections: what is known of each is passed to kernels by value
 
 struct Section {
   uint32_t first, count;  // places
   uint32_t pixels;        // per image
   uint32_t size[kAxes];
-  // The same for the places that its windows see.
-  uint32_t seen_first, seen_pixels, seen_size[kAxes];
-  // Where the entries of each axis begin in Maps::nearest: the pixel of the codes that each place
-  // takes.
-  uint32_t nearest[kAxes];
+  uint32_t seen[kAxes];  // the size of the maps that its windows see
+  float scale[kAxes];    // the size of the codes, divided by that
 };
 
 // One bit for each of 32 places, set if the place is the first of its kind, and the number of first
@@ -35,19 +33,24 @@ struct Word {
   uint32_t is_first, before;
 };
 
-// The state of one numbering.
+// The state of one numbering. The arrays that begin as zeros hold ~place for a place, so that zero
+// means none.
 struct Level {
-  uint32_t* table;   // [slots], a power of two: a place, or kNone
-  uint32_t* firsts;  // [slots]: the first of all places equal to the one in the slot
+  uint32_t* table;   // [slots], zeroed, a power of two: a place
+  uint32_t* firsts;  // [slots], zeroed: the first of all places equal to the one in the slot
   uint32_t slots, hash_mask;
-  uint32_t* equals;  // [places]: the slot of each; after resolve, the first place equal to it
-  Word* words;       // [places / 32]
-  uint64_t* chunks;  // [chunks]: Counts of each; after add_up, of those before it in its section
+  uint32_t* equals;   // [places]: the slot of each; after resolve, the first place equal to it
+  Word* words;        // [places / 32]
+  uint64_t* chunks;   // [chunks], zeroed: Counts of each; after add_up, of those before it in its
+                      // section
+  uint64_t* totals;   // [sections]: Counts of each
+  uint32_t* tickets;  // [1], zeroed
 };
 
-// The number of first places, and of taps within the border of their windows: two 32-bit counts
-// that are added together as one 64-bit number.
+// The number of first places, and of taps within the border of their windows: two counts that are
+// added together as one 64-bit number. kSaid is set in those that a block publishes for others.
 struct Counts {
+  static constexpr uint64_t kSaid = uint64_t{1} << 63;
   static __host__ __device__ uint64_t of(uint32_t firsts, uint32_t taps) {
     return firsts | static_cast<uint64_t>(taps) << 32;
   }
@@ -64,77 +67,74 @@ constexpr int64_t kScanScratch = kThreads / 32 * sizeof(uint64_t);
 
 // The sections' maps, and the windows in them.
 struct Maps {
-  const Section* sections;
+  Section sections[kMostSizes];
   uint32_t section_count, chunks;
-  const int32_t* nearest;
   const int32_t* codes;  // [N, *given]
   uint32_t given[kAxes], kernel[kAxes], padding[kAxes], stride;
   uint32_t taps, rows;  // of a window; of the palette
-  uint32_t* is_wrong;   // not kNone if a code is out of range
+  uint64_t* is_wrong;   // zeroed; not zero if a code is out of range
 };
 
 // A range of entries that are sorted by bucket. Its buckets are numbered from `bucket` on; lists
 // have one more, for the end.
 struct Segment {
   uint32_t entry, entries, bucket, buckets;
-  int64_t sorted;  // where the results hold the sorted values
+  uint32_t sorted;  // where the results hold the sorted values
   // Where the results hold the start of each bucket among those, and the end; lists only.
-  int64_t starts;
-  int64_t ends;  // where they hold the end again, behind the offsets of the other direction
+  uint32_t starts;
+  uint32_t ends;  // where they hold the end again, behind the offsets of the other direction
 };
 
 // The offsets of a section's results in memory, with the names of `layout.Sums` and
 // `layout.Windows`.
 struct Result {
-  int64_t offsets[kLevels], rows[kLevels], index, contents;
+  uint32_t offsets[kLevels], rows[kLevels], index, contents;
   uint32_t windows;  // of the last level
 };
 
 struct Results {
-  const Result* of_sections;
+  Result of_sections[kMostSizes];
   // [sections, levels] for the lists of the reverse direction, then [sections] for the orders.
-  const Segment* segments;
-  uint32_t lists, orders;      // the number of segments of each kind
-  uint32_t entries, starts;    // of all segments
-  uint32_t *buckets, *values;  // [entries]
+  Segment segments[(kLevels + 1) * kMostSizes];
+  uint32_t lists, orders;    // the number of segments of each kind
+  uint32_t entries, starts;  // of all segments
   int32_t* memory;
 };
 
-// Writes the code at each place, [places].
-void take_codes(Stream stream, const Maps& maps, uint32_t* map);
-// Finds the slots of the windows of a map.
-void find_equal_windows(Stream stream, const Maps& maps, const uint32_t* map, const Level& level);
-// Replaces slots by first places, and counts those per chunk.
-void resolve_windows(Stream stream, const Maps& maps, const Level& level);
-// Scans the chunks of every section and level. totals [sections, levels] receives the Counts of
-// all, and behind them the value that is_wrong points to.
-void add_up(Stream stream, const Section* sections, uint32_t section_count, const Level* levels,
-            int level_count, const uint32_t* is_wrong, uint64_t* totals);
-// Writes the index, the lists of windows, and the entries to be sorted.
-void list_windows(Stream stream, const Maps& maps, const uint32_t* codes, const Level& hidden,
-                  const Level& table, const Results& results);
-// The same for windows of codes alone, and their contents.
-void list_patches(Stream stream, const Maps& maps, const uint32_t* codes, const Level& level,
-                  const Results& results);
-// Entries to be sorted by bucket, one digit per pass. Each pass moves them from one buffer to the
+struct Entries {
+  uint32_t *buckets, *values;
+};
+
+// Entries to be sorted by bucket, one digit per pass. Each pass moves them from one side to the
 // other.
 struct Sorting {
   uint32_t count;
-  int64_t tiles;
   int passes;
-  uint32_t *buckets[2], *values[2];  // [count]
+  int64_t tiles;
+  Entries sides[2];   // [count] each
   uint32_t* counts;   // [passes, kDigits], zeroed: the number of entries with each digit
-  uint32_t* said;     // [passes, tiles, kDigits], zeroed: counts that tiles publish for later tiles
+  uint32_t* said;     // [passes, tiles, kDigits]: counts that tiles publish for later tiles
   uint32_t* tickets;  // [passes], zeroed
 };
 
 constexpr int kDigitBits = 8;
+constexpr int kMostPasses = 4;
 constexpr int64_t kDigits = kThreads;
 constexpr int64_t kSortTile = 8 * kThreads;  // entries per block
 
+// Finds the slots of the windows of codes, or of the windows of the level before.
+void find_equal_windows(Stream stream, const Maps& maps, const Level* before, const Level& level);
+// Replaces slots by first places, counts those per chunk, and adds up the counts of each section.
+void resolve_windows(Stream stream, const Maps& maps, const Level& level);
+// Writes the index, the lists of windows, and the entries to be sorted, whose digits it counts.
+void list_windows(Stream stream, const Maps& maps, const Level& hidden, const Level& table,
+                  const Results& results, const Sorting& sorting);
+// The same for windows of codes alone, and their contents.
+void list_patches(Stream stream, const Maps& maps, const Level& level, const Results& results,
+                  const Sorting& sorting);
 void sort_entries(Stream stream, const Sorting& sorting);
 // Writes the sorted values, and where each bucket starts, to the results.
-void place_sorted(Stream stream, const Results& results);
+void place_sorted(Stream stream, const Results& results, const Entries& sorted);
 
 // The vectors of a condition [N, channels, pixels], whose elements have 2, 4 or 8 bytes.
 struct Vectors {

@@ -16,12 +16,11 @@ __device__ const Segment& segment_at(const Segment* segments, uint32_t count, ui
 }
 
 // The number of the segment's entries in lower buckets.
-__device__ uint32_t entries_before(const Results& results, const Segment& segment,
-                                   uint32_t bucket) {
+__device__ uint32_t entries_before(const Entries& sorted, const Segment& segment, uint32_t bucket) {
   uint32_t begin = segment.entry, end = begin + segment.entries;
   while (begin < end) {
     const uint32_t middle = begin + (end - begin) / 2;
-    if (results.buckets[middle] < bucket) {
+    if (sorted.buckets[middle] < bucket) {
       begin = middle + 1;
     } else {
       end = middle;
@@ -32,31 +31,31 @@ __device__ uint32_t entries_before(const Results& results, const Segment& segmen
 
 // The first blocks write entries, the others starts.
 __global__ void __launch_bounds__(kThreads)
-    place_sorted_kernel(Results results, uint32_t entry_blocks) {
+    place_sorted_kernel(Results results, Entries sorted, uint32_t entry_blocks) {
   if (blockIdx.x < entry_blocks) {
     const uint32_t entry = blockIdx.x * kThreads + threadIdx.x;
     if (entry >= results.entries) return;
     const Segment& segment = segment_at(results.segments, results.lists + results.orders, entry,
                                         [](const Segment& other) { return other.entry; });
-    results.memory[segment.sorted + (entry - segment.entry)] = results.values[entry];
+    results.memory[segment.sorted + (entry - segment.entry)] = sorted.values[entry];
     return;
   }
   const uint32_t bucket = (blockIdx.x - entry_blocks) * kThreads + threadIdx.x;
   if (bucket >= results.starts) return;
   const Segment& segment = segment_at(results.segments, results.lists, bucket,
                                       [](const Segment& other) { return other.bucket; });
-  const uint32_t before = entries_before(results, segment, bucket);
+  const uint32_t before = entries_before(sorted, segment, bucket);
   results.memory[segment.starts + (bucket - segment.bucket)] = before;
   if (bucket - segment.bucket == segment.buckets) results.memory[segment.ends] = before;
 }
 
 }  // namespace
 
-void place_sorted(Stream stream, const Results& results) {
+void place_sorted(Stream stream, const Results& results, const Entries& sorted) {
   const int64_t entry_blocks = divide_up(results.entries, kThreads),
                 start_blocks = divide_up(results.starts, kThreads);
   launch(place_sorted_kernel, entry_blocks + start_blocks, dim3(kThreads), 0, stream, results,
-         static_cast<uint32_t>(entry_blocks));
+         sorted, static_cast<uint32_t>(entry_blocks));
 }
 
 }  // namespace spade_fast

@@ -14,7 +14,7 @@ __device__ T scan_block(T value, T* scratch, T* all) {
     const T before = __shfl_up_sync(~0u, value, lanes);
     if (lane >= lanes) value += before;
   }
-  __syncthreads();  // another scan may still read scratch
+  __syncthreads();  // scratch may still be read
   if (lane == 31) scratch[mine] = value;
   __syncthreads();
   *all = 0;

@@ -1,11 +1,11 @@
 // A stable radix sort of entries by bucket, 8 bits per pass from the lowest on.
 //
-// A block sorts one tile of entries. An entry goes behind all entries with lower digits, which
-// count_digits_kernel counts for all passes at once, and behind those with the same digit in
+// A block sorts one tile of entries. An entry goes behind all entries with lower digits, which were
+// counted for all passes when the entries were written, and behind those with the same digit in
 // earlier tiles. The latter come from a decoupled look-back: a tile publishes its own counts, then
 // goes back over the earlier tiles' counts to one that has published its inclusive prefix. Each
-// pass reads and writes the entries once. Tiles are numbered by a ticket that blocks draw when
-// they start, so that no block waits for one that has not started.
+// pass reads and writes the entries once. Tiles are numbered in the order in which blocks start, so
+// that no block waits for one that has not started.
 
 #include "places.h"
 
@@ -17,34 +17,9 @@ constexpr int kWarps = kThreads / 32;
 // The flags of a published count: the tile's own, or that of all tiles up to it.
 constexpr uint32_t kOwn = 1u << 30, kAll = 2u << 30;
 
-__device__ uint32_t digit_of(uint32_t bucket, int pass) {
-  return bucket >> pass * kDigitBits & (kDigits - 1);
-}
-
-__global__ void __launch_bounds__(kThreads) count_digits_kernel(Sorting s) {
-  uint32_t* counts = reinterpret_cast<uint32_t*>(shared_memory());
-  for (int pass = 0; pass < s.passes; ++pass) counts[pass * kDigits + threadIdx.x] = 0;
-  __syncthreads();
-#pragma unroll
-  for (int item = 0; item < kItems; ++item) {
-    const uint32_t at = blockIdx.x * kSortTile + item * kThreads + threadIdx.x;
-    if (at >= s.count) break;
-    const uint32_t bucket = s.buckets[0][at];
-    for (int pass = 0; pass < s.passes; ++pass)
-      atomicAdd(counts + pass * kDigits + digit_of(bucket, pass), 1u);
-  }
-  __syncthreads();
-  for (int pass = 0; pass < s.passes; ++pass) {
-    const uint32_t count = counts[pass * kDigits + threadIdx.x];
-    if (count > 0) atomicAdd(s.counts + pass * kDigits + threadIdx.x, count);
-  }
-}
-
 // The number of entries with this digit in earlier tiles; this tile has `own`.
 __device__ uint32_t count_before(uint32_t* said, uint32_t tile, uint32_t digit, uint32_t own) {
-  const auto say = [&](uint32_t what) {
-    *static_cast<volatile uint32_t*>(said + tile * kDigits + digit) = what;
-  };
+  const auto say = [&](uint32_t what) { store_now(said + tile * kDigits + digit, what); };
   if (tile > 0) say(kOwn | own);
   uint32_t before = 0;
   for (uint32_t other = tile; other-- > 0;) {
@@ -64,17 +39,12 @@ struct Shared {
   uint32_t buckets[kSortTile], values[kSortTile], scratch[kWarps], tile;
 };
 
-struct Entries {
-  uint32_t *buckets, *values;
-};
-
 __global__ void __launch_bounds__(kThreads, 4)
     sort_digit_kernel(Sorting s, int pass, Entries from, Entries to) {
   Shared& shared = *reinterpret_cast<Shared*>(shared_memory());
-  if (threadIdx.x == 0) shared.tile = atomicAdd(s.tickets + pass, 1u);
   for (int warp = 0; warp < kWarps; ++warp) shared.of_warps[warp * kDigits + threadIdx.x] = 0;
-  __syncthreads();
-  const uint32_t tile = shared.tile, first = tile * kSortTile, lane = threadIdx.x % 32;
+  const uint32_t tile = draw_ticket(s.tickets + pass, &shared.tile), first = tile * kSortTile,
+                 lane = threadIdx.x % 32;
   uint32_t* own_warp = shared.of_warps + threadIdx.x / 32 * kDigits;
   uint32_t bucket[kItems], value[kItems], rank[kItems];
 #pragma unroll
@@ -126,15 +96,9 @@ __global__ void __launch_bounds__(kThreads, 4)
 }  // namespace
 
 void sort_entries(Stream stream, const Sorting& sorting) {
-  launch(count_digits_kernel, sorting.tiles, dim3(kThreads),
-         sorting.passes * kDigits * sizeof(uint32_t), stream, sorting);
-  for (int pass = 0; pass < sorting.passes; ++pass) {
-    const auto side = [&](int number) {
-      return Entries{sorting.buckets[number % 2], sorting.values[number % 2]};
-    };
+  for (int pass = 0; pass < sorting.passes; ++pass)
     launch(sort_digit_kernel, sorting.tiles, dim3(kThreads), sizeof(Shared), stream, sorting, pass,
-           side(pass), side(pass + 1));
-  }
+           sorting.sides[pass % 2], sorting.sides[(pass + 1) % 2]);
 }
 
 }  // namespace spade_fast

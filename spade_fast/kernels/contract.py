@@ -532,7 +532,6 @@ NUMBERING = {
     ),
     "find_codes": "(Tensor segmap, int hash_mask) -> Tensor[]",
     "find_windows": (
-        "(Tensor codes, Tensor nearest, int[] sizes, int kernel_size, int rows, int hash_mask)"
-        " -> Tensor[]"
+        "(Tensor codes, int[] sizes, int kernel_size, int rows, int hash_mask) -> Tensor[]"
     ),
 }

@@ -1,6 +1,6 @@
-"""Numbering by kernels compiled for CUDA GPUs, csrc/cuda/numbering.cpp: all sizes of a layout
-together, with one wait. The numbers are the same as those of `numbering.py`, which takes over when
-a layout is too large for the kernels' counters.
+"""Numbering by kernels compiled for CUDA GPUs, csrc/cuda/numbering.cpp: up to MOST_SIZES sizes of a
+layout together, with one wait. The numbers are the same as those of `numbering.py`, which takes
+over when a layout is too large for the kernels' counters.
 
 hash_mask: the bits of the hashes that are used, so that a test can make hashes collide.
 """
@@ -19,6 +19,8 @@ from .contract import Lists
 COUNTED = 2**30  # the kernels count in 30 bits; two more say what a count means
 ALL_BITS = 2**32 - 1
 CHUNK = 256  # places; those of each size are padded to whole chunks
+MOST_SIZES = 16  # what a kernel must know of all sizes has to fit among its parameters
+MOST_PIXELS = 2**24  # along an axis: positions are computed in float32
 
 
 def of(namespace: str) -> dict[str, Callable[..., Any]]:
@@ -49,21 +51,19 @@ def find_windows(
     dtype: torch.dtype = torch.float32,
     hash_mask: int = ALL_BITS,
 ) -> list[tuple[Lists, Lists, Tensor, Tensor]]:
-    if not _can_be_counted(codes, sizes, kernel_size, num_codes):
-        if len(sizes) == 1:
-            return numbering.find_windows(codes, sizes, kernel_size, num_codes, dtype)
-        return [
-            find_windows(operators, codes, [size], kernel_size, num_codes, dtype)[0]
-            for size in sizes
-        ]
-    found = operators.find_windows(
-        codes,
-        _nearest(tuple(codes.shape[1:]), tuple(sizes), numbering.reckoned(codes, dtype)),
-        [length for size in sizes for length in size],
-        kernel_size,
-        num_codes,
-        hash_mask,
-    )
+    """More than MOST_SIZES sizes take a wait for each MOST_SIZES of them, and sizes that are too
+    large for one call take one each.
+    """
+    can_be_counted = _can_be_counted(codes, sizes, kernel_size, num_codes)
+    if len(sizes) == 1 and not can_be_counted:
+        return numbering.find_windows(codes, sizes, kernel_size, num_codes, dtype)
+    if len(sizes) > MOST_SIZES or not can_be_counted:
+        step = MOST_SIZES if can_be_counted else 1
+        groups = [sizes[first : first + step] for first in range(0, len(sizes), step)]
+        rest = (kernel_size, num_codes, dtype, hash_mask)
+        return [found for group in groups for found in find_windows(operators, codes, group, *rest)]
+    lengths = [length for size in sizes for length in size]
+    found = operators.find_windows(codes, lengths, kernel_size, num_codes, hash_mask)
     _require_rows(found, num_codes)
     return [
         (tuple(found[at : at + 4]), tuple(found[at + 4 : at + 8]), *found[at + 8 : at + 10])
@@ -81,10 +81,8 @@ def find_patches(
     hash_mask: int = ALL_BITS,
 ) -> tuple[Tensor, Lists, Tensor, Tensor]:
     size = [(length + 2 * padding - kernel_size) // stride + 1 for length in codes.shape[1:]]
-    if (
-        max(kernel_size, stride, padding) >= COUNTED
-        or not _can_be_counted(codes, [size], kernel_size, num_codes)
-        or not _can_be_counted(codes, [codes.shape[1:]], 1, num_codes)
+    if max(kernel_size, stride, padding) >= COUNTED or not _can_be_counted(
+        codes, [size], kernel_size, num_codes
     ):
         return numbering.find_patches(codes, kernel_size, stride, padding, num_codes)
     found = operators.find_patches(codes, kernel_size, stride, padding, num_codes, hash_mask)
@@ -102,21 +100,10 @@ def _require_rows(found, num_codes):
 
 
 def _can_be_counted(codes, sizes, kernel_size, num_codes):
-    """Whether the lists of these sizes are certain to be shorter than the kernels can count."""
+    """Whether the kernels can count the pixels of codes, and are certain to be able to count the
+    entries of these sizes' lists.
+    """
     taps, images = kernel_size ** (codes.dim() - 1), len(codes)
     places = sum(images * math.prod(size) + CHUNK for size in sizes)
-    return places * (2 * taps + 1 + images) + len(sizes) * (num_codes * taps + 2) < COUNTED
-
-
-@functools.lru_cache(1024)
-def _nearest(given, sizes, reckoned):
-    """The source pixel of each place, for each axis of each size in turn: one int32 tensor."""
-    return torch.cat(
-        [
-            numbering.resize_codes(
-                torch.arange(length, dtype=torch.int32, device="cpu")[None], (wanted,), reckoned
-            )[0]
-            for size in sizes
-            for length, wanted in zip(given, size)
-        ]
-    )
+    entries = places * (2 * taps + 1 + images) + len(sizes) * (num_codes * taps + 2)
+    return entries < COUNTED and max(codes.shape[1:]) <= MOST_PIXELS
