@@ -218,13 +218,18 @@ void take_weight(const Sizes<Sum>& sizes, const Sum* weight, int64_t block, int6
 
 template <typename Sum>
 Tensor rows_gradient(const Tensor& given_gradient, const Tensor& given_weight, const Lists& lists) {
-  constexpr int64_t kRows = 32;  // per step, which share one pass over the weight
+  // Per step, so that their products' gradients stay in the cache, as does a block's weight over all
+  // steps of a thread.
+  constexpr int64_t kRows = 32;
   Sizes<Sum> sizes(given_weight, 0);
   sizes.rows = lists.count / sizes.taps;
   const Tensor gradient = without_gaps(given_gradient), weight = without_gaps(given_weight);
+  // A row of the weight takes an odd number of units, because rows at the distance of a power of two
+  // share few sets of the cache: 128 input channels took 1.24 times as long (AVX2).
   const int64_t windows = gradient.size(0), width = units<Sum>(sizes.in) * kUnit<Sum>,
-                block_size = sizes.columns() * width;
-  const Tensor result = torch::stable::new_zeros(gradient, {sizes.rows, width});
+                weight_row = (units<Sum>(sizes.in) | 1) * kUnit<Sum>,
+                block_size = sizes.columns() * weight_row;
+  const Tensor result = new_tensor(gradient, {sizes.rows, width}, gradient.scalar_type());
   const Sum *gradient_data = gradient.const_data_ptr<Sum>(),
             *weight_data = weight.const_data_ptr<Sum>();
   Sum* result_data = result.mutable_data_ptr<Sum>();
@@ -234,25 +239,23 @@ Tensor rows_gradient(const Tensor& given_gradient, const Tensor& given_weight, c
     for (int64_t block = begin; block < end; ++block) {
       vectorised<TakeUnit<Sum>>(windows, sizes.channels(block), gradient_data + sizes.first(block),
                                 sizes.out, gradients.get() + block * windows * kUnit<Sum>);
-      take_weight(sizes, weight_data, block, width, weights.get() + block * block_size);
+      take_weight(sizes, weight_data, block, weight_row, weights.get() + block * block_size);
     }
   });
-  torch::stable::parallel_for(
-      0, (sizes.rows + kRows - 1) / kRows, 1, [&](int64_t begin, int64_t end) {
-        const auto products = scratch<Sum>(kRows * sizes.columns());
-        for (int64_t part = begin; part < end; ++part) {
-          const int64_t first = part * kRows, last = std::min(first + kRows, sizes.rows);
-          for (int64_t block = 0; block < sizes.blocks; ++block) {
-            product_gradients<Sum>(sizes, lists, gradients.get() + block * windows * kUnit<Sum>,
-                                   first, last, products.get());
-            in_vectors<MatrixProduct, Sum>(
-                last - first, sizes.columns(), width / kUnit<Sum>,
-                Strided<Sum>{products.get(), sizes.columns(), 1},
-                static_cast<const Sum*>(weights.get() + block * block_size), width,
-                result_data + first * width, width, true);
-          }
-        }
-      });
+  torch::stable::parallel_for(0, sizes.rows, kRows, [&](int64_t begin, int64_t end) {
+    const auto products = scratch<Sum>(kRows * sizes.columns());
+    for (int64_t block = 0; block < sizes.blocks; ++block) {
+      for (int64_t first = begin; first < end; first += kRows) {
+        const int64_t last = std::min(first + kRows, end);
+        product_gradients<Sum>(sizes, lists, gradients.get() + block * windows * kUnit<Sum>, first,
+                               last, products.get());
+        in_vectors<MatrixProduct, Sum>(last - first, sizes.columns(), width / kUnit<Sum>,
+                                       Strided<Sum>{products.get(), sizes.columns(), 1},
+                                       static_cast<const Sum*>(weights.get() + block * block_size),
+                                       weight_row, result_data + first * width, width, block > 0);
+      }
+    }
+  });
   return without_filling(result, sizes.in);
 }
 

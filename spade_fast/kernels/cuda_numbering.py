@@ -23,7 +23,7 @@ MOST_SIZES = 16  # what a kernel must know of all sizes has to fit among its par
 MOST_PIXELS = 2**24  # along an axis: positions are computed in float32
 
 
-def of(namespace: str) -> dict[str, Callable[..., Any]]:
+def of(namespace: str) -> dict[str, Any]:
     """These functions as fields of a `Backend` whose operators are in this namespace."""
     operators = getattr(torch.ops, namespace)
     functions: dict[str, Callable[..., Any]] = {

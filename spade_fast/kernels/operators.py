@@ -37,7 +37,7 @@ def implement(namespace: str, name: str, key: str, kernel: Callable[..., Any]) -
     torch.library.impl(f"{namespace}::{name}", key, OPERATIONS[name].checked(kernel))
 
 
-def declared(namespace: str, names: Iterable[str]) -> dict[str, Callable[..., Any]]:
+def declared(namespace: str, names: Iterable[str]) -> dict[str, Any]:
     """These operators of a namespace by name, as fields of a `Backend`."""
     return {name: getattr(getattr(torch.ops, namespace), name).default for name in names}
 
