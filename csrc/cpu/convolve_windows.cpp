@@ -218,18 +218,18 @@ void take_weight(const Sizes<Sum>& sizes, const Sum* weight, int64_t block, int6
 
 template <typename Sum>
 Tensor rows_gradient(const Tensor& given_gradient, const Tensor& given_weight, const Lists& lists) {
-  // Per step, so that their products' gradients stay in the cache, as does a block's weight over all
-  // steps of a thread.
+  // Per step, so that their products' gradients stay in the cache, as does a block's weight over
+  // all steps of a thread.
   constexpr int64_t kRows = 32;
   Sizes<Sum> sizes(given_weight, 0);
   sizes.rows = lists.count / sizes.taps;
   const Tensor gradient = without_gaps(given_gradient), weight = without_gaps(given_weight);
-  // A row of the weight takes an odd number of units, because rows at the distance of a power of two
-  // share few sets of the cache: 128 input channels took 1.24 times as long (AVX2).
+  // A row of the weight takes an odd number of units, because rows at the distance of a power of
+  // two share few sets of the cache: 128 input channels took 1.24 times as long (AVX2).
   const int64_t windows = gradient.size(0), width = units<Sum>(sizes.in) * kUnit<Sum>,
                 weight_row = (units<Sum>(sizes.in) | 1) * kUnit<Sum>,
                 block_size = sizes.columns() * weight_row;
-  const Tensor result = new_tensor(gradient, {sizes.rows, width}, gradient.scalar_type());
+  const Tensor result = torch::stable::new_zeros(gradient, {sizes.rows, width});
   const Sum *gradient_data = gradient.const_data_ptr<Sum>(),
             *weight_data = weight.const_data_ptr<Sum>();
   Sum* result_data = result.mutable_data_ptr<Sum>();
@@ -252,7 +252,7 @@ Tensor rows_gradient(const Tensor& given_gradient, const Tensor& given_weight, c
         in_vectors<MatrixProduct, Sum>(last - first, sizes.columns(), width / kUnit<Sum>,
                                        Strided<Sum>{products.get(), sizes.columns(), 1},
                                        static_cast<const Sum*>(weights.get() + block * block_size),
-                                       weight_row, result_data + first * width, width, block > 0);
+                                       weight_row, result_data + first * width, width, true);
       }
     }
   });
