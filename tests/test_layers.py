@@ -407,6 +407,26 @@ def test_channels_last_in_channels_last_out():
     assert block(x, segmap).is_contiguous(memory_format=torch.channels_last)
 
 
+@pytest.mark.parametrize(
+    "is_avx2,gradients,channels,height,expected",
+    [
+        (False, True, 64, 64, torch.channels_last),
+        (True, True, 64, 64, torch.contiguous_format),
+        (True, True, 63, 64, torch.channels_last),
+        (True, False, 64, 64, torch.channels_last),
+        (False, False, 64, 63, torch.contiguous_format),
+    ],
+)
+def test_the_memory_format_is_the_one_that_convolutions_prefer(
+    is_avx2, gradients, channels, height, expected, monkeypatch
+):
+    monkeypatch.setattr(pixels, "IS_AVX2", is_avx2)
+    layer, x = spade_fast.SPADE(channels, 3, 4), torch.randn(1, channels, height, 64)
+    with torch.set_grad_enabled(gradients):
+        y = layer(x, torch.randn(1, 3, height, 64))
+    assert y.is_contiguous(memory_format=expected)
+
+
 def test_inference_mode():
     layer = spade_fast.SPADE(4, 3, 6, norm="batch")
     x, segmap = torch.randn(2, 4, 5, 6), torch.randn(2, 3, 5, 6)
