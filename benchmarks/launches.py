@@ -84,8 +84,9 @@ OWN = {
     "instance_backward": (3, 7),
     "sum_lists": (2, 2),
 }
-# Launches of the operators that number, including copies and fills, for the calls of the paths below:
-# test_cuda.py runs the kernels and counts. Others may have another number of passes in their sort.
+# Launches of the operators that number, including copies and fills, for the calls of the paths
+# below: test_cuda.py runs the kernels and counts. Others may have another number of passes in their
+# sort.
 NUMBERING = {"find_codes": 5, "find_windows": 11, "find_patches": 8}
 WAITS = {"_local_scalar_dense", "nonzero", "equal", "_unique2", "unique_dim", "bincount"}
 WAITS |= {"masked_select", "repeat_interleave"}

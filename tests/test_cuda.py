@@ -396,7 +396,7 @@ def test_windows_have_the_same_numbers_as_the_librarys(first, on_host):
 def test_codes_are_resized_like_interpolate(given, on_host):
     """At more sizes than one call takes."""
     codes = torch.arange(math.prod(given), dtype=torch.int32).view(1, *given)
-    wanted = [given[1:] + (length,) for length in range(1, 50)]
+    wanted = [(*given[1:], length) for length in range(1, 50)]
     found = on_host.find_windows(codes, wanted, 1, codes.numel())
     for ((_, seen, *_), _, index, _), size in zip(found, wanted, strict=True):
         taken = F.interpolate(codes[None].float(), size=size, mode="nearest")[0].int()

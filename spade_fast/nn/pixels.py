@@ -26,10 +26,10 @@ FORMATS = {4: torch.channels_last, 5: torch.channels_last_3d}
 # With fewer pixels than this, x keeps its memory layout. On a GPU, convolutions convert a
 # contiguous x and its weights to channels-last themselves, in each call.
 FEW_PIXELS = {"cpu": 4096, "cuda": 0}
-# Training on a processor with AVX2 but without AVX-512, x keeps its memory layout if it has at least
-# MANY_CHANNELS. There, backward of a 3×3 convolution in channels-last takes 1.1 to 2.7 times as long
-# as of a contiguous one from 128 → 64 to 1024 → 1024 channels, and 0.98 to 1.1 times with fewer
-# (torch 2.13, two threads). With AVX-512 it is 0.9 to 1.15 times.
+# In training on a processor with AVX2 but without AVX-512, x keeps its memory layout if it has at
+# least MANY_CHANNELS. There, backward of the published generator's 3×3 convolutions takes 1.15 to
+# 2.7 times as long in channels-last as in contiguous memory, and with fewer channels 1 to 1.13
+# times. With AVX-512, 0.9 to 1.15 times from 4096 pixels on (torch 2.13, two threads).
 IS_AVX2 = torch.backends.cpu.get_cpu_capability() == "AVX2"
 MANY_CHANNELS = 64
 
