@@ -92,7 +92,7 @@ def environment(settings):
     return {
         "device": torch.cuda.get_device_name()
         if cuda
-        else f"CPU {processor()}, {torch.get_num_threads()} threads",
+        else f"CPU {processor()}, {instructions()}, {torch.get_num_threads()} threads",
         "dtype": str(settings.dtype).removeprefix("torch."),
         "torch": torch.__version__,
         "torch.compile": settings.compile_mode,
@@ -131,6 +131,13 @@ def processor():
         return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
     except (OSError, StopIteration):
         return platform.machine()
+
+
+def instructions():
+    """The vector instructions that PyTorch uses here: of the processor, or of the environment
+    variable ATEN_CPU_CAPABILITY.
+    """
+    return torch.backends.cpu.get_cpu_capability().replace("AVX512", "AVX-512")
 
 
 def save_json(path, facts, rows):
