@@ -27,8 +27,8 @@ constexpr int64_t kBlockPixels = 512, kChannelsAhead = 4;
 // Each group of blocks is as long as all before it together, within these bounds: a condition is
 // given up between groups.
 constexpr int64_t kFewBlocks = 4, kManyBlocks = 64;
-constexpr int64_t kDenseSample = 256;       // pixels
-constexpr int64_t kThreadElements = 32768;  // fewer are not worth waking a thread
+constexpr int64_t kDenseSample = 256;         // pixels
+constexpr int64_t kThreadElements = 1 << 19;  // fewer are not worth waking a thread
 
 // Adds one channel of a block of pixels to their hashes, and marks the pixels that differ from
 // their predecessor.
