@@ -68,13 +68,13 @@ int64_t check_map(const Numbers& map, int64_t kernel_size) {
                 "; it should be at least 1 and give windows of fewer than 2147483647 taps");
     taps *= kernel_size;
   }
+  check_range(map, "map", 0, INT32_MAX);
   return taps;
 }
 
 std::tuple<Numbers, Numbers> number_windows_of(const Numbers& map, int64_t kernel_size,
                                                uint64_t hash_mask) {
   const int64_t taps = check_map(map, kernel_size);
-  check_range(map, "map", 0, INT32_MAX);
   const std::vector<int64_t> shape = shape_of(map);
   Numbers numbers(shape);
   const int32_t* from = map.data();
@@ -98,7 +98,6 @@ std::vector<std::vector<Numbers>> find_windows_of(const std::vector<Numbers>& ma
     require(rows >= 0 && countable(rows, taps),
             "rows is " + std::to_string(rows) +
                 "; it should be 0 or more, and times the taps of a window below 2147483647");
-    check_range(map, "codes", 0, rows);
     const std::vector<int64_t> shape = shape_of(map);
     const int64_t pixels =
         std::accumulate(shape.begin() + 1, shape.end(), int64_t{1}, std::multiplies<int64_t>());
@@ -112,9 +111,7 @@ std::vector<std::vector<Numbers>> find_windows_of(const std::vector<Numbers>& ma
   }
   std::vector<std::vector<Numbers>> results;
   for (size_t i = 0; i < all.size(); ++i) {
-    require(all[i].uncountable == 0,
-            "codes has " + std::to_string(all[i].uncountable) +
-                " distinct windows; times the taps of each they should be below 2147483647");
+    require(all[i].wrong.empty(), all[i].wrong);
     std::vector<Numbers>& result = results.emplace_back();
     for (auto* lists : {all[i].hidden, all[i].table}) {
       for (int64_t list = 0; list < 4; ++list) result.push_back(as_array(std::move(lists[list])));

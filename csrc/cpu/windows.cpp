@@ -17,14 +17,14 @@
 #include <utility>
 
 #include "distinct.h"
+#include "ranges.h"
 #include "runs.h"
 #include "vector.h"
 
 namespace spade_fast {
 namespace {
 
-constexpr int32_t kOutside = -1;  // a tap beyond the border; no number in the map
-
+constexpr int32_t kOutside = -1;         // a tap beyond the border; no number in the map
 constexpr int64_t kThreadPlaces = 8192;  // fewer are not worth waking a thread
 
 int64_t places_of(const std::vector<int64_t>& shape) {
@@ -115,11 +115,13 @@ void find_windows(int64_t k, int64_t rows, MapWindows* found) {
       number_windows(first.data(), found->shape, k, ~uint64_t{0}, found->index);
   const int64_t taps = taps_of(found->shape, k), hidden_count = hidden.size() / taps,
                 count = table.size() / taps;
-  const int64_t most = std::max(hidden_count, count);
-  if (!countable(most, taps)) {
-    found->uncountable = most;
-    return;
-  }
+  // What is addressed with is checked, not the codes, which another thread may be editing.
+  found->wrong = out_of_range("contents", hidden.data(), hidden.size(), kOutside, rows);
+  if (!countable(std::max(hidden_count, count), taps))
+    found->wrong = "codes has " + std::to_string(std::max(hidden_count, count)) +
+                   " distinct windows of " + std::to_string(taps) +
+                   " taps, together they should be below 2147483647";
+  if (!found->wrong.empty()) return;
   window_sums(hidden.data(), hidden_count, taps, rows, found->hidden);
   window_sums(table.data(), count, taps, hidden_count, found->table);
   sort_pixels(found->index, found->shape, count, found->order);

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <string>
 #include <vector>
 
 namespace spade_fast {
@@ -24,7 +25,7 @@ struct MapWindows {
   std::vector<int64_t> shape;  // [N, *spatial]
   int32_t *index, *order;      // memory of the codes' size
   std::vector<int32_t> hidden[4], table[4];
-  int64_t uncountable = 0;  // the number of windows, if their lists would need more than int32
+  std::string wrong;  // why the codes are refused, or empty
 };
 
 // Finds the windows of k taps per axis of maps of codes below `rows`, and the windows of these.
