@@ -525,10 +525,10 @@ class SemanticLayout:
                 hidden, table, *places = layout.windows(*key)
                 kept[key] = Windows(hidden, table, *(_repeated(one, times) for one in places))
         else:
-            made = number(self.codes, sizes, kernel_size, len(self.palette), self.palette.dtype)
-            kept.update(zip(missing, made))
-        for key in missing:
-            self._made[key] = made_here(_tensors_in(kept[key]))
+            found = number(self.codes, sizes, kernel_size, len(self.palette), self.palette.dtype)
+            kept.update(zip(missing, found))
+        made = made_here(kept[key].index for key in missing)
+        self._made.update(dict.fromkeys(missing, made))
         return keys
 
     def _size(self, name, size):
@@ -553,14 +553,15 @@ class SemanticLayout:
         if not torch.compiler.is_compiling():
             self._look()
             self._make_windows(sizes, kernel_size, self._windows)
+        # If it is not imported, nothing has been compiled; importing it takes over a second.
+        if "torch._dynamo" not in sys.modules:
+            return self
         for size in sizes:
             windows = self.windows(size, kernel_size)
-            # If it is not imported, nothing has been compiled; importing it takes over a second.
-            if "torch._dynamo" in sys.modules:
-                for tensor in (self.palette, *windows.hidden, *windows.table):
-                    marked = tensor is None or 0 in getattr(tensor, "_dynamo_unbacked_indices", ())
-                    if not marked:  # the number of rows differs between layouts
-                        torch._dynamo.decorators.mark_unbacked(tensor, 0)
+            for tensor in (self.palette, *windows.hidden, *windows.table):
+                marked = tensor is None or 0 in getattr(tensor, "_dynamo_unbacked_indices", ())
+                if not marked:  # the number of rows differs between layouts
+                    torch._dynamo.decorators.mark_unbacked(tensor, 0)
         return self
 
     def to(self, device: torch.device | str | int, non_blocking: bool = True) -> "SemanticLayout":
@@ -905,7 +906,7 @@ def _check_codes(codes, rows):
     """
     if not codes.is_cpu or not codes.numel():
         return
-    least, most = codes.aminmax()
+    least, most = map(int, codes.aminmax())
     if least < 0 or most >= rows:
         raise ValueError(
             f"codes has numbers from {least} to {most}; they should be rows of the palette, 0 to"

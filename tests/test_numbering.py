@@ -6,7 +6,7 @@ import warnings
 
 import pytest
 import torch
-from conftest import tensors_on
+from conftest import tensors_on, use_threads
 from label_maps import SHAPES, patches
 from numbered import (
     CONDITIONS,
@@ -82,6 +82,20 @@ def test_the_same_codes_as_the_librarys(shape, dtype):
     for find_codes in (numbering.find_codes, kernels.select(segmap.to(DEVICE)).find_codes):
         for one, other in zip(find_codes(segmap.to(DEVICE)), theirs, strict=True):
             assert one.dtype == other.dtype and torch.equal(one.cpu(), other)
+
+
+@HAS_LIBRARY
+@pytest.mark.parametrize("size", [(3, 9_000), (1, 36, 31, 33)])
+def test_the_same_codes_and_windows_on_any_number_of_threads(size):
+    codes = patches(size, 300).int()
+    segmap = torch.randn(300, 2)[codes.long()].movedim(-1, 1).contiguous()
+    sizes = [size[1:], tuple(length // 3 for length in size[1:])]
+    truth = numbering.find_codes(segmap)
+    for threads in (1, 2, 7):
+        with use_threads(threads):
+            found = cpu_backend.find_codes(segmap)
+            assert not differences(numbering.find_windows, codes, sizes, 3, 300)
+        assert all(map(torch.equal, found, truth))
 
 
 def test_windows_with_one_synchronisation(reads):

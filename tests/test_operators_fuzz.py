@@ -274,6 +274,24 @@ def test_lists_of_windows_raise_or_agree(choose):
 
 @fuzz
 @choices
+def test_windows_of_maps_raise_or_agree(choose):
+    maps = [strange_array(choose, 0, 5) for _ in range(choose.choice([0, 1, 2]))]
+    size, rows = choose.choice([1, 3, 3, 5, 0, -1, 2**40]), choose.choice([0, 5, 121, -1, 2**40])
+    found = attempt(cpu_backend.library.find_windows, (maps, size, rows))
+    good = all(
+        is_whole(codes, 0) and 2 <= codes.ndim <= 4 and not (codes.size and codes.max() >= rows)
+        for codes in maps
+    ) and (not maps or (size in (1, 3, 5) and 0 <= rows < 2**31))
+    assert isinstance(found, Exception) != good
+    for codes, arrays in zip(maps, found[0] if good else []):
+        codes = torch.from_numpy(np.ascontiguousarray(codes).astype("int32"))
+        ((hidden, table, *places),) = numbering.find_windows(codes, [codes.shape[1:]], size, rows)
+        for one, other in zip(arrays, (*hidden, *table, *places), strict=True):
+            assert one.shape == other.shape and np.array_equal(one, other.numpy())
+
+
+@fuzz
+@choices
 def test_sorted_pixels_raise_or_agree(choose):
     index, bound = strange_array(choose, 1, 3), choose.choice([0, 1, 5, 50, 121, -1, 2**40])
     raises = raises_or_agrees(

@@ -34,6 +34,10 @@ class Distinct {
     return {number, true};
   }
 
+  // A number's row and its hash.
+  const Value* row(int32_t number) const { return rows_.data() + number * length_; }
+  uint64_t hash(int32_t number) const { return hashes_[number]; }
+  const std::vector<Value>& rows() const { return rows_; }
   int32_t count() const { return static_cast<int32_t>(hashes_.size()); }
 
  private:

@@ -7,6 +7,9 @@
 
 #include <algorithm>
 #include <atomic>
+#include <functional>
+#include <memory>
+#include <numeric>
 #include <optional>
 #include <string>
 #include <tuple>
@@ -22,8 +25,19 @@ namespace {
 
 using Numbers = pybind11::array_t<int32_t, pybind11::array::c_style>;
 
-Numbers as_array(const std::vector<int32_t>& values, std::vector<int64_t> shape) {
-  return Numbers(std::move(shape), values.data());
+// An array that takes over the memory of `values`.
+Numbers as_array(std::vector<int32_t>&& values, std::vector<int64_t> shape) {
+  auto owner = std::make_unique<std::vector<int32_t>>(std::move(values));
+  const int32_t* data = owner->data();
+  const pybind11::capsule memory(
+      owner.get(), [](void* pointer) { delete static_cast<std::vector<int32_t>*>(pointer); });
+  owner.release();
+  return Numbers(std::move(shape), data, memory);
+}
+
+Numbers as_array(std::vector<int32_t>&& values) {
+  const int64_t count = values.size();
+  return as_array(std::move(values), {count});
 }
 
 void require(bool holds, const std::string& message) {
@@ -37,34 +51,75 @@ void check_range(const Numbers& given, const char* name, int64_t least, int64_t 
   require(wrong.empty(), wrong);
 }
 
-// Whether int32 can count one · other places.
-bool countable(int64_t one, int64_t other) {
-  int64_t product;
-  return !__builtin_mul_overflow(one, other, &product) && product < INT32_MAX;
+std::vector<int64_t> shape_of(const Numbers& given) {
+  return {given.shape(), given.shape() + given.ndim()};
 }
 
-std::tuple<Numbers, Numbers> number_windows_of(const Numbers& map, int64_t kernel_size,
-                                               uint64_t hash_mask) {
-  const std::vector<int64_t> shape(map.shape(), map.shape() + map.ndim());
+// Checks a map whose windows are to be numbered, and returns the number of taps of each.
+int64_t check_map(const Numbers& map, int64_t kernel_size) {
   require(map.ndim() >= 2 && map.ndim() <= 4,
           "map has shape " + shape_text(map) + "; it should be [N, *spatial]");
-  require(map.size() < INT32_MAX,
+  require(countable(1, map.size()),
           "map has shape " + shape_text(map) + "; it should have fewer than 2147483647 places");
   int64_t taps = 1;
-  for (size_t axis = 1; axis < shape.size(); ++axis) {
+  for (int64_t axis = 1; axis < map.ndim(); ++axis) {
     require(kernel_size >= 1 && countable(taps, kernel_size),
             "kernel_size is " + std::to_string(kernel_size) +
                 "; it should be at least 1 and give windows of fewer than 2147483647 taps");
     taps *= kernel_size;
   }
   check_range(map, "map", 0, INT32_MAX);
-  const int32_t* data = map.data();
-  Numbered found;
+  return taps;
+}
+
+std::tuple<Numbers, Numbers> number_windows_of(const Numbers& map, int64_t kernel_size,
+                                               uint64_t hash_mask) {
+  const int64_t taps = check_map(map, kernel_size);
+  const std::vector<int64_t> shape = shape_of(map);
+  Numbers numbers(shape);
+  const int32_t* from = map.data();
+  int32_t* to = numbers.mutable_data();
+  std::vector<int32_t> contents;
   {
     const pybind11::gil_scoped_release release;
-    found = number_windows(data, shape, kernel_size, hash_mask);
+    contents = number_windows(from, shape, kernel_size, hash_mask, to);
   }
-  return {as_array(found.numbers, shape), as_array(found.contents, {found.windows, found.taps})};
+  const int64_t windows = contents.size() / taps;
+  return {numbers, as_array(std::move(contents), {windows, taps})};
+}
+
+// For each map: the lists of its windows, those of the windows of these, index and order.
+std::vector<std::vector<Numbers>> find_windows_of(const std::vector<Numbers>& maps,
+                                                  int64_t kernel_size, int64_t rows) {
+  std::vector<MapWindows> all;
+  std::vector<std::pair<Numbers, Numbers>> places;
+  for (const Numbers& map : maps) {
+    const int64_t taps = check_map(map, kernel_size);
+    require(rows >= 0 && countable(rows, taps),
+            "rows is " + std::to_string(rows) +
+                "; it should be 0 or more, and times the taps of a window below 2147483647");
+    const std::vector<int64_t> shape = shape_of(map);
+    const int64_t pixels =
+        std::accumulate(shape.begin() + 1, shape.end(), int64_t{1}, std::multiplies<int64_t>());
+    Numbers index(shape), order({shape[0], pixels});
+    all.push_back({map.data(), shape, index.mutable_data(), order.mutable_data()});
+    places.emplace_back(std::move(index), std::move(order));
+  }
+  {
+    const pybind11::gil_scoped_release release;
+    find_windows(kernel_size, rows, &all);
+  }
+  std::vector<std::vector<Numbers>> results;
+  for (size_t i = 0; i < all.size(); ++i) {
+    require(all[i].wrong.empty(), all[i].wrong);
+    std::vector<Numbers>& result = results.emplace_back();
+    for (auto* lists : {all[i].hidden, all[i].table}) {
+      for (int64_t list = 0; list < 4; ++list) result.push_back(as_array(std::move(lists[list])));
+    }
+    result.push_back(std::move(places[i].first));
+    result.push_back(std::move(places[i].second));
+  }
+  return results;
 }
 
 std::tuple<Numbers, Numbers, Numbers, Numbers> window_sums_of(const Numbers& contents,
@@ -82,10 +137,8 @@ std::tuple<Numbers, Numbers, Numbers, Numbers> window_sums_of(const Numbers& con
     const pybind11::gil_scoped_release release;
     window_sums(data, windows, taps, rows, found);
   }
-  const auto array = [](const std::vector<int32_t>& values) {
-    return as_array(values, {static_cast<int64_t>(values.size())});
-  };
-  return {array(found[0]), array(found[1]), array(found[2]), array(found[3])};
+  return {as_array(std::move(found[0])), as_array(std::move(found[1])),
+          as_array(std::move(found[2])), as_array(std::move(found[3]))};
 }
 
 Numbers sort_pixels_of(const Numbers& index, int64_t bound) {
@@ -101,8 +154,7 @@ Numbers sort_pixels_of(const Numbers& index, int64_t bound) {
   int32_t* to = order.mutable_data();
   {
     const pybind11::gil_scoped_release release;
-    for (int64_t n = 0; n < images; ++n)
-      sort_positions(from + n * pixels, pixels, bound, to + n * pixels);
+    sort_pixels(from, {images, pixels}, bound, to);
   }
   return order;
 }
@@ -190,6 +242,9 @@ PYBIND11_MODULE(_cpu, module) {
              "The windows of a map [N, *spatial]: the number of each, and the contents of each.",
              pybind11::arg("map"), pybind11::arg("kernel_size"),
              pybind11::arg("hash_mask") = ~uint64_t{0});
+  module.def("find_windows", &find_windows_of,
+             "For each of these maps of codes below rows: the lists of its windows, those of the"
+             " windows of these, index and order.");
   module.def("window_sums", &window_sums_of,
              "The contents of windows as lists of the rows to sum, in both directions.");
   module.def(

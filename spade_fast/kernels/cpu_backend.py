@@ -100,24 +100,12 @@ def find_windows(
     num_codes: int,
     dtype: torch.dtype = torch.float32,
 ) -> list[tuple[Lists, Lists, Tensor, Tensor]]:
-    return [
-        _find_windows(numbering.resize_codes(codes, size, dtype), kernel_size, num_codes)
-        for size in sizes
-    ]
-
-
-def _find_windows(
-    codes: Tensor, kernel_size: int, num_codes: int
-) -> tuple[Lists, Lists, Tensor, Tensor]:
-    first, hidden = number_windows(codes, kernel_size)
-    index, table = number_windows(first, kernel_size)
-    numbering.check_windows(hidden, num_codes)
-    return (
-        window_sums(hidden, num_codes),
-        window_sums(table, len(hidden)),
-        index,
-        sort_pixels(index),
-    )
+    maps = [numbering.resize_codes(codes, size, dtype).numpy() for size in sizes]
+    found = []
+    for arrays in library.find_windows(maps, kernel_size, num_codes):
+        lists = [*map(torch.from_numpy, arrays)]
+        found.append((tuple(lists[:4]), tuple(lists[4:8]), *lists[8:]))
+    return found
 
 
 def find_patches(
