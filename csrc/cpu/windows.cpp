@@ -120,7 +120,7 @@ void find_windows(int64_t k, int64_t rows, MapWindows* found) {
   if (!countable(std::max(hidden_count, count), taps))
     found->wrong = "codes has " + std::to_string(std::max(hidden_count, count)) +
                    " distinct windows of " + std::to_string(taps) +
-                   " taps, together they should be below 2147483647";
+                   " taps; together they should be below 2147483647";
   if (!found->wrong.empty()) return;
   window_sums(hidden.data(), hidden_count, taps, rows, found->hidden);
   window_sums(table.data(), count, taps, hidden_count, found->table);

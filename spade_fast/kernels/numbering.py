@@ -178,7 +178,7 @@ def check_windows(hidden: Tensor, num_codes: int) -> None:
     windows, taps = hidden.shape
     if max(num_codes, windows) * taps >= 2**31:
         raise ValueError(
-            f"codes has {windows} distinct windows of {taps} taps, together they should be below"
+            f"codes has {windows} distinct windows of {taps} taps; together they should be below"
             " 2**31"
         )
 
