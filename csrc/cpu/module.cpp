@@ -129,7 +129,7 @@ std::tuple<Numbers, Numbers, Numbers, Numbers> window_sums_of(const Numbers& con
   const int64_t windows = contents.shape(0), taps = contents.shape(1);
   require(rows >= 0 && countable(rows, std::max<int64_t>(1, taps)) && countable(windows, taps),
           "contents has shape " + shape_text(contents) + " and rows is " + std::to_string(rows) +
-              ", rows should be 0 or more, and windows * taps and rows * taps below 2147483647");
+              "; rows should be 0 or more, and windows * taps and rows * taps below 2147483647");
   check_range(contents, "contents", -1, rows);
   const int32_t* data = contents.data();
   std::vector<int32_t> found[4];
