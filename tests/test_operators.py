@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 from agree import ONCE, assert_agree
-from conftest import INSTRUCTION_SETS, use_instruction_set
+from conftest import INSTRUCTION_SETS, use_instruction_set, use_threads
 from modulations import LAYOUTS, channels_last, contiguous, sample
 from torch.library import opcheck
 from window_lists import CONVOLUTIONS, convolution
@@ -254,6 +254,46 @@ def test_an_order_that_is_not_sorted_is_refused():
             y = spade_fast.spade_modulate(x, table, table, index=index, order=bad)
             with pytest.raises(RuntimeError, match="spade_fast: order "):
                 y.sum().backward()
+
+
+# Tiles have 16 channels (8 in float64) and 1024 pixels, tasks 2048, bands of sorted pixels 256.
+@needs_library
+@pytest.mark.parametrize("activation", ["relu", "silu"])
+@pytest.mark.parametrize(
+    "shape", [(2, 17, 33, 63), (1, 40, 1025), (3, 16, 1), (2, 1, 257)], ids=str
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("instruction_set", INSTRUCTION_SETS)
+def test_tables_are_looked_up_and_summed_in_tiles(instruction_set, dtype, shape, activation):
+    x, planes, _, _, _, _, dy, signs, terms = operands(shape, activation, dtype)
+    gamma, beta = torch.randn(301, 2 * shape[1]).to(dtype).chunk(2, dim=1)
+    runs = torch.randint(300, (shape[0], x[0, 0].numel() // 7 + 1), dtype=torch.int32)
+    index = runs.repeat_interleave(7, dim=1)[:, : x[0, 0].numel()]
+    index = torch.where(torch.rand(index.shape) < 0.3, 5, index).view(shape[0], *shape[2:])
+    order = numbering.sort_pixels(index)
+    table, settings = (planes, gamma, beta, index), (activation, 0.2)
+    with use_instruction_set(instruction_set):
+        y, signs = torch.ops.spade_fast.apply(x, *table, *settings, True)
+        expected, _ = torch_backend.apply(x, *table, *settings, True)
+        assert_agree(y, expected)
+        backward, found = (dy, x, planes, gamma, beta, index), []
+        for threads in (1, 2, 7):
+            with use_threads(threads):
+                found.append(
+                    (
+                        torch.ops.spade_fast.backward_input(*backward, signs, terms, *settings),
+                        *torch.ops.spade_fast.backward_sums(*backward, order, signs, *settings),
+                    )
+                )
+    for others in found[1:]:
+        assert all(map(torch.equal, found[0], others))
+    assert_agree(
+        found[0],
+        (
+            torch_backend.backward_input(*backward, signs, terms, *settings),
+            *torch_backend.backward_sums(*backward, order, signs, *settings),
+        ),
+    )
 
 
 def permuted(order):

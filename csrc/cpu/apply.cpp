@@ -42,11 +42,13 @@ Tensor new_signs(const Tasks& tasks, const Tensor& x, Activation activation, boo
 
 template <typename Sum>
 void apply_task(const Tasks& tasks, int64_t task, const Operands<Sum>& m, const Target<Sum>& y) {
+  Reader<Sum> gamma(m.gamma), beta(m.beta);
   tasks.for_each_block(task, [&](int64_t n, int64_t row, int64_t start, int64_t count,
                                  int64_t number) {
+    if (m.gamma.needs_tiles()) m.prefetch(n, row + 1, start);
     const auto run = [&](auto shift, auto scale, auto offset) {
       vectorised<ApplyBlock<Sum, decltype(shift)>>(
-          count, m.x.at(n, row, start), m.gamma.at(n, row, start), m.beta.at(n, row, start), shift,
+          count, m.x.at(n, row, start), gamma.at(n, row, start), beta.at(n, row, start), shift,
           scale, offset, m.activation, m.negative_slope, y.at(n, row, start),
           m.signs.at(n, row, start));
     };
@@ -75,7 +77,7 @@ std::tuple<Tensor, Tensor> modulated(const Tensor& x, const Tensor& planes, cons
   if (out) check_out(*out, x, gamma);
   check_index(index, gamma);
   const Layout layout = layout_of(x);
-  const Tasks tasks(x, layout);
+  const Tasks tasks(x, layout, index.has_value());
   const Activation activation = activation_named(activation_name);
   const Tensor y =
       out ? *out : new_output(x, layout, promoted(x.scalar_type(), gamma.scalar_type()));

@@ -35,11 +35,12 @@ void input_task(const Tasks& tasks, int64_t task, const Operands<Sum>& m, const 
                 const std::optional<Numbers<Sum>>& given_terms, const Target<Sum>& dx) {
   // Without terms any readable array will do: it is not used.
   const Numbers<Sum>& terms = given_terms ? *given_terms : m.planes;
+  BackwardReader<Sum> reader(m, dy, true);
   tasks.for_each_block(
       task, [&](int64_t n, int64_t row, int64_t start, int64_t count, int64_t number) {
         const auto run = [&](auto shift, auto scale, auto offset, auto constant, auto slope) {
           vectorised<BackwardInputBlock<Sum, decltype(shift)>>(
-              count, backward_block(m, dy, n, row, start), shift, scale, offset, constant, slope,
+              count, reader.at(n, row, start), shift, scale, offset, constant, slope,
               given_terms.has_value(), m.activation, m.negative_slope, dx.at(n, row, start));
         };
         if (tasks.layout == Layout::contiguous) {
@@ -66,7 +67,7 @@ Tensor backward_input(const Tensor& dy, const Tensor& x, const Tensor& planes, c
   check_backward_input(dy, x, planes, gamma, beta, index, signs, terms, activation);
   check_index(index, gamma);
   const Layout layout = layout_of(x);
-  const Tasks tasks(x, layout);
+  const Tasks tasks(x, layout, index.has_value());
   const Tensor dx = new_output(x, layout, x.scalar_type());
   dispatch_sum(promoted(x.scalar_type(), gamma.scalar_type()), [&](auto zero) {
     using Sum = decltype(zero);

@@ -58,14 +58,15 @@ std::tuple<Tensor, Tensor> new_dense_gradients(const Tensor& x, Layout layout,
 template <typename Sum>
 void sums_task(const Tasks& tasks, int64_t task, const Operands<Sum>& m, const Source<Sum>& dy,
                const Target<Sum>& dgamma, const Target<Sum>& dbeta, Sum* found) {
-  const int64_t width = tasks.width();
+  const int64_t width = tasks.width;
+  BackwardReader<Sum> reader(m, dy, true);
   tasks.for_each_block(task, [&](int64_t n, int64_t row, int64_t start, int64_t count,
                                  int64_t number) {
     Sum* sums = found + (tasks.layout == Layout::contiguous ? 0 : start);
     const auto run = [&](auto shift, auto scale, auto offset) {
       vectorised<BackwardSumsBlock<Sum, decltype(shift)>>(
-          count, backward_block(m, dy, n, row, start), shift, scale, offset, m.activation,
-          m.negative_slope, dgamma.at(n, row, start), dbeta.at(n, row, start), sums, sums + width);
+          count, reader.at(n, row, start), shift, scale, offset, m.activation, m.negative_slope,
+          dgamma.at(n, row, start), dbeta.at(n, row, start), sums, sums + width);
     };
     if (tasks.layout == Layout::contiguous) {
       run(m.planes.uniform(0, number), m.planes.uniform(1, number), m.planes.uniform(2, number));
@@ -83,18 +84,18 @@ template void sums_task(const Tasks&, int64_t, const Operands<double>&, const So
 
 template <typename Sum>
 void combine_sums(const Tasks& tasks, int64_t unit, const Sum* found, Sum* sums) {
-  const int64_t width = tasks.width();
+  const int64_t width = tasks.width, first = tasks.first_plane(unit), count = tasks.planes_of(unit);
   if (tasks.parts == 1) {
-    std::copy_n(found, width, sums + unit * width);
-    std::copy_n(found + width, width, sums + tasks.planes() + unit * width);
+    std::copy_n(found, count, sums + first);
+    std::copy_n(found + width, count, sums + tasks.planes() + first);
     return;
   }
   std::vector<double> total(2 * width);
   for (int64_t part = 0; part < tasks.parts; ++part) {
     for (int64_t i = 0; i < 2 * width; ++i) total[i] += found[2 * width * part + i];
   }
-  std::copy_n(total.begin(), width, sums + unit * width);
-  std::copy_n(total.begin() + width, width, sums + tasks.planes() + unit * width);
+  std::copy_n(total.begin(), count, sums + first);
+  std::copy_n(total.begin() + width, count, sums + tasks.planes() + first);
 }
 
 template void combine_sums(const Tasks&, int64_t, const float*, float*);
@@ -119,7 +120,7 @@ std::tuple<Tensor, Tensor, Tensor> dense_sums(const Tasks& tasks, const Operands
                                               const Tensor& planes, ScalarType dtype) {
   const auto [dgamma, dbeta] = new_dense_gradients(x, tasks.layout, modulation.activation, dtype);
   const Target<Sum> dgamma_target(dgamma, tasks.layout), dbeta_target(dbeta, tasks.layout);
-  const int64_t width = 2 * tasks.width();
+  const int64_t width = 2 * tasks.width;
   std::vector<Sum> found(width * tasks.count()), sums(2 * tasks.planes());
   tasks.for_each([&](int64_t task) {
     sums_task(tasks, task, modulation, dy, dgamma_target, dbeta_target, &found[width * task]);
@@ -135,29 +136,19 @@ std::tuple<Tensor, Tensor, Tensor> table_sums(const Tasks& tasks, const Operands
                                               const Source<Sum>& dy, const Tensor& gamma,
                                               const Tensor& index, const Tensor& order,
                                               const Tensor& planes) {
-  const bool contiguous = tasks.layout == Layout::contiguous;
-  const SortedPixels sorted(index, order, tasks.pixels);
-  const int64_t rows = gamma.size(0), width = 2 * tasks.channels;
-  std::vector<int64_t> sizes = {rows, tasks.channels};
-  if (contiguous) std::swap(sizes[0], sizes[1]);
-  Tensor dgamma = torch::stable::new_zeros(gamma, sizes, kScalarType<Sum>);
-  Tensor dbeta = torch::stable::new_zeros(gamma, sizes, kScalarType<Sum>);
-  Sum *dgamma_data = dgamma.template mutable_data_ptr<Sum>(),
-      *dbeta_data = dbeta.template mutable_data_ptr<Sum>();
-  std::vector<Sum> sums(2 * tasks.planes());
-  if (contiguous) {
-    sum_table_by_planes(tasks, modulation, dy, sorted, rows, dgamma_data, dbeta_data, sums.data());
-    dgamma = torch::stable::transpose(dgamma, 0, 1), dbeta = torch::stable::transpose(dbeta, 0, 1);
-  } else {
-    std::vector<Sum> found(width * tasks.count());
-    sum_table_by_pixels(tasks, modulation, dy, sorted, dgamma_data, dbeta_data, found.data());
-    for (int64_t n = 0; n < tasks.batch; ++n)
-      combine_sums(tasks, n, &found[width * n * tasks.parts], sums.data());
-  }
-  const auto finish = [&](const Tensor& x) {
-    return without_gaps(in_dtype(x, gamma.scalar_type()));
+  const auto new_gradient = [&] {
+    return torch::stable::new_zeros(gamma, {gamma.size(0), tasks.channels}, kScalarType<Sum>);
   };
-  return {finish(dgamma), finish(dbeta), as_planes(sums, tasks, planes)};
+  const Tensor dgamma = new_gradient(), dbeta = new_gradient();
+  const int64_t width = 2 * tasks.width;
+  std::vector<Sum> found(width * tasks.count()), sums(2 * tasks.planes());
+  sum_table(tasks, modulation, dy, SortedPixels(index, order, tasks, gamma.size(0)),
+            dgamma.template mutable_data_ptr<Sum>(), dbeta.template mutable_data_ptr<Sum>(),
+            found.data());
+  for (int64_t unit = 0; unit < tasks.units(); ++unit)
+    combine_sums(tasks, unit, &found[width * unit * tasks.parts], sums.data());
+  return {in_dtype(dgamma, gamma.scalar_type()), in_dtype(dbeta, gamma.scalar_type()),
+          as_planes(sums, tasks, planes)};
 }
 
 }  // namespace
@@ -170,7 +161,7 @@ std::tuple<Tensor, Tensor, Tensor> backward_sums(
   check_backward_sums(dy, x, planes, gamma, beta, index, order, signs, activation);
   check_index(index, gamma);
   const Layout layout = layout_of(x);
-  const Tasks tasks(x, layout);
+  const Tasks tasks(x, layout, index.has_value());
   std::tuple<Tensor, Tensor, Tensor> found;
   dispatch_sum(promoted(x.scalar_type(), gamma.scalar_type()), [&](auto zero) {
     using Sum = decltype(zero);

@@ -28,22 +28,14 @@ ALWAYS_INLINE void narrow(int64_t count, const Sum* from, void* to) {
   for (int64_t i = 0; i < count; ++i) store(elements[i], from[i]);
 }
 
-// A block of elements to read: contiguous ones, or with an index the entries of a table's row that
-// it selects.
+// A block of elements to read.
 template <typename Sum>
 struct Elements {
   const void* data;
   ScalarType type;
-  const int32_t* index;  // if given, the data are Sums
 
   // Returns a pointer to the data if they are Sums already, else fills the buffer and returns that.
   ALWAYS_INLINE const Sum* read(int64_t count, Sum* buffer) const {
-    if (index != nullptr) {
-      const Sum* row = static_cast<const Sum*>(data);
-#pragma omp simd
-      for (int64_t i = 0; i < count; ++i) buffer[i] = row[index[i]];
-      return buffer;
-    }
     if (type == ScalarType::BFloat16) {
       widen<BFloat16>(count, data, buffer);
     } else if (type == ScalarType::Half) {

@@ -12,12 +12,29 @@ struct BackwardBlock {
   const uint8_t* signs;
 };
 
+// Reads them for one task: γ if the kernel or SiLU needs it, and β for SiLU only.
 template <typename Sum>
-BackwardBlock<Sum> backward_block(const Operands<Sum>& m, const Source<Sum>& dy, int64_t n,
-                                  int64_t row, int64_t start) {
-  return {dy.at(n, row, start), m.x.at(n, row, start), m.gamma.at(n, row, start),
-          m.beta.at(n, row, start), m.signs.at(n, row, start)};
-}
+class BackwardReader {
+ public:
+  BackwardReader(const Operands<Sum>& modulation, const Source<Sum>& dy, bool needs_gamma)
+      : m_(modulation), dy_(dy), gamma_(m_.gamma), beta_(m_.beta), needs_gamma_(needs_gamma) {}
+
+  BackwardBlock<Sum> at(int64_t n, int64_t row, int64_t start) {
+    if (m_.gamma.needs_tiles()) m_.prefetch(n, row + 1, start), dy_.prefetch(n, row + 1, start);
+    BackwardBlock<Sum> block = {dy_.at(n, row, start), m_.x.at(n, row, start)};
+    const bool silu = m_.activation == Activation::silu;
+    if (needs_gamma_ || silu) block.gamma = gamma_.at(n, row, start);
+    if (silu) block.beta = beta_.at(n, row, start);
+    block.signs = m_.signs.at(n, row, start);
+    return block;
+  }
+
+ private:
+  const Operands<Sum>& m_;
+  const Source<Sum>& dy_;
+  Reader<Sum> gamma_, beta_;
+  bool needs_gamma_;
+};
 
 // Takes γ already converted to Sum, because the callers need it too; here only SiLU reads it.
 template <typename Sum, typename Number>

@@ -32,7 +32,7 @@ std::tuple<Tensor, Tensor, Tensor> instance_forward(const Tensor& x, const Tenso
   check_modulation(x, gamma, beta, index, true);
   check_index(index, gamma);
   const Layout layout = layout_of(x);
-  const Tasks tasks(x, layout);
+  const Tasks tasks(x, layout, index.has_value());
   const Activation activation = activation_named(activation_name);
   const Tensor y = new_output(x, layout, promoted(x.scalar_type(), gamma.scalar_type()));
   const Tensor signs = new_signs(tasks, x, activation, keep_signs);
@@ -45,18 +45,19 @@ std::tuple<Tensor, Tensor, Tensor> instance_forward(const Tensor& x, const Tenso
     const Operands<Sum> modulation(x, planes, gamma, beta, index, activation, negative_slope, signs,
                                    layout);
     const Target<Sum> target(y, layout);
-    const int64_t width = tasks.width();
+    const int64_t width = tasks.width;
     std::vector<double> found(2 * width * tasks.count());
     tasks.in_two_passes(
         [&](int64_t task) { measure_task(tasks, task, modulation.x, &found[2 * width * task]); },
         [&](int64_t unit) {
           double* moments = &found[2 * width * unit * tasks.parts];
           combine_moments(tasks, moments);
-          for (int64_t i = 0; i < width; ++i) {
+          const int64_t first = tasks.first_plane(unit);
+          for (int64_t i = 0; i < tasks.planes_of(unit); ++i) {
             const double variance = moments[width + i] / std::max<int64_t>(1, tasks.pixels);
-            shift[unit * width + i] = moments[i];
-            scale[unit * width + i] = 1 / std::sqrt(variance + eps);
-            offset[unit * width + i] = 0;
+            shift[first + i] = moments[i];
+            scale[first + i] = 1 / std::sqrt(variance + eps);
+            offset[first + i] = 0;
           }
         },
         [&](int64_t task) { apply_task(tasks, task, modulation, target); });
@@ -99,7 +100,7 @@ std::tuple<Tensor, Tensor, Tensor> instance_backward(
     const Target<Sum> dgamma_target(dgamma, layout), dbeta_target(dbeta, layout),
         dx_target(dx, layout);
     const std::optional<Numbers<Sum>> term_numbers(terms);
-    const int64_t width = tasks.width();
+    const int64_t width = tasks.width;
     std::vector<Sum> found(2 * width * tasks.count()), sums(2 * tasks.planes());
     tasks.in_two_passes(
         [&](int64_t task) {

@@ -29,6 +29,12 @@ struct Operands {
         activation(activation),
         negative_slope(static_cast<Sum>(negative_slope)),
         signs(signs) {}
+
+  // Fetches a block of x and its signs into the cache. Where tiles are looked up the processor does
+  // not foresee that the next row's block follows.
+  ALWAYS_INLINE void prefetch(int64_t n, int64_t row, int64_t start) const {
+    x.prefetch(n, row, start), signs.prefetch(n, row, start);
+  }
 };
 
 // plane_moments.cpp. measure_task adds a task's moments, mean and squared deviations, to found

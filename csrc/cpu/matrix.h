@@ -2,44 +2,9 @@
 // use allows.
 #pragma once
 
-#include <algorithm>
-
 #include "vector.h"
 
 namespace spade_fast {
-
-// Columns are counted in units of 64 bytes, a multiple of every instruction set's vector.
-template <typename Sum>
-constexpr int64_t kUnit = 64 / sizeof(Sum);
-
-template <typename Sum>
-constexpr int64_t units(int64_t columns) {
-  return (columns + kUnit<Sum> - 1) / kUnit<Sum>;
-}
-
-// A vector of kBytes without alignment; at(data, v) is vector number v from data on.
-template <typename Sum, int kBytes>
-struct Vectors {
-  typedef Sum Vector __attribute__((vector_size(kBytes), aligned(alignof(Sum)), may_alias));
-  static constexpr int kOfUnit = 64 / kBytes;
-
-  static ALWAYS_INLINE Vector& at(Sum* data, int64_t v) {
-    return reinterpret_cast<Vector*>(data)[v];
-  }
-  static ALWAYS_INLINE const Vector& at(const Sum* data, int64_t v) {
-    return reinterpret_cast<const Vector*>(data)[v];
-  }
-};
-
-// Calls Kernel<Sum, kBytes>::run(arguments…) with the vector width of the instruction set in use.
-template <template <typename, int> class Kernel, typename Sum, typename... Arguments>
-void in_vectors(Arguments... arguments) {
-#if defined(__x86_64__)
-  if (instruction_set() == InstructionSet::avx512) return run_avx512<Kernel<Sum, 64>>(arguments...);
-  if (instruction_set() == InstructionSet::avx2) return run_avx2<Kernel<Sum, 32>>(arguments...);
-#endif
-  run_base<Kernel<Sum, 16>>(arguments...);
-}
 
 // Element (i, j) of a matrix is data[i · row + j · column].
 template <typename Sum>

@@ -108,25 +108,25 @@ struct MeasurePixels {
 
 template <typename Sum>
 void measure_task(const Tasks& tasks, int64_t task, const Source<Sum>& x, double* found) {
-  double *mean = found, *squares = found + tasks.width();
+  double *mean = found, *squares = found + tasks.width;
+  const int64_t unit = task / tasks.parts, first = tasks.first_pixel(task),
+                last = tasks.last_pixel(task);
   if (tasks.layout == Layout::contiguous) {
-    double done = 0;
     tasks.for_each_block(task, [&](int64_t n, int64_t row, int64_t start, int64_t count, int64_t) {
-      vectorised<MeasureRun<Sum>>(count, x.at(n, row, start), done, mean, squares);
-      done += count;
+      const int64_t plane = row - tasks.channel(unit);
+      vectorised<MeasureRun<Sum>>(count, x.at(n, row, start), static_cast<double>(start - first),
+                                  mean + plane, squares + plane);
     });
     return;
   }
   // A std::vector would be filled with zeros first.
   const std::unique_ptr<Sum[]> buffer(new Sum[kPixels * kBlock]);
   Elements<Sum> rows[kPixels];
-  const int64_t n = task / tasks.parts, first = task % tasks.parts * tasks.step,
-                last = std::min(first + tasks.step, tasks.pixels);
   for (int64_t c = 0; c < tasks.channels; c += kBlock) {
     const int64_t channels = std::min(kBlock, tasks.channels - c);
     for (int64_t start = first; start < last; start += kPixels) {
       const int64_t pixels = std::min(kPixels, last - start);
-      for (int64_t i = 0; i < pixels; ++i) rows[i] = x.at(n, start + i, c);
+      for (int64_t i = 0; i < pixels; ++i) rows[i] = x.at(unit, start + i, c);
       vectorised<MeasurePixels<Sum>>(channels, pixels, static_cast<const Elements<Sum>*>(rows),
                                      buffer.get(), static_cast<double>(start - first), mean + c,
                                      squares + c);
@@ -138,7 +138,7 @@ template void measure_task(const Tasks&, int64_t, const Source<float>&, double*)
 template void measure_task(const Tasks&, int64_t, const Source<double>&, double*);
 
 void combine_moments(const Tasks& tasks, double* found) {
-  const int64_t width = tasks.width();
+  const int64_t width = tasks.width;
   for (int64_t part = 1; part < tasks.parts; ++part) {
     const double before = part * tasks.step,
                  count = std::min(tasks.step, tasks.pixels - part * tasks.step);
@@ -153,7 +153,7 @@ Tensor plane_moments(const Tensor& x) {
   check_features(x);
   const Layout layout = layout_of(x);
   const Tasks tasks(x, layout);
-  const int64_t width = tasks.width();
+  const int64_t width = tasks.width;
   const Tensor moments =
       torch::stable::new_empty(x, {2, tasks.batch, tasks.channels}, sum_dtype(x.scalar_type()));
   dispatch_sum(x.scalar_type(), [&](auto zero) {

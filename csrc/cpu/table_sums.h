@@ -2,20 +2,23 @@
 // which follow from those at no cost.
 //
 // `order` lists each image's pixels sorted by window, so that the gradient of a row is a sum over
-// consecutive entries of that list. There are no atomics, and the result does not depend on the
-// number of threads. With Σg and D = Σ g·(x − shift) over the pixels of one window in one image,
+// runs of that list. A task sums its own part of the list: with channels last a section of it;
+// with contiguous planes the entries of its pixels, still sorted, band by band of kBlock pixels.
+// There are no atomics, and the result does not depend on the number of threads. With Σg and
+// D = Σ g·(x − shift) over the pixels of one run,
 //
-//     dβ = Σg,  dγ = scale·D + offset·Σg               summed over images
-//     Σq = (1 + γ)·Σg,  Σq·(x − shift) = (1 + γ)·D     summed over windows
+//     dβ = Σg,  dγ = scale·D + offset·Σg               summed over the runs of a window
+//     Σq = (1 + γ)·Σg,  Σq·(x − shift) = (1 + γ)·D     summed over the runs of an image
 //
-// Images are processed one after the other, because they may share windows.
+// A window that one part alone has is summed in its own row. If several have it, each has another
+// row for it, and these are added in the order of the parts.
 #pragma once
 
 #include "gradient.h"
 
 namespace spade_fast {
 
-// Adds the channels of one pixel to the sums of its window.
+// Adds the channels of one pixel to the sums of its run.
 template <typename Sum>
 struct AddGradient {
   static ALWAYS_INLINE void run(int64_t count, BackwardBlock<Sum> block, PerChannel<Sum> shift,
@@ -33,15 +36,12 @@ struct AddGradient {
   }
 };
 
-// Adds the sums of a window to the gradients of its row and to the sums of the planes.
+// Adds the sums of a run to the gradients of its row and to the sums of the planes.
 template <typename Sum>
-struct FinishWindow {
+struct FinishRun {
   static ALWAYS_INLINE void run(int64_t count, const Sum* g_sums, const Sum* g_deviation_sums,
-                                Elements<Sum> gamma_elements, PerChannel<Sum> scale,
-                                PerChannel<Sum> offset, Sum* dgamma, Sum* dbeta, Sum* q_sums,
-                                Sum* q_deviation_sums) {
-    Sum buffer[kBlock];
-    const Sum* gamma = gamma_elements.read(count, buffer);
+                                const Sum* gamma, PerChannel<Sum> scale, PerChannel<Sum> offset,
+                                Sum* dgamma, Sum* dbeta, Sum* q_sums, Sum* q_deviation_sums) {
 #pragma omp simd
     for (int64_t i = 0; i < count; ++i) {
       dgamma[i] += g_deviation_sums[i] * scale[i] + g_sums[i] * offset[i];
@@ -66,143 +66,247 @@ struct KeepGradient {
   }
 };
 
-// The pixels of all images sorted by window, and the window of each: both [N, S]. Refuses an
-// `order` that is not that.
+// The list of pixels, and for each entry the row in which its gradient is summed. Refuses an
+// `order` that is not every image's pixels sorted by window.
 struct SortedPixels {
   Tensor owner;
   const int32_t* order;
-  std::vector<int32_t> windows;
+  std::vector<int32_t> bands;   // contiguous: the list, whose bands are sorted
+  std::vector<int32_t> rows;    // a window, or ~i if the gradient is summed in extra row i
+  std::vector<int32_t> extras;  // the windows of the extra rows
 
-  SortedPixels(const Tensor& index, const Tensor& given_order, int64_t pixels)
+  SortedPixels(const Tensor& index, const Tensor& given_order, const Tasks& tasks, int64_t windows)
       : owner(without_gaps(given_order)),
         order(owner.const_data_ptr<int32_t>()),
-        windows(index.numel()) {
-    check_range(given_order, "order", pixels);
+        rows(index.numel()) {
+    check_range(given_order, "order", tasks.pixels);
     const Tensor index_owner = without_gaps(index);
     const int32_t* window = index_owner.const_data_ptr<int32_t>();
-    for (int64_t start = 0; start < index.numel(); start += pixels) {
+    for (int64_t start = 0; start < index.numel(); start += tasks.pixels) {
       // Every sort in this package also sorts the pixels within a window. If so, the keys increase
       // strictly and no pixel occurs twice.
       bool sorted = true;
       int64_t before = -1;
-      for (int64_t i = start; i < start + pixels; ++i) {
-        windows[i] = window[start + order[i]];
-        const int64_t key = static_cast<int64_t>(windows[i]) << 32 | order[i];
+      for (int64_t i = start; i < start + tasks.pixels; ++i) {
+        rows[i] = window[start + order[i]];
+        const int64_t key = static_cast<int64_t>(rows[i]) << 32 | order[i];
         sorted = sorted && key > before, before = key;
       }
       STD_TORCH_CHECK(
-          sorted || lists_sorted_pixels(start, pixels),
+          sorted || lists_sorted_pixels(start, tasks.pixels),
           "spade_fast: order is not sorted by index; it should list every pixel of each "
           "image once, sorted by index");
     }
+    if (tasks.layout == Layout::contiguous) sort_bands(tasks);
+    add_extras(tasks, windows);
   }
 
+ private:
   // The slower check, which accepts the pixels of a window in any order.
   bool lists_sorted_pixels(int64_t start, int64_t pixels) const {
     std::vector<bool> seen(pixels);
     for (int64_t i = start; i < start + pixels; ++i) {
-      if (seen[order[i]] || (i > start && windows[i] < windows[i - 1])) return false;
+      if (seen[order[i]] || (i > start && rows[i] < rows[i - 1])) return false;
       seen[order[i]] = true;
     }
     return true;
   }
+
+  void sort_bands(const Tasks& tasks) {
+    bands.resize(rows.size());
+    std::vector<int32_t> sorted(rows.size());
+    for (int64_t start = 0; start < static_cast<int64_t>(rows.size()); start += tasks.pixels) {
+      std::vector<int64_t> next((tasks.pixels + kBlock - 1) / kBlock);
+      for (size_t band = 0; band < next.size(); ++band) next[band] = start + band * kBlock;
+      for (int64_t i = start; i < start + tasks.pixels; ++i) {
+        const int64_t place = next[order[i] / kBlock]++;
+        bands[place] = order[i], sorted[place] = rows[i];
+      }
+    }
+    rows.swap(sorted);
+    order = bands.data();
+  }
+
+  void add_extras(const Tasks& tasks, int64_t windows) {
+    constexpr int32_t kNone = -1;
+    struct Found {
+      int32_t part = kNone, row = 0;
+      bool shared = false;
+    };
+    std::vector<Found> found(windows);
+    // Calls f(the window's Found, its entry's row, part) for every entry.
+    const auto for_each_entry = [&](const auto& f) {
+      int32_t part = 0;
+      for (int64_t start = 0; start < static_cast<int64_t>(rows.size()); start += tasks.pixels) {
+        for (int64_t first = 0; first < tasks.pixels; first += tasks.step, ++part) {
+          const int64_t last = start + std::min(first + tasks.step, tasks.pixels);
+          for (int64_t i = start + first; i < last; ++i) f(found[rows[i]], rows[i], part);
+        }
+      }
+    };
+    for_each_entry([](Found& one, int32_t, int32_t part) {
+      one.shared = one.shared || (one.part != kNone && one.part != part);
+      one.part = part;
+    });
+    for (Found& one : found) one.part = kNone;
+    for_each_entry([&](Found& one, int32_t& row, int32_t part) {
+      if (!one.shared) return;
+      if (one.part != part) {
+        one = {part, ~static_cast<int32_t>(extras.size()), true};
+        extras.push_back(row);
+      }
+      row = one.row;
+    });
+  }
 };
 
-// Channels last. dgamma and dbeta are [K, C], found is [tasks, 2, C]; all start as zeros.
+// The rows of dγ and dβ, [K, C], and those of `extras`, [2, C] each.
 template <typename Sum>
-void sum_table_by_pixels(const Tasks& tasks, const Operands<Sum>& m, const Source<Sum>& dy,
-                         const SortedPixels& sorted, Sum* dgamma, Sum* dbeta, Sum* found) {
-  const int64_t channels = tasks.channels;
-  // A task's first and last window may continue in the neighbouring tasks. Their gradients go to
-  // rows of the task's own, which are added at the end.
-  struct Border {
-    int64_t window = -1;
-    std::vector<Sum> dgamma, dbeta;
-  };
-  for (int64_t n = 0; n < tasks.batch; ++n) {
-    std::vector<Border> borders(2 * tasks.parts);
-    const int32_t* order = sorted.order + n * tasks.pixels;
-    const int32_t* windows = sorted.windows.data() + n * tasks.pixels;
-    tasks.for_each(n * tasks.parts, (n + 1) * tasks.parts, [&](int64_t task) {
-      Sum* sums = found + 2 * channels * task;
-      const int64_t part = task % tasks.parts, first = part * tasks.step,
-                    last = std::min(first + tasks.step, tasks.pixels);
-      for (int64_t begin = first, end; begin < last; begin = end) {
-        const int64_t window = windows[begin];
-        for (end = begin + 1; end < last && windows[end] == window;) ++end;
-        Sum *row_dgamma = dgamma + window * channels, *row_dbeta = dbeta + window * channels;
-        if (begin == first || end == last) {
-          Border& border = borders[2 * part + (begin != first)];
-          border = {window, std::vector<Sum>(channels), std::vector<Sum>(channels)};
-          row_dgamma = border.dgamma.data(), row_dbeta = border.dbeta.data();
-        }
-        for (int64_t c = 0; c < channels; c += kBlock) {
-          const int64_t count = std::min(kBlock, channels - c), number = n * channels + c;
-          const auto shift = m.planes.per_channel(0, number),
-                     scale = m.planes.per_channel(1, number),
-                     offset = m.planes.per_channel(2, number);
-          Sum g_sums[kBlock] = {}, g_deviation_sums[kBlock] = {};
-          for (int64_t i = begin; i < end; ++i) {
-            vectorised<AddGradient<Sum>>(count, backward_block(m, dy, n, order[i], c), shift, scale,
-                                         offset, m.activation, m.negative_slope, g_sums,
-                                         g_deviation_sums);
-          }
-          vectorised<FinishWindow<Sum>>(
-              count, g_sums, g_deviation_sums, m.gamma.at(n, order[begin], c), scale, offset,
-              row_dgamma + c, row_dbeta + c, sums + c, sums + channels + c);
-        }
+struct GradientRows {
+  int64_t channels;
+  Sum *dgamma, *dbeta, *extras;
+
+  // The rows from channel c on.
+  GradientRows from(int64_t c) const { return {channels, dgamma + c, dbeta + c, extras + c}; }
+
+  ALWAYS_INLINE Sum* dgamma_of(int32_t row) const {
+    return row >= 0 ? dgamma + row * channels : extras + 2 * int64_t{~row} * channels;
+  }
+  ALWAYS_INLINE Sum* dbeta_of(int32_t row) const {
+    return row >= 0 ? dbeta + row * channels : extras + (2 * int64_t{~row} + 1) * channels;
+  }
+};
+
+// Adds the runs of one band of kUnit planes to the gradients and to the sums of the planes, from g
+// and g·(x − shift) of the band's pixels, as a tile each.
+template <typename Sum, int kBytes>
+struct SumBand : Vectors<Sum, kBytes> {
+  using typename Vectors<Sum, kBytes>::Vector;
+  using Vectors<Sum, kBytes>::at, Vectors<Sum, kBytes>::kOfUnit;
+
+  static ALWAYS_INLINE void run(int64_t start, int64_t pixels, int64_t channels,
+                                const int32_t* order, const int32_t* rows, Sum* g, Sum* g_deviation,
+                                Table<Sum> gamma, PerChannel<Sum> scale, PerChannel<Sum> offset,
+                                GradientRows<Sum> gradients, Sum* q_sums, Sum* q_deviation_sums) {
+    transpose(pixels, g), transpose(pixels, g_deviation);
+    Sum band_sums[2][kUnit<Sum>] = {};
+    for (int64_t i = 0; i < pixels;) {
+      const int32_t row = rows[i], pixel = order[i];
+      Vector sums[2][kOfUnit] = {};
+      for (; i < pixels && rows[i] == row; ++i) {
+        const int64_t place = order[i] - start, column = place & -kUnit<Sum>,
+                      from = (place - column) * kTileRow<Sum> + column;
+#pragma GCC unroll 4
+        for (int v = 0; v < kOfUnit; ++v)
+          sums[0][v] += at(g + from, v), sums[1][v] += at(g_deviation + from, v);
       }
-    });
-    for (const Border& border : borders) {
-      for (int64_t c = 0; border.window >= 0 && c < channels; ++c) {
-        dgamma[border.window * channels + c] += border.dgamma[c];
-        dbeta[border.window * channels + c] += border.dbeta[c];
+      Sum run_sums[2][kUnit<Sum>];
+      for (int v = 0; v < kOfUnit; ++v)
+        at(run_sums[0], v) = sums[0][v], at(run_sums[1], v) = sums[1][v];
+      FinishRun<Sum>::run(channels, run_sums[0], run_sums[1], gamma.at(pixel), scale, offset,
+                          gradients.dgamma_of(row), gradients.dbeta_of(row), band_sums[0],
+                          band_sums[1]);
+    }
+    for (int64_t c = 0; c < channels; ++c)
+      q_sums[c] += band_sums[0][c], q_deviation_sums[c] += band_sums[1][c];
+  }
+
+ private:
+  // Transposes each square of a tile in its place.
+  static ALWAYS_INLINE void transpose(int64_t pixels, Sum* tile) {
+    for (int64_t p = 0; p < pixels; p += kUnit<Sum>) {
+      Sum square[kUnit<Sum> * kUnit<Sum>];
+      const Sum* planes[kUnit<Sum>];
+      for (int64_t c = 0; c < kUnit<Sum>; ++c) {
+        planes[c] = square + c * kUnit<Sum>;
+#pragma GCC unroll 4
+        for (int v = 0; v < kOfUnit; ++v)
+          at(square + c * kUnit<Sum>, v) = at(tile + c * kTileRow<Sum> + p, v);
       }
+      Transpose<Sum, kBytes>::run(planes, tile + p, kTileRow<Sum>);
+    }
+  }
+};
+
+template <typename Sum>
+void sum_pixels(const Tasks& tasks, int64_t task, const Operands<Sum>& m, const Source<Sum>& dy,
+                const SortedPixels& sorted, const GradientRows<Sum>& gradients, Sum* found) {
+  const int64_t channels = tasks.channels, n = task / tasks.parts,
+                last = n * tasks.pixels + tasks.last_pixel(task);
+  BackwardReader<Sum> reader(m, dy, true);
+  for (int64_t begin = n * tasks.pixels + tasks.first_pixel(task), end; begin < last; begin = end) {
+    const int32_t row = sorted.rows[begin];
+    for (end = begin + 1; end < last && sorted.rows[end] == row;) ++end;
+    for (int64_t c = 0; c < channels; c += kBlock) {
+      const int64_t count = std::min(kBlock, channels - c), number = n * channels + c;
+      const auto shift = m.planes.per_channel(0, number), scale = m.planes.per_channel(1, number),
+                 offset = m.planes.per_channel(2, number);
+      Sum g_sums[kBlock] = {}, g_deviation_sums[kBlock] = {};
+      for (int64_t i = begin; i < end; ++i) {
+        vectorised<AddGradient<Sum>>(count, reader.at(n, sorted.order[i], c), shift, scale, offset,
+                                     m.activation, m.negative_slope, static_cast<Sum*>(g_sums),
+                                     static_cast<Sum*>(g_deviation_sums));
+      }
+      vectorised<FinishRun<Sum>>(
+          count, static_cast<const Sum*>(g_sums), static_cast<const Sum*>(g_deviation_sums),
+          m.gamma.rows(n, c).at(sorted.order[begin]), scale, offset, gradients.dgamma_of(row) + c,
+          gradients.dbeta_of(row) + c, found + c, found + channels + c);
     }
   }
 }
 
-// Contiguous planes. dgamma and dbeta are [C, K] and start as zeros; sums is [2, N, C].
 template <typename Sum>
-void sum_table_by_planes(const Tasks& tasks, const Operands<Sum>& m, const Source<Sum>& dy,
-                         const SortedPixels& sorted, int64_t rows, Sum* dgamma, Sum* dbeta,
-                         Sum* sums) {
-  const int64_t pixels = tasks.pixels, planes = tasks.batch * tasks.channels;
-  torch::stable::parallel_for(0, tasks.channels, 1, [&](int64_t first, int64_t last) {
-    std::vector<Sum> g(pixels), g_deviation(pixels);
-    for (int64_t c = first; c < last; ++c) {
-      const Sum* gamma = m.gamma.plane_of_table(c);
-      for (int64_t n = 0; n < tasks.batch; ++n) {
-        const int64_t number = n * tasks.channels + c;
-        const auto shift = m.planes.uniform(0, number), scale = m.planes.uniform(1, number),
-                   offset = m.planes.uniform(2, number);
-        for (int64_t start = 0; start < pixels; start += kBlock) {
-          const int64_t count = std::min(kBlock, pixels - start);
-          vectorised<KeepGradient<Sum>>(count, backward_block(m, dy, n, c, start), shift, scale,
-                                        offset, m.activation, m.negative_slope, g.data() + start,
-                                        g_deviation.data() + start);
+void sum_planes(const Tasks& tasks, int64_t task, const Operands<Sum>& m, const Source<Sum>& dy,
+                const SortedPixels& sorted, const GradientRows<Sum>& gradients, Sum* found) {
+  constexpr int64_t kSize = kUnit<Sum> * kTileRow<Sum>;
+  const int64_t unit = task / tasks.parts, n = tasks.image(unit);
+  BackwardReader<Sum> reader(m, dy, false);
+  const std::unique_ptr<Sum[]> tiles(new Sum[2 * kSize]);
+  for (int64_t i = 0; i < tasks.planes_of(unit); i += kUnit<Sum>) {
+    const int64_t channel = tasks.channel(unit) + i, number = tasks.first_plane(unit) + i,
+                  channels = std::min(kUnit<Sum>, tasks.planes_of(unit) - i);
+    for (Sum* tile : {tiles.get(), tiles.get() + kSize})
+      std::fill(tile + channels * kTileRow<Sum>, tile + kSize, Sum(0));
+    tasks.for_each_tile(task, [&](int64_t first, int64_t last) {
+      for (int64_t c = 0; c < channels; ++c) {
+        for (int64_t start = first; start < last; start += kBlock) {
+          Sum* g = tiles.get() + c * kTileRow<Sum> + start - first;
+          vectorised<KeepGradient<Sum>>(
+              std::min(kBlock, last - start), reader.at(n, channel + c, start),
+              m.planes.uniform(0, number + c), m.planes.uniform(1, number + c),
+              m.planes.uniform(2, number + c), m.activation, m.negative_slope, g, g + kSize);
         }
-        double q_sum = 0, q_deviation_sum = 0;
-        const int32_t* order = sorted.order + n * pixels;
-        const int32_t* windows = sorted.windows.data() + n * pixels;
-        for (int64_t i = 0; i < pixels;) {
-          const int64_t window = windows[i];
-          double g_sum = 0, g_deviation_sum = 0;
-          for (; i < pixels && windows[i] == window; ++i) {
-            g_sum += g[order[i]];
-            g_deviation_sum += g_deviation[order[i]];
-          }
-          dgamma[c * rows + window] +=
-              static_cast<Sum>(g_deviation_sum * scale.value + g_sum * offset.value);
-          dbeta[c * rows + window] += static_cast<Sum>(g_sum);
-          q_sum += g_sum * (1.0 + gamma[window]);
-          q_deviation_sum += g_deviation_sum * (1.0 + gamma[window]);
-        }
-        sums[number] = static_cast<Sum>(q_sum);
-        sums[planes + number] = static_cast<Sum>(q_deviation_sum);
       }
-    }
+      for (int64_t start = first; start < last; start += kBlock) {
+        const int64_t place = n * tasks.pixels + start;
+        Sum* g = tiles.get() + start - first;
+        in_vectors<SumBand, Sum>(start, std::min(kBlock, last - start), channels,
+                                 sorted.order + place, sorted.rows.data() + place, g, g + kSize,
+                                 m.gamma.rows(n, channel), m.planes.per_channel(1, number),
+                                 m.planes.per_channel(2, number), gradients.from(channel),
+                                 found + i, found + tasks.width + i);
+      }
+    });
+  }
+}
+
+// Adds to dgamma and dbeta [K, C] and to found [tasks, 2, width]; all start as zeros.
+template <typename Sum>
+void sum_table(const Tasks& tasks, const Operands<Sum>& m, const Source<Sum>& dy,
+               const SortedPixels& sorted, Sum* dgamma, Sum* dbeta, Sum* found) {
+  const int64_t channels = tasks.channels;
+  std::vector<Sum> extras(2 * channels * sorted.extras.size());
+  const GradientRows<Sum> gradients = {channels, dgamma, dbeta, extras.data()};
+  const auto sum_task = tasks.layout == Layout::contiguous ? sum_planes<Sum> : sum_pixels<Sum>;
+  tasks.for_each([&](int64_t task) {
+    sum_task(tasks, task, m, dy, sorted, gradients, found + 2 * tasks.width * task);
   });
+  const Sum* extra = extras.data();
+  for (const int32_t window : sorted.extras) {
+    for (Sum* gradient : {dgamma, dbeta}) {
+      for (int64_t c = 0; c < channels; ++c) gradient[window * channels + c] += *extra++;
+    }
+  }
 }
 
 }  // namespace spade_fast

@@ -2,13 +2,16 @@
 // plane, and signs.
 #pragma once
 
+#include <array>
 #include <cstdint>
+#include <memory>
 #include <optional>
 
 #include "../common/checks.h"
 #include "activations.h"
 #include "elements.h"
 #include "ranges.h"
+#include "tiles.h"
 
 namespace spade_fast {
 
@@ -41,40 +44,52 @@ template <typename Sum>
 class Source {
  public:
   Source(const Tensor& x, Layout layout, const std::optional<Tensor>& index = std::nullopt)
-      : owner_(index ? table(x, layout) : with_rows(x, layout)),
+      : owner_(index ? table(x) : with_rows(x, layout)),
         layout_(layout),
         data_(static_cast<const char*>(owner_.const_data_ptr())),
         type_(owner_.scalar_type()),
         size_(owner_.element_size()),
         image_(owner_.stride(0)),
-        row_(index ? owner_.stride(0) : *row_distance(owner_, layout)) {
+        row_(index ? owner_.stride(0) : *row_distance(owner_, layout)),
+        channels_(x.size(1)) {
     if (!index) return;
     index_owner_.emplace(without_gaps(*index));
     index_ = index_owner_->template const_data_ptr<int32_t>();
     pixels_ = index->size(0) == 0 ? 0 : index->numel() / index->size(0);
   }
 
-  // The elements of row `row` of image n from `start` on.
-  Elements<Sum> at(int64_t n, int64_t row, int64_t start) const {
-    if (index_ == nullptr)
-      return {data_ + (n * image_ + row * row_ + start) * size_, type_, nullptr};
-    const Sum* values = reinterpret_cast<const Sum*>(data_);
-    if (layout_ == Layout::contiguous)
-      return {values + row * row_, type_, index_ + n * pixels_ + start};
-    return {values + index_[n * pixels_ + row] * row_ + start, type_, nullptr};
+  bool is_table() const { return index_ != nullptr; }
+
+  // The table's rows from channel c on, for the pixels of image n.
+  Table<Sum> rows(int64_t n, int64_t c) const {
+    return {reinterpret_cast<const Sum*>(data_) + c, row_, index_ + n * pixels_};
   }
 
-  // Channel c of all rows of a table, [K]; contiguous layout only.
-  const Sum* plane_of_table(int64_t c) const {
-    return reinterpret_cast<const Sum*>(data_) + c * row_;
+  // The elements of row `row` of image n from `start` on. A table has them by pixel only.
+  Elements<Sum> at(int64_t n, int64_t row, int64_t start) const {
+    if (is_table()) return {rows(n, start).at(row), type_};
+    return {data_ + (n * image_ + row * row_ + start) * size_, type_};
+  }
+
+  // Fetches a block into the cache. (Inlined, because calls of a function without effects are
+  // dropped.)
+  ALWAYS_INLINE void prefetch(int64_t n, int64_t row, int64_t start) const {
+    const char* from = data_ + (n * image_ + row * row_ + start) * size_;
+    for (int64_t i = 0; i < kBlock * size_; i += 64) __builtin_prefetch(from + i);
+  }
+
+  // Whether the rows are planes, but those of its table are pixels.
+  bool needs_tiles() const { return is_table() && layout_ == Layout::contiguous; }
+
+  void look_up(int64_t n, int64_t c, int64_t start, Sum* tile) const {
+    in_vectors<LookUp, Sum>(rows(n, c), start, std::min(kTile, pixels_ - start),
+                            std::min(kUnit<Sum>, channels_ - c), tile);
   }
 
  private:
-  // Converts the table, which is small, to Sum. For the contiguous layout it is transposed to
-  // [C, K], so that each plane reads from one row, which stays in the cache.
-  static Tensor table(const Tensor& x, Layout layout) {
+  // Converts the table, which is small, to Sum.
+  static Tensor table(const Tensor& x) {
     const Tensor rows = in_dtype(x, kScalarType<Sum>);
-    if (layout == Layout::contiguous) return without_gaps(torch::stable::transpose(rows, 0, 1));
     return rows.stride(1) == 1 ? rows : without_gaps(rows);
   }
 
@@ -84,7 +99,33 @@ class Source {
   const char* data_;
   const int32_t* index_ = nullptr;
   ScalarType type_;
-  int64_t size_, image_, row_, pixels_ = 0;
+  int64_t size_, image_, row_, channels_, pixels_ = 0;
+};
+
+// A source's rows as one task reads them. Rows that are planes of a table are looked up tile by
+// tile.
+template <typename Sum>
+class Reader {
+ public:
+  explicit Reader(const Source<Sum>& source) : source_(source) {}
+
+  // The elements of row `row` of image n from `start` on, valid until the next call.
+  Elements<Sum> at(int64_t n, int64_t row, int64_t start) {
+    if (!source_.needs_tiles()) return source_.at(n, row, start);
+    const int64_t c = row % kUnit<Sum>, p = start % kTile;
+    const std::array<int64_t, 3> place = {n, row - c, start - p};
+    if (place != held_) {
+      if (!tile_) tile_.reset(new Sum[kUnit<Sum> * kTileRow<Sum>]);
+      source_.look_up(n, row - c, start - p, tile_.get());
+      held_ = place;
+    }
+    return {tile_.get() + c * kTileRow<Sum> + p, kScalarType<Sum>};
+  }
+
+ private:
+  const Source<Sum>& source_;
+  std::array<int64_t, 3> held_ = {-1};
+  std::unique_ptr<Sum[]> tile_;  // a std::vector would be filled with zeros first
 };
 
 // A tensor's rows, for writing. A tensor of size 0 stands for none.
@@ -163,6 +204,10 @@ class Signs {
 
   uint8_t* at(int64_t n, int64_t row, int64_t start) const {
     return data_ == nullptr ? nullptr : data_ + n * image_ + row * row_ + start / 8;
+  }
+
+  ALWAYS_INLINE void prefetch(int64_t n, int64_t row, int64_t start) const {
+    if (data_ != nullptr) __builtin_prefetch(at(n, row, start), 1);
   }
 
  private:
