@@ -134,46 +134,48 @@ struct SortedPixels {
       bool shared = false;
     };
     std::vector<Found> found(windows);
-    // Calls f(the window's Found, its entry's row, part) for every entry.
-    const auto for_each_entry = [&](const auto& f) {
+    // Calls f(the window's Found, the run's first entry, its end, part) for every run of a part.
+    const auto for_each_run = [&](const auto& f) {
       int32_t part = 0;
       for (int64_t start = 0; start < static_cast<int64_t>(rows.size()); start += tasks.pixels) {
         for (int64_t first = 0; first < tasks.pixels; first += tasks.step, ++part) {
           const int64_t last = start + std::min(first + tasks.step, tasks.pixels);
-          for (int64_t i = start + first; i < last; ++i) f(found[rows[i]], rows[i], part);
+          for (int64_t begin = start + first, end; begin < last; begin = end) {
+            for (end = begin + 1; end < last && rows[end] == rows[begin];) ++end;
+            f(found[rows[begin]], begin, end, part);
+          }
         }
       }
     };
-    for_each_entry([](Found& one, int32_t, int32_t part) {
+    for_each_run([](Found& one, int64_t, int64_t, int32_t part) {
       one.shared = one.shared || (one.part != kNone && one.part != part);
       one.part = part;
     });
     for (Found& one : found) one.part = kNone;
-    for_each_entry([&](Found& one, int32_t& row, int32_t part) {
+    for_each_run([&](Found& one, int64_t begin, int64_t end, int32_t part) {
       if (!one.shared) return;
       if (one.part != part) {
         one = {part, ~static_cast<int32_t>(extras.size()), true};
-        extras.push_back(row);
+        extras.push_back(rows[begin]);
       }
-      row = one.row;
+      std::fill(rows.begin() + begin, rows.begin() + end, one.row);
     });
   }
 };
 
-// The rows of dγ and dβ, [K, C], and those of `extras`, [2, C] each.
+// The rows of dγ and dβ, [K, C], and those of `extras`, [2, C] each, from channel `first` on.
 template <typename Sum>
 struct GradientRows {
   int64_t channels;
   Sum *dgamma, *dbeta, *extras;
-
-  // The rows from channel c on.
-  GradientRows from(int64_t c) const { return {channels, dgamma + c, dbeta + c, extras + c}; }
+  int64_t first;
 
   ALWAYS_INLINE Sum* dgamma_of(int32_t row) const {
-    return row >= 0 ? dgamma + row * channels : extras + 2 * int64_t{~row} * channels;
+    return (row >= 0 ? dgamma + row * channels : extras + 2 * int64_t{~row} * channels) + first;
   }
   ALWAYS_INLINE Sum* dbeta_of(int32_t row) const {
-    return row >= 0 ? dbeta + row * channels : extras + (2 * int64_t{~row} + 1) * channels;
+    return (row >= 0 ? dbeta + row * channels : extras + (2 * int64_t{~row} + 1) * channels) +
+           first;
   }
 };
 
@@ -265,6 +267,8 @@ void sum_planes(const Tasks& tasks, int64_t task, const Operands<Sum>& m, const 
   for (int64_t i = 0; i < tasks.planes_of(unit); i += kUnit<Sum>) {
     const int64_t channel = tasks.channel(unit) + i, number = tasks.first_plane(unit) + i,
                   channels = std::min(kUnit<Sum>, tasks.planes_of(unit) - i);
+    GradientRows<Sum> rows = gradients;
+    rows.first = channel;
     for (Sum* tile : {tiles.get(), tiles.get() + kSize})
       std::fill(tile + channels * kTileRow<Sum>, tile + kSize, Sum(0));
     tasks.for_each_tile(task, [&](int64_t first, int64_t last) {
@@ -283,8 +287,8 @@ void sum_planes(const Tasks& tasks, int64_t task, const Operands<Sum>& m, const 
         in_vectors<SumBand, Sum>(start, std::min(kBlock, last - start), channels,
                                  sorted.order + place, sorted.rows.data() + place, g, g + kSize,
                                  m.gamma.rows(n, channel), m.planes.per_channel(1, number),
-                                 m.planes.per_channel(2, number), gradients.from(channel),
-                                 found + i, found + tasks.width + i);
+                                 m.planes.per_channel(2, number), rows, found + i,
+                                 found + tasks.width + i);
       }
     });
   }
@@ -296,17 +300,20 @@ void sum_table(const Tasks& tasks, const Operands<Sum>& m, const Source<Sum>& dy
                const SortedPixels& sorted, Sum* dgamma, Sum* dbeta, Sum* found) {
   const int64_t channels = tasks.channels;
   std::vector<Sum> extras(2 * channels * sorted.extras.size());
-  const GradientRows<Sum> gradients = {channels, dgamma, dbeta, extras.data()};
+  const GradientRows<Sum> gradients = {channels, dgamma, dbeta, extras.data(), 0};
   const auto sum_task = tasks.layout == Layout::contiguous ? sum_planes<Sum> : sum_pixels<Sum>;
   tasks.for_each([&](int64_t task) {
     sum_task(tasks, task, m, dy, sorted, gradients, found + 2 * tasks.width * task);
   });
-  const Sum* extra = extras.data();
-  for (const int32_t window : sorted.extras) {
-    for (Sum* gradient : {dgamma, dbeta}) {
-      for (int64_t c = 0; c < channels; ++c) gradient[window * channels + c] += *extra++;
+  const int64_t count = sorted.extras.size(), grain = Tasks::kTask / (2 * count + 1) + 1;
+  torch::stable::parallel_for(0, channels, grain, [&](int64_t first, int64_t last) {
+    for (int64_t i = 0; i < count; ++i) {
+      const int64_t window = sorted.extras[i];
+      const Sum* extra = extras.data() + 2 * i * channels;
+      for (int64_t c = first; c < last; ++c) dgamma[window * channels + c] += extra[c];
+      for (int64_t c = first; c < last; ++c) dbeta[window * channels + c] += extra[channels + c];
     }
-  }
+  });
 }
 
 }  // namespace spade_fast
