@@ -19,6 +19,7 @@ WANTED = (
     ("GPU", "lookup", "bfloat16", "128 × 256²"),
     ("GPU", "modulate", "float32", "128 × 256²"),
 )
+ON_CPU = ("spade_fast", "spade_fast, frozen")  # the variants with a line there
 HEADER = (
     "| on | what | eager | torch.compile | spade_fast | times eager | overhead | ÷ limit |",
     "|---|---|---|---|---|---|---|---|",
@@ -60,7 +61,7 @@ def lines_of(measured, kind, case, dtype, only):
             default=None,
         )
         for name, ours in rows.items():
-            if not name.startswith("spade_fast") or (kind == "CPU" and name != "spade_fast"):
+            if not name.startswith("spade_fast") or (kind == "CPU" and name not in ON_CPU):
                 continue
             way = name.removeprefix("spade_fast")
             what = f"{case} {problem}, {dtype}, {mode}{way}"
