@@ -6,6 +6,7 @@ import importlib
 import os
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -101,10 +102,10 @@ def find_windows(
     dtype: torch.dtype = torch.float32,
 ) -> list[tuple[Lists, Lists, Tensor, Tensor]]:
     maps = [numbering.resize_codes(codes, size, dtype).numpy() for size in sizes]
-    found = []
+    found: list[Any] = []
     for arrays in library.find_windows(maps, kernel_size, num_codes):
-        lists = [*map(torch.from_numpy, arrays)]
-        found.append((tuple(lists[:4]), tuple(lists[4:8]), *lists[8:]))
+        tensors = [*map(torch.from_numpy, arrays)]
+        found.append((tuple(tensors[:4]), tuple(tensors[4:8]), *tensors[8:]))
     return found
 
 
