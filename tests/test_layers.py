@@ -413,8 +413,9 @@ def test_channels_last_in_channels_last_out():
         (False, True, 64, 64, torch.channels_last),
         (True, True, 64, 64, torch.contiguous_format),
         (True, True, 63, 64, torch.channels_last),
-        (True, False, 64, 64, torch.channels_last),
-        (False, False, 64, 63, torch.contiguous_format),
+        (False, True, 64, 63, torch.contiguous_format),
+        (True, False, 64, 16, torch.channels_last),
+        (False, False, 64, 15, torch.contiguous_format),
     ],
 )
 def test_the_memory_format_is_the_one_that_convolutions_prefer(
