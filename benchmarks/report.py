@@ -172,17 +172,9 @@ COLOURS = {
 # What a chart's bars may show: a row's time over another's, with that other's name in the legend
 # (unless it has bars itself) and in the axis' label. The first one that any row has is drawn.
 BARS = (
-    (
-        lambda row: row.over_limit,
-        "limit: without SPADE",
-        "of the same network with nothing in place of SPADE",
-    ),
-    (
-        lambda row: row.overhead,
-        "floor: plain instance norm",
-        "of the same network with plain instance norm in place of SPADE",
-    ),
-    (lambda row: 1 / row.ratio[1] if row.ratio else None, None, "of eager PyTorch"),
+    (lambda row: row.over_limit, "limit: the same without SPADE", "limit"),
+    (lambda row: row.overhead, "floor: the same with plain instance norm", "floor"),
+    (lambda row: 1 / row.ratio[1] if row.ratio else None, None, "that of eager PyTorch"),
 )
 
 
@@ -240,7 +232,7 @@ def save_chart(path, facts, rows):
     )
     axes.invert_yaxis()
     axes.set_xlim(0, 1.25 * max(lengths))
-    axes.set_xlabel(f"time ÷ time {compared} (lower is better)")
+    axes.set_xlabel(f"time ÷ {compared} (lower is better)")
     axes.set_title(f"{facts['device']}, {facts['dtype']}, torch {facts['torch']}", fontsize=10)
     axes.spines[["top", "right"]].set_visible(False)
     handles, labels = axes.get_legend_handles_labels()
