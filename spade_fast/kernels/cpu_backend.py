@@ -68,7 +68,7 @@ def convolve_windows_gradients(
     wants_rows: bool = True,
     wants_weights: bool = True,
 ) -> tuple[Tensor | None, Sequence[Tensor | None]]:
-    """Of one weight at a time: joining several would copy them."""
+    """Takes a single weight, because joining several would copy them."""
     ops, (weight,) = torch.ops.spade_fast, weights
     back = (back_offsets, back_listed)
     of_rows = ops.convolve_windows_rows(gradient, weight, *back) if wants_rows else None
