@@ -17,7 +17,7 @@ namespace spade_fast {
 constexpr uint32_t kNone = ~0u;  // no place: a free slot, or beyond the border
 constexpr int kAxes = 3;         // of a map; missing leading axes have size 1
 constexpr int kLevels = 2;       // windows of codes, and windows of those
-constexpr int kMostSizes = 16;   // sections: what is known of each is passed to kernels by value
+constexpr int kMostSizes = 16;   // of a call: sections are passed to kernels by value
 
 struct Section {
   uint32_t first, count;  // places

@@ -80,7 +80,7 @@ def with_channels_together(x: torch.Tensor, scale: int = 1) -> torch.Tensor:
     """
     if is_recorded(x) or x.dim() not in FORMATS:
         return x  # a recorded graph may not depend on the batch
-    if IS_AVX2 and not x.is_cuda and torch.is_grad_enabled() and x.shape[1] >= MANY_CHANNELS:
+    if IS_AVX2 and x.is_cpu and torch.is_grad_enabled() and x.shape[1] >= MANY_CHANNELS:
         return x
     few = FEW_PIXELS.get(x.device.type, FEW_PIXELS["cpu"])[torch.is_grad_enabled()]
     pays = x[:, 0].numel() * scale ** (x.dim() - 2) >= few
