@@ -4,10 +4,12 @@
 // Result i is bias + Σ weight[:, :, t] · rows[r] over the pairs (r, t) that window i sees: row r at
 // tap t. A thread computes all products weight[:, :, t] · rows[r] of one unit of output channels
 // (64 bytes), which stay in its cache, and sums them there for every window. Every sum is in a
-// fixed order, whatever the number of threads. `layout.Sums` has the lists: the entries r · taps +
-// t of each window, and the windows of each (r, t).
+// fixed order, whatever the number of threads. Elements of other dtypes than Sum are converted
+// where a unit is read or written. `layout.Sums` has the lists: the entries r · taps + t of each
+// window, and the windows of each (r, t).
 
 #include <memory>
+#include <type_traits>
 
 #include "matrix.h"
 #include "tensors.h"
@@ -64,35 +66,46 @@ struct SumListed : Vectors<Sum, kBytes> {
 
 // Transposes from [unit, columns], whose first `rows` rows exist, to [columns, unit] with zeros for
 // the missing rows; and back.
-template <typename Sum>
+template <typename Sum, typename Element>
 struct ToColumns {
-  static ALWAYS_INLINE void run(int64_t rows, int64_t columns, const Sum* from, Sum* to) {
+  static ALWAYS_INLINE void run(int64_t rows, int64_t columns, const Element* from, Sum* to) {
     for (int64_t column = 0; column < columns; ++column) {
       for (int64_t row = 0; row < kUnit<Sum>; ++row)
-        to[column * kUnit<Sum> + row] = row < rows ? from[row * columns + column] : 0;
+        to[column * kUnit<Sum> + row] = row < rows ? load(from[row * columns + column]) : 0;
     }
   }
 };
 
-template <typename Sum>
+template <typename Sum, typename Element>
 struct FromColumns {
-  static ALWAYS_INLINE void run(int64_t rows, int64_t columns, const Sum* from, Sum* to) {
+  static ALWAYS_INLINE void run(int64_t rows, int64_t columns, const Sum* from, Element* to) {
     for (int64_t row = 0; row < rows; ++row) {
       for (int64_t column = 0; column < columns; ++column)
-        to[row * columns + column] = from[column * kUnit<Sum> + row];
+        store(to[row * columns + column], from[column * kUnit<Sum> + row]);
     }
   }
 };
 
 // Copies one unit of columns, of which the first `columns` exist, to [rows, unit] with zeros for
-// the missing columns.
-template <typename Sum>
+// the missing columns; and back.
+template <typename Sum, typename Element>
 struct TakeUnit {
-  static ALWAYS_INLINE void run(int64_t rows, int64_t columns, const Sum* from, int64_t from_row,
-                                Sum* to) {
+  static ALWAYS_INLINE void run(int64_t rows, int64_t columns, const Element* from,
+                                int64_t from_row, Sum* to) {
     for (int64_t row = 0; row < rows; ++row, from += from_row, to += kUnit<Sum>) {
 #pragma omp simd
-      for (int64_t c = 0; c < kUnit<Sum>; ++c) to[c] = c < columns ? from[c] : 0;
+      for (int64_t c = 0; c < kUnit<Sum>; ++c) to[c] = c < columns ? load(from[c]) : 0;
+    }
+  }
+};
+
+template <typename Sum, typename Element>
+struct GiveUnit {
+  static ALWAYS_INLINE void run(int64_t rows, int64_t columns, const Sum* from, Element* to,
+                                int64_t to_row) {
+    for (int64_t row = 0; row < rows; ++row, from += kUnit<Sum>, to += to_row) {
+#pragma omp simd
+      for (int64_t c = 0; c < columns; ++c) store(to[c], from[c]);
     }
   }
 };
@@ -122,33 +135,49 @@ Tensor without_filling(Tensor x, int64_t columns) {
   return x.size(1) == columns ? x : without_gaps(torch::stable::narrow(x, 1, 0, columns));
 }
 
-template <typename Sum>
+template <typename Sum, typename Element>
 Tensor convolve(const Tensor& given_rows, const Tensor& given_weight,
                 const std::optional<Tensor>& given_bias, const Lists& lists) {
+  constexpr bool kConverts = !std::is_same_v<Sum, Element>;
   const Sizes<Sum> sizes(given_weight, given_rows.size(0));
-  const Tensor rows = without_gaps(given_rows), weight = without_gaps(given_weight);
-  const Tensor result =
-      new_tensor(rows, {lists.count, sizes.blocks * kUnit<Sum>}, rows.scalar_type());
+  const Tensor rows = without_gaps(in_dtype(given_rows, kScalarType<Sum>)),
+               weight = without_gaps(given_weight);
+  const int64_t row = kConverts ? sizes.out : sizes.blocks * kUnit<Sum>;
+  const Tensor result = new_tensor(rows, {lists.count, row}, given_rows.scalar_type());
   std::vector<Sum> bias(sizes.blocks * kUnit<Sum>);
-  if (given_bias)
-    std::copy_n(without_gaps(*given_bias).const_data_ptr<Sum>(), sizes.out, bias.begin());
-  const Sum *rows_data = rows.const_data_ptr<Sum>(), *weight_data = weight.const_data_ptr<Sum>();
-  Sum* result_data = result.mutable_data_ptr<Sum>();
+  if (given_bias) {
+    const Tensor numbers = without_gaps(in_dtype(*given_bias, kScalarType<Sum>));
+    std::copy_n(numbers.template const_data_ptr<Sum>(), sizes.out, bias.begin());
+  }
+  const Sum* rows_data = rows.const_data_ptr<Sum>();
+  const Element* weight_data = weight.const_data_ptr<Element>();
+  Element* result_data = result.mutable_data_ptr<Element>();
   torch::stable::parallel_for(0, sizes.blocks, 1, [&](int64_t begin, int64_t end) {
     const auto matrix = scratch<Sum>(sizes.in * sizes.columns()),
-               products = scratch<Sum>(sizes.rows * sizes.columns());
+               products = scratch<Sum>(sizes.rows * sizes.columns()),
+               own = scratch<Sum>(kConverts ? lists.count * kUnit<Sum> : 0);
     for (int64_t block = begin; block < end; ++block) {
       const int64_t first = sizes.first(block);
-      vectorised<ToColumns<Sum>>(sizes.channels(block), sizes.in * sizes.taps,
-                                 weight_data + first * sizes.in * sizes.taps, matrix.get());
+      vectorised<ToColumns<Sum, Element>>(sizes.channels(block), sizes.in * sizes.taps,
+                                          weight_data + first * sizes.in * sizes.taps,
+                                          matrix.get());
       in_vectors<MatrixProduct, Sum>(sizes.rows, sizes.in, sizes.taps,
                                      Strided<Sum>{rows_data, sizes.in, 1},
                                      static_cast<const Sum*>(matrix.get()), sizes.columns(),
                                      products.get(), sizes.columns(), false);
-      in_vectors<SumListed, Sum>(int64_t{0}, lists.count, lists.offsets, lists.numbers,
-                                 static_cast<const Sum*>(&bias[first]),
-                                 static_cast<const Sum*>(products.get()), kUnit<Sum>,
-                                 result_data + first, sizes.blocks * kUnit<Sum>);
+      const auto sum = [&](Sum* to, int64_t to_row) {
+        in_vectors<SumListed, Sum>(int64_t{0}, lists.count, lists.offsets, lists.numbers,
+                                   static_cast<const Sum*>(&bias[first]),
+                                   static_cast<const Sum*>(products.get()), kUnit<Sum>, to, to_row);
+      };
+      if constexpr (kConverts) {
+        sum(own.get(), kUnit<Sum>);
+        vectorised<GiveUnit<Sum, Element>>(lists.count, sizes.channels(block),
+                                           static_cast<const Sum*>(own.get()), result_data + first,
+                                           row);
+      } else {
+        sum(result_data + first, row);
+      }
     }
   });
   return without_filling(result, sizes.out);
@@ -165,25 +194,26 @@ void product_gradients(const Sizes<Sum>& sizes, const Lists& lists, const Sum* g
                              kUnit<Sum>);
 }
 
-template <typename Sum>
+template <typename Sum, typename Element>
 Tensor weight_gradient(const Tensor& given_gradient, const Tensor& given_rows, const Tensor& weight,
                        const Lists& lists) {
   constexpr int64_t kRows = 256;  // per step, so that their products' gradients stay in the cache
   const Sizes<Sum> sizes(weight, given_rows.size(0));
-  const Tensor gradient = without_gaps(given_gradient), rows = without_gaps(given_rows);
+  const Tensor gradient = without_gaps(given_gradient),
+               rows = without_gaps(in_dtype(given_rows, kScalarType<Sum>));
   const std::vector<int64_t> shape(weight.sizes().begin(), weight.sizes().end());
   const Tensor result = new_tensor(gradient, shape, gradient.scalar_type());
-  const Sum *gradient_data = gradient.const_data_ptr<Sum>(),
-            *rows_data = rows.const_data_ptr<Sum>();
-  Sum* result_data = result.mutable_data_ptr<Sum>();
+  const Element* gradient_data = gradient.const_data_ptr<Element>();
+  const Sum* rows_data = rows.const_data_ptr<Sum>();
+  Element* result_data = result.mutable_data_ptr<Element>();
   const int64_t windows = gradient.size(0);
   torch::stable::parallel_for(0, sizes.blocks, 1, [&](int64_t begin, int64_t end) {
     const auto own = scratch<Sum>(windows * kUnit<Sum>),
                products = scratch<Sum>(kRows * sizes.columns());
     const auto matrix = scratch<Sum>(sizes.in * sizes.columns());
     for (int64_t block = begin; block < end; ++block) {
-      vectorised<TakeUnit<Sum>>(windows, sizes.channels(block), gradient_data + sizes.first(block),
-                                sizes.out, own.get());
+      vectorised<TakeUnit<Sum, Element>>(windows, sizes.channels(block),
+                                         gradient_data + sizes.first(block), sizes.out, own.get());
       std::fill_n(matrix.get(), sizes.in * sizes.columns(), Sum(0));
       for (int64_t first = 0; first < sizes.rows; first += kRows) {
         const int64_t last = std::min(first + kRows, sizes.rows);
@@ -193,9 +223,9 @@ Tensor weight_gradient(const Tensor& given_gradient, const Tensor& given_rows, c
                                        static_cast<const Sum*>(products.get()), sizes.columns(),
                                        matrix.get(), sizes.columns(), true);
       }
-      vectorised<FromColumns<Sum>>(sizes.channels(block), sizes.in * sizes.taps,
-                                   static_cast<const Sum*>(matrix.get()),
-                                   result_data + sizes.first(block) * sizes.in * sizes.taps);
+      vectorised<FromColumns<Sum, Element>>(
+          sizes.channels(block), sizes.in * sizes.taps, static_cast<const Sum*>(matrix.get()),
+          result_data + sizes.first(block) * sizes.in * sizes.taps);
     }
   });
   return result;
@@ -203,20 +233,20 @@ Tensor weight_gradient(const Tensor& given_gradient, const Tensor& given_rows, c
 
 // The weight of one unit of output channels as [taps, unit, width], with zeros for missing
 // channels.
-template <typename Sum>
-void take_weight(const Sizes<Sum>& sizes, const Sum* weight, int64_t block, int64_t width,
+template <typename Sum, typename Element>
+void take_weight(const Sizes<Sum>& sizes, const Element* weight, int64_t block, int64_t width,
                  Sum* to) {
   std::fill_n(to, sizes.columns() * width, Sum(0));
   for (int64_t channel = 0; channel < sizes.channels(block); ++channel) {
-    const Sum* from = weight + (sizes.first(block) + channel) * sizes.in * sizes.taps;
+    const Element* from = weight + (sizes.first(block) + channel) * sizes.in * sizes.taps;
     for (int64_t tap = 0; tap < sizes.taps; ++tap) {
       Sum* row = to + (tap * kUnit<Sum> + channel) * width;
-      for (int64_t i = 0; i < sizes.in; ++i) row[i] = from[i * sizes.taps + tap];
+      for (int64_t i = 0; i < sizes.in; ++i) row[i] = load(from[i * sizes.taps + tap]);
     }
   }
 }
 
-template <typename Sum>
+template <typename Sum, typename Element>
 Tensor rows_gradient(const Tensor& given_gradient, const Tensor& given_weight, const Lists& lists) {
   // Per step, so that their products' gradients stay in the cache, as does a block's weight over
   // all steps of a thread.
@@ -229,16 +259,17 @@ Tensor rows_gradient(const Tensor& given_gradient, const Tensor& given_weight, c
   const int64_t windows = gradient.size(0), width = units<Sum>(sizes.in) * kUnit<Sum>,
                 weight_row = (units<Sum>(sizes.in) | 1) * kUnit<Sum>,
                 block_size = sizes.columns() * weight_row;
-  const Tensor result = torch::stable::new_zeros(gradient, {sizes.rows, width});
-  const Sum *gradient_data = gradient.const_data_ptr<Sum>(),
-            *weight_data = weight.const_data_ptr<Sum>();
+  const Tensor result = torch::stable::new_zeros(gradient, {sizes.rows, width}, kScalarType<Sum>);
+  const Element *gradient_data = gradient.const_data_ptr<Element>(),
+                *weight_data = weight.const_data_ptr<Element>();
   Sum* result_data = result.mutable_data_ptr<Sum>();
   const auto gradients = scratch<Sum>(sizes.blocks * windows * kUnit<Sum>),
              weights = scratch<Sum>(sizes.blocks * block_size);
   torch::stable::parallel_for(0, sizes.blocks, 1, [&](int64_t begin, int64_t end) {
     for (int64_t block = begin; block < end; ++block) {
-      vectorised<TakeUnit<Sum>>(windows, sizes.channels(block), gradient_data + sizes.first(block),
-                                sizes.out, gradients.get() + block * windows * kUnit<Sum>);
+      vectorised<TakeUnit<Sum, Element>>(windows, sizes.channels(block),
+                                         gradient_data + sizes.first(block), sizes.out,
+                                         gradients.get() + block * windows * kUnit<Sum>);
       take_weight(sizes, weight_data, block, weight_row, weights.get() + block * block_size);
     }
   });
@@ -256,7 +287,16 @@ Tensor rows_gradient(const Tensor& given_gradient, const Tensor& given_weight, c
       }
     }
   });
-  return without_filling(result, sizes.in);
+  return in_dtype(without_filling(result, sizes.in), gradient.scalar_type());
+}
+
+// Calls f with a value of the accumulation type, and one of the elements' own type.
+template <typename F>
+void dispatch(ScalarType dtype, F&& f) {
+  if (dtype == ScalarType::BFloat16) return f(float(), BFloat16());
+  if (dtype == ScalarType::Half) return f(float(), Half());
+  if (dtype == ScalarType::Double) return f(double(), double());
+  f(float(), float());
 }
 
 Tensor convolve_windows(const Tensor& rows, const Tensor& weight, std::optional<Tensor> bias,
@@ -269,8 +309,9 @@ Tensor convolve_windows(const Tensor& rows, const Tensor& weight, std::optional<
                   std::vector<int64_t>{weight.size(0)}, "[out]");
   const Lists lists(offsets, numbers, products);
   std::optional<Tensor> result;
-  dispatch_sum(rows.scalar_type(),
-               [&](auto zero) { result = convolve<decltype(zero)>(rows, weight, bias, lists); });
+  dispatch(rows.scalar_type(), [&](auto sum, auto element) {
+    result = convolve<decltype(sum), decltype(element)>(rows, weight, bias, lists);
+  });
   return *result;
 }
 
@@ -281,8 +322,8 @@ Tensor convolve_windows_weight(const Tensor& gradient, const Tensor& rows, const
   check_operand(rows, "rows", weight, {weight.scalar_type()},
                 std::vector<int64_t>{count, weight.size(1)}, "[rows, in]");
   std::optional<Tensor> result;
-  dispatch_sum(rows.scalar_type(), [&](auto zero) {
-    result = weight_gradient<decltype(zero)>(gradient, rows, weight, lists);
+  dispatch(rows.scalar_type(), [&](auto sum, auto element) {
+    result = weight_gradient<decltype(sum), decltype(element)>(gradient, rows, weight, lists);
   });
   return *result;
 }
@@ -292,8 +333,9 @@ Tensor convolve_windows_rows(const Tensor& gradient, const Tensor& weight, const
   check_back_convolution(weight, offsets, numbers);
   const Lists lists(offsets, numbers, check_matrix(gradient, "gradient", weight, weight.size(0)));
   std::optional<Tensor> result;
-  dispatch_sum(weight.scalar_type(),
-               [&](auto zero) { result = rows_gradient<decltype(zero)>(gradient, weight, lists); });
+  dispatch(weight.scalar_type(), [&](auto sum, auto element) {
+    result = rows_gradient<decltype(sum), decltype(element)>(gradient, weight, lists);
+  });
   return *result;
 }
 

@@ -77,6 +77,13 @@ def convolve_windows_gradients(
     ]
 
 
+def dtype_at_windows(dtype: torch.dtype) -> torch.dtype:
+    """Half precision as it is: the kernels sum in float32 and convert what they read, where
+    converted weights would be written to memory and read again.
+    """
+    return dtype
+
+
 def find_codes(segmap: Tensor) -> tuple[Tensor, Tensor] | None:
     bits = segmap.contiguous().view(
         {8: torch.int64, 4: torch.int32, 2: torch.int16}[segmap.element_size()]
@@ -135,6 +142,7 @@ BACKEND = replace(
     **operators.declared("spade_fast", (*contract.MODULATION, "convolve_windows")),
     convolve_windows_gradients=convolve_windows_gradients,
     joins_weights=False,
+    dtype_at_windows=dtype_at_windows,
     find_codes=find_codes,
     find_windows=find_windows,
     find_patches=find_patches,
