@@ -14,7 +14,7 @@ from torch import Tensor
 from . import contract, numbering, operators, torch_backend
 from .contract import Lists
 
-INSTRUCTION_SETS = ("base", "avx2", "avx512")
+INSTRUCTION_SETS = ("base", "avx2", "avx512", "avx512_bf16")
 
 
 def _load():
@@ -30,7 +30,9 @@ def _load():
 def _use_instruction_set(name, library):
     """Makes the kernels use the instruction set that the variable SPADE_FAST_ISA names."""
     if name not in INSTRUCTION_SETS:
-        raise ValueError(f"SPADE_FAST_ISA is {name}; it should be base, avx2 or avx512")
+        raise ValueError(
+            f"SPADE_FAST_ISA is {name}; it should be base, avx2, avx512 or avx512_bf16"
+        )
     if library is None:
         return
     if name not in library.instruction_sets():
