@@ -300,10 +300,12 @@ def launches(
             f"no path's name contains {only!r}; the names are: {'; '.join(counted.PATHS)}",
             param_hint="--only",
         )
-    found = counted.count_all(names)
+    everything = counted.count_all([*names, *counted.CALIBRATING])
+    found = {name: everything[name] for name in names}
     console = console_of_any_width()
     console.print(counted.table(found))
     console.print(counted.CAPTION)
+    console.print(*counted.predicted(everything, names), sep="\n")
     for name, counts in found.items() if operators else ():
         most = counts.operators.most_common(operators)
         words = ", ".join(f"{operator} {number}" for operator, number in most)
