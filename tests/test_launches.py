@@ -1,5 +1,7 @@
 """The counts of a GPU's work without a GPU are right, and no path exceeds its limit."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from rich.console import Console
@@ -42,6 +44,13 @@ def predictions_are_complete(found):
     rows = list(predictions.rows(launches.model(found), works))
     assert all(row.then == row.measured for row in rows if row.ratio == "constant")
     assert {row.path: row.measured for row in rows}["generator, frozen"] == "6.29"
+    documented = (Path(__file__).parent.parent / "docs" / "pages" / "gpu.md").read_text()
+    for row in rows:
+        counts = found[row.path.removesuffix(", graph")]
+        cells = [row.path, str(counts.launches), str(counts.waits), row.predicted]
+        cells += [row.then or "–", row.measured or "–"]
+        named = row.path.startswith(("from_segmap", "numbering", "generator"))
+        assert not named or f"| {' | '.join(cells)} |\n" in documented
 
 
 def test_a_count_above_its_limit_is_reported(monkeypatch):
