@@ -296,7 +296,8 @@ def measured_operations() -> dict[tuple[int, str, str], float]:
 
 CAPTION = (
     "Predicted for an H200 in bfloat16 from the instructions of the machine code and the divisions"
-    " of plan.h, not measured. Instance norm takes one pass (forward, backward) where plan.h has"
+    " of plan.h, with the clock that NVIDIA states and latencies that are assumed, not measured."
+    " Instance norm takes one pass (forward, backward) where plan.h has"
     " one, else two, as other norms do. waves: blocks over those that reside at once. slots:"
     " instructions of a warp. share: of the bandwidth of a copy, for the kernel's own bytes, or for"
     " those that the operation has to move. measured: h200-modulate-bfloat16.json. ratio: predicted"
