@@ -62,7 +62,7 @@ class Proof:
     double: int  # number of instructions in double precision
     clusters: bool  # whether it waits for other blocks of its cluster
     tensor_cores: bool
-    counted: Counted  # instructions
+    counted: Counted = dataclasses.field(repr=False)  # instructions
 
     @property
     def registers_of_warp(self):
