@@ -40,9 +40,10 @@ def spade_modulate(
     eps: float = 1e-5,
     activation: Activation | None = None,
     negative_slope: float = 0.2,
+    plus_one: bool = True,
 ) -> Tensor:
     """y = activation(normalised(x) · (1 + γ) + β): equation 1 of the paper and the activation that
-    follows it.
+    follows it. With plus_one=False the factor is γ itself.
     """
     if norm == "instance":
         normalised = F.instance_norm(x, weight=weight, bias=bias, eps=eps)
@@ -55,7 +56,7 @@ def spade_modulate(
         normalised = F.group_norm(x, num_groups, weight, bias, eps)
     else:
         normalised = x
-    y = normalised * (1 + gamma) + beta
+    y = normalised * (1 + gamma if plus_one else gamma) + beta
     if activation == "relu":
         return F.relu(y)
     if activation == "leaky_relu":

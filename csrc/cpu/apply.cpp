@@ -1,4 +1,4 @@
-// apply on the CPU: y = act(x̂·(1 + γ) + β), with x̂ = (x − shift)·scale + offset, and the signs
+// apply on the CPU: y = act(x̂·(addend + γ) + β), with x̂ = (x − shift)·scale + offset, and the signs
 // that the activation's derivative needs.
 //
 // The kernel is bound by memory: each element of x, γ and β is read once and each element of y is
@@ -14,14 +14,15 @@ struct ApplyBlock {
   static ALWAYS_INLINE void run(int64_t count, Elements<Sum> x_elements,
                                 Elements<Sum> gamma_elements, Elements<Sum> beta_elements,
                                 Number shift, Number scale, Number offset, Activation activation,
-                                Sum negative_slope, Destination<Sum> y, uint8_t* signs) {
+                                Sum negative_slope, Sum addend, Destination<Sum> y,
+                                uint8_t* signs) {
     Sum buffers[3][kBlock], values[kBlock];
     const Sum *x = x_elements.read(count, buffers[0]),
               *gamma = gamma_elements.read(count, buffers[1]),
               *beta = beta_elements.read(count, buffers[2]);
 #pragma omp simd
     for (int64_t i = 0; i < count; ++i) {
-      values[i] = ((x[i] - shift[i]) * scale[i] + offset[i]) * (1 + gamma[i]) + beta[i];
+      values[i] = ((x[i] - shift[i]) * scale[i] + offset[i]) * (addend + gamma[i]) + beta[i];
     }
     if (signs != nullptr) pack_signs(count, activation, values, signs);
     activate(count, activation, negative_slope, values);
@@ -49,7 +50,7 @@ void apply_task(const Tasks& tasks, int64_t task, const Operands<Sum>& m, const 
     const auto run = [&](auto shift, auto scale, auto offset) {
       vectorised<ApplyBlock<Sum, decltype(shift)>>(
           count, m.x.at(n, row, start), gamma.at(n, row, start), beta.at(n, row, start), shift,
-          scale, offset, m.activation, m.negative_slope, y.at(n, row, start),
+          scale, offset, m.activation, m.negative_slope, m.addend, y.at(n, row, start),
           m.signs.at(n, row, start));
     };
     if (tasks.layout == Layout::contiguous) {
@@ -71,7 +72,7 @@ namespace {
 std::tuple<Tensor, Tensor> modulated(const Tensor& x, const Tensor& planes, const Tensor& gamma,
                                      const Tensor& beta, const std::optional<Tensor>& index,
                                      const std::optional<std::string>& activation_name,
-                                     double negative_slope, bool keep_signs,
+                                     double negative_slope, bool keep_signs, bool plus_one,
                                      const std::optional<Tensor>& out) {
   check_apply(x, planes, gamma, beta, index);
   if (out) check_out(*out, x, gamma);
@@ -84,8 +85,8 @@ std::tuple<Tensor, Tensor> modulated(const Tensor& x, const Tensor& planes, cons
   const Tensor signs = new_signs(tasks, x, activation, keep_signs);
   dispatch_sum(y.scalar_type(), [&](auto zero) {
     using Sum = decltype(zero);
-    const Operands<Sum> modulation(x, planes, gamma, beta, index, activation, negative_slope, signs,
-                                   layout);
+    const Operands<Sum> modulation(x, planes, gamma, beta, index, activation, negative_slope,
+                                   plus_one, signs, layout);
     const Target<Sum> target(y, layout);
     tasks.for_each([&](int64_t task) { apply_task(tasks, task, modulation, target); });
   });
@@ -95,15 +96,15 @@ std::tuple<Tensor, Tensor> modulated(const Tensor& x, const Tensor& planes, cons
 std::tuple<Tensor, Tensor> apply(const Tensor& x, const Tensor& planes, const Tensor& gamma,
                                  const Tensor& beta, std::optional<Tensor> index,
                                  std::optional<std::string> activation, double negative_slope,
-                                 bool keep_signs) {
-  return modulated(x, planes, gamma, beta, index, activation, negative_slope, keep_signs,
+                                 bool keep_signs, bool plus_one) {
+  return modulated(x, planes, gamma, beta, index, activation, negative_slope, keep_signs, plus_one,
                    std::nullopt);
 }
 
 void apply_out(const Tensor& x, const Tensor& planes, const Tensor& gamma, const Tensor& beta,
                std::optional<Tensor> index, std::optional<std::string> activation,
-               double negative_slope, Tensor out) {
-  modulated(x, planes, gamma, beta, index, activation, negative_slope, false, out);
+               double negative_slope, Tensor out, bool plus_one) {
+  modulated(x, planes, gamma, beta, index, activation, negative_slope, false, plus_one, out);
 }
 
 }  // namespace

@@ -1,5 +1,5 @@
 // backward_sums on the CPU: dγ = g·x̂, dβ = g, and the sums Σq and Σq·(x − shift) of every plane,
-// with q = g·(1 + γ).
+// with q = g·(addend + γ).
 //
 // dy, x, γ and one bit (or β) per element are read once. The tasks' partial sums are added in
 // double precision and in a fixed order, so that the result does not depend on the number of
@@ -16,18 +16,19 @@ struct BackwardSumsBlock {
   // of a pixel's channels).
   static ALWAYS_INLINE void run(int64_t count, BackwardBlock<Sum> block, Number shift, Number scale,
                                 Number offset, Activation activation, Sum negative_slope,
-                                Destination<Sum> dgamma_place, Destination<Sum> dbeta_place,
-                                Sum* q_sums, Sum* q_deviation_sums) {
+                                Sum addend, Destination<Sum> dgamma_place,
+                                Destination<Sum> dbeta_place, Sum* q_sums, Sum* q_deviation_sums) {
     Sum buffer[kBlock], g[kBlock], deviation[kBlock], dgamma[kBlock];
     const Sum* gamma = block.gamma.read(count, buffer);
-    gradient(count, block, gamma, shift, scale, offset, activation, negative_slope, g, deviation);
+    gradient(count, block, gamma, shift, scale, offset, activation, negative_slope, addend, g,
+             deviation);
     if (dbeta_place.data != nullptr) dbeta_place.write(count, g);
     if constexpr (std::is_same_v<Number, Uniform<Sum>>) {
       Sum q_sum = 0, q_deviation_sum = 0;
 #pragma omp simd reduction(+ : q_sum, q_deviation_sum)
       for (int64_t i = 0; i < count; ++i) {
         dgamma[i] = g[i] * (deviation[i] * scale[i] + offset[i]);
-        const Sum q = g[i] * (1 + gamma[i]);
+        const Sum q = g[i] * (addend + gamma[i]);
         q_sum += q;
         q_deviation_sum += q * deviation[i];
       }
@@ -37,7 +38,7 @@ struct BackwardSumsBlock {
 #pragma omp simd
       for (int64_t i = 0; i < count; ++i) {
         dgamma[i] = g[i] * (deviation[i] * scale[i] + offset[i]);
-        const Sum q = g[i] * (1 + gamma[i]);
+        const Sum q = g[i] * (addend + gamma[i]);
         q_sums[i] += q;
         q_deviation_sums[i] += q * deviation[i];
       }
@@ -66,7 +67,7 @@ void sums_task(const Tasks& tasks, int64_t task, const Operands<Sum>& m, const S
     const auto run = [&](auto shift, auto scale, auto offset) {
       vectorised<BackwardSumsBlock<Sum, decltype(shift)>>(
           count, reader.at(n, row, start), shift, scale, offset, m.activation, m.negative_slope,
-          dgamma.at(n, row, start), dbeta.at(n, row, start), sums, sums + width);
+          m.addend, dgamma.at(n, row, start), dbeta.at(n, row, start), sums, sums + width);
     };
     if (tasks.layout == Layout::contiguous) {
       run(m.planes.uniform(0, number), m.planes.uniform(1, number), m.planes.uniform(2, number));
@@ -153,10 +154,13 @@ std::tuple<Tensor, Tensor, Tensor> table_sums(const Tasks& tasks, const Operands
 
 }  // namespace
 
-std::tuple<Tensor, Tensor, Tensor> backward_sums(
-    const Tensor& dy, const Tensor& x, const Tensor& planes, const Tensor& gamma,
-    std::optional<Tensor> beta, std::optional<Tensor> index, std::optional<Tensor> order,
-    const Tensor& signs, std::optional<std::string> activation_name, double negative_slope) {
+std::tuple<Tensor, Tensor, Tensor> backward_sums(const Tensor& dy, const Tensor& x,
+                                                 const Tensor& planes, const Tensor& gamma,
+                                                 std::optional<Tensor> beta,
+                                                 std::optional<Tensor> index,
+                                                 std::optional<Tensor> order, const Tensor& signs,
+                                                 std::optional<std::string> activation_name,
+                                                 double negative_slope, bool plus_one) {
   const Activation activation = activation_named(activation_name);
   check_backward_sums(dy, x, planes, gamma, beta, index, order, signs, activation);
   check_index(index, gamma);
@@ -165,8 +169,8 @@ std::tuple<Tensor, Tensor, Tensor> backward_sums(
   std::tuple<Tensor, Tensor, Tensor> found;
   dispatch_sum(promoted(x.scalar_type(), gamma.scalar_type()), [&](auto zero) {
     using Sum = decltype(zero);
-    const Operands<Sum> modulation(x, planes, gamma, beta, index, activation, negative_slope, signs,
-                                   layout);
+    const Operands<Sum> modulation(x, planes, gamma, beta, index, activation, negative_slope,
+                                   plus_one, signs, layout);
     const Source<Sum> source(dy, layout);
     found = index ? table_sums(tasks, modulation, source, gamma, *index, *order, planes)
                   : dense_sums(tasks, modulation, source, x, planes, gamma.scalar_type());

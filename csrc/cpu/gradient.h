@@ -40,7 +40,7 @@ class BackwardReader {
 template <typename Sum, typename Number>
 ALWAYS_INLINE void gradient(int64_t count, const BackwardBlock<Sum>& block, const Sum* gamma,
                             Number shift, Number scale, Number offset, Activation activation,
-                            Sum negative_slope, Sum* g, Sum* deviation) {
+                            Sum negative_slope, Sum addend, Sum* g, Sum* deviation) {
   Sum buffers[3][kBlock];
   const Sum *x = block.x.read(count, buffers[0]), *dy = block.dy.read(count, buffers[1]);
 #pragma omp simd
@@ -50,7 +50,7 @@ ALWAYS_INLINE void gradient(int64_t count, const BackwardBlock<Sum>& block, cons
     const Sum* beta = block.beta.read(count, buffers[2]);
 #pragma omp simd
     for (int64_t i = 0; i < count; ++i)
-      values[i] = (deviation[i] * scale[i] + offset[i]) * (1 + gamma[i]) + beta[i];
+      values[i] = (deviation[i] * scale[i] + offset[i]) * (addend + gamma[i]) + beta[i];
   }
   through_activation(count, activation, negative_slope, block.signs, values, dy, g);
 }

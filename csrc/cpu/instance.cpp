@@ -28,7 +28,8 @@ std::tuple<Tensor, Tensor, Tensor> instance_forward(const Tensor& x, const Tenso
                                                     const Tensor& beta, std::optional<Tensor> index,
                                                     double eps,
                                                     std::optional<std::string> activation_name,
-                                                    double negative_slope, bool keep_signs) {
+                                                    double negative_slope, bool keep_signs,
+                                                    bool plus_one) {
   check_modulation(x, gamma, beta, index, true);
   check_index(index, gamma);
   const Layout layout = layout_of(x);
@@ -42,8 +43,8 @@ std::tuple<Tensor, Tensor, Tensor> instance_forward(const Tensor& x, const Tenso
     using Sum = decltype(zero);
     Sum* shift = planes.mutable_data_ptr<Sum>();
     Sum *scale = shift + tasks.planes(), *offset = scale + tasks.planes();
-    const Operands<Sum> modulation(x, planes, gamma, beta, index, activation, negative_slope, signs,
-                                   layout);
+    const Operands<Sum> modulation(x, planes, gamma, beta, index, activation, negative_slope,
+                                   plus_one, signs, layout);
     const Target<Sum> target(y, layout);
     const int64_t width = tasks.width;
     std::vector<double> found(2 * width * tasks.count());
@@ -68,7 +69,8 @@ std::tuple<Tensor, Tensor, Tensor> instance_forward(const Tensor& x, const Tenso
 std::tuple<Tensor, Tensor, Tensor> instance_backward(
     const Tensor& dy, const Tensor& x, const Tensor& planes, const Tensor& gamma,
     std::optional<Tensor> beta, std::optional<Tensor> index, std::optional<Tensor> order,
-    const Tensor& signs, std::optional<std::string> activation_name, double negative_slope) {
+    const Tensor& signs, std::optional<std::string> activation_name, double negative_slope,
+    bool plus_one) {
   const Activation activation = activation_named(activation_name);
   check_backward_sums(dy, x, planes, gamma, beta, index, order, signs, activation);
   const Layout layout = layout_of(x);
@@ -82,18 +84,19 @@ std::tuple<Tensor, Tensor, Tensor> instance_backward(
         torch::stable::new_empty(plane_sums, {2, tasks.batch, tasks.channels}, kScalarType<Sum>);
     Sum* term_data = terms.template mutable_data_ptr<Sum>();
     if (index) {
-      const auto [dgamma, dbeta, found] = backward_sums(dy, x, planes, gamma, beta, index, order,
-                                                        signs, activation_name, negative_slope);
+      const auto [dgamma, dbeta, found] =
+          backward_sums(dy, x, planes, gamma, beta, index, order, signs, activation_name,
+                        negative_slope, plus_one);
       const Tensor sums = in_dtype(found, kScalarType<Sum>);
       set_terms(tasks, 0, tasks.planes(), sums.template const_data_ptr<Sum>(), plane_data,
                 term_data);
       gradients = {dgamma, dbeta,
                    backward_input(dy, x, planes, gamma, beta, index, signs, terms, activation_name,
-                                  negative_slope)};
+                                  negative_slope, plus_one)};
       return;
     }
     const Operands<Sum> modulation(x, plane_sums, gamma, beta, index, activation, negative_slope,
-                                   signs, layout);
+                                   plus_one, signs, layout);
     const Source<Sum> source(dy, layout);
     const auto [dgamma, dbeta] = new_dense_gradients(x, layout, activation, gamma.scalar_type());
     const Tensor dx = new_output(x, layout, x.scalar_type());

@@ -16,18 +16,20 @@ struct Operands {
   Source<Sum> x, gamma, beta;
   Numbers<Sum> planes;
   Activation activation;
-  Sum negative_slope;
+  Sum negative_slope, addend;  // the factor of x̂ is addend + γ: 1 + γ, or γ itself
   Signs signs;
 
   Operands(const Tensor& x, const Tensor& planes, const Tensor& gamma,
            const std::optional<Tensor>& beta, const std::optional<Tensor>& index,
-           Activation activation, double negative_slope, const Tensor& signs, Layout layout)
+           Activation activation, double negative_slope, bool plus_one, const Tensor& signs,
+           Layout layout)
       : x(x, layout),
         gamma(gamma, layout, index),
         beta(beta ? *beta : gamma, layout, index),
         planes(planes),
         activation(activation),
         negative_slope(static_cast<Sum>(negative_slope)),
+        addend(plus_one ? 1 : 0),
         signs(signs) {}
 
   // Fetches a block of x and its signs into the cache. Where tiles are looked up the processor does
@@ -70,13 +72,16 @@ void input_task(const Tasks& tasks, int64_t task, const Operands<Sum>& modulatio
                 const Target<Sum>& dx);
 
 // The operators of these names.
-std::tuple<Tensor, Tensor, Tensor> backward_sums(
-    const Tensor& dy, const Tensor& x, const Tensor& planes, const Tensor& gamma,
-    std::optional<Tensor> beta, std::optional<Tensor> index, std::optional<Tensor> order,
-    const Tensor& signs, std::optional<std::string> activation, double negative_slope);
+std::tuple<Tensor, Tensor, Tensor> backward_sums(const Tensor& dy, const Tensor& x,
+                                                 const Tensor& planes, const Tensor& gamma,
+                                                 std::optional<Tensor> beta,
+                                                 std::optional<Tensor> index,
+                                                 std::optional<Tensor> order, const Tensor& signs,
+                                                 std::optional<std::string> activation,
+                                                 double negative_slope, bool plus_one);
 Tensor backward_input(const Tensor& dy, const Tensor& x, const Tensor& planes, const Tensor& gamma,
                       std::optional<Tensor> beta, std::optional<Tensor> index, const Tensor& signs,
                       std::optional<Tensor> terms, std::optional<std::string> activation,
-                      double negative_slope);
+                      double negative_slope, bool plus_one);
 
 }  // namespace spade_fast

@@ -5,10 +5,10 @@
 // runs of that list. A task sums its own part of the list: with channels last a section of it;
 // with contiguous planes the entries of its pixels, still sorted, band by band of kBlock pixels.
 // There are no atomics, and the result does not depend on the number of threads. With Σg and
-// D = Σ g·(x − shift) over the pixels of one run,
+// D = Σ g·(x − shift) over the pixels of one run, and its row's factor f = addend + γ,
 //
 //     dβ = Σg,  dγ = scale·D + offset·Σg               summed over the runs of a window
-//     Σq = (1 + γ)·Σg,  Σq·(x − shift) = (1 + γ)·D     summed over the runs of an image
+//     Σq = f·Σg,  Σq·(x − shift) = f·D                 summed over the runs of an image
 //
 // A window that one part alone has is summed in its own row. If several have it, each has another
 // row for it, and these are added in the order of the parts.
@@ -23,11 +23,11 @@ template <typename Sum>
 struct AddGradient {
   static ALWAYS_INLINE void run(int64_t count, BackwardBlock<Sum> block, PerChannel<Sum> shift,
                                 PerChannel<Sum> scale, PerChannel<Sum> offset,
-                                Activation activation, Sum negative_slope, Sum* g_sums,
+                                Activation activation, Sum negative_slope, Sum addend, Sum* g_sums,
                                 Sum* g_deviation_sums) {
     Sum g[kBlock], deviation[kBlock];
     gradient(count, block, static_cast<const Sum*>(block.gamma.data), shift, scale, offset,
-             activation, negative_slope, g, deviation);
+             activation, negative_slope, addend, g, deviation);
 #pragma omp simd
     for (int64_t i = 0; i < count; ++i) {
       g_sums[i] += g[i];
@@ -40,14 +40,15 @@ struct AddGradient {
 template <typename Sum>
 struct FinishRun {
   static ALWAYS_INLINE void run(int64_t count, const Sum* g_sums, const Sum* g_deviation_sums,
-                                const Sum* gamma, PerChannel<Sum> scale, PerChannel<Sum> offset,
-                                Sum* dgamma, Sum* dbeta, Sum* q_sums, Sum* q_deviation_sums) {
+                                const Sum* gamma, Sum addend, PerChannel<Sum> scale,
+                                PerChannel<Sum> offset, Sum* dgamma, Sum* dbeta, Sum* q_sums,
+                                Sum* q_deviation_sums) {
 #pragma omp simd
     for (int64_t i = 0; i < count; ++i) {
       dgamma[i] += g_deviation_sums[i] * scale[i] + g_sums[i] * offset[i];
       dbeta[i] += g_sums[i];
-      q_sums[i] += g_sums[i] * (1 + gamma[i]);
-      q_deviation_sums[i] += g_deviation_sums[i] * (1 + gamma[i]);
+      q_sums[i] += g_sums[i] * (addend + gamma[i]);
+      q_deviation_sums[i] += g_deviation_sums[i] * (addend + gamma[i]);
     }
   }
 };
@@ -57,10 +58,11 @@ template <typename Sum>
 struct KeepGradient {
   static ALWAYS_INLINE void run(int64_t count, BackwardBlock<Sum> block, Uniform<Sum> shift,
                                 Uniform<Sum> scale, Uniform<Sum> offset, Activation activation,
-                                Sum negative_slope, Sum* g, Sum* g_deviation) {
+                                Sum negative_slope, Sum addend, Sum* g, Sum* g_deviation) {
     Sum buffer[kBlock], deviation[kBlock];
     const Sum* gamma = activation == Activation::silu ? block.gamma.read(count, buffer) : nullptr;
-    gradient(count, block, gamma, shift, scale, offset, activation, negative_slope, g, deviation);
+    gradient(count, block, gamma, shift, scale, offset, activation, negative_slope, addend, g,
+             deviation);
 #pragma omp simd
     for (int64_t i = 0; i < count; ++i) g_deviation[i] = g[i] * deviation[i];
   }
@@ -188,8 +190,9 @@ struct SumBand : Vectors<Sum, kBytes> {
 
   static ALWAYS_INLINE void run(int64_t start, int64_t pixels, int64_t channels,
                                 const int32_t* order, const int32_t* rows, Sum* g, Sum* g_deviation,
-                                Table<Sum> gamma, PerChannel<Sum> scale, PerChannel<Sum> offset,
-                                GradientRows<Sum> gradients, Sum* q_sums, Sum* q_deviation_sums) {
+                                Table<Sum> gamma, Sum addend, PerChannel<Sum> scale,
+                                PerChannel<Sum> offset, GradientRows<Sum> gradients, Sum* q_sums,
+                                Sum* q_deviation_sums) {
     transpose(pixels, g), transpose(pixels, g_deviation);
     Sum band_sums[2][kUnit<Sum>] = {};
     for (int64_t i = 0; i < pixels;) {
@@ -205,8 +208,8 @@ struct SumBand : Vectors<Sum, kBytes> {
       Sum run_sums[2][kUnit<Sum>];
       for (int v = 0; v < kOfUnit; ++v)
         at(run_sums[0], v) = sums[0][v], at(run_sums[1], v) = sums[1][v];
-      FinishRun<Sum>::run(channels, run_sums[0], run_sums[1], gamma.at(pixel), scale, offset,
-                          gradients.dgamma_of(row), gradients.dbeta_of(row), band_sums[0],
+      FinishRun<Sum>::run(channels, run_sums[0], run_sums[1], gamma.at(pixel), addend, scale,
+                          offset, gradients.dgamma_of(row), gradients.dbeta_of(row), band_sums[0],
                           band_sums[1]);
     }
     for (int64_t c = 0; c < channels; ++c)
@@ -246,13 +249,15 @@ void sum_pixels(const Tasks& tasks, int64_t task, const Operands<Sum>& m, const 
       Sum g_sums[kBlock] = {}, g_deviation_sums[kBlock] = {};
       for (int64_t i = begin; i < end; ++i) {
         vectorised<AddGradient<Sum>>(count, reader.at(n, sorted.order[i], c), shift, scale, offset,
-                                     m.activation, m.negative_slope, static_cast<Sum*>(g_sums),
+                                     m.activation, m.negative_slope, m.addend,
+                                     static_cast<Sum*>(g_sums),
                                      static_cast<Sum*>(g_deviation_sums));
       }
-      vectorised<FinishRun<Sum>>(
-          count, static_cast<const Sum*>(g_sums), static_cast<const Sum*>(g_deviation_sums),
-          m.gamma.rows(n, c).at(sorted.order[begin]), scale, offset, gradients.dgamma_of(row) + c,
-          gradients.dbeta_of(row) + c, found + c, found + channels + c);
+      vectorised<FinishRun<Sum>>(count, static_cast<const Sum*>(g_sums),
+                                 static_cast<const Sum*>(g_deviation_sums),
+                                 m.gamma.rows(n, c).at(sorted.order[begin]), m.addend, scale,
+                                 offset, gradients.dgamma_of(row) + c, gradients.dbeta_of(row) + c,
+                                 found + c, found + channels + c);
     }
   }
 }
@@ -278,7 +283,8 @@ void sum_planes(const Tasks& tasks, int64_t task, const Operands<Sum>& m, const 
           vectorised<KeepGradient<Sum>>(
               std::min(kBlock, last - start), reader.at(n, channel + c, start),
               m.planes.uniform(0, number + c), m.planes.uniform(1, number + c),
-              m.planes.uniform(2, number + c), m.activation, m.negative_slope, g, g + kSize);
+              m.planes.uniform(2, number + c), m.activation, m.negative_slope, m.addend, g,
+              g + kSize);
         }
       }
       for (int64_t start = first; start < last; start += kBlock) {
@@ -286,9 +292,9 @@ void sum_planes(const Tasks& tasks, int64_t task, const Operands<Sum>& m, const 
         Sum* g = tiles.get() + start - first;
         in_vectors<SumBand, Sum>(start, std::min(kBlock, last - start), channels,
                                  sorted.order + place, sorted.rows.data() + place, g, g + kSize,
-                                 m.gamma.rows(n, channel), m.planes.per_channel(1, number),
-                                 m.planes.per_channel(2, number), rows, found + i,
-                                 found + tasks.width + i);
+                                 m.gamma.rows(n, channel), m.addend,
+                                 m.planes.per_channel(1, number), m.planes.per_channel(2, number),
+                                 rows, found + i, found + tasks.width + i);
       }
     });
   }

@@ -9,13 +9,14 @@ the modulation exchange numbers for each plane (n, c), in float32, or in float64
 
     moments [2, N, C]   mean, sum of squared deviations
     planes  [3, N, C]   shift, scale, offset: x̂ = (x − shift)·scale + offset
-    sums    [2, N, C]   Σq, Σq·(x − shift) over the plane, with q = g·(1 + γ)
+    sums    [2, N, C]   Σq, Σq·(x − shift) over the plane, with q = g·f
     terms   [2, N, C]   constant, slope: the part of dx that comes through the statistics
                         is constant + slope·(x − shift)
 
-x, γ, β, y, dy: [N, C, *spatial]. g is dy times the activation's derivative, so dβ = g and
-dγ = g·x̂. With an index, int32 [N, *spatial], γ and β are tables [K, C], and the index has the row
-of each pixel; `order`, int32 [N, S], lists each image's S pixels sorted by their row.
+x, γ, β, y, dy: [N, C, *spatial]. f is the factor of x̂: 1 + γ, or γ if plus_one is False. g is dy
+times the activation's derivative, so dβ = g and dγ = g·x̂. With an index, int32 [N, *spatial], γ
+and β are tables [K, C], and the index has the row of each pixel; `order`, int32 [N, S], lists each
+image's S pixels sorted by their row.
 `signs` holds one bit for each element of y, all that the derivatives of ReLU and leaky ReLU need:
 bytes [N, C, ⌈S/8⌉], or [N, S, ⌈C/8⌉] if a pixel's channels are adjacent in memory; bit b of byte j
 is element 8j + b of its row. SiLU needs β instead.
@@ -157,6 +158,7 @@ def check_apply_out(
     activation: Activation | None,
     negative_slope: float,
     out: Tensor,
+    plus_one: bool = True,
 ) -> None:
     check_apply(x, planes, gamma, beta, index)
     _check("out", out, x, (torch.promote_types(x.dtype, gamma.dtype),), x.shape, "x's shape")
@@ -178,6 +180,7 @@ def check_backward_input(
     terms: Tensor | None,
     activation: Activation | None,
     negative_slope: float,
+    plus_one: bool = True,
 ) -> None:
     check_modulation(x, gamma, beta, index, activation == "silu")
     _check("dy", dy, x, (torch.promote_types(x.dtype, gamma.dtype),), x.shape, "x's shape")
@@ -202,6 +205,7 @@ def check_backward_sums(
     signs: Tensor,
     activation: Activation | None,
     negative_slope: float,
+    plus_one: bool = True,
 ) -> None:
     check_backward_input(dy, x, planes, gamma, beta, index, signs, None, activation, negative_slope)
     if index is not None:
@@ -359,6 +363,7 @@ def fake_apply(
     activation: Activation | None,
     negative_slope: float,
     keep_signs: bool,
+    plus_one: bool = True,
 ) -> tuple[Tensor, Tensor]:
     y = torch.empty_like(x, dtype=torch.promote_types(x.dtype, gamma.dtype))
     return y, empty_signs(x, activation, keep_signs)
@@ -379,6 +384,7 @@ def fake_backward_sums(
     signs: Tensor,
     activation: Activation | None,
     negative_slope: float,
+    plus_one: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:
     sums = planes.new_empty(2, *x.shape[:2])
     if index is not None:
@@ -405,6 +411,7 @@ def fake_instance_forward(
     activation: Activation | None,
     negative_slope: float,
     keep_signs: bool,
+    plus_one: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:
     planes = x.new_empty(3, *x.shape[:2], dtype=sum_dtype(x.dtype))
     results = fake_apply(x, planes, gamma, beta, index, activation, negative_slope, keep_signs)
@@ -454,27 +461,30 @@ def fake_convolve_gathered(
 FORWARD = "Tensor gamma, Tensor beta, Tensor? index"
 BACKWARD = "Tensor dy, Tensor x, Tensor planes, Tensor gamma, Tensor? beta, Tensor? index"
 ACTIVATION = "str? activation, float negative_slope"
+PLUS_ONE = "bool plus_one=True"
 BACK_LISTS = "Tensor back_offsets, Tensor back_listed"
 
 MODULATION = {
     "plane_moments": Operation("(Tensor x) -> Tensor", check_plane_moments, fake_plane_moments),
     "apply": Operation(
-        f"(Tensor x, Tensor planes, {FORWARD}, {ACTIVATION}, bool keep_signs) -> (Tensor, Tensor)",
+        f"(Tensor x, Tensor planes, {FORWARD}, {ACTIVATION}, bool keep_signs, {PLUS_ONE})"
+        " -> (Tensor, Tensor)",
         check_apply,
         fake_apply,
     ),
     "apply_out": Operation(
-        f"(Tensor x, Tensor planes, {FORWARD}, {ACTIVATION}, Tensor(a!) out) -> ()",
+        f"(Tensor x, Tensor planes, {FORWARD}, {ACTIVATION}, Tensor(a!) out, {PLUS_ONE}) -> ()",
         check_apply_out,
         fake_apply_out,
     ),
     "backward_sums": Operation(
-        f"({BACKWARD}, Tensor? order, Tensor signs, {ACTIVATION}) -> (Tensor, Tensor, Tensor)",
+        f"({BACKWARD}, Tensor? order, Tensor signs, {ACTIVATION}, {PLUS_ONE})"
+        " -> (Tensor, Tensor, Tensor)",
         check_backward_sums,
         fake_backward_sums,
     ),
     "backward_input": Operation(
-        f"({BACKWARD}, Tensor signs, Tensor? terms, {ACTIVATION}) -> Tensor",
+        f"({BACKWARD}, Tensor signs, Tensor? terms, {ACTIVATION}, {PLUS_ONE}) -> Tensor",
         check_backward_input,
         fake_backward_input,
     ),
@@ -485,13 +495,14 @@ MODULATION = {
         fake_running_planes,
     ),
     "instance_forward": Operation(
-        f"(Tensor x, {FORWARD}, float eps, {ACTIVATION}, bool keep_signs)"
+        f"(Tensor x, {FORWARD}, float eps, {ACTIVATION}, bool keep_signs, {PLUS_ONE})"
         " -> (Tensor, Tensor, Tensor)",
         check_instance_forward,
         fake_instance_forward,
     ),
     "instance_backward": Operation(
-        f"({BACKWARD}, Tensor? order, Tensor signs, {ACTIVATION}) -> (Tensor, Tensor, Tensor)",
+        f"({BACKWARD}, Tensor? order, Tensor signs, {ACTIVATION}, {PLUS_ONE})"
+        " -> (Tensor, Tensor, Tensor)",
         check_backward_sums,
         fake_instance_backward,
     ),

@@ -201,13 +201,14 @@ def apply(
     activation: Activation | None,
     negative_slope: float,
     keep_signs: bool,
+    plus_one: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """y, in the dtype that x and γ promote to and x's memory layout; and signs, of size 0 unless
     they are wanted and needed.
     """
     gamma, beta = look_up(gamma, index), look_up(beta, index)
     normalised = _normalise(x, planes, gamma)
-    y = normalised.mul_(_one_plus(gamma, normalised)).add_(beta)
+    y = normalised.mul_(_factor(gamma, normalised, plus_one)).add_(beta)
     signs = x.new_empty(0, dtype=torch.uint8)
     if keep_signs and activation == "leaky_relu":
         signs = _pack(y > 0, is_channels_last(x))
@@ -234,11 +235,13 @@ def apply_out(
     activation: Activation | None,
     negative_slope: float,
     out: Tensor,
+    plus_one: bool = True,
 ) -> None:
     """Writes the y of `apply` to `out`, which has y's shape and dtype and x's memory layout without
     gaps; `out` may be x, γ or β itself.
     """
-    out.copy_(apply(x, planes, gamma, beta, index, activation, negative_slope, False)[0])
+    y, _ = apply(x, planes, gamma, beta, index, activation, negative_slope, False, plus_one)
+    out.copy_(y)
 
 
 def backward_sums(
@@ -252,12 +255,15 @@ def backward_sums(
     signs: Tensor,
     activation: Activation | None,
     negative_slope: float,
+    plus_one: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dγ, dβ and sums. Without an activation and an index, dβ is dy itself, and has size 0 here."""
     table, gamma, beta = gamma, look_up(gamma, index), look_up(beta, index)
     normalised = _normalise(x, planes, gamma)
-    g = through_activation(dy, x, normalised, gamma, beta, signs, activation, negative_slope)
-    q = _one_plus(gamma, normalised).mul_(g)
+    g = through_activation(
+        dy, x, normalised, gamma, beta, signs, activation, negative_slope, plus_one
+    )
+    q = _factor(gamma, normalised, plus_one).mul_(g)
     dgamma = normalised.mul_(g)
     pixels = tuple(range(2, x.dim()))
     sums = torch.stack([q.sum(pixels), q.mul_(x - _per_plane(planes, x)[0]).sum(pixels)]).to(
@@ -283,15 +289,18 @@ def backward_input(
     terms: Tensor | None,
     activation: Activation | None,
     negative_slope: float,
+    plus_one: bool = True,
 ) -> Tensor:
     """dx = scale·q + constant + slope·(x − shift), in x's dtype and memory layout; only scale·q if
     terms is None.
     """
     gamma, beta = look_up(gamma, index), look_up(beta, index)
     normalised = _normalise(x, planes, gamma)
-    g = through_activation(dy, x, normalised, gamma, beta, signs, activation, negative_slope)
+    g = through_activation(
+        dy, x, normalised, gamma, beta, signs, activation, negative_slope, plus_one
+    )
     shift, scale, _ = _per_plane(planes, x)
-    scale_q = _one_plus(gamma, normalised).mul_(scale).mul_(g)
+    scale_q = _factor(gamma, normalised, plus_one).mul_(scale).mul_(g)
     if terms is None:
         return normalised.copy_(scale_q).to(x.dtype)
     constant, slope = _per_plane(terms, x)
@@ -326,12 +335,14 @@ def instance_forward(
     activation: Activation | None,
     negative_slope: float,
     keep_signs: bool,
+    plus_one: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """plane_moments and apply for instance norm: y, signs, and the planes that `apply` used."""
     mean, squares = plane_moments(x)
     inverse_deviation = torch.rsqrt(squares / max(x.shape[2:].numel(), 1) + eps)
     planes = torch.stack([mean, inverse_deviation, torch.zeros_like(mean)])
-    return *apply(x, planes, gamma, beta, index, activation, negative_slope, keep_signs), planes
+    settings = (activation, negative_slope, keep_signs, plus_one)
+    return *apply(x, planes, gamma, beta, index, *settings), planes
 
 
 def instance_backward(
@@ -345,20 +356,20 @@ def instance_backward(
     signs: Tensor,
     activation: Activation | None,
     negative_slope: float,
+    plus_one: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """backward_sums and backward_input for instance norm: dγ, dβ (of size 0 if it is dy itself) and
     dx.
     """
-    dgamma, dbeta, sums = backward_sums(
-        dy, x, planes, gamma, beta, index, order, signs, activation, negative_slope
-    )
+    settings = (activation, negative_slope, plus_one)
+    dgamma, dbeta, sums = backward_sums(dy, x, planes, gamma, beta, index, order, signs, *settings)
     scale = planes[1]
     terms = sums * (scale / -max(x.shape[2:].numel(), 1))
     terms[1].mul_(scale).mul_(scale)
     return (
         dgamma,
         dbeta,
-        backward_input(dy, x, planes, gamma, beta, index, signs, terms, activation, negative_slope),
+        backward_input(dy, x, planes, gamma, beta, index, signs, terms, *settings),
     )
 
 
@@ -371,13 +382,14 @@ def through_activation(
     signs: Tensor,
     activation: Activation | None,
     negative_slope: float,
+    plus_one: bool = True,
 ) -> Tensor:
     """g: dy times the activation's derivative, in the dtype of x̂."""
     dy = dy.to(normalised.dtype)
     if activation is None:
         return dy
     if activation == "silu":
-        y = normalised * _one_plus(gamma, normalised) + beta
+        y = normalised * _factor(gamma, normalised, plus_one) + beta
         sigmoid = torch.sigmoid(y)
         return dy * (sigmoid * (1 + y * (1 - sigmoid)))
     if activation not in KEEPS_SIGNS:
@@ -437,9 +449,9 @@ def _sum_rows(x, index, table):
     ).to(table.dtype)
 
 
-def _one_plus(gamma, normalised):
-    """1 + γ in the dtype of x̂: a γ in half precision would round the sum."""
-    return 1 + gamma.to(normalised.dtype)
+def _factor(gamma, normalised, plus_one):
+    """1 + γ, or a copy of γ, in the dtype of x̂: a γ in half precision would round the sum."""
+    return int(plus_one) + gamma.to(normalised.dtype)
 
 
 def _per_plane(numbers, x):

@@ -46,6 +46,7 @@ def check_modulate(
     training: bool,
     process_group: "dist.ProcessGroup | None",
     activation: Activation | None,
+    plus_one: bool,
     moments: Tensor | None,
     out: Tensor | None = None,
 ) -> None:
@@ -81,6 +82,8 @@ def check_modulate(
         raise ValueError(f"norm is {norm!r}; it should be one of {NORMS}")
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation is {activation!r}; it should be one of {ACTIVATIONS}")
+    if not isinstance(plus_one, bool):
+        raise TypeError(f"plus_one is {plus_one!r}; it should be True or False")
     per_channel = {
         "weight": weight,
         "bias": bias,

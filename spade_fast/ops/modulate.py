@@ -1,5 +1,5 @@
-"""The modulation, y = activation((1 + γ)·x̂ + β), with a hand-written backward, for every norm and
-backend.
+"""The modulation, y = activation((1 + γ)·x̂ + β) or activation(γ·x̂ + β), with a hand-written
+backward, for every norm and backend.
 
 `spade_modulate` checks its arguments and measures x; `Modulate` connects the forward and backward
 kernels of one backend to autograd.
@@ -40,6 +40,7 @@ def spade_modulate(
     process_group: "dist.ProcessGroup | None" = None,
     activation: Activation | None = None,
     negative_slope: float = 0.2,
+    plus_one: bool = True,
     moments: Tensor | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
@@ -66,6 +67,8 @@ def spade_modulate(
             group.
         activation: None, "relu", "leaky_relu" or "silu".
         negative_slope: the slope of leaky ReLU below zero.
+        plus_one: whether x̂ is multiplied by 1 + γ, as in the paper, or by γ itself, as in the
+            SpatialNorm of diffusers. (Passing γ − 1 would round γ.)
         moments: the result of `plane_moments(x)`, where several modulations share one x.
         out: the tensor to write y to, with y's shape and dtype; channels-last if x is, otherwise
             contiguous. It may be x, gamma or beta itself, which is then overwritten, but may not
@@ -94,6 +97,7 @@ def spade_modulate(
         training=training,
         process_group=process_group,
         activation=activation,
+        plus_one=plus_one,
         moments=moments,
         out=out,
     )
@@ -102,7 +106,17 @@ def spade_modulate(
     running = (running_mean, running_var)
     if is_recorded(x, gamma, beta, index, *running):
         y = plain.modulate(
-            x, gamma, beta, index, settings, weight, bias, running, activation, negative_slope
+            x,
+            gamma,
+            beta,
+            index,
+            settings,
+            weight,
+            bias,
+            running,
+            activation,
+            negative_slope,
+            plus_one,
         )
         return y if out is None else out.copy_(y)
     x, gamma, beta = map(ordinary, (x, gamma, beta))
@@ -121,15 +135,15 @@ def spade_modulate(
     if settings.kind == "instance" and all(argument is None for argument in own):
         if differentiates:
             return ModulateInstance.apply(
-                x, gamma, beta, index, order, eps, activation, negative_slope, backend
+                x, gamma, beta, index, order, eps, activation, negative_slope, plus_one, backend
             )
         return backend.instance_forward(
-            x, gamma, beta, index, eps, activation, negative_slope, False
+            x, gamma, beta, index, eps, activation, negative_slope, False, plus_one
         )[0]
     is_given = settings.kind is not None and not settings.measures
     if is_given and not differentiates:
         planes = backend.running_planes(x, *running, weight, bias, eps)
-        return modulate_by(planes, x, gamma, beta, index, activation, negative_slope, out)
+        return modulate_by(planes, x, gamma, beta, index, activation, negative_slope, out, plus_one)
     with torch.no_grad():
         if settings.measures:
             moments = backend.plane_moments(x) if moments is None else moments
@@ -150,10 +164,11 @@ def spade_modulate(
             settings,
             activation,
             negative_slope,
+            plus_one,
             backend,
         )
     planes = norms.planes(statistics, x.shape[:2], weight, bias)
-    return modulate_by(planes, x, gamma, beta, index, activation, negative_slope, out)
+    return modulate_by(planes, x, gamma, beta, index, activation, negative_slope, out, plus_one)
 
 
 def modulate_by(
@@ -165,14 +180,17 @@ def modulate_by(
     activation: Activation | None,
     negative_slope: float,
     out: Tensor | None = None,
+    plus_one: bool = True,
 ) -> Tensor:
     """y, without gradients, from arguments that have been checked and the shift, scale and offset
     of each plane.
     """
     backend = kernels.select(x, gamma)
     if out is None:
-        return backend.apply(x, planes, gamma, beta, index, activation, negative_slope, False)[0]
-    backend.apply_out(x, planes, gamma, beta, index, activation, negative_slope, out)
+        return backend.apply(
+            x, planes, gamma, beta, index, activation, negative_slope, False, plus_one
+        )[0]
+    backend.apply_out(x, planes, gamma, beta, index, activation, negative_slope, out, plus_one)
     if not torch.compiler.is_compiling() and not out.is_inference():
         torch.autograd.graph.increment_version(out)  # a backward that needs the old values fails
     return out
@@ -213,17 +231,20 @@ class Modulate(torch.autograd.Function):
         norm: norms.Norm,
         activation: Activation | None,
         negative_slope: float,
+        plus_one: bool,
         backend: contract.Backend,
     ) -> Tensor:
         statistics = norms.Statistics(mean, inverse_deviation, count)
         planes = norms.planes(statistics, x.shape[:2], weight, bias)
-        y, signs = backend.apply(x, planes, gamma, beta, index, activation, negative_slope, True)
+        y, signs = backend.apply(
+            x, planes, gamma, beta, index, activation, negative_slope, True, plus_one
+        )
         kept_beta = beta if activation == "silu" else None
         ctx.save_for_backward(
             x, gamma, kept_beta, weight, bias, index, order, mean, inverse_deviation, planes, signs
         )
         ctx.count, ctx.norm, ctx.backend = count, norm, backend
-        ctx.activation, ctx.negative_slope = activation, negative_slope
+        ctx.activation, ctx.negative_slope, ctx.plus_one = activation, negative_slope, plus_one
         return y
 
     @staticmethod
@@ -236,8 +257,8 @@ class Modulate(torch.autograd.Function):
             gradients = _differentiable_backward(
                 ctx, dy, x, gamma, beta, weight, bias, index, statistics, signs
             )
-            return *gradients, *[None] * 9
-        activation = (ctx.activation, ctx.negative_slope)
+            return *gradients, *[None] * 10
+        activation = (ctx.activation, ctx.negative_slope, ctx.plus_one)
         order = numbering.sort_pixels(index) if order is None and index is not None else order
         dgamma, dbeta, sums = ctx.backend.backward_sums(
             dy, x, planes, gamma, beta, index, order, signs, *activation
@@ -255,7 +276,7 @@ class Modulate(torch.autograd.Function):
             dgamma,
             dbeta,
             *norms.backward_affine(statistics, sums, weight, bias),
-            *[None] * 9,
+            *[None] * 10,
         )
 
 
@@ -275,16 +296,17 @@ class ModulateInstance(torch.autograd.Function):
         eps: float,
         activation: Activation | None,
         negative_slope: float,
+        plus_one: bool,
         backend: contract.Backend,
     ) -> Tensor:
         y, signs, planes = backend.instance_forward(
-            x, gamma, beta, index, eps, activation, negative_slope, True
+            x, gamma, beta, index, eps, activation, negative_slope, True, plus_one
         )
         ctx.save_for_backward(
             x, gamma, beta if activation == "silu" else None, index, order, planes, signs
         )
         ctx.norm, ctx.backend = norms.Norm("instance", eps=eps), backend
-        ctx.activation, ctx.negative_slope = activation, negative_slope
+        ctx.activation, ctx.negative_slope, ctx.plus_one = activation, negative_slope, plus_one
         return y
 
     @staticmethod
@@ -296,12 +318,13 @@ class ModulateInstance(torch.autograd.Function):
             )
         else:
             order = numbering.sort_pixels(index) if order is None and index is not None else order
+            activation = (ctx.activation, ctx.negative_slope, ctx.plus_one)
             dgamma, dbeta, dx = ctx.backend.instance_backward(
-                dy, x, planes, gamma, beta, index, order, signs, ctx.activation, ctx.negative_slope
+                dy, x, planes, gamma, beta, index, order, signs, *activation
             )
             if ctx.activation is None and index is None:
                 dbeta = dy.to(gamma.dtype)
-        return dx, dgamma, dbeta, *[None] * 6
+        return dx, dgamma, dbeta, *[None] * 7
 
 
 def _differentiable_backward(ctx, dy, x, gamma, beta, weight, bias, index, statistics, signs):
@@ -330,5 +353,7 @@ def _differentiable_backward(ctx, dy, x, gamma, beta, weight, bias, index, stati
         if ctx.norm.measures:
             moments = torch_backend.plane_moments(x)
             statistics = norms.measure(ctx.norm, moments, math.prod(x.shape[2:]))
-        y = plain.modulate_with(x, gamma, beta, index, statistics, weight, bias, *activation)
+        y = plain.modulate_with(
+            x, gamma, beta, index, statistics, weight, bias, *activation, ctx.plus_one
+        )
     return gradients_of(y, inputs, dy.to(y.dtype))

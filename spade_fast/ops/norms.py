@@ -5,7 +5,7 @@ Forward, a norm pools the moments of the planes that share statistics: each plan
 a channel's planes over the batch (batch) and over all processes (syncbatch), or the planes of a
 group's channels (group). Backward, it pools their sums in the same way. With d = x − mean, r =
 1/sqrt(variance + eps), w the affine weight, M the number of elements in a pool, g = dy times
-the activation's derivative and q = g·(1 + γ):
+the activation's derivative, f the factor (1 + γ, or γ with plus_one=False) and q = g·f:
 
     dx = r·w·q − r·Σ(w·q)/M − d·r³·Σ(w·q·d)/M        summed over the pool
     dweight = Σ r·q·d,  dbias = Σ q                  summed over all planes of a channel

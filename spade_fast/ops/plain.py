@@ -24,6 +24,7 @@ def modulate(
     running: norms.Running = (None, None),
     activation: Activation | None = None,
     negative_slope: float = 0.2,
+    plus_one: bool = True,
 ) -> Tensor:
     """`spade_modulate`, which describes the arguments, after they have been checked.
 
@@ -38,7 +39,7 @@ def modulate(
     else:
         statistics = norms.given(*running, norm.eps, dtype)
     return modulate_with(
-        x, gamma, beta, index, statistics, weight, bias, activation, negative_slope
+        x, gamma, beta, index, statistics, weight, bias, activation, negative_slope, plus_one
     )
 
 
@@ -52,6 +53,7 @@ def modulate_with(
     bias: Tensor | None,
     activation: Activation | None,
     negative_slope: float,
+    plus_one: bool,
 ) -> Tensor:
     """The same with given statistics."""
     planes = norms.planes(statistics, x.shape[:2], weight, bias)
@@ -59,7 +61,8 @@ def modulate_with(
     gamma, beta = (torch_backend.look_up(rows, index) for rows in (gamma, beta))
     within = torch.promote_types(planes.dtype, gamma.dtype)
     normalised = (x.to(within) - shift) * scale + offset
-    y = normalised * (1 + gamma.to(within)) + beta
+    gamma = gamma.to(within)
+    y = normalised * (1 + gamma if plus_one else gamma) + beta
     if activation == "relu":
         y = F.relu(y)
     elif activation == "leaky_relu":
