@@ -16,7 +16,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from . import checkpoint
-from .data import Pair, Preparation, read_labels, read_palette, read_photograph
+from .data import MODES, Pair, Preparation, read_labels, read_palette, read_photograph
 from .data.dataset import named
 from .data.files import Palette
 from .data.pairs import convention_of, match
@@ -184,6 +184,8 @@ def generate_with(
     maps = with_classes(maps, arguments["label_nc"])
     assert maps.num_classes is not None
     height, width = service.image_size
+    if preprocess not in MODES:
+        raise ValueError(f"preprocess is {preprocess!r}; it should be one of {', '.join(MODES)}")
     preparation = Preparation(
         maps.num_classes,
         maps.dont_care,

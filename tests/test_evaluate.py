@@ -551,7 +551,7 @@ WRONG = {
     "no classes": (
         ("--labels", "labels", "--segmentation", "test_evaluate:first_channel"),
         lambda folder: None,
-        "num_classes is not given",
+        "--num-classes is not given",
     ),
     "useless features": (
         ("@labels", "--features", "test_evaluate:mean_colour"),

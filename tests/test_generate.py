@@ -380,13 +380,13 @@ def test_files_named_as_in_cityscapes(scenes, tmp_path):
 @pytest.mark.parametrize(
     "options, words",
     [
-        (["--dtype", "float8"], "dtype is 'float8'; it should be one of float32"),
-        (["--device", "meta"], "device is 'meta'; it should be a device of this machine"),
-        (["--device", "toaster"], "device is 'toaster'; it should be a device of this machine"),
-        (["--preprocess", "shrink"], "mode is 'shrink'; it should be one of"),
-        (["--convention", "mapillary"], "convention is 'mapillary'; it should be one of"),
-        (["--samples", "2"], "samples is 2; it should be 1: this generator begins with the cond"),
-        (["--num-classes", "7"], "the generator has 184 channels, and 7 classes and don't care"),
+        (["--dtype", "float8"], "--dtype is 'float8'; it should be one of float32"),
+        (["--device", "meta"], "--device is 'meta'; it should be a device of this machine"),
+        (["--device", "toaster"], "--device is 'toaster'; it should be a device of this machine"),
+        (["--preprocess", "shrink"], "--preprocess is 'shrink'; it should be one of"),
+        (["--convention", "mapillary"], "--convention is 'mapillary'; it should be one of"),
+        (["--samples", "2"], "--samples is 2; it should be 1: this generator begins with the cond"),
+        (["--num-classes", "7"], "make 9: --num-classes, --dont-care and --instances should be as"),
         (["--palette", "/nowhere"], "--palette is /nowhere, which does not exist"),
     ],
 )

@@ -76,9 +76,9 @@ def test_an_empty_folder(folder, options):
             dict(vgg_weights=__file__),
             "--vgg-weights is '.*'; it should not be given: perceptual is off",
         ),
-        (dict(crop_size=40), "--crop-size is 40, .* crop_size should be 32 or 64"),
-        (dict(crop_size=48, batch=1), "--crop-size is 48, .* crop_size should be 64, the near"),
-        (dict(crop_size=48, load_size=60), "--crop-size is 48, .* crop_size should be 32, the"),
+        (dict(crop_size=40), "--crop-size is 40, .* --crop-size should be 32 or 64"),
+        (dict(crop_size=48, batch=1), "--crop-size is 48, .* --crop-size should be 64, the near"),
+        (dict(crop_size=48, load_size=60), "--crop-size is 48, .* --crop-size should be 32, the"),
         (dict(crop_size=16, preset="small"), "--crop-size is 16, .* it should be 64 or more"),
         (dict(crop_size=72, load_size=80, batch=1), "--crop-size is 72, .* should be 64, the near"),
         (dict(crop_size=16, load_size=20), "--crop-size is 16, .* no crop_size near this one"),
@@ -109,7 +109,7 @@ def test_an_empty_folder(folder, options):
         (dict(beta1=1), "--beta1 is 1.0; it should be less than 1"),
         (dict(aspect_ratio=0.0), "--aspect-ratio is 0.0; it should be a positive number"),
         (dict(steps=0), "--steps is 0; it should be 1 or more"),
-        (dict(preset="large"), "preset is 'large'; it should be one of published, small"),
+        (dict(preset="large"), "--preset is 'large'; it should be one of published, small"),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
 )
@@ -237,7 +237,7 @@ class TestResume:
         assert re.match("the state belongs to another generator than this: size mismatch", words)
 
     def test_contradictions(self, run):
-        assert "preset is 'small' and resume" in refusal(resume=run.folder, preset="small")
+        assert "--preset is 'small' and resume" in refusal(resume=run.folder, preset="small")
         assert "--out is 'other' and resume" in refusal(resume=run.folder, out="other")
         assert "--steps is 1; it should be 2 or more: the run has taken 2 steps" in refusal(
             resume=run.folder, steps=1

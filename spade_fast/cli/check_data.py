@@ -36,7 +36,7 @@ def check_data(
     """
     from .. import data as checking
 
-    try:
+    with options.refusals(check_data):
         report = checking.check_data(
             labels,
             images,
@@ -48,9 +48,6 @@ def check_data(
             sheet=sheet,
             progress=progress_bar,
         )
-    except (ValueError, OSError) as error:
-        typer.echo(f"Error: {error}", err=True)
-        raise typer.Exit(2) from None
     console = Console()
     console.print(table_of_classes(report))
     typer.echo(

@@ -118,7 +118,7 @@ def generate(
     from ..data import read_palette
 
     loading = {"key": key, "crop_size": crop_size, "aspect_ratio": aspect_ratio}
-    try:
+    with options.refusals(generate, RuntimeError):
         if dtype not in DTYPES:
             raise ValueError(f"dtype is {dtype!r}; it should be one of {', '.join(DTYPES)}")
         report = generation.generate(
@@ -143,9 +143,6 @@ def generate(
             resume=resume,
             progress=lambda found, count: progress_bar(found, count, "Generating"),
         )
-    except (ValueError, TypeError, OSError, RuntimeError, ModuleNotFoundError) as error:
-        typer.echo(f"Error: {error}", err=True)
-        raise typer.Exit(2) from None
     for fault in report.faults:
         typer.echo(f"WRONG: {fault}", err=True)
     there = f"; {report.skipped} existed already" if report.skipped else ""

@@ -54,12 +54,9 @@ def paint(
     except OSError as error:
         typer.echo(f"Error: {error}", err=True)
         raise typer.Exit(1) from None
-    try:
+    with options.refusals(paint, RuntimeError):
         with door:
             _paint(weights, encoder, classes, door, host)
-    except (ValueError, TypeError, OSError, RuntimeError, ModuleNotFoundError) as error:
-        typer.echo(f"Error: {error}", err=True)
-        raise typer.Exit(2) from None
 
 
 def _paint(weights, encoder, classes, door, host):
