@@ -90,16 +90,16 @@ class Config:
     adversarial: str = setting(
         "hinge", "Adversarial loss: hinge, least_squares, non_saturating or wasserstein."
     )
+    weight_adversarial: float = setting(1.0, "Weight of the generator's adversarial loss.", 0)
+    weight_feature_matching: float = setting(10.0, "Weight of feature matching.", 0)
+    weight_kl: float = setting(0.05, "Weight of the encoder's KL divergence.", 0)
     perceptual: bool = setting(True, "Use the perceptual loss, on VGG19's features.")
     vgg_weights: str | None = setting(
         None,
         "torchvision's file of VGG19's weights; by default the one in torch.hub's cache.",
         may_change=True,
     )
-    weight_adversarial: float = setting(1.0, "Weight of the generator's adversarial loss.", 0)
-    weight_feature_matching: float = setting(10.0, "Weight of feature matching.", 0)
     weight_perceptual: float = setting(10.0, "Weight of the perceptual loss.", 0)
-    weight_kl: float = setting(0.05, "Weight of the encoder's KL divergence.", 0)
     # Steps
     steps: int | None = setting(
         None, "Steps of the run; give these or --epochs.", 1, may_change=True

@@ -142,3 +142,12 @@ def test_each_command_refuses_in_the_words_that_were_typed(words, tmp_path, monk
     assert result.exit_code == 2
     assert re.match(f"Error: {words.split()[-2]} is .*should", result.stderr), result.output
     assert result.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_shows_the_whole_name_of_each_option_at_80_columns(name):
+    output = CliRunner().invoke(app, [name, "--help"], env={"COLUMNS": "80"}).output
+    options = typer.main.get_command(app).commands[name].params
+    names = [word for one in options for word in (*one.opts, *one.secondary_opts)]
+    assert all(f" {word} " in output for word in names if word.startswith("--")), output
+    assert "…" not in output

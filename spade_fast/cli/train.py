@@ -26,6 +26,7 @@ PANELS = {
     "labels": "Data",
     "ngf": "Networks",
     "adversarial": "Losses",
+    "perceptual": "Perceptual loss",
     "steps": "Steps",
     "out": "The run",
 }
