@@ -558,6 +558,11 @@ WRONG = {
         lambda folder: None,
         "features is given; it should only be given with photographs",
     ),
+    "useless classes": (
+        ("@fid", "--num-classes", "3"),
+        lambda folder: None,
+        "--num-classes is given; it should only be given with labels",
+    ),
     "no network": (
         ("--photographs", "photographs", "--features", "test_evaluate:not_a_network"),
         lambda folder: None,

@@ -294,7 +294,7 @@ def test_a_runs_encoder_is_used(scenes, tmp_path):
     encoder.load_state_dict(state["trainer"]["networks"]["encoder"])
     z = generation.Styles(3, (SIZE, SIZE), style=style, encoder=encoder)("002", [0])
     assert np.array_equal(images_in(tmp_path / "out")["002.png"], by_hand(path, scenes, "002", z))
-    settings |= {"out": str(tmp_path / "plain"), "use_vae": False}
+    settings = settings_for(scenes, out=str(tmp_path / "plain"), steps=1)
     train(Config(**settings))
     words = run(tmp_path / "plain", *options, "--out", tmp_path / "none", code=2)
     assert "style is given and encoder is not, both should be" in words

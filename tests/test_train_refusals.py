@@ -74,8 +74,12 @@ def test_an_empty_folder(folder, options):
         (dict(perceptual=True, vgg_weights="nowhere"), "nowhere"),
         (
             dict(vgg_weights=__file__),
-            "--vgg-weights is '.*'; it should not be given: perceptual is off",
+            "--vgg-weights is '.*'; it should not be given: --perceptual is off",
         ),
+        (dict(z_dim=256), "--z-dim is 256; it should not be given: --use-vae is off"),
+        (dict(weight_kl=0.1), "--weight-kl is 0.1; it should not be given: --use-vae is off"),
+        (dict(weight_perceptual=1.0), "--weight-perceptual is 1.0; .* --perceptual is off"),
+        (dict(init="default", init_gain=0.1), "--init-gain is 0.1; .*: init is 'default'"),
         (dict(crop_size=40), "--crop-size is 40, .* --crop-size should be 32 or 64"),
         (dict(crop_size=48, batch=1), "--crop-size is 48, .* --crop-size should be 64, the near"),
         (dict(crop_size=48, load_size=60), "--crop-size is 48, .* --crop-size should be 32, the"),

@@ -27,14 +27,14 @@ def refusals(command: Callable[..., None], *others: type[Exception]) -> Iterator
 
 def as_options(words: str, command: Callable[..., None]) -> str:
     """A message with a command's options in place of the arguments that it begins with, and of
-    those of which it says "should be".
+    those of which it says "should be" or "is off".
     """
     parameters = inspect.signature(command).parameters.values()
     names = (one.name for one in parameters if isinstance(get_args(one.annotation)[1], OptionInfo))
     name = rf"(?:{'|'.join(names)})\b"
     listed = rf"{name}(?:(?:, | and ){name})*"
     return re.sub(
-        rf"(?<![\w./-])(?:^{listed}(?= )|{listed}(?= should be))",
+        rf"(?<![\w./-])(?:^{listed}(?= )|{listed}(?= (?:should be|is off)))",
         lambda found: re.sub(name, lambda one: as_option(one[0]), found[0]),
         words,
     )

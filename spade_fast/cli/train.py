@@ -84,7 +84,9 @@ def _train(resume_folder, preset_name, given):
     from ..training import resume, train
 
     if resume_folder is None:
-        return train(Config(**preset(preset_name, **given)))
+        config = Config(**preset(preset_name, **given))
+        config.check_used(given)
+        return train(config)
     if preset_name is not None:
         raise ValueError(
             f"preset is {preset_name!r} and resume {str(resume_folder)!r}, only one of them should"
