@@ -185,7 +185,7 @@ def test_wrong_label_maps_are_named_and_the_others_generated(weights, tmp_path):
         *ruined.text(folder, "001"),
         *ruined.coloured(folder, "005"),
         *ruined.missing_instances(folder, "006"),
-        "003.png: labels has a 200 in",
+        "003.png: labels has a 200 in 2 pixels, first at row 3, column 5; it should have 0 to 181",
         "004.png: instances is 52 × 40, labels is 52 × 41: they should have the same size",
     ]
     ruined.out_of_range(folder, "003"), ruined.larger(folder, "004")

@@ -11,6 +11,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 
 from ..arguments import whole_number
+from .allowed import Allowed, counts_of
 from .files import Palette, read_labels, read_orientation, read_photograph
 from .pairs import Pair, convention_of, match
 from .sheet import MOST_SHOWN, Shown, check_writable, draw
@@ -136,27 +137,6 @@ def check_data(
     return report
 
 
-class Allowed(NamedTuple):
-    """The labels that files may have: with num_classes None, every class from 0 up."""
-
-    num_classes: int | None
-    dont_care: int | None
-    shift: int
-
-    def __contains__(self, number: object) -> bool:
-        if not isinstance(number, int):
-            return False
-        label = number + self.shift
-        is_class = label >= 0 and (self.num_classes is None or label < self.num_classes)
-        return is_class or number == self.dont_care
-
-    @property
-    def words(self) -> str:
-        last = "" if self.num_classes is None else f" to {self.num_classes - 1 - self.shift}"
-        other = "" if self.dont_care is None else f", or {self.dont_care} for don't care"
-        return f"{-self.shift}{last or ' or more'}{other}"
-
-
 def _look(pair: Pair, palette: Palette | None, allowed: Allowed, is_shown: bool) -> Seen:
     faults: list[str] = []
 
@@ -183,34 +163,12 @@ def _look(pair: Pair, palette: Palette | None, allowed: Allowed, is_shown: bool)
                 " does not; rotate its pixels, or remove the tag if they match the labels"
             )
     counts = {} if labels is None else counts_of(labels)
-    wrong = [number for number in counts if number not in allowed]
-    if wrong:
-        faults.append(f"{pair.labels} has {words_of_wrong(labels, counts, wrong, allowed)}")
+    if labels is not None and (wrong := allowed.fault(labels, counts)):
+        faults.append(f"{pair.labels} has {wrong}")
     shown = None
     if is_shown and labels is not None and photograph is not None:
         shown = Shown.of(pair.name, photograph, labels, instances)
     return Seen(faults, counts, None if photograph is None else photograph.size, shown)
-
-
-def counts_of(labels: np.ndarray) -> dict[int, int]:
-    """The number of pixels with each label."""
-    numbers, counts = np.unique(labels, return_counts=True)
-    return dict(zip(numbers.tolist(), counts.tolist()))
-
-
-def words_of_wrong(
-    labels: np.ndarray, counts: dict[int, int], wrong: list[int], allowed: Allowed
-) -> str:
-    """Describes the first label out of range: its pixels, its first place, and the rest's count."""
-    row, column = np.argwhere(labels == wrong[0])[0].tolist()
-    more = ""
-    if len(wrong) > 1:
-        pixels = sum(counts[number] for number in wrong)
-        more = f"; {len(wrong)} labels in {pixels} pixels are out of range"
-    return (
-        f"a {wrong[0]} in {counts[wrong[0]]} pixels, first at row {row}, column {column}; it should"
-        f" have {allowed.words}{more}"
-    )
 
 
 def _suggested(pixels, allowed):

@@ -10,7 +10,7 @@ import torch
 import torch.nn as nn
 
 from ..arguments import whole_number
-from ..data.check import Allowed
+from ..data.allowed import Allowed
 from ..data.files import Palette
 from ..data.pairs import Convention, convention_of, files_in
 from . import protocol
