@@ -18,6 +18,7 @@ from PIL.PngImagePlugin import PngInfo
 from . import checkpoint
 from .data import MODES, Pair, Preparation, read_labels, read_palette, read_photograph
 from .data.dataset import named
+from .data.faults import words_of
 from .data.files import Palette
 from .data.pairs import convention_of, match
 from .nn import ConvEncoder, SPADEGenerator
@@ -363,7 +364,7 @@ class _Painter:
         try:
             layout = self._layout(pair)
         except (ValueError, TypeError, OSError) as error:
-            return 0, skipped, str(error)
+            return 0, skipped, words_of(error)
         images = self.service.generate(layout, self.styles(pair.name, wanted))
         if not images.isfinite().all():
             return 0, skipped, f"{pair.labels}: its image has values that are not finite"

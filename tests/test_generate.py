@@ -198,7 +198,7 @@ def test_values_that_are_not_finite_are_refused(scenes, tmp_path):
     generator = generator_of()
     torch.nn.init.constant_(generator.conv_img.bias, float("nan"))
     checkpoint.write(generator, tmp_path / "generator.pth")
-    words = coco(tmp_path / "generator.pth", scenes, tmp_path / "out", code=1)
+    words = coco(tmp_path / "generator.pth", scenes, tmp_path / "out", "--all-faults", code=1)
     assert "002.png: its image has values that are not finite" in words
     assert not images_in(tmp_path / "out")
 

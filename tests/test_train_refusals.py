@@ -43,7 +43,7 @@ def contents(folder):
 SAYS_ALSO = {
     ruined.missing: "1 name without a partner, or with two files: ",
     ruined.truncated: "the data have 1 fault, the first: ",
-    ruined.out_of_range: "`spade-fast check-data`",
+    ruined.out_of_range: "`spade-fast check-data --all-faults`",
 }
 
 

@@ -27,11 +27,12 @@ def check_data(
     sheet: Annotated[
         Path | None, typer.Option(help="PNG to write: some photographs beside their label maps.")
     ] = None,
+    all_faults: options.AllFaults = False,
 ) -> None:
     """Check a folder of label maps and photographs before training on it.
 
-    Prints a line for each fault, the share of the pixels that each class has, and the --num-classes
-    and --dont-care that the label maps need. Exits with 1 if there is a fault, with 2 if the check
+    Prints the faults, the share of the pixels that each class has, and the --num-classes and
+    --dont-care that the label maps need. Exits with 1 if there is a fault, with 2 if the check
     cannot be made.
     """
     from .. import data as checking
@@ -61,11 +62,7 @@ def check_data(
         f"{counted(report.pairs, 'pair')}; the shortest side of a photograph is"
         f" {counted(report.shortest, 'pixel')}."
     )
-    for fault in report.faults:
-        typer.echo(f"WRONG: {fault}")
-    if report.faults:
-        typer.echo(f"{counted(len(report.faults), 'fault')}. Rows and columns are counted from 0.")
-        raise typer.Exit(1)
+    options.report_faults(report.faults, all_faults, more=" Rows and columns are counted from 0.")
     typer.echo("Nothing is wrong.")
 
 

@@ -107,6 +107,7 @@ def generate(
     resume: Annotated[
         bool, typer.Option("--resume", help="Skip images that exist already.")
     ] = False,
+    all_faults: options.AllFaults = False,
 ) -> None:
     """Make an image of each label map in a folder.
 
@@ -143,13 +144,9 @@ def generate(
             resume=resume,
             progress=lambda found, count: progress_bar(found, count, "Generating"),
         )
-    for fault in report.faults:
-        typer.echo(f"WRONG: {fault}", err=True)
     there = f"; {report.skipped} existed already" if report.skipped else ""
     typer.echo(f"{counted(report.made, 'image')} in {out}{there}.")
-    if report.faults:
-        typer.echo(f"{counted(len(report.faults), 'fault')}.", err=True)
-        raise typer.Exit(1)
+    options.report_faults(report.faults, all_faults, err=True)
 
 
 def device_of(name: str) -> "torch.device":

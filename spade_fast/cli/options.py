@@ -10,6 +10,8 @@ from typing import Annotated, Any, get_args
 import typer
 from typer.models import OptionInfo
 
+from ..arguments import counted
+
 REFUSALS = (ValueError, TypeError, OSError, ModuleNotFoundError)
 
 
@@ -76,6 +78,26 @@ def file(help: str, panel: str | None = None) -> Any:
     return typer.Option(help=help, callback=is_there("file"), rich_help_panel=panel)
 
 
+def report_faults(faults: list[str], each: bool, err: bool = False, more: str = "") -> None:
+    """Prints a data set's faults, and exits with 1 if there are any.
+
+    each: whether to print a line for each fault, and not for each cause.
+    more: printed after the number of faults.
+    """
+    from ..data.faults import grouped
+
+    lines = faults if each else grouped(faults)
+    for line in lines:
+        typer.echo(f"WRONG: {line}", err=err)
+    if faults:
+        hint = "" if len(lines) == len(faults) else " --all-faults prints a line for each."
+        typer.echo(f"{counted(len(faults), 'fault')}.{hint}{more}", err=err)
+        raise typer.Exit(1)
+
+
+AllFaults = Annotated[
+    bool, typer.Option("--all-faults", help="Print a line for each fault, not for each cause.")
+]
 READING = "How label maps are read"  # the panel of the help
 CONVENTION = "Layout of the folders: folder, coco_stuff, ade20k or cityscapes."
 Convention = Annotated[str, typer.Option(help=CONVENTION, rich_help_panel=READING)]

@@ -12,6 +12,7 @@ import numpy as np
 
 from ..arguments import whole_number
 from .allowed import Allowed, counts_of
+from .faults import words_of
 from .files import Palette, read_labels, read_orientation, read_photograph
 from .pairs import Pair, convention_of, match
 from .sheet import MOST_SHOWN, Shown, check_writable, draw
@@ -144,7 +145,7 @@ def _look(pair: Pair, palette: Palette | None, allowed: Allowed, is_shown: bool)
         try:
             return read(*arguments)
         except (ValueError, OSError) as error:
-            faults.append(str(error))
+            faults.append(words_of(error))
 
     labels = tried(read_labels, pair.labels, palette)
     photograph = tried(read_photograph, pair.image)
