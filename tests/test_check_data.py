@@ -213,3 +213,41 @@ def test_groups_of_faults():
         ),
     ]
     assert grouped(others) == others and grouped([]) == []
+
+
+@pytest.mark.parametrize(
+    "values, given, found, note",
+    [
+        ({200: 3}, {}, (20, None), "--num-classes 201 or --dont-care 200"),
+        ({255: 3}, {}, (20, 255), None),
+        ({255: 3}, {"dont_care": 0}, (20, 0), "--num-classes 256"),
+        ({200: 3, 240: 1}, {}, (20, None), "240 (1 pixel in 1 label map); else give --num-classes"),
+        ({200: 3, 255: 900}, {}, (20, 255), "--num-classes 201"),
+        ({200: 300}, {}, (201, None), None),  # too many for a mistake
+        ({30: 1}, {}, (31, None), None),  # too near
+        ({200: 3}, {"num_classes": 5}, (20, None), "200 (3 pixels in 1 label map); else"),
+        ({200: 3}, {"num_classes": 20}, None, "200 (3 pixels in 1 label map); else"),
+        ({255: 3}, {"num_classes": 20}, (20, 255), None),
+        ({255: 3}, {"num_classes": 25}, (25, 255), None),
+        ({255: 3}, {"num_classes": 300}, None, None),
+        ({200: 3}, {"num_classes": 20, "dont_care": 200}, None, None),
+    ],
+)
+def test_labels_far_above_the_others(tmp_path, values, given, found, note):
+    labels = np.repeat(np.arange(20, dtype=np.uint8), 500)
+    for value, count in values.items():
+        labels[value : value + count] = value
+    save(labels.reshape(100, 100), tmp_path / "labels" / "a.png")
+    save(np.zeros((100, 100, 3), np.uint8), tmp_path / "images" / "a.png")
+    report = check_data(tmp_path / "labels", tmp_path / "images", **given)
+    num_classes, dont_care = found or (None, None)
+    care = "" if dont_care is None else f" --dont-care {dont_care}"
+    suggestion = f"these label maps suggest --num-classes {num_classes}{care}"
+    notes = [note for note in report.notes if "never occur" not in note]
+    assert len(notes) == (found is not None) + (note is not None), notes
+    assert found is None or notes[0] == suggestion
+    assert note is None or note in notes[-1]
+    assert report.num_classes == given.get("num_classes", num_classes)
+    assert [report.pixels[label] for label in report.outside if label in values] == (
+        [] if note is None else [count for label, count in values.items() if label != dont_care]
+    )

@@ -15,6 +15,8 @@ from .tables import table_of
 if TYPE_CHECKING:
     from ..data.check import Report
 
+MOST_OUTSIDE = 10  # labels out of range that have a row in the table
+
 
 def check_data(
     labels: Annotated[Path, options.folder("Folder of label maps.")],
@@ -75,7 +77,10 @@ def table_of_classes(report: "Report") -> Table:
         if label == report.num_classes:
             name = f"don't care ({report.dont_care})"
         table.add_row(name, f"{count:,}", f"{count / pixels:.2%}", f"{images:,}")
-    rest = sum(report.pixels.values()) - sum(count for count, _ in report.classes.values())
-    if rest:
-        table.add_row("[red]out of range", f"{rest:,}", f"{rest / pixels:.2%}", "")
+    for label in report.outside[:MOST_OUTSIDE]:
+        count = report.pixels[label]
+        cells = f"{count:,}", f"{count / pixels:.2%}", f"{report.images[label]:,}"
+        table.add_row(f"[red]{label}: out of range", *cells)
+    if rest := sum(report.pixels[label] for label in report.outside[MOST_OUTSIDE:]):
+        table.add_row("[red]others out of range", f"{rest:,}", f"{rest / pixels:.2%}", "")
     return table
