@@ -14,6 +14,8 @@ from typing import Any, get_args, get_type_hints
 ORDERS = ("published", "shared")
 PRECISIONS = ("no", "bf16", "fp16")
 INITIALISATIONS = ("xavier", "xavier_uniform", "normal", "kaiming", "orthogonal", "default")
+# Settings that are paths, besides out.
+FOLDERS, FILES = ("labels", "images", "instances"), ("palette", "vgg_weights")
 OFF = {False: "off", "default": "'default'"}  # values of settings that others need
 
 
@@ -285,12 +287,18 @@ class Config:
         return self.has_deviation(start, self.batch // self.accumulate)
 
     def save(self, path: Path) -> None:
-        """Writes the settings as YAML."""
+        """Writes the settings as YAML. Paths become absolute: the run may be resumed or used from
+        another folder.
+        """
         import yaml
 
+        found = dataclasses.asdict(self)
+        for name in (*FOLDERS, *FILES, "out"):
+            if found[name] is not None:
+                found[name] = str(Path(found[name]).absolute())
         path.write_text(
             "# Settings of a training run: `spade-fast train --help` explains them.\n"
-            + yaml.safe_dump(dataclasses.asdict(self), sort_keys=False, allow_unicode=True)
+            + yaml.safe_dump(found, sort_keys=False, allow_unicode=True)
         )
 
     @classmethod

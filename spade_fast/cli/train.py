@@ -10,7 +10,7 @@ from typing import Annotated, Any, get_args, get_type_hints
 
 import typer
 
-from ..settings import PRESETS, Config, preset
+from ..settings import FILES, FOLDERS, PRESETS, Config, preset
 from . import options
 from .memory import keep_freed_memory
 from .options import as_option
@@ -19,8 +19,6 @@ HELP = """Train a generator on label maps and photographs, or resume a run.
 
 The run's folder gets its settings, checkpoints, pictures, log and the generator's weights.
 """
-FOLDERS = ("labels", "images", "instances")
-FILES = ("palette", "vgg_weights")
 # The setting that begins each panel of the help.
 PANELS = {
     "labels": "Data",
