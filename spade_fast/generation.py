@@ -25,7 +25,7 @@ from .nn import ConvEncoder, SPADEGenerator
 from .nn.config import whole_number
 from .service import Service
 from .training.pictures import picture
-from .training.run import GENERATOR, Run
+from .training.run import Run
 from .writing import remove_unfinished, written
 
 ORIGIN = "spade_fast"  # the key of a PNG's text that says how it was generated, for `evaluate`
@@ -89,7 +89,7 @@ def generate(
     `Service`).
 
     Args:
-        weights: as `Service` takes them, or the folder of a run. A run's settings are the defaults
+        weights: as `Service` takes them. The settings of a run whose folder it is are the defaults
             of convention, palette, num_classes and dont_care; and of instances, if labels is the
             folder that it was trained on.
         labels, instances: folders. Instances are required if the generator was trained with them.
@@ -119,7 +119,8 @@ def generate(
     labels, out = Path(labels), Path(out)
     run = None
     if isinstance(weights, (str, os.PathLike)) and Path(weights).is_dir():
-        run, weights = Run(weights), Path(weights, GENERATOR)
+        run = Run(weights)
+        weights = run.weights()
     maps = _maps_of(run, labels, instances, convention, palette)
     if run is not None and style is not None and encoder is None:
         encoder = encoder_of_run(run)
@@ -412,8 +413,6 @@ def _maps_of(run, labels, instances, convention, palette):
     said = None
     if run is not None:
         said = run.settings()
-        if not run.path(GENERATOR).is_file():
-            raise FileNotFoundError(f"{run.folder} has no {GENERATOR} yet: training writes it")
         if palette is None and said.palette is not None:
             palette = read_palette(said.palette)
         is_same = said.labels is not None and Path(said.labels).resolve() == labels.resolve()

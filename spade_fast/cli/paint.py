@@ -93,10 +93,9 @@ def _generator(
     given: by name, the options that only a generator of the user's takes.
     """
     from ..paint import demo_classes, train_demo
-    from ..training.run import GENERATOR
 
     if weights is not None:
-        return (weights / GENERATOR if weights.is_dir() else weights), None
+        return weights, None
     for name, value in given.items():
         if value is not None:
             raise ValueError(f"{name} is given without the weights that it belongs to")
