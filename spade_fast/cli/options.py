@@ -12,7 +12,7 @@ from typer.models import OptionInfo
 
 from ..arguments import counted
 
-REFUSALS = (ValueError, TypeError, OSError, ModuleNotFoundError)
+REFUSALS: tuple[type[Exception], ...] = (ValueError, TypeError, OSError, ModuleNotFoundError)
 
 
 @contextlib.contextmanager
@@ -22,7 +22,7 @@ def refusals(command: Callable[..., None], *others: type[Exception]) -> Iterator
     """
     try:
         yield
-    except (*REFUSALS, *others) as error:
+    except REFUSALS + others as error:
         typer.echo(f"Error: {as_options(str(error), command)}", err=True)
         raise typer.Exit(2) from None
 

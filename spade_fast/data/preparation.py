@@ -74,8 +74,8 @@ class Preparation:
         whole_number("load_size", self.load_size, least=1)
         if self.mode in UNRESIZED:
             raise ValueError(
-                f"load_size is {self.load_size}; it should not be given: mode {self.mode!r} does not"
-                " use it"
+                f"load_size is {self.load_size}; it should not be given: mode {self.mode!r} does"
+                " not use it"
             )
         least = min(self._box) if "shortside" in self.mode else self.crop_size
         if self._crops and self.load_size < least:
