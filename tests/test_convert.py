@@ -103,11 +103,11 @@ def test_lookalikes_are_left_as_they_were(family):
 @pytest.mark.parametrize("family", ["official, batch", "SDM", "leaky hidden"])
 def test_models_in_other_dtypes_are_probed_too(family, dtype):
     assert spade_fast.convert(Network(SPADES[family]).to(dtype)).converted == 5
-    assert not spade_fast.convert(LOOKALIKES["HiFaceGAN"][0]().to(dtype)).converted
+    assert not spade_fast.convert(LOOKALIKES["bilinear"][0]().to(dtype)).converted
 
 
 def test_a_layer_is_trusted_without_a_probe():
-    assert spade_fast.convert(LOOKALIKES["HiFaceGAN"][0](), probe=False).converted == 1
+    assert spade_fast.convert(LOOKALIKES["bilinear"][0](), probe=False).converted == 1
 
 
 @pytest.mark.parametrize("train", [False, True])
@@ -256,12 +256,12 @@ def test_no_spade_at_all():
 
 def test_the_report_as_a_table():
     text = str(
-        spade_fast.convert(nn.ModuleDict({"good": Layer(), "bad": LOOKALIKES["HiFaceGAN"][0]()}))
+        spade_fast.convert(nn.ModuleDict({"good": Layer(), "bad": LOOKALIKES["bilinear"][0]()}))
     )
     for part in (
         "good",
         "bad",
-        "HiFaceGAN",
+        "Bilinear",
         "SPADE(8, 5, 6), InstanceNorm2d",
         "yes",
         "no",

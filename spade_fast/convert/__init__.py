@@ -134,7 +134,7 @@ def _proved(module, kind, form):
 
 def _is_opaque(module, form):
     """Whether a part contains other modules and is not a Sequential."""
-    parts = [module.get_submodule(name) for name in (form.shared, form.gamma, form.beta)]
+    parts = [module.get_submodule(name) for name in form.of_condition]
     return any(leaf._modules for part in parts for leaf in leaves(part))
 
 
@@ -193,5 +193,9 @@ def _how(module):
     backend = kernels.select(next(module.parameters())).name
     if isinstance(module, FastBlock):
         return f"with its activations; {backend}"
-    windows = Parts.of(module).convolutions() is not None
-    return f"{'windows of labels, else pixels' if windows else 'pixels'}; {backend}"
+    parts, where = Parts.of(module), "pixels"
+    if parts.convolutions() is not None:
+        where = "windows of labels, else pixels"
+    elif parts.pointwise() is not None:
+        where = "voxels of the condition, or pixels if they are fewer"
+    return f"{where}; {backend}"
