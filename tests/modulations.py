@@ -57,6 +57,7 @@ def sample(
     mean=0.0,
     num_groups=2,
     rows=None,
+    plus_one=True,
 ):
     """Arguments of spade_modulate by name, and dy, in the given dtypes and memory layouts.
 
@@ -77,6 +78,7 @@ def sample(
         "norm": norm,
         "activation": activation,
         "training": training,
+        "plus_one": plus_one,
     }
     if norm == "group":
         arguments["num_groups"] = num_groups
@@ -140,7 +142,7 @@ def excess_without_gradients(arguments):
     """
     ours = spade_fast.spade_modulate(**arguments)
     in_double = {
-        name: value.double() if isinstance(value, torch.Tensor) else value
+        name: value.double() if torch.is_tensor(value) and value.is_floating_point() else value
         for name, value in arguments.items()
     }
     truth = eager_modulate(**in_double)

@@ -35,6 +35,7 @@ def modulate(x=X, gamma=X, beta=X, **settings):
         ({"gamma": X.to("meta")}, ValueError, ["gamma is on meta", "cpu"]),
         ({"norm": "layer"}, ValueError, ["norm is 'layer'", "instance", "batch"]),
         ({"activation": "gelu"}, ValueError, ["activation is 'gelu'", "leaky_relu"]),
+        ({"plus_one": 0}, TypeError, ["plus_one is 0", "True or False"]),
         ({"norm": "group"}, ValueError, ["num_groups is None", "divides C, 4"]),
         ({"norm": "group", "num_groups": 3}, ValueError, ["num_groups is 3", "divides C, 4"]),
         ({"weight": torch.ones(5)}, ValueError, ["weight has shape [5]", "[4]"]),

@@ -22,22 +22,28 @@ def fresh_compiler():
 
 @pytest.mark.parametrize("layout", [contiguous, channels_last])
 @pytest.mark.parametrize(
-    "norm,rows,activation",
+    "norm,rows,activation,plus_one",
     [
-        ("instance", None, "leaky_relu"),
-        ("batch", None, "silu"),
-        ("group", None, "leaky_relu"),
-        (None, None, "silu"),
-        ("instance", 7, "leaky_relu"),
-        ("instance", 7, "silu"),
+        ("instance", None, "leaky_relu", True),
+        ("batch", None, "silu", True),
+        ("group", None, "leaky_relu", False),
+        (None, None, "silu", True),
+        ("instance", 7, "leaky_relu", True),
+        ("instance", 7, "silu", False),
     ],
 )
-def test_forward_and_backward_with_changing_batch(norm, activation, layout, rows):
+def test_forward_and_backward_with_changing_batch(norm, activation, layout, rows, plus_one):
     counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(spade_fast.spade_modulate, fullgraph=True, backend=counter)
     for batch in (2, 3, 5):
         arguments, dy = sample(
-            (batch, 4, 5, 6), norm, activation, layout=layout, affine=norm is not None, rows=rows
+            (batch, 4, 5, 6),
+            norm,
+            activation,
+            layout=layout,
+            affine=norm is not None,
+            rows=rows,
+            plus_one=plus_one,
         )
         found, expected = (
             results(modulate, arguments, dy) for modulate in (compiled, spade_fast.spade_modulate)

@@ -128,9 +128,11 @@ def test_running_statistics(dtype, statistics_dtype, affine, on_host):
 
 
 @needs_compiler
-@pytest.mark.parametrize("out,rows", [("x", None), ("gamma", None), ("x", 7)])
-def test_out_may_be_an_input(out, rows, on_host):
-    arguments, _ = sample((2, 6, 9, 7), "instance", "leaky_relu", rows=rows)
+@pytest.mark.parametrize(
+    "out,rows,plus_one", [("x", None, True), ("gamma", None, False), ("x", 7, True)]
+)
+def test_out_may_be_an_input(out, rows, plus_one, on_host):
+    arguments, _ = sample((2, 6, 9, 7), "instance", "leaky_relu", rows=rows, plus_one=plus_one)
     expected = spade_fast.spade_modulate(**arguments)
     assert spade_fast.spade_modulate(**arguments, out=arguments[out]) is arguments[out]
     assert_agree(arguments[out], expected)
@@ -141,9 +143,16 @@ def test_out_may_be_an_input(out, rows, on_host):
 @pytest.mark.parametrize("layout", [contiguous, channels_last])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_every_activation_dtype_and_layout(activation, dtype, layout, rows, passes):
+@pytest.mark.parametrize("plus_one", [True, False])
+def test_every_activation_dtype_and_layout(activation, dtype, layout, rows, plus_one, passes):
     arguments, dy = sample(
-        (2, 6, 9, 7), "instance", activation, dtype=dtype, layout=layout, rows=rows
+        (2, 6, 9, 7),
+        "instance",
+        activation,
+        dtype=dtype,
+        layout=layout,
+        rows=rows,
+        plus_one=plus_one,
     )
     assert not disagreements(arguments, dy)
 
@@ -153,7 +162,8 @@ def test_every_activation_dtype_and_layout(activation, dtype, layout, rows, pass
 @pytest.mark.parametrize("layout", [contiguous, channels_last])
 @pytest.mark.parametrize("activation", [None, "leaky_relu", "silu"])
 @pytest.mark.parametrize("norm", ["batch", "group", None])
-def test_the_other_norms(norm, activation, layout, rows, on_host):
+@pytest.mark.parametrize("plus_one", [True, False])
+def test_the_other_norms(norm, activation, layout, rows, plus_one, on_host):
     arguments, dy = sample(
         (2, 16, 8, 12),
         norm,
@@ -162,6 +172,7 @@ def test_the_other_norms(norm, activation, layout, rows, on_host):
         layout=layout,
         affine=norm is not None,
         rows=rows,
+        plus_one=plus_one,
     )
     assert not disagreements(arguments, dy)
 
@@ -298,12 +309,15 @@ def test_empty_inputs(norm, shape, layout, rows, on_host):
 @pytest.mark.parametrize("layout", [contiguous, channels_last])
 @pytest.mark.parametrize("shape", [(1, 3, 60, 101), (2, 70, 9, 11)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("plus_one", [True, False])
 def test_many_splits_and_long_pieces_and_the_same_bits_in_every_order(
-    layout, shape, rows, dtype, on_host, monkeypatch
+    layout, shape, rows, dtype, plus_one, on_host, monkeypatch
 ):
     monkeypatch.setenv("SPADE_FAST_HOST_PROCESSORS", "64")
     monkeypatch.setenv("SPADE_FAST_HOST_SHARED", "0")
-    arguments, dy = sample(shape, "instance", "leaky_relu", layout=layout, rows=rows, dtype=dtype)
+    arguments, dy = sample(
+        shape, "instance", "leaky_relu", layout=layout, rows=rows, dtype=dtype, plus_one=plus_one
+    )
     assert not disagreements(arguments, dy)
     found = []
     for order in ("reverse", "3"):
@@ -315,7 +329,8 @@ def test_many_splits_and_long_pieces_and_the_same_bits_in_every_order(
 @needs_compiler
 @pytest.mark.parametrize("rows", [None, 7])
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_outputs_match_the_fakes(layout, rows, passes):
+@pytest.mark.parametrize("plus_one", [True, False])
+def test_outputs_match_the_fakes(layout, rows, plus_one, passes):
     arguments, dy = sample(
         (2, 5, 3, 4), "instance", "relu", layout=layout, rows=rows, dtype=torch.bfloat16
     )
@@ -324,21 +339,23 @@ def test_outputs_match_the_fakes(layout, rows, passes):
     order = numbering.sort_pixels(index) if rows else None
     statistics = norms.measure(norms.Norm("instance"), torch_backend.plane_moments(x), 12)
     planes = norms.planes(statistics, x.shape[:2], None, None)
-    signs = torch_backend.apply(x, planes, gamma, beta, index, "relu", 0.2, True)[1]
+    forward = (x, planes, gamma, beta, index, "relu", 0.2, True, plus_one)
+    signs = torch_backend.apply(*forward)[1]
+    backward, settings = (dy, x, planes, gamma, None, index), ("relu", 0.2, plus_one)
     ops = getattr(torch.ops, NAMESPACE)
     for name, given in {
         "plane_moments": (x,),
         "running_planes": (x, *torch.rand(2, 5), None, torch.rand(5), 1e-5),
-        "apply": (x, planes, gamma, beta, index, "relu", 0.2, True),
-        "backward_sums": (dy, x, planes, gamma, None, index, order, signs, "relu", 0.2),
-        "backward_input": (dy, x, planes, gamma, None, index, signs, None, "relu", 0.2),
-        "instance_forward": (x, gamma, beta, index, 1e-5, "relu", 0.2, True),
-        "instance_backward": (dy, x, planes, gamma, None, index, order, signs, "relu", 0.2),
+        "apply": forward,
+        "backward_sums": (*backward, order, signs, *settings),
+        "backward_input": (*backward, signs, None, *settings),
+        "instance_forward": (x, gamma, beta, index, 1e-5, "relu", 0.2, True, plus_one),
+        "instance_backward": (*backward, order, signs, *settings),
     }.items():
         torch.library.opcheck(
             getattr(ops, name), given, test_utils=("test_schema", "test_faketensor")
         )
-    assert torch.equal(ops.apply(x, planes, gamma, beta, index, "relu", 0.2, True)[1], signs)
+    assert torch.equal(ops.apply(*forward)[1], signs)
 
 
 @needs_compiler

@@ -30,12 +30,13 @@ DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 pytestmark = pytest.mark.usefixtures("backend_and_instruction_set")
 
 
+@pytest.mark.parametrize("plus_one", [True, False])
 @pytest.mark.parametrize("rows", [None, 7])
 @pytest.mark.parametrize("layout", [contiguous, channels_last])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("norm", NORMS)
-def test_every_norm_activation_dtype_and_layout(norm, activation, dtype, layout, rows):
+def test_every_norm_activation_dtype_and_layout(norm, activation, dtype, layout, rows, plus_one):
     arguments, dy = sample(
         (2, 6, 9, 7),
         norm,
@@ -44,23 +45,49 @@ def test_every_norm_activation_dtype_and_layout(norm, activation, dtype, layout,
         layout=layout,
         affine=norm is not None,
         rows=rows,
+        plus_one=plus_one,
     )
     assert not disagreements(arguments, dy)
 
 
+@pytest.mark.parametrize("plus_one", [True, False])
 @pytest.mark.parametrize("norm", ["instance", "batch", "syncbatch", "group"])
 @pytest.mark.parametrize("affine", [False, True])
 @pytest.mark.parametrize("training", [False, True])
-def test_training_and_affine(norm, affine, training):
-    arguments, dy = sample((3, 4, 5, 6), norm, "leaky_relu", affine=affine, training=training)
+def test_training_and_affine(norm, affine, training, plus_one):
+    arguments, dy = sample(
+        (3, 4, 5, 6),
+        norm,
+        "leaky_relu",
+        affine=affine,
+        training=training,
+        plus_one=plus_one,
+    )
     assert not disagreements(arguments, dy)
 
 
+@pytest.mark.parametrize("plus_one", [True, False])
 @pytest.mark.parametrize("affine", [False, True])
 @pytest.mark.parametrize("statistics_dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_running_statistics_without_gradients(dtype, statistics_dtype, affine):
-    assert excess_without_gradients(running_statistics(dtype, statistics_dtype, affine)) <= 1
+def test_running_statistics_without_gradients(dtype, statistics_dtype, affine, plus_one):
+    arguments = running_statistics(dtype, statistics_dtype, affine) | {"plus_one": plus_one}
+    assert excess_without_gradients(arguments) <= 1
+
+
+@pytest.mark.parametrize("rows", [None, 7])
+@pytest.mark.parametrize("norm", ["instance", "group"])
+def test_without_the_one_and_without_gradients(norm, rows):
+    arguments, _ = sample((2, 6, 9, 7), norm, "silu", rows=rows, plus_one=False)
+    assert excess_without_gradients(arguments) <= 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_without_the_one_gamma_is_not_rounded(dtype):
+    arguments, _ = sample((2, 6, 9, 7), None, dtype=dtype, plus_one=False)
+    x, gamma = arguments["x"], arguments["gamma"] * 2**-9  # 1 + γ would round it
+    arguments |= {"gamma": gamma, "beta": torch.zeros_like(gamma)}
+    assert torch.equal(spade_fast.spade_modulate(**arguments), x * gamma)
 
 
 @pytest.mark.parametrize("rows", [None, 7])
@@ -91,6 +118,7 @@ def test_layouts_that_differ(layouts):
     assert not disagreements(arguments, dy)
 
 
+@pytest.mark.parametrize("plus_one", [True, False])
 @pytest.mark.parametrize("activation", [None, "silu"])
 @pytest.mark.parametrize("layout", [contiguous, channels_last])
 @pytest.mark.parametrize("norm", ["instance", "batch", None])
@@ -98,8 +126,16 @@ def test_layouts_that_differ(layouts):
     "out,rows",
     [("x", None), ("gamma", None), ("beta", None), ("another", None), ("x", 7), ("another", 7)],
 )
-def test_out_may_be_an_input(out, rows, norm, layout, activation):
-    arguments, _ = sample((2, 6, 9, 7), norm, activation, layout=layout, rows=rows, training=False)
+def test_out_may_be_an_input(out, rows, norm, layout, activation, plus_one):
+    arguments, _ = sample(
+        (2, 6, 9, 7),
+        norm,
+        activation,
+        layout=layout,
+        rows=rows,
+        training=False,
+        plus_one=plus_one,
+    )
     expected = eager_modulate(
         **{
             name: value.double() if torch.is_tensor(value) and value.is_floating_point() else value
@@ -233,12 +269,13 @@ def test_momentum_eps_and_slope_are_used():
 
 
 @pytest.mark.float64
+@pytest.mark.parametrize("plus_one", [True, False])
 @pytest.mark.parametrize("rows", [None, 7])
 @pytest.mark.parametrize("norm", NORMS)
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("training", [False, True])
 def test_gradients_and_second_derivatives_in_float64(
-    norm, activation, training, rows, backend_and_instruction_set
+    norm, activation, training, rows, plus_one, backend_and_instruction_set
 ):
     arguments, _ = sample(
         (2, 4, 2, 3),
@@ -248,6 +285,7 @@ def test_gradients_and_second_derivatives_in_float64(
         training=training,
         affine=norm is not None,
         rows=rows,
+        plus_one=plus_one,
     )
     names = [name for name in ("x", "gamma", "beta", "weight", "bias") if name in arguments]
 
@@ -332,11 +370,14 @@ def test_every_run_gives_the_same_bits_on_any_number_of_threads(
 
 
 @pytest.mark.large
+@pytest.mark.parametrize("plus_one", [True, False])
 @pytest.mark.parametrize("rows", [None, 7])
 @pytest.mark.parametrize("layout", [contiguous, channels_last])
 @pytest.mark.parametrize("shape", [(1, 3, 300, 301), (2, 600, 9, 11)])
-def test_several_tasks_to_a_plane_and_several_blocks_to_a_row(layout, shape, rows):
-    arguments, dy = sample(shape, "instance", "leaky_relu", layout=layout, rows=rows)
+def test_several_tasks_to_a_plane_and_several_blocks_to_a_row(layout, shape, rows, plus_one):
+    arguments, dy = sample(
+        shape, "instance", "leaky_relu", layout=layout, rows=rows, plus_one=plus_one
+    )
     assert not disagreements(arguments, dy)
 
 

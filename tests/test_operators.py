@@ -46,7 +46,8 @@ def operands(shape, activation, dtype=torch.float32, layout=contiguous, affine=T
     "dtype,shape", [(torch.float32, (2, 5, 3, 4)), (torch.bfloat16, (1, 9, 7))], ids=str
 )
 @pytest.mark.parametrize("rows", [None, 7])
-def test_opcheck(layout, activation, dtype, shape, rows):
+@pytest.mark.parametrize("plus_one", [True, False])
+def test_opcheck(layout, activation, dtype, shape, rows, plus_one):
     ops = torch.ops.spade_fast
     x, planes, gamma, beta, index, order, dy, signs, terms = operands(
         shape, activation, dtype, layout, rows=rows
@@ -56,23 +57,19 @@ def test_opcheck(layout, activation, dtype, shape, rows):
     channels = torch.rand(2, x.shape[1])
     opcheck(ops.running_planes, (x, *channels, None, None, 1e-5))
     opcheck(ops.running_planes, (x, *channels, *channels, 1e-5))
-    opcheck(ops.apply, (x, planes, gamma, beta, index, activation, 0.2, True))
-    opcheck(ops.apply, (x, planes, gamma, beta, index, activation, 0.2, False))
-    opcheck(ops.apply_out, (x, planes, gamma, beta, index, activation, 0.2, torch.empty_like(x)))
-    opcheck(
-        ops.backward_sums, (dy, x, planes, gamma, kept_beta, index, order, signs, activation, 0.2)
+    forward, settings = (
+        (x, planes, gamma, beta, index, activation, 0.2),
+        (activation, 0.2, plus_one),
     )
-    opcheck(
-        ops.backward_input, (dy, x, planes, gamma, kept_beta, index, signs, terms, activation, 0.2)
-    )
-    opcheck(
-        ops.backward_input, (dy, x, planes, gamma, kept_beta, index, signs, None, activation, 0.2)
-    )
-    opcheck(ops.instance_forward, (x, gamma, beta, index, 1e-5, activation, 0.2, True))
-    opcheck(
-        ops.instance_backward,
-        (dy, x, planes, gamma, kept_beta, index, order, signs, activation, 0.2),
-    )
+    opcheck(ops.apply, (*forward, True, plus_one))
+    opcheck(ops.apply, (*forward, False, plus_one))
+    opcheck(ops.apply_out, (*forward, torch.empty_like(x), plus_one))
+    backward = (dy, x, planes, gamma, kept_beta, index)
+    opcheck(ops.backward_sums, (*backward, order, signs, *settings))
+    opcheck(ops.backward_input, (*backward, signs, terms, *settings))
+    opcheck(ops.backward_input, (*backward, signs, None, *settings))
+    opcheck(ops.instance_forward, (x, gamma, beta, index, 1e-5, activation, 0.2, True, plus_one))
+    opcheck(ops.instance_backward, (*backward, order, signs, *settings))
 
 
 @pytest.mark.parametrize("layout", [contiguous, channels_last])
@@ -264,17 +261,21 @@ def test_an_order_that_is_not_sorted_is_refused():
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("instruction_set", INSTRUCTION_SETS)
-def test_tables_are_looked_up_and_summed_in_tiles(instruction_set, dtype, shape, activation):
+@pytest.mark.parametrize("plus_one", [True, False])
+def test_tables_are_looked_up_and_summed_in_tiles(
+    instruction_set, dtype, shape, activation, plus_one
+):
     x, planes, _, _, _, _, dy, signs, terms = operands(shape, activation, dtype)
     gamma, beta = torch.randn(301, 2 * shape[1]).to(dtype).chunk(2, dim=1)
     runs = torch.randint(300, (shape[0], x[0, 0].numel() // 7 + 1), dtype=torch.int32)
     index = runs.repeat_interleave(7, dim=1)[:, : x[0, 0].numel()]
     index = torch.where(torch.rand(index.shape) < 0.3, 5, index).view(shape[0], *shape[2:])
     order = numbering.sort_pixels(index)
-    table, settings = (planes, gamma, beta, index), (activation, 0.2)
+    table, settings = (planes, gamma, beta, index), (activation, 0.2, plus_one)
+    forward = (x, *table, activation, 0.2, True, plus_one)
     with use_instruction_set(instruction_set):
-        y, signs = torch.ops.spade_fast.apply(x, *table, *settings, True)
-        expected, _ = torch_backend.apply(x, *table, *settings, True)
+        y, signs = torch.ops.spade_fast.apply(*forward)
+        expected, _ = torch_backend.apply(*forward)
         assert_agree(y, expected)
         backward, found = (dy, x, planes, gamma, beta, index), []
         for threads in (1, 2, 7):

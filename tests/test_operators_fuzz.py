@@ -72,7 +72,8 @@ def modulation(choose):
     activation = choose.choice([None, "relu", "leaky_relu", "silu"])
     wide = contract.sum_dtype(x_dtype)
     planes = random(choose, (3, *shape[:2]), wide)
-    y, signs = torch_backend.apply(x, planes, gamma, beta, index, activation, 0.2, True)
+    plus_one = choose.random() < 0.5
+    y, signs = torch_backend.apply(x, planes, gamma, beta, index, activation, 0.2, True, plus_one)
     out = y.movedim(1, -1) if contract.is_channels_last(x) else y
     out = torch.empty(out.shape, dtype=y.dtype)
     channels = {
@@ -95,6 +96,7 @@ def modulation(choose):
         "eps": 1e-2,
         "activation": activation,
         "negative_slope": 0.2,
+        "plus_one": plus_one,
         "keep_signs": choose.random() < 0.5,
         "out": out.movedim(-1, 1) if contract.is_channels_last(x) else out,
     }

@@ -337,7 +337,7 @@ NORMS = {
     "instance, affine": {"affine": True},
     "batch": {"norm": "batch"},
     "batch, eval": {"norm": "batch", "training": False},
-    "group": {"norm": "group", "num_groups": 4},
+    "group, without the one": {"norm": "group", "num_groups": 4, "plus_one": False},
     "none": {"norm": None},
 }
 

@@ -67,16 +67,25 @@ def small_tiles(watch, monkeypatch):
 @pytest.mark.parametrize(
     "norm,activation", [("instance", "leaky_relu"), ("group", None), ("batch", "silu")]
 )
-def test_several_tiles_splits_and_pieces(norm, activation, layout, rows, small_tiles):
+@pytest.mark.parametrize("plus_one", [True, False])
+def test_several_tiles_splits_and_pieces(norm, activation, layout, rows, plus_one, small_tiles):
     arguments, dy = sample(
-        (2, 10, 7, 9), norm, activation, layout=layout, affine=norm != "instance", rows=rows
+        (2, 10, 7, 9),
+        norm,
+        activation,
+        layout=layout,
+        affine=norm != "instance",
+        rows=rows,
+        plus_one=plus_one,
     )
     assert not disagreements(arguments, dy)
 
 
-@pytest.mark.parametrize("layout", [contiguous, channels_last, sliced])
-def test_planes_in_one_pass(layout, watch):
-    arguments, dy = sample((2, 5, 7, 9), "instance", "leaky_relu", layout=layout)
+@pytest.mark.parametrize(
+    "layout,plus_one", [(contiguous, True), (channels_last, False), (sliced, True)]
+)
+def test_planes_in_one_pass(layout, plus_one, watch):
+    arguments, dy = sample((2, 5, 7, 9), "instance", "leaky_relu", layout=layout, plus_one=plus_one)
     with spade_fast.use_backend("triton"), torch.device(BACKENDS["triton"]):
         assert not disagreements(arguments, dy)
     assert watch is None or watch.kernels == {"forward_kernel", "backward_kernel"}

@@ -124,7 +124,7 @@ def layouts(labels: torch.Tensor) -> None:
 def the_operation(x: torch.Tensor, gamma: torch.Tensor) -> None:
     y = spade_modulate(x, gamma, gamma, norm="group", num_groups=8, activation="silu")
     assert_type(y, torch.Tensor)
-    spade_modulate(x, gamma, gamma, norm=None, moments=plane_moments(x), out=x)
+    spade_modulate(x, gamma, gamma, norm=None, moments=plane_moments(x), plus_one=False, out=x)
     with use_backend("torch") as scope, window_mode("never"):
         assert_type(scope, use_backend)
     use_backend(None)

@@ -5,11 +5,10 @@
 // runs of that list. A task sums its own part of the list: with channels last a section of it;
 // with contiguous planes the entries of its pixels, still sorted, band by band of kBlock pixels.
 // There are no atomics, and the result does not depend on the number of threads. With Σg and
-// D = Σ g·(x − shift) over the pixels of one run,
+// D = Σ g·(x − shift) over the pixels of one run, and its row's factor f = addend + γ,
 //
 //     dβ = Σg,  dγ = scale·D + offset·Σg               summed over the runs of a window
-//     Σq = f·Σg,  Σq·(x − shift) = f·D                 summed over the runs of an image,
-//                                                      f = addend + γ
+//     Σq = f·Σg,  Σq·(x − shift) = f·D                 summed over the runs of an image
 //
 // A window that one part alone has is summed in its own row. If several have it, each has another
 // row for it, and these are added in the order of the parts.

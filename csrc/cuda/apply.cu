@@ -1,5 +1,5 @@
-// y = act(x̂·(1 + γ) + β), with x̂ = (x − shift)·scale + offset from the numbers of each plane, and
-// the signs that the activation's derivative needs.
+// y = act(x̂·(addend + γ) + β), with x̂ = (x − shift)·scale + offset from the numbers of each plane,
+// and the signs that the activation's derivative needs.
 //
 // A thread handles up to four items of V elements (`tiles` in plan.h), which share the loads of the
 // numbers per plane. The kernel is bound by memory: it reads x, γ and β once and writes y once.

@@ -1,6 +1,6 @@
-// dx = scale·q + constant + slope·(x − shift), with q = g·(1 + γ); without terms dx = scale·q. The
-// work is divided as in apply.cu. The kernel is bound by memory: it reads dy, γ, x (with terms, or
-// for SiLU) and one bit (or β) per element, and writes dx.
+// dx = scale·q + constant + slope·(x − shift), with q = g·(addend + γ); without terms dx = scale·q.
+// The work is divided as in apply.cu. The kernel is bound by memory: it reads dy, γ, x (with terms,
+// or for SiLU) and one bit (or β) per element, and writes dx.
 
 #include "kernels.h"
 #include "modulation.h"
@@ -40,7 +40,7 @@ __global__ void __launch_bounds__(kThreads, kSilu ? 2 : kInputBlocks)
     float values[V];
 #pragma unroll
     for (int k = 0; k < V; ++k) {
-      values[k] = scale[k] * (found.g[k] * found.one_plus[k]);
+      values[k] = scale[k] * (found.g[k] * found.factor[k]);
       if (terms != nullptr) values[k] += constant[k] + slope[k] * found.deviation[k];
     }
     store<V>(to, elements, values);

@@ -1,5 +1,5 @@
-// dγ = g·x̂, dβ = g, and Σq and Σq·(x − shift) of each plane, with q = g·(1 + γ), for dense γ and
-// β. (table_sums.cu is for tables.)
+// dγ = g·x̂, dβ = g, and Σq and Σq·(x − shift) of each plane, with q = g·(addend + γ), for dense γ
+// and β. (table_sums.cu is for tables.)
 //
 // A block goes through one split of a unit and sums it in registers, then over the block in shared
 // memory. combine_sums_kernel adds the splits in a fixed order: no atomics.

@@ -144,7 +144,7 @@ __global__ void __launch_bounds__(kMostThreads, 1)
 #pragma unroll
     for (int k = 0; k < V; ++k)
       values[k] =
-          scale[k] * (found.g[k] * found.one_plus[k] - constant[k] - found.deviation[k] * slope[k]);
+          scale[k] * (found.g[k] * found.factor[k] - constant[k] - found.deviation[k] * slope[k]);
     store<V>(to_dx, elements, values);
   });
 }

@@ -107,7 +107,7 @@ __device__ uint32_t load_signs(const Cursors<kLast>& in, const Elements& element
   return bits;
 }
 
-// Stores y = act(x̂·(1 + γ) + β), given x̂, and its signs.
+// Stores y = act(x̂·(addend + γ) + β), given x̂, and its signs.
 template <int V, bool kLast>
 __device__ void modulate(const Cursors<kLast>& in, const Elements& elements, float (&values)[V],
                          const GammaBeta& modulation, const Cursor& y) {
@@ -116,7 +116,7 @@ __device__ void modulate(const Cursors<kLast>& in, const Elements& elements, flo
   unpack<V>(modulation.gamma, o.gamma.type, gamma);
   unpack<V>(modulation.beta, o.beta.type, beta);
 #pragma unroll
-  for (int k = 0; k < V; ++k) values[k] = values[k] * (1 + gamma[k]) + beta[k];
+  for (int k = 0; k < V; ++k) values[k] = values[k] * (o.addend + gamma[k]) + beta[k];
   if (o.signs != nullptr) store_signs<V>(in, elements, values);
   if (o.activation == Activation::relu) {
 #pragma unroll
@@ -134,7 +134,7 @@ __device__ void modulate(const Cursors<kLast>& in, const Elements& elements, flo
 
 template <int V>
 struct Gradient {
-  float deviation[V], g[V], one_plus[V];  // x − shift, dy·act'(…), 1 + γ
+  float deviation[V], g[V], factor[V];  // x − shift, dy·act'(…), addend + γ
 };
 
 template <int V, bool kSilu, typename Number>
@@ -144,11 +144,11 @@ __device__ Gradient<V> gradient(const Operands& o, const Raw& x, const Raw& dy,
   Gradient<V> found;
   unpack<V>(x, o.x.type, found.deviation);
   unpack<V>(dy, o.dy.type, found.g);
-  unpack<V>(modulation.gamma, o.gamma.type, found.one_plus);
+  unpack<V>(modulation.gamma, o.gamma.type, found.factor);
 #pragma unroll
   for (int k = 0; k < V; ++k) {
     found.deviation[k] -= shift[k];
-    found.one_plus[k] += 1;
+    found.factor[k] += o.addend;
   }
   if (!kSilu && o.activation != Activation::none) {
     const float slope = o.negative_slope;
@@ -162,7 +162,7 @@ __device__ Gradient<V> gradient(const Operands& o, const Raw& x, const Raw& dy,
     unpack<V>(modulation.beta, o.beta.type, beta);
 #pragma unroll
     for (int k = 0; k < V; ++k) {
-      const float y = (found.deviation[k] * scale[k] + offset[k]) * found.one_plus[k] + beta[k];
+      const float y = (found.deviation[k] * scale[k] + offset[k]) * found.factor[k] + beta[k];
       const float sigmoid = 1 / (1 + expf(-y));
       found.g[k] *= sigmoid * (1 + y * (1 - sigmoid));
     }
@@ -170,8 +170,8 @@ __device__ Gradient<V> gradient(const Operands& o, const Raw& x, const Raw& dy,
   return found;
 }
 
-// Stores dγ = g·x̂, and dβ = g unless it is dy itself; adds q = g·(1 + γ) and q·(x − shift) to the
-// sums.
+// Stores dγ = g·x̂, and dβ = g unless it is dy itself; adds q = g·(addend + γ) and q·(x − shift) to
+// the sums.
 template <int V, typename Number>
 __device__ void store_gradient(const Elements& elements, const Gradient<V>& found,
                                const Number& scale, const Number& offset, const Cursor& dgamma,
@@ -182,7 +182,7 @@ __device__ void store_gradient(const Elements& elements, const Gradient<V>& foun
 #pragma unroll
   for (int k = 0; k < V; ++k) {
     product[k] = found.g[k] * (found.deviation[k] * scale[k] + offset[k]);
-    const float q = k < elements.span.count ? found.g[k] * found.one_plus[k] : 0.0f;
+    const float q = k < elements.span.count ? found.g[k] * found.factor[k] : 0.0f;
     q_sum[k] += q;
     q_deviation_sum[k] += k < elements.span.count ? q * found.deviation[k] : 0.0f;
   }

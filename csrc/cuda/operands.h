@@ -51,8 +51,8 @@ struct Operands {
   const float* planes;
   uint8_t* signs;
   Activation activation;
-  float negative_slope;
-  bool vector;  // whether the rows of all tensors are aligned to 16 bytes
+  float negative_slope, addend;  // the factor of x̂ is addend + γ: 1 + γ, or γ itself
+  bool vector;                   // whether the rows of all tensors are aligned to 16 bytes
 };
 
 }  // namespace spade_fast

@@ -27,9 +27,10 @@ class Call {
 
   void modulate(const Tensor& gamma, const std::optional<Tensor>& beta,
                 const std::optional<Tensor>& index, const std::optional<std::string>& activation,
-                double negative_slope) {
+                double negative_slope, bool plus_one) {
     operands.activation = activation_named(activation);
     operands.negative_slope = static_cast<float>(negative_slope);
+    operands.addend = plus_one ? 1 : 0;
     if (index) {
       operands.index = kept(without_gaps(*index)).const_data_ptr<int32_t>();
       operands.rows = static_cast<uint32_t>(gamma.size(0));
@@ -191,12 +192,12 @@ Tensor running_planes_of(const Tensor& x, const Tensor& mean, const Tensor& vari
 std::tuple<Tensor, Tensor> modulated(const Tensor& x, const Tensor& planes, const Tensor& gamma,
                                      const Tensor& beta, const std::optional<Tensor>& index,
                                      const std::optional<std::string>& activation,
-                                     double negative_slope, bool keep_signs,
+                                     double negative_slope, bool keep_signs, bool plus_one,
                                      const std::optional<Tensor>& out) {
   check_apply(x, planes, gamma, beta, index);
   if (out) check_out(*out, x, gamma);
   Call call(x);
-  call.modulate(gamma, beta, index, activation, negative_slope);
+  call.modulate(gamma, beta, index, activation, negative_slope, plus_one);
   call.operands.planes = call.numbers(planes);
   const Tensor y = out ? *out : call.output(promoted(x.scalar_type(), gamma.scalar_type())),
                signs = call.new_signs(keep_signs);
@@ -208,15 +209,15 @@ std::tuple<Tensor, Tensor> modulated(const Tensor& x, const Tensor& planes, cons
 std::tuple<Tensor, Tensor> apply_to(const Tensor& x, const Tensor& planes, const Tensor& gamma,
                                     const Tensor& beta, std::optional<Tensor> index,
                                     std::optional<std::string> activation, double negative_slope,
-                                    bool keep_signs) {
-  return modulated(x, planes, gamma, beta, index, activation, negative_slope, keep_signs,
+                                    bool keep_signs, bool plus_one) {
+  return modulated(x, planes, gamma, beta, index, activation, negative_slope, keep_signs, plus_one,
                    std::nullopt);
 }
 
 void apply_out_to(const Tensor& x, const Tensor& planes, const Tensor& gamma, const Tensor& beta,
                   std::optional<Tensor> index, std::optional<std::string> activation,
-                  double negative_slope, Tensor out) {
-  modulated(x, planes, gamma, beta, index, activation, negative_slope, false, out);
+                  double negative_slope, Tensor out, bool plus_one) {
+  modulated(x, planes, gamma, beta, index, activation, negative_slope, false, plus_one, out);
 }
 
 std::tuple<Tensor, Tensor> sum_dense(Call& call, ScalarType dtype, float* sums, float* terms) {
@@ -286,11 +287,12 @@ std::tuple<Tensor, Tensor> sum_gradients(Call& call, const Tensor& gamma,
 std::tuple<Tensor, Tensor, Tensor> backward_sums_of(
     const Tensor& dy, const Tensor& x, const Tensor& planes, const Tensor& gamma,
     std::optional<Tensor> beta, std::optional<Tensor> index, std::optional<Tensor> order,
-    const Tensor& signs, std::optional<std::string> activation, double negative_slope) {
+    const Tensor& signs, std::optional<std::string> activation, double negative_slope,
+    bool plus_one) {
   check_backward_sums(dy, x, planes, gamma, beta, index, order, signs,
                       activation_named(activation));
   Call call(x);
-  call.modulate(gamma, beta, index, activation, negative_slope);
+  call.modulate(gamma, beta, index, activation, negative_slope, plus_one);
   call.backward(dy, signs, planes);
   const Tensor sums = call.per_plane(2);
   float* data = sums.mutable_data_ptr<float>();
@@ -302,11 +304,11 @@ Tensor backward_input_of(const Tensor& dy, const Tensor& x, const Tensor& planes
                          const Tensor& gamma, std::optional<Tensor> beta,
                          std::optional<Tensor> index, const Tensor& signs,
                          std::optional<Tensor> terms, std::optional<std::string> activation,
-                         double negative_slope) {
+                         double negative_slope, bool plus_one) {
   check_backward_input(dy, x, planes, gamma, beta, index, signs, terms,
                        activation_named(activation));
   Call call(x);
-  call.modulate(gamma, beta, index, activation, negative_slope);
+  call.modulate(gamma, beta, index, activation, negative_slope, plus_one);
   call.backward(dy, signs, planes);
   const float* term_data = terms ? call.numbers(*terms) : nullptr;
   const Tensor dx = call.output(x.scalar_type());
@@ -319,10 +321,11 @@ std::tuple<Tensor, Tensor, Tensor> instance_forward_of(const Tensor& x, const Te
                                                        const Tensor& beta,
                                                        std::optional<Tensor> index, double eps,
                                                        std::optional<std::string> activation,
-                                                       double negative_slope, bool keep_signs) {
+                                                       double negative_slope, bool keep_signs,
+                                                       bool plus_one) {
   check_modulation(x, gamma, beta, index, true);
   Call call(x);
-  call.modulate(gamma, beta, index, activation, negative_slope);
+  call.modulate(gamma, beta, index, activation, negative_slope, plus_one);
   const Tensor y = call.output(promoted(x.scalar_type(), gamma.scalar_type())),
                signs = call.new_signs(keep_signs);
   const Tensor planes = call.per_plane(3);
@@ -341,11 +344,12 @@ std::tuple<Tensor, Tensor, Tensor> instance_forward_of(const Tensor& x, const Te
 std::tuple<Tensor, Tensor, Tensor> instance_backward_of(
     const Tensor& dy, const Tensor& x, const Tensor& planes, const Tensor& gamma,
     std::optional<Tensor> beta, std::optional<Tensor> index, std::optional<Tensor> order,
-    const Tensor& signs, std::optional<std::string> activation, double negative_slope) {
+    const Tensor& signs, std::optional<std::string> activation, double negative_slope,
+    bool plus_one) {
   check_backward_sums(dy, x, planes, gamma, beta, index, order, signs,
                       activation_named(activation));
   Call call(x);
-  call.modulate(gamma, beta, index, activation, negative_slope);
+  call.modulate(gamma, beta, index, activation, negative_slope, plus_one);
   call.backward(dy, signs, planes);
   const Tensor dx = call.output(x.scalar_type());
   const Rows rows = call.written(dx);

@@ -2,10 +2,10 @@
 // sum over the pixels that have this row, in a fixed order.
 //
 // The pixels, sorted by row, are cut into pieces of at most kPiece pixels of one row. Threads with
-// adjacent channels sum Σg and D = Σ g·(x − shift) of a piece. From those follow, with the row's γ
-// and the plane's scale and offset,
+// adjacent channels sum Σg and D = Σ g·(x − shift) of a piece. From those follow, with the row's
+// factor f = addend + γ and the plane's scale and offset,
 //
-//     dβ = Σg,  dγ = scale·D + offset·Σg,  Σq = (1 + γ)·Σg,  Σq·(x − shift) = (1 + γ)·D,
+//     dβ = Σg,  dγ = scale·D + offset·Σg,  Σq = f·Σg,  Σq·(x − shift) = f·D,
 //
 // so the planes need no other pass over x. A row with a single piece is finished at once; the
 // others are summed from their pieces by sum_rows_kernel. The number of pieces stays on the device,
@@ -229,13 +229,14 @@ __global__ void __launch_bounds__(kThreads, kLast && kWhole && !kSilu ? 3 : 2)
     const PieceSums<V> sums =
         sum_pixels<V, kLast, kWhole, kSilu>(o, pieces, channels, found.row, found.begin, found.end);
     const int32_t of_row = __ldg(pieces.row_pieces + found.row);
-    float one_plus[V];
+    float factor[V];
     const Raw gamma = load<V>(channels.in.gamma.at(found.row), o.gamma.type, channels.span);
-    unpack<V>(gamma, o.gamma.type, one_plus);
+    unpack<V>(gamma, o.gamma.type, factor);
 #pragma unroll
     for (int k = 0; k < V; ++k) {
-      mine[k] += (1 + one_plus[k]) * sums.g[k];
-      mine_with_deviation[k] += (1 + one_plus[k]) * sums.g_deviation[k];
+      factor[k] += o.addend;
+      mine[k] += factor[k] * sums.g[k];
+      mine_with_deviation[k] += factor[k] * sums.g_deviation[k];
     }
     if (of_row == 1) {
       const auto scale = channels.numbers(1), offset = channels.numbers(2);

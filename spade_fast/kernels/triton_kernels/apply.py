@@ -1,5 +1,5 @@
-"""y = activation((1 + γ)·x̂ + β), one tile per program. x̂ = (x − shift)·scale + offset is computed
-from the three numbers of each plane.
+"""y = activation((addend + γ)·x̂ + β), one tile per program. x̂ = (x − shift)·scale + offset is
+computed from the three numbers of each plane, and addend is 1 or 0.
 """
 
 import torch
@@ -41,6 +41,7 @@ def apply_kernel(
     pixels,
     rows,
     negative_slope,
+    addend,
     ACTIVATION: tl.constexpr,
     LAST: tl.constexpr,
     PIXELS: tl.constexpr,
@@ -57,7 +58,7 @@ def apply_kernel(
     normalised -= per_plane(planes, 0, images, image, channels, channel)
     normalised *= per_plane(planes, 1, images, image, channels, channel)
     normalised += per_plane(planes, 2, images, image, channels, channel)
-    modulated = normalised * (1 + look_up(gamma, row, image, channel, pixel, inside, LAST))
+    modulated = normalised * (addend + look_up(gamma, row, image, channel, pixel, inside, LAST))
     modulated += look_up(beta, row, image, channel, pixel, inside, LAST)
     tl.store(
         place(y, image, channel, pixel, LAST),
@@ -90,10 +91,11 @@ def apply(
     activation: Activation | None,
     negative_slope: float,
     keep_signs: bool,
+    plus_one: bool = True,
 ) -> tuple[Tensor, Tensor]:
     y = empty_rows(x, is_channels_last(x), torch.promote_types(x.dtype, gamma.dtype))
     signs = empty_signs(x, activation, keep_signs)
-    launch(x, planes, gamma, beta, index, activation, negative_slope, y, signs)
+    launch(x, planes, gamma, beta, index, activation, negative_slope, plus_one, y, signs)
     return like(y, x), signs
 
 
@@ -106,6 +108,7 @@ def apply_out(
     activation: Activation | None,
     negative_slope: float,
     out: Tensor,
+    plus_one: bool = True,
 ) -> None:
     launch(
         x,
@@ -115,6 +118,7 @@ def apply_out(
         index,
         activation,
         negative_slope,
+        plus_one,
         rows_of(out, is_channels_last(x)),
         empty_signs(x, activation, False),
     )
@@ -128,6 +132,7 @@ def launch(
     index: Tensor | None,
     activation: Activation | None,
     negative_slope: float,
+    plus_one: bool,
     y: Rows,
     signs: Tensor,
 ) -> None:
@@ -147,6 +152,7 @@ def launch(
         pixels,
         len(gamma),
         negative_slope,
+        float(plus_one),
         ACTIVATION=activation,
         LAST=last,
         **settings,

@@ -1,4 +1,4 @@
-"""dx = scale·q + constant + slope·(x − shift), one tile per program, where q = g·(1 + γ)."""
+"""dx = scale·q + constant + slope·(x − shift), one tile per program, where q = g·(addend + γ)."""
 
 import triton
 import triton.language as tl
@@ -38,6 +38,7 @@ def backward_input_kernel(
     pixels,
     rows,
     negative_slope,
+    addend,
     ACTIVATION: tl.constexpr,
     LAST: tl.constexpr,
     PIXELS: tl.constexpr,
@@ -51,14 +52,14 @@ def backward_input_kernel(
     if index is not None:
         row = row_of(index, rows, image, pixel, pixels)
     scale = per_plane(planes, 1, images, image, channels, channel)
-    one_plus = 1 + look_up(gamma, row, image, channel, pixel, inside, LAST)
+    factor = addend + look_up(gamma, row, image, channel, pixel, inside, LAST)
     g = tl.load(place(dy, image, channel, pixel, LAST), inside, 0.0).to(tl.float32)
     y, deviation = None, None
     if terms is not None or ACTIVATION == "silu":
         deviation = tl.load(place(x, image, channel, pixel, LAST), inside, 0.0).to(tl.float32)
         deviation -= per_plane(planes, 0, images, image, channels, channel)
     if ACTIVATION == "silu":
-        y = (deviation * scale + per_plane(planes, 2, images, image, channels, channel)) * one_plus
+        y = (deviation * scale + per_plane(planes, 2, images, image, channels, channel)) * factor
         y += look_up(beta, row, image, channel, pixel, inside, LAST)
     g = through_activation(
         g,
@@ -74,7 +75,7 @@ def backward_input_kernel(
         ACTIVATION,
         LAST,
     )
-    result = scale * (g * one_plus)
+    result = scale * (g * factor)
     if terms is not None:
         result += (
             per_plane(terms, 0, images, image, channels, channel)
@@ -94,6 +95,7 @@ def backward_input(
     terms: Tensor | None,
     activation: Activation | None,
     negative_slope: float,
+    plus_one: bool = True,
 ) -> Tensor:
     last = is_channels_last(x)
     images, channels, pixels = x.flatten(2).shape
@@ -114,6 +116,7 @@ def backward_input(
         pixels,
         len(gamma),
         negative_slope,
+        float(plus_one),
         ACTIVATION=activation,
         LAST=last,
         **settings,

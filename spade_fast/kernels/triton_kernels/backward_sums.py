@@ -1,5 +1,5 @@
-"""dγ = g·x̂, dβ = g, and for each plane Σq and Σq·(x − shift), where q = g·(1 + γ). Each program
-goes through a part of some planes once.
+"""dγ = g·x̂, dβ = g, and for each plane Σq and Σq·(x − shift), where q = g·(addend + γ). Each
+program goes through a part of some planes once.
 
 If γ and β are a table, `table_sums.py` computes the same.
 """
@@ -45,6 +45,7 @@ def backward_sums_kernel(
     channels,
     pixels,
     negative_slope,
+    addend,
     ACTIVATION: tl.constexpr,
     UNDER_WAY: tl.constexpr,
     LAST: tl.constexpr,
@@ -67,10 +68,10 @@ def backward_sums_kernel(
             tl.load(place(x, image, channel, pixel, LAST), inside, 0.0).to(tl.float32) - shift
         )
         normalised = deviation * scale + offset
-        one_plus = 1 + look_up(gamma, None, image, channel, pixel, inside, LAST)
+        factor = addend + look_up(gamma, None, image, channel, pixel, inside, LAST)
         g = tl.load(place(dy, image, channel, pixel, LAST), inside, 0.0).to(tl.float32)
         y = (
-            normalised * one_plus + look_up(beta, None, image, channel, pixel, inside, LAST)
+            normalised * factor + look_up(beta, None, image, channel, pixel, inside, LAST)
             if ACTIVATION == "silu"
             else None
         )
@@ -91,7 +92,7 @@ def backward_sums_kernel(
         tl.store(place(dgamma, image, channel, pixel, LAST), g * normalised, inside)
         if ACTIVATION is not None:
             tl.store(place(dbeta, image, channel, pixel, LAST), g, inside)
-        q = tl.where(inside, g * one_plus, 0.0)
+        q = tl.where(inside, g * factor, 0.0)
         q_deviation = tl.where(inside, q * deviation, 0.0)
         sum_q += fold_pixels(q, LAST, UNDER_WAY, PIXELS, CHANNELS)
         sum_q_deviation += fold_pixels(q_deviation, LAST, UNDER_WAY, PIXELS, CHANNELS)
@@ -111,13 +112,14 @@ def gradients(
     signs: Tensor,
     activation: Activation | None,
     negative_slope: float,
+    plus_one: bool,
     instance_planes: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dγ, dβ (of size 0 if it equals dy), and the sums, or for instance norm the terms of dx."""
     if index is not None:
         assert order is not None
         dgamma, dbeta, parts = table_gradients(
-            dy, x, planes, gamma, beta, index, order, signs, activation, negative_slope
+            dy, x, planes, gamma, beta, index, order, signs, activation, negative_slope, plus_one
         )
     else:
         last = is_channels_last(x)
@@ -150,6 +152,7 @@ def gradients(
             channels,
             pixels,
             negative_slope,
+            float(plus_one),
             ACTIVATION=activation,
             LAST=last,
             **settings,
@@ -172,5 +175,8 @@ def backward_sums(
     signs: Tensor,
     activation: Activation | None,
     negative_slope: float,
+    plus_one: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return gradients(dy, x, planes, gamma, beta, index, order, signs, activation, negative_slope)
+    return gradients(
+        dy, x, planes, gamma, beta, index, order, signs, activation, negative_slope, plus_one
+    )

@@ -47,6 +47,7 @@ def forward_kernel(
     rows,
     eps,
     negative_slope,
+    addend,
     ACTIVATION: tl.constexpr,
     LAST: tl.constexpr,
     PIXELS: tl.constexpr,
@@ -75,7 +76,7 @@ def forward_kernel(
     modulated = (
         (deviation - correction)
         * scale
-        * (1 + look_up(gamma, row, image, channel, pixel, inside, LAST))
+        * (addend + look_up(gamma, row, image, channel, pixel, inside, LAST))
     )
     modulated += look_up(beta, row, image, channel, pixel, inside, LAST)
     tl.store(
@@ -115,6 +116,7 @@ def backward_kernel(
     channels,
     pixels,
     negative_slope,
+    addend,
     ACTIVATION: tl.constexpr,
     LAST: tl.constexpr,
     PIXELS: tl.constexpr,
@@ -131,10 +133,10 @@ def backward_kernel(
         tl.float32
     ) - tl.load(plane, channel < channels, 0.0)
     normalised *= scale
-    one_plus = 1 + look_up(gamma, None, image, channel, pixel, inside, LAST)
+    factor = addend + look_up(gamma, None, image, channel, pixel, inside, LAST)
     g = tl.load(place(dy, image, channel, pixel, LAST), inside, 0.0).to(tl.float32)
     y = (
-        normalised * one_plus + look_up(beta, None, image, channel, pixel, inside, LAST)
+        normalised * factor + look_up(beta, None, image, channel, pixel, inside, LAST)
         if ACTIVATION == "silu"
         else None
     )
@@ -155,7 +157,7 @@ def backward_kernel(
     tl.store(place(dgamma, image, channel, pixel, LAST), g * normalised, inside)
     if ACTIVATION is not None:
         tl.store(place(dbeta, image, channel, pixel, LAST), g, inside)
-    q = tl.where(inside, g * one_plus, 0.0)
+    q = tl.where(inside, g * factor, 0.0)
     mean_q = sum_pixels(q, LAST) / pixels
     mean_q_normalised = sum_pixels(tl.where(inside, q * normalised, 0.0), LAST) / pixels
     tl.store(
@@ -174,13 +176,15 @@ def instance_forward(
     activation: Activation | None,
     negative_slope: float,
     keep_signs: bool,
+    plus_one: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:
     last = is_channels_last(x)
     images, channels, pixels = x.flatten(2).shape
     held = plan.one_pass(images, channels, pixels, last, index is not None, tensors=1)
     if held is None or pixels == 0:
         planes = combine_moments(partial_moments(x), x, eps)
-        return *apply(x, planes, gamma, beta, index, activation, negative_slope, keep_signs), planes
+        rest = (activation, negative_slope, keep_signs, plus_one)
+        return *apply(x, planes, gamma, beta, index, *rest), planes
     grid, settings = held
     y = empty_rows(x, last, torch.promote_types(x.dtype, gamma.dtype))
     signs = empty_signs(x, activation, keep_signs)
@@ -199,6 +203,7 @@ def instance_forward(
         len(gamma),
         eps,
         negative_slope,
+        float(plus_one),
         ACTIVATION=activation,
         LAST=last,
         **settings,
@@ -217,6 +222,7 @@ def instance_backward(
     signs: Tensor,
     activation: Activation | None,
     negative_slope: float,
+    plus_one: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:
     last = is_channels_last(x)
     images, channels, pixels = x.flatten(2).shape
@@ -226,15 +232,14 @@ def instance_backward(
         else plan.one_pass(images, channels, pixels, last, False, tensors=2)
     )
     if held is None or pixels == 0:
+        rest = (activation, negative_slope, plus_one)
         dgamma, dbeta, terms = gradients(
-            dy, x, planes, gamma, beta, index, order, signs, activation, negative_slope, planes
+            dy, x, planes, gamma, beta, index, order, signs, *rest, planes
         )
         return (
             dgamma,
             dbeta,
-            backward_input(
-                dy, x, planes, gamma, beta, index, signs, terms, activation, negative_slope
-            ),
+            backward_input(dy, x, planes, gamma, beta, index, signs, terms, *rest),
         )
     grid, settings = held
     dgamma_rows, dx_rows = empty_rows(x, last, gamma.dtype), empty_rows(x, last, x.dtype)
@@ -253,6 +258,7 @@ def instance_backward(
         channels,
         pixels,
         negative_slope,
+        float(plus_one),
         ACTIVATION=activation,
         LAST=last,
         **settings,

@@ -3,8 +3,8 @@
 Pixels are sorted by their row and cut into pieces, each of one row and at most PIECE pixels. A
 program sums each piece, then the sums of each row's pieces are added. With d = x − shift, a piece
 yields Σg and Σg·d. From these follow dβ = Σg and dγ = scale·Σg·d + offset·Σg, and for the planes,
-with the row's γ, Σq = (1 + γ)·Σg and Σq·d = (1 + γ)·Σg·d, without another pass over x. The numbers
-of rows and pieces depend on the layout, so the kernels are not specialised for them.
+with the row's factor f = addend + γ, Σq = f·Σg and Σq·d = f·Σg·d, without another pass over x. The
+numbers of rows and pieces depend on the layout, so the kernels are not specialised for them.
 """
 
 import torch
@@ -113,6 +113,7 @@ def sum_pieces_kernel(
     rows,
     capacity,
     negative_slope,
+    addend,
     UNDER_WAY: tl.constexpr,
     ACTIVATION: tl.constexpr,
     LAST: tl.constexpr,
@@ -144,7 +145,8 @@ def sum_pieces_kernel(
                     y = deviation * per_plane(planes, 1, images, image, channels, channel)
                     y += per_plane(planes, 2, images, image, channels, channel)
                     y = y * (
-                        1 + look_up(gamma, row, image, channel, pixel, channel < channels, LAST)
+                        addend
+                        + look_up(gamma, row, image, channel, pixel, channel < channels, LAST)
                     )
                     y += look_up(beta, row, image, channel, pixel, channel < channels, LAST)
                 g = through_activation(
@@ -228,6 +230,7 @@ def sum_planes_kernel(
     pixels,
     rows,
     capacity,
+    addend,
     PIECES: tl.constexpr,
     CHANNELS: tl.constexpr,
 ):
@@ -249,11 +252,11 @@ def sum_planes_kernel(
         inside = (piece < end) & (channel < channels)
         first_place = tl.load(firsts + piece, piece < end, 0)
         row = row_at(index, rows, order, image, pixels, first_place, piece < end)
-        one_plus = 1 + look_up(gamma, row, image, channel, None, inside, False)
+        factor = addend + look_up(gamma, row, image, channel, None, inside, False)
         places = found + (piece.to(tl.int64) * channels + channel)
-        sum_q += tl.where(inside, one_plus * tl.load(places, inside, 0.0), 0.0)
+        sum_q += tl.where(inside, factor * tl.load(places, inside, 0.0), 0.0)
         sum_q_deviation += tl.where(
-            inside, one_plus * tl.load(places + capacity * channels, inside, 0.0), 0.0
+            inside, factor * tl.load(places + capacity * channels, inside, 0.0), 0.0
         )
     sum_q, sum_q_deviation = (
         tl.sum(sum_q, axis=0, keep_dims=True),
@@ -274,6 +277,7 @@ def table_gradients(
     signs: Tensor,
     activation: Activation | None,
     negative_slope: float,
+    plus_one: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dγ and dβ [K, C], and parts [splits, 2, N, C] of the planes' sums."""
     last = is_channels_last(x)
@@ -331,6 +335,7 @@ def table_gradients(
         rows,
         capacity,
         negative_slope,
+        float(plus_one),
         ACTIVATION=activation,
         LAST=last,
         **settings,
@@ -356,6 +361,7 @@ def table_gradients(
         pixels,
         rows,
         capacity,
+        float(plus_one),
         **settings,
     )
     return dgamma, dbeta, parts
