@@ -35,6 +35,7 @@ from ..nn.spade import SpatiallyAdaptive, batch_of
 from ..nn.unchanged import Each, Version, until_changed, views_inside
 from ..recording import is_recorded
 from .later import Later
+from .silu import before_silu
 
 
 class Mark(Enum):
@@ -268,7 +269,7 @@ class FastSPADE(Fast, SpatiallyAdaptive):
     """A SPADE of another class, as `nn/spade.py` computes it."""
 
     def _fast(self, x, segmap):
-        y, form = self.modulate(x, segmap), self.spade_form
+        y, form = before_silu(self.modulate(x, segmap)), self.spade_form
         if form.call is None or form.call.result is None:
             return y
         given = dense(segmap, first_weight(self).dtype).clone()  # a caller may write to its own
