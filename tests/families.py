@@ -189,6 +189,30 @@ class ConvolvedSpatialNorm(SpatialNorm):
         return self.norm_layer(f) * self.conv_y(zq) + self.conv_b(zq)
 
 
+class ZeroSFT(nn.Module):
+    """The condition comes first, and a convolution of it is added to x before the norm. Other
+    features may be given, with which x is concatenated before the norm (SUPIR).
+    """
+
+    def __init__(self, concatenated=0):
+        super().__init__()
+        width = CHANNELS + concatenated
+        self.pre_concat = concatenated > 0
+        self.param_free_norm = nn.GroupNorm(4, width)
+        self.mlp_shared = nn.Sequential(conv(LABELS, HIDDEN), nn.SiLU())
+        self.zero_mul, self.zero_add = conv(HIDDEN, width), conv(HIDDEN, width)
+        self.zero_conv = conv(LABELS, CHANNELS, 1)
+
+    def forward(self, c, h, h_ori=None, control_scale=1):
+        raw = h if h_ori is None or not self.pre_concat else torch.cat([h_ori, h], dim=1)
+        h = h + self.zero_conv(c)
+        if h_ori is not None and self.pre_concat:
+            h = torch.cat([h_ori, h], dim=1)
+        hidden = self.mlp_shared(c)
+        h = self.param_free_norm(h) * (self.zero_mul(hidden) + 1) + self.zero_add(hidden)
+        return h * control_scale + raw * (1 - control_scale)
+
+
 class Subtracts(SpatialNorm):
     def forward(self, f, zq):
         zq = to_size(zq, f)

@@ -34,8 +34,8 @@ from ..nn.pixels import dense, resize
 from ..nn.spade import SpatiallyAdaptive, batch_of
 from ..nn.unchanged import Each, Version, until_changed, views_inside
 from ..recording import is_recorded
+from .again import again
 from .later import Later
-from .silu import before_silu
 
 
 class Mark(Enum):
@@ -269,18 +269,15 @@ class FastSPADE(Fast, SpatiallyAdaptive):
     """A SPADE of another class, as `nn/spade.py` computes it."""
 
     def _fast(self, x, segmap):
-        y, form = before_silu(self.modulate(x, segmap)), self.spade_form
+        y, form = again(self.modulate(x, segmap)), self.spade_form
         if form.call is None or form.call.result is None:
             return y
         given = dense(segmap, first_weight(self).dtype).clone()  # a caller may write to its own
-        size = x.shape[2:]
-
-        def condition():
-            shape = (*given.shape[:2], *size)
-            make = functools.partial(_resized, given, size, form.apart)
-            return Later(make, shape, given.dtype, given.device)
-
-        return form.call.result.of(y, condition)
+        make = functools.partial(_resized, given, x.shape[2:], form.apart)
+        if torch.compiler.is_compiling():  # which leaves out what is not read
+            return form.call.result.of(y, make)
+        shape = (*given.shape[:2], *x.shape[2:])
+        return form.call.result.of(y, lambda: Later(make, shape, given.dtype, given.device))
 
 
 def _resized(condition, size, apart):
