@@ -9,14 +9,14 @@ from itertools import product
 
 import torch
 import torch.nn as nn
-from torch.utils._pytree import tree_flatten, tree_structure
+from torch.utils._pytree import tree_flatten
 
 from ..agreement import excess
 from ..nn.modules import marks_of
 from ..nn.parts import Form
 from .copies import Values, copy_of, trying
 from .roles import OwnForwardFails, Unlike, call_own
-from .swap import Call, Called, Fast, Mark, Proof, Y, kinds_of_children, make_fast, marks
+from .swap import Call, Called, Fast, Mark, Proof, kinds_of_children, make_fast, marks
 
 PIXELS = (6, 4, 4)  # of a probe's x
 ODD = (5, 4, 4)  # where the first of an odd number of frames is resized apart
@@ -251,19 +251,18 @@ class Probe:
 
     def _found(self, result):
         """y and any other tensors of a result, by name."""
-        expected = self.called.result
         leaves, spec = tree_flatten(result)
-        if expected is None and isinstance(result, torch.Tensor):
-            return {"y": result}
-        if expected is None or spec != expected.spec:
-            kind_of = type(result).__name__
-            raise Unlike(f"its own forward returns a {kind_of}; it should return y as a tensor")
+        marked, expected = tree_flatten(self.called.result)
+        tensors = [isinstance(leaf, torch.Tensor) for leaf in leaves]
+        if spec != expected or tensors != [isinstance(mark, Mark) for mark in marked]:
+            kind = type(result).__name__
+            raise Unlike(f"its own forward returns a {kind}; it should return y as a tensor")
         named = {}
-        for number, (leaf, wanted) in enumerate(zip(leaves, expected.leaves)):
-            if isinstance(wanted, Mark):
-                named["y" if wanted is Y else f"{BESIDE} {number}"] = leaf
-            elif leaf is not wanted and leaf != wanted:
-                raise Unlike(f"its own forward returns {leaf!r} beside y, not always {wanted!r}")
+        for number, (leaf, mark) in enumerate(zip(leaves, marked)):
+            if isinstance(mark, Mark):
+                named["y" if mark is Mark.Y else f"{BESIDE} {number}"] = leaf
+            elif leaf is not mark and leaf != mark:
+                raise Unlike(f"its own forward returns {leaf!r} beside y, not always {mark!r}")
         return named
 
     def _forward(self, module, kind, x, segmap, dtype):
@@ -277,8 +276,9 @@ class Probe:
             # What is not read is given, to show that it is not.
             other = copy_of(self.module, self.values(dtype)).train(module.training)
             result = call_own(other, call, x.detach() + 1, segmap.detach() + 1, swapped)
-            kept = {tree_structure(one): one for one in result}
-            further = {name: kept[spec] for name, spec in self.called.ignores.items()}
+            kept = list(zip(self.called.result, result))
+            for name, ignored in self.called.ignores.items():
+                further[name] = next(own for marked, own in kept if marked == ignored)
         y = call_own(module, call, x, segmap, swapped, **further)
         kept = [name for name, mark in marks_of(module).items() if before.get(name) != mark]
         if kept:

@@ -11,12 +11,12 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn as nn
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_structure
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_structure, tree_unflatten
 
 from ..nn.modules import CONVOLUTION_TYPES, CONVOLUTIONS, Convolution
 from ..nn.pixels import resize
 from .copies import Values, copy_of, trying
-from .swap import CONDITION, Call, Called, Result, Y
+from .swap import Call, Called, Mark
 
 # Sizes of x and of a condition. Three axes begin with an odd number of frames.
 PIXELS = (5, 4, 4)
@@ -209,14 +209,10 @@ def _roles(module, call, pair, swapped, ran, result, convolutions, label_nc):
     apart = False
     if len(size) == 3 and not _is_same(resize(pair[1], size), given):
         apart = pair[1].shape[2] > 1 and _is_same(resize(pair[1], size, apart=True), given)
-    returned = None
-    if not isinstance(result, torch.Tensor):
-        tensor = [isinstance(leaf, torch.Tensor) for leaf in leaves]
-        kinds = [CONDITION if given else leaf for given, leaf in zip(tensor, leaves)]
-        kinds[place] = Y
-        returned = Result(spec, tuple(kinds))
+    marked = [Mark.CONDITION if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
+    marked[place] = Mark.Y
     names = (None if own is None else own.name for own in (shared, gamma, beta, pad, added))
-    called = Called(swapped, {}, returned)
+    called = Called(swapped, {}, tree_unflatten(marked, spec))
     return Roles(norm.name, *names, plus_one, apart, pair[1].shape[1], called)
 
 
@@ -266,7 +262,7 @@ def _ignored(module, values, call, pair, called):
     """The optional arguments whose values do not matter if they have the structure of something
     that the own forward returns beside y: a cache that is passed on but not read.
     """
-    if called.result is None:
+    if not isinstance(called.result, tuple):
         return {}
 
     def run(*pair, **further):
@@ -274,15 +270,13 @@ def _ignored(module, values, call, pair, called):
         return call_own(copy, call, *pair, called.swapped, **further)
 
     result = run(*pair)
-    if not isinstance(result, tuple):
-        return {}
     # Another call's results, of another size.
     earlier = run(*(torch.cat([tensor, tensor], dim=2) for tensor in pair))
     found = {}
     for name, default in call.neutral.items():
         if default is not None or name in (*call.names[:2], *call.required):
             continue
-        for kept in earlier:
+        for kept, marked in zip(earlier, called.result):
             try:
                 again = run(*pair, **{name: kept})
             except Exception:  # not what this argument is for
@@ -296,5 +290,5 @@ def _ignored(module, values, call, pair, called):
                     one.shape == other.shape and torch.equal(one, other) for one, other in leaves
                 )
             ):
-                found[name] = tree_structure(kept)
+                found[name] = marked
     return found

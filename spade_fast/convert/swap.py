@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, SupportsIndex
 import torch
 import torch.fx
 import torch.nn as nn
-from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_map, tree_structure
 
 from ..layout import SemanticLayout
 from ..nn.block import ResidualBlock
@@ -45,29 +45,20 @@ class Mark(Enum):
     CONDITION = "the condition, resized to x"
 
 
-Y, CONDITION = Mark
-
-
-class Result(NamedTuple):
-    """What a forward returns besides y."""
-
-    spec: TreeSpec
-    leaves: tuple  # Y, CONDITION, or what does not depend on the arguments
-
-    def of(self, y: torch.Tensor, condition: Callable[[], torch.Tensor]) -> Any:
-        """The result with this y. condition: makes the resized condition."""
-        made = {Y: lambda: y, CONDITION: condition}
-        leaves = [made[leaf]() if isinstance(leaf, Mark) else leaf for leaf in self.leaves]
-        return tree_unflatten(leaves, self.spec)
-
-
 class Called(NamedTuple):
     """How a forward is called, and what it returns."""
 
     swapped: bool = False  # whether the condition comes before x
-    # Arguments whose values do not matter if they have the structure.
-    ignores: dict[str, TreeSpec] = {}
-    result: Result | None = None  # None if y alone is returned
+    # Arguments whose values do not matter if they have the structure of these.
+    ignores: dict[str, Any] = {}
+    result: Any = Mark.Y  # with marks in place of tensors
+
+    def returned(self, y: torch.Tensor, condition: Callable[[], torch.Tensor]) -> Any:
+        """The result with this y. condition: makes the resized condition."""
+        marked = {Mark.Y: lambda: y, Mark.CONDITION: condition}
+        return tree_map(
+            lambda leaf: marked[leaf]() if isinstance(leaf, Mark) else leaf, self.result
+        )
 
 
 class Proof(NamedTuple):
@@ -270,14 +261,15 @@ class FastSPADE(Fast, SpatiallyAdaptive):
 
     def _fast(self, x, segmap):
         y, form = again(self.modulate(x, segmap)), self.spade_form
-        if form.call is None or form.call.result is None:
+        called = form.call or Called()
+        if called.result is Mark.Y:
             return y
         given = dense(segmap, first_weight(self).dtype).clone()  # a caller may write to its own
         make = functools.partial(_resized, given, x.shape[2:], form.apart)
         if torch.compiler.is_compiling():  # which leaves out what is not read
-            return form.call.result.of(y, make)
+            return called.returned(y, make)
         shape = (*given.shape[:2], *x.shape[2:])
-        return form.call.result.of(y, lambda: Later(make, shape, given.dtype, given.device))
+        return called.returned(y, lambda: Later(make, shape, given.dtype, given.device))
 
 
 def _resized(condition, size, apart):
@@ -349,7 +341,7 @@ class Call:
             return False
         leaves, structure = tree_flatten(value)
         has_tensors = all(isinstance(leaf, torch.Tensor) for leaf in leaves)
-        return has_tensors and structure == called.ignores[name]
+        return has_tensors and structure == tree_structure(called.ignores[name])
 
 
 def watches_inside(module: nn.Module) -> bool:
