@@ -851,8 +851,8 @@ def spatial(settings):
             counts_kept=True,
         )
 
-    side, width, narrow = (8, 32, 8) if settings.quick else (32, 64, 32)
-    half = side // 2
+    side, width, narrow = (8, 32, 8) if settings.quick else (32, 32, 32)
+    half = side // 2 if settings.quick else 12
     networks = [
         (f"MoVQ {8 * side}²", lambda: _Decoding(_movq(width)), (4, side, side)),
         (f"CogVideoX 9 × {8 * half}²", lambda: _Decoding(_cogvideox(narrow)), (16, 3, half, half)),

@@ -313,6 +313,35 @@ def test_all_sizes_of_latents_and_maps(given, wanted, dtype, calls):
     assert calls.clear() == (1, 1)
 
 
+@pytest.mark.parametrize("convolved", [False, True])
+def test_the_norms_of_kvae(convolved, calls):
+    """A 3×3 convolution of the enlarged latent does not commute with enlarging it."""
+    from diffusers.models.autoencoders.autoencoder_kl_kvae import KVAEDecoderSpatialNorm2D
+
+    torch.manual_seed(0)
+    own = KVAEDecoderSpatialNorm2D(32, LATENT, convolved).double()
+    ours = copy.deepcopy(own)
+    (entry,) = spade_fast.convert(ours)
+    assert entry.converted and entry.reason.startswith("pixels" if convolved else "voxels")
+    calls.clear()
+    f, z = torch.randn(2, 32, 8, 9).double(), torch.randn(2, LATENT, 4, 5).double()
+    run = lambda model, z: model(f, z)  # noqa: E731
+    assert_agree_beside(outcome(ours, z, run), outcome(own, z, run))
+    assert calls.clear() == (1, 1)
+
+
+def test_norms_that_read_a_dictionary_are_left_alone():
+    from diffusers.models.autoencoders import autoencoder_kandinsky6_sr, autoencoder_kl_kvae_video
+
+    for norm in (
+        autoencoder_kandinsky6_sr.Kandinsky6SRSpatialNorm3D(8, LATENT),
+        autoencoder_kl_kvae_video.KVAECachedSpatialNorm3D(32, LATENT),
+    ):
+        kind, (entry,) = type(norm), spade_fast.convert(norm)
+        assert not entry.converted and "its own forward fails" in entry.reason
+        assert type(norm) is kind
+
+
 def test_one_latent_frame_for_an_odd_number_is_the_own_error():
     own, f, z = cogvideox_norm(), torch.randn(1, 8, 3, 4, 4), torch.randn(1, 4, 1, 2, 2)
     ours = copy.deepcopy(own)
@@ -323,6 +352,18 @@ def test_one_latent_frame_for_an_odd_number_is_the_own_error():
             norm(f, z)
         errors.append(str(raised.value))
     assert errors[0] == errors[1]
+
+
+@pytest.mark.parametrize("name", ["conv_y", "conv_y.conv", "norm_layer"])
+def test_hooks_of_parts_see_their_calls(name):
+    torch.manual_seed(0)
+    own = cogvideox_norm()
+    ours, seen = copy.deepcopy(own), []
+    spade_fast.convert(ours)
+    ours.get_submodule(name).register_forward_hook(lambda part, given, y: seen.append(part))
+    f, z = torch.randn(1, 8, 2, 4, 4), torch.randn(1, LATENT, 2, 2, 2)
+    assert_agree(ours(f, z), own(f, z))
+    assert seen == [ours.get_submodule(name)]
 
 
 def test_another_cache_goes_to_the_own_forward(calls):

@@ -3,8 +3,8 @@ makes them fast in place.
 
 A module stays the same object, with its parameters, buffers and hooks. Its class becomes a subclass
 of its own class (swap.py), which runs the forward of `nn/spade.py` or `nn/block.py` for every call
-that was proved. A SPADE is recognised by its parts, not by its name (recognise.py), and then proved
-(prove.py): on small random tensors the outputs, gradients and buffers must match those of its own
+that was proved. A SPADE is recognised by what its parts do, not by their names (roles.py), and then
+proved (prove.py): on small random tensors the outputs, gradients and buffers must match those of its own
 forward, in float64 and in its own dtype, in train and in eval mode, with and without autocast.
 """
 
@@ -197,5 +197,5 @@ def _how(module):
     if parts.convolutions() is not None:
         where = "windows of labels, else pixels"
     elif parts.pointwise() is not None:
-        where = "voxels of the condition, or pixels if they are fewer"
+        where = "voxels of the condition, else pixels"
     return f"{where}; {backend}"

@@ -5,10 +5,9 @@ examined; what their parts do is found by running them (roles.py).
 import torch.nn as nn
 from torch.nn.modules.batchnorm import _NormBase
 
-from ..nn.modules import CONVOLUTIONS
 from ..nn.parts import Form, part_of
 from ..nn.spade import SpatiallyAdaptive
-from .roles import Unlike, convolutions_of, find_roles, pairs
+from .roles import Unlike, convolutions_of, dimensions_of, find_roles, pairs
 from .swap import Call, Called
 
 
@@ -47,7 +46,6 @@ def recognise_spade(module: nn.Module) -> tuple[Form, str]:
     )
     convolutions = convolutions_of(module)
     gamma = convolutions[roles.gamma]
-    dims = next(dims for dims, kind in CONVOLUTIONS.items() if isinstance(gamma, kind))
     channels = gamma.out_channels
     form = Form(
         roles.norm,
@@ -56,7 +54,7 @@ def recognise_spade(module: nn.Module) -> tuple[Form, str]:
         roles.beta,
         channels,
         roles.label_nc,
-        dims,
+        dimensions_of(gamma),
         roles.pad,
         roles.added,
         roles.plus_one,

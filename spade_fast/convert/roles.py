@@ -5,6 +5,7 @@ The forward runs once on small tensors, with random numbers in place of each par
 it returns, those numbers show how it combined them.
 """
 
+import warnings
 from collections.abc import Iterable, Iterator
 from itertools import permutations, product
 from typing import Any, NamedTuple
@@ -13,7 +14,7 @@ import torch
 import torch.nn as nn
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_structure, tree_unflatten
 
-from ..nn.modules import CONVOLUTION_TYPES, CONVOLUTIONS, Convolution
+from ..nn.modules import CONVOLUTION_TYPES, Convolution
 from ..nn.pixels import resize
 from .copies import Values, copy_of, trying
 from .swap import Call, Called, Mark
@@ -78,6 +79,11 @@ def convolutions_of(module: nn.Module) -> dict[str, Convolution]:
     return {name: own for name, own in found.items() if own is not None}
 
 
+def dimensions_of(convolution: Convolution) -> int:
+    """The number of its spatial dimensions."""
+    return len(convolution.kernel_size)
+
+
 def pairs(convolutions: Iterable[Convolution]) -> list[tuple[int, int]]:
     """The channels, before and after, that two or more convolutions have in common."""
     channels = [(own.in_channels, own.out_channels) for own in convolutions]
@@ -88,9 +94,10 @@ def find_roles(module: nn.Module) -> Roles:
     """The roles of a module's parts. Raises Unlike if its forward does not modulate a norm of x."""
     convolutions = convolutions_of(module)
     call, failure = Call(type(module).forward), None
-    with trying(module):
+    with trying(module), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of arguments that are tried out
         values = Values(module)
-        for channels, label_nc, size, swapped in _attempts(convolutions):
+        for channels, label_nc, size, swapped in _attempts(module, convolutions):
             try:
                 copy = copy_of(module, values(torch.float64))
                 pair = _arguments(module, convolutions, channels, label_nc, size)
@@ -122,13 +129,20 @@ def call_own(
     return type(module).forward(module, *pair, **(dict.fromkeys(call.required) | further))
 
 
-def _attempts(convolutions: dict[str, Convolution]) -> Iterator[tuple]:
+def _attempts(module: nn.Module, convolutions: dict[str, Convolution]) -> Iterator[tuple]:
     """The channels of x and of the condition, the condition's size, and whether it is the first
     argument: the probable ones first.
     """
     found = list(convolutions.values())
     before = list(dict.fromkeys(own.in_channels for own in found))
+    normalised = {
+        getattr(child, name)
+        for child, name in product(module.children(), ("num_features", "num_channels"))
+        if hasattr(child, name)
+    }
     for hidden, channels in pairs(found):
+        if normalised and channels not in normalised:
+            continue
         # A convolution that is not of the pair has the condition before it, if there is one.
         others = [number for number in before if number != hidden]
         yield from product([channels], [*others, hidden], SIZES, (False, True))
@@ -137,9 +151,7 @@ def _attempts(convolutions: dict[str, Convolution]) -> Iterator[tuple]:
 def _arguments(module, convolutions, channels, label_nc, size):
     """A random x and a random condition."""
     torch.manual_seed(0)
-    kinds = (kind for own in convolutions.values() for kind in CONVOLUTIONS.items())
-    one = next(iter(convolutions.values()))
-    dims = next(dims for dims, kind in kinds if isinstance(one, kind))
+    dims = dimensions_of(next(iter(convolutions.values())))
     given = {"dtype": torch.float64, "device": next(module.parameters()).device}
     x = torch.randn(2, channels, *PIXELS[:dims], **given) + 1
     return x, torch.randn(2, label_nc, *size[:dims], **given)
@@ -269,9 +281,12 @@ def _ignored(module, values, call, pair, called):
         copy = copy_of(module, values(torch.float64))
         return call_own(copy, call, *pair, called.swapped, **further)
 
-    result = run(*pair)
-    # Another call's results, of another size.
-    earlier = run(*(torch.cat([tensor, tensor], dim=2) for tensor in pair))
+    try:
+        result = run(*pair)
+        # Another call's results, of another size.
+        earlier = run(*(torch.cat([tensor, tensor], dim=2) for tensor in pair))
+    except Exception:  # it does not take that size
+        return {}
     found = {}
     for name, default in call.neutral.items():
         if default is not None or name in (*call.names[:2], *call.required):
@@ -282,13 +297,7 @@ def _ignored(module, values, call, pair, called):
             except Exception:  # not what this argument is for
                 continue
             same = tree_structure(again) == tree_structure(result)
-            leaves = list(zip(_tensors(again), _tensors(result)))
-            if (
-                same
-                and not isinstance(kept, torch.Tensor)
-                and all(
-                    one.shape == other.shape and torch.equal(one, other) for one, other in leaves
-                )
-            ):
+            tensors = zip(_tensors(again), _tensors(result))
+            if same and marked is not Mark.Y and all(torch.equal(*both) for both in tensors):
                 found[name] = marked
     return found

@@ -29,7 +29,7 @@ from ..nn.modules import (
     marks_of,
     marks_of_settings,
 )
-from ..nn.parts import Form, HasParts
+from ..nn.parts import Form, HasParts, Known
 from ..nn.pixels import dense, resize
 from ..nn.spade import SpatiallyAdaptive, batch_of
 from ..nn.unchanged import Each, Version, until_changed, views_inside
@@ -258,6 +258,15 @@ class Fast(nn.Module):
 
 class FastSPADE(Fast, SpatiallyAdaptive):
     """A SPADE of another class, as `nn/spade.py` computes it."""
+
+    def _is_proved(self, x, segmap):
+        """Also False if parts that were opened have to be called as a whole, because something
+        watches them: γ and β alone need not be what they return.
+        """
+        form = self.spade_form
+        if form.shared is None and form.inside and Known.of(self).pointwise is None:
+            return False
+        return super()._is_proved(x, segmap)
 
     def _fast(self, x, segmap):
         y, form = again(self.modulate(x, segmap)), self.spade_form
