@@ -31,6 +31,7 @@ from PIL import Image, ImageDraw
 import spade_fast
 from spade_fast import SemanticLayout, Service, losses, reference
 from spade_fast.generation import Maps, generate_with
+from spade_fast.nn.pixels import FORMATS
 from spade_fast.paint import app_of, classes_of, listening, server_of
 from spade_fast.service import generator_of
 from spade_fast.training.pictures import picture
@@ -1009,7 +1010,8 @@ def _network_problem(
         keeps_tables=False,
     ):
         if layout is torch.channels_last:
-            network = network.to(memory_format=layout)
+            for parameter in network.parameters():
+                parameter.data = _like(parameter.data, layout=layout)
         inputs, segmaps = (
             [_like(tensor, layout=layout) for tensor in tensors] for tensors in (inputs, segmaps)
         )
@@ -1085,8 +1087,7 @@ def _network_problem(
         "torch.compile": lambda: variant(copy.deepcopy(eager), inputs, segmaps, compile=True),
         "spade_fast": lambda: variant(ours, inputs, segmaps, our_call, keeps_tables=keeps_tables),
     }
-    if settings.device != "cpu" and segmaps[0].dim() == 4:
-        # A GPU's tensor cores work in channels-last.
+    if settings.device != "cpu" and segmaps[0].dim() == 4:  # a GPU's tensor cores work in it
         ours = ours.to(memory_format=torch.channels_last)
         makers["eager, channels-last"] = lambda: variant(
             copy.deepcopy(eager), inputs, segmaps, layout=torch.channels_last
@@ -1114,7 +1115,7 @@ def _network_problem(
         # Alternately in channels-last, where PyTorch's convolutions round five times as much.
         segmap = segmaps[problem.scene % len(segmaps)]
         kinds = [(eager, torch.contiguous_format), (eager_channels_last, torch.channels_last)]
-        network, layout = kinds[number % 2 if segmap.dim() == 4 else 0]
+        network, layout = kinds[number % 2]
         return variant(
             network, [jitter(tensor) for tensor in inputs], [jitter(segmap)], layout=layout
         )()
@@ -1137,8 +1138,11 @@ def _network_problem(
 
 
 def _like(tensor, device=None, dtype=None, layout=torch.contiguous_format):
-    """A leaf with a tensor's values, on a device, in a dtype and in a memory format."""
-    layout = layout if tensor.dim() == 4 else torch.contiguous_format
+    """A leaf with a tensor's values, on a device, in a dtype and in a memory format, of which
+    channels-last is for maps and volumes alone.
+    """
+    if layout is torch.channels_last:
+        layout = FORMATS.get(tensor.dim(), torch.contiguous_format)
     copied = tensor.detach().to(device=device or tensor.device, dtype=dtype)
     return copied.contiguous(memory_format=layout).requires_grad_(tensor.requires_grad)
 

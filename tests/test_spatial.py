@@ -489,6 +489,24 @@ def test_compiled_without_graph_breaks(name):
     assert_agree_beside({name.removeprefix("_orig_mod."): found[name] for name in found}, expected)
 
 
+def test_what_follows_a_norm_may_be_compiled_or_watched():
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    own = movq_norm().double()
+    ours = copy.deepcopy(own)
+    spade_fast.convert(ours)
+    following = torch.nn.Sequential(torch.nn.SiLU(), torch.nn.Conv2d(32, 4, 3)).double()
+    compiled = torch.compile(following, backend="aot_eager")
+    f = torch.randn(1, 32, 6, 6, dtype=torch.float64)
+    z = torch.randn(1, LATENT, 2, 2, dtype=torch.float64)
+    expected = outcome(own, z, lambda norm, z: following(norm(f, z)))
+    assert_agree_beside(outcome(ours, z, lambda norm, z: compiled(norm(f, z))), expected)
+    calls = []
+    ours.register_full_backward_hook(lambda norm, *gradients: calls.append(norm))
+    assert_agree_beside(outcome(ours, z, lambda norm, z: following(norm(f, z))), expected)
+    assert calls == [ours]
+
+
 def test_copies_and_pickles(cogvideox):
     _, ours = cogvideox
     norm = ours.decoder.norm_out

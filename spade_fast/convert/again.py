@@ -41,7 +41,7 @@ class Again(torch.Tensor):
     every operation is otherwise that of an ordinary tensor, and so is its result.
     """
 
-    recipe: Recipe
+    recipe: Recipe | None = None  # a copy of the object has none
 
     @classmethod
     def __torch_function__(
@@ -49,19 +49,21 @@ class Again(torch.Tensor):
     ) -> Any:
         if not all(issubclass(cls, kind) for kind in types):
             return NotImplemented  # another class of tensors decides
+        if torch.compiler.is_compiling():
+            torch._dynamo.graph_break()  # graphs cannot have a subclass as an input (torch 2.13)
         kwargs = kwargs or {}
         with torch._C.DisableTorchFunctionSubclass():
             if func is torch.Tensor.__reduce_ex__:
                 return args[0].as_subclass(torch.Tensor).__reduce_ex__(*args[1:])
-            may_hook = torch._C._autograd._saved_tensors_hooks_is_enabled()
-            if func in KEEPING and not kwargs.get("inplace") and may_hook:
+            if kwargs.get("inplace") or not torch._C._autograd._saved_tensors_hooks_is_enabled():
+                return func(*args, **kwargs)
+            if func in KEEPING and args:
                 with torch.autograd.graph.saved_tensors_hooks(_packing(args[0]), _unpack):
                     result = func(*args, **kwargs)
             else:
                 result = func(*args, **kwargs)
-            if func in FOLLOWING and result.requires_grad and not kwargs.get("inplace"):
-                return _following(result, func, args, kwargs)
-            return result
+            follows = func in FOLLOWING and result.requires_grad
+            return _following(result, func, args, kwargs) if follows else result
 
 
 def again(y: torch.Tensor) -> torch.Tensor:
@@ -84,7 +86,7 @@ def _with_recipe(tensor, recipe):
 
 def _has_recipe(tensor):
     """Whether a recipe says what is in a tensor now."""
-    return isinstance(tensor, Again) and tensor._version == 0
+    return isinstance(tensor, Again) and tensor.recipe is not None and tensor._version == 0
 
 
 def _packing(tensor):
