@@ -404,6 +404,31 @@ def test_lookups_of_inference_mode_serve_training():
     assert_agree(y, expected)
 
 
+def test_frozen(calls):
+    norm = movq_norm()
+    spade_fast.convert(norm)
+    f, z = torch.randn(1, 32, 8, 8), torch.randn(1, LATENT, 4, 4)
+    calls.clear()
+    with torch.no_grad():
+        expected = norm(f, z)
+        with spade_fast.frozen(norm):
+            assert torch.equal(norm(f, z), expected)
+    assert calls.clear() == (2, 2)
+
+
+def test_other_networks_of_diffusers_have_no_spade():
+    import diffusers
+
+    model = diffusers.UNet2DConditionModel(
+        block_out_channels=(32, 64),
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        cross_attention_dim=16,
+        attention_head_dim=8,
+    )
+    assert not spade_fast.convert(model)
+
+
 def kept_bytes(run):
     """Bytes that a result's graph keeps, without the result."""
     gc.collect()

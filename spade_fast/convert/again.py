@@ -70,7 +70,7 @@ def again(y: torch.Tensor) -> torch.Tensor:
     """y, as an Again if a modulation by tables has just computed it for a backward, and nothing
     else decides what is kept for that (checkpointing, which recomputes, or offloading).
     """
-    if torch.compiler.is_compiling() or not y.requires_grad:
+    if torch.compiler.is_compiling() or not y.requires_grad or type(y) is not torch.Tensor:
         return y
     node, decides = y.grad_fn, torch._C._autograd._top_saved_tensors_default_hooks(False)
     if not isinstance(node, Modulate._backward_cls) or not node.by_tables or decides:

@@ -7,20 +7,26 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from ..nn.parts import Form, part_of
 from ..nn.spade import SpatiallyAdaptive
-from .roles import Unlike, convolutions_of, dimensions_of, find_roles, pairs
+from .roles import Unlike, convolutions_of, dimensions_of, find_roles, pairs, parts_by_name
 from .swap import Call, Called
 
 
 def looks_like_spade(module: nn.Module) -> bool:
     """Whether a module may be a SPADE: it has children for gamma and for beta, or else one norm,
-    two convolutions from and to the same channels, and a forward of two arguments.
+    two convolutions from and to the same channels, nothing with parameters but that and further
+    convolutions, and a forward of two arguments.
     """
     children = dict(module.named_children())
     names = [name.lower() for name in children]
     if any("gamma" in name for name in names) and any("beta" in name for name in names):
         return True
-    norms = [child for child in children.values() if _may_be_norm(child)]
-    if len(norms) != 1 or not pairs(convolutions_of(module).values()):
+    norms = [name for name, child in children.items() if _may_be_norm(child)]
+    convolutions = convolutions_of(module)
+    if len(norms) != 1 or not pairs(convolutions.values()):
+        return False
+    parts = parts_by_name(module)
+    with_parameters = {name for name, part in parts.items() if any(True for _ in part.parameters())}
+    if not with_parameters <= {*norms, *convolutions}:
         return False
     call = Call(type(module).forward)
     return call.several or len(call.names) > 1
