@@ -4,8 +4,9 @@ makes them fast in place.
 A module stays the same object, with its parameters, buffers and hooks. Its class becomes a subclass
 of its own class (swap.py), which runs the forward of `nn/spade.py` or `nn/block.py` for every call
 that was proved. A SPADE is recognised by what its parts do, not by their names (roles.py), and then
-proved (prove.py): on small random tensors the outputs, gradients and buffers must match those of its own
-forward, in float64 and in its own dtype, in train and in eval mode, with and without autocast.
+proved (prove.py): on small random tensors the outputs, gradients and buffers must match those of
+its own forward, in float64 and in its own dtype, in train and in eval mode, with and without
+autocast.
 """
 
 from itertools import product

@@ -55,7 +55,8 @@ class Again(torch.Tensor):
         with torch._C.DisableTorchFunctionSubclass():
             if func is torch.Tensor.__reduce_ex__:
                 return args[0].as_subclass(torch.Tensor).__reduce_ex__(*args[1:])
-            if kwargs.get("inplace") or not torch._C._autograd._saved_tensors_hooks_is_enabled():
+            hooks: Any = torch._C._autograd
+            if kwargs.get("inplace") or not hooks._saved_tensors_hooks_is_enabled():
                 return func(*args, **kwargs)
             if func in KEEPING and args:
                 with torch.autograd.graph.saved_tensors_hooks(_packing(args[0]), _unpack):
@@ -72,8 +73,9 @@ def again(y: torch.Tensor) -> torch.Tensor:
     """
     if torch.compiler.is_compiling() or not y.requires_grad or type(y) is not torch.Tensor:
         return y
-    node, decides = y.grad_fn, torch._C._autograd._top_saved_tensors_default_hooks(False)
-    if not isinstance(node, Modulate._backward_cls) or not node.by_tables or decides:
+    decides = torch._C._autograd._top_saved_tensors_default_hooks(False)
+    node: Any = y.grad_fn
+    if decides or not isinstance(node, Modulate._backward_cls) or not node.by_tables:
         return y
     return _with_recipe(y, Recipe(modulated_again, node))
 

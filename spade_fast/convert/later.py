@@ -49,4 +49,4 @@ class Later(torch.Tensor):
         args, kwargs = tree_map_only(Later, Later.read, (args, kwargs or {}))
         return func(*args, **kwargs)
 
-    __torch_dispatch__ = __torch_function__
+    __torch_dispatch__: Any = __torch_function__

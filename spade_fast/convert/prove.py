@@ -21,7 +21,7 @@ from .swap import Call, Called, Fast, Mark, Proof, kinds_of_children, make_fast,
 PIXELS = (6, 4, 4)  # of a probe's x
 ODD = (5, 4, 4)  # where the first of an odd number of frames is resized apart
 # A probe's conditions, by their size relative to x: noise has gradients, labels use windows.
-CONDITIONS: dict[str, list] = {
+CONDITIONS: dict[str, list[tuple[tuple | None, str]]] = {
     "larger": [((9, 7, 5), "noise"), ((12, 8, 8), "labels")],
     "smaller": [((3, 2, 2), "noise"), ((4, 3, 3), "labels")],
     "same": [(None, "noise")],
@@ -84,8 +84,8 @@ class Probe:
         pixels = (ODD, PIXELS) if self.form.apart else (PIXELS,)
         for size, conditions in CONDITIONS.items():
             try:
-                for condition, of_x in product(conditions, pixels):
-                    self.compare(*condition, of_x)
+                for (of_condition, content), of_x in product(conditions, pixels):
+                    self.compare(of_condition, content, of_x)
                 sizes.append(size)
             except OwnForwardFails as fails:
                 failure = fails
@@ -98,7 +98,8 @@ class Probe:
         a description, the state, "mode" or "dtype", and the function that proves the state.
         """
         state: tuple
-        condition = (*CONDITIONS[size][-1], ODD if self.form.apart else PIXELS)
+        of_condition, content = CONDITIONS[size][-1]
+        condition = (of_condition, content, ODD if self.form.apart else PIXELS)
         device, dtype = weight.device.type, weight.dtype
         half = dict.fromkeys((torch.get_autocast_dtype(device), torch.bfloat16))
         for training in (self.module.training, not self.module.training):
@@ -276,9 +277,9 @@ class Probe:
             # What is not read is given, to show that it is not.
             other = copy_of(self.module, self.values(dtype)).train(module.training)
             result = call_own(other, call, x.detach() + 1, segmap.detach() + 1, swapped)
-            kept = list(zip(self.called.result, result))
+            returned = list(zip(self.called.result, result))
             for name, ignored in self.called.ignores.items():
-                further[name] = next(own for marked, own in kept if marked == ignored)
+                further[name] = next(own for marked, own in returned if marked == ignored)
         y = call_own(module, call, x, segmap, swapped, **further)
         kept = [name for name, mark in marks_of(module).items() if before.get(name) != mark]
         if kept:

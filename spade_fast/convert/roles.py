@@ -37,9 +37,9 @@ class Roles(NamedTuple):
     """The names of a module's parts by what they do, and how the module is called."""
 
     norm: str
-    shared: str | None
     gamma: str
     beta: str
+    shared: str | None
     pad: str | None
     added: str | None
     plus_one: bool
@@ -58,7 +58,7 @@ class Ran(NamedTuple):
 
 def parts_by_name(module: nn.Module) -> dict[str, nn.Module]:
     """A module's children by name; in place of a ModuleList, the modules in it."""
-    found = {}
+    found: dict[str, nn.Module] = {}
     for name, child in module.named_children():
         if isinstance(child, nn.ModuleList):
             found |= {f"{name}.{own}": part for own, part in parts_by_name(child).items()}
@@ -100,17 +100,16 @@ def find_roles(module: nn.Module) -> Roles:
         for channels, label_nc, size, swapped in _attempts(module, convolutions):
             try:
                 copy = copy_of(module, values(torch.float64))
-                pair = _arguments(module, convolutions, channels, label_nc, size)
+                x, condition = pair = _arguments(module, convolutions, channels, label_nc, size)
                 ran = _trace(copy, parts_by_name(copy))
-                result = call_own(copy, call, *pair, swapped)
+                result = call_own(copy, call, x, condition, swapped)
             except Exception as error:  # the own forward may raise anything
-                given = [list(tensor.shape) for tensor in pair]
                 failure = failure or OwnForwardFails(
-                    f"its own forward fails on x {given[0]} and a condition {given[1]}:"
-                    f" {type(error).__name__}: {error}"
+                    f"its own forward fails on x {list(x.shape)} and a condition"
+                    f" {list(condition.shape)}: {type(error).__name__}: {error}"
                 )
                 continue
-            roles = _roles(copy, call, pair, swapped, ran, result, convolutions, label_nc)
+            roles = _roles(pair, swapped, ran, result, convolutions)
             ignores = _ignored(module, values, call, pair, roles.call)
             return roles._replace(call=roles.call._replace(ignores=ignores))
     raise failure or Unlike("it has no two convolutions for a factor and a summand of one shape")
@@ -198,7 +197,7 @@ def _is_same(one, other):
     return bool((one - other).abs().max() <= EXACT * other.abs().max())
 
 
-def _roles(module, call, pair, swapped, ran, result, convolutions, label_nc):
+def _roles(pair, swapped, ran, result, convolutions):
     """The roles, from one traced run of the own forward."""
     leaves, spec = tree_flatten(result)
     place, norm, added, x, gamma, beta, plus_one = _modulation(ran, leaves, pair, convolutions)
@@ -223,9 +222,10 @@ def _roles(module, call, pair, swapped, ran, result, convolutions, label_nc):
         apart = pair[1].shape[2] > 1 and _is_same(resize(pair[1], size, apart=True), given)
     marked = [Mark.CONDITION if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
     marked[place] = Mark.Y
-    names = (None if own is None else own.name for own in (shared, gamma, beta, pad, added))
+    shared, pad, added = (None if own is None else own.name for own in (shared, pad, added))
     called = Called(swapped, {}, tree_unflatten(marked, spec))
-    return Roles(norm.name, *names, plus_one, apart, pair[1].shape[1], called)
+    names = (norm.name, gamma.name, beta.name, shared, pad, added)
+    return Roles(*names, plus_one, apart, pair[1].shape[1], called)
 
 
 def _modulation(ran, leaves, pair, convolutions):
@@ -277,9 +277,9 @@ def _ignored(module, values, call, pair, called):
     if not isinstance(called.result, tuple):
         return {}
 
-    def run(*pair, **further):
+    def run(x, condition, **further):
         copy = copy_of(module, values(torch.float64))
-        return call_own(copy, call, *pair, called.swapped, **further)
+        return call_own(copy, call, x, condition, called.swapped, **further)
 
     try:
         result = run(*pair)

@@ -129,8 +129,11 @@ class Parts(NamedTuple):
     def of(cls, spade: HasParts) -> "Parts":
         form = spade.spade_form
         names = (form.norm, form.shared, form.gamma, form.beta, form.pad, form.added)
-        parts: list[Any] = [None if name is None else part_of(spade, name) for name in names]
-        return cls(*parts, form.apart, form.inside)
+        norm, shared, gamma, beta, pad, added = (
+            None if name is None else part_of(spade, name) for name in names
+        )
+        assert norm is not None and gamma is not None and beta is not None
+        return cls(norm, shared, gamma, beta, pad, added, form.apart, form.inside)
 
     def convolutions(self) -> Convolutions | None:
         """What determines γ and β, or None if that is more than a window's codes and the weights of

@@ -45,10 +45,10 @@ def at_pixels(
     size = x.shape[2:]
     if isinstance(segmap, SemanticLayout) and not parts.apart:
         segmap = segmap.resize(size)
-    segmap = dense(segmap, first_weight(parts.first).dtype)
+    condition: torch.Tensor = dense(segmap, first_weight(parts.first).dtype)
     if parts.apart or parts.shared is None:
-        segmap = resize(segmap, size, parts.apart)
-    hidden = like_pixels_of(x, segmap)
+        condition = resize(condition, size, parts.apart)
+    hidden = like_pixels_of(x, condition)
     if parts.shared is not None:
         hidden = _hidden(parts.shared, hidden, size)
     if parts.pad is not None:

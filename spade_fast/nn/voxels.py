@@ -7,7 +7,7 @@ import math
 import threading
 from collections import OrderedDict
 from collections.abc import Sequence
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -23,12 +23,13 @@ from .tables import is_capturing
 MOST_KEPT = 16  # lookups: a decoder has one for each size of its maps
 
 
-class Lookup(NamedTuple):
+@dataclass
+class Lookup:
     """The arguments `index` and `order` of `spade_modulate`, and where they were computed."""
 
     index: torch.Tensor
     order: torch.Tensor | None
-    made: Made | None
+    made: Made | None = None
 
     @property
     def tensors(self) -> list[torch.Tensor]:
@@ -68,7 +69,7 @@ def _row_by_row(convolution: Convolution, rows: torch.Tensor) -> torch.Tensor:
     return F.linear(rows, weight_of(convolution).flatten(1), convolution.bias)
 
 
-def _lookup(images, sizes, apart, dtype, x, sorts) -> Lookup:
+def _lookup(images, sizes, apart, dtype, x, sorts):
     """The lookup of x in the rows of a condition in this dtype: kept, or made."""
     double = dtype == torch.float64  # `F.interpolate` takes other pixels in float64
     arguments = (images, sizes, apart, double, x.device, sorts)
@@ -81,7 +82,7 @@ def _lookup(images, sizes, apart, dtype, x, sorts) -> Lookup:
     if found is None:
         with torch.inference_mode(False), torch.no_grad():
             found = _make(*arguments)
-        found = found._replace(made=made_here(found.tensors))
+        found.made = made_here(found.tensors)
         with _lock:
             _kept[arguments] = found
             while len(_kept) > MOST_KEPT:
@@ -114,4 +115,4 @@ def _make(
         starts = torch.arange(of_x, dtype=torch.int32, device=device) * step
         index = index + starts.view(-1, *[1] * len(wanted))
         order = None if order is None else order.repeat(of_x, 1)
-    return Lookup(index.contiguous(), order, None)
+    return Lookup(index.contiguous(), order)
