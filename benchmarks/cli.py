@@ -22,6 +22,7 @@ from . import launches as counted
 from . import layouts as drawn
 from . import proofs as compiled
 from . import service as served
+from . import shares as predicted
 from . import summary as committed
 from .cases import CASES, VARIANTS, Settings
 from .measure import measure
@@ -272,12 +273,22 @@ def prove_cuda(
 ):
     """Compile the CUDA kernels with nvcc, without a GPU, and check the result.
 
+    With capability 90, it also predicts the kernels' shares of an H200's copy bandwidth.
+
     Exits with 1 if a check fails, with 2 if nvcc is missing.
     """
     if shutil.which("nvcc") is None:
         typer.echo("nvcc is not on PATH", err=True)
         raise typer.Exit(2)
-    conclude(cuda_proofs, cuda_proofs.prove(capability))
+    found = cuda_proofs.prove(capability)
+    if predicted.CAPABILITY in capability:
+        launch = counted.model(counted.count_all(counted.CALIBRATING)).launch
+        predictions = predicted.shares(found, launch)
+        console = console_of_any_width()
+        console.print(predicted.table(predictions))
+        console.print(predicted.table_of_operations(predictions))
+        console.print(predicted.CAPTION)
+    conclude(cuda_proofs, found)
 
 
 @app.command()
@@ -300,10 +311,12 @@ def launches(
             f"no path's name contains {only!r}; the names are: {'; '.join(counted.PATHS)}",
             param_hint="--only",
         )
-    found = counted.count_all(names)
+    everything = counted.count_all([*names, *counted.CALIBRATING])
+    found = {name: everything[name] for name in names}
     console = console_of_any_width()
     console.print(counted.table(found))
     console.print(counted.CAPTION)
+    console.print(*counted.predicted(everything, names), sep="\n")
     for name, counts in found.items() if operators else ():
         most = counts.operators.most_common(operators)
         words = ", ".join(f"{operator} {number}" for operator, number in most)

@@ -13,6 +13,7 @@ import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from .instructions import Counted, counted
 from .proofs import CAPABILITIES
 from .tables import narrow_table
 
@@ -61,13 +62,17 @@ class Proof:
     double: int  # number of instructions in double precision
     clusters: bool  # whether it waits for other blocks of its cluster
     tensor_cores: bool
+    counted: Counted = dataclasses.field(repr=False)  # instructions
+
+    @property
+    def registers_of_warp(self):
+        """Registers are allocated to a warp in units of 256."""
+        return -(-self.registers * 32 // 256) * 256
 
     @property
     def resident(self):
-        """Threads that reside on a processor at once, as limited by registers, which are allocated
-        to a warp in units of 256.
-        """
-        of_block = self.threads // 32 * (-(-self.registers * 32 // 256) * 256)
+        """Threads that reside on a processor at once, as limited by registers."""
+        of_block = self.threads // 32 * self.registers_of_warp
         return min(REGISTERS // of_block, MOST_THREADS // self.threads) * self.threads
 
     @property
@@ -168,6 +173,7 @@ def _prove(source, capability):
                 len(re.findall(r"\b(?:DADD|DMUL|DFMA|DSETP|DMNMX)\b|\.F64\b", code[name])),
                 "UCGABAR_WAIT" in code[name],
                 "HMMA" in code[name],
+                counted(code[name]),
             )
         )
     return proofs

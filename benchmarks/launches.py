@@ -10,6 +10,8 @@ floating-point tensors are not computed, because no count depends on their resul
 A wait is where the host needs a value from the device, or copies pageable memory to it. Bytes are
 those that operators return in new memory; workspaces are not counted. Tensors created on the host
 inside a counted call count as the device's.
+
+predictions.py makes times of the counts, which are printed beside them.
 """
 
 import copy
@@ -25,6 +27,7 @@ import torch
 import torch.nn as nn
 from rich.table import Table
 from torch.overrides import TorchFunctionMode
+from torch.utils import flop_counter
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map_only
 
@@ -32,7 +35,9 @@ import spade_fast
 from spade_fast import SemanticLayout, kernels, reference
 from spade_fast.kernels import contract, cuda_backend, numbering
 
+from . import predictions
 from .cases import COCO_NORM, Settings, conditions
+from .predictions import Work
 from .tables import narrow_table
 
 GPU, HOST = torch.device("cuda", 0), torch.device("cpu")
@@ -51,6 +56,7 @@ LIMITS = {
     "from_segmap": Limit(8, 1),
     "numbering, six sizes": Limit(11, 1),
     "layer": Limit(7, 0),
+    "layer, training": Limit(29, 0),
     "block": Limit(34, 0),
     "generator, new layout": Limit(242, 2),
     "generator, windows known": Limit(221, 0),
@@ -88,6 +94,7 @@ OWN = {
 # below: test_cuda.py runs the kernels and counts. Others may have another number of passes in their
 # sort.
 NUMBERING = {"find_codes": 5, "find_windows": 11, "find_patches": 8}
+UNREAD = {"running_planes"}  # operators that read no element of their first argument
 WAITS = {"_local_scalar_dense", "nonzero", "equal", "_unique2", "unique_dim", "bincount"}
 WAITS |= {"masked_select", "repeat_interleave"}
 UPLOADS = {torch.tensor, torch.as_tensor, torch.from_numpy, torch.Tensor.new_tensor}
@@ -104,10 +111,13 @@ class Counts:
     allocations: int = 0
     bytes: int = 0
     operators: Counter = field(default_factory=Counter)
+    work: list[Work] = field(default_factory=list)
 
-    def launch(self, name: str, number: int = 1) -> None:
+    def launch(self, name: str, number: int = 1, moved: int = 0, operations: int = 0) -> None:
+        """Counts an operator. moved: bytes of its tensors and results."""
         self.launches += number
         self.operators[name] += number
+        self.work.append(Work(name, number, moved, operations))
 
 
 class OnGPU(TorchFunctionMode):
@@ -169,11 +179,26 @@ class Counting(TorchDispatchMode):
         self.counts.allocations += len(new)
         self.counts.bytes += sum(tensor.untyped_storage().nbytes() for tensor in new)
         is_view = not new and not operator._schema.is_mutable
+        moved = bytes_of((arguments[name in UNREAD :], named, results))
+        operations = operations_of(operator, arguments, named, results)
         if own:
-            self.counts.launch(f"{space}::{name}", own_launches(operator, name, arguments))
+            launches = own_launches(operator, name, arguments)
+            self.counts.launch(f"{space}::{name}", launches, moved, operations)
         elif name not in FREE and not (is_view and name not in WAITS):
-            self.counts.launch(name, KERNELS.get(name, 1))
+            self.counts.launch(name, KERNELS.get(name, 1), moved, operations)
         return results
+
+
+def bytes_of(values):
+    """The bytes of all distinct tensors."""
+    distinct = {id(tensor): tensor for tensor in tensors_in(values)}
+    return sum(tensor.nbytes for tensor in distinct.values())
+
+
+def operations_of(operator, arguments, named, results):
+    """The operations of multiplying matrices, none for other operators."""
+    formula = flop_counter.flop_registry.get(operator.overloadpacket)
+    return 0 if formula is None else formula(*arguments, **named, out_val=results)
 
 
 def own_launches(operator, name, arguments):
@@ -238,10 +263,12 @@ def numbered(counts, name, *arguments):
     """Replaces an operator of csrc/cuda/numbering.cpp, and counts its launches and its one wait,
     for the size of its results.
     """
-    counts.launch(f"spade_fast::{name}", NUMBERING[name])
     counts.waits += 1
     with _disable_current_modes(), torch._C.DisableTorchFunction():
-        return getattr(numbering, name)(*arguments)
+        results = getattr(numbering, name)(*arguments)
+        moved = bytes_of((arguments, results))
+    counts.launch(f"spade_fast::{name}", NUMBERING[name], moved)
+    return results
 
 
 @contextmanager
@@ -329,6 +356,18 @@ def discriminator_known(networks, stack):
     return lambda: networks.discriminator(networks.images, networks.layout)
 
 
+def layer_trained(networks, stack):
+    """Forward and backward of a layer: the gradients of its weights and of x."""
+    x = networks.x.clone().requires_grad_()
+    wanted = [x, *networks.layer.parameters()]
+
+    def step():
+        with torch.enable_grad():
+            torch.autograd.grad(networks.layer(x, networks.layout).sum(), wanted)
+
+    return step
+
+
 def generator_trained(networks, stack):
     """Forward and backward of the generator: the gradients of its weights."""
     generator = networks.generator
@@ -365,6 +404,7 @@ PATHS = {
     "from_segmap": lambda networks, stack: networks.found,
     "numbering, six sizes": numbering_windows,
     "layer": lambda networks, stack: lambda: networks.layer(networks.x, networks.layout),
+    "layer, training": layer_trained,
     "block": lambda networks, stack: lambda: networks.block(networks.x, networks.layout),
     "generator, new layout": lambda networks, stack: (
         lambda: networks.generator(networks.segmap.view_as(networks.segmap))
@@ -415,6 +455,25 @@ CAPTION = (
     "COCO at 256², one scene, bfloat16. launches: kernels and copies. waits: how often the host"
     " waits for the device. at most: the limit."
 )
+
+
+# Paths whose work is part of the model of predicted times, whichever are printed.
+CALIBRATING = (predictions.KNOWN, predictions.FOLDED)
+
+
+def predicted(everything: dict[str, Counts], names: list[str]) -> tuple[Table, Table, str]:
+    """The tables of predicted times of the paths with these names, and a caption."""
+    constants, shown = model(everything), {name: everything[name].work for name in names}
+    return (
+        predictions.table(constants, shown),
+        predictions.table_of_operators(constants, shown),
+        predictions.caption(constants),
+    )
+
+
+def model(everything: dict[str, Counts]) -> predictions.Model:
+    """The model of predicted times, for the counts of at least the paths of CALIBRATING."""
+    return predictions.Model.measured(*(everything[name].work for name in CALIBRATING))
 
 
 def marked(number, limit):

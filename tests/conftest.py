@@ -32,6 +32,8 @@ if importlib.util.find_spec("triton") is None:
 if cuda_backend.why_not() is None:
     BACKENDS["cuda"] = "cuda"
 INSTRUCTION_SETS = cpu_backend.library.instruction_sets() if cpu_backend.library else []
+# Those for which the kernels of the modulation are compiled again.
+LESSER = [name for name in ("avx2", "base") if name in INSTRUCTION_SETS[1:]]
 BACKEND_FIXTURES = ("backend", "backend_and_instruction_set")
 
 
@@ -62,7 +64,7 @@ def backend(request):
         yield request.param
 
 
-@pytest.fixture(params=[*BACKENDS, *(f"cpu {name}" for name in INSTRUCTION_SETS[1:])])
+@pytest.fixture(params=[*BACKENDS, *(f"cpu {name}" for name in LESSER)])
 def backend_and_instruction_set(request):
     """Each backend, and the CPU backend again with each lesser instruction set of the processor."""
     name, *instruction_set = request.param.split()

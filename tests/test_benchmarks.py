@@ -520,7 +520,7 @@ def test_tables_can_be_read_in_80_columns():
                         1000,
                         256,
                     ),
-                    *(widths, widths, 0, False, False),
+                    *(widths, widths, 0, False, False, None),
                 )
             ]
         )

@@ -7,10 +7,12 @@ On a GPU, they are a backend of the whole suite.
 import itertools
 import math
 import pickle
+import re
 import shutil
 import zlib
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 
 import cuda_library
@@ -56,6 +58,7 @@ from spade_fast.kernels import (
 from spade_fast.ops import norms
 
 NAMESPACE = "spade_fast_cuda_on_host"
+GPU_PAGE = Path(__file__).parent.parent / "docs" / "pages" / "gpu.md"
 ORDERS = ["forward", "reverse", "1", "2"]  # in which threads and blocks run
 ACTIVATIONS = [None, "relu", "leaky_relu", "silu"]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -552,7 +555,7 @@ def test_reasons_why_the_backend_does_not_run(monkeypatch):
 @pytest.mark.full
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="there is no nvcc")
 def test_kernels_compiled_by_nvcc():
-    from benchmarks import cuda_proofs
+    from benchmarks import cuda_proofs, predictions, shares
 
     proofs = cuda_proofs.prove(capabilities=(80, 90))
     assert {proof.kernel for proof in proofs} >= {
@@ -564,6 +567,26 @@ def test_kernels_compiled_by_nvcc():
         "convolve_windows_kernel",
     }
     assert not [(proof, proof.failures) for proof in proofs if proof.failures]
+    predicted = shares.operations(shares.shares(proofs, launch=3e-6))
+    measured = shares.measured_operations()
+    compared = {
+        (problem.name, mode): predicted[problem, mode] / measured[key]
+        for problem, mode in predicted
+        if (key := (problem.images, problem.name, mode)) in measured
+        and problem.name not in shares.DIVIDED_OTHERWISE
+    }
+    assert len(compared) == 12 and all(0.5 < ratio < 1.5 for ratio in compared.values()), compared
+    documented = re.findall(r"\| batch (\d+), (.*²) \|.*\| (\S+) \|\n", GPU_PAGE.read_text())
+    assert len(documented) == 11
+    for images, shape, share in documented:
+        ((problem, seconds),) = (
+            (problem, predicted[problem, mode])
+            for problem, mode in predicted
+            if (problem.images, problem.name, mode)
+            == (int(images), f"{shape} channels-last", "forward")
+        )
+        least = shares.least_bytes(problem, "forward") / predictions.bandwidth_of_a_copy()
+        assert least / seconds == pytest.approx(float(share), abs=0.03)
 
 
 @needs_compiler

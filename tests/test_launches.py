@@ -1,13 +1,16 @@
 """The counts of a GPU's work without a GPU are right, and no path exceeds its limit."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from rich.console import Console
 from typer.testing import CliRunner
 
 import spade_fast
-from benchmarks import cli, launches
+from benchmarks import cli, launches, predictions
 from spade_fast import SemanticLayout, kernels
+from spade_fast.kernels import contract
 
 
 def test_no_path_exceeds_its_limit():
@@ -20,17 +23,48 @@ def test_no_path_exceeds_its_limit():
     text = capture.get()
     assert max(map(len, text.splitlines())) <= 80 and "…" not in text
     assert all(name.split(",")[0] in text for name in found)
+    predictions_are_complete(found)
+
+
+def predictions_are_complete(found):
+    """Each path has a prediction, and each operator of the CUDA backend except apply_out, whose
+    kernel is that of apply. Measured times are beside, and named as such.
+    """
+    console = Console(width=100, color_system=None)
+    with console.capture() as capture:
+        console.print(*launches.predicted(found, list(found)), sep="\n")
+    text = capture.get()
+    times, operators = text.split("operator, its mean")
+    assert all(f"\n{name} " in times for name in found)
+    known = {*contract.MODULATION, *contract.GATHERING, *launches.NUMBERING} - {"apply_out"}
+    assert all(f"\n{name}, " in operators for name in known)
+    assert "predicted" in times.splitlines()[1] and "predicted µs" in operators
+    assert "not measured" in operators
+    works = {name: counts.work for name, counts in found.items()}
+    rows = list(predictions.rows(launches.model(found), works))
+    assert all(row.then == row.measured for row in rows if row.ratio == "constant")
+    assert {row.path: row.measured for row in rows}["generator, frozen"] == "6.29"
+    documented = (Path(__file__).parent.parent / "docs" / "pages" / "gpu.md").read_text()
+    for row in rows:
+        counts = found[row.path.removesuffix(", graph")]
+        cells = [row.path, str(counts.launches), str(counts.waits), row.predicted]
+        cells += [row.then or "–", row.measured or "–"]
+        named = row.path.startswith(("from_segmap", "numbering", "generator"))
+        assert not named or f"| {' | '.join(cells)} |\n" in documented
 
 
 def test_a_count_above_its_limit_is_reported(monkeypatch):
-    monkeypatch.setattr(launches, "count_all", lambda names: {"layer": launches.Counts(12, 1)})
-    monkeypatch.setitem(launches.LIMITS, "layer", launches.Limit(11, 0))
-    result = CliRunner().invoke(cli.app, ["launches", "--only", "layer"])
+    monkeypatch.setattr(
+        launches, "count_all", lambda names: dict.fromkeys(names, launches.Counts(12, 1))
+    )
+    monkeypatch.setattr(launches, "predicted", lambda everything, names: ())
+    monkeypatch.setitem(launches.LIMITS, "block", launches.Limit(11, 0))
+    result = CliRunner().invoke(cli.app, ["launches", "--only", "block"])
     assert result.exit_code == 1
-    assert "layer: 12 launches, the limit is 11" in result.output
-    assert "layer: 1 waits, the limit is 0" in result.output
-    monkeypatch.setitem(launches.LIMITS, "layer", launches.Limit(12, 1))
-    assert CliRunner().invoke(cli.app, ["launches", "--only", "layer"]).exit_code == 0
+    assert "block: 12 launches, the limit is 11" in result.output
+    assert "block: 1 waits, the limit is 0" in result.output
+    monkeypatch.setitem(launches.LIMITS, "block", launches.Limit(12, 1))
+    assert CliRunner().invoke(cli.app, ["launches", "--only", "block"]).exit_code == 0
     assert CliRunner().invoke(cli.app, ["launches", "--only", "nothing"]).exit_code == 2
 
 

@@ -304,11 +304,12 @@ def test_gradients_and_second_derivatives_in_float64(
 
 
 @pytest.mark.float64
-def test_second_derivatives_if_gamma_is_computed_from_x():
+@pytest.mark.parametrize("plus_one", [True, False])
+def test_second_derivatives_if_gamma_is_computed_from_x(plus_one):
     x = torch.randn(2, 3, 4, 4, dtype=torch.float64, requires_grad=True)
 
     def penalty(modulate):
-        y = modulate(x, x.square(), x.sin(), activation="silu")
+        y = modulate(x, x.square(), x.sin(), activation="silu", plus_one=plus_one)
         (gradient,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
         return torch.autograd.grad(gradient.square().sum(), x)[0]
 
@@ -322,9 +323,16 @@ def test_second_derivatives_if_gamma_is_computed_from_x():
     "frozen", [("x",), ("gamma", "beta"), ("x", "gamma", "beta"), ("weight", "bias")]
 )
 @pytest.mark.parametrize("create_graph", [False, True])
-def test_only_what_needs_a_gradient_gets_one(frozen, create_graph, rows):
+@pytest.mark.parametrize("plus_one", [True, False])
+def test_only_what_needs_a_gradient_gets_one(frozen, create_graph, rows, plus_one):
     arguments, dy = sample(
-        (2, 4, 5, 6), "instance", "leaky_relu", affine=True, dtype=torch.float64, rows=rows
+        (2, 4, 5, 6),
+        "instance",
+        "leaky_relu",
+        affine=True,
+        dtype=torch.float64,
+        rows=rows,
+        plus_one=plus_one,
     )
     wanted = {
         name: arguments[name].requires_grad_()

@@ -11,7 +11,7 @@ from torch.library import opcheck
 from window_lists import CONVOLUTIONS, convolution
 
 import spade_fast
-from spade_fast.kernels import cpu_backend, cuda_backend, numbering, torch_backend
+from spade_fast.kernels import contract, cpu_backend, cuda_backend, numbering, torch_backend
 from spade_fast.ops import norms
 
 needs_library = pytest.mark.skipif(cpu_backend.library is None, reason=str(cpu_backend.failure))
@@ -85,9 +85,11 @@ def test_signs_are_the_documented_bits(layout):
 
 @pytest.mark.parametrize("instruction_set", INSTRUCTION_SETS)
 @pytest.mark.parametrize("sizes", CONVOLUTIONS, ids=str)
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize("dtype", contract.FLOATING, ids=str)
 def test_compiled_convolution_at_windows(sizes, dtype, instruction_set):
-    rows, weight, bias, lists, back_lists, gradient = convolution(*sizes)
+    """In half precision, each result is rounded once, however many terms it has."""
+    *floats, lists, back_lists, gradient = convolution(*sizes)
+    rows, weight, bias, gradient = (tensor.to(dtype).double() for tensor in (*floats, gradient))
     calls = [
         ("convolve_windows", (rows, weight, bias, *lists)),
         ("convolve_windows", (rows, weight, None, *lists)),

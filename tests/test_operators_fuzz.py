@@ -106,7 +106,7 @@ def convolution(choose):
     """Operands of the operators of the convolution at windows, by name."""
     kernel = choose.choice([(1,), (3,), (2, 3), (3, 3), (2, 1, 2)])
     outputs, channels, rows, windows = (choose.choice(LARGE[:-2]) for _ in range(4))
-    dtype, taps = choose.choice(FLOATS[:2]), torch.Size(kernel).numel()
+    dtype, taps = choose.choice(FLOATS), torch.Size(kernel).numel()
     contents = torch.randint(-1, max(rows, 1), (windows, taps), dtype=torch.int32)
     contents = contents if rows else torch.full_like(contents, -1)
     lists = numbering.list_windows(contents, rows, int((contents >= 0).sum()))

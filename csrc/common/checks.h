@@ -251,7 +251,7 @@ inline void check_sum_lists(const Tensor& x, const Tensor& offsets, const Tensor
 // taps.
 inline int64_t check_convolution(const Tensor& weight, const Tensor& offsets,
                                  const Tensor& listed) {
-  check_dtype(weight, "weight", kSums);
+  check_dtype(weight, "weight", kFloating);
   int64_t taps = 1;
   for (int64_t dim = 2; dim < weight.dim(); ++dim)
     taps = product(weight, "weight", {taps, weight.size(dim)}, INT32_MAX);

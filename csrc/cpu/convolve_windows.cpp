@@ -4,9 +4,11 @@
 // Result i is bias + Σ weight[:, :, t] · rows[r] over the pairs (r, t) that window i sees: row r at
 // tap t. A thread computes all products weight[:, :, t] · rows[r] of one unit of output channels
 // (64 bytes), which stay in its cache, and sums them there for every window. Every sum is in a
-// fixed order, whatever the number of threads. `layout.Sums` has the lists: the entries r · taps +
-// t of each window, and the windows of each (r, t).
+// fixed order, whatever the number of threads. Elements of other dtypes than Sum are converted
+// where a unit is read or written. `layout.Sums` has the lists: the entries r · taps + t of each
+// window, and the windows of each (r, t).
 
+#include <cstring>
 #include <memory>
 
 #include "matrix.h"
@@ -62,37 +64,107 @@ struct SumListed : Vectors<Sum, kBytes> {
   }
 };
 
-// Transposes from [unit, columns], whose first `rows` rows exist, to [columns, unit] with zeros for
-// the missing rows; and back.
-template <typename Sum>
+// A dense matrix of any dtype. Byte is `const char` or `char`.
+template <typename Byte>
+struct Matrix {
+  Byte* data;
+  int64_t columns, size;  // of an element
+  ScalarType type;
+
+  ALWAYS_INLINE Byte* at(int64_t row, int64_t column) const {
+    return data + (row * columns + column) * size;
+  }
+};
+
+Matrix<const char> matrix_of(const Tensor& x, int64_t columns) {
+  return {static_cast<const char*>(x.const_data_ptr()), columns,
+          static_cast<int64_t>(x.element_size()), x.scalar_type()};
+}
+
+Matrix<char> output_matrix(const Tensor& x, int64_t columns) {
+  return {static_cast<char*>(x.mutable_data_ptr()), columns, static_cast<int64_t>(x.element_size()),
+          x.scalar_type()};
+}
+
+// Transposes one unit of rows from `first` on, of which `rows` exist, to [columns, unit] with zeros
+// for the missing rows; and back. The columns are filled up to whole units.
+template <typename Sum, int kBytes>
 struct ToColumns {
-  static ALWAYS_INLINE void run(int64_t rows, int64_t columns, const Sum* from, Sum* to) {
-    for (int64_t column = 0; column < columns; ++column) {
-      for (int64_t row = 0; row < kUnit<Sum>; ++row)
-        to[column * kUnit<Sum> + row] = row < rows ? from[row * columns + column] : 0;
+  static ALWAYS_INLINE void run(Matrix<const char> from, int64_t first, int64_t rows, Sum* to) {
+    Sum block[kUnit<Sum>][kBlock] = {};
+    for (int64_t start = 0; start < from.columns; start += kBlock) {
+      const int64_t count = std::min(kBlock, from.columns - start);
+      const Sum* found[kUnit<Sum>];
+      for (int64_t row = 0; row < kUnit<Sum>; ++row) {
+        found[row] = block[row];
+        if (row >= rows) continue;
+        found[row] = Elements<Sum>{from.at(first + row, start), from.type}.read(count, block[row]);
+        // The last unit of columns may not be read beyond its end.
+        if (count % kUnit<Sum> != 0 && found[row] != block[row])
+          std::memcpy(block[row], found[row], count * sizeof(Sum)), found[row] = block[row];
+      }
+      for (int64_t column = 0; column < count; column += kUnit<Sum>) {
+        Transpose<Sum, kBytes>::run(found, to + (start + column) * kUnit<Sum>, kUnit<Sum>);
+        for (const Sum*& row : found) row += kUnit<Sum>;
+      }
     }
   }
 };
 
-template <typename Sum>
+template <typename Sum, int kBytes>
 struct FromColumns {
-  static ALWAYS_INLINE void run(int64_t rows, int64_t columns, const Sum* from, Sum* to) {
-    for (int64_t row = 0; row < rows; ++row) {
-      for (int64_t column = 0; column < columns; ++column)
-        to[row * columns + column] = from[column * kUnit<Sum> + row];
+  static ALWAYS_INLINE void run(const Sum* from, Matrix<char> to, int64_t first, int64_t rows) {
+    Sum block[kUnit<Sum>][kBlock];
+    for (int64_t start = 0; start < to.columns; start += kBlock) {
+      const int64_t count = std::min(kBlock, to.columns - start);
+      for (int64_t column = 0; column < count; column += kUnit<Sum>) {
+        const Sum* found[kUnit<Sum>];
+        for (int64_t i = 0; i < kUnit<Sum>; ++i)
+          found[i] = from + (start + column + i) * kUnit<Sum>;
+        Transpose<Sum, kBytes>::run(found, block[0] + column, kBlock);
+      }
+      for (int64_t row = 0; row < rows; ++row)
+        Destination<Sum>{to.at(first + row, start), to.type, false}.write(count, block[row]);
     }
   }
 };
 
-// Copies one unit of columns, of which the first `columns` exist, to [rows, unit] with zeros for
-// the missing columns.
+// Copies one unit of columns from `first` on, of which `columns` exist, to [rows, unit] with zeros
+// for the missing columns; and back.
 template <typename Sum>
 struct TakeUnit {
-  static ALWAYS_INLINE void run(int64_t rows, int64_t columns, const Sum* from, int64_t from_row,
-                                Sum* to) {
-    for (int64_t row = 0; row < rows; ++row, from += from_row, to += kUnit<Sum>) {
+  static ALWAYS_INLINE void run(Matrix<const char> from, int64_t rows, int64_t first,
+                                int64_t columns, Sum* to) {
+    for (int64_t row = 0; row < rows; ++row, to += kUnit<Sum>) {
+      Sum buffer[kUnit<Sum>];
+      const Sum* found = Elements<Sum>{from.at(row, first), from.type}.read(columns, buffer);
 #pragma omp simd
-      for (int64_t c = 0; c < kUnit<Sum>; ++c) to[c] = c < columns ? from[c] : 0;
+      for (int64_t c = 0; c < kUnit<Sum>; ++c) to[c] = c < columns ? found[c] : 0;
+    }
+  }
+};
+
+template <typename Sum>
+struct GiveUnit {
+  static ALWAYS_INLINE void run(const Sum* from, int64_t rows, Matrix<char> to, int64_t first,
+                                int64_t columns) {
+    for (int64_t row = 0; row < rows; ++row, from += kUnit<Sum>)
+      Destination<Sum>{to.at(row, first), to.type, false}.write(columns, from);
+  }
+};
+
+// Puts the bfloat16 of rows 2i and 2i + 1 of [in, columns], which are floats, into the two halves
+// of row i.
+struct JoinPairs {
+  static ALWAYS_INLINE void run(int64_t in, int64_t columns, float* matrix) {
+    for (int64_t i = 0; i < in; i += 2) {
+      const float *even = matrix + i * columns, *odd = even + columns;
+      float* pairs = matrix + i / 2 * columns;
+#pragma omp simd
+      for (int64_t c = 0; c < columns; ++c) {
+        pairs[c] = bit_cast<float>(bit_cast<uint32_t>(even[c]) >> 16 |
+                                   (bit_cast<uint32_t>(odd[c]) & 0xffff0000));
+      }
     }
   }
 };
@@ -113,6 +185,7 @@ struct Sizes {
   }
 
   int64_t columns() const { return taps * kUnit<Sum>; }
+  int64_t matrix() const { return units<Sum>(in * taps) * kUnit<Sum> * kUnit<Sum>; }
   int64_t first(int64_t block) const { return block * kUnit<Sum>; }
   int64_t channels(int64_t block) const { return std::min(kUnit<Sum>, out - first(block)); }
 };
@@ -122,33 +195,74 @@ Tensor without_filling(Tensor x, int64_t columns) {
   return x.size(1) == columns ? x : without_gaps(torch::stable::narrow(x, 1, 0, columns));
 }
 
+// All products weight[:, :, t] · rows[r] of a unit of output channels: [rows, taps, unit].
 template <typename Sum>
-Tensor convolve(const Tensor& given_rows, const Tensor& given_weight,
-                const std::optional<Tensor>& given_bias, const Lists& lists) {
-  const Sizes<Sum> sizes(given_weight, given_rows.size(0));
-  const Tensor rows = without_gaps(given_rows), weight = without_gaps(given_weight);
-  const Tensor result =
-      new_tensor(rows, {lists.count, sizes.blocks * kUnit<Sum>}, rows.scalar_type());
+class Products {
+ public:
+  Products(const Sizes<Sum>& sizes, const Tensor& rows, const Tensor& weight)
+      : sizes_(sizes),
+        in_pairs_(instruction_set() == InstructionSet::avx512_bf16 && sizes.in % 2 == 0 &&
+                  rows.scalar_type() == ScalarType::BFloat16),
+        rows_(without_gaps(in_pairs_ ? rows : in_dtype(rows, kScalarType<Sum>))),
+        weight_(without_gaps(weight)) {}
+
+  // `matrix` is scratch memory of sizes.matrix().
+  void compute(int64_t block, Sum* matrix, Sum* products) const {
+    const int64_t columns = sizes_.columns();
+    in_vectors<ToColumns, Sum>(matrix_of(weight_, sizes_.in * sizes_.taps), sizes_.first(block),
+                               sizes_.channels(block), matrix);
+    const Sum *rows = static_cast<const Sum*>(rows_.const_data_ptr()), *factors = matrix;
+#if defined(__x86_64__)
+    if constexpr (sizeof(Sum) == 4) {
+      if (in_pairs_) {
+        const int64_t pairs = sizes_.in / 2;
+        vectorised<JoinPairs>(sizes_.in, columns, matrix);
+        run_avx512<PairProduct>(sizes_.rows, pairs, sizes_.taps, Strided<Sum>{rows, pairs, 1},
+                                factors, columns, products, columns, false);
+        return;
+      }
+    }
+#endif
+    in_vectors<MatrixProduct, Sum>(sizes_.rows, sizes_.in, sizes_.taps,
+                                   Strided<Sum>{rows, sizes_.in, 1}, factors, columns, products,
+                                   columns, false);
+  }
+
+ private:
+  const Sizes<Sum>& sizes_;
+  bool in_pairs_;
+  Tensor rows_, weight_;
+};
+
+template <typename Sum>
+Tensor convolve(const Tensor& rows, const Tensor& weight, const std::optional<Tensor>& given_bias,
+                const Lists& lists) {
+  const Sizes<Sum> sizes(weight, rows.size(0));
+  const bool converts = rows.scalar_type() != kScalarType<Sum>;
+  const int64_t row = converts ? sizes.out : sizes.blocks * kUnit<Sum>;
+  const Tensor result = new_tensor(rows, {lists.count, row}, rows.scalar_type());
   std::vector<Sum> bias(sizes.blocks * kUnit<Sum>);
-  if (given_bias)
-    std::copy_n(without_gaps(*given_bias).const_data_ptr<Sum>(), sizes.out, bias.begin());
-  const Sum *rows_data = rows.const_data_ptr<Sum>(), *weight_data = weight.const_data_ptr<Sum>();
-  Sum* result_data = result.mutable_data_ptr<Sum>();
+  if (given_bias) {
+    const Tensor numbers = without_gaps(in_dtype(*given_bias, kScalarType<Sum>));
+    std::copy_n(numbers.template const_data_ptr<Sum>(), sizes.out, bias.begin());
+  }
+  const Products<Sum> unit(sizes, rows, weight);
+  const Matrix<char> target = output_matrix(result, row);
   torch::stable::parallel_for(0, sizes.blocks, 1, [&](int64_t begin, int64_t end) {
-    const auto matrix = scratch<Sum>(sizes.in * sizes.columns()),
-               products = scratch<Sum>(sizes.rows * sizes.columns());
+    const auto matrix = scratch<Sum>(sizes.matrix()),
+               products = scratch<Sum>(sizes.rows * sizes.columns()),
+               sums = scratch<Sum>(converts ? lists.count * kUnit<Sum> : 0);
     for (int64_t block = begin; block < end; ++block) {
       const int64_t first = sizes.first(block);
-      vectorised<ToColumns<Sum>>(sizes.channels(block), sizes.in * sizes.taps,
-                                 weight_data + first * sizes.in * sizes.taps, matrix.get());
-      in_vectors<MatrixProduct, Sum>(sizes.rows, sizes.in, sizes.taps,
-                                     Strided<Sum>{rows_data, sizes.in, 1},
-                                     static_cast<const Sum*>(matrix.get()), sizes.columns(),
-                                     products.get(), sizes.columns(), false);
-      in_vectors<SumListed, Sum>(int64_t{0}, lists.count, lists.offsets, lists.numbers,
-                                 static_cast<const Sum*>(&bias[first]),
-                                 static_cast<const Sum*>(products.get()), kUnit<Sum>,
-                                 result_data + first, sizes.blocks * kUnit<Sum>);
+      unit.compute(block, matrix.get(), products.get());
+      in_vectors<SumListed, Sum>(
+          int64_t{0}, lists.count, lists.offsets, lists.numbers,
+          static_cast<const Sum*>(&bias[first]), static_cast<const Sum*>(products.get()),
+          kUnit<Sum>, converts ? sums.get() : reinterpret_cast<Sum*>(target.at(0, first)),
+          converts ? kUnit<Sum> : row);
+      if (converts)
+        vectorised<GiveUnit<Sum>>(static_cast<const Sum*>(sums.get()), lists.count, target, first,
+                                  sizes.channels(block));
     }
   });
   return without_filling(result, sizes.out);
@@ -170,20 +284,21 @@ Tensor weight_gradient(const Tensor& given_gradient, const Tensor& given_rows, c
                        const Lists& lists) {
   constexpr int64_t kRows = 256;  // per step, so that their products' gradients stay in the cache
   const Sizes<Sum> sizes(weight, given_rows.size(0));
-  const Tensor gradient = without_gaps(given_gradient), rows = without_gaps(given_rows);
+  const Tensor gradient = without_gaps(given_gradient),
+               rows = without_gaps(in_dtype(given_rows, kScalarType<Sum>));
   const std::vector<int64_t> shape(weight.sizes().begin(), weight.sizes().end());
   const Tensor result = new_tensor(gradient, shape, gradient.scalar_type());
-  const Sum *gradient_data = gradient.const_data_ptr<Sum>(),
-            *rows_data = rows.const_data_ptr<Sum>();
-  Sum* result_data = result.mutable_data_ptr<Sum>();
+  const Matrix<const char> source = matrix_of(gradient, sizes.out);
+  const Matrix<char> target = output_matrix(result, sizes.in * sizes.taps);
+  const Sum* rows_data = rows.const_data_ptr<Sum>();
   const int64_t windows = gradient.size(0);
   torch::stable::parallel_for(0, sizes.blocks, 1, [&](int64_t begin, int64_t end) {
     const auto own = scratch<Sum>(windows * kUnit<Sum>),
                products = scratch<Sum>(kRows * sizes.columns());
-    const auto matrix = scratch<Sum>(sizes.in * sizes.columns());
+    const auto matrix = scratch<Sum>(sizes.matrix());
     for (int64_t block = begin; block < end; ++block) {
-      vectorised<TakeUnit<Sum>>(windows, sizes.channels(block), gradient_data + sizes.first(block),
-                                sizes.out, own.get());
+      vectorised<TakeUnit<Sum>>(source, windows, sizes.first(block), sizes.channels(block),
+                                own.get());
       std::fill_n(matrix.get(), sizes.in * sizes.columns(), Sum(0));
       for (int64_t first = 0; first < sizes.rows; first += kRows) {
         const int64_t last = std::min(first + kRows, sizes.rows);
@@ -193,22 +308,30 @@ Tensor weight_gradient(const Tensor& given_gradient, const Tensor& given_rows, c
                                        static_cast<const Sum*>(products.get()), sizes.columns(),
                                        matrix.get(), sizes.columns(), true);
       }
-      vectorised<FromColumns<Sum>>(sizes.channels(block), sizes.in * sizes.taps,
-                                   static_cast<const Sum*>(matrix.get()),
-                                   result_data + sizes.first(block) * sizes.in * sizes.taps);
+      in_vectors<FromColumns, Sum>(static_cast<const Sum*>(matrix.get()), target,
+                                   sizes.first(block), sizes.channels(block));
     }
   });
   return result;
 }
 
+template <typename Sum>
+struct Read {
+  static ALWAYS_INLINE const Sum* run(Elements<Sum> row, int64_t count, Sum* buffer) {
+    return row.read(count, buffer);
+  }
+};
+
 // The weight of one unit of output channels as [taps, unit, width], with zeros for missing
 // channels.
 template <typename Sum>
-void take_weight(const Sizes<Sum>& sizes, const Sum* weight, int64_t block, int64_t width,
+void take_weight(const Sizes<Sum>& sizes, Matrix<const char> weight, int64_t block, int64_t width,
                  Sum* to) {
   std::fill_n(to, sizes.columns() * width, Sum(0));
+  const auto buffer = scratch<Sum>(weight.columns);
   for (int64_t channel = 0; channel < sizes.channels(block); ++channel) {
-    const Sum* from = weight + (sizes.first(block) + channel) * sizes.in * sizes.taps;
+    const Elements<Sum> row = {weight.at(sizes.first(block) + channel, 0), weight.type};
+    const Sum* from = vectorised<Read<Sum>>(row, weight.columns, buffer.get());
     for (int64_t tap = 0; tap < sizes.taps; ++tap) {
       Sum* row = to + (tap * kUnit<Sum> + channel) * width;
       for (int64_t i = 0; i < sizes.in; ++i) row[i] = from[i * sizes.taps + tap];
@@ -229,17 +352,17 @@ Tensor rows_gradient(const Tensor& given_gradient, const Tensor& given_weight, c
   const int64_t windows = gradient.size(0), width = units<Sum>(sizes.in) * kUnit<Sum>,
                 weight_row = (units<Sum>(sizes.in) | 1) * kUnit<Sum>,
                 block_size = sizes.columns() * weight_row;
-  const Tensor result = torch::stable::new_zeros(gradient, {sizes.rows, width});
-  const Sum *gradient_data = gradient.const_data_ptr<Sum>(),
-            *weight_data = weight.const_data_ptr<Sum>();
+  const Tensor result = torch::stable::new_zeros(gradient, {sizes.rows, width}, kScalarType<Sum>);
   Sum* result_data = result.mutable_data_ptr<Sum>();
   const auto gradients = scratch<Sum>(sizes.blocks * windows * kUnit<Sum>),
              weights = scratch<Sum>(sizes.blocks * block_size);
   torch::stable::parallel_for(0, sizes.blocks, 1, [&](int64_t begin, int64_t end) {
     for (int64_t block = begin; block < end; ++block) {
-      vectorised<TakeUnit<Sum>>(windows, sizes.channels(block), gradient_data + sizes.first(block),
-                                sizes.out, gradients.get() + block * windows * kUnit<Sum>);
-      take_weight(sizes, weight_data, block, weight_row, weights.get() + block * block_size);
+      vectorised<TakeUnit<Sum>>(matrix_of(gradient, sizes.out), windows, sizes.first(block),
+                                sizes.channels(block),
+                                gradients.get() + block * windows * kUnit<Sum>);
+      take_weight(sizes, matrix_of(weight, sizes.in * sizes.taps), block, weight_row,
+                  weights.get() + block * block_size);
     }
   });
   torch::stable::parallel_for(0, sizes.rows, kRows, [&](int64_t begin, int64_t end) {
@@ -256,7 +379,7 @@ Tensor rows_gradient(const Tensor& given_gradient, const Tensor& given_weight, c
       }
     }
   });
-  return without_filling(result, sizes.in);
+  return in_dtype(without_filling(result, sizes.in), gradient.scalar_type());
 }
 
 Tensor convolve_windows(const Tensor& rows, const Tensor& weight, std::optional<Tensor> bias,

@@ -159,31 +159,35 @@ Numbers sort_pixels_of(const Numbers& index, int64_t bound) {
   return order;
 }
 
-constexpr const char* kNames[] = {"base", "avx2", "avx512"};
+constexpr InstructionSet kAll[] = {InstructionSet::avx512_bf16, InstructionSet::avx512,
+                                   InstructionSet::avx2, InstructionSet::base};
+constexpr const char* kNames[] = {"base", "avx2", "avx512", "avx512_bf16"};
 
 bool supported(InstructionSet set) {
 #if defined(__x86_64__)
   if (set == InstructionSet::avx2) return __builtin_cpu_supports("x86-64-v3");
   if (set == InstructionSet::avx512) return __builtin_cpu_supports("x86-64-v4");
+  if (set == InstructionSet::avx512_bf16)
+    return __builtin_cpu_supports("x86-64-v4") && __builtin_cpu_supports("avx512bf16");
 #endif
   return set == InstructionSet::base;
 }
 
 InstructionSet named(const std::string& name) {
-  for (const auto set : {InstructionSet::base, InstructionSet::avx2, InstructionSet::avx512}) {
+  for (const auto set : kAll) {
     if (name != kNames[static_cast<int>(set)]) continue;
     if (supported(set)) return set;
     throw pybind11::value_error("the instruction set is " + name +
                                 ", which this processor does not support");
   }
   throw pybind11::value_error("the instruction set is " + name +
-                              "; it should be base, avx2 or avx512");
+                              "; it should be base, avx2, avx512 or avx512_bf16");
 }
 
 // The kernels' instruction sets that this processor supports, best first.
 std::vector<std::string> instruction_sets() {
   std::vector<std::string> names;
-  for (const auto set : {InstructionSet::avx512, InstructionSet::avx2, InstructionSet::base}) {
+  for (const auto set : kAll) {
     if (supported(set)) names.push_back(kNames[static_cast<int>(set)]);
   }
   return names;

@@ -1,4 +1,5 @@
-// Runs one loop body in every instruction set: base, AVX2 and AVX-512, chosen at run time.
+// Runs one loop body in every instruction set, chosen at run time: base, AVX2, AVX-512, and AVX-512
+// with products of bfloat16, which only matrix.h uses.
 //
 // All arithmetic is in Sum, float or double (elements.h converts other dtypes). A kernel is a type
 // with a static, always inlined `run(arguments…)`. `vectorised<Kernel>(arguments…)` calls it from a
@@ -20,7 +21,7 @@ namespace spade_fast {
 using torch::headeronly::BFloat16;
 using torch::headeronly::Half;
 
-enum class InstructionSet { base, avx2, avx512 };
+enum class InstructionSet { base, avx2, avx512, avx512_bf16 };
 
 // The instruction set in use: the best that this processor supports, unless another was chosen.
 // Defined in module.cpp.
@@ -48,7 +49,7 @@ auto run_base(Arguments... arguments) {
 template <typename Kernel, typename... Arguments>
 auto vectorised(Arguments... arguments) {
 #if defined(__x86_64__)
-  if (instruction_set() == InstructionSet::avx512) return run_avx512<Kernel>(arguments...);
+  if (instruction_set() >= InstructionSet::avx512) return run_avx512<Kernel>(arguments...);
   if (instruction_set() == InstructionSet::avx2) return run_avx2<Kernel>(arguments...);
 #endif
   return run_base<Kernel>(arguments...);
@@ -81,7 +82,7 @@ struct Vectors {
 template <template <typename, int> class Kernel, typename Sum, typename... Arguments>
 void in_vectors(Arguments... arguments) {
 #if defined(__x86_64__)
-  if (instruction_set() == InstructionSet::avx512) return run_avx512<Kernel<Sum, 64>>(arguments...);
+  if (instruction_set() >= InstructionSet::avx512) return run_avx512<Kernel<Sum, 64>>(arguments...);
   if (instruction_set() == InstructionSet::avx2) return run_avx2<Kernel<Sum, 32>>(arguments...);
 #endif
   run_base<Kernel<Sum, 16>>(arguments...);

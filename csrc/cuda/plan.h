@@ -111,16 +111,24 @@ inline std::optional<Division> one_pass(const Shape& shape, int vector, bool las
   for (int64_t blocks = 1; blocks <= most_blocks; blocks *= 2) {
     for (int columns = columns_of(shape, vector, last); columns >= 2; columns /= 2) {
       Division d = divide(shape, vector, last, columns, kThreads);
-      if (d.items > 8 * d.lanes * blocks) d = divide(shape, vector, last, columns, kMostThreads);
+      const bool wide = last && columns > 2;
+      // Large units get more threads, unless two blocks of fewer share an SM: while one waits for
+      // memory, the other computes.
+      const bool shares = wide && d.units * blocks > processors;
+      if (d.items > 8 * d.lanes * blocks && !shares)
+        d = divide(shape, vector, last, columns, kMostThreads);
       if (blocks > 1 && d.items < d.lanes * blocks) break;  // at least one item per thread
       d = split(d, blocks, vector, last);
       d.splits = blocks;  // even if the last ones have no items
       d.split_items = std::min(d.split_items, d.items);
       d.held_bytes = held * d.split_items * d.columns * 16;
-      // A wide block could be narrower, so it is taken only if an SM has room for three.
-      const bool wide = last && columns > 2;
-      const bool busy = 2 * d.blocks() >= processors || (!wide && d.items <= 16 * d.lanes);
-      if (busy && d.shared(1, last ? vector : 1) <= most_shared / (wide ? 3 : 1)) return d;
+      // A thread with few items waits for memory anyway, so that more SMs would not help.
+      const bool few = d.items <= 4 * d.lanes * blocks, busy = 2 * d.blocks() >= processors;
+      // Two of more columns read 32 bytes at a time, half of what memory transfers at once. A wide
+      // block could be narrower, so it is taken only if an SM has room for three.
+      const bool half = last && !wide && d.units > shape.images;
+      const bool fast = half ? few : busy || (few && !wide);
+      if (fast && d.shared(1, last ? vector : 1) <= most_shared / (wide ? 3 : 1)) return d;
       if (!last) break;
     }
   }

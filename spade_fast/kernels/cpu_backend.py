@@ -14,7 +14,7 @@ from torch import Tensor
 from . import contract, numbering, operators, torch_backend
 from .contract import Lists
 
-INSTRUCTION_SETS = ("base", "avx2", "avx512")
+INSTRUCTION_SETS = ("base", "avx2", "avx512", "avx512_bf16")
 
 
 def _load():
@@ -30,7 +30,9 @@ def _load():
 def _use_instruction_set(name, library):
     """Makes the kernels use the instruction set that the variable SPADE_FAST_ISA names."""
     if name not in INSTRUCTION_SETS:
-        raise ValueError(f"SPADE_FAST_ISA is {name}; it should be base, avx2 or avx512")
+        raise ValueError(
+            f"SPADE_FAST_ISA is {name}; it should be base, avx2, avx512 or avx512_bf16"
+        )
     if library is None:
         return
     if name not in library.instruction_sets():
@@ -75,6 +77,13 @@ def convolve_windows_gradients(
     return of_rows, [
         ops.convolve_windows_weight(gradient, rows, weight, *back) if wants_weights else None
     ]
+
+
+def dtype_at_windows(dtype: torch.dtype) -> torch.dtype:
+    """Half precision as it is: the kernels sum in float32 and convert what they read, where
+    converted weights would be written to memory and read again.
+    """
+    return dtype
 
 
 def find_codes(segmap: Tensor) -> tuple[Tensor, Tensor] | None:
@@ -135,6 +144,7 @@ BACKEND = replace(
     **operators.declared("spade_fast", (*contract.MODULATION, "convolve_windows")),
     convolve_windows_gradients=convolve_windows_gradients,
     joins_weights=False,
+    dtype_at_windows=dtype_at_windows,
     find_codes=find_codes,
     find_windows=find_windows,
     find_patches=find_patches,

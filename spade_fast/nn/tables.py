@@ -115,7 +115,9 @@ def compute_table(
     each image, [N·K, C].
     """
     backend = kernels.select(layout.palette)
-    gathers = dtype.itemsize == 2 and backend.dtype_at_windows(dtype) == dtype
+    gathers = (
+        dtype.itemsize == 2 and backend.joins_weights and backend.dtype_at_windows(dtype) == dtype
+    )
     if gathers and kept is not None and not torch.is_grad_enabled() and not convolutions.normalise:
         return packed_table(layout, windows, convolutions, dtype, kept, backend)
     modules = (convolutions.shared, convolutions.gamma, convolutions.beta)
