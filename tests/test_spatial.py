@@ -148,7 +148,7 @@ def test_movq_decodes_the_same(movq, train):
 
 @pytest.mark.parametrize("frames", [1, 2, 3, 4, 5])
 def test_cogvideox_decodes_the_same(cogvideox, frames):
-    """Of four and five frames, the last two are decoded with caches from the first ones."""
+    """With four or five frames, the last two are decoded with the caches of the first ones."""
     own, ours = cogvideox
     z = latent(own, frames)
     assert_agree_beside(outcome(ours, z), outcome(own, z), **EXACT)
@@ -160,7 +160,10 @@ def test_cogvideox_decodes_the_same(cogvideox, frames):
 def test_cogvideox_encodes_the_same(cogvideox, frames):
     own, ours = cogvideox
     video = torch.randn(1, 3, frames, 8, 8, dtype=torch.float64)
-    run = lambda model, video: model.encode(video).latent_dist.parameters  # noqa: E731
+
+    def run(model, video):
+        return model.encode(video).latent_dist.parameters
+
     assert_agree_beside(outcome(ours, video, run), outcome(own, video, run), **EXACT)
 
 
@@ -308,7 +311,10 @@ def test_all_sizes_of_latents_and_maps(given, wanted, dtype, calls):
     calls.clear()
     f = torch.randn(2, 8, *wanted, dtype=dtype)
     z = torch.randn(2, 4, *given, dtype=dtype)
-    run = lambda model, z: model(f, zq=z)[0]  # noqa: E731
+
+    def run(model, z):
+        return model(f, zq=z)[0]
+
     assert_agree_beside(outcome(ours, z, run), outcome(own, z, run))
     assert calls.clear() == (1, 1)
 
@@ -325,7 +331,10 @@ def test_the_norms_of_kvae(convolved, calls):
     assert entry.converted and entry.reason.startswith("pixels" if convolved else "voxels")
     calls.clear()
     f, z = torch.randn(2, 32, 8, 9).double(), torch.randn(2, LATENT, 4, 5).double()
-    run = lambda model, z: model(f, z)  # noqa: E731
+
+    def run(model, z):
+        return model(f, z)
+
     assert_agree_beside(outcome(ours, z, run), outcome(own, z, run))
     assert calls.clear() == (1, 1)
 
@@ -449,7 +458,10 @@ def test_silu_and_convolution_keep_nothing(inplace):
     spade_fast.convert(ours)
     silu = torch.nn.SiLU(inplace)
     f = torch.randn(1, 32, 32, 32, dtype=torch.float64)
-    run = lambda model, z: model["conv"](silu(model["norm"](f, z)))  # noqa: E731
+
+    def run(model, z):
+        return model["conv"](silu(model["norm"](f, z)))
+
     z = torch.randn(1, LATENT, 4, 4, dtype=torch.float64)
     assert_agree_beside(outcome(ours, z, run), outcome(own, z, run))
     kept = kept_bytes(lambda: run(ours, z))
@@ -506,7 +518,10 @@ def test_compiled_without_graph_breaks(name):
     frames = (3,) if name == "cogvideox" else ()
     f = torch.randn(1, norm.norm_layer.num_channels, *frames, 8, 8, dtype=torch.float64)
     z = torch.randn(1, LATENT, *frames[:1], 4, 4, dtype=torch.float64)
-    run = lambda model, z: torch.utils._pytree.tree_leaves(model(f, z))[0]  # noqa: E731
+
+    def run(model, z):
+        return torch.utils._pytree.tree_leaves(model(f, z))[0]
+
     expected = outcome(norm, z, run)
     spade_fast.convert(norm)
     compiled = torch.compile(norm, fullgraph=True, backend="aot_eager")
