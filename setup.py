@@ -107,9 +107,20 @@ class BuildAndReport(build_ext):
         print(f"spade_fast {self.distribution.get_version()} for torch {torch.__version__}")
         for name in COMMANDS:
             reason = self.reasons.get(name)
-            if reason:  # else an older library would be loaded
-                Path(self.get_ext_fullpath(name)).unlink(missing_ok=True)
-            print(f"    {name:16} {f'NOT BUILT: {reason}' if reason else 'built'}")
+            said = f"NOT BUILT: {reason}{self.older(name)}" if reason else "built"
+            print(f"    {name:16} {said}")
+
+    def older(self, name):
+        """Removes an older library from where this build would have put it, or else that one would
+        be installed. Returns words about it, and about those left among the sources.
+        """
+        target, words = Path(self.get_ext_fullpath(name)), ""
+        if target.exists():
+            target.unlink()
+            words = f"; the older {os.path.relpath(target)} was removed"
+        for left in sorted(Path().glob(f"{name.replace('.', '/')}.*")):
+            words += f"; the older {left} is left, and may be loaded by a Python that runs here"
+        return words
 
     def build_extensions(self):
         # Kept between builds, unlike the temporary folder of an editable install.

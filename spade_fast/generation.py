@@ -16,15 +16,16 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from . import checkpoint
-from .data import Pair, Preparation, read_labels, read_palette, read_photograph
+from .data import MODES, Pair, Preparation, read_labels, read_palette, read_photograph
 from .data.dataset import named
+from .data.faults import words_of
 from .data.files import Palette
 from .data.pairs import convention_of, match
 from .nn import ConvEncoder, SPADEGenerator
 from .nn.config import whole_number
 from .service import Service
 from .training.pictures import picture
-from .training.run import GENERATOR, Run
+from .training.run import Run
 from .writing import remove_unfinished, written
 
 ORIGIN = "spade_fast"  # the key of a PNG's text that says how it was generated, for `evaluate`
@@ -88,7 +89,7 @@ def generate(
     `Service`).
 
     Args:
-        weights: as `Service` takes them, or the folder of a run. A run's settings are the defaults
+        weights: as `Service` takes them. The settings of a run whose folder it is are the defaults
             of convention, palette, num_classes and dont_care; and of instances, if labels is the
             folder that it was trained on.
         labels, instances: folders. Instances are required if the generator was trained with them.
@@ -118,7 +119,8 @@ def generate(
     labels, out = Path(labels), Path(out)
     run = None
     if isinstance(weights, (str, os.PathLike)) and Path(weights).is_dir():
-        run, weights = Run(weights), Path(weights, GENERATOR)
+        run = Run(weights)
+        weights = run.weights()
     maps = _maps_of(run, labels, instances, convention, palette)
     if run is not None and style is not None and encoder is None:
         encoder = encoder_of_run(run)
@@ -184,6 +186,8 @@ def generate_with(
     maps = with_classes(maps, arguments["label_nc"])
     assert maps.num_classes is not None
     height, width = service.image_size
+    if preprocess not in MODES:
+        raise ValueError(f"preprocess is {preprocess!r}; it should be one of {', '.join(MODES)}")
     preparation = Preparation(
         maps.num_classes,
         maps.dont_care,
@@ -361,7 +365,7 @@ class _Painter:
         try:
             layout = self._layout(pair)
         except (ValueError, TypeError, OSError) as error:
-            return 0, skipped, str(error)
+            return 0, skipped, words_of(error)
         images = self.service.generate(layout, self.styles(pair.name, wanted))
         if not images.isfinite().all():
             return 0, skipped, f"{pair.labels}: its image has values that are not finite"
@@ -409,8 +413,6 @@ def _maps_of(run, labels, instances, convention, palette):
     said = None
     if run is not None:
         said = run.settings()
-        if not run.path(GENERATOR).is_file():
-            raise FileNotFoundError(f"{run.folder} has no {GENERATOR} yet: training writes it")
         if palette is None and said.palette is not None:
             palette = read_palette(said.palette)
         is_same = said.labels is not None and Path(said.labels).resolve() == labels.resolve()

@@ -46,8 +46,9 @@ class Service:
     whichever thread requests them, until the scope ends.
 
     Args:
-        weights: a path or a state_dict, as `checkpoint.load` takes it, or a SPADEGenerator. It is
-            copied, so later changes to it do not affect the service.
+        weights: a path or a state_dict, as `checkpoint.load` takes it, the folder of a run of
+            `spade-fast train`, or a SPADEGenerator. It is copied, so later changes to it do not
+            affect the service.
         threads: the number of batches that are computed at the same time. Each also uses PyTorch's
             own threads; more than 1 helps if a single image does not keep those busy.
         cache: memory for the tables and windows of layouts: bytes, or text such as "256MB". The
@@ -57,8 +58,8 @@ class Service:
         waiting: the most images that wait.
 
     Raises:
-        ValueError, TypeError: an argument is not as described above, or `checkpoint.load` raises
-            it.
+        ValueError, TypeError, OSError: an argument is not as described above, or `checkpoint.load`
+            raises it.
     """
 
     def __init__(
@@ -339,8 +340,13 @@ def generator_of(
     dtype: torch.dtype | None = None,
 ) -> SPADEGenerator:
     """A generator with these weights for inference: in eval mode, with spectral norm folded. It
-    shares no memory with them. Errors: ValueError, TypeError, or those of `checkpoint.load`.
+    shares no memory with them. Errors: ValueError, TypeError, or those of `checkpoint.load`;
+    FileNotFoundError if a folder is not that of a run, or the run has no weights yet.
     """
+    if isinstance(weights, (str, os.PathLike)) and os.path.isdir(weights):
+        from .training.run import Run  # a service of a file needs no training
+
+        weights = Run(weights).weights()
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         raise TypeError(
             f"dtype is {dtype!r}; it should be a floating-point dtype such as torch.float32"

@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import math
 import types
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
@@ -14,9 +14,18 @@ from typing import Any, get_args, get_type_hints
 ORDERS = ("published", "shared")
 PRECISIONS = ("no", "bf16", "fp16")
 INITIALISATIONS = ("xavier", "xavier_uniform", "normal", "kaiming", "orthogonal", "default")
+# Settings that are paths, besides out.
+FOLDERS, FILES = ("labels", "images", "instances"), ("palette", "vgg_weights")
+OFF = {False: "off", "default": "'default'"}  # values of settings that others need
 
 
-def setting(default: Any, help: str, least: float | None = None, may_change: bool = False) -> Any:
+def setting(
+    default: Any,
+    help: str,
+    least: float | None = None,
+    may_change: bool = False,
+    needs: str | None = None,
+) -> Any:
     """A field of Config.
 
     Args:
@@ -25,8 +34,10 @@ def setting(default: Any, help: str, least: float | None = None, may_change: boo
         least: its smallest allowed value.
         may_change: whether a run may be resumed with another value, because the value does not
             affect what the next steps compute.
+        needs: the setting without which it has no effect.
     """
-    return field(default=default, metadata=dict(help=help, least=least, may_change=may_change))
+    metadata = dict(help=help, least=least, may_change=may_change, needs=needs)
+    return field(default=default, metadata=metadata)
 
 
 @dataclass(kw_only=True)
@@ -83,23 +94,26 @@ class Config:
     scales: int = setting(2, "Scales of the discriminator.", 1)
     layers: int = setting(4, "Layers before the last in the discriminator of each scale.", 1)
     use_vae: bool = setting(False, "Train an encoder that computes the style z from photographs.")
-    z_dim: int = setting(256, "Length of z.", 1)
+    z_dim: int = setting(256, "Length of z.", 1, needs="use_vae")
     init: str = setting("xavier", "Initialisation: " + ", ".join(INITIALISATIONS) + ".")
-    init_gain: float = setting(0.02, "Gain of the initialisation.", 0)
+    init_gain: float = setting(0.02, "Gain of the initialisation.", 0, needs="init")
     # Losses
     adversarial: str = setting(
         "hinge", "Adversarial loss: hinge, least_squares, non_saturating or wasserstein."
     )
+    weight_adversarial: float = setting(1.0, "Weight of the generator's adversarial loss.", 0)
+    weight_feature_matching: float = setting(10.0, "Weight of feature matching.", 0)
+    weight_kl: float = setting(0.05, "Weight of the encoder's KL divergence.", 0, needs="use_vae")
     perceptual: bool = setting(True, "Use the perceptual loss, on VGG19's features.")
     vgg_weights: str | None = setting(
         None,
         "torchvision's file of VGG19's weights; by default the one in torch.hub's cache.",
         may_change=True,
+        needs="perceptual",
     )
-    weight_adversarial: float = setting(1.0, "Weight of the generator's adversarial loss.", 0)
-    weight_feature_matching: float = setting(10.0, "Weight of feature matching.", 0)
-    weight_perceptual: float = setting(10.0, "Weight of the perceptual loss.", 0)
-    weight_kl: float = setting(0.05, "Weight of the encoder's KL divergence.", 0)
+    weight_perceptual: float = setting(
+        10.0, "Weight of the perceptual loss.", 0, needs="perceptual"
+    )
     # Steps
     steps: int | None = setting(
         None, "Steps of the run; give these or --epochs.", 1, may_change=True
@@ -194,10 +208,6 @@ class Config:
                 f"steps is {self.steps} and epochs is {self.epochs}, only one of them should be"
                 " given"
             )
-        if self.vgg_weights is not None and not self.perceptual:
-            raise ValueError(
-                f"vgg_weights is {self.vgg_weights!r}; it should not be given: perceptual is off"
-            )
         if self.order == "shared" and self.accumulate > 1:
             raise ValueError(
                 f"order is 'shared' and accumulate is {self.accumulate}; it should be 1: the"
@@ -212,6 +222,20 @@ class Config:
                 f"load_size is {self.load_size}; it should not be given: preprocess"
                 f" {self.preprocess!r} does not use it"
             )
+
+    def check_used(self, given: Container[str] | None = None) -> None:
+        """Raises ValueError if a setting has no effect, because the one that it needs is off.
+
+        given: names of the settings that were given; by default all that differ from their default.
+        """
+        for each in dataclasses.fields(self):
+            value, needed = getattr(self, each.name), each.metadata["needs"]
+            is_given = value != each.default if given is None else each.name in given
+            if is_given and needed is not None and getattr(self, needed) in OFF:
+                raise ValueError(
+                    f"{each.name} is {value!r}; it should not be given: {needed} is"
+                    f" {OFF[getattr(self, needed)]}"
+                )
 
     def generator_arguments(self, label_nc: int) -> dict:
         """The arguments of SPADEGenerator for a condition of label_nc channels. Errors: ValueError
@@ -263,12 +287,18 @@ class Config:
         return self.has_deviation(start, self.batch // self.accumulate)
 
     def save(self, path: Path) -> None:
-        """Writes the settings as YAML."""
+        """Writes the settings as YAML. Paths become absolute: the run may be resumed or used from
+        another folder.
+        """
         import yaml
 
+        found = dataclasses.asdict(self)
+        for name in (*FOLDERS, *FILES, "out"):
+            if found[name] is not None:
+                found[name] = str(Path(found[name]).absolute())
         path.write_text(
             "# Settings of a training run: `spade-fast train --help` explains them.\n"
-            + yaml.safe_dump(dataclasses.asdict(self), sort_keys=False, allow_unicode=True)
+            + yaml.safe_dump(found, sort_keys=False, allow_unicode=True)
         )
 
     @classmethod

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import ruined
 from drawn_data import drawn, save
 from PIL import Image
 from refusals import refusal
@@ -11,6 +12,7 @@ from typer.testing import CliRunner
 from spade_fast.cli import app
 from spade_fast.data import check_data, colours, paint
 from spade_fast.data.colours import _seen as seen_as
+from spade_fast.data.faults import grouped
 
 
 @pytest.fixture
@@ -110,9 +112,8 @@ def test_colour_coded_maps(folder):
     assert result.exit_code == 0 and "--num-classes 2" in result.output
     (folder / "palette.txt").write_text("0 0 0 1\n")
     result = run(folder, "--palette", folder / "palette.txt")
-    assert (
-        result.exit_code == 1 and result.output.count("(9, 8, 7) in 1 pixels, first at row 2") == 3
-    )
+    assert result.exit_code == 1 and "(9, 8, 7) in 1 pixels, first at row 2" in result.output
+    assert "(2 more like this: " in result.output
 
 
 def test_conventions(folder):
@@ -177,3 +178,76 @@ def test_colours():
     labels = np.array([[0, 2], [1, 0]])
     assert (paint(labels, many)[1] == many[[1, 0]]).all()
     assert "numbers from 0 to 2; they should be 0 to 1" in refusal(paint, labels, many[:2])
+
+
+def test_faults_with_one_cause_are_one_line(folder):
+    save(np.zeros((10, 12), np.uint8), folder / "label" / "of a cat.png")
+    for number in range(3):
+        labels = np.full((10, 12), 9, np.uint8)
+        labels[number] = 4 + number
+        save(labels, folder / "label" / f"{number:03}.png")
+    ruined.lossy(folder, "000"), ruined.dangling(folder, "001"), ruined.dangling(folder, "002")
+    result = run(folder, "--num-classes", 4)
+    lines = [line for line in result.output.splitlines() if line.startswith("WRONG: ")]
+    first, second = (f"{folder}/label/00{number}.png has a {number + 4}" for number in (1, 2))
+    assert len(lines) == 4 and "6 faults. --all-faults prints a line for each." in result.output
+    assert any(
+        f"{first} in 12" in line and line.endswith(f"(1 more like this: {folder}/label/002.png)")
+        for line in lines
+    )
+    assert any("No such file or directory (1 more like this: " in line for line in lines)
+    result = run(folder, "--num-classes", 4, "--all-faults")
+    lines = [line for line in result.output.splitlines() if line.startswith("WRONG: ")]
+    assert len(lines) == 6 and any(f"{second} in 12" in line for line in lines)
+    assert "6 faults. Rows and columns" in result.output
+
+
+def test_groups_of_faults():
+    faults = [f"a b/{number}.png has a {number} in 3 pixels" for number in range(1500)]
+    others = ["a b/7.jpg is a JPEG", "a b/1.png has no partner in images (x.png)"]
+    assert grouped([*faults, *others, *others]) == [
+        "a b/0.png has a 0 in 3 pixels (1,499 more like this: a b/1.png, a b/2.png, a b/3.png, …)",
+        *(
+            f"{fault} (1 more like this: {fault.split(' has')[0].split(' is')[0]})"
+            for fault in others
+        ),
+    ]
+    assert grouped(others) == others and grouped([]) == []
+
+
+@pytest.mark.parametrize(
+    "values, given, found, note",
+    [
+        ({200: 3}, {}, (20, None), "--num-classes 201 or --dont-care 200"),
+        ({255: 3}, {}, (20, 255), None),
+        ({255: 3}, {"dont_care": 0}, (20, 0), "--num-classes 256"),
+        ({200: 3, 240: 1}, {}, (20, None), "240 (1 pixel in 1 label map); else give --num-classes"),
+        ({200: 3, 255: 900}, {}, (20, 255), "--num-classes 201"),
+        ({200: 300}, {}, (201, None), None),  # too many for a mistake
+        ({30: 1}, {}, (31, None), None),  # too near
+        ({200: 3}, {"num_classes": 5}, (20, None), "200 (3 pixels in 1 label map); else"),
+        ({200: 3}, {"num_classes": 20}, None, "200 (3 pixels in 1 label map); else"),
+        ({255: 3}, {"num_classes": 20}, (20, 255), None),
+        ({255: 3}, {"num_classes": 25}, (25, 255), None),
+        ({255: 3}, {"num_classes": 300}, None, None),
+        ({200: 3}, {"num_classes": 20, "dont_care": 200}, None, None),
+    ],
+)
+def test_labels_far_above_the_others(tmp_path, values, given, found, note):
+    labels = np.repeat(np.arange(20, dtype=np.uint8), 500)
+    for value, count in values.items():
+        labels[value : value + count] = value
+    save(labels.reshape(100, 100), tmp_path / "labels" / "a.png")
+    save(np.zeros((100, 100, 3), np.uint8), tmp_path / "images" / "a.png")
+    report = check_data(tmp_path / "labels", tmp_path / "images", **given)
+    num_classes, dont_care = found or (None, None)
+    care = "" if dont_care is None else f" --dont-care {dont_care}"
+    suggestion = f"these label maps suggest --num-classes {num_classes}{care}"
+    notes = [note for note in report.notes if "never occur" not in note]
+    assert len(notes) == (found is not None) + (note is not None), notes
+    assert found is None or notes[0] == suggestion
+    assert note is None or note in notes[-1]
+    assert report.num_classes == given.get("num_classes", num_classes)
+    assert [report.pixels[label] for label in report.outside if label in values] == (
+        [] if note is None else [count for label, count in values.items() if label != dont_care]
+    )

@@ -9,7 +9,8 @@ import typer
 from typer.testing import CliRunner
 
 import spade_fast
-from spade_fast.cli import app
+from spade_fast.cli import app, train
+from spade_fast.cli.options import as_options
 
 COMMANDS = ("info", "check", "check-data", "train", "generate", "evaluate", "compare", "paint")
 # `python -m spade_fast` in an interpreter that can report its imports.
@@ -101,3 +102,52 @@ def test_missing_paths_are_reported(words, tmp_path, monkeypatch):
     )
     assert result.output.count("\n") == 1
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "words, expected",
+    [
+        ("num_classes is 3; it should be", "--num-classes is 3; it should be"),
+        ("norm_G is 'spade'", "--norm-g is 'spade'"),
+        ("labels and images are not given", "--labels and --images are not given"),
+        ("steps is 3 and epochs is 2", "--steps is 3 and epochs is 2"),
+        ("they make 3: num_classes should be 2", "they make 3: --num-classes should be 2"),
+        (
+            "it needs labels; labels and steps should be",
+            "it needs labels; --labels and --steps should be",
+        ),
+        ("run/config.yaml: steps is 3", "run/config.yaml: steps is 3"),
+        ("labels/a.png is not an image", "labels/a.png is not an image"),
+        ("my_labels should be", "my_labels should be"),
+        ("images: there are none", "images: there are none"),
+    ],
+)
+def test_messages_name_options(words, expected):
+    assert as_options(words, train.command()) == expected
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "check-data --labels . --images . --convention coco",
+        "train --crop-size 40",
+        "generate weights.pth --labels . --out out --dtype float8",
+        "evaluate --generated . --size large",
+    ],
+)
+def test_each_command_refuses_in_the_words_that_were_typed(words, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "weights.pth").touch()
+    result = CliRunner().invoke(app, words.split())
+    assert result.exit_code == 2
+    assert re.match(f"Error: {words.split()[-2]} is .*should", result.stderr), result.output
+    assert result.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_shows_the_whole_name_of_each_option_at_80_columns(name):
+    output = CliRunner().invoke(app, [name, "--help"], env={"COLUMNS": "80"}).output
+    options = typer.main.get_command(app).commands[name].params
+    names = [word for one in options for word in (*one.opts, *one.secondary_opts)]
+    assert all(f" {word} " in output for word in names if word.startswith("--")), output
+    assert "…" not in output

@@ -264,7 +264,7 @@ def test_conventions_of_labels():
     assert segmap[:35].argmax(0).tolist() == [[0, 33], [7, 34]] and len(segmap) == 36
     assert segmap[35].tolist() == [[1, 1], [0, 1]]
     message = refusal(prepared, "ade20k", [[0, 151], [1, 7]])
-    assert "labels has a 150 in 1 pixels" in message and "label_shift, -1, is added" in message
+    assert "labels has a 151 in 1 pixels, first at row 0, column 1; it should have 1 to" in message
 
 
 # Preparation
@@ -468,8 +468,10 @@ def test_folder(folder):
     assert same(data[4], (*data.preparation(labels, photograph, instances), "4"))
     labels[3, 5] = 77
     save(labels, folder / "labels" / "4.png")
-    flat = data_set(folder, mode="fixed", load_size=None, crop_size=40, aspect_ratio=40 / 36)
-    assert refusal(lambda: flat[4]).startswith("4: labels has a 77 in 1 pixels, first at [0, 3, 5]")
+    words = "4: labels has a 77 in 1 pixels, first at row 3, column 5; it should have"
+    for size in (40, 80):  # as large as the file, and larger
+        flat = data_set(folder, mode="fixed", load_size=None, crop_size=size, aspect_ratio=40 / 36)
+        assert refusal(lambda: flat[4]).startswith(words)
 
 
 def test_batches_are_completely_numbered(folder, monkeypatch):

@@ -551,12 +551,17 @@ WRONG = {
     "no classes": (
         ("--labels", "labels", "--segmentation", "test_evaluate:first_channel"),
         lambda folder: None,
-        "num_classes is not given",
+        "--num-classes is not given",
     ),
     "useless features": (
         ("@labels", "--features", "test_evaluate:mean_colour"),
         lambda folder: None,
         "features is given; it should only be given with photographs",
+    ),
+    "useless classes": (
+        ("@fid", "--num-classes", "3"),
+        lambda folder: None,
+        "--num-classes is given; it should only be given with labels",
     ),
     "no network": (
         ("--photographs", "photographs", "--features", "test_evaluate:not_a_network"),

@@ -185,7 +185,7 @@ def test_wrong_label_maps_are_named_and_the_others_generated(weights, tmp_path):
         *ruined.text(folder, "001"),
         *ruined.coloured(folder, "005"),
         *ruined.missing_instances(folder, "006"),
-        "003.png: labels has a 200 in",
+        "003.png: labels has a 200 in 2 pixels, first at row 3, column 5; it should have 0 to 181",
         "004.png: instances is 52 × 40, labels is 52 × 41: they should have the same size",
     ]
     ruined.out_of_range(folder, "003"), ruined.larger(folder, "004")
@@ -198,7 +198,7 @@ def test_values_that_are_not_finite_are_refused(scenes, tmp_path):
     generator = generator_of()
     torch.nn.init.constant_(generator.conv_img.bias, float("nan"))
     checkpoint.write(generator, tmp_path / "generator.pth")
-    words = coco(tmp_path / "generator.pth", scenes, tmp_path / "out", code=1)
+    words = coco(tmp_path / "generator.pth", scenes, tmp_path / "out", "--all-faults", code=1)
     assert "002.png: its image has values that are not finite" in words
     assert not images_in(tmp_path / "out")
 
@@ -294,7 +294,7 @@ def test_a_runs_encoder_is_used(scenes, tmp_path):
     encoder.load_state_dict(state["trainer"]["networks"]["encoder"])
     z = generation.Styles(3, (SIZE, SIZE), style=style, encoder=encoder)("002", [0])
     assert np.array_equal(images_in(tmp_path / "out")["002.png"], by_hand(path, scenes, "002", z))
-    settings |= {"out": str(tmp_path / "plain"), "use_vae": False}
+    settings = settings_for(scenes, out=str(tmp_path / "plain"), steps=1)
     train(Config(**settings))
     words = run(tmp_path / "plain", *options, "--out", tmp_path / "none", code=2)
     assert "style is given and encoder is not, both should be" in words
@@ -380,13 +380,13 @@ def test_files_named_as_in_cityscapes(scenes, tmp_path):
 @pytest.mark.parametrize(
     "options, words",
     [
-        (["--dtype", "float8"], "dtype is 'float8'; it should be one of float32"),
-        (["--device", "meta"], "device is 'meta'; it should be a device of this machine"),
-        (["--device", "toaster"], "device is 'toaster'; it should be a device of this machine"),
-        (["--preprocess", "shrink"], "mode is 'shrink'; it should be one of"),
-        (["--convention", "mapillary"], "convention is 'mapillary'; it should be one of"),
-        (["--samples", "2"], "samples is 2; it should be 1: this generator begins with the cond"),
-        (["--num-classes", "7"], "the generator has 184 channels, and 7 classes and don't care"),
+        (["--dtype", "float8"], "--dtype is 'float8'; it should be one of float32"),
+        (["--device", "meta"], "--device is 'meta'; it should be a device of this machine"),
+        (["--device", "toaster"], "--device is 'toaster'; it should be a device of this machine"),
+        (["--preprocess", "shrink"], "--preprocess is 'shrink'; it should be one of"),
+        (["--convention", "mapillary"], "--convention is 'mapillary'; it should be one of"),
+        (["--samples", "2"], "--samples is 2; it should be 1: this generator begins with the cond"),
+        (["--num-classes", "7"], "make 9: --num-classes, --dont-care and --instances should be as"),
         (["--palette", "/nowhere"], "--palette is /nowhere, which does not exist"),
     ],
 )

@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tarfile
 import zipfile
 from pathlib import Path
@@ -142,10 +143,10 @@ def small(tmp_path):
     return tmp_path
 
 
-def build(folder, **variables):
-    """Builds in place. Returns the exit code and the output."""
+def build(folder, *where, **variables):
+    """Builds, by default in place. Returns the exit code and the output."""
     run = subprocess.run(
-        [sys.executable, "setup.py", "build_ext", "--inplace"],
+        [sys.executable, "setup.py", "build_ext", *(where or ["--inplace"])],
         cwd=folder,
         env=ENVIRONMENT | variables,
         capture_output=True,
@@ -186,6 +187,26 @@ def test_cuda_kernels_are_built_if_possible_or_forced(small):
     assert code != 0
     if shutil.which("nvcc"):
         assert "TORCH_CUDA_ARCH_LIST is '7.5'; it should list architectures from 8.0 on" in said
+
+
+def test_older_libraries_are_reported(small):
+    name = f"_cpu{sysconfig.get_config_var('EXT_SUFFIX')}"
+    among_sources = small / "spade_fast" / name
+    installed = small / "lib" / "spade_fast" / name
+    installed.parent.mkdir(parents=True)
+    among_sources.touch(), installed.touch()
+    (small / "spade_fast" / "_cuda.older.so").touch()
+    said = build(small, "--build-lib", "lib", **NO_COMPILER)[1]
+    removed, left = (
+        f"the older lib/spade_fast/{name} was removed",
+        f"the older spade_fast/{name} is left",
+    )
+    assert "spade_fast._cpu  NOT BUILT: " in said and removed in said and left in said
+    assert "the older spade_fast/_cuda.older.so is left, and may be loaded" in said
+    assert not installed.exists() and among_sources.exists()
+    said = build(small, **NO_COMPILER)[1]
+    assert f"the older spade_fast/{name} was removed" in said and f"{name} is left" not in said
+    assert not among_sources.exists()
 
 
 def test_the_import_loads_only_itself_and_torch():

@@ -24,6 +24,8 @@ from spade_fast import (
 from spade_fast import layout as layouts
 from spade_fast import service as serving
 from spade_fast.nn import tables as tables_of_windows
+from spade_fast.training import Config
+from spade_fast.training.run import Run
 
 CLASSES, SIZE = 5, 32
 
@@ -466,3 +468,20 @@ def test_a_callback_that_would_wait_for_itself_gets_an_error():
         while not found:
             time.sleep(0.01)
         assert found[0].result().equal(image)
+
+
+def test_the_folder_of_a_run(tmp_path):
+    run = Run(tmp_path)
+    with pytest.raises(FileNotFoundError, match="has no config.yaml; it should be the folder of"):
+        Service(tmp_path)
+    run.begin(Config())
+    with pytest.raises(FileNotFoundError, match="has no generator.safetensors yet"):
+        Service(str(tmp_path))
+    one, other = generator_of(), generator_of(1)
+    checkpoint.write(one, run.path("generator.safetensors"))
+    layout = layout_of()
+    with Service(str(tmp_path)) as service:
+        assert torch.equal(service.generate(layout), by_hand(one, layout))
+        checkpoint.write(other, run.weights())
+        service.reload(tmp_path)
+        assert torch.equal(service.generate(layout), by_hand(other, layout))

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -50,6 +51,21 @@ def files_of(folder):
     return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()} - {
         ".lock"
     }
+
+
+def test_a_run_can_be_used_from_another_folder(scenes, tmp_path, monkeypatch):
+    home, elsewhere = tmp_path / "home", tmp_path / "elsewhere"
+    home.mkdir(), elsewhere.mkdir()
+    (home / "scenes").symlink_to(scenes)
+    monkeypatch.chdir(home)
+    assert command(**settings_for(Path("scenes"), out="run", steps=1)).exit_code == 0
+    monkeypatch.chdir(elsewhere)
+    result = command(resume=home / "run", steps=2)
+    assert result.exit_code == 0 and Run(home / "run").numbers() == [1, 2], result.output
+    words = ["generate", home / "run", "--labels", home / "scenes" / "label", "--out", "images"]
+    result = CliRunner().invoke(app, [*map(str, words)])  # with the run's instance maps
+    assert result.exit_code == 0, result.output
+    assert len(list((elsewhere / "images").iterdir())) == len(list((scenes / "label").iterdir()))
 
 
 def test_a_run_has_everything_needed(settings, tmp_path):
@@ -422,7 +438,15 @@ def test_every_setting_is_an_option():
     for each in dataclasses.fields(Config):
         assert f"--{each.name.lower().replace('_', '-')} " in words
     panels = re.findall(r"─ ([A-Z][\w ]+) ─", words)
-    assert panels == ["Options", "The run", "Data", "Networks", "Losses", "Steps"]
+    assert panels == [
+        "Options",
+        "The run",
+        "Data",
+        "Networks",
+        "Losses",
+        "Perceptual loss",
+        "Steps",
+    ]
     assert "Default: 256." in words
 
 

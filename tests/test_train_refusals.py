@@ -43,7 +43,7 @@ def contents(folder):
 SAYS_ALSO = {
     ruined.missing: "1 name without a partner, or with two files: ",
     ruined.truncated: "the data have 1 fault, the first: ",
-    ruined.out_of_range: "`spade-fast check-data`",
+    ruined.out_of_range: "`spade-fast check-data --all-faults`",
 }
 
 
@@ -74,11 +74,15 @@ def test_an_empty_folder(folder, options):
         (dict(perceptual=True, vgg_weights="nowhere"), "nowhere"),
         (
             dict(vgg_weights=__file__),
-            "--vgg-weights is '.*'; it should not be given: perceptual is off",
+            "--vgg-weights is '.*'; it should not be given: --perceptual is off",
         ),
-        (dict(crop_size=40), "--crop-size is 40, .* crop_size should be 32 or 64"),
-        (dict(crop_size=48, batch=1), "--crop-size is 48, .* crop_size should be 64, the near"),
-        (dict(crop_size=48, load_size=60), "--crop-size is 48, .* crop_size should be 32, the"),
+        (dict(z_dim=256), "--z-dim is 256; it should not be given: --use-vae is off"),
+        (dict(weight_kl=0.1), "--weight-kl is 0.1; it should not be given: --use-vae is off"),
+        (dict(weight_perceptual=1.0), "--weight-perceptual is 1.0; .* --perceptual is off"),
+        (dict(init="default", init_gain=0.1), "--init-gain is 0.1; .*: init is 'default'"),
+        (dict(crop_size=40), "--crop-size is 40, .* --crop-size should be 32 or 64"),
+        (dict(crop_size=48, batch=1), "--crop-size is 48, .* --crop-size should be 64, the near"),
+        (dict(crop_size=48, load_size=60), "--crop-size is 48, .* --crop-size should be 32, the"),
         (dict(crop_size=16, preset="small"), "--crop-size is 16, .* it should be 64 or more"),
         (dict(crop_size=72, load_size=80, batch=1), "--crop-size is 72, .* should be 64, the near"),
         (dict(crop_size=16, load_size=20), "--crop-size is 16, .* no crop_size near this one"),
@@ -109,7 +113,7 @@ def test_an_empty_folder(folder, options):
         (dict(beta1=1), "--beta1 is 1.0; it should be less than 1"),
         (dict(aspect_ratio=0.0), "--aspect-ratio is 0.0; it should be a positive number"),
         (dict(steps=0), "--steps is 0; it should be 1 or more"),
-        (dict(preset="large"), "preset is 'large'; it should be one of published, small"),
+        (dict(preset="large"), "--preset is 'large'; it should be one of published, small"),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
 )
@@ -237,7 +241,7 @@ class TestResume:
         assert re.match("the state belongs to another generator than this: size mismatch", words)
 
     def test_contradictions(self, run):
-        assert "preset is 'small' and resume" in refusal(resume=run.folder, preset="small")
+        assert "--preset is 'small' and resume" in refusal(resume=run.folder, preset="small")
         assert "--out is 'other' and resume" in refusal(resume=run.folder, out="other")
         assert "--steps is 1; it should be 2 or more: the run has taken 2 steps" in refusal(
             resume=run.folder, steps=1

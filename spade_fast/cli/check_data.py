@@ -15,6 +15,8 @@ from .tables import table_of
 if TYPE_CHECKING:
     from ..data.check import Report
 
+MOST_OUTSIDE = 10  # labels out of range that have a row in the table
+
 
 def check_data(
     labels: Annotated[Path, options.folder("Folder of label maps.")],
@@ -27,16 +29,17 @@ def check_data(
     sheet: Annotated[
         Path | None, typer.Option(help="PNG to write: some photographs beside their label maps.")
     ] = None,
+    all_faults: options.AllFaults = False,
 ) -> None:
     """Check a folder of label maps and photographs before training on it.
 
-    Prints a line for each fault, the share of the pixels that each class has, and the --num-classes
-    and --dont-care that the label maps need. Exits with 1 if there is a fault, with 2 if the check
+    Prints the faults, the share of the pixels that each class has, and the --num-classes and
+    --dont-care that the label maps need. Exits with 1 if there is a fault, with 2 if the check
     cannot be made.
     """
     from .. import data as checking
 
-    try:
+    with options.refusals(check_data):
         report = checking.check_data(
             labels,
             images,
@@ -48,9 +51,6 @@ def check_data(
             sheet=sheet,
             progress=progress_bar,
         )
-    except (ValueError, OSError) as error:
-        typer.echo(f"Error: {error}", err=True)
-        raise typer.Exit(2) from None
     console = Console()
     console.print(table_of_classes(report))
     typer.echo(
@@ -64,11 +64,7 @@ def check_data(
         f"{counted(report.pairs, 'pair')}; the shortest side of a photograph is"
         f" {counted(report.shortest, 'pixel')}."
     )
-    for fault in report.faults:
-        typer.echo(f"WRONG: {fault}")
-    if report.faults:
-        typer.echo(f"{counted(len(report.faults), 'fault')}. Rows and columns are counted from 0.")
-        raise typer.Exit(1)
+    options.report_faults(report.faults, all_faults, more=" Rows and columns are counted from 0.")
     typer.echo("Nothing is wrong.")
 
 
@@ -81,7 +77,10 @@ def table_of_classes(report: "Report") -> Table:
         if label == report.num_classes:
             name = f"don't care ({report.dont_care})"
         table.add_row(name, f"{count:,}", f"{count / pixels:.2%}", f"{images:,}")
-    rest = sum(report.pixels.values()) - sum(count for count, _ in report.classes.values())
-    if rest:
-        table.add_row("[red]out of range", f"{rest:,}", f"{rest / pixels:.2%}", "")
+    for label in report.outside[:MOST_OUTSIDE]:
+        count = report.pixels[label]
+        cells = f"{count:,}", f"{count / pixels:.2%}", f"{report.images[label]:,}"
+        table.add_row(f"[red]{label}: out of range", *cells)
+    if rest := sum(report.pixels[label] for label in report.outside[MOST_OUTSIDE:]):
+        table.add_row("[red]others out of range", f"{rest:,}", f"{rest / pixels:.2%}", "")
     return table

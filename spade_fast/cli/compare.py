@@ -28,11 +28,8 @@ def compare(
     """
     from .. import evaluation
 
-    try:
+    with options.refusals(compare):
         results = [(str(path), evaluation.read(path)) for path in (one, other)]
-    except (ValueError, OSError) as error:
-        typer.echo(f"Error: {error}", err=True)
-        raise typer.Exit(2) from None
     different = evaluation.differences(*(result["protocol"] for _, result in results))
     if different:
         typer.echo(f"{one} and {other} cannot be compared, their protocols differ:", err=True)

@@ -76,7 +76,7 @@ def evaluate(
     from ..data import read_palette
     from ..imported import Failed
 
-    try:
+    with options.refusals(evaluate, RuntimeError, Failed):
         if json is not None:
             evaluation.check_writable(json)
         result = evaluation.evaluate(
@@ -98,9 +98,6 @@ def evaluate(
         )
         if json is not None:
             evaluation.write(result, json)
-    except (ValueError, TypeError, OSError, RuntimeError, ModuleNotFoundError, Failed) as error:
-        typer.echo(f"Error: {error}", err=True)
-        raise typer.Exit(2) from None
     Console().print(table_of_scores([("", result)]))
     for note in result["notes"]:
         typer.echo(f"Note: {note}")

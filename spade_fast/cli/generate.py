@@ -107,6 +107,7 @@ def generate(
     resume: Annotated[
         bool, typer.Option("--resume", help="Skip images that exist already.")
     ] = False,
+    all_faults: options.AllFaults = False,
 ) -> None:
     """Make an image of each label map in a folder.
 
@@ -118,7 +119,7 @@ def generate(
     from ..data import read_palette
 
     loading = {"key": key, "crop_size": crop_size, "aspect_ratio": aspect_ratio}
-    try:
+    with options.refusals(generate, RuntimeError):
         if dtype not in DTYPES:
             raise ValueError(f"dtype is {dtype!r}; it should be one of {', '.join(DTYPES)}")
         report = generation.generate(
@@ -143,16 +144,9 @@ def generate(
             resume=resume,
             progress=lambda found, count: progress_bar(found, count, "Generating"),
         )
-    except (ValueError, TypeError, OSError, RuntimeError, ModuleNotFoundError) as error:
-        typer.echo(f"Error: {error}", err=True)
-        raise typer.Exit(2) from None
-    for fault in report.faults:
-        typer.echo(f"WRONG: {fault}", err=True)
     there = f"; {report.skipped} existed already" if report.skipped else ""
     typer.echo(f"{counted(report.made, 'image')} in {out}{there}.")
-    if report.faults:
-        typer.echo(f"{counted(len(report.faults), 'fault')}.", err=True)
-        raise typer.Exit(1)
+    options.report_faults(report.faults, all_faults, err=True)
 
 
 def device_of(name: str) -> "torch.device":

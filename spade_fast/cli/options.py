@@ -1,10 +1,50 @@
-"""Options that several commands share, and checks of paths."""
+"""Options that several commands share, checks of paths, and how a command refuses."""
 
-from collections.abc import Callable
+import contextlib
+import inspect
+import re
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 
 import typer
+from typer.models import OptionInfo
+
+from ..arguments import counted
+
+REFUSALS = (ValueError, TypeError, OSError, ModuleNotFoundError)
+
+
+@contextlib.contextmanager
+def refusals(command: Callable[..., None], *others: type[Exception]) -> Iterator[None]:
+    """Inside, REFUSALS and the other errors end the command: it prints the message, with its own
+    options in place of arguments' names, and exits with 2.
+    """
+    try:
+        yield
+    except (*REFUSALS, *others) as error:
+        typer.echo(f"Error: {as_options(str(error), command)}", err=True)
+        raise typer.Exit(2) from None
+
+
+def as_options(words: str, command: Callable[..., None]) -> str:
+    """A message with a command's options in place of the arguments that it begins with, and of
+    those of which it says "should be" or "is off".
+    """
+    parameters = inspect.signature(command).parameters.values()
+    names = (one.name for one in parameters if isinstance(get_args(one.annotation)[1], OptionInfo))
+    name = rf"(?:{'|'.join(names)})\b"
+    listed = rf"{name}(?:(?:, | and ){name})*"
+    return re.sub(
+        rf"(?<![\w./-])(?:^{listed}(?= )|{listed}(?= (?:should be|is off)))",
+        lambda found: re.sub(name, lambda one: as_option(one[0]), found[0]),
+        words,
+    )
+
+
+def as_option(name: str) -> str:
+    """The option of an argument with this name."""
+    return f"--{name.lower().replace('_', '-')}"
 
 
 def is_there(kind: str) -> Callable[..., Path | None]:
@@ -38,6 +78,26 @@ def file(help: str, panel: str | None = None) -> Any:
     return typer.Option(help=help, callback=is_there("file"), rich_help_panel=panel)
 
 
+def report_faults(faults: list[str], each: bool, err: bool = False, more: str = "") -> None:
+    """Prints a data set's faults, and exits with 1 if there are any.
+
+    each: whether to print a line for each fault, and not for each cause.
+    more: printed after the number of faults.
+    """
+    from ..data.faults import grouped
+
+    lines = faults if each else grouped(faults)
+    for line in lines:
+        typer.echo(f"WRONG: {line}", err=err)
+    if faults:
+        hint = "" if len(lines) == len(faults) else " --all-faults prints a line for each."
+        typer.echo(f"{counted(len(faults), 'fault')}.{hint}{more}", err=err)
+        raise typer.Exit(1)
+
+
+AllFaults = Annotated[
+    bool, typer.Option("--all-faults", help="Print a line for each fault, not for each cause.")
+]
 READING = "How label maps are read"  # the panel of the help
 CONVENTION = "Layout of the folders: folder, coco_stuff, ade20k or cityscapes."
 Convention = Annotated[str, typer.Option(help=CONVENTION, rich_help_panel=READING)]

@@ -54,12 +54,9 @@ def paint(
     except OSError as error:
         typer.echo(f"Error: {error}", err=True)
         raise typer.Exit(1) from None
-    try:
+    with options.refusals(paint, RuntimeError):
         with door:
             _paint(weights, encoder, classes, door, host)
-    except (ValueError, TypeError, OSError, RuntimeError, ModuleNotFoundError) as error:
-        typer.echo(f"Error: {error}", err=True)
-        raise typer.Exit(2) from None
 
 
 def _paint(weights, encoder, classes, door, host):
@@ -96,10 +93,9 @@ def _generator(
     given: by name, the options that only a generator of the user's takes.
     """
     from ..paint import demo_classes, train_demo
-    from ..training.run import GENERATOR
 
     if weights is not None:
-        return (weights / GENERATOR if weights.is_dir() else weights), None
+        return weights, None
     for name, value in given.items():
         if value is not None:
             raise ValueError(f"{name} is given without the weights that it belongs to")

@@ -10,21 +10,21 @@ from typing import Annotated, Any, get_args, get_type_hints
 
 import typer
 
-from ..settings import PRESETS, Config, preset
+from ..settings import FILES, FOLDERS, PRESETS, Config, preset
 from . import options
 from .memory import keep_freed_memory
+from .options import as_option
 
 HELP = """Train a generator on label maps and photographs, or resume a run.
 
 The run's folder gets its settings, checkpoints, pictures, log and the generator's weights.
 """
-FOLDERS = ("labels", "images", "instances")
-FILES = ("palette", "vgg_weights")
 # The setting that begins each panel of the help.
 PANELS = {
     "labels": "Data",
     "ngf": "Networks",
     "adversarial": "Losses",
+    "perceptual": "Perceptual loss",
     "steps": "Steps",
     "out": "The run",
 }
@@ -37,12 +37,12 @@ def command() -> Callable[..., None]:
     types_of = get_type_hints(Config)
     panel = "The run"
     parameters = [
-        _parameter("resume_folder", Path, "Folder of a run to go on with.", "--resume", panel),
+        _parameter("resume", Path, "Folder of a run to go on with.", "--resume", panel),
         _parameter(
-            "preset_name",
+            "preset",
             str,
             " ".join(
-                f"{name}: {words} Sets {' '.join(map(_as_option, changed, changed.values()))}."
+                f"{name}: {words} Sets {_as_options(changed)}."
                 for name, (words, changed) in PRESETS.items()
             ),
             "--preset",
@@ -51,7 +51,7 @@ def command() -> Callable[..., None]:
     ]
     for each in dataclasses.fields(Config):
         panel = PANELS.get(each.name, panel)
-        option = "--" + each.name.lower().replace("_", "-")
+        option = as_option(each.name)
         kind = Path if each.name in (*FOLDERS, *FILES) else _plain(types_of[each.name])
         if kind is bool:
             option += f"/--no-{option[2:]}"
@@ -59,19 +59,17 @@ def command() -> Callable[..., None]:
         help = each.metadata["help"] + default
         parameters.append(_parameter(each.name, kind, help, option, panel))
 
-    def run(resume_folder: Path | None, preset_name: str | None, **settings: Any) -> None:
+    def run(resume: Path | None, preset: str | None, **settings: Any) -> None:
         from ..training import Stopped
 
         keep_freed_memory()
         given = {name: value for name, value in settings.items() if value is not None}
         try:
-            path = _train(resume_folder, preset_name, given)
+            with options.refusals(run):
+                path = _train(resume, preset, given)
         except Stopped as stopped:
             typer.echo(stopped, err=True)
             raise typer.Exit(1) from None
-        except (ValueError, TypeError, OSError, ModuleNotFoundError) as error:
-            typer.echo(f"Error: {_as_options(str(error))}", err=True)
-            raise typer.Exit(2) from None
         if os.environ.get("RANK", "0") == "0":  # the first of the training processes
             typer.echo(path)
 
@@ -84,7 +82,9 @@ def _train(resume_folder, preset_name, given):
     from ..training import resume, train
 
     if resume_folder is None:
-        return train(Config(**preset(preset_name, **given)))
+        config = Config(**preset(preset_name, **given))
+        config.check_used(given)
+        return train(config)
     if preset_name is not None:
         raise ValueError(
             f"preset is {preset_name!r} and resume {str(resume_folder)!r}, only one of them should"
@@ -94,7 +94,7 @@ def _train(resume_folder, preset_name, given):
 
 
 def _parameter(name, kind, help, option, panel):
-    kind_of_path = "folder" if name in (*FOLDERS, "resume_folder") else "file"
+    kind_of_path = "folder" if name in (*FOLDERS, "resume") else "file"
     option = typer.Option(
         option,
         help=help,
@@ -117,17 +117,9 @@ def _plain(wanted):
     return wanted
 
 
-def _as_option(name, value):
-    return f"--{name.lower().replace('_', '-')} {value}"
+def _as_options(settings):
+    return " ".join(f"{as_option(name)} {value}" for name, value in settings.items())
 
 
 def _words(value):
     return {True: "yes", False: "no"}.get(value, value) if isinstance(value, bool) else value
-
-
-def _as_options(words):
-    """A message about a setting, with the name of its option instead."""
-    name, _, rest = words.partition(" ")
-    if name in Config.__dataclass_fields__:
-        return f"--{name.lower().replace('_', '-')} {rest}"
-    return words

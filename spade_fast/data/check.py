@@ -10,12 +10,15 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
-from ..arguments import whole_number
+from ..arguments import counted, whole_number
+from .allowed import Allowed, counts_of
+from .faults import words_of
 from .files import Palette, read_labels, read_orientation, read_photograph
-from .pairs import Pair, convention_of, match
+from .pairs import MOST_LISTED, Pair, convention_of, match
 from .sheet import MOST_SHOWN, Shown, check_writable, draw
 
 FILLED = (255, 65535)  # all bits set: data sets mark pixels without a class with these
+RARE = 0.001  # the share of all pixels up to which labels far above the others may be mistakes
 
 
 @dataclass
@@ -27,7 +30,8 @@ class Report:
     notes: a line for each thing that is unusual but may be right.
     pixels, images: the number of pixels and of label maps with each label, by the label as it is
         in the files.
-    num_classes, dont_care: as given, or as the labels suggest; label_shift: the convention's.
+    num_classes, dont_care: as given, or as the labels suggest, without those that may be mistakes;
+        label_shift: the convention's.
     sizes: each width and height that photographs have, with the first such file.
     """
 
@@ -58,6 +62,12 @@ class Report:
                 continue
             found[place] = self.pixels[number], self.images[number]
         return dict(sorted(found.items()))
+
+    @property
+    def outside(self) -> list[int]:
+        """The labels that occur, but are neither a class nor "don't care"."""
+        allowed = Allowed(self.num_classes, self.dont_care, self.label_shift)
+        return sorted(number for number in self.pixels if number not in allowed)
 
 
 class Seen(NamedTuple):
@@ -121,10 +131,17 @@ def check_data(
             pictures += [seen.shown] if seen.shown else []
             if seen.size is not None and pair.image is not None:
                 report.sizes.setdefault(seen.size, pair.image)
-    report.num_classes, report.dont_care = _suggested(report.pixels, allowed)
-    if (report.num_classes, report.dont_care) != (num_classes, dont_care) and report.pixels:
-        care = "" if report.dont_care is None else f" --dont-care {report.dont_care}"
-        report.notes.append(f"these label maps suggest --num-classes {report.num_classes}{care}")
+    wrong = [number for number in report.pixels if number not in allowed]
+    report.num_classes, report.dont_care = num_classes or 1, dont_care
+    if report.pixels and (num_classes is None or wrong):
+        suggested, report.dont_care, strays = _suggested(report.pixels, dont_care, allowed.shift)
+        report.num_classes = suggested if num_classes is None else num_classes
+        suggested = max(suggested, num_classes or 1)
+        if (suggested, report.dont_care) != (num_classes, dont_care):
+            care = "" if report.dont_care is None else f" --dont-care {report.dont_care}"
+            report.notes.append(f"these label maps suggest --num-classes {suggested}{care}")
+        if strays:
+            report.notes.append(_words_of_strays(strays, report))
     classes = report.classes
     absent = [label for label in range(report.num_classes) if label not in classes]
     if absent and report.pixels:
@@ -136,27 +153,6 @@ def check_data(
     return report
 
 
-class Allowed(NamedTuple):
-    """The labels that files may have: with num_classes None, every class from 0 up."""
-
-    num_classes: int | None
-    dont_care: int | None
-    shift: int
-
-    def __contains__(self, number: object) -> bool:
-        if not isinstance(number, int):
-            return False
-        label = number + self.shift
-        is_class = label >= 0 and (self.num_classes is None or label < self.num_classes)
-        return is_class or number == self.dont_care
-
-    @property
-    def words(self) -> str:
-        last = "" if self.num_classes is None else f" to {self.num_classes - 1 - self.shift}"
-        other = "" if self.dont_care is None else f", or {self.dont_care} for don't care"
-        return f"{-self.shift}{last or ' or more'}{other}"
-
-
 def _look(pair: Pair, palette: Palette | None, allowed: Allowed, is_shown: bool) -> Seen:
     faults: list[str] = []
 
@@ -164,7 +160,7 @@ def _look(pair: Pair, palette: Palette | None, allowed: Allowed, is_shown: bool)
         try:
             return read(*arguments)
         except (ValueError, OSError) as error:
-            faults.append(str(error))
+            faults.append(words_of(error))
 
     labels = tried(read_labels, pair.labels, palette)
     photograph = tried(read_photograph, pair.image)
@@ -183,49 +179,41 @@ def _look(pair: Pair, palette: Palette | None, allowed: Allowed, is_shown: bool)
                 " does not; rotate its pixels, or remove the tag if they match the labels"
             )
     counts = {} if labels is None else counts_of(labels)
-    wrong = [number for number in counts if number not in allowed]
-    if wrong:
-        faults.append(f"{pair.labels} has {words_of_wrong(labels, counts, wrong, allowed)}")
+    if labels is not None and (wrong := allowed.fault(labels, counts)):
+        faults.append(f"{pair.labels} has {wrong}")
     shown = None
     if is_shown and labels is not None and photograph is not None:
         shown = Shown.of(pair.name, photograph, labels, instances)
     return Seen(faults, counts, None if photograph is None else photograph.size, shown)
 
 
-def counts_of(labels: np.ndarray) -> dict[int, int]:
-    """The number of pixels with each label."""
-    numbers, counts = np.unique(labels, return_counts=True)
-    return dict(zip(numbers.tolist(), counts.tolist()))
-
-
-def words_of_wrong(
-    labels: np.ndarray, counts: dict[int, int], wrong: list[int], allowed: Allowed
-) -> str:
-    """Describes the first label out of range: its pixels, its first place, and the rest's count."""
-    row, column = np.argwhere(labels == wrong[0])[0].tolist()
-    more = ""
-    if len(wrong) > 1:
-        pixels = sum(counts[number] for number in wrong)
-        more = f"; {len(wrong)} labels in {pixels} pixels are out of range"
-    return (
-        f"a {wrong[0]} in {counts[wrong[0]]} pixels, first at row {row}, column {column}; it should"
-        f" have {allowed.words}{more}"
-    )
-
-
-def _suggested(pixels, allowed):
-    """num_classes and dont_care, guessed if they are not given: a label with all bits set is "don't
-    care" if there is a gap below it, and the largest other label is the last class.
+def _suggested(pixels, dont_care, shift):
+    """num_classes and dont_care for the labels, and the labels that may be mistakes, which these do
+    not include. Unless it is given, dont_care is a largest label with all bits set and a gap below
+    it. Labels may be mistakes if they are rare and more than twice as large as the others.
     """
-    num_classes, dont_care, shift = allowed
-    largest = max(pixels, default=0)
-    if dont_care is None and largest in FILLED and largest - 1 not in pixels:
-        if num_classes is None or largest + shift >= num_classes:
-            dont_care = largest
-    if num_classes is None:
-        others = (number + shift for number in pixels if number != dont_care)
-        num_classes = max(max(others, default=0) + 1, 1)
-    return num_classes, dont_care
+    labels = sorted(number for number in pixels if number != dont_care)
+    if dont_care is None and labels[-1] in FILLED and labels[-1] - 1 not in pixels:
+        dont_care = labels.pop()
+    classes = [number + shift for number in labels]
+    for place in range(1, len(labels)):
+        is_far = classes[place] > 2 * (classes[place - 1] + 1)
+        if is_far and sum(map(pixels.get, labels[place:])) <= RARE * sum(pixels.values()):
+            return max(classes[place - 1] + 1, 1), dont_care, labels[place:]
+    return max([0, *classes]) + 1, dont_care, []
+
+
+def _words_of_strays(strays, report):
+    listed = ", ".join(
+        f"{number} ({counted(report.pixels[number], 'pixel')} in"
+        f" {counted(report.images[number], 'label map')})"
+        for number in strays[:MOST_LISTED]
+    )
+    more = ", …" if len(strays) > MOST_LISTED else ""
+    others = f"--num-classes {strays[-1] + report.label_shift + 1}"
+    if len(strays) == 1 and report.dont_care is None:
+        others += f" or --dont-care {strays[0]}"
+    return f"rare labels far above the others may be mistakes: {listed}{more}; else give {others}"
 
 
 def _ranges(numbers):

@@ -86,7 +86,7 @@ def find_pairs(
         raise ValueError(
             f"{counted(len(faults), 'name')} without a partner, or with two files: {first}"
             + (f"; and {more} more" if more > 0 else "")
-            + ". `spade-fast check-data` lists them all"
+            + ". `spade-fast check-data --all-faults` lists them all"
         )
     return pairs
 

@@ -8,6 +8,7 @@ import torch
 
 from ..arguments import whole_number
 from ..layout import SemanticLayout
+from .allowed import Allowed
 from .files import Image
 
 MODES = (
@@ -73,8 +74,8 @@ class Preparation:
         whole_number("load_size", self.load_size, least=1)
         if self.mode in UNRESIZED:
             raise ValueError(
-                f"load_size is {self.load_size}; it should be None: mode {self.mode!r} does not use"
-                " it"
+                f"load_size is {self.load_size}; it should not be given: mode {self.mode!r} does not"
+                " use it"
             )
         least = min(self._box) if "shortside" in self.mode else self.crop_size
         if self._crops and self.load_size < least:
@@ -148,18 +149,18 @@ class Preparation:
         height, width = maps["labels"].shape
         rows, columns = _nearest(height, size[1])[rows], _nearest(width, size[0])[columns]
         place = np.ix_(rows, columns[:: -1 if mirrored else 1])
-        return self._layout(**{name: numbers[place][None] for name, numbers in maps.items()})
-
-    def _layout(self, labels, instances=None):
+        cut = {name: numbers[place][None] for name, numbers in maps.items()}
         dont_care = None if self.dont_care is None else self.dont_care + self.label_shift
         try:
             return SemanticLayout.from_labels(
-                labels + self.label_shift, self.num_classes, instances, dont_care
+                cut["labels"] + self.label_shift, self.num_classes, cut.get("instances"), dont_care
             )
-        except ValueError as error:
-            if not self.label_shift:
-                raise
-            raise ValueError(f"{error}; label_shift, {self.label_shift}, is added to it") from None
+        except ValueError:
+            # The user looks for the label in the whole map, as it is in the file.
+            allowed = Allowed(self.num_classes, self.dont_care, self.label_shift)
+            if wrong := allowed.fault(maps["labels"]):
+                raise ValueError(f"labels has {wrong}") from None
+            raise
 
     @property
     def _crops(self):

@@ -10,7 +10,7 @@ import torch
 import torch.nn as nn
 
 from ..arguments import whole_number
-from ..data.check import Allowed
+from ..data.allowed import Allowed
 from ..data.files import Palette
 from ..data.pairs import Convention, convention_of, files_in
 from . import protocol
@@ -68,7 +68,13 @@ def evaluate(
         ValueError, TypeError, OSError, ModuleNotFoundError, Failed: the arguments do not fit
             together, a file cannot be read, a package is missing, or a network fails.
     """
-    _check_given(photographs, labels, features, features_weights, segmentation, classes)
+    of_labels = {
+        "classes": classes,
+        "palette": palette,
+        "num_classes": num_classes,
+        "dont_care": dont_care,
+    }
+    _check_given(photographs, labels, features, features_weights, segmentation, of_labels)
     batch = whole_number("batch", batch, least=1)
     if size is not None:
         width, height = (whole_number("size", length, least=1) for length in size)
@@ -151,7 +157,7 @@ def _measure(own, real, maps, frechet, overlap, size, batch, device, progress):
     return seen, seen_real
 
 
-def _check_given(photographs, labels, features, features_weights, segmentation, classes):
+def _check_given(photographs, labels, features, features_weights, segmentation, of_labels):
     if photographs is None and labels is None:
         raise ValueError("photographs and labels are not given, at least one of them should be")
     if labels is not None and segmentation is None:
@@ -159,7 +165,7 @@ def _check_given(photographs, labels, features, features_weights, segmentation, 
             "segmentation is not given; it should be: its predictions are compared with labels"
         )
     of_photographs = {"features": features, "features_weights": features_weights}
-    of_labels = {"segmentation": segmentation, "classes": classes}
+    of_labels = {"segmentation": segmentation} | of_labels
     for needs, folder, others in (
         ("photographs", photographs, of_photographs),
         ("labels", labels, of_labels),

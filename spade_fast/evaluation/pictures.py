@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from ..arguments import counted
-from ..data.check import Allowed, counts_of, words_of_wrong
+from ..data.allowed import Allowed
 from ..data.files import Palette, read_labels, read_photograph
 from ..data.pairs import MOST_LISTED
 from ..generation import ORIGIN
@@ -90,10 +90,8 @@ class LabelMaps:
         """
         path = self.files[name]
         numbers = read_labels(path, self.palette)
-        counts = counts_of(numbers)
-        wrong = [number for number in counts if number not in self.allowed]
-        if wrong:
-            raise ValueError(f"{path} has {words_of_wrong(numbers, counts, wrong, self.allowed)}")
+        if wrong := self.allowed.fault(numbers):
+            raise ValueError(f"{path} has {wrong}")
         labels = numbers + self.allowed.shift
         labels[numbers == self.allowed.dont_care] = IGNORED
         own = labels.shape[::-1]

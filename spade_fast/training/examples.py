@@ -68,7 +68,7 @@ def check_examples(config: Config, examples: Folder) -> None:
         raise ValueError(
             f"the data have {counted(len(report.faults), 'fault')}, the first:"
             f" {report.faults[0]}; `spade-fast"
-            " check-data` lists them all, and --no-check trains in spite of them"
+            " check-data --all-faults` lists them all, and --no-check trains in spite of them"
         )
     wanted = round(config.crop_size / config.aspect_ratio), config.crop_size
     for size, path in report.sizes.items():

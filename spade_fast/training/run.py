@@ -57,6 +57,13 @@ class Run:
             )
         return Config.load(self.path(SETTINGS))
 
+    def weights(self) -> Path:
+        """The path of the generator's weights. Errors: FileNotFoundError, ValueError."""
+        if not self.path(GENERATOR).is_file():
+            self.settings()  # which refuses a folder that is not a run's
+            raise FileNotFoundError(f"{self.folder} has no {GENERATOR} yet: training writes it")
+        return self.path(GENERATOR)
+
     @contextlib.contextmanager
     def held(self) -> Iterator[None]:
         """Makes the folder and locks it: inside, no other process trains there. Files that a killed

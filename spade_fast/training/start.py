@@ -32,6 +32,7 @@ def train(config: Config) -> Path:
         raise ValueError("out is not given; it should be the folder of the run")
     run = Run(config.out)
     run.check_new()
+    config.check_used()
     config = with_convention(config)
     examples = folder_of(config)
     return _train(run, with_steps(config, len(examples)), examples)
@@ -56,6 +57,7 @@ def resume(folder: str | os.PathLike, **settings: Any) -> Path:
     if settings.get("epochs") is not None:
         settings = {"steps": None} | settings  # the run's epochs were converted to steps
     config, state = before.changed(**settings), None
+    config.check_used(settings)
     if run.numbers():
         state = run.load(run.numbers()[-1])
     elif run.path(GENERATOR).exists():
