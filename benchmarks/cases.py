@@ -14,6 +14,7 @@ import dataclasses
 import functools
 import http.client
 import io
+import itertools
 import tempfile
 import threading
 import weakref
@@ -30,6 +31,7 @@ from PIL import Image, ImageDraw
 import spade_fast
 from spade_fast import SemanticLayout, Service, losses, reference
 from spade_fast.generation import Maps, generate_with
+from spade_fast.nn.pixels import FORMATS
 from spade_fast.paint import app_of, classes_of, listening, server_of
 from spade_fast.service import generator_of
 from spade_fast.training.pictures import picture
@@ -822,6 +824,106 @@ def monai(settings):
     yield plan_of(build_diffusion, settings, name, FORWARD, size, channels, steps)
 
 
+def spatial(settings):
+    """Decoders of diffusers whose norms are conditioned by the latent, before and after
+    `spade_fast.convert`: MoVQ's and CogVideoX's as published, but with fewer channels; and the last
+    norm of each alone.
+    """
+    settings = dataclasses.replace(settings, batch=1)  # one image or video at a time
+
+    def build(settings, name, mode, make, latent):
+        torch.manual_seed(0)
+        network = make()
+        latents = [torch.randn(1, *latent) for _ in range(settings.scenes)]
+        return _converted_problem(settings, name, mode, network, latents, counts_kept=True)
+
+    def build_norm(settings, name, mode, make, latent, shape):
+        torch.manual_seed(0)
+        x = torch.randn(1, *shape).requires_grad_(mode == BACKWARD)
+        latents = [torch.randn(1, *latent) for _ in range(settings.scenes)]
+        return _converted_problem(
+            settings,
+            name,
+            mode,
+            make(),
+            latents,
+            (x,),
+            lambda norm, z, x: _flat(norm(x, z))[0],
+            counts_kept=True,
+        )
+
+    side, width, narrow = (8, 32, 8) if settings.quick else (32, 32, 32)
+    half = side // 2 if settings.quick else 12
+    networks = [
+        (f"MoVQ {8 * side}²", lambda: _Decoding(_movq(width)), (4, side, side)),
+        (f"CogVideoX 9 × {8 * half}²", lambda: _Decoding(_cogvideox(narrow)), (16, 3, half, half)),
+    ]
+    norms = [
+        (
+            f"MoVQ's norm, {width} × {8 * side}²",
+            lambda: _movq(width).decoder.conv_norm_out,
+            (4, side, side),
+            (width, 8 * side, 8 * side),
+        ),
+        (
+            f"CogVideoX's norm, {narrow} × 9 × {8 * half}²",
+            lambda: _cogvideox(narrow).decoder.norm_out,
+            (16, 3, half, half),
+            (narrow, 9, 8 * half, 8 * half),
+        ),
+    ]
+    for build_one, problems in ((build, networks), (build_norm, norms)):
+        for (name, *given), mode in itertools.product(problems, (FORWARD, BACKWARD)):
+            yield plan_of(build_one, settings, _name(settings, name), mode, *given)
+
+
+class _Decoding(nn.Module):
+    """An autoencoder of diffusers that decodes, without its encoder."""
+
+    def __init__(self, autoencoder):
+        super().__init__()
+        for name in ("encoder", "quant_conv", "quantize"):
+            if hasattr(autoencoder, name):
+                setattr(autoencoder, name, None)
+        self.autoencoder = autoencoder
+        is_quantised = hasattr(autoencoder, "quantize")
+        self.settings = {"force_not_quantize": True} if is_quantised else {}
+
+    def forward(self, z):
+        return self.autoencoder.decode(z, **self.settings, return_dict=False)[0]
+
+
+def _movq(width):
+    """MoVQ's autoencoder, whose published width is 128."""
+    return _diffusers().VQModel(
+        down_block_types=("DownEncoderBlock2D",) * 3 + ("AttnDownEncoderBlock2D",),
+        up_block_types=("AttnUpDecoderBlock2D",) + ("UpDecoderBlock2D",) * 3,
+        block_out_channels=(width, 2 * width, 2 * width, 4 * width),
+        layers_per_block=2,
+        latent_channels=4,
+        num_vq_embeddings=8,
+        norm_type="spatial",
+    )
+
+
+def _cogvideox(width):
+    """CogVideoX's autoencoder, whose published width is 128, with as many channels in a group."""
+    return _diffusers().AutoencoderKLCogVideoX(
+        block_out_channels=(width, 2 * width, 2 * width, 4 * width),
+        norm_num_groups=width // 4,
+    )
+
+
+def _diffusers():
+    try:
+        import diffusers
+    except ImportError as error:
+        raise ModuleNotFoundError(
+            f"the case spatial needs diffusers: pip install diffusers ({error})"
+        ) from error
+    return diffusers
+
+
 def _name(settings, name):
     """The name of a problem of networks, with the batch size and the number of scenes."""
     name += f", batch {settings.batch}" if settings.batch > 1 else ""
@@ -869,6 +971,7 @@ def _network_problem(
     keeps_tables=False,
     takes_layouts=False,
     graphed=False,
+    counts_kept=False,
 ):
     """The problem of call(network, segmap, *inputs) on each scene's segmap in turn; with BACKWARD,
     also the gradients of all parameters and of all inputs that require them.
@@ -881,6 +984,7 @@ def _network_problem(
         takes_layouts: our network takes SemanticLayouts, and is also measured on prepared ones. If
             it has SPADEs to leave out (`bare`) and the mode is FORWARD, it is measured frozen, too.
         graphed: our network is also measured as one CUDA graph, if the mode is FORWARD.
+        counts_kept: with BACKWARD, what each network keeps for backward is counted, too.
     """
     our_call, bare_call = our_call or call, bare_call or call
     settle(eager.to(settings.device))
@@ -906,7 +1010,8 @@ def _network_problem(
         keeps_tables=False,
     ):
         if layout is torch.channels_last:
-            network = network.to(memory_format=layout)
+            for parameter in network.parameters():
+                parameter.data = _like(parameter.data, layout=layout)
         inputs, segmaps = (
             [_like(tensor, layout=layout) for tensor in tensors] for tensors in (inputs, segmaps)
         )
@@ -922,13 +1027,16 @@ def _network_problem(
         if frozen:
             tables.__enter__()  # stays open while `run`, which refers to it, exists
 
-        def run(tables=tables):
-            nonlocal dy
+        def outputs():
             segmap = segmaps[problem.scene % len(segmaps)]
             # Each view is a new tensor, so finding its windows is measured, as for a new layout.
             segmap = prepared_layout() if prepared else segmap.view_as(segmap)
             with spade_fast.frozen(network) if keeps_tables else contextlib.nullcontext():
-                y = _flat(call(forward, segmap, *inputs))
+                return _flat(call(forward, segmap, *inputs))
+
+        def run(tables=tables):
+            nonlocal dy
+            y = outputs()
             if (
                 dy is None
             ):  # zero where y is zero: there the derivative of a final activation may jump
@@ -941,6 +1049,8 @@ def _network_problem(
                 y, wanted, [gradient.to(part.dtype) for gradient, part in zip(dy, y)], mode
             )
 
+        if counts_kept and mode == BACKWARD:
+            setattr(run, "outputs", outputs)
         return run
 
     @functools.cache
@@ -977,7 +1087,7 @@ def _network_problem(
         "torch.compile": lambda: variant(copy.deepcopy(eager), inputs, segmaps, compile=True),
         "spade_fast": lambda: variant(ours, inputs, segmaps, our_call, keeps_tables=keeps_tables),
     }
-    if settings.device != "cpu":  # a GPU's tensor cores work in channels-last
+    if settings.device != "cpu" and segmaps[0].dim() == 4:  # a GPU's tensor cores work in it
         ours = ours.to(memory_format=torch.channels_last)
         makers["eager, channels-last"] = lambda: variant(
             copy.deepcopy(eager), inputs, segmaps, layout=torch.channels_last
@@ -1005,7 +1115,7 @@ def _network_problem(
         # Alternately in channels-last, where PyTorch's convolutions round five times as much.
         segmap = segmaps[problem.scene % len(segmaps)]
         kinds = [(eager, torch.contiguous_format), (eager_channels_last, torch.channels_last)]
-        network, layout = kinds[number % 2 if segmap.dim() == 4 else 0]
+        network, layout = kinds[number % 2]
         return variant(
             network, [jitter(tensor) for tensor in inputs], [jitter(segmap)], layout=layout
         )()
@@ -1028,8 +1138,11 @@ def _network_problem(
 
 
 def _like(tensor, device=None, dtype=None, layout=torch.contiguous_format):
-    """A leaf with a tensor's values, on a device, in a dtype and in a memory format."""
-    layout = layout if tensor.dim() == 4 else torch.contiguous_format
+    """A leaf with a tensor's values, on a device, in a dtype and in a memory format, of which
+    channels-last is for maps and volumes alone.
+    """
+    if layout is torch.channels_last:
+        layout = FORMATS.get(tensor.dim(), torch.contiguous_format)
     copied = tensor.detach().to(device=device or tensor.device, dtype=dtype)
     return copied.contiguous(memory_format=layout).requires_grad_(tensor.requires_grad)
 
@@ -1134,7 +1247,7 @@ def _set_mode(network, mode):
     """
     network.train(mode == BACKWARD)
     for module in network.modules():
-        if isinstance(module, nn.Conv2d):
+        if hasattr(module, "weight_orig"):
             module.eval()
     return network
 
@@ -1168,4 +1281,5 @@ CASES = {
     "training": training,
     "converted": converted,
     "monai": monai,
+    "spatial": spatial,
 }

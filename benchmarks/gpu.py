@@ -43,7 +43,7 @@ class Stage:
     what_for: str
     command: list
     seconds: int
-    needs: str | None = None  # a program; without it the stage is left out
+    needs: str | None = None  # a program or a package; without it the stage is left out
     environment: dict = field(default_factory=dict)
 
 
@@ -206,6 +206,13 @@ STAGES = [
         ),
         80,
     ),
+    Stage(
+        "spatial",
+        "diffusers' decoders with norms of the latent, converted",
+        measures("spatial", "spatial", *NOT_COMPILED, seconds="3"),
+        100,
+        "diffusers",
+    ),
     sanitizer("memcheck", "triton"),
     sanitizer("racecheck", "triton"),
     Stage(
@@ -291,14 +298,14 @@ def shown(stage):
 
 def run(out, stages=STAGES, total=TOTAL, say=print):
     """Runs the stages, and rewrites gpu.json after each. Returns whether all passed; a stage whose
-    program is missing counts as passed.
+    program or package is missing counts as passed.
     """
     began, ended = time.monotonic(), []
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
     facts = {"device": device, "torch": torch.__version__, "commit": commit()}
     for stage in stages:
         limit = min(stage.seconds, total - (time.monotonic() - began))
-        if stage.needs is not None and shutil.which(stage.needs, path=search_path()) is None:
+        if stage.needs is not None and not is_installed(stage.needs):
             outcome, seconds = f"left out: {stage.needs} is not installed", 0.0
         elif limit <= 0:
             outcome, seconds = "left out: no time is left", 0.0
@@ -347,6 +354,12 @@ def search_path():
     """The search path for programs: PATH, and last the CUDA toolkit, which may not be on PATH."""
     toolkit = [str(Path(CUDA_HOME, "bin"))] if CUDA_HOME else []
     return os.pathsep.join([os.environ.get("PATH", os.defpath), *toolkit])
+
+
+def is_installed(name):
+    """Whether there is a program or a package of this name."""
+    program = shutil.which(name, path=search_path())
+    return program is not None or importlib.util.find_spec(name) is not None
 
 
 def for_this_gpu():

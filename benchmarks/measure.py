@@ -58,6 +58,7 @@ class Row:
     # this variant's median over the fastest limit's, unless the variant is one of problem.folding
     over_limit: float | None = None
     peak_memory: int | None = None
+    kept_memory: int | None = None  # bytes that forward keeps for backward, if they were counted
     least_bytes: int | None = None  # bytes that the operation has to read and write
     bandwidth: float | None = None  # those bytes over the median time, as a fraction of a copy's
 
@@ -102,6 +103,8 @@ def measure(case, problem, device, seconds, advance=lambda: None):
         for name, run in runs.items():
             problem.prepare(name)
             rows[name].peak_memory = peak_memory(run, device)
+            if hasattr(run, "outputs"):
+                rows[name].kept_memory = kept_memory(run.outputs, device)
         advance()
     if problem.least_bytes and torch.device(device).type == "cuda":
         bandwidth = copy_bandwidth(device)
@@ -282,14 +285,34 @@ def peak_memory(run, device):
         before = torch.cuda.memory_allocated()
         run()
         return torch.cuda.max_memory_allocated() - before
+    allocated = peak = 0
+    for changed in changes_of_memory(run)[0]:
+        allocated += changed
+        peak = max(peak, allocated)
+    return peak
+
+
+def kept_memory(run, device):
+    """The bytes that are allocated after run() besides its results, a list of tensors."""
+    if torch.device(device).type == "cuda":
+        before = torch.cuda.memory_allocated()
+        results = run()
+        allocated = torch.cuda.memory_allocated() - before
+    else:
+        changes, results = changes_of_memory(run)
+        allocated = sum(changes)
+    return allocated - sum(result.nbytes for result in results)
+
+
+def changes_of_memory(run):
+    """The changes of a CPU's allocated memory in the course of run(), in bytes, and its results."""
     with (
         silent_stderr(),
         torch.profiler.profile(
             activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
         ) as profile,
     ):
-        result = run()
-        del result
+        results = run()
     with tempfile.TemporaryDirectory() as folder:
         trace = Path(folder, "trace.json")
         profile.export_chrome_trace(str(trace))
@@ -298,11 +321,8 @@ def peak_memory(run, device):
             for event in json.loads(trace.read_text())["traceEvents"]
             if event.get("name") == "[memory]"
         ]
-    allocated = peak = 0
-    for event in sorted(events, key=lambda event: event["ts"]):
-        allocated += event["args"]["Bytes"]
-        peak = max(peak, allocated)
-    return peak
+    events.sort(key=lambda event: event["ts"])
+    return [event["args"]["Bytes"] for event in events], results
 
 
 @contextmanager

@@ -22,6 +22,7 @@ CAPTION = (
     "match: the error as a fraction of the allowed error. ratio: eager's time over this variant's,"
     " round by round. overhead: this variant's time over the floor's, which is plain instance norm."
     " ÷ limit: this variant's time over that of the network's convolutions and activations alone."
+    " kept: what forward keeps for backward."
     " of a copy: the bytes that the operation has to move per second, as a fraction of a copy's."
 )
 
@@ -44,6 +45,7 @@ def tables(rows):
         "÷\nlimit",
         "memory\n(MiB)",
     ]
+    columns += ["kept\n(MiB)"] * any(row.kept_memory is not None for row in rows)
     columns += ["of a\ncopy"] * any(row.bandwidth for row in rows)
     found = []
     for name, measured in problems.items():
@@ -77,6 +79,7 @@ def numbers(row):
         ratio,
         *overheads,
         short(row.peak_memory / 2**20, 1),
+        *([short(row.kept_memory / 2**20, 1)] if row.kept_memory is not None else []),
         *([f"{row.bandwidth:.0%}"] if row.bandwidth else []),
     ]
 

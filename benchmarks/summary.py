@@ -13,6 +13,7 @@ WANTED = (
     ("CPU", "training", "float32", ""),
     ("CPU", "converted", "float32", ""),
     ("CPU", "monai", "float32", ""),
+    ("CPU", "spatial", "float32", ""),
     ("CPU", "modulate", "float32", "128 × 256²"),
     ("GPU", "generator", "bfloat16", ""),
     ("GPU", "modulate", "bfloat16", "128 × 256²"),

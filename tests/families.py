@@ -147,6 +147,87 @@ class FADE(nn.Module):
         return self.norm(x) * (1 + self.conv_gamma(segmap)) + self.conv_beta(segmap)
 
 
+class OtherNames(Layer):
+    """Names that say nothing of what the parts do, and the summand before the factor."""
+
+    names = ("one", "two", "condition_scale", "condition_shift")
+
+    def __init__(self):
+        super().__init__()
+        self.condition_scale, self.condition_shift = (
+            self._modules.pop(name) for name in ("condition_shift", "condition_scale")
+        )
+
+    def forward(self, x, segmap):
+        hidden = self.two(to_size(segmap, x))
+        summand, factor = self.condition_scale(hidden), self.condition_shift(hidden)
+        return summand + (factor + 1) * self.one(x)
+
+
+class SpatialNorm(nn.Module):
+    """1×1 convolutions of the condition, and γ instead of 1 + γ (MoVQ)."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm_layer = nn.GroupNorm(4, CHANNELS, eps=1e-6)
+        self.conv_y, self.conv_b = conv(LABELS, CHANNELS, 1), conv(LABELS, CHANNELS, 1)
+
+    def forward(self, f, zq):
+        zq = to_size(zq, f)
+        return self.norm_layer(f) * self.conv_y(zq) + self.conv_b(zq)
+
+
+class ConvolvedSpatialNorm(SpatialNorm):
+    """A 3×3 convolution after the resize, which does not commute with it (KVAE)."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = conv(LABELS, LABELS, padding_mode="replicate")
+
+    def forward(self, f, zq):
+        zq = self.conv(to_size(zq, f))
+        return self.norm_layer(f) * self.conv_y(zq) + self.conv_b(zq)
+
+
+class ZeroSFT(nn.Module):
+    """The condition comes first, and a convolution of it is added to x before the norm. Other
+    features may be given, with which x is concatenated before the norm (SUPIR).
+    """
+
+    def __init__(self, concatenated=0):
+        super().__init__()
+        width = CHANNELS + concatenated
+        self.pre_concat = concatenated > 0
+        self.param_free_norm = nn.GroupNorm(4, width)
+        self.mlp_shared = nn.Sequential(conv(LABELS, HIDDEN), nn.SiLU())
+        self.zero_mul, self.zero_add = conv(HIDDEN, width), conv(HIDDEN, width)
+        self.zero_conv = conv(LABELS, CHANNELS, 1)
+
+    def forward(self, c, h, h_ori=None, control_scale=1):
+        raw = h if h_ori is None or not self.pre_concat else torch.cat([h_ori, h], dim=1)
+        h = h + self.zero_conv(c)
+        if h_ori is not None and self.pre_concat:
+            h = torch.cat([h_ori, h], dim=1)
+        hidden = self.mlp_shared(c)
+        h = self.param_free_norm(h) * (self.zero_mul(hidden) + 1) + self.zero_add(hidden)
+        return h * control_scale + raw * (1 - control_scale)
+
+
+class Subtracts(SpatialNorm):
+    def forward(self, f, zq):
+        zq = to_size(zq, f)
+        return self.norm_layer(f) * self.conv_y(zq) - self.conv_b(zq)
+
+
+class WithCache(SpatialNorm):
+    """Reads and writes a dictionary that it is given (Kandinsky 6)."""
+
+    def forward(self, f, zq, cache):
+        y = super().forward(f, zq) * (1 + cache["is_first"])
+        cache["is_first"] = False
+        return y
+
+
 class ALIASNorm(Layer):
     """Adds noise before the norm."""
 
@@ -189,14 +270,22 @@ SPADES = {
     "seed": Seed,
     "imaginaire": Imaginaire,
     "CoCosNet": CoCosNet,
+    "HiFaceGAN": HiFaceGAN,
+    "FADE": FADE,
+    "other names": OtherNames,
+    "spatial norm": SpatialNorm,
+    "spatial norm after a convolution": ConvolvedSpatialNorm,
 }
 LOOKALIKES = {
-    "HiFaceGAN": (HiFaceGAN, "does not compute what its parts suggest: y is"),
-    "PSFRGAN": (PSFRGAN, "does not compute what its parts suggest: y is"),
+    "PSFRGAN": (
+        PSFRGAN,
+        "gamma_conv is given neither the condition nor what another of its parts returns",
+    ),
     "bilinear": (Bilinear, "does not compute what its parts suggest: y is"),
-    "FADE": (FADE, "it has nothing for the convolution before gamma and beta"),
     "ALIASNorm": (ALIASNorm, "it has parameters that a SPADE does not have: noise_scale"),
-    "SEAN": (InnerOfACE, "its own forward returns a tuple; a SPADE returns a tensor"),
+    "SEAN": (InnerOfACE, "its own forward does not return n · (1 + a) + b or n · a + b"),
+    "subtracts": (Subtracts, "its own forward does not return n · (1 + a) + b or n · a + b"),
+    "a cache": (WithCache, "its own forward fails on x"),
     "fails": (Fails, "its own forward fails on x"),
 }
 

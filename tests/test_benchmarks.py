@@ -93,6 +93,7 @@ def test_wrong_results_get_no_times(monkeypatch, tmp_path):
             for case in ("block", "generator", "generate", "paint", "training", "converted")
         ),
         pytest.param("monai", marks=pytest.mark.needs("monai", "einops")),
+        pytest.param("spatial", marks=[pytest.mark.full, pytest.mark.needs("diffusers")]),
     ],
 )
 def test_every_quick_case_matches_without_the_compiler(case):
@@ -109,7 +110,8 @@ def test_every_quick_case_matches_without_the_compiler(case):
         rounds = 3 if case == "generate" else 5
         assert all(len(row.times) >= rounds and row.peak_memory > 0 for row in rows if row.matches)
         assert (
-            case in ("generate", "paint", "discriminator", "training", "converted", "monai")
+            case
+            in ("generate", "paint", "discriminator", "training", "converted", "monai", "spatial")
             or min(row.overhead for row in rows if row.variant.startswith("floor")) == 1
         )
         if problem.mode == BACKWARD and case in ("block", "generator"):

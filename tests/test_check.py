@@ -18,7 +18,7 @@ def block_and_inputs():
 
 
 def lookalike_and_inputs():
-    return LOOKALIKES["HiFaceGAN"][0](), (
+    return LOOKALIKES["bilinear"][0](), (
         torch.randn(1, CHANNELS, 8, 8),
         torch.randn(1, LABELS, 16, 16),
     )

@@ -23,12 +23,13 @@ from families import (
     Layer,
     NoResize,
     OtherBlock,
+    ZeroSFT,
 )
 from label_maps import patches
 
 import spade_fast
 from spade_fast import SPADE, SemanticLayout, reference
-from spade_fast.convert import Fast
+from spade_fast.convert import Fast, FastSPADE
 from spade_fast.nn import spade
 
 
@@ -103,11 +104,11 @@ def test_lookalikes_are_left_as_they_were(family):
 @pytest.mark.parametrize("family", ["official, batch", "SDM", "leaky hidden"])
 def test_models_in_other_dtypes_are_probed_too(family, dtype):
     assert spade_fast.convert(Network(SPADES[family]).to(dtype)).converted == 5
-    assert not spade_fast.convert(LOOKALIKES["HiFaceGAN"][0]().to(dtype)).converted
+    assert not spade_fast.convert(LOOKALIKES["bilinear"][0]().to(dtype)).converted
 
 
 def test_a_layer_is_trusted_without_a_probe():
-    assert spade_fast.convert(LOOKALIKES["HiFaceGAN"][0](), probe=False).converted == 1
+    assert spade_fast.convert(LOOKALIKES["bilinear"][0](), probe=False).converted == 1
 
 
 @pytest.mark.parametrize("train", [False, True])
@@ -152,6 +153,35 @@ def test_a_layer_that_does_not_resize_its_condition():
     expected = layer(x, segmap[:, :, ::2, ::2])
     assert spade_fast.convert(layer).converted == 1
     assert_agree(layer(x, segmap[:, :, ::2, ::2]), expected)
+
+
+def test_a_layer_with_its_condition_first(monkeypatch):
+    torch.manual_seed(0)
+    own = ZeroSFT().double()
+    layer, fast, compute = copy.deepcopy(own), [], FastSPADE._fast
+    report = spade_fast.convert(layer)
+    assert report.converted == 1 and report[0].recognised_as == "SPADE(8, 5, 6), GroupNorm"
+    monkeypatch.setattr(FastSPADE, "_fast", lambda *given: fast.append(1) or compute(*given))
+    h, segmap = inputs(labels=False)
+    c = segmap[:, :, :10, :9].contiguous()
+    c.requires_grad_()
+    found = []
+    for module in (layer, own):
+        wanted = [c, h.requires_grad_(), *module.parameters()]
+        y = module(c, h)
+        found.append((y, torch.autograd.grad(y.square().sum(), wanted)))
+    assert_agree_beside(*found)
+    assert_agree(layer(h=h, c=c), own(h=h, c=c))
+    assert len(fast) == 2
+    for named in ({"h_ori": h}, {"control_scale": 0.5}):
+        assert torch.equal(layer(c, h, **named), own(c, h, **named))
+    assert len(fast) == 2
+
+
+def test_a_layer_that_concatenates_is_left_alone():
+    layer = ZeroSFT(concatenated=4)
+    report = spade_fast.convert(layer)
+    assert not report.converted and "its own forward fails" in report[0].reason
 
 
 def test_reverting():
@@ -256,12 +286,12 @@ def test_no_spade_at_all():
 
 def test_the_report_as_a_table():
     text = str(
-        spade_fast.convert(nn.ModuleDict({"good": Layer(), "bad": LOOKALIKES["HiFaceGAN"][0]()}))
+        spade_fast.convert(nn.ModuleDict({"good": Layer(), "bad": LOOKALIKES["bilinear"][0]()}))
     )
     for part in (
         "good",
         "bad",
-        "HiFaceGAN",
+        "Bilinear",
         "SPADE(8, 5, 6), InstanceNorm2d",
         "yes",
         "no",

@@ -95,7 +95,7 @@ def pages(**needed):
     ]
 
 
-@pytest.mark.parametrize("page", pages(convert=["monai"]))
+@pytest.mark.parametrize("page", pages(convert=["monai", "diffusers"]))
 def test_python(page, folder):
     code = blocks(page, "python")
     found, names = io.StringIO(), {}

@@ -186,7 +186,7 @@ def test_initial_zeros_in_weights(layer, zero, frozen):
     assert_same_forwards(model, own)
 
 
-@pytest.mark.parametrize("layer", ["HiFaceGAN", "PSFRGAN"])
+@pytest.mark.parametrize("layer", ["bilinear", "PSFRGAN"])
 def test_initial_zeros_in_the_weights_of_lookalikes(layer):
     def made():
         module = families.LOOKALIKES[layer][0]()

@@ -3,9 +3,10 @@ makes them fast in place.
 
 A module stays the same object, with its parameters, buffers and hooks. Its class becomes a subclass
 of its own class (swap.py), which runs the forward of `nn/spade.py` or `nn/block.py` for every call
-that was proved. A SPADE is recognised by its parts, not by its name (recognise.py), and then proved
-(prove.py): on small random tensors the outputs, gradients and buffers must match those of its own
-forward, in float64 and in its own dtype, in train and in eval mode, with and without autocast.
+that was proved. A SPADE is recognised by what its parts do, not by their names (roles.py), and then
+proved (prove.py): on small random tensors the outputs, gradients and buffers must match those of
+its own forward, in float64 and in its own dtype, in train and in eval mode, with and without
+autocast.
 """
 
 from itertools import product
@@ -134,7 +135,7 @@ def _proved(module, kind, form):
 
 def _is_opaque(module, form):
     """Whether a part contains other modules and is not a Sequential."""
-    parts = [module.get_submodule(name) for name in (form.shared, form.gamma, form.beta)]
+    parts = [module.get_submodule(name) for name in form.of_condition]
     return any(leaf._modules for part in parts for leaf in leaves(part))
 
 
@@ -193,5 +194,9 @@ def _how(module):
     backend = kernels.select(next(module.parameters())).name
     if isinstance(module, FastBlock):
         return f"with its activations; {backend}"
-    windows = Parts.of(module).convolutions() is not None
-    return f"{'windows of labels, else pixels' if windows else 'pixels'}; {backend}"
+    parts, where = Parts.of(module), "pixels"
+    if parts.convolutions() is not None:
+        where = "windows of labels, else pixels"
+    elif parts.pointwise() is not None:
+        where = "voxels of the condition, else pixels"
+    return f"{where}; {backend}"

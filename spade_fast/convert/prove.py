@@ -4,25 +4,27 @@ may be used in.
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
 from functools import partial
+from itertools import product
 
 import torch
 import torch.nn as nn
+from torch.utils._pytree import tree_flatten
 
 from ..agreement import excess
-from ..nn.choice import window_mode
 from ..nn.modules import marks_of
 from ..nn.parts import Form
-from .recognise import Unlike
-from .swap import Call, Fast, Proof, kinds_of_children, make_fast, marks
+from .copies import Values, copy_of, trying
+from .roles import OwnForwardFails, Unlike, call_own
+from .swap import Call, Called, Fast, Mark, Proof, kinds_of_children, make_fast, marks
 
 PIXELS = (6, 4, 4)  # of a probe's x
+ODD = (5, 4, 4)  # where the first of an odd number of frames is resized apart
 # A probe's conditions, by their size relative to x: noise has gradients, labels use windows.
-CONDITIONS = {
+CONDITIONS: dict[str, list[tuple[tuple | None, str]]] = {
     "larger": [((9, 7, 5), "noise"), ((12, 8, 8), "labels")],
     "smaller": [((3, 2, 2), "noise"), ((4, 3, 3), "labels")],
-    "same": [(PIXELS, "noise")],
+    "same": [(None, "noise")],
 }
 # Multiples of the error that agreement.py allows. In float64 this is 1e-12, which proves the
 # formula. In other dtypes, where rounding may favour one of two short sums by chance, it shows that
@@ -31,11 +33,8 @@ SLACK_IN_DOUBLE, SLACK = 100, 30
 # The distance allowed between the two outputs, as a fraction of the largest element. Rounding is
 # amplified where a channel's deviation is small relative to its mean; here it is a hundredth.
 CLOSE = {torch.float64: 1e-10, torch.float32: 1e-4, torch.float16: 0.05, torch.bfloat16: 0.25}
+BESIDE = "what its own forward returns beside y,"
 AUTOCAST_SLACK = 3  # ratio of our error's norm to the own forward's, which rounds elsewhere
-
-
-class OwnForwardFails(Unlike):
-    """The module's own forward fails on a probe."""
 
 
 def prove(module: nn.Module, kind: type[Fast], form: Form) -> tuple[Proof, list[str]]:
@@ -43,16 +42,7 @@ def prove(module: nn.Module, kind: type[Fast], form: Form) -> tuple[Proof, list[
     forwards disagree in the module's present mode and dtype.
     """
     weight = next(module.parameters())
-    device = weight.device
-    with (
-        torch.random.fork_rng([device] if weight.is_cuda else []),
-        torch.inference_mode(False),
-        torch.enable_grad(),
-        # Only if the default device is another one: a default that is set slows every call.
-        nullcontext() if torch.get_default_device() == device else device,
-        torch.autocast(device.type, enabled=False),
-        window_mode("always"),
-    ):
+    with trying(module):
         probe = Probe(module, kind, form)
         sizes = probe.prove_sizes()
         modes: list[tuple] = [(module.training, True)]
@@ -81,6 +71,7 @@ class Probe:
 
     def __init__(self, module: nn.Module, kind: type[Fast], form: Form) -> None:
         self.module, self.kind, self.form = module, kind, form
+        self.called = form.call or Called()
         self.dtype = next(module.parameters()).dtype
         self.values = Values(module)
 
@@ -90,10 +81,11 @@ class Probe:
         """
         sizes: list[str] = []
         failure: OwnForwardFails | None = None
+        pixels = (ODD, PIXELS) if self.form.apart else (PIXELS,)
         for size, conditions in CONDITIONS.items():
             try:
-                for condition in conditions:
-                    self.compare(*condition)
+                for (of_condition, content), of_x in product(conditions, pixels):
+                    self.compare(of_condition, content, of_x)
                 sizes.append(size)
             except OwnForwardFails as fails:
                 failure = fails
@@ -106,7 +98,9 @@ class Probe:
         a description, the state, "mode" or "dtype", and the function that proves the state.
         """
         state: tuple
-        condition, device, dtype = CONDITIONS[size][-1], weight.device.type, weight.dtype
+        of_condition, content = CONDITIONS[size][-1]
+        condition = (of_condition, content, ODD if self.form.apart else PIXELS)
+        device, dtype = weight.device.type, weight.dtype
         half = dict.fromkeys((torch.get_autocast_dtype(device), torch.bfloat16))
         for training in (self.module.training, not self.module.training):
             words = f"in {'train' if training else 'eval'} mode"
@@ -127,9 +121,11 @@ class Probe:
                     state = (training, dtype, of_x, autocast)
                     yield f"{words} under autocast to {autocast}", state, "dtype", check
 
-    def compare(self, size: tuple, content: str, training: bool | None = None) -> None:
+    def compare(
+        self, size: tuple | None, content: str, pixels: tuple, training: bool | None = None
+    ) -> None:
         """Raises Unlike if the two forwards disagree in float64 or in the module's own dtype."""
-        tensors = self.tensors(size, content)
+        tensors = self.tensors(size, content, pixels)
         truth = self.outcome(None, tensors, torch.float64, training)
         ours = self.outcome(self.kind, tensors, torch.float64, training)
         _compare(ours, truth, truth, torch.float64)
@@ -141,23 +137,29 @@ class Probe:
 
     @torch.no_grad()
     def compare_outputs(
-        self, size: tuple[int, ...], content: str, training: bool | None, dtype: torch.dtype
+        self,
+        size: tuple | None,
+        content: str,
+        pixels: tuple,
+        training: bool | None,
+        dtype: torch.dtype,
     ) -> None:
         """Raises Unlike if the two forwards disagree in this dtype, without gradients."""
-        tensors = self.tensors(size, content)
+        tensors = self.tensors(size, content, pixels)
         theirs, ours = (self.outcome(of, tensors, dtype, training) for of in (None, self.kind))
         _compare_outputs(ours, theirs, dtype)
 
     def compare_autocast(
         self,
-        size: tuple[int, ...],
+        size: tuple | None,
         content: str,
+        pixels: tuple,
         training: bool | None,
         dtype: torch.dtype,
         dtype_of_x: torch.dtype,
     ) -> None:
         """Raises Unlike if the fast forward rounds more, or returns another dtype."""
-        tensors = self.tensors(size, content)
+        tensors = self.tensors(size, content, pixels)
         with torch.autocast(tensors[0].device.type, dtype):
             # Autocast leaves float64 alone: the truth has only explicit roundings.
             truth = self.outcome(None, tensors, torch.float64, training)
@@ -175,16 +177,17 @@ class Probe:
                     f"it rounds less: its error in {name} is {(allowed / scale).item():.1e}"
                 )
 
-    def tensors(self, size: tuple, content: str) -> tuple:
-        """x, a condition of this size and dy, all float64. A condition of noise requires gradients,
-        one of labels does not.
+    def tensors(self, size: tuple | None, content: str, pixels: tuple) -> tuple:
+        """x of this many pixels, a condition of this size (x's, if that is None) and dy, all
+        float64. A condition of noise requires gradients, one of labels does not.
         """
+        size = size or pixels
         channels, label_nc = self.form.norm_nc, self.form.label_nc
         dims = self.form.spatial_dims
         torch.manual_seed(0)
         # Some channels are small enough for eps to matter, others are not.
         spread = torch.logspace(-2, 1, channels, dtype=torch.float64).view(1, -1, *[1] * dims)
-        x = torch.randn(2, channels, *PIXELS[:dims], dtype=torch.float64) * spread + 1
+        x = torch.randn(2, channels, *pixels[:dims], dtype=torch.float64) * spread + 1
         dy = torch.randn_like(x)
         if content == "noise":
             segmap = torch.randn(2, label_nc, *size[:dims], dtype=torch.float64, requires_grad=True)
@@ -204,7 +207,7 @@ class Probe:
         """y, the gradients if they are recorded, and the buffers, after one forward of a copy of
         the module, unchanged (kind is None) or made fast.
         """
-        module = _copy(self.module, self.values(dtype))
+        module = copy_of(self.module, self.values(dtype))
         if training is not None:
             module.train(training)
         x, segmap, dy = (
@@ -216,16 +219,19 @@ class Probe:
         wanted |= dict(module.named_parameters())
         wanted = {name: tensor for name, tensor in wanted.items() if tensor.requires_grad}
         try:
-            y = self._forward(module, kind, x, segmap)
-            if not isinstance(y, torch.Tensor):
-                kind_of = type(y).__name__
-                raise Unlike(f"its own forward returns a {kind_of}; a SPADE returns a tensor")
+            found = self._found(self._forward(module, kind, x, segmap, dtype))
             if not torch.is_grad_enabled():
                 wanted = {}
-            dy = dy.to(y.dtype)[:, :1].expand_as(y)
+            outputs = [tensor for tensor in found.values() if tensor.requires_grad]
+            of_outputs = [
+                dy.to(own.dtype)[:, :1].expand_as(own) if own.shape == dy.shape else own.detach()
+                for own in outputs
+            ]
             gradients: tuple[torch.Tensor | None, ...] = ()
             if wanted:
-                gradients = torch.autograd.grad(y, list(wanted.values()), dy, allow_unused=True)
+                gradients = torch.autograd.grad(
+                    outputs, list(wanted.values()), of_outputs, allow_unused=True
+                )
         except Unlike:
             raise
         except Exception as error:  # the own forward may raise anything
@@ -236,7 +242,7 @@ class Probe:
             if kind is None:
                 raise OwnForwardFails(f"its own forward {on}") from error
             raise Unlike(f"the fast forward {on}") from error
-        found: dict[str, torch.Tensor] = {"y": y.detach()}
+        found = {name: tensor.detach() for name, tensor in found.items()}
         for name, gradient in zip(wanted, gradients):
             if gradient is not None:
                 found[f"the gradient of {name}"] = gradient
@@ -244,59 +250,41 @@ class Probe:
             f"the buffer {name}": buffer.detach() for name, buffer in module.named_buffers()
         }
 
-    def _forward(self, module, kind, x, segmap):
-        """y, computed without the module's own hooks."""
+    def _found(self, result):
+        """y and any other tensors of a result, by name."""
+        leaves, spec = tree_flatten(result)
+        marked, expected = tree_flatten(self.called.result)
+        tensors = [isinstance(leaf, torch.Tensor) for leaf in leaves]
+        if spec != expected or tensors != [isinstance(mark, Mark) for mark in marked]:
+            kind = type(result).__name__
+            raise Unlike(f"its own forward returns a {kind}; it should return y as a tensor")
+        named = {}
+        for number, (leaf, mark) in enumerate(zip(leaves, marked)):
+            if isinstance(mark, Mark):
+                named["y" if mark is Mark.Y else f"{BESIDE} {number}"] = leaf
+            elif leaf is not mark and leaf != mark:
+                raise Unlike(f"its own forward returns {leaf!r} beside y, not always {mark!r}")
+        return named
+
+    def _forward(self, module, kind, x, segmap, dtype):
+        """The result, computed without the module's own hooks."""
         if kind is not None:
             make_fast(module, kind, self.form)
             return module._fast(x, segmap)
-        further, before = dict.fromkeys(Call(type(module).forward).required), marks_of(module)
-        y = type(module).forward(module, x, segmap, **further)
+        call, before = Call(type(module).forward), marks_of(module)
+        swapped, further = self.called.swapped, {}
+        if self.called.ignores:
+            # What is not read is given, to show that it is not.
+            other = copy_of(self.module, self.values(dtype)).train(module.training)
+            result = call_own(other, call, x.detach() + 1, segmap.detach() + 1, swapped)
+            returned = list(zip(self.called.result, result))
+            for name, ignored in self.called.ignores.items():
+                further[name] = next(own for marked, own in returned if marked == ignored)
+        y = call_own(module, call, x, segmap, swapped, **further)
         kept = [name for name, mark in marks_of(module).items() if before.get(name) != mark]
         if kept:
             raise Unlike(f"its own forward changes its attributes: {', '.join(kept)}")
         return y
-
-
-class Values:
-    """Substitutes for a module's parameters and buffers, in any dtype. Gradients with respect to
-    them do not reach the module. Their values are random, so that a parameter which starts at zero
-    or one has a visible effect.
-    """
-
-    def __init__(self, module: nn.Module) -> None:
-        torch.manual_seed(0)
-        self.parameters = {
-            id(own): (own, _random_weight(name, own)) for name, own in module.named_parameters()
-        }
-        self.buffers = {id(own): (own, _random_buffer(own)) for own in module.buffers()}
-
-    def __call__(self, dtype: torch.dtype) -> dict[int, torch.Tensor]:
-        found: dict[int, torch.Tensor] = {}
-        for number, (own, value) in self.parameters.items():
-            found[number] = nn.Parameter(value.to(dtype, copy=True), own.requires_grad)
-        for number, (buffer, value) in self.buffers.items():
-            kept = dtype if buffer.is_floating_point() else buffer.dtype
-            found[number] = value.to(kept, copy=True)
-        return found
-
-
-def _random_weight(name, own):
-    """A random weight in the dtype of its own. A convolution's is scaled so that results are near
-    one, and a norm's is near one.
-    """
-    noise = torch.randn(own.shape, dtype=torch.float64)
-    if own.dim() > 1:
-        noise = noise / max(1, own[0].numel()) ** 0.5
-    else:
-        noise = 0.5 * noise + (name.rpartition(".")[2] == "weight")
-    return noise.to(own.dtype)
-
-
-def _random_buffer(own):
-    """A buffer plus positive noise: it may be a variance, which must not become negative."""
-    if not own.is_floating_point():
-        return own.detach().clone()
-    return (own.detach() + 0.5 * torch.rand(own.shape, dtype=torch.float64)).to(own.dtype)
 
 
 def _compare(ours, theirs, truth, dtype):
@@ -326,8 +314,13 @@ def _compare(ours, theirs, truth, dtype):
 
 def _compare_outputs(ours, theirs, dtype):
     """Compares the two outputs directly: if a forward depends on the dtype, a float64 result is not
-    the truth.
+    the truth. What is returned beside y should be equal.
     """
+    for name, beside in theirs.items():
+        if name.startswith(BESIDE):
+            own = ours[name]
+            if own.dtype != beside.dtype or not torch.equal(own, beside):
+                raise Unlike(f"{name} is not the condition, resized to x by nearest neighbour")
     ours, theirs = ours["y"], theirs["y"]
     scale = theirs.abs().max().item() if theirs.numel() else 0.0
     if ours.shape != theirs.shape or ours.dtype != theirs.dtype:
@@ -344,22 +337,3 @@ def _error(ours, truth):
         return f"of shape {list(ours.shape)}, not {list(truth.shape)},"
     distance = (ours.double() - truth.double()).norm() / truth.double().norm().clamp_min(1e-300)
     return f"{distance.item():.1e}"
-
-
-def _copy(module, copies):
-    """A copy of a module, with the parameters and buffers that `copies` has in place of the own
-    ones. Changes of the copy do not reach the module.
-    """
-    if id(module) not in copies:
-        copies[id(module)] = copy = module.__class__.__new__(module.__class__)
-        for name, value in module.__dict__.items():  # containers are not shared
-            copy.__dict__[name] = type(value)(value) if type(value) in (list, dict, set) else value
-        for kind in ("_parameters", "_buffers"):
-            copy.__dict__[kind] = {
-                name: own if own is None else copies[id(own)]
-                for name, own in module.__dict__[kind].items()
-            }
-        copy.__dict__["_modules"] = {
-            name: child and _copy(child, copies) for name, child in module._modules.items()
-        }
-    return copies[id(module)]

@@ -1,87 +1,84 @@
-"""Recognises a SPADE or its residual block by its parts. Names only decide which modules are
-examined, not what they are.
+"""Recognises a SPADE or its residual block. Names and channels only decide which modules are
+examined; what their parts do is found by running them (roles.py).
 """
 
 import torch.nn as nn
-from torch.nn.modules import padding
+from torch.nn.modules.batchnorm import _NormBase
 
-from ..nn.modules import CONVOLUTION_TYPES, CONVOLUTIONS
-from ..nn.parts import Form
+from ..nn.parts import Form, part_of
 from ..nn.spade import SpatiallyAdaptive
-
-
-class Unlike(Exception):
-    """The reason why a module is left as it was."""
+from .roles import Unlike, convolutions_of, dimensions_of, find_roles, pairs, parts_by_name
+from .swap import Call, Called
 
 
 def looks_like_spade(module: nn.Module) -> bool:
-    """Whether a module has children for γ and for β."""
-    names = [name.lower() for name, _ in module.named_children()]
-    return any("gamma" in name for name in names) and any("beta" in name for name in names)
+    """Whether a module may be a SPADE: it has children for gamma and for beta, or else one norm,
+    two convolutions from and to the same channels, nothing with parameters but that and further
+    convolutions, and a forward of two arguments.
+    """
+    children = dict(module.named_children())
+    names = [name.lower() for name in children]
+    if any("gamma" in name for name in names) and any("beta" in name for name in names):
+        return True
+    norms = [name for name, child in children.items() if _may_be_norm(child)]
+    convolutions = convolutions_of(module)
+    if len(norms) != 1 or not pairs(convolutions.values()):
+        return False
+    parts = parts_by_name(module)
+    with_parameters = {name for name, part in parts.items() if any(True for _ in part.parameters())}
+    if not with_parameters <= {*norms, *convolutions}:
+        return False
+    call = Call(type(module).forward)
+    return call.several or len(call.names) > 1
+
+
+def _may_be_norm(module):
+    return isinstance(module, (_NormBase, nn.GroupNorm)) or "norm" in type(module).__name__.lower()
 
 
 def recognise_spade(module: nn.Module) -> tuple[Form, str]:
     """The Form of a SPADE, and a description of it in words. Raises Unlike if it is not one."""
-    children = dict(_only_child(name, child) for name, child in module.named_children())
-    convolutions = {
-        name: [part for part in child.modules() if isinstance(part, CONVOLUTION_TYPES)]
-        for name, child in children.items()
-    }
-
-    def only(what, names):
-        if len(names) != 1:
-            raise Unlike(f"it has {', '.join(names) or 'nothing'} for {what}; it should have one")
-        return names[0]
-
-    def with_convolution(word):
-        return [name for name in children if word in name.lower() and convolutions[name]]
-
-    gamma, beta = only("gamma", with_convolution("gamma")), only("beta", with_convolution("beta"))
-    shared = only(
-        "the convolution before gamma and beta",
-        [name for name in children if convolutions[name] and name not in (gamma, beta)],
-    )
-    for name in (gamma, beta, shared):
-        numbers = range(1, len(convolutions[name]) + 1)
-        only(f"the convolution of {name}", [f"convolution {number}" for number in numbers])
-    first, second, third = (convolutions[name][0] for name in (shared, gamma, beta))
-    if (
-        not first.out_channels == second.in_channels == third.in_channels
-        or second.out_channels != third.out_channels
-    ):
-        raise Unlike(f"the channels of {shared}, {gamma} and {beta} do not match those of a SPADE")
-    others = [name for name in children if name not in (gamma, beta, shared)]
-    pads = [name for name in others if _is_of(children[name], padding)]
-    pad = only("padding", pads) if pads else None
-    norm = only(
-        "the norm",
-        [name for name in others if name not in pads and not _is_of(children[name], nn.ReLU)],
-    )
+    _check_parameters(module, [name for name, _ in module.named_parameters(recurse=False)])
+    roles = find_roles(module)
+    names = (roles.norm, roles.shared, roles.gamma, roles.beta, roles.pad, roles.added)
     used = {
-        id(tensor) for name in (gamma, beta, shared, norm) for tensor in children[name].parameters()
+        id(tensor)
+        for name in names
+        if name is not None
+        for tensor in part_of(module, name).parameters()
     }
-    unused = [name for name, tensor in module.named_parameters() if id(tensor) not in used]
+    _check_parameters(
+        module, [name for name, own in module.named_parameters() if id(own) not in used]
+    )
+    convolutions = convolutions_of(module)
+    gamma = convolutions[roles.gamma]
+    channels = gamma.out_channels
+    form = Form(
+        roles.norm,
+        roles.shared,
+        roles.gamma,
+        roles.beta,
+        channels,
+        roles.label_nc,
+        dimensions_of(gamma),
+        roles.pad,
+        roles.added,
+        roles.plus_one,
+        roles.apart,
+        call=roles.call,
+    )
+    sizes = [channels, roles.label_nc]
+    if roles.shared is not None:
+        sizes.append(convolutions[roles.shared].out_channels)
+    kind = "SPADE" if roles.shared is not None else "spatial norm"
+    without = "" if roles.plus_one else ", γ without 1 +"
+    norm = type(part_of(module, roles.norm)).__name__
+    return form, f"{kind}({', '.join(map(str, sizes))}), {norm}{without}"
+
+
+def _check_parameters(module, unused):
     if unused:
         raise Unlike(f"it has parameters that a SPADE does not have: {', '.join(unused)}")
-    dims = next(dims for dims, kind in CONVOLUTIONS.items() if isinstance(first, kind))
-    form = Form(norm, shared, gamma, beta, second.out_channels, first.in_channels, dims, pad)
-    sizes = f"{form.norm_nc}, {form.label_nc}, {first.out_channels}"
-    return form, f"SPADE({sizes}), {type(children[norm]).__name__}"
-
-
-def _only_child(name, child):
-    """A child and its name. If the child is a ModuleList of one module, that module instead."""
-    if isinstance(child, nn.ModuleList) and len(child) == 1:
-        return _only_child(f"{name}.0", child[0])
-    return name, child
-
-
-def _is_of(module, like):
-    """Whether a module has no parameters, and its class is defined in the file `like`, which is
-    given as a Python module or as a class defined there.
-    """
-    home = getattr(like, "__module__", None) or like.__name__
-    return type(module).__module__ == home and not list(module.parameters())
 
 
 def looks_like_block(module: nn.Module) -> bool:
@@ -100,5 +97,9 @@ def recognise_block(module: nn.Module) -> tuple[Form, str]:
     """
     first, second = module.norm_0, module.norm_1
     assert isinstance(first, SpatiallyAdaptive) and isinstance(second, SpatiallyAdaptive)
+    norms = [module._modules.get(name) for name in ("norm_0", "norm_1", "norm_s")]
+    forms = [norm.spade_form for norm in norms if isinstance(norm, SpatiallyAdaptive)]
+    if any(form.apart or (form.call or Called()) != Called() for form in forms):
+        raise Unlike("its SPADEs take or return more than the published ones do")
     form = first.spade_form._replace(inside=False)  # those parts are the SPADE's
     return form, f"residual block {form.norm_nc} → {second.spade_form.norm_nc}"

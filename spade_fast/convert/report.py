@@ -38,8 +38,8 @@ class Report(tuple[Entry, ...]):
 
         if not self:
             return (
-                "No SPADE was found: no module has parts with gamma and beta in their names. The"
-                " model is as it was."
+                "No SPADE was found: no module has a norm and two convolutions that could compute"
+                " γ and β. The model is as it was."
             )
         table = Table("layer and its class", "recognised as; converted: how, or why not")
         for column in table.columns:

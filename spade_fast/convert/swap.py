@@ -5,12 +5,14 @@ call that was proved, and the own class's for every other call.
 import functools
 import inspect
 from collections.abc import Callable, Iterable, Iterator
+from enum import Enum
 from itertools import chain
 from typing import Any, NamedTuple, SupportsIndex
 
 import torch
 import torch.fx
 import torch.nn as nn
+from torch.utils._pytree import tree_flatten, tree_map, tree_structure
 
 from ..layout import SemanticLayout
 from ..nn.block import ResidualBlock
@@ -27,10 +29,36 @@ from ..nn.modules import (
     marks_of,
     marks_of_settings,
 )
-from ..nn.parts import Form, HasParts
+from ..nn.parts import Form, HasParts, Known
+from ..nn.pixels import dense, resize
 from ..nn.spade import SpatiallyAdaptive, batch_of
 from ..nn.unchanged import Each, Version, until_changed, views_inside
 from ..recording import is_recorded
+from .again import again
+from .later import Later
+
+
+class Mark(Enum):
+    """What stands in a result for a tensor that depends on the arguments."""
+
+    Y = "y"
+    CONDITION = "the condition, resized to x"
+
+
+class Called(NamedTuple):
+    """How a forward is called, and what it returns."""
+
+    swapped: bool = False  # whether the condition comes before x
+    # Arguments whose values do not matter if they have the structure of these.
+    ignores: dict[str, Any] = {}
+    result: Any = Mark.Y  # with marks in place of tensors
+
+    def returned(self, y: torch.Tensor, condition: Callable[[], torch.Tensor]) -> Any:
+        """The result with this y. condition: makes the resized condition."""
+        marked = {Mark.Y: lambda: y, Mark.CONDITION: condition}
+        return tree_map(
+            lambda leaf: marked[leaf]() if isinstance(leaf, Mark) else leaf, self.result
+        )
 
 
 class Proof(NamedTuple):
@@ -129,7 +157,7 @@ def wrappers_in(module: nn.Module, form: Form) -> list[nn.Module]:
     """
     if not form.inside:
         return []
-    parts = (module.get_submodule(name) for name in (form.shared, form.gamma, form.beta))
+    parts = (module.get_submodule(name) for name in form.of_condition)
     return [own for part in parts for own in part.modules() if own._modules]
 
 
@@ -200,7 +228,7 @@ class Fast(nn.Module):
             )
         if not isinstance(self, Fast):  # reverted while it was called
             return self.forward(*arguments, **named)
-        pair = self.call.pair(arguments, named)
+        pair = self.call.pair(arguments, named, self.spade_form.call or Called())
         if pair is not None and self._is_proved(*pair):
             return self._fast(*pair)
         dtype = first_weight(self).dtype
@@ -231,8 +259,30 @@ class Fast(nn.Module):
 class FastSPADE(Fast, SpatiallyAdaptive):
     """A SPADE of another class, as `nn/spade.py` computes it."""
 
+    def _is_proved(self, x, segmap):
+        """Also False if parts that were opened have to be called as a whole, because something
+        watches them: γ and β alone need not be what they return.
+        """
+        form = self.spade_form
+        if form.shared is None and form.inside and Known.of(self).pointwise is None:
+            return False
+        return super()._is_proved(x, segmap)
+
     def _fast(self, x, segmap):
-        return self.modulate(x, segmap)
+        y, form = again(self.modulate(x, segmap)), self.spade_form
+        called = form.call or Called()
+        if called.result is Mark.Y:
+            return y
+        given = dense(segmap, first_weight(self).dtype).clone()  # a caller may write to its own
+        make = functools.partial(_resized, given, x.shape[2:], form.apart)
+        if torch.compiler.is_compiling():  # which leaves out what is not read
+            return called.returned(y, make)
+        shape = (*given.shape[:2], *x.shape[2:])
+        return called.returned(y, lambda: Later(make, shape, given.dtype, given.device))
+
+
+def _resized(condition, size, apart):
+    return resize(condition, size, apart).clone()
 
 
 class FastBlock(Fast, ResidualBlock):
@@ -270,10 +320,12 @@ class Call:
             if parameter.name in self.neutral and parameter.default is inspect.Parameter.empty
         ][2 if not self.several else 1 :]
 
-    def pair(self, arguments: tuple, named: dict) -> tuple | None:
-        """x and the condition, if every further argument has its default value; else None."""
+    def pair(self, arguments: tuple, named: dict, called: Called) -> tuple | None:
+        """x and the condition, if every further argument has its default value or one that does not
+        matter; else None.
+        """
         if self.several:
-            further = all(self._is_default(name, value) for name, value in named.items())
+            further = all(self._is_neutral(*given, called) for given in named.items())
             return arguments if len(arguments) == 2 and further else None
         if len(arguments) > len(self.names) or len(self.names) < 2:
             return None
@@ -281,16 +333,24 @@ class Call:
         if given.keys() & named.keys():
             return None  # given twice, for which the own forward raises an error
         given.update(named)
-        x, segmap = self.names[:2]
-        if x not in given or segmap not in given:
+        first, second = self.names[:2]
+        if first not in given or second not in given:
             return None
-        pair = given.pop(x), given.pop(segmap)
-        return pair if all(self._is_default(*argument) for argument in given.items()) else None
+        pair = given.pop(first), given.pop(second)
+        if not all(self._is_neutral(*argument, called) for argument in given.items()):
+            return None
+        return pair[::-1] if called.swapped else pair
 
-    def _is_default(self, name, value):
+    def _is_neutral(self, name, value, called):
         if name not in self.neutral:
             return False
-        return is_same(value, self.neutral[name])
+        if is_same(value, self.neutral[name]):
+            return True
+        if name not in called.ignores:
+            return False
+        leaves, structure = tree_flatten(value)
+        has_tensors = all(isinstance(leaf, torch.Tensor) for leaf in leaves)
+        return has_tensors and structure == tree_structure(called.ignores[name])
 
 
 def watches_inside(module: nn.Module) -> bool:
@@ -304,11 +364,6 @@ def watches_inside(module: nn.Module) -> bool:
             return True
         waiting += part._modules.values()
     return False
-
-
-def dense(argument: Any, dtype: torch.dtype) -> Any:
-    """An argument as the own forward takes it: a layout becomes a dense condition."""
-    return argument.to_segmap(dtype) if isinstance(argument, SemanticLayout) else argument
 
 
 @functools.cache

@@ -104,11 +104,16 @@ def leaves(module: nn.Module, inside: bool = False) -> list[nn.Module]:
     return [leaf for child in children for leaf in leaves(child, inside)]
 
 
-def is_convolution(module: nn.Module) -> TypeGuard[Convolution]:
+def is_convolution(module: nn.Module, derived: bool = False) -> TypeGuard[Convolution]:
     """Whether a module is a convolution that its settings and `weight_of` determine: plain, or
     under spectral norm, weight norm or a parametrization.
+
+    derived: accept a class that is derived from a convolution's, too. That it computes a
+        convolution has then been proved.
     """
     kind = type(module)
+    if derived and isinstance(module, CONVOLUTION_TYPES):
+        kind = CONVOLUTION_TYPES[0]
     if kind not in CONVOLUTION_TYPES and parametrize.is_parametrized(module):
         kind = kind.__bases__[0]  # its class before the parametrization
     if kind not in CONVOLUTION_TYPES or not is_called_plainly(module):
@@ -265,12 +270,12 @@ def changes_itself(module: nn.Module) -> bool:
     return bool(makes) and any(part.training for part in module.modules())
 
 
-def keeps_size(module: nn.Module, size: int) -> TypeGuard[Convolution]:
+def keeps_size(module: nn.Module, size: int, derived: bool = False) -> TypeGuard[Convolution]:
     """Whether a module is a convolution with `size` taps along each axis, an odd number, centred on
     each pixel of the map, which is padded with zeros. Then the window around a pixel determines its
-    result.
+    result. derived: see `is_convolution`.
     """
-    if size % 2 == 0 or not is_convolution(module):
+    if size % 2 == 0 or not is_convolution(module, derived):
         return False
     ones = (1,) * len(module.kernel_size)
     return (

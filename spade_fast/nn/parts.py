@@ -32,15 +32,24 @@ class Form(NamedTuple):
     """The names of a layer's sub-modules that are SPADE's parts, and its sizes."""
 
     norm: str
-    shared: str
+    shared: str | None  # None if gamma and beta convolve the condition itself
     gamma: str
     beta: str
     norm_nc: int
     label_nc: int
     spatial_dims: int
     pad: str | None = None  # the module that the hidden map goes through before gamma and beta
+    added: str | None = None  # the module of the condition whose output is added to x at first
+    plus_one: bool = True  # whether 1 + γ multiplies the normalised x, or γ
+    apart: bool = False  # how a condition of frames is resized: see `pixels.resize`
     inside: bool = False  # whether a part of an unknown class runs its children one after another
     proof: Any = None  # for a converted module: in which calls and states its parts say it all
+    call: Any = None  # for a converted module: how it is called, and what it returns
+
+    @property
+    def of_condition(self) -> list[str]:
+        """The names of the parts that convolve the condition."""
+        return [name for name in (self.shared, self.gamma, self.beta, self.added) if name]
 
 
 class HasParts(nn.Module):
@@ -92,32 +101,46 @@ class Convolutions:
         return any(changes_itself(module) for module in (self.shared, self.gamma, self.beta))
 
 
+class Pointwise(NamedTuple):
+    """Two convolutions of one tap, which compute the γ and β of a pixel from its condition."""
+
+    gamma: Convolution
+    beta: Convolution
+
+
 class Parts(NamedTuple):
     """The modules of a SPADE: h = shared(segmap); y = norm(x) · (1 + gamma(h)) + beta(h)."""
 
     norm: nn.Module
-    shared: nn.Module
+    shared: nn.Module | None
     gamma: nn.Module
     beta: nn.Module
     pad: nn.Module | None
+    added: nn.Module | None
+    apart: bool
     inside: bool
+
+    @property
+    def first(self) -> nn.Module:
+        """The part that the condition goes through first."""
+        return self.gamma if self.shared is None else self.shared
 
     @classmethod
     def of(cls, spade: HasParts) -> "Parts":
         form = spade.spade_form
-        return cls(
-            part_of(spade, form.norm),
-            part_of(spade, form.shared),
-            part_of(spade, form.gamma),
-            part_of(spade, form.beta),
-            None if form.pad is None else part_of(spade, form.pad),
-            form.inside,
+        names = (form.norm, form.shared, form.gamma, form.beta, form.pad, form.added)
+        norm, shared, gamma, beta, pad, added = (
+            None if name is None else part_of(spade, name) for name in names
         )
+        assert norm is not None and gamma is not None and beta is not None
+        return cls(norm, shared, gamma, beta, pad, added, form.apart, form.inside)
 
     def convolutions(self) -> Convolutions | None:
         """What determines γ and β, or None if that is more than a window's codes and the weights of
         convolutions that keep a map's size.
         """
+        if self.shared is None or self.apart:
+            return None
         shared, *activations = leaves(self.shared, self.inside)
         gamma, *gamma_norms = leaves(self.gamma, self.inside)
         beta, *beta_norms = leaves(self.beta, self.inside)
@@ -138,14 +161,29 @@ class Parts(NamedTuple):
             own_norms.append(norm)
         return Convolutions(shared, activations, gamma, beta, *own_norms)
 
+    def pointwise(self) -> Pointwise | None:
+        """The two convolutions of one tap that compute γ and β from the condition itself, or None
+        if γ and β are computed otherwise.
+        """
+        if self.shared is not None or self.pad is not None:
+            return None
+        (gamma, *of_gamma), (beta, *of_beta) = (
+            leaves(part, self.inside) for part in (self.gamma, self.beta)
+        )
+        alone = not of_gamma and not of_beta
+        if alone and keeps_size(gamma, 1, derived=True) and keeps_size(beta, 1, derived=True):
+            return Pointwise(gamma, beta)
+        return None
+
 
 class Known(NamedTuple):
     """The facts about a SPADE that each call needs."""
 
     parts: Parts
-    weight: torch.Tensor | None  # the first one in the shared part, if there is one
+    weight: torch.Tensor | None  # the first one that the condition meets, if there is one
     own_norm: KnownNorm | None  # its norm, if `spade_modulate` can compute it
     convolutions: Convolutions | None  # the result of `Parts.convolutions`
+    pointwise: Pointwise | None  # the result of `Parts.pointwise`
 
     @classmethod
     def of(cls, spade: HasParts) -> "Known":
@@ -155,9 +193,9 @@ class Known(NamedTuple):
 
 def _known(spade):
     parts = Parts.of(spade)
-    weight = next(iter(weights_in(parts.shared)), None)
+    weight = next(iter(weights_in(parts.first)), None)
     own_norm = parts.norm if is_known(parts.norm) else None
-    return Known(parts, weight, own_norm, parts.convolutions())
+    return Known(parts, weight, own_norm, parts.convolutions(), parts.pointwise())
 
 
 def _is_measured(norm: nn.Module) -> TypeGuard[InstanceNorm]:

@@ -1,6 +1,7 @@
 """γ and β at every pixel: convolutions of the condition, resized to x by nearest neighbour."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn as nn
@@ -41,14 +42,25 @@ def at_pixels(
     parts: Parts, segmap: torch.Tensor | SemanticLayout, x: torch.Tensor
 ) -> Sequence[torch.Tensor]:
     """γ and β at every pixel of x."""
-    if isinstance(segmap, SemanticLayout):
-        segmap = segmap.resize(x.shape[2:]).to_segmap(first_weight(parts.shared).dtype)
-    hidden = _hidden(parts.shared, like_pixels_of(x, segmap), x.shape[2:])
+    size = x.shape[2:]
+    if isinstance(segmap, SemanticLayout) and not parts.apart:
+        segmap = segmap.resize(size)
+    condition: torch.Tensor = dense(segmap, first_weight(parts.first).dtype)
+    if parts.apart or parts.shared is None:
+        condition = resize(condition, size, parts.apart)
+    hidden = like_pixels_of(x, condition)
+    if parts.shared is not None:
+        hidden = _hidden(parts.shared, hidden, size)
     if parts.pad is not None:
         hidden = parts.pad(hidden)
     # On a CPU, one convolution for both gains nothing, and copying the weights costs time.
     convolve = convolve_jointly if hidden.is_cuda else convolve_apart
     return convolve((parts.gamma, parts.beta), hidden)
+
+
+def dense(condition: Any, dtype: torch.dtype) -> Any:
+    """A condition as plain modules take it: a layout becomes a tensor in this dtype."""
+    return condition.to_segmap(dtype) if isinstance(condition, SemanticLayout) else condition
 
 
 def _hidden(shared, segmap, size):
@@ -94,11 +106,18 @@ def like_pixels_of(x: torch.Tensor, segmap: torch.Tensor) -> torch.Tensor:
     return segmap
 
 
-def resize(segmap: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
+def resize(segmap: torch.Tensor, size: Sequence[int], apart: bool = False) -> torch.Tensor:
     """segmap resized by nearest neighbour, to the pixels that `F.interpolate` takes; a view if each
     length is a multiple of the wanted one.
+
+    apart: whether an odd number of frames above one begins with the first frame of segmap, and the
+        others are resized apart from it.
     """
     given = segmap.shape[2:]
+    if apart and has_first_apart(size):
+        first, others = segmap.split([1, given[0] - 1], dim=2)
+        parts = resize(first, (1, *size[1:])), resize(others, (size[0] - 1, *size[1:]))
+        return torch.cat(parts, dim=2)
     if given == tuple(size) and torch._C._get_tracing_state() is None:  # a trace would fix the size
         return segmap
     if not is_recorded(segmap) and all(
@@ -108,6 +127,11 @@ def resize(segmap: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
         everything = [slice(None)] * 2
         return segmap[tuple(everything + steps)]
     return F.interpolate(segmap, size=tuple(size), mode="nearest")
+
+
+def has_first_apart(size: Sequence[int]) -> bool:
+    """Whether `resize(..., apart=True)` resizes the first frame apart from the others."""
+    return size[0] > 1 and size[0] % 2 == 1
 
 
 def convolve_jointly(convolutions: Sequence[nn.Module], x: torch.Tensor) -> Sequence[torch.Tensor]:

@@ -24,13 +24,15 @@ from .modules import (
     INSTANCE_NORMS,
     KINDS,
     KnownNorm,
+    first_weight,
     is_known,
     is_watched,
     may_overwrite_result,
 )
 from .parts import Form, HasParts, Known, part_of
-from .pixels import at_pixels, with_channels_together
+from .pixels import at_pixels, dense, has_first_apart, resize, with_channels_together
 from .tables import Keeper, at_windows, kept_tables
+from .voxels import at_voxels
 
 ALWAYS_FRESH = 2**25  # bytes; C libraries keep the memory of smaller tensors for the next ones
 
@@ -39,6 +41,8 @@ class SpatiallyAdaptive(HasParts):
     """The computation of a SPADE, for any class; `spade_form` names its parts.
 
     h = shared(segmap);  y = norm(x) · (1 + gamma(h)) + beta(h)
+
+    A form may be without `shared` or without the "1 +", and may add a convolution of segmap to x.
     """
 
     def forward(
@@ -83,8 +87,14 @@ class SpatiallyAdaptive(HasParts):
         moments: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """`forward` after its arguments have been checked."""
-        known, layout, images = Known.of(self), find_layout(segmap), batch_of(segmap)
+        known, images, form = Known.of(self), batch_of(segmap), self.spade_form
         parts, kept = known.parts, kept_tables(self)
+        layout = segmap if isinstance(segmap, SemanticLayout) else None
+        if known.convolutions is not None:
+            layout = find_layout(segmap)
+        if parts.added is not None:
+            given = dense(segmap, first_weight(parts.added).dtype)
+            x, moments = x + parts.added(resize(given, x.shape[2:], form.apart)), None
         x = with_channels_together(ordinary(x))
         several = x.shape[0] != images != 1  # several conditions for one x
         # Read once, because a lazy norm changes its class when it is called.
@@ -98,21 +108,26 @@ class SpatiallyAdaptive(HasParts):
             layout = layout.repeat(x.shape[0]) if x.shape[0] else layout[:0]
         found = windows_of(known, layout, x, kept)
         lookup: dict[str, Any] = {}
-        if layout is not None and found is not None:
+        if known.pointwise is not None:
+            given = ordinary(dense(segmap, first_weight(parts.gamma).dtype))
+            gamma, beta, lookup = at_voxels(known.pointwise, given, x, form.apart)
+        elif layout is not None and found is not None:
             convolutions, windows = found
             gamma, beta, lookup = at_windows(self, layout, windows, x, convolutions, kept)
         else:
             given = ordinary(segmap) if isinstance(segmap, torch.Tensor) else layout
             assert given is not None
             gamma, beta = at_pixels(parts, given, x)
-            if gamma.shape[0] != x.shape[0]:  # one condition for all images
-                gamma, beta = gamma.expand(x.shape), beta.expand(x.shape)
+        if not lookup and gamma.shape[0] != x.shape[0]:  # one condition for all images
+            gamma, beta = gamma.expand(x.shape), beta.expand(x.shape)
         planes = None
         if kept is not None and own_norm is not None and lookup:
             planes = frozen_planes(kept, own_norm, x)
         if planes is not None:
             index = lookup["index"]
-            y = modulate_by(planes, x, gamma, beta, index, activation, negative_slope)
+            y = modulate_by(
+                planes, x, gamma, beta, index, activation, negative_slope, plus_one=form.plus_one
+            )
             return of_their_class(y, x, segmap)
         if own_norm is not None:
             count_batch(own_norm)
@@ -125,6 +140,7 @@ class SpatiallyAdaptive(HasParts):
             activation=activation,
             negative_slope=negative_slope,
             moments=moments,
+            plus_one=form.plus_one,
             out=None if lookup else reused(parts.gamma, gamma, x),
         )
         return of_their_class(y, x, segmap)
@@ -133,16 +149,16 @@ class SpatiallyAdaptive(HasParts):
     def measures(self) -> bool:
         """Whether x is normalised with its own moments, by a norm that takes `moments`."""
         norm = part_of(self, self.spade_form.norm)
-        return is_known(norm) and measures(norm)
+        return is_known(norm) and measures(norm) and self.spade_form.added is None
 
     def check(self, x: torch.Tensor, segmap: torch.Tensor | SemanticLayout) -> None:
         """Raises ValueError or TypeError, naming x or segmap, if this layer cannot take it."""
         self._check_tensor("x", x, self.spade_form.norm_nc)
         self.check_segmap(segmap)
         known = Known.of(self)
-        shared = known.parts.shared
+        first = known.parts.first
         weight = segmap if known.weight is None else known.weight
-        if weight.device != x.device and any(map(is_watched, shared.modules())):
+        if weight.device != x.device and any(map(is_watched, first.modules())):
             weight = segmap  # a hook may bring the weights here only for the call
         for name, tensor in {"segmap": segmap, "the layer's weight": weight}.items():
             if tensor.device != x.device:
@@ -163,6 +179,12 @@ class SpatiallyAdaptive(HasParts):
             raise ValueError(
                 f"segmap has a batch of {images}; it should be x's batch, {x.shape[0]}, or 1"
             )
+        if self.spade_form.apart and has_first_apart(x.shape[2:]):
+            given = segmap.codes if isinstance(segmap, SemanticLayout) else segmap[:, 0]
+            if given.shape[1] == 1:
+                raise ValueError(
+                    f"segmap has one frame; it should have more, because x has {x.shape[2]}"
+                )
 
     def check_segmap(self, segmap: torch.Tensor | SemanticLayout) -> None:
         """Raises ValueError or TypeError if this layer cannot take segmap, whatever x is."""

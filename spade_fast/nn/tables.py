@@ -20,7 +20,7 @@ from ..layout import SemanticLayout, Windows
 from ..ops.convolve_windows import convolve_beside, convolve_through_relu, convolve_windows
 from ..scopes import Scope
 from .modules import weight_of
-from .parts import Convolutions, HasParts, InstanceNorm, Known, Parts
+from .parts import Convolutions, HasParts, InstanceNorm, Known, part_of
 
 ALIGNED = 16  # numbers per row: rows then begin where one access can load eight
 # The state of each layout and the `padded_palette` that belongs to it.
@@ -498,11 +498,10 @@ def fingerprints(layers: dict[str, HasParts]) -> dict[str, tuple]:
     """
     found = {}
     for name, layer in layers.items():
-        parts = Parts.of(layer)
-        for part in ("shared", "gamma", "beta"):
-            for weight_name, weight in getattr(parts, part).named_parameters():
+        for part in layer.spade_form.of_condition:
+            for weight_name, weight in part_of(layer, part).named_parameters():
                 version = None if weight.is_inference() else weight._version
                 state = (weight.data_ptr(), version, weight.shape, weight.dtype)
-                own = (name, getattr(layer.spade_form, part), weight_name)
+                own = (name, part, weight_name)
                 found[".".join(filter(None, own))] = (*state, sum_of_bits(weight).item())
     return found

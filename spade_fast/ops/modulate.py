@@ -212,7 +212,8 @@ def plane_moments(x: Tensor) -> Tensor:
 
 class Modulate(torch.autograd.Function):
     """The modulation with any norm. For backward it keeps x, γ and what the activation's derivative
-    needs: one bit per element (ReLU, leaky ReLU) or β (SiLU).
+    needs: one bit per element (ReLU, leaky ReLU) or β (SiLU). A table of β is kept in any case, for
+    `modulated_again`.
     """
 
     @staticmethod
@@ -239,7 +240,8 @@ class Modulate(torch.autograd.Function):
         y, signs = backend.apply(
             x, planes, gamma, beta, index, activation, negative_slope, True, plus_one
         )
-        kept_beta = beta if activation == "silu" else None
+        kept_beta = beta if activation == "silu" or index is not None else None
+        ctx.by_tables = index is not None
         ctx.save_for_backward(
             x, gamma, kept_beta, weight, bias, index, order, mean, inverse_deviation, planes, signs
         )
@@ -278,6 +280,13 @@ class Modulate(torch.autograd.Function):
             *norms.backward_affine(statistics, sums, weight, bias),
             *[None] * 10,
         )
+
+
+@torch.no_grad()
+def modulated_again(ctx: Any) -> Tensor:
+    """y of a modulation by tables, without its activation, from the context that it kept."""
+    x, gamma, beta, _, _, index, _, _, _, planes, _ = ctx.saved_tensors
+    return ctx.backend.apply(x, planes, gamma, beta, index, None, 0.0, False, ctx.plus_one)[0]
 
 
 class ModulateInstance(torch.autograd.Function):
