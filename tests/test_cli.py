@@ -11,7 +11,17 @@ from typer.testing import CliRunner
 import spade_fast
 from spade_fast.cli import app
 
-COMMANDS = ("info", "check", "check-data", "train", "generate", "evaluate", "compare", "paint")
+COMMANDS = (
+    "info",
+    "check",
+    "check-data",
+    "train",
+    "generate",
+    "export",
+    "evaluate",
+    "compare",
+    "paint",
+)
 # `python -m spade_fast` in an interpreter that can report its imports.
 AS_COMMAND = "import runpy, sys; sys.orig_argv[1:] = ['-m', 'spade_fast']; "
 RUN = """
@@ -85,6 +95,7 @@ def test_the_package_is_complete_inside_the_command():
         "evaluate --generated . --labels MISSING",
         "evaluate --generated . --labels . --classes MISSING",
         "generate MISSING --labels . --out out",
+        "export MISSING --out g.onnx",
         "compare MISSING MISSING",
         "paint MISSING",
     ],
