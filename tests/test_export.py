@@ -1,7 +1,6 @@
 """`spade_fast.export`: the written network computes what the model computes."""
 
 import copy
-import itertools
 import json
 
 import pytest
@@ -16,7 +15,8 @@ from typer.testing import CliRunner
 import spade_fast
 from spade_fast import SPADE, SemanticLayout, SPADEGenerator, SPADEResnetBlock, checkpoint
 from spade_fast.cli import app
-from spade_fast.export import layers
+from spade_fast.cli import export as export_command
+from spade_fast.export import network
 from spade_fast.export.runs import CONVOLVE, assembled, convolve_runs
 from spade_fast.export.windows import number_again, number_tuples, number_windows
 from spade_fast.nn.spectral import converge
@@ -55,11 +55,11 @@ def run(path, *inputs):
 class Small(nn.Module):
     """Two sizes, of which one is above the least for windows, and a first convolution of labels."""
 
-    def __init__(self, classes, norm="spadesyncbatch3x3", block=SPADEResnetBlock):
+    def __init__(self, classes, norm):
         super().__init__()
         self.fc = nn.Conv2d(classes, 4, 3, padding=1)
-        self.low = block(4, 4, norm, classes)
-        self.high = block(4, 2, norm, classes)
+        self.low = SPADEResnetBlock(4, 4, norm, classes)
+        self.high = SPADEResnetBlock(4, 4, norm, classes)
 
     def forward(self, segmap, shift=0.0):
         size = [one // 4 for one in segmap.shape[2:]]
@@ -117,8 +117,14 @@ def test_a_convolution_before_the_enlargement(dims, taps, factor):
     assert_agree(assembled(convolve_runs(x, factor, weight, bias), factor, taps), expected)
 
 
-@pytest.mark.parametrize("suffix", ["pt2", pytest.param("onnx", marks=needs_onnx)])
-@pytest.mark.parametrize("windows", [True, False])
+@pytest.mark.parametrize(
+    ("suffix", "windows"),
+    [
+        ("pt2", True),
+        pytest.param("onnx", True, marks=needs_onnx),
+        pytest.param("onnx", False, marks=needs_onnx),
+    ],
+)
 def test_label_maps(suffix, windows, tmp_path):
     """Void labels and instances' edges, in another batch than the example's, at an odd size."""
     size, path = (35, 45), tmp_path / f"small.{suffix}"
@@ -127,7 +133,7 @@ def test_label_maps(suffix, windows, tmp_path):
     settings = {"windows": windows, "instances": True, "dont_care": 255}
     written = spade_fast.export(model, path, (layout_of(1, size, 7),), **settings)
     assert list(written.inputs.values()) == ["int64 [any, 35, 45]"] * 2
-    assert written.ways["at the distinct windows of labels"] == (3 if windows else 0)
+    assert written.ways["at the distinct windows of labels"] == (2 if windows else 0)
     assert written.in_onnxruntime == (suffix == "onnx")
     labels, instances = squares(3, size, 6), squares(3, size, 4, seed=1)
     labels[labels == 5] = 255
@@ -159,15 +165,218 @@ def test_the_file_says_what_it_is(tmp_path):
 
 
 @needs_onnx
-@pytest.mark.parametrize("label", [3, -1])
-def test_a_label_that_is_no_class_is_an_error(label, tmp_path):
+def test_a_label_that_is_no_class_is_an_error(tmp_path):
     path = tmp_path / "layer.onnx"
     x, layout = torch.randn(1, 4, 6, 6), layout_of(1, (6, 6), 3)
     spade_fast.export(SPADE(4, 3, 4), path, (x, layout), windows=False)
-    labels = squares(1, (6, 6), 3)
-    labels[0, 2, 2] = label
-    with pytest.raises(Exception, match="out of data bounds"):
-        run(path, x, labels)
-    spade_fast.export(SPADE(4, 3, 4), tmp_path / "layer.pt2", (x, layout))
-    with pytest.raises((IndexError, RuntimeError), match="out of range"):
-        run(tmp_path / "layer.pt2", x, labels)
+    for label in (3, -1):
+        labels = squares(1, (6, 6), 3)
+        labels[0, 2, 2] = label
+        with pytest.raises(Exception, match="out of data bounds"):
+            run(path, x, labels)
+        with pytest.raises(IndexError, match="out of range"):
+            network.Codes(network.Labels(3, None, False))(labels)
+
+
+class Decoder(nn.Module):
+    """Features as the condition at their own size and at twice that, as in LivePortrait's
+    decoder.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.ModuleList(
+            PublishedBlock(6, 6, "spadespectralinstance3x3", 5, nhidden=4) for _ in range(2)
+        )
+
+    def forward(self, x, features):
+        for block in self.blocks:
+            x = block(x, features)
+            x = F.interpolate(x, scale_factor=2)
+        return x
+
+
+@pytest.mark.parametrize("suffix", ["pt2", pytest.param("onnx", marks=needs_onnx)])
+def test_features(suffix, tmp_path):
+    """In another batch and at another size than the example's."""
+    model, path = settled(Decoder()), tmp_path / f"decoder.{suffix}"
+    example = torch.randn(1, 6, 4, 5), torch.randn(1, 5, 4, 5)
+    written = spade_fast.export(model, path, example, dynamic=("batch", "sizes"))
+    assert list(written.inputs) == ["x", "features"]
+    assert written.inputs["features"] == "float32 [any, 5, any, any]"
+    assert written.ways["from features before their enlargement"] == 2
+    assert written.ways["from features"] == 2
+    x, features = torch.randn(3, 6, 3, 7), torch.randn(3, 5, 3, 7)
+    assert_agree(run(path, x, features), model(x, features))
+
+
+OTHERS = {
+    "published": lambda: (PublishedBlock(CHANNELS, 4, "spadebatch3x3", LABELS, nhidden=4), True),
+    "CoCosNet": lambda: (Block(CoCosNet, 4), False),
+    "CLADE": lambda: (CLADEBlock(), True),
+    "imaginaire, 5 × 5, joint": lambda: (ImaginaireNorm(1), False),
+    "imaginaire, 5 × 5": lambda: (ImaginaireNorm(1, separate_projection=True), True),
+    "leaky hidden": lambda: (Layer(hidden_activation=nn.LeakyReLU(0.01, inplace=True)), True),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_other_peoples_modules(name, tmp_path, monkeypatch):
+    """Those that are not converted take label maps as well."""
+    monkeypatch.setattr(network, "WINDOWS_FROM", 1)
+    torch.manual_seed(1)
+    model, is_converted = OTHERS[name]()
+    settled(model)
+    layout, path = layout_of(2, (12, 11), LABELS), tmp_path / "model.pt2"
+    x = torch.randn(2, CHANNELS, 12, 11)
+    written = spade_fast.export(model, path, (x, layout))
+    assert (written.ways["at the distinct windows of labels"] > 0) == is_converted
+    labels = squares(2, (12, 11), LABELS, seed=3)
+    segmap = SemanticLayout.from_labels(labels, LABELS).to_segmap()
+    assert_agree(run(path, x, labels), model(x, segmap), 256)
+
+
+@pytest.mark.needs("monai")
+def test_monai_in_three_dimensions(tmp_path, monkeypatch):
+    """γ and β are normalised over each image."""
+    from monai.networks.nets import SPADENet
+
+    monkeypatch.setattr(network, "WINDOWS_FROM", 64)
+    model = SPADENet(3, 1, 1, 4, [8] * 3, [4], 8, False, 6).eval()
+    path = tmp_path / "model.pt2"
+    written = spade_fast.export(model, path, (layout_of(1, (8, 8, 8), 4),))
+    assert written.ways["at the distinct windows of labels"] == 3
+    labels = squares(2, (8, 8, 8), 4, seed=3)
+    segmap = SemanticLayout.from_labels(labels, 4).to_segmap()
+    assert_agree(run(path, labels), model(segmap)[0], 256)
+
+
+def small_generator(label_nc=9, z_dim=None):
+    stages = [("head", 2, 1), ("up", 1, 2)]
+    settings = {"stages": stages, "start": 8, "nhidden": 2, "norm_G": "spectralspadebatch3x3"}
+    return settled(SPADEGenerator(label_nc, z_dim, 2, **settings))
+
+
+def test_a_generator_with_a_style(tmp_path):
+    generator = settled(small_generator(6, z_dim=8)).double()
+    path = tmp_path / "generator.pt2"
+    written = spade_fast.export(generator, path)
+    assert list(written.inputs) == ["labels", "z"] and list(written.outputs) == ["image"]
+    layout, z = layout_of(3, (32, 32), 6, seed=2), torch.randn(3, 8, dtype=torch.float64)
+    assert_agree(run(path, layout.codes.long(), z), generator(layout, z))
+
+
+def test_sizes_that_do_not_divide(tmp_path):
+    """The pixels that nearest neighbour takes are those of F.interpolate."""
+    model = settled(SPADE(4, 5, 4, norm="batch"))
+    path = tmp_path / "layer.pt2"
+    for size, given in ((7, 9), (37, 20)), ((20, 33), (53, 100)):
+        x = torch.randn(2, 4, *size)
+        layout = layout_of(2, given, 5)
+        spade_fast.export(model, path, (x, layout))
+        assert_agree(run(path, x, layout.codes.long()), model(x, layout.to_segmap()))
+
+
+def test_a_batch_that_is_fixed(tmp_path):
+    model, path = settled(SPADE(4, 5, 4)), tmp_path / "layer.pt2"
+    example = torch.randn(2, 4, 6, 6), torch.randn(2, 5, 6, 6)
+    written = spade_fast.export(model, path, example, dynamic=())
+    assert list(written.inputs.values()) == ["float32 [2, 4, 6, 6]", "float32 [2, 5, 6, 6]"]
+
+
+class Draws(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.norm = SPADE(4, 3, 4)
+
+    def forward(self, x, segmap):
+        return self.norm(x, segmap) + torch.randn_like(x)
+
+
+class FixesItsSize(Draws):
+    def forward(self, x, segmap):
+        return self.norm(x + torch.ones(6), segmap)
+
+
+def test_refusals(tmp_path):
+    path, layer = tmp_path / "layer.pt2", SPADE(4, 3, 4)
+    x, segmap, layout = torch.randn(2, 4, 6, 6), torch.randn(2, 3, 6, 6), layout_of(2, (6, 6), 3)
+
+    def refused(model=layer, path=path, arguments=(x, segmap), **settings):
+        return refusal(spade_fast.export, model, path, arguments, **settings)
+
+    assert refused("layer") == "model is a str; it should be a torch.nn.Module"
+    assert "scripted or compiled" in refused(torch.compile(layer))
+    assert "they should have values" in refused(SPADE(4, 3, 4).to("meta"))
+    assert "its suffix should be one of onnx, pt2" in refused(path=tmp_path / "layer.pth")
+    assert refused(to="coreml") == "to is 'coreml'; it should be one of onnx, pt2"
+    assert "arguments is None; for a SPADE it should be an example" in refused(arguments=None)
+    assert "dynamic is 'batch'; it should be a list of batch, sizes" in refused(dynamic="batch")
+    assert "arguments should have a SemanticLayout" in refused(dont_care=255)
+    two = refused(arguments=(layout, layout))
+    assert two == "arguments has 2 SemanticLayouts; it should have one"
+    few = refused(arguments=(x, layout_of(2, (6, 6), 2)), instances=True, dont_care=255)
+    assert "has 2 channels; it should have one for each class" in few
+    assert "dont_care is 'void'; it should be a whole number" in refused(
+        arguments=(x, layout), dont_care="void"
+    )
+    assert "x 2, segmap 1; they should be equal" in refused(arguments=(x, segmap[:1]))
+    assert "It may draw random numbers" in refused(Draws())
+    fixed = refused(FixesItsSize(), dynamic=("batch", "sizes"))
+    assert fixed == "the model fixes the size of x along axis 3; dynamic should be without 'sizes'"
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(FileNotFoundError, match="should be a folder to write layer.pt2 into"):
+        spade_fast.export(layer, tmp_path / "missing/layer.pt2", (x, segmap))
+
+
+def command(*words):
+    return CliRunner().invoke(app, ["export", *map(str, words)])
+
+
+def test_the_command_on_weights(tmp_path):
+    """How label maps are read is found from the number of channels."""
+    generator, weights, path = small_generator(), tmp_path / "g.pth", tmp_path / "g.pt2"
+    checkpoint.write(generator, weights)
+    result = command(weights, "--out", path, "--num-classes", 7, "--dont-care", 255)
+    assert result.exit_code == 0, result.output
+    assert "input labels: int64 [any, 32, 32]\ninput instances: int64 [any" in result.output
+    labels, instances = squares(1, (32, 32), 7), squares(1, (32, 32), 3, seed=1)
+    labels[0, :9] = 255
+    layout = SemanticLayout.from_labels(labels, 7, instances, dont_care=255)
+    assert_agree(run(path, labels, instances), generator(layout))
+
+
+def generator_and_inputs():
+    return SPADE(4, 3, 4), (torch.zeros(2, 4, 6, 6), layout_of(2, (6, 6), 3))
+
+
+@needs_onnx
+def test_the_command_on_a_function(tmp_path):
+    path = tmp_path / "layer.onnx"
+    result = command(f"{__name__}:generator_and_inputs", "--out", path, "--fixed-batch")
+    assert result.exit_code == 0, result.output
+    assert "input labels: int64 [2, 6, 6]" in result.output
+    assert "in ONNX Runtime" in result.output and path.exists()
+
+
+def test_the_commands_refusals(tmp_path):
+    weights, path = tmp_path / "g.pth", tmp_path / "g.pt2"
+    checkpoint.write(small_generator(), weights)
+    for words, message in (
+        ((weights, "--num-classes", 5), "the generator has 9 channels, and 5 classes make 5"),
+        ((weights, "--convention", "coco"), "convention is 'coco'; it should be one of"),
+        ((weights, "--to", "aoti"), "to is 'aoti'; it should be one of onnx, pt2"),
+        (("no.such:thing",), "cannot be imported"),
+        (("no.such:thing", "--crop-size", 64), "crop_size should be given with weights, not"),
+    ):
+        result = command(*words, "--out", path)
+        assert result.exit_code == 2 and message in result.output, result.output
+        assert result.output.startswith("Error: ") and not path.exists()
+
+
+def test_label_maps_as_ade20k_numbers_them():
+    found = export_command.labels_of(151, "ade20k")
+    assert found == {"instances": False, "dont_care": 0, "label_shift": -1}
+    labels = network.Labels(150, 0, False, -1)
+    codes = network.Codes(labels)(torch.tensor([[0, 1, 150]]))
+    assert codes[0, 0].tolist() == [150, 0, 149]

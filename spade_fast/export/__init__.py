@@ -308,7 +308,7 @@ def recorded(
         ) from error
     network.shared.kept.clear()
     for name, node, shape in zip(names, placeholders(program), shapes):
-        fixed = [dim for dim in shape if isinstance(node.meta["val"].shape[dim], int)]
+        fixed = [dim for dim in shape if str(node.meta["val"].shape[dim]).isdigit()]
         if fixed:
             raise ValueError(
                 f"the model fixes the size of {name} along axis {fixed[0]}; dynamic should be"
@@ -331,6 +331,6 @@ def shapes_of(program: torch.export.ExportedProgram, names: Sequence[Any]) -> li
     for name in names:
         value = nodes[name].meta["val"]
         dtype = str(value.dtype).removeprefix("torch.")
-        sizes = [str(size) if isinstance(size, int) else "any" for size in value.shape]
+        sizes = [size if size.isdigit() else "any" for size in map(str, value.shape)]
         found.append(f"{dtype} [{', '.join(sizes)}]")
     return found

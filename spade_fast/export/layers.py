@@ -78,10 +78,12 @@ class LookedUp(nn.Module):
         self.conv = conv
         self.outside = palette.shape[0]
         self.rows = Rows(rows_of_codes(conv.weight, palette), bias_of(conv))
+        self.has_looked_up = False
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if x.shape[1] == self.conv.in_channels:
             return self.conv(x)
+        self.has_looked_up = True
         codes, conv = x[:, 0].long(), self.conv
         padding: Any = [conv.padding] if isinstance(conv.padding, str) else conv.padding
         framed = [side for own in reversed(padding) for side in (own, own)]

@@ -149,7 +149,11 @@ class Network(nn.Module):
     def run(self, inputs: Sequence[torch.Tensor]) -> Any:
         """`forward` with values, before any export."""
         with torch.no_grad(), window_mode("never"):  # a map of codes is not the condition itself
-            return self(*inputs)
+            result = self(*inputs)
+        for name, module in list(self.named_modules()):
+            if isinstance(module, LookedUp) and not module.has_looked_up:
+                self.set_submodule(name, module.conv)  # it sees something else than label maps
+        return result
 
 
 def network_of(
