@@ -322,6 +322,8 @@ def test_refusals(tmp_path):
     )
     assert "x 2, segmap 1; they should be equal" in refused(arguments=(x, segmap[:1]))
     assert "It may draw random numbers" in refused(Draws())
+    layer.mlp_gamma.register_forward_hook(lambda module, given, gamma: 2 * gamma)
+    assert "model cannot take label maps" in refused(arguments=(x, layout))
     fixed = refused(FixesItsSize(), dynamic=("batch", "sizes"))
     assert fixed == "the model fixes the size of x along axis 3; dynamic should be without 'sizes'"
     assert not list(tmp_path.iterdir())

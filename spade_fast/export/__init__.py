@@ -55,7 +55,8 @@ class Written(NamedTuple):
         lines = [f"{self.path} is written."]
         lines += [f"input {name}: {of}" for name, of in self.inputs.items()]
         lines += [f"output {name}: {of}" for name, of in self.outputs.items()]
-        lines += [f"SPADEs {way}: {count}" for way, count in self.ways.items() if count]
+        ways = [f"SPADEs {way}: {count}" for way, count in self.ways.items() if count]
+        lines += ways or ["no SPADE was found: the network is as torch.export records it"]
         where = "ONNX Runtime" if self.in_onnxruntime else "PyTorch"
         lines.append(f"largest difference from the model, in {where}: {self.difference:.1e}")
         return "\n".join(lines)
@@ -121,8 +122,8 @@ def export(
     labels = labels_of(arguments, instances, dont_care, label_shift)
     if kind == "onnx":
         check_packages()
-    network, inputs, truth = network_of(model, arguments, labels, windows)
-    difference = compare(truth, network.run(inputs))
+    network, inputs, truth = network_of(model, arguments, labels, windows, "sizes" in dynamic)
+    difference = compare(truth, result_of(network, inputs))
     names = names_of_inputs(model, arguments, labels)
     outputs = [one for one in tree_leaves(truth) if isinstance(one, torch.Tensor)]
     of_outputs = ["image"] if isinstance(model, SPADEGenerator) else ["output"]
@@ -249,6 +250,19 @@ def names_of_inputs(model: nn.Module, arguments: Sequence[Any], labels: Labels |
             name = f"input_{number}" if several or parameter is None else parameter.name
             names.append(f"input_{number}" if name in ("labels", "instances", *names) else name)
     return names
+
+
+def result_of(network: Network, inputs: Sequence[torch.Tensor]) -> Any:
+    """The network's result before it is exported. Errors: ValueError if it takes no label maps."""
+    try:
+        return network.run(inputs)
+    except Exception as error:  # of any type, from the model's own forward
+        if network.codes is None:
+            raise
+        raise ValueError(
+            "model cannot take label maps, but only the condition itself: give it as a tensor in"
+            f" place of the SemanticLayout ({type(error).__name__}: {error})"
+        ) from error
 
 
 def compare(truth: Any, found: Any) -> float:

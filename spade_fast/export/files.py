@@ -25,8 +25,8 @@ def version() -> str:
 def check_packages() -> None:
     """Raises ModuleNotFoundError unless ONNX can be written."""
     try:
-        import onnx  # noqa: F401
-        import onnxscript  # noqa: F401
+        for name in ("onnx", "onnxscript"):
+            importlib.import_module(name)
     except ImportError as error:
         raise ModuleNotFoundError(
             f"to write ONNX, install two packages: pip install onnx onnxscript ({error})"

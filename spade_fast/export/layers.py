@@ -85,12 +85,11 @@ class LookedUp(nn.Module):
             return self.conv(x)
         self.has_looked_up = True
         codes, conv = x[:, 0].long(), self.conv
-        padding: Any = [conv.padding] if isinstance(conv.padding, str) else conv.padding
-        framed = [side for own in reversed(padding) for side in (own, own)]
-        codes = F.pad(codes, framed, value=self.outside)
-        return self.rows(taps_of_map(codes, conv.kernel_size, conv.stride, conv.dilation)).movedim(
-            -1, 1
-        )
+        assert not isinstance(conv.padding, str)
+        frame = [side for own in reversed(conv.padding) for side in (own, own)]
+        codes = F.pad(codes, frame, value=self.outside)
+        seen = taps_of_map(codes, conv.kernel_size, conv.stride, conv.dilation)
+        return self.rows(seen).movedim(-1, 1)
 
 
 def can_look_up(conv: Convolution) -> bool:
@@ -139,8 +138,8 @@ def resized(codes: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
 
 
 class Standing(nn.Module):
-    """A SPADE in an exported network: x and a condition to y. A subclass
-    computes γ and β; a batch norm's running statistics and the 1 of 1 + γ are in the weights.
+    """A SPADE in an exported network: x and a condition to y. A subclass computes γ and β; a batch
+    norm's running statistics and the 1 of 1 + γ are in the weights.
     """
 
     def __init__(self, spade: HasParts, seen: Seen, shared: Shared) -> None:
@@ -337,6 +336,8 @@ def out_of_place(activation: nn.Module) -> nn.Module:
 def joined(group: Sequence[Standing]) -> tuple[torch.Tensor, torch.Tensor]:
     """The weight and the bias of the first convolutions of SPADEs, as of one convolution."""
     first = [one.first for one in group]
+    for one in group:
+        del one.first  # otherwise a program would have its weight twice
     weight = torch.cat([conv.weight.detach() for conv in first])
     return weight, torch.cat([bias_of(conv) for conv in first])
 

@@ -157,11 +157,16 @@ class Network(nn.Module):
 
 
 def network_of(
-    model: nn.Module, arguments: Sequence[Any], labels: Labels | None, windows: bool
+    model: nn.Module,
+    arguments: Sequence[Any],
+    labels: Labels | None,
+    windows: bool,
+    any_size: bool = False,
 ) -> tuple[Network, list[torch.Tensor], Any]:
     """The network to export, its inputs for this example, and the model's own result.
 
     arguments: the model's; a SemanticLayout stands for label maps, as `labels` describes.
+    any_size: whether sizes may differ from the example's.
     """
     places: list[Any] = []
     inputs: list[torch.Tensor] = []
@@ -183,6 +188,8 @@ def network_of(
     network = Network(own, places, None if labels is None else Codes(labels).to(like.device))
     with torch.no_grad():
         truth, seen = watched(own, given)
+        if any_size:
+            seen = {name: [at_any_size(call) for call in calls] for name, calls in seen.items()}
         convert(own, blocks=False)
         fold(own)
         replace(network, seen, labels, windows, like)
@@ -252,6 +259,15 @@ def watched(model: nn.Module, arguments: Sequence[Any]) -> tuple[Any, dict[str, 
     finally:
         for handle in handles:
             handle.remove()
+
+
+def at_any_size(call: Seen | None) -> Seen | None:
+    """A call without a factor by which F.interpolate repeats the pixels of some sizes alone: it
+    multiplies by a rounded quotient, which is exact for powers of two.
+    """
+    if call is None or call.factor & (call.factor - 1) == 0:
+        return call
+    return call._replace(factor=1)
 
 
 def replace(
