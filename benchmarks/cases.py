@@ -29,6 +29,7 @@ from PIL import Image, ImageDraw
 
 import spade_fast
 from spade_fast import SemanticLayout, Service, losses, reference
+from spade_fast.export.files import quiet
 from spade_fast.generation import Maps, generate_with
 from spade_fast.paint import app_of, classes_of, listening, server_of
 from spade_fast.service import generator_of
@@ -834,6 +835,7 @@ def export(settings):
         raise ValueError(
             f"the case export is for float32 on the CPU, not {settings.dtype} on {settings.device}"
         )
+    settings = dataclasses.replace(settings, batch=1)  # one scene or volume at a time
     size, ngf = _scene_size(settings), 8 if settings.quick else 64
     volume, channels = (32, (8, 16)) if settings.quick else (96, (16, 32, 64))
 
@@ -851,7 +853,7 @@ def export(settings):
         pixels = [8 if settings.quick else 64] * 2
         scenes = []
         for _ in range(settings.scenes):
-            features = torch.randn(settings.batch, network.fc.in_channels, *pixels)
+            features = torch.randn(1, network.fc.in_channels, *pixels)
             scenes.append(((features,), [features]))
         return network, network, scenes[0][0], scenes, {}
 
@@ -882,8 +884,12 @@ def export_problem(settings, name, mode, make):
     the scenes, each with the network's arguments and our exported network's inputs; and further
     arguments of `export`.
     """
-    import onnxruntime
-
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise ModuleNotFoundError(
+            f"the case export needs three packages: pip install onnx onnxscript onnxruntime ({error})"
+        ) from error
     torch.manual_seed(0)
     network, ours, example, scenes, arguments = make()
     settle(network).eval().requires_grad_(False)
@@ -910,7 +916,8 @@ def export_problem(settings, name, mode, make):
         return run
 
     def plain(path):
-        torch.onnx.export(network, scenes[0][0], path, dynamo=True, verbose=False)
+        with quiet():
+            torch.onnx.export(network, scenes[0][0], path, dynamo=True, verbose=False)
 
     def by_us(windows):
         return lambda path: spade_fast.export(ours, path, example, windows=windows, **arguments)
