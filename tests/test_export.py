@@ -21,6 +21,8 @@ from spade_fast.export.runs import CONVOLVE, assembled, convolve_runs
 from spade_fast.export.windows import number_again, number_tuples, number_windows
 from spade_fast.nn.spectral import converge
 from spade_fast.reference import SPADEResnetBlock as PublishedBlock
+from spade_fast.settings import Config
+from spade_fast.training.run import GENERATOR, SETTINGS
 
 needs_onnx = pytest.mark.needs("onnx", "onnxscript", "onnxruntime")
 
@@ -237,16 +239,18 @@ def test_other_peoples_modules(name, tmp_path, monkeypatch):
 
 
 @pytest.mark.needs("monai")
-def test_monai_in_three_dimensions(tmp_path, monkeypatch):
+@pytest.mark.parametrize("dims", [2, pytest.param(3, marks=pytest.mark.full)])
+def test_monai(dims, tmp_path, monkeypatch):
     """γ and β are normalised over each image."""
     from monai.networks.nets import SPADENet
 
-    monkeypatch.setattr(network, "WINDOWS_FROM", 64)
-    model = SPADENet(3, 1, 1, 4, [8] * 3, [4], 8, False, 6).eval()
+    size = [8] * dims
+    monkeypatch.setattr(network, "WINDOWS_FROM", 16)
+    model = SPADENet(dims, 1, 1, 4, size, [4], 8, False, 6).eval()
     path = tmp_path / "model.pt2"
-    written = spade_fast.export(model, path, (layout_of(1, (8, 8, 8), 4),))
+    written = spade_fast.export(model, path, (layout_of(1, size, 4),))
     assert written.ways["at the distinct windows of labels"] == 3
-    labels = squares(2, (8, 8, 8), 4, seed=3)
+    labels = squares(2, size, 4, seed=3)
     segmap = SemanticLayout.from_labels(labels, 4).to_segmap()
     assert_agree(run(path, labels), model(segmap)[0], 256)
 
@@ -335,11 +339,12 @@ def command(*words):
     return CliRunner().invoke(app, ["export", *map(str, words)])
 
 
-def test_the_command_on_weights(tmp_path):
-    """How label maps are read is found from the number of channels."""
-    generator, weights, path = small_generator(), tmp_path / "g.pth", tmp_path / "g.pt2"
-    checkpoint.write(generator, weights)
-    result = command(weights, "--out", path, "--num-classes", 7, "--dont-care", 255)
+def test_the_command_on_a_run(tmp_path):
+    """Its settings say how label maps are read."""
+    generator, path = small_generator(), tmp_path / "g.pt2"
+    checkpoint.write(generator, tmp_path / GENERATOR)
+    Config(num_classes=7, dont_care=255, instances="inst").save(tmp_path / SETTINGS)
+    result = command(tmp_path, "--out", path)
     assert result.exit_code == 0, result.output
     assert "input labels: int64 [any, 32, 32]\ninput instances: int64 [any" in result.output
     labels, instances = squares(1, (32, 32), 7), squares(1, (32, 32), 3, seed=1)
