@@ -15,6 +15,7 @@ from ..writing import written
 
 PACKAGE = __name__.partition(".")[0]  # also the key of the description in a file's metadata
 MOST_BYTES = 2**31 - 1  # of an ONNX file
+POINTWISE = ("LeakyRelu", "Relu", "Sigmoid")  # with a single input
 
 
 def version() -> str:
@@ -47,9 +48,33 @@ def as_onnx(
 ) -> Any:
     """A program in the operators of ONNX: a torch.onnx.ONNXProgram."""
     with quiet():
-        return torch.onnx.export(
+        converted = torch.onnx.export(
             program, input_names=inputs, output_names=outputs, dynamo=True, verbose=False
         )
+    assert converted is not None
+    for node in converted.model.graph:
+        activate_first(node)
+    return converted
+
+
+def activate_first(node: Any) -> None:
+    """Moves a transposition behind the activation that follows it: ONNX Runtime makes one of a
+    transposition and the reordering of a convolution's input if nothing is in between.
+    """
+    if node.op_type != "Transpose" or node.outputs[0].is_graph_output():
+        return
+    users = [use.node for use in node.outputs[0].uses()]
+    if len(users) != 1 or users[0].op_type not in POINTWISE:
+        return
+    # The two nodes exchange what they are, and keep their inputs and outputs.
+    (other,) = users
+    node.op_type, other.op_type = other.op_type, node.op_type
+    own, others = (list(one.attributes.values()) for one in (node, other))
+    for one, attributes in ((node, others), (other, own)):
+        one.attributes.clear()
+        for attribute in attributes:
+            one.attributes.add(attribute)
+    node.outputs[0].shape = node.inputs[0].shape
 
 
 def write_onnx(
