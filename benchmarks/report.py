@@ -159,7 +159,10 @@ def save_json(path, facts, rows):
 COLOURS = {
     "eager": "#9aa5b1",
     "torch.compile": "#e0a458",
+    "ONNX Runtime": "#b08968",
     "spade_fast": "#2a6f97",
+    "spade_fast, ONNX Runtime": "#2a6f97",
+    "spade_fast, ONNX Runtime, pixels": "#c9d6df",
     "spade_fast, prepared": "#468faf",
     "spade_fast, frozen": "#89c2d9",
     "spade_fast, folded, frozen": "#a9d6e5",

@@ -2,6 +2,7 @@
 
 from . import checkpoint
 from .convert import convert, revert
+from .export import export
 from .graphs import Graphed
 from .kernels import BackendStatus, backends, use_backend
 from .layout import SemanticLayout
@@ -35,6 +36,7 @@ __all__ = [
     "backends",
     "checkpoint",
     "convert",
+    "export",
     "fold_spectral_norm",
     "frozen",
     "initialise",

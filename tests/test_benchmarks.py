@@ -121,6 +121,21 @@ def test_every_quick_case_matches_without_the_compiler(case):
             )
 
 
+@pytest.mark.full
+@pytest.mark.needs("onnx", "onnxscript", "onnxruntime", "monai")
+def test_exported_networks_match():
+    for plan in cases.CASES["export"](Settings(quick=True)):
+        rows = measure.measure("export", plan.build(), "cpu", 0)
+        assert all(row.matches and len(row.times) >= 5 for row in rows)
+        names = [row.variant for row in rows]
+        assert names[:3] == ["eager", "ONNX Runtime", "spade_fast, ONNX Runtime"]
+
+
+def test_exported_networks_are_measured_on_the_cpu_alone():
+    with pytest.raises(ValueError, match="the case export is for float32 on the CPU, not"):
+        next(cases.CASES["export"](Settings(dtype=torch.bfloat16)))
+
+
 def bare_networks():
     """Networks of reference.py with and without spectral norm, and a call of each."""
     segmap = torch.randn(1, 5, 64, 64)

@@ -12,7 +12,17 @@ import spade_fast
 from spade_fast.cli import app, train
 from spade_fast.cli.options import as_options
 
-COMMANDS = ("info", "check", "check-data", "train", "generate", "evaluate", "compare", "paint")
+COMMANDS = (
+    "info",
+    "check",
+    "check-data",
+    "train",
+    "generate",
+    "export",
+    "evaluate",
+    "compare",
+    "paint",
+)
 # `python -m spade_fast` in an interpreter that can report its imports.
 AS_COMMAND = "import runpy, sys; sys.orig_argv[1:] = ['-m', 'spade_fast']; "
 RUN = """
@@ -86,6 +96,7 @@ def test_the_package_is_complete_inside_the_command():
         "evaluate --generated . --labels MISSING",
         "evaluate --generated . --labels . --classes MISSING",
         "generate MISSING --labels . --out out",
+        "export MISSING --out g.onnx",
         "compare MISSING MISSING",
         "paint MISSING",
     ],

@@ -107,7 +107,10 @@ def test_python(page, folder):
         assert shown in found.getvalue()
 
 
-@pytest.mark.parametrize("page", pages(README=["torchmetrics"], evaluate=["torchmetrics"]))
+@pytest.mark.parametrize(
+    "page",
+    pages(README=["torchmetrics"], evaluate=["torchmetrics"], networks=["onnx", "onnxscript"]),
+)
 def test_commands(page, folder):
     lines = [line for block in blocks(page, "bash") for line in block.splitlines()]
     if page.stem == "generate":

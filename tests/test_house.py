@@ -13,6 +13,7 @@ ROOMS = (
     "ops",
     "nn",
     "convert",
+    "export",
     "checkpoint",
     "losses",
     "settings",

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from .. import __version__, import_public
-from . import check, check_data, compare, evaluate, generate, info, paint, train
+from . import check, check_data, compare, evaluate, export, generate, info, paint, train
 from .tables import table_of
 
 __all__ = ["app", "table_of"]
@@ -34,6 +34,7 @@ app.command("check")(prepared(check.check))
 app.command("check-data")(prepared(check_data.check_data))
 app.command("train")(prepared(train.command()))
 app.command("generate")(prepared(generate.generate))
+app.command("export")(prepared(export.export))
 app.command("evaluate")(prepared(evaluate.evaluate))
 app.command("compare")(prepared(compare.compare))
 app.command("paint")(prepared(paint.paint))

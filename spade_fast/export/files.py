@@ -1,0 +1,141 @@
+"""Writes a network as ONNX or as a program of torch.export, with a description of itself."""
+
+import contextlib
+import importlib
+import json
+import logging
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..writing import written
+
+PACKAGE = __name__.partition(".")[0]  # also the key of the description in a file's metadata
+MOST_BYTES = 2**31 - 1  # of an ONNX file
+POINTWISE = ("LeakyRelu", "Relu", "Sigmoid")  # with a single input
+
+
+def version() -> str:
+    """The version of this package, which imports this module."""
+    return importlib.import_module(PACKAGE).__version__
+
+
+def check_packages() -> None:
+    """Raises ModuleNotFoundError unless ONNX can be written."""
+    try:
+        for name in ("onnx", "onnxscript"):
+            importlib.import_module(name)
+    except ImportError as error:
+        raise ModuleNotFoundError(
+            f"to write ONNX, install two packages: pip install onnx onnxscript ({error})"
+        ) from error
+
+
+def write_program(
+    program: torch.export.ExportedProgram, path: Path, description: Mapping[str, Any]
+) -> None:
+    """Writes a program, which `torch.export.load` reads."""
+    with written(path) as unfinished, open(unfinished, "wb") as file:
+        extra = {f"{PACKAGE}.json": json.dumps(description)}
+        torch.export.save(program, file, extra_files=extra)
+
+
+def as_onnx(
+    program: torch.export.ExportedProgram, inputs: Sequence[str], outputs: Sequence[str]
+) -> Any:
+    """A program in the operators of ONNX: a torch.onnx.ONNXProgram."""
+    with quiet():
+        converted = torch.onnx.export(
+            program, input_names=inputs, output_names=outputs, dynamo=True, verbose=False
+        )
+    assert converted is not None
+    for node in converted.model.graph:
+        activate_first(node)
+    return converted
+
+
+def activate_first(node: Any) -> None:
+    """Moves a transposition behind the activation that follows it: ONNX Runtime makes one of a
+    transposition and the reordering of a convolution's input if nothing is in between.
+    """
+    if node.op_type != "Transpose" or node.outputs[0].is_graph_output():
+        return
+    users = [use.node for use in node.outputs[0].uses()]
+    if len(users) != 1 or users[0].op_type not in POINTWISE:
+        return
+    # The two nodes exchange what they are, and keep their inputs and outputs.
+    (other,) = users
+    node.op_type, other.op_type = other.op_type, node.op_type
+    own, others = (list(one.attributes.values()) for one in (node, other))
+    for one, attributes in ((node, others), (other, own)):
+        one.attributes.clear()
+        for attribute in attributes:
+            one.attributes.add(attribute)
+    node.outputs[0].shape = node.inputs[0].shape
+
+
+def write_onnx(
+    converted: Any,
+    path: Path,
+    description: Mapping[str, Any],
+    inputs: Sequence[torch.Tensor],
+    check: Any,
+) -> bool:
+    """Writes what `as_onnx` returns. Where ONNX Runtime is installed, it first runs on the inputs,
+    and `check` gets its results. Returns whether it ran.
+
+    Errors: ValueError if the file would be larger than ONNX allows.
+    """
+    model = converted.model_proto
+    model.producer_name, model.producer_version = PACKAGE, version()
+    entry = model.metadata_props.add()
+    entry.key, entry.value = PACKAGE, json.dumps(description)
+    size = model.ByteSize()
+    if size > MOST_BYTES:
+        raise ValueError(
+            f"the network takes {size} bytes in ONNX, whose files have at most {MOST_BYTES}:"
+            " write it as .pt2"
+        )
+    content = model.SerializeToString()
+    results = run_onnx(content, inputs)
+    if results is not None:
+        check(results)
+    with written(path) as unfinished:
+        unfinished.write_bytes(content)
+    return results is not None
+
+
+def run_onnx(content: bytes, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor] | None:
+    """The results of a network in ONNX Runtime; None if it is not installed, or not for float32,
+    in which alone it has all operators on a CPU.
+    """
+    try:
+        import onnxruntime
+    except ImportError:
+        return None
+    if any(one.dtype not in (torch.float32, torch.int64) for one in inputs):
+        return None
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    options.intra_op_num_threads = torch.get_num_threads()
+    session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
+    names = [one.name for one in session.get_inputs()]
+    given = {name: one.cpu().numpy() for name, one in zip(names, inputs, strict=True)}
+    return [torch.from_numpy(one) for one in session.run(None, given)]
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Inside, torch's exporters do not tell of packages and functions that a network does without."""
+    log = logging.getLogger("torch.onnx")
+    level = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        log.setLevel(level)

@@ -1,0 +1,384 @@
+"""The modules that stand in an exported network for its SPADEs and for the other convolutions of a
+label map, in plain PyTorch operators that every exporter knows.
+
+Two kinds of condition reach them. Features are tensors [N, label_nc, *spatial], as in the network
+itself. A label map is a map of codes, float [N, 1, *spatial]: resizing it by nearest neighbour, as
+networks do, leaves codes as they are, and float32 has every whole number below 2²⁴.
+"""
+
+import copy
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from ..convert.swap import Call, Fast
+from ..nn.modules import Convolution
+from ..nn.parts import Convolutions, HasParts, Known
+from ..nn.pixels import resize
+from ..nn.spade import measures
+from .runs import CONVOLVE, assembled, convolve_runs
+from .windows import number_again, number_windows
+
+# Fewer pixels than this have too few equal windows for their numbering to pay.
+WINDOWS_FROM = 1024
+
+
+class Seen(NamedTuple):
+    """A call of a SPADE in the network itself."""
+
+    group: int | str  # equal for calls with one condition and one size of x
+    pixels: int  # of x
+    factor: int  # how many times the condition's pixels are repeated along each axis to reach x
+
+
+class Shared:
+    """What the SPADEs of one network share within a call."""
+
+    def __init__(self) -> None:
+        self.kept: dict[tuple, Any] = {}
+
+    def get(self, key: tuple, condition: torch.Tensor, make: Callable[[], Any]) -> Any:
+        """What `make` returns, computed once for this key and condition."""
+        key = (id(condition), *key)
+        if key not in self.kept:
+            self.kept[key] = condition, make()  # held, so that no other tensor gets its id
+        return self.kept[key][1]
+
+
+class Rows(nn.Module):
+    """A convolution of codes: sums of rows, one of a table of its own for each tap.
+
+    tables: [rows, channels] for each tap; bias: [channels].
+    """
+
+    def __init__(self, tables: Iterable[torch.Tensor], bias: torch.Tensor) -> None:
+        super().__init__()
+        self.bias = nn.Buffer(bias)
+        for tap, table in enumerate(tables):
+            self.register_buffer(f"tap_{tap}", table.contiguous())
+
+    def forward(self, numbers: Sequence[torch.Tensor]) -> torch.Tensor:
+        """The sum over taps of the rows with these numbers, each int64 [...], as [..., channels]."""
+        total: torch.Tensor = self.bias
+        for tap, places in enumerate(numbers):
+            total = total + self.get_buffer(f"tap_{tap}").index_select(0, places.flatten())
+        return total.view(*numbers[0].shape, -1)
+
+
+class LookedUp(nn.Module):
+    """A convolution that takes a map of codes in place of the condition that they stand for. Any
+    other input is convolved as before.
+    """
+
+    def __init__(self, conv: Convolution, palette: torch.Tensor) -> None:
+        super().__init__()
+        self.conv = conv
+        self.outside = palette.shape[0]
+        self.rows = Rows(rows_of_codes(conv.weight, palette), bias_of(conv))
+        self.has_looked_up = False
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if x.shape[1] == self.conv.in_channels:
+            return self.conv(x)
+        self.has_looked_up = True
+        codes, conv = x[:, 0].long(), self.conv
+        assert not isinstance(conv.padding, str)
+        frame = [side for own in reversed(conv.padding) for side in (own, own)]
+        codes = F.pad(codes, frame, value=self.outside)
+        seen = taps_of_map(codes, conv.kernel_size, conv.stride, conv.dilation)
+        return self.rows(seen).movedim(-1, 1)
+
+
+def can_look_up(conv: Convolution) -> bool:
+    """Whether `LookedUp` can stand for a convolution."""
+    return conv.groups == 1 and conv.padding_mode == "zeros" and not isinstance(conv.padding, str)
+
+
+def taps_of_map(
+    codes: torch.Tensor, size: Sequence[int], stride: Sequence[int], dilation: Sequence[int]
+) -> list[torch.Tensor]:
+    """What each tap of a convolution sees of codes [N, *spatial], for every place of its result."""
+    maps = [codes]
+    for dim, (taps, step, wide) in enumerate(zip(size, stride, dilation), start=1):
+        length = (codes.shape[dim] - (taps - 1) * wide - 1) // step + 1
+        everything = (slice(None),) * dim
+        maps = [
+            one[(*everything, slice(tap * wide, tap * wide + (length - 1) * step + 1, step))]
+            for one in maps
+            for tap in range(taps)
+        ]
+    return maps
+
+
+def rows_of_codes(weight: torch.Tensor, palette: torch.Tensor) -> list[torch.Tensor]:
+    """For each tap of a convolution's weight [out, in, *kernel], what it makes of each code, and of
+    the last number, which is beyond the border: [codes + 1, out].
+    """
+    palette = F.pad(palette.to(weight), (0, 0, 0, 1))
+    return [palette @ tap.t() for tap in weight.detach().flatten(2).unbind(2)]
+
+
+def resized(codes: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
+    """codes [N, *spatial] at another size, from the pixels that `F.interpolate(mode="nearest")`
+    takes.
+    """
+    for dim, (given, wanted) in enumerate(zip(codes.shape[1:], size), start=1):
+        if given == wanted:
+            continue
+        if given % wanted == 0:
+            codes = codes[(slice(None),) * dim + (slice(None, None, given // wanted),)]
+            continue
+        places = torch.arange(wanted, dtype=torch.float32, device=codes.device)
+        places = (places * (given / wanted)).floor().long().clamp(max=given - 1)
+        codes = codes.index_select(dim, places)
+    return codes
+
+
+class Standing(nn.Module):
+    """A SPADE in an exported network: x and a condition to y. A subclass computes γ and β; a batch
+    norm's running statistics and the 1 of 1 + γ are in the weights.
+    """
+
+    def __init__(self, spade: HasParts, seen: Seen, shared: Shared) -> None:
+        super().__init__()
+        known = Known.of(spade)
+        assert known.convolutions is not None
+        own = known.convolutions
+        self.call = spade.call if isinstance(spade, Fast) else Call(type(spade).forward)
+        self.seen, self.shared = seen, shared
+        self.group: list[Standing] = [self]
+        self.taps = own.gamma.kernel_size[0]
+        self.activations = nn.Sequential(*map(out_of_place, own.activations))
+        self.gamma_norm, self.beta_norm = own.gamma_norm, own.beta_norm
+        self.hidden, self.channels = own.shared.out_channels, own.gamma.out_channels
+        self.norm: nn.Module | None = known.parts.norm
+        planes = None if own.normalise else running_planes(known)
+        if planes is not None:
+            self.norm = None
+        weights = [one.to(own.gamma.weight) for one in modulation(own, planes)]
+        self.gamma, self.of_gamma, self.beta, self.of_beta = map(nn.Buffer, weights)
+        self.first = own.shared
+        self.channels_last = False
+
+    def forward(self, *arguments: Any, **named: Any) -> torch.Tensor:
+        pair = self.call.pair(arguments, named)
+        if pair is None:
+            raise ValueError(
+                "the network calls a SPADE with more than x and a condition, which an exported one"
+                " does not take"
+            )
+        x, condition = pair
+        gamma, beta = self.at(condition, x.shape[2:])
+        x = x if self.norm is None else self.norm(x)
+        if self.channels_last:
+            # Rows of a table have their channels together: with x transposed instead, ONNX Runtime
+            # drops the transpositions beside a convolution.
+            return (x.movedim(1, -1) * gamma + beta).movedim(-1, 1)
+        if self.gamma_norm is not None:
+            gamma = 1 + self.gamma_norm(gamma)
+        if self.beta_norm is not None:
+            beta = self.beta_norm(beta)
+        return x * gamma + beta
+
+    def at(self, condition: torch.Tensor, size: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
+        """The factor of x and the summand at every pixel, [N, C, *size] each."""
+        raise NotImplementedError
+
+    def join(self) -> None:
+        """Makes the first convolution of the group, of which this is the first one."""
+        raise NotImplementedError
+
+    def of_group(
+        self,
+        condition: torch.Tensor,
+        size: Sequence[int],
+        make: Callable[[], Sequence[torch.Tensor]],
+    ) -> list[torch.Tensor]:
+        """This SPADE's channels, along axis 1, of what `make` computes for its whole group."""
+        channels = [one.hidden for one in self.group]
+
+        def split():
+            return [part.split(channels, dim=1) if len(channels) > 1 else [part] for part in make()]
+
+        key = (id(self.group), *map(str, size))
+        place = self.group.index(self)
+        return [part[place] for part in self.shared.get(key, condition, split)]
+
+
+class OfFeatures(Standing):
+    """A SPADE whose condition is features. SPADEs that see one condition at one size share the
+    convolution of it, and where nearest neighbour enlarges the condition, it is computed on runs.
+    """
+
+    def join(self) -> None:
+        self.joint_weight, self.joint_bias = map(nn.Buffer, joined(self.group))
+
+    def at(self, condition: torch.Tensor, size: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
+        factor, lead, half = self.seen.factor, self.group[0], self.taps // 2
+        convolve = CONVOLVE[len(size)]
+        if any(given * factor != wanted for given, wanted in zip(condition.shape[2:], size)):
+            factor = 1
+
+        def make():
+            weight, bias = lead.joint_weight, lead.joint_bias
+            if factor == 1:
+                parts = [convolve(resize(condition, size), weight, bias, padding=half)]
+            else:
+                parts = convolve_runs(condition, factor, weight, bias)
+            return [self.activations(part) for part in parts]
+
+        parts = self.of_group(condition, size, make)
+        hidden = parts[0] if factor == 1 else assembled(parts, factor, self.taps)
+        gamma = convolve(hidden, self.gamma, self.of_gamma, padding=half)
+        return gamma, convolve(hidden, self.beta, self.of_beta, padding=half)
+
+
+class OfLabels(Standing):
+    """A SPADE whose condition is a map of codes: the first convolution looks them up. With
+    `windows`, γ and β are computed once for each distinct window.
+    """
+
+    def __init__(
+        self, spade: HasParts, seen: Seen, shared: Shared, palette: torch.Tensor, windows: bool
+    ) -> None:
+        super().__init__(spade, seen, shared)
+        self.palette, self.outside, self.windows = palette, palette.shape[0], windows
+        self.rows: Rows
+        if windows:
+            self.channels_last = self.gamma_norm is None is self.beta_norm
+            self.gamma, self.of_gamma = by_runs(self.gamma, self.of_gamma)
+            self.beta, self.of_beta = by_runs(self.beta, self.of_beta)
+
+    def join(self) -> None:
+        weight, bias = joined(self.group)
+        self.rows = Rows(rows_of_codes(weight, self.palette), bias)
+
+    def at(self, condition: torch.Tensor, size: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
+        lead = self.group[0]
+        codes = self.shared.get(
+            ("codes", *map(str, size)),
+            condition,
+            lambda: resized(condition[:, 0].long(), size),
+        )
+        dims = codes.dim() - 1
+        if not self.windows:
+
+            def make():
+                padded = F.pad(codes, [self.taps // 2] * 2 * dims, value=self.outside)
+                ones = (1,) * dims
+                maps = taps_of_map(padded, (self.taps,) * dims, ones, ones)
+                return [self.activations(lead.rows(maps).movedim(-1, 1))]
+
+            (hidden,) = self.of_group(condition, size, make)
+            half = self.taps // 2
+            gamma = CONVOLVE[dims](hidden, self.gamma, self.of_gamma, padding=half)
+            return gamma, CONVOLVE[dims](hidden, self.beta, self.of_beta, padding=half)
+
+        def number():
+            hidden = number_windows(codes, self.taps, self.outside)
+            return hidden.contents, number_again(hidden, self.taps)
+
+        key = ("windows", self.taps, *map(str, size))
+        seen, found = self.shared.get(key, condition, number)
+        (hidden,) = self.of_group(
+            condition, size, lambda: [self.activations(lead.rows(seen.unbind(1)))]
+        )
+        hidden = F.pad(hidden, (0, 0, 0, 1))  # the last row, of zeros, is beyond the border
+        runs = hidden.index_select(0, found.runs.flatten()).view(-1, self.taps * self.hidden)
+        gamma, beta = (
+            self.of_windows(runs, found.windows, weight, bias)
+            .index_select(0, found.index.flatten())
+            .view(*found.index.shape, -1)
+            for weight, bias in ((self.gamma, self.of_gamma), (self.beta, self.of_beta))
+        )
+        if not self.channels_last:
+            gamma, beta = gamma.movedim(-1, 1), beta.movedim(-1, 1)
+        return gamma, beta
+
+    def of_windows(
+        self, runs: torch.Tensor, windows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor
+    ) -> torch.Tensor:
+        """A convolution of windows, [K, C]: along the last axis a product, along the others a sum.
+
+        runs: [R, taps · hidden]; windows: [K, taps of the other axes], of the runs; weight, bias:
+        see `by_runs`.
+        """
+        taps = windows.shape[1]
+        rows = torch.addmm(bias, runs, weight).view(-1, self.channels)
+        places = windows * taps + torch.arange(taps, device=windows.device)
+        return rows.index_select(0, places.flatten()).view(-1, taps, self.channels).sum(1)
+
+
+def by_runs(weight: torch.Tensor, bias: torch.Tensor) -> tuple[nn.Buffer, nn.Buffer]:
+    """A convolution's weight [out, in, *kernel] as [taps of the last axis · in, taps of the others ·
+    out], and its bias [out] as [taps of the others · out]: only the middle one, which no window
+    lacks, has it.
+    """
+    rows = weight.flatten(2, -2) if weight.dim() > 3 else weight[:, :, None]
+    others = rows.shape[2]
+    middle = torch.zeros(others, len(bias)).to(bias)
+    middle[others // 2] = bias
+    rows = rows.permute(3, 1, 2, 0).flatten(2).flatten(0, 1)  # [tap, in, other, out]
+    return nn.Buffer(rows.contiguous()), nn.Buffer(middle.flatten())
+
+
+def out_of_place(activation: nn.Module) -> nn.Module:
+    """The activation, which does not overwrite its input: parts of a hidden map are views of it."""
+    activation = copy.copy(activation)
+    if hasattr(activation, "inplace"):
+        activation.inplace = False
+    return activation
+
+
+def joined(group: Sequence[Standing]) -> tuple[torch.Tensor, torch.Tensor]:
+    """The weight and the bias of the first convolutions of SPADEs, as of one convolution."""
+    first = [one.first for one in group]
+    for one in group:
+        del one.first  # otherwise a program would have its weight twice
+    weight = torch.cat([conv.weight.detach() for conv in first])
+    return weight, torch.cat([bias_of(conv) for conv in first])
+
+
+def bias_of(conv: Convolution) -> torch.Tensor:
+    if conv.bias is None:
+        return conv.weight.new_zeros(conv.out_channels)
+    return conv.bias.detach()
+
+
+def running_planes(known: Known) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """The factor and the summand [C], float64, to which a batch norm's running statistics amount;
+    None if x is normalised in another way.
+    """
+    norm = known.own_norm
+    if norm is None or measures(norm) or isinstance(norm, nn.GroupNorm):
+        return None
+    mean, variance = norm.running_mean, norm.running_var
+    assert mean is not None and variance is not None
+    factor = torch.rsqrt(variance.double() + norm.eps)
+    if norm.weight is not None:
+        factor = factor * norm.weight.detach().double()
+    summand = -mean.double() * factor
+    return factor, summand if norm.bias is None else summand + norm.bias.detach().double()
+
+
+def modulation(
+    own: Convolutions, planes: tuple[torch.Tensor, torch.Tensor] | None
+) -> Sequence[torch.Tensor]:
+    """The weights and biases, float64, of the convolutions that compute 1 + γ and β: weight, bias,
+    weight, bias. With `planes`, they compute what these amount to for an x that is not normalised.
+    If γ has a norm of its own, the first computes γ.
+    """
+    (gamma, of_gamma), (beta, of_beta) = (
+        (conv.weight.detach().double(), bias_of(conv).double()) for conv in (own.gamma, own.beta)
+    )
+    if own.gamma_norm is None:
+        of_gamma = of_gamma + 1
+    if planes is not None:
+        factor, summand = planes
+        wide = (-1, *[1] * (gamma.dim() - 1))
+        beta, of_beta = beta + summand.view(wide) * gamma, of_beta + summand * of_gamma
+        gamma, of_gamma = factor.view(wide) * gamma, factor * of_gamma
+    return gamma, of_gamma, beta, of_beta
