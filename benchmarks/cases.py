@@ -1424,7 +1424,5 @@ CASES = {
     "converted": converted,
     "monai": monai,
     "spatial": spatial,
-
-
     "export": export,
 }
