@@ -980,7 +980,7 @@ def export(settings):
 
 
 def export_problem(settings, name, mode, make):
-    """The problem of a network in ONNX Runtime. Every result there is within 1e-4 of eager's, relative
+    """The problem of a network in ONNX Runtime. Our results there are within 1e-4 of eager's, relative
     to the largest value. ONNX Runtime rounds more than PyTorch in the instance norms of volumes, so
     what torch.onnx.export writes is a yardstick of the allowed error, too.
 
@@ -1006,7 +1006,7 @@ def export_problem(settings, name, mode, make):
         options.intra_op_num_threads = torch.get_num_threads()
         return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
 
-    def variant(write, inputs_of):
+    def variant(write, inputs_of, is_ours=True):
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder, "network.onnx")
             write(path)
@@ -1016,7 +1016,7 @@ def export_problem(settings, name, mode, make):
         def run():
             given = dict(zip(names, (one.numpy() for one in inputs_of()), strict=True))
             y = torch.from_numpy(loaded.run(None, given)[0])
-            if problem.scene not in compared:  # in the first call, which is not timed
+            if is_ours and problem.scene not in compared:  # in the first call, which is not timed
                 compared.add(problem.scene)
                 expected = eager()["y"]
                 apart = ((y - expected).abs().max() / expected.abs().max()).item()
@@ -1038,7 +1038,7 @@ def export_problem(settings, name, mode, make):
 
     makers = {
         "eager": lambda: eager,
-        "ONNX Runtime": lambda: variant(plain, lambda: scenes[problem.scene][0]),
+        "ONNX Runtime": lambda: variant(plain, lambda: scenes[problem.scene][0], False),
         "spade_fast, ONNX Runtime": lambda: variant(by_us(True), lambda: scenes[problem.scene][1]),
     }
     if scenes[0][1][0].dtype == torch.int64:

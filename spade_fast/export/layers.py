@@ -15,7 +15,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from ..convert.swap import Call, Fast
-from ..nn.modules import Convolution
+from ..nn.modules import Convolution, is_watched
 from ..nn.parts import Convolutions, HasParts, Known
 from ..nn.pixels import resize
 from ..nn.spade import measures
@@ -152,9 +152,9 @@ class Standing(nn.Module):
         self.group: list[Standing] = [self]
         self.taps = own.gamma.kernel_size[0]
         self.activations = nn.Sequential(*map(out_of_place, own.activations))
-        self.gamma_norm, self.beta_norm = own.gamma_norm, own.beta_norm
+        self.gamma_norm, self.beta_norm = precise(own.gamma_norm), precise(own.beta_norm)
         self.hidden, self.channels = own.shared.out_channels, own.gamma.out_channels
-        self.norm: nn.Module | None = known.parts.norm
+        self.norm: nn.Module | None = precise(known.parts.norm)
         planes = None if own.normalise else running_planes(known)
         if planes is not None:
             self.norm = None
@@ -323,6 +323,37 @@ def by_runs(weight: torch.Tensor, bias: torch.Tensor) -> tuple[nn.Buffer, nn.Buf
     middle[others // 2] = bias
     rows = rows.permute(3, 1, 2, 0).flatten(2).flatten(0, 1)  # [tap, in, other, out]
     return nn.Buffer(rows.contiguous()), nn.Buffer(middle.flatten())
+
+
+class VolumeNorm(nn.Module):
+    """An instance norm of volumes without running statistics, by means of one axis after another:
+    ONNX Runtime's own sums all voxels one by one, which rounds too much.
+    """
+
+    def __init__(self, norm: nn.InstanceNorm3d) -> None:
+        super().__init__()
+        self.eps, self.weight, self.bias = norm.eps, norm.weight, norm.bias
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x - mean_of_planes(x)
+        y = x * torch.rsqrt(mean_of_planes(x * x) + self.eps)
+        if self.weight is not None:
+            y = y * self.weight.view(-1, 1, 1, 1)
+        return y if self.bias is None else y + self.bias.view(-1, 1, 1, 1)
+
+
+def mean_of_planes(x: torch.Tensor) -> torch.Tensor:
+    """The mean of each plane of x [N, C, *spatial], [N, C, 1, …]."""
+    for dim in range(x.dim() - 1, 1, -1):
+        x = x.mean(dim, keepdim=True)
+    return x
+
+
+def precise(norm: nn.Module | None) -> Any:
+    """A norm, or what stands for it where ONNX Runtime rounds too much."""
+    if type(norm) is nn.InstanceNorm3d and norm.running_mean is None and not is_watched(norm):
+        return VolumeNorm(norm)
+    return norm
 
 
 def out_of_place(activation: nn.Module) -> nn.Module:
