@@ -929,9 +929,9 @@ def _diffusers():
 
 
 def export(settings):
-    """Networks in ONNX Runtime: as torch.onnx.export writes them, and as spade_fast.export does. The
-    published generator from label maps, LivePortrait's decoder of features, and MONAI's generator
-    of volumes.
+    """Networks in ONNX Runtime: as torch.onnx.export writes them, and as spade_fast.export does.
+    They are the published generator from label maps, LivePortrait's decoder of features, and
+    MONAI's generator of volumes.
     """
     if settings.device != "cpu" or settings.dtype != torch.float32:
         raise ValueError(
@@ -980,9 +980,9 @@ def export(settings):
 
 
 def export_problem(settings, name, mode, make):
-    """The problem of a network in ONNX Runtime. Our results there are within 1e-4 of eager's, relative
-    to the largest value. ONNX Runtime rounds more than PyTorch in the instance norms of volumes, so
-    what torch.onnx.export writes is a yardstick of the allowed error, too.
+    """The problem of a network in ONNX Runtime. Our results there are within 1e-4 of eager's,
+    relative to the largest value. ONNX Runtime rounds more than PyTorch in the instance norms of
+    volumes, so what torch.onnx.export writes is a yardstick of the allowed error, too.
 
     make: returns the network; ours with the same weights; the example to export it with, or None;
     the scenes, each with the network's arguments and our exported network's inputs; and further
@@ -992,7 +992,8 @@ def export_problem(settings, name, mode, make):
         import onnxruntime
     except ImportError as error:
         raise ModuleNotFoundError(
-            f"the case export needs three packages: pip install onnx onnxscript onnxruntime ({error})"
+            "the case export needs three packages: pip install onnx onnxscript onnxruntime"
+            f" ({error})"
         ) from error
     torch.manual_seed(0)
     network, ours, example, scenes, arguments = make()

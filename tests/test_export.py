@@ -102,7 +102,7 @@ def test_windows_are_those_of_a_layout(dims, kernel_size):
 def test_more_tuples_than_fit_into_a_number_are_an_error():
     first = torch.arange(2**21 - 3).repeat(2)
     second = torch.arange(2).repeat_interleave(2**21 - 3)
-    numbers, tuples = number_tuples([first, first])
+    _, tuples = number_tuples([first, first])
     assert len(tuples) == 2**21 - 3
     with pytest.raises((IndexError, RuntimeError), match="out of range"):
         number_tuples([first, second])

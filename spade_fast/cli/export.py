@@ -146,7 +146,7 @@ def _found(
             f"weights are those of a {type(network).__name__}; they should be a generator's"
         )
     if said is not None:
-        own = {"convention": said.convention}
+        own: dict[str, Any] = {"convention": said.convention}
         if reading["convention"] in (None, said.convention):
             own |= {"num_classes": said.num_classes, "dont_care": said.dont_care}
         reading = own | {name: value for name, value in reading.items() if value is not None}

@@ -1,5 +1,5 @@
-"""`export`: networks with SPADEs as ONNX or as a program of torch.export, in standard operators alone
-and with less to compute.
+"""`export`: networks with SPADEs as ONNX or as a program of torch.export, in standard operators
+alone and with less to compute.
 
 The exported network is a copy of the model in which other modules stand for its SPADEs
 (network.py, layers.py). Label maps come in as whole numbers: the first convolution of a SPADE is a
@@ -114,7 +114,7 @@ def export(
     path = Path(path)
     kind = format_of(path, to)
     check_model(model)
-    dynamic = checked("dynamic", dynamic, DYNAMIC)
+    varies = checked("dynamic", dynamic, DYNAMIC)
     if arguments is None:
         arguments = example_of(model)
     elif isinstance(arguments, (torch.Tensor, SemanticLayout)):
@@ -122,14 +122,14 @@ def export(
     labels = labels_of(arguments, instances, dont_care, label_shift)
     if kind == "onnx":
         check_packages()
-    network, inputs, truth = network_of(model, arguments, labels, windows, "sizes" in dynamic)
+    network, inputs, truth = network_of(model, arguments, labels, windows, "sizes" in varies)
     difference = compare(truth, result_of(network, inputs))
     names = names_of_inputs(model, arguments, labels)
     outputs = [one for one in tree_leaves(truth) if isinstance(one, torch.Tensor)]
     of_outputs = ["image"] if isinstance(model, SPADEGenerator) else ["output"]
     if len(outputs) > 1:
         of_outputs = [f"output_{number}" for number in range(len(outputs))]
-    program = recorded(network, inputs, names, dynamic)
+    program = recorded(network, inputs, names, varies)
     found = Written(
         path,
         dict(zip(names, shapes_of(program, program.graph_signature.user_inputs))),
@@ -311,7 +311,7 @@ def recorded(
         auto = torch.export.Dim.AUTO
         for one, shape in zip(inputs, shapes):
             first = 2 if one.is_floating_point() else 1
-            shape.update({dim: auto for dim in range(first, one.dim())})
+            shape.update(dict.fromkeys(range(first, one.dim()), auto))
     try:
         with torch.no_grad(), quiet():
             program = torch.export.export(network, tuple(inputs), dynamic_shapes=(tuple(shapes),))

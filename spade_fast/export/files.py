@@ -129,7 +129,7 @@ def run_onnx(content: bytes, inputs: Sequence[torch.Tensor]) -> list[torch.Tenso
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Inside, torch's exporters do not tell of packages and functions that a network does without."""
+    """Inside, torch's exporters do not tell of packages and functions that are not needed."""
     log = logging.getLogger("torch.onnx")
     level = log.level
     log.setLevel(logging.ERROR)

@@ -14,7 +14,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from ..convert.swap import Call, Fast
+from ..convert.swap import Call, Called, Fast
 from ..nn.modules import Convolution, is_watched
 from ..nn.parts import Convolutions, HasParts, Known
 from ..nn.pixels import resize
@@ -61,7 +61,7 @@ class Rows(nn.Module):
             self.register_buffer(f"tap_{tap}", table.contiguous())
 
     def forward(self, numbers: Sequence[torch.Tensor]) -> torch.Tensor:
-        """The sum over taps of the rows with these numbers, each int64 [...], as [..., channels]."""
+        """The sum over taps of the rows with these numbers: int64 [...] each to [..., channels]."""
         total: torch.Tensor = self.bias
         for tap, places in enumerate(numbers):
             total = total + self.get_buffer(f"tap_{tap}").index_select(0, places.flatten())
@@ -104,12 +104,11 @@ def taps_of_map(
     maps = [codes]
     for dim, (taps, step, wide) in enumerate(zip(size, stride, dilation), start=1):
         length = (codes.shape[dim] - (taps - 1) * wide - 1) // step + 1
-        everything = (slice(None),) * dim
-        maps = [
-            one[(*everything, slice(tap * wide, tap * wide + (length - 1) * step + 1, step))]
-            for one in maps
-            for tap in range(taps)
+        places = [
+            (*[slice(None)] * dim, slice(first, first + (length - 1) * step + 1, step))
+            for first in range(0, taps * wide, wide)
         ]
+        maps = [one[place] for one in maps for place in places]
     return maps
 
 
@@ -142,6 +141,10 @@ class Standing(nn.Module):
     norm's running statistics and the 1 of 1 + γ are in the weights.
     """
 
+    joint_weight: torch.Tensor
+    joint_bias: torch.Tensor
+    rows: "Rows"
+
     def __init__(self, spade: HasParts, seen: Seen, shared: Shared) -> None:
         super().__init__()
         known = Known.of(spade)
@@ -164,7 +167,7 @@ class Standing(nn.Module):
         self.channels_last = False
 
     def forward(self, *arguments: Any, **named: Any) -> torch.Tensor:
-        pair = self.call.pair(arguments, named)
+        pair = self.call.pair(arguments, named, Called())
         if pair is None:
             raise ValueError(
                 "the network calls a SPADE with more than x and a condition, which an exported one"
@@ -246,7 +249,6 @@ class OfLabels(Standing):
     ) -> None:
         super().__init__(spade, seen, shared)
         self.palette, self.outside, self.windows = palette, palette.shape[0], windows
-        self.rows: Rows
         if windows:
             self.channels_last = self.gamma_norm is None is self.beta_norm
             self.gamma, self.of_gamma = by_runs(self.gamma, self.of_gamma)
@@ -313,8 +315,8 @@ class OfLabels(Standing):
 
 
 def by_runs(weight: torch.Tensor, bias: torch.Tensor) -> tuple[nn.Buffer, nn.Buffer]:
-    """A convolution's weight [out, in, *kernel] as [taps of the last axis · in, taps of the others ·
-    out], and its bias [out] as [taps of the others · out]: only the middle one, which no window
+    """A convolution's weight [out, in, *kernel] as [taps of the last axis · in, taps of the others
+    · out], and its bias [out] as [taps of the others · out]: only the middle one, which no window
     lacks, has it.
     """
     rows = weight.flatten(2, -2) if weight.dim() > 3 else weight[:, :, None]
@@ -360,7 +362,7 @@ def out_of_place(activation: nn.Module) -> nn.Module:
     """The activation, which does not overwrite its input: parts of a hidden map are views of it."""
     activation = copy.copy(activation)
     if hasattr(activation, "inplace"):
-        activation.inplace = False
+        setattr(activation, "inplace", False)
     return activation
 
 

@@ -17,7 +17,7 @@ from torch.nn.utils.weight_norm import WeightNorm
 
 from ..convert import convert
 from ..convert.recognise import looks_like_spade
-from ..convert.swap import Call
+from ..convert.swap import Call, Called
 from ..layout import SemanticLayout
 from ..nn.choice import window_mode
 from ..nn.modules import CONVOLUTION_TYPES, MAKERS, hooks, is_watched
@@ -232,7 +232,7 @@ def watched(model: nn.Module, arguments: Sequence[Any]) -> tuple[Any, dict[str, 
         call = Call(getattr(type(module), "own_class", type(module)).forward)
 
         def watch(module, given, named):
-            pair = call.pair(given, named)
+            pair = call.pair(given, named, Called())
             if pair is None or not all(isinstance(one, torch.Tensor) for one in pair):
                 seen.setdefault(name, []).append(None)
                 return
@@ -270,6 +270,13 @@ def at_any_size(call: Seen | None) -> Seen | None:
     return call._replace(factor=1)
 
 
+def can_stand(spade: HasParts) -> bool:
+    """Whether a `Standing` can be in the place of a SPADE."""
+    form = spade.spade_form
+    known = not is_watched(spade) and Known.of(spade).convolutions is not None
+    return known and form.plus_one and form.added is None and form.call in (None, Called())
+
+
 def replace(
     network: Network,
     seen: dict[str, list[Seen | None]],
@@ -284,8 +291,7 @@ def replace(
     for name, module in list(network.named_modules(remove_duplicate=False)):
         if id(module) not in made:
             call = once(name, seen.get(name.removeprefix("model").removeprefix("."), []))
-            is_known = isinstance(module, HasParts) and not is_watched(module)
-            if call is None or not is_known or Known.of(module).convolutions is None:
+            if call is None or not isinstance(module, HasParts) or not can_stand(module):
                 continue
             stands: Standing
             if palette is None:

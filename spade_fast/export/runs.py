@@ -1,7 +1,7 @@
 """A convolution of a map that nearest neighbour has enlarged, computed on the map before that.
 
-Along an axis, pixels that the enlargement has repeated f times are f equal pixels in a row. Of the f
-pixels that a convolution computes there, those that see the same pixels of the small map, each
+Along an axis, pixels that the enlargement has repeated f times are f equal pixels in a row. Of the
+f pixels that a convolution computes there, those that see the same pixels of the small map, each
 equally often, are equal too: with 3 taps, all but the first and the last. So one is computed for
 each such run, by a small convolution with sums of taps, and repeated. Everything is exact, borders
 with zeros included.
@@ -40,7 +40,7 @@ def convolve_runs(
     _, runs = runs_of(factor, weight.shape[-1])
     parts = []
     for seen in itertools.product(runs, repeat=dims):
-        own, frame = weight, []
+        own, frame = weight, list[int]()
         for dim, places in enumerate(seen, start=2):
             sums = [
                 own.index_select(dim, torch.tensor(taps, device=own.device)).sum(dim)

@@ -61,12 +61,13 @@ def _number(codes, taps, padded):
     padded, runs = number_tuples(_neighbours(padded, last, taps, codes.shape[last]))
     if last == 1:
         return Windows(padded, torch.arange(runs.shape[0], device=codes.device)[:, None], runs)
-    windows = None
+    windows: torch.Tensor | None = None
     for dim in range(last - 1, 0, -1):
         padded, seen = number_tuples(_neighbours(padded, dim, taps, codes.shape[dim]))
         if windows is not None:
             seen = windows.index_select(0, seen.flatten()).view(seen.shape[0], -1)
         windows = seen
+    assert windows is not None
     return Windows(padded, windows, runs)
 
 
