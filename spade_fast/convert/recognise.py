@@ -5,6 +5,7 @@ examined, not what they are.
 import torch.nn as nn
 from torch.nn.modules import padding
 
+from ..nn.block import ACTIVATIONS
 from ..nn.modules import CONVOLUTION_TYPES, CONVOLUTIONS
 from ..nn.parts import Form
 from ..nn.spade import SpatiallyAdaptive
@@ -101,4 +102,7 @@ def recognise_block(module: nn.Module) -> tuple[Form, str]:
     first, second = module.norm_0, module.norm_1
     assert isinstance(first, SpatiallyAdaptive) and isinstance(second, SpatiallyAdaptive)
     form = first.spade_form._replace(inside=False)  # those parts are the SPADE's
-    return form, f"residual block {form.norm_nc} → {second.spade_form.norm_nc}"
+    words = f"residual block {form.norm_nc} → {second.spade_form.norm_nc}"
+    if not any(type(part) in ACTIVATIONS for part in module.children()):
+        words += ", leaky ReLU of slope 0.2 (no activation module)"
+    return form, words
