@@ -273,7 +273,8 @@ def test_a_block_that_computes_something_else():
     report = spade_fast.convert(block)
     assert (
         report.converted == 2
-        and report[0].recognised_as == "residual block 8 → 8"
+        and report[0].recognised_as
+        == "residual block 8 → 8, leaky ReLU of slope 0.2 (no activation module)"
         and "y is" in report[0].reason
     )
     assert type(block) is OtherBlock

@@ -692,6 +692,7 @@ def test_missing_packages_are_reported(few, monkeypatch):
             without.setitem(sys.modules, missing, None)
             result = run(few, *arguments)
         assert result.exit_code == 2 and words in result.output
+        assert f" torch=={torch.__version__.partition('+')[0]} (" in result.output
         assert result.output.count("\n") == 1
 
 

@@ -5,6 +5,7 @@ examined; what their parts do is found by running them (roles.py).
 import torch.nn as nn
 from torch.nn.modules.batchnorm import _NormBase
 
+from ..nn.block import ACTIVATIONS
 from ..nn.parts import Form, part_of
 from ..nn.spade import SpatiallyAdaptive
 from .roles import Unlike, convolutions_of, dimensions_of, find_roles, pairs, parts_by_name
@@ -102,4 +103,7 @@ def recognise_block(module: nn.Module) -> tuple[Form, str]:
     if any(form.apart or (form.call or Called()) != Called() for form in forms):
         raise Unlike("its SPADEs take or return more than the published ones do")
     form = first.spade_form._replace(inside=False)  # those parts are the SPADE's
-    return form, f"residual block {form.norm_nc} → {second.spade_form.norm_nc}"
+    words = f"residual block {form.norm_nc} → {second.spade_form.norm_nc}"
+    if not any(type(part) in ACTIVATIONS for part in module.children()):
+        words += ", leaky ReLU of slope 0.2 (no activation module)"
+    return form, words

@@ -70,13 +70,16 @@ def sha256_of(module: nn.Module) -> str:
 
 
 def needed(module: str, purpose: str) -> ModuleType:
-    """A module of an optional package. Errors: ModuleNotFoundError if it is not installed."""
+    """A module of an optional package. Errors: ModuleNotFoundError if it is not installed. The
+    message says how to install it without replacing torch, which has to suit torchvision too.
+    """
     try:
         return importlib.import_module(module)
     except ImportError as error:
         package = module.partition(".")[0].replace("_", "-")
         raise ModuleNotFoundError(
-            f"{purpose} needs {package}: pip install {package} ({error})"
+            f"{purpose} needs {package}: pip install {package}"
+            f" torch=={torch.__version__.partition('+')[0]} ({error})"
         ) from error
 
 
