@@ -378,10 +378,10 @@ def test_the_commands_refusals(tmp_path):
     checkpoint.write(small_generator(), weights)
     for words, message in (
         ((weights, "--num-classes", 5), "the generator has 9 channels, and 5 classes make 5"),
-        ((weights, "--convention", "coco"), "convention is 'coco'; it should be one of"),
-        ((weights, "--to", "aoti"), "to is 'aoti'; it should be one of onnx, pt2"),
+        ((weights, "--convention", "coco"), "--convention is 'coco'; it should be one of"),
+        ((weights, "--to", "aoti"), "--to is 'aoti'; it should be one of onnx, pt2"),
         (("no.such:thing",), "cannot be imported"),
-        (("no.such:thing", "--crop-size", 64), "crop_size should be given with weights, not"),
+        (("no.such:thing", "--crop-size", 64), "--crop-size should be given with weights, not"),
     ):
         result = command(*words, "--out", path)
         assert result.exit_code == 2 and message in result.output, result.output

@@ -105,12 +105,9 @@ def export(
         name for name, wanted in (("batch", not fixed_batch), ("sizes", dynamic_sizes)) if wanted
     ]
     settings: dict[str, Any] = {"to": to, "windows": windows, "dynamic": dynamic}
-    try:
+    with options.refusals(export, RuntimeError, Failed):
         model, arguments, labels = _found(source, loading, reading)
         typer.echo(write(model, out, arguments, **settings, **labels))
-    except (ValueError, TypeError, OSError, RuntimeError, ModuleNotFoundError, Failed) as error:
-        typer.echo(f"Error: {error}", err=True)
-        raise typer.Exit(2) from None
 
 
 def _found(
