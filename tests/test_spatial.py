@@ -398,7 +398,10 @@ def test_lookups_are_shared_and_bounded(monkeypatch):
         assert len(made) == 1
         for size in range(5, 30):
             norms[0](torch.randn(1, 32, size, size), torch.randn(1, LATENT, 4, 4))
-    assert len(made) == 25 and len(voxels._kept) == voxels.MOST_KEPT
+        assert len(made) == 25 and len(voxels._kept) == voxels.MOST_KEPT
+        monkeypatch.setattr(voxels, "MOST_BYTES", 4 * 31**2 + 4 * 29**2)
+        norms[0](torch.randn(1, 32, 31, 31), torch.randn(1, LATENT, 4, 4))
+    assert [sizes[1] for _, sizes, *_ in voxels._kept] == [(29, 29), (31, 31)]
 
 
 def test_lookups_of_inference_mode_serve_training():

@@ -20,7 +20,8 @@ from .parts import Pointwise
 from .pixels import has_first_apart, like_pixels_of, resize
 from .tables import is_capturing
 
-MOST_KEPT = 16  # lookups: a decoder has one for each size of its maps
+# Lookups: a decoder has one for each size of its maps. The newest is kept whatever its size.
+MOST_KEPT, MOST_BYTES = 16, 256 << 20
 
 
 @dataclass
@@ -34,6 +35,10 @@ class Lookup:
     @property
     def tensors(self) -> list[torch.Tensor]:
         return [self.index] if self.order is None else [self.index, self.order]
+
+    @property
+    def bytes(self) -> int:
+        return sum(tensor.nbytes for tensor in self.tensors)
 
 
 _kept: OrderedDict[tuple, Lookup] = OrderedDict()  # the most recently used one at the end
@@ -85,10 +90,17 @@ def _lookup(images, sizes, apart, dtype, x, sorts):
         found.made = made_here(found.tensors)
         with _lock:
             _kept[arguments] = found
-            while len(_kept) > MOST_KEPT:
-                _kept.popitem(last=False)
+            _make_room()
     read_here(found.made, found.tensors)
     return found
+
+
+def _make_room():
+    """Drops the lookups that were used least recently, under the lock."""
+    taken = sum(lookup.bytes for lookup in _kept.values())
+    while len(_kept) > MOST_KEPT or (taken > MOST_BYTES and len(_kept) > 1):
+        _, dropped = _kept.popitem(last=False)
+        taken -= dropped.bytes
 
 
 def _make(
