@@ -12,6 +12,7 @@ WANTED = (
     ("CPU", "discriminator", "float32", ""),
     ("CPU", "training", "float32", ""),
     ("CPU", "converted", "float32", ""),
+    ("CPU", "generator", "bfloat16", "no spectral norm"),
     ("CPU", "monai", "float32", ""),
     ("CPU", "spatial", "float32", ""),
     ("CPU", "modulate", "float32", "128 × 256²"),
