@@ -10,7 +10,6 @@ from . import options
 if TYPE_CHECKING:
     from torch import nn
 
-FILE = "File of weights"  # panel of the help
 FORMATS = ("onnx", "pt2")
 
 
@@ -62,28 +61,9 @@ def export(
             rich_help_panel=options.READING,
         ),
     ] = None,
-    key: Annotated[
-        str | None,
-        typer.Option(
-            help="Name of the network to load from a file of several, such as ema.",
-            rich_help_panel=FILE,
-        ),
-    ] = None,
-    crop_size: Annotated[
-        int | None,
-        typer.Option(
-            min=1,
-            help="Width of the images in pixels, if the file does not say it.",
-            rich_help_panel=FILE,
-        ),
-    ] = None,
-    aspect_ratio: Annotated[
-        float | None,
-        typer.Option(
-            help="Width of the images over their height, if the file does not say it.",
-            rich_help_panel=FILE,
-        ),
-    ] = None,
+    key: options.Key = None,
+    crop_size: options.CropSize = None,
+    aspect_ratio: options.AspectRatio = None,
 ) -> None:
     """Write a network for inference elsewhere, as ONNX or a program of torch.export.
 

@@ -12,7 +12,7 @@ from . import options
 if TYPE_CHECKING:
     import torch
 
-STYLE, FILE = "Styles", "File of weights"  # panels of the help
+STYLE = "Styles"  # the panel of the help
 DTYPES = ("float32", "float64", "bfloat16", "float16")
 
 
@@ -82,28 +82,9 @@ def generate(
         str, typer.Option(help=f"Floating-point type of the network: {', '.join(DTYPES)}.")
     ] = "float32",
     device: options.Device = "cpu",
-    key: Annotated[
-        str | None,
-        typer.Option(
-            help="Name of the network to load from a file of several, such as ema.",
-            rich_help_panel=FILE,
-        ),
-    ] = None,
-    crop_size: Annotated[
-        int | None,
-        typer.Option(
-            min=1,
-            help="Width of the images in pixels, if the file does not say it.",
-            rich_help_panel=FILE,
-        ),
-    ] = None,
-    aspect_ratio: Annotated[
-        float | None,
-        typer.Option(
-            help="Width of the images over their height, if the file does not say it.",
-            rich_help_panel=FILE,
-        ),
-    ] = None,
+    key: options.Key = None,
+    crop_size: options.CropSize = None,
+    aspect_ratio: options.AspectRatio = None,
     resume: Annotated[
         bool, typer.Option("--resume", help="Skip images that exist already.")
     ] = False,

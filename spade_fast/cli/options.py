@@ -121,3 +121,26 @@ DontCare = Annotated[
     ),
 ]
 Device = Annotated[str, typer.Option(help="Device to compute on, such as cpu or cuda.")]
+FILE = "File of weights"  # the panel of the help
+Key = Annotated[
+    str | None,
+    typer.Option(
+        help="Name of the network to load from a file of several, such as ema.",
+        rich_help_panel=FILE,
+    ),
+]
+CropSize = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        help="Width of the images in pixels, if the file does not say it.",
+        rich_help_panel=FILE,
+    ),
+]
+AspectRatio = Annotated[
+    float | None,
+    typer.Option(
+        help="Width of the images over their height, if the file does not say it.",
+        rich_help_panel=FILE,
+    ),
+]
