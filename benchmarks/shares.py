@@ -31,7 +31,7 @@ from .tables import narrow_table
 BATCHES = (1, 16)
 MEMORIES = ("contiguous", "channels-last")  # the second is true for plan.h
 CAPABILITY = 90
-# Of an H200, as NVIDIA states them.
+# An H200's numbers, as NVIDIA states them.
 PROCESSORS, CLOCK, ISSUES = 132, 1.98e9, 4  # instructions per cycle and processor
 SHARED, MOST_SHARED, RESERVED = 228 << 10, 227 << 10, 1 << 10  # bytes: of a processor, of a block
 MOST_BLOCKS = 32  # of a processor
@@ -73,7 +73,7 @@ class Problem:
 
     @property
     def bytes(self) -> int:
-        """Of x, in 16 bits per element."""
+        """The bytes of x, in 16 bits per element."""
         return 2 * self.images * self.channels * self.size**2
 
     @property

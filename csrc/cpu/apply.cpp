@@ -1,5 +1,5 @@
-// apply on the CPU: y = act(x̂·(addend + γ) + β), with x̂ = (x − shift)·scale + offset, and the signs
-// that the activation's derivative needs.
+// apply on the CPU: y = act(x̂·(addend + γ) + β), with x̂ = (x − shift)·scale + offset, and the
+// signs that the activation's derivative needs.
 //
 // The kernel is bound by memory: each element of x, γ and β is read once and each element of y is
 // written once. With an index, γ and β are looked up in their table.

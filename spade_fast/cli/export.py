@@ -44,13 +44,7 @@ def export(
             "--dynamic-sizes", help="Let height and width differ, where the network does."
         ),
     ] = False,
-    convention: Annotated[
-        str | None,
-        typer.Option(
-            help=f"{options.CONVENTION} By default, that of the run, or folder.",
-            rich_help_panel=options.READING,
-        ),
-    ] = None,
+    convention: options.RunsConvention = None,
     num_classes: options.NumClasses = None,
     dont_care: options.DontCare = None,
     instances: Annotated[

@@ -28,13 +28,7 @@ def generate(
     labels: Annotated[Path, options.folder("Folder of label maps.")],
     out: Annotated[Path, typer.Option(help="Folder to write the images to.")],
     instances: Annotated[Path | None, options.folder("Folder of instance maps.")] = None,
-    convention: Annotated[
-        str | None,
-        typer.Option(
-            help=f"{options.CONVENTION} By default, that of the run, or folder.",
-            rich_help_panel=options.READING,
-        ),
-    ] = None,
+    convention: options.RunsConvention = None,
     palette: options.Palette = None,
     num_classes: options.NumClasses = None,
     dont_care: options.DontCare = None,

@@ -101,6 +101,12 @@ AllFaults = Annotated[
 READING = "How label maps are read"  # the panel of the help
 CONVENTION = "Layout of the folders: folder, coco_stuff, ade20k or cityscapes."
 Convention = Annotated[str, typer.Option(help=CONVENTION, rich_help_panel=READING)]
+RunsConvention = Annotated[
+    str | None,
+    typer.Option(
+        help=f"{CONVENTION} By default, that of the run, or folder.", rich_help_panel=READING
+    ),
+]
 Palette = Annotated[
     Path | None,
     file("File for colour-coded label maps: a line R G B CLASS for each colour.", READING),

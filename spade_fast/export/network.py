@@ -55,7 +55,7 @@ class Labels(NamedTuple):
 
     @property
     def channels(self) -> int:
-        """Of the condition, without the edges of instances."""
+        """The condition's channels, without the edges of instances."""
         return self.classes + (self.dont_care is not None)
 
     def palette(self) -> torch.Tensor:
