@@ -19,12 +19,11 @@ class Graphed:
     """network(condition, *inputs) as one CUDA graph for all conditions of one size: the graph reads
     from the same memory each time.
 
-    A call with a layout first numbers the windows of a new layout, which waits for the GPU, and copies them over
+    A call first numbers the windows of a new layout, which waits for the GPU, and copies them over
     the previous layout's. Everything else is one launch. The tables of γ and β do not depend on x,
     so a second stream computes them: their small kernels would hold up the network. If a layout has
-    more windows than there is room for, the graph is captured again with more room. A condition that
-    is a tensor, such as features, is copied like the other inputs, and γ and β are computed at
-    every pixel.
+    more windows than there is room for, the graph is captured again with more room. With a tensor
+    as the condition, such as features, γ and β are computed at every pixel.
 
     Autocast applies as where the Graphed is constructed, not as where it is called.
 
