@@ -75,8 +75,9 @@ class Graphed:
             )
         for own, given in zip(self._inputs, inputs):
             own.copy_(given)
-        if layout is not None and self._written is not layout.content:
-            if not write_over(self._layout, layout):
+        memory = self._layout
+        if layout is not None and memory is not None and self._written is not layout.content:
+            if not write_over(memory, layout):
                 self._capture(layout)
             self._written = layout.content
         self._graph.replay()
@@ -168,8 +169,10 @@ class TablesAhead:
         return compute()
 
     @contextmanager
-    def made(self, layout: SemanticLayout) -> Iterator[None]:
-        """Inside the block, the tables requested for this layout are computed or under way."""
+    def made(self, layout: SemanticLayout | None) -> Iterator[None]:
+        """Inside the block, the tables requested for this layout are computed or under way. For
+        None there are no tables.
+        """
         here, beside = torch.cuda.current_stream(), torch.cuda.Stream()
         beside.wait_stream(here)
         with torch.cuda.stream(beside):

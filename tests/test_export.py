@@ -324,7 +324,7 @@ def test_our_operators_on_one_x_or_one_condition(batches):
     assert_agree(ours.run(inputs), truth)
 
 
-@pytest.mark.full  # compiling takes half a minute or more
+@pytest.mark.product  # compiling takes too long for a run of all tests
 @pytest.mark.parametrize("of_labels", [False, True])
 def test_a_package_of_aotinductor(of_labels, tmp_path):
     """It runs in a fresh process that has imported spade_fast, and in no other."""

@@ -205,14 +205,13 @@ class Standing(nn.Module):
     def by_kernels(self, x: torch.Tensor, gamma: torch.Tensor, beta: torch.Tensor) -> torch.Tensor:
         """The modulation by an operator of this package."""
         norm, settings = self.norm, (None, 0.0, False, False)  # no activation, no signs, no 1 +
-        measures = norm is not None and is_bare(norm)
-        if norm is not None and not measures:
+        eps = norm.eps if norm is not None and is_bare(norm) else None
+        if norm is not None and eps is None:
             x = norm(x)
         # Either may have a batch of 1.
         x, gamma, beta = torch.broadcast_tensors(x, *self.normalised(gamma, beta))
-        if measures:
-            forward = OPERATORS["instance_forward"]
-            return forward(x, gamma, beta, None, norm.eps, *settings)[0]
+        if eps is not None:
+            return OPERATORS["instance_forward"](x, gamma, beta, None, eps, *settings)[0]
         unchanged = norms.identity(x.shape[1], sum_dtype(x.dtype), x.device)
         planes = norms.planes(unchanged, x.shape[:2])
         return OPERATORS["apply"](x, planes, gamma, beta, None, *settings)[0]
