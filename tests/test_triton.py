@@ -260,6 +260,15 @@ def test_convolution_at_windows_in_half_precision(sizes, tile, dtype, monkeypatc
             assert_agree(found, truth, ONCE)
 
 
+def test_more_pixels_than_int32_counts_are_refused():
+    from spade_fast.kernels.triton_kernels import backward_sums
+
+    x, table = torch.zeros(()).expand(1, 1, 2**16, 2**15), torch.zeros(1, 1)
+    planes, index = torch.zeros(3, 1, 1), torch.zeros((), dtype=torch.int32).expand(1, 2**16, 2**15)
+    with pytest.raises(ValueError, match="index has shape .* fewer than 2"):
+        backward_sums(x, x, planes, table, None, index, index.flatten(1), table[:0], None, 0.0)
+
+
 def gapped(x):
     """The same values, with others between them in memory."""
     return torch.stack([x, x.flip(0)], dim=-1)[..., 0]
