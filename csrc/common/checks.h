@@ -42,7 +42,6 @@ using Dtypes = std::initializer_list<ScalarType>;
 
 inline constexpr Dtypes kFloating = {ScalarType::Float, ScalarType::BFloat16, ScalarType::Half,
                                      ScalarType::Double};
-inline constexpr Dtypes kSums = {ScalarType::Float, ScalarType::Double};
 inline constexpr Dtypes kWhole = {ScalarType::Int};
 
 inline void check_dtype(const Tensor& given, const char* name, Dtypes dtypes) {
@@ -143,8 +142,8 @@ inline Extent check_modulation(const Tensor& x, const Tensor& gamma,
 
 // Checks an array of `count` values per plane: [count, N, C].
 inline void check_numbers(const Tensor& given, const char* name, const Tensor& x, int64_t count) {
-  check_operand(given, name, x, kSums, std::vector<int64_t>{count, x.size(0), x.size(1)},
-                "values per plane");
+  check_operand(given, name, x, {sum_dtype(x.scalar_type())},
+                std::vector<int64_t>{count, x.size(0), x.size(1)}, "values per plane");
 }
 
 inline void check_apply(const Tensor& x, const Tensor& planes, const Tensor& gamma,

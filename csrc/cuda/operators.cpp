@@ -51,7 +51,7 @@ class Call {
 
   // Numbers per plane [k, N, C].
   const float* numbers(const Tensor& given) {
-    const Tensor& numbers = kept(without_gaps(in_dtype(given, ScalarType::Float)));
+    const Tensor& numbers = kept(without_gaps(given));
     aligned(numbers.const_data_ptr(), 0);
     return numbers.const_data_ptr<float>();
   }
@@ -297,7 +297,7 @@ std::tuple<Tensor, Tensor, Tensor> backward_sums_of(
   const Tensor sums = call.per_plane(2);
   float* data = sums.mutable_data_ptr<float>();
   const auto [dgamma, dbeta] = sum_gradients(call, gamma, index, order, data, nullptr);
-  return {dgamma, dbeta, in_dtype(sums, planes.scalar_type())};
+  return {dgamma, dbeta, sums};
 }
 
 Tensor backward_input_of(const Tensor& dy, const Tensor& x, const Tensor& planes,

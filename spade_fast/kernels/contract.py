@@ -32,7 +32,6 @@ from torch import Tensor
 from ..recording import has_values
 
 FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-SUMS = (torch.float32, torch.float64)
 KEEPS_SIGNS = ("relu", "leaky_relu")
 Activation = Literal["relu", "leaky_relu", "silu"]
 Lists = tuple[Tensor, Tensor, Tensor, Tensor]  # as `layout.Sums` has them
@@ -321,7 +320,7 @@ def _check_lists(other, *lists):
 
 
 def _check_numbers(name, given, x, count):
-    _check(name, given, x, SUMS, (count, *x.shape[:2]), "values per plane")
+    _check(name, given, x, (sum_dtype(x.dtype),), (count, *x.shape[:2]), "values per plane")
 
 
 def _check(name, given, other, dtypes, shape, meaning):
