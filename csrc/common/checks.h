@@ -9,9 +9,9 @@
 
 namespace spade_fast {
 
-using Sizes = torch::headeronly::IntHeaderOnlyArrayRef;
+using SizeList = torch::headeronly::IntHeaderOnlyArrayRef;
 
-inline std::string text(Sizes sizes) {
+inline std::string text(SizeList sizes) {
   std::string found = "[";
   for (size_t i = 0; i < sizes.size(); ++i) found += (i ? ", " : "") + std::to_string(sizes[i]);
   return found + "]";
@@ -64,8 +64,9 @@ inline void check_device(const Tensor& given, const char* name, const Tensor& ot
       " is on a different device from the other operands; it should be on the same one");
 }
 
-inline void check_shape(const Tensor& given, const char* name, Sizes sizes, const char* meaning) {
-  const Sizes own = given.sizes();
+inline void check_shape(const Tensor& given, const char* name, SizeList sizes,
+                        const char* meaning) {
+  const SizeList own = given.sizes();
   STD_TORCH_CHECK(std::equal(own.begin(), own.end(), sizes.begin(), sizes.end()),
                   "spade_fast: ", name, " has shape ", text(own), "; it should be ", text(sizes),
                   " (", meaning, ")");
@@ -73,7 +74,7 @@ inline void check_shape(const Tensor& given, const char* name, Sizes sizes, cons
 
 // Checks device, dtype and shape of an operand; `other` is known to be on the right device.
 inline void check_operand(const Tensor& given, const char* name, const Tensor& other, Dtypes dtypes,
-                          Sizes sizes, const char* meaning) {
+                          SizeList sizes, const char* meaning) {
   check_device(given, name, other);
   check_dtype(given, name, dtypes);
   check_shape(given, name, sizes, meaning);
