@@ -277,7 +277,7 @@ def gapped(x):
 @pytest.mark.parametrize("rows", [None, 5])
 @pytest.mark.parametrize("layout", [contiguous, channels_last])
 @pytest.mark.parametrize("one_pass", [0, 4096])
-def test_signs_with_gaps(one_pass, layout, rows, small_tiles, monkeypatch):
+def test_signs_and_planes_with_gaps(one_pass, layout, rows, small_tiles, monkeypatch):
     from spade_fast.kernels import triton_kernels
 
     monkeypatch.setattr(triton_kernels.plan, "ONE_PASS", one_pass)
@@ -287,19 +287,17 @@ def test_signs_with_gaps(one_pass, layout, rows, small_tiles, monkeypatch):
     order = None if index is None else numbering.sort_pixels(index)
     settings = ("relu", 0.2, True)
     _, signs, planes = triton_kernels.instance_forward(x, gamma, beta, index, 1e-5, *settings)
-    before = (dy, x, planes, gamma, None, index)
-    for name, between in (
-        ("backward_input", (None,)),
-        ("backward_sums", ()),
-        ("instance_backward", ()),
-    ):
-        found, expected = (
-            getattr(triton_kernels, name)(
-                *before, *(() if between else (order,)), given, *between, *settings
-            )
-            for given in (gapped(signs), signs)
+
+    def gradients(planes, signs):
+        operands = (dy, x, planes, gamma, None, index)
+        return (
+            triton_kernels.backward_input(*operands, signs, None, *settings),
+            *triton_kernels.backward_sums(*operands, order, signs, *settings),
+            *triton_kernels.instance_backward(*operands, order, signs, *settings),
         )
-        assert all(map(torch.equal, found, expected)), name
+
+    found, expected = gradients(gapped(planes), gapped(signs)), gradients(planes, signs)
+    assert all(map(torch.equal, found, expected))
 
 
 def test_a_convolution_of_operands_with_gaps():

@@ -225,7 +225,7 @@ def instance_backward(
     negative_slope: float,
     plus_one: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    last = is_channels_last(x)
+    last, planes = is_channels_last(x), planes.contiguous()
     images, channels, pixels = x.flatten(2).shape
     held = (
         None
@@ -248,7 +248,7 @@ def instance_backward(
     backward_kernel[grid](
         rows_of(dy, last),
         rows_of(x, last),
-        planes.contiguous(),
+        planes,
         rows_of(gamma, last),
         None if beta is None else rows_of(beta, last),
         signs_of(signs),
