@@ -91,6 +91,16 @@ def modulate(x=X, gamma=X, beta=X, **settings):
             ["out is given", "None where gradients"],
         ),
         ({"moments": torch.ones(2, 4)}, ValueError, ["moments has shape [2, 4]", "[2, 2, 4]"]),
+        (
+            {"moments": torch.ones(2, 2, 4).bfloat16()},
+            TypeError,
+            ["moments has dtype torch.bfloat16", "torch.float32"],
+        ),
+        (
+            {"moments": torch.ones(2, 2, 4, device="meta")},
+            ValueError,
+            ["moments is on meta", "cpu"],
+        ),
     ],
 )
 def test_spade_modulate(arguments, error, words):

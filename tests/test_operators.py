@@ -244,6 +244,18 @@ def test_a_bad_operand_is_refused_and_named(name):
             operator(*(arguments | {name: BAD[name]}).values())
 
 
+def test_a_number_in_place_of_a_matrix_is_refused_and_named():
+    number, weight = torch.tensor(1.0), torch.randn(2, 3, 3)
+    lists = torch.zeros(2, dtype=torch.int32), torch.zeros(0, dtype=torch.int32)
+    for check, operands, name in [
+        (contract.check_convolve_windows, (number, weight, None, *lists), "rows"),
+        (contract.check_convolve_windows_rows, (number, weight, *lists), "gradient"),
+        (contract.check_convolve_gathered, (number, [weight], [None], *lists), "rows"),
+    ]:
+        with pytest.raises(ValueError, match=f"{name} has shape"):
+            check(*operands)
+
+
 def test_an_order_that_is_not_sorted_is_refused():
     x, table = torch.randn(1, 2, 3, 4), torch.randn(4, 2, requires_grad=True)
     index = torch.randint(4, (1, 3, 4), dtype=torch.int32)

@@ -211,7 +211,9 @@ def test_an_operator_raises_or_agrees(name, choose):
             assert torch._prims_common.check_significant_strides(one, other)[0], which
             assert one.shape == true.shape, which
             if one.is_floating_point():  # signs near zero differ with the dtype
-                sums = 128 if one.dtype in contract.SUMS else None  # of hundreds of terms
+                sums = (
+                    128 if one.dtype in (torch.float32, torch.float64) else None
+                )  # of hundreds of terms
                 assert_agree(one, true, sums, largest=1.0, name=f"result {which}")
 
 

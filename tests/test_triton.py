@@ -260,6 +260,54 @@ def test_convolution_at_windows_in_half_precision(sizes, tile, dtype, monkeypatc
             assert_agree(found, truth, ONCE)
 
 
+def test_more_pixels_than_int32_counts_are_refused():
+    from spade_fast.kernels.triton_kernels import backward_sums
+
+    x, table = torch.zeros(()).expand(1, 1, 2**16, 2**15), torch.zeros(1, 1)
+    planes, index = torch.zeros(3, 1, 1), torch.zeros((), dtype=torch.int32).expand(1, 2**16, 2**15)
+    with pytest.raises(ValueError, match="index has shape .* fewer than 2"):
+        backward_sums(x, x, planes, table, None, index, index.flatten(1), table[:0], None, 0.0)
+
+
+def gapped(x):
+    """The same values, with others between them in memory."""
+    return torch.stack([x, x.flip(0)], dim=-1)[..., 0]
+
+
+@pytest.mark.parametrize("rows", [None, 5])
+@pytest.mark.parametrize("layout", [contiguous, channels_last])
+@pytest.mark.parametrize("one_pass", [0, 4096])
+def test_signs_and_planes_with_gaps(one_pass, layout, rows, small_tiles, monkeypatch):
+    from spade_fast.kernels import triton_kernels
+
+    monkeypatch.setattr(triton_kernels.plan, "ONE_PASS", one_pass)
+    arguments, dy = sample((2, 10, 7, 9), "instance", layout=layout, rows=rows)
+    x, gamma, beta, index = (arguments.get(name) for name in ("x", "gamma", "beta", "index"))
+    index = None if index is None else index.int()
+    order = None if index is None else numbering.sort_pixels(index)
+    settings = ("relu", 0.2, True)
+    _, signs, planes = triton_kernels.instance_forward(x, gamma, beta, index, 1e-5, *settings)
+
+    def gradients(planes, signs):
+        operands = (dy, x, planes, gamma, None, index)
+        return (
+            triton_kernels.backward_input(*operands, signs, None, *settings),
+            *triton_kernels.backward_sums(*operands, order, signs, *settings),
+            *triton_kernels.instance_backward(*operands, order, signs, *settings),
+        )
+
+    found, expected = gradients(gapped(planes), gapped(signs)), gradients(planes, signs)
+    assert all(map(torch.equal, found, expected))
+
+
+def test_a_convolution_of_operands_with_gaps():
+    with torch.device(BACKENDS["triton"]):
+        *floats, lists, _, _ = convolution((5, 3), (3, 3), 7, 20)
+        operands = (*(tensor.half() for tensor in floats), *lists)
+        expected = triton_backend.convolve_windows(*operands)
+        assert torch.equal(triton_backend.convolve_windows(*map(gapped, operands)), expected)
+
+
 @pytest.mark.parametrize("sizes", CONVOLUTIONS[1:3], ids=str)
 def test_convolution_accesses_only_its_arguments(sizes, watch):
     with torch.device(BACKENDS["triton"]):

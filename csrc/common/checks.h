@@ -9,9 +9,9 @@
 
 namespace spade_fast {
 
-using Sizes = torch::headeronly::IntHeaderOnlyArrayRef;
+using SizeList = torch::headeronly::IntHeaderOnlyArrayRef;
 
-inline std::string text(Sizes sizes) {
+inline std::string text(SizeList sizes) {
   std::string found = "[";
   for (size_t i = 0; i < sizes.size(); ++i) found += (i ? ", " : "") + std::to_string(sizes[i]);
   return found + "]";
@@ -42,7 +42,6 @@ using Dtypes = std::initializer_list<ScalarType>;
 
 inline constexpr Dtypes kFloating = {ScalarType::Float, ScalarType::BFloat16, ScalarType::Half,
                                      ScalarType::Double};
-inline constexpr Dtypes kSums = {ScalarType::Float, ScalarType::Double};
 inline constexpr Dtypes kWhole = {ScalarType::Int};
 
 inline void check_dtype(const Tensor& given, const char* name, Dtypes dtypes) {
@@ -65,8 +64,9 @@ inline void check_device(const Tensor& given, const char* name, const Tensor& ot
       " is on a different device from the other operands; it should be on the same one");
 }
 
-inline void check_shape(const Tensor& given, const char* name, Sizes sizes, const char* meaning) {
-  const Sizes own = given.sizes();
+inline void check_shape(const Tensor& given, const char* name, SizeList sizes,
+                        const char* meaning) {
+  const SizeList own = given.sizes();
   STD_TORCH_CHECK(std::equal(own.begin(), own.end(), sizes.begin(), sizes.end()),
                   "spade_fast: ", name, " has shape ", text(own), "; it should be ", text(sizes),
                   " (", meaning, ")");
@@ -74,7 +74,7 @@ inline void check_shape(const Tensor& given, const char* name, Sizes sizes, cons
 
 // Checks device, dtype and shape of an operand; `other` is known to be on the right device.
 inline void check_operand(const Tensor& given, const char* name, const Tensor& other, Dtypes dtypes,
-                          Sizes sizes, const char* meaning) {
+                          SizeList sizes, const char* meaning) {
   check_device(given, name, other);
   check_dtype(given, name, dtypes);
   check_shape(given, name, sizes, meaning);
@@ -143,8 +143,8 @@ inline Extent check_modulation(const Tensor& x, const Tensor& gamma,
 
 // Checks an array of `count` values per plane: [count, N, C].
 inline void check_numbers(const Tensor& given, const char* name, const Tensor& x, int64_t count) {
-  check_operand(given, name, x, kSums, std::vector<int64_t>{count, x.size(0), x.size(1)},
-                "values per plane");
+  check_operand(given, name, x, {sum_dtype(x.scalar_type())},
+                std::vector<int64_t>{count, x.size(0), x.size(1)}, "values per plane");
 }
 
 inline void check_apply(const Tensor& x, const Tensor& planes, const Tensor& gamma,

@@ -10,7 +10,8 @@
 
 namespace spade_fast {
 
-// exp(x), accurate to about two roundings; NaN for NaN.
+// exp(x), accurate to about two roundings. It stays at exp(−87.3) below −87.3, and is infinite from
+// 88.38 on, a little before float32 ends. NaN for NaN.
 ALWAYS_INLINE float exponential(float x) {
   x = x > 88.7f ? 88.7f : x;
   x = x < -87.3f ? -87.3f : x;

@@ -14,6 +14,7 @@
 #include <algorithm>
 #include <optional>
 
+#include "../common/codes.h"
 #include "distinct.h"
 #include "runs.h"
 #include "vector.h"
@@ -48,15 +49,13 @@ struct HashChannel {
   }
 };
 
-bool too_many(int64_t codes, int64_t pixels) { return codes > kFewCodes + pixels / kPixelsPerCode; }
-
 // Whether the first pixels of the first channel alone have too many distinct values, which
 // identifies dense features at once.
 template <typename Bits>
 bool is_dense(const Bits* segmap, int64_t count) {
   std::vector<Bits> values(segmap, segmap + count);
   std::sort(values.begin(), values.end());
-  return too_many(std::unique(values.begin(), values.end()) - values.begin(), count);
+  return are_many(std::unique(values.begin(), values.end()) - values.begin(), count);
 }
 
 // The distinct vectors of a block of one image's pixels.
@@ -119,7 +118,7 @@ bool find(const Bits* segmap, int64_t batch, int64_t channels, int64_t pixels, i
         code_of[number] = code;
         if (!is_new) continue;
         places->push_back(place + block.firsts[number]);
-        if (too_many(vectors.count(), places->back())) return false;
+        if (are_many(vectors.count(), places->back())) return false;
       }
       for (size_t run = 0; run < block.numbers.size(); ++run) {
         std::fill(codes + place + block.starts[run], codes + place + block.starts[run + 1],

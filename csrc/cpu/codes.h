@@ -6,13 +6,9 @@
 
 namespace spade_fast {
 
-// A condition with more distinct vectors than kFewCodes + pixels / kPixelsPerCode is no layout, and
-// the search stops as soon as that is clear. numbering.py has the same rule.
-constexpr int64_t kFewCodes = 64, kPixelsPerCode = 4;
-
 // Writes the code of each pixel of a contiguous condition [batch, channels, pixels] to codes
-// [batch, pixels], and the first place of each code to `places`. Returns false if there are too
-// many codes.
+// [batch, pixels], and the first place of each code to `places`. Returns false as soon as it is
+// clear that there are too many codes.
 bool find_codes(const void* segmap, int64_t element_size, int64_t batch, int64_t channels,
                 int64_t pixels, int32_t* codes, std::vector<int64_t>* places);
 

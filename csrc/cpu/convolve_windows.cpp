@@ -17,25 +17,25 @@
 namespace spade_fast {
 namespace {
 
-// Sum i is over the entries numbers[offsets[i]] to numbers[offsets[i + 1] − 1].
+// Sum i is over the entries listed[offsets[i]] to listed[offsets[i + 1] − 1].
 struct Lists {
-  Tensor offsets_owner, numbers_owner;
-  const int32_t *offsets, *numbers;
+  Tensor offsets_owner, listed_owner;
+  const int32_t *offsets, *listed;
   int64_t count;
 
-  // Refuses invalid offsets, and numbers that are not below `bound`.
-  Lists(const Tensor& given_offsets, const Tensor& given_numbers, int64_t bound)
+  // Refuses invalid offsets, and entries that are not below `bound`.
+  Lists(const Tensor& given_offsets, const Tensor& given_listed, int64_t bound)
       : offsets_owner(without_gaps(given_offsets)),
-        numbers_owner(without_gaps(given_numbers)),
+        listed_owner(without_gaps(given_listed)),
         offsets(offsets_owner.const_data_ptr<int32_t>()),
-        numbers(numbers_owner.const_data_ptr<int32_t>()),
+        listed(listed_owner.const_data_ptr<int32_t>()),
         count(given_offsets.numel() - 1) {
     STD_TORCH_CHECK(offsets[0] == 0 && !vectorised<EverFalls>(count + 1, offsets) &&
-                        offsets[count] == numbers_owner.numel(),
+                        offsets[count] == listed_owner.numel(),
                     "spade_fast: offsets has numbers from ", offsets[0], " to ", offsets[count],
-                    "; they should begin at 0, never decrease, and end at ", numbers_owner.numel(),
+                    "; they should begin at 0, never decrease, and end at ", listed_owner.numel(),
                     ", the length of the list");
-    check_range(numbers_owner, "listed", bound);
+    check_range(listed_owner, "listed", bound);
   }
 };
 
@@ -47,14 +47,14 @@ struct SumListed : Vectors<Sum, kBytes> {
   using Vectors<Sum, kBytes>::at, Vectors<Sum, kBytes>::kOfUnit;
 
   static ALWAYS_INLINE void run(int64_t first, int64_t last, const int32_t* offsets,
-                                const int32_t* numbers, const Sum* begin, const Sum* from,
+                                const int32_t* listed, const Sum* begin, const Sum* from,
                                 int64_t from_row, Sum* to, int64_t to_row) {
     for (int64_t i = first; i < last; ++i, to += to_row) {
       Vector sums[kOfUnit];
 #pragma GCC unroll 4
       for (int v = 0; v < kOfUnit; ++v) sums[v] = at(begin, v);
       for (int32_t place = offsets[i]; place < offsets[i + 1]; ++place) {
-        const Sum* row = from + numbers[place] * from_row;
+        const Sum* row = from + listed[place] * from_row;
 #pragma GCC unroll 4
         for (int v = 0; v < kOfUnit; ++v) sums[v] += at(row, v);
       }
@@ -256,7 +256,7 @@ Tensor convolve(const Tensor& rows, const Tensor& weight, const std::optional<Te
       const int64_t first = sizes.first(block);
       unit.compute(block, matrix.get(), products.get());
       in_vectors<SumListed, Sum>(
-          int64_t{0}, lists.count, lists.offsets, lists.numbers,
+          int64_t{0}, lists.count, lists.offsets, lists.listed,
           static_cast<const Sum*>(&bias[first]), static_cast<const Sum*>(products.get()),
           kUnit<Sum>, converts ? sums.get() : reinterpret_cast<Sum*>(target.at(0, first)),
           converts ? kUnit<Sum> : row);
@@ -274,7 +274,7 @@ template <typename Sum>
 void product_gradients(const Sizes<Sum>& sizes, const Lists& lists, const Sum* gradient,
                        int64_t first, int64_t last, Sum* products) {
   static constexpr Sum zeros[kUnit<Sum>] = {};
-  in_vectors<SumListed, Sum>(first * sizes.taps, last * sizes.taps, lists.offsets, lists.numbers,
+  in_vectors<SumListed, Sum>(first * sizes.taps, last * sizes.taps, lists.offsets, lists.listed,
                              static_cast<const Sum*>(zeros), gradient, kUnit<Sum>, products,
                              kUnit<Sum>);
 }
@@ -383,14 +383,14 @@ Tensor rows_gradient(const Tensor& given_gradient, const Tensor& given_weight, c
 }
 
 Tensor convolve_windows(const Tensor& rows, const Tensor& weight, std::optional<Tensor> bias,
-                        const Tensor& offsets, const Tensor& numbers) {
-  const int64_t taps = check_convolution(weight, offsets, numbers);
+                        const Tensor& offsets, const Tensor& listed) {
+  const int64_t taps = check_convolution(weight, offsets, listed);
   const int64_t products =
       product(rows, "rows", {check_matrix(rows, "rows", weight, weight.size(1)), taps}, INT32_MAX);
   if (bias)
     check_operand(*bias, "bias", weight, {weight.scalar_type()},
                   std::vector<int64_t>{weight.size(0)}, "[out]");
-  const Lists lists(offsets, numbers, products);
+  const Lists lists(offsets, listed, products);
   std::optional<Tensor> result;
   dispatch_sum(rows.scalar_type(),
                [&](auto zero) { result = convolve<decltype(zero)>(rows, weight, bias, lists); });
@@ -398,9 +398,9 @@ Tensor convolve_windows(const Tensor& rows, const Tensor& weight, std::optional<
 }
 
 Tensor convolve_windows_weight(const Tensor& gradient, const Tensor& rows, const Tensor& weight,
-                               const Tensor& offsets, const Tensor& numbers) {
-  const int64_t count = check_back_convolution(weight, offsets, numbers);
-  const Lists lists(offsets, numbers, check_matrix(gradient, "gradient", weight, weight.size(0)));
+                               const Tensor& offsets, const Tensor& listed) {
+  const int64_t count = check_back_convolution(weight, offsets, listed);
+  const Lists lists(offsets, listed, check_matrix(gradient, "gradient", weight, weight.size(0)));
   check_operand(rows, "rows", weight, {weight.scalar_type()},
                 std::vector<int64_t>{count, weight.size(1)}, "[rows, in]");
   std::optional<Tensor> result;
@@ -411,9 +411,9 @@ Tensor convolve_windows_weight(const Tensor& gradient, const Tensor& rows, const
 }
 
 Tensor convolve_windows_rows(const Tensor& gradient, const Tensor& weight, const Tensor& offsets,
-                             const Tensor& numbers) {
-  check_back_convolution(weight, offsets, numbers);
-  const Lists lists(offsets, numbers, check_matrix(gradient, "gradient", weight, weight.size(0)));
+                             const Tensor& listed) {
+  check_back_convolution(weight, offsets, listed);
+  const Lists lists(offsets, listed, check_matrix(gradient, "gradient", weight, weight.size(0)));
   std::optional<Tensor> result;
   dispatch_sum(weight.scalar_type(),
                [&](auto zero) { result = rows_gradient<decltype(zero)>(gradient, weight, lists); });

@@ -155,8 +155,9 @@ void find_windows(int64_t k, int64_t rows, std::vector<MapWindows>* maps) {
   std::stable_sort(largest_first.begin(), largest_first.end(), [](auto* one, auto* other) {
     return places_of(one->shape) > places_of(other->shape);
   });
-  const int64_t threads = std::min<int64_t>(
-      {torch::stable::get_num_threads(), maps->size(), 1 + places / kThreadPlaces});
+  const int64_t threads =
+      std::min<int64_t>({torch::stable::get_num_threads(), static_cast<int64_t>(maps->size()),
+                         1 + places / kThreadPlaces});
   std::atomic<size_t> next{0};
   torch::stable::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
     for (size_t i; (i = next++) < largest_first.size();) find_windows(k, rows, largest_first[i]);

@@ -19,8 +19,6 @@ constexpr int kChannels = 64;            // per step: 128 bytes of each row
 constexpr int kVectors = kChannels / 8;  // of 16 bytes each
 constexpr int kRowBytes = 16 * kVectors;
 
-constexpr int64_t kMostThreads = 256;  // per block
-
 // The shape of a block's tile: windows and outputs, how they are divided between its warps, and the
 // number of steps that its shared memory holds.
 template <int kWindows_, int kOutputs_, int kWindowWarps_, int kOutputWarps_, int kSteps_>
@@ -195,7 +193,7 @@ struct Products {
 };
 
 template <typename T, Type kType>
-__global__ void __launch_bounds__(kMostThreads) convolve_windows_kernel(WindowConvolution w) {
+__global__ void __launch_bounds__(kThreads) convolve_windows_kernel(WindowConvolution w) {
   const int64_t output_blocks = (w.outputs + T::kOutputs - 1) / T::kOutputs;
   const int64_t first_window = blockIdx.x / output_blocks * T::kWindows,
                 first_output = blockIdx.x % output_blocks * T::kOutputs;

@@ -52,8 +52,7 @@ void launch_clusters(void (*kernel)(Parameters...), int64_t blocks, int64_t clus
   static_assert((sizeof(Parameters) + ... + 0) <= 4096, "CUDA's limit before version 12.1");
   if (blocks == 0) return;
   if (blocks > INT32_MAX)
-    throw std::runtime_error(
-        "spade_fast: x has more planes and pixels than the blocks of one grid can cover");
+    throw std::runtime_error("spade_fast: the operands are too large for the blocks of one grid");
   if (shared > 48 << 10)
     check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                static_cast<int>(shared)));

@@ -15,6 +15,13 @@ struct Settings {
   bool last, whole;
 };
 
+// The settings of a kernel whose vectors are of channels, whatever the layout.
+inline Settings over_channels(Settings settings, int64_t channels) {
+  if (channels % 8 != 0) settings.vector = 4;
+  settings.whole = settings.whole && channels % settings.vector == 0;
+  return settings;
+}
+
 // Calls f with all three as compile-time constants.
 template <typename F>
 void specialised(const Settings& settings, F&& f) {
@@ -110,9 +117,8 @@ constexpr int64_t kPlaces = 1024;  // per block that looks for pieces
 constexpr int64_t kPiece = 32;     // pixels
 constexpr int32_t kNotKept = -1;
 
-// The number of pieces of an image that a block sums at a time.
-int64_t lanes_of_pieces(const Settings& settings, const Shape& shape);
-// Writes dγ and dβ [rows, C] of a table, and parts [splits, 2, N, C] of the planes' sums.
+// Writes dγ and dβ [rows, C] of a table, and parts [splits, 2, N, C] of the planes' sums. The
+// settings are `over_channels`.
 void table_sums(const Settings& settings, const Operands& o, const Pieces& pieces, int64_t splits,
                 const Rows& dgamma, const Rows& dbeta, float* parts);
 

@@ -4,6 +4,7 @@
 #include "numbering.h"
 
 #include "../common/checks.h"
+#include "../common/codes.h"
 #include "on_device.h"
 
 namespace spade_fast {
@@ -341,9 +342,6 @@ std::vector<Tensor> find_patches_of(const Tensor& codes, int64_t kernel_size, in
   return numbered(codes, sizes, maps_of(codes, sizes, given, kernel_size, stride, padding, rows), 1,
                   hash_mask);
 }
-
-// A condition with more distinct vectors than this is no layout; numbering.py has the same rule.
-bool are_many(int64_t codes, int64_t places) { return codes > 64 + places / 4; }
 
 // The codes [N, *spatial] of a condition and the first place of each, int64; nothing if there are
 // too many codes.

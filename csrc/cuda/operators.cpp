@@ -1,7 +1,6 @@
 // The operators of contract.py for the modulation on CUDA: checks, outputs and workspaces, and the
 // kernels' arguments.
 
-#include <limits>
 #include <tuple>
 
 #include "../common/checks.h"
@@ -51,7 +50,7 @@ class Call {
 
   // Numbers per plane [k, N, C].
   const float* numbers(const Tensor& given) {
-    const Tensor& numbers = kept(without_gaps(in_dtype(given, ScalarType::Float)));
+    const Tensor& numbers = kept(without_gaps(given));
     aligned(numbers.const_data_ptr(), 0);
     return numbers.const_data_ptr<float>();
   }
@@ -263,14 +262,17 @@ std::tuple<Tensor, Tensor> sum_table(Call& call, const Tensor& gamma, const Tens
   pieces.row_pieces = pieces.taken + 1;
   pieces.ranges = pieces.row_pieces + rows;
   pieces.found = call.workspace(2 * pieces.kept * channels).mutable_data_ptr<float>();
-  const int64_t lanes = lanes_of_pieces(call.settings(), call.operands.shape);
-  const int64_t channel_blocks = divide_up(channels, kThreads / lanes * call.settings().vector);
+  const Settings settings = over_channels(call.settings(), channels);
+  // A block sums `lanes` pieces of an image at a time.
+  const int64_t columns = columns_of(divide_up(channels, settings.vector)),
+                lanes = kThreads / columns,
+                channel_blocks = divide_up(channels, columns * settings.vector);
   const int64_t wanted =
       divide_up(kBlocks * processors(), std::max<int64_t>(1, images * channel_blocks));
   const int64_t splits = std::clamp<int64_t>(
       wanted, 1, std::max<int64_t>(1, pieces.most / std::max<int64_t>(1, images) / lanes));
   float* parts = call.workspace(kSumParts * splits * call.planes()).mutable_data_ptr<float>();
-  table_sums(call.settings(), call.operands, pieces, splits, dgamma_rows, dbeta_rows, parts);
+  table_sums(settings, call.operands, pieces, splits, dgamma_rows, dbeta_rows, parts);
   combine_sums(call.settings(), call.operands, splits, parts, sums, terms);
   return {dgamma, dbeta};
 }
@@ -297,7 +299,7 @@ std::tuple<Tensor, Tensor, Tensor> backward_sums_of(
   const Tensor sums = call.per_plane(2);
   float* data = sums.mutable_data_ptr<float>();
   const auto [dgamma, dbeta] = sum_gradients(call, gamma, index, order, data, nullptr);
-  return {dgamma, dbeta, in_dtype(sums, planes.scalar_type())};
+  return {dgamma, dbeta, sums};
 }
 
 Tensor backward_input_of(const Tensor& dy, const Tensor& x, const Tensor& planes,

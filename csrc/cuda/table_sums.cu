@@ -368,11 +368,6 @@ __global__ void __launch_bounds__(kRowThreads, 1)
 
 }  // namespace
 
-int64_t lanes_of_pieces(const Settings& settings, const Shape& shape) {
-  return kThreads /
-         columns_of(divide_up(shape.channels, shape.channels % 8 == 0 ? settings.vector : 4));
-}
-
 void table_sums(const Settings& settings, const Operands& o, const Pieces& pieces, int64_t splits,
                 const Rows& dgamma, const Rows& dbeta, float* parts) {
   const Stream stream = settings.stream;
@@ -383,10 +378,7 @@ void table_sums(const Settings& settings, const Operands& o, const Pieces& piece
   launch(list_pieces_kernel, blocks, dim3(kPlaces), kPlaces / 8, stream, o, pieces);
   launch(place_pieces_kernel, divide_up(pieces.most, kThreads), dim3(kThreads), 0, stream, pieces,
          o.shape.images);
-  Settings of_channels = settings;  // vectors are of channels here, whatever the layout
-  of_channels.vector = channels % 8 == 0 ? settings.vector : 4;
-  of_channels.whole = settings.whole && channels % of_channels.vector == 0;
-  specialised(of_channels, o, [&](auto vector, auto last, auto whole, auto is_silu) {
+  specialised(settings, o, [&](auto vector, auto last, auto whole, auto is_silu) {
     const int columns = columns_of(divide_up(channels, vector()));
     const int64_t channel_blocks = divide_up(channels, columns * vector());
     launch(sum_pieces_kernel<vector(), last(), whole(), is_silu()>,

@@ -32,7 +32,6 @@ from torch import Tensor
 from ..recording import has_values
 
 FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-SUMS = (torch.float32, torch.float64)
 KEEPS_SIGNS = ("relu", "leaky_relu")
 Activation = Literal["relu", "leaky_relu", "silu"]
 Lists = tuple[Tensor, Tensor, Tensor, Tensor]  # as `layout.Sums` has them
@@ -242,7 +241,7 @@ def check_convolve_windows(
     rows: Tensor, weight: Tensor, bias: Tensor | None, offsets: Tensor, listed: Tensor
 ) -> None:
     _check_weight(weight, offsets, listed)
-    _check("rows", rows, weight, (weight.dtype,), (rows.shape[0], weight.shape[1]), "[rows, in]")
+    _check("rows", rows, weight, (weight.dtype,), (*rows.shape[:1], weight.shape[1]), "[rows, in]")
     if bias is not None:
         _check("bias", bias, weight, (weight.dtype,), weight.shape[:1], "[out]")
 
@@ -251,7 +250,7 @@ def check_convolve_windows_rows(
     gradient: Tensor, weight: Tensor, back_offsets: Tensor, back_listed: Tensor
 ) -> None:
     _check_weight(weight, back_offsets, back_listed)
-    shape = (gradient.shape[0], weight.shape[0])
+    shape = (*gradient.shape[:1], weight.shape[0])
     _check("gradient", gradient, weight, (weight.dtype,), shape, "[windows, out]")
 
 
@@ -302,7 +301,7 @@ def check_convolve_gathered(
         )
         if bias is not None:
             _check("biases", bias, weight, (weight.dtype,), weight.shape[:1], "[out]")
-    _check("rows", rows, rows, FLOATING, (rows.shape[0], shape[1]), "[rows, in]")
+    _check("rows", rows, rows, FLOATING, (*rows.shape[:1], shape[1]), "[rows, in]")
     _check_lists(rows, offsets, listed)
 
 
@@ -321,7 +320,7 @@ def _check_lists(other, *lists):
 
 
 def _check_numbers(name, given, x, count):
-    _check(name, given, x, SUMS, (count, *x.shape[:2]), "values per plane")
+    _check(name, given, x, (sum_dtype(x.dtype),), (count, *x.shape[:2]), "values per plane")
 
 
 def _check(name, given, other, dtypes, shape, meaning):

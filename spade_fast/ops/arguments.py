@@ -101,6 +101,14 @@ def check_modulate(
                 f"moments has shape {list(moments.shape)}; it should be [2, N, C],"
                 f" {[2, *x.shape[:2]]}"
             )
+        if moments.dtype != (dtype := contract.sum_dtype(x.dtype)):
+            raise TypeError(
+                f"moments has dtype {moments.dtype}; it should be {dtype}, as plane_moments(x) has"
+            )
+        if moments.device != x.device:
+            raise ValueError(
+                f"moments is on {moments.device}; it should be on x's device, {x.device}"
+            )
     if out is not None:
         _check_out(out, x, torch.promote_types(x.dtype, gamma.dtype))
         read = {"x": x, "gamma": gamma, "beta": beta, "index": index}

@@ -22,6 +22,7 @@ from .tile import (
     place,
     row_of,
     rows_of,
+    signs_of,
     store_signs,
     tile,
 )
@@ -146,7 +147,7 @@ def launch(
         modulation_rows(beta, last, index),
         None if index is None else index.contiguous(),
         y,
-        signs if signs.numel() else None,
+        signs_of(signs),
         images,
         channels,
         pixels,

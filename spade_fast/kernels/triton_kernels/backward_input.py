@@ -17,6 +17,7 @@ from .tile import (
     place,
     row_of,
     rows_of,
+    signs_of,
     through_activation,
     tile,
 )
@@ -108,7 +109,7 @@ def backward_input(
         modulation_rows(gamma, last, index),
         None if beta is None else modulation_rows(beta, last, index),
         None if index is None else index.contiguous(),
-        signs if signs.numel() else None,
+        signs_of(signs),
         None if terms is None else terms.contiguous(),
         dx,
         images,

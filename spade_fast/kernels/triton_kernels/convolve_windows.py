@@ -83,6 +83,7 @@ def convolve_windows(
 ) -> Tensor:
     by_tap = weight.flatten(2).transpose(1, 2)  # contiguous if the weight's channels are last
     rows, by_tap = (_aligned(matrix).contiguous() for matrix in (rows, by_tap))
+    bias = None if bias is None else bias.contiguous()
     windows, (outputs, taps, channels) = len(offsets) - 1, by_tap.shape
     results = rows.new_empty(windows, outputs)
     if INTERPRETED:  # which multiplies the bits of bfloat16, not its values
@@ -93,8 +94,8 @@ def convolve_windows(
             rows,
             by_tap,
             bias,
-            offsets,
-            listed,
+            offsets.contiguous(),
+            listed.contiguous(),
             results,
             windows,
             len(rows),

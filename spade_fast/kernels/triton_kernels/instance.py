@@ -25,6 +25,7 @@ from .tile import (
     place,
     row_of,
     rows_of,
+    signs_of,
     store_signs,
     sum_pixels,
     through_activation,
@@ -195,7 +196,7 @@ def instance_forward(
         modulation_rows(beta, last, index),
         None if index is None else index.contiguous(),
         y,
-        signs if signs.numel() else None,
+        signs_of(signs),
         planes,
         images,
         channels,
@@ -224,7 +225,7 @@ def instance_backward(
     negative_slope: float,
     plus_one: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    last = is_channels_last(x)
+    last, planes = is_channels_last(x), planes.contiguous()
     images, channels, pixels = x.flatten(2).shape
     held = (
         None
@@ -247,10 +248,10 @@ def instance_backward(
     backward_kernel[grid](
         rows_of(dy, last),
         rows_of(x, last),
-        planes.contiguous(),
+        planes,
         rows_of(gamma, last),
         None if beta is None else rows_of(beta, last),
-        signs if signs.numel() else None,
+        signs_of(signs),
         dgamma_rows,
         dbeta_rows,
         dx_rows,

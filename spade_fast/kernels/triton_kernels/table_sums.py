@@ -22,6 +22,7 @@ from .tile import (
     pixels_from,
     place,
     rows_of,
+    signs_of,
     store_part,
     sum_pixels,
     through_activation,
@@ -94,7 +95,7 @@ def list_pieces_kernel(
     tl.store(ranges + 2 * (image * rows + row) + 1, piece + 1, ends)
 
 
-@triton.jit(do_not_specialize=["rows", "capacity"])
+@triton.jit(do_not_specialize=["rows"])
 def sum_pieces_kernel(
     dy,
     x,
@@ -111,7 +112,6 @@ def sum_pieces_kernel(
     channels,
     pixels,
     rows,
-    capacity,
     negative_slope,
     addend,
     UNDER_WAY: tl.constexpr,
@@ -120,7 +120,7 @@ def sum_pieces_kernel(
     PIXELS: tl.constexpr,
     CHANNELS: tl.constexpr,
 ):
-    """Σg and Σg·d of a piece, for some channels, stored in found [2, capacity, C]."""
+    """Σg and Σg·d of a piece, for some channels, stored in found [capacity, 2, C]."""
     channel_blocks = tl.cdiv(channels, CHANNELS)
     piece = tl.program_id(0) // channel_blocks
     if piece < tl.load(pieces + images * pixels - 1):
@@ -165,14 +165,12 @@ def sum_pieces_kernel(
                 )
                 sum_g += tl.where(inside, g, 0.0)
                 sum_g_deviation += tl.where(inside, g * deviation, 0.0)
-        places = found + (piece.to(tl.int64) * channels + channel)
+        places = found + (2 * piece.to(tl.int64) * channels + channel)
         tl.store(places, sum_pixels(sum_g, LAST), channel < channels)
-        tl.store(
-            places + capacity * channels, sum_pixels(sum_g_deviation, LAST), channel < channels
-        )
+        tl.store(places + channels, sum_pixels(sum_g_deviation, LAST), channel < channels)
 
 
-@triton.jit(do_not_specialize=["rows", "capacity"])
+@triton.jit(do_not_specialize=["rows"])
 def sum_rows_kernel(
     found,
     ranges,
@@ -182,7 +180,6 @@ def sum_rows_kernel(
     images,
     channels,
     rows,
-    capacity,
     PIECES: tl.constexpr,
     CHANNELS: tl.constexpr,
 ):
@@ -202,10 +199,10 @@ def sum_rows_kernel(
         for first in range(tl.load(range_of_row), end, PIECES):
             piece = first + tl.arange(0, PIECES)[:, None]
             inside = (piece < end) & (channel < channels)
-            places = found + (piece.to(tl.int64) * channels + channel)
+            places = found + (2 * piece.to(tl.int64) * channels + channel)
             g, g_deviation = (
                 tl.load(places, inside, 0.0),
-                tl.load(places + capacity * channels, inside, 0.0),
+                tl.load(places + channels, inside, 0.0),
             )
             sum_g += g
             sum_g_normalised += tl.where(inside, scale * g_deviation + offset * g, 0.0)
@@ -253,11 +250,9 @@ def sum_planes_kernel(
         first_place = tl.load(firsts + piece, piece < end, 0)
         row = row_at(index, rows, order, image, pixels, first_place, piece < end)
         factor = addend + look_up(gamma, row, image, channel, None, inside, False)
-        places = found + (piece.to(tl.int64) * channels + channel)
+        places = found + (2 * piece.to(tl.int64) * channels + channel)
         sum_q += tl.where(inside, factor * tl.load(places, inside, 0.0), 0.0)
-        sum_q_deviation += tl.where(
-            inside, factor * tl.load(places + capacity * channels, inside, 0.0), 0.0
-        )
+        sum_q_deviation += tl.where(inside, factor * tl.load(places + channels, inside, 0.0), 0.0)
     sum_q, sum_q_deviation = (
         tl.sum(sum_q, axis=0, keep_dims=True),
         tl.sum(sum_q_deviation, axis=0, keep_dims=True),
@@ -283,6 +278,10 @@ def table_gradients(
     last = is_channels_last(x)
     images, channels, pixels = x.flatten(2).shape
     rows, places = gamma.shape[0], images * pixels
+    if places >= 2**31:  # places in the sorted order are int32
+        raise ValueError(
+            f"index has shape {list(index.shape)}; it should have fewer than 2**31 pixels"
+        )
     index, order, planes = index.contiguous(), order.contiguous(), planes.contiguous()
     gamma_rows, beta_rows = (
         None if rows is None else modulation_rows(rows, last, index) for rows in (gamma, beta)
@@ -315,7 +314,7 @@ def table_gradients(
         PIECE=PIECE,
         **settings,
     )
-    found = torch.empty(2, capacity, channels, dtype=torch.float32, device=x.device)
+    found = torch.empty(capacity, 2, channels, dtype=torch.float32, device=x.device)
     settings = plan.piece_tile(channels, last)
     sum_pieces_kernel[(capacity * triton.cdiv(channels, settings["CHANNELS"]),)](
         rows_of(dy, last),
@@ -325,7 +324,7 @@ def table_gradients(
         beta_rows,
         index,
         order,
-        signs if signs.numel() else None,
+        signs_of(signs),
         pieces,
         firsts,
         found,
@@ -333,7 +332,6 @@ def table_gradients(
         channels,
         pixels,
         rows,
-        capacity,
         negative_slope,
         float(plus_one),
         ACTIVATION=activation,
@@ -343,7 +341,7 @@ def table_gradients(
     settings = plan.row_tile(channels)
     blocks = triton.cdiv(channels, settings["CHANNELS"])
     sum_rows_kernel[(rows * blocks,)](
-        found, ranges, planes, dgamma, dbeta, images, channels, rows, capacity, **settings
+        found, ranges, planes, dgamma, dbeta, images, channels, rows, **settings
     )
     tiles = triton.cdiv(capacity // images, settings["PIECES"])
     splits = plan.splits(images * blocks, tiles, x.device, at_once=8)

@@ -39,6 +39,11 @@ def modulation_rows(gamma: Tensor, last: bool, index: Tensor | None) -> Rows:
     return Rows(gamma, 0, gamma.stride(0))
 
 
+def signs_of(signs: Tensor) -> Tensor | None:
+    """The bytes of signs without gaps; None if there are none."""
+    return signs.contiguous() if signs.numel() else None
+
+
 def empty_rows(x: Tensor, last: bool, dtype: torch.dtype) -> Rows:
     """Uninitialised Rows of x's shape."""
     images, channels, pixels = x.flatten(2).shape
