@@ -18,7 +18,7 @@ from .modules import CONVOLUTIONS, is_watched, may_overwrite_result
 from .pixels import like_pixels_of, resize, with_channels_together
 from .spade import SPADE, SpatiallyAdaptive
 from .spectral import convolve
-from .upsampled import repeat_pixels, repeats
+from .upsampled import repeat_pixels, repeats, repeats_exactly
 
 ACTIVATIONS: dict[type[nn.Module], Activation] = {
     nn.LeakyReLU: "leaky_relu",
@@ -75,7 +75,7 @@ class ResidualBlock(nn.Module):
         moments = None
         taking = sum(norm.measures for norm in (open_0, open_s) if norm is not None)
         # One pass over x serves both norms, or reads a smaller x.
-        if taking + (scale > 1) >= 2 and not is_recorded(x):
+        if taking + (scale > 1) >= 2 and not is_recorded(x) and repeats_exactly(x, scale):
             moments = repeated_moments(plane_moments(x), scale ** (x.dim() - 2))
         x = repeat_pixels(x, scale)
         layout = find_layout(segmap)

@@ -24,7 +24,7 @@ from .pixels import resize
 from .recompute import recomputed
 from .spade import SpatiallyAdaptive, batch_of
 from .spectral import fold_spectral_norm
-from .upsampled import convolve_repeated, may_sum_weights, repeat_pixels
+from .upsampled import convolve_repeated, may_sum_weights, repeat_pixels, repeats_exactly
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -247,6 +247,7 @@ class SPADEGenerator(nn.Module):
                 x = block(repeat_pixels(x, stage.scale), repeat_images(segmap, times))
         x = F.leaky_relu(x, 0.2)
         summed = self.last_scale > 1 and may_sum_weights(x) and not is_recorded(x)
+        summed = summed and repeats_exactly(x, self.last_scale)
         plain = is_plain(self.conv_img, CONVOLUTIONS.values())
         if summed and plain and keeps_size(self.conv_img, taps_of(self.conv_img)):
             x = convolve_repeated(self.conv_img, x, self.last_scale)
