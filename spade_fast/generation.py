@@ -16,13 +16,13 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from . import checkpoint
+from .arguments import whole_number
 from .data import MODES, Pair, Preparation, read_labels, read_palette, read_photograph
 from .data.dataset import named
 from .data.faults import words_of
 from .data.files import Palette
 from .data.pairs import convention_of, match
 from .nn import ConvEncoder, SPADEGenerator
-from .nn.config import whole_number
 from .service import Service
 from .training.pictures import picture
 from .training.run import Run
@@ -115,7 +115,7 @@ def generate(
         ValueError, TypeError, OSError: an argument is not as described above, the generator was
             trained with other channels than these label maps have, or an image cannot be written.
     """
-    samples = whole_number("samples", samples)
+    samples = whole_number("samples", samples, least=1)
     labels, out = Path(labels), Path(out)
     run = None
     if isinstance(weights, (str, os.PathLike)) and Path(weights).is_dir():
@@ -197,7 +197,7 @@ def generate_with(
         aspect_ratio=width / height,
         label_shift=convention_of(maps.convention).label_shift,
     )
-    seed = whole_number("seed", seed, 0)
+    seed = whole_number("seed", seed, least=0)
     styles = Styles(arguments["z_dim"], (height, width), samples, seed, style, encoder)
     pairs, faults = match(labels, None, maps.instances, maps.convention)
     try:

@@ -9,13 +9,14 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from ..arguments import whole_number
 from ..layout import SemanticLayout
 from ..ops.convolve_windows import convolve_windows
 from ..ops.modulate import spade_modulate
 from ..recording import is_recorded
 from .arguments import remember
 from .choice import find_layout
-from .config import dimensions, whole_number
+from .config import dimensions
 from .modules import CONVOLUTIONS, Convolution, is_plain, is_watched
 from .normalised import NEGATIVE_SLOPE, NormalisedConvolution
 from .pixels import FORMATS
@@ -144,10 +145,10 @@ class MultiscaleDiscriminator(nn.Module):
     ) -> None:
         super().__init__()
         input_nc, n_scales, ndf, n_layers = (
-            whole_number("input_nc", input_nc),
-            whole_number("n_scales", n_scales),
-            whole_number("ndf", ndf),
-            whole_number("n_layers", n_layers),
+            whole_number("input_nc", input_nc, least=1),
+            whole_number("n_scales", n_scales, least=1),
+            whole_number("ndf", ndf, least=1),
+            whole_number("n_layers", n_layers, least=1),
         )
         self.input_nc, self.spatial_dims = input_nc, dimensions(spatial_dims)
         for number in range(n_scales):

@@ -10,8 +10,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from ..arguments import whole_number
 from .arguments import remember
-from .config import whole_number
 from .normalised import NormalisedConvolution
 
 SIZE = 256  # every image is resized to this first, because the linear layers fit no other size
@@ -36,9 +36,9 @@ class ConvEncoder(nn.Module):
     def __init__(self, ndf: int = 64, z_dim: int = 256, *, input_nc: int = 3) -> None:
         super().__init__()
         ndf, z_dim, input_nc = (
-            whole_number("ndf", ndf),
-            whole_number("z_dim", z_dim),
-            whole_number("input_nc", input_nc),
+            whole_number("ndf", ndf, least=1),
+            whole_number("z_dim", z_dim, least=1),
+            whole_number("input_nc", input_nc, least=1),
         )
         widths = [input_nc, *(ndf * multiple for multiple in (1, 2, 4, 8, 8, 8))]
         for number, (before, width) in enumerate(itertools.pairwise(widths), start=1):

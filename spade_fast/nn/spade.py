@@ -9,15 +9,15 @@ import torch.nn as nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from .. import kernels
-from ..arguments import counted
+from ..arguments import counted, whole_number
 from ..kernels.contract import Activation, lies_like, sum_dtype
 from ..layout import SemanticLayout
-from ..ops.arguments import check_channels, check_x
+from ..ops.arguments import check_channels, check_x, is_divisor
 from ..ops.modulate import modulate_by, spade_modulate
 from ..ops.norms import Kind
 from ..recording import of_their_class, ordinary
 from .choice import find_layout, windows_of
-from .config import Config, dimensions, odd_number, parse_config, whole_number
+from .config import Config, dimensions, odd_number, parse_config
 from .modules import (
     BATCH_NORMS,
     CONVOLUTIONS,
@@ -251,7 +251,7 @@ class SPADE(SpatiallyAdaptive):
         spatial_dims: 1, 2 or 3.
 
     Raises:
-        ValueError: if an argument is not as described above; the message names it.
+        ValueError, TypeError: if an argument is not as described above; the message names it.
     """
 
     __call__: Callable[..., torch.Tensor]  # nn.Module's returns Any
@@ -276,9 +276,9 @@ class SPADE(SpatiallyAdaptive):
             norm_nc, label_nc = label_nc, nhidden
             nhidden = 128 if kernel_size is None else kernel_size
             kernel_size, norm = config.kernel_size, config.norm
-        norm_nc = whole_number("norm_nc", norm_nc)
-        label_nc = whole_number("label_nc", label_nc)
-        nhidden = whole_number("nhidden", nhidden)
+        norm_nc = whole_number("norm_nc", norm_nc, least=1)
+        label_nc = whole_number("label_nc", label_nc, least=1)
+        nhidden = whole_number("nhidden", nhidden, least=1)
         kernel_size = odd_number("kernel_size", 3 if kernel_size is None else kernel_size)
         spatial_dims = dimensions(spatial_dims)
         own_norm: nn.Module
@@ -289,6 +289,11 @@ class SPADE(SpatiallyAdaptive):
         elif norm == "syncbatch":
             own_norm = nn.SyncBatchNorm(norm_nc, eps=eps, momentum=momentum, affine=affine)
         elif norm == "group":
+            if not is_divisor(num_groups, norm_nc):
+                raise ValueError(
+                    f"num_groups is {num_groups!r}; it should be a positive number that divides"
+                    f" norm_nc, {norm_nc}"
+                )
             own_norm = nn.GroupNorm(num_groups, norm_nc, eps=eps, affine=affine)
         elif isinstance(norm, nn.Module):
             own_norm = norm
