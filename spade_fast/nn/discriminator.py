@@ -17,7 +17,7 @@ from ..recording import is_recorded
 from .arguments import remember
 from .choice import find_layout
 from .config import dimensions
-from .modules import CONVOLUTIONS, Convolution, is_plain, is_watched
+from .modules import CONVOLUTIONS, Convolution, check_dtype, first_weight, is_plain, is_watched
 from .normalised import NEGATIVE_SLOPE, NormalisedConvolution
 from .pixels import FORMATS
 from .tables import dtype_of_convolution
@@ -210,7 +210,7 @@ class MultiscaleDiscriminator(nn.Module):
         """The layout of segmap, or None. Raises ValueError or TypeError, naming the argument."""
         spatial = ", ".join("DHW"[-self.spatial_dims :])
         for name, tensor in {"x": x, "segmap": segmap}.items():
-            if isinstance(tensor, SemanticLayout) or (tensor is None and name == "segmap"):
+            if name == "segmap" and (tensor is None or isinstance(tensor, SemanticLayout)):
                 continue
             if not isinstance(tensor, torch.Tensor) or not tensor.is_floating_point():
                 kind = getattr(tensor, "dtype", type(tensor).__name__)
@@ -219,7 +219,10 @@ class MultiscaleDiscriminator(nn.Module):
                 raise ValueError(
                     f"{name} has shape {list(tensor.shape)}; it should be [N, channels, {spatial}]"
                 )
-        layout = None if segmap is None else find_layout(segmap)
+        layout, weight = None if segmap is None else find_layout(segmap), first_weight(self)
+        check_dtype("x", x, weight)
+        if isinstance(segmap, torch.Tensor) and layout is None:
+            check_dtype("segmap", segmap, weight)
         of_condition, size = 0, x.shape[2:]
         if segmap is not None:
             of_condition = segmap.shape[1] if layout is None else layout.label_nc
@@ -234,9 +237,9 @@ class MultiscaleDiscriminator(nn.Module):
                     f"x has a batch of {len(x)}; it should be a multiple of segmap's, {len(segmap)}"
                 )
         if x.shape[1] + of_condition != self.input_nc:
-            together = f" and segmap {of_condition}" if of_condition else ""
+            beside = f" and segmap {of_condition}" if of_condition else ""
             raise ValueError(
-                f"x has {x.shape[1]} channels{together}, there should be {self.input_nc} in total"
+                f"x has {x.shape[1]} channels{beside}, there should be {self.input_nc} in total"
             )
         return layout
 

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 
 from ..arguments import whole_number
 from .arguments import remember
+from .modules import check_dtype, first_weight
 from .normalised import NormalisedConvolution
 
 SIZE = 256  # every image is resized to this first, because the linear layers fit no other size
@@ -52,12 +53,13 @@ class ConvEncoder(nn.Module):
 
     def forward(self, image: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The mean and the log variance of z, both [N, z_dim], for images [N, input_nc, H, W]
-        between −1 and 1. Raises ValueError for any other shape.
+        between −1 and 1. Errors: ValueError, TypeError if image is anything else.
         """
         channels = self.layer1.convolution.in_channels
         if not isinstance(image, torch.Tensor) or image.dim() != 4 or image.shape[1] != channels:
             shape = list(image.shape) if isinstance(image, torch.Tensor) else type(image).__name__
             raise ValueError(f"image is {shape}; it should be a tensor [N, {channels}, H, W]")
+        check_dtype("image", image, first_weight(self.layer1))
         x = image
         if x.shape[2:] != (SIZE, SIZE):
             x = F.interpolate(x, size=(SIZE, SIZE), mode="bilinear")

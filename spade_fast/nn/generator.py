@@ -20,7 +20,7 @@ from .arguments import remember
 from .block import ResidualBlock, SPADEResnetBlock
 from .choice import current_mode, find_layout
 from .config import dimensions, parse_config
-from .modules import CONVOLUTIONS, first_weight, is_plain, keeps_size, taps_of
+from .modules import CONVOLUTIONS, check_dtype, first_weight, is_plain, keeps_size, taps_of
 from .pixels import resize
 from .recompute import recomputed
 from .spade import SpatiallyAdaptive, batch_of
@@ -285,6 +285,7 @@ class SPADEGenerator(nn.Module):
             raise ValueError(
                 f"z is on {z.device}; it should be on the weights' device, {weight.device}"
             )
+        check_dtype("z", z, weight)
         images = z.shape[0]
         if images == conditions:
             return z

@@ -24,6 +24,7 @@ from .modules import (
     INSTANCE_NORMS,
     KINDS,
     KnownNorm,
+    check_dtype,
     first_weight,
     is_known,
     is_watched,
@@ -165,15 +166,8 @@ class SpatiallyAdaptive(HasParts):
                 raise ValueError(
                     f"{name} is on {tensor.device}; it should be on x's device, {x.device}"
                 )
-        if (
-            isinstance(segmap, torch.Tensor)
-            and isinstance(weight, torch.Tensor)
-            and segmap.dtype != weight.dtype
-            and not torch.is_autocast_enabled(x.device.type)
-        ):
-            raise TypeError(
-                f"segmap has dtype {segmap.dtype}; it should be the weights' dtype, {weight.dtype}"
-            )
+        if isinstance(segmap, torch.Tensor) and isinstance(weight, torch.Tensor):
+            check_dtype("segmap", segmap, weight)
         images = batch_of(segmap)
         if images != x.shape[0] and images != 1 and x.shape[0] != 1:
             raise ValueError(
