@@ -10,6 +10,7 @@ import torch
 from PIL import ImageDraw, ImageFont
 
 from ..layout import instance_edges
+from ..writing import written
 from .colours import colours, paint
 from .files import Image
 
@@ -111,7 +112,8 @@ def draw(path: Path, pictures: list[Shown], report: Counted) -> None:
         left, above = GAP + number % across * KEY, tops[-1] + LINE * (1 + number // across)
         pen.rectangle((left, above, left + 14, above + 12), tuple(colour.tolist()), BLACK)
         pen.text((left + 20, above), words, BLACK, font)
-    sheet.save(path)
+    with written(path) as unfinished:
+        sheet.save(unfinished)
 
 
 def _middles(places, report):
