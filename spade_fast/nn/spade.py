@@ -107,18 +107,7 @@ class SpatiallyAdaptive(HasParts):
             x = x.expand(images, *x.shape[1:]) if several else x
         if layout is not None and len(layout) != x.shape[0]:
             layout = layout.repeat(x.shape[0]) if x.shape[0] else layout[:0]
-        found = windows_of(known, layout, x, kept)
-        lookup: dict[str, Any] = {}
-        if known.pointwise is not None:
-            given = ordinary(dense(segmap, first_weight(parts.gamma).dtype))
-            gamma, beta, lookup = at_voxels(known.pointwise, given, x, form.apart)
-        elif layout is not None and found is not None:
-            convolutions, windows = found
-            gamma, beta, lookup = at_windows(self, layout, windows, x, convolutions, kept)
-        else:
-            given = ordinary(segmap) if isinstance(segmap, torch.Tensor) else layout
-            assert given is not None
-            gamma, beta = at_pixels(parts, given, x)
+        gamma, beta, lookup = self._gamma_and_beta(known, segmap, layout, x, kept)
         if not lookup and gamma.shape[0] != x.shape[0]:  # one condition for all images
             gamma, beta = gamma.expand(x.shape), beta.expand(x.shape)
         planes = None
@@ -145,6 +134,20 @@ class SpatiallyAdaptive(HasParts):
             out=None if lookup else reused(parts.gamma, gamma, x),
         )
         return of_their_class(y, x, segmap)
+
+    def _gamma_and_beta(self, known, segmap, layout, x, kept):
+        """γ and β, and the arguments of `spade_modulate` by which each pixel finds its row: rows of
+        voxels, or of windows; at pixels there are none.
+        """
+        if known.pointwise is not None:
+            given = ordinary(dense(segmap, first_weight(known.parts.gamma).dtype))
+            return at_voxels(known.pointwise, given, x, self.spade_form.apart)
+        found = windows_of(known, layout, x, kept)
+        if found is not None:
+            convolutions, windows = found
+            return at_windows(self, layout, windows, x, convolutions, kept)
+        given = ordinary(segmap) if isinstance(segmap, torch.Tensor) else layout
+        return *at_pixels(known.parts, given, x), {}
 
     @property
     def measures(self) -> bool:
