@@ -1,7 +1,6 @@
 """The contact sheet of `check-data`: photographs beside their labels in colours."""
 
 import math
-import os
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
@@ -58,14 +57,6 @@ class Counted(Protocol):
     num_classes: int
     dont_care: int | None
     label_shift: int
-
-
-def check_writable(path: Path) -> None:
-    """Raises ValueError if no PNG can be written at this path."""
-    if path.suffix.lower() != ".png":
-        raise ValueError(f"sheet is {path}; it should be a file whose name ends with .png")
-    if not path.parent.is_dir() or path.is_dir() or not os.access(path.parent, os.W_OK):
-        raise ValueError(f"sheet is {path}; it should be a file in a folder that can be written to")
 
 
 def draw(path: Path, pictures: list[Shown], report: Counted) -> None:

@@ -14,7 +14,7 @@ from PIL import Image
 
 from ..arguments import counted
 from ..data.allowed import Allowed
-from ..data.files import Palette, read_labels, read_photograph
+from ..data.files import Palette, opened, read_labels, read_photograph
 from ..data.pairs import MOST_LISTED
 from ..generation import ORIGIN
 from .segmentation import IGNORED
@@ -154,8 +154,7 @@ def origin(files: dict[str, Path]) -> dict[str, Any]:
 
 def _origin(path):
     try:
-        with Image.open(path) as image:
-            said = json.loads(image.info.get(ORIGIN, "{}"))
+        said = json.loads(opened(path, lambda image: image.info.get(ORIGIN, "{}")))
         return {name: said.get(name) for name in SAYS}
     except (OSError, ValueError, TypeError, AttributeError):
         return dict.fromkeys(SAYS)  # a file that is not an image is refused when it is read
