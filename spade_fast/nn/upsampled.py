@@ -39,8 +39,7 @@ def repeats(segmap: torch.Tensor, size: Sequence[int]) -> int:
 def repeats_exactly(x: torch.Tensor, factor: int) -> bool:
     """Whether nearest neighbour repeats each pixel of x [N, C, *spatial] exactly `factor` times.
     F.interpolate multiplies by a rounded quotient, so that 8 pixels enlarged 47 times, for example,
-    are not. In a compiled graph, only powers of two count: there they alone are known without
-    values.
+    are not. A compiled graph cannot try it out, so there only powers of two count.
     """
     if factor & (factor - 1) == 0:
         return True
