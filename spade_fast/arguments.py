@@ -1,4 +1,4 @@
-"""Checks of arguments that layouts and data share."""
+"""Checks of arguments, and numbers in words."""
 
 import operator
 from typing import SupportsIndex, cast

@@ -16,13 +16,13 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from . import checkpoint
+from .arguments import whole_number
 from .data import MODES, Pair, Preparation, read_labels, read_palette, read_photograph
 from .data.dataset import named
 from .data.faults import words_of
 from .data.files import Palette
 from .data.pairs import convention_of, match
 from .nn import ConvEncoder, SPADEGenerator
-from .nn.config import whole_number
 from .service import Service
 from .training.pictures import picture
 from .training.run import Run
@@ -90,8 +90,8 @@ def generate(
 
     Args:
         weights: as `Service` takes them. The settings of a run whose folder it is are the defaults
-            of convention, palette, num_classes and dont_care; and of instances, if labels is the
-            folder that it was trained on.
+            of convention and palette; of num_classes and dont_care, if the convention is the run's;
+            and of instances, if labels is the folder that it was trained on.
         labels, instances: folders. Instances are required if the generator was trained with them.
         out: the folder of the images, created if it does not exist.
         loading: key and further arguments of `checkpoint.load`, if the weights do not say enough.
@@ -115,7 +115,7 @@ def generate(
         ValueError, TypeError, OSError: an argument is not as described above, the generator was
             trained with other channels than these label maps have, or an image cannot be written.
     """
-    samples = whole_number("samples", samples)
+    samples = whole_number("samples", samples, least=1)
     labels, out = Path(labels), Path(out)
     run = None
     if isinstance(weights, (str, os.PathLike)) and Path(weights).is_dir():
@@ -197,7 +197,7 @@ def generate_with(
         aspect_ratio=width / height,
         label_shift=convention_of(maps.convention).label_shift,
     )
-    seed = whole_number("seed", seed, 0)
+    seed = whole_number("seed", seed, least=0)
     styles = Styles(arguments["z_dim"], (height, width), samples, seed, style, encoder)
     pairs, faults = match(labels, None, maps.instances, maps.convention)
     try:
@@ -410,15 +410,18 @@ def _maps_of(run, labels, instances, convention, palette):
     one, else to the convention.
     """
     instances = None if instances is None else Path(instances)
-    said = None
-    if run is not None:
-        said = run.settings()
-        if palette is None and said.palette is not None:
-            palette = read_palette(said.palette)
-        is_same = said.labels is not None and Path(said.labels).resolve() == labels.resolve()
-        if instances is None and is_same and said.instances is not None:
-            instances = Path(said.instances)
-        convention = said.convention if convention is None else convention
+    settings = None if run is None else run.settings()
+    if settings is not None:
+        if palette is None and settings.palette is not None:
+            palette = read_palette(settings.palette)
+        is_same = (
+            settings.labels is not None and Path(settings.labels).resolve() == labels.resolve()
+        )
+        if instances is None and is_same and settings.instances is not None:
+            instances = Path(settings.instances)
+        convention = settings.convention if convention is None else convention
     convention = "folder" if convention is None else convention
-    said = convention_of(convention) if said is None else said
+    said: Any = convention_of(convention)
+    if settings is not None and settings.convention == convention:
+        said = settings  # in maps of another convention, the run's don't care may be a class
     return Maps(convention, palette, said.num_classes, said.dont_care, instances)

@@ -20,9 +20,9 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import torch
 
 from . import checkpoint
+from .arguments import whole_number
 from .layout import SemanticLayout
 from .nn import SPADEGenerator
-from .nn.config import whole_number
 from .nn.tables import Beside, Tables, keep_in
 
 PREFIXES = {"": 0, "k": 1, "m": 2, "g": 3, "t": 4}
@@ -73,9 +73,9 @@ class Service:
         batch: int = 1,
         waiting: int = 64,
     ) -> None:
-        threads = whole_number("threads", threads)
-        self.batch = whole_number("batch", batch)
-        self.waiting = whole_number("waiting", waiting)
+        threads = whole_number("threads", threads, least=1)
+        self.batch = whole_number("batch", batch, least=1)
+        self.waiting = whole_number("waiting", waiting, least=1)
         self._cache = bytes_of("cache", cache)
         self._wanted = device, dtype
         self._loaded = self._load(weights)

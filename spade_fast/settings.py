@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
+from .optional import needed
+
 ORDERS = ("published", "shared")
 PRECISIONS = ("no", "bf16", "fp16")
 INITIALISATIONS = ("xavier", "xavier_uniform", "normal", "kaiming", "orthogonal", "default")
@@ -288,28 +290,27 @@ class Config:
 
     def save(self, path: Path) -> None:
         """Writes the settings as YAML. Paths become absolute: the run may be resumed or used from
-        another folder.
+        another folder. Errors: OSError; ModuleNotFoundError without PyYAML.
         """
-        import yaml
-
+        yaml = needed("yaml", "writing a run's settings", "pyyaml")
         found = dataclasses.asdict(self)
         for name in (*FOLDERS, *FILES, "out"):
             if found[name] is not None:
                 found[name] = str(Path(found[name]).absolute())
         path.write_text(
             "# Settings of a training run: `spade-fast train --help` explains them.\n"
-            + yaml.safe_dump(found, sort_keys=False, allow_unicode=True)
+            + yaml.safe_dump(found, sort_keys=False, allow_unicode=True),
+            encoding="utf-8",
         )
 
     @classmethod
     def load(cls, path: Path) -> "Config":
-        """The settings in a YAML file. Errors: OSError; ValueError or TypeError if the file has
-        anything else in it.
+        """The settings in a YAML file. Errors: OSError; ModuleNotFoundError without PyYAML;
+        ValueError or TypeError if the file has anything else in it.
         """
-        import yaml
-
+        yaml = needed("yaml", "reading a run's settings", "pyyaml")
         try:
-            found = yaml.safe_load(path.read_text())
+            found = yaml.safe_load(path.read_text(encoding="utf-8"))
         except (yaml.YAMLError, UnicodeDecodeError) as error:
             raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
         if not isinstance(found, dict):

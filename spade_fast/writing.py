@@ -52,6 +52,16 @@ def written(path: str | os.PathLike) -> Iterator[Path]:
         unfinished.unlink(missing_ok=True)
 
 
+def check_writable(name: str, path: Path) -> None:
+    """Raises ValueError, naming the argument, unless a file can be written at this path: for use
+    before the work that makes its contents.
+    """
+    if not path.parent.is_dir() or path.is_dir() or not os.access(path.parent, os.W_OK):
+        raise ValueError(
+            f"{name} is {path}; it should be a file in a folder that can be written to"
+        )
+
+
 @contextlib.contextmanager
 def _locked(path):
     """Holds a lock on the file in the block, and gives the block whether it does: Windows and some

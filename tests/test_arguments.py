@@ -203,11 +203,14 @@ def test_layer_and_block(x, segmap, error, words):
         ({"kernel_size": 4}, ["kernel_size is 4", "odd"]),
         ({"norm": "layer"}, ["norm is 'layer'", "nn.Module"]),
         ({"spatial_dims": 4}, ["spatial_dims is 4", "1, 2 or 3"]),
-        ({"norm": "group", "num_groups": 3}, ["num_channels", "divisible by num_groups"]),
+        *(
+            ({"norm": "group", "num_groups": number}, [f"num_groups is {number}", "norm_nc, 4"])
+            for number in (3, 0, 2.0)
+        ),
     ],
 )
 def test_spade_constructor(arguments, words):
-    with pytest.raises(ValueError) as raised:
+    with pytest.raises((ValueError, TypeError)) as raised:
         spade_fast.SPADE(**{"norm_nc": 4, "label_nc": 3} | arguments)
     assert all(word in str(raised.value) for word in words), str(raised.value)
 

@@ -1,5 +1,7 @@
 """`spade-fast check-data`: every kind of ruined folder, and right ones."""
 
+import errno
+
 import numpy as np
 import pytest
 import ruined
@@ -161,6 +163,20 @@ def test_sheet(folder):
     }.items():
         found = (sheet == colour).all(-1).sum()
         assert 0.95 * pixels < found < 1.5 * pixels  # numbers and the key are written on it
+
+
+def test_a_sheet_is_written_whole_or_not_at_all(folder, monkeypatch):
+    sheet = folder / "sheet.png"
+    sheet.write_bytes(b"before")
+
+    def save_half(image, path):
+        path.write_bytes(b"half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Image.Image, "save", save_half)
+    with pytest.raises(OSError, match="No space left on device: .*sheet.png"):
+        check_data(*folders(folder), sheet=sheet)
+    assert sheet.read_bytes() == b"before" and len(list(folder.glob(".*"))) == 0
 
 
 def test_colours():

@@ -178,6 +178,17 @@ def test_a_layout_whose_windows_do_not_determine_gamma():
     assert_agree(compiled(x, layout), spade(x, layout))
 
 
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("factor", [2, 3, 47])
+def test_a_condition_that_is_enlarged(factor, dynamic):
+    """47 is no exact repetition: F.interpolate multiplies by a rounded quotient."""
+    layer = spade_fast.SPADE(2, 3, nhidden=4, spatial_dims=1)
+    x, segmap = torch.randn(1, 2, 8 * factor), torch.randn(1, 3, 8)
+    compiled = torch.compile(layer, backend="eager", fullgraph=True, dynamic=dynamic)
+    with torch.no_grad():
+        assert_agree(compiled(x, segmap), layer(x, segmap))
+
+
 def test_a_layout_that_is_not_prepared():
     layout = SemanticLayout.from_labels(patches((1, 16, 16), 3), 3)
     compiled = torch.compile(spade_fast.SPADE(4, 3, 4), fullgraph=True, backend="eager")

@@ -441,6 +441,7 @@ def test_pictures_whose_sizes_do_not_fit():
         {"crop_size": 2.5},
         {"aspect_ratio": 0},
         {"aspect_ratio": 1000},
+        {"aspect_ratio": "1"},
         {"num_classes": 0},
         {"dont_care": 0.5},
         {"label_shift": None},
@@ -539,10 +540,17 @@ def test_sampler():
 
 
 @pytest.mark.parametrize(
-    "settings", [{"batch": 8}, {"batch": 4, "processes": 2}, {"batch": 0}, {"rank": 1}]
+    "settings, words",
+    [
+        ({"batch": 8}, "the data set has 7 examples; it should have at least one batch"),
+        ({"batch": 4, "processes": 2}, "the data set has 7 examples"),
+        ({"batch": 0}, "batch is 0; it should be 1 or more"),
+        ({"batch": "2"}, "batch is '2'; it should be a whole number"),
+        ({"rank": 1}, "rank is 1; it should be less than processes, 1"),
+    ],
 )
-def test_invalid_samplers(settings):
-    assert "should" in refusal(Sampler, 7, **{"batch": 1} | settings)
+def test_invalid_samplers(settings, words):
+    assert refusal(Sampler, 7, **{"batch": 1} | settings).startswith(words)
 
 
 def test_loaders_yield_the_same_for_any_workers_processes_and_start(folder):

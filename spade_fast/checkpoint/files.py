@@ -13,6 +13,7 @@ import torch
 import torch.nn as nn
 
 from ..nn.arguments import ENTRY
+from ..optional import needed
 from ..writing import written
 
 MOST_LISTED = 5  # items of a list in an error message
@@ -104,7 +105,7 @@ def _is_safetensors(path):
 
 
 def _read_safetensors(path):
-    with _safetensors("to read").safe_open(path, "pt") as file:
+    with _safetensors("safetensors", "reading").safe_open(path, "pt") as file:
         metadata = file.metadata() or {}
         weights = OrderedDict((key, file.get_tensor(key)) for key in list(file.keys()))
     try:
@@ -129,7 +130,7 @@ def _write_safetensors(weights, path):
         for place, entry in getattr(weights, "_metadata", {}).items()
         if ENTRY in entry
     }
-    _safetensors("to write").torch.save_file(
+    _safetensors("safetensors.torch", "writing").save_file(
         {
             key: tensor.detach().clone(memory_format=torch.contiguous_format)
             for key, tensor in weights.items()
@@ -139,11 +140,5 @@ def _write_safetensors(weights, path):
     )
 
 
-def _safetensors(purpose):
-    try:
-        import safetensors.torch
-    except ImportError as error:
-        raise ModuleNotFoundError(
-            f"{purpose} .safetensors, install safetensors: pip install safetensors ({error})"
-        ) from error
-    return safetensors
+def _safetensors(module, doing):
+    return needed(module, f"{doing} .safetensors", "safetensors")

@@ -11,11 +11,12 @@ from typing import Literal, NamedTuple
 import numpy as np
 
 from ..arguments import counted, whole_number
+from ..writing import check_writable
 from .allowed import Allowed, counts_of
 from .faults import words_of
 from .files import Palette, read_labels, read_orientation, read_photograph
 from .pairs import MOST_LISTED, Pair, convention_of, match
-from .sheet import MOST_SHOWN, Shown, check_writable, draw
+from .sheet import MOST_SHOWN, Shown, draw
 
 FILLED = (255, 65535)  # all bits set: data sets mark pixels without a class with these
 RARE = 0.001  # the share of all pixels up to which labels far above the others may be mistakes
@@ -109,7 +110,10 @@ def check_data(
     if dont_care is not None:
         dont_care = whole_number("dont_care", dont_care)
     if sheet is not None:
-        check_writable(Path(sheet))
+        sheet = Path(sheet)
+        if sheet.suffix.lower() != ".png":
+            raise ValueError(f"sheet is {sheet}; it should be a file whose name ends with .png")
+        check_writable("sheet", sheet)
     num_classes = rules.num_classes if num_classes is None else num_classes
     dont_care = rules.dont_care if dont_care is None else dont_care
     pairs, faults = match(labels, images, instances, convention)
@@ -149,7 +153,7 @@ def check_data(
             f"{len(absent)} of {report.num_classes} classes never occur: {_ranges(absent)}"
         )
     if sheet is not None:
-        draw(Path(sheet), pictures, report)
+        draw(sheet, pictures, report)
     return report
 
 

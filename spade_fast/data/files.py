@@ -2,8 +2,9 @@
 
 import io
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -69,7 +70,7 @@ def read_photograph(
         the limit, transparent pixels, or grey pixels of more than 8 bits.
     """
     if most_pixels is not None:
-        width, height = _opened(path, lambda image: image.size, content)
+        width, height = opened(path, lambda image: image.size, content)
         if width * height > most_pixels:
             raise ValueError(
                 f"{path} has {width} × {height} pixels; it should have {most_pixels} or fewer"
@@ -95,7 +96,7 @@ def read_orientation(path: str | os.PathLike) -> int:
     def found(image):
         return 1 if image.format == "TIFF" else image.getexif().get(ORIENTATION, 1)
 
-    return _opened(path, found)
+    return opened(path, found)
 
 
 def read_palette(path: str | os.PathLike) -> dict[tuple[int, int, int], int]:
@@ -166,11 +167,15 @@ def _read(path, content=None, upright=False):
         image.load()
         return ImageOps.exif_transpose(image) if upright else image
 
-    return _opened(path, load, content)
+    return opened(path, load, content)
 
 
-def _opened(path, function, content=None):
-    """The function's result for the image in a file, or in its content."""
+def opened(
+    path: str | os.PathLike, function: Callable[[Image.Image], Any], content: bytes | None = None
+) -> Any:
+    """The function's result for the image in a file, or in its content, which need not be decoded.
+    Errors: ValueError, which names the file, if it is not an image or the function fails.
+    """
     # Errors of the file system are raised here, unchanged.
     with open(path, "rb") if content is None else io.BytesIO(content) as file:
         try:

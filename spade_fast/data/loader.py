@@ -12,6 +12,7 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from torch.utils.data import Sampler as TorchSampler
 
+from ..arguments import whole_number
 from .dataset import Example, Folder, Stream, collate, random_of
 
 
@@ -148,10 +149,8 @@ def _end_as_its_parent_says():
 
 
 def check_share(batch: int, rank: int, processes: int, start: int) -> None:
-    """Raises ValueError unless a process can take this share of the batches."""
-    if batch < 1 or processes < 1 or not 0 <= rank < processes or start < 0:
-        raise ValueError(
-            f"batch is {batch}; it should be 1 or more; rank is {rank}; it should be 0 to"
-            f" processes − 1; processes is {processes}; it should be 1 or more; start is {start};"
-            " it should be 0 or more"
-        )
+    """Errors: ValueError, TypeError unless a process can take this share of the batches."""
+    whole_number("batch", batch, least=1)
+    whole_number("start", start, least=0)
+    if whole_number("rank", rank, least=0) >= whole_number("processes", processes, least=1):
+        raise ValueError(f"rank is {rank}; it should be less than processes, {processes}")

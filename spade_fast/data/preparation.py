@@ -2,6 +2,7 @@
 
 import random as randoms
 from dataclasses import KW_ONLY, dataclass
+from numbers import Real
 
 import numpy as np
 import torch
@@ -64,7 +65,8 @@ class Preparation:
             self.dont_care = whole_number("dont_care", self.dont_care)
         if self.mode not in MODES:
             raise ValueError(f"mode is {self.mode!r}; it should be one of {', '.join(MODES)}")
-        if not 0 < self.aspect_ratio < float("inf") or min(self._box) < 1:
+        is_number = isinstance(self.aspect_ratio, Real)
+        if not is_number or not 0 < self.aspect_ratio < float("inf") or min(self._box) < 1:
             raise ValueError(
                 f"aspect_ratio is {self.aspect_ratio!r}; it should be the crop's width over its"
                 " height"

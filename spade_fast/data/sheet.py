@@ -1,7 +1,6 @@
 """The contact sheet of `check-data`: photographs beside their labels in colours."""
 
 import math
-import os
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
@@ -10,6 +9,7 @@ import torch
 from PIL import ImageDraw, ImageFont
 
 from ..layout import instance_edges
+from ..writing import written
 from .colours import colours, paint
 from .files import Image
 
@@ -59,14 +59,6 @@ class Counted(Protocol):
     label_shift: int
 
 
-def check_writable(path: Path) -> None:
-    """Raises ValueError if no PNG can be written at this path."""
-    if path.suffix.lower() != ".png":
-        raise ValueError(f"sheet is {path}; it should be a file whose name ends with .png")
-    if not path.parent.is_dir() or path.is_dir() or not os.access(path.parent, os.W_OK):
-        raise ValueError(f"sheet is {path}; it should be a file in a folder that can be written to")
-
-
 def draw(path: Path, pictures: list[Shown], report: Counted) -> None:
     """Writes the sheet: two pairs in each row, and a key with the colour of each class in them."""
     shade = np.concatenate([colours(report.num_classes), [BLACK, RED]]).astype(np.uint8)
@@ -111,7 +103,8 @@ def draw(path: Path, pictures: list[Shown], report: Counted) -> None:
         left, above = GAP + number % across * KEY, tops[-1] + LINE * (1 + number // across)
         pen.rectangle((left, above, left + 14, above + 12), tuple(colour.tolist()), BLACK)
         pen.text((left + 20, above), words, BLACK, font)
-    sheet.save(path)
+    with written(path) as unfinished:
+        sheet.save(unfinished)
 
 
 def _middles(places, report):

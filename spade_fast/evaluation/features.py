@@ -13,7 +13,8 @@ import torch
 import torch.nn as nn
 
 from ..imported import theirs
-from .networks import Network, first_line, given, needed, sha256_of
+from ..optional import needed
+from .networks import SAME_TORCH, Network, first_line, given, sha256_of
 
 INCEPTION = "inception"
 FILE = (
@@ -59,8 +60,8 @@ class FrechetDistance:
         self._check(found, len(images))
         if self.metric is None:
             self.dimension = found.shape[1]
-            frechet = needed("torchmetrics.image.fid", "FID").FrechetInceptionDistance
-            self.metric = frechet(feature=_Unchanged(self.dimension))
+            metrics = needed("torchmetrics.image.fid", "FID", f"torchmetrics {SAME_TORCH}")
+            self.metric = metrics.FrechetInceptionDistance(feature=_Unchanged(self.dimension))
         self.metric.update(found.cpu().double(), real=real)
         self.images[real] += len(images)
 
@@ -125,7 +126,11 @@ class _First(nn.Module):
 
 
 def _inception(weights):
-    module = needed("torch_fidelity.feature_extractor_inceptionv3", f"--features {INCEPTION}")
+    module = needed(
+        "torch_fidelity.feature_extractor_inceptionv3",
+        f"--features {INCEPTION}",
+        f"torch-fidelity {SAME_TORCH}",
+    )
     path = _cached() if weights is None else Path(weights)
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist; it should be the file {FILE}")

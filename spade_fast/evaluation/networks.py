@@ -1,17 +1,18 @@
 """The networks that scores are measured with, and their entries in the protocol."""
 
 import hashlib
-import importlib
 import inspect
 import sys
 from pathlib import Path
-from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn as nn
 
 from ..imported import returned
+
+# Beside a package that pip should install, because torchvision, which some need, fits one torch.
+SAME_TORCH = f"torch=={torch.__version__.partition('+')[0]}"
 
 
 class Network(NamedTuple):
@@ -67,20 +68,6 @@ def sha256_of(module: nn.Module) -> str:
         values = value.detach().cpu().contiguous().reshape(-1)
         digest.update(values.view(torch.uint8).numpy().data)
     return digest.hexdigest()
-
-
-def needed(module: str, purpose: str) -> ModuleType:
-    """A module of an optional package. Errors: ModuleNotFoundError if it is not installed. The
-    message says how to install it without replacing torch, which has to suit torchvision too.
-    """
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        package = module.partition(".")[0].replace("_", "-")
-        raise ModuleNotFoundError(
-            f"{purpose} needs {package}: pip install {package}"
-            f" torch=={torch.__version__.partition('+')[0]} ({error})"
-        ) from error
 
 
 def first_line(error: BaseException) -> str:

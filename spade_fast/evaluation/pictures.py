@@ -14,7 +14,7 @@ from PIL import Image
 
 from ..arguments import counted
 from ..data.allowed import Allowed
-from ..data.files import Palette, read_labels, read_photograph
+from ..data.files import Palette, opened, read_labels, read_photograph
 from ..data.pairs import MOST_LISTED
 from ..generation import ORIGIN
 from .segmentation import IGNORED
@@ -113,7 +113,9 @@ def partners(
     """The name of each generated image's label map: the image's name, or the part before "-K" if
     the image is one of several samples. Errors: ValueError if a file has no partner.
     """
-    found = {name: _partner(name, labels) for name in generated}
+    # Sample 0 of "a" has the name of a label map "a-0".
+    are_samples = not labels.keys() <= generated.keys()
+    found = {name: _partner(name, labels, are_samples) for name in generated}
     faults = [
         f"{generated[name]} has no label map in {labels_in}"
         for name, label in found.items()
@@ -152,16 +154,17 @@ def origin(files: dict[str, Path]) -> dict[str, Any]:
 
 def _origin(path):
     try:
-        with Image.open(path) as image:
-            said = json.loads(image.info.get(ORIGIN, "{}"))
+        said = json.loads(opened(path, lambda image: image.info.get(ORIGIN, "{}")))
         return {name: said.get(name) for name in SAYS}
     except (OSError, ValueError, TypeError, AttributeError):
         return dict.fromkeys(SAYS)  # a file that is not an image is refused when it is read
 
 
-def _partner(name, labels):
-    """The name of the label map that an image with this name was generated from, or None."""
-    if name in labels:
-        return name
+def _partner(name, labels, are_samples):
+    """The name of the label map that an image with this name was generated from, or None.
+
+    are_samples: whether a name that can be read in both ways is that of a sample.
+    """
     stem = re.sub(r"-\d+$", "", name)
-    return stem if stem in labels else None
+    names = (stem, name) if are_samples else (name, stem)
+    return next((one for one in names if one in labels), None)

@@ -11,8 +11,7 @@ from typing import Any
 
 import torch
 
-from .. import __version__
-from ..writing import written
+from .. import __version__, writing
 
 SCORES = {"fid": "FID", "mean_iou": "mean IoU", "pixel_accuracy": "pixel accuracy"}
 MOST_SHOWN = 100  # characters of a value that differs
@@ -27,13 +26,12 @@ def versions(others: Iterable[str]) -> dict[str, str]:
 
 def check_writable(path: Path) -> None:
     """Raises ValueError if no file can be written at this path."""
-    if not path.parent.is_dir() or path.is_dir():
-        raise ValueError(f"json is {path}; it should be a file in a folder that exists")
+    writing.check_writable("json", path)
 
 
 def write(result: dict[str, Any], path: str | os.PathLike) -> None:
     """Writes scores and protocol, whole or not at all."""
-    with written(path) as unfinished:
+    with writing.written(path) as unfinished:
         text = json.dumps(result, indent=2, ensure_ascii=False, allow_nan=False)
         unfinished.write_text(text + "\n", encoding="utf-8")
 

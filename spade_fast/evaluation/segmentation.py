@@ -11,7 +11,8 @@ import torch.nn.functional as F
 
 from ..data.files import lines_of
 from ..imported import theirs
-from .networks import Network, first_line, given, needed, sha256_of
+from ..optional import needed
+from .networks import SAME_TORCH, Network, first_line, given, sha256_of
 
 IGNORED = -1  # "don't care" in the labels that `Overlap` takes
 NO_CLASS = "-"  # in a file of classes
@@ -84,8 +85,10 @@ class Overlap:
             )
         self.labels = torch.tensor([num_classes if label is None else label for label in labels])
         # one more row and column, for predictions that are not a label
-        matrix = needed("torchmetrics.classification", "mean IoU").MulticlassConfusionMatrix
-        self.metric = matrix(num_classes + 1, ignore_index=IGNORED, validate_args=False)
+        metrics = needed("torchmetrics.classification", "mean IoU", f"torchmetrics {SAME_TORCH}")
+        self.metric = metrics.MulticlassConfusionMatrix(
+            num_classes + 1, ignore_index=IGNORED, validate_args=False
+        )
 
     @torch.no_grad()
     def add(self, images: torch.Tensor, labels: torch.Tensor) -> None:
@@ -156,7 +159,7 @@ class _Segmentation(nn.Module):
 
 
 def _of_transformers(name):
-    transformers = needed("transformers", f"--segmentation {name}")
+    transformers = needed("transformers", f"--segmentation {name}", f"transformers {SAME_TORCH}")
     try:
         processor = transformers.AutoImageProcessor.from_pretrained(name)
         network, loading = transformers.AutoModelForSemanticSegmentation.from_pretrained(

@@ -8,17 +8,18 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from ..arguments import whole_number
 from ..kernels.contract import Activation
 from ..layout import SemanticLayout
 from ..ops.modulate import plane_moments
 from ..recording import is_recorded, of_their_class, ordinary
 from .choice import find_layout
-from .config import dimensions, parse_config, whole_number
+from .config import dimensions, parse_config
 from .modules import CONVOLUTIONS, is_watched, may_overwrite_result
 from .pixels import like_pixels_of, resize, with_channels_together
 from .spade import SPADE, SpatiallyAdaptive
 from .spectral import convolve
-from .upsampled import repeat_pixels, repeats
+from .upsampled import repeat_pixels, repeats, repeats_exactly
 
 ACTIVATIONS: dict[type[nn.Module], Activation] = {
     nn.LeakyReLU: "leaky_relu",
@@ -75,7 +76,7 @@ class ResidualBlock(nn.Module):
         moments = None
         taking = sum(norm.measures for norm in (open_0, open_s) if norm is not None)
         # One pass over x serves both norms, or reads a smaller x.
-        if taking + (scale > 1) >= 2 and not is_recorded(x):
+        if taking + (scale > 1) >= 2 and not is_recorded(x) and repeats_exactly(x, scale):
             moments = repeated_moments(plane_moments(x), scale ** (x.dim() - 2))
         x = repeat_pixels(x, scale)
         layout = find_layout(segmap)
@@ -182,7 +183,7 @@ class SPADEResnetBlock(ResidualBlock):
         spatial_dims: 1, 2 or 3.
 
     Raises:
-        ValueError: if an argument is not as described above; the message names it.
+        ValueError, TypeError: if an argument is not as described above; the message names it.
     """
 
     __call__: Callable[..., torch.Tensor]  # nn.Module's returns Any
@@ -205,9 +206,9 @@ class SPADEResnetBlock(ResidualBlock):
             norm_G, label_nc = options.norm_G, options.semantic_nc  # the published code's options
         config = parse_config(norm_G, "norm_G")
         spatial_dims = dimensions(spatial_dims)
-        fin, fout = whole_number("fin", fin), whole_number("fout", fout)
-        dilation, fmiddle = whole_number("dilation", dilation), min(fin, fout)
-        label_nc = whole_number("label_nc", label_nc)
+        fin, fout = whole_number("fin", fin, least=1), whole_number("fout", fout, least=1)
+        dilation, fmiddle = whole_number("dilation", dilation, least=1), min(fin, fout)
+        label_nc = whole_number("label_nc", label_nc, least=1)
 
         def convolution(*arguments, **settings):
             module = CONVOLUTIONS[spatial_dims](*arguments, **settings)

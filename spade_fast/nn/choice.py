@@ -8,6 +8,7 @@ from typing import Literal, get_args
 import torch
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from ..identity import state_of
 from ..layout import SemanticLayout, Windows
 from ..recording import is_recorded
 from ..scopes import Scope
@@ -65,14 +66,8 @@ def find_layout(segmap: torch.Tensor | SemanticLayout) -> SemanticLayout | None:
         return None
     if segmap.is_cuda and torch.cuda.is_current_stream_capturing():
         return None
-    state = (
-        None if segmap.is_inference() else segmap._version,
-        segmap.data_ptr(),
-        segmap.shape,
-        segmap.stride(),
-    )
-    before = _found.get(segmap)
-    if before is not None and before[0] == state and state[0] is not None:
+    state, before = state_of(segmap), _found.get(segmap)
+    if before is not None and before[0] == state:
         _, layout, made = before
         read_here(made, () if layout is None else (layout.codes, layout.palette))
         return layout

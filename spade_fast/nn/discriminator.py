@@ -9,14 +9,15 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from ..arguments import whole_number
 from ..layout import SemanticLayout
 from ..ops.convolve_windows import convolve_windows
 from ..ops.modulate import spade_modulate
 from ..recording import is_recorded
 from .arguments import remember
 from .choice import find_layout
-from .config import dimensions, whole_number
-from .modules import CONVOLUTIONS, Convolution, is_plain, is_watched
+from .config import dimensions
+from .modules import CONVOLUTIONS, Convolution, check_dtype, first_weight, is_plain, is_watched
 from .normalised import NEGATIVE_SLOPE, NormalisedConvolution
 from .pixels import FORMATS
 from .tables import dtype_of_convolution
@@ -144,10 +145,10 @@ class MultiscaleDiscriminator(nn.Module):
     ) -> None:
         super().__init__()
         input_nc, n_scales, ndf, n_layers = (
-            whole_number("input_nc", input_nc),
-            whole_number("n_scales", n_scales),
-            whole_number("ndf", ndf),
-            whole_number("n_layers", n_layers),
+            whole_number("input_nc", input_nc, least=1),
+            whole_number("n_scales", n_scales, least=1),
+            whole_number("ndf", ndf, least=1),
+            whole_number("n_layers", n_layers, least=1),
         )
         self.input_nc, self.spatial_dims = input_nc, dimensions(spatial_dims)
         for number in range(n_scales):
@@ -209,7 +210,7 @@ class MultiscaleDiscriminator(nn.Module):
         """The layout of segmap, or None. Raises ValueError or TypeError, naming the argument."""
         spatial = ", ".join("DHW"[-self.spatial_dims :])
         for name, tensor in {"x": x, "segmap": segmap}.items():
-            if isinstance(tensor, SemanticLayout) or (tensor is None and name == "segmap"):
+            if name == "segmap" and (tensor is None or isinstance(tensor, SemanticLayout)):
                 continue
             if not isinstance(tensor, torch.Tensor) or not tensor.is_floating_point():
                 kind = getattr(tensor, "dtype", type(tensor).__name__)
@@ -218,7 +219,10 @@ class MultiscaleDiscriminator(nn.Module):
                 raise ValueError(
                     f"{name} has shape {list(tensor.shape)}; it should be [N, channels, {spatial}]"
                 )
-        layout = None if segmap is None else find_layout(segmap)
+        layout, weight = None if segmap is None else find_layout(segmap), first_weight(self)
+        check_dtype("x", x, weight)
+        if isinstance(segmap, torch.Tensor) and layout is None:
+            check_dtype("segmap", segmap, weight)
         of_condition, size = 0, x.shape[2:]
         if segmap is not None:
             of_condition = segmap.shape[1] if layout is None else layout.label_nc
@@ -233,9 +237,9 @@ class MultiscaleDiscriminator(nn.Module):
                     f"x has a batch of {len(x)}; it should be a multiple of segmap's, {len(segmap)}"
                 )
         if x.shape[1] + of_condition != self.input_nc:
-            together = f" and segmap {of_condition}" if of_condition else ""
+            beside = f" and segmap {of_condition}" if of_condition else ""
             raise ValueError(
-                f"x has {x.shape[1]} channels{together}, there should be {self.input_nc} in total"
+                f"x has {x.shape[1]} channels{beside}, there should be {self.input_nc} in total"
             )
         return layout
 

@@ -10,8 +10,9 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from ..arguments import whole_number
 from .arguments import remember
-from .config import whole_number
+from .modules import check_dtype, first_weight
 from .normalised import NormalisedConvolution
 
 SIZE = 256  # every image is resized to this first, because the linear layers fit no other size
@@ -36,9 +37,9 @@ class ConvEncoder(nn.Module):
     def __init__(self, ndf: int = 64, z_dim: int = 256, *, input_nc: int = 3) -> None:
         super().__init__()
         ndf, z_dim, input_nc = (
-            whole_number("ndf", ndf),
-            whole_number("z_dim", z_dim),
-            whole_number("input_nc", input_nc),
+            whole_number("ndf", ndf, least=1),
+            whole_number("z_dim", z_dim, least=1),
+            whole_number("input_nc", input_nc, least=1),
         )
         widths = [input_nc, *(ndf * multiple for multiple in (1, 2, 4, 8, 8, 8))]
         for number, (before, width) in enumerate(itertools.pairwise(widths), start=1):
@@ -52,12 +53,13 @@ class ConvEncoder(nn.Module):
 
     def forward(self, image: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The mean and the log variance of z, both [N, z_dim], for images [N, input_nc, H, W]
-        between −1 and 1. Raises ValueError for any other shape.
+        between −1 and 1. Errors: ValueError, TypeError if image is anything else.
         """
         channels = self.layer1.convolution.in_channels
         if not isinstance(image, torch.Tensor) or image.dim() != 4 or image.shape[1] != channels:
             shape = list(image.shape) if isinstance(image, torch.Tensor) else type(image).__name__
             raise ValueError(f"image is {shape}; it should be a tensor [N, {channels}, H, W]")
+        check_dtype("image", image, first_weight(self.layer1))
         x = image
         if x.shape[2:] != (SIZE, SIZE):
             x = F.interpolate(x, size=(SIZE, SIZE), mode="bilinear")

@@ -13,18 +13,19 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from ..arguments import whole_number
 from ..layout import SemanticLayout
 from ..recording import is_recorded, of_their_class
 from .arguments import remember
 from .block import ResidualBlock, SPADEResnetBlock
 from .choice import current_mode, find_layout
-from .config import dimensions, parse_config, whole_number
-from .modules import CONVOLUTIONS, first_weight, is_plain, keeps_size, taps_of
+from .config import dimensions, parse_config
+from .modules import CONVOLUTIONS, check_dtype, first_weight, is_plain, keeps_size, taps_of
 from .pixels import resize
 from .recompute import recomputed
 from .spade import SpatiallyAdaptive, batch_of
 from .spectral import fold_spectral_norm
-from .upsampled import convolve_repeated, may_sum_weights, repeat_pixels
+from .upsampled import convolve_repeated, may_sum_weights, repeat_pixels, repeats_exactly
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -119,13 +120,13 @@ class SPADEGenerator(nn.Module):
         super().__init__()
         spatial_dims = dimensions(spatial_dims)
         label_nc, ngf, nhidden, output_nc, last_scale = (
-            whole_number("label_nc", label_nc),
-            whole_number("ngf", ngf),
-            whole_number("nhidden", nhidden),
-            whole_number("output_nc", output_nc),
-            whole_number("last_scale", last_scale),
+            whole_number("label_nc", label_nc, least=1),
+            whole_number("ngf", ngf, least=1),
+            whole_number("nhidden", nhidden, least=1),
+            whole_number("output_nc", output_nc, least=1),
+            whole_number("last_scale", last_scale, least=1),
         )
-        z_dim = None if z_dim is None else whole_number("z_dim", z_dim)
+        z_dim = None if z_dim is None else whole_number("z_dim", z_dim, least=1)
         self.start = _first_size(start, spatial_dims)
         self.stages = _checked(stages, ngf)
         self.label_nc, self.z_dim, self.last_scale = label_nc, z_dim, last_scale
@@ -189,8 +190,8 @@ class SPADEGenerator(nn.Module):
             norm_G, z_dim, ngf, nhidden: see the class.
 
         Raises:
-            ValueError: if an argument is not as described above. If no image of that size can be
-                made, the message names the nearest sizes.
+            ValueError, TypeError: if an argument is not as described above. If no image of that
+                size can be made, the message names the nearest sizes.
         """
         return cls(
             **official_arguments(
@@ -199,7 +200,7 @@ class SPADEGenerator(nn.Module):
                 aspect_ratio=aspect_ratio,
                 num_upsampling_layers=num_upsampling_layers,
             ),
-            z_dim=whole_number("z_dim", z_dim) if use_vae else None,
+            z_dim=whole_number("z_dim", z_dim, least=1) if use_vae else None,
             ngf=ngf,
             norm_G=norm_G,
             nhidden=nhidden,
@@ -247,6 +248,7 @@ class SPADEGenerator(nn.Module):
                 x = block(repeat_pixels(x, stage.scale), repeat_images(segmap, times))
         x = F.leaky_relu(x, 0.2)
         summed = self.last_scale > 1 and may_sum_weights(x) and not is_recorded(x)
+        summed = summed and repeats_exactly(x, self.last_scale)
         plain = is_plain(self.conv_img, CONVOLUTIONS.values())
         if summed and plain and keeps_size(self.conv_img, taps_of(self.conv_img)):
             x = convolve_repeated(self.conv_img, x, self.last_scale)
@@ -283,6 +285,7 @@ class SPADEGenerator(nn.Module):
             raise ValueError(
                 f"z is on {z.device}; it should be on the weights' device, {weight.device}"
             )
+        check_dtype("z", z, weight)
         images = z.shape[0]
         if images == conditions:
             return z
@@ -321,8 +324,8 @@ def published_settings(dataset: str | int) -> Published:
     if isinstance(dataset, str) and dataset in PUBLISHED:
         return PUBLISHED[dataset]
     try:
-        return Published(whole_number("dataset", dataset))
-    except ValueError:
+        return Published(whole_number("dataset", dataset, least=1))
+    except (TypeError, ValueError):
         raise ValueError(
             f"dataset is {dataset!r}; it should be {', '.join(PUBLISHED)}, or a number of channels"
         ) from None
@@ -337,7 +340,7 @@ def official_arguments(
     takes: Callable[[int, tuple[int, int]], bool] = lambda crop_size, start: True,
 ) -> dict:
     """The `label_nc`, `stages`, `last_scale` and `start` of a SPADEGenerator, from the arguments
-    that only `official` has. Raises ValueError.
+    that only `official` has. Errors: ValueError, TypeError.
 
     takes: whether the caller accepts a crop size with the first map's size; an error proposes no
         other.
@@ -350,7 +353,9 @@ def official_arguments(
         raise ValueError(
             f"num_upsampling_layers is {layers!r}; it should be one of {', '.join(DOUBLINGS)}"
         )
-    crop_size = published.crop_size if crop_size is None else whole_number("crop_size", crop_size)
+    crop_size = (
+        published.crop_size if crop_size is None else whole_number("crop_size", crop_size, least=1)
+    )
     aspect_ratio = published.aspect_ratio if aspect_ratio is None else aspect_ratio
     if not isinstance(aspect_ratio, numbers.Real) or not 0 < aspect_ratio < math.inf:
         raise ValueError(f"aspect_ratio is {aspect_ratio!r}; it should be a positive number")
@@ -426,7 +431,7 @@ def _first_size(start, spatial_dims):
     """`start` as a tuple."""
     try:
         lengths = tuple(start) if isinstance(start, Iterable) else (start,) * spatial_dims
-        lengths = tuple(whole_number("start", length) for length in lengths)
+        lengths = tuple(whole_number("start", length, least=1) for length in lengths)
     except (TypeError, ValueError):
         lengths = ()
     if len(lengths) != spatial_dims:
@@ -453,7 +458,7 @@ def _checked(stages, ngf):
             raise ValueError(f"a block's name is {name!r}; it should be a name without dots")
         if name in taken or name in names[:number]:
             raise ValueError(f"two parts have the name {name}, every block should have its own")
-        whole_number(f"the block {name}'s scale", scale)
+        whole_number(f"the block {name}'s scale", scale, least=1)
         if not isinstance(width, numbers.Real) or width * ngf < 1 or width * ngf % 1:
             raise ValueError(
                 f"ngf is {ngf}, the block {name} of {width} · ngf channels should have a whole"

@@ -8,11 +8,10 @@ from typing import Any
 import torch
 import torch.nn as nn
 from torch.nn.modules.batchnorm import _NormBase
-from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils import parametrize
 from torch.nn.utils.parametrizations import _SpectralNorm
 
-from .modules import Model
+from .modules import Convolution, Model
 
 KINDS = {
     "xavier": lambda weight, gain: nn.init.xavier_normal_(weight, gain),
@@ -21,7 +20,7 @@ KINDS = {
     "kaiming": lambda weight, gain: nn.init.kaiming_normal_(weight),
     "orthogonal": lambda weight, gain: nn.init.orthogonal_(weight, gain),
 }
-CONVOLUTION_OR_LINEAR = (_ConvNd, nn.Linear)
+CONVOLUTION_OR_LINEAR = (Convolution, nn.Linear)
 NORMS = (_NormBase, nn.GroupNorm, nn.LayerNorm)  # the first are batch and instance norms
 
 

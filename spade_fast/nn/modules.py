@@ -150,6 +150,16 @@ def first_weight(module: nn.Module) -> torch.Tensor:
     return weights_in(module)[0] if weight is None else weight
 
 
+def check_dtype(name: str, tensor: torch.Tensor, weight: torch.Tensor) -> None:
+    """Raises TypeError unless an argument has the dtype of the weight that it meets, or autocast
+    casts both.
+    """
+    if tensor.dtype != weight.dtype and not torch.is_autocast_enabled(tensor.device.type):
+        raise TypeError(
+            f"{name} has dtype {tensor.dtype}; it should be the weights' dtype, {weight.dtype}"
+        )
+
+
 def shape_of_weight(module: nn.Module) -> torch.Size:
     """The shape of a convolution's weight, without computing the weight."""
     kept: tuple[dict[str, Any], ...] = (module._parameters, module.__dict__)

@@ -72,5 +72,7 @@ class Repeatable:
             return twin(self.before).forward(x, self.segmap, self.scale)
 
     def _state(self):
-        dense = [self.segmap] if isinstance(self.segmap, torch.Tensor) else []
-        return states_of([*self.before.parameters(), *dense])
+        weights: list[torch.Tensor] = [*self.before.parameters()]
+        if isinstance(self.segmap, SemanticLayout):
+            return [*states_of(weights), self.segmap.content]
+        return states_of([*weights, self.segmap])

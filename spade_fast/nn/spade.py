@@ -9,21 +9,22 @@ import torch.nn as nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from .. import kernels
-from ..arguments import counted
+from ..arguments import counted, whole_number
 from ..kernels.contract import Activation, lies_like, sum_dtype
 from ..layout import SemanticLayout
-from ..ops.arguments import check_channels, check_x
+from ..ops.arguments import check_channels, check_x, is_divisor
 from ..ops.modulate import modulate_by, spade_modulate
 from ..ops.norms import Kind
 from ..recording import of_their_class, ordinary
 from .choice import find_layout, windows_of
-from .config import Config, dimensions, odd_number, parse_config, whole_number
+from .config import Config, dimensions, odd_number, parse_config
 from .modules import (
     BATCH_NORMS,
     CONVOLUTIONS,
     INSTANCE_NORMS,
     KINDS,
     KnownNorm,
+    check_dtype,
     first_weight,
     is_known,
     is_watched,
@@ -106,18 +107,7 @@ class SpatiallyAdaptive(HasParts):
             x = x.expand(images, *x.shape[1:]) if several else x
         if layout is not None and len(layout) != x.shape[0]:
             layout = layout.repeat(x.shape[0]) if x.shape[0] else layout[:0]
-        found = windows_of(known, layout, x, kept)
-        lookup: dict[str, Any] = {}
-        if known.pointwise is not None:
-            given = ordinary(dense(segmap, first_weight(parts.gamma).dtype))
-            gamma, beta, lookup = at_voxels(known.pointwise, given, x, form.apart)
-        elif layout is not None and found is not None:
-            convolutions, windows = found
-            gamma, beta, lookup = at_windows(self, layout, windows, x, convolutions, kept)
-        else:
-            given = ordinary(segmap) if isinstance(segmap, torch.Tensor) else layout
-            assert given is not None
-            gamma, beta = at_pixels(parts, given, x)
+        gamma, beta, lookup = self._gamma_and_beta(known, segmap, layout, x, kept)
         if not lookup and gamma.shape[0] != x.shape[0]:  # one condition for all images
             gamma, beta = gamma.expand(x.shape), beta.expand(x.shape)
         planes = None
@@ -145,6 +135,20 @@ class SpatiallyAdaptive(HasParts):
         )
         return of_their_class(y, x, segmap)
 
+    def _gamma_and_beta(self, known, segmap, layout, x, kept):
+        """γ and β, and the arguments of `spade_modulate` by which each pixel finds its row: rows of
+        voxels, or of windows; at pixels there are none.
+        """
+        if known.pointwise is not None:
+            given = ordinary(dense(segmap, first_weight(known.parts.gamma).dtype))
+            return at_voxels(known.pointwise, given, x, self.spade_form.apart)
+        found = windows_of(known, layout, x, kept)
+        if found is not None:
+            convolutions, windows = found
+            return at_windows(self, layout, windows, x, convolutions, kept)
+        given = ordinary(segmap) if isinstance(segmap, torch.Tensor) else layout
+        return *at_pixels(known.parts, given, x), {}
+
     @property
     def measures(self) -> bool:
         """Whether x is normalised with its own moments, by a norm that takes `moments`."""
@@ -165,15 +169,8 @@ class SpatiallyAdaptive(HasParts):
                 raise ValueError(
                     f"{name} is on {tensor.device}; it should be on x's device, {x.device}"
                 )
-        if (
-            isinstance(segmap, torch.Tensor)
-            and isinstance(weight, torch.Tensor)
-            and segmap.dtype != weight.dtype
-            and not torch.is_autocast_enabled(x.device.type)
-        ):
-            raise TypeError(
-                f"segmap has dtype {segmap.dtype}; it should be the weights' dtype, {weight.dtype}"
-            )
+        if isinstance(segmap, torch.Tensor) and isinstance(weight, torch.Tensor):
+            check_dtype("segmap", segmap, weight)
         images = batch_of(segmap)
         if images != x.shape[0] and images != 1 and x.shape[0] != 1:
             raise ValueError(
@@ -251,7 +248,7 @@ class SPADE(SpatiallyAdaptive):
         spatial_dims: 1, 2 or 3.
 
     Raises:
-        ValueError: if an argument is not as described above; the message names it.
+        ValueError, TypeError: if an argument is not as described above; the message names it.
     """
 
     __call__: Callable[..., torch.Tensor]  # nn.Module's returns Any
@@ -276,9 +273,9 @@ class SPADE(SpatiallyAdaptive):
             norm_nc, label_nc = label_nc, nhidden
             nhidden = 128 if kernel_size is None else kernel_size
             kernel_size, norm = config.kernel_size, config.norm
-        norm_nc = whole_number("norm_nc", norm_nc)
-        label_nc = whole_number("label_nc", label_nc)
-        nhidden = whole_number("nhidden", nhidden)
+        norm_nc = whole_number("norm_nc", norm_nc, least=1)
+        label_nc = whole_number("label_nc", label_nc, least=1)
+        nhidden = whole_number("nhidden", nhidden, least=1)
         kernel_size = odd_number("kernel_size", 3 if kernel_size is None else kernel_size)
         spatial_dims = dimensions(spatial_dims)
         own_norm: nn.Module
@@ -289,6 +286,11 @@ class SPADE(SpatiallyAdaptive):
         elif norm == "syncbatch":
             own_norm = nn.SyncBatchNorm(norm_nc, eps=eps, momentum=momentum, affine=affine)
         elif norm == "group":
+            if not is_divisor(num_groups, norm_nc):
+                raise ValueError(
+                    f"num_groups is {num_groups!r}; it should be a positive number that divides"
+                    f" norm_nc, {norm_nc}"
+                )
             own_norm = nn.GroupNorm(num_groups, norm_nc, eps=eps, affine=affine)
         elif isinstance(norm, nn.Module):
             own_norm = norm

@@ -14,6 +14,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from .. import kernels
+from ..arguments import whole_number
 from ..identity import states_of
 from ..kernels.contract import Backend
 from ..layout import SemanticLayout, Windows
@@ -462,9 +463,10 @@ def frozen(model: nn.Module, max_bytes: int = 1 << 30) -> Iterator[Tables]:
         The tables, whose `bytes` is the memory that they take. They are dropped at the end.
 
     Raises:
-        ValueError: if the model has no SPADE.
+        ValueError, TypeError: if the model has no SPADE, or max_bytes is not a number of bytes.
         RuntimeError: at the end, if a weight is not what it was at the beginning.
     """
+    max_bytes = whole_number("max_bytes", max_bytes, least=0)
     named = model.named_modules()
     layers = {name: module for name, module in named if isinstance(module, HasParts)}
     if not layers:

@@ -33,17 +33,24 @@ def repeats(segmap: torch.Tensor, size: Sequence[int]) -> int:
     factor = lengths[0][1] // lengths[0][0] if lengths[0][0] else 1
     if factor < 2 or any(wanted != factor * given for given, wanted in lengths):
         return 1
-    double = segmap.dtype == torch.float64 and segmap.is_cpu
-    return factor if all(_is_exact(given, factor, double) for given, _ in lengths) else 1
+    return factor if repeats_exactly(segmap, factor) else 1
+
+
+def repeats_exactly(x: torch.Tensor, factor: int) -> bool:
+    """Whether nearest neighbour repeats each pixel of x [N, C, *spatial] exactly `factor` times.
+    F.interpolate multiplies by a rounded quotient, so that 8 pixels enlarged 47 times, for example,
+    are not. A compiled graph cannot try it out, so there only powers of two count.
+    """
+    if factor & (factor - 1) == 0:
+        return True
+    double = x.dtype == torch.float64 and x.is_cpu
+    return not torch.compiler.is_compiling() and all(
+        _is_exact(length, factor, double) for length in x.shape[2:]
+    )
 
 
 @functools.cache
 def _is_exact(given, factor, double):
-    """Whether F.interpolate repeats each pixel exactly `factor` times. It multiplies by a rounded
-    quotient, so that 8 pixels enlarged 47 times, for example, are not.
-    """
-    if torch.compiler.is_compiling() or factor & (factor - 1) == 0:
-        return True
     pixels = torch.arange(given, dtype=torch.float64 if double else torch.float32, device="cpu")
     found = F.interpolate(pixels[None, None], size=given * factor, mode="nearest")[0, 0]
     return torch.equal(found, pixels.repeat_interleave(factor))

@@ -4,10 +4,10 @@ import os
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
+from ..arguments import whole_number
 from ..data import colours
 from ..data.files import lines_of
 from ..data.pairs import CONVENTIONS
-from ..nn.config import whole_number
 from ..training import Config
 from ..training.examples import with_convention
 
@@ -123,7 +123,7 @@ def classes_of(
 
     Errors: ValueError if the file has another format, or lists a number that is not a class.
     """
-    label_nc = whole_number("label_nc", label_nc)
+    label_nc = whole_number("label_nc", label_nc, least=1)
     if settings is None:
         name, has_edges = PUBLISHED.get(label_nc, ("folder", False))
         count, dont_care = CONVENTIONS[name].num_classes or label_nc, CONVENTIONS[name].dont_care

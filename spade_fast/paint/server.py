@@ -24,6 +24,7 @@ from PIL import Image
 from ..data import Preparation, read_photograph
 from ..generation import encoder_of, moments_of
 from ..nn import ConvEncoder
+from ..optional import needed
 from ..service import Busy, Service
 from ..training.pictures import picture
 from .classes import HIGHEST, Classes
@@ -422,12 +423,4 @@ def check_installed() -> None:
 
 
 def _module(name):
-    """A module of the extra `paint`. Errors: ModuleNotFoundError in words."""
-    try:
-        return importlib.import_module(name)
-    except ModuleNotFoundError as error:
-        if error.name != name:
-            raise
-        raise ModuleNotFoundError(
-            f"painting needs {name}: pip install 'spade_fast[paint]'", name=name
-        ) from None
+    return needed(name, "painting", "'spade_fast[paint]'")

@@ -9,6 +9,8 @@ import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
+from ..optional import needed
+
 
 class Log:
     """Reports a run's losses and pictures.
@@ -92,11 +94,8 @@ def _hours(seconds):
 
 
 def _writer(folder, done):
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError as error:
-        raise ModuleNotFoundError(
-            'TensorBoard is not installed: pip install "spade_fast[train]", or --no-tensorboard'
-            f" ({error})"
-        ) from error
+    purpose = "writing TensorBoard's events, which --no-tensorboard leaves out,"
+    needed("tensorboard", purpose, "'spade_fast[train]'")
+    from torch.utils.tensorboard import SummaryWriter
+
     return SummaryWriter(str(folder), purge_step=done + 1)

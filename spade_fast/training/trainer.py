@@ -11,6 +11,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from ..data import Batch
 from ..nn import SPADEGenerator
+from ..optional import needed
 from ..settings import Config
 from .average import average
 from .networks import check_norms, label_channels, make_networks
@@ -301,18 +302,12 @@ class Trainer:
 
 
 def _accelerator(precision):
-    try:
-        from accelerate import Accelerator, DistributedDataParallelKwargs
-        from accelerate.state import AcceleratorState
-    except ImportError as error:
-        raise ModuleNotFoundError(
-            f'training needs Accelerate: pip install "spade_fast[train]" ({error})'
-        ) from error
-    AcceleratorState._reset_state()  # else the precision of the process's first trainer stays
+    accelerate = needed("accelerate", "training", "'spade_fast[train]'")
+    accelerate.state.AcceleratorState._reset_state()  # else the precision of the process's first trainer stays
     # Buffers need no exchange: spectral vectors follow from the weights, running statistics are
     # those of all images.
-    handlers = [DistributedDataParallelKwargs(broadcast_buffers=False)]
-    accelerator = Accelerator(mixed_precision=precision, kwargs_handlers=handlers)
+    handlers = [accelerate.DistributedDataParallelKwargs(broadcast_buffers=False)]
+    accelerator = accelerate.Accelerator(mixed_precision=precision, kwargs_handlers=handlers)
     if precision == "fp16" and accelerator.device.type == "cpu":  # it would train in float32
         raise ValueError(f"precision is {precision!r}; it should be bf16 or no on a CPU")
     return accelerator
