@@ -303,7 +303,8 @@ class Trainer:
 
 def _accelerator(precision):
     accelerate = needed("accelerate", "training", "'spade_fast[train]'")
-    accelerate.state.AcceleratorState._reset_state()  # else the precision of the process's first trainer stays
+    # Otherwise the precision of the process's first trainer would stay.
+    accelerate.state.AcceleratorState._reset_state()
     # Buffers need no exchange: spectral vectors follow from the weights, running statistics are
     # those of all images.
     handlers = [accelerate.DistributedDataParallelKwargs(broadcast_buffers=False)]
