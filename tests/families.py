@@ -164,6 +164,20 @@ class OtherNames(Layer):
         return summand + (factor + 1) * self.one(x)
 
 
+class JointSlices(nn.Module):
+    """One convolution makes β and γ, which are slices of its output, in that order."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.GroupNorm(2, CHANNELS)
+        self.shared = nn.Sequential(conv(LABELS, HIDDEN), nn.ReLU())
+        self.affine = conv(HIDDEN, 2 * CHANNELS, bias=False)
+
+    def forward(self, x, segmap):
+        both = self.affine(self.shared(to_size(segmap, x)))
+        return self.norm(x) * (both[:, CHANNELS:] + 1) + both[:, :CHANNELS]
+
+
 class SpatialNorm(nn.Module):
     """1×1 convolutions of the condition, and γ instead of 1 + γ (MoVQ)."""
 
@@ -273,6 +287,8 @@ SPADES = {
     "HiFaceGAN": HiFaceGAN,
     "FADE": FADE,
     "other names": OtherNames,
+    "one convolution for γ and β": lambda: ImaginaireNorm(1, spectral=False),
+    "one convolution for β and γ": JointSlices,
     "spatial norm": SpatialNorm,
     "spatial norm after a convolution": ConvolvedSpatialNorm,
 }

@@ -20,6 +20,7 @@ from families import (
     SPADES,
     Block,
     ImaginaireNorm,
+    JointSlices,
     Layer,
     NoResize,
     OtherBlock,
@@ -425,8 +426,19 @@ def under(norm):
         under(nn.utils.parametrizations.weight_norm),
         lambda: ImaginaireNorm(1, separate_projection=True),
         lambda: ImaginaireNorm(1, separate_projection=True, spectral=False),
+        lambda: ImaginaireNorm(1),
+        JointSlices,
     ],
-    ids=["spectral", "weight", "parametrized spectral", "parametrized weight", "own", "own, plain"],
+    ids=[
+        "spectral",
+        "weight",
+        "parametrized spectral",
+        "parametrized weight",
+        "own",
+        "own, plain",
+        "own, one convolution",
+        "slices of one convolution",
+    ],
 )
 def test_convolutions_that_compute_their_weights_use_windows(layer, monkeypatch):
     torch.manual_seed(0)
