@@ -247,8 +247,8 @@ class ALIASNorm(Layer):
 
     names = ("param_free_norm", "conv_shared", "conv_gamma", "conv_beta")
 
-    def __init__(self):
-        super().__init__()
+    def __init__(self, norm=None):
+        super().__init__(norm)
         self.noise_scale = nn.Parameter(torch.ones(CHANNELS))
 
     def forward(self, x, segmap):
@@ -292,13 +292,13 @@ SPADES = {
     "spatial norm": SpatialNorm,
     "spatial norm after a convolution": ConvolvedSpatialNorm,
 }
+FUSED = {  # their own forward runs, with the modulation as one operation
+    "PSFRGAN": PSFRGAN,
+    "bilinear": Bilinear,
+    "ALIASNorm": ALIASNorm,
+    "ALIASNorm, batch": lambda: ALIASNorm(nn.BatchNorm2d(CHANNELS)),
+}
 LOOKALIKES = {
-    "PSFRGAN": (
-        PSFRGAN,
-        "gamma_conv is given neither the condition nor what another of its parts returns",
-    ),
-    "bilinear": (Bilinear, "does not compute what its parts suggest: y is"),
-    "ALIASNorm": (ALIASNorm, "it has parameters that a SPADE does not have: noise_scale"),
     "SEAN": (InnerOfACE, "its own forward does not return n · (1 + a) + b or n · a + b"),
     "subtracts": (Subtracts, "its own forward does not return n · (1 + a) + b or n · a + b"),
     "a cache": (WithCache, "its own forward fails on x"),

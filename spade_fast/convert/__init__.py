@@ -9,6 +9,7 @@ its own forward, in float64 and in its own dtype, in train and in eval mode, wit
 autocast.
 """
 
+from contextlib import suppress
 from itertools import product
 
 import torch
@@ -16,10 +17,11 @@ import torch.nn as nn
 
 from .. import kernels
 from ..nn.block import ResidualBlock
-from ..nn.modules import NeverTheSame, leaves
+from ..nn.modules import NeverTheSame, first_weight, leaves
 from ..nn.parts import Parts
 from ..nn.spade import SpatiallyAdaptive
 from ..recording import has_values
+from .own import recognise_own
 from .prove import CONDITIONS, prove
 from .recognise import (
     Unlike,
@@ -30,8 +32,10 @@ from .recognise import (
 )
 from .report import Entry, Report
 from .swap import (
+    Call,
     Fast,
     FastBlock,
+    FastModulation,
     FastSPADE,
     Proof,
     kinds_of_children,
@@ -114,9 +118,38 @@ def _convert(name, module, kind, recognise, probe):
         else:
             proof = _trusted(module, form)
     except Unlike as unlike:
-        return entry(recognised_as, False, str(unlike))
+        if kind is FastBlock or not probe:
+            return entry(recognised_as, False, str(unlike))
+        try:
+            form, recognised_as = _fused(module)
+        except Unlike as neither:
+            reasons = dict.fromkeys((str(unlike), str(neither)))
+            return entry(recognised_as, False, "; ".join(reasons))
+        make_fast(module, FastModulation, form)
+        backend = kernels.select(first_weight(module)).name
+        how = f"its own forward, with its modulation as one operation; {backend}"
+        return entry(recognised_as, True, f"{how}; not more, because {unlike}")
+    if probe and kind is FastSPADE and _takes_more(module, form):
+        with suppress(Unlike):
+            form = form._replace(own=_fused(module)[0].own)
     make_fast(module, kind, form._replace(proof=proof))
     return entry(recognised_as, True, "; ".join([_how(module), *exceptions]))
+
+
+def _fused(module):
+    """The OwnForm of a module whose own forward may run with a modulation in it as one operation,
+    and a description of it. Raises Unlike if there is none.
+    """
+    _check_values(module)
+    _check_names(module, FastModulation)
+    form, recognised_as = recognise_own(module)
+    return form._replace(own=prove(module, FastModulation, form)[0]), recognised_as
+
+
+def _takes_more(module, form):
+    """Whether a module can be called with arguments beyond x and the condition that matter."""
+    call = Call(type(module).forward)
+    return call.several or bool({*call.neutral} - {*call.names[:2], *form.call.ignores})
 
 
 def _proved(module, kind, form):

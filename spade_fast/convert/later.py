@@ -23,8 +23,11 @@ class Later(torch.Tensor):
         shape: Sequence[int],
         dtype: torch.dtype,
         device: torch.device,
+        requires_grad: bool = False,
     ) -> "Later":
-        later = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=device)
+        later = torch.Tensor._make_wrapper_subclass(
+            cls, shape, dtype=dtype, device=device, requires_grad=requires_grad
+        )
         kind = device.type
         records, casts = torch.is_grad_enabled(), torch.is_autocast_enabled(kind)
         to = torch.get_autocast_dtype(kind)
@@ -46,7 +49,7 @@ class Later(torch.Tensor):
     def __torch_function__(
         cls, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None
     ) -> Any:
-        args, kwargs = tree_map_only(Later, Later.read, (args, kwargs or {}))
+        args, kwargs = tree_map_only(Later, lambda own: own.read(), (args, kwargs or {}))
         return func(*args, **kwargs)
 
     __torch_dispatch__: Any = __torch_function__

@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_struct
 from ..nn.modules import CONVOLUTION_TYPES, Convolution
 from ..nn.pixels import resize
 from .copies import Values, copy_of, trying
-from .swap import Call, Called, Mark
+from .swap import Call, Called, Mark, call_own
 
 # Sizes of x and of a condition. Three axes begin with an odd number of frames.
 PIXELS = (5, 4, 4)
@@ -113,15 +113,17 @@ def find_roles(module: nn.Module) -> Roles:
     """The roles of a module's parts. Raises Unlike if its forward does not modulate a norm of x."""
     convolutions = convolutions_of(module)
     call, failure = Call(type(module).forward), None
+    dims = max(map(dimensions_of, convolutions.values()), default=0)
     with trying(module), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of arguments that are tried out
         values = Values(module)
         for channels, label_nc, size, swapped in _attempts(module, convolutions):
             try:
                 copy = copy_of(module, values(torch.float64))
-                x, condition = pair = _arguments(module, convolutions, channels, label_nc, size)
+                x, condition = pair = random_pair(module, dims, channels, label_nc, size)
                 ran = _trace(copy, parts_by_name(copy))
-                result = call_own(copy, call, x, condition, swapped)
+                called = Called(swapped)
+                result = call_own(type(copy).forward, copy, call, x, condition, called)
             except Exception as error:  # the own forward may raise anything
                 failure = failure or OwnForwardFails(
                     f"its own forward fails on x {list(x.shape)} and a condition"
@@ -132,19 +134,6 @@ def find_roles(module: nn.Module) -> Roles:
             ignores = _ignored(module, values, call, pair, roles.call)
             return roles._replace(call=roles.call._replace(ignores=ignores))
     raise failure or Unlike("it has no two convolutions for a factor and a summand of one shape")
-
-
-def call_own(
-    module: nn.Module,
-    call: Call,
-    x: torch.Tensor,
-    condition: torch.Tensor,
-    swapped: bool,
-    **further: Any,
-) -> Any:
-    """The result of a module's own forward, without hooks."""
-    pair = (condition, x) if swapped else (x, condition)
-    return type(module).forward(module, *pair, **(dict.fromkeys(call.required) | further))
 
 
 def _attempts(module: nn.Module, convolutions: dict[str, Convolution]) -> Iterator[tuple]:
@@ -162,10 +151,11 @@ def _attempts(module: nn.Module, convolutions: dict[str, Convolution]) -> Iterat
         yield from product([channels], [*others, hidden], SIZES, (False, True))
 
 
-def _arguments(module, convolutions, channels, label_nc, size):
-    """A random x and a random condition."""
+def random_pair(
+    module: nn.Module, dims: int, channels: int, label_nc: int, size: tuple
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """A random x and a random condition of this size."""
     torch.manual_seed(0)
-    dims = dimensions_of(next(iter(convolutions.values())))
     given = {"dtype": torch.float64, "device": next(module.parameters()).device}
     x = torch.randn(2, channels, *PIXELS[:dims], **given) + 1
     return x, torch.randn(2, label_nc, *size[:dims], **given)
@@ -239,7 +229,7 @@ def _roles(pair, swapped, ran, result, convolutions):
     marked = [Mark.CONDITION if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
     marked[place] = Mark.Y
     shared, pad, added = (None if own is None else own.name for own in (shared, pad, added))
-    called = Called(swapped, {}, tree_unflatten(marked, spec))
+    called = Called(swapped, result=tree_unflatten(marked, spec))
     names = (norm.name, gamma.name, beta.name, shared, pad, added)
     return Roles(*names, plus_one, apart, halves, x.shape[1], pair[1].shape[1], called)
 
@@ -301,7 +291,7 @@ def _ignored(module, values, call, pair, called):
 
     def run(x, condition, **further):
         copy = copy_of(module, values(torch.float64))
-        return call_own(copy, call, x, condition, called.swapped, **further)
+        return call_own(type(copy).forward, copy, call, x, condition, called, **further)
 
     try:
         result = run(*pair)
