@@ -32,6 +32,11 @@ CALLS = {
 }
 
 
+@pytest.fixture(autouse=True)
+def at_any_size(monkeypatch):
+    monkeypatch.setattr(fuse, "pays", lambda elements, is_slow: True)
+
+
 @pytest.fixture
 def fused(monkeypatch):
     """The calls of `spade_modulate` from other people's forwards."""
@@ -63,7 +68,7 @@ def own_and_converted(make):
     own = make().double()
     ours = copy.deepcopy(own)
     (entry, *_) = spade_fast.convert(ours)
-    assert entry.converted and "its own forward, with its modulation" in entry.reason, entry
+    assert entry.converted and "with its modulation as one operation" in entry.reason, entry
     return own, ours
 
 
@@ -309,6 +314,25 @@ def test_hooks_see_tensors(does, part, fused):
         model.get_submodule(part).register_full_backward_hook(lambda *given: None)
     assert_same_calls(lambda module, *given: module(*given), ours, own, x.requires_grad_(), segmap)
     assert not fused
+
+
+def test_small_maps_are_left_to_the_own_forward(does, fused, monkeypatch):
+    monkeypatch.undo()
+    calls, modulate = [], fuse.spade_modulate
+    monkeypatch.setattr(
+        fuse, "spade_modulate", lambda *given, **named: calls.append(1) or modulate(*given, **named)
+    )
+    own, ours = does
+    with torch.no_grad():
+        for model in (own, ours):
+            model.train()
+        assert torch.equal(ours(*pictures()), own(*pictures()))
+        assert not calls
+        x, segmap = pictures()
+        x, segmap = (one.tile(1, 1, 25, 25) for one in (x, segmap))
+        assert_agree(ours(x, segmap), own(x, segmap), 2**10)  # sums of 37,500 elements
+        is_batch = isinstance(own.param_free_norm, nn.BatchNorm2d)
+        assert len(calls) == (x.numel() >= fuse.LEAST_OF_SLOW[0]) * is_batch
 
 
 def test_recorded_calls_are_the_own_forward(does, fused):

@@ -3,7 +3,8 @@ makes them fast in place.
 
 A module stays the same object, with its parameters, buffers and hooks. Its class becomes a subclass
 of its own class (swap.py), which runs the forward of `nn/spade.py` or `nn/block.py` for every call
-that was proved. A SPADE is recognised by what its parts do, not by their names (roles.py), and then
+that was proved. Where these do not compute all that a module does, its own forward runs, with the
+modulation in it as one operation (fuse.py). A SPADE is recognised by what its parts do, not by their names (roles.py), and then
 proved (prove.py): on small random tensors the outputs, gradients and buffers must match those of
 its own forward, in float64 and in its own dtype, in train and in eval mode, with and without
 autocast.
@@ -127,11 +128,11 @@ def _convert(name, module, kind, recognise, probe):
             return entry(recognised_as, False, "; ".join(reasons))
         make_fast(module, FastModulation, form)
         backend = kernels.select(first_weight(module)).name
-        how = f"its own forward, with its modulation as one operation; {backend}"
+        how = f"its own forward, on large maps with its modulation as one operation; {backend}"
         return entry(recognised_as, True, f"{how}; not more, because {unlike}")
     if probe and kind is FastSPADE and _takes_more(module, form):
         with suppress(Unlike):
-            form = form._replace(own=_fused(module)[0].own)
+            form = form._replace(own=_fused(module)[0])
     make_fast(module, kind, form._replace(proof=proof))
     return entry(recognised_as, True, "; ".join([_how(module), *exceptions]))
 
@@ -143,7 +144,7 @@ def _fused(module):
     _check_values(module)
     _check_names(module, FastModulation)
     form, recognised_as = recognise_own(module)
-    return form._replace(own=prove(module, FastModulation, form)[0]), recognised_as
+    return form._replace(proof=prove(module, FastModulation, form)[0]), recognised_as
 
 
 def _takes_more(module, form):

@@ -6,8 +6,9 @@ sum. Where anything else reads such a tensor, it is computed as the forward woul
 no forward has to be understood: it may take any arguments, and do anything before and after.
 """
 
+import math
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -22,6 +23,30 @@ from ..recording import PLAIN
 from .later import Later
 
 Tensor = torch.Tensor
+# The least elements of x for which one operation is faster than the own steps, without and with
+# gradients, on a CPU (torch 2.13, one thread, x in contiguous memory): for norms that PyTorch
+# computes in several passes, and for others.
+LEAST_OF_SLOW, LEAST = (2**17, 2**20), (2**21, 2**22)
+
+
+def pays(elements: int, is_slow: bool) -> bool:
+    """Whether fusing takes less time. is_slow: whether the norm is instance norm, or batch norm in
+    train mode.
+    """
+    return elements >= (LEAST_OF_SLOW if is_slow else LEAST)[torch.is_grad_enabled()]
+
+
+def may_pay(arguments: Iterable, is_slow: bool) -> bool:
+    """Whether fusing may take less time in a forward with these arguments."""
+    return pays(max(map(_elements, arguments), default=0), is_slow)
+
+
+def _elements(argument):
+    if isinstance(argument, dict):
+        argument = tuple(argument.values())
+    if isinstance(argument, (list, tuple)):
+        return max(map(_elements, argument), default=0)
+    return argument.numel() if isinstance(argument, Tensor) else 0
 
 
 class Deferred(Later):
@@ -32,6 +57,24 @@ class Deferred(Later):
     records: bool  # whether gradients were recorded when it was returned
     needs: bool  # whether it then requires them
 
+    @staticmethod
+    def __new__(
+        cls, make: Callable[[], Tensor], like: Tensor, sources: tuple[Tensor, ...]
+    ) -> "Deferred":
+        records = torch.is_grad_enabled()
+        needs = records and any(
+            own.needs if isinstance(own, Deferred) else own.requires_grad for own in sources
+        )
+        found = Tensor._make_wrapper_subclass(
+            cls, like.shape, dtype=like.dtype, device=like.device, requires_grad=needs
+        )
+        found._make, found.sources, found.versions = make, sources, _versions(sources)
+        found.records, found.needs = records, needs
+        if needs:
+            with torch._C.DisableTorchFunctionSubclass():
+                found.register_hook(_refuse)
+        return found
+
     @property
     def is_unread(self) -> bool:
         return self._make is not None
@@ -40,7 +83,8 @@ class Deferred(Later):
         if not self.is_unread:
             return self._made
         self.check()
-        with torch._C.DisableTorchFunction():  # of a mode that would defer it again
+        # A mode that is active would defer it again.
+        with torch._C.DisableTorchFunction(), torch.set_grad_enabled(self.records):
             return super().read()
 
     def check(self) -> None:
@@ -71,13 +115,14 @@ class Scaled(Deferred):
 
 
 class fusing(TorchFunctionMode):
-    """Inside, norm(x) · (1 + γ) + β is one operation. `fused` counts these operations. The result
-    of a forward that ran inside should go through `finish`.
+    """Inside, norm(x) · (1 + γ) + β is one operation where that pays, or at any size. `fused` counts
+    these operations. The result of a forward that ran inside should go through `finish`.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, any_size: bool = False) -> None:
         super().__init__()
-        self.fused = 0
+        self.fused, self._any_size = 0, any_size
+        self.kinds: set[str] = set()  # of the norms that were fused
         self._deferred: list[weakref.ref[Deferred]] = []
         # By id: batch norms that update their running statistics when they are computed.
         self._updating: dict[int, Normalised] = {}
@@ -113,6 +158,9 @@ class fusing(TorchFunctionMode):
         if described is None or not _is_known(*described):
             return None
         x, settings = described
+        is_slow = settings["norm"] == "instance" or bool(settings.get("training"))
+        if not self._any_size and not pays(x.numel(), is_slow):
+            return None
         own = [value for value in settings.values() if isinstance(value, Tensor)]
         updates = settings.get("training") and settings["running_mean"] is not None
 
@@ -136,7 +184,7 @@ class fusing(TorchFunctionMode):
             if type(one) is Scaled:
                 return self._modulate(one, other)
             if type(other) in (int, float) and other == 1 and type(one) in PLAIN:
-                if one.dtype in DTYPES:
+                if one.dtype in DTYPES and (self._any_size or pays(one.numel(), True)):
                     return self._defer(PlusOne, lambda: func(*args), one, one)
         return None
 
@@ -175,19 +223,11 @@ class fusing(TorchFunctionMode):
             norm.settings |= {"running_mean": None, "running_var": None}
             norm.versions = _versions(norm.sources)
         self.fused += 1
+        self.kinds.add(norm.settings["norm"])
         return y
 
     def _defer(self, kind, make, like, *sources):
-        records = torch.is_grad_enabled()
-        needs = records and any(
-            own.needs if isinstance(own, Deferred) else own.requires_grad for own in sources
-        )
-        found = kind(make, like.shape, like.dtype, like.device, needs)
-        found.sources, found.versions = sources, _versions(sources)
-        found.records, found.needs = records, needs
-        if needs:
-            with torch._C.DisableTorchFunctionSubclass():
-                found.register_hook(_refuse)
+        found = kind(make, like, sources)
         self._deferred.append(weakref.ref(found))
         return found
 
@@ -246,7 +286,7 @@ def _is_known(x, settings):
     """Whether `spade_modulate` normalises x with these settings as the norm does."""
     if type(x) not in PLAIN or x.dtype not in DTYPES or not 3 <= x.dim() <= 5:
         return False
-    if x.is_meta or len(x) == 0 or x[0, :1].numel() < 2:
+    if x.is_meta or x.shape[0] == 0 or math.prod(x.shape[2:]) < 2:
         return False
     if torch.is_autocast_enabled(x.device.type):
         return False

@@ -23,11 +23,8 @@ class Later(torch.Tensor):
         shape: Sequence[int],
         dtype: torch.dtype,
         device: torch.device,
-        requires_grad: bool = False,
     ) -> "Later":
-        later = torch.Tensor._make_wrapper_subclass(
-            cls, shape, dtype=dtype, device=device, requires_grad=requires_grad
-        )
+        later = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=device)
         kind = device.type
         records, casts = torch.is_grad_enabled(), torch.is_autocast_enabled(kind)
         to = torch.get_autocast_dtype(kind)

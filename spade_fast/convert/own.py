@@ -31,7 +31,7 @@ def recognise_own(module: nn.Module) -> tuple[OwnForm, str]:
             copy = copy_of(module, values(torch.float64))
             x, condition = random_pair(module, dims, channels, label_nc, size)
             try:
-                with fusing() as mode:
+                with fusing(any_size=True) as mode:
                     result = call_own(type(copy).forward, copy, call, x, condition, called)
                 mode.finish(result)
             except Exception:  # the own forward may raise anything
@@ -39,7 +39,7 @@ def recognise_own(module: nn.Module) -> tuple[OwnForm, str]:
             if mode.fused:
                 kinds = {type(norm).__name__: None for norm in norms}
                 words = f"modulation of {channels} channels, {', '.join(kinds)}"
-                return OwnForm(channels, label_nc, dims, called), words
+                return OwnForm(channels, label_nc, dims, called, frozenset(mode.kinds)), words
     raise Unlike("no call of its own forward was found in which norm(x) · (1 + γ) + β is computed")
 
 

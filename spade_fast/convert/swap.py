@@ -37,7 +37,7 @@ from ..nn.spade import SpatiallyAdaptive, batch_of
 from ..nn.unchanged import Each, Version, until_changed, views_inside
 from ..recording import is_recorded
 from .again import again
-from .fuse import fusing
+from .fuse import fusing, may_pay
 from .later import Later
 
 
@@ -268,27 +268,49 @@ class Fast(nn.Module):
         return self.spade_form.proof.holds(self, x, segmap)
 
 
+class OwnForm(NamedTuple):
+    """A call of a module's own forward in which a modulation can be fused: the sizes of its
+    arguments, and how it is made.
+    """
+
+    norm_nc: int
+    label_nc: int
+    spatial_dims: int
+    call: Called
+    norms: frozenset[str]  # the kinds of norms whose modulation was fused
+    proof: Proof | None = None
+    apart: bool = False
+    inside: bool = False
+
+
 class FusesOwn(Fast):
-    """Runs the own forward, in states that `spade_form.own` covers, with a modulation in it as one
-    operation (fuse.py).
+    """Runs the own forward with a modulation in it as one operation (fuse.py), in states for which
+    this was proved and where it pays.
     """
 
     def _own(self, arguments, named):
-        if not self._may_fuse():
+        if not self._may_fuse(arguments, named):
             return super()._own(arguments, named)
         with fusing() as mode:
             result = super()._own(arguments, named)
         return mode.finish(result)
 
-    def _may_fuse(self):
-        """Also False where hooks or tracers look at what parts return."""
-        proof: Proof | None = self.spade_form.own
-        if proof is None or torch.compiler.is_compiling() or is_recorded():
+    @property
+    def _own_form(self):
+        return self.spade_form.own
+
+    def _may_fuse(self, arguments, named):
+        """Whether to fuse: never where hooks or tracers see what parts return."""
+        own: OwnForm | None = self._own_form
+        if own is None or own.proof is None or torch.compiler.is_compiling() or is_recorded():
+            return False
+        is_slow = "instance" in own.norms or ("batch" in own.norms and self.training)
+        if not may_pay((*arguments, *named.values()), is_slow):
             return False
         dtype = first_weight(self).dtype
         return (
-            (self.training, torch.is_grad_enabled()) in proof.modes
-            and (self.training, dtype, dtype, None) in proof.dtypes
+            (self.training, torch.is_grad_enabled()) in own.proof.modes
+            and (self.training, dtype, dtype, None) in own.proof.dtypes
             and is_called_plainly(self)
             and not watches_inside(self)
         )
@@ -323,29 +345,19 @@ def _resized(condition, size, apart):
     return resize(condition, size, apart).clone()
 
 
-class OwnForm(NamedTuple):
-    """The sizes of a call of a module's own forward, and how it is called."""
-
-    norm_nc: int
-    label_nc: int
-    spatial_dims: int
-    call: Called
-    own: Proof | None = None  # the states in which a modulation in the forward may be fused
-    apart: bool = False
-    inside: bool = False
-
-
 class FastModulation(FusesOwn):
-    """A module whose own forward runs, with its modulation as one operation."""
+    """A module whose own forward runs, with its modulation as one operation where that pays."""
 
-    def forward(self, *arguments: Any, **named: Any) -> Any:
-        if not isinstance(self, Fast):  # reverted while it was called
-            return self.forward(*arguments, **named)
-        return self._own(arguments, named)
+    def _is_proved(self, x, segmap):
+        return False
+
+    @property
+    def _own_form(self):
+        return self.spade_form
 
     def _fast(self, x, segmap):
         """The result for the arguments of the form's call."""
-        with fusing() as mode:
+        with fusing(any_size=True) as mode:
             called = self.spade_form.call
             result = call_own(self.own_class.forward, self, self.call, x, segmap, called)
         return mode.finish(result)

@@ -49,7 +49,7 @@ class Form(NamedTuple):
     inside: bool = False  # whether a part of an unknown class runs its children one after another
     proof: Any = None  # for a converted module: in which calls and states its parts say it all
     call: Any = None  # for a converted module: how it is called, and what it returns
-    own: Any = None  # for a converted module: where a modulation in its own forward may be fused
+    own: Any = None  # for a converted module: when a modulation in its own forward may be fused
 
     @property
     def of_condition(self) -> list[str]:
