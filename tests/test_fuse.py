@@ -3,6 +3,7 @@ operation, and nothing else changes.
 """
 
 import copy
+import io
 
 import families
 import pytest
@@ -333,6 +334,23 @@ def test_small_maps_are_left_to_the_own_forward(does, fused, monkeypatch):
         assert_agree(ours(x, segmap), own(x, segmap), 2**10)  # sums of 37,500 elements
         is_batch = isinstance(own.param_free_norm, nn.BatchNorm2d)
         assert len(calls) == (x.numel() >= fuse.LEAST_OF_SLOW[0]) * is_batch
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: saved_and_loaded(model)])
+def test_copies(copied, fused):
+    own, ours = own_and_converted(FAMILIES["imaginaire, two conditions"])
+    twin = copied(ours.eval())
+    fused.clear()
+    with torch.no_grad():
+        assert torch.equal(twin(*pictures()), ours(*pictures()))
+    assert len(fused) == 2 and spade_fast.revert(twin) == 1 and type(twin) is type(own)
+
+
+def saved_and_loaded(model):
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
 
 
 def test_recorded_calls_are_the_own_forward(does, fused):

@@ -346,8 +346,12 @@ def _cast(mode, func, args, kwargs):
     return args[0] if args[1] is args[0].x.dtype else None
 
 
-NORMS = {F.instance_norm: _of_instance, F.group_norm: _of_group, F.batch_norm: _of_batch}
-RULES = {
+NORMS: dict[Any, Callable[..., tuple | None]] = {
+    F.instance_norm: _of_instance,
+    F.group_norm: _of_group,
+    F.batch_norm: _of_batch,
+}
+RULES: dict[Any, Callable[..., Any]] = {
     **dict.fromkeys(NORMS, fusing.norm),
     **dict.fromkeys((torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__), fusing.add),
     **dict.fromkeys((torch.mul, Tensor.mul, Tensor.__mul__, Tensor.__rmul__), fusing.multiply),

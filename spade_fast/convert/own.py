@@ -43,7 +43,7 @@ def recognise_own(module: nn.Module) -> tuple[OwnForm, str]:
     raise Unlike("no call of its own forward was found in which norm(x) · (1 + γ) + β is computed")
 
 
-def _attempts(convolutions, norms, call) -> Iterator[tuple]:
+def _attempts(convolutions: list, norms: list, call: Call) -> Iterator[tuple]:
     """The condition's size, the channels of x and of the condition, and a Called."""
     sizes = sorted(SIZES, key=PIXELS.__ne__)
     before = dict.fromkeys(own.in_channels for own in convolutions)

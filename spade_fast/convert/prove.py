@@ -266,10 +266,8 @@ class Probe:
         """y and any other tensors of a result, by name."""
         leaves, spec = tree_flatten(result)
         if self.called.result is None:
-            tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
-            return {
-                "y" if not number else f"result {number}": own for number, own in enumerate(tensors)
-            }
+            found = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
+            return {f"result {number}" if number else "y": own for number, own in enumerate(found)}
         marked, expected = tree_flatten(self.called.result)
         tensors = [isinstance(leaf, torch.Tensor) for leaf in leaves]
         if spec != expected or tensors != [isinstance(mark, Mark) for mark in marked]:

@@ -156,7 +156,7 @@ def random_pair(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """A random x and a random condition of this size."""
     torch.manual_seed(0)
-    given = {"dtype": torch.float64, "device": next(module.parameters()).device}
+    given: dict[str, Any] = {"dtype": torch.float64, "device": next(module.parameters()).device}
     x = torch.randn(2, channels, *PIXELS[:dims], **given) + 1
     return x, torch.randn(2, label_nc, *size[:dims], **given)
 

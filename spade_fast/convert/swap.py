@@ -127,7 +127,7 @@ def _but_tensors(value):
     return torch.Tensor if isinstance(value, torch.Tensor) else value
 
 
-def marks(module: nn.Module, form: Form) -> list:
+def marks(module: nn.Module, form: "Form | OwnForm") -> list:
     """The marks of a module's attributes, of its parts' settings, and of its wrappers."""
     parts = [marks_of_settings(part) for part in parts_of(module)]
     return [marks_of(module), parts, marks_of_wrappers(module, form)]
@@ -154,16 +154,16 @@ def kinds_of(own_class: type[nn.Module]) -> tuple:
     return own_class.__mro__[: own_class.__mro__.index(nn.Module)]
 
 
-def marks_of_wrappers(module: nn.Module, form: Form) -> list:
+def marks_of_wrappers(module: nn.Module, form: "Form | OwnForm") -> list:
     """The marks of the attributes of the wrappers."""
     return [(Same(own), marks_of(own)) for own in wrappers_in(module, form)]
 
 
-def wrappers_in(module: nn.Module, form: Form) -> list[nn.Module]:
+def wrappers_in(module: nn.Module, form: "Form | OwnForm") -> list[nn.Module]:
     """The wrappers: modules that contain others, in the parts of a SPADE whose contents count
     (`form.inside`).
     """
-    if not form.inside:
+    if isinstance(form, OwnForm) or not form.inside:
         return []
     parts = (module.get_submodule(name) for name in form.of_condition)
     return [own for part in parts for own in part.modules() if own._modules]
@@ -280,7 +280,6 @@ class OwnForm(NamedTuple):
     norms: frozenset[str]  # the kinds of norms whose modulation was fused
     proof: Proof | None = None
     apart: bool = False
-    inside: bool = False
 
 
 class FusesOwn(Fast):
@@ -492,7 +491,7 @@ def _empty(kind, own_class):
     return kind.__new__(kind)
 
 
-def make_fast(module: nn.Module, kind: type[Fast], form: Form) -> None:
+def make_fast(module: nn.Module, kind: type[Fast], form: Form | OwnForm) -> None:
     """Gives a module its fast class, in place."""
     # mypy asks these classes for the hash of their instances.
     module.__class__ = fast_class(kind, type(module))  # type: ignore[arg-type]

@@ -181,7 +181,8 @@ class Parts(NamedTuple):
             if norm is not None and not _is_measured(norm):
                 return None
             own_norms.append(norm)
-        return Convolutions(shared, activations, gamma, beta, *own_norms, self.halves)
+        of_gamma, of_beta = own_norms
+        return Convolutions(shared, activations, gamma, beta, of_gamma, of_beta, self.halves)
 
     def pointwise(self) -> Pointwise | None:
         """The two convolutions of one tap that compute γ and β from the condition itself, or None
