@@ -106,7 +106,7 @@ def _convert(name, module, kind, recognise, probe):
         own_class = getattr(module, "own_class", type(module))
         return Entry(name, own_class.__name__, recognised_as, converted, reason)
 
-    if isinstance(module, (SpatiallyAdaptive, ResidualBlock)):
+    if isinstance(module, (Fast, SpatiallyAdaptive, ResidualBlock)):
         return entry("spade_fast's", isinstance(module, Fast), "it is fast already")
     recognised_as, exceptions = "", []
     try:

@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Iterator
-from itertools import product
+from itertools import islice, product
 
 import torch
 import torch.nn as nn
@@ -12,6 +12,8 @@ from .copies import Values, copy_of, trying
 from .fuse import fusing
 from .roles import PIXELS, SIZES, Unlike, random_pair
 from .swap import Call, Called, OwnForm, call_own
+
+MOST_ATTEMPTS = 500  # a module that only looks like a SPADE may have many convolutions
 
 
 def recognise_own(module: nn.Module) -> tuple[OwnForm, str]:
@@ -27,7 +29,8 @@ def recognise_own(module: nn.Module) -> tuple[OwnForm, str]:
     with trying(module), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of arguments that are tried out
         values = Values(module)
-        for size, channels, label_nc, called in _attempts(convolutions, norms, call):
+        attempts = _attempts(convolutions, norms, call)
+        for size, channels, label_nc, called in islice(attempts, MOST_ATTEMPTS):
             copy = copy_of(module, values(torch.float64))
             x, condition = random_pair(module, dims, channels, label_nc, size)
             try:

@@ -23,8 +23,8 @@ from .swap import Call, Called
 
 def looks_like_spade(module: nn.Module) -> bool:
     """Whether a module may be a SPADE: it has children for gamma and for beta, or else one norm,
-    two convolutions from and to the same channels or one that makes both γ and β, nothing with parameters but that and further
-    convolutions, and a forward of two arguments.
+    two convolutions from and to the same channels or one with twice the norm's channels, nothing
+    with parameters but that and further convolutions, and a forward of two arguments.
     """
     children = dict(module.named_children())
     names = [name.lower() for name in children]
