@@ -10,23 +10,27 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from .layout import SemanticLayout, Sums, Windows
+from .nn.choice import current_mode, window_mode
 from .nn.spade import SpatiallyAdaptive
 from .nn.tables import keep_in
 
 
 class Graphed:
-    """network(layout, *inputs) as one CUDA graph for all layouts of one size: the graph reads from
-    the same memory each time.
+    """network(condition, *inputs) as one CUDA graph for all conditions of one size: the graph reads
+    from the same memory each time.
 
     A call first numbers the windows of a new layout, which waits for the GPU, and copies them over
     the previous layout's. Everything else is one launch. The tables of γ and β do not depend on x,
     so a second stream computes them: their small kernels would hold up the network. If a layout has
-    more windows than there is room for, the graph is captured again with more room.
+    more windows than there is room for, the graph is captured again with more room. With a tensor
+    as the condition, such as features, γ and β are computed at every pixel.
+
+    Autocast applies as where the Graphed is constructed, not as where it is called.
 
     Args:
         network: a module in eval mode, on a GPU, that returns a tensor; its weights may change in
             place.
-        layout: a SemanticLayout of the size that all will have.
+        condition: a SemanticLayout, or a tensor, of the size that all will have.
         inputs: tensors, such as z, whose shapes and dtypes all calls share.
         room: the memory for windows, as a multiple of what this layout needs.
 
@@ -35,7 +39,11 @@ class Graphed:
     """
 
     def __init__(
-        self, network: nn.Module, layout: SemanticLayout, *inputs: torch.Tensor, room: float = 1.5
+        self,
+        network: nn.Module,
+        condition: SemanticLayout | torch.Tensor,
+        *inputs: torch.Tensor,
+        room: float = 1.5,
     ) -> None:
         if network.training:
             raise ValueError(
@@ -43,18 +51,20 @@ class Graphed:
             )
         if room < 1:
             raise ValueError(f"room is {room}; it should be 1 or more")
-        self._check(layout)
-        if layout.device.type != "cuda":
-            raise ValueError(f"layout is on {layout.device}; it should be on a CUDA GPU")
-        self.network, self.room = network, room
+        self._of_layout = isinstance(condition, SemanticLayout)
+        layout, inputs = self._apart(condition, inputs)
+        check_device(condition)
+        self.network, self.room, self._autocast = network, room, own_autocast()
         self._inputs = [given.detach().clone() for given in inputs]
         self._capture(layout)
-        self._written = layout.content
+        self._written = None if layout is None else layout.content
 
     @torch.no_grad()
-    def __call__(self, layout: SemanticLayout, *inputs: torch.Tensor) -> torch.Tensor:
-        """The result of network(layout, *inputs), as a new tensor."""
-        self._check(layout)
+    def __call__(
+        self, condition: SemanticLayout | torch.Tensor, *inputs: torch.Tensor
+    ) -> torch.Tensor:
+        """The result of network(condition, *inputs), as a new tensor."""
+        layout, inputs = self._apart(condition, inputs)
         if [(given.shape, given.dtype) for given in inputs] != [
             (own.shape, own.dtype) for own in self._inputs
         ]:
@@ -65,8 +75,9 @@ class Graphed:
             )
         for own, given in zip(self._inputs, inputs):
             own.copy_(given)
-        if self._written is not layout.content:
-            if not write_over(self._layout, layout):
+        memory = self._layout
+        if layout is not None and memory is not None and self._written is not layout.content:
+            if not write_over(memory, layout):
                 self._capture(layout)
             self._written = layout.content
         self._graph.replay()
@@ -78,22 +89,46 @@ class Graphed:
         spades = [
             module for module in self.network.modules() if isinstance(module, SpatiallyAdaptive)
         ]
-        with torch.cuda.device(layout.device), keep_in(ahead, spades):
+        device = self._inputs[0].device if layout is None else layout.device
+        mode = "never" if layout is None else current_mode()  # features are not examined
+        with torch.cuda.device(device), keep_in(ahead, spades), window_mode(mode), self._autocast:
             aside = torch.cuda.Stream()
             aside.wait_stream(torch.cuda.current_stream())
             # Before the capture, libraries allocate workspaces and the layout numbers its windows.
             with torch.cuda.stream(aside):
-                self.network(layout, *self._inputs)
-                self._layout = with_room(layout, self.room)
-                self.network(self._layout, *self._inputs)
+                self._run(layout)
+                self._layout = None if layout is None else with_room(layout, self.room)
+                self._run(self._layout)
             torch.cuda.current_stream().wait_stream(aside)
             self._graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(self._graph), ahead.made(self._layout):
-                self._output = self.network(self._layout, *self._inputs)
+                self._output = self._run(self._layout)
 
-    def _check(self, layout):
-        if not isinstance(layout, SemanticLayout):
-            raise TypeError(f"layout is a {type(layout).__name__}; it should be a SemanticLayout")
+    def _run(self, layout):
+        return self.network(*([] if layout is None else [layout]), *self._inputs)
+
+    def _apart(self, condition, inputs):
+        """The layout, or None, and the tensors among the arguments of a call."""
+        wanted = SemanticLayout if self._of_layout else torch.Tensor
+        if not isinstance(condition, wanted):
+            raise TypeError(
+                f"condition is a {type(condition).__name__}; it should be a {wanted.__name__}"
+            )
+        return (condition, inputs) if self._of_layout else (None, (condition, *inputs))
+
+
+def check_device(condition: SemanticLayout | torch.Tensor) -> None:
+    """Raises ValueError unless the condition is on a GPU."""
+    if condition.device.type != "cuda":
+        raise ValueError(f"condition is on {condition.device}; it should be on a CUDA GPU")
+
+
+def own_autocast() -> torch.autocast:
+    """Autocast as it is, without its cache of weights: the graph would go on reading weights from
+    memory that the cache frees.
+    """
+    is_on, dtype = torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda")
+    return torch.autocast("cuda", dtype, is_on, cache_enabled=False)
 
 
 class TablesAhead:
@@ -134,8 +169,10 @@ class TablesAhead:
         return compute()
 
     @contextmanager
-    def made(self, layout: SemanticLayout) -> Iterator[None]:
-        """Inside the block, the tables requested for this layout are computed or under way."""
+    def made(self, layout: SemanticLayout | None) -> Iterator[None]:
+        """Inside the block, the tables requested for this layout are computed or under way. For
+        None there are no tables.
+        """
         here, beside = torch.cuda.current_stream(), torch.cuda.Stream()
         beside.wait_stream(here)
         with torch.cuda.stream(beside):

@@ -8,6 +8,7 @@ import shutil
 import sys
 from pathlib import Path
 
+import liveportrait
 import pytest
 import torch
 import typer
@@ -80,8 +81,9 @@ def folder(tmp_path, monkeypatch):
     small = {"crop_size": 32, "ngf": 2, "nhidden": 2}
     checkpoint.write(SPADEGenerator.official(184, **small), "latest_net_G.pth")
     checkpoint.write(ConvEncoder(ndf=2), "latest_net_E.pth")
+    modules = liveportrait.check_out(tmp_path)
     yield
-    for module in ("my_networks", "my_project", "my_project.models"):
+    for module in ("my_networks", "my_project", "my_project.models", *modules):
         sys.modules.pop(module, None)
 
 
@@ -95,7 +97,13 @@ def pages(**needed):
     ]
 
 
-@pytest.mark.parametrize("page", pages(convert=["monai", "diffusers"]))
+@pytest.mark.parametrize(
+    "page",
+    pages(
+        convert=["monai", "diffusers"],
+        recipes=["monai", "einops", "onnx", "onnxscript", "onnxruntime"],
+    ),
+)
 def test_python(page, folder):
     code = blocks(page, "python")
     found, names = io.StringIO(), {}

@@ -3,6 +3,7 @@
 import copy
 import json
 
+import fresh
 import pytest
 import torch
 import torch.nn as nn
@@ -16,7 +17,7 @@ import spade_fast
 from spade_fast import SPADE, SemanticLayout, SPADEGenerator, SPADEResnetBlock, checkpoint
 from spade_fast.cli import app
 from spade_fast.cli import export as export_command
-from spade_fast.export import network
+from spade_fast.export import network, recorded
 from spade_fast.export.runs import CONVOLVE, assembled, convolve_runs
 from spade_fast.export.windows import number_again, number_tuples, number_windows
 from spade_fast.nn.spectral import converge
@@ -136,7 +137,7 @@ def test_label_maps(suffix, windows, tmp_path):
     written = spade_fast.export(model, path, (layout_of(1, size, 7),), **settings)
     assert list(written.inputs.values()) == ["int64 [any, 35, 45]"] * 2
     assert written.ways["at the distinct windows of labels"] == (2 if windows else 0)
-    assert written.in_onnxruntime == (suffix == "onnx")
+    assert written.measured_in == ("ONNX Runtime" if suffix == "onnx" else "PyTorch")
     labels, instances = squares(3, size, 6), squares(3, size, 4, seed=1)
     labels[labels == 5] = 255
     layout = SemanticLayout.from_labels(labels, 5, instances, dont_care=255)
@@ -295,6 +296,59 @@ def test_a_batch_that_is_fixed(tmp_path):
     assert list(written.inputs.values()) == ["float32 [2, 4, 6, 6]", "float32 [2, 5, 6, 6]"]
 
 
+@pytest.mark.parametrize("norm", ["instance", "batch", "group"])
+@pytest.mark.parametrize("of_labels", [False, True])
+def test_our_operators(norm, of_labels):
+    """What AOTInductor compiles, in another batch than the example's."""
+    size = (9, 7)
+    x, layout = torch.randn(1, 4, *size), layout_of(1, size, 3)
+    model = settled(SPADE(4, 3, 4, norm=norm, num_groups=2, affine=norm != "instance"))
+    arguments = (x, layout if of_labels else layout.to_segmap())
+    labels = network.Labels(3, None, False) if of_labels else None
+    ours, inputs, truth = network.network_of(model, arguments, labels, False, kernels=True)
+    assert_agree(ours.run(inputs), truth)
+    program = recorded(ours, inputs, ["x", "condition"], {"batch"})
+    targets = [str(node.target) for node in program.graph.nodes]
+    wanted = "spade_fast.instance_forward" if norm == "instance" else "spade_fast.apply"
+    assert sum(target.startswith(wanted) for target in targets) == 1
+    twice = [torch.cat([one, one.flip(-1)]) for one in inputs]
+    segmap = labels.condition(twice[1:]) if of_labels else twice[1]
+    assert_agree(program.module()(*twice), model(twice[0], segmap))
+
+
+@pytest.mark.parametrize("batches", [(3, 1), (1, 3)])
+def test_our_operators_on_one_x_or_one_condition(batches):
+    model = settled(SPADE(4, 3, 4))
+    example = torch.randn(batches[0], 4, 9, 7), torch.randn(batches[1], 3, 9, 7)
+    ours, inputs, truth = network.network_of(model, example, None, True, kernels=True)
+    assert_agree(ours.run(inputs), truth)
+
+
+@pytest.mark.product  # compiling takes too long for a run of all tests
+@pytest.mark.parametrize("of_labels", [False, True])
+def test_a_package_of_aotinductor(of_labels, tmp_path):
+    """It runs in a fresh process that has imported spade_fast, and in no other."""
+    model, path = settled(SPADE(4, 3, 4)), tmp_path / "layer.pt2"
+    x, layout = torch.randn(2, 4, 9, 7), layout_of(2, (9, 7), 3)
+    segmap = layout.to_segmap()
+    example = (x, layout if of_labels else segmap)
+    written = spade_fast.export(model, path, example, to="aoti", windows=False)
+    assert written.measured_in == "AOTInductor"
+    torch.save([x, layout.codes.long() if of_labels else segmap], tmp_path / "inputs")
+    code = (
+        "import torch{}\n"
+        f"package = torch._inductor.aoti_load_package({str(path)!r})\n"
+        "print(sorted(package.get_metadata()))\n"
+        f"found = package(*torch.load({str(tmp_path / 'inputs')!r}))\n"
+        f"torch.save(found, {str(tmp_path / 'found')!r})"
+    )
+    said, errors = fresh.python(code.format(""))
+    assert not said and "Could not find schema for spade_fast" in errors
+    said, errors = fresh.python(code.format(", spade_fast"))
+    assert "'spade_fast'" in said, errors
+    assert_agree(torch.load(tmp_path / "found"), model(x, segmap))
+
+
 class Draws(nn.Module):
     def __init__(self):
         super().__init__()
@@ -319,8 +373,10 @@ def test_refusals(tmp_path):
     assert refused("layer") == "model is a str; it should be a torch.nn.Module"
     assert "scripted or compiled" in refused(torch.compile(layer))
     assert "they should have values" in refused(SPADE(4, 3, 4).to("meta"))
-    assert "its suffix should be one of onnx, pt2" in refused(path=tmp_path / "layer.pth")
-    assert refused(to="coreml") == "to is 'coreml'; it should be one of onnx, pt2"
+    assert "its suffix should be one of onnx, pt2, aoti" in refused(path=tmp_path / "layer.pth")
+    assert refused(to="coreml") == "to is 'coreml'; it should be one of onnx, pt2, aoti"
+    assert "its suffix should be .pt2" in refused(path=tmp_path / "a.onnx", to="aoti")
+    assert "windows is True; for AOTInductor" in refused(arguments=(x, layout), to="aoti")
     assert "arguments is None; for a SPADE it should be an example" in refused(arguments=None)
     assert "dynamic is 'batch'; it should be a list of batch, sizes" in refused(dynamic="batch")
     assert "arguments should have a SemanticLayout" in refused(dont_care=255)
@@ -379,7 +435,8 @@ def test_the_commands_refusals(tmp_path):
     for words, message in (
         ((weights, "--num-classes", 5), "the generator has 9 channels, and 5 classes make 5"),
         ((weights, "--convention", "coco"), "--convention is 'coco'; it should be one of"),
-        ((weights, "--to", "aoti"), "--to is 'aoti'; it should be one of onnx, pt2"),
+        ((weights, "--to", "coreml"), "--to is 'coreml'; it should be one of onnx, pt2, aoti"),
+        ((weights, "--to", "aoti"), "--windows is True; for AOTInductor it should be False"),
         (("no.such:thing",), "cannot be imported"),
         (("no.such:thing", "--crop-size", 64), "--crop-size should be given with weights, not"),
     ):

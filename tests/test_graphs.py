@@ -10,9 +10,11 @@ from agree import NETWORK, agrees, assert_agree
 from conftest import BACKENDS
 from label_maps import patches
 from numbered import NothingWaits
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import spade_fast
-from spade_fast import SPADE, SemanticLayout, SPADEGenerator, SPADEResnetBlock
+from spade_fast import SPADE, SemanticLayout, SPADEGenerator, SPADEResnetBlock, graphs, reference
 from spade_fast.graphs import TablesAhead, with_room, write_over
 from spade_fast.nn.tables import keep_in
 from spade_fast.ops import arguments
@@ -122,6 +124,16 @@ def tensors_of(layout):
     ]
 
 
+class ByFeatures(torch.nn.Module):
+    def __init__(self, block):
+        super().__init__()
+        self.block = block
+
+    def forward(self, features, x):
+        assert not torch.is_autocast_cache_enabled()  # the cache's weights would be freed
+        return self.block(x, features)
+
+
 class Streams:
     """Stands in for a GPU's streams, and logs what each is given, in order."""
 
@@ -183,11 +195,76 @@ def test_a_generator_in_one_graph():
     assert is_right(layout) and is_right(layouts[1])
 
 
+class Recorded(TorchDispatchMode):
+    """Stands in for a CUDA graph: keeps the operators that run while it is captured, and replays
+    them on the same memory.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.calls = []
+
+    def __torch_dispatch__(self, operator, types, arguments=(), settings=None):
+        result = operator(*arguments, **settings or {})
+        self.calls.append((operator, arguments, settings or {}, result))
+        return result
+
+    def replay(self):
+        for operator, given, settings, result in self.calls:
+            again = tree_leaves(operator(*given, **settings))
+            for own, new in zip(tree_leaves(result), again):
+                if isinstance(own, torch.Tensor) and own.data_ptr() != new.data_ptr():
+                    own.copy_(new)
+
+
+@pytest.fixture
+def without_gpu(monkeypatch):
+    """`Graphed` on a CPU, with stand-ins for a GPU's streams and graphs."""
+    log = []
+    monkeypatch.setattr(graphs, "check_device", lambda condition: None)
+    for name, own in {
+        "Stream": lambda: Streams(log, "beside"),
+        "current_stream": lambda: Streams(log),
+        "stream": contextlib.nullcontext,
+        "device": contextlib.nullcontext,
+        "CUDAGraph": Recorded,
+        "graph": lambda graph: graph,
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, own)
+
+
+def test_features_in_one_graph(without_gpu):
+    """A converted network gets new features, and new weights in place."""
+    block = reference.SPADEResnetBlock(6, 4, "spectralspadeinstance3x3", 5, nhidden=4).eval()
+    network = ByFeatures(block).eval()
+    spade_fast.convert(network)
+    graphed = spade_fast.Graphed(network, torch.randn(2, 5, 8, 8), torch.randn(2, 6, 16, 16))
+    for _ in range(2):
+        features, x = torch.randn(2, 5, 8, 8), torch.randn(2, 6, 16, 16)
+        with torch.no_grad():
+            assert_agree(graphed(features, x), block(x, features), 16)
+            block.conv_0.weight_orig.mul_(2), block.norm_0.mlp_gamma.weight.neg_()
+    with pytest.raises(TypeError, match="condition is a SemanticLayout; it should be a Tensor"):
+        graphed(drawn_layout(8), x)
+    with pytest.raises(ValueError, match=r"inputs are .*\[2, 5, 4, 4\].*they should have"):
+        graphed(torch.randn(2, 5, 4, 4), x)
+
+
+def test_layouts_in_one_graph(without_gpu):
+    generator, z = small_generator().eval(), torch.randn(2, 5)
+    graphed = spade_fast.Graphed(generator, drawn_layout(8), z)
+    for patch in (16, 1, 8):
+        layout, z = drawn_layout(patch), torch.randn(2, 5)
+        with torch.no_grad():
+            assert_agree(graphed(layout, z), generator(layout, z), NETWORK)
+
+
 def test_models_that_cannot_be_graphed():
     generator = small_generator()
     with pytest.raises(ValueError, match="network is in train mode"):
         spade_fast.Graphed(generator, drawn_layout(8))
-    with pytest.raises(TypeError, match="layout is a Tensor"):
-        spade_fast.Graphed(generator.eval(), drawn_layout(8).to_segmap())
-    with pytest.raises(ValueError, match="layout is on cpu"):
-        spade_fast.Graphed(generator, drawn_layout(8))
+    with pytest.raises(TypeError, match="condition is a list; it should be a Tensor"):
+        spade_fast.Graphed(generator.eval(), [])
+    for condition in (drawn_layout(8), drawn_layout(8).to_segmap()):
+        with pytest.raises(ValueError, match="condition is on cpu; it should be on a CUDA GPU"):
+            spade_fast.Graphed(generator, condition)

@@ -10,7 +10,7 @@ from . import options
 if TYPE_CHECKING:
     from torch import nn
 
-FORMATS = ("onnx", "pt2")
+FORMATS = ("onnx", "pt2", "aoti")
 
 
 def export(
@@ -26,7 +26,10 @@ def export(
     out: Annotated[Path, typer.Option(help="File to write.")],
     to: Annotated[
         str | None,
-        typer.Option(help=f"{' or '.join(FORMATS)}; by default, the suffix of --out."),
+        typer.Option(
+            help=f"{', '.join(FORMATS)}; by default, the suffix of --out. aoti is a package of"
+            " AOTInductor, which ends with .pt2 as well: for label maps with --no-windows."
+        ),
     ] = None,
     windows: Annotated[
         bool,
@@ -59,10 +62,11 @@ def export(
     crop_size: options.CropSize = None,
     aspect_ratio: options.AspectRatio = None,
 ) -> None:
-    """Write a network for inference elsewhere, as ONNX or a program of torch.export.
+    """Write a network for inference elsewhere, as ONNX, a program of torch.export or AOTInductor.
 
-    It has standard operators alone, takes label maps instead of one-hot conditions, and is compared
-    with the network before the file is written. Exits with 2 if it cannot be written.
+    It takes label maps instead of one-hot conditions, and is compared with the network before the
+    file is written. It has standard operators alone, except that AOTInductor's needs spade_fast.
+    Exits with 2 if it cannot be written.
     """
     from ..export import export as write
     from ..imported import Failed

@@ -4,8 +4,10 @@ makes them fast in place.
 A module stays the same object, with its parameters, buffers and hooks. Its class becomes a subclass
 of its own class (swap.py), which runs the forward of `nn/spade.py` or `nn/block.py` for every call
 that was proved. Where these do not compute all that a module does, its own forward runs, with the
-modulation in it as one operation (fuse.py). A SPADE is recognised by what its parts do, not by their names (roles.py), and then
-proved (prove.py): on small random tensors the outputs, gradients and buffers must match those of
+modulation in it as one operation (fuse.py).
+
+A SPADE is recognised by what its parts do, not by their names (roles.py), and then proved
+(prove.py): on small random tensors the outputs, gradients and buffers must match those of
 its own forward, in float64 and in its own dtype, in train and in eval mode, with and without
 autocast.
 """

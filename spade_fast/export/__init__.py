@@ -1,5 +1,5 @@
 """`export`: networks with SPADEs as ONNX or as a program of torch.export, in standard operators
-alone and with less to compute.
+alone, or compiled by AOTInductor with this package's operators; with less to compute.
 
 The exported network is a copy of the model in which other modules stand for its SPADEs
 (network.py, layers.py). Label maps come in as whole numbers: the first convolution of a SPADE is a
@@ -12,7 +12,7 @@ import inspect
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 import torch.nn as nn
@@ -21,13 +21,21 @@ from torch.utils._pytree import tree_leaves
 from ..arguments import whole_number
 from ..layout import SemanticLayout
 from ..nn.generator import SPADEGenerator
-from .files import as_onnx, check_packages, quiet, version, write_onnx, write_program
+from .files import (
+    as_onnx,
+    check_packages,
+    quiet,
+    version,
+    write_onnx,
+    write_package,
+    write_program,
+)
 from .network import Labels, Network, network_of, ways_of
 
 __all__ = ["Written", "export"]
 
-Format = Literal["onnx", "pt2"]
-FORMATS = ("onnx", "pt2")
+Format = Literal["onnx", "pt2", "aoti"]
+FORMATS: tuple[Format, ...] = get_args(Format)
 DYNAMIC = ("batch", "sizes")
 # The largest difference from the model's own result, relative to its largest value.
 AGREES = {torch.float64: 1e-8, torch.float32: 1e-4}
@@ -41,7 +49,7 @@ class Written(NamedTuple):
     ways: how many SPADEs compute γ and β in each way.
     difference: the largest difference from the model's own result on the example, relative to its
         largest value.
-    in_onnxruntime: whether it is the difference in ONNX Runtime, rather than in PyTorch.
+    measured_in: where: "ONNX Runtime", "AOTInductor" or "PyTorch".
     """
 
     path: Path
@@ -49,7 +57,7 @@ class Written(NamedTuple):
     outputs: dict[str, str]
     ways: dict[str, int]
     difference: float
-    in_onnxruntime: bool
+    measured_in: str
 
     def __str__(self) -> str:
         lines = [f"{self.path} is written."]
@@ -57,7 +65,7 @@ class Written(NamedTuple):
         lines += [f"output {name}: {of}" for name, of in self.outputs.items()]
         ways = [f"SPADEs {way}: {count}" for way, count in self.ways.items() if count]
         lines += ways or ["no SPADE was found: the network is as torch.export records it"]
-        where = "ONNX Runtime" if self.in_onnxruntime else "PyTorch"
+        where = self.measured_in
         lines.append(f"largest difference from the model, in {where}: {self.difference:.1e}")
         return "\n".join(lines)
 
@@ -78,6 +86,10 @@ def export(
     a program that `torch.export.load` reads. It has standard operators alone, and computes what the
     model computes in eval mode, with its sums in another order. The model stays as it is.
 
+    With to="aoti" it is compiled by AOTInductor, for the kind of processor that compiles it, and
+    `torch._inductor.aoti_load_package` reads it. The modulation is an operator of this package, so
+    import spade_fast before loading it.
+
     The SPADEs of other people's models are found and proved as `convert` does it.
 
     Args:
@@ -87,11 +99,12 @@ def export(
             SemanticLayout in place of a condition, the exported network takes label maps: int64
             [N, *spatial], with the layout's size and channels. None: a layout, and z if there is
             one, for a SPADEGenerator.
-        to: "onnx" or "pt2"; by default, the suffix of the path.
+        to: "onnx", "pt2" or "aoti", whose path ends with .pt2, too; by default, the suffix of the
+            path.
         windows: for label maps, compute γ and β once for each distinct window. The graph numbers
             the windows with ONNX's Unique, whose results have a length that depends on the labels.
-            Engines without it, such as TensorRT and Core ML, need False: γ and β are then
-            convolved at every pixel.
+            Engines without it, such as TensorRT and Core ML, need False, and so does AOTInductor: γ
+            and β are then convolved at every pixel.
         instances: whether the last channel of the condition has the edges of instances. The network
             then takes instance maps beside label maps, int64 of the same shape.
         dont_care: the label that stands for the last class, "don't care"; None: there is none.
@@ -106,6 +119,7 @@ def export(
         ValueError, TypeError: an argument is not as described above; the network cannot be recorded
             or takes no label maps; or what was recorded does not compute what the model computes on
             the example. Nothing is written then.
+        RuntimeError: AOTInductor cannot compile it, for example for lack of a C++ compiler.
         ModuleNotFoundError: ONNX needs the packages onnx and onnxscript.
         OSError: the file cannot be written.
 
@@ -122,7 +136,13 @@ def export(
     labels = labels_of(arguments, instances, dont_care, label_shift)
     if kind == "onnx":
         check_packages()
-    network, inputs, truth = network_of(model, arguments, labels, windows, "sizes" in varies)
+    if kind == "aoti" and labels is not None and windows:
+        raise ValueError(
+            "windows is True; for AOTInductor it should be False: the compiler of PyTorch 2.13"
+            " computes wrong sums for a number of windows that depends on the labels"
+        )
+    settings = {"any_size": "sizes" in varies, "kernels": kind == "aoti"}
+    network, inputs, truth = network_of(model, arguments, labels, windows, **settings)
     difference = compare(truth, result_of(network, inputs))
     names = names_of_inputs(model, arguments, labels)
     outputs = [one for one in tree_leaves(truth) if isinstance(one, torch.Tensor)]
@@ -136,7 +156,7 @@ def export(
         dict(zip(of_outputs, shapes_of(program, program.graph_signature.user_outputs))),
         ways_of(network),
         difference,
-        False,
+        "PyTorch",
     )
     description: dict[str, Any] = {
         "version": version(),
@@ -150,23 +170,26 @@ def export(
     if kind == "pt2":
         write_program(program, path, description)
         return found
-    in_runtime: list[float] = []
-    ran = write_onnx(
-        as_onnx(program, names, of_outputs),
-        path,
-        description,
-        inputs,
-        lambda results: in_runtime.append(compare(truth, results)),
-    )
-    return found._replace(difference=in_runtime[0], in_onnxruntime=True) if ran else found
+    measured: list[float] = []
+
+    def check(results: Any) -> None:
+        measured.append(compare(truth, results))
+
+    if kind == "aoti":
+        write_package(program, path, description, inputs, check)
+        return found._replace(difference=measured[0], measured_in="AOTInductor")
+    ran = write_onnx(as_onnx(program, names, of_outputs), path, description, inputs, check)
+    return found._replace(difference=measured[0], measured_in="ONNX Runtime") if ran else found
 
 
 def format_of(path: Path, to: str | None) -> str:
-    """The format to write. Errors: ValueError."""
+    """The format to write. Errors: ValueError, or FileNotFoundError."""
     found = path.suffix.removeprefix(".") if to is None else to
     if found not in FORMATS:
         what = f"path is {path}; its suffix" if to is None else f"to is {to!r}; it"
         raise ValueError(f"{what} should be one of {', '.join(FORMATS)}")
+    if found == "aoti" and path.suffix != ".pt2":
+        raise ValueError(f"path is {path}; its suffix should be .pt2, as AOTInductor requires")
     if not path.absolute().parent.is_dir():
         raise FileNotFoundError(f"{path.parent} should be a folder to write {path.name} into")
     return found

@@ -1,11 +1,13 @@
-"""Writes a network as ONNX or as a program of torch.export, with a description of itself."""
+"""Writes a network as ONNX, as a program of torch.export or as a package of AOTInductor, with a
+description of itself.
+"""
 
 import contextlib
 import importlib
 import json
 import logging
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +43,29 @@ def write_program(
     with written(path) as unfinished, open(unfinished, "wb") as file:
         extra = {f"{PACKAGE}.json": json.dumps(description)}
         torch.export.save(program, file, extra_files=extra)
+
+
+def write_package(
+    program: torch.export.ExportedProgram,
+    path: Path,
+    description: Mapping[str, Any],
+    inputs: Sequence[torch.Tensor],
+    check: Callable[[Any], None],
+) -> None:
+    """Compiles a program with AOTInductor, runs it on the inputs, and writes it if `check` accepts
+    its results. Errors: RuntimeError if it cannot be compiled.
+    """
+    settings = {"aot_inductor.metadata": {PACKAGE: json.dumps(description)}}
+    with written(path) as unfinished:
+        try:
+            with quiet():
+                torch._inductor.aoti_compile_and_package(
+                    program, package_path=str(unfinished), inductor_configs=settings
+                )
+        except Exception as error:  # of many types
+            reason = str(error).strip().partition("\n")[0] or type(error).__name__
+            raise RuntimeError(f"AOTInductor cannot compile the network: {reason}") from error
+        check(torch._inductor.aoti_load_package(str(unfinished))(*inputs))
 
 
 def as_onnx(
@@ -82,7 +107,7 @@ def write_onnx(
     path: Path,
     description: Mapping[str, Any],
     inputs: Sequence[torch.Tensor],
-    check: Any,
+    check: Callable[[Any], None],
 ) -> bool:
     """Writes what `as_onnx` returns. Where ONNX Runtime is installed, it first runs on the inputs,
     and `check` gets its results. Returns whether it ran.

@@ -1,5 +1,6 @@
 """The modules that stand in an exported network for its SPADEs and for the other convolutions of a
-label map, in plain PyTorch operators that every exporter knows.
+label map, in plain PyTorch operators that every exporter knows. For AOTInductor alone, the
+modulation is an operator of this package.
 
 Two kinds of condition reach them. Features are tensors [N, label_nc, *spatial], as in the network
 itself. A label map is a map of codes, float [N, 1, *spatial]: resizing it by nearest neighbour, as
@@ -15,15 +16,19 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from ..convert.swap import Call, Called, Fast
-from ..nn.modules import Convolution, is_watched
+from ..kernels.contract import MODULATION, sum_dtype
+from ..kernels.operators import declared
+from ..nn.modules import INSTANCE_NORMS, Convolution, is_watched
 from ..nn.parts import Convolutions, HasParts, Known
 from ..nn.pixels import resize
 from ..nn.spade import measures
+from ..ops import norms
 from .runs import CONVOLVE, assembled, convolve_runs
 from .windows import number_again, number_windows
 
 # Fewer pixels than this have too few equal windows for their numbering to pay.
 WINDOWS_FROM = 1024
+OPERATORS = declared("spade_fast", MODULATION)
 
 
 class Seen(NamedTuple):
@@ -35,9 +40,13 @@ class Seen(NamedTuple):
 
 
 class Shared:
-    """What the SPADEs of one network share within a call."""
+    """What the SPADEs of one network share within a call.
 
-    def __init__(self) -> None:
+    kernels: whether they modulate by an operator of this package, which takes γ and β of pixels.
+    """
+
+    def __init__(self, kernels: bool = False) -> None:
+        self.kernels = kernels
         self.kept: dict[tuple, Any] = {}
 
     def get(self, key: tuple, condition: torch.Tensor, make: Callable[[], Any]) -> Any:
@@ -157,7 +166,8 @@ class Standing(nn.Module):
         self.activations = nn.Sequential(*map(out_of_place, own.activations))
         self.gamma_norm, self.beta_norm = precise(own.gamma_norm), precise(own.beta_norm)
         self.hidden, self.channels = own.shared.out_channels, own.channels
-        self.norm: nn.Module | None = precise(known.parts.norm)
+        norm = known.parts.norm
+        self.norm: nn.Module | None = norm if shared.kernels else precise(norm)
         planes = None if own.normalise else running_planes(known)
         if planes is not None:
             self.norm = None
@@ -175,16 +185,36 @@ class Standing(nn.Module):
             )
         x, condition = pair
         gamma, beta = self.at(condition, x.shape[2:])
+        if self.shared.kernels:
+            return self.by_kernels(x, gamma, beta)
         x = x if self.norm is None else self.norm(x)
         if self.channels_last:
             # Rows of a table have their channels together: with x transposed instead, ONNX Runtime
             # drops the transpositions beside a convolution.
             return (x.movedim(1, -1) * gamma + beta).movedim(-1, 1)
-        if self.gamma_norm is not None:
-            gamma = 1 + self.gamma_norm(gamma)
-        if self.beta_norm is not None:
-            beta = self.beta_norm(beta)
+        gamma, beta = self.normalised(gamma, beta)
         return x * gamma + beta
+
+    def normalised(
+        self, gamma: torch.Tensor, beta: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The factor and the summand, after the norms that γ and β may have of their own."""
+        gamma = gamma if self.gamma_norm is None else 1 + self.gamma_norm(gamma)
+        return gamma, beta if self.beta_norm is None else self.beta_norm(beta)
+
+    def by_kernels(self, x: torch.Tensor, gamma: torch.Tensor, beta: torch.Tensor) -> torch.Tensor:
+        """The modulation by an operator of this package."""
+        norm, settings = self.norm, (None, 0.0, False, False)  # no activation, no signs, no 1 +
+        eps = norm.eps if norm is not None and is_bare(norm) else None
+        if norm is not None and eps is None:
+            x = norm(x)
+        # Either may have a batch of 1.
+        x, gamma, beta = torch.broadcast_tensors(x, *self.normalised(gamma, beta))
+        if eps is not None:
+            return OPERATORS["instance_forward"](x, gamma, beta, None, eps, *settings)[0]
+        unchanged = norms.identity(x.shape[1], sum_dtype(x.dtype), x.device)
+        planes = norms.planes(unchanged, x.shape[:2])
+        return OPERATORS["apply"](x, planes, gamma, beta, None, *settings)[0]
 
     def at(self, condition: torch.Tensor, size: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
         """The factor of x and the summand at every pixel, [N, C, *size] each."""
@@ -349,6 +379,12 @@ def mean_of_planes(x: torch.Tensor) -> torch.Tensor:
     for dim in range(x.dim() - 1, 1, -1):
         x = x.mean(dim, keepdim=True)
     return x
+
+
+def is_bare(norm: nn.Module) -> bool:
+    """Whether a norm is an instance norm without parameters and running statistics."""
+    own = type(norm) in INSTANCE_NORMS.values() and not is_watched(norm)
+    return own and norm.weight is None is norm.running_mean
 
 
 def precise(norm: nn.Module | None) -> Any:

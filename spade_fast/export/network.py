@@ -126,10 +126,12 @@ def edges_of(instances: torch.Tensor) -> torch.Tensor:
 class Network(nn.Module):
     """The whole network: its inputs to the model's arguments to the model's result."""
 
-    def __init__(self, model: nn.Module, places: Sequence[Any], codes: Codes | None) -> None:
+    def __init__(
+        self, model: nn.Module, places: Sequence[Any], codes: Codes | None, kernels: bool
+    ) -> None:
         super().__init__()
         self.model, self.places, self.codes = model, places, codes
-        self.shared = Shared()
+        self.shared = Shared(kernels)
 
     def forward(self, *inputs: torch.Tensor) -> Any:
         waiting, arguments = list(inputs), []
@@ -162,11 +164,13 @@ def network_of(
     labels: Labels | None,
     windows: bool,
     any_size: bool = False,
+    kernels: bool = False,
 ) -> tuple[Network, list[torch.Tensor], Any]:
     """The network to export, its inputs for this example, and the model's own result.
 
     arguments: the model's; a SemanticLayout stands for label maps, as `labels` describes.
     any_size: whether sizes may differ from the example's.
+    kernels: whether SPADEs modulate by this package's operators, instead of standard ones.
     """
     places: list[Any] = []
     inputs: list[torch.Tensor] = []
@@ -185,7 +189,8 @@ def network_of(
             places.append(TENSOR if is_tensor else argument)
             given.append(argument)
             inputs += [argument] if is_tensor else []
-    network = Network(own, places, None if labels is None else Codes(labels).to(like.device))
+    codes = None if labels is None else Codes(labels).to(like.device)
+    network = Network(own, places, codes, kernels)
     with torch.no_grad():
         truth, seen = watched(own, given)
         if any_size:

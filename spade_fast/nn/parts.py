@@ -43,7 +43,7 @@ class Form(NamedTuple):
     added: str | None = None  # the module of the condition whose output is added to x at first
     plus_one: bool = True  # whether 1 + γ multiplies the normalised x, or γ
     apart: bool = False  # how a condition of frames is resized: see `pixels.resize`
-    # The halves of one convolution's output that are γ and β, as (0, 1) or (1, 0); None if gamma and
+    # The halves of one convolution's output that are γ and β, (0, 1) or (1, 0); None if gamma and
     # beta are two convolutions.
     halves: tuple[int, int] | None = None
     inside: bool = False  # whether a part of an unknown class runs its children one after another
