@@ -115,8 +115,8 @@ class Scaled(Deferred):
 
 
 class fusing(TorchFunctionMode):
-    """Inside, norm(x) · (1 + γ) + β is one operation where that pays, or at any size. `fused` is the
-    number of these operations. The result of a forward that ran inside should go through `finish`.
+    """Inside, norm(x) · (1 + γ) + β is one operation where that pays, or at any size. `fused` is
+    the number of these operations. The result of a forward that ran inside goes through `finish`.
     """
 
     def __init__(self, any_size: bool = False) -> None:
