@@ -164,6 +164,20 @@ class OtherNames(Layer):
         return summand + (factor + 1) * self.one(x)
 
 
+class JointSlices(nn.Module):
+    """One convolution makes β and γ, which are slices of its output, in that order."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.GroupNorm(2, CHANNELS)
+        self.shared = nn.Sequential(conv(LABELS, HIDDEN), nn.ReLU())
+        self.affine = conv(HIDDEN, 2 * CHANNELS, bias=False)
+
+    def forward(self, x, segmap):
+        both = self.affine(self.shared(to_size(segmap, x)))
+        return self.norm(x) * (both[:, CHANNELS:] + 1) + both[:, :CHANNELS]
+
+
 class SpatialNorm(nn.Module):
     """1×1 convolutions of the condition, and γ instead of 1 + γ (MoVQ)."""
 
@@ -233,8 +247,8 @@ class ALIASNorm(Layer):
 
     names = ("param_free_norm", "conv_shared", "conv_gamma", "conv_beta")
 
-    def __init__(self):
-        super().__init__()
+    def __init__(self, norm=None):
+        super().__init__(norm)
         self.noise_scale = nn.Parameter(torch.ones(CHANNELS))
 
     def forward(self, x, segmap):
@@ -273,16 +287,18 @@ SPADES = {
     "HiFaceGAN": HiFaceGAN,
     "FADE": FADE,
     "other names": OtherNames,
+    "one convolution for γ and β": lambda: ImaginaireNorm(1, spectral=False),
+    "one convolution for β and γ": JointSlices,
     "spatial norm": SpatialNorm,
     "spatial norm after a convolution": ConvolvedSpatialNorm,
 }
+FUSED = {  # their own forward runs, with the modulation as one operation
+    "PSFRGAN": PSFRGAN,
+    "bilinear": Bilinear,
+    "ALIASNorm": ALIASNorm,
+    "ALIASNorm, batch": lambda: ALIASNorm(nn.BatchNorm2d(CHANNELS)),
+}
 LOOKALIKES = {
-    "PSFRGAN": (
-        PSFRGAN,
-        "gamma_conv is given neither the condition nor what another of its parts returns",
-    ),
-    "bilinear": (Bilinear, "does not compute what its parts suggest: y is"),
-    "ALIASNorm": (ALIASNorm, "it has parameters that a SPADE does not have: noise_scale"),
     "SEAN": (InnerOfACE, "its own forward does not return n · (1 + a) + b or n · a + b"),
     "subtracts": (Subtracts, "its own forward does not return n · (1 + a) + b or n · a + b"),
     "a cache": (WithCache, "its own forward fails on x"),

@@ -224,7 +224,7 @@ OTHERS = {
     "published": lambda: (PublishedBlock(CHANNELS, 4, "spadebatch3x3", LABELS, nhidden=4), True),
     "CoCosNet": lambda: (Block(CoCosNet, 4), False),
     "CLADE": lambda: (CLADEBlock(), True),
-    "imaginaire, 5 × 5, joint": lambda: (ImaginaireNorm(1), False),
+    "imaginaire, 5 × 5, joint": lambda: (ImaginaireNorm(1), True),
     "imaginaire, 5 × 5": lambda: (ImaginaireNorm(1, separate_projection=True), True),
     "leaky hidden": lambda: (Layer(hidden_activation=nn.LeakyReLU(0.01, inplace=True)), True),
 }

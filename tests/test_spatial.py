@@ -13,7 +13,7 @@ from agree import assert_agree, assert_agree_beside
 
 import spade_fast
 from spade_fast.agreement import excess
-from spade_fast.convert import Fast, FastSPADE
+from spade_fast.convert import Fast, FastSPADE, fuse
 from spade_fast.convert.later import Later
 from spade_fast.nn import voxels
 
@@ -339,16 +339,40 @@ def test_the_norms_of_kvae(convolved, calls):
     assert calls.clear() == (1, 1)
 
 
-def test_norms_that_read_a_dictionary_are_left_alone():
-    from diffusers.models.autoencoders import autoencoder_kandinsky6_sr, autoencoder_kl_kvae_video
+@pytest.mark.parametrize("convolved", [False, True])
+def test_norms_that_read_and_write_a_dictionary(convolved, monkeypatch):
+    """KVAE for videos: the second segment is resized otherwise than the first."""
+    from diffusers.models.autoencoders.autoencoder_kl_kvae_video import KVAECachedSpatialNorm3D
 
-    for norm in (
-        autoencoder_kandinsky6_sr.Kandinsky6SRSpatialNorm3D(8, LATENT),
-        autoencoder_kl_kvae_video.KVAECachedSpatialNorm3D(32, LATENT),
-    ):
-        kind, (entry,) = type(norm), spade_fast.convert(norm)
-        assert not entry.converted and "its own forward fails" in entry.reason
-        assert type(norm) is kind
+    torch.manual_seed(0)
+    own = KVAECachedSpatialNorm3D(32, LATENT, convolved).double()
+    ours = copy.deepcopy(own)
+    (entry,) = spade_fast.convert(ours)
+    assert entry.converted and "with its modulation as one operation" in entry.reason
+    fused, modulate = [], fuse.spade_modulate
+    monkeypatch.setattr(fuse, "pays", lambda elements, is_slow: True)
+    monkeypatch.setattr(
+        fuse, "spade_modulate", lambda *given, **named: fused.append(1) or modulate(*given, **named)
+    )
+    f = torch.randn(2, 32, 10, 4, 4, dtype=torch.float64)
+
+    def run(model, z):
+        cache = {"norm": {}, "add_conv": {"padding": None}}
+        segments = zip(f.split([5, 5], dim=2), z.split([3, 3], dim=2))
+        return torch.cat([model(*segment, cache) for segment in segments], dim=2)
+
+    z = torch.randn(2, LATENT, 6, 2, 2, dtype=torch.float64)
+    assert_agree_beside(outcome(ours, z, run), outcome(own, z, run))
+    assert len(fused) == 2
+
+
+def test_a_norm_of_root_mean_squares_is_left_alone():
+    from diffusers.models.autoencoders.autoencoder_kandinsky6_sr import Kandinsky6SRSpatialNorm3D
+
+    norm = Kandinsky6SRSpatialNorm3D(8, LATENT)
+    (entry,) = spade_fast.convert(norm)
+    assert not entry.converted and "it has no norm of PyTorch's" in entry.reason
+    assert type(norm) is Kandinsky6SRSpatialNorm3D
 
 
 def test_one_latent_frame_for_an_odd_number_is_the_own_error():

@@ -3,12 +3,16 @@ makes them fast in place.
 
 A module stays the same object, with its parameters, buffers and hooks. Its class becomes a subclass
 of its own class (swap.py), which runs the forward of `nn/spade.py` or `nn/block.py` for every call
-that was proved. A SPADE is recognised by what its parts do, not by their names (roles.py), and then
-proved (prove.py): on small random tensors the outputs, gradients and buffers must match those of
+that was proved. Where these do not compute all that a module does, its own forward runs, with the
+modulation in it as one operation (fuse.py).
+
+A SPADE is recognised by what its parts do, not by their names (roles.py), and then proved
+(prove.py): on small random tensors the outputs, gradients and buffers must match those of
 its own forward, in float64 and in its own dtype, in train and in eval mode, with and without
 autocast.
 """
 
+from contextlib import suppress
 from itertools import product
 
 import torch
@@ -16,10 +20,11 @@ import torch.nn as nn
 
 from .. import kernels
 from ..nn.block import ResidualBlock
-from ..nn.modules import NeverTheSame, leaves
+from ..nn.modules import NeverTheSame, first_weight, leaves
 from ..nn.parts import Parts
 from ..nn.spade import SpatiallyAdaptive
 from ..recording import has_values
+from .own import recognise_own
 from .prove import CONDITIONS, prove
 from .recognise import (
     Unlike,
@@ -30,8 +35,10 @@ from .recognise import (
 )
 from .report import Entry, Report
 from .swap import (
+    Call,
     Fast,
     FastBlock,
+    FastModulation,
     FastSPADE,
     Proof,
     kinds_of_children,
@@ -101,7 +108,7 @@ def _convert(name, module, kind, recognise, probe):
         own_class = getattr(module, "own_class", type(module))
         return Entry(name, own_class.__name__, recognised_as, converted, reason)
 
-    if isinstance(module, (SpatiallyAdaptive, ResidualBlock)):
+    if isinstance(module, (Fast, SpatiallyAdaptive, ResidualBlock)):
         return entry("spade_fast's", isinstance(module, Fast), "it is fast already")
     recognised_as, exceptions = "", []
     try:
@@ -114,9 +121,40 @@ def _convert(name, module, kind, recognise, probe):
         else:
             proof = _trusted(module, form)
     except Unlike as unlike:
-        return entry(recognised_as, False, str(unlike))
+        if kind is FastBlock or not probe:
+            return entry(recognised_as, False, str(unlike))
+        try:
+            form, recognised_as = _fused(module)
+        except Unlike as neither:
+            reasons = dict.fromkeys((str(unlike), str(neither)))
+            return entry(recognised_as, False, "; ".join(reasons))
+        make_fast(module, FastModulation, form)
+        backend = kernels.select(first_weight(module)).name
+        how = f"its own forward, on large maps with its modulation as one operation; {backend}"
+        return entry(recognised_as, True, f"{how}; not more, because {unlike}")
+    if probe and kind is FastSPADE and _takes_more(module, form):
+        with suppress(Unlike):
+            form = form._replace(own=_fused(module)[0])
     make_fast(module, kind, form._replace(proof=proof))
     return entry(recognised_as, True, "; ".join([_how(module), *exceptions]))
+
+
+def _fused(module):
+    """The OwnForm of a module whose own forward may run with a modulation in it as one operation,
+    and a description of it. Raises Unlike if there is none.
+    """
+    _check_values(module)
+    _check_names(module, FastModulation)
+    form, recognised_as = recognise_own(module)
+    proof, _ = prove(module, FastModulation, form)
+    # The own forward sees to it if attributes change.
+    return form._replace(proof=proof._replace(marks=[], children=())), recognised_as
+
+
+def _takes_more(module, form):
+    """Whether a module can be called with arguments beyond x and the condition that matter."""
+    call = Call(type(module).forward)
+    return call.several or bool({*call.neutral} - {*call.names[:2], *form.call.ignores})
 
 
 def _proved(module, kind, form):

@@ -46,7 +46,7 @@ class Later(torch.Tensor):
     def __torch_function__(
         cls, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None
     ) -> Any:
-        args, kwargs = tree_map_only(Later, Later.read, (args, kwargs or {}))
+        args, kwargs = tree_map_only(Later, lambda own: own.read(), (args, kwargs or {}))
         return func(*args, **kwargs)
 
     __torch_dispatch__: Any = __torch_function__

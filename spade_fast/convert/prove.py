@@ -15,8 +15,19 @@ from ..agreement import excess
 from ..nn.modules import marks_of
 from ..nn.parts import Form
 from .copies import Values, copy_of, trying
-from .roles import OwnForwardFails, Unlike, call_own
-from .swap import Call, Called, Fast, Mark, Proof, kinds_of_children, make_fast, marks
+from .roles import OwnForwardFails, Unlike
+from .swap import (
+    Call,
+    Called,
+    Fast,
+    Mark,
+    OwnForm,
+    Proof,
+    call_own,
+    kinds_of_children,
+    make_fast,
+    marks,
+)
 
 PIXELS = (6, 4, 4)  # of a probe's x
 ODD = (5, 4, 4)  # where the first of an odd number of frames is resized apart
@@ -37,7 +48,7 @@ BESIDE = "what its own forward returns beside y,"
 AUTOCAST_SLACK = 3  # ratio of our error's norm to the own forward's, which rounds elsewhere
 
 
-def prove(module: nn.Module, kind: type[Fast], form: Form) -> tuple[Proof, list[str]]:
+def prove(module: nn.Module, kind: type[Fast], form: Form | OwnForm) -> tuple[Proof, list[str]]:
     """The proof, and descriptions of the states that it does not cover. Raises Unlike if the two
     forwards disagree in the module's present mode and dtype.
     """
@@ -69,7 +80,7 @@ def prove(module: nn.Module, kind: type[Fast], form: Form) -> tuple[Proof, list[
 class Probe:
     """Runs copies of a module, unchanged and made fast, on the same tensors and weights."""
 
-    def __init__(self, module: nn.Module, kind: type[Fast], form: Form) -> None:
+    def __init__(self, module: nn.Module, kind: type[Fast], form: Form | OwnForm) -> None:
         self.module, self.kind, self.form = module, kind, form
         self.called = form.call or Called()
         self.dtype = next(module.parameters()).dtype
@@ -218,6 +229,7 @@ class Probe:
         wanted = {"x": x.requires_grad_(), "the condition": segmap}
         wanted |= dict(module.named_parameters())
         wanted = {name: tensor for name, tensor in wanted.items() if tensor.requires_grad}
+        torch.manual_seed(0)  # the own forward may draw noise
         try:
             found = self._found(self._forward(module, kind, x, segmap, dtype))
             if not torch.is_grad_enabled():
@@ -253,6 +265,9 @@ class Probe:
     def _found(self, result):
         """y and any other tensors of a result, by name."""
         leaves, spec = tree_flatten(result)
+        if self.called.result is None:
+            found = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
+            return {f"result {number}" if number else "y": own for number, own in enumerate(found)}
         marked, expected = tree_flatten(self.called.result)
         tensors = [isinstance(leaf, torch.Tensor) for leaf in leaves]
         if spec != expected or tensors != [isinstance(mark, Mark) for mark in marked]:
@@ -272,15 +287,16 @@ class Probe:
             make_fast(module, kind, self.form)
             return module._fast(x, segmap)
         call, before = Call(type(module).forward), marks_of(module)
-        swapped, further = self.called.swapped, {}
+        forward, further = type(module).forward, {}
         if self.called.ignores:
             # What is not read is given, to show that it is not.
             other = copy_of(self.module, self.values(dtype)).train(module.training)
-            result = call_own(other, call, x.detach() + 1, segmap.detach() + 1, swapped)
+            of_other = (other, call, x.detach() + 1, segmap.detach() + 1, self.called)
+            result = call_own(forward, *of_other)
             returned = list(zip(self.called.result, result))
             for name, ignored in self.called.ignores.items():
                 further[name] = next(own for marked, own in returned if marked == ignored)
-        y = call_own(module, call, x, segmap, swapped, **further)
+        y = call_own(forward, module, call, x, segmap, self.called, **further)
         kept = [name for name, mark in marks_of(module).items() if before.get(name) != mark]
         if kept:
             raise Unlike(f"its own forward changes its attributes: {', '.join(kept)}")

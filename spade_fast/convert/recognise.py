@@ -8,14 +8,23 @@ from torch.nn.modules.batchnorm import _NormBase
 from ..nn.block import ACTIVATIONS
 from ..nn.parts import Form, part_of
 from ..nn.spade import SpatiallyAdaptive
-from .roles import Unlike, convolutions_of, dimensions_of, find_roles, pairs, parts_by_name
+from .roles import (
+    Unlike,
+    convolutions_of,
+    dimensions_of,
+    find_roles,
+    halved,
+    normalised_channels,
+    pairs,
+    parts_by_name,
+)
 from .swap import Call, Called
 
 
 def looks_like_spade(module: nn.Module) -> bool:
     """Whether a module may be a SPADE: it has children for gamma and for beta, or else one norm,
-    two convolutions from and to the same channels, nothing with parameters but that and further
-    convolutions, and a forward of two arguments.
+    two convolutions from and to the same channels or one with twice the norm's channels, nothing
+    with parameters but that and further convolutions, and a forward of two arguments.
     """
     children = dict(module.named_children())
     names = [name.lower() for name in children]
@@ -23,7 +32,8 @@ def looks_like_spade(module: nn.Module) -> bool:
         return True
     norms = [name for name, child in children.items() if _may_be_norm(child)]
     convolutions = convolutions_of(module)
-    if len(norms) != 1 or not pairs(convolutions.values()):
+    found = convolutions.values()
+    if len(norms) != 1 or not (pairs(found) or halved(found, normalised_channels(module))):
         return False
     parts = parts_by_name(module)
     with_parameters = {name for name, part in parts.items() if any(True for _ in part.parameters())}
@@ -53,7 +63,7 @@ def recognise_spade(module: nn.Module) -> tuple[Form, str]:
     )
     convolutions = convolutions_of(module)
     gamma = convolutions[roles.gamma]
-    channels = gamma.out_channels
+    channels = roles.channels
     form = Form(
         roles.norm,
         roles.shared,
@@ -66,6 +76,7 @@ def recognise_spade(module: nn.Module) -> tuple[Form, str]:
         roles.added,
         roles.plus_one,
         roles.apart,
+        roles.halves,
         call=roles.call,
     )
     sizes = [channels, roles.label_nc]

@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_struct
 from ..nn.modules import CONVOLUTION_TYPES, Convolution
 from ..nn.pixels import resize
 from .copies import Values, copy_of, trying
-from .swap import Call, Called, Mark
+from .swap import Call, Called, Mark, call_own
 
 # Sizes of x and of a condition. Three axes begin with an odd number of frames.
 PIXELS = (5, 4, 4)
@@ -44,6 +44,8 @@ class Roles(NamedTuple):
     added: str | None
     plus_one: bool
     apart: bool
+    halves: tuple[int, int] | None
+    channels: int
     label_nc: int
     call: Called
 
@@ -90,19 +92,38 @@ def pairs(convolutions: Iterable[Convolution]) -> list[tuple[int, int]]:
     return list(dict.fromkeys(pair for pair in channels if channels.count(pair) > 1))
 
 
+def halved(convolutions: Iterable[Convolution], normalised: set[int]) -> list[tuple[int, int]]:
+    """The channels before, and half of those after, convolutions that may make both γ and β for a
+    norm of these channels.
+    """
+    channels = [(own.in_channels, own.out_channels) for own in convolutions]
+    return [(before, after // 2) for before, after in channels if after / 2 in normalised]
+
+
+def normalised_channels(module: nn.Module) -> set[int]:
+    """The numbers of channels that a module's norms say they have."""
+    return {
+        getattr(child, name)
+        for child, name in product(module.children(), ("num_features", "num_channels"))
+        if hasattr(child, name)
+    }
+
+
 def find_roles(module: nn.Module) -> Roles:
     """The roles of a module's parts. Raises Unlike if its forward does not modulate a norm of x."""
     convolutions = convolutions_of(module)
     call, failure = Call(type(module).forward), None
+    dims = max(map(dimensions_of, convolutions.values()), default=0)
     with trying(module), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of arguments that are tried out
         values = Values(module)
         for channels, label_nc, size, swapped in _attempts(module, convolutions):
             try:
                 copy = copy_of(module, values(torch.float64))
-                x, condition = pair = _arguments(module, convolutions, channels, label_nc, size)
+                x, condition = pair = random_pair(module, dims, channels, label_nc, size)
                 ran = _trace(copy, parts_by_name(copy))
-                result = call_own(copy, call, x, condition, swapped)
+                called = Called(swapped)
+                result = call_own(type(copy).forward, copy, call, x, condition, called)
             except Exception as error:  # the own forward may raise anything
                 failure = failure or OwnForwardFails(
                     f"its own forward fails on x {list(x.shape)} and a condition"
@@ -115,31 +136,14 @@ def find_roles(module: nn.Module) -> Roles:
     raise failure or Unlike("it has no two convolutions for a factor and a summand of one shape")
 
 
-def call_own(
-    module: nn.Module,
-    call: Call,
-    x: torch.Tensor,
-    condition: torch.Tensor,
-    swapped: bool,
-    **further: Any,
-) -> Any:
-    """The result of a module's own forward, without hooks."""
-    pair = (condition, x) if swapped else (x, condition)
-    return type(module).forward(module, *pair, **(dict.fromkeys(call.required) | further))
-
-
 def _attempts(module: nn.Module, convolutions: dict[str, Convolution]) -> Iterator[tuple]:
     """The channels of x and of the condition, the condition's size, and whether it is the first
     argument: the probable ones first.
     """
     found = list(convolutions.values())
     before = list(dict.fromkeys(own.in_channels for own in found))
-    normalised = {
-        getattr(child, name)
-        for child, name in product(module.children(), ("num_features", "num_channels"))
-        if hasattr(child, name)
-    }
-    for hidden, channels in pairs(found):
+    normalised = normalised_channels(module)
+    for hidden, channels in dict.fromkeys([*pairs(found), *halved(found, normalised)]):
         if normalised and channels not in normalised:
             continue
         # A convolution that is not of the pair has the condition before it, if there is one.
@@ -147,11 +151,12 @@ def _attempts(module: nn.Module, convolutions: dict[str, Convolution]) -> Iterat
         yield from product([channels], [*others, hidden], SIZES, (False, True))
 
 
-def _arguments(module, convolutions, channels, label_nc, size):
-    """A random x and a random condition."""
+def random_pair(
+    module: nn.Module, dims: int, channels: int, label_nc: int, size: tuple
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """A random x and a random condition of this size."""
     torch.manual_seed(0)
-    dims = dimensions_of(next(iter(convolutions.values())))
-    given = {"dtype": torch.float64, "device": next(module.parameters()).device}
+    given: dict[str, Any] = {"dtype": torch.float64, "device": next(module.parameters()).device}
     x = torch.randn(2, channels, *PIXELS[:dims], **given) + 1
     return x, torch.randn(2, label_nc, *size[:dims], **given)
 
@@ -200,7 +205,8 @@ def _is_same(one, other):
 def _roles(pair, swapped, ran, result, convolutions):
     """The roles, from one traced run of the own forward."""
     leaves, spec = tree_flatten(result)
-    place, norm, added, x, gamma, beta, plus_one = _modulation(ran, leaves, pair, convolutions)
+    found = _modulation(ran, leaves, pair, convolutions)
+    place, norm, added, x, gamma, beta, plus_one, halves = found
     if x is not pair[0]:
         pair, swapped = (x, pair[0]), not swapped
     if not _is_same(gamma.inputs[0], beta.inputs[0]):
@@ -223,25 +229,31 @@ def _roles(pair, swapped, ran, result, convolutions):
     marked = [Mark.CONDITION if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
     marked[place] = Mark.Y
     shared, pad, added = (None if own is None else own.name for own in (shared, pad, added))
-    called = Called(swapped, {}, tree_unflatten(marked, spec))
+    called = Called(swapped, result=tree_unflatten(marked, spec))
     names = (norm.name, gamma.name, beta.name, shared, pad, added)
-    return Roles(*names, plus_one, apart, pair[1].shape[1], called)
+    return Roles(*names, plus_one, apart, halves, x.shape[1], pair[1].shape[1], called)
 
 
 def _modulation(ran, leaves, pair, convolutions):
     """Where y = n·(1 + a) + b or n·a + b is among the leaves of a result, the calls of the parts
-    that returned n, a and b, and whether there is a 1.
+    that returned n, a and b, whether there is a 1, and which halves a and b are of what one call
+    returned, or None.
     """
     tensors = [(place, y) for place, y in enumerate(leaves) if isinstance(y, torch.Tensor)]
     outputs = [(own, out) for own in ran if own.name in convolutions for out in own.outputs]
+    candidates = [(*one, *other, None) for one, other in permutations(outputs, 2)]
+    for (own, out), halves in product(outputs, permutations(range(2))):
+        if out.dim() > 1 and out.shape[1] % 2 == 0:
+            both = out.chunk(2, dim=1)
+            candidates.append((own, both[halves[0]], own, both[halves[1]], halves))
     for norm, added, x in _measuring(ran, pair, convolutions):
         normalised = norm.outputs[0]
-        for (place, y), ((gamma, a), (beta, b)) in product(tensors, permutations(outputs, 2)):
+        for (place, y), (gamma, a, beta, b, halves) in product(tensors, candidates):
             if not y.shape == normalised.shape == a.shape == b.shape:
                 continue
             for plus_one in (True, False):
                 if _is_same(y, normalised * (a + plus_one) + b):
-                    return place, norm, added, x, gamma, beta, plus_one
+                    return place, norm, added, x, gamma, beta, plus_one, halves
     raise Unlike(
         "its own forward does not return n · (1 + a) + b or n · a + b, where n is a part's output"
         " for x, and a and b are outputs of parts with a convolution"
@@ -279,7 +291,7 @@ def _ignored(module, values, call, pair, called):
 
     def run(x, condition, **further):
         copy = copy_of(module, values(torch.float64))
-        return call_own(copy, call, x, condition, called.swapped, **further)
+        return call_own(type(copy).forward, copy, call, x, condition, called, **further)
 
     try:
         result = run(*pair)

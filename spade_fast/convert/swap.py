@@ -4,6 +4,7 @@ call that was proved, and the own class's for every other call.
 
 import functools
 import inspect
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from enum import Enum
 from itertools import chain
@@ -24,6 +25,7 @@ from ..nn.modules import (
     Same,
     first_weight,
     hooks,
+    is_called_plainly,
     is_watched,
     mark_of,
     marks_of,
@@ -35,6 +37,7 @@ from ..nn.spade import SpatiallyAdaptive, batch_of
 from ..nn.unchanged import Each, Version, until_changed, views_inside
 from ..recording import is_recorded
 from .again import again
+from .fuse import fusing, may_pay
 from .later import Later
 
 
@@ -49,9 +52,14 @@ class Called(NamedTuple):
     """How a forward is called, and what it returns."""
 
     swapped: bool = False  # whether the condition comes before x
+    keyed: bool = False  # whether the condition is in a dictionary, under any key
+    caches: tuple[str, ...] = ()  # arguments that are dictionaries of dictionaries, empty at first
+    # Arguments with features that x is concatenated with, and the numbers of their channels.
+    beside: dict[str, int] = {}
     # Arguments whose values do not matter if they have the structure of these.
     ignores: dict[str, Any] = {}
-    result: Any = Mark.Y  # with marks in place of tensors
+    # With marks in place of tensors; None if it is not known what they are.
+    result: Any = Mark.Y
 
     def returned(self, y: torch.Tensor, condition: Callable[[], torch.Tensor]) -> Any:
         """The result with this y. condition: makes the resized condition."""
@@ -119,7 +127,7 @@ def _but_tensors(value):
     return torch.Tensor if isinstance(value, torch.Tensor) else value
 
 
-def marks(module: nn.Module, form: Form) -> list:
+def marks(module: nn.Module, form: "Form | OwnForm") -> list:
     """The marks of a module's attributes, of its parts' settings, and of its wrappers."""
     parts = [marks_of_settings(part) for part in parts_of(module)]
     return [marks_of(module), parts, marks_of_wrappers(module, form)]
@@ -146,16 +154,16 @@ def kinds_of(own_class: type[nn.Module]) -> tuple:
     return own_class.__mro__[: own_class.__mro__.index(nn.Module)]
 
 
-def marks_of_wrappers(module: nn.Module, form: Form) -> list:
+def marks_of_wrappers(module: nn.Module, form: "Form | OwnForm") -> list:
     """The marks of the attributes of the wrappers."""
     return [(Same(own), marks_of(own)) for own in wrappers_in(module, form)]
 
 
-def wrappers_in(module: nn.Module, form: Form) -> list[nn.Module]:
+def wrappers_in(module: nn.Module, form: "Form | OwnForm") -> list[nn.Module]:
     """The wrappers: modules that contain others, in the parts of a SPADE whose contents count
     (`form.inside`).
     """
-    if not form.inside:
+    if isinstance(form, OwnForm) or not form.inside:
         return []
     parts = (module.get_submodule(name) for name in form.of_condition)
     return [own for part in parts for own in part.modules() if own._modules]
@@ -198,11 +206,11 @@ class Fast(nn.Module):
     pickle and copy create them again.
     """
 
-    kind: type  # FastSPADE or FastBlock
+    kind: type  # FastSPADE, FastModulation or FastBlock
     own_class: type[nn.Module]
     class_marks: list  # of the own class, when this class was created
     call: "Call"
-    spade_form: Form
+    spade_form: Any  # a Form or an OwnForm
     check: Callable[[torch.Tensor, torch.Tensor | SemanticLayout], None]
     _fast: Callable[[torch.Tensor, torch.Tensor | SemanticLayout], torch.Tensor]
 
@@ -231,6 +239,10 @@ class Fast(nn.Module):
         pair = self.call.pair(arguments, named, self.spade_form.call or Called())
         if pair is not None and self._is_proved(*pair):
             return self._fast(*pair)
+        return self._own(arguments, named)
+
+    def _own(self, arguments, named):
+        """The result of the own forward."""
         dtype = first_weight(self).dtype
         given = [dense(argument, dtype) for argument in arguments]
         named = {name: dense(argument, dtype) for name, argument in named.items()}
@@ -256,7 +268,54 @@ class Fast(nn.Module):
         return self.spade_form.proof.holds(self, x, segmap)
 
 
-class FastSPADE(Fast, SpatiallyAdaptive):
+class OwnForm(NamedTuple):
+    """A call of a module's own forward in which a modulation can be fused: the sizes of its
+    arguments, and how it is made.
+    """
+
+    norm_nc: int
+    label_nc: int
+    spatial_dims: int
+    call: Called
+    norms: frozenset[str]  # the kinds of norms whose modulation was fused
+    proof: Proof | None = None
+    apart: bool = False
+
+
+class FusesOwn(Fast):
+    """Runs the own forward with a modulation in it as one operation (fuse.py), in states for which
+    this was proved and where it pays.
+    """
+
+    def _own(self, arguments, named):
+        if not self._may_fuse(arguments, named):
+            return super()._own(arguments, named)
+        with fusing() as mode:
+            result = super()._own(arguments, named)
+        return mode.finish(result)
+
+    @property
+    def _own_form(self):
+        return self.spade_form.own
+
+    def _may_fuse(self, arguments, named):
+        """Whether to fuse: never where hooks or tracers see what parts return."""
+        own: OwnForm | None = self._own_form
+        if own is None or own.proof is None or torch.compiler.is_compiling() or is_recorded():
+            return False
+        is_slow = "instance" in own.norms or ("batch" in own.norms and self.training)
+        if not may_pay((*arguments, *named.values()), is_slow):
+            return False
+        dtype = first_weight(self).dtype
+        return (
+            (self.training, torch.is_grad_enabled()) in own.proof.modes
+            and (self.training, dtype, dtype, None) in own.proof.dtypes
+            and is_called_plainly(self)
+            and not watches_inside(self)
+        )
+
+
+class FastSPADE(FusesOwn, SpatiallyAdaptive):
     """A SPADE of another class, as `nn/spade.py` computes it."""
 
     def _is_proved(self, x, segmap):
@@ -283,6 +342,24 @@ class FastSPADE(Fast, SpatiallyAdaptive):
 
 def _resized(condition, size, apart):
     return resize(condition, size, apart).clone()
+
+
+class FastModulation(FusesOwn):
+    """A module whose own forward runs, with its modulation as one operation where that pays."""
+
+    def _is_proved(self, x, segmap):
+        return False
+
+    @property
+    def _own_form(self):
+        return self.spade_form
+
+    def _fast(self, x, segmap):
+        """The result for the arguments of the form's call."""
+        with fusing(any_size=True) as mode:
+            called = self.spade_form.call
+            result = call_own(self.own_class.forward, self, self.call, x, segmap, called)
+        return mode.finish(result)
 
 
 class FastBlock(Fast, ResidualBlock):
@@ -353,6 +430,36 @@ class Call:
         return has_tensors and structure == tree_structure(called.ignores[name])
 
 
+def call_own(
+    forward: Callable,
+    module: nn.Module,
+    call: Call,
+    x: torch.Tensor,
+    condition: torch.Tensor,
+    called: Called,
+    **further: Any,
+) -> Any:
+    """The result of a forward of a module, called as `called` says, without hooks."""
+    given = AnyKey(condition) if called.keyed else condition
+    pair = (given, x) if called.swapped else (x, given)
+    named: dict[str, Any] = dict.fromkeys(call.required)
+    named |= {name: defaultdict(lambda: defaultdict(type(None))) for name in called.caches}
+    for name, channels in called.beside.items():
+        repeats = -(-channels // x.shape[1])
+        named[name] = torch.cat([x] * repeats, dim=1)[:, :channels] * 2
+    return forward(module, *pair, **named | further)
+
+
+class AnyKey(dict):
+    """A dictionary with one value under every key."""
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+    def __missing__(self, key: Any) -> Any:
+        return self.value
+
+
 def watches_inside(module: nn.Module) -> bool:
     """Whether a part of a module has hooks, besides those that compute its weight."""
     waiting = list(module._modules.values())
@@ -384,7 +491,7 @@ def _empty(kind, own_class):
     return kind.__new__(kind)
 
 
-def make_fast(module: nn.Module, kind: type[Fast], form: Form) -> None:
+def make_fast(module: nn.Module, kind: type[Fast], form: Form | OwnForm) -> None:
     """Gives a module its fast class, in place."""
     # mypy asks these classes for the hash of their instances.
     module.__class__ = fast_class(kind, type(module))  # type: ignore[arg-type]

@@ -165,7 +165,7 @@ class Standing(nn.Module):
         self.taps = own.gamma.kernel_size[0]
         self.activations = nn.Sequential(*map(out_of_place, own.activations))
         self.gamma_norm, self.beta_norm = precise(own.gamma_norm), precise(own.beta_norm)
-        self.hidden, self.channels = own.shared.out_channels, own.gamma.out_channels
+        self.hidden, self.channels = own.shared.out_channels, own.channels
         norm = known.parts.norm
         self.norm: nn.Module | None = norm if shared.kernels else precise(norm)
         planes = None if own.normalise else running_planes(known)
@@ -441,8 +441,10 @@ def modulation(
     If γ has a norm of its own, the first computes γ.
     """
     (gamma, of_gamma), (beta, of_beta) = (
-        (conv.weight.detach().double(), bias_of(conv).double()) for conv in (own.gamma, own.beta)
+        (weight.detach().double(), weight.new_zeros(len(weight)) if bias is None else bias.detach())
+        for weight, bias in own.projections()
     )
+    of_gamma, of_beta = of_gamma.double(), of_beta.double()
     if own.gamma_norm is None:
         of_gamma = of_gamma + 1
     if planes is not None:

@@ -103,7 +103,7 @@ def _pay(windows, layout, x, convolutions):
     """Whether computing γ and β at the windows takes less time than at the pixels."""
     shared, gamma = convolutions.shared, convolutions.gamma
     taps, hidden = math.prod(gamma.kernel_size), gamma.in_channels
-    outputs = 2 * gamma.out_channels
+    outputs = 2 * convolutions.channels
     if x.is_cuda and dtype_of_convolution(x, convolutions.dtype).itemsize == 2:
         gathered = windows.hidden_count * shared.in_channels + windows.count * outputs
         at_pixels = windows.index.numel() * (shared.in_channels + outputs)

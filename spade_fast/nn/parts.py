@@ -23,6 +23,7 @@ from .modules import (
     leaves,
     marks_of_settings,
     taps_of,
+    weight_of,
     weights_in,
 )
 from .unchanged import until_changed
@@ -42,9 +43,13 @@ class Form(NamedTuple):
     added: str | None = None  # the module of the condition whose output is added to x at first
     plus_one: bool = True  # whether 1 + γ multiplies the normalised x, or γ
     apart: bool = False  # how a condition of frames is resized: see `pixels.resize`
+    # The halves of one convolution's output that are γ and β, (0, 1) or (1, 0); None if gamma and
+    # beta are two convolutions.
+    halves: tuple[int, int] | None = None
     inside: bool = False  # whether a part of an unknown class runs its children one after another
     proof: Any = None  # for a converted module: in which calls and states its parts say it all
     call: Any = None  # for a converted module: how it is called, and what it returns
+    own: Any = None  # for a converted module: when a modulation in its own forward may be fused
 
     @property
     def of_condition(self) -> list[str]:
@@ -70,6 +75,7 @@ class Convolutions:
     beta: Convolution
     gamma_norm: InstanceNorm | None
     beta_norm: InstanceNorm | None
+    halves: tuple[int, int] | None = None
 
     @property
     def normalise(self) -> bool:
@@ -81,6 +87,19 @@ class Convolutions:
         """Every tensor that determines the table."""
         modules = (self.shared, self.gamma, self.beta, self.gamma_norm, self.beta_norm)
         return [tensor for of in modules if of is not None for tensor in weights_in(of)]
+
+    @property
+    def channels(self) -> int:
+        """The channels of γ, which are those of β."""
+        return self.gamma.out_channels // (1 if self.halves is None else 2)
+
+    def projections(self) -> list[tuple[torch.Tensor, torch.Tensor | None]]:
+        """The weights and biases that compute γ and β, computed as by `weight_of`."""
+        if self.halves is None:
+            return [(weight_of(module), module.bias) for module in (self.gamma, self.beta)]
+        weights, bias = weight_of(self.gamma).chunk(2), self.gamma.bias
+        biases = (None, None) if bias is None else bias.chunk(2)
+        return [(weights[half], biases[half]) for half in self.halves]
 
     @property
     def dtype(self) -> torch.dtype:
@@ -119,6 +138,7 @@ class Parts(NamedTuple):
     added: nn.Module | None
     apart: bool
     inside: bool
+    halves: tuple[int, int] | None
 
     @property
     def first(self) -> nn.Module:
@@ -133,7 +153,7 @@ class Parts(NamedTuple):
             None if name is None else part_of(spade, name) for name in names
         )
         assert norm is not None and gamma is not None and beta is not None
-        return cls(norm, shared, gamma, beta, pad, added, form.apart, form.inside)
+        return cls(norm, shared, gamma, beta, pad, added, form.apart, form.inside, form.halves)
 
     def convolutions(self) -> Convolutions | None:
         """What determines γ and β, or None if that is more than a window's codes and the weights of
@@ -153,19 +173,22 @@ class Parts(NamedTuple):
             return None
         if len(gamma_norms) > 1 or len(beta_norms) > 1:
             return None
+        if self.halves is not None and gamma_norms:
+            return None
         own_norms: list[InstanceNorm | None] = []
         for norms in (gamma_norms, beta_norms):
             norm = norms[0] if norms else None
             if norm is not None and not _is_measured(norm):
                 return None
             own_norms.append(norm)
-        return Convolutions(shared, activations, gamma, beta, *own_norms)
+        of_gamma, of_beta = own_norms
+        return Convolutions(shared, activations, gamma, beta, of_gamma, of_beta, self.halves)
 
     def pointwise(self) -> Pointwise | None:
         """The two convolutions of one tap that compute γ and β from the condition itself, or None
         if γ and β are computed otherwise.
         """
-        if self.shared is not None or self.pad is not None:
+        if self.shared is not None or self.pad is not None or self.halves is not None:
             return None
         (gamma, *of_gamma), (beta, *of_beta) = (
             leaves(part, self.inside) for part in (self.gamma, self.beta)

@@ -53,6 +53,9 @@ def at_pixels(
         hidden = _hidden(parts.shared, hidden, size)
     if parts.pad is not None:
         hidden = parts.pad(hidden)
+    if parts.halves is not None:
+        both = parts.gamma(hidden).chunk(2, dim=1)
+        return [both[half] for half in parts.halves]
     # On a CPU, one convolution for both gains nothing, and copying the weights costs time.
     convolve = convolve_jointly if hidden.is_cuda else convolve_apart
     return convolve((parts.gamma, parts.beta), hidden)

@@ -121,9 +121,8 @@ def compute_table(
     )
     if gathers and kept is not None and not torch.is_grad_enabled() and not convolutions.normalise:
         return packed_table(layout, windows, convolutions, dtype, kept, backend)
-    modules = (convolutions.shared, convolutions.gamma, convolutions.beta)
-    (first, first_bias), *others = [(weight_of(module), module.bias) for module in modules]
-    weights, biases = zip(*others)
+    first, first_bias = weight_of(convolutions.shared), convolutions.shared.bias
+    weights, biases = zip(*convolutions.projections())
     # Norms magnify the differences between windows, which half precision would round away.
     within = torch.promote_types(dtype, torch.float32) if convolutions.normalise else dtype
     palette = layout.palette
@@ -162,9 +161,8 @@ def packed_table(
     """compute_table's result, without gradients, by kernels that gather rows in half precision and
     read weights in the order of `by_taps`, which `kept` keeps.
     """
-    modules = (convolutions.shared, convolutions.gamma, convolutions.beta)
-    (first, first_bias), *others = [(weight_of(module), module.bias) for module in modules]
-    weights, biases = zip(*others)
+    first, first_bias = weight_of(convolutions.shared), convolutions.shared.bias
+    weights, biases = zip(*convolutions.projections())
 
     def packed():
         joint = [weight.to(dtype) for weight in weights]
