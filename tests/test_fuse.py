@@ -3,7 +3,9 @@ operation, and nothing else changes.
 """
 
 import copy
+import gc
 import io
+import weakref
 
 import families
 import pytest
@@ -12,6 +14,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from agree import assert_agree, assert_agree_beside
 from families import CHANNELS, FUSED, LABELS, Layer
+from torch.utils.checkpoint import checkpoint
 from twins import assert_same_calls
 
 import spade_fast
@@ -198,6 +201,67 @@ def pieces(layer, x, gamma, beta):
     return n[:, 1:] * gamma[:, 1:] + beta[:, 1:]
 
 
+@torch.no_grad()
+def a_view_of_the_result_written(layer, x, gamma, beta):
+    n = layer.param_free_norm(x)
+    scaled, view = n * (1 + gamma), n.view(-1)
+    view.add_(1)
+    return scaled + beta
+
+
+def memory_written(layer, x, gamma, beta):
+    x = x * 2
+    before, after = x.detach().numpy(), layer.param_free_norm(x)
+    before[:] = 1
+    n = layer.param_free_norm(x)
+    x.detach().numpy()[:] = 2
+    return n * (1 + gamma) + after * gamma + beta
+
+
+def statistics_in_a_list(layer, x, gamma, beta):
+    layer.param_free_norm(x)
+    own = [one for one in layer.param_free_norm.buffers() if one.dim()]
+    return torch.stack([*own, beta[0, :, 0, 0]]).sum(0)
+
+
+def a_view_of_statistics(layer, x, gamma, beta):
+    mean = getattr(layer.param_free_norm, "running_mean", beta[0, :, 0, 0]).view(-1)
+    return layer.param_free_norm(x) * (1 + gamma) + beta + mean.view(1, -1, 1, 1)
+
+
+def read_in_inference_mode(layer, x, gamma, beta):
+    n = layer.param_free_norm(x)
+    with torch.inference_mode():
+        n.mean()
+    return n * (1 + gamma) + beta
+
+
+def read_under_saved_tensors_hooks(layer, x, gamma, beta):
+    n = layer.param_free_norm(x)
+    with torch.autograd.graph.saved_tensors_hooks(lambda one: one * 0, lambda one: one):
+        total = n + 1
+    return total * (1 + gamma) + beta
+
+
+def checkpointed(layer, x, gamma, beta):
+    def modulated(x, gamma, beta):
+        return layer.param_free_norm(x) * (1 + gamma) + beta
+
+    return checkpoint(modulated, x, gamma, beta, use_reentrant=False)
+
+
+def checkpointed_after_the_norm(layer, x, gamma, beta):
+    n = layer.param_free_norm(x)
+    return checkpoint(lambda n: n.sin() * (1 + gamma) + beta, n, use_reentrant=False)
+
+
+def transformed(layer, x, gamma, beta):
+    n = layer.param_free_norm(x)
+    factor = torch.func.vmap(lambda one: 1 + one)(gamma)
+    gradient = torch.func.grad(lambda x: (x * n).square().sum())(x)
+    return n * factor + beta + gradient
+
+
 class Does(Layer):
     """Computes the formula if it is called with x and a condition, and something else if asked."""
 
@@ -243,6 +307,15 @@ def does(both):
         never_used,
         statistics_read,
         pieces,
+        a_view_of_the_result_written,
+        memory_written,
+        statistics_in_a_list,
+        a_view_of_statistics,
+        read_in_inference_mode,
+        read_under_saved_tensors_hooks,
+        checkpointed,
+        checkpointed_after_the_norm,
+        transformed,
     ],
 )
 def test_whatever_else_reads_or_writes(does, something):
@@ -273,6 +346,15 @@ def through_a_function(layer, x, gamma, beta):
     return Doubled.apply(layer.param_free_norm(x))
 
 
+@torch.jit.script
+def doubled(x):
+    return 2 * x
+
+
+def through_a_scripted_function(layer, x, gamma, beta):
+    return doubled(layer.param_free_norm(x))
+
+
 def written_unseen(layer, x, gamma, beta):
     n = layer.param_free_norm(x)
     with torch._C.DisableTorchFunction():
@@ -287,8 +369,92 @@ def test_what_cannot_be_seen_is_an_error(does):
         assert_agree(ours(x, segmap, through_a_function), own(x, segmap, through_a_function))
         with pytest.raises(RuntimeError, match="was changed in place, unseen"):
             ours(x.clone(), segmap, written_unseen)
-    with pytest.raises(RuntimeError, match="a torch.autograd.Function was given"):
-        ours(x.requires_grad_(), segmap, through_a_function).sum().backward()
+    x.requires_grad_()
+    for unseen in (through_a_function, through_a_scripted_function):
+        # The sum has another path to x.
+        total = (ours(x, segmap, unseen) + x).sum()
+        with pytest.raises(RuntimeError, match="was given a step of a modulation"):
+            torch.autograd.grad(total, x)
+
+
+def hooked(layer, x, gamma, beta):
+    n = layer.param_free_norm(x)
+    y = n * (1 + gamma) + beta
+    n.register_hook(lambda dy: 3 * dy)
+    return y
+
+
+def differentiated(layer, x, gamma, beta):
+    n = layer.param_free_norm(x)
+    y = n * (1 + gamma) + beta
+    return torch.autograd.grad(y.sum(), n, allow_unused=True)
+
+
+def test_gradients_of_steps_are_refused(does):
+    _, ours = does
+    x, segmap = pictures()
+    x.requires_grad_()
+    for asks in (hooked, differentiated):
+        with pytest.raises(RuntimeError, match="the gradient of a step of a modulation"):
+            ours(x, segmap, asks)
+
+    def returned(layer, x, gamma, beta):
+        n = layer.param_free_norm(x)
+        return n * (1 + gamma) + beta, n
+
+    _, n = ours(x, segmap, returned)
+    with pytest.raises(RuntimeError, match="the gradient of a step of a modulation"):
+        n.retain_grad()
+
+
+def test_after_an_error_statistics_are_updated(does):
+    def fails(layer, x, gamma, beta):
+        layer.param_free_norm(x)
+        raise KeyError("x")
+
+    for model in does:
+        with pytest.raises(KeyError):
+            model(*pictures(), fails)
+    assert_agree_beside(*(dict(model.named_buffers()) for model in does[::-1]))
+    assert not torch.overrides._get_current_function_mode_stack()
+
+
+def test_a_layer_under_checkpointing(does):
+    def call(module, x, segmap):
+        return checkpoint(module, x, segmap, use_reentrant=False)
+
+    x, segmap = pictures()
+    own, ours = does
+    assert_same_calls(call, ours, own, x.requires_grad_(), segmap)
+
+
+def test_a_result_is_the_very_object(does):
+    kept = {}
+
+    def keeps(layer, x, gamma, beta):
+        kept["y"] = layer.param_free_norm(x) * (1 + gamma) + beta
+        return kept
+
+    assert all(model(*pictures(), keeps) is kept for model in does)
+
+
+def test_a_step_that_is_kept_does_not_keep_x(does):
+    kept = []
+
+    def keeps(layer, x, gamma, beta):
+        n, scale = layer.param_free_norm(x), 1 + gamma
+        kept.extend([weakref.ref(gamma), n, scale, n * scale])
+        return kept[-1] + beta
+
+    with torch.no_grad():
+        for model in does:
+            kept.clear()
+            x, segmap = pictures()
+            model(x, segmap, keeps)
+            gone = weakref.ref(x)
+            del x
+            gc.collect()
+            assert gone() is None and kept[0]() is None
 
 
 def test_what_a_forward_keeps_is_computed(does, fused):

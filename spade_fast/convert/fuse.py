@@ -8,18 +8,20 @@ no forward has to be understood: it may take any arguments, and do anything befo
 
 import math
 import weakref
-from collections.abc import Callable, Iterable
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from ..nn.unchanged import version_of
 from ..ops.arguments import DTYPES, is_divisor
 from ..ops.modulate import spade_modulate
-from ..recording import PLAIN
+from ..recording import PLAIN, is_recorded
 from .later import Later
 
 Tensor = torch.Tensor
@@ -49,30 +51,62 @@ def _elements(argument):
     return argument.numel() if isinstance(argument, Tensor) else 0
 
 
+class State(NamedTuple):
+    """What decides how an operation is recorded for autograd."""
+
+    gradients: bool
+    inference: bool
+    hooks: tuple | None  # the innermost torch.autograd.graph.saved_tensors_hooks
+
+    @staticmethod
+    def now() -> "State":
+        hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
+        return State(torch.is_grad_enabled(), torch.is_inference_mode_enabled(), hooks)
+
+    @contextmanager
+    def again(self, device: str) -> Iterator[None]:
+        """Inside, operations are recorded as they were in this state, and not transformed or cast,
+        since nothing is deferred where they are.
+        """
+        inner = []
+        while (hooks := State.now().hooks) not in (None, self.hooks):
+            inner.append(hooks)
+            torch._C._autograd._pop_saved_tensors_default_hooks()
+        with ExitStack() as stack:
+            for hooks in inner:
+                stack.callback(torch._C._autograd._push_saved_tensors_default_hooks, *hooks)
+            stack.enter_context(temporarily_clear_interpreter_stack())
+            stack.enter_context(torch.inference_mode(self.inference))
+            stack.enter_context(torch.set_grad_enabled(self.gradients))
+            stack.enter_context(torch.autocast(device, enabled=False))
+            yield
+
+
 class Deferred(Later):
     """Stands for a tensor, which is computed from the sources when something reads it."""
 
     sources: tuple[Tensor, ...]
     versions: list[int | None]
-    records: bool  # whether gradients were recorded when it was returned
-    needs: bool  # whether it then requires them
+    state: State  # when it was returned
+    needs: bool  # whether it then requires gradients
+    is_fused: bool  # whether it is a step of a modulation whose gradients do not pass it
 
     @staticmethod
     def __new__(
         cls, make: Callable[[], Tensor], like: Tensor, sources: tuple[Tensor, ...]
     ) -> "Deferred":
-        records = torch.is_grad_enabled()
-        needs = records and any(
+        needs = torch.is_grad_enabled() and any(
             own.needs if isinstance(own, Deferred) else own.requires_grad for own in sources
         )
-        found = Tensor._make_wrapper_subclass(
-            cls, like.shape, dtype=like.dtype, device=like.device, requires_grad=needs
-        )
+
+        def make_empty():
+            return Tensor._make_wrapper_subclass(cls, like.shape, dtype=like.dtype, device=device)
+
+        device = like.device
+        with torch._C.DisableTorchFunction():
+            found = _Refusing.apply(make_empty, *sources) if needs else make_empty()
         found._make, found.sources, found.versions = make, sources, _versions(sources)
-        found.records, found.needs = records, needs
-        if needs:
-            with torch._C.DisableTorchFunctionSubclass():
-                found.register_hook(_refuse)
+        found.state, found.needs, found.is_fused = State.now(), needs, False
         return found
 
     @property
@@ -82,10 +116,28 @@ class Deferred(Later):
     def read(self) -> Tensor:
         if not self.is_unread:
             return self._made
-        self.check()
         # A mode that is active would defer it again.
-        with torch._C.DisableTorchFunction(), torch.set_grad_enabled(self.records):
-            return super().read()
+        with torch._C.DisableTorchFunction():
+            self.check()
+            with self.state.again(self.device.type):
+                made = super().read()
+        # What it was computed from is not kept.
+        self.__dict__ = {"_make": None, "_made": made, "is_fused": self.is_fused}
+        return made
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
+        wanted = OF_GRADIENTS.get(func)
+        if wanted is not None:
+            found = tree_leaves(wanted(*args, **(kwargs or {})))
+            if any(isinstance(own, Deferred) and own.is_fused for own in found):
+                raise RuntimeError(
+                    "the gradient of a step of a modulation is asked for, which was computed as one"
+                    " operation; call spade_fast.revert(module) for a module that does this"
+                )
+        return super().__torch_function__(func, types, args, kwargs)
 
     def check(self) -> None:
         if self.versions != _versions(self.sources):
@@ -93,6 +145,24 @@ class Deferred(Later):
                 "what a norm was given was changed in place, unseen, before its result was used;"
                 " call spade_fast.revert(module) for a module that does this"
             )
+
+
+class _Refusing(torch.autograd.Function):
+    """Connects a deferred tensor to its sources, so that no gradient is lost unseen where it is
+    given to something that does not read it.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, make: Callable[[], Tensor], *sources: Tensor) -> Tensor:
+        return make()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        raise RuntimeError(
+            "a torch.autograd.Function, a scripted function or a transform was given a step of a"
+            " modulation, which is not computed yet; call spade_fast.revert(module) for a module"
+            " that does this"
+        )
 
 
 class Normalised(Deferred):
@@ -126,14 +196,19 @@ class fusing(TorchFunctionMode):
         self._deferred: list[weakref.ref[Deferred]] = []
         # By id: batch norms that update their running statistics when they are computed.
         self._updating: dict[int, Normalised] = {}
-        self._running: set[int] = set()  # the ids of those statistics
+        self._running: set[int] = set()  # where those statistics lie in memory
+        self._hooks = State.now().hooks
+        self._is_exposed = False  # whether something may write to memory unseen
 
     def __torch_function__(
         self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if self._updating and any(id(own) in self._running for own in (*args, *kwargs.values())):
+        if self._updating and not self._running.isdisjoint(map(_memory, _tensors((args, kwargs)))):
             self._read_before_writing((args, kwargs))
+        if func in EXPOSES:
+            self._is_exposed = True
+            self._read_all()
         rule = RULES.get(func)
         found = None if rule is None else rule(self, func, args, kwargs)
         if found is not None:
@@ -142,20 +217,26 @@ class fusing(TorchFunctionMode):
             self._read_before_writing((args, kwargs))
         return func(*args, **kwargs)
 
-    def finish(self, result: Any) -> Any:
-        """The result, after everything has been computed that still stands for a tensor."""
-        for deferred in (*self._updating.values(), *self._unread()):
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        for deferred in self._updating.values():
             deferred.read()
-        if type(result) in PLAIN:
-            return result
-        return tree_map_only(Deferred, Deferred.read, result)
+
+    def finish(self, result: Any) -> Any:
+        """The result, after everything has been computed that still stands for a tensor. A step of
+        a modulation that requires gradients keeps its class, which refuses to be asked for them.
+        """
+        self._read_all()
+        if not any(isinstance(own, Deferred) for own in tree_leaves(result)):
+            return result  # itself, which may also be kept elsewhere
+        return tree_map_only(Deferred, lambda own: own if own.is_fused else own.read(), result)
 
     def norm(self, func: Callable, args: tuple, kwargs: dict) -> Normalised | None:
         try:
             described = NORMS[func](*args, **kwargs)
         except TypeError:  # the function raises its own error
             return None
-        if described is None or not _is_known(*described):
+        if described is None or not _is_known(*described) or not self._may_defer():
             return None
         x, settings = described
         is_slow = settings["norm"] == "instance" or bool(settings.get("training"))
@@ -174,7 +255,7 @@ class fusing(TorchFunctionMode):
         found.x, found.settings = x, settings
         if updates:
             self._updating[id(found)] = found
-            self._running |= {id(settings["running_mean"]), id(settings["running_var"])}
+            self._running |= {_memory(settings[name]) for name in ("running_mean", "running_var")}
         return found
 
     def add(self, func: Callable, args: tuple, kwargs: dict) -> Tensor | None:
@@ -184,7 +265,8 @@ class fusing(TorchFunctionMode):
             if type(one) is Scaled:
                 return self._modulate(one, other)
             if type(other) in (int, float) and other == 1 and type(one) in PLAIN:
-                if one.dtype in DTYPES and (self._any_size or pays(one.numel(), True)):
+                is_large = self._any_size or pays(one.numel(), True)
+                if one.dtype in DTYPES and is_large and self._may_defer():
                     return self._defer(PlusOne, lambda: func(*args), one, one)
         return None
 
@@ -196,9 +278,8 @@ class fusing(TorchFunctionMode):
             return None
         plus_one = type(factor) is PlusOne and factor.is_unread
         gamma = factor.sources[0] if plus_one else factor
-        records = {torch.is_grad_enabled(), normalised.records}
-        records |= {factor.records} if plus_one else set()
-        if not _fits(gamma, normalised.x) or len(records) > 1:
+        states = {State.now(), normalised.state} | ({factor.state} if plus_one else set())
+        if not _fits(gamma, normalised.x) or len(states) > 1 or not self._may_defer():
             return None
 
         def make():
@@ -210,21 +291,33 @@ class fusing(TorchFunctionMode):
 
     def _modulate(self, scaled, beta):
         """The modulation, or None if it has to be computed step by step."""
+        if not scaled.is_unread or not scaled.normalised.is_unread:
+            return None
         norm = scaled.normalised
-        unread = scaled.is_unread and norm.is_unread
-        same = torch.is_grad_enabled() == scaled.records
-        if not unread or not same or not _fits(beta, norm.x):
+        if State.now() != scaled.state or not self._may_defer() or not _fits(beta, norm.x):
             return None
         scaled.check()
         norm.check()
+        updates = self._updating.pop(id(norm), None) is not None
         y = spade_modulate(norm.x, scaled.gamma, beta, plus_one=scaled.plus_one, **norm.settings)
-        if self._updating.pop(id(norm), None) is not None:
+        if updates:
             # Another use of the norm's result should not update the statistics again.
             norm.settings |= {"running_mean": None, "running_var": None}
             norm.versions = _versions(norm.sources)
+        for step in (scaled, *scaled.sources):
+            if isinstance(step, Deferred):
+                step.is_fused = step.needs
         self.fused += 1
         self.kinds.add(norm.settings["norm"])
         return y
+
+    def _may_defer(self):
+        """Whether what is deferred now could be computed later as it would be now."""
+        return not self._is_exposed and State.now().hooks == self._hooks and not is_recorded()
+
+    def _read_all(self):
+        for deferred in self._unread():
+            deferred.read()
 
     def _defer(self, kind, make, like, *sources):
         found = kind(make, like, sources)
@@ -237,30 +330,39 @@ class fusing(TorchFunctionMode):
 
     def _read_before_writing(self, written):
         """Reads what is computed from any of these tensors, or from others in their memory."""
-        tensors = [own for own in tree_leaves(written) if isinstance(own, Tensor)]
-        same = {id(own) for own in tensors}
-        memory = {_memory(own) for own in tensors if not isinstance(own, Deferred)} - {None}
+        tensors = _tensors(written)
+        same, memory = set(map(id, tensors)), set(map(_memory, tensors)) - {None}
         for deferred in self._unread():
             for own in deferred.sources:
-                if id(own) in same or (type(own) in PLAIN and _memory(own) in memory):
+                if id(own) in same or not memory.isdisjoint((_memory(own), UNKNOWN)):
                     deferred.read()
                     break
 
 
+def _tensors(tree):
+    return [own for own in tree_leaves(tree) if isinstance(own, Tensor)]
+
+
 def _memory(tensor):
-    """The address of a tensor's memory, or None if it has none of that kind."""
-    return tensor.untyped_storage().data_ptr() if tensor.layout == torch.strided else None
+    """The address of a tensor's memory; None if it has none yet, UNKNOWN if it cannot be asked."""
+    tensor = _computed(tensor)
+    if isinstance(tensor, Deferred):
+        return None
+    try:
+        return tensor.untyped_storage().data_ptr()
+    except (RuntimeError, NotImplementedError):  # a sparse tensor, or one under a transform
+        return UNKNOWN
 
 
 def _versions(tensors):
-    return [version_of(own) for own in tensors if not isinstance(own, Deferred)]
+    """The number of times that each was written to; 0 for a tensor that is not computed yet."""
+    now = map(_computed, tensors)
+    return [0 if isinstance(own, Deferred) else version_of(own) or 0 for own in now]
 
 
-def _refuse(gradient):
-    raise RuntimeError(
-        "a torch.autograd.Function was given what a norm returns, which is not computed yet; call"
-        " spade_fast.revert(module) for a module that does this"
-    )
+def _computed(tensor):
+    """The tensor itself, or the one that was computed for it."""
+    return tensor._made if isinstance(tensor, Deferred) and not tensor.is_unread else tensor
 
 
 def _may_write(func, args, kwargs):
@@ -341,11 +443,28 @@ def _describe(mode, func, args, kwargs):
 
 def _cast(mode, func, args, kwargs):
     """A deferred tensor that is cast to its own dtype."""
-    if len(args) != 2 or kwargs or type(args[0]) is not Normalised:
+    if len(args) != 2 or kwargs or type(args[0]) is not Normalised or not args[0].is_unread:
         return None
     return args[0] if args[1] is args[0].x.dtype else None
 
 
+UNKNOWN = -1
+# Functions that return what can write to a tensor's memory unseen.
+EXPOSES = {
+    Tensor.numpy,
+    Tensor.__array__,
+    Tensor.__dlpack__,
+    Tensor.data_ptr,
+    Tensor.storage,
+    Tensor.untyped_storage,
+}
+# Functions that ask for gradients, and the tensors whose gradients they ask for.
+OF_GRADIENTS: dict[Any, Callable[..., Any]] = {
+    **dict.fromkeys((Tensor.register_hook, Tensor.retain_grad), lambda tensor, *rest: tensor),
+    Tensor.backward: lambda *rest, inputs=None, **named: inputs,
+    torch.autograd.backward: lambda *rest, inputs=None, **named: inputs,
+    torch.autograd.grad: lambda outputs, inputs, *rest, **named: inputs,
+}
 NORMS: dict[Any, Callable[..., tuple | None]] = {
     F.instance_norm: _of_instance,
     F.group_norm: _of_group,
