@@ -101,7 +101,7 @@ def find_roles(module: nn.Module) -> Roles:
             try:
                 copy = copy_of(module, values(torch.float64))
                 x, condition = pair = _arguments(module, convolutions, channels, label_nc, size)
-                ran = _trace(copy, parts_by_name(copy))
+                ran = trace(copy, parts_by_name(copy))
                 result = call_own(copy, call, x, condition, swapped)
             except Exception as error:  # the own forward may raise anything
                 failure = failure or OwnForwardFails(
@@ -156,7 +156,7 @@ def _arguments(module, convolutions, channels, label_nc, size):
     return x, torch.randn(2, label_nc, *size[:dims], **given)
 
 
-def _trace(module, parts):
+def trace(module: nn.Module, parts: dict[str, nn.Module]) -> list[Ran]:
     """Has random numbers stand for the outputs of a module's parts from now on. Returns the list to
     which each call of a part is added.
     """

@@ -18,6 +18,7 @@ from ..ops.norms import Kind
 from ..recording import of_their_class, ordinary
 from .choice import find_layout, windows_of
 from .config import Config, dimensions, odd_number, parse_config, whole_number
+from .labels import at_labels
 from .modules import (
     BATCH_NORMS,
     CONVOLUTIONS,
@@ -90,7 +91,7 @@ class SpatiallyAdaptive(HasParts):
         known, images, form = Known.of(self), batch_of(segmap), self.spade_form
         parts, kept = known.parts, kept_tables(self)
         layout = segmap if isinstance(segmap, SemanticLayout) else None
-        if known.convolutions is not None:
+        if known.convolutions is not None or known.by_label is not None:
             layout = find_layout(segmap)
         if parts.added is not None:
             given = dense(segmap, first_weight(parts.added).dtype)
@@ -108,7 +109,10 @@ class SpatiallyAdaptive(HasParts):
             layout = layout.repeat(x.shape[0]) if x.shape[0] else layout[:0]
         found = windows_of(known, layout, x, kept)
         lookup: dict[str, Any] = {}
-        if known.pointwise is not None:
+        if known.by_label is not None:
+            condition = segmap if layout is None else layout
+            gamma, beta, lookup = at_labels(known.by_label, condition, x)
+        elif known.pointwise is not None:
             given = ordinary(dense(segmap, first_weight(parts.gamma).dtype))
             gamma, beta, lookup = at_voxels(known.pointwise, given, x, form.apart)
         elif layout is not None and found is not None:
