@@ -76,6 +76,15 @@ def backend_and_instruction_set(request):
         yield request.param
 
 
+@pytest.fixture(scope="session")
+def cuda_on_host(tmp_path_factory):
+    """The CUDA kernels compiled for the CPU: a library, and a backend of its operators."""
+    import cuda_library
+
+    folder = cuda_library.shared_folder(tmp_path_factory, "cuda_on_host")
+    return cuda_library.build(folder, cuda_library.NAMESPACE)
+
+
 def tensors_on(device):
     """Inside, tensors are created on this device. For the CPU there is no context, which saves
     overhead.
