@@ -20,6 +20,7 @@ if not torch.cuda.is_available():
 torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
 
 import spade_fast
+from benchmarks.covering import covering
 from spade_fast.kernels import cpu_backend, cuda_backend
 
 BACKENDS = {
@@ -133,20 +134,6 @@ def values_that_meet(item, count):
     """
     values = [(name, id(value)) for name, value in item.callspec.params.items()]
     return set(itertools.combinations(values, count))
-
-
-def covering(cases):
-    """The numbers of a small set of cases that cover all combinations that occur in any case. Cases
-    with the most new combinations are chosen first. A case without combinations is kept.
-    """
-    kept, met = set(), set()
-    for least in range(max(map(len, cases)), -1, -1):
-        for number, meeting in enumerate(cases):
-            is_wanted = len(meeting - met) >= least if least else not meeting
-            if is_wanted:
-                kept.add(number)
-                met |= meeting
-    return kept
 
 
 @pytest.hookimpl(tryfirst=True)
