@@ -112,7 +112,8 @@ def can_run(item):
 def pytest_collection_modifyitems(items):
     """Keeps the cases that their backend can run, and marks the cases of a test's matrix that a run
     leaves out. The ordinary run covers all pairs of values of two parameters, and the full run
-    ("full") all triples; the remaining combinations are marked "product".
+    ("full") all triples, unless a test is marked "pairs"; the remaining combinations are marked
+    "product".
     """
     items[:] = filter(can_run, items)
     matrices = {}
@@ -123,6 +124,8 @@ def pytest_collection_modifyitems(items):
         pairs, triples = (
             covering([values_that_meet(item, count) for item in matrix]) for count in (2, 3)
         )
+        if matrix[0].get_closest_marker("pairs"):
+            triples = pairs
         for number, item in enumerate(matrix):
             if number not in pairs:
                 item.add_marker("full" if number in triples else "product")

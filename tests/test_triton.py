@@ -65,6 +65,7 @@ def small_tiles(watch, monkeypatch):
         yield
 
 
+@pytest.mark.pairs
 @pytest.mark.parametrize("rows", [None, 5])
 @pytest.mark.parametrize("layout", [contiguous, channels_last, sliced, sliced_channels])
 @pytest.mark.parametrize(
