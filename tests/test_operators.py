@@ -40,6 +40,7 @@ def operands(shape, activation, dtype=torch.float32, layout=contiguous, affine=T
     return x, planes, gamma, beta, index, order, dy, signs, torch.randn_like(planes[:2])
 
 
+@pytest.mark.pairs
 @pytest.mark.parametrize("layout", [contiguous, channels_last])
 @pytest.mark.parametrize("activation", [None, "leaky_relu", "silu"])
 @pytest.mark.parametrize(
