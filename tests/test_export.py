@@ -8,7 +8,16 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from agree import assert_agree
-from families import CHANNELS, LABELS, Block, CLADEBlock, CoCosNet, ImaginaireNorm, Layer
+from families import (
+    CHANNELS,
+    LABELS,
+    Block,
+    CLADEBlock,
+    CoCosNet,
+    HiFaceGAN,
+    ImaginaireNorm,
+    Layer,
+)
 from refusals import refusal
 from typer.testing import CliRunner
 
@@ -223,6 +232,7 @@ OTHERS = {
     "published": lambda: (PublishedBlock(CHANNELS, 4, "spadebatch3x3", LABELS, nhidden=4), True),
     "CoCosNet": lambda: (Block(CoCosNet, 4), False),
     "CLADE": lambda: (CLADEBlock(), True),
+    "γ without 1 +": lambda: (HiFaceGAN(nn.BatchNorm2d(CHANNELS, affine=False)), True),
     "imaginaire, 5 × 5, joint": lambda: (ImaginaireNorm(1), False),
     "imaginaire, 5 × 5": lambda: (ImaginaireNorm(1, separate_projection=True), True),
     "leaky hidden": lambda: (Layer(hidden_activation=nn.LeakyReLU(0.01, inplace=True)), True),

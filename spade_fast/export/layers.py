@@ -161,7 +161,8 @@ class Standing(nn.Module):
         planes = None if own.normalise else running_planes(known)
         if planes is not None:
             self.norm = None
-        weights = [one.to(own.gamma.weight) for one in modulation(own, planes)]
+        self.plus_one = spade.spade_form.plus_one
+        weights = [one.to(own.gamma.weight) for one in modulation(own, planes, self.plus_one)]
         self.gamma, self.of_gamma, self.beta, self.of_beta = map(nn.Buffer, weights)
         self.first = own.shared
         self.channels_last = False
@@ -181,7 +182,7 @@ class Standing(nn.Module):
             # drops the transpositions beside a convolution.
             return (x.movedim(1, -1) * gamma + beta).movedim(-1, 1)
         if self.gamma_norm is not None:
-            gamma = 1 + self.gamma_norm(gamma)
+            gamma = self.gamma_norm(gamma) + self.plus_one
         if self.beta_norm is not None:
             beta = self.beta_norm(beta)
         return x * gamma + beta
@@ -398,17 +399,17 @@ def running_planes(known: Known) -> tuple[torch.Tensor, torch.Tensor] | None:
 
 
 def modulation(
-    own: Convolutions, planes: tuple[torch.Tensor, torch.Tensor] | None
+    own: Convolutions, planes: tuple[torch.Tensor, torch.Tensor] | None, plus_one: bool
 ) -> Sequence[torch.Tensor]:
-    """The weights and biases, float64, of the convolutions that compute 1 + γ and β: weight, bias,
-    weight, bias. With `planes`, they compute what these amount to for an x that is not normalised.
-    If γ has a norm of its own, the first computes γ.
+    """The weights and biases, float64, of the convolutions that compute x's factor and summand:
+    weight, bias, weight, bias. The factor is 1 + γ with `plus_one`, otherwise γ, and γ alone if it
+    has a norm of its own. With `planes`, they are those of an x that is not normalised.
     """
     (gamma, of_gamma), (beta, of_beta) = (
         (conv.weight.detach().double(), bias_of(conv).double()) for conv in (own.gamma, own.beta)
     )
     if own.gamma_norm is None:
-        of_gamma = of_gamma + 1
+        of_gamma = of_gamma + plus_one
     if planes is not None:
         factor, summand = planes
         wide = (-1, *[1] * (gamma.dim() - 1))

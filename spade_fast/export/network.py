@@ -274,7 +274,7 @@ def can_stand(spade: HasParts) -> bool:
     """Whether a `Standing` can be in the place of a SPADE."""
     form = spade.spade_form
     known = not is_watched(spade) and Known.of(spade).convolutions is not None
-    return known and form.plus_one and form.added is None and form.call in (None, Called())
+    return known and form.added is None and form.call in (None, Called())
 
 
 def replace(
