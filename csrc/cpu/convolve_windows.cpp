@@ -10,6 +10,7 @@
 
 #include <cstring>
 #include <memory>
+#include <new>
 
 #include "matrix.h"
 #include "tensors.h"
@@ -169,9 +170,17 @@ struct JoinPairs {
   }
 };
 
-template <typename Sum>
-std::unique_ptr<Sum[]> scratch(int64_t size) {
-  return std::unique_ptr<Sum[]>(new Sum[size]);
+// Memory in which no unit is in two lines of the cache: with half of each unit in either, every
+// load would take two.
+struct Free {
+  void operator()(void* memory) const { ::operator delete[](memory, kLine); }
+  static constexpr std::align_val_t kLine{64};
+};
+
+template <typename Number>
+std::unique_ptr<Number[], Free> scratch(int64_t size) {
+  return std::unique_ptr<Number[], Free>(
+      static_cast<Number*>(::operator new[](size * sizeof(Number), Free::kLine)));
 }
 
 // The sizes of a convolution. Output channels are counted in units (`blocks`), the last padded.
