@@ -3,10 +3,11 @@
 //
 // Result i is bias + Σ weight[:, :, t] · rows[r] over the pairs (r, t) that window i sees: row r at
 // tap t. A thread computes all products weight[:, :, t] · rows[r] of one unit of output channels
-// (64 bytes), which stay in its cache, and sums them there for every window. Every sum is in a
-// fixed order, whatever the number of threads. Elements of other dtypes than Sum are converted
-// where a unit is read or written. `layout.Sums` has the lists: the entries r · taps + t of each
-// window, and the windows of each (r, t).
+// (64 bytes), which stay in its cache, and sums them there for every window. Products with numbers
+// of rows that are zero are left out where that takes less time. Every sum is in a fixed order,
+// whatever the number of threads. Elements of other dtypes than Sum are converted where a unit is
+// read or written. `layout.Sums` has the lists: the entries r · taps + t of each window, and the
+// windows of each (r, t).
 
 #include <cstring>
 #include <limits>
