@@ -740,7 +740,8 @@ def converted(settings):
     @functools.lru_cache(1)  # shared by both modes
     def inputs(make):
         torch.manual_seed(0)
-        return make()
+        network, segmaps = make()
+        return _with_converted(network), segmaps
 
     def generator():
         ngf, segmaps = 8 if settings.quick else 64, list(conditions(settings))
@@ -776,7 +777,8 @@ def monai(settings):
             SemanticLayout.from_labels(layouts.draw_volume(number, size)[None], 8).to_segmap()
             for number in range(settings.scenes)
         ]
-        return nets.SPADENet(3, 1, 1, 8, [size] * 3, list(channels), 16, False), drawn
+        network = nets.SPADENet(3, 1, 1, 8, [size] * 3, list(channels), 16, False)
+        return _with_converted(network), drawn
 
     def build_generator(settings, name, mode, size, channels):
         inputs = (torch.randn(1, 16),)
@@ -816,7 +818,14 @@ def monai(settings):
                 nn.init.normal_(parameter, std=0.01)
         image = torch.randn(1, 3, size, size)
         return _converted_problem(
-            settings, name, mode, network, segmaps, (image,), sample, keeps_tables=True
+            settings,
+            name,
+            mode,
+            _with_converted(network),
+            segmaps,
+            (image,),
+            sample,
+            keeps_tables=True,
         )
 
     size, channels = (32, (8, 16)) if settings.quick else (96, (16, 32, 64))
@@ -835,13 +844,19 @@ def spatial(settings):
     """
     settings = dataclasses.replace(settings, batch=1)  # one image or video at a time
 
-    def build(settings, name, mode, make, latent):
+    @functools.lru_cache(1)  # shared by both modes
+    def networks_of(make):
         torch.manual_seed(0)
-        network = make()
+        return _with_converted(make())
+
+    def build(settings, name, mode, make, latent):
+        pair = networks_of(make)
+        torch.manual_seed(0)
         latents = [torch.randn(1, *latent) for _ in range(settings.scenes)]
-        return _converted_problem(settings, name, mode, network, latents, counts_kept=True)
+        return _converted_problem(settings, name, mode, pair, latents, counts_kept=True)
 
     def build_norm(settings, name, mode, make, latent, shape):
+        pair = networks_of(make)
         torch.manual_seed(0)
         x = torch.randn(1, *shape).requires_grad_(mode == BACKWARD)
         latents = [torch.randn(1, *latent) for _ in range(settings.scenes)]
@@ -849,7 +864,7 @@ def spatial(settings):
             settings,
             name,
             mode,
-            make(),
+            pair,
             latents,
             (x,),
             lambda norm, z, x: _flat(norm(x, z))[0],
@@ -1083,13 +1098,17 @@ def _monai():
     return nets, schedulers
 
 
-def _converted_problem(settings, name, mode, network, segmaps, *arguments, **named):
-    """The problem of a network beside its converted copy."""
-    settle(network)
-    ours = copy.deepcopy(network)
+def _with_converted(network):
+    """The network and its converted copy."""
+    ours = copy.deepcopy(settle(network))
     spade_fast.convert(ours)
+    return network, ours
+
+
+def _converted_problem(settings, name, mode, networks, segmaps, *arguments, **named):
+    """The problem of copies of a network and of its converted copy."""
     return _network_problem(
-        settings, name, mode, copy.deepcopy(network), ours, segmaps, *arguments, **named
+        settings, name, mode, *copy.deepcopy(networks), segmaps, *arguments, **named
     )
 
 

@@ -244,11 +244,18 @@ def proofs(
     activation: Annotated[
         list[str], typer.Option(help=f"{', '.join(compiled.ACTIVATIONS)}.")
     ] = list(compiled.ACTIVATIONS),
+    pairs: Annotated[
+        bool,
+        typer.Option(
+            "--pairs", help="Compile a few configurations, which have each pair of names."
+        ),
+    ] = False,
     json: Annotated[Path | None, typer.Option(help="Write all proofs to this JSON file.")] = None,
 ):
     """Compile every configuration of the Triton kernels without a GPU, and check the result.
 
-    Exits with 1 if a check fails. All options but --json may be given several times.
+    Exits with 1 if a check fails. --capability, --dtype and --activation may be given several
+    times.
     """
     for option, names, choices in (
         ("--dtype", dtype, compiled.DTYPES),
@@ -258,7 +265,7 @@ def proofs(
             choose(option, name, choices)
     if json is not None:
         check_folder("--json", json)
-    found = compiled.prove(capability, dtype, activation)
+    found = compiled.prove(capability, dtype, activation, pairs)
     if json is not None:
         json.write_text(notation.dumps([dataclasses.asdict(proof) for proof in found]))
     conclude(compiled, found)

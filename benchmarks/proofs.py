@@ -8,7 +8,6 @@ shipped kernels, with their tiles, their warps and the properties known of each 
 
 import collections
 import dataclasses
-import functools
 import itertools
 import multiprocessing
 import os
@@ -19,6 +18,9 @@ from pathlib import Path
 
 import torch
 
+from spade_fast.progress import progress_bar
+
+from .covering import covering
 from .tables import narrow_table
 
 CAPABILITIES = (80, 90, 100)
@@ -33,19 +35,22 @@ ACTIVATIONS = {
     "leaky_relu": "leaky_relu",
     "silu": "silu",
 }  # relu is compiled like leaky_relu
-ALIGNED_SIZES = (
-    (32, 32),
-    (64, 64),
-    (128, 128),
-)  # with 128 channels: backward takes two passes at the last size, and always with a table
-ODD_SIZES = (
-    (5, 9),
-    (45, 45),
-    (91, 89),
-)  # with 35 channels; the last is nearly the largest plane that one pass holds
+# Layout and modulation. Convolutions at windows, which have neither, are compiled with the second.
+FORMS = tuple(itertools.product(("contiguous", "channels-last"), ("dense", "table")))
 ROWS = 100  # of a table
-# Triton compiles another kernel where an argument is 1: images, channels, rows of a table, sizes,
-# and whether they are aligned. Only the last activation is compiled with these.
+# Images, channels, rows of a table, size, and whether the sizes are aligned.
+SHAPES = (
+    # Backward takes two passes at the last of these sizes, and always with a table.
+    (2, 128, ROWS, (32, 32), True),
+    (2, 128, ROWS, (64, 64), True),
+    (2, 128, ROWS, (128, 128), True),
+    # The last of these is nearly the largest plane that one pass holds.
+    (2, 35, ROWS, (5, 9), False),
+    (2, 35, ROWS, (45, 45), False),
+    (2, 35, ROWS, (91, 89), False),
+)
+# Triton compiles another kernel where an argument is 1. Only the last activation is compiled with
+# these.
 ONES = (
     (1, 128, 1, (64, 64), True),
     (2, 1, ROWS, (5, 9), False),
@@ -116,40 +121,58 @@ OUT_OF_ORDER = (
 )
 
 
-def prove(capabilities=CAPABILITIES, dtypes=DTYPES, activations=ACTIVATIONS, processes=None):
-    """The proofs of all combinations of these names, in a process for each capability and dtype."""
+def prove(
+    capabilities=CAPABILITIES, dtypes=DTYPES, activations=ACTIVATIONS, pairs=False, processes=None
+):
+    """The proofs of all configurations of these names, or with `pairs` of a few in which every two
+    names, forms or shapes occur together that do so in any.
+    """
     if os.environ.get("TRITON_INTERPRET") == "1":
         raise RuntimeError("TRITON_INTERPRET is 1: interpreted kernels are not compiled")
-    tasks = list(itertools.product(capabilities, dtypes))
+    tasks = {}
+    for *key, activation, shape in configurations(capabilities, dtypes, activations, pairs):
+        tasks.setdefault(tuple(key), []).append((activation, shape))
+    proofs = {}
     with multiprocessing.get_context("spawn").Pool(processes or os.cpu_count()) as pool:
-        found = pool.starmap(
-            functools.partial(_prove, activations=[ACTIVATIONS[name] for name in activations]),
-            tasks,
-            chunksize=1,
+        done = pool.imap(_prove, tasks.items())
+        for (_, dtype, _), found in zip(tasks, progress_bar(done, len(tasks), "Compiling")):
+            for key, proof in found.items():
+                proofs.setdefault((dtype, key), proof)
+    return list(proofs.values())
+
+
+def configurations(capabilities, dtypes, activations, pairs=False):
+    """All combinations of capability, dtype, form, activation and shape; a few if `pairs`."""
+    *_, last = activations
+    found = [
+        (*names, shape)
+        for *names, shape in itertools.product(
+            capabilities, dtypes, FORMS, activations, SHAPES + ONES
         )
-    return [proof for proofs in found for proof in proofs]
+        if shape not in ONES or names[-1] == last
+    ]
+    if not pairs:
+        return found
+    together = [set(itertools.combinations(enumerate(names), 2)) for names in found]
+    return [found[number] for number in sorted(covering(together))]
 
 
-def _prove(capability, dtype, activations):
+def _prove(task):
+    """The proofs of the configurations with one capability, dtype and form, by their hashes."""
+    (capability, dtype, form), others = task
     torch.set_num_threads(1)
     proofs = {}
-    for layout, modulation, activation in itertools.product(
-        ("contiguous", "channels-last"), ("dense", "table"), activations
-    ):
-        shapes = [(2, 128, ROWS, size, True) for size in ALIGNED_SIZES]
-        shapes += [(2, 35, ROWS, size, False) for size in ODD_SIZES]
-        if activation == activations[-1]:
-            shapes += ONES
-        for *shape, aligned in shapes:
-            settings = (layout == "channels-last", modulation == "table", activation)
-            with _compiling(capability) as launched:
-                _call_everything(*shape, *DTYPES[dtype], *settings)
-            _note(proofs, launched, dtype, layout, modulation, activation, aligned, capability)
-    for taps in TAPS:
+    for activation, shape in others:
+        *numbers, aligned = shape
+        settings = (form[0] == "channels-last", form[1] == "table", ACTIVATIONS[activation])
+        with _compiling(capability) as launched:
+            _call_everything(*numbers, *DTYPES[dtype], *settings)
+        _note(proofs, launched, dtype, *form, ACTIVATIONS[activation], aligned, capability)
+    for taps in TAPS if form == FORMS[1] else ():
         with _compiling(capability) as launched:
             _convolve(128, taps, WINDOWS[1:2], *DTYPES[dtype])
-        _note(proofs, launched, dtype, "contiguous", "table", None, True, capability)
-    return list(proofs.values())
+        _note(proofs, launched, dtype, *form, None, True, capability)
+    return proofs
 
 
 def _note(proofs, launched, *configuration):
@@ -190,7 +213,8 @@ def _call_everything(images, channels, rows, size, dtype, gamma_dtype, last, tab
     triton_kernels.backward_input(dy, x, *modulation, signs, planes[:2], *settings)
     triton_kernels.backward_input(dy, x, *modulation, signs, None, *settings)
     triton_kernels.instance_backward(dy, x, *modulation, order, signs, *settings)
-    _convolve(channels, (3, 3), WINDOWS, dtype, gamma_dtype)
+    if table and not last:  # FORMS[1]
+        _convolve(channels, (3, 3), WINDOWS, dtype, gamma_dtype)
     bits = x.view(numbering.BITS[x.element_size()]).flatten(2)
     triton_kernels.vectors_differ(
         bits, triton_kernels.hash_vectors(bits, numbering.multiplier(0)).flatten()

@@ -20,6 +20,7 @@ if not torch.cuda.is_available():
 torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
 
 import spade_fast
+from benchmarks.covering import covering
 from spade_fast.kernels import cpu_backend, cuda_backend
 
 BACKENDS = {
@@ -76,6 +77,15 @@ def backend_and_instruction_set(request):
         yield request.param
 
 
+@pytest.fixture(scope="session")
+def cuda_on_host(tmp_path_factory):
+    """The CUDA kernels compiled for the CPU: a library, and a backend of its operators."""
+    import cuda_library
+
+    folder = cuda_library.shared_folder(tmp_path_factory, "cuda_on_host")
+    return cuda_library.build(folder, cuda_library.NAMESPACE)
+
+
 def tensors_on(device):
     """Inside, tensors are created on this device. For the CPU there is no context, which saves
     overhead.
@@ -102,7 +112,8 @@ def can_run(item):
 def pytest_collection_modifyitems(items):
     """Keeps the cases that their backend can run, and marks the cases of a test's matrix that a run
     leaves out. The ordinary run covers all pairs of values of two parameters, and the full run
-    ("full") all triples; the remaining combinations are marked "product".
+    ("full") all triples, unless a test is marked "pairs"; the remaining combinations are marked
+    "product".
     """
     items[:] = filter(can_run, items)
     matrices = {}
@@ -113,6 +124,8 @@ def pytest_collection_modifyitems(items):
         pairs, triples = (
             covering([values_that_meet(item, count) for item in matrix]) for count in (2, 3)
         )
+        if matrix[0].get_closest_marker("pairs"):
+            triples = pairs
         for number, item in enumerate(matrix):
             if number not in pairs:
                 item.add_marker("full" if number in triples else "product")
@@ -124,20 +137,6 @@ def values_that_meet(item, count):
     """
     values = [(name, id(value)) for name, value in item.callspec.params.items()]
     return set(itertools.combinations(values, count))
-
-
-def covering(cases):
-    """The numbers of a small set of cases that cover all combinations that occur in any case. Cases
-    with the most new combinations are chosen first. A case without combinations is kept.
-    """
-    kept, met = set(), set()
-    for least in range(max(map(len, cases)), -1, -1):
-        for number, meeting in enumerate(cases):
-            is_wanted = len(meeting - met) >= least if least else not meeting
-            if is_wanted:
-                kept.add(number)
-                met |= meeting
-    return kept
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from filelock import FileLock
 from torch.utils.cpp_extension import include_paths, library_paths
 
 from spade_fast.kernels import contract, cuda_numbering, operators, torch_backend
@@ -18,6 +19,7 @@ TESTS = Path(__file__).parent
 CSRC = TESTS.parent / "csrc"
 COMPILER = shutil.which(os.environ.get("CXX", "g++"))
 FLAGS = os.environ.get("CXXFLAGS", "").split()
+NAMESPACE = "spade_fast_cuda_on_host"  # of the library that all tests share
 # sanitizers cannot be combined
 CAN_WATCH = not any(flag.startswith("-fsanitize") for flag in FLAGS)
 
@@ -25,18 +27,17 @@ CAN_WATCH = not any(flag.startswith("-fsanitize") for flag in FLAGS)
 def build(folder, namespace, watched=False, numbers=None):
     """Builds and loads the library, and returns it with a backend of its operators.
 
-    watched: compile the kernels so that their memory accesses are watched. numbers: other values
-    for constants of csrc, by name.
+    folder: of shared_folder. watched: compile the kernels so that their memory accesses are
+    watched. numbers: other values for constants of csrc, by name.
     """
-    shutil.copytree(CSRC, folder / "csrc")
-    for name, value in (numbers or {}).items():
-        set_constant(folder / "csrc" / "cuda", name, value)
-    sources = [TESTS / "cuda_on_host.cpp", *sorted((folder / "csrc" / "cuda").glob("*.c*"))]
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        objects = list(
-            pool.map(lambda source: compile_one(source, folder, namespace, watched), sources)
-        )
-    library = link(objects, folder)
+
+    def sources():
+        shutil.copytree(CSRC, folder / "csrc")
+        for name, value in (numbers or {}).items():
+            set_constant(folder / "csrc" / "cuda", name, value)
+        return sorted((folder / "csrc" / "cuda").glob("*.c*"))
+
+    library = build_once(folder, sources, namespace, watched)
     operators.declare(namespace, contract.MODULATION | contract.GATHERING)
     operators.declare_numbering(namespace)
     torch.ops.load_library(library)
@@ -46,9 +47,28 @@ def build(folder, namespace, watched=False, numbers=None):
 
 def build_one(source, folder):
     """Builds and loads a library with the watched kernels of one file, and without operators."""
-    sources = [TESTS / "cuda_on_host.cpp", source]
-    objects = [compile_one(source, folder, "", watched=True) for source in sources]
-    return ctypes.CDLL(link(objects, folder))
+    return ctypes.CDLL(build_once(folder, lambda: [source], "", watched=True))
+
+
+def shared_folder(tmp_path_factory, name):
+    """A folder of this run of the tests, the same one in all processes of a parallel run."""
+    own = tmp_path_factory.getbasetemp()
+    return (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / name
+
+
+def build_once(folder, sources, namespace, watched):
+    """The library in `folder`, which the first process that comes builds, while others wait."""
+    library = folder / "library.so"
+    folder.mkdir(exist_ok=True)
+    with FileLock(folder / "lock"):
+        if not library.exists():
+            everything = [TESTS / "cuda_on_host.cpp", *sources()]
+            with ThreadPoolExecutor(os.cpu_count()) as pool:
+                objects = pool.map(
+                    lambda source: compile_one(source, folder, namespace, watched), everything
+                )
+                link(list(objects), library)
+    return library
 
 
 def set_constant(folder, name, value):
@@ -84,11 +104,9 @@ def compile_one(source, folder, namespace, watched=False):
     return result
 
 
-def link(objects, folder):
-    library = folder / "library.so"
+def link(objects, library):
     libraries = ["-Wl,--no-as-needed", "-ltorch", "-ltorch_cpu"]
     paths = [f"-L{path}" for path in library_paths()]
     subprocess.run(
         [COMPILER, "-shared", *FLAGS, *objects, "-o", library, *paths, *libraries], check=True
     )
-    return library

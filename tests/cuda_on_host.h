@@ -51,7 +51,10 @@ inline uint4 make_uint4(uint32_t x, uint32_t y, uint32_t z, uint32_t w) { return
 
 #define HOST_UNWATCHED __attribute__((no_sanitize("thread")))
 
-namespace host {
+// Hidden, so that each library has these variables for itself: the loader makes the inline
+// variables of all libraries of a process one, and a watched library and another would then share
+// whether they are watched.
+namespace [[gnu::visibility("hidden")]] host {
 
 struct Thread {  // what a thread knows of itself
   dim3 index, block;

@@ -92,6 +92,117 @@ class HalfPrecisionNorm(nn.GroupNorm):
         return super().forward(x.float()).to(x.dtype)
 
 
+class RowsByLabel(nn.Module):
+    """γ and β are the rows of a pixel's label (CLADE)."""
+
+    def __init__(self, labels):
+        super().__init__()
+        self.weight, self.bias = (nn.Parameter(torch.rand(labels, CHANNELS)) for _ in range(2))
+
+    def forward(self, x, segmap, distances=None):
+        labels = segmap.argmax(1)
+        gamma, beta = (F.embedding(labels, own) for own in (self.weight, self.bias))
+        gamma, beta = gamma.movedim(-1, 1), beta.movedim(-1, 1)
+        if distances is not None:
+            factor = 1 + self.scale(to_size(distances, x))
+            gamma, beta = gamma * factor, beta * factor
+        return x * gamma + beta
+
+
+class ClassAdaptive(nn.Module):
+    """CLADE's own norm: no convolution at all."""
+
+    def __init__(self, norm=None, labels=LABELS):
+        super().__init__()
+        self.param_free_norm = norm or nn.InstanceNorm2d(CHANNELS)
+        self.class_specified_affine = RowsByLabel(labels)
+
+    def forward(self, x, segmap, distances=None):
+        return self.class_specified_affine(self.param_free_norm(x), to_size(segmap, x), distances)
+
+
+class ClassAdaptiveByDistance(ClassAdaptive):
+    """A map of distances scales the rows, pixel by pixel."""
+
+    def __init__(self):
+        super().__init__()
+        self.class_specified_affine.scale = conv(2, 1, 1)
+
+
+class ClassAdaptiveWithEdges(ClassAdaptive):
+    """A convolution of the condition's last channel follows y (CLADE with instances)."""
+
+    def __init__(self):
+        super().__init__(labels=LABELS - 1)
+        self.inst_conv = conv(1, 1, 1)
+
+    def forward(self, x, segmap, distances=None):
+        edges = self.inst_conv(to_size(segmap[:, -1:], x))
+        return torch.cat([super().forward(x, segmap[:, :-1], distances), edges], dim=1)
+
+
+class OwnRowsByLabel(nn.Module):
+    """Rows in the norm itself, 1 + γ, and the condition first."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.GroupNorm(4, CHANNELS)
+        self.shift, self.scale = (nn.Parameter(torch.zeros(LABELS, CHANNELS)) for _ in range(2))
+
+    def forward(self, segmap, x):
+        labels = to_size(segmap, x).argmax(1)
+        return torch.addcmul(
+            self.rows(self.shift, labels), self.norm(x), 1 + self.rows(self.scale, labels)
+        )
+
+    def rows(self, own, labels):
+        return own[labels].movedim(-1, 1)
+
+
+class InstanceAdaptive(nn.Module):
+    """Rows by label, which the noise of each instance scales (INADE)."""
+
+    def __init__(self):
+        super().__init__()
+        self.param_free_norm, self.fc_noise = nn.InstanceNorm2d(CHANNELS), nn.Linear(3, CHANNELS)
+        self.weight, self.bias = (nn.Parameter(torch.rand(LABELS, CHANNELS, 2)) for _ in range(2))
+
+    def forward(self, x, segmap, instances=None, noise=None):
+        segmap, instances = to_size(segmap, x), to_size(instances, x)
+        noise = self.fc_noise(noise)  # [N, instances, 2, CHANNELS]
+        noise = torch.einsum("nikc,nihw->knchw", noise, instances)
+        weight, bias = (
+            torch.einsum("lck,nlhw->knchw", own, segmap) for own in (self.weight, self.bias)
+        )
+        gamma, beta = weight * noise + bias
+        return gamma * self.param_free_norm(x) + beta
+
+
+class Embeddings(nn.Module):
+    """Rows in modules of their own, with sparse gradients."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.InstanceNorm2d(CHANNELS)
+        self.scale, self.shift = (nn.Embedding(LABELS, CHANNELS, sparse=True) for _ in range(2))
+
+    def forward(self, x, segmap):
+        labels = to_size(segmap, x).argmax(1)
+        scale, shift = (own(labels).movedim(-1, 1) for own in (self.scale, self.shift))
+        return self.norm(x) * scale + shift
+
+
+class WeightedRows(OwnRowsByLabel):
+    """Weights the rows of all labels by the condition's channels."""
+
+    def forward(self, segmap, x):
+        shift, scale = (
+            torch.einsum("lc,nlhw->nchw", own, to_size(segmap, x))
+            for own in (self.shift, self.scale)
+        )
+        return self.norm(x) * (1 + scale) + shift
+
+
 class NoResize(Layer):
     """Does not resize its condition, which must have x's size."""
 
@@ -285,6 +396,8 @@ SPADES = {
     "imaginaire": Imaginaire,
     "CoCosNet": CoCosNet,
     "HiFaceGAN": HiFaceGAN,
+    "class-adaptive": ClassAdaptive,
+    "class-adaptive, batch": lambda: ClassAdaptive(nn.BatchNorm2d(CHANNELS, affine=False)),
     "FADE": FADE,
     "other names": OtherNames,
     "one convolution for γ and β": lambda: ImaginaireNorm(1, spectral=False),
@@ -297,9 +410,12 @@ FUSED = {  # their own forward runs, with the modulation as one operation
     "bilinear": Bilinear,
     "ALIASNorm": ALIASNorm,
     "ALIASNorm, batch": lambda: ALIASNorm(nn.BatchNorm2d(CHANNELS)),
+    "class-adaptive, distances": ClassAdaptiveByDistance,
 }
 LOOKALIKES = {
     "SEAN": (InnerOfACE, "its own forward does not return n · (1 + a) + b or n · a + b"),
+    "sparse gradients": (Embeddings, "the gradient of scale.weight is sparse"),
+    "weighted rows": (WeightedRows, "rows of shift and scale by the label of each pixel"),
     "subtracts": (Subtracts, "its own forward does not return n · (1 + a) + b or n · a + b"),
     "a cache": (WithCache, "its own forward fails on x"),
     "fails": (Fails, "its own forward fails on x"),

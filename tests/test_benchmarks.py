@@ -98,7 +98,11 @@ def test_wrong_results_get_no_times(monkeypatch, tmp_path):
 )
 def test_every_quick_case_matches_without_the_compiler(case):
     for plan in cases.CASES[case](Settings(quick=True, without=("torch.compile",))):
+        if (case, plan.mode) == ("generator", BACKWARD) and plan.name.startswith("4 samples"):
+            continue  # as long as all others together, of which each has a part of it
         problem = plan.build()
+        assert problem.least_rounds == (3 if case == "generate" else 5)
+        problem.least_rounds = 2
         counted = re.escape(plan.name).replace("windows", r"\d+\ windows")
         assert re.fullmatch(counted if case == "lookup" else re.escape(plan.name), problem.name)
         assert problem.mode == plan.mode
@@ -107,8 +111,8 @@ def test_every_quick_case_matches_without_the_compiler(case):
         assert {
             row.variant for row in rows if row.matches or differs_by_a_sign(row)
         } == problem.variants.keys()
-        rounds = 3 if case == "generate" else 5
-        assert all(len(row.times) >= rounds and row.peak_memory > 0 for row in rows if row.matches)
+        timed = [row for row in rows if row.matches]
+        assert all(len(row.times) == 2 and row.peak_memory > 0 for row in timed)
         assert (
             case
             in ("generate", "paint", "discriminator", "training", "converted", "monai", "spatial")
@@ -124,11 +128,15 @@ def test_every_quick_case_matches_without_the_compiler(case):
 @pytest.mark.full
 @pytest.mark.needs("onnx", "onnxscript", "onnxruntime", "monai")
 def test_exported_networks_match():
-    for plan in cases.CASES["export"](Settings(quick=True)):
-        rows = measure.measure("export", plan.build(), "cpu", 0)
-        assert all(row.matches and len(row.times) >= 5 for row in rows)
-        names = [row.variant for row in rows]
-        assert names[:3] == ["eager", "ONNX Runtime", "spade_fast, ONNX Runtime"]
+    """Each network with some variants, which together are all: an export takes seconds."""
+    names = ["ONNX Runtime", "spade_fast, ONNX Runtime", "spade_fast, ONNX Runtime, pixels"]
+    for number, count, left_out in ((0, 4, ()), (1, 2, names[:1]), (2, 3, names[2:])):
+        plans = cases.CASES["export"](Settings(quick=True, without=tuple(left_out)))
+        problem = list(plans)[number].build()
+        problem.least_rounds = 2
+        rows = measure.measure("export", problem, "cpu", 0)
+        assert all(row.matches and len(row.times) == 2 for row in rows)
+        assert [row.variant for row in rows] == list(problem.variants) and len(rows) == count
 
 
 def test_exported_networks_are_measured_on_the_cpu_alone():
@@ -217,27 +225,26 @@ def differs_by_a_sign(row):
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("place", [0, -1])
-def test_every_generated_file_is_checked(place):
+def test_every_generated_file_is_checked():
     """Including files whose truth is not in float64, for which an error of one level of 8 bits is
     allowed.
     """
     problem = next(cases.generate(Settings(quick=True))).build()
-    right, off = problem.variants["spade_fast"], 0.0
+    right = problem.variants["spade_fast"]
     kinds = [image.dtype for image in problem.truth().values()]
     assert kinds == [torch.float64] * cases.FILES_IN_DOUBLE + [torch.float32]
 
-    def wrong():
+    def wrong(place):
         found = right()
         file = list(found)[place]
-        found[file][0, 0, 0] += off if found[file][0, 0, 0] < 128 else -off
+        found[file][0, 0, 0] += 2.0 if found[file][0, 0, 0] < 128 else -2.0
         return found
 
-    problem.variants["spade_fast"] = wrong
     assert all(row.matches for row in measure.check("generate", problem).values())
-    off = 2.0
-    rows = measure.check("generate", problem)
-    assert rows["eager"].matches and not rows["spade_fast"].matches
+    for place in (0, -1):
+        problem.variants["spade_fast"] = functools.partial(wrong, place)
+        rows = measure.check("generate", problem)
+        assert rows["eager"].matches and not rows["spade_fast"].matches
 
 
 def test_a_step_of_training_with_vgg19_is_the_published_one():

@@ -83,6 +83,9 @@ MADE = {
     "block with a shortcut": lambda: families.Block(SPADES["official, batch"], fout=4),
     "CLADE": families.CLADE,
     "CLADE's block": families.CLADEBlock,
+    "class-adaptive": families.ClassAdaptive,
+    "class-adaptive, edges": families.ClassAdaptiveWithEdges,
+    "class-adaptive block": lambda: families.CLADEBlock(families.ClassAdaptive),
     "INADE": families.INADE,
     "INADE's block": families.INADEBlock,
     "padding beside": families.PaddingBeside,
@@ -120,6 +123,10 @@ OWN = {
     "CLADE's block": {
         "by name": named("x", "seg", input_dist=None),
         "given": named("x", "seg", input_dist=FACTOR),
+    },
+    "class-adaptive": {
+        "by name": named("x", "segmap", distances=None),
+        "given": named("x", "segmap", distances=FACTOR),
     },
     "INADE": {
         "all five": lambda module, x, segmap: module(x, segmap, FACTOR, FACTOR, OTHER[:, :1]),
@@ -209,7 +216,17 @@ def test_every_call_matches_the_twins(family, form, monkeypatch):
 
 @pytest.mark.parametrize(
     "family",
-    ["CLADE", "INADE", "padding beside", "shifted", "own names", "any more", "any named", "strict"],
+    [
+        "CLADE",
+        "class-adaptive",
+        "INADE",
+        "padding beside",
+        "shifted",
+        "own names",
+        "any more",
+        "any named",
+        "strict",
+    ],
 )
 def test_layers_with_more_arguments_are_converted(family):
     assert isinstance(original_and_converted(family)[0], type(original_and_converted(family)[1]))

@@ -20,6 +20,7 @@ def fresh_compiler():
     torch._dynamo.reset()
 
 
+@pytest.mark.pairs
 @pytest.mark.parametrize("layout", [contiguous, channels_last])
 @pytest.mark.parametrize(
     "norm,rows,activation,plus_one",

@@ -20,11 +20,15 @@ from families import (
     SPADES,
     Bilinear,
     Block,
+    ClassAdaptive,
+    ClassAdaptiveWithEdges,
     ImaginaireNorm,
+    InstanceAdaptive,
     JointSlices,
     Layer,
     NoResize,
     OtherBlock,
+    OwnRowsByLabel,
     Subtracts,
     ZeroSFT,
 )
@@ -182,6 +186,68 @@ def test_a_layer_with_its_condition_first(monkeypatch):
     for named in ({"h_ori": h}, {"control_scale": 0.5}):
         assert_agree(layer(c, h, **named), own(c, h, **named))
     assert len(fast) == 2
+
+
+@pytest.mark.parametrize(
+    "layer,recognised_as",
+    [
+        (OwnRowsByLabel, "class-adaptive norm(8, 5), GroupNorm"),
+        (
+            ClassAdaptiveWithEdges,
+            "class-adaptive norm(8, 5), InstanceNorm2d, γ without 1 +, inst_conv after y",
+        ),
+    ],
+)
+@pytest.mark.parametrize("labels", [False, True])
+def test_rows_of_labels(layer, recognised_as, labels, monkeypatch):
+    torch.manual_seed(0)
+    own = layer().double()
+    for parameter in own.parameters():
+        nn.init.normal_(parameter)
+    layer, fast, compute = copy.deepcopy(own), [], FastSPADE._fast
+    report = spade_fast.convert(layer)
+    assert report.converted == 1 and report[0].recognised_as == recognised_as
+    monkeypatch.setattr(FastSPADE, "_fast", lambda *given: fast.append(1) or compute(*given))
+    x, segmap = inputs(labels)
+    found = []
+    for module in (layer, own):
+        wanted = [tensor.requires_grad_(not labels) for tensor in (x, segmap)]
+        wanted = [tensor for tensor in wanted if tensor.requires_grad] + list(module.parameters())
+        y = module(x=x, segmap=segmap)
+        gradients = torch.autograd.grad(y.square().sum(), wanted, allow_unused=True)
+        found.append((y, gradients))
+    assert_agree_beside(*found)
+    assert len(fast) == 1
+
+
+def test_rows_of_labels_and_instances_are_left_alone():
+    layer, (x, segmap) = InstanceAdaptive().double(), inputs()
+    instances, noise = segmap[:, 1:], torch.randn(2, 4, 2, 3, dtype=torch.float64)
+    expected = layer(x, segmap, instances, noise)
+    assert not spade_fast.convert(layer).converted and type(layer) is InstanceAdaptive
+    assert torch.equal(layer(x, segmap, instances, noise), expected)
+
+
+def test_rows_of_labels_of_a_layout():
+    torch.manual_seed(0)
+    model = Network(ClassAdaptive).double().eval()
+    layout = SemanticLayout.from_labels(patches((2, 20, 18), LABELS), LABELS)
+    x, segmap = inputs()
+    expected = model(x, segmap)
+    spade_fast.convert(model)
+    rows = model.first.class_specified_affine
+    for mode in ("auto", "never"):
+        with spade_fast.window_mode(mode):
+            assert_agree(model(x, layout), expected)
+    with torch.no_grad(), pytest.raises(RuntimeError, match="first.class_specified_affine.weight"):
+        with spade_fast.frozen(model):
+            assert_agree(model(x, layout), expected)
+            rows.weight.mul_(2)
+    seen = []
+    rows.weight.data /= 2
+    rows.register_forward_hook(lambda *call: seen.append(call[-1]))
+    assert_agree(model(x, segmap), expected)
+    assert len(seen) == 1
 
 
 def test_reverting():
@@ -472,7 +538,7 @@ def test_the_published_signature_of_the_block():
     options = argparse.Namespace(norm_G="spectralspadesyncbatch3x3", semantic_nc=5)
     block = spade_fast.SPADEResnetBlock(8, np.int64(4), options)
     assert block.conv_s.weight_orig.shape == (4, 8, 1, 1) and block.norm_0.label_nc == 5
-    with pytest.raises(ValueError, match="label_nc is None"):
+    with pytest.raises(TypeError, match="label_nc is None"):
         spade_fast.SPADEResnetBlock(8, 4, "spadeinstance3x3")
 
 

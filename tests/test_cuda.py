@@ -57,7 +57,7 @@ from spade_fast.kernels import (
 )
 from spade_fast.ops import norms
 
-NAMESPACE = "spade_fast_cuda_on_host"
+NAMESPACE = cuda_library.NAMESPACE
 GPU_PAGE = Path(__file__).parent.parent / "docs" / "pages" / "gpu.md"
 ORDERS = ["forward", "reverse", "1", "2"]  # in which threads and blocks run
 ACTIVATIONS = [None, "relu", "leaky_relu", "silu"]
@@ -68,26 +68,21 @@ needs_compiler = pytest.mark.skipif(
 )
 
 
-@pytest.fixture(scope="session")
-def built(tmp_path_factory):
-    return cuda_library.build(tmp_path_factory.mktemp("cuda_on_host"), NAMESPACE)
-
-
 @pytest.fixture
-def library(built, monkeypatch, request):
+def library(cuda_on_host, monkeypatch, request):
     """The kernels as a library whose operators run on the CPU. The test's name determines in which
     of the orders threads and blocks run.
     """
     order = ORDERS[zlib.crc32(request.node.name.encode()) % len(ORDERS)]
     monkeypatch.setenv("SPADE_FAST_HOST_ORDER", order)
-    return built[0]
+    return cuda_on_host[0]
 
 
 @pytest.fixture
-def on_host(library, built, monkeypatch):
+def on_host(library, cuda_on_host, monkeypatch):
     """A backend that runs the kernels on the CPU."""
-    monkeypatch.setattr(kernels, "BEST_FIRST", (built[1],))
-    return built[1]
+    monkeypatch.setattr(kernels, "BEST_FIRST", (cuda_on_host[1],))
+    return cuda_on_host[1]
 
 
 @pytest.fixture(params=["one pass", "two passes"])

@@ -9,7 +9,16 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from agree import assert_agree
-from families import CHANNELS, LABELS, Block, CLADEBlock, CoCosNet, ImaginaireNorm, Layer
+from families import (
+    CHANNELS,
+    LABELS,
+    Block,
+    CLADEBlock,
+    CoCosNet,
+    HiFaceGAN,
+    ImaginaireNorm,
+    Layer,
+)
 from refusals import refusal
 from typer.testing import CliRunner
 
@@ -62,7 +71,7 @@ class Small(nn.Module):
         super().__init__()
         self.fc = nn.Conv2d(classes, 4, 3, padding=1)
         self.low = SPADEResnetBlock(4, 4, norm, classes)
-        self.high = SPADEResnetBlock(4, 4, norm, classes)
+        self.high = SPADEResnetBlock(4, 2, norm, classes)
 
     def forward(self, segmap, shift=0.0):
         size = [one // 4 for one in segmap.shape[2:]]
@@ -136,7 +145,7 @@ def test_label_maps(suffix, windows, tmp_path):
     settings = {"windows": windows, "instances": True, "dont_care": 255}
     written = spade_fast.export(model, path, (layout_of(1, size, 7),), **settings)
     assert list(written.inputs.values()) == ["int64 [any, 35, 45]"] * 2
-    assert written.ways["at the distinct windows of labels"] == (2 if windows else 0)
+    assert written.ways["at the distinct windows of labels"] == (3 if windows else 0)
     assert written.measured_in == ("ONNX Runtime" if suffix == "onnx" else "PyTorch")
     labels, instances = squares(3, size, 6), squares(3, size, 4, seed=1)
     labels[labels == 5] = 255
@@ -196,7 +205,8 @@ class Decoder(nn.Module):
     def __init__(self):
         super().__init__()
         self.blocks = nn.ModuleList(
-            PublishedBlock(6, 6, "spadespectralinstance3x3", 5, nhidden=4) for _ in range(2)
+            PublishedBlock(16, channels, "spadespectralinstance3x3", 5, nhidden=16)
+            for channels in (16, 6)
         )
 
     def forward(self, x, features):
@@ -210,20 +220,53 @@ class Decoder(nn.Module):
 def test_features(suffix, tmp_path):
     """In another batch and at another size than the example's."""
     model, path = settled(Decoder()), tmp_path / f"decoder.{suffix}"
-    example = torch.randn(1, 6, 4, 5), torch.randn(1, 5, 4, 5)
+    example = torch.randn(1, 16, 4, 5), torch.randn(1, 5, 4, 5)
     written = spade_fast.export(model, path, example, dynamic=("batch", "sizes"))
     assert list(written.inputs) == ["x", "features"]
     assert written.inputs["features"] == "float32 [any, 5, any, any]"
-    assert written.ways["from features before their enlargement"] == 2
+    assert written.ways["from features before their enlargement"] == 3
     assert written.ways["from features"] == 2
-    x, features = torch.randn(3, 6, 3, 7), torch.randn(3, 5, 3, 7)
+    x, features = torch.randn(3, 16, 3, 7), torch.randn(3, 5, 3, 7)
     assert_agree(run(path, x, features), model(x, features))
+    if suffix == "onnx":  # in ONNX Runtime's layout: norms of 16 channels, and hidden maps
+        import onnx
+
+        nodes = onnx.load(path).graph.node
+        pooled = {node.input[0] for node in nodes if node.op_type == "MaxPool"}
+        makers = [node.op_type for node in nodes if pooled & set(node.output)]
+        assert sorted(makers) == ["InstanceNormalization"] * 3 + ["Transpose"] * 3
+
+
+class Followed(nn.Module):
+    """One convolution of what a SPADE returns, before and after that is overwritten."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm, self.conv = SPADE(4, 3, 4), nn.Conv2d(4, 2, 1)
+
+    def forward(self, x, condition):
+        y = self.norm(x, condition)
+        before = self.conv(y)
+        return torch.cat([before, self.conv(y.mul_(2)), y], 1)
+
+
+@pytest.mark.parametrize("windows", [False, True])
+def test_a_convolution_after_a_spade(windows, tmp_path, monkeypatch):
+    monkeypatch.setattr(network, "WINDOWS_FROM", 1)
+    model, path = Followed().eval(), tmp_path / "model.pt2"
+    x, layout = torch.randn(2, 4, 6, 6), layout_of(2, (6, 6), 3)
+    expected = model(x, layout.to_segmap())
+    spade_fast.export(model, path, (x, layout), windows=windows)
+    assert_agree(run(path, x, layout.codes.long()), expected, 256)
+    summed = [one for one in torch.export.load(path).state_dict if one.endswith("conv.of_beta")]
+    assert summed == ["model.conv.of_beta"]
 
 
 OTHERS = {
     "published": lambda: (PublishedBlock(CHANNELS, 4, "spadebatch3x3", LABELS, nhidden=4), True),
     "CoCosNet": lambda: (Block(CoCosNet, 4), False),
     "CLADE": lambda: (CLADEBlock(), True),
+    "γ without 1 +": lambda: (HiFaceGAN(nn.BatchNorm2d(CHANNELS, affine=False)), True),
     "imaginaire, 5 × 5, joint": lambda: (ImaginaireNorm(1), True),
     "imaginaire, 5 × 5": lambda: (ImaginaireNorm(1, separate_projection=True), True),
     "leaky hidden": lambda: (Layer(hidden_activation=nn.LeakyReLU(0.01, inplace=True)), True),

@@ -40,6 +40,7 @@ def operands(shape, activation, dtype=torch.float32, layout=contiguous, affine=T
     return x, planes, gamma, beta, index, order, dy, signs, torch.randn_like(planes[:2])
 
 
+@pytest.mark.pairs
 @pytest.mark.parametrize("layout", [contiguous, channels_last])
 @pytest.mark.parametrize("activation", [None, "leaky_relu", "silu"])
 @pytest.mark.parametrize(
@@ -106,6 +107,52 @@ def test_compiled_convolution_at_windows(sizes, dtype, instruction_set):
             found = getattr(torch.ops.spade_fast, name)(*own)
         assert found.dtype == dtype and found.shape == truth.shape and found.is_contiguous()
         assert_agree(found, truth, name=name)
+
+
+def behind_a_relu(shape, kernel, rows, windows, dtype):
+    """Operands as of `convolution`, with half of the rows' numbers zero."""
+    hidden, *floats, lists, back_lists, gradient = convolution(shape, kernel, rows, windows)
+    floats = [tensor.to(dtype) for tensor in (hidden.relu(), *floats, gradient)]
+    return *floats, lists, back_lists
+
+
+@pytest.mark.parametrize("instruction_set", INSTRUCTION_SETS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16], ids=str)
+@pytest.mark.parametrize("sizes", [((33, 130), (3, 3), 71, 90), ((16, 3), (3, 3, 3), 300, 40)])
+def test_zeros_left_out_change_no_bit(sizes, dtype, instruction_set):
+    """Beside them, rows that no window sees and that have no zeros make the kernels multiply all
+    numbers.
+    """
+    rows, weight, bias, gradient, lists, (offsets, listed) = behind_a_relu(*sizes, dtype)
+    ops, all_rows = torch.ops.spade_fast, torch.cat([rows, torch.ones_like(rows)])
+    more_offsets = torch.cat([offsets, offsets[-1:].expand(len(offsets) - 1)])
+    with use_instruction_set(instruction_set):
+        dense = ops.convolve_windows(all_rows, weight, bias, *lists)
+        of_weight = ops.convolve_windows_weight(gradient, all_rows, weight, more_offsets, listed)
+        for threads in (1, 2, 7):
+            with use_threads(threads):
+                assert torch.equal(ops.convolve_windows(rows, weight, bias, *lists), dense)
+                found = ops.convolve_windows_weight(gradient, rows, weight, offsets, listed)
+                assert torch.equal(found, of_weight)
+
+
+@pytest.mark.parametrize("instruction_set", INSTRUCTION_SETS)
+@pytest.mark.parametrize("number", [float("inf"), float("nan"), 3e38])
+def test_zeros_times_infinity_are_not_left_out(number, instruction_set):
+    """3e38 is finite, but the sum of two is not."""
+    rows, weight, _, gradient, lists, back_lists = behind_a_relu(
+        (20, 70), (3, 3), 40, 60, torch.float32
+    )
+    weight[3, 69, 1, 1] = gradient[7:40, 17] = number
+    calls = [
+        ("convolve_windows", (rows, weight, None, *lists)),
+        ("convolve_windows_weight", (gradient, rows, weight, *back_lists)),
+    ]
+    for name, arguments in calls:
+        truth = getattr(torch_backend, name)(*arguments)
+        assert truth.isnan().any() or (name, number) == ("convolve_windows", 3e38)
+        with use_instruction_set(instruction_set):
+            assert_agree(getattr(torch.ops.spade_fast, name)(*arguments), truth, name=name)
 
 
 @pytest.mark.parametrize("piece", [1, 3, 256])

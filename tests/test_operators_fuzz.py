@@ -110,9 +110,12 @@ def convolution(choose):
     contents = torch.randint(-1, max(rows, 1), (windows, taps), dtype=torch.int32)
     contents = contents if rows else torch.full_like(contents, -1)
     lists = numbering.list_windows(contents, rows, int((contents >= 0).sum()))
+    hidden = random(choose, (rows, channels), dtype)
+    if choose.random() < 0.5:
+        hidden.relu_()
     names = ("offsets", "listed", "back_offsets", "back_listed")
     return {
-        "rows": random(choose, (rows, channels), dtype),
+        "rows": hidden,
         "weight": random(choose, (outputs, channels, *kernel), dtype),
         "bias": choose.choice([None, random(choose, (outputs,), dtype)]),
         "gradient": random(choose, (windows, outputs), dtype),

@@ -2,6 +2,7 @@
 compiler makes of each kernel.
 """
 
+import itertools
 import json
 import os
 import subprocess
@@ -23,6 +24,8 @@ from modulations import (
 from window_lists import CONVOLUTIONS, convolution
 
 import spade_fast
+from benchmarks import proofs
+from benchmarks.proofs import ACTIVATIONS, CAPABILITIES, DTYPES
 from spade_fast.kernels import numbering, torch_backend, triton_backend
 
 pytestmark = pytest.mark.skipif("triton" not in BACKENDS, reason="Triton is not installed")
@@ -62,6 +65,7 @@ def small_tiles(watch, monkeypatch):
         yield
 
 
+@pytest.mark.pairs
 @pytest.mark.parametrize("rows", [None, 5])
 @pytest.mark.parametrize("layout", [contiguous, channels_last, sliced, sliced_channels])
 @pytest.mark.parametrize(
@@ -330,47 +334,21 @@ def test_float64_is_refused_with_a_reason():
 
 
 @pytest.mark.full
-@pytest.mark.parametrize(
-    "capabilities,dtypes,activations",
-    [
-        ([90], ["float32", "bfloat16"], ["none", "leaky_relu", "silu"]),
-        ([90], ["float16", "float32, γ bfloat16"], ["leaky_relu"]),
-        ([80, 100], ["bfloat16"], ["leaky_relu"]),
-    ],
-)
-def test_kernels_compile_without_spills_or_doubles_and_with_wide_loads(
-    capabilities, dtypes, activations, tmp_path
-):
-    """`python -m benchmarks proofs` without these options proves every configuration, which takes
-    some minutes longer.
+def test_kernels_compile_without_spills_or_doubles_and_with_wide_loads(tmp_path):
+    """`python -m benchmarks proofs` without --pairs proves every configuration, which takes some
+    minutes longer.
     """
-    chosen = {
-        "--capability": map(str, capabilities),
-        "--dtype": dtypes,
-        "--activation": activations,
-    }
-    options = [
-        part for option, values in chosen.items() for value in values for part in (option, value)
-    ]
+    path = tmp_path / "proofs.json"
     run = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "benchmarks",
-            "proofs",
-            *options,
-            "--json",
-            str(tmp_path / "proofs.json"),
-        ],
+        [sys.executable, "-m", "benchmarks", "proofs", "--pairs", "--json", str(path)],
         env=os.environ | {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)},
         capture_output=True,
         text=True,
     )
     assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-3000:]
-    proofs = json.loads((tmp_path / "proofs.json").read_text())
-    assert {proof["capability"] for proof in proofs} == set(capabilities) and {
-        proof["dtype"] for proof in proofs
-    } == set(dtypes)
+    proved = json.loads(path.read_text())
+    found = {(proof["capability"], proof["dtype"]) for proof in proved}
+    assert found == set(itertools.product(CAPABILITIES, DTYPES))
     kernels = {
         "apply",
         "plane_moments",
@@ -384,5 +362,20 @@ def test_kernels_compile_without_spills_or_doubles_and_with_wide_loads(
         "sum_planes",
         "hash",
         "differ",
-    } | ({"convolve_windows"} if {"bfloat16", "float16"} & set(dtypes) else set())
-    assert {f"{name}_kernel" for name in kernels} <= {proof["kernel"] for proof in proofs}
+        "convolve_windows",
+    }
+    for capability in CAPABILITIES:
+        found = {proof["kernel"] for proof in proved if proof["capability"] == capability}
+        assert {f"{name}_kernel" for name in kernels} <= found
+
+
+def test_few_configurations_have_all_pairs():
+    """And every shape in every form."""
+    every = proofs.configurations(CAPABILITIES, DTYPES, ACTIVATIONS)
+    few = proofs.configurations(CAPABILITIES, DTYPES, ACTIVATIONS, pairs=True)
+    pairs, own = (
+        {pair for names in some for pair in itertools.combinations(enumerate(names), 2)}
+        for some in (every, few)
+    )
+    assert own == pairs and len(few) == len(proofs.FORMS) * len(proofs.SHAPES + proofs.ONES)
+    assert len(few) < len(every) / 20

@@ -145,7 +145,7 @@ def waits():
 
 @pytest.fixture(scope="session")
 def watched_build(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("watched")
+    folder = cuda_library.shared_folder(tmp_path_factory, "watched")
     numbers = {"kPlaces": PLACES, "kRowThreads": ROW_THREADS, "kHeld": HELD}
     return cuda_library.build(folder, NAMESPACE, watched=True, numbers=numbers)
 
@@ -182,6 +182,13 @@ def test_leaving_out_a_wait_is_noticed(place, fault_of, monkeypatch):
     pytest.fail(f"no case notices that the wait at {place} is left out")
 
 
+def test_kernels_beside_watched_ones_are_not_watched(watched_build, cuda_on_host, monkeypatch):
+    """Otherwise the watch, which does not see their writes to shared memory, would report that
+    nothing has written it.
+    """
+    assert not CASES["planes in clusters, forward"](*cuda_on_host, monkeypatch)
+
+
 def test_each_wait_has_its_own_line():
     """Otherwise two waits would be left out at once."""
     places = [wait.values[0] for wait in waits()]
@@ -190,7 +197,8 @@ def test_each_wait_has_its_own_line():
 
 @pytest.fixture(scope="session")
 def wrong_kernels(tmp_path_factory):
-    library = cuda_library.build_one(WATCHED_KERNELS, tmp_path_factory.mktemp("wrong"))
+    folder = cuda_library.shared_folder(tmp_path_factory, "wrong")
+    library = cuda_library.build_one(WATCHED_KERNELS, folder)
     library.run_kernel.restype = ctypes.c_char_p
     return lambda name, wrong: library.run_kernel(name.encode(), wrong).decode()
 

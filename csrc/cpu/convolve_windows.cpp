@@ -3,13 +3,17 @@
 //
 // Result i is bias + Σ weight[:, :, t] · rows[r] over the pairs (r, t) that window i sees: row r at
 // tap t. A thread computes all products weight[:, :, t] · rows[r] of one unit of output channels
-// (64 bytes), which stay in its cache, and sums them there for every window. Every sum is in a
-// fixed order, whatever the number of threads. Elements of other dtypes than Sum are converted
-// where a unit is read or written. `layout.Sums` has the lists: the entries r · taps + t of each
-// window, and the windows of each (r, t).
+// (64 bytes), which stay in its cache, and sums them there for every window. Products with numbers
+// of rows that are zero are left out where that takes less time. Every sum is in a fixed order,
+// whatever the number of threads. Elements of other dtypes than Sum are converted where a unit is
+// read or written. `layout.Sums` has the lists: the entries r · taps + t of each window, and the
+// windows of each (r, t).
 
 #include <cstring>
+#include <limits>
 #include <memory>
+#include <new>
+#include <type_traits>
 
 #include "matrix.h"
 #include "tensors.h"
@@ -169,9 +173,17 @@ struct JoinPairs {
   }
 };
 
-template <typename Sum>
-std::unique_ptr<Sum[]> scratch(int64_t size) {
-  return std::unique_ptr<Sum[]>(new Sum[size]);
+// Memory in which no unit is in two lines of the cache: with half of each unit in either, every
+// load would take two.
+struct Free {
+  void operator()(void* memory) const { ::operator delete[](memory, kLine); }
+  static constexpr std::align_val_t kLine{64};
+};
+
+template <typename Number>
+std::unique_ptr<Number[], Free> scratch(int64_t size) {
+  return std::unique_ptr<Number[], Free>(
+      static_cast<Number*>(::operator new[](size * sizeof(Number), Free::kLine)));
 }
 
 // The sizes of a convolution. Output channels are counted in units (`blocks`), the last padded.
@@ -195,6 +207,102 @@ Tensor without_filling(Tensor x, int64_t columns) {
   return x.size(1) == columns ? x : without_gaps(torch::stable::narrow(x, 1, 0, columns));
 }
 
+template <typename Sum>
+constexpr Sum kLargest = std::numeric_limits<Sum>::max();
+
+template <typename Sum>
+struct CountNonzeros {
+  static ALWAYS_INLINE int64_t run(int64_t count, const Sum* x) {
+    int64_t nonzeros = 0;
+#pragma omp simd reduction(+ : nonzeros)
+    for (int64_t i = 0; i < count; ++i) nonzeros += x[i] != 0;
+    return nonzeros;
+  }
+};
+
+// Whether all numbers are from −bound to bound. NaN is not.
+template <typename Sum>
+struct AllWithin {
+  static ALWAYS_INLINE bool run(int64_t count, const Sum* x, Sum bound) {
+    int64_t beyond = 0;
+#pragma omp simd reduction(+ : beyond)
+    for (int64_t i = 0; i < count; ++i) beyond += !(x[i] <= bound && x[i] >= -bound);
+    return beyond == 0;
+  }
+};
+
+template <typename Sum>
+using Bits = std::conditional_t<sizeof(Sum) == 8, uint64_t, uint32_t>;
+
+// Lists `first` to `last` − 1 of NonzeroLists.
+template <typename Sum>
+struct ListNonzeros {
+  static ALWAYS_INLINE void run(int64_t first, int64_t last, int64_t rows, Strided<Sum> a,
+                                int32_t* counts, uint8_t* columns, Sum* values) {
+    constexpr int64_t kColumns = Nonzeros<Sum>::kColumns;
+    for (int64_t list = first; list < last; ++list) {
+      const int64_t start = list / rows * kColumns, width = std::min(kColumns, a.depth - start);
+      const Sum* from = a.data + list % rows * a.row + start * a.column;
+      uint8_t* own_columns = columns + list * kColumns;
+      Sum* own_values = values + list * kColumns;
+      int64_t count = 0;
+      for (int64_t k = 0; k < width; ++k) {
+        const Sum value = from[k * a.column];
+        own_columns[count] = k;
+        own_values[count] = value;
+        // Without a branch, because nobody could predict it; as bits, because comparing floats
+        // takes longer.
+        count += bit_cast<Bits<Sum>>(value) << 1 != 0;
+      }
+      counts[list] = count;
+    }
+  }
+};
+
+// The numbers of a matrix that are not zero. Behind a ReLU half of them are zero, and products with
+// the others alone were 1.28 (AVX-512) and 1.43 (AVX2) times as fast. They are the same to the last
+// bit, because adding 0 · b changes no sum, unless b is infinite or NaN.
+template <typename Sum>
+class NonzeroLists {
+ public:
+  static constexpr int64_t kColumns = Nonzeros<Sum>::kColumns;
+
+  // `x` has all numbers of `a`, a matrix of this many rows.
+  NonzeroLists(const Tensor& x, int64_t taps, int64_t rows, Strided<Sum> a) : rows_(rows) {
+    const int64_t steps = (a.depth + kColumns - 1) / kColumns, lists = steps * rows;
+    if (taps < kTaps || vectorised<CountNonzeros<Sum>>(x.numel(), a.data) >= kShare * x.numel())
+      return;
+    counts_ = scratch<int32_t>(lists);
+    columns_ = scratch<uint8_t>(lists * kColumns);
+    values_ = scratch<Sum>(lists * kColumns);
+    torch::stable::parallel_for(0, lists, 256, [&](int64_t begin, int64_t end) {
+      vectorised<ListNonzeros<Sum>>(begin, end, rows, a, counts_.get(), columns_.get(),
+                                    values_.get());
+    });
+  }
+
+  // Whether there are lists, because they pay.
+  explicit operator bool() const { return counts_ != nullptr; }
+
+  // The columns from step · kColumns on.
+  Nonzeros<Sum> at(int64_t step) const {
+    Nonzeros<Sum> lists{counts_.get(), columns_.get(), values_.get()};
+    lists.skip(step * rows_);
+    return lists;
+  }
+
+ private:
+  // A convolution with fewer taps has too few sums at a time for the latency of their instruction.
+  static constexpr int64_t kTaps = 9;
+  // Products take equally long, lists not counted, if 0.67 (AVX-512) or 0.74 (AVX2) are not zero.
+  static constexpr double kShare = 0.6;
+
+  int64_t rows_;
+  std::unique_ptr<int32_t[], Free> counts_;
+  std::unique_ptr<uint8_t[], Free> columns_;
+  std::unique_ptr<Sum[], Free> values_;
+};
+
 // All products weight[:, :, t] · rows[r] of a unit of output channels: [rows, taps, unit].
 template <typename Sum>
 class Products {
@@ -204,34 +312,48 @@ class Products {
         in_pairs_(instruction_set() == InstructionSet::avx512_bf16 && sizes.in % 2 == 0 &&
                   rows.scalar_type() == ScalarType::BFloat16),
         rows_(without_gaps(in_pairs_ ? rows : in_dtype(rows, kScalarType<Sum>))),
-        weight_(without_gaps(weight)) {}
+        weight_(without_gaps(weight)) {
+    if (!in_pairs_) nonzeros_.emplace(rows_, sizes.taps, sizes.rows, factors());
+  }
 
   // `matrix` is scratch memory of sizes.matrix().
   void compute(int64_t block, Sum* matrix, Sum* products) const {
     const int64_t columns = sizes_.columns();
     in_vectors<ToColumns, Sum>(matrix_of(weight_, sizes_.in * sizes_.taps), sizes_.first(block),
                                sizes_.channels(block), matrix);
-    const Sum *rows = static_cast<const Sum*>(rows_.const_data_ptr()), *factors = matrix;
+    const Sum* weights = matrix;
 #if defined(__x86_64__)
     if constexpr (sizeof(Sum) == 4) {
       if (in_pairs_) {
-        const int64_t pairs = sizes_.in / 2;
         vectorised<JoinPairs>(sizes_.in, columns, matrix);
-        run_avx512<PairProduct>(sizes_.rows, pairs, sizes_.taps, Strided<Sum>{rows, pairs, 1},
-                                factors, columns, products, columns, false);
+        run_avx512<PairProduct>(sizes_.rows, sizes_.taps, factors(), weights, columns, products,
+                                columns, false);
         return;
       }
     }
 #endif
-    in_vectors<MatrixProduct, Sum>(sizes_.rows, sizes_.in, sizes_.taps,
-                                   Strided<Sum>{rows, sizes_.in, 1}, factors, columns, products,
-                                   columns, false);
+    if (!*nonzeros_ || !vectorised<AllWithin<Sum>>(sizes_.in * columns, weights, kLargest<Sum>)) {
+      in_vectors<MatrixProduct, Sum>(sizes_.rows, sizes_.taps, factors(), weights, columns,
+                                     products, columns, false);
+      return;
+    }
+    constexpr int64_t kStep = NonzeroLists<Sum>::kColumns;
+    for (int64_t step = 0; step * kStep < sizes_.in; ++step)
+      in_vectors<NonzeroProduct, Sum>(sizes_.rows, sizes_.taps, nonzeros_->at(step),
+                                      weights + step * kStep * columns, columns, products, columns,
+                                      step > 0);
   }
 
  private:
+  Strided<Sum> factors() const {
+    const int64_t depth = in_pairs_ ? sizes_.in / 2 : sizes_.in;
+    return {static_cast<const Sum*>(rows_.const_data_ptr()), depth, 1, depth};
+  }
+
   const Sizes<Sum>& sizes_;
   bool in_pairs_;
   Tensor rows_, weight_;
+  std::optional<NonzeroLists<Sum>> nonzeros_;
 };
 
 template <typename Sum>
@@ -282,7 +404,6 @@ void product_gradients(const Sizes<Sum>& sizes, const Lists& lists, const Sum* g
 template <typename Sum>
 Tensor weight_gradient(const Tensor& given_gradient, const Tensor& given_rows, const Tensor& weight,
                        const Lists& lists) {
-  constexpr int64_t kRows = 256;  // per step, so that their products' gradients stay in the cache
   const Sizes<Sum> sizes(weight, given_rows.size(0));
   const Tensor gradient = without_gaps(given_gradient),
                rows = without_gaps(in_dtype(given_rows, kScalarType<Sum>));
@@ -290,23 +411,38 @@ Tensor weight_gradient(const Tensor& given_gradient, const Tensor& given_rows, c
   const Tensor result = new_tensor(gradient, shape, gradient.scalar_type());
   const Matrix<const char> source = matrix_of(gradient, sizes.out);
   const Matrix<char> target = output_matrix(result, sizes.in * sizes.taps);
-  const Sum* rows_data = rows.const_data_ptr<Sum>();
+  const Strided<Sum> factors = {rows.const_data_ptr<Sum>(), 1, sizes.in, sizes.rows};
+  const NonzeroLists<Sum> nonzeros(rows, sizes.taps, sizes.in, factors);
+  // Rows per step, so that their products' gradients stay in the cache.
+  const int64_t step = nonzeros ? NonzeroLists<Sum>::kColumns : 256;
   const int64_t windows = gradient.size(0);
+  // No sum of the lists overflows where no gradient is larger.
+  const Sum largest = kLargest<Sum> / 2 / std::max(1, lists.offsets[lists.count]);
   torch::stable::parallel_for(0, sizes.blocks, 1, [&](int64_t begin, int64_t end) {
     const auto own = scratch<Sum>(windows * kUnit<Sum>),
-               products = scratch<Sum>(kRows * sizes.columns());
+               products = scratch<Sum>(step * sizes.columns());
     const auto matrix = scratch<Sum>(sizes.matrix());
     for (int64_t block = begin; block < end; ++block) {
       vectorised<TakeUnit<Sum>>(source, windows, sizes.first(block), sizes.channels(block),
                                 own.get());
       std::fill_n(matrix.get(), sizes.in * sizes.columns(), Sum(0));
-      for (int64_t first = 0; first < sizes.rows; first += kRows) {
-        const int64_t last = std::min(first + kRows, sizes.rows);
+      const bool skips =
+          nonzeros && vectorised<AllWithin<Sum>>(windows * kUnit<Sum>,
+                                                 static_cast<const Sum*>(own.get()), largest);
+      for (int64_t first = 0; first < sizes.rows; first += step) {
+        const int64_t last = std::min(first + step, sizes.rows);
         product_gradients<Sum>(sizes, lists, own.get(), first, last, products.get());
-        in_vectors<MatrixProduct, Sum>(sizes.in, last - first, sizes.taps,
-                                       Strided<Sum>{rows_data + first * sizes.in, 1, sizes.in},
-                                       static_cast<const Sum*>(products.get()), sizes.columns(),
-                                       matrix.get(), sizes.columns(), true);
+        const Sum* gradients = products.get();
+        if (skips) {
+          in_vectors<NonzeroProduct, Sum>(sizes.in, sizes.taps, nonzeros.at(first / step),
+                                          gradients, sizes.columns(), matrix.get(), sizes.columns(),
+                                          true);
+          continue;
+        }
+        const Strided<Sum> own_factors = {factors.data + first * sizes.in, 1, sizes.in,
+                                          last - first};
+        in_vectors<MatrixProduct, Sum>(sizes.in, sizes.taps, own_factors, gradients,
+                                       sizes.columns(), matrix.get(), sizes.columns(), true);
       }
       in_vectors<FromColumns, Sum>(static_cast<const Sum*>(matrix.get()), target,
                                    sizes.first(block), sizes.channels(block));
@@ -372,10 +508,11 @@ Tensor rows_gradient(const Tensor& given_gradient, const Tensor& given_weight, c
         const int64_t last = std::min(first + kRows, end);
         product_gradients<Sum>(sizes, lists, gradients.get() + block * windows * kUnit<Sum>, first,
                                last, products.get());
-        in_vectors<MatrixProduct, Sum>(last - first, sizes.columns(), width / kUnit<Sum>,
-                                       Strided<Sum>{products.get(), sizes.columns(), 1},
-                                       static_cast<const Sum*>(weights.get() + block * block_size),
-                                       weight_row, result_data + first * width, width, true);
+        in_vectors<MatrixProduct, Sum>(
+            last - first, width / kUnit<Sum>,
+            Strided<Sum>{products.get(), sizes.columns(), 1, sizes.columns()},
+            static_cast<const Sum*>(weights.get() + block * block_size), weight_row,
+            result_data + first * width, width, true);
       }
     }
   });

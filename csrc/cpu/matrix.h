@@ -6,54 +6,84 @@
 
 namespace spade_fast {
 
-// Element (i, j) of a matrix is data[i · row + j · column].
+// Element (i, j) of a matrix of `depth` columns is data[i · row + j · column].
 template <typename Sum>
 struct Strided {
   const Sum* data;
-  int64_t row, column;
+  int64_t row, column, depth;
+
+  ALWAYS_INLINE void skip(int64_t rows) { data += rows * row; }
 };
 
-// c = a·b, or c += a·b if `accumulate`, with c of rows × units columns and a of `depth` columns.
+// The numbers of a matrix of at most kColumns columns that are not zero: row i has values[n] in
+// column columns[n], for n from i · kColumns to i · kColumns + counts[i] − 1.
+template <typename Sum>
+struct Nonzeros {
+  static constexpr int64_t kColumns = 64;
+
+  const int32_t* counts;
+  const uint8_t* columns;
+  const Sum* values;
+
+  ALWAYS_INLINE void skip(int64_t rows) {
+    counts += rows;
+    columns += rows * kColumns;
+    values += rows * kColumns;
+  }
+};
+
+// c = a·b, or c += a·b if `accumulate`, with c of rows × units columns and a Strided or Nonzeros.
 // The columns of b and c are contiguous; b_row and c_row are the distances between their rows.
 //
-// Each tile of c, kRows × kUnits, is accumulated in registers. Its size is the largest that the
-// registers of the instruction set allow. With kPairs, the elements of a and b are pairs of
-// bfloat16 in the place of a float, and their product is the sum of two products.
+// Each tile of c, kRows × kUnits, is accumulated in registers. With kPairs, the elements of a and b
+// are pairs of bfloat16 in the place of a float, and their product is the sum of two products.
 template <typename Sum, int kBytes, int kRows, int kUnits, bool kPairs = false>
 struct Tiles : Vectors<Sum, kBytes> {
   using typename Vectors<Sum, kBytes>::Vector;
   using Vectors<Sum, kBytes>::at;
   static constexpr int kVectors = kUnits * Vectors<Sum, kBytes>::kOfUnit;
 
-  static ALWAYS_INLINE void run(int64_t rows, int64_t depth, int64_t units, Strided<Sum> a,
-                                const Sum* b, int64_t b_row, Sum* c, int64_t c_row,
-                                bool accumulate) {
-    for (; units >= kUnits; units -= kUnits, b += kUnits * kUnit<Sum>, c += kUnits * kUnit<Sum>) {
-      run_rows(rows, depth, a, b, b_row, c, c_row, accumulate);
-    }
+  template <typename Factors>
+  static ALWAYS_INLINE void run(int64_t rows, int64_t units, Factors a, const Sum* b, int64_t b_row,
+                                Sum* c, int64_t c_row, bool accumulate) {
+    for (; units >= kUnits; units -= kUnits, b += kUnits * kUnit<Sum>, c += kUnits * kUnit<Sum>)
+      run_rows(rows, a, b, b_row, c, c_row, accumulate);
     if constexpr (kUnits > 1)
-      Tiles<Sum, kBytes, kRows, kUnits - 1, kPairs>::run(rows, depth, units, a, b, b_row, c, c_row,
+      Tiles<Sum, kBytes, kRows, kUnits - 1, kPairs>::run(rows, units, a, b, b_row, c, c_row,
                                                          accumulate);
   }
 
-  static ALWAYS_INLINE void run_rows(int64_t rows, int64_t depth, Strided<Sum> a, const Sum* b,
-                                     int64_t b_row, Sum* c, int64_t c_row, bool accumulate) {
-    for (; rows >= kRows; rows -= kRows, a.data += kRows * a.row, c += kRows * c_row)
-      run_tile(depth, a, b, b_row, c, c_row, accumulate);
+  template <typename Factors>
+  static ALWAYS_INLINE void run_rows(int64_t rows, Factors a, const Sum* b, int64_t b_row, Sum* c,
+                                     int64_t c_row, bool accumulate) {
+    for (; rows >= kRows; rows -= kRows, a.skip(kRows), c += kRows * c_row)
+      run_tile(a, b, b_row, c, c_row, accumulate);
     if constexpr (kRows > 1)
-      Tiles<Sum, kBytes, kRows / 2, kUnits, kPairs>::run_rows(rows, depth, a, b, b_row, c, c_row,
+      Tiles<Sum, kBytes, kRows / 2, kUnits, kPairs>::run_rows(rows, a, b, b_row, c, c_row,
                                                               accumulate);
   }
 
-  static ALWAYS_INLINE void run_tile(int64_t depth, Strided<Sum> a, const Sum* b, int64_t b_row,
-                                     Sum* c, int64_t c_row, bool accumulate) {
+ private:
+  template <typename Factors>
+  static ALWAYS_INLINE void run_tile(Factors a, const Sum* b, int64_t b_row, Sum* c, int64_t c_row,
+                                     bool accumulate) {
     Vector sums[kRows][kVectors];
 #pragma GCC unroll 8
     for (int i = 0; i < kRows; ++i) {
-#pragma GCC unroll 4
+#pragma GCC unroll 9
       for (int v = 0; v < kVectors; ++v) sums[i][v] = accumulate ? at(c + i * c_row, v) : Vector{};
     }
-    for (int64_t k = 0; k < depth; ++k) {
+    add_products(a, b, b_row, sums);
+#pragma GCC unroll 8
+    for (int i = 0; i < kRows; ++i) {
+#pragma GCC unroll 9
+      for (int v = 0; v < kVectors; ++v) at(c + i * c_row, v) = sums[i][v];
+    }
+  }
+
+  static ALWAYS_INLINE void add_products(Strided<Sum> a, const Sum* b, int64_t b_row,
+                                         Vector (&sums)[kRows][kVectors]) {
+    for (int64_t k = 0; k < a.depth; ++k) {
       Vector factors[kVectors];
 #pragma GCC unroll 4
       for (int v = 0; v < kVectors; ++v) factors[v] = at(b + k * b_row, v);
@@ -64,14 +94,32 @@ struct Tiles : Vectors<Sum, kBytes> {
         for (int v = 0; v < kVectors; ++v) multiply_add(factor, factors[v], sums[i][v]);
       }
     }
+  }
+
+  // The rows take turns, because the sums of one are too few for the latency of their instruction.
+  static ALWAYS_INLINE void add_products(Nonzeros<Sum> a, const Sum* b, int64_t b_row,
+                                         Vector (&sums)[kRows][kVectors]) {
+    int64_t common = a.counts[0];
+#pragma GCC unroll 8
+    for (int i = 1; i < kRows; ++i) common = a.counts[i] < common ? a.counts[i] : common;
+    for (int64_t n = 0; n < common; ++n) {
+#pragma GCC unroll 8
+      for (int i = 0; i < kRows; ++i) add_product(a, i, n, b, b_row, sums[i]);
+    }
 #pragma GCC unroll 8
     for (int i = 0; i < kRows; ++i) {
-#pragma GCC unroll 4
-      for (int v = 0; v < kVectors; ++v) at(c + i * c_row, v) = sums[i][v];
+      for (int64_t n = common; n < a.counts[i]; ++n) add_product(a, i, n, b, b_row, sums[i]);
     }
   }
 
- private:
+  static ALWAYS_INLINE void add_product(Nonzeros<Sum> a, int64_t row, int64_t n, const Sum* b,
+                                        int64_t b_row, Vector (&sums)[kVectors]) {
+    const int64_t place = row * a.kColumns + n;
+    const Sum *factors = b + a.columns[place] * b_row, factor = a.values[place];
+#pragma GCC unroll 9
+    for (int v = 0; v < kVectors; ++v) sums[v] += factor * at(factors, v);
+  }
+
   static ALWAYS_INLINE void multiply_add(const Sum& factor, Vector factors, Vector& sum) {
 #if defined(__x86_64__)
     if constexpr (kPairs) {
@@ -90,11 +138,21 @@ struct Tiles : Vectors<Sum, kBytes> {
 // per instruction.
 struct PairProduct : Tiles<float, 64, 8, 3, true> {};
 
+// The tile is the largest that the registers of the instruction set allow.
 template <typename Sum, int kBytes>
 struct MatrixProduct : Tiles<Sum, kBytes,
                              kBytes == 64   ? 8
                              : kBytes == 32 ? 6
                                             : 2,
                              kBytes == 64 ? 3 : 1> {};
+
+// For Nonzeros. Every product loads its part of b, and these loads take the time: the more units
+// share the load of a number, the better. They come from the L1 cache, because kColumns rows of 9
+// units have 36 KB.
+template <typename Sum, int kBytes>
+struct NonzeroProduct : Tiles<Sum, kBytes, 2,
+                              kBytes == 64   ? 9
+                              : kBytes == 32 ? 3
+                                             : 1> {};
 
 }  // namespace spade_fast

@@ -77,6 +77,7 @@ constexpr int64_t kCombiners = 1024;   // per block that combines splits
 constexpr int64_t kBlocks = 8;         // per SM, enough to keep it busy
 // Blocks per SM for kernels that leave a partial result per block and keep several loads in flight.
 constexpr int64_t kSweepBlocks = 4;
+constexpr int64_t kReserved = 1 << 10;  // bytes of an SM's shared memory that each block takes, too
 constexpr int64_t kCluster = 8;  // most blocks of a cluster that every GPU with clusters supports
 
 inline int columns_of(const Shape& shape, int vector, bool last) {
@@ -128,7 +129,8 @@ inline std::optional<Division> one_pass(const Shape& shape, int vector, bool las
       // block could be narrower, so it is taken only if an SM has room for three.
       const bool half = last && !wide && d.units > shape.images;
       const bool fast = half ? few : busy || (few && !wide);
-      if (fast && d.shared(1, last ? vector : 1) <= most_shared / (wide ? 3 : 1)) return d;
+      const int64_t most = wide ? (most_shared + kReserved) / 3 - kReserved : most_shared;
+      if (fast && d.shared(1, last ? vector : 1) <= most) return d;
       if (!last) break;
     }
   }

@@ -104,8 +104,10 @@ __global__ void __launch_bounds__(kCombiners)
   const Moments found = over_splits<Moments>(d.splits, [&](int64_t split) -> Moments {
     if (loaded >= all) return {};
     const float* part = parts + kMomentParts * split * all + loaded;
-    const int64_t left = o.shape.pixels - split * d.split_pixels;
-    const float count = static_cast<float>(left < d.split_pixels ? left : d.split_pixels);
+    // In this form: nvcc 13.0 spills registers on sm_100 if the pixels that are left are computed.
+    const int64_t end = (split + 1) * d.split_pixels;
+    const int64_t missing = end > o.shape.pixels ? end - o.shape.pixels : 0;
+    const float count = static_cast<float>(d.split_pixels - missing);
     return {__ldg(part), __ldg(part + all), __ldg(part + 2 * all), count};
   });
   const int64_t plane = first + threadIdx.y;

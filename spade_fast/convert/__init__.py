@@ -174,7 +174,7 @@ def _proved(module, kind, form):
 def _is_opaque(module, form):
     """Whether a part contains other modules and is not a Sequential."""
     parts = [module.get_submodule(name) for name in form.of_condition]
-    return any(leaf._modules for part in parts for leaf in leaves(part))
+    return form.by_label is None and any(leaf._modules for part in parts for leaf in leaves(part))
 
 
 def _check_names(module, kind):
@@ -235,6 +235,8 @@ def _how(module):
     parts, where = Parts.of(module), "pixels"
     if parts.convolutions() is not None:
         where = "windows of labels, else pixels"
+    elif module.spade_form.by_label is not None:
+        where = "rows of labels"
     elif parts.pointwise() is not None:
         where = "voxels of the condition, else pixels"
     return f"{where}; {backend}"

@@ -256,6 +256,8 @@ class Probe:
             raise Unlike(f"the fast forward {on}") from error
         found = {name: tensor.detach() for name, tensor in found.items()}
         for name, gradient in zip(wanted, gradients):
+            if gradient is not None and gradient.layout != torch.strided:
+                raise Unlike(f"the gradient of {name} is sparse")
             if gradient is not None:
                 found[f"the gradient of {name}"] = gradient
         return found | {

@@ -8,6 +8,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from ..nn.block import ACTIVATIONS
 from ..nn.parts import Form, part_of
 from ..nn.spade import SpatiallyAdaptive
+from .labels import appended_convolution, label_tables, recognise_labels
 from .roles import (
     Unlike,
     convolutions_of,
@@ -24,13 +25,16 @@ from .swap import Call, Called
 def looks_like_spade(module: nn.Module) -> bool:
     """Whether a module may be a SPADE: it has children for gamma and for beta, or else one norm,
     two convolutions from and to the same channels or one with twice the norm's channels, nothing
-    with parameters but that and further convolutions, and a forward of two arguments.
+    with parameters but that and further convolutions, and a forward of two arguments. Two
+    `label_tables` may be in the place of the convolutions.
     """
     children = dict(module.named_children())
     names = [name.lower() for name in children]
     if any("gamma" in name for name in names) and any("beta" in name for name in names):
         return True
-    norms = [name for name, child in children.items() if _may_be_norm(child)]
+    norms = _norms_in(module)
+    if len(norms) == 1 and label_tables(module, norms):
+        return _takes_two(module)
     convolutions = convolutions_of(module)
     found = convolutions.values()
     if len(norms) != 1 or not (pairs(found) or halved(found, normalised_channels(module))):
@@ -39,16 +43,32 @@ def looks_like_spade(module: nn.Module) -> bool:
     with_parameters = {name for name, part in parts.items() if any(True for _ in part.parameters())}
     if not with_parameters <= {*norms, *convolutions}:
         return False
-    call = Call(type(module).forward)
-    return call.several or len(call.names) > 1
+    return _takes_two(module)
+
+
+def _norms_in(module):
+    return [name for name, child in module.named_children() if _may_be_norm(child)]
 
 
 def _may_be_norm(module):
     return isinstance(module, (_NormBase, nn.GroupNorm)) or "norm" in type(module).__name__.lower()
 
 
+def _takes_two(module):
+    call = Call(type(module).forward)
+    return call.several or len(call.names) > 1
+
+
 def recognise_spade(module: nn.Module) -> tuple[Form, str]:
     """The Form of a SPADE, and a description of it in words. Raises Unlike if it is not one."""
+    norms = _norms_in(module)
+    tables = label_tables(module, norms) if len(norms) == 1 else None
+    if tables is not None:
+        others = [name for name, _ in module.named_parameters() if name not in tables]
+        others = [name for name in others if name.split(".")[0] not in norms]
+        appended = appended_convolution(module, tables, others)
+        _check_parameters(module, others if appended is None else [])
+        return recognise_labels(module, norms[0], tables, appended)
     _check_parameters(module, [name for name, _ in module.named_parameters(recurse=False)])
     roles = find_roles(module)
     names = (roles.norm, roles.shared, roles.gamma, roles.beta, roles.pad, roles.added)

@@ -39,7 +39,7 @@ class Report(tuple[Entry, ...]):
         if not self:
             return (
                 "No SPADE was found: no module has a norm and two convolutions that could compute"
-                " γ and β. The model is as it was."
+                " γ and β, or two parameters with their rows. The model is as it was."
             )
         table = Table("layer and its class", "recognised as; converted: how, or why not")
         for column in table.columns:

@@ -121,7 +121,7 @@ def find_roles(module: nn.Module) -> Roles:
             try:
                 copy = copy_of(module, values(torch.float64))
                 x, condition = pair = random_pair(module, dims, channels, label_nc, size)
-                ran = _trace(copy, parts_by_name(copy))
+                ran = trace(copy, parts_by_name(copy))
                 called = Called(swapped)
                 result = call_own(type(copy).forward, copy, call, x, condition, called)
             except Exception as error:  # the own forward may raise anything
@@ -161,7 +161,7 @@ def random_pair(
     return x, torch.randn(2, label_nc, *size[:dims], **given)
 
 
-def _trace(module, parts):
+def trace(module: nn.Module, parts: dict[str, nn.Module]) -> list[Ran]:
     """Has random numbers stand for the outputs of a module's parts from now on. Returns the list to
     which each call of a part is added.
     """

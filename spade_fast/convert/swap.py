@@ -31,7 +31,7 @@ from ..nn.modules import (
     marks_of,
     marks_of_settings,
 )
-from ..nn.parts import Form, HasParts, Known
+from ..nn.parts import Form, HasParts, Known, part_of
 from ..nn.pixels import dense, resize
 from ..nn.spade import SpatiallyAdaptive, batch_of
 from ..nn.unchanged import Each, Version, until_changed, views_inside
@@ -60,6 +60,9 @@ class Called(NamedTuple):
     ignores: dict[str, Any] = {}
     # With marks in place of tensors; None if it is not known what they are.
     result: Any = Mark.Y
+    # The part whose output follows y's channels. It is given the channels of the condition that
+    # follow those of the labels.
+    appended: str | None = None
 
     def returned(self, y: torch.Tensor, condition: Callable[[], torch.Tensor]) -> Any:
         """The result with this y. condition: makes the resized condition."""
@@ -319,10 +322,13 @@ class FastSPADE(FusesOwn, SpatiallyAdaptive):
     """A SPADE of another class, as `nn/spade.py` computes it."""
 
     def _is_proved(self, x, segmap):
-        """Also False if parts that were opened have to be called as a whole, because something
-        watches them: γ and β alone need not be what they return.
+        """Also False if parts that were opened have to be called as a whole, or those with the rows
+        of labels at all, because something watches them: γ and β alone need not be what they
+        return.
         """
         form = self.spade_form
+        if form.by_label is not None and Known.of(self).by_label is None:
+            return False
         if form.shared is None and form.inside and Known.of(self).pointwise is None:
             return False
         return super()._is_proved(x, segmap)
@@ -330,6 +336,11 @@ class FastSPADE(FusesOwn, SpatiallyAdaptive):
     def _fast(self, x, segmap):
         y, form = again(self.modulate(x, segmap)), self.spade_form
         called = form.call or Called()
+        if called.appended is not None:
+            rows, given = Known.of(self).by_label, dense(segmap, first_weight(self).dtype)
+            assert rows is not None  # otherwise the own forward runs
+            others = resize(given[:, len(rows.gamma) :], x.shape[2:])
+            y = torch.cat([y, part_of(self, called.appended)(others)], dim=1)
         if called.result is Mark.Y:
             return y
         given = dense(segmap, first_weight(self).dtype).clone()  # a caller may write to its own

@@ -4,7 +4,7 @@ alone, or compiled by AOTInductor with this package's operators; with less to co
 The exported network is a copy of the model in which other modules stand for its SPADEs
 (network.py, layers.py). Label maps come in as whole numbers: the first convolution of a SPADE is a
 look-up of rows and their sum, and γ and β are computed once for each distinct window (windows.py).
-Features that nearest neighbour enlarges are convolved at their own size (phases.py). Spectral norm
+Features that nearest neighbour enlarges are convolved at their own size (runs.py). Spectral norm
 is folded, and so are the running statistics of batch norms.
 """
 

@@ -18,6 +18,9 @@ from ..writing import written
 PACKAGE = __name__.partition(".")[0]  # also the key of the description in a file's metadata
 MOST_BYTES = 2**31 - 1  # of an ONNX file
 POINTWISE = ("LeakyRelu", "Relu", "Sigmoid")  # with a single input
+# What ONNX Runtime computes in the usual memory layout, beside convolutions.
+OTHER_LAYOUTS = ("InstanceNormalization", "Transpose")
+BLOCK = 16  # channels, float32; other maps are not in that layout
 
 
 def version() -> str:
@@ -77,8 +80,9 @@ def as_onnx(
             program, input_names=inputs, output_names=outputs, dynamo=True, verbose=False
         )
     assert converted is not None
-    for node in converted.model.graph:
+    for node in list(converted.model.graph):
         activate_first(node)
+        keep_blocks(node)
     return converted
 
 
@@ -100,6 +104,36 @@ def activate_first(node: Any) -> None:
         for attribute in attributes:
             one.attributes.add(attribute)
     node.outputs[0].shape = node.inputs[0].shape
+
+
+def keep_blocks(node: Any) -> None:
+    """Puts a pooling of single pixels, which changes nothing, behind a node whose result meets
+    convolutions. ONNX Runtime has a memory layout of its own for them, in which it adds and
+    multiplies if both operands come in it, and into which it brings a result once for each use.
+    Pooling takes its input into that layout.
+    """
+    (value, *others), uses = node.outputs, []
+    shape = value.shape
+    if node.op_type not in OTHER_LAYOUTS or others or shape is None or len(shape) != 4:
+        return
+    ir = importlib.import_module("onnxscript").ir
+    if not isinstance(shape[1], int) or shape[1] % BLOCK or value.dtype != ir.DataType.FLOAT:
+        return
+    for user, place in value.uses():
+        if user.op_type in ("Add", "Mul"):
+            other = user.inputs[1 - place].producer()
+            uses += [(user, place)] * (2 if other is not None and other.op_type == "Conv" else 0)
+        elif user.op_type == "Conv":
+            uses.append((user, place))
+    if len(uses) < 2:
+        return
+    sides = [ir.AttrInt64s("kernel_shape", [1, 1])]
+    pool = ir.Node("", "MaxPool", [value], sides, name=f"{node.name}_kept")
+    (kept,) = pool.outputs
+    kept.name, kept.shape, kept.type = f"{value.name}_kept", shape, value.type
+    node.graph.insert_after(node, pool)
+    for user, place in uses:
+        user.replace_input_with(place, kept)
 
 
 def write_onnx(

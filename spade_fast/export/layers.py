@@ -8,6 +8,7 @@ networks do, leaves codes as they are, and float32 has every whole number below 
 """
 
 import copy
+import functools
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
@@ -18,7 +19,14 @@ import torch.nn.functional as F
 from ..convert.swap import Call, Called, Fast
 from ..kernels.contract import MODULATION, sum_dtype
 from ..kernels.operators import declared
-from ..nn.modules import INSTANCE_NORMS, Convolution, is_watched
+from ..nn.modules import (
+    CONVOLUTION_TYPES,
+    INSTANCE_NORMS,
+    Convolution,
+    is_plain,
+    is_watched,
+    keeps_size,
+)
 from ..nn.parts import Convolutions, HasParts, Known
 from ..nn.pixels import resize
 from ..nn.spade import measures
@@ -49,11 +57,11 @@ class Shared:
         self.kernels = kernels
         self.kept: dict[tuple, Any] = {}
 
-    def get(self, key: tuple, condition: torch.Tensor, make: Callable[[], Any]) -> Any:
-        """What `make` returns, computed once for this key and condition."""
-        key = (id(condition), *key)
+    def get(self, key: tuple, of: torch.Tensor, make: Callable[[], Any]) -> Any:
+        """What `make` returns, computed once for this key and tensor."""
+        key = (id(of), of._version, *key)  # as it was: it may have been overwritten since
         if key not in self.kept:
-            self.kept[key] = condition, make()  # held, so that no other tensor gets its id
+            self.kept[key] = of, make()  # held, so that no other tensor gets its id
         return self.kept[key][1]
 
 
@@ -150,10 +158,6 @@ class Standing(nn.Module):
     norm's running statistics and the 1 of 1 + γ are in the weights.
     """
 
-    joint_weight: torch.Tensor
-    joint_bias: torch.Tensor
-    rows: "Rows"
-
     def __init__(self, spade: HasParts, seen: Seen, shared: Shared) -> None:
         super().__init__()
         known = Known.of(spade)
@@ -161,7 +165,6 @@ class Standing(nn.Module):
         own = known.convolutions
         self.call = spade.call if isinstance(spade, Fast) else Call(type(spade).forward)
         self.seen, self.shared = seen, shared
-        self.group: list[Standing] = [self]
         self.taps = own.gamma.kernel_size[0]
         self.activations = nn.Sequential(*map(out_of_place, own.activations))
         self.gamma_norm, self.beta_norm = precise(own.gamma_norm), precise(own.beta_norm)
@@ -171,10 +174,11 @@ class Standing(nn.Module):
         planes = None if own.normalise else running_planes(known)
         if planes is not None:
             self.norm = None
-        weights = [one.to(own.gamma.weight) for one in modulation(own, planes)]
+        self.plus_one = spade.spade_form.plus_one
+        weights = [one.to(own.gamma.weight) for one in modulation(own, planes, self.plus_one)]
         self.gamma, self.of_gamma, self.beta, self.of_beta = map(nn.Buffer, weights)
         self.first = own.shared
-        self.channels_last = False
+        self.channels_last = self.is_followed = False
 
     def forward(self, *arguments: Any, **named: Any) -> torch.Tensor:
         pair = self.call.pair(arguments, named, Called())
@@ -184,22 +188,30 @@ class Standing(nn.Module):
                 " does not take"
             )
         x, condition = pair
-        gamma, beta = self.at(condition, x.shape[2:])
+        hidden = self.see(condition, x.shape[2:])
+        gamma = self.convolved(hidden, self.gamma, self.of_gamma)
+        beta = self.convolved(hidden, self.beta, self.of_beta)
         if self.shared.kernels:
-            return self.by_kernels(x, gamma, beta)
+            return self.by_kernels(x, *self.normalised(gamma, beta))
         x = x if self.norm is None else self.norm(x)
         if self.channels_last:
             # Rows of a table have their channels together: with x transposed instead, ONNX Runtime
             # drops the transpositions beside a convolution.
-            return (x.movedim(1, -1) * gamma + beta).movedim(-1, 1)
-        gamma, beta = self.normalised(gamma, beta)
-        return x * gamma + beta
+            product = x.movedim(1, -1) * gamma
+            y, product = (product + beta).movedim(-1, 1), product.movedim(-1, 1)
+        else:
+            gamma, beta = self.normalised(gamma, beta)
+            product = x * gamma
+            y = product + beta
+        if self.is_followed:
+            self.shared.get(("product", id(self)), y, lambda: (product, hidden))
+        return y
 
     def normalised(
         self, gamma: torch.Tensor, beta: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The factor and the summand, after the norms that γ and β may have of their own."""
-        gamma = gamma if self.gamma_norm is None else 1 + self.gamma_norm(gamma)
+        gamma = gamma if self.gamma_norm is None else self.gamma_norm(gamma) + self.plus_one
         return gamma, beta if self.beta_norm is None else self.beta_norm(beta)
 
     def by_kernels(self, x: torch.Tensor, gamma: torch.Tensor, beta: torch.Tensor) -> torch.Tensor:
@@ -208,21 +220,113 @@ class Standing(nn.Module):
         eps = norm.eps if norm is not None and is_bare(norm) else None
         if norm is not None and eps is None:
             x = norm(x)
-        # Either may have a batch of 1.
-        x, gamma, beta = torch.broadcast_tensors(x, *self.normalised(gamma, beta))
+        x, gamma, beta = torch.broadcast_tensors(x, gamma, beta)  # either may have a batch of 1
         if eps is not None:
             return OPERATORS["instance_forward"](x, gamma, beta, None, eps, *settings)[0]
         unchanged = norms.identity(x.shape[1], sum_dtype(x.dtype), x.device)
         planes = norms.planes(unchanged, x.shape[:2])
         return OPERATORS["apply"](x, planes, gamma, beta, None, *settings)[0]
 
-    def at(self, condition: torch.Tensor, size: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
-        """The factor of x and the summand at every pixel, [N, C, *size] each."""
+    def see(self, condition: torch.Tensor, size: Sequence[int]) -> Any:
+        """The hidden map at this size, in the form that `convolved` takes."""
         raise NotImplementedError
 
-    def join(self) -> None:
-        """Makes the first convolution of the group, of which this is the first one."""
+    def convolved(self, hidden: Any, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+        """A convolution of the hidden map, whose weight and bias are `prepared`: [N, out, *size];
+        with `channels_last`, [N, *size, out].
+        """
         raise NotImplementedError
+
+    def prepared(self, weight: torch.Tensor, bias: torch.Tensor) -> tuple[nn.Buffer, nn.Buffer]:
+        """A convolution's weight [out, hidden, *kernel] and bias, in the form of `convolved`."""
+        return nn.Buffer(weight), nn.Buffer(bias)
+
+    def prepare(self) -> None:
+        """Prepares the weights, when no other module needs them as they are any more."""
+        self.gamma, self.of_gamma = self.prepared(self.gamma, self.of_gamma)
+        self.beta, self.of_beta = self.prepared(self.beta, self.of_beta)
+
+
+class OfFeatures(Standing):
+    """A SPADE whose condition is features. Where nearest neighbour enlarges them, their convolution
+    is computed on runs.
+
+    SPADEs of one size could share that convolution, but it would be as much work, and its result
+    would leave the memory layout that ONNX Runtime has for convolutions, in order to be split.
+    """
+
+    def see(self, condition: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
+        factor = self.seen.factor
+        if any(given * factor != wanted for given, wanted in zip(condition.shape[2:], size)):
+            factor = 1
+        if factor == 1:
+            key = ("resized", *map(str, size))
+            condition = self.shared.get(key, condition, lambda: resize(condition, size))
+            return self.activations(self.first(condition))
+        parts = convolve_runs(condition, factor, self.first.weight, bias_of(self.first))
+        return assembled([self.activations(part) for part in parts], factor, self.taps)
+
+    def convolved(
+        self, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor
+    ) -> torch.Tensor:
+        return CONVOLVE[hidden.dim() - 2](hidden, weight, bias, padding=self.taps // 2)
+
+
+class OfLabels(Standing):
+    """A SPADE whose condition is a map of codes: the first convolution looks them up. With
+    `windows`, γ and β are computed once for each distinct window. SPADEs that see one map at one
+    size share the look-up.
+    """
+
+    rows: Rows
+
+    def __init__(
+        self, spade: HasParts, seen: Seen, shared: Shared, palette: torch.Tensor, windows: bool
+    ) -> None:
+        super().__init__(spade, seen, shared)
+        self.palette, self.outside, self.windows = palette, palette.shape[0], windows
+        self.group: list[OfLabels] = [self]
+        self.channels_last = windows and self.gamma_norm is None is self.beta_norm
+
+    def prepare(self) -> None:
+        super().prepare()
+        if self.group[0] is self:
+            weight, bias = joined(self.group)
+            self.rows = Rows(rows_of_codes(weight, self.palette), bias)
+
+    def prepared(self, weight: torch.Tensor, bias: torch.Tensor) -> tuple[nn.Buffer, nn.Buffer]:
+        return by_runs(weight, bias) if self.windows else super().prepared(weight, bias)
+
+    def see(self, condition: torch.Tensor, size: Sequence[int]) -> Any:
+        lead = self.group[0]
+        codes = self.shared.get(
+            ("codes", *map(str, size)),
+            condition,
+            lambda: resized(condition[:, 0].long(), size),
+        )
+        dims = codes.dim() - 1
+        if not self.windows:
+
+            def make():
+                padded = F.pad(codes, [self.taps // 2] * 2 * dims, value=self.outside)
+                ones = (1,) * dims
+                maps = taps_of_map(padded, (self.taps,) * dims, ones, ones)
+                return [self.activations(lead.rows(maps).movedim(-1, 1))]
+
+            return self.of_group(condition, size, make)[0]
+
+        def number():
+            hidden = number_windows(codes, self.taps, self.outside)
+            return hidden.contents, number_again(hidden, self.taps)
+
+        key = ("windows", self.taps, *map(str, size))
+        seen, found = self.shared.get(key, condition, number)
+        (hidden,) = self.of_group(
+            condition, size, lambda: [self.activations(lead.rows(seen.unbind(1)))]
+        )
+        hidden = F.pad(hidden, (0, 0, 0, 1))  # the last row, of zeros, is beyond the border
+        runs = hidden.index_select(0, found.runs.flatten()).view(-1, self.taps * self.hidden)
+        return runs, found
 
     def of_group(
         self,
@@ -240,108 +344,28 @@ class Standing(nn.Module):
         place = self.group.index(self)
         return [part[place] for part in self.shared.get(key, condition, split)]
 
-
-class OfFeatures(Standing):
-    """A SPADE whose condition is features. SPADEs that see one condition at one size share the
-    convolution of it, and where nearest neighbour enlarges the condition, it is computed on runs.
-    """
-
-    def join(self) -> None:
-        self.joint_weight, self.joint_bias = map(nn.Buffer, joined(self.group))
-
-    def at(self, condition: torch.Tensor, size: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
-        factor, lead, half = self.seen.factor, self.group[0], self.taps // 2
-        convolve = CONVOLVE[len(size)]
-        if any(given * factor != wanted for given, wanted in zip(condition.shape[2:], size)):
-            factor = 1
-
-        def make():
-            weight, bias = lead.joint_weight, lead.joint_bias
-            if factor == 1:
-                parts = [convolve(resize(condition, size), weight, bias, padding=half)]
-            else:
-                parts = convolve_runs(condition, factor, weight, bias)
-            return [self.activations(part) for part in parts]
-
-        parts = self.of_group(condition, size, make)
-        hidden = parts[0] if factor == 1 else assembled(parts, factor, self.taps)
-        gamma = convolve(hidden, self.gamma, self.of_gamma, padding=half)
-        return gamma, convolve(hidden, self.beta, self.of_beta, padding=half)
-
-
-class OfLabels(Standing):
-    """A SPADE whose condition is a map of codes: the first convolution looks them up. With
-    `windows`, γ and β are computed once for each distinct window.
-    """
-
-    def __init__(
-        self, spade: HasParts, seen: Seen, shared: Shared, palette: torch.Tensor, windows: bool
-    ) -> None:
-        super().__init__(spade, seen, shared)
-        self.palette, self.outside, self.windows = palette, palette.shape[0], windows
-        if windows:
-            self.channels_last = self.gamma_norm is None is self.beta_norm
-            self.gamma, self.of_gamma = by_runs(self.gamma, self.of_gamma)
-            self.beta, self.of_beta = by_runs(self.beta, self.of_beta)
-
-    def join(self) -> None:
-        weight, bias = joined(self.group)
-        self.rows = Rows(rows_of_codes(weight, self.palette), bias)
-
-    def at(self, condition: torch.Tensor, size: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
-        lead = self.group[0]
-        codes = self.shared.get(
-            ("codes", *map(str, size)),
-            condition,
-            lambda: resized(condition[:, 0].long(), size),
-        )
-        dims = codes.dim() - 1
+    def convolved(self, hidden: Any, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
         if not self.windows:
+            return CONVOLVE[hidden.dim() - 2](hidden, weight, bias, padding=self.taps // 2)
+        runs, found = hidden
+        rows = of_windows(runs, found.windows, weight, bias).index_select(0, found.index.flatten())
+        y = rows.view(*found.index.shape, -1)
+        return y if self.channels_last else y.movedim(-1, 1)
 
-            def make():
-                padded = F.pad(codes, [self.taps // 2] * 2 * dims, value=self.outside)
-                ones = (1,) * dims
-                maps = taps_of_map(padded, (self.taps,) * dims, ones, ones)
-                return [self.activations(lead.rows(maps).movedim(-1, 1))]
 
-            (hidden,) = self.of_group(condition, size, make)
-            half = self.taps // 2
-            gamma = CONVOLVE[dims](hidden, self.gamma, self.of_gamma, padding=half)
-            return gamma, CONVOLVE[dims](hidden, self.beta, self.of_beta, padding=half)
+def of_windows(
+    runs: torch.Tensor, windows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor
+) -> torch.Tensor:
+    """A convolution of windows, [K, out]: along the last axis a product, along the others a sum.
 
-        def number():
-            hidden = number_windows(codes, self.taps, self.outside)
-            return hidden.contents, number_again(hidden, self.taps)
-
-        key = ("windows", self.taps, *map(str, size))
-        seen, found = self.shared.get(key, condition, number)
-        (hidden,) = self.of_group(
-            condition, size, lambda: [self.activations(lead.rows(seen.unbind(1)))]
-        )
-        hidden = F.pad(hidden, (0, 0, 0, 1))  # the last row, of zeros, is beyond the border
-        runs = hidden.index_select(0, found.runs.flatten()).view(-1, self.taps * self.hidden)
-        gamma, beta = (
-            self.of_windows(runs, found.windows, weight, bias)
-            .index_select(0, found.index.flatten())
-            .view(*found.index.shape, -1)
-            for weight, bias in ((self.gamma, self.of_gamma), (self.beta, self.of_beta))
-        )
-        if not self.channels_last:
-            gamma, beta = gamma.movedim(-1, 1), beta.movedim(-1, 1)
-        return gamma, beta
-
-    def of_windows(
-        self, runs: torch.Tensor, windows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor
-    ) -> torch.Tensor:
-        """A convolution of windows, [K, C]: along the last axis a product, along the others a sum.
-
-        runs: [R, taps · hidden]; windows: [K, taps of the other axes], of the runs; weight, bias:
-        see `by_runs`.
-        """
-        taps = windows.shape[1]
-        rows = torch.addmm(bias, runs, weight).view(-1, self.channels)
-        places = windows * taps + torch.arange(taps, device=windows.device)
-        return rows.index_select(0, places.flatten()).view(-1, taps, self.channels).sum(1)
+    runs: [R, taps · hidden]; windows: [K, taps of the other axes], of the runs; weight, bias: see
+    `by_runs`.
+    """
+    taps = windows.shape[1]
+    rows = torch.addmm(bias, runs, weight).view(-1, len(bias) // taps)
+    # ONNX Runtime adds several tensors faster than it sums an axis of one.
+    places = (windows * taps + torch.arange(taps, device=windows.device)).unbind(1)
+    return functools.reduce(torch.add, [rows.index_select(0, place) for place in places])
 
 
 def by_runs(weight: torch.Tensor, bias: torch.Tensor) -> tuple[nn.Buffer, nn.Buffer]:
@@ -355,6 +379,39 @@ def by_runs(weight: torch.Tensor, bias: torch.Tensor) -> tuple[nn.Buffer, nn.Buf
     middle[others // 2] = bias
     rows = rows.permute(3, 1, 2, 0).flatten(2).flatten(0, 1)  # [tap, in, other, out]
     return nn.Buffer(rows.contiguous()), nn.Buffer(middle.flatten())
+
+
+class Following(nn.Module):
+    """A convolution with one tap per axis of what a SPADE returns: conv(x · γ + β) is conv(x · γ)
+    plus conv(β), and the latter is one convolution of the hidden map, with fewer channels than β
+    has. Any other input is convolved as before.
+    """
+
+    def __init__(self, conv: Convolution, spade: Standing) -> None:
+        super().__init__()
+        self.conv, self.spades = conv, (spade,)  # which remains a module of the network alone
+        own = conv.weight.detach().flatten(1).double()
+        weight = torch.tensordot(own, spade.beta.double(), 1).to(spade.beta)
+        self.beta, self.of_beta = spade.prepared(weight, (own @ spade.of_beta.double()).to(weight))
+        spade.is_followed = True
+
+    def forward(self, y: torch.Tensor) -> torch.Tensor:
+        (spade,) = self.spades
+        product, hidden = spade.shared.get(("product", id(spade)), y, lambda: (None, None))
+        if product is None:
+            return self.conv(y)
+        beta = spade.convolved(hidden, self.beta, self.of_beta)
+        return self.conv(product) + (beta.movedim(-1, 1) if spade.channels_last else beta)
+
+
+def can_follow(conv: nn.Module, spade: nn.Module) -> bool:
+    """Whether `Following` can stand for a convolution of what a SPADE returns, and pays."""
+    if not isinstance(spade, Standing) or not is_plain(conv, CONVOLUTION_TYPES):
+        return False
+    if spade.shared.kernels:  # the operator returns y alone
+        return False
+    fewer = keeps_size(conv, 1) and conv.out_channels < spade.channels
+    return fewer and spade.beta_norm is None
 
 
 class VolumeNorm(nn.Module):
@@ -434,11 +491,11 @@ def running_planes(known: Known) -> tuple[torch.Tensor, torch.Tensor] | None:
 
 
 def modulation(
-    own: Convolutions, planes: tuple[torch.Tensor, torch.Tensor] | None
+    own: Convolutions, planes: tuple[torch.Tensor, torch.Tensor] | None, plus_one: bool
 ) -> Sequence[torch.Tensor]:
-    """The weights and biases, float64, of the convolutions that compute 1 + γ and β: weight, bias,
-    weight, bias. With `planes`, they compute what these amount to for an x that is not normalised.
-    If γ has a norm of its own, the first computes γ.
+    """The weights and biases, float64, of the convolutions that compute x's factor and summand:
+    weight, bias, weight, bias. The factor is 1 + γ with `plus_one`, otherwise γ, and γ alone if it
+    has a norm of its own. With `planes`, they are those of an x that is not normalised.
     """
     (gamma, of_gamma), (beta, of_beta) = (
         (weight.detach().double(), weight.new_zeros(len(weight)) if bias is None else bias.detach())
@@ -446,7 +503,7 @@ def modulation(
     )
     of_gamma, of_beta = of_gamma.double(), of_beta.double()
     if own.gamma_norm is None:
-        of_gamma = of_gamma + 1
+        of_gamma = of_gamma + plus_one
     if planes is not None:
         factor, summand = planes
         wide = (-1, *[1] * (gamma.dim() - 1))

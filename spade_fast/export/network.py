@@ -14,6 +14,7 @@ import torch.nn as nn
 from torch.nn.utils import parametrize, remove_spectral_norm, remove_weight_norm
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..convert import convert
 from ..convert.recognise import looks_like_spade
@@ -25,12 +26,14 @@ from ..nn.parts import HasParts, Known
 from ..nn.upsampled import repeats
 from .layers import (
     WINDOWS_FROM,
+    Following,
     LookedUp,
     OfFeatures,
     OfLabels,
     Seen,
     Shared,
     Standing,
+    can_follow,
     can_look_up,
 )
 
@@ -192,12 +195,12 @@ def network_of(
     codes = None if labels is None else Codes(labels).to(like.device)
     network = Network(own, places, codes, kernels)
     with torch.no_grad():
-        truth, seen = watched(own, given)
+        truth, seen, follow = watched(own, given)
         if any_size:
             seen = {name: [at_any_size(call) for call in calls] for name, calls in seen.items()}
         convert(own, blocks=False)
         fold(own)
-        replace(network, seen, labels, windows, like)
+        replace(network, seen, follow, labels, windows, like)
     return network, inputs, truth
 
 
@@ -228,9 +231,15 @@ def fold(model: nn.Module) -> None:
                 parametrize.remove_parametrizations(module, name)
 
 
-def watched(model: nn.Module, arguments: Sequence[Any]) -> tuple[Any, dict[str, list[Seen | None]]]:
-    """The model's result, and by the name of each SPADE how it was called."""
+def watched(
+    model: nn.Module, arguments: Sequence[Any]
+) -> tuple[Any, dict[str, list[Seen | None]], dict[str, str]]:
+    """The model's result; by the name of each SPADE how it was called; and by the name of a
+    convolution that took what a SPADE returned, in its latest call, the name of that SPADE.
+    """
     seen: dict[str, list[Seen | None]] = {}
+    follow: dict[str, str] = {}
+    returned = WeakTensorKeyDictionary()
     groups: list[tuple] = []
 
     def watching(name, module):
@@ -253,14 +262,33 @@ def watched(model: nn.Module, arguments: Sequence[Any]) -> tuple[Any, dict[str, 
 
         return watch
 
-    handles = [
-        module.register_forward_pre_hook(watching(name, module), with_kwargs=True)
-        for name, module in model.named_modules()
-        if isinstance(module, HasParts) or looks_like_spade(module)
-    ]
+    def returning(name):
+        def note(module, given, y):
+            if isinstance(y, torch.Tensor):
+                returned[y] = name, y._version
+
+        return note
+
+    def following(name):
+        def note(module, given):
+            if given and isinstance(given[0], torch.Tensor) and given[0] in returned:
+                spade, version = returned[given[0]]
+                if given[0]._version == version:  # as the SPADE returned it
+                    follow[name] = spade
+
+        return note
+
+    handles = []
+    for name, module in model.named_modules():
+        if isinstance(module, HasParts) or looks_like_spade(module):
+            watch = watching(name, module)
+            handles.append(module.register_forward_pre_hook(watch, with_kwargs=True))
+            handles.append(module.register_forward_hook(returning(name)))
+        elif isinstance(module, CONVOLUTION_TYPES):
+            handles.append(module.register_forward_pre_hook(following(name)))
     try:
         with window_mode("never"):  # so that a condition stays the tensor that it is
-            return model(*arguments), seen
+            return model(*arguments), seen, follow
     finally:
         for handle in handles:
             handle.remove()
@@ -279,38 +307,42 @@ def can_stand(spade: HasParts) -> bool:
     """Whether a `Standing` can be in the place of a SPADE."""
     form = spade.spade_form
     known = not is_watched(spade) and Known.of(spade).convolutions is not None
-    return known and form.plus_one and form.added is None and form.call in (None, Called())
+    return known and form.added is None and form.call in (None, Called())
 
 
 def replace(
     network: Network,
     seen: dict[str, list[Seen | None]],
+    follow: dict[str, str],
     labels: Labels | None,
     windows: bool,
     like: torch.Tensor,
 ) -> None:
     """Puts standing modules in the place of SPADEs and, for label maps, of other convolutions."""
     palette = None if labels is None else labels.palette().to(like.device)
-    groups: dict[tuple, list[Standing]] = {}
+    groups: dict[tuple, list[OfLabels]] = {}
     made: dict[int, Standing] = {}  # by the id of the SPADE: it may have two names
     for name, module in list(network.named_modules(remove_duplicate=False)):
         if id(module) not in made:
             call = once(name, seen.get(name.removeprefix("model").removeprefix("."), []))
             if call is None or not isinstance(module, HasParts) or not can_stand(module):
                 continue
-            stands: Standing
             if palette is None:
-                stands = OfFeatures(module, call, network.shared)
+                made[id(module)] = OfFeatures(module, call, network.shared)
             else:
                 pays = windows and call.pixels >= WINDOWS_FROM
                 stands = OfLabels(module, call, network.shared, palette, pays)
-            key = (call.group, stands.taps, str(stands.activations), way_of(stands))
-            stands.group = groups.setdefault(key, [])
-            stands.group.append(stands)
-            made[id(module)] = stands
+                key = (call.group, stands.taps, str(stands.activations), way_of(stands))
+                stands.group = groups.setdefault(key, [])
+                stands.group.append(stands)
+                made[id(module)] = stands
         network.set_submodule(name, made[id(module)])
-    for group in groups.values():
-        group[0].join()
+    for name, of in follow.items():
+        conv, spade = (network.get_submodule(f"model.{one}".rstrip(".")) for one in (name, of))
+        if can_follow(conv, spade):
+            network.set_submodule(f"model.{name}", Following(conv, spade))
+    for standing in made.values():
+        standing.prepare()
     if palette is None:
         return
     for name, module in list(network.named_modules()):

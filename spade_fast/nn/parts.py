@@ -1,5 +1,6 @@
 """The parts of a SPADE, whatever its class calls them."""
 
+import operator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple, TypeGuard
@@ -19,6 +20,7 @@ from .modules import (
     first_weight,
     is_known,
     is_plain,
+    is_watched,
     keeps_size,
     leaves,
     marks_of_settings,
@@ -47,14 +49,18 @@ class Form(NamedTuple):
     # beta are two convolutions.
     halves: tuple[int, int] | None = None
     inside: bool = False  # whether a part of an unknown class runs its children one after another
+    # The names of two parameters [labels, norm_nc] that hold γ's and β's rows, by label, if no
+    # convolution computes them. `gamma` and `beta` then name the modules that have them.
+    by_label: tuple[str, str] | None = None
     proof: Any = None  # for a converted module: in which calls and states its parts say it all
     call: Any = None  # for a converted module: how it is called, and what it returns
     own: Any = None  # for a converted module: when a modulation in its own forward may be fused
 
     @property
     def of_condition(self) -> list[str]:
-        """The names of the parts that convolve the condition."""
-        return [name for name in (self.shared, self.gamma, self.beta, self.added) if name]
+        """The names of the parts that make γ and β of the condition, or convolve it."""
+        names = (self.shared, self.gamma, self.beta, self.added)
+        return [name for name in names if name is not None]
 
 
 class HasParts(nn.Module):
@@ -125,6 +131,26 @@ class Pointwise(NamedTuple):
 
     gamma: Convolution
     beta: Convolution
+
+
+class ByLabel(NamedTuple):
+    """The γ and β of each label, [labels, norm_nc]."""
+
+    gamma: torch.Tensor
+    beta: torch.Tensor
+
+    @classmethod
+    def of(cls, spade: HasParts) -> "ByLabel | None":
+        """The rows of a SPADE, or None if it has none, or something watches the modules that have
+        them.
+        """
+        form = spade.spade_form
+        if form.by_label is None:
+            return None
+        for owner in (part_of(spade, form.gamma), part_of(spade, form.beta)):
+            if owner is not spade and is_watched(owner):
+                return None
+        return cls(*(operator.attrgetter(name)(spade) for name in form.by_label))
 
 
 class Parts(NamedTuple):
@@ -207,6 +233,7 @@ class Known(NamedTuple):
     own_norm: KnownNorm | None  # its norm, if `spade_modulate` can compute it
     convolutions: Convolutions | None  # the result of `Parts.convolutions`
     pointwise: Pointwise | None  # the result of `Parts.pointwise`
+    by_label: ByLabel | None  # the result of `ByLabel.of`
 
     @classmethod
     def of(cls, spade: HasParts) -> "Known":
@@ -218,7 +245,8 @@ def _known(spade):
     parts = Parts.of(spade)
     weight = next(iter(weights_in(parts.first)), None)
     own_norm = parts.norm if is_known(parts.norm) else None
-    return Known(parts, weight, own_norm, parts.convolutions(), parts.pointwise())
+    computed = (parts.convolutions(), parts.pointwise(), ByLabel.of(spade))
+    return Known(parts, weight, own_norm, *computed)
 
 
 def _is_measured(norm: nn.Module) -> TypeGuard[InstanceNorm]:

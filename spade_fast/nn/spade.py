@@ -18,6 +18,7 @@ from ..ops.norms import Kind
 from ..recording import of_their_class, ordinary
 from .choice import find_layout, windows_of
 from .config import Config, dimensions, odd_number, parse_config
+from .labels import at_labels
 from .modules import (
     BATCH_NORMS,
     CONVOLUTIONS,
@@ -91,7 +92,7 @@ class SpatiallyAdaptive(HasParts):
         known, images, form = Known.of(self), batch_of(segmap), self.spade_form
         parts, kept = known.parts, kept_tables(self)
         layout = segmap if isinstance(segmap, SemanticLayout) else None
-        if known.convolutions is not None:
+        if known.convolutions is not None or known.by_label is not None:
             layout = find_layout(segmap)
         if parts.added is not None:
             given = dense(segmap, first_weight(parts.added).dtype)
@@ -137,8 +138,10 @@ class SpatiallyAdaptive(HasParts):
 
     def _gamma_and_beta(self, known, segmap, layout, x, kept):
         """γ and β, and the arguments of `spade_modulate` by which each pixel finds its row: rows of
-        voxels, or of windows; at pixels there are none.
+        labels, of voxels, or of windows; at pixels there are none.
         """
+        if known.by_label is not None:
+            return at_labels(known.by_label, segmap if layout is None else layout, x)
         if known.pointwise is not None:
             given = ordinary(dense(segmap, first_weight(known.parts.gamma).dtype))
             return at_voxels(known.pointwise, given, x, self.spade_form.apart)
