@@ -4,7 +4,7 @@ from collections import namedtuple
 
 import pytest
 import torch
-from families import CHANNELS, LABELS, LOOKALIKES, Block, Layer
+from families import CHANNELS, FUSED, LABELS, LOOKALIKES, Block, Layer
 from typer.testing import CliRunner
 
 import spade_fast
@@ -18,10 +18,15 @@ def block_and_inputs():
 
 
 def lookalike_and_inputs():
-    return LOOKALIKES["bilinear"][0](), (
-        torch.randn(1, CHANNELS, 8, 8),
-        torch.randn(1, LABELS, 16, 16),
-    )
+    return LOOKALIKES["subtracts"][0](), x_and_segmap()
+
+
+def bilinear_and_inputs():
+    return FUSED["bilinear"](), x_and_segmap()
+
+
+def x_and_segmap():
+    return torch.randn(1, CHANNELS, 8, 8), torch.randn(1, LABELS, 16, 16)
 
 
 def only_a_block():
@@ -101,7 +106,7 @@ def test_a_model_is_converted_compared_and_timed():
 
 def test_modules_that_are_not_converted_are_reported():
     result = run("lookalike_and_inputs")
-    assert result.exit_code == 1 and "does not compute" in result.output
+    assert result.exit_code == 1 and "does not return" in result.output
     assert "Nothing was converted" in result.output and "Time of a call" not in result.output
 
 
@@ -211,7 +216,7 @@ def test_arguments_in_dictionaries_and_named_tuples_are_converted_to_float64():
 def test_a_model_that_differs_is_an_error(monkeypatch):
     convert = checking.convert
     monkeypatch.setattr(checking, "convert", lambda model: convert(model, probe=False))
-    result = run("lookalike_and_inputs")
+    result = run("bilinear_and_inputs")
     assert result.exit_code == 1 and "differs" in result.output
 
 

@@ -259,6 +259,20 @@ def test_function_transforms(name, condition, transform):
     the_same(lambda module: TRANSFORMS[transform](module), name, xs, segmaps)
 
 
+@pytest.mark.float64
+@pytest.mark.parametrize("norm", ["instance", "batch", "group"])
+def test_vectorized_jacobians(norm):
+    """Their backward is vectorised after an ordinary forward."""
+    x, gamma, beta = torch.randn(3, 2, 4, 3, 2, dtype=torch.float64)
+    settings = {"norm": norm, "num_groups": 2 if norm == "group" else None}
+
+    def modulated(x):
+        return spade_fast.spade_modulate(x, gamma, beta, **settings)
+
+    found = [torch.autograd.functional.jacobian(modulated, x, vectorize=own) for own in (0, 1)]
+    assert_agree(*found)
+
+
 @pytest.mark.parametrize("transform", ["vmap", "jvp", "grad", "jacrev"])
 @pytest.mark.parametrize("condition", CONDITIONS)
 @pytest.mark.parametrize("name", ["instance, affine", "block"])

@@ -146,6 +146,7 @@ def _fused(module):
     _check_values(module)
     _check_names(module, FastModulation)
     form, recognised_as = recognise_own(module)
+    _check_marks(module, form)
     proof, _ = prove(module, FastModulation, form)
     # The own forward sees to it if attributes change.
     return form._replace(proof=proof._replace(marks=[], children=())), recognised_as

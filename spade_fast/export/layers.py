@@ -387,6 +387,17 @@ class Following(nn.Module):
     has. Any other input is convolved as before.
     """
 
+    @classmethod
+    def of(cls, conv: nn.Module, spade: nn.Module) -> "Following | None":
+        """What can stand for a convolution of what a SPADE returns; None if that does not pay."""
+        if not isinstance(spade, Standing) or not is_plain(conv, CONVOLUTION_TYPES):
+            return None
+        assert isinstance(conv, CONVOLUTION_TYPES)
+        if not keeps_size(conv, 1) or conv.out_channels >= spade.channels:
+            return None
+        # An operator of this package returns y alone.
+        return cls(conv, spade) if spade.beta_norm is None and not spade.shared.kernels else None
+
     def __init__(self, conv: Convolution, spade: Standing) -> None:
         super().__init__()
         self.conv, self.spades = conv, (spade,)  # which remains a module of the network alone
@@ -402,16 +413,6 @@ class Following(nn.Module):
             return self.conv(y)
         beta = spade.convolved(hidden, self.beta, self.of_beta)
         return self.conv(product) + (beta.movedim(-1, 1) if spade.channels_last else beta)
-
-
-def can_follow(conv: nn.Module, spade: nn.Module) -> bool:
-    """Whether `Following` can stand for a convolution of what a SPADE returns, and pays."""
-    if not isinstance(spade, Standing) or not is_plain(conv, CONVOLUTION_TYPES):
-        return False
-    if spade.shared.kernels:  # the operator returns y alone
-        return False
-    fewer = keeps_size(conv, 1) and conv.out_channels < spade.channels
-    return fewer and spade.beta_norm is None
 
 
 class VolumeNorm(nn.Module):

@@ -33,7 +33,6 @@ from .layers import (
     Seen,
     Shared,
     Standing,
-    can_follow,
     can_look_up,
 )
 
@@ -339,8 +338,9 @@ def replace(
         network.set_submodule(name, made[id(module)])
     for name, of in follow.items():
         conv, spade = (network.get_submodule(f"model.{one}".rstrip(".")) for one in (name, of))
-        if can_follow(conv, spade):
-            network.set_submodule(f"model.{name}", Following(conv, spade))
+        following = Following.of(conv, spade)
+        if following is not None:
+            network.set_submodule(f"model.{name}", following)
     for standing in made.values():
         standing.prepare()
     if palette is None:

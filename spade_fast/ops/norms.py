@@ -171,7 +171,7 @@ def _pool(norm, numbers):
         groups = numbers.reshape(
             *numbers.shape[:-1], norm.num_groups, numbers.shape[-1] // norm.num_groups
         )
-        return groups.sum(-1, keepdim=True).expand_as(groups).flatten(-2)
+        return groups.sum(-1, keepdim=True).expand_as(groups).reshape(numbers.shape)
     if norm.kind == "instance" or _is_one(numbers.shape[-2]):
         return numbers
     return numbers.sum(-2, keepdim=True)
