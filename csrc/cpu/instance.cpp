@@ -91,7 +91,8 @@ std::tuple<Tensor, Tensor, Tensor> instance_backward(
       set_terms(tasks, 0, tasks.planes(), sums.template const_data_ptr<Sum>(), plane_data,
                 term_data);
       gradients = {dgamma, dbeta,
-                   backward_input(dy, x, planes, gamma, beta, index, signs, terms, activation_name,
+                   backward_input(dy, x, planes, gamma, beta, index, signs,
+                                  in_dtype(terms, sum_dtype(x.scalar_type())), activation_name,
                                   negative_slope, plus_one)};
       return;
     }
