@@ -6,6 +6,7 @@ import pickle
 import threading
 import weakref
 
+import numpy as np
 import pytest
 import torch
 import torch.nn as nn
@@ -40,7 +41,6 @@ CHANGES = {
     "a class": lambda spade: setattr(spade.mlp_gamma, "__class__", Mine),
     "its class": lambda spade: setattr(spade, "__class__", type("Other", (SPADE,), {})),
     "a setting": lambda spade: setattr(spade.mlp_gamma, "padding", (2, 2)),
-    "an equal setting": lambda spade: setattr(spade.mlp_gamma, "groups", True),
     "a new setting": lambda spade: setattr(spade, "new", None),
     "its own setting": lambda spade: setattr(spade, "norm_nc", 5),
     "a setting's name": lambda spade: vars(spade).update(other=vars(spade).pop("norm_nc")),
@@ -68,6 +68,42 @@ def test_a_change_asks_again(change):
     _, ask = answers(spade)
     assert [ask(), ask()] == [1, 1]
     CHANGES[change](spade)
+    assert [ask(), ask()] == [2, 2]
+
+
+def test_an_equal_setting_changes_nothing():
+    spade = layer()
+    del spade.mlp_gamma.written
+    _, ask = answers(spade)
+    assert ask() == 1
+    spade.mlp_gamma.groups, spade.mlp_beta.padding = True, (1, 1)
+    assert ask() == 1
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (2,), (0,)])
+def test_a_tensor_replaced_by_an_equal_one_asks_again(shape):
+    spade = layer()
+    del spade.mlp_gamma.written
+    conv = spade.mlp_beta
+    conv.own, conv.number = torch.ones(shape), 1.0
+    conv.register_parameter("scale", nn.Parameter(torch.ones(shape)))
+    _, ask = answers(spade)
+    assert [ask(), ask()] == [1, 1]
+    conv.own = torch.ones(shape)
+    assert [ask(), ask()] == [2, 2]
+    conv._parameters = dict(conv._parameters)
+    assert [ask(), ask()] == [3, 3]
+    conv.scale = nn.Parameter(torch.ones(shape))
+    assert [ask(), ask()] == [4, 4]
+
+
+def test_values_that_cannot_be_compared_ask_again():
+    spade = layer()
+    del spade.mlp_gamma.written
+    spade.mlp_beta.own = np.zeros(2)
+    _, ask = answers(spade)
+    assert [ask(), ask()] == [1, 1]
+    spade.mlp_beta.own = np.zeros(2)
     assert [ask(), ask()] == [2, 2]
 
 
