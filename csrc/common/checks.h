@@ -9,8 +9,6 @@
 
 namespace spade_fast {
 
-using SizeList = torch::headeronly::IntHeaderOnlyArrayRef;
-
 inline std::string text(SizeList sizes) {
   std::string found = "[";
   for (size_t i = 0; i < sizes.size(); ++i) found += (i ? ", " : "") + std::to_string(sizes[i]);

@@ -34,11 +34,10 @@ struct ApplyBlock {
 
 Tensor new_signs(const Tasks& tasks, const Tensor& x, Activation activation, bool keep_signs) {
   const bool kept = keep_signs && keeps_signs(activation);
-  return torch::stable::new_empty(
-      x,
-      kept ? std::vector<int64_t>{tasks.batch, tasks.rows(), (tasks.length() + 7) / 8}
-           : std::vector<int64_t>{0},
-      ScalarType::Byte);
+  return new_tensor(x,
+                    kept ? std::vector<int64_t>{tasks.batch, tasks.rows(), (tasks.length() + 7) / 8}
+                         : std::vector<int64_t>{0},
+                    ScalarType::Byte);
 }
 
 template <typename Sum>

@@ -52,7 +52,7 @@ struct BackwardSumsBlock {
 std::tuple<Tensor, Tensor> new_dense_gradients(const Tensor& x, Layout layout,
                                                Activation activation, ScalarType dtype) {
   return {new_output(x, layout, dtype), activation == Activation::none
-                                            ? torch::stable::new_empty(x, {0}, dtype)
+                                            ? new_tensor(x, {0}, dtype)
                                             : new_output(x, layout, dtype)};
 }
 
@@ -107,8 +107,7 @@ namespace {
 // The sums as a tensor [2, N, C] in the dtype of `planes`.
 template <typename Sum>
 Tensor as_planes(const std::vector<Sum>& sums, const Tasks& tasks, const Tensor& planes) {
-  const Tensor result =
-      torch::stable::new_empty(planes, {2, tasks.batch, tasks.channels}, planes.scalar_type());
+  const Tensor result = new_tensor(planes, {2, tasks.batch, tasks.channels}, planes.scalar_type());
   dispatch_sum(planes.scalar_type(), [&](auto zero) {
     std::copy(sums.begin(), sums.end(), result.mutable_data_ptr<decltype(zero)>());
   });

@@ -38,7 +38,7 @@ std::tuple<Tensor, Tensor, Tensor> instance_forward(const Tensor& x, const Tenso
   const Tensor y = new_output(x, layout, promoted(x.scalar_type(), gamma.scalar_type()));
   const Tensor signs = new_signs(tasks, x, activation, keep_signs);
   const ScalarType sum = sum_dtype(y.scalar_type());
-  const Tensor planes = torch::stable::new_empty(x, {3, tasks.batch, tasks.channels}, sum);
+  const Tensor planes = new_tensor(x, {3, tasks.batch, tasks.channels}, sum);
   dispatch_sum(sum, [&](auto zero) {
     using Sum = decltype(zero);
     Sum* shift = planes.mutable_data_ptr<Sum>();
@@ -80,8 +80,7 @@ std::tuple<Tensor, Tensor, Tensor> instance_backward(
     using Sum = decltype(zero);
     const Tensor plane_sums = in_dtype(without_gaps(planes), kScalarType<Sum>);
     const Sum* plane_data = plane_sums.template const_data_ptr<Sum>();
-    const Tensor terms =
-        torch::stable::new_empty(plane_sums, {2, tasks.batch, tasks.channels}, kScalarType<Sum>);
+    const Tensor terms = new_tensor(plane_sums, {2, tasks.batch, tasks.channels}, kScalarType<Sum>);
     Sum* term_data = terms.template mutable_data_ptr<Sum>();
     if (index) {
       const auto [dgamma, dbeta, found] =

@@ -155,7 +155,7 @@ Tensor plane_moments(const Tensor& x) {
   const Tasks tasks(x, layout);
   const int64_t width = tasks.width;
   const Tensor moments =
-      torch::stable::new_empty(x, {2, tasks.batch, tasks.channels}, sum_dtype(x.scalar_type()));
+      new_tensor(x, {2, tasks.batch, tasks.channels}, sum_dtype(x.scalar_type()));
   dispatch_sum(x.scalar_type(), [&](auto zero) {
     using Sum = decltype(zero);
     const Source<Sum> source(x, layout);

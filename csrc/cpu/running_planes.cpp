@@ -12,7 +12,7 @@ Tensor running_planes(const Tensor& x, const Tensor& mean, const Tensor& varianc
                       std::optional<Tensor> weight, std::optional<Tensor> bias, double eps) {
   const Extent extent = check_running_planes(x, mean, variance, weight, bias);
   const ScalarType dtype = sum_dtype(x.scalar_type());
-  const Tensor planes = torch::stable::new_empty(x, {3, extent.images, extent.channels}, dtype);
+  const Tensor planes = new_tensor(x, {3, extent.images, extent.channels}, dtype);
   dispatch_sum(x.scalar_type(), [&](auto zero) {
     using Sum = decltype(zero);
     const auto numbers = [&](const Tensor& given) { return without_gaps(in_dtype(given, dtype)); };

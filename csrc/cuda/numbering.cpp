@@ -20,9 +20,7 @@ class Memory {
     return at;
   }
 
-  void allocate(const Tensor& like) {
-    memory_ = torch::stable::new_empty(like, {size_}, ScalarType::Byte);
-  }
+  void allocate(const Tensor& like) { memory_ = new_tensor(like, {size_}, ScalarType::Byte); }
 
   template <typename T>
   T* at(int64_t offset) const {
@@ -298,7 +296,7 @@ std::vector<Tensor> numbered(const Tensor& given_codes, const std::vector<int64_
   download(totals.data(), work.totals, totals.size() * sizeof(uint64_t), stream);
   if (totals.back() != 0) return {};
   Plan plan(codes, sizes, maps, totals, levels);
-  const Tensor memory = torch::stable::new_empty(codes, {plan.layouts.size()}, ScalarType::Int);
+  const Tensor memory = new_tensor(codes, {plan.layouts.size()}, ScalarType::Int);
   plan.results.memory = memory.mutable_data_ptr<int32_t>();
   Memory sort_memory;
   const Sorting sorting = sorting_of(plan, work, codes, sort_memory);
@@ -374,8 +372,8 @@ std::vector<Tensor> find_codes_of(const Tensor& given_segmap, int64_t hash_mask)
   download(&total, level.totals, sizeof(total), stream);
   const int64_t count = Counts::firsts(total);
   if (are_many(count, places)) return {};
-  const Tensor codes = torch::stable::new_empty(segmap, shape, ScalarType::Int);
-  const Tensor first_places = torch::stable::new_empty(segmap, {count}, ScalarType::Long);
+  const Tensor codes = new_tensor(segmap, shape, ScalarType::Int);
+  const Tensor first_places = new_tensor(segmap, {count}, ScalarType::Long);
   number_vectors(stream, all, level, codes.mutable_data_ptr<int32_t>(),
                  first_places.mutable_data_ptr<int64_t>());
   return {codes, first_places};

@@ -58,27 +58,26 @@ class Call {
   Tensor new_signs(bool keep_signs) {
     const auto [images, channels, pixels] = operands.shape;
     if (!keep_signs || !keeps_signs(operands.activation))
-      return torch::stable::new_empty(x_, {0}, ScalarType::Byte);
+      return new_tensor(x_, {0}, ScalarType::Byte);
     const int64_t rows = last_ ? pixels : channels, length = last_ ? channels : pixels;
-    const Tensor signs =
-        torch::stable::new_empty(x_, {images, rows, (length + 7) / 8}, ScalarType::Byte);
+    const Tensor signs = new_tensor(x_, {images, rows, (length + 7) / 8}, ScalarType::Byte);
     operands.signs = signs.mutable_data_ptr<uint8_t>();
     return signs;
   }
 
   // A tensor of x's shape for a kernel to write, or one of size 0 that stands for none.
   Tensor output(ScalarType dtype, bool exists = true) {
-    return exists ? new_output(x_, layout_, dtype) : torch::stable::new_empty(x_, {0}, dtype);
+    return exists ? new_output(x_, layout_, dtype) : new_tensor(x_, {0}, dtype);
   }
   Rows written(const Tensor& y) { return y.dim() == x_.dim() ? read(y, "y") : Rows{}; }
   Tensor finished(const Tensor& y) const { return spade_fast::finished(y, x_, layout_); }
 
   Tensor workspace(int64_t size, ScalarType dtype = ScalarType::Float) {
-    return kept(torch::stable::new_empty(x_, {size}, dtype));
+    return kept(new_tensor(x_, {size}, dtype));
   }
   Tensor per_plane(int64_t numbers) const {
-    return torch::stable::new_empty(x_, {numbers, operands.shape.images, operands.shape.channels},
-                                    ScalarType::Float);
+    return new_tensor(x_, {numbers, operands.shape.images, operands.shape.channels},
+                      ScalarType::Float);
   }
   int64_t planes() const { return operands.shape.images * operands.shape.channels; }
 
@@ -174,8 +173,7 @@ Tensor running_planes_of(const Tensor& x, const Tensor& mean, const Tensor& vari
     return {static_cast<char*>(const_cast<void*>(kept.back().const_data_ptr())), 0, 0,
             type_of(kept.back(), name)};
   };
-  const Tensor planes =
-      torch::stable::new_empty(x, {3, extent.images, extent.channels}, ScalarType::Float);
+  const Tensor planes = new_tensor(x, {3, extent.images, extent.channels}, ScalarType::Float);
   RunningStatistics s = {};
   s.images = extent.images, s.channels = extent.channels, s.eps = static_cast<float>(eps);
   s.mean = numbers(mean, "mean"), s.variance = numbers(variance, "variance");
@@ -235,8 +233,8 @@ std::tuple<Tensor, Tensor> sum_table(Call& call, const Tensor& gamma, const Tens
   const auto [images, channels, pixels] = call.operands.shape;
   const int64_t places = product(index, "index", {images, pixels}, INT32_MAX), rows = gamma.size(0);
   const Type type = type_of(gamma, "gamma");
-  const Tensor dgamma = torch::stable::new_empty(gamma, {rows, channels}),
-               dbeta = torch::stable::new_empty(gamma, {rows, channels});
+  const Tensor dgamma = new_tensor(gamma, {rows, channels}, gamma.scalar_type()),
+               dbeta = new_tensor(gamma, {rows, channels}, gamma.scalar_type());
   const Rows dgamma_rows = {static_cast<char*>(dgamma.data_ptr()), 0, channels, type};
   const Rows dbeta_rows = {static_cast<char*>(dbeta.data_ptr()), 0, channels, type};
   Pieces pieces = {};
