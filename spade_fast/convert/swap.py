@@ -214,7 +214,7 @@ class Fast(nn.Module):
     class_marks: list  # of the own class, when this class was created
     call: "Call"
     spade_form: Any  # a Form or an OwnForm
-    check: Callable[[torch.Tensor, torch.Tensor | SemanticLayout], None]
+    check: Callable[..., None]  # with x and segmap
     _fast: Callable[[torch.Tensor, torch.Tensor | SemanticLayout], torch.Tensor]
 
     def __reduce_ex__(self, protocol: SupportsIndex) -> tuple:

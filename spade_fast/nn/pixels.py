@@ -98,7 +98,7 @@ def with_channels_together(x: torch.Tensor, scale: int = 1) -> torch.Tensor:
     if IS_AVX2 and x.is_cpu and torch.is_grad_enabled() and x.shape[1] >= MANY_CHANNELS:
         return x
     few = FEW_PIXELS.get(x.device.type, FEW_PIXELS["cpu"])[torch.is_grad_enabled()]
-    pays = x[:, 0].numel() * scale ** (x.dim() - 2) >= few
+    pays = x.shape[0] * x.shape[2:].numel() * scale ** (x.dim() - 2) >= few
     return x.contiguous(memory_format=FORMATS[x.dim()]) if pays else x
 
 

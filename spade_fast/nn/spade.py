@@ -71,8 +71,9 @@ class SpatiallyAdaptive(HasParts):
         Raises:
             ValueError, TypeError: if an argument is not as described above; the message names it.
         """
-        self.check(x, segmap)
-        return self.modulate(x, segmap, activation, negative_slope, moments)
+        known = Known.of(self)
+        self.check(x, segmap, known)
+        return self.modulate(x, segmap, activation, negative_slope, moments, known)
 
     def is_open(self, x: torch.Tensor, segmap: torch.Tensor | SemanticLayout) -> bool:
         """Whether calling the module with these runs SpatiallyAdaptive.forward and nothing else.
@@ -87,9 +88,13 @@ class SpatiallyAdaptive(HasParts):
         activation: Activation | None = None,
         negative_slope: float = 0.2,
         moments: torch.Tensor | None = None,
+        known: Known | None = None,
     ) -> torch.Tensor:
-        """`forward` after its arguments have been checked."""
-        known, images, form = Known.of(self), batch_of(segmap), self.spade_form
+        """`forward` after its arguments have been checked. known: `Known.of(self)`, if the caller
+        has it already.
+        """
+        known = Known.of(self) if known is None else known
+        images, form = batch_of(segmap), self.spade_form
         parts, kept = known.parts, kept_tables(self)
         layout = segmap if isinstance(segmap, SemanticLayout) else None
         if known.convolutions is not None or known.by_label is not None:
@@ -158,11 +163,18 @@ class SpatiallyAdaptive(HasParts):
         norm = part_of(self, self.spade_form.norm)
         return is_known(norm) and measures(norm) and self.spade_form.added is None
 
-    def check(self, x: torch.Tensor, segmap: torch.Tensor | SemanticLayout) -> None:
-        """Raises ValueError or TypeError, naming x or segmap, if this layer cannot take it."""
+    def check(
+        self,
+        x: torch.Tensor,
+        segmap: torch.Tensor | SemanticLayout,
+        known: Known | None = None,
+    ) -> None:
+        """Raises ValueError or TypeError, naming x or segmap, if this layer cannot take it. known:
+        see `modulate`.
+        """
         self._check_tensor("x", x, self.spade_form.norm_nc)
         self.check_segmap(segmap)
-        known = Known.of(self)
+        known = Known.of(self) if known is None else known
         first = known.parts.first
         weight = segmap if known.weight is None else known.weight
         if weight.device != x.device and any(map(is_watched, first.modules())):

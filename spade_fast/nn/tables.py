@@ -141,7 +141,7 @@ def compute_table(
     if convolutions.normalise:
         norms = (convolutions.gamma_norm, convolutions.beta_norm)
         rows = [normalise_over_images(table, windows, norm) for table, norm in zip(rows, norms)]
-    return [table.to(dtype) for table in rows]
+    return [table if table.dtype == dtype else table.to(dtype) for table in rows]
 
 
 def activated(hidden: torch.Tensor, activations: list[nn.Module]) -> torch.Tensor:

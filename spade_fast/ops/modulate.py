@@ -102,7 +102,8 @@ def spade_modulate(
         out=out,
     )
     settings = norms.Norm(norm, num_groups, training, momentum, eps, process_group)
-    index = None if index is None else index.to(torch.int32)
+    if index is not None and index.dtype != torch.int32:
+        index = index.to(torch.int32)
     running = (running_mean, running_var)
     if is_recorded(x, gamma, beta, index, *running):
         y = plain.modulate(
