@@ -386,6 +386,18 @@ def test_an_image_with_an_infinite_condition_does_not_change_the_others(value):
     assert found[0][0].isnan().any() and not found[0][1].isnan().any()
 
 
+@pytest.mark.parametrize("activation", [torch.nn.LeakyReLU, torch.nn.SiLU])
+def test_an_activation_in_place_between_the_convolutions(activation, backend):
+    x, layout = torch.randn(2, 4, 8, 8), SemanticLayout.from_labels(patches((2, 8, 8), 3), 3)
+    spade, found = SPADE(4, 3, 8), []
+    for inplace in (False, True):
+        spade.mlp_shared[1] = activation(inplace=inplace)
+        with spade_fast.window_mode("always"):
+            y = spade(x, layout)
+        found.append((y, *torch.autograd.grad(y.square().sum(), [*spade.parameters()])))
+    assert_agree(*found)
+
+
 @pytest.mark.parametrize("kept", [False, True])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_tables_of_gathered_rows(dtype, kept, monkeypatch):

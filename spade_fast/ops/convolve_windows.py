@@ -98,6 +98,8 @@ def _convolved(backend, rows, both, lists, relu=False):
     weights, biases = _halves(both)
     if backend.joins_weights:
         joint = backend.convolve_gathered(rows, weights, biases, *lists, relu)
+        if len(weights) == 1:
+            return (joint,)  # not a view, because an activation may write to it in place
         return joint.split_with_sizes([weight.shape[0] for weight in weights], dim=1)
     results = [backend.convolve_windows(rows, *one, *lists) for one in zip(weights, biases)]
     return tuple(map(torch.relu_, results)) if relu else tuple(results)
