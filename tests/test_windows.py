@@ -402,16 +402,12 @@ def test_an_activation_in_place_between_the_convolutions(activation, backend):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_tables_of_gathered_rows(dtype, kept, monkeypatch):
     """As on GPUs in half precision without gradients."""
-    calls, gathered = [], torch_backend.convolve_gathered
-
-    def one(rows, weight, bias, *lists):
-        return gathered(rows, [weight], [bias], *lists)
-
+    calls, convolve = [], torch_backend.convolve_windows
     backend = replace(
         torch_backend.BACKEND,
         dtype_at_windows=lambda dtype: dtype,
-        convolve_windows=one,
-        convolve_gathered=lambda *given: calls.append(len(given[1])) or gathered(*given),
+        gathers_half=True,
+        convolve_windows=lambda *given: calls.append(len(given[1])) or convolve(*given),
     )
     monkeypatch.setattr(kernels, "BEST_FIRST", (backend,))
     layout = SemanticLayout.from_labels(patches((2, 12, 12), 5), 5)
@@ -426,4 +422,5 @@ def test_tables_of_gathered_rows(dtype, kept, monkeypatch):
         theirs = eager(x, layout.to_segmap(dtype))
         true = truth(x.double(), layout.to_segmap(torch.float64))
     assert excess(found, theirs, true, eps=torch.finfo(dtype).eps) <= 1
-    assert calls == ([] if kept else [1, 2])
+    # Kept weights are one already.
+    assert calls == ([1, 1] if kept else [1, 2])
