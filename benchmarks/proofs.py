@@ -231,7 +231,8 @@ def _convolve(channels, taps, windows, dtype, gamma_dtype):
     weight = torch.empty(2 * channels, channels, *taps, dtype=dtype)
     for count in windows:
         lists = torch.empty(count + 1, dtype=torch.int32)
-        triton_kernels.convolve_windows(rows, weight, weight.new_empty(2 * channels), lists, lists)
+        bias = weight.new_empty(2 * channels)
+        triton_kernels.convolve_windows(rows, [weight], [bias], lists, lists)
 
 
 class _compiling:

@@ -43,7 +43,8 @@ from numbered import (
     random_codes,
     random_patches,
 )
-from window_lists import gathered_sample, listed
+from torch.utils._pytree import tree_map
+from window_lists import CHOICES, convolution, in_double, listed
 
 import spade_fast
 from benchmarks import launches
@@ -630,15 +631,15 @@ def test_lists_of_wrong_rows_stay_within_the_tensors(library):
 @needs_compiler
 def test_gathering_operators_match_their_fakes(library):
     ops = getattr(torch.ops, NAMESPACE)
-    rows, weights, biases, lists = gathered_sample((6, 13), (3, 3), 7, 5, torch.float16)
+    rows, weights, biases, lists, *_ = convolution((6, 13), (3, 3), 7, 5, torch.float16)
     for operator, given in {
         ops.sum_lists: (torch.randn(9, 16), *listed([3, 40, 0, 2], 9)),
-        ops.convolve_gathered: (rows, weights, biases, *lists, True),
+        ops.convolve_windows: (rows, weights, biases, *lists, True),
     }.items():
         torch.library.opcheck(operator, given, test_utils=("test_schema", "test_faketensor"))
     with pytest.raises(RuntimeError, match="x should be float32, bfloat16 or float16"):
         ops.sum_lists(torch.randn(9, 16).double(), *lists)
-    convolve, x, (offsets, numbers) = ops.convolve_gathered, torch.randn(9, 2), lists
+    convolve, x, (offsets, numbers) = ops.convolve_windows, torch.randn(9, 2), lists
     for operator, wrong, message in [
         (ops.sum_lists, (x[0], *lists), "x has shape"),
         (ops.sum_lists, (x, offsets.long(), numbers), "offsets has dtype"),
@@ -676,37 +677,26 @@ def test_gathering_operators_match_their_fakes(library):
 def test_convolution_at_windows(dtype, sizes, processors, library, monkeypatch):
     """The result in float64 from the same inputs, rounded once."""
     monkeypatch.setenv("SPADE_FAST_HOST_PROCESSORS", str(processors))
-    convolve = getattr(torch.ops, NAMESPACE).convolve_gathered
+    convolve = getattr(torch.ops, NAMESPACE).convolve_windows
     for layout in (contiguous, channels_last):
-        rows, weights, biases, lists = gathered_sample(*sizes, dtype, layout)
-        parts = [
-            torch_backend.convolve_windows(rows.double(), weight.double(), None, *lists)
-            for weight in weights
-        ]
-        parts[0] += biases[0].double()
-        joint = torch.cat(parts, dim=1)
-        for truth, given in (
-            (joint, (weights, biases)),
-            (parts[0], (weights[:1], biases[:1])),
-            (parts[1], (weights[1:], biases[1:])),
-            # More than one launch packs.
-            (
-                torch.cat([joint, joint, parts[0]], dim=1),
-                (2 * weights + weights[:1], 2 * biases + biases[:1]),
-            ),
-            (joint.relu(), (weights, biases, True)),
-        ):
-            given, relu = given[:2], given[2:]
-            found = convolve(rows, *given, *lists, *relu)
-            assert found.dtype == dtype and found.shape == truth.shape
+        rows, weights, biases, lists, *_ = convolution(*sizes, dtype, layout)
+        chosen = [(weights[choice], biases[choice]) for choice in CHOICES]
+        more_than_one_launch_packs = (2 * weights + weights[:1], 2 * biases + biases[:1])
+        for given in [*chosen, more_than_one_launch_packs, (weights, biases, True)]:
+            both, relu = given[:2], given[2:]
+            operands = (rows, *both, *lists, *relu)
+            found = convolve(*operands)
+            assert found.dtype == dtype
+            truth = torch_backend.convolve_windows(*tree_map(in_double, operands))
             assert_agree(found, truth, ONCE)
-            assert torch.equal(found, convolve(rows, *given, *lists, *relu))
+            assert torch.equal(found, convolve(*operands))
 
 
 @needs_compiler
 def test_windows_access_only_existing_rows(library):
-    convolve = getattr(torch.ops, NAMESPACE).convolve_gathered
-    rows, weights, biases, (offsets, listed) = gathered_sample((6, 8), (3, 3), 7, 5, torch.bfloat16)
+    convolve = getattr(torch.ops, NAMESPACE).convolve_windows
+    asked = ((6, 8), (3, 3), 7, 5, torch.bfloat16)
+    rows, weights, biases, (offsets, listed), *_ = convolution(*asked)
     empty = convolve(rows, weights[1:], [None], offsets, listed[:0])
     assert torch.equal(empty, torch.zeros(5, 5).bfloat16())
     wrong = listed.clone()
@@ -718,8 +708,8 @@ def test_windows_access_only_existing_rows(library):
 def test_compiled_with_gathered_rows_in_half_precision(monkeypatch):
     """With and without gradients, as on a GPU."""
     torch._dynamo.reset()
-    names = ("dtype_at_windows", "convolve_windows", "convolve_gathered")
-    own = {name: getattr(cuda_backend, name) for name in (*names, "convolve_windows_gradients")}
+    names = ("dtype_at_windows", "convolve_windows", "convolve_windows_gradients")
+    own = {name: getattr(cuda_backend, name) for name in names} | {"gathers_half": True}
     monkeypatch.setattr(kernels, "BEST_FIRST", (replace(torch_backend.BACKEND, **own),))
     spade, x = spade_fast.SPADE(8, 5, 16).bfloat16(), torch.randn(1, 8, 12, 12).bfloat16()
     layout = spade_fast.SemanticLayout.from_labels(torch.arange(144).view(1, 12, 12) // 30, 5)

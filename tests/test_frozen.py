@@ -649,22 +649,25 @@ def test_changes_of_norms_and_convolutions_that_versions_do_not_show(tensor):
 
 @pytest.fixture
 def gathering(monkeypatch):
-    """Kernels that gather rows in half precision, as on a GPU, and record the weights' addresses in
-    a list.
+    """Kernels that gather rows in half precision, as on a GPU, and record the addresses of packed
+    weights in a list.
     """
     given = []
 
-    def convolve(rows, weight, bias, offsets, listed):
-        if rows.element_size() > 2:
-            return torch_backend.convolve_windows(rows, weight, bias, offsets, listed)
-        assert rows.shape[1] == weight.shape[1] and rows.shape[1] % 16 == 0
-        assert weight.flatten(2).transpose(1, 2).is_contiguous()
-        given.append(weight.data_ptr())
-        operands = (rows.float(), weight.float(), bias.float(), offsets, listed)
-        return torch_backend.convolve_windows(*operands).to(rows.dtype)
+    def convolve(rows, weights, *others):
+        # Parameters are weights that are not packed.
+        if rows.element_size() == 2 and not isinstance(weights[0], nn.Parameter):
+            (weight,) = weights
+            assert rows.shape[1] == weight.shape[1] and rows.shape[1] % 16 == 0
+            assert weight.flatten(2).transpose(1, 2).is_contiguous()
+            given.append(weight.data_ptr())
+        return torch_backend.convolve_windows(rows, weights, *others)
 
     backend = dataclasses.replace(
-        torch_backend.BACKEND, dtype_at_windows=lambda dtype: dtype, convolve_windows=convolve
+        torch_backend.BACKEND,
+        dtype_at_windows=lambda dtype: dtype,
+        gathers_half=True,
+        convolve_windows=convolve,
     )
     monkeypatch.setattr(kernels, "BEST_FIRST", (backend,))
     return given

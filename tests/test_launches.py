@@ -69,7 +69,7 @@ def test_a_count_above_its_limit_is_reported(monkeypatch):
 
 
 X = torch.ones(2, 3)
-OWN = ("convolve_gathered", "sum_lists", "instance_forward", "instance_backward")
+OWN = ("convolve_windows", "sum_lists", "instance_forward", "instance_backward")
 
 
 @pytest.mark.parametrize(

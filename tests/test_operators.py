@@ -8,7 +8,8 @@ from agree import ONCE, assert_agree
 from conftest import INSTRUCTION_SETS, use_instruction_set, use_threads
 from modulations import LAYOUTS, channels_last, contiguous, sample
 from torch.library import opcheck
-from window_lists import CONVOLUTIONS, convolution
+from torch.utils._pytree import tree_leaves, tree_map
+from window_lists import CHOICES, CONVOLUTIONS, convolution, in_double
 
 import spade_fast
 from spade_fast.kernels import contract, cpu_backend, cuda_backend, numbering, torch_backend
@@ -87,33 +88,30 @@ def test_signs_are_the_documented_bits(layout):
 @pytest.mark.parametrize("instruction_set", INSTRUCTION_SETS)
 @pytest.mark.parametrize("sizes", CONVOLUTIONS, ids=str)
 @pytest.mark.parametrize("dtype", contract.FLOATING, ids=str)
-def test_compiled_convolution_at_windows(sizes, dtype, instruction_set):
+def test_compiled_convolutions_at_windows(sizes, dtype, instruction_set):
     """In half precision, each result is rounded once, however many terms it has."""
-    *floats, lists, back_lists, gradient = convolution(*sizes)
-    rows, weight, bias, gradient = (tensor.to(dtype).double() for tensor in (*floats, gradient))
-    calls = [
-        ("convolve_windows", (rows, weight, bias, *lists)),
-        ("convolve_windows", (rows, weight, None, *lists)),
-        ("convolve_windows_weight", (gradient, rows, weight, *back_lists)),
-        ("convolve_windows_rows", (gradient, weight, *back_lists)),
-    ]
-    for name, arguments in calls:
-        truth = getattr(torch_backend, name)(*arguments)
-        own = [
-            value.to(dtype) if value is not None and value.is_floating_point() else value
-            for value in arguments
-        ]
-        with use_instruction_set(instruction_set):
-            found = getattr(torch.ops.spade_fast, name)(*own)
-        assert found.dtype == dtype and found.shape == truth.shape and found.is_contiguous()
-        assert_agree(found, truth, name=name)
+    rows, weights, biases, lists, back_lists, gradients = convolution(*sizes, dtype)
+    for chosen in CHOICES:
+        own, of_results = weights[chosen], gradients[chosen]
+        for name, arguments in [
+            ("convolve_windows", (rows, own, biases[chosen], *lists)),
+            ("convolve_windows", (rows, own, [None] * len(own), *lists)),
+            ("convolve_windows", (rows, own, biases[chosen], *lists, True)),
+            ("convolve_windows_weights", (of_results, rows, own, *back_lists)),
+            ("convolve_windows_rows", (of_results, own, *back_lists)),
+        ]:
+            truth = getattr(torch_backend, name)(*tree_map(in_double, arguments))
+            with use_instruction_set(instruction_set):
+                found = getattr(torch.ops.spade_fast, name)(*arguments)
+            assert_agree(found, truth, name=name)
+            for result in tree_leaves(found):
+                assert result.dtype == dtype and result.is_contiguous()
 
 
 def behind_a_relu(shape, kernel, rows, windows, dtype):
     """Operands as of `convolution`, with half of the rows' numbers zero."""
-    hidden, *floats, lists, back_lists, gradient = convolution(shape, kernel, rows, windows)
-    floats = [tensor.to(dtype) for tensor in (hidden.relu(), *floats, gradient)]
-    return *floats, lists, back_lists
+    hidden, *others = convolution(shape, kernel, rows, windows, dtype)
+    return hidden.relu(), *others
 
 
 @pytest.mark.parametrize("instruction_set", INSTRUCTION_SETS)
@@ -123,34 +121,75 @@ def test_zeros_left_out_change_no_bit(sizes, dtype, instruction_set):
     """Beside them, rows that no window sees and that have no zeros make the kernels multiply all
     numbers.
     """
-    rows, weight, bias, gradient, lists, (offsets, listed) = behind_a_relu(*sizes, dtype)
+    rows, weights, biases, lists, back_lists, gradients = behind_a_relu(*sizes, dtype)
     ops, all_rows = torch.ops.spade_fast, torch.cat([rows, torch.ones_like(rows)])
+    offsets, listed = back_lists
     more_offsets = torch.cat([offsets, offsets[-1:].expand(len(offsets) - 1)])
     with use_instruction_set(instruction_set):
-        dense = ops.convolve_windows(all_rows, weight, bias, *lists)
-        of_weight = ops.convolve_windows_weight(gradient, all_rows, weight, more_offsets, listed)
+        dense = ops.convolve_windows(all_rows, weights, biases, *lists)
+        of_weights = ops.convolve_windows_weights(
+            gradients, all_rows, weights, more_offsets, listed
+        )
         for threads in (1, 2, 7):
             with use_threads(threads):
-                assert torch.equal(ops.convolve_windows(rows, weight, bias, *lists), dense)
-                found = ops.convolve_windows_weight(gradient, rows, weight, offsets, listed)
-                assert torch.equal(found, of_weight)
+                assert torch.equal(ops.convolve_windows(rows, weights, biases, *lists), dense)
+                found = ops.convolve_windows_weights(gradients, rows, weights, offsets, listed)
+                assert all(map(torch.equal, found, of_weights))
+
+
+@pytest.mark.parametrize("instruction_set", INSTRUCTION_SETS)
+@pytest.mark.parametrize("dtype", contract.FLOATING, ids=str)
+def test_threads_and_other_weights_change_no_bit(dtype, instruction_set):
+    """Only the gradient of the rows depends on all weights."""
+    rows, weights, biases, lists, back_lists, gradients = behind_a_relu(
+        (70, 33), (3, 3), 71, 90, dtype
+    )
+    found = []
+    with use_instruction_set(instruction_set):
+        for threads in (1, 2, 7):
+            with use_threads(threads):
+                found.append(all_of(rows, weights, biases, lists, back_lists, gradients))
+        each = [
+            all_of(rows, *(given[chosen] for given in (weights, biases)), lists, back_lists, own)
+            for chosen in CHOICES[:2]
+            for own in [gradients[chosen]]
+        ]
+    for others in found[1:]:
+        assert all(map(torch.equal, found[0], others))
+    result, _, *of_weights = found[0]
+    assert torch.equal(result, torch.cat([one for one, *_ in each], dim=1))
+    assert all(map(torch.equal, of_weights, [one for *_, one in each]))
+
+
+def all_of(rows, weights, biases, lists, back_lists, gradients):
+    """The results of the convolutions, with ReLU, the gradient of the rows and those of the
+    weights.
+    """
+    ops = torch.ops.spade_fast
+    return (
+        ops.convolve_windows(rows, weights, biases, *lists, True),
+        ops.convolve_windows_rows(gradients, weights, *back_lists),
+        *ops.convolve_windows_weights(gradients, rows, weights, *back_lists),
+    )
 
 
 @pytest.mark.parametrize("instruction_set", INSTRUCTION_SETS)
 @pytest.mark.parametrize("number", [float("inf"), float("nan"), 3e38])
 def test_zeros_times_infinity_are_not_left_out(number, instruction_set):
     """3e38 is finite, but the sum of two is not."""
-    rows, weight, _, gradient, lists, back_lists = behind_a_relu(
+    rows, weights, _, lists, back_lists, gradients = behind_a_relu(
         (20, 70), (3, 3), 40, 60, torch.float32
     )
-    weight[3, 69, 1, 1] = gradient[7:40, 17] = number
-    calls = [
-        ("convolve_windows", (rows, weight, None, *lists)),
-        ("convolve_windows_weight", (gradient, rows, weight, *back_lists)),
-    ]
-    for name, arguments in calls:
+    weights[0][3, 69, 1, 1] = weights[1][2, 68, 0, 1] = number
+    gradients[0][7:40, 17] = gradients[1][7:40, 3] = number
+    for name, arguments in [
+        ("convolve_windows", (rows, weights, [None, None], *lists)),
+        ("convolve_windows", (rows, weights, [None, None], *lists, True)),
+        ("convolve_windows_weights", (gradients, rows, weights, *back_lists)),
+    ]:
         truth = getattr(torch_backend, name)(*arguments)
-        assert truth.isnan().any() or (name, number) == ("convolve_windows", 3e38)
+        for own in tree_leaves(truth):
+            assert own.isnan().any() or (name, number) == ("convolve_windows", 3e38)
         with use_instruction_set(instruction_set):
             assert_agree(getattr(torch.ops.spade_fast, name)(*arguments), truth, name=name)
 
@@ -159,7 +198,7 @@ def test_zeros_times_infinity_are_not_left_out(number, instruction_set):
 @pytest.mark.parametrize("rows,windows", [(7, 400), (70, 4)])  # long lists, and many empty ones
 def test_long_lists_are_summed_in_pieces(rows, windows, piece, monkeypatch):
     monkeypatch.setattr(torch_backend, "PIECE", piece)
-    _, _, _, _, (offsets, listed), gradient = convolution((5, 3), (3, 3), rows, windows)
+    *_, (offsets, listed), (gradient, _) = convolution((5, 3), (3, 3), rows, windows)
     truth = torch.stack(
         [gradient[one.long()].sum(0) for one in listed.split(offsets.diff().tolist())]
     )
@@ -170,26 +209,27 @@ def test_long_lists_are_summed_in_pieces(rows, windows, piece, monkeypatch):
 
 @pytest.mark.parametrize("sizes", [*CONVOLUTIONS, ((3, 4), (7, 7, 8), 5, 6)], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_convolution_at_windows_as_on_a_gpu(sizes, dtype):
+def test_convolutions_at_windows_as_on_a_gpu(sizes, dtype):
     """In half precision, each result is rounded once, however many terms it has."""
-    *floats, lists, _, _ = convolution(*sizes)
-    rows, weight, bias = (tensor.to(dtype) for tensor in floats)
-    for given in (bias, None):
-        found = cuda_backend.convolve_windows(rows, weight, given, *lists)
-        wide = None if given is None else given.double()
-        truth = torch_backend.convolve_windows(rows.double(), weight.double(), wide, *lists)
-        assert found.dtype == dtype and found.shape == truth.shape
-        assert_agree(found, truth)
+    rows, weights, biases, lists, _, _ = convolution(*sizes, dtype)
+    for chosen in CHOICES:
+        for relu in (False, True):
+            given = (rows, weights[chosen], biases[chosen], *lists, relu)
+            found = cuda_backend.convolve_windows(*given)
+            assert found.dtype == dtype
+            assert_agree(found, torch_backend.convolve_windows(*tree_map(in_double, given)))
 
 
-def test_opcheck_of_the_convolution_at_windows():
-    rows, weight, bias, lists, back_lists, gradient = convolution((5, 3), (3, 3), 7, 20)
-    opcheck(torch.ops.spade_fast.convolve_windows, (rows, weight, bias, *lists))
-    opcheck(torch.ops.spade_fast.convolve_windows_weight, (gradient, rows, weight, *back_lists))
-    opcheck(torch.ops.spade_fast.convolve_windows_rows, (gradient, weight, *back_lists))
-    opcheck(torch.ops.spade_fast.sum_lists, (gradient, *back_lists))
-    two = [weight, 2 * weight], [bias, None]
-    opcheck(torch.ops.spade_fast.convolve_gathered, (rows, *two, *lists))
+def test_opcheck_of_the_convolutions_at_windows():
+    rows, weights, biases, lists, back_lists, gradients = convolution((5, 3), (3, 3), 7, 20)
+    ops = torch.ops.spade_fast
+    for chosen in CHOICES:
+        own, of_results = weights[chosen], gradients[chosen]
+        opcheck(ops.convolve_windows, (rows, own, biases[chosen], *lists))
+        opcheck(ops.convolve_windows, (rows, own, biases[chosen], *lists, True))
+        opcheck(ops.convolve_windows_weights, (of_results, rows, own, *back_lists))
+        opcheck(ops.convolve_windows_rows, (of_results, own, *back_lists))
+    opcheck(ops.sum_lists, (gradients[0], *back_lists))
 
 
 @pytest.mark.parametrize("sizes", CONVOLUTIONS, ids=str)
@@ -197,21 +237,24 @@ def test_opcheck_of_the_convolution_at_windows():
 def test_gradients_from_sums_of_listed_rows(sizes, products, monkeypatch):
     """As on a GPU, in one part and in several."""
     monkeypatch.setattr(torch_backend, "PRODUCTS", products)
-    rows, weight, _, lists, back_lists, gradient = convolution(*sizes)
-    inputs = [rows.requires_grad_(), weight.requires_grad_()]
-    windows = torch.arange(len(gradient)).repeat_interleave(lists[0].diff())
-    by_tap = weight.flatten(2).permute(2, 0, 1)
-    seen = torch.einsum("toi,ri->rto", by_tap, rows).flatten(0, 1)[lists[1].long()]
-    result = torch.zeros_like(gradient).index_add(0, windows, seen)
-    truths = torch.autograd.grad(result, inputs, gradient)
+    rows, weights, _, lists, back_lists, gradients = convolution(*sizes)
+    inputs = [rows.requires_grad_(), *(weight.requires_grad_() for weight in weights)]
+    windows = torch.arange(len(gradients[0])).repeat_interleave(lists[0].diff())
+    results = []
+    for weight, gradient in zip(weights, gradients):
+        by_tap = weight.flatten(2).permute(2, 0, 1)
+        seen = torch.einsum("toi,ri->rto", by_tap, rows).flatten(0, 1)[lists[1].long()]
+        results.append(torch.zeros_like(gradient).index_add(0, windows, seen))
+    truths = torch.autograd.grad(results, inputs, gradients)
     with torch.no_grad():
         of_rows, of_weights = cuda_backend.convolve_windows_gradients(
-            gradient, rows, weight.split([1, len(weight) - 1]), *back_lists
+            gradients, rows, weights, *back_lists
         )
-        founds = (of_rows, torch.cat(of_weights))
-        assert_agree(founds, truths)
-        only = cuda_backend.convolve_windows_gradients(gradient, rows, [weight], *back_lists, False)
-        assert_agree(only, (None, [founds[1]]))
+        assert_agree((of_rows, *of_weights), truths)
+        only = cuda_backend.convolve_windows_gradients(
+            gradients[:1], rows, weights[:1], *back_lists, False
+        )
+        assert_agree(only, (None, truths[1:2]))
 
 
 @pytest.mark.parametrize("rows", [0, 57, 3001, 12345, 10**9])
@@ -291,16 +334,52 @@ def test_a_bad_operand_is_refused_and_named(name):
             operator(*(arguments | {name: BAD[name]}).values())
 
 
-def test_a_number_in_place_of_a_matrix_is_refused_and_named():
-    number, weight = torch.tensor(1.0), torch.randn(2, 3, 3)
-    lists = torch.zeros(2, dtype=torch.int32), torch.zeros(0, dtype=torch.int32)
-    for check, operands, name in [
-        (contract.check_convolve_windows, (number, weight, None, *lists), "rows"),
-        (contract.check_convolve_windows_rows, (number, weight, *lists), "gradient"),
-        (contract.check_convolve_gathered, (number, [weight], [None], *lists), "rows"),
+@needs_library
+def test_bad_operands_of_the_convolutions_at_windows_are_refused_and_named():
+    """By the check in Python and by the kernel's."""
+    rows, weights, biases, lists, back_lists, gradients = convolution((6, 4), (3, 3), 7, 5)
+    number, three = torch.tensor(1.0).double(), weights[1][:, 1:]
+    forward = [
+        ("rows has shape", (number, weights, biases, *lists)),
+        ("rows has shape", (rows[:, 1:], weights, biases, *lists)),
+        ("rows has dtype", (rows.int(), weights, biases, *lists)),
+        ("weights has dtype", (rows.float(), weights, biases, *lists)),
+        ("weights has dtype", (rows, [weights[0], weights[1].half()], biases, *lists)),
+        ("weights has shape", (rows, [weights[0], three], biases, *lists)),
+        ("weights has shape", (rows, [weights[0], rows], biases, *lists)),
+        ("weights has shape", (rows, [weights[0][..., :0]], [None], *lists)),
+        ("biases has length 0 and weights has length 0", (rows, [], [], *lists)),
+        ("biases has length 1 and weights has length 2", (rows, weights, biases[:1], *lists)),
+        ("biases has shape", (rows, weights, [None, biases[0]], *lists)),
+        ("biases has dtype", (rows, weights, [biases[0].half(), None], *lists)),
+        ("offsets has dtype", (rows, weights, biases, lists[0].long(), lists[1])),
+    ]
+    of_rows = [
+        ("gradients has length 0", ([], weights, *back_lists)),
+        ("gradients has length 1 and weights has length 2", (gradients[:1], weights, *back_lists)),
+        ("gradients has shape", ([number, number], weights, *back_lists)),
+        ("gradients has shape", (gradients[::-1], weights, *back_lists)),
+        ("gradients has shape", ([gradients[0], gradients[1][1:]], weights, *back_lists)),
+        ("gradients has dtype", ([gradients[0], gradients[1].half()], weights, *back_lists)),
+        ("weights has shape", (gradients, [weights[0], three], *back_lists)),
+        ("listed has dtype", (gradients, weights, back_lists[0], back_lists[1].long())),
+    ]
+    of_weights = [
+        ("gradients has shape", (gradients[::-1], rows, weights, *back_lists)),
+        ("rows has shape", (gradients, rows[1:], weights, *back_lists)),
+        ("rows has shape", (gradients, number, weights, *back_lists)),
+        ("rows has dtype", (gradients, rows.half(), weights, *back_lists)),
+    ]
+    for name, calls in [
+        ("convolve_windows", forward),
+        ("convolve_windows_rows", of_rows),
+        ("convolve_windows_weights", of_weights),
     ]:
-        with pytest.raises(ValueError, match=f"{name} has shape"):
-            check(*operands)
+        for message, operands in calls:
+            with pytest.raises((ValueError, TypeError), match=f"^{message}"):
+                contract.CONVOLUTION[name].check(*operands)
+            with pytest.raises(RuntimeError, match=f"spade_fast: {message}"):
+                getattr(torch.ops.spade_fast, name)(*operands)
 
 
 def test_an_order_that_is_not_sorted_is_refused():

@@ -14,6 +14,7 @@ from agree import assert_agree
 from conftest import INSTRUCTION_SETS, use_instruction_set
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
+from torch.utils._pytree import tree_leaves, tree_map
 
 from spade_fast.kernels import contract, cpu_backend, numbering, torch_backend
 
@@ -103,9 +104,10 @@ def modulation(choose):
 
 
 def convolution(choose):
-    """Operands of the operators of the convolution at windows, by name."""
+    """Operands of the operators of the convolutions at windows, by name."""
     kernel = choose.choice([(1,), (3,), (2, 3), (3, 3), (2, 1, 2)])
-    outputs, channels, rows, windows = (choose.choice(LARGE[:-2]) for _ in range(4))
+    outputs = [choose.choice(LARGE[:-2]) for _ in range(choose.choice([1, 2, 2, 3]))]
+    channels, rows, windows = (choose.choice(LARGE[:-2]) for _ in range(3))
     dtype, taps = choose.choice(FLOATS), torch.Size(kernel).numel()
     contents = torch.randint(-1, max(rows, 1), (windows, taps), dtype=torch.int32)
     contents = contents if rows else torch.full_like(contents, -1)
@@ -116,9 +118,10 @@ def convolution(choose):
     names = ("offsets", "listed", "back_offsets", "back_listed")
     return {
         "rows": hidden,
-        "weight": random(choose, (outputs, channels, *kernel), dtype),
-        "bias": choose.choice([None, random(choose, (outputs,), dtype)]),
-        "gradient": random(choose, (windows, outputs), dtype),
+        "weights": [random(choose, (out, channels, *kernel), dtype) for out in outputs],
+        "biases": [choose.choice([None, random(choose, (out,), dtype)]) for out in outputs],
+        "gradients": [random(choose, (windows, out), dtype) for out in outputs],
+        "relu": choose.random() < 0.5,
     } | {name: laid_out(choose, numbers) for name, numbers in zip(names, lists)}
 
 
@@ -128,6 +131,8 @@ def spoiled(choose, name, value):
         return choose.choice(["gelu", "relu", "silu", None])
     if value is None:
         return random(choose, (2, 3), choose.choice(FLOATS)).to(choose.choice(DTYPES))
+    if isinstance(value, list):
+        return spoiled_list(choose, name, value)
     if not isinstance(value, torch.Tensor):
         return value
     ways = ["dtype", "size", "size", "dims", "larger"]
@@ -151,6 +156,17 @@ def spoiled(choose, name, value):
         change = 2**40 if way == "larger" else choose.choice([-1, 1, 2, -1000])
         sizes[dim] = max(0, sizes[dim] + change)
     return value.new_ones(()).expand(sizes) if way == "larger" else value.new_ones(sizes)
+
+
+def spoiled_list(choose, name, values):
+    """The list with one value less or more, or with one of them spoiled."""
+    way = choose.choice(["less", "more", "one", "one", "one"])
+    if way == "less" or not values:
+        return values[1:]
+    if way == "more":
+        return [*values, choose.choice(values)]
+    place = choose.randrange(len(values))
+    return [*values[:place], spoiled(choose, name, values[place]), *values[place + 1 :]]
 
 
 def call(choose, name, operands):
@@ -199,16 +215,17 @@ def test_an_operator_raises_or_agrees(name, choose):
     operator = getattr(torch.ops.spade_fast, name)
     with use_instruction_set(choose.choice(INSTRUCTION_SETS)):
         found = attempt(operator, arguments.values())
-    fake = attempt(operator, map(on_meta, arguments.values()))
+    fake = attempt(operator, tree_map(on_meta, [*arguments.values()]))
     if isinstance(found, Exception):
         assert bad, found
         ours = any(words in str(found) for words in ("spade_fast: ", "API call failed", "alloc"))
         assert ours, f"not in our own words: {found}"
         return
     assert not isinstance(fake, Exception), f"the fake refuses what the kernel takes: {fake}"
-    truth = attempt(getattr(torch_backend, name), map(widened, arguments.values()))
+    truth = attempt(getattr(torch_backend, name), tree_map(widened, [*arguments.values()]))
     assert not isinstance(truth, Exception), f"plain PyTorch refuses what was taken: {truth}"
-    for which, (one, other, true) in enumerate(zip(found, fake, truth)):
+    results = zip(*map(tree_leaves, (found, fake, truth)), strict=True)
+    for which, (one, other, true) in enumerate(results):
         if one is not None:
             assert (one.shape, one.dtype) == (other.shape, other.dtype), which
             assert torch._prims_common.check_significant_strides(one, other)[0], which

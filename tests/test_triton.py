@@ -21,7 +21,8 @@ from modulations import (
     sliced,
     sliced_channels,
 )
-from window_lists import CONVOLUTIONS, convolution
+from torch.utils._pytree import tree_map, tree_map_only
+from window_lists import CHOICES, CONVOLUTIONS, convolution, in_double
 
 import spade_fast
 from benchmarks import proofs
@@ -210,7 +211,7 @@ def test_lists_of_rows_that_do_not_exist():
         rows, weight = torch.randn(2, 16).half(), torch.randn(4, 16, 3, 3).half()
         offsets = torch.tensor([0, 1, 3, 10**9, -(2**31), 2**31 - 1], dtype=torch.int32)
         listed = torch.tensor([0, 18, 10**9, -1, 17], dtype=torch.int32)
-        found = triton_backend.convolve_windows(rows, weight, None, offsets, listed)
+        found = triton_backend.convolve_windows(rows, [weight], [None], offsets, listed)
         expected = weight[:, :, 0, 0].float() @ rows[0].float()
     assert_agree(found[0], expected, ONCE)
     assert not found[1].any()
@@ -245,23 +246,26 @@ def test_hashes_of_vectors_and_their_comparison(layout, dtype, small_tiles):
     "sizes,tile", [*((sizes, 128) for sizes in CONVOLUTIONS), (CONVOLUTIONS[3], 16)], ids=str
 )
 def test_convolution_at_windows_in_half_precision(sizes, tile, dtype, monkeypatch):
-    """The result in float64 from the same inputs, rounded once; also without a bias, and with a
-    channels-last weight.
+    """The result in float64 from the same inputs, rounded once; also without a bias, with
+    channels-last weights, and behind a ReLU.
     """
     from spade_fast.kernels.triton_kernels import plan
 
     monkeypatch.setattr(plan, "PRODUCT_TILES", ((tile, tile, 8),))
     with torch.device(BACKENDS["triton"]):
-        *floats, lists, _, _ = convolution(*sizes)
-        rows, weight, bias = (tensor.to(dtype) for tensor in floats)
-        for weight, bias in ((weight, bias), (channels_last(weight), None)):
-            found = triton_backend.convolve_windows(rows, weight, bias, *lists)
-            wide = (
-                tensor if tensor is None else tensor.double() for tensor in (rows, weight, bias)
-            )
-            truth = torch_backend.convolve_windows(*wide, *lists)
-            assert found.dtype == dtype and found.shape == truth.shape
-            assert_agree(found, truth, ONCE)
+        rows, weights, biases, lists, *_ = convolution(*sizes, dtype)
+        last = [*map(channels_last, weights)]
+        for given in [
+            *((weights[chosen], biases[chosen]) for chosen in CHOICES),
+            (last[:1], [None]),
+            (last, biases),
+        ]:
+            for relu in (False, True):
+                operands = (rows, *given, *lists, relu)
+                found = triton_backend.convolve_windows(*operands)
+                assert found.dtype == dtype
+                truth = torch_backend.convolve_windows(*tree_map(in_double, operands))
+                assert_agree(found, truth, ONCE)
 
 
 def test_more_pixels_than_int32_counts_are_refused():
@@ -306,17 +310,17 @@ def test_signs_and_planes_with_gaps(one_pass, layout, rows, small_tiles, monkeyp
 
 def test_a_convolution_of_operands_with_gaps():
     with torch.device(BACKENDS["triton"]):
-        *floats, lists, _, _ = convolution((5, 3), (3, 3), 7, 20)
-        operands = (*(tensor.half() for tensor in floats), *lists)
+        *tensors, lists, _, _ = convolution((5, 3), (3, 3), 7, 20, torch.float16)
+        operands = (*tensors, *lists)
         expected = triton_backend.convolve_windows(*operands)
-        assert torch.equal(triton_backend.convolve_windows(*map(gapped, operands)), expected)
+        found = triton_backend.convolve_windows(*tree_map_only(torch.Tensor, gapped, operands))
+        assert torch.equal(found, expected)
 
 
 @pytest.mark.parametrize("sizes", CONVOLUTIONS[1:3], ids=str)
 def test_convolution_accesses_only_its_arguments(sizes, watch):
     with torch.device(BACKENDS["triton"]):
-        *floats, lists, _, _ = convolution(*sizes)
-        tensors = (tensor.to(torch.bfloat16) for tensor in floats)
+        *tensors, lists, _, _ = convolution(*sizes, torch.bfloat16)
         assert triton_backend.convolve_windows(*tensors, *lists).isfinite().all()
     assert watch is None or watch.kernels == {"convolve_windows_kernel"}
 

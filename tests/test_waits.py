@@ -16,7 +16,7 @@ from label_maps import patches
 from modulations import channels_last, contiguous, disagreements, sample
 from numbered import condition
 from torch.utils._pytree import tree_leaves, tree_map
-from window_lists import gathered_sample, listed
+from window_lists import convolution, in_double, listed
 
 from spade_fast import kernels
 from spade_fast.kernels import numbering, torch_backend
@@ -81,13 +81,9 @@ def gathers(name, sample):
     return run
 
 
-def convolution(*asked):
-    *tensors, lists = gathered_sample(*asked)
-    return *tensors, *lists
-
-
-def in_double(x):
-    return x.double() if isinstance(x, torch.Tensor) and x.is_floating_point() else x
+def joint_convolution(*asked):
+    rows, weights, biases, lists, *_ = convolution(*asked)
+    return rows, weights, biases, *lists
 
 
 # Together the cases reach every wait. Each returns the wrong results that it found.
@@ -109,7 +105,7 @@ CASES = {
         "sum_lists", lambda: (torch.randn(9, 132), *listed([3, 200, 0, 40], 9))
     ),
     "a convolution of two weights": gathers(
-        "convolve_gathered", lambda: convolution((6, 24), (3, 3), 7, 5, torch.float16)
+        "convolve_windows", lambda: joint_convolution((6, 24), (3, 3), 7, 5, torch.float16)
     ),
     "planes in one block": modulation(100_000, contiguous),
     "planes of odd sizes": modulation(100_000, contiguous, shape=(2, 3, 7, 9)),

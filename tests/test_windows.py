@@ -386,20 +386,28 @@ def test_an_image_with_an_infinite_condition_does_not_change_the_others(value):
     assert found[0][0].isnan().any() and not found[0][1].isnan().any()
 
 
+@pytest.mark.parametrize("activation", [torch.nn.LeakyReLU, torch.nn.SiLU])
+def test_an_activation_in_place_between_the_convolutions(activation, backend):
+    x, layout = torch.randn(2, 4, 8, 8), SemanticLayout.from_labels(patches((2, 8, 8), 3), 3)
+    spade, found = SPADE(4, 3, 8), []
+    for inplace in (False, True):
+        spade.mlp_shared[1] = activation(inplace=inplace)
+        with spade_fast.window_mode("always"):
+            y = spade(x, layout)
+        found.append((y, *torch.autograd.grad(y.square().sum(), [*spade.parameters()])))
+    assert_agree(*found)
+
+
 @pytest.mark.parametrize("kept", [False, True])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_tables_of_gathered_rows(dtype, kept, monkeypatch):
     """As on GPUs in half precision without gradients."""
-    calls, gathered = [], torch_backend.convolve_gathered
-
-    def one(rows, weight, bias, *lists):
-        return gathered(rows, [weight], [bias], *lists)
-
+    calls, convolve = [], torch_backend.convolve_windows
     backend = replace(
         torch_backend.BACKEND,
         dtype_at_windows=lambda dtype: dtype,
-        convolve_windows=one,
-        convolve_gathered=lambda *given: calls.append(len(given[1])) or gathered(*given),
+        gathers_half=True,
+        convolve_windows=lambda *given: calls.append(len(given[1])) or convolve(*given),
     )
     monkeypatch.setattr(kernels, "BEST_FIRST", (backend,))
     layout = SemanticLayout.from_labels(patches((2, 12, 12), 5), 5)
@@ -414,4 +422,5 @@ def test_tables_of_gathered_rows(dtype, kept, monkeypatch):
         theirs = eager(x, layout.to_segmap(dtype))
         true = truth(x.double(), layout.to_segmap(torch.float64))
     assert excess(found, theirs, true, eps=torch.finfo(dtype).eps) <= 1
-    assert calls == ([] if kept else [1, 2])
+    # Kept weights are one already.
+    assert calls == ([1, 1] if kept else [1, 2])

@@ -5,28 +5,23 @@ from modulations import contiguous
 
 from spade_fast.kernels import numbering
 
+# The first, the second and both of the weights, biases and gradients of `convolution`.
+CHOICES = [slice(0, 1), slice(1, 2), slice(2)]
 
-def convolution(shape, kernel, rows, windows):
-    """rows, weight, bias, lists of windows with up to all of their taps, the reverse lists, and a
-    gradient.
+
+def convolution(shape, kernel, rows, windows, dtype=torch.float64, layout=contiguous):
+    """rows; the weights and the biases of two convolutions, the second without a bias and with 5
+    output channels; lists of windows with up to all of their taps, the reverse lists, and the
+    gradients of both results.
     """
-    out, given = shape
-    weight = torch.randn(out, given, *kernel, dtype=torch.float64)
-    taps = weight[0, 0].numel()
+    outputs, channels = (shape[0], 5), shape[1]
+    taps = torch.Size(kernel).numel()
     contents = torch.randint(-1, rows, (windows, taps), dtype=torch.int32)
     lists = numbering.list_windows(contents, rows, int((contents >= 0).sum()))
-    bias, gradient = (
-        torch.randn(out, dtype=torch.float64),
-        torch.randn(windows, out, dtype=torch.float64),
-    )
-    return (
-        torch.randn(rows, given, dtype=torch.float64),
-        weight,
-        bias,
-        lists[:2],
-        lists[2:],
-        gradient,
-    )
+    weights = [layout(torch.randn(out, channels, *kernel)).to(dtype) for out in outputs]
+    biases = [torch.randn(outputs[0]).to(dtype), None]
+    gradients = [torch.randn(windows, out).to(dtype) for out in outputs]
+    return torch.randn(rows, channels).to(dtype), weights, biases, lists[:2], lists[2:], gradients
 
 
 CONVOLUTIONS = [
@@ -45,12 +40,6 @@ def listed(choose_lists, rows):
     return offsets, torch.randint(rows, (int(offsets[-1]),), dtype=torch.int32)
 
 
-def gathered_sample(shape, kernel, rows, windows, dtype, layout=contiguous):
-    """rows, weights, biases and lists for two convolutions, one of them without a bias."""
-    outputs, channels = shape
-    taps = torch.Size(kernel).numel()
-    contents = torch.randint(-1, rows, (windows, taps), dtype=torch.int32)
-    lists = numbering.list_windows(contents, rows, int((contents >= 0).sum()))[:2]
-    weights = [layout(torch.randn(out, channels, *kernel)).to(dtype) for out in (outputs, 5)]
-    biases = [torch.randn(outputs).to(dtype), None]
-    return torch.randn(rows, channels).to(dtype), weights, biases, lists
+def in_double(x):
+    """A floating-point tensor in float64; anything else unchanged."""
+    return x.double() if isinstance(x, torch.Tensor) and x.is_floating_point() else x

@@ -245,88 +245,93 @@ inline void check_sum_lists(const Tensor& x, const Tensor& offsets, const Tensor
     product(x, "x", {std::max<int64_t>(1, rows), std::max<int64_t>(1, x.size(1)), 1024});
 }
 
-// Checks the weight and the lists of an operator that convolves at windows; returns the number of
-// taps.
-inline int64_t check_convolution(const Tensor& weight, const Tensor& offsets,
-                                 const Tensor& listed) {
-  check_dtype(weight, "weight", kFloating);
-  int64_t taps = 1;
-  for (int64_t dim = 2; dim < weight.dim(); ++dim)
-    taps = product(weight, "weight", {taps, weight.size(dim)}, INT32_MAX);
-  STD_TORCH_CHECK(weight.dim() >= 3 && taps > 0, "spade_fast: weight has shape ",
-                  text(weight.sizes()), "; it should be [out, in, *kernel] with at least one tap");
-  product(weight, "weight",
-          {taps, std::max<int64_t>(1, weight.size(0)), std::max<int64_t>(1, weight.size(1)), 1024});
-  check_lists(offsets, listed, weight);
-  return taps;
-}
-
-// The same for the lists of backward, one for each row and tap; returns the number of rows.
-inline int64_t check_back_convolution(const Tensor& weight, const Tensor& back_offsets,
-                                      const Tensor& back_listed) {
-  const int64_t taps = check_convolution(weight, back_offsets, back_listed),
-                lists = back_offsets.numel() - 1;
-  STD_TORCH_CHECK(lists % taps == 0, "spade_fast: offsets has shape ", text(back_offsets.sizes()),
-                  "; it should have rows * ", taps, " + 1 entries, with ", taps, " taps");
-  return lists / taps;
-}
-
-// Checks a matrix that goes with the weight; returns its number of rows.
-inline int64_t check_matrix(const Tensor& given, const char* name, const Tensor& weight,
-                            int64_t columns) {
-  check_device(given, name, weight);
-  check_dtype(given, name, {weight.scalar_type()});
-  STD_TORCH_CHECK(given.dim() == 2 && given.size(1) == columns, "spade_fast: ", name, " has shape ",
-                  text(given.sizes()), "; it should have two dimensions, the second of size ",
-                  columns, ", to match a weight of shape ", text(weight.sizes()));
-  return given.size(0);
-}
-
 // Several convolutions of the same rows as one: their outputs together, and the sizes that they
 // share.
 struct Convolution {
   int64_t outputs, channels, taps;
 };
 
-inline constexpr Dtypes kHalf = {ScalarType::BFloat16, ScalarType::Half};
-inline constexpr int64_t kMostTaps = 343;  // a window's row numbers are held in shared memory
-
-inline Convolution check_convolve_gathered(const Tensor& rows, const std::vector<Tensor>& weights,
-                                           const std::vector<std::optional<Tensor>>& biases,
-                                           const Tensor& offsets, const Tensor& listed) {
-  STD_TORCH_CHECK(!weights.empty() && weights.size() == biases.size(),
-                  "spade_fast: biases has length ", biases.size(), " and weights has length ",
-                  weights.size(), "; they should have the same length, at least 1");
-  check_dtype(rows, "rows", kHalf);
+// Checks the weights and the lists of an operator that convolves at windows; `other` is known to be
+// on the right device and to have the right dtype. `given` has a tensor for each weight.
+template <typename Given>
+Convolution check_convolution(const std::vector<Tensor>& weights, const Given& given,
+                              const char* name, const Tensor& other, const Tensor& offsets,
+                              const Tensor& listed) {
+  STD_TORCH_CHECK(!weights.empty() && weights.size() == given.size(), "spade_fast: ", name,
+                  " has length ", given.size(), " and weights has length ", weights.size(),
+                  "; they should have the same length, at least 1");
+  const Tensor& first = weights[0];
   Convolution found = {};
-  for (size_t i = 0; i < weights.size(); ++i) {
-    const Tensor& weight = weights[i];
-    check_device(weight, "weights", rows);
-    check_dtype(weight, "weights", {rows.scalar_type()});
+  for (const Tensor& weight : weights) {
+    check_device(weight, "weights", other);
+    check_dtype(weight, "weights", {other.scalar_type()});
     STD_TORCH_CHECK(weight.dim() >= 3, "spade_fast: weights has shape ", text(weight.sizes()),
                     "; it should be [out, in, *kernel]");
-    std::vector<int64_t> sizes(weights[0].sizes().begin(), weights[0].sizes().end());
+    std::vector<int64_t> sizes(first.sizes().begin(), first.sizes().end());
     sizes[0] = weight.size(0);
     check_shape(weight, "weights", sizes, "like the first weight");
-    if (biases[i])
-      check_operand(*biases[i], "biases", weight, {weight.scalar_type()},
-                    std::vector<int64_t>{weight.size(0)}, "[out]");
-    found.outputs += weight.size(0);
+    found.outputs += product(weight, "weights", {weight.size(0)}, INT32_MAX);
   }
-  const Tensor& weight = weights[0];
-  found.channels = weight.size(1), found.taps = 1;
-  for (int64_t dim = 2; dim < weight.dim(); ++dim)
-    found.taps = product(weight, "weights", {found.taps, weight.size(dim)}, INT32_MAX);
-  STD_TORCH_CHECK(found.taps > 0 && found.taps <= kMostTaps, "spade_fast: weights has shape ",
-                  text(weight.sizes()), "; it should be [out, in, *kernel] with 1 to ", kMostTaps,
-                  " taps");
-  product(weight, "weights",
-          {std::max<int64_t>(1, found.outputs), found.taps + 1, found.channels + 8}, INT32_MAX);
+  found.channels = first.size(1), found.taps = 1;
+  for (int64_t dim = 2; dim < first.dim(); ++dim)
+    found.taps = product(first, "weights", {found.taps, first.size(dim)}, INT32_MAX);
+  STD_TORCH_CHECK(found.taps > 0, "spade_fast: weights has shape ", text(first.sizes()),
+                  "; it should be [out, in, *kernel] with at least one tap");
+  product(first, "weights",
+          {found.taps, std::max<int64_t>(1, found.outputs), std::max<int64_t>(1, found.channels),
+           1024});
+  check_lists(offsets, listed, other);
+  return found;
+}
+
+inline Convolution check_convolve_windows(const Tensor& rows, const std::vector<Tensor>& weights,
+                                          const std::vector<std::optional<Tensor>>& biases,
+                                          const Tensor& offsets, const Tensor& listed) {
+  check_dtype(rows, "rows", kFloating);
+  const Convolution found = check_convolution(weights, biases, "biases", rows, offsets, listed);
+  for (size_t i = 0; i < weights.size(); ++i) {
+    if (biases[i])
+      check_operand(*biases[i], "biases", rows, {rows.scalar_type()},
+                    std::vector<int64_t>{weights[i].size(0)}, "[out]");
+  }
   STD_TORCH_CHECK(rows.dim() == 2 && rows.size(1) == found.channels, "spade_fast: rows has shape ",
                   text(rows.sizes()), "; it should have two dimensions, the second of size ",
                   found.channels);
   product(rows, "rows", {rows.size(0), found.taps}, INT32_MAX);
-  check_lists(offsets, listed, rows);
+  return found;
+}
+
+// For the gradients: the lists are of the windows that see each row through each tap.
+inline Convolution check_convolve_windows_rows(const std::vector<Tensor>& gradients,
+                                               const std::vector<Tensor>& weights,
+                                               const Tensor& back_offsets,
+                                               const Tensor& back_listed) {
+  STD_TORCH_CHECK(!gradients.empty(),
+                  "spade_fast: gradients has length 0; it should have a tensor for each weight");
+  const Tensor& first = gradients[0];
+  check_dtype(first, "gradients", kFloating);
+  const Convolution found =
+      check_convolution(weights, gradients, "gradients", first, back_offsets, back_listed);
+  const int64_t windows = first.dim() == 0 ? 0 : first.size(0);
+  for (size_t i = 0; i < weights.size(); ++i)
+    check_operand(gradients[i], "gradients", first, {first.scalar_type()},
+                  std::vector<int64_t>{windows, weights[i].size(0)}, "[windows, out]");
+  STD_TORCH_CHECK((back_offsets.numel() - 1) % found.taps == 0, "spade_fast: offsets has shape ",
+                  text(back_offsets.sizes()), "; it should have rows * ", found.taps,
+                  " + 1 entries, with ", found.taps, " taps");
+  return found;
+}
+
+inline Convolution check_convolve_windows_weights(const std::vector<Tensor>& gradients,
+                                                  const Tensor& rows,
+                                                  const std::vector<Tensor>& weights,
+                                                  const Tensor& back_offsets,
+                                                  const Tensor& back_listed) {
+  const Convolution found =
+      check_convolve_windows_rows(gradients, weights, back_offsets, back_listed);
+  check_operand(rows, "rows", gradients[0], {gradients[0].scalar_type()},
+                std::vector<int64_t>{(back_offsets.numel() - 1) / found.taps, found.channels},
+                "[rows, in]");
   return found;
 }
 

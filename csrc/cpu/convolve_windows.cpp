@@ -1,13 +1,13 @@
-// A convolution at the distinct windows of a map alone, on the CPU, and the gradients of its weight
-// and rows.
+// Convolutions of the same rows at the distinct windows of a map alone, on the CPU, and the
+// gradients of their weights and rows.
 //
 // Result i is bias + Σ weight[:, :, t] · rows[r] over the pairs (r, t) that window i sees: row r at
-// tap t. A thread computes all products weight[:, :, t] · rows[r] of one unit of output channels
-// (64 bytes), which stay in its cache, and sums them there for every window. Products with numbers
-// of rows that are zero are left out where that takes less time. Every sum is in a fixed order,
-// whatever the number of threads. Elements of other dtypes than Sum are converted where a unit is
-// read or written. `layout.Sums` has the lists: the entries r · taps + t of each window, and the
-// windows of each (r, t).
+// tap t. The results of all weights lie side by side. A thread computes all products
+// weight[:, :, t] · rows[r] of one unit of a weight's output channels (64 bytes), which stay in its
+// cache, and sums them there for every window. Products with numbers of rows that are zero are left
+// out where that takes less time. Every sum is in a fixed order, whatever the number of threads.
+// Elements of other dtypes than Sum are converted where a unit is read or written. `layout.Sums`
+// has the lists: the entries r · taps + t of each window, and the windows of each (r, t).
 
 #include <cstring>
 #include <limits>
@@ -44,7 +44,7 @@ struct Lists {
 };
 
 // One unit of columns of sums `first` to `last` − 1. Sum i starts from `begin` and is stored at row
-// i − first of `to`.
+// i − first of `to`, behind a ReLU if there is one.
 template <typename Sum, int kBytes>
 struct SumListed : Vectors<Sum, kBytes> {
   using typename Vectors<Sum, kBytes>::Vector;
@@ -52,7 +52,7 @@ struct SumListed : Vectors<Sum, kBytes> {
 
   static ALWAYS_INLINE void run(int64_t first, int64_t last, const int32_t* offsets,
                                 const int32_t* listed, const Sum* begin, const Sum* from,
-                                int64_t from_row, Sum* to, int64_t to_row) {
+                                int64_t from_row, bool relu, Sum* to, int64_t to_row) {
     for (int64_t i = first; i < last; ++i, to += to_row) {
       Vector sums[kOfUnit];
 #pragma GCC unroll 4
@@ -63,7 +63,10 @@ struct SumListed : Vectors<Sum, kBytes> {
         for (int v = 0; v < kOfUnit; ++v) sums[v] += at(row, v);
       }
 #pragma GCC unroll 4
-      for (int v = 0; v < kOfUnit; ++v) at(to, v) = sums[v];
+      for (int v = 0; v < kOfUnit; ++v) {
+        if (relu) sums[v] = sums[v] < 0 ? Vector{} : sums[v];  // NaN stays
+        at(to, v) = sums[v];
+      }
     }
   }
 };
@@ -186,21 +189,39 @@ std::unique_ptr<Number[], Free> scratch(int64_t size) {
       static_cast<Number*>(::operator new[](size * sizeof(Number), Free::kLine)));
 }
 
-// The sizes of a convolution. Output channels are counted in units (`blocks`), the last padded.
+// A unit of a weight's output channels. A weight's last unit may have fewer channels.
+struct Unit {
+  size_t weight;            // the number of the weight
+  int64_t first, channels;  // its channels
+  int64_t column;           // the first one's, in the results of all weights
+};
+
+// The sizes of several convolutions of the same rows.
 template <typename Sum>
 struct Sizes {
-  int64_t rows, in, out, taps, blocks;
+  int64_t rows, in, taps;
+  std::vector<Unit> units;
 
-  Sizes(const Tensor& weight, int64_t rows)
-      : rows(rows), in(weight.size(1)), out(weight.size(0)), taps(1), blocks(units<Sum>(out)) {
-    for (int64_t dim = 2; dim < weight.dim(); ++dim) taps *= weight.size(dim);
+  Sizes(const Convolution& shape, const std::vector<Tensor>& weights, int64_t rows)
+      : rows(rows), in(shape.channels), taps(shape.taps) {
+    int64_t column = 0;
+    for (size_t i = 0; i < weights.size(); ++i) {
+      const int64_t out = weights[i].size(0);
+      for (int64_t first = 0; first < out; first += kUnit<Sum>)
+        units.push_back({i, first, std::min(kUnit<Sum>, out - first), column + first});
+      column += out;
+    }
   }
 
+  int64_t count() const { return units.size(); }
   int64_t columns() const { return taps * kUnit<Sum>; }
-  int64_t matrix() const { return units<Sum>(in * taps) * kUnit<Sum> * kUnit<Sum>; }
-  int64_t first(int64_t block) const { return block * kUnit<Sum>; }
-  int64_t channels(int64_t block) const { return std::min(kUnit<Sum>, out - first(block)); }
+  int64_t matrix() const { return spade_fast::units<Sum>(in * taps) * kUnit<Sum> * kUnit<Sum>; }
 };
+
+std::vector<Tensor> all_without_gaps(std::vector<Tensor> tensors) {
+  for (Tensor& tensor : tensors) tensor = without_gaps(tensor);
+  return tensors;
+}
 
 // x [rows, whole units] without the padding of its last unit.
 Tensor without_filling(Tensor x, int64_t columns) {
@@ -307,20 +328,20 @@ class NonzeroLists {
 template <typename Sum>
 class Products {
  public:
-  Products(const Sizes<Sum>& sizes, const Tensor& rows, const Tensor& weight)
+  Products(const Sizes<Sum>& sizes, const Tensor& rows, const std::vector<Tensor>& weights)
       : sizes_(sizes),
         in_pairs_(instruction_set() == InstructionSet::avx512_bf16 && sizes.in % 2 == 0 &&
                   rows.scalar_type() == ScalarType::BFloat16),
         rows_(without_gaps(in_pairs_ ? rows : in_dtype(rows, kScalarType<Sum>))),
-        weight_(without_gaps(weight)) {
+        weights_(all_without_gaps(weights)) {
     if (!in_pairs_) nonzeros_.emplace(rows_, sizes.taps, sizes.rows, factors());
   }
 
   // `matrix` is scratch memory of sizes.matrix().
-  void compute(int64_t block, Sum* matrix, Sum* products) const {
+  void compute(const Unit& unit, Sum* matrix, Sum* products) const {
     const int64_t columns = sizes_.columns();
-    in_vectors<ToColumns, Sum>(matrix_of(weight_, sizes_.in * sizes_.taps), sizes_.first(block),
-                               sizes_.channels(block), matrix);
+    in_vectors<ToColumns, Sum>(matrix_of(weights_[unit.weight], sizes_.in * sizes_.taps),
+                               unit.first, unit.channels, matrix);
     const Sum* weights = matrix;
 #if defined(__x86_64__)
     if constexpr (sizeof(Sum) == 4) {
@@ -352,42 +373,52 @@ class Products {
 
   const Sizes<Sum>& sizes_;
   bool in_pairs_;
-  Tensor rows_, weight_;
+  Tensor rows_;
+  std::vector<Tensor> weights_;
   std::optional<NonzeroLists<Sum>> nonzeros_;
 };
 
 template <typename Sum>
-Tensor convolve(const Tensor& rows, const Tensor& weight, const std::optional<Tensor>& given_bias,
-                const Lists& lists) {
-  const Sizes<Sum> sizes(weight, rows.size(0));
+Tensor convolve(const Tensor& rows, const std::vector<Tensor>& weights,
+                const std::vector<std::optional<Tensor>>& biases, const Lists& lists,
+                const Convolution& shape, bool relu) {
+  const Sizes<Sum> sizes(shape, weights, rows.size(0));
+  const Tensor result = new_tensor(rows, {lists.count, shape.outputs}, rows.scalar_type());
+  const Matrix<char> target = output_matrix(result, shape.outputs);
   const bool converts = rows.scalar_type() != kScalarType<Sum>;
-  const int64_t row = converts ? sizes.out : sizes.blocks * kUnit<Sum>;
-  const Tensor result = new_tensor(rows, {lists.count, row}, rows.scalar_type());
-  std::vector<Sum> bias(sizes.blocks * kUnit<Sum>);
-  if (given_bias) {
-    const Tensor numbers = without_gaps(in_dtype(*given_bias, kScalarType<Sum>));
-    std::copy_n(numbers.template const_data_ptr<Sum>(), sizes.out, bias.begin());
+  std::vector<Sum> bias(sizes.count() * kUnit<Sum>);
+  auto begin = bias.begin();
+  for (size_t i = 0; i < weights.size(); ++i) {
+    const int64_t out = weights[i].size(0);
+    if (biases[i]) {
+      const Tensor numbers = without_gaps(in_dtype(*biases[i], kScalarType<Sum>));
+      std::copy_n(numbers.template const_data_ptr<Sum>(), out, begin);
+    }
+    begin += units<Sum>(out) * kUnit<Sum>;
   }
-  const Products<Sum> unit(sizes, rows, weight);
-  const Matrix<char> target = output_matrix(result, row);
-  torch::stable::parallel_for(0, sizes.blocks, 1, [&](int64_t begin, int64_t end) {
+  const Products<Sum> all(sizes, rows, weights);
+  torch::stable::parallel_for(0, sizes.count(), 1, [&](int64_t first, int64_t last) {
     const auto matrix = scratch<Sum>(sizes.matrix()),
-               products = scratch<Sum>(sizes.rows * sizes.columns()),
-               sums = scratch<Sum>(converts ? lists.count * kUnit<Sum> : 0);
-    for (int64_t block = begin; block < end; ++block) {
-      const int64_t first = sizes.first(block);
-      unit.compute(block, matrix.get(), products.get());
+               products = scratch<Sum>(sizes.rows * sizes.columns());
+    std::unique_ptr<Sum[], Free> sums;
+    for (int64_t i = first; i < last; ++i) {
+      const Unit& unit = sizes.units[i];
+      all.compute(unit, matrix.get(), products.get());
+      // Behind the channels of a unit that is not full lie those of another.
+      const bool directly = !converts && unit.channels == kUnit<Sum>;
+      if (!directly && !sums) sums = scratch<Sum>(lists.count * kUnit<Sum>);
       in_vectors<SumListed, Sum>(
           int64_t{0}, lists.count, lists.offsets, lists.listed,
-          static_cast<const Sum*>(&bias[first]), static_cast<const Sum*>(products.get()),
-          kUnit<Sum>, converts ? sums.get() : reinterpret_cast<Sum*>(target.at(0, first)),
-          converts ? kUnit<Sum> : row);
-      if (converts)
-        vectorised<GiveUnit<Sum>>(static_cast<const Sum*>(sums.get()), lists.count, target, first,
-                                  sizes.channels(block));
+          static_cast<const Sum*>(&bias[i * kUnit<Sum>]), static_cast<const Sum*>(products.get()),
+          kUnit<Sum>, relu,
+          directly ? reinterpret_cast<Sum*>(target.at(0, unit.column)) : sums.get(),
+          directly ? shape.outputs : kUnit<Sum>);
+      if (!directly)
+        vectorised<GiveUnit<Sum>>(static_cast<const Sum*>(sums.get()), lists.count, target,
+                                  unit.column, unit.channels);
     }
   });
-  return without_filling(result, sizes.out);
+  return result;
 }
 
 // The gradients of the products of rows `first` to `last` − 1, [rows, taps, unit], from the
@@ -397,34 +428,38 @@ void product_gradients(const Sizes<Sum>& sizes, const Lists& lists, const Sum* g
                        int64_t first, int64_t last, Sum* products) {
   static constexpr Sum zeros[kUnit<Sum>] = {};
   in_vectors<SumListed, Sum>(first * sizes.taps, last * sizes.taps, lists.offsets, lists.listed,
-                             static_cast<const Sum*>(zeros), gradient, kUnit<Sum>, products,
+                             static_cast<const Sum*>(zeros), gradient, kUnit<Sum>, false, products,
                              kUnit<Sum>);
 }
 
 template <typename Sum>
-Tensor weight_gradient(const Tensor& given_gradient, const Tensor& given_rows, const Tensor& weight,
-                       const Lists& lists) {
-  const Sizes<Sum> sizes(weight, given_rows.size(0));
-  const Tensor gradient = without_gaps(given_gradient),
-               rows = without_gaps(in_dtype(given_rows, kScalarType<Sum>));
-  const std::vector<int64_t> shape(weight.sizes().begin(), weight.sizes().end());
-  const Tensor result = new_tensor(gradient, shape, gradient.scalar_type());
-  const Matrix<const char> source = matrix_of(gradient, sizes.out);
-  const Matrix<char> target = output_matrix(result, sizes.in * sizes.taps);
+std::vector<Tensor> weight_gradients(const std::vector<Tensor>& given_gradients,
+                                     const Tensor& given_rows, const std::vector<Tensor>& weights,
+                                     const Lists& lists, const Convolution& shape) {
+  const Sizes<Sum> sizes(shape, weights, given_rows.size(0));
+  const std::vector<Tensor> gradients = all_without_gaps(given_gradients);
+  const Tensor rows = without_gaps(in_dtype(given_rows, kScalarType<Sum>));
+  std::vector<Tensor> results;
+  for (const Tensor& weight : weights) {
+    const std::vector<int64_t> own(weight.sizes().begin(), weight.sizes().end());
+    results.push_back(new_tensor(rows, own, weight.scalar_type()));
+  }
   const Strided<Sum> factors = {rows.const_data_ptr<Sum>(), 1, sizes.in, sizes.rows};
   const NonzeroLists<Sum> nonzeros(rows, sizes.taps, sizes.in, factors);
   // Rows per step, so that their products' gradients stay in the cache.
   const int64_t step = nonzeros ? NonzeroLists<Sum>::kColumns : 256;
-  const int64_t windows = gradient.size(0);
+  const int64_t windows = gradients[0].size(0);
   // No sum of the lists overflows where no gradient is larger.
   const Sum largest = kLargest<Sum> / 2 / std::max(1, lists.offsets[lists.count]);
-  torch::stable::parallel_for(0, sizes.blocks, 1, [&](int64_t begin, int64_t end) {
+  torch::stable::parallel_for(0, sizes.count(), 1, [&](int64_t begin, int64_t end) {
     const auto own = scratch<Sum>(windows * kUnit<Sum>),
                products = scratch<Sum>(step * sizes.columns());
     const auto matrix = scratch<Sum>(sizes.matrix());
-    for (int64_t block = begin; block < end; ++block) {
-      vectorised<TakeUnit<Sum>>(source, windows, sizes.first(block), sizes.channels(block),
-                                own.get());
+    for (int64_t i = begin; i < end; ++i) {
+      const Unit& unit = sizes.units[i];
+      const Tensor &gradient = gradients[unit.weight], &result = results[unit.weight];
+      vectorised<TakeUnit<Sum>>(matrix_of(gradient, gradient.size(1)), windows, unit.first,
+                                unit.channels, own.get());
       std::fill_n(matrix.get(), sizes.in * sizes.columns(), Sum(0));
       const bool skips =
           nonzeros && vectorised<AllWithin<Sum>>(windows * kUnit<Sum>,
@@ -432,23 +467,24 @@ Tensor weight_gradient(const Tensor& given_gradient, const Tensor& given_rows, c
       for (int64_t first = 0; first < sizes.rows; first += step) {
         const int64_t last = std::min(first + step, sizes.rows);
         product_gradients<Sum>(sizes, lists, own.get(), first, last, products.get());
-        const Sum* gradients = products.get();
+        const Sum* of_products = products.get();
         if (skips) {
           in_vectors<NonzeroProduct, Sum>(sizes.in, sizes.taps, nonzeros.at(first / step),
-                                          gradients, sizes.columns(), matrix.get(), sizes.columns(),
-                                          true);
+                                          of_products, sizes.columns(), matrix.get(),
+                                          sizes.columns(), true);
           continue;
         }
         const Strided<Sum> own_factors = {factors.data + first * sizes.in, 1, sizes.in,
                                           last - first};
-        in_vectors<MatrixProduct, Sum>(sizes.in, sizes.taps, own_factors, gradients,
+        in_vectors<MatrixProduct, Sum>(sizes.in, sizes.taps, own_factors, of_products,
                                        sizes.columns(), matrix.get(), sizes.columns(), true);
       }
-      in_vectors<FromColumns, Sum>(static_cast<const Sum*>(matrix.get()), target,
-                                   sizes.first(block), sizes.channels(block));
+      in_vectors<FromColumns, Sum>(static_cast<const Sum*>(matrix.get()),
+                                   output_matrix(result, sizes.in * sizes.taps), unit.first,
+                                   unit.channels);
     }
   });
-  return result;
+  return results;
 }
 
 template <typename Sum>
@@ -461,12 +497,12 @@ struct Read {
 // The weight of one unit of output channels as [taps, unit, width], with zeros for missing
 // channels.
 template <typename Sum>
-void take_weight(const Sizes<Sum>& sizes, Matrix<const char> weight, int64_t block, int64_t width,
-                 Sum* to) {
+void take_weight(const Sizes<Sum>& sizes, Matrix<const char> weight, const Unit& unit,
+                 int64_t width, Sum* to) {
   std::fill_n(to, sizes.columns() * width, Sum(0));
   const auto buffer = scratch<Sum>(weight.columns);
-  for (int64_t channel = 0; channel < sizes.channels(block); ++channel) {
-    const Elements<Sum> row = {weight.at(sizes.first(block) + channel, 0), weight.type};
+  for (int64_t channel = 0; channel < unit.channels; ++channel) {
+    const Elements<Sum> row = {weight.at(unit.first + channel, 0), weight.type};
     const Sum* from = vectorised<Read<Sum>>(row, weight.columns, buffer.get());
     for (int64_t tap = 0; tap < sizes.taps; ++tap) {
       Sum* row = to + (tap * kUnit<Sum> + channel) * width;
@@ -476,93 +512,95 @@ void take_weight(const Sizes<Sum>& sizes, Matrix<const char> weight, int64_t blo
 }
 
 template <typename Sum>
-Tensor rows_gradient(const Tensor& given_gradient, const Tensor& given_weight, const Lists& lists) {
-  // Per step, so that their products' gradients stay in the cache, as does a block's weight over
+Tensor rows_gradient(const std::vector<Tensor>& given_gradients,
+                     const std::vector<Tensor>& given_weights, const Lists& lists,
+                     const Convolution& shape) {
+  // Per step, so that their products' gradients stay in the cache, as does a unit's weight over
   // all steps of a thread.
   constexpr int64_t kRows = 32;
-  Sizes<Sum> sizes(given_weight, 0);
-  sizes.rows = lists.count / sizes.taps;
-  const Tensor gradient = without_gaps(given_gradient), weight = without_gaps(given_weight);
+  const Sizes<Sum> sizes(shape, given_weights, lists.count / shape.taps);
+  const std::vector<Tensor> all_gradients = all_without_gaps(given_gradients),
+                            all_weights = all_without_gaps(given_weights);
   // A row of the weight takes an odd number of units, because rows at the distance of a power of
   // two share few sets of the cache: 128 input channels took 1.24 times as long (AVX2).
-  const int64_t windows = gradient.size(0), width = units<Sum>(sizes.in) * kUnit<Sum>,
+  const int64_t windows = all_gradients[0].size(0), width = units<Sum>(sizes.in) * kUnit<Sum>,
                 weight_row = (units<Sum>(sizes.in) | 1) * kUnit<Sum>,
-                block_size = sizes.columns() * weight_row;
-  const Tensor result = torch::stable::new_zeros(gradient, {sizes.rows, width}, kScalarType<Sum>);
+                weight_size = sizes.columns() * weight_row;
+  const Tensor result =
+      torch::stable::new_zeros(all_gradients[0], {sizes.rows, width}, kScalarType<Sum>);
   Sum* result_data = result.mutable_data_ptr<Sum>();
-  const auto gradients = scratch<Sum>(sizes.blocks * windows * kUnit<Sum>),
-             weights = scratch<Sum>(sizes.blocks * block_size);
-  torch::stable::parallel_for(0, sizes.blocks, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t block = begin; block < end; ++block) {
-      vectorised<TakeUnit<Sum>>(matrix_of(gradient, sizes.out), windows, sizes.first(block),
-                                sizes.channels(block),
-                                gradients.get() + block * windows * kUnit<Sum>);
-      take_weight(sizes, matrix_of(weight, sizes.in * sizes.taps), block, weight_row,
-                  weights.get() + block * block_size);
+  const auto gradients = scratch<Sum>(sizes.count() * windows * kUnit<Sum>),
+             weights = scratch<Sum>(sizes.count() * weight_size);
+  torch::stable::parallel_for(0, sizes.count(), 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const Unit& unit = sizes.units[i];
+      const Tensor &gradient = all_gradients[unit.weight], &weight = all_weights[unit.weight];
+      vectorised<TakeUnit<Sum>>(matrix_of(gradient, gradient.size(1)), windows, unit.first,
+                                unit.channels, gradients.get() + i * windows * kUnit<Sum>);
+      take_weight(sizes, matrix_of(weight, sizes.in * sizes.taps), unit, weight_row,
+                  weights.get() + i * weight_size);
     }
   });
   torch::stable::parallel_for(0, sizes.rows, kRows, [&](int64_t begin, int64_t end) {
     const auto products = scratch<Sum>(kRows * sizes.columns());
-    for (int64_t block = 0; block < sizes.blocks; ++block) {
+    for (int64_t i = 0; i < sizes.count(); ++i) {
       for (int64_t first = begin; first < end; first += kRows) {
         const int64_t last = std::min(first + kRows, end);
-        product_gradients<Sum>(sizes, lists, gradients.get() + block * windows * kUnit<Sum>, first,
+        product_gradients<Sum>(sizes, lists, gradients.get() + i * windows * kUnit<Sum>, first,
                                last, products.get());
         in_vectors<MatrixProduct, Sum>(
             last - first, width / kUnit<Sum>,
             Strided<Sum>{products.get(), sizes.columns(), 1, sizes.columns()},
-            static_cast<const Sum*>(weights.get() + block * block_size), weight_row,
+            static_cast<const Sum*>(weights.get() + i * weight_size), weight_row,
             result_data + first * width, width, true);
       }
     }
   });
-  return in_dtype(without_filling(result, sizes.in), gradient.scalar_type());
+  return in_dtype(without_filling(result, sizes.in), all_gradients[0].scalar_type());
 }
 
-Tensor convolve_windows(const Tensor& rows, const Tensor& weight, std::optional<Tensor> bias,
-                        const Tensor& offsets, const Tensor& listed) {
-  const int64_t taps = check_convolution(weight, offsets, listed);
-  const int64_t products =
-      product(rows, "rows", {check_matrix(rows, "rows", weight, weight.size(1)), taps}, INT32_MAX);
-  if (bias)
-    check_operand(*bias, "bias", weight, {weight.scalar_type()},
-                  std::vector<int64_t>{weight.size(0)}, "[out]");
-  const Lists lists(offsets, listed, products);
-  std::optional<Tensor> result;
-  dispatch_sum(rows.scalar_type(),
-               [&](auto zero) { result = convolve<decltype(zero)>(rows, weight, bias, lists); });
-  return *result;
-}
-
-Tensor convolve_windows_weight(const Tensor& gradient, const Tensor& rows, const Tensor& weight,
-                               const Tensor& offsets, const Tensor& listed) {
-  const int64_t count = check_back_convolution(weight, offsets, listed);
-  const Lists lists(offsets, listed, check_matrix(gradient, "gradient", weight, weight.size(0)));
-  check_operand(rows, "rows", weight, {weight.scalar_type()},
-                std::vector<int64_t>{count, weight.size(1)}, "[rows, in]");
+Tensor convolve_windows(const Tensor& rows, std::vector<Tensor> weights,
+                        std::vector<std::optional<Tensor>> biases, const Tensor& offsets,
+                        const Tensor& listed, bool relu) {
+  const Convolution shape = check_convolve_windows(rows, weights, biases, offsets, listed);
+  const Lists lists(offsets, listed, rows.size(0) * shape.taps);
   std::optional<Tensor> result;
   dispatch_sum(rows.scalar_type(), [&](auto zero) {
-    result = weight_gradient<decltype(zero)>(gradient, rows, weight, lists);
+    result = convolve<decltype(zero)>(rows, weights, biases, lists, shape, relu);
   });
   return *result;
 }
 
-Tensor convolve_windows_rows(const Tensor& gradient, const Tensor& weight, const Tensor& offsets,
-                             const Tensor& listed) {
-  check_back_convolution(weight, offsets, listed);
-  const Lists lists(offsets, listed, check_matrix(gradient, "gradient", weight, weight.size(0)));
+Tensor convolve_windows_rows(std::vector<Tensor> gradients, std::vector<Tensor> weights,
+                             const Tensor& offsets, const Tensor& listed) {
+  const Convolution shape = check_convolve_windows_rows(gradients, weights, offsets, listed);
+  const Lists lists(offsets, listed, gradients[0].size(0));
   std::optional<Tensor> result;
-  dispatch_sum(weight.scalar_type(),
-               [&](auto zero) { result = rows_gradient<decltype(zero)>(gradient, weight, lists); });
+  dispatch_sum(gradients[0].scalar_type(), [&](auto zero) {
+    result = rows_gradient<decltype(zero)>(gradients, weights, lists, shape);
+  });
   return *result;
+}
+
+std::vector<Tensor> convolve_windows_weights(std::vector<Tensor> gradients, const Tensor& rows,
+                                             std::vector<Tensor> weights, const Tensor& offsets,
+                                             const Tensor& listed) {
+  const Convolution shape =
+      check_convolve_windows_weights(gradients, rows, weights, offsets, listed);
+  const Lists lists(offsets, listed, gradients[0].size(0));
+  std::vector<Tensor> results;
+  dispatch_sum(rows.scalar_type(), [&](auto zero) {
+    results = weight_gradients<decltype(zero)>(gradients, rows, weights, lists, shape);
+  });
+  return results;
 }
 
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(spade_fast, CPU, library) {
   library.impl("convolve_windows", TORCH_BOX(&convolve_windows));
-  library.impl("convolve_windows_weight", TORCH_BOX(&convolve_windows_weight));
   library.impl("convolve_windows_rows", TORCH_BOX(&convolve_windows_rows));
+  library.impl("convolve_windows_weights", TORCH_BOX(&convolve_windows_weights));
 }
 
 }  // namespace spade_fast

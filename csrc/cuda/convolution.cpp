@@ -9,6 +9,8 @@
 namespace spade_fast {
 namespace {
 
+constexpr int64_t kMostTaps = 343;  // a window's row numbers are held in shared memory
+
 bool aligned(const Tensor& x) {
   return (reinterpret_cast<uintptr_t>(x.const_data_ptr()) | x.stride(0) * x.element_size() |
           x.size(1) * x.element_size()) %
@@ -104,11 +106,21 @@ Tensor packed(const std::vector<Tensor>& weights, const std::vector<std::optiona
   return result;
 }
 
-Tensor convolve_gathered_of(const Tensor& given_rows, std::vector<Tensor> weights,
-                            std::vector<std::optional<Tensor>> biases, const Tensor& given_offsets,
-                            const Tensor& given_listed, bool relu) {
-  const Convolution shape =
-      check_convolve_gathered(given_rows, weights, biases, given_offsets, given_listed);
+// Refuses what the kernel cannot take, though those of other devices can.
+Convolution check_fits(const Convolution& shape, const Tensor& weight) {
+  STD_TORCH_CHECK(shape.taps <= kMostTaps, "spade_fast: weights has shape ", text(weight.sizes()),
+                  "; it should be [out, in, *kernel] with 1 to ", kMostTaps, " taps");
+  product(weight, "weights",
+          {std::max<int64_t>(1, shape.outputs), shape.taps + 1, shape.channels + 8}, INT32_MAX);
+  return shape;
+}
+
+Tensor convolve_windows_of(const Tensor& given_rows, std::vector<Tensor> weights,
+                           std::vector<std::optional<Tensor>> biases, const Tensor& given_offsets,
+                           const Tensor& given_listed, bool relu) {
+  check_dtype(given_rows, "rows", {ScalarType::BFloat16, ScalarType::Half});
+  const Convolution shape = check_fits(
+      check_convolve_windows(given_rows, weights, biases, given_offsets, given_listed), weights[0]);
   const OnDevice on_device(given_rows);
   const Tensor rows = with_whole_rows(given_rows);
   const Tensor offsets = without_gaps(given_offsets), listed = without_gaps(given_listed);
@@ -142,7 +154,7 @@ Tensor convolve_gathered_of(const Tensor& given_rows, std::vector<Tensor> weight
 
 STABLE_TORCH_LIBRARY_IMPL(SPADE_FAST_NAMESPACE, SPADE_FAST_DISPATCH_KEY, library) {
   library.impl("sum_lists", TORCH_BOX(&sum_lists_of));
-  library.impl("convolve_gathered", TORCH_BOX(&convolve_gathered_of));
+  library.impl("convolve_windows", TORCH_BOX(&convolve_windows_of));
 }
 
 }  // namespace spade_fast

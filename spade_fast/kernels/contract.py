@@ -3,9 +3,9 @@ its fake; the tensors that pass between them; and the `Backend` that holds all o
 
 A backend has three groups of kernels. Those of the modulation include a form of `apply` that writes
 to a given tensor, and for instance norm two kernels that each do the work of two. Those of the
-convolution at distinct windows include its two gradients, which GPUs compute with operations that
-gather rows. The third group finds and numbers the codes and windows of a layout. The kernels of
-the modulation exchange numbers for each plane (n, c), in float32, or in float64 if x is float64:
+convolutions at distinct windows include their two gradients, which GPUs compute from sums of listed
+rows. The third group finds and numbers the codes and windows of a layout. The kernels of the
+modulation exchange numbers for each plane (n, c), in float32, or in float64 if x is float64:
 
     moments [2, N, C]   mean, sum of squared deviations
     planes  [3, N, C]   shift, scale, offset: x̂ = (x − shift)·scale + offset
@@ -22,6 +22,7 @@ bytes [N, C, ⌈S/8⌉], or [N, S, ⌈C/8⌉] if a pixel's channels are adjacent
 is element 8j + b of its row. SiLU needs β instead.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, TypeVar
@@ -56,12 +57,11 @@ class Backend:
     instance_forward: Callable[..., tuple[Tensor, Tensor, Tensor]]
     instance_backward: Callable[..., tuple[Tensor, Tensor, Tensor]]
     convolve_windows: Callable[..., Tensor]
-    convolve_gathered: Callable[..., Tensor]
     convolve_windows_gradients: Callable[..., tuple[Tensor | None, Sequence[Tensor | None]]]
-    # Whether several convolutions of the same rows are computed as one, by convolve_gathered and
-    # convolve_windows_gradients; where not, copying the weights to join them costs more.
-    joins_weights: bool
     dtype_at_windows: Callable[[torch.dtype], torch.dtype]
+    # Whether convolve_windows in half precision gathers the rows that each window sees: it then
+    # reads rows and weights fastest if their channels are adjacent and a multiple of 16.
+    gathers_half: bool
     find_codes: Callable[..., tuple[Tensor, Tensor] | None]
     find_windows: Callable[..., list[tuple[Lists, Lists, Tensor, Tensor]]]
     find_patches: Callable[..., tuple[Tensor, Lists, Tensor, Tensor]]
@@ -238,28 +238,48 @@ def check_instance_forward(
 
 
 def check_convolve_windows(
-    rows: Tensor, weight: Tensor, bias: Tensor | None, offsets: Tensor, listed: Tensor
+    rows: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    offsets: Tensor,
+    listed: Tensor,
+    relu: bool = False,
 ) -> None:
-    _check_weight(weight, offsets, listed)
-    _check("rows", rows, weight, (weight.dtype,), (*rows.shape[:1], weight.shape[1]), "[rows, in]")
-    if bias is not None:
-        _check("bias", bias, weight, (weight.dtype,), weight.shape[:1], "[out]")
+    _check_dtype("rows", rows, FLOATING)
+    _check_convolution(weights, "biases", biases, rows, offsets, listed)
+    for weight, bias in zip(weights, biases):
+        if bias is not None:
+            _check("biases", bias, rows, (rows.dtype,), weight.shape[:1], "[out]")
+    shape = (*rows.shape[:1], weights[0].shape[1])
+    _check("rows", rows, rows, FLOATING, shape, "[rows, in]")
 
 
 def check_convolve_windows_rows(
-    gradient: Tensor, weight: Tensor, back_offsets: Tensor, back_listed: Tensor
+    gradients: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    back_offsets: Tensor,
+    back_listed: Tensor,
 ) -> None:
-    _check_weight(weight, back_offsets, back_listed)
-    shape = (*gradient.shape[:1], weight.shape[0])
-    _check("gradient", gradient, weight, (weight.dtype,), shape, "[windows, out]")
+    if not gradients:
+        raise ValueError("gradients has length 0; it should have a tensor for each weight")
+    first = gradients[0]
+    _check_dtype("gradients", first, FLOATING)
+    _check_convolution(weights, "gradients", gradients, first, back_offsets, back_listed)
+    for gradient, weight in zip(gradients, weights):
+        shape = (*first.shape[:1], weight.shape[0])
+        _check("gradients", gradient, first, (first.dtype,), shape, "[windows, out]")
 
 
-def check_convolve_windows_weight(
-    gradient: Tensor, rows: Tensor, weight: Tensor, back_offsets: Tensor, back_listed: Tensor
+def check_convolve_windows_weights(
+    gradients: Sequence[Tensor],
+    rows: Tensor,
+    weights: Sequence[Tensor],
+    back_offsets: Tensor,
+    back_listed: Tensor,
 ) -> None:
-    check_convolve_windows_rows(gradient, weight, back_offsets, back_listed)
-    shape = ((back_offsets.shape[0] - 1) // weight.shape[2:].numel(), weight.shape[1])
-    _check("rows", rows, weight, (weight.dtype,), shape, "[rows, in]")
+    check_convolve_windows_rows(gradients, weights, back_offsets, back_listed)
+    shape = ((back_offsets.shape[0] - 1) // weights[0].shape[2:].numel(), weights[0].shape[1])
+    _check("rows", rows, gradients[0], (gradients[0].dtype,), shape, "[rows, in]")
 
 
 def check_sum_lists(x: Tensor, offsets: Tensor, listed: Tensor) -> None:
@@ -268,50 +288,23 @@ def check_sum_lists(x: Tensor, offsets: Tensor, listed: Tensor) -> None:
     _check_lists(x, offsets, listed)
 
 
-def check_convolve_gathered(
-    rows: Tensor,
-    weights: Sequence[Tensor],
-    biases: Sequence[Tensor | None],
-    offsets: Tensor,
-    listed: Tensor,
-    relu: bool = False,
-) -> None:
-    if not weights or len(weights) != len(biases):
+def _check_convolution(weights, name, given, other, *lists):
+    """Checks the weights and the lists of an operator that convolves at windows. `given`, with this
+    name, should have a tensor for each weight; the device and dtype of `other` are right.
+    """
+    if not weights or len(weights) != len(given):
         raise ValueError(
-            f"biases has length {len(biases)} and weights has length {len(weights)}; they should"
+            f"{name} has length {len(given)} and weights has length {len(weights)}; they should"
             " have the same length, at least 1"
         )
     shape = weights[0].shape
-    for weight, bias in zip(weights, biases):
+    for weight in weights:
         _require(weight.dim() >= 3, "weights", weight, "[out, in, *kernel]")
-        _require(
-            weight.shape[2:].numel() > 0,
-            "weights",
-            weight,
-            "[out, in, *kernel] with at least one tap",
-        )
-        _check_dtype("weights", weight, FLOATING)
-        _check(
-            "weights",
-            weight,
-            rows,
-            (rows.dtype,),
-            (len(weight), *shape[1:]),
-            "like the first weight",
-        )
-        if bias is not None:
-            _check("biases", bias, weight, (weight.dtype,), weight.shape[:1], "[out]")
-    _check("rows", rows, rows, FLOATING, (*rows.shape[:1], shape[1]), "[rows, in]")
-    _check_lists(rows, offsets, listed)
-
-
-def _check_weight(weight, *lists):
-    _require(weight.dim() >= 3, "weight", weight, "[out, in, *kernel]")
-    _require(
-        weight.shape[2:].numel() > 0, "weight", weight, "[out, in, *kernel] with at least one tap"
-    )
-    _check_dtype("weight", weight, FLOATING)
-    _check_lists(weight, *lists)
+        own = (*weight.shape[:1], *shape[1:])
+        _check("weights", weight, other, (other.dtype,), own, "like the first weight")
+    wanted = "[out, in, *kernel] with at least one tap"
+    _require(shape[2:].numel() > 0, "weights", weights[0], wanted)
+    _check_lists(other, *lists)
 
 
 def _check_lists(other, *lists):
@@ -423,30 +416,6 @@ def fake_instance_backward(dy: Tensor, x: Tensor, *others: Any) -> tuple[Tensor,
 
 
 def fake_convolve_windows(
-    rows: Tensor, weight: Tensor, bias: Tensor | None, offsets: Tensor, listed: Tensor
-) -> Tensor:
-    return rows.new_empty(offsets.shape[0] - 1, weight.shape[0])
-
-
-def fake_convolve_windows_weight(
-    gradient: Tensor, rows: Tensor, weight: Tensor, back_offsets: Tensor, back_listed: Tensor
-) -> Tensor:
-    return weight.new_empty(weight.shape)
-
-
-def fake_convolve_windows_rows(
-    gradient: Tensor, weight: Tensor, back_offsets: Tensor, back_listed: Tensor
-) -> Tensor:
-    return gradient.new_empty(
-        (back_offsets.shape[0] - 1) // weight.shape[2:].numel(), weight.shape[1]
-    )
-
-
-def fake_sum_lists(x: Tensor, offsets: Tensor, listed: Tensor) -> Tensor:
-    return x.new_empty(offsets.shape[0] - 1, x.shape[1])
-
-
-def fake_convolve_gathered(
     rows: Tensor,
     weights: Sequence[Tensor],
     biases: Sequence[Tensor | None],
@@ -455,6 +424,30 @@ def fake_convolve_gathered(
     relu: bool = False,
 ) -> Tensor:
     return rows.new_empty(offsets.shape[0] - 1, sum(weight.shape[0] for weight in weights))
+
+
+def fake_convolve_windows_rows(
+    gradients: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    back_offsets: Tensor,
+    back_listed: Tensor,
+) -> Tensor:
+    channels, *kernel = weights[0].shape[1:]
+    return gradients[0].new_empty((back_offsets.shape[0] - 1) // math.prod(kernel), channels)
+
+
+def fake_convolve_windows_weights(
+    gradients: Sequence[Tensor],
+    rows: Tensor,
+    weights: Sequence[Tensor],
+    back_offsets: Tensor,
+    back_listed: Tensor,
+) -> list[Tensor]:
+    return [weight.new_empty(weight.shape) for weight in weights]
+
+
+def fake_sum_lists(x: Tensor, offsets: Tensor, listed: Tensor) -> Tensor:
+    return x.new_empty(offsets.shape[0] - 1, x.shape[1])
 
 
 FORWARD = "Tensor gamma, Tensor beta, Tensor? index"
@@ -508,30 +501,27 @@ MODULATION = {
 }
 CONVOLUTION = {
     "convolve_windows": Operation(
-        "(Tensor rows, Tensor weight, Tensor? bias, Tensor offsets, Tensor listed) -> Tensor",
+        "(Tensor rows, Tensor[] weights, Tensor?[] biases, Tensor offsets, Tensor listed,"
+        " bool relu=False) -> Tensor",
         check_convolve_windows,
         fake_convolve_windows,
     ),
-    "convolve_windows_weight": Operation(
-        f"(Tensor gradient, Tensor rows, Tensor weight, {BACK_LISTS}) -> Tensor",
-        check_convolve_windows_weight,
-        fake_convolve_windows_weight,
-    ),
     "convolve_windows_rows": Operation(
-        f"(Tensor gradient, Tensor weight, {BACK_LISTS}) -> Tensor",
+        f"(Tensor[] gradients, Tensor[] weights, {BACK_LISTS}) -> Tensor",
         check_convolve_windows_rows,
         fake_convolve_windows_rows,
     ),
+    "convolve_windows_weights": Operation(
+        f"(Tensor[] gradients, Tensor rows, Tensor[] weights, {BACK_LISTS}) -> Tensor[]",
+        check_convolve_windows_weights,
+        fake_convolve_windows_weights,
+    ),
 }
+# What GPUs have kernels for in place of CONVOLUTION: they gather rows.
 GATHERING = {
+    "convolve_windows": CONVOLUTION["convolve_windows"],
     "sum_lists": Operation(
         "(Tensor x, Tensor offsets, Tensor listed) -> Tensor", check_sum_lists, fake_sum_lists
-    ),
-    "convolve_gathered": Operation(
-        "(Tensor rows, Tensor[] weights, Tensor?[] biases, Tensor offsets, Tensor listed,"
-        " bool relu=False) -> Tensor",
-        check_convolve_gathered,
-        fake_convolve_gathered,
     ),
 }
 OPERATIONS = MODULATION | CONVOLUTION | GATHERING

@@ -62,7 +62,7 @@ def why_not(x: Tensor | None = None, gamma: Tensor | None = None) -> str | None:
 
 
 def convolve_windows_gradients(
-    gradient: Tensor,
+    gradients: Sequence[Tensor],
     rows: Tensor | None,
     weights: Sequence[Tensor],
     back_offsets: Tensor,
@@ -70,13 +70,11 @@ def convolve_windows_gradients(
     wants_rows: bool = True,
     wants_weights: bool = True,
 ) -> tuple[Tensor | None, Sequence[Tensor | None]]:
-    """Takes a single weight, because joining several would copy them."""
-    ops, (weight,) = torch.ops.spade_fast, weights
-    back = (back_offsets, back_listed)
-    of_rows = ops.convolve_windows_rows(gradient, weight, *back) if wants_rows else None
-    return of_rows, [
-        ops.convolve_windows_weight(gradient, rows, weight, *back) if wants_weights else None
-    ]
+    ops, back = torch.ops.spade_fast, (back_offsets, back_listed)
+    of_rows = ops.convolve_windows_rows(gradients, weights, *back) if wants_rows else None
+    if not wants_weights:
+        return of_rows, [None] * len(weights)
+    return of_rows, ops.convolve_windows_weights(gradients, rows, weights, *back)
 
 
 def dtype_at_windows(dtype: torch.dtype) -> torch.dtype:
@@ -143,7 +141,6 @@ BACKEND = replace(
     why_not=why_not,
     **operators.declared("spade_fast", (*contract.MODULATION, "convolve_windows")),
     convolve_windows_gradients=convolve_windows_gradients,
-    joins_weights=False,
     dtype_at_windows=dtype_at_windows,
     find_codes=find_codes,
     find_windows=find_windows,

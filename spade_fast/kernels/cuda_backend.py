@@ -68,15 +68,6 @@ def dtype_at_windows(dtype: torch.dtype) -> torch.dtype:
 
 
 def convolve_windows(
-    rows: Tensor, weight: Tensor, bias: Tensor | None, offsets: Tensor, listed: Tensor
-) -> Tensor:
-    """On tensor cores in half precision; in plain PyTorch in float32, which they would round."""
-    if rows.dtype not in HALF:
-        return torch_backend.convolve_windows(rows, weight, bias, offsets, listed)
-    return convolve_gathered(rows, [weight], [bias], offsets, listed)
-
-
-def convolve_gathered(
     rows: Tensor,
     weights: Sequence[Tensor],
     biases: Sequence[Tensor | None],
@@ -84,13 +75,14 @@ def convolve_gathered(
     listed: Tensor,
     relu: bool = False,
 ) -> Tensor:
+    """On tensor cores in half precision; in plain PyTorch in float32, which they would round."""
     compiled = rows.dtype in HALF and weights[0].shape[2:].numel() <= MOST_TAPS
     kernels = torch.ops.spade_fast if compiled else torch_backend
-    return kernels.convolve_gathered(rows, weights, biases, offsets, listed, relu)
+    return kernels.convolve_windows(rows, weights, biases, offsets, listed, relu)
 
 
 def convolve_windows_gradients(
-    gradient: Tensor,
+    gradients: Sequence[Tensor],
     rows: Tensor | None,
     weights: Sequence[Tensor],
     back_offsets: Tensor,
@@ -101,7 +93,7 @@ def convolve_windows_gradients(
         return torch.ops.spade_fast.sum_lists(part, back_offsets, back_listed)
 
     return torch_backend.gradients_of_sums(
-        sum_lists, gradient, rows, weights, back_offsets, *wanted
+        sum_lists, gradients, rows, weights, back_offsets, *wanted
     )
 
 
@@ -113,7 +105,7 @@ BACKEND = replace(
     **operators.declared("spade_fast", contract.MODULATION),
     **cuda_numbering.of("spade_fast"),
     convolve_windows=convolve_windows,
-    convolve_gathered=convolve_gathered,
     convolve_windows_gradients=convolve_windows_gradients,
     dtype_at_windows=dtype_at_windows,
+    gathers_half=True,
 )

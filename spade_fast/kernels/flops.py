@@ -19,36 +19,16 @@ COUNTER = "torch.utils.flop_counter"
 
 
 def of_results(
-    rows: torch.Size, weight: torch.Size, *others: object, out_shape: torch.Size, **settings: object
-) -> int:
-    return 2 * rows[0] * math.prod(weight)  # each row with each tap
-
-
-def of_weight(
-    gradient: torch.Size,
-    rows: torch.Size,
-    weight: torch.Size,
+    rows: torch.Tensor,
+    weights: Sequence[torch.Tensor],
     *others: object,
-    out_shape: torch.Size,
+    out_val: torch.Tensor,
     **settings: object,
 ) -> int:
-    return 2 * rows[0] * math.prod(weight)
-
-
-def of_rows(
-    gradient: torch.Size,
-    weight: torch.Size,
-    *others: object,
-    out_shape: torch.Size,
-    **settings: object,
-) -> int:
-    return 2 * out_shape[0] * math.prod(weight)
-
-
-def of_results_in_triton(
-    rows: torch.Size, weight: torch.Size, *others: object, out_shape: torch.Size, **settings: object
-) -> int:
-    return 2 * out_shape[0] * math.prod(weight)  # each window with each tap
+    sizes = [weight.shape for weight in weights]
+    if rows.is_cuda:
+        return of_gathered(rows.shape, sizes, out_shape=out_val.shape)
+    return each_row(len(rows), sizes)
 
 
 def of_gathered(
@@ -58,18 +38,42 @@ def of_gathered(
     out_shape: torch.Size,
     **settings: object,
 ) -> int:
-    return 2 * math.prod(out_shape) * math.prod(weights[0][1:])
+    return 2 * math.prod(out_shape) * math.prod(weights[0][1:])  # each window with each tap
+
+
+def of_weights(
+    gradients: Sequence[torch.Size],
+    rows: torch.Size,
+    weights: Sequence[torch.Size],
+    *others: object,
+    out_shape: Sequence[torch.Size],
+    **settings: object,
+) -> int:
+    return each_row(rows[0], weights)
+
+
+def of_rows(
+    gradients: Sequence[torch.Size],
+    weights: Sequence[torch.Size],
+    *others: object,
+    out_shape: torch.Size,
+    **settings: object,
+) -> int:
+    return each_row(out_shape[0], weights)
+
+
+def each_row(rows: int, weights: Sequence[torch.Size]) -> int:
+    """The operations of multiplying each row with each tap of the weights."""
+    return 2 * rows * sum(map(math.prod, weights))
 
 
 def register(module: Any) -> None:
-    for operator, formula in {
-        torch.ops.spade_fast.convolve_windows: of_results,
-        torch.ops.spade_fast.convolve_windows_weight: of_weight,
-        torch.ops.spade_fast.convolve_windows_rows: of_rows,
-        torch.ops.spade_fast.convolve_gathered: of_gathered,
-        torch.ops.spade_fast_triton.convolve_windows: of_results_in_triton,
-    }.items():
-        module.register_flop_formula(operator)(formula)
+    register_formula = module.register_flop_formula
+    # Shapes do not tell a CPU from a GPU.
+    register_formula(torch.ops.spade_fast.convolve_windows, get_raw=True)(of_results)
+    register_formula(torch.ops.spade_fast.convolve_windows_weights)(of_weights)
+    register_formula(torch.ops.spade_fast.convolve_windows_rows)(of_rows)
+    register_formula(torch.ops.spade_fast_triton.convolve_windows)(of_gathered)
 
 
 class WhenImported(importlib.abc.MetaPathFinder):

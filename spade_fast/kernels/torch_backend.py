@@ -53,22 +53,47 @@ def dtype_at_windows(dtype: torch.dtype) -> torch.dtype:
 
 
 def convolve_windows(
-    rows: Tensor, weight: Tensor, bias: Tensor | None, offsets: Tensor, listed: Tensor
+    rows: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    offsets: Tensor,
+    listed: Tensor,
+    relu: bool = False,
 ) -> Tensor:
-    """rows [R, in] convolved with weight [out, in, *kernel] and bias [out] at the windows of a
-    `layout.Sums`: [windows, out].
+    """rows [R, in] convolved with each of the weights [out, in, *kernel] and its bias [out] or None
+    at the windows of a `layout.Sums`, followed by ReLU if asked for. The results are side by side,
+    [windows, sum of out], each summed in at least float32 and rounded once.
     """
-    results = []
+    weight, bias = joined(weights, biases)
+    wide, results = sum_dtype(rows.dtype), []
+    weight, wide_rows = weight.to(wide), rows.to(wide)
     for part in weight.split(_channels_at_a_time(len(rows), weight)):
-        products = rows @ _by_tap(part).t()
+        products = wide_rows @ _by_tap(part).t()
         taps = part.shape[2:].numel()
         results.append(_sum_listed(products.view(len(rows) * taps, len(part)), offsets, listed))
-    # The sum is not in place: see `apply`.
-    return torch.cat(results, dim=1) if bias is None else torch.cat(results, dim=1) + bias
+    result = torch.cat(results, dim=1)
+    if bias is not None:
+        result = result + bias.to(wide)  # not in place: see `apply`
+    return (torch.relu(result) if relu else result).to(rows.dtype)
+
+
+def joined(
+    weights: Sequence[Tensor], biases: Sequence[Tensor | None]
+) -> tuple[Tensor, Tensor | None]:
+    """Several convolutions of the same rows as one: its weight, and its bias if any has a bias."""
+    if len(weights) == 1:
+        return weights[0], biases[0]
+    if all(bias is None for bias in biases):
+        return torch.cat(list(weights)), None
+    parts = [
+        weight.new_zeros(weight.shape[0]) if bias is None else bias
+        for weight, bias in zip(weights, biases)
+    ]
+    return torch.cat(list(weights)), torch.cat(parts)
 
 
 def convolve_windows_gradients(
-    gradient: Tensor,
+    gradients: Sequence[Tensor],
     rows: Tensor | None,
     weights: Sequence[Tensor],
     back_offsets: Tensor,
@@ -76,8 +101,8 @@ def convolve_windows_gradients(
     wants_rows: bool = True,
     wants_weights: bool = True,
 ) -> tuple[Tensor | None, Sequence[Tensor | None]]:
-    """The gradients of rows and of each weight, from the gradient of the results side by side,
-    [windows, sum of out]; None for gradients that are not wanted.
+    """The gradients of rows and of each weight, from the gradient of each weight's results,
+    [windows, out]; None for gradients that are not wanted.
     """
     lists = _in_pieces(back_offsets, back_listed)
 
@@ -85,13 +110,13 @@ def convolve_windows_gradients(
         return _sum_pieces(part, *lists)
 
     return gradients_of_sums(
-        sum_lists, gradient, rows, weights, back_offsets, wants_rows, wants_weights
+        sum_lists, gradients, rows, weights, back_offsets, wants_rows, wants_weights
     )
 
 
 def gradients_of_sums(
     sum_lists: Callable[[Tensor], Tensor],
-    gradient: Tensor,
+    gradients: Sequence[Tensor],
     rows: Tensor | None,
     weights: Sequence[Tensor],
     back_offsets: Tensor,
@@ -99,8 +124,9 @@ def gradients_of_sums(
     wants_weights: bool = True,
 ) -> tuple[Tensor | None, Sequence[Tensor | None]]:
     """convolve_windows_gradients with the given sum_lists(part), which sums columns of the
-    gradient, [windows, D], over the windows that see each row through each tap: [rows · taps, D].
+    gradients, [windows, D], over the windows that see each row through each tap: [rows · taps, D].
     """
+    gradient = gradients[0] if len(gradients) == 1 else torch.cat(list(gradients), dim=1)
     shape = weights[0].shape[1:]
     taps, channels = shape[1:].numel(), shape[0]
     count, weight_parts, row_parts, end = (len(back_offsets) - 1) // taps, [], [], 0
@@ -132,39 +158,6 @@ def _added(products):
     return total.to(products[0].dtype)
 
 
-def convolve_gathered(
-    rows: Tensor,
-    weights: Sequence[Tensor],
-    biases: Sequence[Tensor | None],
-    offsets: Tensor,
-    listed: Tensor,
-    relu: bool = False,
-) -> Tensor:
-    """convolve_windows of the same rows with several weights, the results side by side, and ReLU if
-    asked for. Each result is summed in at least float32, and rounded once.
-    """
-    wide = sum_dtype(rows.dtype)
-    weight, bias = joined(weights, biases)
-    bias = None if bias is None else bias.to(wide)
-    result = convolve_windows(rows.to(wide), weight.to(wide), bias, offsets, listed)
-    return (torch.relu(result) if relu else result).to(rows.dtype)
-
-
-def joined(
-    weights: Sequence[Tensor], biases: Sequence[Tensor | None]
-) -> tuple[Tensor, Tensor | None]:
-    """Several convolutions of the same rows as one: its weight, and its bias if any has a bias."""
-    if len(weights) == 1:
-        return weights[0], biases[0]
-    if all(bias is None for bias in biases):
-        return torch.cat(list(weights)), None
-    parts = [
-        weight.new_zeros(weight.shape[0]) if bias is None else bias
-        for weight, bias in zip(weights, biases)
-    ]
-    return torch.cat(list(weights)), torch.cat(parts)
-
-
 def sum_lists(x: Tensor, offsets: Tensor, listed: Tensor) -> Tensor:
     """Sums of listed rows of x [R, D]: [len(offsets) − 1, D]. Sum i is over
     x[listed[offsets[i]:offsets[i + 1]]].
@@ -173,23 +166,30 @@ def sum_lists(x: Tensor, offsets: Tensor, listed: Tensor) -> Tensor:
 
 
 def convolve_windows_rows(
-    gradient: Tensor, weight: Tensor, back_offsets: Tensor, back_listed: Tensor
+    gradients: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    back_offsets: Tensor,
+    back_listed: Tensor,
 ) -> Tensor:
     of_rows, _ = convolve_windows_gradients(
-        gradient, None, [weight], back_offsets, back_listed, wants_weights=False
+        gradients, None, weights, back_offsets, back_listed, wants_weights=False
     )
     assert of_rows is not None
     return of_rows
 
 
-def convolve_windows_weight(
-    gradient: Tensor, rows: Tensor, weight: Tensor, back_offsets: Tensor, back_listed: Tensor
-) -> Tensor:
-    _, (of_weight,) = convolve_windows_gradients(
-        gradient, rows, [weight], back_offsets, back_listed, wants_rows=False
+def convolve_windows_weights(
+    gradients: Sequence[Tensor],
+    rows: Tensor,
+    weights: Sequence[Tensor],
+    back_offsets: Tensor,
+    back_listed: Tensor,
+) -> list[Tensor]:
+    _, of_weights = convolve_windows_gradients(
+        gradients, rows, weights, back_offsets, back_listed, wants_rows=False
     )
-    assert of_weight is not None
-    return of_weight
+    # An operator's results may not share memory.
+    return [of_weight.clone() for of_weight in of_weights if of_weight is not None]
 
 
 def apply(
@@ -501,10 +501,9 @@ BACKEND = Backend(
     instance_forward=instance_forward,
     instance_backward=instance_backward,
     convolve_windows=convolve_windows,
-    convolve_gathered=convolve_gathered,
     convolve_windows_gradients=convolve_windows_gradients,
-    joins_weights=True,
     dtype_at_windows=dtype_at_windows,
+    gathers_half=False,
     find_codes=numbering.find_codes,
     find_windows=numbering.find_windows,
     find_patches=numbering.find_patches,

@@ -41,16 +41,6 @@ def dtype_at_windows(dtype: torch.dtype) -> torch.dtype:
 
 
 def convolve_windows(
-    rows: Tensor, weight: Tensor, bias: Tensor | None, offsets: Tensor, listed: Tensor
-) -> Tensor:
-    """On tensor cores in half precision; in plain PyTorch in float32, which they would round."""
-    half = rows.dtype in (torch.bfloat16, torch.float16)
-    return (torch.ops.spade_fast_triton if half else torch_backend).convolve_windows(
-        rows, weight, bias, offsets, listed
-    )
-
-
-def convolve_gathered(
     rows: Tensor,
     weights: Sequence[Tensor],
     biases: Sequence[Tensor | None],
@@ -58,10 +48,10 @@ def convolve_gathered(
     listed: Tensor,
     relu: bool = False,
 ) -> Tensor:
-    """As one convolution: joining the weights costs less than a second launch."""
-    weight, bias = torch_backend.joined(weights, biases)
-    result = convolve_windows(rows, weight, bias, offsets, listed)
-    return torch.relu_(result) if relu else result
+    """On tensor cores in half precision; in plain PyTorch in float32, which they would round."""
+    half = rows.dtype in (torch.bfloat16, torch.float16)
+    kernels = torch.ops.spade_fast_triton if half else torch_backend
+    return kernels.convolve_windows(rows, weights, biases, offsets, listed, relu)
 
 
 _failures: list[str | None] = []  # once the import was tried: why it failed, or None
@@ -103,7 +93,7 @@ BACKEND = replace(
     why_not=why_not,
     **operators.declared(NAMESPACE, contract.MODULATION),
     convolve_windows=convolve_windows,
-    convolve_gathered=convolve_gathered,
     dtype_at_windows=dtype_at_windows,
+    gathers_half=True,
     find_codes=_kernel("find_codes"),
 )

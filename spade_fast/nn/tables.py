@@ -116,9 +116,7 @@ def compute_table(
     each image, [N·K, C].
     """
     backend = kernels.select(layout.palette)
-    gathers = (
-        dtype.itemsize == 2 and backend.joins_weights and backend.dtype_at_windows(dtype) == dtype
-    )
+    gathers = dtype.itemsize == 2 and backend.gathers_half
     if gathers and kept is not None and not torch.is_grad_enabled() and not convolutions.normalise:
         return packed_table(layout, windows, convolutions, dtype, kept, backend)
     first, first_bias = weight_of(convolutions.shared), convolutions.shared.bias
@@ -182,9 +180,9 @@ def packed_table(
     packs = kept.derive(convolutions.gamma, "packed", tensors, (dtype,), packed)
     convolve = backend.convolve_windows
     palette = padded_palette(layout, dtype)
-    hidden = convolve(palette, *packs[:2], windows.hidden.offsets, windows.hidden.rows)
+    hidden = convolve(palette, packs[:1], packs[1:2], *windows.hidden[:2])
     hidden = padded(activated(hidden, convolutions.activations))
-    rows = convolve(hidden, *packs[2:], windows.table.offsets, windows.table.rows)
+    rows = convolve(hidden, packs[2:3], packs[3:], *windows.table[:2])
     return list(rows.split([weight.shape[0] for weight in weights], dim=1))
 
 

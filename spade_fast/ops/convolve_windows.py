@@ -96,11 +96,10 @@ def _without_autocast(rows):
 def _convolved(backend, rows, both, lists, relu=False):
     """The convolutions of rows with these weights and biases, followed by ReLU if asked for."""
     weights, biases = _halves(both)
-    if backend.joins_weights:
-        joint = backend.convolve_gathered(rows, weights, biases, *lists, relu)
-        return joint.split_with_sizes([weight.shape[0] for weight in weights], dim=1)
-    results = [backend.convolve_windows(rows, *one, *lists) for one in zip(weights, biases)]
-    return tuple(map(torch.relu_, results)) if relu else tuple(results)
+    joint = backend.convolve_windows(rows, weights, biases, *lists, relu)
+    if len(weights) == 1:
+        return (joint,)  # not a view, because an activation may write to it in place
+    return joint.split_with_sizes([weight.shape[0] for weight in weights], dim=1)
 
 
 def _gradients(backend, gradients, rows, both, lists, wants_rows, wants_both):
@@ -109,21 +108,9 @@ def _gradients(backend, gradients, rows, both, lists, wants_rows, wants_both):
     """
     weights, biases = _halves(both)
     wants_weights, wants_biases = map(any, _halves(wants_both))
-    wanted = (wants_rows, wants_weights)
-    if backend.joins_weights:
-        joint = gradients[0] if len(gradients) == 1 else torch.cat(gradients, dim=1)
-        of_rows, of_weights = backend.convolve_windows_gradients(
-            joint, rows, weights, *lists, *wanted
-        )
-    else:
-        each = [
-            backend.convolve_windows_gradients(gradient, rows, [weight], *lists, *wanted)
-            for gradient, weight in zip(gradients, weights)
-        ]
-        of_weights = [own for _, (own,) in each]
-        of_rows = each[0][0]
-        for other, _ in each[1:] if wants_rows else ():
-            of_rows = of_rows.add_(other)
+    of_rows, of_weights = backend.convolve_windows_gradients(
+        gradients, rows, weights, *lists, wants_rows, wants_weights
+    )
     of_biases = [
         None if bias is None or not wants_biases else gradient.sum(0)
         for gradient, bias in zip(gradients, biases)
