@@ -517,7 +517,7 @@ CONVOLUTION = {
         fake_convolve_windows_weights,
     ),
 }
-# What GPUs have kernels for in place of CONVOLUTION: they gather rows.
+# What GPUs have kernels for: sums of listed rows are what the gradients need.
 GATHERING = {
     "convolve_windows": CONVOLUTION["convolve_windows"],
     "sum_lists": Operation(
