@@ -43,12 +43,12 @@ Tensor sum_lists_of(const Tensor& given_x, const Tensor& given_offsets,
   ListSums s = {};
   s.lists = lists_of(offsets, listed);
   s.x = rows_of(x, "x"), s.rows = x.size(0), s.columns = x.size(1);
-  const Tensor sums = torch::stable::new_empty(x, {s.lists.count, s.columns});
+  const Tensor sums = new_tensor(x, {s.lists.count, s.columns}, x.scalar_type());
   s.sums = rows_of(sums, "sums");
   s.vector = aligned(x) && aligned(sums);
   s.pieces = pieces_of(s.lists);
-  const Tensor parts = torch::stable::new_empty(x, {2 * s.pieces, s.columns}, ScalarType::Float);
-  const Tensor begun = torch::stable::new_empty(x, {s.pieces}, ScalarType::Int);
+  const Tensor parts = new_tensor(x, {2 * s.pieces, s.columns}, ScalarType::Float);
+  const Tensor begun = new_tensor(x, {s.pieces}, ScalarType::Int);
   s.parts = parts.mutable_data_ptr<float>(), s.begun = begun.mutable_data_ptr<int32_t>();
   if (sums.numel() > 0) sum_lists(on_device.stream(), s);
   return sums;
@@ -83,7 +83,7 @@ Tensor packed(const std::vector<Tensor>& weights, const std::vector<std::optiona
   p.channels = static_cast<int>(shape.channels), p.taps = static_cast<int>(shape.taps),
   p.width = std::max(8, (p.channels + 7) / 8 * 8);
   const Tensor result =
-      torch::stable::new_empty(weights[0], {shape.outputs, shape.taps + 1, p.width});
+      new_tensor(weights[0], {shape.outputs, shape.taps + 1, p.width}, weights[0].scalar_type());
   p.packed = static_cast<uint16_t*>(result.mutable_data_ptr());
   std::vector<Tensor> kept;
   int64_t outputs = 0;
@@ -126,7 +126,7 @@ Tensor convolve_windows_of(const Tensor& given_rows, std::vector<Tensor> weights
   const Tensor offsets = without_gaps(given_offsets), listed = without_gaps(given_listed);
   WindowConvolution w = {};
   w.lists = lists_of(offsets, listed);
-  const Tensor results = torch::stable::new_empty(rows, {w.lists.count, shape.outputs});
+  const Tensor results = new_tensor(rows, {w.lists.count, shape.outputs}, rows.scalar_type());
   if (results.numel() == 0) return results;
   w.rows = rows_of(rows, "rows"), w.results = rows_of(results, "results");
   w.row_count = rows.size(0);
