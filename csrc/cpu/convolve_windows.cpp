@@ -494,20 +494,49 @@ struct Read {
   }
 };
 
-// The weight of one unit of output channels as [taps, unit, width], with zeros for missing
-// channels.
+// A channel's weight [in, taps], in whole units of `in`, as [taps, in]. Behind it, one more unit
+// may be read.
+template <typename Sum, int kBytes>
+struct ByTaps : Vectors<Sum, kBytes> {
+  using Vectors<Sum, kBytes>::at, Vectors<Sum, kBytes>::kOfUnit;
+
+  static ALWAYS_INLINE void run(int64_t in_units, int64_t taps, const Sum* from, Sum* to,
+                                int64_t to_tap) {
+    for (int64_t i = 0; i < in_units * kUnit<Sum>; i += kUnit<Sum>) {
+      for (int64_t first = 0; first < taps; first += kUnit<Sum>) {
+        const Sum* found[kUnit<Sum>];
+        for (int64_t k = 0; k < kUnit<Sum>; ++k) found[k] = from + (i + k) * taps + first;
+        Sum square[kUnit<Sum> * kUnit<Sum>];
+        Transpose<Sum, kBytes>::run(found, square, kUnit<Sum>);
+        for (int64_t tap = first; tap < std::min(first + kUnit<Sum>, taps); ++tap) {
+#pragma GCC unroll 4
+          for (int v = 0; v < kOfUnit; ++v)
+            at(to + tap * to_tap + i, v) = at(square + (tap - first) * kUnit<Sum>, v);
+        }
+      }
+    }
+  }
+};
+
+// The weight of one unit of output channels as [taps, unit, in], with zeros for missing channels.
+// `to_row` is the distance between rows of `in` numbers, in whole units.
 template <typename Sum>
 void take_weight(const Sizes<Sum>& sizes, Matrix<const char> weight, const Unit& unit,
-                 int64_t width, Sum* to) {
-  std::fill_n(to, sizes.columns() * width, Sum(0));
-  const auto buffer = scratch<Sum>(weight.columns);
-  for (int64_t channel = 0; channel < unit.channels; ++channel) {
-    const Elements<Sum> row = {weight.at(unit.first + channel, 0), weight.type};
-    const Sum* from = vectorised<Read<Sum>>(row, weight.columns, buffer.get());
-    for (int64_t tap = 0; tap < sizes.taps; ++tap) {
-      Sum* row = to + (tap * kUnit<Sum> + channel) * width;
-      for (int64_t i = 0; i < sizes.in; ++i) row[i] = from[i * sizes.taps + tap];
+                 int64_t to_row, Sum* to) {
+  const int64_t in_units = units<Sum>(sizes.in),
+                size = in_units * kUnit<Sum> * sizes.taps + kUnit<Sum>;
+  const auto own = scratch<Sum>(size);
+  std::fill_n(own.get(), size, Sum(0));
+  for (int64_t channel = 0; channel < kUnit<Sum>; ++channel) {
+    if (channel < unit.channels) {
+      const Elements<Sum> row = {weight.at(unit.first + channel, 0), weight.type};
+      const Sum* found = vectorised<Read<Sum>>(row, weight.columns, own.get());
+      if (found != own.get()) std::copy_n(found, weight.columns, own.get());
+    } else if (channel == unit.channels) {
+      std::fill_n(own.get(), size, Sum(0));
     }
+    in_vectors<ByTaps, Sum>(in_units, sizes.taps, static_cast<const Sum*>(own.get()),
+                            to + channel * to_row, kUnit<Sum> * to_row);
   }
 }
 
