@@ -348,21 +348,21 @@ class Products {
       if (in_pairs_) {
         vectorised<JoinPairs>(sizes_.in, columns, matrix);
         run_avx512<PairProduct>(sizes_.rows, sizes_.taps, factors(), weights, columns, products,
-                                columns, false);
+                                columns, Update::replace);
         return;
       }
     }
 #endif
     if (!*nonzeros_ || !vectorised<AllWithin<Sum>>(sizes_.in * columns, weights, kLargest<Sum>)) {
       in_vectors<MatrixProduct, Sum>(sizes_.rows, sizes_.taps, factors(), weights, columns,
-                                     products, columns, false);
+                                     products, columns, Update::replace);
       return;
     }
     constexpr int64_t kStep = NonzeroLists<Sum>::kColumns;
     for (int64_t step = 0; step * kStep < sizes_.in; ++step)
       in_vectors<NonzeroProduct, Sum>(sizes_.rows, sizes_.taps, nonzeros_->at(step),
                                       weights + step * kStep * columns, columns, products, columns,
-                                      step > 0);
+                                      step == 0 ? Update::replace : Update::extend);
   }
 
  private:
@@ -471,13 +471,14 @@ std::vector<Tensor> weight_gradients(const std::vector<Tensor>& given_gradients,
         if (skips) {
           in_vectors<NonzeroProduct, Sum>(sizes.in, sizes.taps, nonzeros.at(first / step),
                                           of_products, sizes.columns(), matrix.get(),
-                                          sizes.columns(), true);
+                                          sizes.columns(), Update::extend);
           continue;
         }
         const Strided<Sum> own_factors = {factors.data + first * sizes.in, 1, sizes.in,
                                           last - first};
         in_vectors<MatrixProduct, Sum>(sizes.in, sizes.taps, own_factors, of_products,
-                                       sizes.columns(), matrix.get(), sizes.columns(), true);
+                                       sizes.columns(), matrix.get(), sizes.columns(),
+                                       Update::extend);
       }
       in_vectors<FromColumns, Sum>(static_cast<const Sum*>(matrix.get()),
                                    output_matrix(result, sizes.in * sizes.taps), unit.first,
@@ -581,7 +582,7 @@ Tensor rows_gradient(const std::vector<Tensor>& given_gradients,
             last - first, width / kUnit<Sum>,
             Strided<Sum>{products.get(), sizes.columns(), 1, sizes.columns()},
             static_cast<const Sum*>(weights.get() + i * weight_size), weight_row,
-            result_data + first * width, width, true);
+            result_data + first * width, width, Update::add);
       }
     }
   });

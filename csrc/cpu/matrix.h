@@ -32,8 +32,12 @@ struct Nonzeros {
   }
 };
 
-// c = a·b, or c += a·b if `accumulate`, with c of rows × units columns and a Strided or Nonzeros.
-// The columns of b and c are contiguous; b_row and c_row are the distances between their rows.
+// c = a·b; or every product is added to c in turn, so that several steps have the bits of one; or
+// c += a·b, which rounds less over many steps.
+enum class Update { replace, extend, add };
+
+// Updates c of rows × units columns by a·b, with a Strided or Nonzeros. The columns of b and c are
+// contiguous; b_row and c_row are the distances between their rows.
 //
 // Each tile of c, kRows × kUnits, is accumulated in registers. With kPairs, the elements of a and b
 // are pairs of bfloat16 in the place of a float, and their product is the sum of two products.
@@ -45,39 +49,42 @@ struct Tiles : Vectors<Sum, kBytes> {
 
   template <typename Factors>
   static ALWAYS_INLINE void run(int64_t rows, int64_t units, Factors a, const Sum* b, int64_t b_row,
-                                Sum* c, int64_t c_row, bool accumulate) {
+                                Sum* c, int64_t c_row, Update update) {
     for (; units >= kUnits; units -= kUnits, b += kUnits * kUnit<Sum>, c += kUnits * kUnit<Sum>)
-      run_rows(rows, a, b, b_row, c, c_row, accumulate);
+      run_rows(rows, a, b, b_row, c, c_row, update);
     if constexpr (kUnits > 1)
       Tiles<Sum, kBytes, kRows, kUnits - 1, kPairs>::run(rows, units, a, b, b_row, c, c_row,
-                                                         accumulate);
+                                                         update);
   }
 
   template <typename Factors>
   static ALWAYS_INLINE void run_rows(int64_t rows, Factors a, const Sum* b, int64_t b_row, Sum* c,
-                                     int64_t c_row, bool accumulate) {
+                                     int64_t c_row, Update update) {
     for (; rows >= kRows; rows -= kRows, a.skip(kRows), c += kRows * c_row)
-      run_tile(a, b, b_row, c, c_row, accumulate);
+      run_tile(a, b, b_row, c, c_row, update);
     if constexpr (kRows > 1)
-      Tiles<Sum, kBytes, kRows / 2, kUnits, kPairs>::run_rows(rows, a, b, b_row, c, c_row,
-                                                              accumulate);
+      Tiles<Sum, kBytes, kRows / 2, kUnits, kPairs>::run_rows(rows, a, b, b_row, c, c_row, update);
   }
 
  private:
   template <typename Factors>
   static ALWAYS_INLINE void run_tile(Factors a, const Sum* b, int64_t b_row, Sum* c, int64_t c_row,
-                                     bool accumulate) {
+                                     Update update) {
     Vector sums[kRows][kVectors];
 #pragma GCC unroll 8
     for (int i = 0; i < kRows; ++i) {
 #pragma GCC unroll 9
-      for (int v = 0; v < kVectors; ++v) sums[i][v] = accumulate ? at(c + i * c_row, v) : Vector{};
+      for (int v = 0; v < kVectors; ++v)
+        sums[i][v] = update == Update::extend ? at(c + i * c_row, v) : Vector{};
     }
     add_products(a, b, b_row, sums);
 #pragma GCC unroll 8
     for (int i = 0; i < kRows; ++i) {
 #pragma GCC unroll 9
-      for (int v = 0; v < kVectors; ++v) at(c + i * c_row, v) = sums[i][v];
+      for (int v = 0; v < kVectors; ++v) {
+        if (update == Update::add) sums[i][v] += at(c + i * c_row, v);
+        at(c + i * c_row, v) = sums[i][v];
+      }
     }
   }
 
