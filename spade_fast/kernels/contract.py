@@ -39,6 +39,15 @@ Lists = tuple[Tensor, Tensor, Tensor, Tensor]  # as `layout.Sums` has them
 Result = TypeVar("Result")
 
 
+class Costs(NamedTuple):
+    """What windows cost in float32 and float64, relative to a multiply-add of PyTorch's convolution
+    at pixels.
+    """
+
+    product: float  # a multiply-add of rows
+    addition: float  # of a number to the sum of a window's rows, which memory limits
+
+
 @dataclass(frozen=True)
 class Backend:
     """All kernels of one backend. Their versions in plain PyTorch document what each computes:
@@ -59,6 +68,7 @@ class Backend:
     convolve_windows: Callable[..., Tensor]
     convolve_windows_gradients: Callable[..., tuple[Tensor | None, Sequence[Tensor | None]]]
     dtype_at_windows: Callable[[torch.dtype], torch.dtype]
+    costs_at_windows: Costs
     # Whether convolve_windows in half precision gathers the rows that each window sees: it then
     # reads rows and weights fastest if their channels are adjacent and a multiple of 16.
     gathers_half: bool

@@ -142,6 +142,10 @@ BACKEND = replace(
     **operators.declared("spade_fast", (*contract.MODULATION, "convolve_windows")),
     convolve_windows_gradients=convolve_windows_gradients,
     dtype_at_windows=dtype_at_windows,
+    # Zeros behind the ReLU and in one-hot rows are left out. On two cores with AVX2, with these
+    # costs the dearer one of windows and pixels was chosen, by more than 3%, in 9 of 314 layers
+    # with random layouts: in 8 of these with backward, 1024 channels and at most 256 pixels.
+    costs_at_windows=contract.Costs(0.75, 12),
     find_codes=find_codes,
     find_windows=find_windows,
     find_patches=find_patches,

@@ -8,6 +8,7 @@ from typing import Literal, get_args
 import torch
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from .. import kernels
 from ..identity import state_of
 from ..layout import SemanticLayout, Windows
 from ..recording import is_recorded
@@ -18,10 +19,6 @@ from .tables import dtype_of_convolution
 
 Mode = Literal["auto", "always", "never"]
 MODES: tuple[Mode, ...] = get_args(Mode)
-# Costs relative to a multiply-add, as `python -m benchmarks run layer` shows on a CPU: an addition
-# in a sum of rows, which memory limits; reordering one weight for a convolution; and the factor by
-# which windows cost more than these counts, mostly in backward.
-COST_OF_ADDITION, COST_OF_WEIGHT, COST_OF_WINDOWS = 8, 100, 1.25
 # The cost of a multiply-add on gathered rows relative to one in PyTorch's convolution at pixels, on
 # a GPU in half precision: forward, and forward with backward. On an H200 in bfloat16, for the ten
 # shapes of the published generator, it is 1.8 to 2.7 and 3 to 5. Forward, pixels need seven more
@@ -110,8 +107,9 @@ def _pay(windows, layout, x, convolutions):
         if torch.is_grad_enabled():
             return COST_OF_GATHERED_TRAINING * gathered < at_pixels
         return COST_OF_GATHERED * gathered < at_pixels + COST_OF_LAUNCHES
-    at_pixels = windows.index.numel() * (shared.in_channels + outputs) + COST_OF_WEIGHT * outputs
+    at_pixels = windows.index.numel() * (shared.in_channels + outputs)
     products = layout.palette.shape[0] * shared.in_channels + windows.hidden_count * outputs
     additions = taps * (windows.hidden_count * hidden + windows.count * outputs)
-    at_windows = taps * hidden * products + COST_OF_ADDITION * additions
-    return COST_OF_WINDOWS * at_windows < taps * hidden * at_pixels
+    costs = kernels.select(layout.palette).costs_at_windows
+    at_windows = costs.product * taps * hidden * products + costs.addition * additions
+    return at_windows < taps * hidden * at_pixels
