@@ -9,10 +9,11 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from .layout import SemanticLayout, Sums, Windows
+from .layout import SemanticLayout
 from .nn.choice import current_mode, window_mode
 from .nn.spade import SpatiallyAdaptive
 from .nn.tables import keep_in
+from .windows import Sums, Windows
 
 
 class Graphed:

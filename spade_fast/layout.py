@@ -10,7 +10,7 @@ condition's vector for each code. The condition itself is never built.
 import functools
 import sys
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -18,87 +18,34 @@ from torch.utils.data._utils.collate import default_collate_fn_map
 
 from . import kernels
 from .arguments import whole_number
+from .codes import (
+    check_has_values,
+    classes_of,
+    compact,
+    description,
+    instance_edges,
+    label_map_of,
+    refuse_labels,
+)
 from .identity import state_of, with_version
 from .kernels.numbering import resize_codes
 from .streams import Made, made_here, read_here
+from .windows import (
+    LARGEST_KERNEL,
+    Patches,
+    Sums,
+    Windows,
+    number,
+    number_patches,
+    on_its_own,
+    repeated,
+    side_by_side,
+    stacked,
+    tensors_in,
+)
 
 if TYPE_CHECKING:
     import numpy as np
-
-LARGEST_KERNEL = 7  # taps per axis of a window
-
-
-class Sums(NamedTuple):
-    """What windows see, as sums of rows: sum i is over rows[offsets[i]:offsets[i + 1]], where each
-    entry is row · taps + tap.
-
-    Backward needs the opposite direction: the entry j = row · taps + tap is in the sums
-    back_rows[back_offsets[j]:back_offsets[j + 1]]. All are int32, on the layout's device. A tap
-    beyond the border sees nothing, and is left out.
-    """
-
-    offsets: torch.Tensor
-    rows: torch.Tensor
-    back_offsets: torch.Tensor | None  # None in a copy that is not for backward
-    back_rows: torch.Tensor | None
-
-
-class Windows(NamedTuple):
-    """The distinct windows of a layout at one size, for convolutions of one kernel size.
-
-    hidden: the K1 windows of codes that the first convolution sees, as sums of the palette's rows.
-    table: the K2 windows of hidden windows that γ and β see, as sums of hidden rows.
-    index: [N, *size], which of the K2 each pixel has; order: [N, pixels], each image's pixels
-        sorted by their index. Both are int32.
-    """
-
-    hidden: Sums
-    table: Sums
-    index: torch.Tensor  # type: ignore[assignment]  # hides tuple.index, which nobody calls
-    order: torch.Tensor
-
-    @property
-    def hidden_count(self) -> int:
-        """K1, the rows of the hidden map."""
-        return self.hidden.offsets.shape[0] - 1
-
-    @property
-    def count(self) -> int:  # type: ignore[override]  # hides tuple.count, which nobody calls
-        """K2, the rows of γ and β."""
-        return self.table.offsets.shape[0] - 1
-
-    @property
-    def index_of_images(self) -> torch.Tensor:
-        """The index for tables in which each image has rows of its own: those of image n begin at
-        n · K2.
-        """
-        images = torch.arange(len(self.index), dtype=torch.int32, device=self.index.device)
-        return self.index + images.view(-1, *[1] * (self.index.dim() - 1)) * self.count
-
-    @property
-    def shares(self) -> torch.Tensor:
-        """The share of each image's pixels that have each window: [N, K2], float64."""
-        pixels = self.index.flatten(1).long()
-        shares = torch.zeros(len(pixels), self.count, dtype=torch.float64, device=pixels.device)
-        return shares.scatter_add_(
-            1, pixels, torch.ones((), dtype=torch.float64, device=pixels.device).expand_as(pixels)
-        ).div_(max(1, pixels.shape[1]))
-
-
-class Patches(NamedTuple):
-    """The distinct windows that one convolution of a layout sees, for any kernel size, stride and
-    padding.
-
-    contents: [K, taps], the codes that each window sees, −1 beyond the border; sums: the same as
-        sums of the palette's rows.
-    index: [N, *size of the result], which of the K each place has; order: [N, places], each image's
-        places sorted by their index. All are int32.
-    """
-
-    contents: torch.Tensor
-    sums: Sums
-    index: torch.Tensor  # type: ignore[assignment]  # hides tuple.index, which nobody calls
-    order: torch.Tensor
 
 
 class SemanticLayout:
@@ -190,10 +137,10 @@ class SemanticLayout:
         if dont_care is not None:
             dont_care = whole_number("dont_care", dont_care)
         with torch.inference_mode(False):  # so that training may use windows from inference mode
-            label_map = _label_map("labels", labels)
-            codes, channels = _classes(label_map, num_classes, dont_care)
+            label_map = label_map_of("labels", labels)
+            codes, channels = classes_of(label_map, num_classes, dont_care)
             if instances is not None:
-                numbers = _label_map("instances", instances)
+                numbers = label_map_of("instances", instances)
                 if numbers.shape != codes.shape:
                     raise ValueError(
                         f"instances has shape {list(numbers.shape)}; it should have the shape of"
@@ -205,9 +152,9 @@ class SemanticLayout:
                         f" {codes.device}"
                     )
                 codes = codes + channels * instance_edges(numbers)
-            codes, present, are_classes = _compact(codes, channels * (1 + (instances is not None)))
+            codes, present, are_classes = compact(codes, channels * (1 + (instances is not None)))
             if not are_classes:
-                _refuse_labels(label_map, num_classes, dont_care)
+                refuse_labels(label_map, num_classes, dont_care)
             palette = F.one_hot(present % channels, channels).float()
             if instances is not None:
                 palette = torch.cat([palette, (present // channels)[:, None].float()], dim=1)
@@ -231,10 +178,10 @@ class SemanticLayout:
             or not 3 <= segmap.dim() <= 5
         ):
             raise ValueError(
-                f"segmap is {_description(segmap)}; it should be a tensor [N, label_nc, *spatial]"
+                f"segmap is {description(segmap)}; it should be a tensor [N, label_nc, *spatial]"
                 " of 16-, 32- or 64-bit floating-point numbers with 1 to 3 spatial dimensions"
             )
-        _check_has_values("segmap", segmap)
+        check_has_values("segmap", segmap)
         if segmap.requires_grad and torch.is_grad_enabled():
             raise ValueError(
                 "segmap requires a gradient; it should not: a layout passes none back; detach() it"
@@ -276,16 +223,11 @@ class SemanticLayout:
                 " with the same size, channels, dtype and device"
             )
         stack = cls(
-            _side_by_side([(layout.codes, len(layout.palette)) for layout in layouts]),
+            side_by_side([(layout.codes, len(layout.palette)) for layout in layouts]),
             torch.cat([layout.palette for layout in layouts]),
         )
         for key in set.intersection(*(set(layout._windows) for layout in layouts)):
-            parts = [layout.windows(*key) for layout in layouts]
-            index = _side_by_side([(part.index, part.count) for part in parts])
-            hidden, table = (_stack_sums([part[which] for part in parts]) for which in range(2))
-            stack._windows[key] = Windows(
-                hidden, table, index, torch.cat([part.order for part in parts])
-            )
+            stack._windows[key] = stacked([layout.windows(*key) for layout in layouts])
         return stack
 
     def __getitem__(
@@ -358,7 +300,7 @@ class SemanticLayout:
 
     def _with_codes(self, codes):
         """A layout of some of this layout's codes, with only the palette rows that they use."""
-        codes, present, are_rows = _compact(codes, len(self.palette))
+        codes, present, are_rows = compact(codes, len(self.palette))
         if not are_rows:
             raise ValueError(
                 f"codes has numbers that are not rows of the palette; they should be 0 to"
@@ -446,11 +388,11 @@ class SemanticLayout:
             if (source := self._source()) is not None:
                 layout, times = source
                 contents, sums, *places = layout.patches(*key)
-                kept[key] = Patches(contents, sums, *(_repeated(one, times) for one in places))
+                kept[key] = Patches(contents, sums, *(repeated(one, times) for one in places))
             else:
                 kept[key] = number_patches(self.codes, *key, len(self.palette))
-            self._made[key] = made_here(_tensors_in(kept[key]))
-        read_here(self._made.get(key), _tensors_in(kept[key]))
+            self._made[key] = made_here(tensors_in(kept[key]))
+        read_here(self._made.get(key), tensors_in(kept[key]))
         return kept[key]
 
     def repeat(self, times: int) -> "SemanticLayout":
@@ -464,9 +406,9 @@ class SemanticLayout:
             times = whole_number("times", times, least=1)
         if times == 1:
             return self
-        repeated = SemanticLayout(_repeat(self.codes, times), self.palette)
-        repeated._repeats = (self, self._content, times)
-        return repeated
+        layout = SemanticLayout(repeated(self.codes, times), self.palette)
+        layout._repeats = (self, self._content, times)
+        return layout
 
     def _source(self):
         """The layout that this one still repeats and how many times, or None."""
@@ -498,7 +440,7 @@ class SemanticLayout:
                 )
             (key,) = self._make_windows([size], kernel_size, kept)
         if not torch.compiler.is_compiling():
-            read_here(self._made.get(key), _tensors_in(kept[key]))
+            read_here(self._made.get(key), tensors_in(kept[key]))
         return kept[key]
 
     def _make_windows(self, sizes, kernel_size, kept):
@@ -523,7 +465,7 @@ class SemanticLayout:
             layout._make_windows(sizes, kernel_size, layout._windows)
             for key in missing:
                 hidden, table, *places = layout.windows(*key)
-                kept[key] = Windows(hidden, table, *(_repeated(one, times) for one in places))
+                kept[key] = Windows(hidden, table, *(repeated(one, times) for one in places))
         else:
             found = number(self.codes, sizes, kernel_size, len(self.palette), self.palette.dtype)
             kept.update(zip(missing, found))
@@ -666,7 +608,7 @@ class SemanticLayout:
     def nbytes(self) -> int:
         """The memory of codes, palette and windows, in bytes."""
         self._look()
-        tensors = [self.codes, self.palette, *_tensors_in(tuple(self._windows.values()))]
+        tensors = [self.codes, self.palette, *tensors_in(tuple(self._windows.values()))]
         return sum(tensor.nbytes for tensor in tensors)
 
     @property
@@ -688,7 +630,7 @@ class SemanticLayout:
         values = {name: value for name, value in self.__dict__.items() if name != "_state"}
         values["_made"] = {}  # a copy has read them, and need not wait
         for name in ("_windows", "_patches"):
-            values[name] = {key: _on_its_own(found) for key, found in values[name].items()}
+            values[name] = {key: on_its_own(found) for key, found in values[name].items()}
         return values
 
     def __setstate__(self, values: dict[str, Any]) -> None:
@@ -697,187 +639,11 @@ class SemanticLayout:
         self._state = self._state_now()
 
 
-def _tensors_in(found):
-    """The tensors of Windows or Patches, one after another."""
-    for part in found:
-        if isinstance(part, tuple):
-            yield from _tensors_in(part)
-        elif part is not None:
-            yield part
-
-
-def _on_its_own(found):
-    """Windows or Patches whose tensors have memory of their own: those computed on a GPU share one
-    buffer, all of which would be pickled with each tensor.
-    """
-    if isinstance(found, tuple):
-        return type(found)(*map(_on_its_own, found))
-    return found.clone() if found.untyped_storage().nbytes() > found.nbytes else found
-
-
 def _collate(layouts, *, collate_fn_map=None):
     return SemanticLayout.stack(layouts)
 
 
 default_collate_fn_map[SemanticLayout] = _collate
-
-
-@torch.inference_mode(False)  # as in from_labels
-def number(
-    codes: torch.Tensor,
-    sizes: Sequence[Sequence[int]],
-    kernel_size: int,
-    num_codes: int,
-    dtype: torch.dtype,
-) -> list[Windows]:
-    """The Windows of codes [N, *spatial] at each of these sizes, resized as a condition in this
-    dtype would be.
-    """
-    found = kernels.select(codes).find_windows(codes, sizes, kernel_size, num_codes, dtype)
-    return [Windows(Sums(*hidden), Sums(*table), *places) for hidden, table, *places in found]
-
-
-@torch.inference_mode(False)
-def number_patches(
-    codes: torch.Tensor, kernel_size: int, stride: int, padding: int, num_codes: int
-) -> Patches:
-    """The Patches of codes [N, *spatial]. Errors: ValueError if the padded map is smaller than a
-    window.
-    """
-    size = [(length + 2 * padding - kernel_size) // stride + 1 for length in codes.shape[1:]]
-    if min(size) < 1:
-        raise ValueError(
-            f"the layout has size {list(codes.shape[1:])}; with a padding of {padding} it should be"
-            f" at least kernel_size, {kernel_size}"
-        )
-    contents, sums, *places = kernels.select(codes).find_patches(
-        codes, kernel_size, stride, padding, num_codes
-    )
-    return Patches(contents, Sums(*sums), *places)
-
-
-def _repeat(tensor, times):
-    return tensor.repeat(times, *[1] * (tensor.dim() - 1))
-
-
-@torch.inference_mode(False)  # as in from_labels
-def _repeated(tensor, times):
-    return _repeat(tensor, times)
-
-
-def _side_by_side(parts):
-    """Concatenates tensors of numbers, given as (numbers, bound) pairs. The numbers of each part
-    are raised by the sum of the bounds before it.
-    """
-    bounds = [bound for _, bound in parts]
-    return torch.cat([numbers + sum(bounds[:number]) for number, (numbers, _) in enumerate(parts)])
-
-
-def _stack_sums(parts):
-    """Joins the Sums of several layouts, which share neither windows nor rows."""
-
-    def offsets(lists):
-        return _side_by_side(
-            [(starts[min(number, 1) :], int(starts[-1])) for number, starts in enumerate(lists)]
-        )
-
-    return Sums(
-        offsets([part.offsets for part in parts]),
-        _side_by_side([(part.rows, len(part.back_offsets) - 1) for part in parts]),
-        offsets([part.back_offsets for part in parts]),
-        _side_by_side([(part.back_rows, len(part.offsets) - 1) for part in parts]),
-    )
-
-
-def instance_edges(instances: torch.Tensor) -> torch.Tensor:
-    """1 where a direct neighbour along any axis has another instance number, else 0: int64
-    [N, *spatial].
-    """
-    edges = torch.zeros_like(instances, dtype=torch.bool)
-    for dim in range(1, instances.dim()):
-        length = instances.shape[dim]
-        before, after = (
-            edges.narrow(dim, 0, max(0, length - 1)),
-            edges.narrow(dim, min(1, length), max(0, length - 1)),
-        )
-        differ = instances.narrow(dim, 0, max(0, length - 1)) != instances.narrow(
-            dim, min(1, length), max(0, length - 1)
-        )
-        before |= differ
-        after |= differ
-    return edges.long()
-
-
-def _compact(numbers, bound):
-    """Renumbers numbers from 0 to bound − 1 without gaps, in the same order. Returns them as int32;
-    the number that each of them stands for, int64 on the CPU; and whether all were in that range.
-    A GPU is waited for once.
-    """
-    numbers = numbers.long()
-    numbers = torch.where((numbers >= 0) & (numbers < bound), numbers, bound)
-    is_present = torch.zeros(bound + 1, dtype=torch.bool, device=numbers.device)
-    is_present.index_fill_(0, numbers.flatten(), True)
-    compact = is_present.cumsum(0, dtype=torch.int32) - 1
-    found = is_present.cpu()
-    return compact[numbers], found[:bound].nonzero().squeeze(1), not found[bound]
-
-
-def _label_map(name, values):
-    """values as an int64 tensor [N, *spatial]."""
-    import numpy as np
-
-    if isinstance(values, np.ma.MaskedArray):
-        raise TypeError(f"{name} is a masked array; it should have a number everywhere: fill it")
-    if isinstance(values, np.ndarray):
-        try:  # a copy in native byte order: torch takes no other order, and no negative strides
-            values = torch.from_numpy(np.array(values, values.dtype.newbyteorder("="), order="C"))
-        except TypeError:
-            raise TypeError(
-                f"{name} has dtype {values.dtype}; it should hold whole numbers"
-            ) from None
-    if not isinstance(values, torch.Tensor):
-        raise TypeError(
-            f"{name} is a {type(values).__name__}; it should be a torch.Tensor or a numpy.ndarray"
-        )
-    if values.is_floating_point() or values.is_complex() or values.dtype == torch.bool:
-        raise TypeError(f"{name} has dtype {values.dtype}; it should hold whole numbers")
-    if not 2 <= values.dim() <= 4:
-        raise ValueError(
-            f"{name} has shape {list(values.shape)}; it should be [N, *spatial] with 1 to 3"
-            " spatial dimensions"
-        )
-    _check_has_values(name, values)
-    signed = values.as_subclass(torch.Tensor).long()
-    if values.dtype == torch.uint64 and (signed < 0).any():
-        raise ValueError(f"{name} has numbers of 2**63 or more; they should be smaller")
-    return signed
-
-
-def _classes(labels, num_classes, dont_care):
-    """The class of each label, int64, and the number of classes. A label that is neither a class
-    nor dont_care becomes negative, and stays so if the number of classes is added.
-    """
-    channels = num_classes + (dont_care is not None)
-    codes = torch.where((labels >= 0) & (labels < num_classes), labels, -1 - channels)
-    if dont_care is not None:
-        codes = torch.where(labels == dont_care, num_classes, codes)
-    return codes, channels
-
-
-def _refuse_labels(labels, num_classes, dont_care):
-    """Raises a ValueError about labels, some of which are neither a class nor dont_care."""
-    codes, _ = _classes(labels, num_classes, dont_care)
-    wrong = codes < 0
-    place = wrong.nonzero()[0].tolist()
-    value = labels[tuple(place)].item()
-    allowed = f"0 to {num_classes - 1}" + (
-        "" if dont_care is None else f", or {dont_care} for don't care"
-    )
-    raise ValueError(
-        f"labels has a {value} in {int((labels == value).sum())} pixels, first at {place}; it"
-        f" should have {allowed}"
-        f" ({int(wrong.sum())} pixels are out of range)"
-    )
 
 
 def _check_tensors(codes, palette):
@@ -912,19 +678,6 @@ def _check_codes(codes, rows):
             f"codes has numbers from {least} to {most}; they should be rows of the palette, 0 to"
             f" {rows - 1}"
         )
-
-
-def _check_has_values(name, tensor):
-    if tensor.is_meta or tensor.layout is not torch.strided:
-        raise ValueError(
-            f"{name} is {_description(tensor)}; it should be a dense tensor with values"
-        )
-
-
-def _description(value):
-    if not isinstance(value, torch.Tensor):
-        return f"a {type(value).__name__}"
-    return f"{value.dtype} {list(value.shape)}, {value.layout}, on {value.device}"
 
 
 def _whole_patches(kernel_size: int, stride: int, padding: int) -> tuple[int, int, int]:
@@ -973,9 +726,7 @@ def _numbers_of_images(images, count):
             f"images is {images!r}; it should be numbers of images, a slice or a mask; crop() is"
             " for parts of an image"
         ) from None
-    for number in numbers:
-        if not -count <= number < count:
-            raise IndexError(
-                f"images has {number}; it should name one of the batch's {count} images"
-            )
-    return [number % count for number in numbers]
+    for one in numbers:
+        if not -count <= one < count:
+            raise IndexError(f"images has {one}; it should name one of the batch's {count} images")
+    return [one % count for one in numbers]

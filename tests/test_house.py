@@ -8,6 +8,8 @@ PACKAGE = Path(__file__).parent.parent / "spade_fast"
 # From the bottom up: a room imports only those before it.
 ROOMS = (
     "kernels",
+    "codes",
+    "windows",
     "layout",
     "data",
     "ops",

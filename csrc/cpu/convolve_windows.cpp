@@ -6,7 +6,7 @@
 // weight[:, :, t] · rows[r] of one unit of a weight's output channels (64 bytes), which stay in its
 // cache, and sums them there for every window. Products with numbers of rows that are zero are left
 // out where that takes less time. Every sum is in a fixed order, whatever the number of threads.
-// Elements of other dtypes than Sum are converted where a unit is read or written. `layout.Sums`
+// Elements of other dtypes than Sum are converted where a unit is read or written. `windows.Sums`
 // has the lists: the entries r · taps + t of each window, and the windows of each (r, t).
 
 #include <cstring>

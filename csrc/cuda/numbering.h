@@ -85,8 +85,8 @@ struct Segment {
   uint32_t ends;  // where they hold the end again, behind the offsets of the other direction
 };
 
-// The offsets of a section's results in memory, with the names of `layout.Sums` and
-// `layout.Windows`.
+// The offsets of a section's results in memory, with the names of `windows.Sums` and
+// `windows.Windows`.
 struct Result {
   uint32_t offsets[kLevels], rows[kLevels], index, contents;
   uint32_t windows;  // of the last level

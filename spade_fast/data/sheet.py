@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from PIL import ImageDraw, ImageFont
 
-from ..layout import instance_edges
+from ..codes import instance_edges
 from ..writing import written
 from .colours import colours, paint
 from .files import Image

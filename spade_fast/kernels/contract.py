@@ -35,7 +35,7 @@ from ..recording import has_values
 FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 KEEPS_SIGNS = ("relu", "leaky_relu")
 Activation = Literal["relu", "leaky_relu", "silu"]
-Lists = tuple[Tensor, Tensor, Tensor, Tensor]  # as `layout.Sums` has them
+Lists = tuple[Tensor, Tensor, Tensor, Tensor]  # as `windows.Sums` has them
 Result = TypeVar("Result")
 
 

@@ -96,7 +96,7 @@ def find_windows(
 ) -> list[tuple[Lists, Lists, Tensor, Tensor]]:
     """Numbers the distinct windows of codes [N, *spatial], brought to each of these sizes by
     `resize_codes`, and the windows of these windows. Returns for each size two results of
-    `list_windows`, `index` and `order`, as `layout.Windows` has them.
+    `list_windows`, `index` and `order`, as `windows.Windows` has them.
     """
     maps, found = [resize_codes(codes, size, dtype) for size in sizes], []
     for (_, hidden, seen_codes), (index, table, seen_windows) in _number(maps, kernel_size, 2):
@@ -116,7 +116,7 @@ def find_patches(
     codes: Tensor, kernel_size: int, stride: int, padding: int, num_codes: int
 ) -> tuple[Tensor, Lists, Tensor, Tensor]:
     """Numbers the windows that a convolution of codes [N, *spatial] sees. Returns `contents`, their
-    `list_windows`, `index` and `order`, as `layout.Patches` has them.
+    `list_windows`, `index` and `order`, as `windows.Patches` has them.
 
     No window may be larger than the codes with their padding.
     """
@@ -191,7 +191,7 @@ def window_sums(contents: Tensor, rows: int) -> Lists:
 
 
 def list_windows(contents: Tensor, rows: int, seen: int) -> Lists:
-    """The contents of windows, [windows, taps] of `rows` rows, as the lists that `layout.Sums`
+    """The contents of windows, [windows, taps] of `rows` rows, as the lists that `windows.Sums`
     describes.
 
     seen: the number of taps within the border, over all windows.

@@ -61,7 +61,7 @@ def convolve_windows(
     relu: bool = False,
 ) -> Tensor:
     """rows [R, in] convolved with each of the weights [out, in, *kernel] and its bias [out] or None
-    at the windows of a `layout.Sums`, followed by ReLU if asked for. The results are side by side,
+    at the windows of a `windows.Sums`, followed by ReLU if asked for. The results are side by side,
     [windows, sum of out], each summed in at least float32 and rounded once.
     """
     weight, bias = joined(weights, biases)

@@ -10,10 +10,11 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from .. import kernels
 from ..identity import state_of
-from ..layout import SemanticLayout, Windows
+from ..layout import SemanticLayout
 from ..recording import is_recorded
 from ..scopes import Scope
 from ..streams import made_here, read_here
+from ..windows import Windows
 from .parts import Convolutions, Known
 from .tables import dtype_of_convolution
 

@@ -9,7 +9,7 @@ import torch
 import torch.nn as nn
 from torch.nn.modules.instancenorm import _InstanceNorm as InstanceNorm
 
-from ..layout import LARGEST_KERNEL
+from ..windows import LARGEST_KERNEL
 from .modules import (
     INSTANCE_NORMS,
     POINTWISE,

@@ -17,9 +17,10 @@ from .. import kernels
 from ..arguments import whole_number
 from ..identity import states_of
 from ..kernels.contract import Backend
-from ..layout import SemanticLayout, Windows
+from ..layout import SemanticLayout
 from ..ops.convolve_windows import convolve_beside, convolve_through_relu, convolve_windows
 from ..scopes import Scope
+from ..windows import Windows
 from .modules import weight_of
 from .parts import Convolutions, HasParts, InstanceNorm, Known, part_of
 

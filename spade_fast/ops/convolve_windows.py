@@ -17,15 +17,15 @@ from torch import Tensor
 
 from .. import kernels
 from ..kernels import contract
-from ..layout import Sums
 from ..recording import gradients_of, is_transformed
+from ..windows import Sums
 
 
 def convolve_windows(
     rows: Tensor, weight: Tensor, bias: Tensor | None, sums: Sums, dtype: torch.dtype
 ) -> Tensor:
     """rows [R, in] convolved with weight [out, in, *kernel] and bias [out] at the windows of a
-    `layout.Sums`: [windows, out].
+    `windows.Sums`: [windows, out].
 
     The arithmetic is that of a convolution in `dtype`, whatever autocast says: half precision where
     the kernels sum its products in float32, otherwise at least float32. The result has the dtype
