@@ -447,13 +447,13 @@ std::vector<Tensor> weight_gradients(const std::vector<Tensor>& given_gradients,
   const Strided<Sum> factors = {rows.const_data_ptr<Sum>(), 1, sizes.in, sizes.rows};
   const NonzeroLists<Sum> nonzeros(rows, sizes.taps, sizes.in, factors);
   // Rows per step, so that their products' gradients stay in the cache.
-  const int64_t step = nonzeros ? NonzeroLists<Sum>::kColumns : 256;
+  constexpr int64_t kStep = NonzeroLists<Sum>::kColumns;
   const int64_t windows = gradients[0].size(0);
   // No sum of the lists overflows where no gradient is larger.
   const Sum largest = kLargest<Sum> / 2 / std::max(1, lists.offsets[lists.count]);
   torch::stable::parallel_for(0, sizes.count(), 1, [&](int64_t begin, int64_t end) {
     const auto own = scratch<Sum>(windows * kUnit<Sum>),
-               products = scratch<Sum>(step * sizes.columns());
+               products = scratch<Sum>(kStep * sizes.columns());
     const auto matrix = scratch<Sum>(sizes.matrix());
     for (int64_t i = begin; i < end; ++i) {
       const Unit& unit = sizes.units[i];
@@ -464,21 +464,20 @@ std::vector<Tensor> weight_gradients(const std::vector<Tensor>& given_gradients,
       const bool skips =
           nonzeros && vectorised<AllWithin<Sum>>(windows * kUnit<Sum>,
                                                  static_cast<const Sum*>(own.get()), largest);
-      for (int64_t first = 0; first < sizes.rows; first += step) {
-        const int64_t last = std::min(first + step, sizes.rows);
+      for (int64_t first = 0; first < sizes.rows; first += kStep) {
+        const int64_t last = std::min(first + kStep, sizes.rows);
         product_gradients<Sum>(sizes, lists, own.get(), first, last, products.get());
         const Sum* of_products = products.get();
         if (skips) {
-          in_vectors<NonzeroProduct, Sum>(sizes.in, sizes.taps, nonzeros.at(first / step),
+          in_vectors<NonzeroProduct, Sum>(sizes.in, sizes.taps, nonzeros.at(first / kStep),
                                           of_products, sizes.columns(), matrix.get(),
-                                          sizes.columns(), Update::extend);
+                                          sizes.columns(), Update::add);
           continue;
         }
         const Strided<Sum> own_factors = {factors.data + first * sizes.in, 1, sizes.in,
                                           last - first};
         in_vectors<MatrixProduct, Sum>(sizes.in, sizes.taps, own_factors, of_products,
-                                       sizes.columns(), matrix.get(), sizes.columns(),
-                                       Update::extend);
+                                       sizes.columns(), matrix.get(), sizes.columns(), Update::add);
       }
       in_vectors<FromColumns, Sum>(static_cast<const Sum*>(matrix.get()),
                                    output_matrix(result, sizes.in * sizes.taps), unit.first,
