@@ -550,6 +550,7 @@ def test_in_half_precision_weights_are_not_summed():
     assert torch.equal(pixels._hidden(layer.mlp_shared, segmap, (8, 8)), hidden)
 
 
+@pytest.mark.large
 @pytest.mark.parametrize("factor", [41, 47])
 def test_a_quotient_that_is_rounded_repeats_other_pixels(factor):
     ours, theirs = SPADE(2, 3, 4), reference.SPADE(2, 3, 4)

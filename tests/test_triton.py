@@ -243,7 +243,9 @@ def test_hashes_of_vectors_and_their_comparison(layout, dtype, small_tiles):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize(
-    "sizes,tile", [*((sizes, 128) for sizes in CONVOLUTIONS), (CONVOLUTIONS[3], 16)], ids=str
+    "sizes,tile",
+    [*((sizes, 128) for sizes in CONVOLUTIONS), (((33, 17), (3, 3), 20, 35), 16)],
+    ids=str,
 )
 def test_convolution_at_windows_in_half_precision(sizes, tile, dtype, monkeypatch):
     """The result in float64 from the same inputs, rounded once; also without a bias, with
