@@ -433,6 +433,9 @@ class SemanticLayout:
         key, kept = (tuple(size), kernel_size), self._windows
         if key not in kept:
             if torch.compiler.is_compiling():
+                if (source := self._source()) is not None:
+                    layout, times = source
+                    return _of_repeated(layout, times, key)
                 raise ValueError(
                     f"the layout has no windows of size {key[0]} yet: prepare([{key[0]}],"
                     f" {kernel_size}) before the compiled"
@@ -464,8 +467,7 @@ class SemanticLayout:
             layout, times = source
             layout._make_windows(sizes, kernel_size, layout._windows)
             for key in missing:
-                hidden, table, *places = layout.windows(*key)
-                kept[key] = Windows(hidden, table, *(repeated(one, times) for one in places))
+                kept[key] = _of_repeated(layout, times, key)
         else:
             found = number(self.codes, sizes, kernel_size, len(self.palette), self.palette.dtype)
             kept.update(zip(missing, found))
@@ -637,6 +639,12 @@ class SemanticLayout:
         self.__dict__.update(values)
         # The tensors have new addresses. Inference tensors have no version: `_look` copies them.
         self._state = self._state_now()
+
+
+def _of_repeated(layout, times, key):
+    """The Windows of layout.repeat(times) for this size and kernel size."""
+    hidden, table, *places = layout.windows(*key)
+    return Windows(hidden, table, *(repeated(one, times) for one in places))
 
 
 def _collate(layouts, *, collate_fn_map=None):

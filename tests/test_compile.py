@@ -201,6 +201,16 @@ def test_a_layout_that_is_not_prepared():
         compiled(torch.randn(1, 4, 8, 8), layout)
 
 
+def test_one_prepared_layout_for_several_images():
+    layout = SemanticLayout.from_labels(patches((1, 4, 4), 2), 2).prepare([(4, 4)], 3)
+    spade = spade_fast.SPADE(2, 2, 2)
+    compiled = torch.compile(spade, fullgraph=True, backend="eager")
+    for images in (2, 3):
+        x = torch.randn(images, 2, 4, 4)
+        with torch.no_grad():
+            assert_agree(compiled(x, layout), spade(x, layout))
+
+
 def small_generator():
     return spade_fast.SPADEGenerator.official(
         6, ngf=2, nhidden=4, crop_size=64, norm_G="spectralspadebatch3x3"
