@@ -1,5 +1,6 @@
 """γ and β at every pixel: convolutions of the condition, resized to x by nearest neighbour."""
 
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -28,14 +29,13 @@ FORMATS = {4: torch.channels_last, 5: torch.channels_last_3d}
 # convolutions convert a contiguous x and its weights to channels-last themselves, in each call. On
 # a CPU, PyTorch enlarges a contiguous x by way of channels-last: 1,024 in place of 4,096 takes 2%
 # off the published generator's forward and 5% off a small one's. With gradients it gains nothing,
-# because backward of wide convolutions of small maps is faster in contiguous memory.
-FEW_PIXELS = {"cpu": (1024, 4096), "cuda": (0, 0)}
-# In training on a processor with AVX2 but without AVX-512, x keeps its memory layout if it has at
-# least MANY_CHANNELS. There, backward of the published generator's 3×3 convolutions takes 1.15 to
-# 2.7 times as long in channels-last as in contiguous memory, and with fewer channels 1 to 1.13
-# times. With AVX-512, 0.9 to 1.15 times from 4096 pixels on (torch 2.13, two threads).
-IS_AVX2 = torch.backends.cpu.get_cpu_capability() == "AVX2"
-MANY_CHANNELS = 64
+# because backward of wide convolutions of small maps is faster in contiguous memory. On a processor
+# with AVX2 but without AVX-512, that holds for maps of any size: there, backward of the published
+# generator's 3×3 convolutions takes 1.15 to 2.7 times as long in channels-last as in contiguous
+# memory, and that of layers with 16 to 64 channels 1.2 to 2.3 times. With AVX-512, 0.9 to 1.15
+# times from 4096 pixels on (torch 2.13, two threads).
+FEW_PIXELS = {"cpu": (1024, 4096), "avx2": (1024, sys.maxsize), "cuda": (0, 0)}
+CPU = "avx2" if torch.backends.cpu.get_cpu_capability() == "AVX2" else "cpu"
 
 
 def at_pixels(
@@ -45,12 +45,12 @@ def at_pixels(
     size = x.shape[2:]
     if isinstance(segmap, SemanticLayout) and not parts.apart:
         segmap = segmap.resize(size)
-    condition: torch.Tensor = dense(segmap, first_weight(parts.first).dtype)
+    hidden: torch.Tensor = dense(segmap, first_weight(parts.first).dtype)
     if parts.apart or parts.shared is None:
-        condition = resize(condition, size, parts.apart)
-    hidden = like_pixels_of(x, condition)
+        hidden = resize(hidden, size, parts.apart)
     if parts.shared is not None:
-        hidden = _hidden(parts.shared, hidden, size)
+        hidden = _hidden(parts.shared, hidden, x)
+    hidden = like_pixels_of(x, hidden)
     if parts.pad is not None:
         hidden = parts.pad(hidden)
     if parts.halves is not None:
@@ -66,9 +66,14 @@ def dense(condition: Any, dtype: torch.dtype) -> Any:
     return condition.to_segmap(dtype) if isinstance(condition, SemanticLayout) else condition
 
 
-def _hidden(shared, segmap, size):
-    """The hidden map, from which γ and β are convolved, at this size."""
+def _hidden(shared, segmap, x):
+    """The hidden map, from which γ and β are convolved, at x's size."""
     conv, *activations = leaves(shared)
+    size = x.shape[2:]
+    # Where the convolution leaves fewer channels, those are brought to x's memory layout: copying
+    # 184 at 128² takes longer (9 ms) than their convolution to 16 (7 ms).
+    if not (isinstance(conv, Convolution) and conv.out_channels < conv.in_channels):
+        segmap = like_pixels_of(x, segmap)
     simple = all(is_plain(module, POINTWISE) for module in activations)
     if not simple or not keeps_size(conv, taps_of(conv)) or 0 in segmap.shape:
         return shared(resize(segmap, size))
@@ -90,14 +95,13 @@ def with_channels_together(x: torch.Tensor, scale: int = 1) -> torch.Tensor:
     convolutions are fastest.
 
     With few pixels (counted after x is enlarged by `scale`, which comes next), x is left as it is:
-    the convolutions that follow copy their weights to x's memory layout, which would cost more. So
-    it is where backward would be slower: see IS_AVX2.
+    the convolutions that follow copy their weights to x's memory layout, which would cost more, or
+    their backward would be slower.
     """
     if is_recorded(x) or x.dim() not in FORMATS:
         return x  # a recorded graph may not depend on the batch
-    if IS_AVX2 and x.is_cpu and torch.is_grad_enabled() and x.shape[1] >= MANY_CHANNELS:
-        return x
-    few = FEW_PIXELS.get(x.device.type, FEW_PIXELS["cpu"])[torch.is_grad_enabled()]
+    kind = CPU if x.is_cpu else x.device.type
+    few = FEW_PIXELS.get(kind, FEW_PIXELS["cpu"])[torch.is_grad_enabled()]
     pays = x.shape[0] * x.shape[2:].numel() * scale ** (x.dim() - 2) >= few
     return x.contiguous(memory_format=FORMATS[x.dim()]) if pays else x
 

@@ -57,8 +57,8 @@ class SpatiallyAdaptive(HasParts):
         moments: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """y, with x's shape. In two or three dimensions it is channels-last on a GPU, or if x has
-        1024 pixels or more; with gradients, if it has 4096 or more, but not with 64 channels or
-        more on a processor with AVX2 and without AVX-512. Otherwise it has x's memory layout.
+        1024 pixels or more; with gradients, if it has 4096 or more and the processor has AVX-512 or
+        lacks AVX2. Otherwise it has x's memory layout.
 
         Args:
             x: [N, norm_nc, *spatial].
