@@ -86,7 +86,7 @@ def test_the_same_numbers_in_train_and_eval_and_after_steps(family, mode, labels
     steps = [torch.optim.Adam(one.parameters(), 0.01, eps=1e-3) for one in (model, own)]
     x, segmap = inputs(labels)
     with spade_fast.window_mode(mode):
-        for train in (True, False, True):
+        for train in (False, True):
             for network in (model, own):
                 network.train(train)
             assert_agree_beside(outcome(model, x, segmap), outcome(own, x, segmap))

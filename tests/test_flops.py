@@ -1,14 +1,11 @@
 """FlopCounterMode's count for a SPADE at windows."""
 
-import pytest
 import torch
 from fresh import python
 from torch.utils.flop_counter import FlopCounterMode
 
 import spade_fast
 from spade_fast import SPADE, SemanticLayout
-
-pytestmark = pytest.mark.usefixtures("backend")
 
 
 def test_the_windows_operations_are_counted(backend):

@@ -79,7 +79,7 @@ def test_a_captured_step_computes_the_same_bits(name, module):
 
 def small_generator():
     return SPADEGenerator(
-        7, 5, 1, stages=[("head", 16, 1), ("up", 8, 2)], last_scale=1, start=16, nhidden=4
+        7, 5, 1, stages=[("head", 8, 1), ("up", 4, 2)], last_scale=1, start=16, nhidden=4
     )
 
 

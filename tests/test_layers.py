@@ -69,7 +69,7 @@ def assert_same(ours, eager, x_shape, segmap_shape, fout=None, dtype=torch.float
             assert excess(found[name], yardstick[name], true[name], scale) <= 1, (step, name)
 
 
-@pytest.mark.parametrize("pixels", [(8, 7), (64, 64)])
+@pytest.mark.parametrize("pixels", [(8, 7), pytest.param((64, 64), marks=pytest.mark.large)])
 def test_inference_writes_only_to_its_own_memory(pixels, monkeypatch):
     monkeypatch.setattr(spade, "ALWAYS_FRESH", 0)
     block, seen = spade_fast.SPADEResnetBlock(6, 5, "spadeinstance3x3", 4), []

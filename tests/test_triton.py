@@ -99,7 +99,7 @@ def test_planes_in_one_pass(layout, plus_one, watch):
 @pytest.mark.parametrize("rows", [None, 5])
 @pytest.mark.parametrize("layout", [contiguous, channels_last])
 def test_two_runs_give_the_same_bits(layout, rows, small_tiles):
-    arguments, dy = sample((2, 10, 7, 9), "instance", "leaky_relu", layout=layout, rows=rows)
+    arguments, dy = sample((1, 10, 7, 9), "instance", "leaky_relu", layout=layout, rows=rows)
     one, other = (results(spade_fast.spade_modulate, arguments, dy) for _ in range(2))
     assert all(torch.equal(one[name], other[name]) for name in one)
 
@@ -257,17 +257,17 @@ def test_convolution_at_windows_in_half_precision(sizes, tile, dtype, monkeypatc
     with torch.device(BACKENDS["triton"]):
         rows, weights, biases, lists, *_ = convolution(*sizes, dtype)
         last = [*map(channels_last, weights)]
-        for given in [
+        cases = [
             *((weights[chosen], biases[chosen]) for chosen in CHOICES),
             (last[:1], [None]),
             (last, biases),
-        ]:
-            for relu in (False, True):
-                operands = (rows, *given, *lists, relu)
-                found = triton_backend.convolve_windows(*operands)
-                assert found.dtype == dtype
-                truth = torch_backend.convolve_windows(*tree_map(in_double, operands))
-                assert_agree(found, truth, ONCE)
+        ]
+        for given, relu in zip(cases, itertools.cycle((False, True))):
+            operands = (rows, *given, *lists, relu)
+            found = triton_backend.convolve_windows(*operands)
+            assert found.dtype == dtype
+            truth = torch_backend.convolve_windows(*tree_map(in_double, operands))
+            assert_agree(found, truth, ONCE)
 
 
 def test_more_pixels_than_int32_counts_are_refused():
@@ -291,7 +291,7 @@ def test_signs_and_planes_with_gaps(one_pass, layout, rows, small_tiles, monkeyp
     from spade_fast.kernels import triton_kernels
 
     monkeypatch.setattr(triton_kernels.plan, "ONE_PASS", one_pass)
-    arguments, dy = sample((2, 10, 7, 9), "instance", layout=layout, rows=rows)
+    arguments, dy = sample((1, 10, 7, 9), "instance", layout=layout, rows=rows)
     x, gamma, beta, index = (arguments.get(name) for name in ("x", "gamma", "beta", "index"))
     index = None if index is None else index.int()
     order = None if index is None else numbering.sort_pixels(index)
