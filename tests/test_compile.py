@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch._dynamo.testing
 from agree import assert_agree, assert_agree_beside
+from conftest import BACKENDS
 from label_maps import patches
 from modulations import channels_last, contiguous, results, sample
 
@@ -78,13 +79,18 @@ def test_a_slope_that_changes_compiles_again(backend):
         assert_agree(*found, name=f"slope {slope}: ")
 
 
-def test_a_block_through_the_default_compiler():
+@pytest.mark.parametrize(  # a minute of g++ for each
+    "backend",
+    [pytest.param(name, marks=() if name == "cpu" else pytest.mark.full) for name in BACKENDS],
+    indirect=True,
+)
+def test_a_block_through_the_default_compiler(backend):
     # Without spectral norm: Inductor computes a wrong gradient for its weights in train mode, in
     # the reference's block, too.
     block = spade_fast.SPADEResnetBlock(6, 4, "spadesyncbatch3x3", 3, nhidden=6)
     eager = reference.SPADEResnetBlock(6, 4, "spadesyncbatch3x3", 3, nhidden=6)
     eager.load_state_dict(block.state_dict())
-    compiled = torch.compile(block, fullgraph=True)
+    compiled = torch.compile(block, fullgraph=True, dynamic=True)
     for batch in (2, 3):
         x, segmap = torch.randn(batch, 6, 8, 8), torch.randn(batch, 3, 8, 8)
         found, expected = compiled(x, segmap), eager(x, segmap)
