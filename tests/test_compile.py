@@ -79,7 +79,7 @@ def test_a_slope_that_changes_compiles_again(backend):
         assert_agree(*found, name=f"slope {slope}: ")
 
 
-@pytest.mark.parametrize(  # a minute of g++ for each
+@pytest.mark.parametrize(  # half a minute of g++ for each
     "backend",
     [pytest.param(name, marks=() if name == "cpu" else pytest.mark.full) for name in BACKENDS],
     indirect=True,
