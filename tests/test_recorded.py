@@ -273,6 +273,19 @@ def test_vectorized_jacobians(norm):
     assert_agree(*found)
 
 
+@pytest.mark.parametrize("label_nc,nhidden", [(3, 8), (8, 3)])
+def test_vmap_of_channels_last(label_nc, nhidden):
+    layers = [spade_fast.SPADE(4, label_nc, nhidden) for _ in range(2)]
+    stacked, _ = torch.func.stack_module_state(layers)
+    x = torch.randn(1, 4, 6, 6).to(memory_format=torch.channels_last)
+    segmap = torch.randn(1, label_nc, 6, 6)
+    expected = torch.stack([layer(x, segmap) for layer in layers])
+    over_parameters = torch.vmap(lambda given: functional_call(layers[0], given, (x, segmap)))
+    assert_agree(over_parameters(stacked), expected)
+    over_conditions = torch.vmap(lambda segmap: layers[0](x, segmap))
+    assert_agree(over_conditions(segmap[None]), expected[:1])
+
+
 @pytest.mark.parametrize("transform", ["vmap", "jvp", "grad", "jacrev"])
 @pytest.mark.parametrize("condition", CONDITIONS)
 @pytest.mark.parametrize("name", ["instance, affine", "block"])

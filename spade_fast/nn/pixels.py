@@ -107,7 +107,11 @@ def with_channels_together(x: torch.Tensor, scale: int = 1) -> torch.Tensor:
 
 
 def like_pixels_of(x: torch.Tensor, segmap: torch.Tensor) -> torch.Tensor:
-    """segmap as channels-last if x is: convolutions keep that, so γ and β get x's memory layout."""
+    """segmap as channels-last if x is: convolutions keep that, so γ and β get x's memory layout.
+    Not where operations are recorded: torch.vmap cannot tell a memory format.
+    """
+    if is_recorded(x, segmap):
+        return segmap
     if x.dim() in FORMATS and is_channels_last(x):
         return segmap.contiguous(memory_format=FORMATS[x.dim()])
     return segmap
