@@ -105,9 +105,9 @@ inline Tensor with_rows(const Tensor& x, Layout layout) {
 // nothing.
 inline Tensor new_strided(const Tensor& like, SizeList sizes, SizeList strides, ScalarType dtype) {
   int32_t device;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device));
   AtenTensorHandle handle;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
       sizes.size(), sizes.data(), strides.data(),
       torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)), device,
       like.get_device_index(), &handle));
