@@ -118,16 +118,16 @@ def tensors_on(device):
 
 
 def can_run(item):
-    """Whether a case's backend can run it. The Triton kernels have no float64, which cases have as
-    a parameter or as the mark "float64". Triton's interpreter takes minutes for tests marked
+    """Whether a case's backend can run it. The kernels for GPUs have no float64, which cases have
+    as a parameter or as the mark "float64". Triton's interpreter takes minutes for tests marked
     "large", which test_triton.py has at a smaller size.
     """
     parameters = item.callspec.params if hasattr(item, "callspec") else {}
-    if not any(str(parameters.get(name)) == "triton" for name in BACKEND_FIXTURES):
+    chosen = {str(parameters.get(name)) for name in BACKEND_FIXTURES}
+    if chosen.isdisjoint({"cuda", "triton"}):
         return True
-    is_interpreted = BACKENDS["triton"] == "cpu"
-    if is_interpreted and item.get_closest_marker("large"):
-        return False
+    if BACKENDS.get("triton") == "cpu" and item.get_closest_marker("large"):
+        return False  # interpreted
     in_float64 = any(value is torch.float64 for value in parameters.values())
     return not (in_float64 or item.get_closest_marker("float64"))
 

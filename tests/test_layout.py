@@ -180,8 +180,11 @@ def test_a_layout_survives_pickling_with_its_windows():
 
 
 def test_a_worker_sends_a_layout_with_everything_derived_from_it():
-    """Sending moves tensors into shared memory one after another."""
-    layout = SemanticLayout.from_labels(patches((2, 16, 16), 5), 5).prepare([(8, 8)], 3)
+    """Sending moves tensors into shared memory one after another. (CUDA does not let a process open
+    what it sends itself.)
+    """
+    labels = patches((2, 16, 16), 5).cpu()
+    layout = SemanticLayout.from_labels(labels, 5).prepare([(8, 8)], 3)
     pooled = layout.avg_pool(3, 2, 1, False)
     wanted = {id(one): one.patches(4, 2, 2) for one in (layout, pooled)}
     copy = pickle.loads(ForkingPickler.dumps(layout))
