@@ -110,6 +110,8 @@ IN_ORDER = {
     "hash_kernel": "contiguous",
 }  # in this layout only
 OUT_OF_ORDER = (
+    "batch_planes_kernel",
+    "batch_terms_kernel",
     "combine_moments_kernel",
     "combine_sums_kernel",
     "find_pieces_kernel",
@@ -206,6 +208,8 @@ def _call_everything(images, channels, rows, size, dtype, gamma_dtype, last, tab
     triton_kernels.plane_moments(x)
     for own in (None, planes[0, 0]):
         triton_kernels.running_planes(x, *planes[:2, 0].to(dtype), own, own, 1e-5)
+        triton_kernels.batch_planes(x, planes[:2], own, own, 1e-5)
+        triton_kernels.batch_terms(x, planes[:2], planes[0, :1], own)
     _, signs = triton_kernels.apply(x, planes, gamma, beta, index, *settings, True)
     triton_kernels.instance_forward(x, gamma, beta, index, 1e-5, *settings, True)
     triton_kernels.instance_forward(x, gamma, beta, index, 1e-5, *settings, False)

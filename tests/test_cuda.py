@@ -345,6 +345,8 @@ def test_outputs_match_the_fakes(layout, rows, plus_one, passes):
     for name, given in {
         "plane_moments": (x,),
         "running_planes": (x, *torch.rand(2, 5), None, torch.rand(5), 1e-5),
+        "batch_planes": (x, planes[:2], torch.rand(5), None, 1e-5),
+        "batch_terms": (x, planes[1:], torch.rand(1, 5), torch.rand(5)),
         "apply": forward,
         "backward_sums": (*backward, order, signs, *settings),
         "backward_input": (*backward, signs, None, *settings),

@@ -59,6 +59,11 @@ def test_opcheck(layout, activation, dtype, shape, rows, plus_one):
     channels = torch.rand(2, x.shape[1])
     opcheck(ops.running_planes, (x, *channels, None, None, 1e-5))
     opcheck(ops.running_planes, (x, *channels, *channels, 1e-5))
+    moments = torch_backend.plane_moments(x)
+    opcheck(ops.batch_planes, (x, moments, None, None, 1e-5))
+    opcheck(ops.batch_planes, (x, moments, *channels, 1e-5))
+    opcheck(ops.batch_terms, (x, terms, channels[:1], None))
+    opcheck(ops.batch_terms, (x, terms, channels[:1], channels[1]))
     forward, settings = (
         (x, planes, gamma, beta, index, activation, 0.2),
         (activation, 0.2, plus_one),

@@ -87,6 +87,9 @@ def modulation(choose):
     return channels | {
         "x": x,
         "planes": planes,
+        "moments": laid_out(choose, torch.randn(2, *shape[:2]).to(wide).abs()),
+        "sums": random(choose, (2, *shape[:2]), wide),
+        "inverse_deviation": random(choose, (1, shape[1]), wide),
         "gamma": gamma,
         "beta": beta,
         "index": index,

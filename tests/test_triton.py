@@ -359,6 +359,8 @@ def test_kernels_compile_without_spills_or_doubles_and_with_wide_loads(tmp_path)
         "apply",
         "plane_moments",
         "running_planes",
+        "batch_planes",
+        "batch_terms",
         "backward_sums",
         "backward_input",
         "forward",

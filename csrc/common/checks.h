@@ -151,17 +151,39 @@ inline void check_apply(const Tensor& x, const Tensor& planes, const Tensor& gam
   check_numbers(planes, "planes", x, 3);
 }
 
+// Checks a number for each channel, if there are any.
+inline void check_channels(const std::optional<Tensor>& given, const char* name, const Tensor& x) {
+  if (given)
+    check_operand(*given, name, x, kFloating, std::vector<int64_t>{x.size(1)},
+                  "a number for each channel");
+}
+
 inline Extent check_running_planes(const Tensor& x, const Tensor& mean, const Tensor& variance,
                                    const std::optional<Tensor>& weight,
                                    const std::optional<Tensor>& bias) {
   const Extent extent = check_features(x);
-  const auto check = [&](const Tensor& given, const char* name) {
-    check_operand(given, name, x, kFloating, std::vector<int64_t>{extent.channels},
-                  "a number for each channel");
-  };
-  check(mean, "mean"), check(variance, "variance");
-  if (weight) check(*weight, "weight");
-  if (bias) check(*bias, "bias");
+  check_channels(mean, "mean", x), check_channels(variance, "variance", x);
+  check_channels(weight, "weight", x), check_channels(bias, "bias", x);
+  return extent;
+}
+
+inline Extent check_batch_planes(const Tensor& x, const Tensor& moments,
+                                 const std::optional<Tensor>& weight,
+                                 const std::optional<Tensor>& bias) {
+  const Extent extent = check_features(x);
+  check_numbers(moments, "moments", x, 2);
+  check_channels(weight, "weight", x), check_channels(bias, "bias", x);
+  return extent;
+}
+
+inline Extent check_batch_terms(const Tensor& x, const Tensor& sums,
+                                const Tensor& inverse_deviation,
+                                const std::optional<Tensor>& weight) {
+  const Extent extent = check_features(x);
+  check_numbers(sums, "sums", x, 2);
+  check_operand(inverse_deviation, "inverse_deviation", x, {sum_dtype(x.scalar_type())},
+                std::vector<int64_t>{1, extent.channels}, "a number for each channel");
+  check_channels(weight, "weight", x);
   return extent;
 }
 

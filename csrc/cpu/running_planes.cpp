@@ -15,20 +15,15 @@ Tensor running_planes(const Tensor& x, const Tensor& mean, const Tensor& varianc
   const Tensor planes = new_tensor(x, {3, extent.images, extent.channels}, dtype);
   dispatch_sum(x.scalar_type(), [&](auto zero) {
     using Sum = decltype(zero);
-    const auto numbers = [&](const Tensor& given) { return without_gaps(in_dtype(given, dtype)); };
-    const Tensor means = numbers(mean), variances = numbers(variance),
-                 weights = weight ? numbers(*weight) : means,
-                 biases = bias ? numbers(*bias) : means;
-    const Sum *shift = means.const_data_ptr<Sum>(), *square = variances.const_data_ptr<Sum>(),
-              *factor = weights.const_data_ptr<Sum>(), *summand = biases.const_data_ptr<Sum>();
+    const Flat<Sum> means(mean), variances(variance), weights(weight), biases(bias);
     Sum* to = planes.mutable_data_ptr<Sum>();
     const int64_t all = extent.images * extent.channels;
     for (int64_t plane = 0; plane < all; ++plane) {
       const int64_t channel = plane % extent.channels;
-      const Sum scale = 1 / std::sqrt(square[channel] + static_cast<Sum>(eps));
-      to[plane] = shift[channel];
-      to[all + plane] = weight ? scale * factor[channel] : scale;
-      to[2 * all + plane] = bias ? summand[channel] : 0;
+      const Sum scale = 1 / std::sqrt(variances[channel] + static_cast<Sum>(eps));
+      to[plane] = means[channel];
+      to[all + plane] = weights ? scale * weights[channel] : scale;
+      to[2 * all + plane] = biases ? biases[channel] : 0;
     }
   });
   return planes;

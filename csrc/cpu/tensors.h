@@ -25,6 +25,24 @@ void dispatch_sum(ScalarType dtype, F&& f) {
   f(float());
 }
 
+// A tensor's numbers one after another, converted to Sum; none if there is no tensor.
+template <typename Sum>
+class Flat {
+ public:
+  explicit Flat(const std::optional<Tensor>& given) {
+    if (!given) return;
+    owner_.emplace(without_gaps(in_dtype(*given, kScalarType<Sum>)));
+    data_ = owner_->template const_data_ptr<Sum>();
+  }
+
+  explicit operator bool() const { return owner_.has_value(); }
+  Sum operator[](int64_t i) const { return data_[i]; }
+
+ private:
+  std::optional<Tensor> owner_;
+  const Sum* data_ = nullptr;
+};
+
 // Refuses numbers that are out of range for what they address: `index` the rows of a table, `order`
 // pixels.
 inline void check_range(const Tensor& given, const char* name, int64_t bound) {

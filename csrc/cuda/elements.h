@@ -80,6 +80,13 @@ __device__ void unpack(const Raw& raw, Type type, float (&values)[V]) {
   }
 }
 
+// One of the numbers that a batch norm has for each channel.
+__device__ inline float number_at(const Rows& numbers, int64_t channel) {
+  float values[4];
+  unpack<4>(load<4>(numbers.at(0, 0, channel), numbers.type, {1, 1, false}), numbers.type, values);
+  return values[0];
+}
+
 __device__ inline uint32_t to_16_bits(float value, Type type) {
   return type == Type::bfloat16 ? to_bfloat16(value) : to_half(value);
 }

@@ -80,6 +80,18 @@ struct RunningStatistics {
   float* planes;  // [3, N, C]
 };
 void running_planes(Stream stream, const RunningStatistics& s);
+// A batch norm in train mode; without a weight or bias of its own their data is null.
+struct BatchNorm {
+  const float* found;  // moments or sums: [2, N, C]
+  Rows weight, bias;
+  const float* inverse_deviation;  // [C], for batch_terms
+  float eps, pixels;               // pixels of a plane
+  int64_t images, channels;
+  float* results;     // planes [3, N, C] or terms [2, N, C]
+  float* statistics;  // [3, C]: mean, inverse deviation, unbiased variance; for batch_planes
+};
+void batch_planes(Stream stream, const BatchNorm& b);
+void batch_terms(Stream stream, const BatchNorm& b);
 void apply(const Settings& settings, const Operands& o, const Division& d, const Rows& y);
 // Writes dγ, dβ, and parts [splits, 2, N, C] of the planes' sums.
 void backward_sums(const Settings& settings, const Operands& o, const Division& d,

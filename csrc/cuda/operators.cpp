@@ -162,26 +162,76 @@ Tensor plane_moments_of(const Tensor& x) {
   return moments;
 }
 
+// Numbers as kernels read them, and the tensors that hold them until the kernels are launched.
+class Numbers {
+ public:
+  // A number for each channel, in any dtype but float64; null if there is no tensor.
+  Rows of_channels(const std::optional<Tensor>& given, const char* name) {
+    if (!given) return {};
+    const bool is_wide = given->scalar_type() == ScalarType::Double;
+    const Tensor& held = hold(is_wide ? in_dtype(*given, ScalarType::Float) : *given);
+    return {static_cast<char*>(const_cast<void*>(held.const_data_ptr())), 0, 0,
+            type_of(held, name)};
+  }
+
+  const float* of(const Tensor& given) { return hold(given).const_data_ptr<float>(); }
+
+ private:
+  const Tensor& hold(const Tensor& given) {
+    kept_.push_back(without_gaps(given));
+    return kept_.back();
+  }
+
+  std::vector<Tensor> kept_;
+};
+
 Tensor running_planes_of(const Tensor& x, const Tensor& mean, const Tensor& variance,
                          std::optional<Tensor> weight, std::optional<Tensor> bias, double eps) {
   const Extent extent = check_running_planes(x, mean, variance, weight, bias);
   const OnDevice on_device(x);
-  std::vector<Tensor> kept;
-  const auto numbers = [&](const Tensor& given, const char* name) -> Rows {
-    const bool is_wide = given.scalar_type() == ScalarType::Double;
-    kept.push_back(without_gaps(is_wide ? in_dtype(given, ScalarType::Float) : given));
-    return {static_cast<char*>(const_cast<void*>(kept.back().const_data_ptr())), 0, 0,
-            type_of(kept.back(), name)};
-  };
+  Numbers numbers;
   const Tensor planes = new_tensor(x, {3, extent.images, extent.channels}, ScalarType::Float);
   RunningStatistics s = {};
   s.images = extent.images, s.channels = extent.channels, s.eps = static_cast<float>(eps);
-  s.mean = numbers(mean, "mean"), s.variance = numbers(variance, "variance");
-  if (weight) s.weight = numbers(*weight, "weight");
-  if (bias) s.bias = numbers(*bias, "bias");
+  s.mean = numbers.of_channels(mean, "mean");
+  s.variance = numbers.of_channels(variance, "variance");
+  s.weight = numbers.of_channels(weight, "weight"), s.bias = numbers.of_channels(bias, "bias");
   s.planes = planes.mutable_data_ptr<float>();
   running_planes(on_device.stream(), s);
   return planes;
+}
+
+std::tuple<Tensor, Tensor> batch_planes_of(const Tensor& x, const Tensor& moments,
+                                           std::optional<Tensor> weight, std::optional<Tensor> bias,
+                                           double eps) {
+  const Extent extent = check_batch_planes(x, moments, weight, bias);
+  const OnDevice on_device(x);
+  Numbers numbers;
+  const Tensor planes = new_tensor(x, {3, extent.images, extent.channels}, ScalarType::Float),
+               statistics = new_tensor(x, {3, extent.channels}, ScalarType::Float);
+  BatchNorm b = {};
+  b.found = numbers.of(moments), b.eps = static_cast<float>(eps);
+  b.weight = numbers.of_channels(weight, "weight"), b.bias = numbers.of_channels(bias, "bias");
+  b.pixels = extent.pixels, b.images = extent.images, b.channels = extent.channels;
+  b.results = planes.mutable_data_ptr<float>();
+  b.statistics = statistics.mutable_data_ptr<float>();
+  batch_planes(on_device.stream(), b);
+  return {planes, statistics};
+}
+
+Tensor batch_terms_of(const Tensor& x, const Tensor& sums, const Tensor& inverse_deviation,
+                      std::optional<Tensor> weight) {
+  const Extent extent = check_batch_terms(x, sums, inverse_deviation, weight);
+  const OnDevice on_device(x);
+  Numbers numbers;
+  const Tensor terms = new_tensor(x, {2, extent.images, extent.channels}, ScalarType::Float);
+  BatchNorm b = {};
+  b.found = numbers.of(sums), b.inverse_deviation = numbers.of(inverse_deviation);
+  b.weight = numbers.of_channels(weight, "weight");
+  b.pixels = extent.pixels, b.images = extent.images, b.channels = extent.channels;
+  b.results = terms.mutable_data_ptr<float>();
+  batch_terms(on_device.stream(), b);
+  return terms;
 }
 
 // Computes y, into a new tensor or `out`, and its signs. out may be x or γ: only the thread that
@@ -378,6 +428,8 @@ STABLE_TORCH_LIBRARY_IMPL(SPADE_FAST_NAMESPACE, SPADE_FAST_DISPATCH_KEY, library
   library.impl("backward_sums", TORCH_BOX(&backward_sums_of));
   library.impl("backward_input", TORCH_BOX(&backward_input_of));
   library.impl("running_planes", TORCH_BOX(&running_planes_of));
+  library.impl("batch_planes", TORCH_BOX(&batch_planes_of));
+  library.impl("batch_terms", TORCH_BOX(&batch_terms_of));
   library.impl("instance_forward", TORCH_BOX(&instance_forward_of));
   library.impl("instance_backward", TORCH_BOX(&instance_backward_of));
 }

@@ -10,12 +10,6 @@
 namespace spade_fast {
 namespace {
 
-__device__ float number_at(const Rows& numbers, int64_t channel) {
-  float values[4];
-  unpack<4>(load<4>(numbers.at(0, 0, channel), numbers.type, {1, 1, false}), numbers.type, values);
-  return values[0];
-}
-
 __global__ void __launch_bounds__(kThreads) running_planes_kernel(RunningStatistics s) {
   const int64_t all = s.images * s.channels,
                 plane = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;

@@ -2,7 +2,8 @@
 its fake; the tensors that pass between them; and the `Backend` that holds all of them.
 
 A backend has three groups of kernels. Those of the modulation include a form of `apply` that writes
-to a given tensor, and for instance norm two kernels that each do the work of two. Those of the
+to a given tensor, for batch norm what it computes between them, and for instance norm two kernels
+that each do the work of two. Those of the
 convolutions at distinct windows include their two gradients, which GPUs compute from sums of listed
 rows. The third group finds and numbers the codes and windows of a layout. The kernels of the
 modulation exchange numbers for each plane (n, c), in float32, or in float64 if x is float64:
@@ -63,6 +64,8 @@ class Backend:
     backward_sums: Callable[..., tuple[Tensor, Tensor, Tensor]]
     backward_input: Callable[..., Tensor]
     running_planes: Callable[..., Tensor]
+    batch_planes: Callable[..., tuple[Tensor, Tensor]]
+    batch_terms: Callable[..., Tensor]
     instance_forward: Callable[..., tuple[Tensor, Tensor, Tensor]]
     instance_backward: Callable[..., tuple[Tensor, Tensor, Tensor]]
     convolve_windows: Callable[..., Tensor]
@@ -235,10 +238,25 @@ def check_running_planes(
     eps: float,
 ) -> None:
     check_plane_moments(x)
-    numbers = {"mean": mean, "variance": variance, "weight": weight, "bias": bias}
-    for name, given in numbers.items():
-        if given is not None:
-            _check(name, given, x, FLOATING, x.shape[1:2], "a number for each channel")
+    _check_channels(x, mean=mean, variance=variance, weight=weight, bias=bias)
+
+
+def check_batch_planes(
+    x: Tensor, moments: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> None:
+    check_plane_moments(x)
+    _check_numbers("moments", moments, x, 2)
+    _check_channels(x, weight=weight, bias=bias)
+
+
+def check_batch_terms(
+    x: Tensor, sums: Tensor, inverse_deviation: Tensor, weight: Tensor | None
+) -> None:
+    check_plane_moments(x)
+    _check_numbers("sums", sums, x, 2)
+    shape, meaning = (1, *x.shape[1:2]), "a number for each channel"
+    _check("inverse_deviation", inverse_deviation, x, (sum_dtype(x.dtype),), shape, meaning)
+    _check_channels(x, weight=weight)
 
 
 def check_instance_forward(
@@ -322,6 +340,12 @@ def _check_lists(other, *lists):
         _check(name, given, other, (torch.int32,), (given.numel(),), "a list")
 
 
+def _check_channels(x, **numbers):
+    for name, given in numbers.items():
+        if given is not None:
+            _check(name, given, x, FLOATING, x.shape[1:2], "a number for each channel")
+
+
 def _check_numbers(name, given, x, count):
     _check(name, given, x, (sum_dtype(x.dtype),), (count, *x.shape[:2]), "values per plane")
 
@@ -352,7 +376,7 @@ def _require(holds, name, given, wanted):
         )
 
 
-def fake_plane_moments(x: Tensor) -> Tensor:
+def fake_plane_moments(x: Tensor, *others: object) -> Tensor:
     return x.new_empty(2, *x.shape[:2], dtype=sum_dtype(x.dtype))
 
 
@@ -402,6 +426,11 @@ def fake_backward_input(dy: Tensor, x: Tensor, *others: object) -> Tensor:
 
 def fake_running_planes(x: Tensor, *others: object) -> Tensor:
     return x.new_empty(3, *x.shape[:2], dtype=sum_dtype(x.dtype))
+
+
+def fake_batch_planes(x: Tensor, *others: object) -> tuple[Tensor, Tensor]:
+    dtype = sum_dtype(x.dtype)
+    return x.new_empty(3, *x.shape[:2], dtype=dtype), x.new_empty(3, x.shape[1], dtype=dtype)
 
 
 def fake_instance_forward(
@@ -495,6 +524,16 @@ MODULATION = {
         " -> Tensor",
         check_running_planes,
         fake_running_planes,
+    ),
+    "batch_planes": Operation(
+        "(Tensor x, Tensor moments, Tensor? weight, Tensor? bias, float eps) -> (Tensor, Tensor)",
+        check_batch_planes,
+        fake_batch_planes,
+    ),
+    "batch_terms": Operation(
+        "(Tensor x, Tensor sums, Tensor inverse_deviation, Tensor? weight) -> Tensor",
+        check_batch_terms,
+        fake_plane_moments,
     ),
     "instance_forward": Operation(
         f"(Tensor x, {FORWARD}, float eps, {ACTIVATION}, bool keep_signs, {PLUS_ONE})"

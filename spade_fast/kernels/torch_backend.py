@@ -326,6 +326,41 @@ def running_planes(
     return planes[:, None].expand(3, *x.shape[:2]).contiguous()
 
 
+def batch_planes(
+    x: Tensor, moments: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor]:
+    """The planes of x [N, C, *spatial] for a batch norm in train mode, from x's moments and the
+    norm's own parameters, [C]; and the statistics [3, C]: mean, 1/sqrt(variance + eps), and the
+    unbiased variance, all over the batch.
+    """
+    mean, squares = moments
+    images, pixels = x.shape[0], x.shape[2:].numel()
+    total = images * pixels
+    pooled_mean = mean.sum(0) / max(images, 1)
+    # Squared deviations combine exactly (Chan et al., 1979); E[x²] − E[x]² would lose them where
+    # the mean is large.
+    deviations = mean - pooled_mean
+    pooled_squares = torch.addcmul(squares, pixels * deviations, deviations).sum(0)
+    inverse_deviation = torch.rsqrt(pooled_squares / max(total, 1) + eps)
+    scale = inverse_deviation if weight is None else inverse_deviation * weight.to(mean.dtype)
+    offset = torch.zeros_like(scale) if bias is None else bias.to(mean.dtype)
+    planes = torch.stack([pooled_mean, scale, offset])[:, None].expand(3, *mean.shape).contiguous()
+    return planes, torch.stack([pooled_mean, inverse_deviation, pooled_squares / (total - 1)])
+
+
+def batch_terms(
+    x: Tensor, sums: Tensor, inverse_deviation: Tensor, weight: Tensor | None
+) -> Tensor:
+    """The terms of dx for a batch norm in train mode, from the sums of x's planes, 1/sqrt(variance
+    + eps) [1, C], and the norm's own weight, [C].
+    """
+    total = max(x.shape[0] * x.shape[2:].numel(), 1)
+    scale = inverse_deviation if weight is None else inverse_deviation * weight.to(sums.dtype)
+    constant, slope = sums.sum(1, keepdim=True) * (scale / -total)
+    slope = slope * inverse_deviation * inverse_deviation
+    return torch.stack([constant, slope]).expand(sums.shape).contiguous()
+
+
 def instance_forward(
     x: Tensor,
     gamma: Tensor,
@@ -498,6 +533,8 @@ BACKEND = Backend(
     backward_sums=backward_sums,
     backward_input=backward_input,
     running_planes=running_planes,
+    batch_planes=batch_planes,
+    batch_terms=batch_terms,
     instance_forward=instance_forward,
     instance_backward=instance_backward,
     convolve_windows=convolve_windows,

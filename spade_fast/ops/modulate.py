@@ -141,34 +141,30 @@ def spade_modulate(
         return backend.instance_forward(
             x, gamma, beta, index, eps, activation, negative_slope, False, plus_one
         )[0]
-    is_given = settings.kind is not None and not settings.measures
-    if is_given and not differentiates:
+    if settings.kind is not None and not settings.measures and not differentiates:
         planes = backend.running_planes(x, *running, weight, bias, eps)
         return modulate_by(planes, x, gamma, beta, index, activation, negative_slope, out, plus_one)
     with torch.no_grad():
-        if settings.measures:
-            moments = backend.plane_moments(x) if moments is None else moments
-            statistics = norms.measure(settings, moments, math.prod(x.shape[2:]), *running)
-        elif settings.kind is None:
-            statistics = norms.identity(x.shape[1], contract.sum_dtype(x.dtype), x.device)
-        else:
-            statistics = norms.given(*running, eps, contract.sum_dtype(x.dtype))
+        if not settings.measures:
+            moments = None
+        elif moments is None:
+            moments = backend.plane_moments(x)
+        statistics, planes = norms.statistics_and_planes(
+            settings, backend, x, moments, running, weight, bias
+        )
     if differentiates:
-        if is_given:
-            # Running statistics may change before backward.
-            statistics = statistics._replace(mean=statistics.mean.clone())
         return Modulate.apply(
             *differentiable,
             index,
             order,
             *statistics,
+            planes,
             settings,
             activation,
             negative_slope,
             plus_one,
             backend,
         )
-    planes = norms.planes(statistics, x.shape[:2], weight, bias)
     return modulate_by(planes, x, gamma, beta, index, activation, negative_slope, out, plus_one)
 
 
@@ -230,14 +226,13 @@ class Modulate(torch.autograd.Function):
         mean: Tensor,
         inverse_deviation: Tensor,
         count: int | Tensor,
+        planes: Tensor,
         norm: norms.Norm,
         activation: Activation | None,
         negative_slope: float,
         plus_one: bool,
         backend: contract.Backend,
     ) -> Tensor:
-        statistics = norms.Statistics(mean, inverse_deviation, count)
-        planes = norms.planes(statistics, x.shape[:2], weight, bias)
         y, signs = backend.apply(
             x, planes, gamma, beta, index, activation, negative_slope, True, plus_one
         )
@@ -260,13 +255,13 @@ class Modulate(torch.autograd.Function):
             gradients = _differentiable_backward(
                 ctx, dy, x, gamma, beta, weight, bias, index, statistics, signs
             )
-            return *gradients, *[None] * 10
+            return *gradients, *[None] * 11
         activation = (ctx.activation, ctx.negative_slope, ctx.plus_one)
         order = numbering.sort_pixels(index) if order is None and index is not None else order
         dgamma, dbeta, sums = ctx.backend.backward_sums(
             dy, x, planes, gamma, beta, index, order, signs, *activation
         )
-        terms = norms.backward(ctx.norm, statistics, sums, weight)
+        terms = norms.backward(ctx.norm, ctx.backend, x, statistics, sums, weight)
         dx = None
         if ctx.needs_input_grad[0]:
             dx = ctx.backend.backward_input(
@@ -279,7 +274,7 @@ class Modulate(torch.autograd.Function):
             dgamma,
             dbeta,
             *norms.backward_affine(statistics, sums, weight, bias),
-            *[None] * 10,
+            *[None] * 11,
         )
 
 

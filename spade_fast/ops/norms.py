@@ -1,5 +1,6 @@
-"""The norms, as arithmetic on [N, C] tensors: no kernel knows a norm, except those that compute
-instance norm in one pass.
+"""The norms, as arithmetic on [N, C] tensors. Kernels that pass over x know none of them, except
+those that compute instance norm in one pass; batch norm's arithmetic is a kernel of its own,
+because in plain PyTorch it takes eighteen launches for each layer and step of training.
 
 Forward, a norm pools the moments of the planes that share statistics: each plane alone (instance),
 a channel's planes over the batch (batch) and over all processes (syncbatch), or the planes of a
@@ -19,6 +20,8 @@ from typing import Literal, NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from ..kernels.contract import Backend, sum_dtype
 
 Kind = Literal["instance", "batch", "syncbatch", "group"]
 Running = tuple[Tensor | None, Tensor | None]  # mean and variance
@@ -44,6 +47,11 @@ class Norm(NamedTuple):
         )
 
     @property
+    def pools_batch(self) -> bool:
+        """Whether each channel is normalised with the moments of this process's batch."""
+        return self.kind in ("batch", "syncbatch") and self.training and self.processes == 1
+
+    @property
     def processes(self) -> int:
         """The number of processes that share statistics."""
         if (
@@ -64,6 +72,48 @@ class Statistics(NamedTuple):
     mean: Tensor
     inverse_deviation: Tensor
     count: int | Tensor  # type: ignore[assignment]  # hides tuple.count, which is never called
+
+
+def statistics_and_planes(
+    norm: Norm,
+    backend: Backend,
+    x: Tensor,
+    moments: Tensor | None,
+    running: Running,
+    weight: Tensor | None,
+    bias: Tensor | None,
+) -> tuple[Statistics, Tensor]:
+    """The statistics of x [N, C, *spatial], and its planes, which include the norm's own weight and
+    bias. moments: `plane_moments(x)`, if x is measured. Running statistics are read, or updated in
+    place.
+    """
+    shape, dtype = x.shape[:2], sum_dtype(x.dtype)
+    if norm.kind is None:
+        statistics = identity(x.shape[1], dtype, x.device)
+    elif moments is None:
+        mean, variance = running
+        own = backend.running_planes(x, mean, variance, None, None, norm.eps)
+        statistics = Statistics(own[0, :1], own[1, :1], 1)
+        if weight is None and bias is None:
+            return statistics, own
+        return statistics, backend.running_planes(x, mean, variance, weight, bias, norm.eps)
+    elif norm.pools_batch:
+        own, found = backend.batch_planes(x, moments, weight, bias, norm.eps)
+        pooled_mean, inverse_deviation, unbiased = found.split(1)
+        total = x.shape[0] * x.shape[2:].numel()
+        _update(running, pooled_mean, unbiased, norm.momentum, total > 0)
+        return Statistics(pooled_mean, inverse_deviation, total), own
+    else:
+        statistics = measure(norm, moments, x.shape[2:].numel(), *running)
+    return statistics, planes(statistics, shape, weight, bias)
+
+
+def _update(running, mean, unbiased, momentum, is_measured):
+    """Updates running statistics, [C], in place, by those of a batch, [1, C]."""
+    if running[0] is not None and running[1] is not None and is_measured:
+        with torch.no_grad():
+            for own, new in zip(running, (mean, unbiased)):
+                own.lerp_(new[0].to(own.dtype), momentum)
 
 
 def measure(
@@ -93,12 +143,10 @@ def measure(
             norm, pooled_mean, pooled_squares, total
         )
     variance = pooled_squares / (total if norm.processes > 1 else max(total, 1))
-    updates = norm.processes > 1 or total > 0
-    if running_mean is not None and running_var is not None and updates:
-        with torch.no_grad():
-            unbiased = pooled_squares / (total - 1)
-            running_mean.lerp_(pooled_mean[0].to(running_mean.dtype), norm.momentum)
-            running_var.lerp_(unbiased[0].to(running_var.dtype), norm.momentum)
+    if running_mean is not None:
+        unbiased = pooled_squares / (total - 1)
+        is_measured = norm.processes > 1 or total > 0
+        _update((running_mean, running_var), pooled_mean, unbiased, norm.momentum, is_measured)
     return Statistics(pooled_mean, torch.rsqrt(variance + norm.eps), total)
 
 
@@ -149,12 +197,19 @@ def backward_affine(
 
 
 def backward(
-    norm: Norm, statistics: Statistics, sums: Tensor, weight: Tensor | None = None
+    norm: Norm,
+    backend: Backend,
+    x: Tensor,
+    statistics: Statistics,
+    sums: Tensor,
+    weight: Tensor | None = None,
 ) -> Tensor | None:
     """The terms of dx [2, N, C], from the planes' sums [2, N, C]; None if x was not measured."""
     if not norm.measures:
         return None
     _, inverse_deviation, count = statistics
+    if norm.pools_batch:
+        return backend.batch_terms(x, sums, inverse_deviation, weight)
     pooled = _pool(norm, sums if weight is None else sums * weight.to(sums.dtype))
     if norm.processes > 1:
         dist.all_reduce(pooled, group=norm.process_group)
