@@ -54,8 +54,6 @@ MOVED = {
     "backward_sums_kernel": (5, 2),
     "backward_input_kernel": (4, 3),
 }
-# The problems that plan.h divided otherwise when they were measured.
-DIVIDED_OTHERWISE = {"512 × 64² channels-last", "256 × 128² channels-last"}
 COMBINES = {"plane_moments_kernel", "backward_sums_kernel"}  # with one more launch
 ONE_PASS = {FORWARD: "forward_kernel", BACKWARD: "backward_kernel"}
 TWO_PASSES = {
@@ -274,8 +272,7 @@ def table_of_operations(found: list[Share]) -> Table:
         least = least_bytes(problem, mode) / bandwidth
         beside = ("", "", "")
         if (time := measured.get((problem.images, problem.name, mode))) is not None:
-            ratio = "other plan" if problem.name in DIVIDED_OTHERWISE else f"{seconds / time:.2f}"
-            beside = (f"{1e6 * time:.1f}", f"{least / time:.2f}", ratio)
+            beside = (f"{1e6 * time:.1f}", f"{least / time:.2f}", f"{seconds / time:.2f}")
         shown.add_row(
             f"{problem.images}, {problem.name}, {mode}",
             f"{1e6 * seconds:.1f}",
@@ -301,6 +298,5 @@ CAPTION = (
     " one, else two, as other norms do. waves: blocks over those that reside at once. slots:"
     " instructions of a warp. share: of the bandwidth of a copy, for the kernel's own bytes, or for"
     " those that the operation has to move. measured: h200-modulate-bfloat16.json. ratio: predicted"
-    f" over measured; other plan: plan.h divided it otherwise at {predictions.COMMIT}, which was"
-    " measured."
+    " over measured."
 )

@@ -571,9 +571,9 @@ def test_kernels_compiled_by_nvcc():
         (problem.name, mode): predicted[problem, mode] / measured[key]
         for problem, mode in predicted
         if (key := (problem.images, problem.name, mode)) in measured
-        and problem.name not in shares.DIVIDED_OTHERWISE
     }
-    assert len(compared) == 12 and all(0.5 < ratio < 1.5 for ratio in compared.values()), compared
+    # One pass in shared memory takes up to twice as long as predicted.
+    assert len(compared) == 16 and all(0.4 < ratio < 1.5 for ratio in compared.values()), compared
     documented = re.findall(r"\| batch (\d+), (.*²) \|.*\| (\S+) \|\n", GPU_PAGE.read_text())
     assert len(documented) == 11
     for images, shape, share in documented:
