@@ -12,14 +12,15 @@ CHANNELS = tl.constexpr(128)  # channels per program
 
 
 @triton.jit
-def batch_planes_kernel(moments, weight, bias, planes, statistics, eps, pixels, images, channels):
+def batch_planes_kernel(
+    moments, weight, bias, planes, statistics, eps, pixels, parts, images, channels
+):
     channel = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
     inside, all = channel < channels, images * channels
     mean, squares = tl.zeros([CHANNELS], tl.float32), tl.zeros([CHANNELS], tl.float32)
     for image in range(images):
         mean += tl.load(moments + image * channels + channel, inside, 0.0)
-    mean = tl.div_rn(mean, tl.maximum(images, 1).to(tl.float32))
-    total = pixels.to(tl.float32) * images
+    mean, total = tl.div_rn(mean, parts), pixels * parts
     for image in range(images):
         plane = moments + image * channels + channel
         deviation = tl.load(plane, inside, 0.0) - mean
@@ -41,7 +42,7 @@ def batch_planes_kernel(moments, weight, bias, planes, statistics, eps, pixels, 
 
 
 @triton.jit
-def batch_terms_kernel(sums, inverse_deviation, weight, terms, pixels, images, channels):
+def batch_terms_kernel(sums, inverse_deviation, weight, terms, pixels, parts, images, channels):
     channel = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
     inside, all = channel < channels, images * channels
     q, q_deviation = tl.zeros([CHANNELS], tl.float32), tl.zeros([CHANNELS], tl.float32)
@@ -50,7 +51,7 @@ def batch_terms_kernel(sums, inverse_deviation, weight, terms, pixels, images, c
         q += tl.load(plane, inside, 0.0)
         q_deviation += tl.load(plane + all, inside, 0.0)
     inverse = tl.load(inverse_deviation + channel, inside, 0.0)
-    share = tl.div_rn(inverse, -tl.maximum(pixels.to(tl.float32) * images, 1.0))
+    share = tl.div_rn(inverse, -tl.maximum(pixels * parts, 1.0))
     if weight is not None:
         share *= tl.load(weight + channel, inside, 0.0).to(tl.float32)
     for image in range(images):
@@ -67,8 +68,7 @@ def batch_planes(
     statistics = x.new_empty(3, channels, dtype=torch.float32)
     given = [None if one is None else one.contiguous() for one in (moments, weight, bias)]
     grid = (triton.cdiv(channels, CHANNELS.value),)
-    sizes = x.shape[2:].numel(), images, channels
-    batch_planes_kernel[grid](*given, planes, statistics, eps, *sizes)
+    batch_planes_kernel[grid](*given, planes, statistics, eps, *sizes_of(x))
     return planes, statistics
 
 
@@ -79,5 +79,13 @@ def batch_terms(
     terms = x.new_empty(2, images, channels, dtype=torch.float32)
     given = [None if one is None else one.contiguous() for one in (sums, inverse_deviation, weight)]
     grid = (triton.cdiv(channels, CHANNELS.value),)
-    batch_terms_kernel[grid](*given, terms, x.shape[2:].numel(), images, channels)
+    batch_terms_kernel[grid](*given, terms, *sizes_of(x))
     return terms
+
+
+def sizes_of(x: Tensor) -> tuple[float, float, int, int]:
+    """The pixels of a plane and the planes of a channel, at least one, as numbers to compute with
+    (a whole number that is 1 would be a constant of the kernel); and both dimensions to count with.
+    """
+    images, channels = x.shape[:2]
+    return float(x.shape[2:].numel()), float(max(images, 1)), images, channels
