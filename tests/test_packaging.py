@@ -3,6 +3,7 @@ build compiles again, and what the import loads.
 """
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -39,6 +40,16 @@ print(*{name.partition(".")[0] for name in sys.modules.keys() - before})
 """
 
 
+# In torch 2.11, the oldest that the package takes. TORCH_TARGET_VERSION hides newer functions from
+# the compiler, but not newer macros, with which an older torch does not build.
+MACROS = {
+    "STABLE_TORCH_LIBRARY_IMPL",
+    "STD_TORCH_CHECK",
+    "TORCH_BOX",
+    "TORCH_ERROR_CODE_CHECK",
+}
+
+
 @pytest.fixture(scope="module")
 def source(tmp_path_factory):
     """A copy of the sources."""
@@ -54,6 +65,11 @@ def sdist(source):
     )
     (found,) = source.glob("dist/*.tar.gz")
     return found
+
+
+def test_the_oldest_torch_has_the_macros():
+    texts = [path.read_text() for path in (ROOT / "csrc").rglob("*.*")]
+    assert set(re.findall(r"\b(?:STABLE_|STD_)?TORCH_[A-Z_]+\b", "".join(texts))) == MACROS
 
 
 def test_the_sdist_has_all_sources_and_no_tests(sdist):

@@ -2,11 +2,11 @@
 its fake; the tensors that pass between them; and the `Backend` that holds all of them.
 
 A backend has three groups of kernels. Those of the modulation include a form of `apply` that writes
-to a given tensor, for batch norm what it computes between them, and for instance norm two kernels
-that each do the work of two. Those of the
-convolutions at distinct windows include their two gradients, which GPUs compute from sums of listed
-rows. The third group finds and numbers the codes and windows of a layout. The kernels of the
-modulation exchange numbers for each plane (n, c), in float32, or in float64 if x is float64:
+to a given tensor, for batch norm what it computes between the others, and for instance norm two
+kernels that each do the work of two. Those of the convolutions at distinct windows include their
+two gradients, which GPUs compute from sums of listed rows. The third group finds and numbers the
+codes and windows of a layout. The kernels of the modulation exchange numbers for each plane (n, c),
+in float32, or in float64 if x is float64:
 
     moments [2, N, C]   mean, sum of squared deviations
     planes  [3, N, C]   shift, scale, offset: x̂ = (x − shift)·scale + offset

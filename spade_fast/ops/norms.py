@@ -1,6 +1,7 @@
 """The norms, as arithmetic on [N, C] tensors. Kernels that pass over x know none of them, except
-those that compute instance norm in one pass; batch norm's arithmetic is a kernel of its own,
-because in plain PyTorch it takes eighteen launches for each layer and step of training.
+those that compute instance norm in one pass. Batch norm's arithmetic has kernels of its own: for
+each layer and step of training they replace 21 of PyTorch's launches (1678 fell to 1336 for the
+published generator at batch 16).
 
 Forward, a norm pools the moments of the planes that share statistics: each plane alone (instance),
 a channel's planes over the batch (batch) and over all processes (syncbatch), or the planes of a
