@@ -137,7 +137,7 @@ def pytest_collection_modifyitems(items):
     """Keeps the cases that their backend can run, and marks the cases of a test's matrix that a run
     leaves out. The ordinary run covers all pairs of values of two parameters, and the full run
     ("full") all triples, unless a test is marked "pairs"; the remaining combinations are marked
-    "product".
+    "product". Of a test marked "slow", the ordinary run has the cases of one backend.
     """
     items[:] = filter(can_run, items)
     matrices = {}
@@ -153,6 +153,8 @@ def pytest_collection_modifyitems(items):
         for number, item in enumerate(matrix):
             if number not in pairs:
                 item.add_marker("full" if number in triples else "product")
+            elif item.get_closest_marker("slow") and item.callspec.params["backend"] != "cpu":
+                item.add_marker("full")
 
 
 def values_that_meet(item, count):

@@ -92,7 +92,7 @@ def test_wrong_results_get_no_times(monkeypatch, tmp_path):
             pytest.param(case, marks=pytest.mark.full)  # each takes at least ten seconds
             for case in ("block", "generator", "generate", "paint", "training", "converted")
         ),
-        pytest.param("monai", marks=pytest.mark.needs("monai", "einops")),
+        pytest.param("monai", marks=[pytest.mark.full, pytest.mark.needs("monai", "einops")]),
         pytest.param("spatial", marks=[pytest.mark.full, pytest.mark.needs("diffusers")]),
     ],
 )

@@ -203,15 +203,16 @@ def original_and_converted(family):
 
 
 @pytest.mark.parametrize("family,form", CASES)
-def test_every_call_matches_the_twins(family, form, monkeypatch):
+@pytest.mark.parametrize("state", STATES, ids=lambda state: "-".join(map(str, state)))
+def test_every_call_matches_the_twins(family, form, state, monkeypatch):
     monkeypatch.setattr(fuse, "pays", lambda elements, is_slow: True)
     call = COMMON.get(form) or OWN[family][form]
-    for kind, mode, train in STATES:
-        model, own = (copy.deepcopy(one).train(train) for one in original_and_converted(family))
-        x, segmap = pictures().requires_grad_(), CONDITIONS[kind]()
-        with spade_fast.window_mode(mode):
-            ours = outcome(call, model, x, segmap)
-        assert_same(ours, outcome(call, own, x, segmap))
+    kind, mode, train = state
+    model, own = (copy.deepcopy(one).train(train) for one in original_and_converted(family))
+    x, segmap = pictures().requires_grad_(), CONDITIONS[kind]()
+    with spade_fast.window_mode(mode):
+        ours = outcome(call, model, x, segmap)
+    assert_same(ours, outcome(call, own, x, segmap))
 
 
 @pytest.mark.parametrize(
