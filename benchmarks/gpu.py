@@ -33,6 +33,11 @@ LEAST_SCENES = 8  # in a folder: with mirrored copies, enough for a batch of 16
 KEY_SHAPES = ("128 × 256²", "256 × 128²", "512 × 64²", "1024 × 16²")
 # torch.compile would compile before anything is timed.
 NOT_COMPILED = ("--without", "torch.compile")
+# Files of tests: with cases for each backend, of what is numbered or captured, of neither.
+SHARED = ("modulate", "layers", "windows", "networks", "frozen")
+OF_LAYOUTS = ("numbering", "graphs", "layout")
+WITHOUT_GPU = ("benchmarks", "benchmarks_service", "cli", "cuda", "docs", "export", "house", "hub")
+WITHOUT_GPU += ("launches", "packaging", "paint", "predictions", "service", "triton_watch", "waits")
 
 
 @dataclass(frozen=True)
@@ -63,11 +68,22 @@ def tests(only, *files):
     """The command that runs the tests of `files` that the -k expression `only` selects, in several
     processes if pytest-xdist is installed.
     """
+    chosen = ["-k", only] if only else []
+    return [*pytest(), *chosen, *(f"tests/test_{name}.py" for name in files)]
+
+
+def pytest():
+    """The command that runs tests, which says each one's outcome as soon as it ends."""
     several = importlib.util.find_spec("xdist") is not None
     processes = min(PROCESSES, os.cpu_count() or 1)
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
-    command += ["-n", str(processes), "--dist", "worksteal"] * several
-    return [*command, *(["-k", only] if only else []), *(f"tests/test_{name}.py" for name in files)]
+    command = [sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider"]
+    return command + ["-n", str(processes), "--dist", "worksteal"] * several
+
+
+def tests_but(*files):
+    """The command that runs all tests but those of `files` and of Triton's kernels."""
+    left_out = [part for name in files for part in ("--ignore", f"tests/test_{name}.py")]
+    return [*pytest(), "-k", "not triton", *left_out]
 
 
 def sanitizer(tool, backend):
@@ -137,13 +153,13 @@ STAGES = [
     Stage(
         "tests of cuda",
         "the suite on the CUDA kernels",
-        tests("cuda", "modulate", "layers", "windows", "networks", "frozen"),
+        tests("cuda", *SHARED),
         90,
     ),
     Stage(
         "tests of layouts",
         "numbering on the GPU, and steps captured in CUDA graphs",
-        tests("", "numbering", "graphs", "layout"),
+        tests("", *OF_LAYOUTS),
         60,
     ),
     Stage(
@@ -159,6 +175,12 @@ STAGES = [
     ),
     sanitizer("memcheck", "cuda"),
     sanitizer("racecheck", "cuda"),
+    Stage(
+        "tests of the rest",
+        "all other tests, but for those of what has nothing to do with a GPU",
+        tests_but(*SHARED, *OF_LAYOUTS, *WITHOUT_GPU),
+        240,
+    ),
     Stage(
         "modulate at 1",
         "the operation on four shapes, one image",
