@@ -83,6 +83,7 @@ def small_generator():
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("network", [lambda: SPADE(6, 7, 4), small_generator])
 @pytest.mark.parametrize("mode", ["auto", "always"])
 def test_a_layout_overwritten_with_another(backend, network, mode):

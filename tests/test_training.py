@@ -137,7 +137,9 @@ def double(networks):
     return networks
 
 
-@pytest.mark.parametrize("use_vae", [False, True], ids=["", "vae"])
+@pytest.mark.parametrize(
+    "use_vae", [False, pytest.param(True, marks=pytest.mark.full)], ids=["", "vae"]
+)
 def test_two_processes_equal_one_with_the_whole_batch(use_vae, tmp_path):
     """Losses, gradients, weights and running statistics, with syncbatch norm and exchanged
     gradients.
