@@ -137,7 +137,7 @@ def pytest_collection_modifyitems(items):
     """Keeps the cases that their backend can run, and marks the cases of a test's matrix that a run
     leaves out. The ordinary run covers all pairs of values of two parameters, and the full run
     ("full") all triples, unless a test is marked "pairs"; the remaining combinations are marked
-    "product". Of a test marked "slow", the ordinary run has the cases of one backend.
+    "product". For a test marked "slow", the ordinary run keeps the cases of one backend.
     """
     items[:] = filter(can_run, items)
     matrices = {}
