@@ -2,12 +2,26 @@
 // x, as arithmetic on the numbers of the planes. Plain PyTorch needs a dozen operators for it.
 
 #include <algorithm>
+#include <array>
 #include <cmath>
 
 #include "tensors.h"
 
 namespace spade_fast {
 namespace {
+
+// Channels that are pooled together, row by row: the planes of one channel often lie a multiple of
+// 4 KiB apart, in the same lines of the cache. (64 images of 1024 channels take 0.14 ms; channel by
+// channel they took 1.7.)
+constexpr int64_t kTogether = 64;
+using Pool = std::array<double, kTogether>;
+
+// Calls f(first channel, number of channels) for all channels.
+template <typename F>
+void for_each_pool(int64_t channels, F&& f) {
+  for (int64_t first = 0; first < channels; first += kTogether)
+    f(first, std::min(kTogether, channels - first));
+}
 
 // A channel's planes are pooled over the batch. Squared deviations combine exactly (Chan et al.,
 // 1979): those from the planes' own means, and those of the planes' means from the pool's.
@@ -25,23 +39,34 @@ std::tuple<Tensor, Tensor> batch_planes(const Tensor& x, const Tensor& moments,
     const double pixels = extent.pixels, total = pixels * images;
     Sum* to = planes.mutable_data_ptr<Sum>();
     Sum* pooled = statistics.mutable_data_ptr<Sum>();
-    for (int64_t channel = 0; channel < channels; ++channel) {
-      double mean = 0, squares = 0;
-      for (int64_t plane = channel; plane < all; plane += channels) mean += found[plane];
-      mean /= std::max<int64_t>(images, 1);
-      for (int64_t plane = channel; plane < all; plane += channels) {
-        const double deviation = found[plane] - mean;
-        squares += found[all + plane] + pixels * deviation * deviation;
+    for_each_pool(channels, [&](int64_t first, int64_t count) {
+      Pool mean = {}, squares = {};
+      for (int64_t plane = first; plane < all; plane += channels)
+        for (int64_t c = 0; c < count; ++c) mean[c] += found[plane + c];
+      for (int64_t c = 0; c < count; ++c) mean[c] /= std::max<int64_t>(images, 1);
+      for (int64_t plane = first; plane < all; plane += channels) {
+        for (int64_t c = 0; c < count; ++c) {
+          const double deviation = found[plane + c] - mean[c];
+          squares[c] += found[all + plane + c] + pixels * deviation * deviation;
+        }
       }
-      const double inverse = 1 / std::sqrt(squares / std::max(total, 1.0) + eps);
-      pooled[channel] = mean;
-      pooled[channels + channel] = inverse;
-      pooled[2 * channels + channel] = squares / (total - 1);
-      const double scale = weights ? inverse * weights[channel] : inverse,
-                   offset = biases ? biases[channel] : 0;
-      for (int64_t plane = channel; plane < all; plane += channels)
-        to[plane] = mean, to[all + plane] = scale, to[2 * all + plane] = offset;
-    }
+      Pool scale, offset;
+      for (int64_t c = 0, channel = first; c < count; ++c, ++channel) {
+        const double inverse = 1 / std::sqrt(squares[c] / std::max(total, 1.0) + eps);
+        scale[c] = weights ? inverse * weights[channel] : inverse;
+        offset[c] = biases ? biases[channel] : 0;
+        pooled[channel] = mean[c];
+        pooled[channels + channel] = inverse;
+        pooled[2 * channels + channel] = squares[c] / (total - 1);
+      }
+      for (int64_t plane = first; plane < all; plane += channels) {
+        for (int64_t c = 0; c < count; ++c) {
+          to[plane + c] = mean[c];
+          to[all + plane + c] = scale[c];
+          to[2 * all + plane + c] = offset[c];
+        }
+      }
+    });
   });
   return {planes, statistics};
 }
@@ -58,17 +83,27 @@ Tensor batch_terms(const Tensor& x, const Tensor& sums, const Tensor& inverse_de
     const Flat<Sum> found(sums), inverses(inverse_deviation), weights(weight);
     const double total = std::max<double>(static_cast<double>(extent.pixels) * images, 1);
     Sum* to = terms.mutable_data_ptr<Sum>();
-    for (int64_t channel = 0; channel < channels; ++channel) {
-      double q = 0, q_deviation = 0;
-      for (int64_t plane = channel; plane < all; plane += channels)
-        q += found[plane], q_deviation += found[all + plane];
-      const double inverse = inverses[channel],
-                   share = (weights ? weights[channel] * inverse : inverse) / -total;
-      for (int64_t plane = channel; plane < all; plane += channels) {
-        to[plane] = q * share;
-        to[all + plane] = q_deviation * share * inverse * inverse;
+    for_each_pool(channels, [&](int64_t first, int64_t count) {
+      Pool constant = {}, slope = {};
+      for (int64_t plane = first; plane < all; plane += channels) {
+        for (int64_t c = 0; c < count; ++c) {
+          constant[c] += found[plane + c];
+          slope[c] += found[all + plane + c];
+        }
       }
-    }
+      for (int64_t c = 0, channel = first; c < count; ++c, ++channel) {
+        const double inverse = inverses[channel],
+                     share = (weights ? weights[channel] * inverse : inverse) / -total;
+        constant[c] *= share;
+        slope[c] *= share * inverse * inverse;
+      }
+      for (int64_t plane = first; plane < all; plane += channels) {
+        for (int64_t c = 0; c < count; ++c) {
+          to[plane + c] = constant[c];
+          to[all + plane + c] = slope[c];
+        }
+      }
+    });
   });
   return terms;
 }
