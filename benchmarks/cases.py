@@ -1149,7 +1149,7 @@ def _network_problem(
         keeps_tables: our network keeps its tables during each call.
         takes_layouts: our network takes SemanticLayouts, and is also measured on prepared ones. If
             it has SPADEs to leave out (`bare`) and the mode is FORWARD, it is measured frozen, too.
-        graphed: our network is also measured as one CUDA graph, if the mode is FORWARD.
+        graphed: our network is also measured as CUDA graphs.
         counts_kept: with BACKWARD, what each network keeps for backward is counted, too.
     """
     our_call, bare_call = our_call or call, bare_call or call
@@ -1233,13 +1233,13 @@ def _network_problem(
     def graph(layout):
         captured = []
 
-        def run():
+        def through_graph(network, segmap, *inputs):
             condition = layout()
             if not captured:
-                captured.append(spade_fast.Graphed(ours, condition, *inputs))
-            return _outputs(_flat(captured[0](condition, *inputs)), {}, None, FORWARD)
+                captured.append(spade_fast.Graphed(network, condition, *inputs))
+            return captured[0](condition, *inputs)
 
-        return run
+        return variant(ours, inputs, segmaps, through_graph)
 
     def frozen(fold):
         own = fold(copy.deepcopy(ours))
@@ -1267,7 +1267,7 @@ def _network_problem(
         makers["spade_fast, frozen"] = lambda: frozen(lambda network: network)
         if is_spectral:
             makers["spade_fast, folded, frozen"] = lambda: frozen(spade_fast.fold_spectral_norm)
-    if graphed and mode == FORWARD:
+    if graphed:
         makers["spade_fast, graph"] = lambda: graph(new_layout)
         makers["spade_fast, graph, prepared"] = lambda: graph(prepared_layout)
     for kind in bare:

@@ -33,6 +33,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 import spade_fast
 from spade_fast import SemanticLayout, kernels, reference
+from spade_fast.graphs import with_room, write_over
 from spade_fast.kernels import contract, cuda_backend, numbering
 
 from . import predictions
@@ -55,6 +56,7 @@ class Limit(NamedTuple):
 LIMITS = {
     "from_segmap": Limit(8, 1),
     "numbering, six sizes": Limit(11, 1),
+    "numbering, into a graph's memory": Limit(26, 1),
     "layer": Limit(7, 0),
     "layer, training": Limit(29, 0),
     "block": Limit(34, 0),
@@ -334,6 +336,11 @@ def numbering_windows(networks, stack):
     return lambda: layout.prepare(networks.generator.sizes, 3)
 
 
+def numbering_for_graph(networks, stack):
+    room, layout = with_room(networks.layout, 1.5), networks.found()
+    return lambda: write_over(room, layout)
+
+
 def generator_known(networks, stack):
     networks.generator(networks.layout)
     return lambda: networks.generator(networks.layout)
@@ -408,6 +415,7 @@ def training_step(networks, stack):
 PATHS = {
     "from_segmap": lambda networks, stack: networks.found,
     "numbering, six sizes": numbering_windows,
+    "numbering, into a graph's memory": numbering_for_graph,
     "layer": lambda networks, stack: lambda: networks.layer(networks.x, networks.layout),
     "layer, training": layer_trained,
     "block": lambda networks, stack: lambda: networks.block(networks.x, networks.layout),

@@ -1,13 +1,17 @@
-"""A network as a CUDA graph, for inference: at small batches the host cannot launch kernels as fast
-as the GPU runs them.
+"""A network as CUDA graphs: at small batches the host cannot launch kernels as fast as the GPU runs
+them.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.nn as nn
-import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from .layout import SemanticLayout
 from .nn.choice import current_mode, window_mode
@@ -17,20 +21,28 @@ from .windows import Sums, Windows
 
 
 class Graphed:
-    """network(condition, *inputs) as one CUDA graph for all conditions of one size: the graph reads
-    from the same memory each time.
+    """network(condition, *inputs) as a CUDA graph for all conditions of one size, and in train mode
+    its backward as a second one. The graphs read and write the same memory each time.
 
     A call first numbers the windows of a new layout, which waits for the GPU, and copies them over
-    the previous layout's. Everything else is one launch. The tables of γ and β do not depend on x,
-    so a second stream computes them: their small kernels would hold up the network. If a layout has
-    more windows than there is room for, the graph is captured again with more room. With a tensor
-    as the condition, such as features, γ and β are computed at every pixel.
+    the previous layout's. Everything else is one launch. With a tensor as the condition, such as
+    features, γ and β are computed at every pixel. The network is captured again if a layout has
+    more windows than there is room for, or if another tensor has become a parameter or buffer, or a
+    module's mode or what requires gradients has changed.
+
+    In eval mode nothing is differentiated. The tables of γ and β do not depend on x, so a second
+    stream computes them: their small kernels would hold up the network.
+
+    In train mode the result can be differentiated with respect to the parameters and the inputs:
+    once, before the next call, and before a parameter is written to, because the graphs keep what
+    the last call has computed. The running statistics and the vectors of spectral norm change in
+    each call, as they do in the network, but not by a capture. Several processes cannot share the
+    statistics of a batch.
 
     Autocast applies as where the Graphed is constructed, not as where it is called.
 
     Args:
-        network: a module in eval mode, on a GPU, that returns a tensor; its weights may change in
-            place.
+        network: a module on a GPU that returns a tensor; its weights may change in place.
         condition: a SemanticLayout, or a tensor, of the size that all will have.
         inputs: tensors, such as z, whose shapes and dtypes all calls share.
         room: the memory for windows, as a multiple of what this layout needs.
@@ -42,71 +54,132 @@ class Graphed:
     def __init__(
         self,
         network: nn.Module,
-        condition: SemanticLayout | torch.Tensor,
-        *inputs: torch.Tensor,
+        condition: SemanticLayout | Tensor,
+        *inputs: Tensor,
         room: float = 1.5,
     ) -> None:
-        if network.training:
-            raise ValueError(
-                "network is in train mode; it should be in eval mode: a graph is for inference"
-            )
         if room < 1:
             raise ValueError(f"room is {room}; it should be 1 or more")
         self._of_layout = isinstance(condition, SemanticLayout)
         layout, inputs = self._apart(condition, inputs)
         check_device(condition)
         self.network, self.room, self._autocast = network, room, own_autocast()
-        self._inputs = [given.detach().clone() for given in inputs]
-        self._capture(layout)
-        self._written = None if layout is None else layout.content
+        self._modules = list(network.modules())
+        self._written: object = None  # the content of the layout that is in the graphs' memory
+        self._capture(layout, inputs)
 
-    @torch.no_grad()
-    def __call__(
-        self, condition: SemanticLayout | torch.Tensor, *inputs: torch.Tensor
-    ) -> torch.Tensor:
-        """The result of network(condition, *inputs), as a new tensor."""
+    def __call__(self, condition: SemanticLayout | Tensor, *inputs: Tensor) -> Tensor:
+        """The result of network(condition, *inputs), as a new tensor. Its backward raises a
+        RuntimeError if it comes too late.
+        """
         layout, inputs = self._apart(condition, inputs)
+        captured = self._captured
         if [(given.shape, given.dtype) for given in inputs] != [
-            (own.shape, own.dtype) for own in self._inputs
+            (own.shape, own.dtype) for own in captured.inputs
         ]:
             raise ValueError(
                 f"inputs are {[(list(given.shape), given.dtype) for given in inputs]}; they should"
                 " have the shapes and dtypes that the graph was captured with, "
-                f"{[(list(own.shape), own.dtype) for own in self._inputs]}"
+                f"{[(list(own.shape), own.dtype) for own in captured.inputs]}"
             )
-        for own, given in zip(self._inputs, inputs):
-            own.copy_(given)
-        memory = self._layout
-        if layout is not None and memory is not None and self._written is not layout.content:
-            if not write_over(memory, layout):
-                self._capture(layout)
-            self._written = layout.content
-        self._graph.replay()
-        return self._output.clone()
+        captured.uses += 1  # the memory of the last call is written over from here on
+        if not (self._state == self._state_now(inputs) and self._holds(layout)):
+            self._capture(layout, inputs)
+            captured = self._captured
+        if captured.backward is None:
+            with torch.no_grad():
+                return captured.run(inputs)
+        return Replay.apply(captured, *inputs, *self._parameters)
+
+    def _holds(self, layout):
+        """Brings a layout into the memory that the graphs read. Returns whether there is room."""
+        memory = self._captured.layout
+        if layout is None or memory is None or self._written is layout.content:
+            return True
+        has_room = write_over(memory, layout)
+        self._written = layout.content if has_room else None
+        return has_room
+
+    @torch.inference_mode(False)
+    def _capture(self, layout: SemanticLayout | None, inputs: Sequence[Tensor]) -> None:
+        is_trained = self.network.training
+        check_alone(self._modules)
+        self._state = self._state_now(inputs)
+        self._parameters = list(self.network.parameters()) if is_trained else []
+        own = [
+            given.detach().clone().requires_grad_(is_trained and given.requires_grad)
+            for given in inputs
+        ]
+        device = own[0].device if layout is None else layout.device
+        mode = "never" if layout is None else current_mode()  # features are not examined
+        with torch.cuda.device(device), window_mode(mode):
+            capture = self._captured_in_training if is_trained else self._captured_in_eval
+            self._captured: Captured = capture(layout, own)
+        self._written = None if layout is None else layout.content
 
     @torch.no_grad()
-    def _capture(self, layout):
+    def _captured_in_eval(self, layout, inputs):
         ahead = TablesAhead()
-        spades = [
-            module for module in self.network.modules() if isinstance(module, SpatiallyAdaptive)
-        ]
-        device = self._inputs[0].device if layout is None else layout.device
-        mode = "never" if layout is None else current_mode()  # features are not examined
-        with torch.cuda.device(device), keep_in(ahead, spades), window_mode(mode), self._autocast:
-            aside = torch.cuda.Stream()
-            aside.wait_stream(torch.cuda.current_stream())
-            # Before the capture, libraries allocate workspaces and the layout numbers its windows.
-            with torch.cuda.stream(aside):
-                self._run(layout)
-                self._layout = None if layout is None else with_room(layout, self.room)
-                self._run(self._layout)
-            torch.cuda.current_stream().wait_stream(aside)
-            self._graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self._graph), ahead.made(self._layout):
-                self._output = self._run(self._layout)
+        spades = [module for module in self._modules if isinstance(module, SpatiallyAdaptive)]
+        with keep_in(ahead, spades):
+            with on_another_stream():
+                self._run(layout, inputs)
+                memory = None if layout is None else with_room(layout, self.room)
+                self._run(memory, inputs)
+            forward = torch.cuda.CUDAGraph()
+            with captured_in(forward), ahead.made(memory):
+                output = self._run(memory, inputs)
+        return Captured(memory, inputs, forward, output)
 
-    def _run(self, layout):
-        return self.network(*([] if layout is None else [layout]), *self._inputs)
+    @torch.enable_grad()
+    def _captured_in_training(self, layout, inputs):
+        differentiable = (*inputs, *self._parameters)
+        wanted = [tensor for tensor in differentiable if tensor.requires_grad]
+
+        def gradients(output, of_output):
+            return torch.autograd.grad(output, wanted, of_output, allow_unused=True)
+
+        with restored(self._modules):
+            with on_another_stream():
+                output = self._run(layout, inputs)
+                memory = None if layout is None else with_room(layout, self.room, backward=True)
+                is_wanted = output.requires_grad
+                for condition in (layout, memory):
+                    output = self._run(condition, inputs)
+                    if is_wanted:
+                        gradients(output, torch.zeros_like(output))
+            forward, backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
+            with captured_in(forward):
+                output = self._run(memory, inputs)
+            captured = Captured(memory, inputs, forward, output.detach())
+            if is_wanted:
+                captured.backward, captured.of_output = backward, torch.zeros_like(output)
+                with captured_in(backward, forward.pool()):
+                    found = iter(gradients(output, captured.of_output))
+                captured.gradients = [
+                    next(found) if tensor.requires_grad else None for tensor in differentiable
+                ]
+        return captured
+
+    def _run(self, layout, inputs):
+        with self._autocast:
+            return self.network(*([] if layout is None else [layout]), *inputs)
+
+    def _state_now(self, inputs):
+        """What decides whether the captured graphs still compute what the network would."""
+        is_trained = self.network.training
+        tensors = [
+            tensor
+            for module in self._modules
+            for own in (module._parameters, module._buffers)
+            for tensor in own.values()
+            if tensor is not None
+        ]
+        return (
+            [module.training for module in self._modules],
+            [tensor.data_ptr() for tensor in tensors],
+            [is_trained and tensor.requires_grad for tensor in (*inputs, *tensors)],
+        )
 
     def _apart(self, condition, inputs):
         """The layout, or None, and the tensors among the arguments of a call."""
@@ -118,10 +191,80 @@ class Graphed:
         return (condition, inputs) if self._of_layout else (None, (condition, *inputs))
 
 
-def check_device(condition: SemanticLayout | torch.Tensor) -> None:
+@dataclass
+class Captured:
+    """The graphs of one capture, and the memory that they read and write."""
+
+    layout: SemanticLayout | None
+    inputs: list[Tensor]
+    forward: torch.cuda.CUDAGraph
+    output: Tensor
+    backward: torch.cuda.CUDAGraph | None = None
+    of_output: Tensor | None = None  # the gradient that backward begins with
+    gradients: Sequence[Tensor | None] = ()  # of the inputs and the parameters
+    uses: int = 0  # calls and backwards: a backward needs what the call just before it has left
+
+    def run(self, inputs: Sequence[Tensor]) -> Tensor:
+        """The output for these inputs and the layout in memory, as a new tensor."""
+        for own, given in zip(self.inputs, inputs):
+            own.copy_(given)
+        self.forward.replay()
+        return self.output.clone()
+
+    def run_backward(self, of_output: Tensor) -> list[Tensor | None]:
+        """The gradients of the inputs and the parameters in that run, as new tensors."""
+        assert self.backward is not None and self.of_output is not None
+        self.of_output.copy_(of_output)
+        self.backward.replay()
+        found = [gradient for gradient in self.gradients if gradient is not None]
+        new = iter(torch._foreach_mul(found, 1))  # few launches for all of them
+        return [None if gradient is None else next(new) for gradient in self.gradients]
+
+
+class Replay(torch.autograd.Function):
+    """The output of a `Captured` for its inputs, which come first among the tensors, and its
+    parameters.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, captured: Captured, *tensors: Tensor) -> Tensor:
+        given = len(captured.inputs)
+        ctx.captured, ctx.use = captured, captured.uses
+        ctx.save_for_backward(*tensors[given:])
+        return captured.run(tensors[:given])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, of_output: Tensor) -> tuple[Tensor | None, ...]:
+        captured, _ = ctx.captured, ctx.saved_tensors  # raises if one has been written to
+        if captured.uses != ctx.use:
+            raise RuntimeError(
+                "backward through a Graphed comes after another call of it, or for the second time;"
+                " it should come once, before the next call: the graphs keep what the last call has"
+                " computed"
+            )
+        captured.uses += 1
+        return None, *captured.run_backward(of_output)
+
+
+def check_device(condition: SemanticLayout | Tensor) -> None:
     """Raises ValueError unless the condition is on a GPU."""
     if condition.device.type != "cuda":
         raise ValueError(f"condition is on {condition.device}; it should be on a CUDA GPU")
+
+
+def check_alone(modules: Sequence[nn.Module]) -> None:
+    """Raises ValueError if a batch norm shares its statistics with other processes."""
+    if not dist.is_available() or not dist.is_initialized():
+        return
+    for module in modules:
+        if isinstance(module, nn.SyncBatchNorm) and module.training:
+            processes = dist.get_world_size(module.process_group)
+            if processes > 1:
+                raise ValueError(
+                    f"network has a SyncBatchNorm in train mode, shared by {processes} processes;"
+                    " it should have batch norms of one process"
+                )
 
 
 def own_autocast() -> torch.autocast:
@@ -130,6 +273,38 @@ def own_autocast() -> torch.autocast:
     """
     is_on, dtype = torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda")
     return torch.autocast("cuda", dtype, is_on, cache_enabled=False)
+
+
+@contextmanager
+def on_another_stream() -> Iterator[None]:
+    """For what runs before a capture, on a stream of its own: libraries allocate workspaces, and
+    layouts number their windows.
+    """
+    aside, here = torch.cuda.Stream(), torch.cuda.current_stream()
+    aside.wait_stream(here)
+    with torch.cuda.stream(aside):
+        yield
+    here.wait_stream(aside)
+
+
+def captured_in(graph: torch.cuda.CUDAGraph, pool: Any = None) -> torch.cuda.graph:
+    """Inside, operations are captured into the graph, while other threads, such as those of data
+    loaders, may go on using the GPU.
+    """
+    return torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local")
+
+
+@contextmanager
+def restored(modules: Sequence[nn.Module]) -> Iterator[None]:
+    """At the end, the modules' buffers have the values that they had before."""
+    buffers = [own for module in modules for own in module._buffers.values() if own is not None]
+    before = [own.clone() for own in buffers]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for own, value in zip(buffers, before):
+                own.copy_(value)
 
 
 class TablesAhead:
@@ -186,19 +361,30 @@ class TablesAhead:
         here.wait_stream(beside)
 
 
-def with_room(layout: SemanticLayout, room: float) -> SemanticLayout:
-    """A copy of the layout, with the windows computed so far, in memory for `room` times as many.
-    The lists that only backward reads are left out.
+def with_room(layout: SemanticLayout, room: float, backward: bool = False) -> SemanticLayout:
+    """A copy of the layout, with the windows computed so far, in memory for `room` times as many
+    codes and windows, and one more.
+
+    backward: whether the copy has the lists that only backward reads.
     """
-    copy = SemanticLayout(
-        layout.codes.clone(), _more_codes(layout.palette, int(len(layout.palette) * room))
-    )
+
+    def more(count):
+        return int(count * room) + 1
+
+    codes, palette = layout.codes, layout.palette
+    copy = SemanticLayout(codes.clone(), palette.new_zeros(more(len(palette)), layout.label_nc))
     for key, windows in layout._windows.items():
-        hidden, table = (
-            _more_windows(part, key, int((len(part.offsets) - 1) * room) + 1)
-            for part in windows[:2]
-        )
-        copy._windows[key] = Windows(hidden, table, windows.index.clone(), windows.order.clone())
+        size, kernel_size = key
+        taps, rows, parts = kernel_size ** len(size), len(copy.palette), []
+        for sums in windows[:2]:
+            count = more(len(sums.offsets) - 1)
+            lengths = [count + 1, count * taps, rows * taps + 1, count * taps]
+            lists = [codes.new_zeros(length) for length in lengths[: 4 if backward else 2]]
+            parts.append(Sums(*lists, *[None] * (4 - len(lists))))
+            rows = count
+        hidden, table = parts
+        copy._windows[key] = Windows(hidden, table, *map(torch.empty_like, windows[2:]))
+    write_over(copy, layout)
     return copy
 
 
@@ -216,45 +402,39 @@ def write_over(room: SemanticLayout, layout: SemanticLayout) -> bool:
         raise ValueError(
             f"layout has size, channels, dtype and device {kinds[0]}; it should have {kinds[1]}"
         )
-    if len(layout.palette) > len(room.palette):
+    for kernel_size in {kernel_size for _, kernel_size in room._windows}:  # with one wait for each
+        sizes = [size for size, own in room._windows if own == kernel_size]
+        layout.prepare(sizes, kernel_size)
+    pairs = [(windows, layout.windows(*key)) for key, windows in room._windows.items()]
+    both = [(own, new) for windows in pairs for own, new in zip(*(part[:2] for part in windows))]
+    codes = len(layout.palette)
+    if codes >= len(room.palette) or any(len(new.offsets) >= len(own.offsets) for own, new in both):
         return False
-    pairs = [
-        (room.codes, layout.codes),
-        (room.palette, _more_codes(layout.palette, len(room.palette))),
-    ]
-    for key, windows in room._windows.items():
-        given = layout.windows(*key)
-        for sums, others in zip(windows[:2], given[:2]):
-            if len(others.offsets) >= len(sums.offsets):
-                return False
-            pairs += zip(sums[:2], _more_windows(others, key, len(sums.offsets) - 1)[:2])
-        pairs += zip(windows[2:], given[2:])
-    for own, other in pairs:
-        own.copy_(other)
+    copied = [(room.codes, layout.codes)]
+    for own, new in both:
+        for mine, theirs in zip(own, new):
+            if mine is not None and theirs is not None:
+                copied.append((mine[: len(theirs)], theirs))
+        _fill_up(own, new)
+    for own, new in pairs:
+        copied += zip(own[2:], new[2:])
+    owns, others = zip(*copied)
+    torch._foreach_copy_(list(owns), list(others))  # few launches for all of them
+    room.palette[:codes].copy_(layout.palette)
+    room.palette[codes:].zero_()
     room._take_as_seen()  # its windows were overwritten, too
     return True
 
 
-def _more_codes(palette, count):
-    return F.pad(palette, (0, 0, 0, count - len(palette)))
-
-
-def _more_windows(sums, key, count):
-    """Sums padded to `count` windows, at least one more than there are. The added windows sum the
-    first row, and share the rest of the list evenly.
+def _fill_up(own, new):
+    """Fills the end of lists that have more room than the new ones need. The windows there share
+    the rest of `rows` evenly, and no pixel has them, so that their gradients are zero; the rows
+    there share the rest of `back_rows`, all of whose entries are the last of these windows.
     """
-    size, kernel_size = key
-    length, listed, more = (
-        count * kernel_size ** len(size),
-        len(sums.rows),
-        count + 1 - len(sums.offsets),
-    )
-    offsets = (
-        torch.arange(1, more + 1, device=sums.offsets.device) * (length - listed) // more + listed
-    )
-    return Sums(
-        torch.cat([sums.offsets, offsets.to(torch.int32)]),
-        F.pad(sums.rows, (0, length - listed)),
-        None,
-        None,
-    )
+    seen = len(new.rows)
+    for offsets, used in ((own.offsets, new.offsets), (own.back_offsets, new.back_offsets)):
+        if offsets is not None:
+            rest = offsets[len(used) - 1 :]
+            torch.linspace(seen, len(own.rows), len(rest), out=rest)
+    if own.back_rows is not None:
+        own.back_rows[seen:].fill_(len(own.offsets) - 2)

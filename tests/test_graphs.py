@@ -3,10 +3,11 @@ captured in CUDA graphs.
 """
 
 import contextlib
+import copy
 
 import pytest
 import torch
-from agree import NETWORK, agrees, assert_agree
+from agree import NETWORK, agrees, assert_agree, assert_agree_beside
 from conftest import BACKENDS
 from label_maps import patches
 from numbered import NothingWaits
@@ -94,13 +95,21 @@ def test_a_layout_overwritten_with_another(backend, network, mode):
         if inputs
         else (lambda layout, x=torch.randn(2, 6, 32, 32): network(x, layout))
     )
-    with torch.no_grad(), spade_fast.window_mode(mode):
+
+    def with_gradients(layout):
+        y = call(layout)
+        return [y, *torch.autograd.grad(y.square().sum(), network.parameters())]
+
+    with spade_fast.window_mode(mode):
         call(layouts[0])
-        room = with_room(layouts[0], 2.0)
+        room = with_room(layouts[0], 2.0, backward=True)
         places = [tensor.data_ptr() for tensor in tensors_of(room)]
         for layout, fits in zip(layouts, (True, True, False)):
             assert write_over(room, layout) == fits
-            assert_agree(call(room), call(layout if fits else layouts[1]))
+            if fits:
+                assert_agree_beside(with_gradients(room), with_gradients(layout), NETWORK)
+            with torch.no_grad():
+                assert_agree(call(room), call(layout if fits else layouts[1]))
         assert [tensor.data_ptr() for tensor in tensors_of(room)] == places
     with pytest.raises(ValueError, match="layout has size.*it should have"):
         write_over(room, drawn_layout(8, size=16))
@@ -205,6 +214,9 @@ class Recorded(TorchDispatchMode):
         super().__init__()
         self.calls = []
 
+    def pool(self):
+        return None
+
     def __torch_dispatch__(self, operator, types, arguments=(), settings=None):
         result = operator(*arguments, **settings or {})
         self.calls.append((operator, arguments, settings or {}, result))
@@ -229,7 +241,7 @@ def without_gpu(monkeypatch):
         "stream": contextlib.nullcontext,
         "device": contextlib.nullcontext,
         "CUDAGraph": Recorded,
-        "graph": lambda graph: graph,
+        "graph": lambda graph, **settings: graph,
     }.items():
         monkeypatch.setattr(torch.cuda, name, own)
 
@@ -260,12 +272,118 @@ def test_layouts_in_one_graph(without_gpu):
             assert_agree(graphed(layout, z), generator(layout, z), NETWORK)
 
 
+def trained_generator():
+    """A generator with all that a training forward changes, and its twin."""
+    generator = SPADEGenerator(
+        7,
+        5,
+        1,
+        stages=[("head", 8, 1), ("up", 4, 2)],
+        last_scale=1,
+        start=16,
+        nhidden=4,
+        norm_G="spectralspadesyncbatch3x3",
+    )
+    return generator.train(), copy.deepcopy(generator).train()
+
+
+def step_through(call, network, layout, z, of_y):
+    """y, and the gradients of z and of the network's parameters, which accumulate."""
+    z = z.clone().requires_grad_()
+    y = call(layout, z)
+    y.backward(of_y)
+    return [y.detach(), z.grad, *(parameter.grad for parameter in network.parameters())]
+
+
+@pytest.mark.parametrize("mode", ["auto", "always", "never"])
+def test_training_steps_in_two_graphs(mode, without_gpu):
+    """Outputs, gradients and buffers are the plain network's in each step, while an optimizer
+    changes the weights, for layouts that fit into the memory and one that does not.
+    """
+    generator, plain = trained_generator()
+    with spade_fast.window_mode(mode):
+        z = torch.randn(2, 5, requires_grad=True)
+        graphed = spade_fast.Graphed(generator, drawn_layout(8), z)
+        assert_agree(dict(generator.named_buffers()), dict(plain.named_buffers()), 0)
+        optimizers = [torch.optim.SGD(each.parameters(), 1e-3) for each in (generator, plain)]
+        captured = graphed._captured
+        for patch, is_larger in ((8, False), (16, False), (2, True), (4, False), (4, False)):
+            layout, z, of_y = drawn_layout(patch), torch.randn(2, 5), torch.randn(2, 3, 32, 32)
+            found = step_through(graphed, generator, layout, z, of_y)
+            assert_agree_beside(found, step_through(plain, plain, layout, z, of_y), NETWORK)
+            buffers = [dict(each.named_buffers()) for each in (generator, plain)]
+            assert_agree_beside(*buffers, NETWORK)
+            for optimizer in optimizers:
+                optimizer.step()
+            assert (graphed._captured is captured) == (not is_larger or mode == "never")
+            captured = graphed._captured
+
+
+def test_a_backward_that_comes_too_late(without_gpu):
+    generator, _ = trained_generator()
+    layouts, z = [drawn_layout(patch) for patch in (8, 16)], torch.randn(2, 5)
+    graphed = spade_fast.Graphed(generator, layouts[0], z)
+    first = graphed(layouts[0], z)
+    with torch.no_grad():
+        graphed(layouts[1], z)
+    with pytest.raises(RuntimeError, match="after another call of it.*it should come once"):
+        first.sum().backward()
+    second = graphed(layouts[1], z)
+    second.sum().backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="for the second time.*it should come once"):
+        second.sum().backward()
+    third = graphed(layouts[1], z)
+    with torch.no_grad():
+        generator.conv_img.weight.mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        third.sum().backward()
+    squares, bias = graphed(layouts[1], z).square().sum(), generator.conv_img.bias
+    (of_bias,) = torch.autograd.grad(squares, bias, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        of_bias.sum().backward()
+
+
+def test_what_has_changed_is_captured_again(without_gpu):
+    """Modes, what requires gradients, and parameters that others have replaced."""
+    generator, plain = trained_generator()
+    layout, z, of_y = drawn_layout(8), torch.randn(2, 5), torch.randn(2, 3, 32, 32)
+    graphed = spade_fast.Graphed(generator, layout, z)
+
+    def are_alike(number):
+        captured = graphed._captured
+        found = step_through(graphed, generator, layout, z, of_y)
+        wanted = step_through(plain, plain, layout, z, of_y)
+        for each in (generator, plain):
+            each.zero_grad()
+        assert [tensor is None for tensor in found] == [tensor is None for tensor in wanted]
+        kept = [[tensor for tensor in all if tensor is not None] for all in (found, wanted)]
+        assert_agree_beside(*kept, NETWORK)
+        assert (graphed._captured is captured) == (number == 1)
+
+    are_alike(0)  # z requires gradients from here on
+    are_alike(1)
+    for each in (generator, plain):
+        each.fc.requires_grad_(False)
+    are_alike(0)
+    for each in (generator, plain):
+        each.up.conv_0.bias = torch.nn.Parameter(torch.ones(4))
+    are_alike(0)
+    for each in (generator, plain):
+        each.up.norm_0.eval()
+    are_alike(0)
+    for each in (generator, plain):
+        each.requires_grad_(False)
+    are_alike(0)
+    generator.eval(), plain.eval()
+    found = graphed(layout, z.requires_grad_())
+    assert not found.requires_grad
+    assert_agree(found, plain(layout, z).detach(), NETWORK)
+
+
 def test_models_that_cannot_be_graphed():
-    generator = small_generator()
-    with pytest.raises(ValueError, match="network is in train mode"):
-        spade_fast.Graphed(generator, drawn_layout(8))
+    generator = small_generator().eval()
     with pytest.raises(TypeError, match="condition is a list; it should be a Tensor"):
-        spade_fast.Graphed(generator.eval(), [])
+        spade_fast.Graphed(generator, [])
     for condition in (drawn_layout(8), drawn_layout(8).to_segmap()):
         with pytest.raises(ValueError, match="condition is on cpu; it should be on a CUDA GPU"):
             spade_fast.Graphed(generator, condition)
