@@ -96,25 +96,30 @@ class Graphed:
         memory = self._captured.layout
         if layout is None or memory is None or self._written is layout.content:
             return True
+        self._written = None  # until all of it is
         has_room = write_over(memory, layout)
         self._written = layout.content if has_room else None
         return has_room
 
     @torch.inference_mode(False)
     def _capture(self, layout: SemanticLayout | None, inputs: Sequence[Tensor]) -> None:
-        is_trained = self.network.training
+        """Captures the network; if that fails, all is as before, and the next call tries again."""
         check_alone(self._modules)
-        self._state = self._state_now(inputs)
-        self._parameters = list(self.network.parameters()) if is_trained else []
+        state, is_trained = self._state_now(inputs), self.network.training
+        parameters = list(self.network.parameters()) if is_trained else []
         own = [
             given.detach().clone().requires_grad_(is_trained and given.requires_grad)
             for given in inputs
         ]
         device = own[0].device if layout is None else layout.device
         mode = "never" if layout is None else current_mode()  # features are not examined
-        with torch.cuda.device(device), window_mode(mode):
-            capture = self._captured_in_training if is_trained else self._captured_in_eval
-            self._captured: Captured = capture(layout, own)
+        with torch.cuda.device(device), window_mode(mode), restored(self._modules):
+            if is_trained:
+                captured = self._captured_in_training(layout, own, parameters)
+            else:
+                captured = self._captured_in_eval(layout, own)
+        self._captured: Captured = captured
+        self._state, self._parameters = state, parameters
         self._written = None if layout is None else layout.content
 
     @torch.no_grad()
@@ -132,33 +137,33 @@ class Graphed:
         return Captured(memory, inputs, forward, output)
 
     @torch.enable_grad()
-    def _captured_in_training(self, layout, inputs):
-        differentiable = (*inputs, *self._parameters)
+    def _captured_in_training(self, layout, inputs, parameters):
+        differentiable = (*inputs, *parameters)
         wanted = [tensor for tensor in differentiable if tensor.requires_grad]
 
         def gradients(output, of_output):
             return torch.autograd.grad(output, wanted, of_output, allow_unused=True)
 
-        with restored(self._modules):
-            with on_another_stream():
-                output = self._run(layout, inputs)
-                memory = None if layout is None else with_room(layout, self.room, backward=True)
-                is_wanted = output.requires_grad
-                for condition in (layout, memory):
-                    output = self._run(condition, inputs)
-                    if is_wanted:
-                        gradients(output, torch.zeros_like(output))
-            forward, backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
-            with captured_in(forward):
-                output = self._run(memory, inputs)
-            captured = Captured(memory, inputs, forward, output.detach())
-            if is_wanted:
-                captured.backward, captured.of_output = backward, torch.zeros_like(output)
-                with captured_in(backward, forward.pool()):
-                    found = iter(gradients(output, captured.of_output))
-                captured.gradients = [
-                    next(found) if tensor.requires_grad else None for tensor in differentiable
-                ]
+        def run_both(condition):
+            output = self._run(condition, inputs)
+            if wanted:
+                gradients(output, torch.zeros_like(output))
+
+        with on_another_stream():
+            run_both(layout)
+            memory = None if layout is None else with_room(layout, self.room, backward=True)
+            run_both(memory)
+        forward, backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
+        with captured_in(forward):
+            output = self._run(memory, inputs)
+        captured = Captured(memory, inputs, forward, output.detach())
+        if wanted:
+            captured.backward, captured.of_output = backward, torch.zeros_like(output)
+            with captured_in(backward, forward.pool()):
+                found = iter(gradients(output, captured.of_output))
+            captured.gradients = [
+                next(found) if tensor.requires_grad else None for tensor in differentiable
+            ]
         return captured
 
     def _run(self, layout, inputs):
@@ -177,7 +182,7 @@ class Graphed:
         ]
         return (
             [module.training for module in self._modules],
-            [tensor.data_ptr() for tensor in tensors],
+            [(id(tensor), tensor.data_ptr()) for tensor in tensors],
             [is_trained and tensor.requires_grad for tensor in (*inputs, *tensors)],
         )
 
@@ -191,7 +196,7 @@ class Graphed:
         return (condition, inputs) if self._of_layout else (None, (condition, *inputs))
 
 
-@dataclass
+@dataclass(eq=False, repr=False)
 class Captured:
     """The graphs of one capture, and the memory that they read and write."""
 

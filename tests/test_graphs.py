@@ -369,6 +369,9 @@ def test_what_has_changed_is_captured_again(without_gpu):
         each.up.conv_0.bias = torch.nn.Parameter(torch.ones(4))
     are_alike(0)
     for each in (generator, plain):
+        each.up.conv_1.bias = torch.nn.Parameter(each.up.conv_1.bias.data)
+    are_alike(0)
+    for each in (generator, plain):
         each.up.norm_0.eval()
     are_alike(0)
     for each in (generator, plain):
@@ -378,6 +381,25 @@ def test_what_has_changed_is_captured_again(without_gpu):
     found = graphed(layout, z.requires_grad_())
     assert not found.requires_grad
     assert_agree(found, plain(layout, z).detach(), NETWORK)
+
+
+def test_a_capture_that_fails_is_tried_again(without_gpu, monkeypatch):
+    generator, plain = trained_generator()
+    layouts, z = [drawn_layout(patch) for patch in (16, 2)], torch.randn(2, 5)
+    graphed = spade_fast.Graphed(generator, layouts[0], z)
+
+    def fails(*given, **named):
+        raise torch.OutOfMemoryError
+
+    for layout in layouts:
+        for each in (generator, plain):
+            each.requires_grad_(layout is layouts[1])
+        with monkeypatch.context() as patched, pytest.raises(torch.OutOfMemoryError):
+            patched.setattr(graphs, "with_room", fails)
+            graphed(layout, z)
+        z = torch.randn(2, 5)
+        assert_agree(graphed(layout, z).detach(), plain(layout, z).detach(), NETWORK)
+    assert_agree_beside(dict(generator.named_buffers()), dict(plain.named_buffers()), NETWORK)
 
 
 def test_models_that_cannot_be_graphed():
