@@ -161,6 +161,7 @@ def test_the_table_can_be_read_in_80_columns():
         assert words in capture.get()
 
 
+@pytest.mark.full
 @pytest.mark.large
 def test_onnx_runtime_computes_the_same(inputs):
     pytest.importorskip("onnxscript")

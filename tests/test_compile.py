@@ -242,6 +242,7 @@ def test_the_official_generator_is_compiled_once():
     assert counter.frame_count == 1
 
 
+@pytest.mark.slow
 @pytest.mark.large
 def test_the_discriminator_of_a_layout_is_compiled():
     discriminator = spade_fast.MultiscaleDiscriminator(9, 2, 2).double().eval()
@@ -255,6 +256,7 @@ def test_the_discriminator_of_a_layout_is_compiled():
         assert_agree(ours, theirs)
 
 
+@pytest.mark.slow
 @pytest.mark.large
 def test_an_exported_generator_takes_any_batch():
     generator, segmap = small_generator(), torch.randn(2, 6, 64, 64)
@@ -266,6 +268,7 @@ def test_an_exported_generator_takes_any_batch():
         assert_agree(program.module()(segmap), generator(segmap))
 
 
+@pytest.mark.slow
 @pytest.mark.large
 @pytest.mark.needs("onnx", "onnxscript", "onnxruntime")
 def test_an_onnx_generator_computes_the_same(tmp_path):
