@@ -5,6 +5,8 @@ them.
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -65,6 +67,8 @@ class Graphed:
         check_device(condition)
         self.network, self.room, self._autocast = network, room, own_autocast()
         self._modules = list(network.modules())
+        owned = [(module._parameters, module._buffers) for module in self._modules]
+        self._holders: list[dict] = [holder for both in owned for holder in both if holder]
         self._written: object = None  # the content of the layout that is in the graphs' memory
         self._capture(layout, inputs)
 
@@ -172,19 +176,14 @@ class Graphed:
 
     def _state_now(self, inputs):
         """What decides whether the captured graphs still compute what the network would."""
-        is_trained = self.network.training
-        tensors = [
-            tensor
-            for module in self._modules
-            for own in (module._parameters, module._buffers)
-            for tensor in own.values()
-            if tensor is not None
-        ]
-        return (
-            [module.training for module in self._modules],
-            [(id(tensor), tensor.data_ptr()) for tensor in tensors],
-            [is_trained and tensor.requires_grad for tensor in (*inputs, *tensors)],
-        )
+        held = chain.from_iterable(map(dict.values, self._holders))
+        tensors = [tensor for tensor in held if tensor is not None]
+        modes = list(map(attrgetter("training"), self._modules))
+        places = list(map(torch.Tensor.data_ptr, tensors))
+        if not self.network.training:
+            return modes, places
+        wanted = list(map(attrgetter("requires_grad"), (*inputs, *tensors)))
+        return modes, places, list(map(id, tensors)), wanted
 
     def _apart(self, condition, inputs):
         """The layout, or None, and the tensors among the arguments of a call."""
