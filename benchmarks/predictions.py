@@ -21,13 +21,14 @@ from .tables import narrow_table
 GENERATOR, BATCH = "h200-generator-bfloat16.json", "h200-generator-batch-16-bfloat16.json"
 OPERATIONS = ("h200-modulate-bfloat16.json", "h200-lookup-bfloat16.json")
 KNOWN, FOLDED, EAGER = "generator, windows known", "generator, folded, frozen", "generator, eager"
+TRAINING = "generator, training"
 # Which rows of GENERATOR measured these paths: mode, variant.
 ROWS = {
     "generator, new layout": ("forward", "spade_fast"),
     KNOWN: ("forward", "spade_fast, prepared"),
     "generator, frozen": ("forward", "spade_fast, frozen"),
     FOLDED: ("forward", "spade_fast, folded, frozen"),
-    "generator, training": ("forward+backward", "spade_fast, prepared"),
+    TRAINING: ("forward+backward", "spade_fast, prepared"),
     EAGER: ("forward", "eager"),
 }
 GRAPH = ("forward", "spade_fast, graph, prepared")  # of KNOWN, without the host
@@ -40,7 +41,7 @@ LAUNCHES_THEN = {
     KNOWN: 221,
     "generator, frozen": 95,
     FOLDED: 77,
-    "generator, training": 1103,
+    TRAINING: 1103,
     EAGER: 357,
 }
 IMAGES = 16  # of BATCH
@@ -148,7 +149,7 @@ class Row(NamedTuple):
 
 
 def rows(model: Model, works: dict[str, list[Work]]) -> Iterator[Row]:
-    """The predictions for each path, and for KNOWN as a graph."""
+    """The predictions for each path, and for KNOWN and TRAINING as graphs."""
     for path, work in works.items():
         device, host = model.device(work), model.host(path, work)
         beside: tuple[str, ...] = ()
@@ -156,9 +157,9 @@ def rows(model: Model, works: dict[str, list[Work]]) -> Iterator[Row]:
             then = model.call(path, work, LAUNCHES_THEN[path])
             beside = compared(then, measured(GENERATOR, *ROWS[path]), path in CALIBRATING)
         yield Row(path, *map(milliseconds, (device, host, max(device, host))), *beside)
-        if path == KNOWN:
+        if path in (KNOWN, TRAINING):
             then = model.device(work, LAUNCHES_THEN[path])
-            beside = compared(then, measured(GENERATOR, *GRAPH), True)
+            beside = compared(then, measured(GENERATOR, *GRAPH), True) if path == KNOWN else ()
             yield Row(f"{path}, graph", *map(milliseconds, (device, 0, device)), *beside)
 
 
