@@ -456,7 +456,7 @@ def test_a_series_of_regimes_has_the_wanted_volatility():
         )
 
     with use_threads(1):  # the work is too little for several threads
-        for _ in range(200):
+        for _ in range(100):
             deviation, mean = sample(32)
             optimizer.zero_grad()
             ((deviation / wanted).log().square().sum() + (mean / wanted).square().sum()).backward()
