@@ -1,5 +1,6 @@
 """Synchronisation for tensors that are computed on one CUDA stream, kept, and read on another: the
-reading stream waits, and the memory is not reused before it has read.
+reading stream waits, and the memory is not reused before it has read. In the graphs of a capture,
+replays keep the order.
 """
 
 from collections.abc import Iterable
@@ -14,6 +15,11 @@ class Made(NamedTuple):
     device: int
     stream: int  # the stream's raw handle
     event: torch.cuda.Event
+
+
+def is_capturing(tensor: torch.Tensor) -> bool:
+    """Whether operations on it are captured into a CUDA graph, so that results do not exist yet."""
+    return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 def made_here(tensors: Iterable[torch.Tensor]) -> Made | None:

@@ -132,6 +132,15 @@ def test_no_grad_and_eval_do_not_recompute(monkeypatch):
         network.train()(condition())
 
 
+def test_a_captured_graph_is_not_recomputed(monkeypatch):
+    networks, seen, z = generators(), condition(), torch.randn(2, 5)
+    for name, own in {"checkpoint": None, "is_capturing": lambda tensor: True}.items():
+        monkeypatch.setattr(f"spade_fast.nn.recompute.{name}", own)
+    for network in networks:
+        network(seen, z).square().sum().backward()
+    assert_same(*networks)
+
+
 def test_two_forwards_before_one_backward():
     """The network is in eval mode by then, and the first forward's vectors and running statistics
     have changed.

@@ -13,7 +13,7 @@ from ..identity import state_of
 from ..layout import SemanticLayout
 from ..recording import is_recorded
 from ..scopes import Scope
-from ..streams import made_here, read_here
+from ..streams import is_capturing, made_here, read_here
 from ..windows import Windows
 from .parts import Convolutions, Known
 from .tables import dtype_of_convolution
@@ -62,7 +62,7 @@ def find_layout(segmap: torch.Tensor | SemanticLayout) -> SemanticLayout | None:
         return None
     if segmap.requires_grad or segmap.layout != torch.strided:
         return None
-    if segmap.is_cuda and torch.cuda.is_current_stream_capturing():
+    if is_capturing(segmap):
         return None
     state, before = state_of(segmap), _found.get(segmap)
     if before is not None and before[0] == state:

@@ -94,9 +94,9 @@ class SPADEGenerator(nn.Module):
             second forward. The numbers are the same to the bit; running statistics and the vectors
             of spectral norm change once per forward. Hooks inside a block run in backward, too. A
             block that is itself watched by hooks is not recomputed, nor is any block of a network
-            that torch.compile or torch.export records. If weights are written to before backward,
-            backward raises RuntimeError. This is not a constructor argument, because it does not
-            change the network.
+            that torch.compile or torch.export records, or that is captured in a CUDA graph. If
+            weights are written to before backward, backward raises RuntimeError. This is not a
+            constructor argument, because it does not change the network.
     """
 
     recompute = False

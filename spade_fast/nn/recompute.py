@@ -12,6 +12,7 @@ from ..identity import states_of
 from ..kernels import use_backend
 from ..layout import SemanticLayout
 from ..recording import is_recorded, ordinary
+from ..streams import is_capturing
 from .block import ResidualBlock
 from .choice import window_mode
 from .twin import twin
@@ -24,9 +25,10 @@ def recomputed(
 ) -> torch.Tensor:
     """block.forward(x, segmap, scale), with the same gradients; until backward, only x and copies
     of the block's buffers are kept. Where operations are recorded, the block runs as usual, because
-    the compiler chooses what a recorded graph keeps.
+    the compiler chooses what a recorded graph keeps; and where they are captured into a CUDA graph,
+    because random numbers that a block may draw cannot be drawn again there.
     """
-    if torch.compiler.is_compiling() or is_recorded(x):
+    if torch.compiler.is_compiling() or is_recorded(x) or is_capturing(x):
         return block.forward(x, segmap, scale)
     return checkpoint(Repeatable(block, segmap, scale), x, use_reentrant=False)
 

@@ -14,6 +14,7 @@ from torch.nn.utils.spectral_norm import SpectralNorm
 from ..identity import state_of
 from ..kernels.contract import sum_dtype
 from ..recording import gradients_of, is_recorded, is_transformed
+from ..streams import is_capturing
 from .modules import CONVOLUTION_TYPES, Convolution, Model, is_called_plainly
 from .tables import Keeper, kept_tables
 
@@ -185,7 +186,7 @@ class Folded(SpectralNorm):
         weight = tensors[0]
         asks_anew = module.training or (torch.is_grad_enabled() and weight.requires_grad)
         recorded = torch.compiler.is_compiling() or is_recorded(weight)
-        if asks_anew or recorded or (weight.is_cuda and torch.cuda.is_current_stream_capturing()):
+        if asks_anew or recorded or is_capturing(weight):
             self._forget()
             return super().__call__(module, inputs)
         state = [state_of(tensor) for tensor in tensors]

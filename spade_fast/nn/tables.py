@@ -20,6 +20,7 @@ from ..kernels.contract import Backend
 from ..layout import SemanticLayout
 from ..ops.convolve_windows import convolve_beside, convolve_through_relu, convolve_windows
 from ..scopes import Scope
+from ..streams import is_capturing
 from ..windows import Windows
 from .modules import weight_of
 from .parts import Convolutions, HasParts, InstanceNorm, Known, part_of
@@ -410,11 +411,6 @@ class Kept:
 def stream_of(tensor: torch.Tensor) -> int | None:
     """The GPU's current stream, because results from another one may not be ready yet."""
     return torch._C._cuda_getCurrentRawStream(tensor.get_device()) if tensor.is_cuda else None
-
-
-def is_capturing(tensor: torch.Tensor) -> bool:
-    """Whether operations on it are captured into a CUDA graph, so that results do not exist yet."""
-    return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 class keep_in(Scope):

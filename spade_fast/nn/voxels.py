@@ -14,11 +14,10 @@ import torch.nn.functional as F
 
 from ..kernels.numbering import resize_codes, sort_pixels
 from ..recording import is_recorded
-from ..streams import Made, made_here, read_here
+from ..streams import Made, is_capturing, made_here, read_here
 from .modules import Convolution, weight_of
 from .parts import Pointwise
 from .pixels import has_first_apart, like_pixels_of, resize
-from .tables import is_capturing
 
 # Lookups: a decoder has one for each size of its maps. The newest is kept whatever its size.
 MOST_KEPT, MOST_BYTES = 16, 256 << 20
