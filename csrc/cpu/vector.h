@@ -1,5 +1,5 @@
 // Runs one loop body in every instruction set, chosen at run time: base, AVX2, AVX-512, and AVX-512
-// with products of bfloat16, which only matrix.h uses.
+// with products of bfloat16, which only matrix.cpp uses.
 //
 // All arithmetic is in Sum, float or double (elements.h converts other dtypes). A kernel is a type
 // with a static, always inlined `run(arguments…)`. `vectorised<Kernel>(arguments…)` calls it from a
