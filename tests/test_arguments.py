@@ -1,5 +1,6 @@
 """A ValueError or TypeError for bad input names the argument, what it is and what it should be."""
 
+import numpy as np
 import pytest
 import torch
 import torch.nn as nn
@@ -36,6 +37,9 @@ def modulate(x=X, gamma=X, beta=X, **settings):
         ({"norm": "layer"}, ValueError, ["norm is 'layer'", "instance", "batch"]),
         ({"activation": "gelu"}, ValueError, ["activation is 'gelu'", "leaky_relu"]),
         ({"plus_one": 0}, TypeError, ["plus_one is 0", "True or False"]),
+        ({"eps": "1"}, TypeError, ["eps is '1'", "should be a number"]),
+        ({"momentum": None}, TypeError, ["momentum is None", "should be a number"]),
+        ({"negative_slope": X}, TypeError, ["negative_slope is tensor", "should be a number"]),
         ({"norm": "group"}, ValueError, ["num_groups is None", "divides C, 4"]),
         ({"norm": "group", "num_groups": 3}, ValueError, ["num_groups is 3", "divides C, 4"]),
         ({"weight": torch.ones(5)}, ValueError, ["weight has shape [5]", "[4]"]),
@@ -161,11 +165,28 @@ def test_plane_moments():
         spade_fast.plane_moments(X[0, 0])
 
 
-def test_a_failed_call_does_not_change_running_statistics():
+def test_numbers_of_any_kind():
+    expected = modulate(eps=0.5, activation="leaky_relu", negative_slope=0.25)
+    for kind in (torch.tensor, np.float32):
+        settings = {"eps": kind(0.5), "activation": "leaky_relu", "negative_slope": kind(0.25)}
+        assert torch.equal(modulate(**settings), expected)
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"beta": X[:1]}, {"activation": "gelu"}, {"negative_slope": "0"}, {"moments": X}]
+)
+def test_a_failed_call_does_not_change_running_statistics(wrong):
     running_mean, running_var = torch.zeros(4), torch.ones(4)
-    with pytest.raises(ValueError):
-        modulate(norm="batch", beta=X[:1], running_mean=running_mean, running_var=running_var)
+    with pytest.raises((TypeError, ValueError)):
+        modulate(norm="batch", running_mean=running_mean, running_var=running_var, **wrong)
     assert not running_mean.any() and (running_var == 1).all()
+    if "beta" not in wrong:
+        layer = spade_fast.SPADE(4, 3, norm="batch", momentum=None)
+        with pytest.raises((TypeError, ValueError)):
+            layer(X, SEGMAP, **wrong)
+        layer(X, SEGMAP)
+        assert layer.param_free_norm.num_batches_tracked == 1
+        assert_agree(layer.param_free_norm.running_mean, X.mean((0, 2, 3)))
 
 
 SEGMAP = torch.randn(2, 3, 9, 9)

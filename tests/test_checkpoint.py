@@ -643,6 +643,8 @@ def test_a_failed_write_keeps_the_old_file(tmp_path):
     checkpoint.write({"weight": torch.ones(1)}, path)
     with pytest.raises(Exception):
         checkpoint.write({"weight": lambda: None}, path)
+    with pytest.raises(TypeError, match="source is a int; it should be a module or its state_dict"):
+        checkpoint.write(5, path)
     assert torch.equal(checkpoint.read(path)["weight"], torch.ones(1)) and list(
         tmp_path.iterdir()
     ) == [path]

@@ -205,6 +205,16 @@ def test_a_model_without_spades():
         pass
 
 
+def test_wrong_activations_are_refused_with_kept_statistics():
+    spade, layout, x = SPADE(8, 5, norm="batch").eval(), layout_of(), torch.randn(1, 8, 32, 32)
+    with torch.no_grad(), spade_fast.frozen(spade), spade_fast.window_mode("always"):
+        spade(x, layout)
+        with pytest.raises(ValueError, match="activation is 'gelu'; it should be one of"):
+            spade(x, layout, activation="gelu")
+        with pytest.raises(TypeError, match="negative_slope is '0'; it should be a number"):
+            spade(x, layout, activation="leaky_relu", negative_slope="0")
+
+
 def test_memory_that_is_no_number_of_bytes():
     with (
         pytest.raises(TypeError, match="max_bytes is '1GB'; it should be a whole number"),

@@ -218,6 +218,24 @@ def test_block_with_squeeze_and_excitation(spatial):
     assert_same(*blocks, (2, 32, *spatial), (2, 3, *spatial), 64)
 
 
+@pytest.mark.parametrize("last", [nn.ReLU(), nn.SiLU(), nn.LeakyReLU(0.01)])
+def test_a_last_part_that_is_an_activation(last):
+    """It does not replace the activations before the convolutions."""
+    ours, eager = (
+        module.SPADEResnetBlock(6, 4, "spadeinstance3x3", 3, nhidden=6)
+        for module in (spade_fast, reference)
+    )
+    ours.se = eager.se = last
+    assert_same(ours, eager, (2, 6, 8, 7), (2, 3, 8, 7), 4)
+
+
+@pytest.mark.parametrize("scale", [0, -1, 1.5, "2", None])
+def test_block_with_a_wrong_scale(scale):
+    block = spade_fast.SPADEResnetBlock(6, 4, "spadeinstance3x3", 3, nhidden=6)
+    with pytest.raises((TypeError, ValueError), match=f"scale is {scale!r}; it should be"):
+        block(torch.randn(2, 6, 8, 7), torch.randn(2, 3, 8, 7), scale)
+
+
 def test_block_with_group_norm():
     blocks = (
         module.SPADEResnetBlock(64, 32, "spadegroup", 3, nhidden=6)

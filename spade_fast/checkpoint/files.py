@@ -34,9 +34,13 @@ def write(source: nn.Module | Mapping[str, Any], path: str | os.PathLike) -> Non
 
     Errors: ValueError if a part of the network was replaced, so that its arguments no longer make
         the same network: the message says what was replaced. OSError if the folder does not exist,
-        `path` is not a file, or the disk is full. TypeError, or an error of torch.save, if a value
-        cannot be written.
+        `path` is not a file, or the disk is full. TypeError if source is neither; this, or an error
+        of torch.save, if a value cannot be written.
     """
+    if not isinstance(source, (nn.Module, Mapping)):
+        raise TypeError(
+            f"source is a {type(source).__name__}; it should be a module or its state_dict"
+        )
     weights = source.state_dict() if isinstance(source, nn.Module) else source
     _check_makes_itself(weights)
     with written(path) as unfinished:

@@ -5,7 +5,7 @@ examined; what their parts do is found by running them (roles.py).
 import torch.nn as nn
 from torch.nn.modules.batchnorm import _NormBase
 
-from ..nn.block import ACTIVATIONS
+from ..nn.block import activation_of
 from ..nn.parts import Form, part_of
 from ..nn.spade import SpatiallyAdaptive
 from .labels import appended_convolution, label_tables, recognise_labels
@@ -135,6 +135,6 @@ def recognise_block(module: nn.Module) -> tuple[Form, str]:
         raise Unlike("its SPADEs take or return more than the published ones do")
     form = first.spade_form._replace(inside=False)  # those parts are the SPADE's
     words = f"residual block {form.norm_nc} → {second.spade_form.norm_nc}"
-    if not any(type(part) in ACTIVATIONS for part in module.children()):
+    if activation_of(module) is None:
         words += ", leaky ReLU of slope 0.2 (no activation module)"
     return form, words

@@ -21,6 +21,7 @@ from .spade import SPADE, SpatiallyAdaptive
 from .spectral import convolve
 from .upsampled import repeat_pixels, repeats, repeats_exactly
 
+PARTS = ("norm_0", "norm_1", "norm_s", "conv_0", "conv_1", "conv_s", "se")
 ACTIVATIONS: dict[type[nn.Module], Activation] = {
     nn.LeakyReLU: "leaky_relu",
     nn.ReLU: "relu",
@@ -32,8 +33,8 @@ class ResidualBlock(nn.Module):
     """The computation of a residual block, for any class that has norm_0, norm_1, conv_0 and
     conv_1, and either both norm_s and conv_s or neither.
 
-    The activation is the one that the block has as a module, or leaky ReLU of slope 0.2. A norm
-    that is watched, or is not a SPADE of ours, is called with the condition that the block was
+    The activation is the one that the block has as another module, or leaky ReLU of slope 0.2. A
+    norm that is watched, or is not a SPADE of ours, is called with the condition that the block was
     called with, and without the activation, so that its hooks see what they see in the plain block.
     """
 
@@ -52,8 +53,9 @@ class ResidualBlock(nn.Module):
         fout, *spatial].
 
         scale: the factor by which x is enlarged first, by nearest neighbour, and so is the result.
-        Raises what SPADE.forward raises.
+        Raises what SPADE.forward raises, and if scale is not a whole number of at least 1.
         """
+        scale = whole_number("scale", scale, least=1)
         self.check(x, segmap)
         return self.compute(x, segmap, scale)
 
@@ -88,8 +90,7 @@ class ResidualBlock(nn.Module):
         if has_shortcut:
             given = segmap if open_s is None else seen
             shortcut = convolve(self.conv_s, normalised(self.norm_s, open_s, x, given, moments))
-        parts = self._modules.values()
-        activation = next((module for module in parts if type(module) in ACTIVATIONS), None)
+        activation = activation_of(self)
         watched = activation if activation is not None and is_watched(activation) else None
         settings = activation_settings(activation) if watched is None else (None, 0.0)
         given = segmap if open_0 is None else seen
@@ -131,6 +132,14 @@ def normalised(
 
 def has_part(module: nn.Module, name: str) -> bool:
     return name in module._modules and module._modules[name] is not None
+
+
+def activation_of(block: nn.Module) -> nn.Module | None:
+    """The module of a block that is its activation: the first of a known kind that has no other
+    place in the block.
+    """
+    others = (module for name, module in block._modules.items() if name not in PARTS)
+    return next((module for module in others if type(module) in ACTIVATIONS), None)
 
 
 def activation_settings(module: nn.Module | None) -> tuple[Activation | None, float]:

@@ -12,7 +12,7 @@ from .. import kernels
 from ..arguments import counted, whole_number
 from ..kernels.contract import Activation, lies_like, sum_dtype
 from ..layout import SemanticLayout
-from ..ops.arguments import check_channels, check_x, is_divisor
+from ..ops.arguments import check_activation, check_channels, check_x, is_divisor
 from ..ops.modulate import modulate_by, spade_modulate
 from ..ops.norms import Kind
 from ..recording import of_their_class, ordinary
@@ -120,13 +120,12 @@ class SpatiallyAdaptive(HasParts):
         if kept is not None and own_norm is not None and lookup:
             planes = frozen_planes(kept, own_norm, x)
         if planes is not None:
+            check_activation(activation, negative_slope)
             index = lookup["index"]
             y = modulate_by(
                 planes, x, gamma, beta, index, activation, negative_slope, plus_one=form.plus_one
             )
             return of_their_class(y, x, segmap)
-        if own_norm is not None:
-            count_batch(own_norm)
         y = spade_modulate(
             x,
             gamma,
@@ -139,6 +138,8 @@ class SpatiallyAdaptive(HasParts):
             plus_one=form.plus_one,
             out=None if lookup else reused(parts.gamma, gamma, x),
         )
+        if own_norm is not None:
+            count_batch(own_norm)  # unless the call was refused
         return of_their_class(y, x, segmap)
 
     def _gamma_and_beta(self, known, segmap, layout, x, kept):
@@ -393,7 +394,7 @@ def norm_arguments(norm: KnownNorm | None) -> dict[str, Any]:
         tracked = norm.num_batches_tracked if norm.track_running_stats else None
         momentum = norm.momentum
         if momentum is None:  # a cumulative average
-            momentum = 0.0 if tracked is None or not norm.training else 1.0 / float(tracked)
+            momentum = 0.0 if tracked is None or not norm.training else 1.0 / (float(tracked) + 1)
         reads = norm.track_running_stats or not norm.training
         arguments |= {
             "training": measures(norm),

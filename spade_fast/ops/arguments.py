@@ -44,8 +44,11 @@ def check_modulate(
     running_mean: Tensor | None,
     running_var: Tensor | None,
     training: bool,
+    momentum: float,
+    eps: float,
     process_group: "dist.ProcessGroup | None",
     activation: Activation | None,
+    negative_slope: float,
     plus_one: bool,
     moments: Tensor | None,
     out: Tensor | None = None,
@@ -80,8 +83,8 @@ def check_modulate(
         _check_order(order, x)
     if norm not in NORMS:
         raise ValueError(f"norm is {norm!r}; it should be one of {NORMS}")
-    if activation not in ACTIVATIONS:
-        raise ValueError(f"activation is {activation!r}; it should be one of {ACTIVATIONS}")
+    check_activation(activation, negative_slope)
+    _check_number("momentum", momentum), _check_number("eps", eps)
     if not isinstance(plus_one, bool):
         raise TypeError(f"plus_one is {plus_one!r}; it should be True or False")
     per_channel = {
@@ -116,6 +119,12 @@ def check_modulate(
             _check_overlaps(out, read)
 
 
+def check_activation(activation: Activation | None, negative_slope: float) -> None:
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"activation is {activation!r}; it should be one of {ACTIVATIONS}")
+    _check_number("negative_slope", negative_slope)
+
+
 def _check_tensor(name, tensor):
     if not isinstance(tensor, torch.Tensor):
         raise TypeError(f"{name} is a {type(tensor).__name__}; it should be a torch.Tensor")
@@ -124,6 +133,17 @@ def _check_tensor(name, tensor):
             f"{name} has dtype {tensor.dtype}; it should be a floating-point tensor of 16, 32 or"
             " 64 bits"
         )
+
+
+def _check_number(name, value):
+    if isinstance(value, (int, float, torch.SymInt, torch.SymFloat)):
+        return
+    try:
+        if isinstance(value, (str, bytes)):
+            raise TypeError
+        float(value)
+    except (TypeError, ValueError, RuntimeError):
+        raise TypeError(f"{name} is {value!r}; it should be a number") from None
 
 
 def _check_out(out, x, dtype):
