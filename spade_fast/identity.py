@@ -13,9 +13,10 @@ def state_of(tensor: torch.Tensor) -> tuple:
     state stays equal if the memory moves, as into shared memory when a worker sends the tensor.
 
     An inference tensor has no version counter, and its state differs each time (`with_version`
-    makes a copy that has one). A change that PyTorch does not see, through `.data` or NumPy, does
-    not change the state. Whoever keeps a state must keep the tensor, too: otherwise another tensor
-    may be allocated in its memory.
+    makes a copy that has one). A change that PyTorch does not count leaves the state equal: one
+    through `.data` or NumPy, by `apply_` or `map_`, or by a collective of torch.distributed that
+    writes into the tensor. `torch.autograd.graph.increment_version` counts it. Whoever keeps a
+    state must keep the tensor, too: otherwise another tensor may be allocated in its memory.
     """
     version: object
     try:

@@ -56,8 +56,8 @@ class SemanticLayout:
     [N, label_nc, *spatial] also takes a SemanticLayout.
 
     Codes and palette may be replaced, or edited in place: the codes' range is then checked again,
-    and all cached results that the change affects are recomputed. (A change that PyTorch cannot
-    see, through `.data` or NumPy, is not noticed. A compiled call reads the windows that `prepare`
+    and all cached results that the change affects are recomputed. (A change that PyTorch does not
+    count goes unnoticed: see `identity.state_of`. A compiled call reads the windows that `prepare`
     numbered, so call `prepare` again.)
 
     `torch.utils.data.default_collate` joins several layouts into one batch, as `stack` does.

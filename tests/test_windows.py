@@ -244,6 +244,15 @@ def test_a_dense_condition_is_searched_again_only_after_a_change(monkeypatch):
     assert (len(used), len(looked)) == (4, 3)
 
 
+def test_a_change_that_pytorch_does_not_count_can_be_counted():
+    spade, x, segmap = SPADE(8, 5, 6), torch.randn(1, 8, 16, 16), one_hot((1, 16, 16))
+    with spade_fast.window_mode("always"), torch.no_grad():
+        spade(x, segmap)
+        segmap.data.neg_()
+        torch.autograd.graph.increment_version(segmap)
+        assert_agree(spade(x, segmap), spade(x, segmap.clone()))
+
+
 @pytest.mark.large
 def test_changes_of_inference_tensors_are_noticed_without_versions(monkeypatch):
     used = windows_used(monkeypatch)

@@ -53,7 +53,7 @@ def find_layout(segmap: torch.Tensor | SemanticLayout) -> SemanticLayout | None:
     depend on its values.
 
     A tensor is examined once, and again when its version shows that it was changed in place.
-    (Changes that PyTorch does not see, through `.data` or NumPy, go unnoticed.) Inference tensors
+    (Changes that PyTorch does not count go unnoticed: see `identity.state_of`.) Inference tensors
     have no version: they are examined in each call, but their windows are kept.
     """
     if isinstance(segmap, SemanticLayout):
