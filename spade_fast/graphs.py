@@ -14,6 +14,7 @@ import torch.distributed as dist
 import torch.nn as nn
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from .layout import SemanticLayout
 from .nn.choice import current_mode, window_mode
@@ -39,7 +40,7 @@ class Graphed:
     once, before the next call, and before a parameter is written to, because the graphs keep what
     the last call has computed. The running statistics and the vectors of spectral norm change in
     each call, as they do in the network, but not by a capture. Several processes cannot share the
-    statistics of a batch.
+    statistics of a batch, and running statistics need a momentum.
 
     Autocast applies as where the Graphed is constructed, not as where it is called.
 
@@ -108,7 +109,7 @@ class Graphed:
     @torch.inference_mode(False)
     def _capture(self, layout: SemanticLayout | None, inputs: Sequence[Tensor]) -> None:
         """Captures the network; if that fails, all is as before, and the next call tries again."""
-        check_alone(self._modules)
+        check_norms(self._modules)
         state, is_trained = self._state_now(inputs), self.network.training
         parameters = list(self.network.parameters()) if is_trained else []
         own = [
@@ -257,12 +258,20 @@ def check_device(condition: SemanticLayout | Tensor) -> None:
         raise ValueError(f"condition is on {condition.device}; it should be on a CUDA GPU")
 
 
-def check_alone(modules: Sequence[nn.Module]) -> None:
-    """Raises ValueError if a batch norm shares its statistics with other processes."""
-    if not dist.is_available() or not dist.is_initialized():
-        return
+def check_norms(modules: Sequence[nn.Module]) -> None:
+    """Raises ValueError if a batch norm in train mode cannot be captured: one that reads on the CPU
+    how many batches there were, or shares its statistics with other processes.
+    """
+    shares = dist.is_available() and dist.is_initialized()
     for module in modules:
-        if isinstance(module, nn.SyncBatchNorm) and module.training:
+        if not isinstance(module, _BatchNorm) or not module.training:
+            continue
+        if module.momentum is None and module.track_running_stats:
+            raise ValueError(
+                f"network has a {type(module).__name__} in train mode with momentum=None; it should"
+                " be a number: a graph cannot read how many batches there were"
+            )
+        if isinstance(module, nn.SyncBatchNorm) and shares:
             processes = dist.get_world_size(module.process_group)
             if processes > 1:
                 raise ValueError(

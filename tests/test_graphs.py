@@ -413,6 +413,14 @@ def test_a_capture_that_fails_is_tried_again(without_gpu, monkeypatch):
     assert_agree_beside(dict(generator.named_buffers()), dict(plain.named_buffers()), NETWORK)
 
 
+def test_a_cumulative_average_cannot_be_captured(without_gpu):
+    generator, _ = trained_generator()
+    generator.up.norm_0.param_free_norm.momentum = None
+    with pytest.raises(ValueError, match="SyncBatchNorm in train mode with momentum=None"):
+        spade_fast.Graphed(generator, drawn_layout(8), torch.randn(2, 5))
+    spade_fast.Graphed(generator.eval(), drawn_layout(8), torch.randn(2, 5))
+
+
 def test_models_that_cannot_be_graphed():
     generator = small_generator().eval()
     with pytest.raises(TypeError, match="condition is a list; it should be a Tensor"):
