@@ -24,7 +24,8 @@ from . import proofs as compiled
 from . import service as served
 from . import shares as predicted
 from . import summary as committed
-from .cases import CASES, VARIANTS, Settings
+from .cases import CASES
+from .cases.problem import VARIANTS, Settings
 from .measure import measure
 from .painting import save_painting
 from .picture import save_picture

@@ -400,20 +400,21 @@ def smoke(device="cuda", backends=("cuda", "triton")):
     import spade_fast
     from spade_fast.cli import app
 
-    from . import cases
+    from .cases.generator import generator
+    from .cases.problem import BACKWARD, Settings
     from .measure import check
 
     app(["info"], standalone_mode=False)
-    settings = cases.Settings(device, quick=True, batch=2, without=NOT_COMPILED[1:])
+    settings = Settings(device, quick=True, batch=2, without=NOT_COMPILED[1:])
     problems = [
         (backend, "modulate", plan)
         for backend in backends
         for plan in smoke_plans(settings, few=backend == "triton")
     ]
-    problems += [(None, "generator", plan) for plan in list(cases.generator(settings))[:2]]
+    problems += [(None, "generator", plan) for plan in list(generator(settings))[:2]]
     wrong = 0
     for backend, case, plan in problems:
-        with spade_fast.use_backend(backend), torch.set_grad_enabled(plan.mode == cases.BACKWARD):
+        with spade_fast.use_backend(backend), torch.set_grad_enabled(plan.mode == BACKWARD):
             rows = check(case, plan.build()).values()
         # The larger limit for gradients is for networks of several leaky ReLUs.
         differs = [
@@ -434,7 +435,8 @@ def smoke_plans(settings, few):
     """
     from spade_fast import SemanticLayout
 
-    from . import cases
+    from .cases.modulation import modulate_problem
+    from .cases.problem import BACKWARD, FORWARD, plan_of
 
     labels = torch.arange(9).view(1, 3, 3).repeat(settings.batch, 1, 1)
     layout = SemanticLayout.from_labels(labels, 9).to(settings.device)
@@ -443,10 +445,10 @@ def smoke_plans(settings, few):
             for memory in (torch.contiguous_format, torch.channels_last):
                 for has_table in (False, True):
                     windows = layout.windows((size, size), 3) if has_table else None
-                    for mode in (cases.FORWARD, cases.BACKWARD):
+                    for mode in (FORWARD, BACKWARD):
                         name = f"33 × {size}² {memory} {'table' if has_table else 'dense'} {dtype}"
-                        yield cases.plan_of(
-                            cases.modulate_problem,
+                        yield plan_of(
+                            modulate_problem,
                             replace(settings, dtype=dtype),
                             *(name.replace("torch.", ""), mode, 33, size, memory, windows),
                         )

@@ -37,7 +37,9 @@ from spade_fast.graphs import with_room, write_over
 from spade_fast.kernels import contract, cuda_backend, numbering
 
 from . import predictions
-from .cases import COCO_NORM, Settings, conditions
+from .cases.networks import COCO_NORM
+from .cases.problem import Settings
+from .cases.scenes import conditions
 from .predictions import Work
 from .tables import narrow_table
 

@@ -17,7 +17,7 @@ import torch
 
 from spade_fast.agreement import excess
 
-from .cases import BACKWARD, BARE, DEVICE_ALONE, FORWARD, WHOLE_CALLS
+from .cases.problem import BACKWARD, BARE, DEVICE_ALONE, FORWARD, WHOLE_CALLS
 
 # A variant's largest error, as a fraction of the error that the rule of agreement allows: forward,
 # and with gradients. In the gradients of a deep network, a leaky ReLU's sign may differ at a place
@@ -49,7 +49,7 @@ class Row:
     excess: float | None = None
     error_in_double: float | None = None  # of ours in float64, as a fraction of the largest element
     failure: str | None = None  # the error that stopped it
-    clock: str = WHOLE_CALLS  # what was timed: DEVICE_ALONE or WHOLE_CALLS (cases.py)
+    clock: str = WHOLE_CALLS  # what was timed: DEVICE_ALONE or WHOLE_CALLS (cases/problem.py)
     times: list[float] = field(default_factory=list)
     ratio: tuple[float, float, float] | None = (
         None  # quartiles over the rounds of eager's time over this variant's

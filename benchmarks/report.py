@@ -14,7 +14,7 @@ from rich.markup import escape
 
 import spade_fast
 
-from .cases import BARE, DEVICE_ALONE, WHOLE_CALLS
+from .cases.problem import BARE, DEVICE_ALONE, WHOLE_CALLS
 from .measure import LIMIT_IN_DOUBLE, copy_bandwidth
 from .tables import narrow_table
 

@@ -28,7 +28,8 @@ from spade_fast.agreement import excess
 from spade_fast.service import bytes_of
 
 from . import layouts, measure
-from .cases import COCO_NORM, FORWARD, jitter, settle
+from .cases.networks import COCO_NORM, settle
+from .cases.problem import FORWARD, jitter
 from .report import match, short
 from .tables import narrow_table
 

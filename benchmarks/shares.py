@@ -24,7 +24,8 @@ from pathlib import Path
 from rich.table import Table
 
 from . import predictions
-from .cases import BACKWARD, COCO_SHAPES, FORWARD
+from .cases.modulation import COCO_SHAPES
+from .cases.problem import BACKWARD, FORWARD
 from .cuda_proofs import IN_FLIGHT, MOST_THREADS, REGISTERS, SOURCES, STREAMS, Proof
 from .tables import narrow_table
 

@@ -13,8 +13,9 @@ ROUNDING = 1e-11
 
 
 class OurTrainer:
-    """`spade_fast.training.Trainer`, as `training_problem` in cases.py calls it: the published
-    recipe and, in addition, the generator's running average, which the published trainer lacks.
+    """`spade_fast.training.Trainer`, as `training_problem` in cases/training.py calls it: the
+    published recipe and, in addition, the generator's running average, which the published trainer
+    lacks.
     """
 
     def __init__(self, generator, discriminator, perceptual=None):

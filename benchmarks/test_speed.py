@@ -4,7 +4,8 @@
 
 import pytest
 
-from .cases import CASES, Settings
+from .cases import CASES
+from .cases.problem import Settings
 from .measure import check
 
 # torch.compile compiles again in every process, and says nothing about this project.

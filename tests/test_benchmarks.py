@@ -20,7 +20,6 @@ from typer.testing import CliRunner
 
 import spade_fast
 from benchmarks import (
-    cases,
     cli,
     cuda_proofs,
     gpu,
@@ -30,7 +29,20 @@ from benchmarks import (
     report,
     summary,
 )
-from benchmarks.cases import BACKWARD, FORWARD, Plan, Problem, Settings
+from benchmarks.cases import CASES, generate, generator, modulation, training
+from benchmarks.cases.converted import FaceDecoder
+from benchmarks.cases.networks import COCO_NORM, without_spade
+from benchmarks.cases.problem import (
+    BACKWARD,
+    BARE,
+    DEVICE_ALONE,
+    FORWARD,
+    WHOLE_CALLS,
+    Plan,
+    Problem,
+    Settings,
+)
+from benchmarks.cases.scenes import conditions
 from spade_fast import reference
 
 
@@ -97,7 +109,7 @@ def test_wrong_results_get_no_times(monkeypatch, tmp_path):
     ],
 )
 def test_every_quick_case_matches_without_the_compiler(case):
-    for plan in cases.CASES[case](Settings(quick=True, without=("torch.compile",))):
+    for plan in CASES[case](Settings(quick=True, without=("torch.compile",))):
         if (case, plan.mode) == ("generator", BACKWARD) and plan.name.startswith("4 samples"):
             continue  # as long as all others together, of which each has a part of it
         problem = plan.build()
@@ -131,7 +143,7 @@ def test_exported_networks_match():
     """Each network with some variants, which together are all: an export takes seconds."""
     names = ["ONNX Runtime", "spade_fast, ONNX Runtime", "spade_fast, ONNX Runtime, pixels"]
     for number, count, left_out in ((0, 4, ()), (1, 2, names[:1]), (2, 3, names[2:])):
-        plans = cases.CASES["export"](Settings(quick=True, without=tuple(left_out)))
+        plans = CASES["export"](Settings(quick=True, without=tuple(left_out)))
         problem = list(plans)[number].build()
         problem.least_rounds = 2
         rows = measure.measure("export", problem, "cpu", 0)
@@ -141,16 +153,16 @@ def test_exported_networks_match():
 
 def test_exported_networks_are_measured_on_the_cpu_alone():
     with pytest.raises(ValueError, match="the case export is for float32 on the CPU, not"):
-        next(cases.CASES["export"](Settings(dtype=torch.bfloat16)))
+        next(CASES["export"](Settings(dtype=torch.bfloat16)))
 
 
 def bare_networks():
     """Networks of reference.py with and without spectral norm, and a call of each."""
     segmap = torch.randn(1, 5, 64, 64)
-    for norm_G in (cases.COCO_NORM, cases.NO_SPECTRAL_NORM["norm_G"]):
+    for norm_G in (COCO_NORM, generator.NO_SPECTRAL_NORM["norm_G"]):
         network = reference.SPADEGenerator(5, 2, crop_size=64, norm_G=norm_G)
         yield network.eval(), (segmap,)
-    yield cases.FaceDecoder(16, 8, 8).eval(), (torch.randn(1, 8, 8, 8),)
+    yield FaceDecoder(16, 8, 8).eval(), (torch.randn(1, 8, 8, 8),)
 
 
 def convolutions_called(network, *inputs):
@@ -173,7 +185,7 @@ def convolutions_called(network, *inputs):
 
 def test_the_limit_has_the_convolutions_outside_of_spade():
     for network, inputs in bare_networks():
-        bare = {kind: cases.without_spade(network, norm) for kind, norm in cases.BARE.items()}
+        bare = {kind: without_spade(network, norm) for kind, norm in BARE.items()}
         expected = convolutions_called(network, *inputs)
         names = {name for name, *_ in expected}
         assert {"fc", "conv_img"} < names and any(name.endswith("conv_s") for name in names)
@@ -193,7 +205,7 @@ def test_the_limit_is_the_network_without_spade():
     x, segmap = torch.randn(2, 4, 8, 8), torch.randn(2, 5, 8, 8)
     leaky = functools.partial(torch.nn.functional.leaky_relu, negative_slope=0.2)
     norm = torch.nn.functional.instance_norm
-    limit, floor = (cases.without_spade(block, cases.BARE[kind]) for kind in ("limit", "floor"))
+    limit, floor = (without_spade(block, BARE[kind]) for kind in ("limit", "floor"))
     found = limit(x, segmap)
     assert torch.equal(found, block.conv_s(x) + block.conv_1(leaky(block.conv_0(leaky(x)))))
     dx = block.conv_1(leaky(norm(block.conv_0(leaky(norm(x))))))
@@ -205,7 +217,7 @@ def test_the_limit_is_the_network_without_spade():
     [("block", "128", {"frozen", "folded, frozen"}), ("generator", "small", set())],
 )
 def test_rows_that_fold_spectral_norm_have_no_time_over_the_limit(case, problem, folding):
-    plans = cases.CASES[case](Settings(quick=True, without=("torch.compile",)))
+    plans = CASES[case](Settings(quick=True, without=("torch.compile",)))
     plan = next(plan for plan in plans if plan.name.startswith(problem))
     rows = {row.variant: row for row in measure.measure(case, plan.build(), "cpu", 0)}
     assert all(row.times for row in rows.values()) and "spade_fast, frozen" in rows
@@ -229,10 +241,10 @@ def test_every_generated_file_is_checked():
     """Including files whose truth is not in float64, for which an error of one level of 8 bits is
     allowed.
     """
-    problem = next(cases.generate(Settings(quick=True))).build()
+    problem = next(generate.generate(Settings(quick=True))).build()
     right = problem.variants["spade_fast"]
     kinds = [image.dtype for image in problem.truth().values()]
-    assert kinds == [torch.float64] * cases.FILES_IN_DOUBLE + [torch.float32]
+    assert kinds == [torch.float64] * generate.FILES_IN_DOUBLE + [torch.float32]
 
     def wrong(place):
         found = right()
@@ -248,7 +260,7 @@ def test_every_generated_file_is_checked():
 
 
 def test_a_step_of_training_with_vgg19_is_the_published_one():
-    problem = cases.training_problem(Settings(quick=True), "VGG19", BACKWARD, perceptual=True)
+    problem = training.training_problem(Settings(quick=True), "VGG19", BACKWARD, perceptual=True)
     truth, found = problem.truth(), problem.in_double()
     assert truth.keys() == found.keys() and truth["perceptual"] > 0
     scales = measure.gradient_scales(truth)
@@ -261,7 +273,7 @@ def test_a_step_of_training_with_vgg19_is_the_published_one():
 
 
 def test_training_restarts_before_each_call():
-    problem = next(cases.training(Settings(quick=True))).build()
+    problem = next(training.training(Settings(quick=True))).build()
     results = []
     for _ in range(2):
         problem.prepare("spade_fast")
@@ -273,11 +285,19 @@ def test_training_restarts_before_each_call():
 
 def test_training_is_not_measured_in_half_precision():
     with pytest.raises(ValueError, match="dtype is torch.float16, training should have float32"):
-        next(cases.training(Settings(dtype=torch.float16)))
+        next(training.training(Settings(dtype=torch.float16)))
 
 
 def built(*arguments, **named):
     raise AssertionError("something is built")
+
+
+def places_of(name):
+    """The modules of cases that look up a name, each with the name."""
+    modules = {sys.modules[case.__module__] for case in CASES.values()}
+    found = [(module, name) for module in modules if hasattr(module, name)]
+    assert found
+    return found
 
 
 def test_plans_have_names_before_anything_is_built(monkeypatch):
@@ -286,23 +306,23 @@ def test_plans_have_names_before_anything_is_built(monkeypatch):
         (torch, "randn"),
         (layouts, "draw_scene"),
         (layouts, "draw_volume"),
-        (cases, "conditions"),
-        (cases, "_monai"),
+        *places_of("conditions"),
+        *places_of("nets_and_schedulers"),
     ]:
         monkeypatch.setattr(where, name, built)
     for settings in (Settings(), Settings(quick=True, scenes=3, batch=2)):
-        for case in cases.CASES.values():
+        for case in CASES.values():
             plans = list(case(settings))
             assert all(plan.name and plan.mode in (FORWARD, BACKWARD) for plan in plans)
             assert len({(plan.name, plan.mode) for plan in plans}) == len(plans)
-    names = [plan.name for plan in cases.CASES["generator"](settings)]
+    names = [plan.name for plan in CASES["generator"](settings)]
     assert names[0] == "COCO 64², batch 2, 3 scenes"
     result = invoke("run", "generator", "discriminator", "--only", "COCO 25²")
     assert result.exit_code == 2
     text = " ".join(result.output.replace("│", " ").split())
     assert "no problem's name contains 'COCO 25²'; the names are: COCO 256²; small 128²;" in text
     with pytest.raises(AssertionError, match="something is built"):
-        next(cases.CASES["block"](settings)).build()
+        next(CASES["block"](settings)).build()
 
 
 def test_problems_that_are_left_out_are_not_built(monkeypatch):
@@ -316,39 +336,39 @@ def test_problems_that_are_left_out_are_not_built(monkeypatch):
 
 def test_problems_keep_the_order_of_the_options():
     asked = ["64 × 256²", "channels-last", "1024 × 8² contiguous"]
-    names = [
-        plan.name for _, plan in cli.choose_plans({"modulate": cases.modulate}, Settings(), asked)
-    ]
+    chosen = {"modulate": modulation.modulate}
+    names = [plan.name for _, plan in cli.choose_plans(chosen, Settings(), asked)]
     assert names[:4] == [f"64 × 256² {memory}" for memory in MEMORIES for _ in range(2)]
     assert names[4].endswith("channels-last") and names[-1] == "1024 × 8² contiguous"
     assert all(names.count(name) == 2 for name in names)  # forward, and with backward
 
 
 def test_a_whole_name_takes_one_problem_of_a_case():
-    chosen = {"generator": cases.generator, "training": cases.training}
+    chosen = {"generator": generator.generator, "training": training.training}
     for text, expected in [
         ("COCO 256²", ["COCO 256²", "COCO 256², without VGG19", "COCO 256², VGG19"]),
         ("COCO 256², no", ["COCO 256², no spectral norm"]),
     ]:
         plans = [plan for _, plan in cli.choose_plans(chosen, Settings(), [text])]
         assert cli.names_of_problems(plans) == expected
+    chosen = {"generator": generator.generator}
     for batch, only in ((1, gpu.GENERATOR), (16, gpu.GENERATOR_AT_16)):
-        plans = cli.choose_plans({"generator": cases.generator}, Settings(batch=batch), only[1:])
+        plans = cli.choose_plans(chosen, Settings(batch=batch), only[1:])
         assert {plan.name for _, plan in plans} == {only[1]}
 
 
 def test_variants_that_are_left_out_are_not_built(monkeypatch):
-    monkeypatch.setattr(cases, "_compiled", built)
+    monkeypatch.setattr(modulation, "_compiled", built)
     monkeypatch.setattr(torch, "compile", built)
     for case in ("modulate", "block"):
-        settings = Settings(quick=True, without=("torch.compile", "spade_fast, f", *cases.BARE))
-        problem = next(cases.CASES[case](settings)).build()
+        settings = Settings(quick=True, without=("torch.compile", "spade_fast, f", *BARE))
+        problem = next(CASES[case](settings)).build()
         expected = {"eager", "spade_fast"} | (
             {"spade_fast, prepared"} if case == "block" else set()
         )
         assert problem.variants.keys() == expected
         with pytest.raises(AssertionError, match="something is built"):
-            next(cases.CASES[case](Settings(quick=True))).build()
+            next(CASES[case](Settings(quick=True))).build()
     for text in ("eager", "ea", ""):
         result = invoke("run", "modulate", "--quick", "--without", text)
         assert result.exit_code == 2 and "eager cannot be left out" in result.output
@@ -381,17 +401,17 @@ def test_an_operation_is_timed_with_the_host_ahead(cycles, slept, monkeypatch):
     monkeypatch.setattr(torch.cuda, "_sleep", events.sleep)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: events.slept.append("waited"))
     monkeypatch.setattr(measure, "flush", lambda device: None)
-    assert measure.timed(lambda: None, "cuda", cases.DEVICE_ALONE) == 2.5e-3
+    assert measure.timed(lambda: None, "cuda", DEVICE_ALONE) == 2.5e-3
     assert events.slept == [measure.HEAD_START << number for number in range(slept)]
     events.slept.clear()
-    assert 0 <= measure.timed(lambda: None, "cuda", cases.WHOLE_CALLS) < 2.5e-3
+    assert 0 <= measure.timed(lambda: None, "cuda", WHOLE_CALLS) < 2.5e-3
     assert events.slept == ["waited", "waited"]  # before the call, and for it
 
 
 def test_rows_say_what_was_timed():
     settings = Settings(quick=True, without=("torch.compile", "floor"))
-    for case, clock in (("modulate", cases.DEVICE_ALONE), ("block", cases.WHOLE_CALLS)):
-        rows = measure.check(case, next(cases.CASES[case](settings)).build())
+    for case, clock in (("modulate", DEVICE_ALONE), ("block", WHOLE_CALLS)):
+        rows = measure.check(case, next(CASES[case](settings)).build())
         assert {row.clock for row in rows.values()} == {clock}
         assert report.CLOCKS[clock] in " ".join(in_80_columns(report.tables(rows.values())).split())
 
@@ -421,7 +441,7 @@ def test_a_problem_is_freed_before_the_next_is_built(monkeypatch):
 
 
 def test_a_batch_consists_of_different_scenes():
-    one, two = cases.conditions(Settings(quick=True, scenes=2, batch=3))
+    one, two = conditions(Settings(quick=True, scenes=2, batch=3))
     assert one.shape == two.shape == (3, 184, 64, 64)
     assert len({tuple(image.flatten().tolist()) for image in (*one, *two)}) == 6
 
@@ -429,8 +449,8 @@ def test_a_batch_consists_of_different_scenes():
 def test_too_few_scenes_are_followed_by_mirrored_copies(tmp_path):
     folder, instances = layouts.save_scenes(tmp_path, 2)
     settings = Settings(quick=True, labels=folder, instances=instances, batch=4)
-    (batch,) = cases.conditions(settings)
-    (drawn,) = cases.conditions(Settings(quick=True, batch=2))
+    (batch,) = conditions(settings)
+    (drawn,) = conditions(Settings(quick=True, batch=2))
     assert torch.equal(batch[:2], drawn) and not torch.equal(batch[2:], drawn)
     # sampled from the other side of the pixels, so only nearly the same
     flipped = batch[2:].flip(-1)
@@ -438,23 +458,23 @@ def test_too_few_scenes_are_followed_by_mirrored_copies(tmp_path):
 
 
 def test_full_cases_have_the_published_shapes():
-    assert next(cases.modulate(Settings())).name.startswith("1024 × 8²")
+    assert next(modulation.modulate(Settings())).name.startswith("1024 × 8²")
     with torch.device("meta"):
         shapes = []
-        generator = reference.SPADEGenerator(184, norm_G="spectralspadeinstance3x3")
-        for module in generator.modules():
+        network = reference.SPADEGenerator(184, norm_G="spectralspadeinstance3x3")
+        for module in network.modules():
             if isinstance(module, reference.SPADE):
                 module.register_forward_pre_hook(
                     lambda module, inputs: shapes.append((inputs[0].shape[1], inputs[0].shape[2]))
                 )
-        generator(torch.randn(1, 184, 256, 256))
-    assert set(shapes) == set(cases.COCO_SHAPES)
+        network(torch.randn(1, 184, 256, 256))
+    assert set(shapes) == set(modulation.COCO_SHAPES)
 
 
 def test_list_and_bad_options(tmp_path):
     for settings, options in ((Settings(), ()), (Settings(quick=True), ("--quick",))):
         listed = invoke("list", *options).output.splitlines()
-        for name, case in cases.CASES.items():
+        for name, case in CASES.items():
             (place,) = (number for number, line in enumerate(listed) if line.startswith(f"{name}:"))
             for problem in dict.fromkeys(plan.name for plan in case(settings)):
                 place += 1
@@ -476,7 +496,7 @@ def test_list_and_bad_options(tmp_path):
 
 def rows_of_every_kind():
     problem = "generator", "4 samples of one COCO layout, 256², batch 16, 3 scenes", BACKWARD
-    variants = [*report.COLOURS, *(f"{kind}, {own}" for kind in cases.BARE for own in MEMORIES)]
+    variants = [*report.COLOURS, *(f"{kind}, {own}" for kind in BARE for own in MEMORIES)]
     rows = [
         measure.Row(
             *(*problem, variant, 0.5),
@@ -718,7 +738,7 @@ def test_the_smoke_test_finds_wrong_results(monkeypatch, capsys):
     few = [plan for plan in plans if "33 × 9²" in plan.name]
     assert len(few) == 8
     monkeypatch.setattr(gpu, "smoke_plans", lambda settings, few_ones=few, **named: few_ones)
-    monkeypatch.setattr(cases, "generator", lambda settings: iter(()))
+    monkeypatch.setattr(generator, "generator", lambda settings: iter(()))
     gpu.smoke("cpu", ("cpu", "torch"))
     assert capsys.readouterr().out.count("agrees") == 16
     right = spade_fast.spade_modulate

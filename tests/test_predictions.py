@@ -8,7 +8,8 @@ import pytest
 from rich.console import Console
 
 from benchmarks import launches, predictions, shares
-from benchmarks.cases import BACKWARD, COCO_SHAPES, FORWARD
+from benchmarks.cases.modulation import COCO_SHAPES
+from benchmarks.cases.problem import BACKWARD, FORWARD
 from benchmarks.cuda_proofs import Proof
 from benchmarks.instructions import Counted, Path, counted
 from benchmarks.predictions import Model, Work
