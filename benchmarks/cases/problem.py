@@ -56,15 +56,13 @@ class Problem:
 
     name: str  # the plan's name, with facts that are known only after building
     mode: str  # FORWARD or BACKWARD
-    variants: dict[
-        str, Callable
-    ]  # includes "eager"; those whose name begins with one of BARE are not checked
+    # By name, "eager" among them. Those whose name begins with one of BARE are not checked.
+    variants: dict[str, Callable]
     truth: Callable
     jittered: Callable  # takes a run's number; eager, on inputs that differ by a rounding
     in_double: Callable | None = None  # ours in float64, where no rounding hides a mistake
-    scenes: list = field(
-        default_factory=lambda: [None]
-    )  # all are checked; each round of timing takes the next one
+    # All are checked; each round of timing takes the next one.
+    scenes: list = field(default_factory=lambda: [None])
     scene: int = 0  # the number of the scene that the functions compute now
     # Variants that compute spectral norm's σ once. They get no time over the limit's, because the
     # limit computes σ in each call.
@@ -72,9 +70,8 @@ class Problem:
     # Called with a variant's name before each call of that variant; not timed.
     prepare: Callable = lambda name: None
     clock: str = WHOLE_CALLS  # or DEVICE_ALONE
-    least_bytes: int | None = (
-        None  # bytes that the operation has to move: every input and output once
-    )
+    # The bytes that the operation has to move: every input and output once.
+    least_bytes: int | None = None
     least_rounds: int = 5  # minimum number of rounds of timing
 
 
