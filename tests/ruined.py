@@ -81,6 +81,14 @@ def lossy(folder, name="001"):
     return [f"label/{name}.jpg is a JPEG"]
 
 
+def stretched(folder, name="001"):
+    height, width = size(folder, name)
+    (folder / "label" / f"{name}.png").unlink()
+    header = f"P5 {width} {height} 11 ".encode()
+    (folder / "label" / f"{name}.pgm").write_bytes(header + bytes(height * width))
+    return [f"label/{name}.pgm has numbers up to 11, which some programs stretch: it should be a"]
+
+
 def dangling(folder, name="001"):
     path = folder / "img" / f"{name}.png"
     path.unlink()
@@ -106,5 +114,6 @@ RUINS = [
     turned,
     coloured,
     lossy,
+    stretched,
     dangling,
 ]

@@ -6,7 +6,9 @@ import os
 import pickle
 import random
 import signal
+import struct
 import subprocess
+import zlib
 
 import numpy as np
 import pytest
@@ -86,6 +88,96 @@ def test_labels_of_one_bit_and_of_palette_indices(tmp_path):
     # With a palette, only colours count, however the writer stored them.
     palette = {(253, 0, 2): 5, (246, 0, 9): 4}
     assert (read_labels(tmp_path / "indices.png", palette) == np.array([5, 4])[labels]).all()
+
+
+def grey_png(rows, bits):
+    """The bytes of a PNG of grey with fewer than 8 bits, which Pillow does not write."""
+
+    def chunk(kind, content):
+        sum_of_it = struct.pack(">I", zlib.crc32(kind + content))
+        return struct.pack(">I", len(content)) + kind + content + sum_of_it
+
+    packed = b""
+    for row in rows:
+        digits = "".join(f"{number:0{bits}b}" for number in row)
+        packed += b"\0" + int(digits, 2).to_bytes(len(digits) // 8, "big")
+    header = struct.pack(">IIBBBBB", rows.shape[1], len(rows), bits, 0, 0, 0, 0)
+    contents = chunk(b"IHDR", header), chunk(b"IDAT", zlib.compress(packed)), chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + b"".join(contents)
+
+
+def pgm(numbers, most, plain=False):
+    """The bytes of a PGM whose header says that its largest number is `most`."""
+    dtype = ">u1" if most < 256 else ">u2"
+    words = " ".join(map(str, numbers.ravel())).encode() + b"\n"
+    header = f"P{2 if plain else 5} {numbers.shape[1]} {len(numbers)} {most}\n"
+    return header.encode() + (words if plain else numbers.astype(dtype).tobytes())
+
+
+SHADES = np.arange(16).reshape(2, 8) % 12
+
+
+@pytest.mark.parametrize("plain", [False, True])
+@pytest.mark.parametrize("most", [11, 254, 300, 65534])
+def test_a_pgm_whose_numbers_are_stretched_is_refused(tmp_path, most, plain):
+    path = tmp_path / "map.pgm"
+    path.write_bytes(pgm(SHADES, most, plain))
+    words = f"{path} has numbers up to {most}, which some programs stretch: it should be a PNG"
+    assert words in refusal(read_labels, path)
+    for right in (255, 65535):
+        path.write_bytes(pgm(SHADES, right, plain))
+        assert np.array_equal(read_labels(path), SHADES)
+
+
+@pytest.mark.parametrize("bits", [2, 4])
+def test_grey_of_few_bits_is_refused(tmp_path, bits):
+    path, numbers = tmp_path / "map.png", SHADES % 2**bits
+    path.write_bytes(grey_png(numbers, bits))
+    words = f"{path} has grey of {bits} bits, which some programs stretch: it should be a PNG"
+    assert words in refusal(read_labels, path)
+    # As colours or as indices nothing is stretched.
+    palette = {(number * 255 // (2**bits - 1),) * 3: number for number in range(2**bits)}
+    assert np.array_equal(read_labels(path, palette), numbers)
+    indices = Image.fromarray(numbers.astype(np.uint8))
+    indices.putpalette([value for index in range(2**bits) for value in (9, 9, index)])
+    indices.save(path, bits=bits)
+    assert np.array_equal(read_labels(path), numbers)
+    path.write_bytes(grey_png(SHADES % 2, 1))
+    assert np.array_equal(read_labels(path), SHADES % 2)
+
+
+@pytest.mark.parametrize(
+    "name, mode, settings, words",
+    [
+        ("map.gif", "L", {}, "is a GIF, whose labels some programs renumber"),
+        ("map.pgm", "1", {}, "has 0 for white, which some programs invert"),
+        ("map.tif", "1", {"tiffinfo": {262: 0}}, "has 0 for white, which some programs invert"),
+        ("map.tif", "L", {"tiffinfo": {262: 0}}, "has 0 for white, which some programs invert"),
+        ("map.tif", "L", {"compression": "jpeg"}, "is a TIFF whose compression changes labels"),
+        ("map.bmp", "1", {}, "is a BMP in black and white, which Pillow misreads"),
+    ],
+)
+def test_formats_that_change_numbers_are_refused(tmp_path, name, mode, settings, words):
+    path = tmp_path / name
+    Image.fromarray((SHADES * 20).astype(np.uint8)).convert(mode).save(path, **settings)
+    assert f"{path} {words}" in refusal(read_labels, path)
+    assert "it should be a PNG of 8 or 16 bits" in refusal(read_labels, path)
+    assert read_photograph(path).mode == "RGB"
+
+
+@pytest.mark.parametrize(
+    "name, settings",
+    [
+        ("map.bmp", {}),
+        ("map.pgm", {}),
+        ("map.tif", {}),
+        ("map.tif", {"compression": "tiff_lzw"}),
+        ("map.tif", {"compression": "packbits"}),
+    ],
+)
+def test_formats_that_keep_numbers(tmp_path, name, settings):
+    numbers = np.arange(256, dtype=np.uint8).reshape(8, 32)
+    assert np.array_equal(read_labels(save(numbers, tmp_path / name, **settings)), numbers)
 
 
 def test_labels_in_colours(tmp_path):

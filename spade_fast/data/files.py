@@ -2,6 +2,7 @@
 
 import io
 import os
+import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -12,10 +13,15 @@ from PIL import Image, ImageOps
 Palette = Mapping[tuple[int, int, int], int]  # the class that each colour stands for
 
 LOSSY = ("JPEG", "MPO", "JPEG2000")  # formats whose compression changes labels
+LOSSY_TIFFS = ("jpeg", "tiff_jpeg", "webp")  # such compressions of a TIFF, as Pillow names them
 # No other format is opened: Pillow passes some to external programs, even from untrusted sources.
 FORMATS = ("PNG", "JPEG", "JPEG2000", "WEBP", "BMP", "TIFF", "GIF", "PPM")
 NUMBERS = ("1", "L", "P", "I", "I;16", "I;16B", "I;16L", "I;16N")  # modes with a number per pixel
 COLOURS = ("RGB", "RGBA", "RGBX")
+# How the pixels of a file are stored, as Pillow names it, if its numbers are those in the file.
+# Grey of 2 or 4 bits it stretches to 8, and where 0 is white it inverts.
+SAME = re.compile(r"1|L|LX|[1L];R|[PI].*")
+LARGEST = (255, 65535)  # numbers in a PGM that Pillow does not stretch
 ORIENTATION = 0x0112  # the EXIF tag: 1 is upright
 
 
@@ -30,13 +36,18 @@ def read_labels(path: str | os.PathLike, palette: Palette | None = None) -> np.n
         palette: the class of each colour, as `read_palette` returns.
 
     Errors: ValueError, which names the file, if it is not a complete image, its compression is
-        lossy, it has colours and there is no palette, or a colour is not in the palette.
+        lossy, programs disagree on its numbers and there is no palette, it has colours and there is
+        no palette, or a colour is not in the palette.
     """
-    image = _read(path)
-    if image.format in LOSSY:
-        raise ValueError(
-            f"{path} is a {image.format}, whose compression changes labels: it should be a PNG"
-        )
+
+    def load(image):
+        change = _change_of(image, palette is not None)  # decoding forgets how pixels are stored
+        image.load()
+        return image, change
+
+    image, change = opened(path, load)
+    if change is not None:
+        raise ValueError(f"{path} {change}: it should be a PNG of 8 or 16 bits")
     if palette is not None and image.mode in ("1", "L", "P", *COLOURS):
         return _classes_of(np.asarray(image.convert("RGB")), palette, path)
     if image.mode in COLOURS:
@@ -140,6 +151,34 @@ def lines_of(path: str | os.PathLike) -> Iterator[tuple[int, str, list[str]]]:
     for number, line in enumerate(lines, start=1):
         if words := line.partition("#")[0].split():
             yield number, line.strip(), words
+
+
+def _change_of(image, by_colours):
+    """Why the labels of an image, not yet decoded, may not be those that were written, or None.
+
+    by_colours: whether colours are read, and numbers do not matter.
+    """
+    if image.format in LOSSY:
+        return f"is a {image.format}, whose compression changes labels"
+    if image.format == "TIFF" and image.info["compression"] in LOSSY_TIFFS:
+        return "is a TIFF whose compression changes labels"
+    if (image.format, image.mode) == ("BMP", "1"):
+        return "is a BMP in black and white, which Pillow misreads if it has several bits"
+    if by_colours or image.mode not in NUMBERS:
+        return None
+    if image.format == "GIF":
+        return "is a GIF, whose labels some programs renumber"
+    # To undo what Pillow does would be to guess: a program that shrinks files writes a label 17 of
+    # 8 bits as a 1 of 4 bits, and Pillow itself writes a label 0 as the 1 of a PBM.
+    decoder, _, _, stored = image.tile[0]
+    stored, *others = [stored] if isinstance(stored, str) else stored
+    if decoder in ("ppm", "ppm_plain") and others and others[0] not in LARGEST:
+        return f"has numbers up to {others[0]}, which some programs stretch"
+    if SAME.fullmatch(stored):
+        return None
+    if "I" in stored:
+        return "has 0 for white, which some programs invert"
+    return f"has grey of {stored[2]} bits, which some programs stretch"
 
 
 def _classes_of(pixels, palette, path):
