@@ -337,6 +337,24 @@ def test_folders_without_valid_pairs(tmp_path):
     assert "_gtFine_labelIds" in refusal(find_pairs, labels, images, convention="cityscapes")
 
 
+@pytest.mark.parametrize("target", [".", "..", "../.."])
+def test_a_link_that_leads_back_is_not_followed(tmp_path, target):
+    for kind in ("l", "i"):
+        touch(tmp_path / kind, "a.png", "sub/b.png")
+    (tmp_path / "l" / "sub" / "back").symlink_to(target)
+    assert [pair.name for pair in find_pairs(tmp_path / "l", tmp_path / "i")] == ["a", "sub/b"]
+
+
+def test_links_to_other_folders_are_followed(tmp_path):
+    touch(tmp_path / "l", "a.png")
+    touch(tmp_path / "more", "b.png")
+    touch(tmp_path / "i", "a.png", "linked/b.png")
+    (tmp_path / "l" / "linked").symlink_to(tmp_path / "more")
+    (tmp_path / "more" / "back").symlink_to(tmp_path / "l")  # by a way of two links
+    pairs = find_pairs(tmp_path / "l", tmp_path / "i")
+    assert [pair.name for pair in pairs] == ["a", "linked/b"]
+
+
 def prepared(convention, labels, instances=None):
     rules = CONVENTIONS[convention]
     preparation = Preparation(

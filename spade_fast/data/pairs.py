@@ -132,15 +132,20 @@ def match(
 
 
 def files_in(kind: str, folder: Path, ending: str, faults: list[str]) -> dict[str, Path]:
-    """The image files below a folder, by name. Appends a line to `faults` for each name that two
-    files have. Errors: ValueError if the folder does not exist or has no such files.
+    """The image files below a folder, by name. Links to folders are followed, except those that
+    lead back. Appends a line to `faults` for each name that two files have. Errors: ValueError if
+    the folder does not exist or has no such files.
     """
     if not folder.is_dir():
         what = "is a file" if folder.exists() else "does not exist"
         raise ValueError(f"{kind} is {folder}, which {what}; it should be a folder")
     found: dict[str, Path] = {}
     for place, folders, names in os.walk(folder, followlinks=True):
-        folders[:] = [name for name in folders if not name.startswith(".")]
+        folders[:] = [
+            name
+            for name in folders
+            if not name.startswith(".") and not _leads_back(Path(place, name), folder)
+        ]
         for file in sorted(Path(place, name) for name in names if not name.startswith(".")):
             if file.suffix.lower() not in SUFFIXES or not file.stem.endswith(ending):
                 continue
@@ -152,3 +157,14 @@ def files_in(kind: str, folder: Path, ending: str, faults: list[str]) -> dict[st
         files = f"files that end with {ending}" if ending else "images"
         raise ValueError(f"{kind} is {folder}, which has no {files}")
     return found
+
+
+def _leads_back(link, folder):
+    """Whether a path below `folder` is a link to one of the folders on the way to it, or to one
+    that these are in: the same files would be found in it again and again.
+    """
+    if not link.is_symlink():
+        return False
+    target = link.resolve()
+    way = (folder / part for part in link.relative_to(folder).parents)
+    return any(place.resolve().is_relative_to(target) for place in way)
