@@ -21,7 +21,7 @@ from .data import MODES, Pair, Preparation, read_labels, read_palette, read_phot
 from .data.dataset import named
 from .data.faults import words_of
 from .data.files import Palette
-from .data.pairs import convention_of, match
+from .data.pairs import convention_of, encoded, match
 from .nn import ConvEncoder, SPADEGenerator
 from .service import Service
 from .training.pictures import picture
@@ -285,7 +285,8 @@ class Styles:
         return torch.stack([self._one(name, sample) for sample in samples])
 
     def _one(self, name, sample):
-        seed = hashlib.blake2b(f"{self.seed} {sample} {name}".encode(), digest_size=7).digest()
+        text = f"{self.seed} {sample} {name}"
+        seed = hashlib.blake2b(encoded(text), digest_size=7).digest()
         random = torch.Generator().manual_seed(int.from_bytes(seed, "big"))
         assert self.z_dim is not None
         noise = torch.randn(self.z_dim, generator=random)

@@ -1,6 +1,7 @@
 """`spade-fast check-data`: every kind of ruined folder, and right ones."""
 
 import errno
+import os
 
 import numpy as np
 import pytest
@@ -163,6 +164,15 @@ def test_sheet(folder):
     }.items():
         found = (sheet == colour).all(-1).sum()
         assert 0.95 * pixels < found < 1.5 * pixels  # numbers and the key are written on it
+
+
+def test_names_that_are_not_utf8(folder):
+    name = os.fsdecode(b"bad\xff.png")
+    for path in folders(folder):
+        (path / "001.png").rename(path / name)
+    result = run(folder, "--num-classes", 3, "--dont-care", 255, "--sheet", folder / "sheet.png")
+    assert result.exit_code == 1 and (folder / "sheet.png").is_file()
+    assert f"WRONG: {folder}/label/bad\\udcff.png has a 3 in 2 pixels" in result.output
 
 
 def test_a_sheet_is_written_whole_or_not_at_all(folder, monkeypatch):

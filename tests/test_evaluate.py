@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import shutil
 import sys
 import types
@@ -489,6 +490,25 @@ def test_an_image_that_is_too_large_says_nothing_of_its_origin(few, monkeypatch)
     assert origin({"0": few / "generated" / "0.png"}) == {"average": None, "seed": None}
     with pytest.raises(ValueError, match="0.png is not an image, .* exceeds limit of 2 pixels"):
         evaluate(few / "generated", few / "photographs", features=mean_colour())
+
+
+def test_names_that_are_not_utf8(few):
+    name = os.fsdecode(b"bad\xff")
+    for kind in ("generated", "photographs", "labels"):
+        (few / kind / "3.png").rename(few / kind / f"{name}.png")
+    (few / "generated").rename(few / f"generated {name}")
+    arguments = (
+        *("--generated", few / f"generated {name}", "--photographs", few / "photographs"),
+        *("--features", "test_evaluate:mean_colour", "--labels", few / "labels"),
+        *("--segmentation", "test_evaluate:first_channel", "--num-classes", 3, "--dont-care", 255),
+    )
+    path = few / f"{name}.json"
+    result = CliRunner().invoke(app, ["evaluate", *map(str, arguments), "--json", str(path)])
+    assert result.exit_code == 0, result.output
+    found = json.loads(path.read_text(encoding="utf-8"))
+    assert found["generated"]["folder"] == str(few / f"generated {name}")
+    result = run(few, path, path, command="compare")
+    assert result.exit_code == 0 and "bad\\udcff" in "".join(result.output.split())
 
 
 def test_few_images_give_a_warning(few):

@@ -1,7 +1,9 @@
 """`spade-fast generate`: its images, and its refusals of label maps and options."""
 
+import hashlib
 import multiprocessing
 import os
+import shutil
 import signal
 
 import numpy as np
@@ -143,6 +145,23 @@ def test_samples_depend_on_seed_and_name_alone(scenes, weights_with_z, tmp_path)
         assert np.array_equal(image, three[name])
     coco(weights_with_z, alone, tmp_path / "other", "--seed", 6)
     assert not np.array_equal(images_in(tmp_path / "other")["002.png"], three["002-0.png"])
+
+
+def test_names_that_are_not_utf8(scenes, weights_with_z, tmp_path):
+    name = os.fsdecode(b"bad\xff")
+    for kind in ("label", "inst"):
+        (tmp_path / kind).mkdir()
+        for new in ("002.png", f"{name}.png"):
+            shutil.copy(scenes / kind / "002.png", tmp_path / kind / new)
+    coco(weights_with_z, tmp_path, tmp_path / "out", "--seed", 5)
+    found = images_in(tmp_path / "out")
+    assert set(found) == {"002.png", f"{name}.png"}
+    assert not np.array_equal(found["002.png"], found[f"{name}.png"])  # their names give their z
+    # The z of a name in UTF-8, of whatever letters, is that of its bytes.
+    styles, random = generation.Styles(3, (SIZE, SIZE), seed=5), torch.Generator()
+    digest = hashlib.blake2b("5 0 straße/☃".encode(), digest_size=7).digest()
+    expected = torch.randn(3, generator=random.manual_seed(int.from_bytes(digest, "big")))
+    assert torch.equal(styles("straße/☃", [0])[0], expected)
 
 
 def test_the_style_of_a_photograph(scenes, weights_with_z, tmp_path):

@@ -1,5 +1,6 @@
 """`spade-fast train` refuses in one line, before anything is written."""
 
+import os
 import re
 import sys
 
@@ -154,6 +155,14 @@ def test_a_folder_that_cannot_be_written(options, tmp_path, kind, monkeypatch):
     words = refusal(**options | {"out": out})
     assert words.startswith(f"--out is {out}; it should be a folder that can be written to: ")
     assert (tmp_path / "file").read_text() == "as it was"
+
+
+def test_tensorboard_needs_a_name_in_utf8(options, tmp_path):
+    out = str(tmp_path / os.fsdecode(b"bad\xff"))
+    result = command(**options | {"out": out, "tensorboard": True})
+    assert result.exit_code == 2 and len(result.stderr.splitlines()) == 1
+    assert "bad\\udcff, whose name is not UTF-8; it should be for TensorBoard" in result.stderr
+    assert command(**options | {"out": out}).exit_code == 0
 
 
 def test_a_folder_that_contains_a_run(options):

@@ -3,6 +3,8 @@ it needs when it runs.
 """
 
 import functools
+import io
+import sys
 from collections.abc import Callable
 from typing import Annotated, Any
 
@@ -56,3 +58,6 @@ def main(
     ] = False,
 ) -> None:
     """SPADE, fast: train, use and score generators, and test the conversion of a model."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # The name of a file may not be UTF-8. It is escaped, as Python does in stderr.
+        sys.stdout.reconfigure(errors="backslashreplace")

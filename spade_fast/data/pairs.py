@@ -159,6 +159,13 @@ def files_in(kind: str, folder: Path, ending: str, faults: list[str]) -> dict[st
     return found
 
 
+def encoded(name: str) -> bytes:
+    """A text with a file's name as bytes, to hash them. On Linux a name may be any bytes: those
+    that are not UTF-8 are in the text as surrogates.
+    """
+    return name.encode("utf-8", "surrogatepass")
+
+
 def _leads_back(link, folder):
     """Whether a path below `folder` is a link to one of the folders on the way to it, or to one
     that these are in: the same files would be found in it again and again.

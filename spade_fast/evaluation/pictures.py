@@ -15,7 +15,7 @@ from PIL import Image
 from ..arguments import counted
 from ..data.allowed import Allowed
 from ..data.files import Palette, opened, read_labels, read_photograph
-from ..data.pairs import MOST_LISTED
+from ..data.pairs import MOST_LISTED, encoded
 from ..generation import ORIGIN
 from .segmentation import IGNORED
 
@@ -33,9 +33,9 @@ class Seen:
 
     def add(self, name: str, size: tuple[int, int], values: np.ndarray) -> None:
         self.count += 1
-        self.names.update(f"{name}\n".encode())
+        self.names.update(encoded(f"{name}\n"))
         self.sizes[f"{size[0]} × {size[1]}"] += 1
-        self.values.update(f"{name} {values.dtype} {list(values.shape)}\n".encode())
+        self.values.update(encoded(f"{name} {values.dtype} {list(values.shape)}\n"))
         self.values.update(np.ascontiguousarray(values).data)
 
     @property

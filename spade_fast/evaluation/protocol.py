@@ -33,7 +33,8 @@ def write(result: dict[str, Any], path: str | os.PathLike) -> None:
     """Writes scores and protocol, whole or not at all."""
     with writing.written(path) as unfinished:
         text = json.dumps(result, indent=2, ensure_ascii=False, allow_nan=False)
-        unfinished.write_text(text + "\n", encoding="utf-8")
+        # What UTF-8 cannot express of a folder's name is escaped as in JSON.
+        unfinished.write_text(text + "\n", encoding="utf-8", errors="backslashreplace")
 
 
 def read(path: str | os.PathLike) -> dict[str, Any]:

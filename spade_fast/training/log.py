@@ -23,6 +23,7 @@ class Log:
 
     Raises:
         ModuleNotFoundError: events is given and TensorBoard is not installed.
+        ValueError: the name of events is not UTF-8, which TensorBoard needs.
     """
 
     def __init__(self, path: Path, events: Path | None, done: int, steps: int, images: int) -> None:
@@ -98,4 +99,10 @@ def _writer(folder, done):
     needed("tensorboard", purpose, "'spade_fast[train]'")
     from torch.utils.tensorboard import SummaryWriter
 
-    return SummaryWriter(str(folder), purge_step=done + 1)
+    try:
+        return SummaryWriter(str(folder), purge_step=done + 1)
+    except UnicodeEncodeError:
+        raise ValueError(
+            f"out is {folder.parent}, whose name is not UTF-8; it should be for TensorBoard's"
+            " events, which --no-tensorboard leaves out"
+        ) from None
