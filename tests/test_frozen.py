@@ -15,6 +15,7 @@ import torch.nn as nn
 from agree import agrees, assert_agree
 from label_maps import patches
 from torch.func import functional_call
+from torch.nn.utils import parametrize, prune
 
 import spade_fast
 from spade_fast import SPADE, SemanticLayout, SPADEResnetBlock, kernels, reference
@@ -137,6 +138,110 @@ def test_a_change_of_weights_is_an_error(change):
         spade_fast.frozen(spade),
     ):
         change(spade)
+
+
+def give(module, name, tensor):
+    """Puts a tensor in a parameter's place, as a hypernetwork does."""
+    owner, _, own = name.rpartition(".")
+    owner = module.get_submodule(owner)
+    owner._parameters.pop(own, None)
+    setattr(owner, own, tensor)
+
+
+def hypernetwork(name):
+    """A SPADE, its plain twin and the tensor that both have in a parameter's place."""
+    ours, theirs = (package.SPADE(8, 5, 8).double() for package in (spade_fast, reference))
+    theirs.load_state_dict(ours.state_dict())
+    tensor = ours.get_parameter(name).detach().clone()
+    for module in (ours, theirs):
+        give(module, name, tensor)
+    return ours, theirs, tensor
+
+
+@pytest.mark.parametrize("name", ["mlp_shared.0.weight", "mlp_gamma.weight", "mlp_beta.bias"])
+def test_weights_that_are_no_parameters(name, computed):
+    ours, theirs, tensor = hypernetwork(name)
+    layout, x = layout_of(), torch.randn(1, 8, 32, 32, dtype=torch.float64)
+
+    def assert_twins():
+        assert_agree(ours(x, layout), theirs(x, layout.to_segmap(torch.float64)))
+
+    with torch.no_grad(), spade_fast.frozen(ours):
+        assert_twins(), assert_twins()
+        assert len(computed) == 1
+        for module in (ours, theirs):
+            give(module, name, tensor * 2)
+        assert_twins()
+        for module in (ours, theirs):
+            give(module, name, tensor)
+        assert_twins()
+    with pytest.raises(RuntimeError, match=f"weights changed inside frozen.*: {name};"):
+        with torch.no_grad(), spade_fast.frozen(ours):
+            assert_twins()
+            tensor.mul_(2)
+            assert_twins()
+    with pytest.raises(RuntimeError, match=f"weights changed inside frozen.*: {name};"):
+        with torch.no_grad(), spade_fast.frozen(ours):
+            tensor.numpy(force=True)[:] *= 2
+
+
+class Scaled(nn.Module):
+    """A parametrization with a tensor that is neither a parameter nor a buffer."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale = torch.ones(())
+
+    def forward(self, weight):
+        return weight * self.scale
+
+
+@pytest.mark.parametrize(
+    "change",
+    [lambda made: made.scale.mul_(2), lambda made: setattr(made, "scale", torch.tensor(2.0))],
+)
+def test_a_tensor_of_a_parametrization(change, computed):
+    spade, layout, x = SPADE(8, 5, 8), layout_of(), torch.randn(1, 8, 32, 32)
+    parametrize.register_parametrization(spade.mlp_gamma, "weight", Scaled())
+    spade.eval()  # in train mode it might change the weight in each call
+    with torch.no_grad(), spade_fast.frozen(spade):
+        spade(x, layout), spade(x, layout)
+        assert len(computed) == 1
+        change(spade.mlp_gamma.parametrizations.weight[0])
+        assert torch.equal(spade(x, layout), outside(spade, x, layout))
+
+
+class Keeps(nn.Module):
+    def forward(self, x):
+        self.weight = x
+        return x
+
+
+def keep_result(spade):
+    spade.mlp_gamma.register_forward_hook(lambda module, x, y: setattr(module, "weight_of_y", y))
+
+
+def keep_inside(spade):
+    spade.mlp_gamma = nn.Sequential(spade.mlp_gamma, Keeps())
+
+
+def mask(spade):
+    prune.l1_unstructured(spade.mlp_gamma, "weight", 0.5)
+    with torch.no_grad():
+        spade.mlp_gamma.weight_orig.add_(1)  # the hook computes the weight in the next call
+
+
+def spectral(spade):
+    nn.utils.spectral_norm(spade.mlp_gamma)
+
+
+@pytest.mark.parametrize("keep", [keep_result, keep_inside, mask, spectral])
+def test_tensors_that_a_call_replaces_are_not_weights(keep):
+    spade, layout = SPADE(8, 5, 8), layout_of()
+    keep(spade)
+    with torch.no_grad(), spade_fast.frozen(spade):
+        for _ in range(2):
+            spade(torch.randn(1, 8, 32, 32), layout)
 
 
 def test_an_error_inside_is_raised_unchanged():

@@ -210,11 +210,17 @@ def test_randomness_inside():
     assert_same(*networks)
 
 
-def test_weights_written_to_before_backward():
+@pytest.mark.parametrize("is_given", [False, True], ids=["a parameter", "given"])
+def test_weights_written_to_before_backward(is_given):
     _, network = generators()
+    convolution = network.first.norm_0.mlp_gamma
+    if is_given:  # by a hypernetwork
+        weight = convolution.weight.detach().clone()
+        del convolution.weight
+        convolution.weight = weight
     loss = network(condition()).sum()
     with torch.no_grad():
-        network.first.norm_0.mlp_gamma.weight.mul_(2)
+        convolution.weight.mul_(2)
     with pytest.raises(RuntimeError, match="was written to between forward and backward"):
         loss.backward()
 

@@ -2,7 +2,7 @@
 
 import argparse
 import types
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeGuard, TypeVar
 
 import torch
@@ -131,14 +131,38 @@ def weight_of(module: Convolution) -> torch.Tensor:
 
 
 def weights_in(module: nn.Module) -> list[torch.Tensor]:
-    """A module's parameters and buffers, also those of DataParallel's replicas, whose parameters
-    are plain tensors.
+    """A module's parameters, the tensors that it was given in their place, and its buffers."""
+    return [*module.parameters(), *given_in(module), *module.buffers()]
+
+
+def given_in(module: nn.Module) -> list[torch.Tensor]:
+    """The tensors that were `given_to` a module and the modules in it."""
+    return [tensor for part in module.modules() for tensor in given_to(part).values()]
+
+
+def given_to(module: nn.Module) -> dict[str, torch.Tensor]:
+    """The tensors that are a module's plain attributes, by name. A hypernetwork or FSDP gives a
+    module weights in this way, and DataParallel its replicas. The weight that spectral norm or
+    weight norm computes is not given.
     """
-    parameters = list(module.parameters())
-    if not parameters:
-        former = (part.__dict__.get("_former_parameters", {}) for part in module.modules())
-        parameters = [tensor for of in former for tensor in of.values()]
-    return [*parameters, *module.buffers()]
+    made = {hook.name for hook in module._forward_pre_hooks.values() if isinstance(hook, MAKERS)}
+    return {
+        name: own
+        for name, own in module.__dict__.items()
+        if isinstance(own, torch.Tensor) and name not in made
+    }
+
+
+def named_given(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """The weights and biases that were `given_to` the convolutions and norms in a module, by name,
+    except those that hooks may have computed and those whose memory FSDP has freed. (Modules of
+    other classes may keep results as attributes.)
+    """
+    for name, part in module.named_modules():
+        if type(part) in (*CONVOLUTION_TYPES, *KINDS) and not part._forward_pre_hooks:
+            for own, tensor in given_to(part).items():
+                if own in ("weight", "bias") and tensor.untyped_storage().nbytes():
+                    yield ".".join(filter(None, (name, own))), tensor
 
 
 def first_weight(module: nn.Module) -> torch.Tensor:

@@ -15,6 +15,7 @@ from ..recording import is_recorded, ordinary
 from ..streams import is_capturing
 from .block import ResidualBlock
 from .choice import window_mode
+from .modules import given_in
 from .twin import twin
 
 SCOPES = (use_backend, window_mode)  # the switches that the numbers of training depend on
@@ -74,7 +75,7 @@ class Repeatable:
             return twin(self.before).forward(x, self.segmap, self.scale)
 
     def _state(self):
-        weights: list[torch.Tensor] = [*self.before.parameters()]
+        weights = [*self.before.parameters(), *given_in(self.before)]
         if isinstance(self.segmap, SemanticLayout):
             return [*states_of(weights), self.segmap.content]
         return states_of([*weights, self.segmap])

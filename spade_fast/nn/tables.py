@@ -22,7 +22,7 @@ from ..ops.convolve_windows import convolve_beside, convolve_through_relu, convo
 from ..scopes import Scope
 from ..streams import is_capturing
 from ..windows import Windows
-from .modules import weight_of
+from .modules import named_given, weight_of
 from .parts import Convolutions, HasParts, InstanceNorm, Known, part_of
 
 ALIGNED = 16  # numbers per row: rows then begin where one access can load eight
@@ -464,14 +464,17 @@ def frozen(model: nn.Module, max_bytes: int = 1 << 30) -> Iterator[Tables]:
     layers = {name: module for name, module in named if isinstance(module, HasParts)}
     if not layers:
         raise ValueError(f"model is a {type(model).__name__} without any SPADE; it should have one")
-    tables, before = Tables(max_bytes), fingerprints(layers)
+    tables = Tables(max_bytes)
+    own, given = fingerprints(layers), fingerprints(layers, named_given)
     try:
         with keep_in(tables, model.modules()):
             yield tables
     finally:
         unseen = tables.changed_unseen()
         tables.clear()
-    changed = {name for name, _ in before.items() ^ fingerprints(layers).items()}
+    changed = {name for name, _ in own.items() ^ fingerprints(layers).items()}
+    now = fingerprints(layers, named_given)
+    changed |= {name for name in given if now.get(name, given[name]) != given[name]}
     changed |= {name for name, module in model.named_modules() if module in unseen}
     if changed:
         raise RuntimeError(
@@ -487,14 +490,16 @@ def sum_of_bits(tensor: torch.Tensor) -> torch.Tensor:
 
 
 @torch.no_grad()
-def fingerprints(layers: dict[str, HasParts]) -> dict[str, tuple]:
+def fingerprints(
+    layers: dict[str, HasParts], named: Callable = nn.Module.named_parameters
+) -> dict[str, tuple]:
     """For each weight that determines γ and β, by name: its address, version, shape, dtype and the
-    sum of its bits.
+    sum of its bits. named: returns a part's weights with their names.
     """
     found = {}
     for name, layer in layers.items():
         for part in layer.spade_form.of_condition:
-            for weight_name, weight in part_of(layer, part).named_parameters():
+            for weight_name, weight in named(part_of(layer, part)):
                 version = None if weight.is_inference() else weight._version
                 state = (weight.data_ptr(), version, weight.shape, weight.dtype)
                 own = (name, part, weight_name)
