@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn as nn
 from agree import NETWORK, assert_agree, assert_agree_beside
+from label_maps import patches
 
 import spade_fast
 from spade_fast import SPADE, reference
@@ -152,6 +153,26 @@ def test_pixels_are_repeated_as_in_torch(shape, factor, dtype):
     assert torch.equal(repeated, expected)
     gradients = (torch.autograd.grad(y, x, dy)[0] for y in (repeated, expected))
     assert torch.equal(*gradients)
+
+
+@pytest.mark.parametrize("names", [("weight",), ("weight", "bias")])
+@pytest.mark.parametrize("mode", ["always", "never"])
+def test_weights_that_are_no_parameters(names, mode):
+    """As a hypernetwork gives them, or FSDP."""
+    ours, eager = (package.SPADE(8, 5, 6) for package in (spade_fast, reference))
+    eager.load_state_dict(ours.state_dict())
+    for part in ("mlp_shared.0", "mlp_gamma", "mlp_beta"):
+        for name in names:
+            weight = ours.get_parameter(f"{part}.{name}").detach().clone()
+            for module in (ours.get_submodule(part), eager.get_submodule(part)):
+                del module._parameters[name]
+                setattr(module, name, weight)
+    x = torch.randn(2, 8, 12, 10)
+    layout = spade_fast.SemanticLayout.from_labels(patches((2, 12, 10), 5), 5)
+    segmap = layout.to_segmap()
+    with spade_fast.window_mode(mode):
+        for condition in (layout, segmap):
+            assert_agree(ours(x, condition), eager(x, segmap))
 
 
 def test_settings_of_the_norm_are_read_when_they_are_used():

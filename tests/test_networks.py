@@ -247,6 +247,28 @@ def test_generator_under_autocast_and_in_channels_last(dtype, layout):
     assert excess(found.to(dtype), yardstick.to(dtype), truth(segmap.double()).detach()) <= 1
 
 
+@pytest.mark.filterwarnings("ignore:.*deprecated")
+@pytest.mark.parametrize("has_layout", [True, False], ids=["layout", "tensor"])
+def test_a_quantized_generator(has_layout):
+    """Its first layer has no parameters."""
+    settings = {"norm_G": "spadeinstance3x3", "crop_size": 64, "use_vae": True}
+    eager = reference.SPADEGenerator(LABEL_NC, 2, **settings).eval()
+    ours = SPADEGenerator.official(LABEL_NC, ngf=2, **settings).eval()
+    ours.load_state_dict(eager.state_dict())
+    ours, eager = (
+        torch.ao.quantization.quantize_dynamic(network, {nn.Linear}) for network in (ours, eager)
+    )
+    layout, z = layout_of((2, 64, 64)), torch.randn(2, 256)
+    given = layout if has_layout else layout.to_segmap()
+    assert_agree(ours(given, z), eager(layout.to_segmap(), z), NETWORK)
+    torch.manual_seed(0)
+    drawn = ours(given)
+    torch.manual_seed(0)
+    assert torch.equal(drawn, ours(given, torch.randn(2, 256)))
+    with torch.no_grad(), spade_fast.frozen(ours):
+        assert_agree(ours(given, z), eager(layout.to_segmap(), z), NETWORK)
+
+
 def test_noise_is_drawn_if_none_is_given():
     generator = SPADEGenerator(LABEL_NC, 8, 1, start=2).eval()
     first, second = (generator(layout_of((2, 16, 16))) for _ in range(2))

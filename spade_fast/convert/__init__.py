@@ -20,7 +20,7 @@ import torch.nn as nn
 
 from .. import kernels
 from ..nn.block import ResidualBlock
-from ..nn.modules import NeverTheSame, first_weight, leaves
+from ..nn.modules import NeverTheSame, leaves
 from ..nn.parts import Parts
 from ..nn.spade import SpatiallyAdaptive
 from ..recording import has_values
@@ -129,7 +129,7 @@ def _convert(name, module, kind, recognise, probe):
             reasons = dict.fromkeys((str(unlike), str(neither)))
             return entry(recognised_as, False, "; ".join(reasons))
         make_fast(module, FastModulation, form)
-        backend = kernels.select(first_weight(module)).name
+        backend = kernels.select(next(module.parameters())).name
         how = f"its own forward, on large maps with its modulation as one operation; {backend}"
         return entry(recognised_as, True, f"{how}; not more, because {unlike}")
     if probe and kind is FastSPADE and _takes_more(module, form):

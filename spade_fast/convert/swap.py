@@ -23,7 +23,7 @@ from ..nn.modules import (
     NOT_MARKED,
     PLAIN,
     Same,
-    first_weight,
+    dtype_of_weights,
     hooks,
     is_called_plainly,
     is_watched,
@@ -87,7 +87,7 @@ class Proof(NamedTuple):
         """Whether the proof covers the module's present state and these arguments."""
         device = x.device.type
         autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-        dtypes = (module.training, first_weight(module).dtype, x.dtype, autocast)
+        dtypes = (module.training, dtype_of_weights(module), x.dtype, autocast)
         return (
             (module.training, torch.is_grad_enabled()) in self.modes
             and dtypes in self.dtypes
@@ -246,9 +246,8 @@ class Fast(nn.Module):
 
     def _own(self, arguments, named):
         """The result of the own forward."""
-        dtype = first_weight(self).dtype
-        given = [dense(argument, dtype) for argument in arguments]
-        named = {name: dense(argument, dtype) for name, argument in named.items()}
+        given = [dense(argument, self) for argument in arguments]
+        named = {name: dense(argument, self) for name, argument in named.items()}
         return self.own_class.forward(self, *given, **named)
 
     def is_open(self, x: torch.Tensor, segmap: torch.Tensor | SemanticLayout) -> bool:
@@ -309,7 +308,7 @@ class FusesOwn(Fast):
         is_slow = "instance" in own.norms or ("batch" in own.norms and self.training)
         if not may_pay((*arguments, *named.values()), is_slow):
             return False
-        dtype = first_weight(self).dtype
+        dtype = dtype_of_weights(self)
         return (
             (self.training, torch.is_grad_enabled()) in own.proof.modes
             and (self.training, dtype, dtype, None) in own.proof.dtypes
@@ -337,13 +336,13 @@ class FastSPADE(FusesOwn, SpatiallyAdaptive):
         y, form = again(self.modulate(x, segmap)), self.spade_form
         called = form.call or Called()
         if called.appended is not None:
-            rows, given = Known.of(self).by_label, dense(segmap, first_weight(self).dtype)
+            rows, given = Known.of(self).by_label, dense(segmap, self)
             assert rows is not None  # otherwise the own forward runs
             others = resize(given[:, len(rows.gamma) :], x.shape[2:])
             y = torch.cat([y, part_of(self, called.appended)(others)], dim=1)
         if called.result is Mark.Y:
             return y
-        given = dense(segmap, first_weight(self).dtype).clone()  # a caller may write to its own
+        given = dense(segmap, self).clone()  # a caller may write to its own
         make = functools.partial(_resized, given, x.shape[2:], form.apart)
         if torch.compiler.is_compiling():  # which leaves out what is not read
             return called.returned(y, make)

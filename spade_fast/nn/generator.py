@@ -20,8 +20,15 @@ from .arguments import remember
 from .block import ResidualBlock, SPADEResnetBlock
 from .choice import current_mode, find_layout
 from .config import dimensions, parse_config
-from .modules import CONVOLUTIONS, check_dtype, first_weight, is_plain, keeps_size, taps_of
-from .pixels import resize
+from .modules import (
+    CONVOLUTIONS,
+    check_dtype,
+    first_weight,
+    is_plain,
+    keeps_size,
+    taps_of,
+)
+from .pixels import dense, resize
 from .recompute import recomputed
 from .spade import SpatiallyAdaptive, batch_of
 from .spectral import fold_spectral_norm
@@ -266,7 +273,7 @@ class SPADEGenerator(nn.Module):
 
     def _checked(self, segmap, z):
         """z, drawn if needed but not given. Raises ValueError or TypeError, naming the argument."""
-        weight, first = first_weight(self.fc), getattr(self, self.stages[0].name)
+        first = getattr(self, self.stages[0].name)
         if isinstance(first, ResidualBlock) and isinstance(first.norm_0, SpatiallyAdaptive):
             first.norm_0.check_segmap(segmap)
         conditions = batch_of(segmap)
@@ -275,13 +282,14 @@ class SPADEGenerator(nn.Module):
                 raise ValueError("z should be None: this generator begins with the condition")
             return None
         if z is None:
-            return torch.randn(conditions, self.z_dim, dtype=weight.dtype, device=weight.device)
+            return self._drawn(segmap)
         if not isinstance(z, torch.Tensor) or z.dim() != 2 or z.shape[1] != self.z_dim:
             raise ValueError(
                 f"z is {list(z.shape) if isinstance(z, torch.Tensor) else z!r}; it should be a"
                 f" tensor [M, {self.z_dim}]"
             )
-        if z.device != weight.device:
+        weight = first_weight(self.fc)
+        if weight is not None and z.device != weight.device:
             raise ValueError(
                 f"z is on {z.device}; it should be on the weights' device, {weight.device}"
             )
@@ -296,11 +304,19 @@ class SPADEGenerator(nn.Module):
             )
         return z
 
+    def _drawn(self, segmap):
+        """z from the standard normal distribution, one for each condition."""
+        like = segmap.palette if isinstance(segmap, SemanticLayout) else segmap
+        weight = first_weight(self.fc)
+        like = like if weight is None else weight
+        assert self.z_dim is not None  # otherwise the generator takes no z
+        return torch.randn(batch_of(segmap), self.z_dim, dtype=like.dtype, device=like.device)
+
     def _first_map(self, segmap, z):
         if z is not None:
             return self.fc(z).view(z.shape[0], -1, *self.start)
         if isinstance(segmap, SemanticLayout):
-            segmap = segmap.resize(self.start).to_segmap(first_weight(self.fc).dtype)
+            segmap = dense(segmap.resize(self.start), self.fc)
         return self.fc(resize(segmap, self.start))
 
 

@@ -165,20 +165,28 @@ def named_given(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
                     yield ".".join(filter(None, (name, own))), tensor
 
 
-def first_weight(module: nn.Module) -> torch.Tensor:
-    """The first of `weights_in`, found faster."""
+def first_weight(module: nn.Module) -> torch.Tensor | None:
+    """The first of `weights_in`, found faster; None if there is none, as in a quantized layer."""
     for weight in module._parameters.values():
         if weight is not None:
             return weight
     weight = next(module.parameters(), None)
-    return weights_in(module)[0] if weight is None else weight
+    return next(iter(weights_in(module)), None) if weight is None else weight
 
 
-def check_dtype(name: str, tensor: torch.Tensor, weight: torch.Tensor) -> None:
-    """Raises TypeError unless an argument has the dtype of the weight that it meets, or autocast
-    casts both.
+def dtype_of_weights(module: nn.Module) -> torch.dtype | None:
+    """The dtype of the first weight; None if there is none."""
+    weight = first_weight(module)
+    return None if weight is None else weight.dtype
+
+
+def check_dtype(name: str, tensor: torch.Tensor, weight: torch.Tensor | None) -> None:
+    """Raises TypeError unless an argument has the dtype of the weight that it meets, if there is
+    one, or autocast casts both.
     """
-    if tensor.dtype != weight.dtype and not torch.is_autocast_enabled(tensor.device.type):
+    if weight is None or tensor.dtype == weight.dtype:
+        return
+    if not torch.is_autocast_enabled(tensor.device.type):
         raise TypeError(
             f"{name} has dtype {tensor.dtype}; it should be the weights' dtype, {weight.dtype}"
         )

@@ -17,6 +17,7 @@ from .modules import (
     KnownNorm,
     Same,
     changes_itself,
+    dtype_of_weights,
     first_weight,
     is_known,
     is_plain,
@@ -110,7 +111,9 @@ class Convolutions:
     @property
     def dtype(self) -> torch.dtype:
         """The dtype of the weights that compute γ and β."""
-        return first_weight(self.gamma).dtype
+        dtype = dtype_of_weights(self.gamma)
+        assert dtype is not None  # a convolution has weights
+        return dtype
 
     @cached_property
     def marks(self) -> list:
@@ -243,7 +246,7 @@ class Known(NamedTuple):
 
 def _known(spade):
     parts = Parts.of(spade)
-    weight = next(iter(weights_in(parts.first)), None)
+    weight = first_weight(parts.first)
     own_norm = parts.norm if is_known(parts.norm) else None
     computed = (parts.convolutions(), parts.pointwise(), ByLabel.of(spade))
     return Known(parts, weight, own_norm, *computed)

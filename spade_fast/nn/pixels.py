@@ -15,7 +15,7 @@ from .modules import (
     CONVOLUTIONS,
     POINTWISE,
     Convolution,
-    first_weight,
+    dtype_of_weights,
     is_plain,
     keeps_size,
     leaves,
@@ -45,7 +45,7 @@ def at_pixels(
     size = x.shape[2:]
     if isinstance(segmap, SemanticLayout) and not parts.apart:
         segmap = segmap.resize(size)
-    hidden: torch.Tensor = dense(segmap, first_weight(parts.first).dtype)
+    hidden: torch.Tensor = dense(segmap, parts.first)
     if parts.apart or parts.shared is None:
         hidden = resize(hidden, size, parts.apart)
     if parts.shared is not None:
@@ -61,9 +61,13 @@ def at_pixels(
     return convolve((parts.gamma, parts.beta), hidden)
 
 
-def dense(condition: Any, dtype: torch.dtype) -> Any:
-    """A condition as plain modules take it: a layout becomes a tensor in this dtype."""
-    return condition.to_segmap(dtype) if isinstance(condition, SemanticLayout) else condition
+def dense(condition: Any, module: nn.Module) -> Any:
+    """A condition as plain modules take it: a layout becomes a tensor in the dtype of the weights
+    of the module that it is for, or in its own if there are none.
+    """
+    if not isinstance(condition, SemanticLayout):
+        return condition
+    return condition.to_segmap(dtype_of_weights(module) or condition.palette.dtype)
 
 
 def _hidden(shared, segmap, x):

@@ -26,7 +26,6 @@ from .modules import (
     KINDS,
     KnownNorm,
     check_dtype,
-    first_weight,
     is_known,
     is_watched,
     may_overwrite_result,
@@ -100,7 +99,7 @@ class SpatiallyAdaptive(HasParts):
         if known.convolutions is not None or known.by_label is not None:
             layout = find_layout(segmap)
         if parts.added is not None:
-            given = dense(segmap, first_weight(parts.added).dtype)
+            given = dense(segmap, parts.added)
             x, moments = x + parts.added(resize(given, x.shape[2:], form.apart)), None
         x = with_channels_together(ordinary(x))
         several = x.shape[0] != images != 1  # several conditions for one x
@@ -149,7 +148,7 @@ class SpatiallyAdaptive(HasParts):
         if known.by_label is not None:
             return at_labels(known.by_label, segmap if layout is None else layout, x)
         if known.pointwise is not None:
-            given = ordinary(dense(segmap, first_weight(known.parts.gamma).dtype))
+            given = ordinary(dense(segmap, known.parts.gamma))
             return at_voxels(known.pointwise, given, x, self.spade_form.apart)
         found = windows_of(known, layout, x, kept)
         if found is not None:
