@@ -508,14 +508,19 @@ class SemanticLayout:
                     torch._dynamo.decorators.mark_unbacked(tensor, 0)
         return self
 
-    def to(self, device: torch.device | str | int, non_blocking: bool = True) -> "SemanticLayout":
-        """The layout with everything cached on this device; itself if it is there already.
+    def to(
+        self, device: torch.device | str | int | None, non_blocking: bool = True
+    ) -> "SemanticLayout":
+        """The layout with everything cached on this device; itself if it is there already, or if
+        device is None.
 
         A copy to a GPU does not wait if the memory is pinned and non_blocking is true. A copy to
         the CPU always waits, because numbers could otherwise be read before they have arrived.
 
         Errors: TypeError if device is not a device. A dtype is not: a layout has its palette's.
         """
+        if device is None:
+            return self
         try:
             device = torch.device(device)
         except (TypeError, RuntimeError) as error:

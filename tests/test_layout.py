@@ -747,6 +747,7 @@ def test_moving_a_layout():
     layout = SemanticLayout.from_labels(patches((2, 8, 8), 3), 3).prepare([(8, 8)], 3)
     here = layout.device
     assert layout.to(here) is layout and layout.to(str(here), non_blocking=True) is layout
+    assert layout.to(None) is layout
     if here.type == "cuda":
         assert layout.to("cuda") is layout and layout.cuda() is layout
     there = layout.to("meta", non_blocking=True)

@@ -408,6 +408,31 @@ def test_weights_that_exist_only_while_their_module_is_called(part, segmap):
     assert_agree(y, expected)
 
 
+@pytest.mark.parametrize("given", ["layout", "label map"])
+def test_an_offloaded_generator(given):
+    """Its weights are in memory only while their layers are called, and on the meta device
+    otherwise.
+    """
+    accelerate = pytest.importorskip("accelerate")
+    arguments = (5, 3, 1), {"stages": [("up_0", 8, 2)], "start": (6, 5), "nhidden": 4}
+    ours, own = (spade_fast.SPADEGenerator(*arguments[0], **arguments[1]) for _ in range(2))
+    own.load_state_dict(ours.state_dict())
+    accelerate.cpu_offload(ours, execution_device="cpu")
+    layout, z = layout_of(), torch.randn(2, 3)
+    segmap = layout if given == "layout" else layout.to_segmap()
+    with torch.no_grad():
+        expected = own(layout.to_segmap(), z)
+        assert_agree(ours(segmap, z), expected, NETWORK)
+        with spade_fast.frozen(ours):
+            assert_agree(ours(segmap, z), expected, NETWORK)
+        torch.manual_seed(0)
+        drawn = ours(segmap)
+        torch.manual_seed(0)
+        assert_agree(drawn, ours(segmap, torch.randn(2, 3)))
+    with pytest.raises(ValueError, match="z is on meta; it should be on the weights' device, cpu"):
+        own(segmap, z.to("meta"))
+
+
 def with_weights(module, forward, weights, x):
     away = {name: getattr(module, name) for name in weights}
     for name, one in weights.items():

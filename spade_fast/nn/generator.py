@@ -23,10 +23,11 @@ from .config import dimensions, parse_config
 from .modules import (
     CONVOLUTIONS,
     check_dtype,
-    first_weight,
+    dtype_of_weights,
     is_plain,
     keeps_size,
     taps_of,
+    weight_met_on,
 )
 from .pixels import dense, resize
 from .recompute import recomputed
@@ -288,7 +289,7 @@ class SPADEGenerator(nn.Module):
                 f"z is {list(z.shape) if isinstance(z, torch.Tensor) else z!r}; it should be a"
                 f" tensor [M, {self.z_dim}]"
             )
-        weight = first_weight(self.fc)
+        weight = weight_met_on(z.device, self.fc)
         if weight is not None and z.device != weight.device:
             raise ValueError(
                 f"z is on {z.device}; it should be on the weights' device, {weight.device}"
@@ -307,10 +308,11 @@ class SPADEGenerator(nn.Module):
     def _drawn(self, segmap):
         """z from the standard normal distribution, one for each condition."""
         like = segmap.palette if isinstance(segmap, SemanticLayout) else segmap
-        weight = first_weight(self.fc)
-        like = like if weight is None else weight
+        weight = weight_met_on(like.device, self.fc)
+        device = like.device if weight is None else weight.device
+        dtype = dtype_of_weights(self.fc) or like.dtype
         assert self.z_dim is not None  # otherwise the generator takes no z
-        return torch.randn(batch_of(segmap), self.z_dim, dtype=like.dtype, device=like.device)
+        return torch.randn(batch_of(segmap), self.z_dim, dtype=dtype, device=device)
 
     def _first_map(self, segmap, z):
         if z is not None:

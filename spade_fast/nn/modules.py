@@ -180,6 +180,16 @@ def dtype_of_weights(module: nn.Module) -> torch.dtype | None:
     return None if weight is None else weight.dtype
 
 
+def weight_met_on(device: torch.device, module: nn.Module) -> torch.Tensor | None:
+    """The first weight, which an argument on this device meets; None if there is none, or if it is
+    elsewhere and something may bring it to the device only for the call.
+    """
+    weight = first_weight(module)
+    if weight is None or weight.device == device:
+        return weight
+    return None if any(map(is_watched, module.modules())) else weight
+
+
 def check_dtype(name: str, tensor: torch.Tensor, weight: torch.Tensor | None) -> None:
     """Raises TypeError unless an argument has the dtype of the weight that it meets, if there is
     one, or autocast casts both.

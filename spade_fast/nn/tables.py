@@ -494,7 +494,7 @@ def fingerprints(
     layers: dict[str, HasParts], named: Callable = nn.Module.named_parameters
 ) -> dict[str, tuple]:
     """For each weight that determines γ and β, by name: its address, version, shape, dtype and the
-    sum of its bits. named: returns a part's weights with their names.
+    sum of its bits, if it has any. named: returns a part's weights with their names.
     """
     found = {}
     for name, layer in layers.items():
@@ -503,5 +503,6 @@ def fingerprints(
                 version = None if weight.is_inference() else weight._version
                 state = (weight.data_ptr(), version, weight.shape, weight.dtype)
                 own = (name, part, weight_name)
-                found[".".join(filter(None, own))] = (*state, sum_of_bits(weight).item())
+                bits = None if weight.is_meta else sum_of_bits(weight).item()
+                found[".".join(filter(None, own))] = (*state, bits)
     return found
