@@ -202,6 +202,40 @@ def test_hooks_on_submodules_are_called():
     assert_agree(ours(x, segmap), eager(x, segmap))
 
 
+class InOneTuple(nn.Module):
+    """A parametrization of a list of tensors, which has one."""
+
+    def forward(self, weight):
+        return weight * 2
+
+    def right_inverse(self, weight):
+        return (weight / 2,)
+
+
+class Product(nn.Module):
+    """A parametrization of several tensors, none of which has the weight's shape."""
+
+    def forward(self, rows, columns):
+        return (rows @ columns).unflatten(1, (6, 3, 3))
+
+    def right_inverse(self, weight):
+        u, s, v = torch.linalg.svd(weight.flatten(1), full_matrices=False)
+        return u * s, v
+
+
+@pytest.mark.parametrize("made", [InOneTuple, Product])
+@pytest.mark.parametrize("mode", ["always", "never"])
+def test_a_weight_that_is_made_of_a_list_of_tensors(made, mode):
+    ours, eager = (package.SPADE(8, 5, 6) for package in (spade_fast, reference))
+    for module in (ours, eager):
+        nn.utils.parametrize.register_parametrization(module.mlp_gamma, "weight", made())
+    eager.load_state_dict(ours.state_dict())
+    x = torch.randn(2, 8, 12, 10)
+    layout = spade_fast.SemanticLayout.from_labels(patches((2, 12, 10), 5), 5)
+    with spade_fast.window_mode(mode):
+        assert_agree(ours(x, layout), eager(x, layout.to_segmap()))
+
+
 def test_activation_of_the_layer():
     layer = spade_fast.SPADE(4, 3, 6)
     x, segmap = torch.randn(2, 4, 5, 6), torch.randn(2, 3, 5, 6)

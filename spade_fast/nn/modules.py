@@ -210,8 +210,10 @@ def shape_of_weight(module: nn.Module) -> torch.Size:
             if name in own:
                 return own[name].shape
     parametrizations: Any = module.parametrizations
-    originals = parametrizations.weight
-    return (originals.original if hasattr(originals, "original") else originals.original1).shape
+    made = parametrizations.weight
+    # Of several tensors, as under weight norm, the last one may have the weight's shape.
+    last = "original" if made.is_tensor else f"original{made.ntensors - 1}"
+    return getattr(made, last).shape
 
 
 PLAIN = (bool, int, float, str, type(None))
