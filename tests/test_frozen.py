@@ -11,9 +11,13 @@ import weakref
 
 import pytest
 import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
 import torch.nn as nn
 from agree import agrees, assert_agree
 from label_maps import patches
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.func import functional_call
 from torch.nn.utils import parametrize, prune
 
@@ -125,7 +129,7 @@ def test_memory_is_bounded(computed):
         lambda spade: spade.mlp_gamma.weight.data.add_(1),
         lambda spade: spade.mlp_gamma.weight.detach().numpy().__imul__(2),
         lambda spade: spade.load_state_dict(SPADE(8, 5, 8).state_dict()),
-        lambda spade: setattr(spade, "mlp_gamma", copy.deepcopy(spade.mlp_gamma)),
+        lambda spade: setattr(spade, "mlp_gamma", nn.Conv2d(8, 8, 3, padding=1)),
         lambda spade: spade.mlp_gamma.register_parameter("bias", None),
         lambda spade: spade.half(),
     ],
@@ -138,6 +142,48 @@ def test_a_change_of_weights_is_an_error(change):
         spade_fast.frozen(spade),
     ):
         change(spade)
+
+
+def write_and_restore(spade):
+    spade.mlp_gamma.weight.mul_(2).div_(2)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [write_and_restore, lambda spade: setattr(spade, "mlp_gamma", copy.deepcopy(spade.mlp_gamma))],
+)
+def test_weights_that_are_equal_at_the_end_are_no_error(change, computed):
+    spade, layout, x = SPADE(8, 5, 8), layout_of(), torch.randn(1, 8, 32, 32)
+    with torch.no_grad(), spade_fast.frozen(spade):
+        spade(x, layout)
+        change(spade)
+        spade(x, layout)
+    assert len(computed) == 2
+
+
+def sharded(rank, rendezvous):
+    """FSDP replaces weights by equal ones, which it gathers before a call and frees after it."""
+    dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=2)
+    torch.manual_seed(0)
+    layout, x = layout_of(), torch.randn(1, 8, 32, 32)
+    own = block()
+    first, second = (copy.deepcopy(own) for _ in range(2))
+    mesh = init_device_mesh("cpu", (2,))
+    fully_shard(first.norm_0, mesh=mesh), fully_shard(first, mesh=mesh)
+    second = FullyShardedDataParallel(second, device_id=torch.device("cpu"))
+    with torch.no_grad():
+        for model in (first, second):
+            with spade_fast.frozen(model):
+                for _ in range(2):
+                    assert_agree(model(x, layout), own(x, layout))
+        with pytest.raises(RuntimeError, match="weights changed inside frozen.*norm_0.mlp_gamma"):
+            with spade_fast.frozen(first):
+                first.norm_0.mlp_gamma.bias.to_local().data.add_(1)
+    dist.destroy_process_group()
+
+
+def test_weights_that_are_sharded(tmp_path):
+    mp.spawn(sharded, (tmp_path / "rendezvous",), nprocs=2)
 
 
 def give(module, name, tensor):

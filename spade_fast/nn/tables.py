@@ -486,23 +486,23 @@ def frozen(model: nn.Module, max_bytes: int = 1 << 30) -> Iterator[Tables]:
 @torch.no_grad()
 def sum_of_bits(tensor: torch.Tensor) -> torch.Tensor:
     integers = {8: torch.int64, 4: torch.int32, 2: torch.int16}
-    return tensor.view(integers[tensor.element_size()]).sum(dtype=torch.int64)
+    total = tensor.view(integers[tensor.element_size()]).sum(dtype=torch.int64)
+    return total.full_tensor() if hasattr(total, "full_tensor") else total  # of all shards
 
 
 @torch.no_grad()
 def fingerprints(
     layers: dict[str, HasParts], named: Callable = nn.Module.named_parameters
 ) -> dict[str, tuple]:
-    """For each weight that determines γ and β, by name: its address, version, shape, dtype and the
-    sum of its bits, if it has any. named: returns a part's weights with their names.
+    """For each weight that determines γ and β, by name: its shape, dtype and the sum of its bits,
+    if it has any. Its address and version do not count: FSDP replaces weights by equal ones, and
+    tables were not used after a change of them. named: returns a part's weights with their names.
     """
     found = {}
     for name, layer in layers.items():
         for part in layer.spade_form.of_condition:
             for weight_name, weight in named(part_of(layer, part)):
-                version = None if weight.is_inference() else weight._version
-                state = (weight.data_ptr(), version, weight.shape, weight.dtype)
                 own = (name, part, weight_name)
                 bits = None if weight.is_meta else sum_of_bits(weight).item()
-                found[".".join(filter(None, own))] = (*state, bits)
+                found[".".join(filter(None, own))] = (weight.shape, weight.dtype, bits)
     return found
