@@ -50,6 +50,13 @@ def test_reasons_for_a_tensor():
     assert not on_meta["cpu"].runs and on_meta["torch"].runs
 
 
+def test_what_is_no_tensor():
+    with pytest.raises(TypeError, match="x is a str; it should be a torch.Tensor"):
+        spade_fast.backends("x")
+    with pytest.raises(TypeError, match="gamma is a list; it should be a torch.Tensor"):
+        spade_fast.backends(torch.ones(1, 2, 3), [1])
+
+
 def test_the_first_backend_that_runs_is_chosen(answers):
     x = torch.randn(2, 3, 4, 4)
     answers["cpu"] = None

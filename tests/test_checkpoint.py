@@ -490,6 +490,11 @@ def test_a_module_without_memory_is_not_loaded():
         checkpoint.load_into(nn.Linear(2, 2, device="meta"), nn.Linear(2, 2).state_dict())
 
 
+def test_what_is_no_module():
+    with pytest.raises(TypeError, match="module is a str; it should be a torch.nn.Module"):
+        checkpoint.load_into("module", nn.Linear(2, 2).state_dict())
+
+
 def test_a_module_is_never_half_loaded():
     module = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
     module[1].weight = nn.Parameter(torch.zeros(2, 1).expand(2, 2))  # cannot be copied into

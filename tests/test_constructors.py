@@ -113,6 +113,10 @@ def test_unknown_datasets(dataset):
         ([("a", 16, 2), ("a", 8, 2)], "two parts have the name a"),
         ([("fc", 16, 2)], "two parts have the name fc"),
         ([("a.b", 16, 2)], "a block's name is 'a.b'"),
+        *(
+            ([(name, 16, 2)], f"a block's name is '{name}'; it should not be that of an attribute")
+            for name in ("forward", "sizes", "training", "ngf", "kernel_size", "arguments")
+        ),
         ([("a", 16, 0)], "the block a's scale is 0; it should be 1 or more"),
         ([("a", 1.25, 1)], "ngf is 2, the block a of 1.25 · ngf channels should have a whole"),
     ],

@@ -262,6 +262,12 @@ def test_reverting():
     assert spade_fast.revert(model) == 0 and spade_fast.convert(model).converted == 5
 
 
+def test_what_is_no_module():
+    for function in (spade_fast.convert, spade_fast.revert, spade_fast.fold_spectral_norm):
+        with pytest.raises(TypeError, match="model is a str; it should be a torch.nn.Module"):
+            function("model")
+
+
 def test_converting_twice():
     model = Network(Layer)
     spade_fast.convert(model)

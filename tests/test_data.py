@@ -316,6 +316,13 @@ def test_pairs_of_cityscapes(tmp_path):
     assert [pair.instances for pair in pairs] == [None, None]
 
 
+def test_folders_that_are_no_paths(tmp_path):
+    for folders in ((None, None), (None, tmp_path), (3, tmp_path)):
+        message = f"labels is {folders[0]}; it should be the path of a folder"
+        assert refusal(find_pairs, *folders) == message
+    assert "images is None; it should be" in refusal(find_pairs, tmp_path, None)
+
+
 def test_folders_without_valid_pairs(tmp_path):
     labels, images = tmp_path / "l", tmp_path / "i"
     assert "labels is" in refusal(find_pairs, labels, images)

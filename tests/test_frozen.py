@@ -366,6 +366,12 @@ def test_wrong_activations_are_refused_with_kept_statistics():
             spade(x, layout, activation="leaky_relu", negative_slope="0")
 
 
+def test_a_model_that_is_no_module():
+    with pytest.raises(TypeError, match="model is a str; it should be a torch.nn.Module"):
+        with spade_fast.frozen("model"):
+            pass
+
+
 def test_memory_that_is_no_number_of_bytes():
     with (
         pytest.raises(TypeError, match="max_bytes is '1GB'; it should be a whole number"),

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import torch.nn as nn
 
-from ..nn.modules import Model
+from ..nn.modules import Model, check_module
 from .files import UnreadableFile, write
 from .networks import Description, described, fitting
 from .parts import (
@@ -88,8 +88,10 @@ def load_into(module: Model, source: Source, *, key: str | None = None) -> Model
     key: selects one of several networks, as for `load`. It may be omitted if only one fits.
 
     Errors: ValueError if the weights do not fit: the message names keys and shapes, and the network
-        that the weights look like. After any error the module is unchanged.
+        that the weights look like; TypeError if the module is not one. After any error the module
+        is unchanged.
     """
+    check_module("module", module)
     wanted = wanted_of(module.state_dict())
     if any(tensor.is_meta for tensor in wanted.values()):
         raise ValueError(

@@ -20,7 +20,7 @@ import torch.nn as nn
 
 from .. import kernels
 from ..nn.block import ResidualBlock
-from ..nn.modules import NeverTheSame, leaves
+from ..nn.modules import NeverTheSame, check_module, leaves
 from ..nn.parts import Parts
 from ..nn.spade import SpatiallyAdaptive
 from ..recording import has_values
@@ -74,8 +74,7 @@ def convert(model: nn.Module, *, probe: bool = True, blocks: bool = True) -> Rep
     Raises:
         TypeError: if the model is not a module, or is scripted or compiled.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model is a {type(model).__name__}; it should be a torch.nn.Module")
+    check_module("model", model)
     if isinstance(model, torch.jit.ScriptModule):
         raise TypeError(
             "model is scripted, so its forward is fixed; convert it before torch.jit.script or"
@@ -95,8 +94,9 @@ def convert(model: nn.Module, *, probe: bool = True, blocks: bool = True) -> Rep
 
 def revert(model: nn.Module) -> int:
     """Restores the own class of each module that `convert` converted. Returns the number of such
-    modules.
+    modules. Errors: TypeError if the model is not a module.
     """
+    check_module("model", model)
     found = [module for module in model.modules() if isinstance(module, Fast)]
     for module in found:
         make_own(module)

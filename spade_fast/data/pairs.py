@@ -78,8 +78,12 @@ def find_pairs(
         convention: one of CONVENTIONS.
 
     Errors: ValueError if a folder does not exist or has no files, or files have no partner or more
-        than one; the message says how many, and names the first.
+        than one; the message says how many, and names the first. TypeError if a folder is not a
+        path.
     """
+    for name, folder in {"labels": labels, "images": images}.items():
+        if not isinstance(folder, (str, os.PathLike)):
+            raise TypeError(f"{name} is {folder!r}; it should be the path of a folder")
     pairs, faults = match(labels, images, instances, convention)
     if faults:
         more, first = len(faults) - MOST_LISTED, "; ".join(faults[:MOST_LISTED])

@@ -35,7 +35,12 @@ def backends(x: Tensor | None = None, gamma: Tensor | None = None) -> list[Backe
 
     With x (and γ), the answers are for these tensors. `spade_modulate` uses the first backend that
     runs, unless one is forced.
+
+    Errors: TypeError if x or γ is not a tensor.
     """
+    for name, tensor in {"x": x, "gamma": gamma}.items():
+        if tensor is not None and not isinstance(tensor, Tensor):
+            raise TypeError(f"{name} is a {type(tensor).__name__}; it should be a torch.Tensor")
     reasons = {backend.name: backend.why_not(x, gamma) for backend in BEST_FIRST}
     return [BackendStatus(name, reason is None, reason or "") for name, reason in reasons.items()]
 

@@ -2,6 +2,7 @@
 map into an image, one size after another.
 """
 
+import inspect
 import itertools
 import math
 import numbers
@@ -136,7 +137,9 @@ class SPADEGenerator(nn.Module):
         )
         z_dim = None if z_dim is None else whole_number("z_dim", z_dim, least=1)
         self.start = _first_size(start, spatial_dims)
-        self.stages = _checked(stages, ngf)
+        own = inspect.signature(SPADEGenerator).parameters
+        taken = {*dir(self), *own, "kernel_size", "arguments", "made_with"}
+        self.stages = _checked(stages, ngf, taken)
         self.label_nc, self.z_dim, self.last_scale = label_nc, z_dim, last_scale
         self.kernel_size = parse_config(norm_G, "norm_G").kernel_size
         width, convolution = 16 * ngf, CONVOLUTIONS[spatial_dims]
@@ -459,9 +462,9 @@ def _first_size(start, spatial_dims):
     return lengths
 
 
-def _checked(stages, ngf):
-    """The blocks, as a Stage each. Raises ValueError unless each has a name of its own and a whole
-    number of channels.
+def _checked(stages, ngf, taken):
+    """The blocks, as a Stage each. Raises ValueError unless each has a name of its own, not one of
+    those taken, and a whole number of channels.
     """
     try:
         stages = tuple(Stage(*stage) for stage in stages)
@@ -470,11 +473,15 @@ def _checked(stages, ngf):
     if not stages:
         raise ValueError("stages should be blocks, each with a name, a width and a scale")
     names = [stage.name for stage in stages]
-    taken = {"fc", "conv_img"}
     for number, (name, width, scale) in enumerate(stages):
         if not isinstance(name, str) or not name or "." in name:
             raise ValueError(f"a block's name is {name!r}; it should be a name without dots")
-        if name in taken or name in names[:number]:
+        if name in taken:
+            raise ValueError(
+                f"a block's name is {name!r}; it should not be that of an attribute or argument of"
+                " the generator"
+            )
+        if name in ("fc", "conv_img") or name in names[:number]:
             raise ValueError(f"two parts have the name {name}, every block should have its own")
         whole_number(f"the block {name}'s scale", scale, least=1)
         if not isinstance(width, numbers.Real) or width * ngf < 1 or width * ngf % 1:

@@ -11,7 +11,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.utils import parametrize
 from torch.nn.utils.parametrizations import _SpectralNorm
 
-from .modules import Convolution, Model
+from .modules import Convolution, Model, check_module
 
 KINDS = {
     "xavier": lambda weight, gain: nn.init.xavier_normal_(weight, gain),
@@ -48,8 +48,7 @@ def initialise(network: Model, kind: str = "xavier", gain: float = 0.02) -> Mode
             yet, or if it is computed from other parameters, except by spectral norm. Nothing has
             been drawn then.
     """
-    if not isinstance(network, nn.Module):
-        raise TypeError(f"network is a {type(network).__name__}; it should be an nn.Module")
+    check_module("network", network)
     if not isinstance(kind, str) or kind not in KINDS:
         raise ValueError(f"kind is {kind!r}; it should be one of {', '.join(KINDS)}")
     if isinstance(gain, bool) or not isinstance(gain, numbers.Real) or not 0 < gain < math.inf:

@@ -216,6 +216,12 @@ def shape_of_weight(module: nn.Module) -> torch.Size:
     return getattr(made, last).shape
 
 
+def check_module(name: str, value: object) -> None:
+    """Raises TypeError unless an argument is a module."""
+    if not isinstance(value, nn.Module):
+        raise TypeError(f"{name} is a {type(value).__name__}; it should be a torch.nn.Module")
+
+
 PLAIN = (bool, int, float, str, type(None))
 CONTAINERS = (list, tuple, dict, argparse.Namespace, types.SimpleNamespace)
 MOST_MARKED = 1000  # the most values in an attribute that are compared

@@ -15,7 +15,7 @@ from ..identity import state_of
 from ..kernels.contract import sum_dtype
 from ..recording import gradients_of, is_recorded, is_transformed
 from ..streams import is_capturing
-from .modules import CONVOLUTION_TYPES, Convolution, Model, is_called_plainly
+from .modules import CONVOLUTION_TYPES, Convolution, Model, check_module, is_called_plainly
 from .tables import Keeper, kept_tables
 
 CONVERGED = 1e-6  # the relative change of σ in one power iteration
@@ -216,7 +216,10 @@ def fold_spectral_norm(model: Model) -> Model:
     Where their gradients are needed, and in train mode, they are divided in every call as before.
     The state_dict does not change. (Changes that PyTorch does not see, through `.data` or NumPy, go
     unnoticed: call this again after them.)
+
+    Errors: TypeError if the model is not a module.
     """
+    check_module("model", model)
     for part in model.modules():
         for key, hook in part._forward_pre_hooks.items():
             if isinstance(hook, SpectralNorm):

@@ -22,7 +22,7 @@ from ..ops.convolve_windows import convolve_beside, convolve_through_relu, convo
 from ..scopes import Scope
 from ..streams import is_capturing
 from ..windows import Windows
-from .modules import named_given, weight_of
+from .modules import check_module, named_given, weight_of
 from .parts import Convolutions, HasParts, InstanceNorm, Known, part_of
 
 ALIGNED = 16  # numbers per row: rows then begin where one access can load eight
@@ -456,9 +456,11 @@ def frozen(model: nn.Module, max_bytes: int = 1 << 30) -> Iterator[Tables]:
         The tables, whose `bytes` is the memory that they take. They are dropped at the end.
 
     Raises:
-        ValueError, TypeError: if the model has no SPADE, or max_bytes is not a number of bytes.
+        ValueError, TypeError: if the model has no SPADE or is not a module, or max_bytes is not a
+            number of bytes.
         RuntimeError: at the end, if a weight is not what it was at the beginning.
     """
+    check_module("model", model)
     max_bytes = whole_number("max_bytes", max_bytes, least=0)
     named = model.named_modules()
     layers = {name: module for name, module in named if isinstance(module, HasParts)}
