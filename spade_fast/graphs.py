@@ -18,6 +18,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from .layout import SemanticLayout
 from .nn.choice import current_mode, window_mode
+from .nn.modules import named_given
 from .nn.spade import SpatiallyAdaptive
 from .nn.tables import keep_in
 from .windows import Sums, Windows
@@ -30,7 +31,8 @@ class Graphed:
     A call first numbers the windows of a new layout, which waits for the GPU, and copies them over
     the previous layout's. Everything else is one launch. With a tensor as the condition, such as
     features, γ and β are computed at every pixel. The network is captured again if a layout has
-    more windows than there is room for, or if another tensor has become a parameter or buffer, or a
+    more windows than there is room for, or if another tensor has become a parameter or buffer, or
+    the weight or bias of a convolution, norm or linear layer that has it as a plain attribute, or a
     module's mode or what requires gradients has changed.
 
     In eval mode nothing is differentiated. The tables of γ and β do not depend on x, so a second
@@ -88,7 +90,8 @@ class Graphed:
                 f"{[(list(own.shape), own.dtype) for own in captured.inputs]}"
             )
         captured.uses += 1  # the memory of the last call is written over from here on
-        if not (self._state == self._state_now(inputs) and self._holds(layout)):
+        is_same = self._state == self._state_now(inputs, self._given)
+        if not (is_same and self._holds(layout)):
             self._capture(layout, inputs)
             captured = self._captured
         if captured.backward is None:
@@ -110,11 +113,12 @@ class Graphed:
     def _capture(self, layout: SemanticLayout | None, inputs: Sequence[Tensor]) -> None:
         """Captures the network; if that fails, all is as before, and the next call tries again."""
         check_norms(self._modules)
-        state, is_trained = self._state_now(inputs), self.network.training
+        given = [attrgetter(name) for name, _ in named_given(self.network)]
+        state, is_trained = self._state_now(inputs, given), self.network.training
         parameters = list(self.network.parameters()) if is_trained else []
+        parameters += [get(self.network) for get in given] if is_trained else []
         own = [
-            given.detach().clone().requires_grad_(is_trained and given.requires_grad)
-            for given in inputs
+            one.detach().clone().requires_grad_(is_trained and one.requires_grad) for one in inputs
         ]
         device = own[0].device if layout is None else layout.device
         mode = "never" if layout is None else current_mode()  # features are not examined
@@ -124,7 +128,7 @@ class Graphed:
             else:
                 captured = self._captured_in_eval(layout, own)
         self._captured: Captured = captured
-        self._state, self._parameters = state, parameters
+        self._state, self._parameters, self._given = state, parameters, given
         self._written = None if layout is None else layout.content
 
     @torch.no_grad()
@@ -175,10 +179,13 @@ class Graphed:
         with self._autocast:
             return self.network(*([] if layout is None else [layout]), *inputs)
 
-    def _state_now(self, inputs):
-        """What decides whether the captured graphs still compute what the network would."""
+    def _state_now(self, inputs, given):
+        """What decides whether the captured graphs still compute what the network would. given:
+        functions that get weights that are no parameters.
+        """
         held = chain.from_iterable(map(dict.values, self._holders))
         tensors = [tensor for tensor in held if tensor is not None]
+        tensors += [get(self.network) for get in given]
         modes = list(map(attrgetter("training"), self._modules))
         places = list(map(torch.Tensor.data_ptr, tensors))
         if not self.network.training:

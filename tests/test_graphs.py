@@ -394,6 +394,34 @@ def test_what_has_changed_is_captured_again(without_gpu):
     assert_agree(found, plain(layout, z).detach(), NETWORK)
 
 
+@pytest.mark.parametrize("name", ["up.norm_0.mlp_gamma.weight", "up.conv_0.bias", "fc.weight"])
+def test_weights_that_are_no_parameters_are_captured_again(name, without_gpu):
+    """As a hypernetwork gives them, which has gradients of its own."""
+    generator, plain = trained_generator()
+    layout, z, scale = drawn_layout(8), torch.randn(2, 5), torch.ones((), requires_grad=True)
+    graphed, like = spade_fast.Graphed(generator, layout, z), plain.get_parameter(name)
+    owner, _, own = name.rpartition(".")
+
+    def images():
+        weight, made = torch.randn_like(like) * scale, []
+        for each, call in ((generator, graphed), (plain, plain)):
+            module = each.get_submodule(owner)
+            module._parameters.pop(own, None)
+            setattr(module, own, weight)
+            made.append(call(layout, z))
+        return made
+
+    for _ in range(2):
+        found = [
+            [image, *torch.autograd.grad(image.square().sum(), scale, retain_graph=True)]
+            for image in images()
+        ]
+        assert_agree_beside(*found, NETWORK)
+    generator.eval(), plain.eval()
+    for _ in range(2):
+        assert_agree(*images(), NETWORK)
+
+
 def test_a_capture_that_fails_is_tried_again(without_gpu, monkeypatch):
     generator, plain = trained_generator()
     layouts, z = [drawn_layout(patch) for patch in (16, 2)], torch.randn(2, 5)

@@ -154,12 +154,13 @@ def given_to(module: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def named_given(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    """The weights and biases that were `given_to` the convolutions and norms in a module, by name,
-    except those that hooks may have computed and those whose memory FSDP has freed. (Modules of
-    other classes may keep results as attributes.)
+    """The weights and biases that were `given_to` the convolutions, norms and linear layers in a
+    module, by name, except those that hooks may have computed and those whose memory FSDP has
+    freed. (Modules of other classes may keep results as attributes.)
     """
     for name, part in module.named_modules():
-        if type(part) in (*CONVOLUTION_TYPES, *KINDS) and not part._forward_pre_hooks:
+        known = type(part) in (*CONVOLUTION_TYPES, *KINDS, nn.Linear)
+        if known and all(isinstance(hook, MAKERS) for hook in part._forward_pre_hooks.values()):
             for own, tensor in given_to(part).items():
                 if own in ("weight", "bias") and tensor.untyped_storage().nbytes():
                     yield ".".join(filter(None, (name, own))), tensor
