@@ -38,6 +38,27 @@ def is_recorded(*tensors: torch.Tensor | None) -> bool:
     return False
 
 
+def always(condition: bool | torch.SymBool) -> bool:
+    """Whether a comparison of sizes is true; where operations are recorded, whether it is true of
+    all sizes that the graph takes. A plain `if` would restrict the graph to sizes for which the
+    answer is the same.
+
+    A size that torch.jit.trace records may be any, and torch.compile compiles again where the
+    answer changes.
+    """
+    if torch._C._get_tracing_state() is not None:
+        return False
+    if torch.compiler.is_compiling():
+        is_symbolic = torch.compiler._is_exporting_flag
+    else:
+        is_symbolic = not isinstance(condition, bool)
+    if not is_symbolic:
+        return bool(condition)
+    from torch.fx.experimental import symbolic_shapes  # takes a second, for SymPy
+
+    return symbolic_shapes.statically_known_true(condition)
+
+
 def has_values(tensor: torch.Tensor) -> bool:
     """Whether a tensor's elements lie in memory as its strides say, whatever its subclass."""
     return not tensor.is_meta and type(tensor).__torch_dispatch__ is torch.Tensor.__torch_dispatch__

@@ -129,6 +129,27 @@ def test_an_exported_graph_has_only_pytorch_operators():
     assert_agree(program.module()(x, segmap), block(x, segmap))
 
 
+@pytest.mark.parametrize("strict", [False, True])
+def test_an_exported_layer_takes_any_sizes(strict):
+    """Those of the example are equal."""
+    layer, any_size = spade_fast.SPADE(4, 3, 4).eval(), torch.export.Dim.AUTO
+    example, sizes = (torch.randn(2, 4, 8, 8), torch.randn(2, 3, 8, 8)), {2: any_size, 3: any_size}
+    program = torch.export.export(layer, example, dynamic_shapes=(sizes, sizes), strict=strict)
+    for size, given in (((8, 8), (8, 8)), ((8, 6), (16, 5)), ((5, 9), (1, 1))):
+        x, segmap = torch.randn(2, 4, *size), torch.randn(2, 3, *given)
+        assert_agree(program.module()(x, segmap), layer(x, segmap))
+
+
+def test_an_exported_encoder_takes_any_sizes():
+    """Images of the size that it works at, too, which it does not resize."""
+    encoder, any_size = spade_fast.ConvEncoder(1, 2).eval(), torch.export.Dim.AUTO
+    sizes, example = ({2: any_size, 3: any_size},), (torch.randn(1, 3, 40, 30),)
+    program = torch.export.export(encoder, example, dynamic_shapes=sizes)
+    for size in ((256, 256), (20, 256)):
+        image = torch.randn(1, 3, *size)
+        assert_agree(program.module()(image), encoder(image))
+
+
 def test_bad_input_raises_the_same_error_when_compiled():
     compiled = torch.compile(spade_fast.spade_modulate, backend="eager")
     x = torch.randn(2, 4, 5, 6)

@@ -30,6 +30,7 @@ from spade_fast.export import network, recorded
 from spade_fast.export.runs import CONVOLVE, assembled, convolve_runs
 from spade_fast.export.windows import number_again, number_tuples, number_windows
 from spade_fast.nn.spectral import converge
+from spade_fast.reference import SPADE as PublishedSPADE
 from spade_fast.reference import SPADEResnetBlock as PublishedBlock
 from spade_fast.settings import Config
 from spade_fast.training.run import GENERATOR, SETTINGS
@@ -53,15 +54,29 @@ def squares(images, size, classes, seed=0):
 
 def run(path, *inputs):
     """The first result of a written network."""
+    return loaded(path)(*inputs)
+
+
+def loaded(path):
+    """A written network: its inputs to its first result."""
     if path.suffix == ".pt2":
-        found = torch.export.load(path).module()(*inputs)
-        return found[0] if isinstance(found, tuple) else found
+        program = torch.export.load(path).module()
+
+        def of_program(*inputs):
+            found = program(*inputs)
+            return found[0] if isinstance(found, tuple) else found
+
+        return of_program
     import onnxruntime
 
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
     names = [one.name for one in session.get_inputs()]
-    given = {name: one.numpy() for name, one in zip(names, inputs, strict=True)}
-    return torch.from_numpy(session.run(None, given)[0])
+
+    def of_session(*inputs):
+        given = {name: one.numpy() for name, one in zip(names, inputs, strict=True)}
+        return torch.from_numpy(session.run(None, given)[0])
+
+    return of_session
 
 
 class Small(nn.Module):
@@ -199,7 +214,7 @@ def test_a_label_that_is_no_class_is_an_error(tmp_path):
 
 class Decoder(nn.Module):
     """Features as the condition at their own size and at twice that, as in LivePortrait's
-    decoder.
+    decoder, and x from them.
     """
 
     def __init__(self):
@@ -208,8 +223,10 @@ class Decoder(nn.Module):
             PublishedBlock(16, channels, "spadespectralinstance3x3", 5, nhidden=16)
             for channels in (16, 6)
         )
+        self.fc = nn.Conv2d(5, 16, 3, padding=1)
 
-    def forward(self, x, features):
+    def forward(self, features):
+        x = self.fc(features)
         for block in self.blocks:
             x = block(x, features)
             x = F.interpolate(x, scale_factor=2)
@@ -220,14 +237,13 @@ class Decoder(nn.Module):
 def test_features(suffix, tmp_path):
     """In another batch and at another size than the example's."""
     model, path = settled(Decoder()), tmp_path / f"decoder.{suffix}"
-    example = torch.randn(1, 16, 4, 5), torch.randn(1, 5, 4, 5)
+    example = torch.randn(1, 5, 4, 5)
     written = spade_fast.export(model, path, example, dynamic=("batch", "sizes"))
-    assert list(written.inputs) == ["x", "features"]
-    assert written.inputs["features"] == "float32 [any, 5, any, any]"
+    assert written.inputs == {"features": "float32 [any, 5, any, any]"} and not written.where
     assert written.ways["from features before their enlargement"] == 3
     assert written.ways["from features"] == 2
-    x, features = torch.randn(3, 16, 3, 7), torch.randn(3, 5, 3, 7)
-    assert_agree(run(path, x, features), model(x, features))
+    features = torch.randn(3, 5, 3, 7)
+    assert_agree(run(path, features), model(features))
     if suffix == "onnx":  # in ONNX Runtime's layout: norms of 16 channels, and hidden maps
         import onnx
 
@@ -235,6 +251,104 @@ def test_features(suffix, tmp_path):
         pooled = {node.input[0] for node in nodes if node.op_type == "MaxPool"}
         makers = [node.op_type for node in nodes if pooled & set(node.output)]
         assert sorted(makers) == ["InstanceNormalization"] * 3 + ["Transpose"] * 3
+
+
+ANY_SIZE = ["batch", "sizes"]
+SIZES = (  # of x and of its condition
+    ((8, 8), (8, 8)),
+    ((8, 6), (8, 1)),
+    ((8, 8), (1, 1)),
+    ((5, 9), (10, 7)),
+    ((94, 1), (8, 3)),  # ONNX Runtime's Resize takes other pixels
+)
+
+
+@pytest.mark.parametrize(
+    ("kind", "given", "suffix"),
+    [
+        ("features", 8, "pt2"),
+        ("features", 4, "pt2"),
+        ("windows", 8, "pt2"),
+        pytest.param("features", 8, "onnx", marks=needs_onnx),
+        pytest.param("labels", 8, "onnx", marks=needs_onnx),
+        pytest.param("windows", 4, "onnx", marks=needs_onnx),
+    ],
+)
+def test_any_sizes(given, suffix, kind, tmp_path, monkeypatch):
+    """Whatever the example's ratio."""
+    monkeypatch.setattr(network, "WINDOWS_FROM", 1)
+    model, path = settled(PublishedSPADE(4, 3)), tmp_path / f"layer.{suffix}"
+    layout = layout_of(1, (given, given), 3)
+    example = torch.randn(1, 4, 8, 8), layout.to_segmap() if kind == "features" else layout
+    written = spade_fast.export(model, path, example, windows=kind == "windows", dynamic=ANY_SIZE)
+    assert not written.where and "any, any]" in list(written.inputs.values())[1]
+    take = loaded(path)
+    for size, of_condition in SIZES:
+        x, layout = torch.randn(2, 4, *size), layout_of(2, of_condition, 3)
+        segmap = layout.to_segmap()
+        found = take(x, segmap if kind == "features" else layout.codes.long())
+        assert_agree(found, model(x, segmap), 64)
+
+
+class Relates(nn.Module):
+    """Its code asks for sizes, and does something else for others."""
+
+    def __init__(self, asks):
+        super().__init__()
+        self.asks, self.norm = asks, SPADE(4, 3, 4)
+
+    def forward(self, x, segmap):
+        return self.norm(x, segmap) if self.asks(x.shape[2], segmap.shape[2]) else x
+
+
+@pytest.mark.parametrize(
+    ("asks", "where"),
+    [
+        (lambda x, segmap: x == 2 * segmap, "x.shape[2] == (2*segmap.shape[2])"),
+        (lambda x, segmap: x % 2 == 0, "(x.shape[2] % 2) == 0"),
+        (lambda x, segmap: x < 20, "x.shape[2] < 20"),
+    ],
+)
+def test_sizes_that_the_network_relates_are_described(asks, where, tmp_path):
+    path, example = tmp_path / "model.pt2", (torch.randn(1, 4, 8, 8), torch.randn(1, 3, 4, 4))
+    written = spade_fast.export(Relates(asks), path, example, dynamic=ANY_SIZE)
+    assert written.where == [where] and f"where {where}\n" in str(written)
+    assert written.inputs["x"] == "float32 [any, 4, some, any]"
+
+
+class FailsAtOthers(nn.Module):
+    def __init__(self, fails):
+        super().__init__()
+        self.fails, self.norm = fails, SPADE(4, 3, 4)
+
+    def forward(self, x, segmap):
+        if torch.compiler.is_compiling():
+            return self.norm(x, segmap)
+        if int(x.shape[2]) == 8:
+            return self.norm(x, segmap)
+        if self.fails:
+            raise ValueError("x should have 8 rows")
+        return 2 * self.norm(x, segmap)
+
+
+@pytest.mark.parametrize(
+    ("fails", "message"),
+    [(True, "(ValueError: x should have 8 rows)"), (False, "or at other sizes, the two differ")],
+)
+def test_what_is_written_is_tried_at_other_sizes(fails, message, tmp_path):
+    example = torch.randn(1, 4, 8, 8), torch.randn(1, 3, 8, 8)
+    path = tmp_path / "model.pt2"
+    found = refusal(spade_fast.export, FailsAtOthers(fails), path, example, dynamic=ANY_SIZE)
+    assert message in found and not path.exists()
+
+
+@needs_onnx
+def test_sizes_that_are_fixed_need_no_resizing(tmp_path):
+    import onnx
+
+    path, example = tmp_path / "layer.onnx", (torch.randn(1, 4, 8, 8), torch.randn(1, 3, 8, 8))
+    spade_fast.export(SPADE(4, 3, 4), path, example)
+    assert not {"Resize", "Gather"} & {node.op_type for node in onnx.load(path).graph.node}
 
 
 class Followed(nn.Module):

@@ -72,13 +72,13 @@ def convert(model: nn.Module, *, probe: bool = True, blocks: bool = True) -> Rep
         The Report. `revert(model)` undoes the conversion.
 
     Raises:
-        TypeError: if the model is not a module, or is scripted or compiled.
+        TypeError: if the model is not a module, or is scripted, traced or compiled.
     """
     check_module("model", model)
     if isinstance(model, torch.jit.ScriptModule):
         raise TypeError(
-            "model is scripted, so its forward is fixed; convert it before torch.jit.script or"
-            " torch.jit.trace"
+            "model is scripted or traced, so its forward is fixed; it should be the module before"
+            " that. torch.jit.trace takes a converted module, torch.jit.script does not"
         )
     if hasattr(model, "_orig_mod"):
         raise TypeError("model is compiled; convert it before torch.compile")

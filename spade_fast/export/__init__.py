@@ -10,7 +10,7 @@ is folded, and so are the running statistics of batch norms.
 
 import inspect
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -30,7 +30,14 @@ from .files import (
     write_package,
     write_program,
 )
-from .network import Labels, Network, network_of, ways_of
+from .network import Itself, Labels, Network, network_of, ways_of
+from .sizes import (
+    conditions_of,
+    other_inputs,
+    placeholders,
+    shapes_of_inputs,
+    shapes_of_outputs,
+)
 
 __all__ = ["Written", "export"]
 
@@ -40,21 +47,26 @@ DYNAMIC = ("batch", "sizes")
 # The largest difference from the model's own result, relative to its largest value.
 AGREES = {torch.float64: 1e-8, torch.float32: 1e-4}
 AGREES_IN_HALF = 2e-2
+MOST_LINES = 8  # of conditions that a description shows
 
 
 class Written(NamedTuple):
     """What `export` wrote.
 
-    inputs, outputs: dtype and shape by name, in the network's order.
+    inputs, outputs: dtype and shape by name, in the network's order. A size that may differ from
+        the example's is "any", or "some" if `where` says which.
+    where: what is true of the sizes of all inputs that it takes, such as "x.shape[2] ==
+        segmap.shape[2]", because the network needs it or asked it of the example's sizes.
     ways: how many SPADEs compute γ and β in each way.
-    difference: the largest difference from the model's own result on the example, relative to its
-        largest value.
+    difference: the largest difference from the model's own result, relative to its largest value:
+        on the example, and with dynamic sizes on one of other sizes.
     measured_in: where: "ONNX Runtime", "AOTInductor" or "PyTorch".
     """
 
     path: Path
     inputs: dict[str, str]
     outputs: dict[str, str]
+    where: list[str]
     ways: dict[str, int]
     difference: float
     measured_in: str
@@ -63,6 +75,9 @@ class Written(NamedTuple):
         lines = [f"{self.path} is written."]
         lines += [f"input {name}: {of}" for name, of in self.inputs.items()]
         lines += [f"output {name}: {of}" for name, of in self.outputs.items()]
+        lines += [f"where {condition}" for condition in self.where[:MOST_LINES]]
+        if len(self.where) > MOST_LINES:
+            lines.append(f"and {len(self.where) - MOST_LINES} more conditions: see where")
         ways = [f"SPADEs {way}: {count}" for way, count in self.ways.items() if count]
         lines += ways or ["no SPADE was found: the network is as torch.export records it"]
         where = self.measured_in
@@ -110,7 +125,8 @@ def export(
         dont_care: the label that stands for the last class, "don't care"; None: there is none.
         label_shift: added to any other label to get its class.
         dynamic: what may differ from the example: "batch", the number of images; "sizes", the
-            spatial sizes, where the network itself does not fix them.
+            spatial sizes, where the network itself does not fix them. It may relate them to each
+            other: see `Written`.
 
     Returns:
         A description of what was written, which the file has in its metadata, too.
@@ -118,7 +134,7 @@ def export(
     Raises:
         ValueError, TypeError: an argument is not as described above; the network cannot be recorded
             or takes no label maps; or what was recorded does not compute what the model computes on
-            the example. Nothing is written then.
+            the example or, with dynamic sizes, on one of other sizes. Nothing is written then.
         RuntimeError: AOTInductor cannot compile it, for example for lack of a C++ compiler.
         ModuleNotFoundError: ONNX needs the packages onnx and onnxscript.
         OSError: the file cannot be written.
@@ -141,7 +157,9 @@ def export(
             "windows is True; for AOTInductor it should be False: the compiler of PyTorch 2.13"
             " computes wrong sums for a number of windows that depends on the labels"
         )
-    settings = {"any_size": "sizes" in varies, "kernels": kind == "aoti"}
+    any_size = "sizes" in varies
+    settings = {"any_size": any_size, "kernels": kind == "aoti"}
+    settings["gathers"] = any_size and kind == "onnx"
     network, inputs, truth = network_of(model, arguments, labels, windows, **settings)
     difference = compare(truth, result_of(network, inputs))
     names = names_of_inputs(model, arguments, labels)
@@ -150,10 +168,16 @@ def export(
     if len(outputs) > 1:
         of_outputs = [f"output_{number}" for number in range(len(outputs))]
     program = recorded(network, inputs, names, varies)
+    trials = [Trial(inputs, truth)]
+    if any_size:
+        other, apart = trial_of_other_sizes(program, inputs, Itself(model, network, labels))
+        trials, difference = [*trials, other], max(difference, apart)
+    where = conditions_of(program, names)
     found = Written(
         path,
-        dict(zip(names, shapes_of(program, program.graph_signature.user_inputs))),
-        dict(zip(of_outputs, shapes_of(program, program.graph_signature.user_outputs))),
+        shapes_of_inputs(program, names, where),
+        shapes_of_outputs(program, of_outputs),
+        where,
         ways_of(network),
         difference,
         "PyTorch",
@@ -163,6 +187,7 @@ def export(
         "model": type(model).__name__,
         "inputs": found.inputs,
         "outputs": found.outputs,
+        "where": found.where,
         "spades": found.ways,
     }
     if labels is not None:
@@ -172,14 +197,14 @@ def export(
         return found
     measured: list[float] = []
 
-    def check(results: Any) -> None:
-        measured.append(compare(truth, results))
+    def check(run: Callable[[Sequence[torch.Tensor]], Any]) -> None:
+        measured.extend(compare(trial.truth, run(trial.inputs)) for trial in trials)
 
     if kind == "aoti":
-        write_package(program, path, description, inputs, check)
-        return found._replace(difference=measured[0], measured_in="AOTInductor")
+        write_package(program, path, description, check)
+        return found._replace(difference=max(measured), measured_in="AOTInductor")
     ran = write_onnx(as_onnx(program, names, of_outputs), path, description, inputs, check)
-    return found._replace(difference=measured[0], measured_in="ONNX Runtime") if ran else found
+    return found._replace(difference=max(measured), measured_in="ONNX Runtime") if ran else found
 
 
 def format_of(path: Path, to: str | None) -> str:
@@ -297,18 +322,60 @@ def compare(truth: Any, found: Any) -> float:
     for one, other in pairs:
         if not isinstance(one, torch.Tensor):
             continue
+        if one.shape != other.shape:
+            raise ValueError(
+                f"model returns the shape {list(one.shape)}, and what is to be exported"
+                f" {list(other.shape)}; give the condition as a tensor, or use torch.onnx.export"
+            )
         largest = one.abs().max().item() if one.numel() else 0.0
         apart = (one.cpu().double() - other.cpu().double()).abs()
         worst = max(worst, apart.max().item() / (largest or 1.0) if apart.numel() else 0.0)
         # Written so that NaN does not agree.
         if not worst <= AGREES.get(one.dtype, AGREES_IN_HALF):
             raise ValueError(
-                "model does not compute the same in the form to be exported: on the example the"
-                f" two differ by {worst:.1e} of the largest value. It may draw random numbers, or"
-                " treat its condition in a way that is not known here: give the condition as a"
-                " tensor, or use torch.onnx.export"
+                "model does not compute the same in the form to be exported: on the example, or at"
+                f" other sizes, the two differ by {worst:.1e} of the largest value. It may draw"
+                " random numbers, or treat its condition in a way that is not known here: give the"
+                " condition as a tensor, or use torch.onnx.export"
             )
     return worst
+
+
+class Trial(NamedTuple):
+    """Inputs of the network, and what the model itself makes of them."""
+
+    inputs: Sequence[torch.Tensor]
+    truth: Any
+
+
+def trial_of_other_sizes(
+    program: torch.export.ExportedProgram, inputs: Sequence[torch.Tensor], itself: Itself
+) -> tuple[Trial, float]:
+    """Inputs at other sizes than the example's, and the program's difference from the model there.
+    Errors: ValueError if there are none that both take, or the two differ.
+    """
+    run, reason = program.module(), ""
+    for others in other_inputs(program, inputs):
+        try:
+            truth = itself.run(others)
+        except Exception as error:  # of any type, from the model's own forward
+            reason = f"{type(error).__name__}: {error}"
+            continue
+        try:
+            found = run(*others)
+        except AssertionError as error:  # they are not as `conditions_of` describes
+            reason = str(error)
+            continue
+        except Exception as error:
+            raise ValueError(
+                "what was recorded of the model fails at other sizes, which the model takes;"
+                f" dynamic should be without 'sizes' ({type(error).__name__}: {error})"
+            ) from error
+        return Trial(others, truth), compare(truth, found)
+    raise ValueError(
+        "model and what was recorded of it take none of the other sizes that were tried; dynamic"
+        f" should be without 'sizes' ({reason})"
+    )
 
 
 def recorded(
@@ -352,22 +419,3 @@ def recorded(
                 f" without {'batch' if fixed[0] == 0 else 'sizes'!r}"
             )
     return program
-
-
-def placeholders(program: torch.export.ExportedProgram) -> list[torch.fx.Node]:
-    wanted = program.graph_signature.user_inputs
-    return [
-        node for node in program.graph.nodes if node.op == "placeholder" and node.name in wanted
-    ]
-
-
-def shapes_of(program: torch.export.ExportedProgram, names: Sequence[Any]) -> list[str]:
-    """dtype and shape in words, of the nodes with these names."""
-    nodes = {node.name: node for node in program.graph.nodes}
-    found = []
-    for name in names:
-        value = nodes[name].meta["val"]
-        dtype = str(value.dtype).removeprefix("torch.")
-        sizes = [size if size.isdigit() else "any" for size in map(str, value.shape)]
-        found.append(f"{dtype} [{', '.join(sizes)}]")
-    return found

@@ -16,6 +16,7 @@ import torch
 from ..writing import written
 
 PACKAGE = __name__.partition(".")[0]  # also the key of the description in a file's metadata
+Run = Callable[[Sequence[torch.Tensor]], Any]  # the inputs of a network to its results
 MOST_BYTES = 2**31 - 1  # of an ONNX file
 POINTWISE = ("LeakyRelu", "Relu", "Sigmoid")  # with a single input
 # What ONNX Runtime computes in the usual memory layout, beside convolutions.
@@ -52,11 +53,10 @@ def write_package(
     program: torch.export.ExportedProgram,
     path: Path,
     description: Mapping[str, Any],
-    inputs: Sequence[torch.Tensor],
-    check: Callable[[Any], None],
+    check: Callable[[Run], None],
 ) -> None:
-    """Compiles a program with AOTInductor, runs it on the inputs, and writes it if `check` accepts
-    its results. Errors: RuntimeError if it cannot be compiled.
+    """Compiles a program with AOTInductor, and writes it if `check`, which may run it, accepts it.
+    Errors: RuntimeError if it cannot be compiled.
     """
     settings = {"aot_inductor.metadata": {PACKAGE: json.dumps(description)}}
     with written(path) as unfinished:
@@ -68,7 +68,8 @@ def write_package(
         except Exception as error:  # of many types
             reason = str(error).strip().partition("\n")[0] or type(error).__name__
             raise RuntimeError(f"AOTInductor cannot compile the network: {reason}") from error
-        check(torch._inductor.aoti_load_package(str(unfinished))(*inputs))
+        package = torch._inductor.aoti_load_package(str(unfinished))
+        check(lambda inputs: package(*inputs))
 
 
 def as_onnx(
@@ -141,10 +142,10 @@ def write_onnx(
     path: Path,
     description: Mapping[str, Any],
     inputs: Sequence[torch.Tensor],
-    check: Callable[[Any], None],
+    check: Callable[[Run], None],
 ) -> bool:
-    """Writes what `as_onnx` returns. Where ONNX Runtime is installed, it first runs on the inputs,
-    and `check` gets its results. Returns whether it ran.
+    """Writes what `as_onnx` returns. Where ONNX Runtime can run it on inputs like these, `check`
+    runs it first. Returns whether it did.
 
     Errors: ValueError if the file would be larger than ONNX allows.
     """
@@ -159,17 +160,17 @@ def write_onnx(
             " write it as .pt2"
         )
     content = model.SerializeToString()
-    results = run_onnx(content, inputs)
-    if results is not None:
-        check(results)
+    run = in_onnx_runtime(content, inputs)
+    if run is not None:
+        check(run)
     with written(path) as unfinished:
         unfinished.write_bytes(content)
-    return results is not None
+    return run is not None
 
 
-def run_onnx(content: bytes, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor] | None:
-    """The results of a network in ONNX Runtime; None if it is not installed, or not for float32,
-    in which alone it has all operators on a CPU.
+def in_onnx_runtime(content: bytes, inputs: Sequence[torch.Tensor]) -> Run | None:
+    """Runs a network in ONNX Runtime; None if it is not installed, or the inputs are not of
+    float32, in which alone it has all operators on a CPU.
     """
     try:
         import onnxruntime
@@ -182,8 +183,12 @@ def run_onnx(content: bytes, inputs: Sequence[torch.Tensor]) -> list[torch.Tenso
     options.intra_op_num_threads = torch.get_num_threads()
     session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
     names = [one.name for one in session.get_inputs()]
-    given = {name: one.cpu().numpy() for name, one in zip(names, inputs, strict=True)}
-    return [torch.from_numpy(one) for one in session.run(None, given)]
+
+    def run(inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        given = {name: one.cpu().numpy() for name, one in zip(names, inputs, strict=True)}
+        return [torch.from_numpy(one) for one in session.run(None, given)]
+
+    return run
 
 
 @contextlib.contextmanager

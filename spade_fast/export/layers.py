@@ -28,9 +28,10 @@ from ..nn.modules import (
     keeps_size,
 )
 from ..nn.parts import Convolutions, HasParts, Known
-from ..nn.pixels import resize
+from ..nn.pixels import resize, same_size
 from ..nn.spade import measures
 from ..ops import norms
+from ..recording import always
 from .runs import CONVOLVE, assembled, convolve_runs
 from .windows import number_again, number_windows
 
@@ -51,10 +52,12 @@ class Shared:
     """What the SPADEs of one network share within a call.
 
     kernels: whether they modulate by an operator of this package, which takes γ and β of pixels.
+    gathers: whether features are resized by an index, instead of `F.interpolate`: at some sizes,
+        as from 8 to 376 pixels, ONNX Runtime's own operator takes other pixels.
     """
 
-    def __init__(self, kernels: bool = False) -> None:
-        self.kernels = kernels
+    def __init__(self, kernels: bool = False, gathers: bool = False) -> None:
+        self.kernels, self.gathers = kernels, gathers
         self.kept: dict[tuple, Any] = {}
 
     def get(self, key: tuple, of: torch.Tensor, make: Callable[[], Any]) -> Any:
@@ -137,20 +140,21 @@ def rows_of_codes(weight: torch.Tensor, palette: torch.Tensor) -> list[torch.Ten
     return [palette @ tap.t() for tap in weight.detach().flatten(2).unbind(2)]
 
 
-def resized(codes: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
-    """codes [N, *spatial] at another size, from the pixels that `F.interpolate(mode="nearest")`
+def resized(x: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
+    """A map [..., *spatial] at another size, from the pixels that `F.interpolate(mode="nearest")`
     takes.
     """
-    for dim, (given, wanted) in enumerate(zip(codes.shape[1:], size), start=1):
-        if given == wanted:
+    first = x.dim() - len(size)
+    for dim, (given, wanted) in enumerate(zip(x.shape[first:], size), start=first):
+        if always(given == wanted):
             continue
-        if given % wanted == 0:
-            codes = codes[(slice(None),) * dim + (slice(None, None, given // wanted),)]
+        if always(given % wanted == 0):
+            x = x[(slice(None),) * dim + (slice(None, None, given // wanted),)]
             continue
-        places = torch.arange(wanted, dtype=torch.float32, device=codes.device)
+        places = torch.arange(wanted, dtype=torch.float32, device=x.device)
         places = (places * (given / wanted)).floor().long().clamp(max=given - 1)
-        codes = codes.index_select(dim, places)
-    return codes
+        x = x.index_select(dim, places)
+    return x
 
 
 class Standing(nn.Module):
@@ -253,15 +257,21 @@ class OfFeatures(Standing):
 
     SPADEs of one size could share that convolution, but it would be as much work, and its result
     would leave the memory layout that ONNX Runtime has for convolutions, in order to be split.
+
+    enlarges: whether that is so in the latest call. With any sizes it is so only where the network
+        itself makes the size of x from that of the features.
     """
+
+    enlarges = False
 
     def see(self, condition: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
         factor = self.seen.factor
-        if any(given * factor != wanted for given, wanted in zip(condition.shape[2:], size)):
-            factor = 1
-        if factor == 1:
+        enlarged = [length * factor for length in condition.shape[2:]]
+        self.enlarges = factor > 1 and same_size(enlarged, size)
+        if not self.enlarges:
             key = ("resized", *map(str, size))
-            condition = self.shared.get(key, condition, lambda: resize(condition, size))
+            own = resized if self.shared.gathers else resize
+            condition = self.shared.get(key, condition, lambda: own(condition, size))
             return self.activations(self.first(condition))
         parts = convolve_runs(condition, factor, self.first.weight, bias_of(self.first))
         return assembled([self.activations(part) for part in parts], factor, self.taps)

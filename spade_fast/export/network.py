@@ -125,28 +125,36 @@ def edges_of(instances: torch.Tensor) -> torch.Tensor:
     return edges.clamp(max=1)
 
 
+def arguments_of(
+    places: Sequence[Any], inputs: Sequence[torch.Tensor], condition: Any
+) -> list[Any]:
+    """A model's arguments: the inputs in their places, and in that of label maps what `condition`
+    makes of them.
+    """
+    tensors = sum(place is TENSOR for place in places)
+    waiting, arguments = list(inputs), []
+    for place in places:
+        if place is LABELS:
+            count = len(inputs) - tensors
+            arguments.append(condition(*waiting[:count]))
+            waiting = waiting[count:]
+        else:
+            arguments.append(waiting.pop(0) if place is TENSOR else place)
+    return arguments
+
+
 class Network(nn.Module):
     """The whole network: its inputs to the model's arguments to the model's result."""
 
     def __init__(
-        self, model: nn.Module, places: Sequence[Any], codes: Codes | None, kernels: bool
+        self, model: nn.Module, places: Sequence[Any], codes: Codes | None, shared: Shared
     ) -> None:
         super().__init__()
-        self.model, self.places, self.codes = model, places, codes
-        self.shared = Shared(kernels)
+        self.model, self.places, self.codes, self.shared = model, places, codes, shared
 
     def forward(self, *inputs: torch.Tensor) -> Any:
-        waiting, arguments = list(inputs), []
-        for place in self.places:
-            if place is LABELS:
-                assert self.codes is not None
-                count = 1 + self.codes.labels.instances
-                arguments.append(self.codes(*waiting[:count]))
-                waiting = waiting[count:]
-            else:
-                arguments.append(waiting.pop(0) if place is TENSOR else place)
         self.shared.kept.clear()
-        result = self.model(*arguments)
+        result = self.model(*arguments_of(self.places, inputs, self.codes))
         self.shared.kept.clear()
         return result
 
@@ -160,6 +168,23 @@ class Network(nn.Module):
         return result
 
 
+class Itself:
+    """The model itself in eval mode, which takes the inputs of its network."""
+
+    def __init__(self, model: nn.Module, network: Network, labels: Labels | None) -> None:
+        self.model, self.places, self.labels = copy_of(model).eval(), network.places, labels
+
+    def run(self, inputs: Sequence[torch.Tensor]) -> Any:
+        """The model's own result."""
+        with torch.no_grad(), window_mode("never"):
+            return self.model(*arguments_of(self.places, inputs, self.condition))
+
+    def condition(self, *maps: torch.Tensor) -> torch.Tensor:
+        """The condition that label maps stand for."""
+        assert self.labels is not None
+        return self.labels.condition(maps).to(next(self.model.parameters()))
+
+
 def network_of(
     model: nn.Module,
     arguments: Sequence[Any],
@@ -167,12 +192,13 @@ def network_of(
     windows: bool,
     any_size: bool = False,
     kernels: bool = False,
+    gathers: bool = False,
 ) -> tuple[Network, list[torch.Tensor], Any]:
     """The network to export, its inputs for this example, and the model's own result.
 
     arguments: the model's; a SemanticLayout stands for label maps, as `labels` describes.
     any_size: whether sizes may differ from the example's.
-    kernels: whether SPADEs modulate by this package's operators, instead of standard ones.
+    kernels, gathers: see `Shared`.
     """
     places: list[Any] = []
     inputs: list[torch.Tensor] = []
@@ -192,7 +218,7 @@ def network_of(
             given.append(argument)
             inputs += [argument] if is_tensor else []
     codes = None if labels is None else Codes(labels).to(like.device)
-    network = Network(own, places, codes, kernels)
+    network = Network(own, places, codes, Shared(kernels, gathers))
     with torch.no_grad():
         truth, seen, follow = watched(own, given)
         if any_size:
@@ -381,5 +407,5 @@ def way_of(spade: nn.Module) -> str:
     if isinstance(spade, OfLabels):
         return WAYS[0] if spade.windows else WAYS[1]
     if isinstance(spade, OfFeatures):
-        return WAYS[2] if spade.seen.factor > 1 else WAYS[3]
+        return WAYS[2] if spade.enlarges else WAYS[3]
     return WAYS[4]

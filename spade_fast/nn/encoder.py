@@ -14,6 +14,7 @@ from ..arguments import whole_number
 from .arguments import remember
 from .modules import check_dtype, first_weight
 from .normalised import NormalisedConvolution
+from .pixels import same_size
 
 SIZE = 256  # every image is resized to this first, because the linear layers fit no other size
 
@@ -61,7 +62,7 @@ class ConvEncoder(nn.Module):
             raise ValueError(f"image is {shape}; it should be a tensor [N, {channels}, H, W]")
         check_dtype("image", image, first_weight(self.layer1))
         x = image
-        if x.shape[2:] != (SIZE, SIZE):
+        if not same_size(x.shape[2:], (SIZE, SIZE)):
             x = F.interpolate(x, size=(SIZE, SIZE), mode="bilinear")
         for layer in list(self.children())[:-2]:
             x = layer(x)

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from ..kernels.contract import is_channels_last
 from ..layout import SemanticLayout
-from ..recording import is_recorded, may_overwrite
+from ..recording import always, is_recorded, may_overwrite
 from .modules import (
     CONVOLUTIONS,
     POINTWISE,
@@ -133,7 +133,7 @@ def resize(segmap: torch.Tensor, size: Sequence[int], apart: bool = False) -> to
         first, others = segmap.split([1, given[0] - 1], dim=2)
         parts = resize(first, (1, *size[1:])), resize(others, (size[0] - 1, *size[1:]))
         return torch.cat(parts, dim=2)
-    if given == tuple(size) and torch._C._get_tracing_state() is None:  # a trace would fix the size
+    if same_size(given, size):
         return segmap
     if not is_recorded(segmap) and all(
         length and wanted and length % wanted == 0 for length, wanted in zip(given, size)
@@ -142,6 +142,12 @@ def resize(segmap: torch.Tensor, size: Sequence[int], apart: bool = False) -> to
         everything = [slice(None)] * 2
         return segmap[tuple(everything + steps)]
     return F.interpolate(segmap, size=tuple(size), mode="nearest")
+
+
+def same_size(given: Sequence[int], size: Sequence[int]) -> bool:
+    """Whether two sizes are the same, in a recorded graph always."""
+    lengths = zip(given, size)
+    return len(given) == len(size) and all(always(length == wanted) for length, wanted in lengths)
 
 
 def has_first_apart(size: Sequence[int]) -> bool:
