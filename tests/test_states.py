@@ -3,11 +3,18 @@ initial zeros, sizes.
 """
 
 import argparse
+import collections
 import copy
+import dataclasses
+import functools
 import gc
+import queue
+import random
+import threading
 import weakref
 
 import families
+import numpy as np
 import pytest
 import torch
 import torch.nn as nn
@@ -15,7 +22,7 @@ from agree import assert_agree
 from twins import assert_same_calls, dense_map, label_map, pictures
 
 import spade_fast
-from spade_fast.convert.swap import Fast, views_of_marks
+from spade_fast.convert.swap import Fast, FastSPADE, views_of_marks
 from spade_fast.nn.unchanged import NAME
 
 
@@ -411,6 +418,253 @@ SEEN = {
 }
 
 
+class Options:
+    def __init__(self, strength=1.0):
+        self.strength = strength
+
+    def read(self):
+        return self.strength
+
+
+class Slotted:
+    __slots__ = ("strength", "unset")
+
+    def __init__(self):
+        self.strength = 1.0
+
+
+@dataclasses.dataclass
+class Configuration:
+    strength: float = 1.0
+
+
+class Named(dict):
+    """Its keys are attributes as well."""
+
+    __setattr__ = dict.__setitem__
+
+    def __getattr__(self, name):
+        if name in self:
+            return self[name]
+        raise AttributeError(name)
+
+
+class Described(list):
+    """It has attributes, and hides what it contains."""
+
+    def __iter__(self):
+        return iter(())
+
+    def __deepcopy__(self, memo):
+        return described(*list.__iter__(self))
+
+
+class Pair(collections.namedtuple("Pair", "first second")):
+    pass
+
+
+class Parent(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.options, self.scale = Options(), nn.Parameter(torch.ones(()))
+
+
+def with_itself(options):
+    options.itself = [options]
+    return options
+
+
+def described(*contents):
+    made = Described(contents)
+    made.strength = 1.0
+    return made
+
+
+def set_strength_of(held):
+    held.strength = 0.0
+
+
+def first(held):
+    return float(held[0])
+
+
+def set_first(held):
+    held[0] = 0
+
+
+# What an attribute holds, how its strength is read, and how that is changed.
+OBJECTS = {
+    "an object": (Options, lambda held: held.strength, set_strength_of),
+    "an object in an object": (
+        lambda: Options(Options()),
+        lambda held: held.strength.strength,
+        lambda held: set_strength_of(held.strength),
+    ),
+    "an object in a list": (
+        lambda: [Options()],
+        lambda held: held[0].strength,
+        lambda held: set_strength_of(held[0]),
+    ),
+    "an object in itself": (
+        lambda: with_itself(Options()),
+        lambda held: held.itself[0].strength,
+        set_strength_of,
+    ),
+    "an attribute of an object that was not there": (
+        Options,
+        lambda held: float(not hasattr(held, "off")),
+        lambda held: setattr(held, "off", True),
+    ),
+    "an object's class": (
+        Options,
+        lambda held: float(type(held) is Options),
+        lambda held: setattr(held, "__class__", type("Others", (Options,), {})),
+    ),
+    "slots": (Slotted, lambda held: held.strength, set_strength_of),
+    "a slot that was not set": (
+        Slotted,
+        lambda held: float(not hasattr(held, "unset")),
+        lambda held: setattr(held, "unset", None),
+    ),
+    "a dataclass": (Configuration, lambda held: held.strength, set_strength_of),
+    "a class of dictionaries": (
+        lambda: Named(strength=1.0),
+        lambda held: held.strength,
+        set_strength_of,
+    ),
+    "an ordered dictionary": (
+        lambda: collections.OrderedDict(strength=1.0),
+        lambda held: held["strength"],
+        lambda held: held.update(strength=0.0),
+    ),
+    "an ordered dictionary's order": (
+        lambda: collections.OrderedDict(first=1.0, second=0.0),
+        lambda held: next(iter(held.values())),
+        lambda held: held.move_to_end("first"),
+    ),
+    "a dictionary's default": (
+        lambda: collections.defaultdict(int),
+        lambda held: float(held.default_factory is int),
+        lambda held: setattr(held, "default_factory", float),
+    ),
+    "a set": (lambda: {"on"}, lambda held: float("on" in held), lambda held: held.clear()),
+    "a deque": (lambda: collections.deque([1.0]), first, set_first),
+    "a class of lists": (lambda: described(1.0), first, set_first),
+    "an attribute of a list": (described, lambda held: held.strength, set_strength_of),
+    "a list in a named tuple": (
+        lambda: Pair([1.0], 0.0),
+        lambda held: held.first[0],
+        lambda held: set_first(held.first),
+    ),
+    "an array": (lambda: np.ones(1), first, set_first),
+    "an array's shape": (
+        lambda: np.ones((1, 2)),
+        lambda held: float(held.shape[0] == 1),
+        lambda held: setattr(held, "shape", (2, 1)),
+    ),
+    "bytes": (lambda: bytearray(b"\1"), first, set_first),
+    "a method's object": (
+        lambda: Options().read,
+        lambda held: held(),
+        lambda held: set_strength_of(held.__self__),
+    ),
+    "a builtin method's object": (
+        lambda: [1.0].count,
+        lambda held: float(held(1.0)),
+        lambda held: held.__self__.clear(),
+    ),
+    "a partial function's arguments": (
+        lambda: functools.partial(getattr, Options(), "strength"),
+        lambda held: held(),
+        lambda held: set_strength_of(held.args[0]),
+    ),
+    "another module": (
+        lambda: (Parent(),),
+        lambda held: held[0].options.strength,
+        lambda held: set_strength_of(held[0].options),
+    ),
+    "another module's mode": (
+        lambda: (Parent(),),
+        lambda held: float(held[0].training),
+        lambda held: held[0].eval(),
+    ),
+    "another module's parameter": (
+        lambda: (Parent().requires_grad_(False),),
+        lambda held: held[0].scale,
+        lambda held: held[0].scale.zero_(),
+    ),
+}
+
+
+def held_by(name):
+    make, read, change = OBJECTS[name]
+    return reads(
+        lambda self: read(self.held),
+        lambda module: setattr(module, "held", make()),
+        lambda module: change(module.held),
+    )
+
+
+SEEN |= {name: held_by(name) for name in OBJECTS}
+
+
+@pytest.mark.parametrize("what", OBJECTS)
+def test_objects_that_stay_as_they_are_leave_a_layer_fast(what, monkeypatch):
+    make, change = SEEN[what]
+    model, own = both(make)
+    twin, fast, compute = copy.deepcopy(model), [], FastSPADE._fast
+    monkeypatch.setattr(FastSPADE, "_fast", lambda *given: fast.append(1) or compute(*given))
+    for module in (model, model, twin):
+        assert_same_calls(call, module, own, pictures(), label_map())
+    assert len(fast) == 3 and is_known_unchanged(model) and is_known_unchanged(twin)
+    for module in (model, twin, own):
+        change(module)
+    for module in (model, twin):
+        assert_same_calls(call, module, own, pictures(), label_map())
+    assert len(fast) == 3
+
+
+class Synchronised(nn.BatchNorm2d):
+    """As its published twin holds what gathers statistics: an object that calls it, with a lock."""
+
+    def __init__(self, channels):
+        super().__init__(channels, affine=False)
+        self.master = Options(self.gather)
+        self.master.queue, self.master.lock = queue.Queue(), threading.Lock()
+
+    def gather(self, statistics):
+        return statistics
+
+
+def test_objects_that_refer_to_their_layer_leave_it_fast():
+    layer = families.Layer(Synchronised(8)).double()
+    layer.held = {"layer": layer, "shared": layer.mlp_shared[0], "activation": layer.forward}
+    assert spade_fast.convert(layer)[0].converted
+    for _ in range(2):
+        layer(pictures(), label_map()).sum().backward()
+        torch.optim.SGD(layer.parameters(), 0.01).step()
+        assert layer._is_proved(pictures(), label_map()) and is_known_unchanged(layer)
+
+
+@pytest.mark.parametrize(
+    "value,kind",
+    [
+        (random.Random(0), "Random"),
+        (torch.Generator(), "Generator"),
+        (iter([1]), "list_iterator"),
+        (np.array([[]], dtype=object), "an array of objects"),
+        (np.array("2000-01-01", dtype="datetime64"), "an array of other than numbers"),
+    ],
+)
+def test_attributes_that_cannot_be_watched(value, kind):
+    for held in (value, Options([value])):
+        layer = families.Layer()
+        layer.held = held
+        (entry,) = spade_fast.convert(layer)
+        assert not entry.converted
+        assert entry.reason == f"attributes hold what cannot be watched ({kind}): held"
+
+
 @pytest.mark.parametrize("what", SEEN)
 def test_changes_between_calls(what):
     """Without a probe; the first call is before the change."""
@@ -446,7 +700,15 @@ def nested(depth):
 
 
 @pytest.mark.parametrize(
-    "value", [list(range(10**6)), dict.fromkeys(range(600)), [[0] * 600, [1] * 600]]
+    "value",
+    [
+        list(range(10**6)),
+        dict.fromkeys(range(600)),
+        [[0] * 600, [1] * 600],
+        set(range(2000)),
+        np.zeros(10**5),
+        (nn.ModuleList(nn.ReLU() for _ in range(100)),),
+    ],
 )
 def test_attributes_that_are_too_large_to_be_watched(value):
     layer = families.Layer()

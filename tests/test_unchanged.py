@@ -2,6 +2,7 @@
 
 import argparse
 import copy
+import dataclasses
 import pickle
 import threading
 import weakref
@@ -20,8 +21,15 @@ class Mine(nn.Conv2d):
     pass
 
 
+@dataclasses.dataclass
+class Settings:
+    numbers: object
+    hidden: float = dataclasses.field(default=0.0, compare=False)
+
+
 def layer():
     spade = SPADE(4, 3, nhidden=5)
+    spade.mlp_shared[1].settings = Settings(np.zeros(2))
     spade.listed, spade.options = [1, [2]], argparse.Namespace(flags={"a": (1, [2])})
     spade.mlp_gamma.written = [torch.zeros(1)]
     return spade.eval()
@@ -47,6 +55,8 @@ CHANGES = {
     "inside a list": lambda spade: spade.listed[1].append(3),
     "inside a namespace": lambda spade: spade.options.flags.update(a=2),
     "deep inside a namespace": lambda spade: spade.options.flags["a"][1].append(3),
+    "inside an object": lambda spade: setattr(spade.mlp_shared[1].settings, "hidden", 1.0),
+    "inside an array in an object": lambda spade: spade.mlp_shared[1].settings.numbers.fill(1),
     "a weight": lambda spade: setattr(
         spade.mlp_beta, "weight", nn.Parameter(torch.ones(4, 5, 3, 3))
     ),
@@ -78,6 +88,17 @@ def test_an_equal_setting_changes_nothing():
     assert ask() == 1
     spade.mlp_gamma.groups, spade.mlp_beta.padding = True, (1, 1)
     assert ask() == 1
+
+
+def test_an_object_replaced_by_one_that_calls_itself_equal_asks_again():
+    spade = layer()
+    del spade.mlp_gamma.written
+    _, ask = answers(spade)
+    assert [ask(), ask()] == [1, 1]
+    spade.mlp_shared[1].settings = Settings(spade.mlp_shared[1].settings.numbers)
+    assert [ask(), ask()] == [2, 2]
+    spade.mlp_shared[1].settings.hidden = 1.0
+    assert [ask(), ask()] == [3, 3]
 
 
 @pytest.mark.parametrize("shape", [(), (1,), (2,), (0,)])

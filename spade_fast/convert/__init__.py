@@ -190,17 +190,17 @@ def _check_names(module, kind):
 
 
 def _check_marks(module, form):
-    """Raises Unlike if the module has attributes with too many values to compare in each call."""
+    """Raises Unlike if the module has attributes that cannot be compared in each call."""
     own, parts, wrappers = marks(module, form)
     of_others = [marked for _, marked in (*wrappers, *marks_of_class(type(module)))]
-    found = {
-        name
-        for marked in (own, *parts, *of_others)
-        for name, mark in marked.items()
-        if isinstance(mark, NeverTheSame)
-    }
+    found: dict[str, set[str]] = {}
+    for marked in (own, *parts, *of_others):
+        for name, mark in marked.items():
+            if isinstance(mark, NeverTheSame):
+                found.setdefault(mark.why, set()).add(name)
     if found:
-        raise Unlike(f"attributes have too many values to be watched: {', '.join(sorted(found))}")
+        each = (f"attributes {why}: {', '.join(sorted(found[why]))}" for why in sorted(found))
+        raise Unlike("; ".join(each))
 
 
 def _check_values(module):

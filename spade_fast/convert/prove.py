@@ -12,7 +12,7 @@ import torch.nn as nn
 from torch.utils._pytree import tree_flatten
 
 from ..agreement import excess
-from ..nn.modules import marks_of
+from ..nn.modules import marks_of, within
 from ..nn.parts import Form
 from .copies import Values, copy_of, trying
 from .roles import OwnForwardFails, Unlike
@@ -288,7 +288,8 @@ class Probe:
         if kind is not None:
             make_fast(module, kind, self.form)
             return module._fast(x, segmap)
-        call, before = Call(type(module).forward), marks_of(module)
+        call, known = Call(type(module).forward), within(module)
+        before = marks_of(module, known)
         forward, further = type(module).forward, {}
         if self.called.ignores:
             # What is not read is given, to show that it is not.
@@ -299,7 +300,8 @@ class Probe:
             for name, ignored in self.called.ignores.items():
                 further[name] = next(own for marked, own in returned if marked == ignored)
         y = call_own(forward, module, call, x, segmap, self.called, **further)
-        kept = [name for name, mark in marks_of(module).items() if before.get(name) != mark]
+        after = marks_of(module, known)
+        kept = [name for name, mark in after.items() if before.get(name) != mark]
         if kept:
             raise Unlike(f"its own forward changes its attributes: {', '.join(kept)}")
         return y

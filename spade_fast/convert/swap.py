@@ -17,11 +17,11 @@ from torch.utils._pytree import tree_flatten, tree_map, tree_structure
 
 from ..layout import SemanticLayout
 from ..nn.block import ResidualBlock
+from ..nn.inside import PLAIN, Each
 from ..nn.modules import (
     KINDS,
     MAKERS,
     NOT_MARKED,
-    PLAIN,
     Same,
     dtype_of_weights,
     hooks,
@@ -30,11 +30,12 @@ from ..nn.modules import (
     mark_of,
     marks_of,
     marks_of_settings,
+    within,
 )
 from ..nn.parts import Form, HasParts, Known, part_of
 from ..nn.pixels import dense, resize
 from ..nn.spade import SpatiallyAdaptive, batch_of
-from ..nn.unchanged import Each, Version, until_changed, views_inside
+from ..nn.unchanged import Version, until_changed, views_inside
 from ..recording import is_recorded
 from .again import again
 from .fuse import fusing, may_pay
@@ -121,8 +122,9 @@ def views_of_marks(module: "Fast") -> Iterator[Iterable]:
         yield from (vars(part), Each(_but_tensors, vars(part).values()))
     for of in (module, *parts, *wrappers):
         entries.append({name: own for name, own in vars(of).items() if name not in NOT_MARKED})
+    known = within(module)
     for value in chain.from_iterable(own.values() for own in entries):
-        yield from views_inside(value, Version)
+        yield from views_inside(value, Version, known)
 
 
 def _but_tensors(value):
@@ -132,8 +134,10 @@ def _but_tensors(value):
 
 def marks(module: nn.Module, form: "Form | OwnForm") -> list:
     """The marks of a module's attributes, of its parts' settings, and of its wrappers."""
-    parts = [marks_of_settings(part) for part in parts_of(module)]
-    return [marks_of(module), parts, marks_of_wrappers(module, form)]
+    known = within(module)
+    parts = [marks_of_settings(part, known) for part in parts_of(module)]
+    wrappers = [(Same(own), marks_of(own, known)) for own in wrappers_in(module, form)]
+    return [marks_of(module, known), parts, wrappers]
 
 
 def kinds_of_children(module: nn.Module) -> tuple:
@@ -155,11 +159,6 @@ def marks_of_class(own_class: type[nn.Module]) -> list:
 def kinds_of(own_class: type[nn.Module]) -> tuple:
     """A class and its base classes, up to torch.nn.Module, which is left out."""
     return own_class.__mro__[: own_class.__mro__.index(nn.Module)]
-
-
-def marks_of_wrappers(module: nn.Module, form: "Form | OwnForm") -> list:
-    """The marks of the attributes of the wrappers."""
-    return [(Same(own), marks_of(own)) for own in wrappers_in(module, form)]
 
 
 def wrappers_in(module: nn.Module, form: "Form | OwnForm") -> list[nn.Module]:

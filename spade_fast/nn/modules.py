@@ -1,8 +1,6 @@
 """Predicates on modules: what a module is, and whether anything watches it."""
 
-import argparse
-import types
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import Any, TypeGuard, TypeVar
 
 import torch
@@ -17,7 +15,8 @@ from torch.utils.module_tracker import ModuleTracker
 
 from ..ops.norms import Kind
 from ..recording import may_overwrite
-from .unchanged import NAME, version_of
+from .inside import OURS, PLAIN, Met, Unwatched, walk
+from .unchanged import version_of
 
 Model = TypeVar("Model", bound=nn.Module)
 KnownNorm = _NormBase | nn.GroupNorm  # _NormBase: instance and batch norms
@@ -223,21 +222,18 @@ def check_module(name: str, value: object) -> None:
         raise TypeError(f"{name} is a {type(value).__name__}; it should be a torch.nn.Module")
 
 
-PLAIN = (bool, int, float, str, type(None))
-CONTAINERS = (list, tuple, dict, argparse.Namespace, types.SimpleNamespace)
-MOST_MARKED = 1000  # the most values in an attribute that are compared
 # Attributes that torch has in every module (the mode is compared separately), that DataParallel
 # adds, and ours.
-NOT_MARKED = {*vars(nn.Module()), "_is_replica", "_former_parameters", "spade_form", NAME}
+NOT_MARKED = {*vars(nn.Module()), "_is_replica", "_former_parameters", *OURS}
 
 
-def marks_of(module: nn.Module) -> dict:
+def marks_of(module: nn.Module, known: Collection[int] = ()) -> dict:
     """The marks of what a forward may read of a module besides its weights: its attributes and the
-    buffers that are not floating-point.
+    buffers that are not floating-point. known: see `mark_of`.
     """
     weights = module.__dict__.get("_former_parameters", ())  # of a replica: plain tensors
     marks = {
-        name: mark_of(value)
+        name: mark_of(value, known)
         for name, value in module.__dict__.items()
         if name not in NOT_MARKED and name not in weights
     }
@@ -247,64 +243,54 @@ def marks_of(module: nn.Module) -> dict:
     return marks
 
 
-def marks_of_settings(module: nn.Module) -> dict:
-    """The marks of the attributes that are not tensors, because a call may replace tensors."""
+def marks_of_settings(module: nn.Module, known: Collection[int] = ()) -> dict:
+    """The marks of the attributes that are not tensors, because a call may replace tensors.
+    known: see `mark_of`.
+    """
     own = module.__dict__.items()
     return {
-        name: mark_of(value)
+        name: mark_of(value, known)
         for name, value in own
         if name not in NOT_MARKED and not isinstance(value, torch.Tensor)
     }
 
 
-def mark_of(value: object) -> object:
+def mark_of(value: object, known: Collection[int] = ()) -> object:
     """A mark that stays equal as long as a value is unchanged. Numbers, flags and strings are
     compared by value, containers by what they contain, tensors by identity and version, and all
-    else by identity. A container of more than MOST_MARKED values never counts as unchanged.
+    else by identity and by what is inside it. NeverTheSame if that cannot be compared.
+
+    known: the ids of modules that are compared elsewhere.
     """
-    if type(value) not in CONTAINERS:
-        return _mark_of_one(value)
-    marks: list[object] = []
-    places: dict[int, int] = {}
-    waiting = [value]
-    while waiting:
-        value = waiting.pop()
-        if type(value) not in CONTAINERS:
-            marks.append(_mark_of_one(value))
-        elif id(value) in places:  # a container may contain itself
-            marks.append((type(value), places[id(value)]))
-        else:
-            inside = contents_of(value, MOST_MARKED - len(marks) - len(waiting))
-            if inside is None:
-                return NeverTheSame()
-            places[id(value)] = len(marks)
-            marks.append((type(value), len(inside), Same(value) if _is_namespace(value) else None))
-            waiting.extend(reversed(inside))
-    return marks
+    try:
+        return [_mark_of_one(met) for met in walk(value, known)]
+    except Unwatched as unwatched:
+        return NeverTheSame(str(unwatched))
 
 
-def contents_of(value: Any, most: int) -> list | None:
-    """The keys and values in a container, or None if there are more than `most`."""
-    inside = vars(value) if _is_namespace(value) else value
-    if len(inside) * (1 + (type(inside) is dict)) > most:
-        return None
-    return [*inside, *inside.values()] if type(inside) is dict else list(inside)
-
-
-def _is_namespace(value):
-    return type(value) in (argparse.Namespace, types.SimpleNamespace)
-
-
-def _mark_of_one(value):
+def _mark_of_one(met: Met) -> tuple:
+    value = met.value
     if type(value) in PLAIN:
-        return (type(value), value)
+        return type(value), value
     if isinstance(value, torch.Tensor):
         return Same(value), version_of(value)
-    return Same(value)
+    if met.before is not None:
+        return None, met.before
+    return (Same(value) if met.container is None else met.container), met.size
+
+
+def within(module: nn.Module) -> set[int]:
+    """The ids of a module and of those inside it, which are compared by themselves."""
+    return set(map(id, module.modules()))
 
 
 class NeverTheSame:
-    """The mark of a container that has too many values to compare in each call."""
+    """The mark of a value that cannot be compared in each call. why: what attributes do that have
+    such a value.
+    """
+
+    def __init__(self, why: str) -> None:
+        self.why = why
 
     def __eq__(self, other: object) -> bool:
         return False

@@ -28,6 +28,7 @@ from .modules import (
     taps_of,
     weight_of,
     weights_in,
+    within,
 )
 from .unchanged import until_changed
 
@@ -121,7 +122,7 @@ class Convolutions:
         modules = (self.shared, *self.activations, self.gamma, self.beta)
         norms = (self.gamma_norm, self.beta_norm)
         every = [part for of in (*modules, *norms) if of is not None for part in of.modules()]
-        return [(Same(part), type(part), marks_of_settings(part)) for part in every]
+        return [(Same(part), type(part), marks_of_settings(part, within(part))) for part in every]
 
     @cached_property
     def changes_itself(self) -> bool:

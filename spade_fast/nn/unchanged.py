@@ -1,10 +1,8 @@
 """Facts about a module, kept until anything in the module is replaced."""
 
-import argparse
 import operator
-import types
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from itertools import chain, compress
 from typing import Any
 
@@ -12,7 +10,8 @@ import torch
 import torch.nn as nn
 from torch.nn.modules import module as calls
 
-NAME = "_spade_fast_found"  # the attribute of a module that holds its facts
+from .inside import NAME, OURS, Each, Unwatched, walk
+
 _ENTRIES = (
     "_parameters",
     "_buffers",
@@ -22,8 +21,7 @@ _ENTRIES = (
     "_backward_pre_hooks",
     "_backward_hooks",
 )
-MOST_INSIDE = 1000  # the most values in an attribute's containers that are compared
-_IN_EVERY_MODULE = frozenset(vars(nn.Module()))
+_NOT_WATCHED = frozenset((*vars(nn.Module()), *OURS))
 _of_part = tuple(map(operator.attrgetter, ("__class__", "__class__.forward", "__dict__")))
 _END = object()
 
@@ -109,57 +107,57 @@ def everything(module: nn.Module) -> Iterator[Iterable]:
     yield Empty([entry for entry in entries if not entry])
     for entry in filter(None, entries):
         yield from (entry, entry.values())
+    known = set(map(id, parts))
     for attributes in (own, *inside):
-        yield from views_inside_attributes(attributes)
+        yield from views_inside_attributes(attributes, known)
     equal = []
     for attributes in inside:
-        if any(isinstance(value, torch.Tensor) for value in attributes.values()):
-            yield from (attributes, attributes.values())  # equal tensors may differ later
-        else:
+        own_ones = (value for name, value in attributes.items() if name not in _NOT_WATCHED)
+        if all(is_equal_while_unchanged(value, known) for value in own_ones):
             equal.append(attributes)
+        else:
+            yield from (attributes, attributes.values())
     yield Equal(equal)
 
 
-def views_inside_attributes(attributes: dict[str, Any]) -> Iterator[Iterable]:
+def is_equal_while_unchanged(value: Any, known: Collection[int]) -> bool:
+    """Whether an attribute that is replaced by an equal one has not changed: it holds no tensors,
+    which may differ later, and no objects, which decide themselves what they are equal to.
+    """
+    try:
+        met = list(walk(value, known))
+    except Unwatched:
+        return False
+    return all(
+        one.container in (list, tuple, dict)
+        if one.live
+        else not isinstance(one.value, torch.Tensor)
+        for one in met
+    )
+
+
+def views_inside_attributes(
+    attributes: dict[str, Any], known: Collection[int]
+) -> Iterator[Iterable]:
     """Views of what may change inside those attributes that not every module has."""
     for name, value in attributes.items():
-        if name not in _IN_EVERY_MODULE and not isinstance(value, torch.Tensor):
-            yield from views_inside(value)
+        if name not in _NOT_WATCHED and not isinstance(value, torch.Tensor):
+            yield from views_inside(value, known=known)
 
 
-def views_inside(value: Any, of_tensor: type | None = None) -> Iterator[Iterable]:
-    """Views of what may change inside one attribute, whose containers may contain themselves. A
-    tensor's view is `of_tensor(tensor)`, or `Another` if that is None.
+def views_inside(
+    value: Any, of_tensor: type | None = None, known: Collection[int] = ()
+) -> Iterator[Iterable]:
+    """Views of what may change inside one attribute. A tensor's view is `of_tensor(tensor)`, or
+    `Another` if that is None. known: see `walk`.
     """
-    waiting, taken = [value], set[int]()
-    while waiting:
-        value = waiting.pop()
-        if type(value) in (argparse.Namespace, types.SimpleNamespace):
-            yield Each(vars, (value,))
-            value = vars(value)
-        is_dict = type(value) is dict
-        if len(waiting) > MOST_INSIDE:
-            yield Another()
-        elif isinstance(value, torch.Tensor):
-            yield Another() if of_tensor is None else of_tensor(value)
-        elif (is_dict or type(value) in (list, tuple)) and id(value) not in taken:
-            taken.add(id(value))
-            if type(value) is not tuple:
-                yield value
-            waiting += value
-            if is_dict:
-                yield value.values()
-                waiting += value.values()
-
-
-class Each:
-    """A view of a function's results for several things."""
-
-    def __init__(self, of: Callable[[Any], object], things: Iterable) -> None:
-        self._of, self._things = of, things
-
-    def __iter__(self) -> Iterator[object]:
-        return map(self._of, self._things)
+    try:
+        for met in walk(value, known):
+            yield from met.live
+            if isinstance(met.value, torch.Tensor):
+                yield Another() if of_tensor is None else of_tensor(met.value)
+    except Unwatched:
+        yield Another()
 
 
 class Entries:
@@ -212,8 +210,8 @@ def version_of(tensor: torch.Tensor) -> int | None:
 
 
 class Another:
-    """A view that never counts as unchanged: of a tensor, whose numbers may change, or of too many
-    values to compare in each call.
+    """A view that never counts as unchanged: of a tensor, whose numbers may change, or of what
+    cannot be compared in each call.
     """
 
     def __iter__(self) -> Iterator[object]:
