@@ -99,11 +99,7 @@ class Service:
             RuntimeError: the service is closed; the network fails, for example for lack of memory;
                 or a callback of a Future calls this and would wait for itself: it may `submit`.
         """
-        if getattr(self._here, "computes", False):
-            raise RuntimeError(
-                "generate is called in a callback of a Future, by the thread that computes images,"
-                " which would wait for itself: use submit, which does not wait"
-            )
+        self._refuse_in_callback("generate", ": use submit, which does not wait")
         return self.submit(layout, z).result()
 
     def submit(
@@ -118,6 +114,8 @@ class Service:
         with self._lock:
             if self._closed:
                 raise RuntimeError("the service is closed and takes no more requests")
+            if self._jobs and len(self._jobs) + len(request.layouts) > self.waiting:
+                self._jobs = deque(job for job in self._jobs if not job[0].is_cancelled())
             if self._jobs and len(self._jobs) + len(request.layouts) > self.waiting:
                 raise Busy(
                     f"{len(self._jobs)} images wait; with {len(request.layouts)} more there would"
@@ -159,12 +157,16 @@ class Service:
         """Takes no more requests, and waits for those that were made.
 
         cancel: whether to cancel the requests that no thread has begun to compute.
+
+        Errors: RuntimeError if a callback of a Future calls this and would wait for itself.
         """
+        self._refuse_in_callback("close", "")
         with self._lock:
             self._closed = True
-            if cancel:
-                for request, _ in self._jobs:
-                    request.future.cancel()
+            waiting = [request for request, _ in self._jobs] if cancel else []
+        for request in waiting:  # without the lock, because a callback may use the service
+            request.future.cancel()
+            request.is_cancelled()
         self._pool.shutdown()
 
     def __enter__(self) -> "Service":
@@ -172,6 +174,13 @@ class Service:
 
     def __exit__(self, *exception: object) -> None:
         self.close(cancel=exception[0] is not None)
+
+    def _refuse_in_callback(self, called, instead):
+        if getattr(self._here, "computes", False):
+            raise RuntimeError(
+                f"{called} is called in a callback of a Future, by the thread that computes images,"
+                f" which would wait for itself{instead}"
+            )
 
     def _load(self, weights):
         return Loaded(generator_of(weights, *self._wanted), self._cache)
@@ -227,15 +236,22 @@ class Request:
         self.kind = loaded, layouts[0].codes.shape[1:], layouts[0].palette.dtype
         self._images: list[torch.Tensor | None] = [None] * len(layouts)
         self._lock = threading.Lock()
+        self._began: bool | None = None  # False if it was cancelled before
 
     def image(self, number: int) -> tuple:
         return self.layouts[number], self.z[number]
 
     def begins(self) -> bool:
-        """Whether its images are still wanted. If so, it can no longer be cancelled."""
-        if self.future.running():
-            return True
-        return not self.future.done() and self.future.set_running_or_notify_cancel()
+        """Whether its images are still wanted. If so, it can no longer be cancelled. If it was,
+        whoever waits for it among others learns it here.
+        """
+        with self._lock:
+            if self._began is None:
+                self._began = self.future.set_running_or_notify_cancel()
+            return self._began and not self.future.done()
+
+    def is_cancelled(self) -> bool:
+        return self.future.cancelled() and not self.begins()
 
     def take(self, number: int, image: torch.Tensor) -> None:
         with self._lock:

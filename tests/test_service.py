@@ -4,7 +4,7 @@ import contextlib
 import copy
 import threading
 import time
-from concurrent.futures import CancelledError
+from concurrent.futures import CancelledError, wait
 
 import pytest
 import torch
@@ -422,6 +422,7 @@ def test_closed_while_requests_wait(monkeypatch, cancel):
     closing.join(10)
     assert not closing.is_alive() and len(first.result(0)) == 2
     if cancel:
+        assert not wait([first, second], timeout=10).not_done
         with pytest.raises(CancelledError):
             second.result(0)
     else:
@@ -434,7 +435,35 @@ def test_a_request_that_is_cancelled(monkeypatch):
             first, second = service.submit(layout_of()), service.submit(layout_of(1))
             assert called.wait(10) and not first.cancel() and second.cancel()
             third = service.submit(layout_of(2))
+        assert not wait([first, second, third], timeout=60).not_done  # the cancelled one, too
         assert len(first.result()) == len(third.result()) == 1
+
+
+def test_cancelled_requests_take_no_places(monkeypatch):
+    with Service(generator_of(), waiting=2) as service:
+        with held(monkeypatch) as (called, _):
+            first = service.submit(layout_of())
+            assert called.wait(10)
+            others = [service.submit(layout_of()) for _ in range(2)]
+            assert all(future.cancel() for future in others)
+            last = service.submit(layout_of())
+            assert not wait(others, timeout=10).not_done
+        assert len(first.result()) == len(last.result()) == 1
+
+
+def test_a_callback_that_would_close_its_own_thread_gets_an_error():
+    found = []
+
+    def close(future):
+        with pytest.raises(RuntimeError, match="close is called in a callback of a Future"):
+            service.close()
+        found.append(True)
+
+    with Service(generator_of()) as service:
+        future = service.submit(layout_of())
+        future.add_done_callback(close)
+        future.result()
+    assert found == [True]
 
 
 def test_the_backend_at_construction_is_used(monkeypatch):
