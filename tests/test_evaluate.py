@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 import shutil
 import sys
 import types
@@ -167,6 +168,20 @@ def test_fid_of_given_features_to_float64s_last_digits():
         score.add(torch.zeros(2, 3, 1, 1, dtype=torch.uint8), real)
     assert score.compute() == pytest.approx(49 + 8)
     assert score.notes() == []
+
+
+@pytest.mark.parametrize(
+    ("classes", "error", "words"),
+    [
+        ({0: 0, 1: -1}, ValueError, "classes has the label -1; it should have labels from 0 to 2"),
+        ({}, ValueError, "classes is {}; it should have a label for a class, or None"),
+        ({0: "a"}, TypeError, "the label of class 0 in classes is 'a'; it should be a whole"),
+        ({"a": 0}, TypeError, "a class in classes is 'a'; it should be a whole number"),
+    ],
+)
+def test_classes_that_are_wrong(classes, error, words):
+    with pytest.raises(error, match=re.escape(words)):
+        Overlap(None, 3, classes)
 
 
 def test_iou_and_accuracy_worked_out_by_hand(few):
@@ -638,7 +653,7 @@ WRONG = {
     "a label that is none": (
         ("@labels", "--classes", "classes.txt"),
         lambda folder: (folder / "classes.txt").write_text("0 0\n1 3\n"),
-        "classes has the label 3; it should have labels from 0 to 2",
+        "classes has the label 3; it should have labels from 0 to 2, or None",
     ),
 }
 SHORT = {

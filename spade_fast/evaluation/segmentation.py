@@ -9,6 +9,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from ..arguments import whole_number
 from ..data.files import lines_of
 from ..imported import theirs
 from ..optional import needed
@@ -66,7 +67,7 @@ class Overlap:
     classes: the label of each class of the network, None for a class without one. By default the
         network's classes are the labels.
 
-    Errors: ValueError if classes has a label that is not less than num_classes.
+    Errors: ValueError, TypeError if classes has something else, or nothing.
     """
 
     def __init__(
@@ -75,13 +76,19 @@ class Overlap:
         self.network, self.num_classes = network, num_classes
         if classes is None:
             classes = {label: label for label in range(num_classes)}
+        if not classes:
+            raise ValueError(f"classes is {classes}; it should have a label for a class, or None")
+        for own, label in classes.items():
+            whole_number("a class in classes", own)
+            if label is not None:
+                whole_number(f"the label of class {own} in classes", label)
         self.known = torch.tensor(sorted(classes))
         labels = [classes[own] for own in sorted(classes)]
-        wrong = [label for label in labels if label is not None and label >= num_classes]
+        wrong = [label for label in labels if label is not None and not 0 <= label < num_classes]
         if wrong:
             raise ValueError(
                 f"classes has the label {wrong[0]}; it should have labels from 0 to"
-                f" {num_classes - 1}"
+                f" {num_classes - 1}, or None"
             )
         self.labels = torch.tensor([num_classes if label is None else label for label in labels])
         # one more row and column, for predictions that are not a label
