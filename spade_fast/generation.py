@@ -1,6 +1,7 @@
 """`spade-fast generate`: from a folder of label maps to a folder of images."""
 
 import contextlib
+import copy
 import hashlib
 import json
 import os
@@ -311,10 +312,12 @@ def encoder_of_run(run: Run) -> ConvEncoder | None:
 def encoder_of(
     encoder: str | os.PathLike | Mapping | ConvEncoder, z_dim: int | None
 ) -> ConvEncoder:
-    """The encoder, or one with these weights, for a generator with this z_dim (None if it takes no
-    z). Errors: ValueError if it is not an encoder, or if its z or its images do not fit.
+    """A copy of the encoder, or one with these weights, in eval mode, for a generator with this
+    z_dim (None if it takes no z). Errors: ValueError if it is not an encoder, or if its z or its
+    images do not fit.
     """
-    network = encoder if isinstance(encoder, torch.nn.Module) else checkpoint.load(encoder)
+    is_module = isinstance(encoder, torch.nn.Module)
+    network = copy.deepcopy(encoder).eval() if is_module else checkpoint.load(encoder)
     if not isinstance(network, ConvEncoder):
         raise ValueError(
             f"encoder is the weights of a {type(network).__name__}; they should be an encoder's"

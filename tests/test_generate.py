@@ -164,6 +164,18 @@ def test_names_that_are_not_utf8(scenes, weights_with_z, tmp_path):
     assert torch.equal(styles("straße/☃", [0])[0], expected)
 
 
+def test_an_encoder_in_train_mode_is_left_alone():
+    encoder = ConvEncoder(2, 3).train()
+    before, photograph = encoder.state_dict(), Image.new("RGB", (SIZE, SIZE), "red")
+    before = {name: value.clone() for name, value in before.items()}
+    first, again = (
+        generation.moments_of(generation.encoder_of(encoder, 3), photograph, (SIZE, SIZE))
+        for _ in range(2)
+    )
+    assert all(map(torch.equal, first, again)) and encoder.training
+    assert all(torch.equal(before[name], value) for name, value in encoder.state_dict().items())
+
+
 def test_the_style_of_a_photograph(scenes, weights_with_z, tmp_path):
     torch.manual_seed(1)
     encoder, style = ConvEncoder(2, 3).eval(), scenes / "img" / "001.png"
