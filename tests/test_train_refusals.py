@@ -1,8 +1,10 @@
 """`spade-fast train` refuses in one line, before anything is written."""
 
+import multiprocessing
 import os
 import re
 import sys
+import time
 
 import pytest
 import ruined
@@ -176,6 +178,19 @@ def test_two_processes_in_one_folder(options):
     assert command(**options).exit_code == 0
     with Run(options["out"]).held():
         assert "another process is training in" in refusal(resume=options["out"], steps=2)
+
+
+def test_a_worker_does_not_hold_the_folder(tmp_path):
+    """One that outlives its process: it is forked while the folder is held."""
+    forking = multiprocessing.get_context("fork")
+    with Run(tmp_path).held():
+        worker = forking.Process(target=time.sleep, args=(60,))
+        worker.start()
+    try:
+        with Run(tmp_path).held():
+            pass
+    finally:
+        worker.kill(), worker.join()
 
 
 @pytest.mark.parametrize("again", ["train", "resume"])

@@ -162,7 +162,6 @@ def one_of_two(rank, use_vae, folder, port):
         "WORLD_SIZE": "2",
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
-        "ACCELERATE_USE_CPU": "1",
     }
     torch.save(three_steps(use_vae, slice(rank, rank + 1)), folder / f"{rank}.pt")
     torch.distributed.destroy_process_group()

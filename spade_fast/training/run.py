@@ -85,6 +85,8 @@ class Run:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError:
                 raise ValueError(f"another process is training in {self.folder}") from None
+            # The workers of a killed process live on for 5 s, and would hold the lock.
+            os.register_at_fork(after_in_child=lock.close)
             for part in ("", CHECKPOINTS, PICTURES):  # other folders are the user's
                 remove_unfinished(self.path(part))
             yield

@@ -305,10 +305,14 @@ def _accelerator(precision):
     accelerate = needed("accelerate", "training", "'spade_fast[train]'")
     # Otherwise the precision of the process's first trainer would stay.
     accelerate.state.AcceleratorState._reset_state()
-    # Buffers need no exchange: spectral vectors follow from the weights, running statistics are
-    # those of all images.
+    # Buffers need no exchange: spectral vectors follow from the weights, and running statistics are
+    # those of all images, except with batch norm, where each process has its own.
     handlers = [accelerate.DistributedDataParallelKwargs(broadcast_buffers=False)]
-    accelerator = accelerate.Accelerator(mixed_precision=precision, kwargs_handlers=handlers)
+    accelerator = accelerate.Accelerator(
+        mixed_precision=precision,
+        kwargs_handlers=handlers,
+        cpu=not torch.accelerator.is_available(),  # otherwise each process believes it is alone
+    )
     if precision == "fp16" and accelerator.device.type == "cpu":  # it would train in float32
         raise ValueError(f"precision is {precision!r}; it should be bf16 or no on a CPU")
     return accelerator
