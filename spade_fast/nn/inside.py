@@ -6,6 +6,7 @@ import functools
 import logging
 import pathlib
 import re
+import sys
 import threading
 import types
 from collections import OrderedDict, defaultdict, deque
@@ -14,7 +15,6 @@ from enum import Enum
 from itertools import chain, islice
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 import torch.nn as nn
 
@@ -24,18 +24,13 @@ PLAIN = (bool, int, float, complex, str, bytes, type(None))  # these are compare
 MOST_INSIDE = 1000  # the most values inside an attribute that are compared in each call
 TOO_MANY = "have too many values to be watched"
 MOST_BYTES = 2**14  # the largest array that is compared in each call
+numpy = sys.modules.get("numpy")  # torch has imported it where it is installed
 # Nothing inside these, or inside what is derived from these, decides what a forward computes. Types
 # and Python modules are here because a forward reaches them without an attribute as well.
 CONSTANTS = (
     *(type, types.ModuleType, Enum, logging.Logger, pathlib.PurePath),
-    *(
-        np.dtype,
-        np.number,
-        np.bool_,
-        np.ufunc,
-        torch._ops.OperatorBase,
-        torch._ops.OpOverloadPacket,
-    ),
+    *(torch._ops.OperatorBase, torch._ops.OpOverloadPacket),
+    *(() if numpy is None else (numpy.dtype, numpy.number, numpy.bool_, numpy.ufunc)),
     getattr(torch.distributed, "ProcessGroup", Enum),
 )
 CONSTANT_TYPES = {
@@ -60,7 +55,7 @@ FIXED = {
 MAPPINGS = (OrderedDict, defaultdict, dict, types.MappingProxyType)
 SEQUENCES = (list, tuple, set, frozenset, deque)
 CONTAINERS = (*MAPPINGS, *SEQUENCES)
-ARRAYS = (np.ndarray, array.array, bytearray)
+ARRAYS = (*(() if numpy is None else (numpy.ndarray,)), array.array, bytearray)
 # Of a type, the first of its MRO that is here says what is inside it besides attributes.
 BASES = (*CONTAINERS, *ARRAYS, *FIXED, *PLAIN, nn.Module, object)
 MANAGED = 1 << 4  # the flag of a type whose instances have their dictionary in front of them
@@ -136,7 +131,6 @@ def _inside(value: Any) -> tuple[type | None, Iterable, list[Iterable]]:
     return base if base in CONTAINERS else None, fixed, live
 
 
-@torch.compiler.assume_constant_result
 def _layout(kind: type) -> Any:
     """Where the instances of a type keep their values: the number of its type in BASES, the names
     of its slots, and whether they have a dictionary; or "constant" or "unknown".
@@ -155,6 +149,10 @@ def _layout(kind: type) -> Any:
         return "unknown"
     has_attributes = kind.__dictoffset__ != 0 and kind not in FIXED
     return BASES.index(base), tuple(own.__name__ for own in slots), has_attributes
+
+
+# This is torch.compiler.assume_constant_result without its import, which takes a second.
+setattr(_layout, "_dynamo_marked_constant", True)
 
 
 def _inside_base(value: Any, base: Any) -> tuple[Iterable, list[Iterable]]:
