@@ -316,8 +316,10 @@ def encoder_of(
     z_dim (None if it takes no z). Errors: ValueError if it is not an encoder, or if its z or its
     images do not fit.
     """
-    is_module = isinstance(encoder, torch.nn.Module)
-    network = copy.deepcopy(encoder).eval() if is_module else checkpoint.load(encoder)
+    if isinstance(encoder, torch.nn.Module):
+        network: torch.nn.Module = copy.deepcopy(encoder).eval()
+    else:
+        network = checkpoint.load(encoder)
     if not isinstance(network, ConvEncoder):
         raise ValueError(
             f"encoder is the weights of a {type(network).__name__}; they should be an encoder's"
