@@ -12,7 +12,7 @@ from .. import kernels
 from ..arguments import counted, whole_number
 from ..kernels.contract import Activation, lies_like, sum_dtype
 from ..layout import SemanticLayout
-from ..ops.arguments import check_activation, check_channels, check_x, is_divisor
+from ..ops.arguments import check_activation, check_channels, check_moments, check_x, is_divisor
 from ..ops.modulate import modulate_by, spade_modulate
 from ..ops.norms import Kind
 from ..recording import of_their_class, ordinary
@@ -93,6 +93,7 @@ class SpatiallyAdaptive(HasParts):
         has it already.
         """
         known = Known.of(self) if known is None else known
+        check_activation(activation, negative_slope)
         images, form = batch_of(segmap), self.spade_form
         parts, kept = known.parts, kept_tables(self)
         layout = segmap if isinstance(segmap, SemanticLayout) else None
@@ -110,6 +111,8 @@ class SpatiallyAdaptive(HasParts):
         elif own_norm is None:
             x, moments = parts.norm(x), None
             x = x.expand(images, *x.shape[1:]) if several else x
+        if moments is not None:  # so that no refused call counts as a batch below
+            check_moments(moments, x)
         if layout is not None and len(layout) != x.shape[0]:
             layout = layout.repeat(x.shape[0]) if x.shape[0] else layout[:0]
         gamma, beta, lookup = self._gamma_and_beta(known, segmap, layout, x, kept)
@@ -119,12 +122,13 @@ class SpatiallyAdaptive(HasParts):
         if kept is not None and own_norm is not None and lookup:
             planes = frozen_planes(kept, own_norm, x)
         if planes is not None:
-            check_activation(activation, negative_slope)
             index = lookup["index"]
             y = modulate_by(
                 planes, x, gamma, beta, index, activation, negative_slope, plus_one=form.plus_one
             )
             return of_their_class(y, x, segmap)
+        if own_norm is not None:
+            count_batch(own_norm)
         y = spade_modulate(
             x,
             gamma,
@@ -137,8 +141,6 @@ class SpatiallyAdaptive(HasParts):
             plus_one=form.plus_one,
             out=None if lookup else reused(parts.gamma, gamma, x),
         )
-        if own_norm is not None:
-            count_batch(own_norm)  # unless the call was refused
         return of_their_class(y, x, segmap)
 
     def _gamma_and_beta(self, known, segmap, layout, x, kept):
@@ -393,7 +395,7 @@ def norm_arguments(norm: KnownNorm | None) -> dict[str, Any]:
         tracked = norm.num_batches_tracked if norm.track_running_stats else None
         momentum = norm.momentum
         if momentum is None:  # a cumulative average
-            momentum = 0.0 if tracked is None or not norm.training else 1.0 / (float(tracked) + 1)
+            momentum = 0.0 if tracked is None or not norm.training else 1.0 / float(tracked)
         reads = norm.track_running_stats or not norm.training
         arguments |= {
             "training": measures(norm),

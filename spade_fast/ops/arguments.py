@@ -98,25 +98,26 @@ def check_modulate(
     running = (running_mean, running_var, training, process_group)
     _check_norm(x, norm, num_groups, weight, bias, *running)
     if moments is not None:
-        _check_tensor("moments", moments)
-        if moments.shape != (2, *x.shape[:2]):
-            raise ValueError(
-                f"moments has shape {list(moments.shape)}; it should be [2, N, C],"
-                f" {[2, *x.shape[:2]]}"
-            )
-        if moments.dtype != (dtype := contract.sum_dtype(x.dtype)):
-            raise TypeError(
-                f"moments has dtype {moments.dtype}; it should be {dtype}, as plane_moments(x) has"
-            )
-        if moments.device != x.device:
-            raise ValueError(
-                f"moments is on {moments.device}; it should be on x's device, {x.device}"
-            )
+        check_moments(moments, x)
     if out is not None:
         _check_out(out, x, torch.promote_types(x.dtype, gamma.dtype))
         read = {"x": x, "gamma": gamma, "beta": beta, "index": index}
         if not torch.compiler.is_compiling() and not is_recorded(out, *read.values()):
             _check_overlaps(out, read)
+
+
+def check_moments(moments: Tensor, x: Tensor) -> None:
+    _check_tensor("moments", moments)
+    if moments.shape != (2, *x.shape[:2]):
+        raise ValueError(
+            f"moments has shape {list(moments.shape)}; it should be [2, N, C], {[2, *x.shape[:2]]}"
+        )
+    if moments.dtype != (dtype := contract.sum_dtype(x.dtype)):
+        raise TypeError(
+            f"moments has dtype {moments.dtype}; it should be {dtype}, as plane_moments(x) has"
+        )
+    if moments.device != x.device:
+        raise ValueError(f"moments is on {moments.device}; it should be on x's device, {x.device}")
 
 
 def check_activation(activation: Activation | None, negative_slope: float) -> None:
