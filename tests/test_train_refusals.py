@@ -183,9 +183,15 @@ def test_two_processes_in_one_folder(options):
 def test_a_worker_does_not_hold_the_folder(tmp_path):
     """One that outlives its process: it is forked while the folder is held."""
     forking = multiprocessing.get_context("fork")
+    lives = forking.Event()
+
+    def outlive():
+        lives.set(), time.sleep(60)
+
     with Run(tmp_path).held():
-        worker = forking.Process(target=time.sleep, args=(60,))
+        worker = forking.Process(target=outlive)
         worker.start()
+        assert lives.wait(60)
     try:
         with Run(tmp_path).held():
             pass
