@@ -55,7 +55,7 @@ class Written(NamedTuple):
 
     inputs, outputs: dtype and shape by name, in the network's order. A size that may differ from
         the example's is "any", or "some" if `where` says which.
-    where: what is true of the sizes of all inputs that it takes, such as "x.shape[2] ==
+    where: the conditions that the sizes of all inputs that it takes fulfil, such as "x.shape[2] ==
         segmap.shape[2]", because the network needs it or asked it of the example's sizes.
     ways: how many SPADEs compute γ and β in each way.
     difference: the largest difference from the model's own result, relative to its largest value:

@@ -56,7 +56,7 @@ MAPPINGS = (OrderedDict, defaultdict, dict, types.MappingProxyType)
 SEQUENCES = (list, tuple, set, frozenset, deque)
 CONTAINERS = (*MAPPINGS, *SEQUENCES)
 ARRAYS = (*(() if numpy is None else (numpy.ndarray,)), array.array, bytearray)
-# Of a type, the first of its MRO that is here says what is inside it besides attributes.
+# The first class of a type's MRO that is here says what is inside it besides attributes.
 BASES = (*CONTAINERS, *ARRAYS, *FIXED, *PLAIN, nn.Module, object)
 MANAGED = 1 << 4  # the flag of a type whose instances have their dictionary in front of them
 

@@ -211,7 +211,7 @@ def shape_of_weight(module: nn.Module) -> torch.Size:
                 return own[name].shape
     parametrizations: Any = module.parametrizations
     made = parametrizations.weight
-    # Of several tensors, as under weight norm, the last one may have the weight's shape.
+    # Where there are several, as under weight norm, the last one may have the weight's shape.
     last = "original" if made.is_tensor else f"original{made.ntensors - 1}"
     return getattr(made, last).shape
 
