@@ -156,11 +156,11 @@ template void multiply(int64_t, int64_t, Nonzeros<float>, const float*, int64_t,
 template void multiply(int64_t, int64_t, Nonzeros<double>, const double*, int64_t, double*, int64_t,
                        Update);
 
+#if defined(__x86_64__)
 void multiply_pairs(int64_t rows, int64_t units, Strided<float> a, const float* b, int64_t b_row,
                     float* c, int64_t c_row) {
-#if defined(__x86_64__)
   run_avx512<Tiles<float, 64, 8, 3, true>>(rows, units, a, b, b_row, c, c_row, Update::replace);
-#endif
 }
+#endif
 
 }  // namespace spade_fast

@@ -44,10 +44,12 @@ template <typename Sum>
 void multiply(int64_t rows, int64_t units, Nonzeros<Sum> a, const Sum* b, int64_t b_row, Sum* c,
               int64_t c_row, Update update);
 
+#if defined(__x86_64__)
 // c = a·b, where the elements of a and b are pairs of bfloat16 in the place of a float, and their
 // product is the sum of two products: for processors with AVX-512's products of bfloat16, twice as
 // many per instruction.
 void multiply_pairs(int64_t rows, int64_t units, Strided<float> a, const float* b, int64_t b_row,
                     float* c, int64_t c_row);
+#endif
 
 }  // namespace spade_fast
