@@ -8,13 +8,12 @@ import numpy as np
 import torch
 from PIL import Image
 
-import spade_fast
-from spade_fast import Service, reference
+from spade_fast import Service
 from spade_fast.generation import Maps, generate_with
 from spade_fast.training.pictures import picture
 
 from .. import layouts
-from .networks import COCO_NORM, settle
+from .networks import published_generators
 from .problem import FORWARD, Problem, jitter, plan_of
 
 FILES_IN_DOUBLE = 2  # the published network takes seconds per file in float64
@@ -45,11 +44,7 @@ def generate_problem(settings, name, mode, size, count):
     if settings.labels is not None:
         scenes = layouts.load_scenes(settings.labels, settings.instances)[:count]
     labels, instances = layouts.save_scenes(folder.name, count, scenes)
-    wiring = {"crop_size": size, "ngf": 8 if settings.quick else 64, "norm_G": COCO_NORM}
-    torch.manual_seed(0)
-    eager = settle(reference.SPADEGenerator(184, **wiring)).eval()
-    ours = spade_fast.SPADEGenerator.official(184, **wiring)
-    ours.load_state_dict(eager.state_dict())
+    eager, ours = published_generators(settings, size)
     place = {"device": settings.device, "dtype": settings.dtype}
     exact = copy.deepcopy(eager).to(settings.device, torch.float64)
     in_single = copy.deepcopy(eager).to(settings.device)

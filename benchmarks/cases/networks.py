@@ -18,6 +18,16 @@ from .problem import BACKWARD, BARE, FORWARD, MEMORIES, Problem, jitter, results
 COCO_NORM = "spectralspadesyncbatch3x3"  # norm_G of the published COCO generator
 
 
+def published_generators(settings, size):
+    """The published COCO generator in plain PyTorch, in eval mode, and ours with its weights."""
+    wiring = {"crop_size": size, "ngf": 8 if settings.quick else 64, "norm_G": COCO_NORM}
+    torch.manual_seed(0)
+    eager = settle(reference.SPADEGenerator(184, **wiring)).eval()
+    ours = spade_fast.SPADEGenerator.official(184, **wiring)
+    ours.load_state_dict(eager.state_dict())
+    return eager, ours
+
+
 def with_converted(network):
     """The network and its converted copy."""
     ours = copy.deepcopy(settle(network))

@@ -11,14 +11,13 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw
 
-import spade_fast
-from spade_fast import SemanticLayout, Service, reference
+from spade_fast import SemanticLayout, Service
 from spade_fast.paint import app_of, classes_of, listening, server_of
 from spade_fast.service import generator_of
 from spade_fast.training.pictures import picture
 
 from .. import layouts
-from .networks import COCO_NORM, settle
+from .networks import published_generators
 from .problem import FORWARD, Problem, jitter, plan_of
 from .scenes import scene_size
 
@@ -37,11 +36,7 @@ def paint_problem(settings, name, mode, size):
     the answer is decoded.
     """
     strokes = list(_strokes(settings, size, max(2 if settings.quick else 5, settings.scenes)))
-    wiring = {"crop_size": size, "ngf": 8 if settings.quick else 64, "norm_G": COCO_NORM}
-    torch.manual_seed(0)
-    eager = settle(reference.SPADEGenerator(184, **wiring)).eval()
-    ours = spade_fast.SPADEGenerator.official(184, **wiring)
-    ours.load_state_dict(eager.state_dict())
+    eager, ours = published_generators(settings, size)
     place = {"device": settings.device, "dtype": settings.dtype}
     exact = copy.deepcopy(eager).to(settings.device, torch.float64)
     eager.to(**place)
