@@ -28,6 +28,7 @@ from spade_fast.cli import app
 from spade_fast.cli import export as export_command
 from spade_fast.export import network, recorded
 from spade_fast.export.runs import CONVOLVE, assembled, convolve_runs
+from spade_fast.export.sizes import is_in
 from spade_fast.export.windows import number_again, number_tuples, number_windows
 from spade_fast.nn.spectral import converge
 from spade_fast.reference import SPADE as PublishedSPADE
@@ -314,6 +315,12 @@ def test_sizes_that_the_network_relates_are_described(asks, where, tmp_path):
     written = spade_fast.export(Relates(asks), path, example, dynamic=ANY_SIZE)
     assert written.where == [where] and f"where {where}\n" in str(written)
     assert written.inputs["x"] == "float32 [any, 4, some, any]"
+
+
+def test_a_condition_of_a_longer_name_is_not_of_the_shorter():
+    conditions = ["(2*max.shape[2]) == y.shape[2]"]
+    found = [is_in(f"{name}.shape[2]", conditions) for name in ("max", "x", "y")]
+    assert found == [True, False, True]
 
 
 class FailsAtOthers(nn.Module):

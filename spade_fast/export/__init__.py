@@ -366,7 +366,7 @@ def trial_of_other_sizes(
         except AssertionError as error:  # they are not as `conditions_of` describes
             reason = str(error)
             continue
-        except Exception as error:
+        except Exception as error:  # of any type, from an operation that was recorded
             raise ValueError(
                 "what was recorded of the model fails at other sizes, which the model takes;"
                 f" dynamic should be without 'sizes' ({type(error).__name__}: {error})"

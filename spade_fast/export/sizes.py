@@ -10,7 +10,7 @@ ONE_BATCH = re.compile(r"\w+\.shape\[0\] == \w+\.shape\[0\]")
 
 
 def conditions_of(program: torch.export.ExportedProgram, names: Sequence[str]) -> list[str]:
-    """What is true of the sizes of all inputs that the program takes, in Python, because the
+    """The conditions, in Python, that the sizes of all inputs that the program takes fulfil: the
     network needs it or asked it of the example's sizes. That all have one batch is left out.
     """
 
@@ -39,9 +39,14 @@ def shapes_of_inputs(
     found = {}
     for name, node in zip(names, placeholders(program)):
         own = [f"{name}.shape[{dim}]" for dim in range(node.meta["val"].dim())]
-        words = ["some" if any(size in one for one in conditions) else "any" for size in own]
+        words = ["some" if is_in(size, conditions) else "any" for size in own]
         found[name] = in_words(node.meta["val"], words)
     return found
+
+
+def is_in(size: str, conditions: Sequence[str]) -> bool:
+    """Whether a condition speaks of a size, "x.shape[2]", and not of one that only ends so."""
+    return any(re.search(rf"\b{re.escape(size)}", one) for one in conditions)
 
 
 def shapes_of_outputs(

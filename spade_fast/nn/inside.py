@@ -66,7 +66,7 @@ class Unwatched(Exception):
 
 
 class Met(NamedTuple):
-    """A value that was met inside another, and what is directly inside it."""
+    """A value that `walk` met, and everything that is directly inside it."""
 
     value: Any
     container: type | None = None  # the kind of container that it is

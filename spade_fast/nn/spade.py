@@ -93,7 +93,7 @@ class SpatiallyAdaptive(HasParts):
         has it already.
         """
         known = Known.of(self) if known is None else known
-        check_activation(activation, negative_slope)
+        check_activation(activation, negative_slope)  # before a batch is counted
         images, form = batch_of(segmap), self.spade_form
         parts, kept = known.parts, kept_tables(self)
         layout = segmap if isinstance(segmap, SemanticLayout) else None
@@ -111,7 +111,7 @@ class SpatiallyAdaptive(HasParts):
         elif own_norm is None:
             x, moments = parts.norm(x), None
             x = x.expand(images, *x.shape[1:]) if several else x
-        if moments is not None:  # so that no refused call counts as a batch below
+        if moments is not None:  # before a batch is counted
             check_moments(moments, x)
         if layout is not None and len(layout) != x.shape[0]:
             layout = layout.repeat(x.shape[0]) if x.shape[0] else layout[:0]
