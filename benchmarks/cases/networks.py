@@ -79,149 +79,168 @@ def network_problem(
     eager, ours = (_set_mode(network.to(settings.device), mode) for network in (eager, ours))
     exact, ours_in_double = (copy.deepcopy(network).double() for network in (eager, ours))
     eager, ours = eager.to(settings.dtype), ours.to(settings.dtype)
-    inputs, segmaps = (
-        [_like(tensor, settings.device, settings.dtype) for tensor in tensors]
-        for tensors in (inputs, segmaps)
+    on_scenes = _OnScenes(settings, mode, segmaps, inputs, counts_kept and mode == BACKWARD)
+    around = spade_fast.frozen if keeps_tables else contextlib.nullcontext
+    is_spectral = any(hasattr(module, "weight_orig") for module in eager.modules())
+
+    def without_spades(kind, layout):
+        return on_scenes.variant(without_spade(eager, BARE[kind]), bare_call, layout=layout)
+
+    makers = {
+        "eager": lambda: on_scenes.variant(eager, call),
+        "torch.compile": lambda: on_scenes.compiled(copy.deepcopy(eager), call),
+        "spade_fast": lambda: on_scenes.variant(ours, our_call, around=around),
+    }
+    if settings.device != "cpu" and segmaps[0].dim() == 4:  # a GPU's tensor cores work in it
+        ours = ours.to(memory_format=torch.channels_last)
+        makers["eager, channels-last"] = lambda: on_scenes.variant(
+            copy.deepcopy(eager), call, layout=torch.channels_last
+        )
+    if takes_layouts:
+        makers["spade_fast, prepared"] = lambda: on_scenes.variant(
+            ours, our_call, condition=on_scenes.prepared
+        )
+    if takes_layouts and bare and mode == FORWARD:
+        makers["spade_fast, frozen"] = lambda: on_scenes.frozen(copy.deepcopy(ours), our_call)
+        if is_spectral:
+            makers["spade_fast, folded, frozen"] = lambda: on_scenes.frozen(
+                spade_fast.fold_spectral_norm(copy.deepcopy(ours)), our_call
+            )
+    if graphed:
+        makers["spade_fast, graph"] = lambda: on_scenes.graph(ours, SemanticLayout.from_segmap)
+        makers["spade_fast, graph, prepared"] = lambda: on_scenes.graph(ours, on_scenes.prepared)
+    for kind in bare:
+        for memory, layout in MEMORIES.items():
+            makers[f"{kind}, {memory}"] = functools.partial(without_spades, kind, layout)
+    variants = settings.wanted(makers)
+
+    # Alternately in channels-last, where PyTorch's convolutions round five times as much.
+    rounding = list(zip((eager, copy.deepcopy(eager)), MEMORIES.values()))
+
+    def jittered(number):
+        network, layout = rounding[number % 2]
+        return on_scenes.variant(network, call, layout=layout, jitters=True)()
+
+    on_scenes.problem = Problem(
+        name,
+        mode,
+        variants,
+        on_scenes.variant(exact, call, dtype=torch.float64),
+        jittered,
+        on_scenes.variant(ours_in_double, our_call, dtype=torch.float64, around=around),
+        on_scenes.segmaps,
+        folding=tuple(name for name in variants if is_spectral and name.endswith("frozen")),
     )
-    dy = None
+    return on_scenes.problem
+
+
+class _OnScenes:
+    """Makes a problem's variants: functions that compute a network's results on the scene of the
+    problem's round.
+
+    Each takes call(network, condition, *inputs), of which condition(segmap) makes the condition.
+    """
+
+    def __init__(self, settings, mode, segmaps, inputs, counts_kept):
+        self.mode, self.compile_mode, self.counts_kept = mode, settings.compile_mode, counts_kept
+        self.segmaps, self.inputs = (
+            [_like(tensor, settings.device, settings.dtype) for tensor in tensors]
+            for tensors in (segmaps, inputs)
+        )
+        self.problem = None  # the variants', once they are made
+        self.dy = None  # the gradients of the outputs: made of those that are computed first
+        self.layouts = {}  # by the scene's number
 
     def variant(
+        self,
         network,
-        inputs,
-        segmaps,
-        call=call,
+        call,
+        *,
+        through=None,
+        condition=lambda segmap: segmap.view_as(segmap),
+        around=contextlib.nullcontext,
         layout=torch.contiguous_format,
-        compile=False,
-        prepared=False,
-        frozen=False,
-        keeps_tables=False,
+        dtype=None,
+        jitters=False,
     ):
+        """The variant that computes `network`.
+
+        Args:
+            through: the function that is called in place of the network.
+            condition: the default makes a new tensor in each call, so that finding its windows is
+                measured, as for a new layout.
+            around: around(network) is a context manager for each call.
+            jitters: the scene and the inputs differ by a rounding.
+        """
         if layout is torch.channels_last:
             for parameter in network.parameters():
                 parameter.data = _like(parameter.data, layout=layout)
-        inputs, segmaps = (
-            [_like(tensor, layout=layout) for tensor in tensors] for tensors in (inputs, segmaps)
+        change = jitter if jitters else lambda tensor: tensor
+        segmaps, inputs = (
+            [_like(tensor, dtype=dtype, layout=layout) for tensor in tensors]
+            for tensors in (self.segmaps, map(change, self.inputs))
         )
         wanted = dict(network.named_parameters()) | {
             f"input{i}": tensor for i, tensor in enumerate(inputs) if tensor.requires_grad
         }
-        forward = (
-            torch.compile(network, dynamic=False, mode=settings.compile_mode)
-            if compile
-            else network
-        )
-        tables = spade_fast.frozen(network, max_bytes=8 << 30) if frozen else None
-        if frozen:
-            tables.__enter__()  # stays open while `run`, which refers to it, exists
 
         def outputs():
-            segmap = segmaps[problem.scene % len(segmaps)]
-            # Each view is a new tensor, so finding its windows is measured, as for a new layout.
-            segmap = prepared_layout() if prepared else segmap.view_as(segmap)
-            with spade_fast.frozen(network) if keeps_tables else contextlib.nullcontext():
-                return flat(call(forward, segmap, *inputs))
+            segmap = change(segmaps[self.scene()])
+            with around(network):
+                return flat(call(through or network, condition(segmap), *inputs))
 
-        def run(tables=tables):
-            nonlocal dy
+        def run():
             y = outputs()
-            if (
-                dy is None
-            ):  # zero where y is zero: there the derivative of a final activation may jump
-                dy = [
-                    torch.cos(torch.arange(part.numel(), device=part.device)).view(part.shape)
-                    * part.detach()
-                    for part in y
-                ]
-            return results_of(
-                y, wanted, [gradient.to(part.dtype) for gradient, part in zip(dy, y)], mode
-            )
+            if self.dy is None:
+                self.dy = [_gradient_of(part) for part in y]
+            dy = [gradient.to(part.dtype) for gradient, part in zip(self.dy, y)]
+            return results_of(y, wanted, dy, self.mode)
 
-        if counts_kept and mode == BACKWARD:
+        if self.counts_kept:
             setattr(run, "outputs", outputs)
         return run
 
-    @functools.cache
-    def layout_of_scene(number):
-        return SemanticLayout.from_segmap(segmaps[number])
+    def compiled(self, network, call):
+        """The variant through torch.compile."""
+        through = torch.compile(network, dynamic=False, mode=self.compile_mode)
+        return self.variant(network, call, through=through)
 
-    def prepared_layout():
-        """The layout of this round's scene. Its windows stay numbered after the first call."""
-        return layout_of_scene(problem.scene % len(segmaps))
+    def frozen(self, network, call):
+        """The variant that keeps the tables of all layouts, for as long as it exists."""
+        tables = spade_fast.frozen(network, max_bytes=8 << 30)
+        tables.__enter__()
+        return self.variant(
+            network,
+            call,
+            condition=self.prepared,
+            around=lambda network: contextlib.nullcontext(tables),
+        )
 
-    def new_layout():
-        return SemanticLayout.from_segmap(segmaps[problem.scene % len(segmaps)])
-
-    def graph(layout):
+    def graph(self, network, condition):
+        """The variant as a CUDA graph, which the first call captures."""
         captured = []
 
-        def through_graph(network, segmap, *inputs):
-            condition = layout()
+        def call(network, layout, *inputs):
             if not captured:
-                captured.append(spade_fast.Graphed(network, condition, *inputs))
-            return captured[0](condition, *inputs)
+                captured.append(spade_fast.Graphed(network, layout, *inputs))
+            return captured[0](layout, *inputs)
 
-        return variant(ours, inputs, segmaps, through_graph)
+        return self.variant(network, call, condition=condition)
 
-    def frozen(fold):
-        own = fold(copy.deepcopy(ours))
-        return variant(own, inputs, segmaps, our_call, prepared=True, frozen=True)
+    def prepared(self, segmap):
+        """The layout of this round's scene. Its windows stay numbered after the first call."""
+        if self.scene() not in self.layouts:
+            self.layouts[self.scene()] = SemanticLayout.from_segmap(segmap)
+        return self.layouts[self.scene()]
 
-    def without_spades(kind, layout):
-        return variant(without_spade(eager, BARE[kind]), inputs, segmaps, bare_call, layout=layout)
+    def scene(self):
+        """The number of this round's scene."""
+        return self.problem.scene % len(self.segmaps)
 
-    makers = {
-        "eager": lambda: variant(eager, inputs, segmaps),
-        "torch.compile": lambda: variant(copy.deepcopy(eager), inputs, segmaps, compile=True),
-        "spade_fast": lambda: variant(ours, inputs, segmaps, our_call, keeps_tables=keeps_tables),
-    }
-    if settings.device != "cpu" and segmaps[0].dim() == 4:  # a GPU's tensor cores work in it
-        ours = ours.to(memory_format=torch.channels_last)
-        makers["eager, channels-last"] = lambda: variant(
-            copy.deepcopy(eager), inputs, segmaps, layout=torch.channels_last
-        )
-    if takes_layouts:
-        makers["spade_fast, prepared"] = lambda: variant(
-            ours, inputs, segmaps, our_call, prepared=True
-        )
-    is_spectral = any(hasattr(module, "weight_orig") for module in eager.modules())
-    if takes_layouts and bare and mode == FORWARD:
-        makers["spade_fast, frozen"] = lambda: frozen(lambda network: network)
-        if is_spectral:
-            makers["spade_fast, folded, frozen"] = lambda: frozen(spade_fast.fold_spectral_norm)
-    if graphed:
-        makers["spade_fast, graph"] = lambda: graph(new_layout)
-        makers["spade_fast, graph, prepared"] = lambda: graph(prepared_layout)
-    for kind in bare:
-        for memory, layout in MEMORIES.items():
-            make = functools.partial(without_spades, kind, layout)
-            makers[f"{kind}, {memory}"] = make
-    variants = settings.wanted(makers)
-    eager_channels_last = copy.deepcopy(eager)
 
-    def jittered(number):
-        # Alternately in channels-last, where PyTorch's convolutions round five times as much.
-        segmap = segmaps[problem.scene % len(segmaps)]
-        kinds = [(eager, torch.contiguous_format), (eager_channels_last, torch.channels_last)]
-        network, layout = kinds[number % 2]
-        return variant(
-            network, [jitter(tensor) for tensor in inputs], [jitter(segmap)], layout=layout
-        )()
-
-    in_double = [
-        [_like(tensor, dtype=torch.float64) for tensor in tensors] for tensors in (inputs, segmaps)
-    ]
-    ours_in_double = variant(ours_in_double, *in_double, our_call, keeps_tables=keeps_tables)
-    problem = Problem(
-        name,
-        mode,
-        variants,
-        variant(exact, *in_double),
-        jittered,
-        ours_in_double,
-        segmaps,
-        folding=tuple(name for name in variants if is_spectral and name.endswith("frozen")),
-    )
-    return problem
+def _gradient_of(y):
+    """A gradient for y, zero where y is zero: there a final activation's derivative may jump."""
+    return torch.cos(torch.arange(y.numel(), device=y.device)).view(y.shape) * y.detach()
 
 
 @torch.no_grad()
