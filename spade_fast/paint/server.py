@@ -85,6 +85,7 @@ def app_of(
     """
     fastapi = _module("fastapi")
     from starlette.concurrency import run_in_threadpool
+    from starlette.requests import ClientDisconnect
 
     _check(service, classes)
     height, width = service.image_size
@@ -97,6 +98,10 @@ def app_of(
         content = importlib.resources.files(__package__).joinpath(name).read_bytes()
         answer = _always(fastapi.Response, content, kind)
         app.add_api_route(path, answer, methods=["GET"])
+
+    @app.exception_handler(ClientDisconnect)
+    async def nobody_waits(request, error):
+        return fastapi.Response(status_code=400)  # its body did not arrive, and nobody reads this
 
     @app.get("/settings")
     async def settings():
@@ -122,7 +127,7 @@ def app_of(
     @app.post("/image")
     async def image(
         request: fastapi.Request,  # type: ignore[name-defined]  # it is imported above
-        seed: int | None = None,
+        seed: str | None = None,
         z: str | None = None,
     ):
         body = await request.body()
@@ -231,7 +236,7 @@ class _Painter:
             "mostPhotographBytes": None if self.encoder is None else MOST_PHOTOGRAPH_BYTES,
         }
 
-    def submit(self, body: bytes, seed: int | None, z: str | None):
+    def submit(self, body: bytes, seed: str | None, z: str | None):
         """A Future of the image. Errors: ValueError; Busy."""
         labels = self.labels(body)
         # Neighbours of one class are one instance, so edges are the borders between classes.
@@ -249,7 +254,7 @@ class _Painter:
         kind = "u1" if width_of_number == 1 else "<u2"
         return np.frombuffer(body, kind).reshape(self.size).astype(np.int64)
 
-    def z(self, seed: int | None, z: str | None) -> torch.Tensor | None:
+    def z(self, seed: str | None, z: str | None) -> torch.Tensor | None:
         given = {name: value for name, value in (("seed", seed), ("z", z)) if value is not None}
         if self.z_dim is None:
             if given:
@@ -259,10 +264,8 @@ class _Painter:
             raise ValueError("seed and z are given, only one of them should be")
         if z is not None:
             return _z_of(z, self.z_dim)
-        seed = 0 if seed is None else seed
-        if not 0 <= seed <= HIGHEST_SEED:
-            raise ValueError(f"seed is {seed}; it should be 0 to {HIGHEST_SEED}")
-        return torch.randn(1, self.z_dim, generator=torch.Generator().manual_seed(seed))
+        random = torch.Generator().manual_seed(_seed_of("0" if seed is None else seed))
+        return torch.randn(1, self.z_dim, generator=random)
 
     def style(self, content: bytes) -> str:
         """The mean z of a photograph's file, as text; the photograph is turned upright. Errors:
@@ -374,6 +377,17 @@ def _check(service, classes):
 def _text_of(z):
     """z [z_dim] as text for a URL: base64 of its float32 values, low bytes first."""
     return base64.urlsafe_b64encode(z.float().cpu().numpy().astype("<f4").tobytes()).decode()
+
+
+def _seed_of(text: str) -> int:
+    """Errors: ValueError unless the text is a whole number, 0 to HIGHEST_SEED."""
+    try:
+        seed = int(text)
+    except ValueError:  # it may have more digits than Python reads, too
+        seed = -1
+    if not 0 <= seed <= HIGHEST_SEED:
+        raise ValueError(f"seed is {text[:20]!r}; it should be a whole number, 0 to {HIGHEST_SEED}")
+    return seed
 
 
 def _z_of(text, length):
