@@ -257,7 +257,7 @@ class SemanticLayout:
         dims are axes of the condition, [N, label_nc, *spatial], as in torch.Tensor.flip: its last
         axis is -1, its first spatial axis 2. The windows are computed again.
 
-        Errors: ValueError if one of them is not a spatial axis.
+        Errors: ValueError if one of them is not a spatial axis, or occurs twice.
         """
         self._look()
         given = dims[0] if len(dims) == 1 and isinstance(dims[0], (tuple, list)) else dims
@@ -270,6 +270,8 @@ class SemanticLayout:
                     f"dims has {dim}; it should have spatial axes, 2 to {spatial + 1} or"
                     f" {-spatial} to -1"
                 )
+            if axis in axes:
+                raise ValueError(f"dims is {tuple(given)}; it should have each axis once")
             axes.append(axis)
         return SemanticLayout(self.codes.flip(axes), self.palette)
 

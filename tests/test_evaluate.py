@@ -728,6 +728,12 @@ def test_invalid_predictions(function, words, few):
         )
 
 
+@pytest.mark.parametrize("size", [5, (5,), "5x5"])
+def test_a_size_that_is_no_width_and_height(size, few):
+    with pytest.raises(ValueError, match="size is .*; it should be a width and a height"):
+        evaluate(few / "generated", few / "photographs", features=Returns(None), size=size)
+
+
 def test_missing_packages_are_reported(few, monkeypatch):
     fid = ("--photographs", few / "photographs")
     for missing, arguments, words in (

@@ -670,6 +670,7 @@ def test_flips_and_crops(shape):
     [
         (lambda layout: layout.flip(1), "dims has 1; it should have spatial axes, 2 to 3 or -2 to"),
         (lambda layout: layout.flip(-3), "dims has -3"),
+        (lambda layout: layout.flip(-1, 3), r"dims is \(-1, 3\); it should have each axis once"),
         (lambda layout: layout.flip("left"), "dims is 'left'; it should be a whole number"),
         (lambda layout: layout.crop((0, 1), (4, 5)), r"start is \(0, 1\) and size \(4, 5\); they"),
         (lambda layout: layout.crop((-1, 0), (4, 5)), r"start is \(-1, 0\)"),

@@ -77,6 +77,8 @@ def evaluate(
     _check_given(photographs, labels, features, features_weights, segmentation, of_labels)
     batch = whole_number("batch", batch, least=1)
     if size is not None:
+        if not isinstance(size, (tuple, list)) or len(size) != 2:
+            raise ValueError(f"size is {size!r}; it should be a width and a height")
         width, height = (whole_number("size", length, least=1) for length in size)
         size = width, height
     rules = convention_of(convention)
