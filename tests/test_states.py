@@ -342,6 +342,16 @@ READERS = {
         lambda module: setattr(module.mlp_gamma, "gain", 1.0),
         lambda module: setattr(module.mlp_gamma, "gain", 0.0),
     ),
+    "a part of a part": reads(
+        lambda self: self.mlp_shared[0].gain,
+        lambda module: setattr(module.mlp_shared[0], "gain", 1.0),
+        lambda module: setattr(module.mlp_shared[0], "gain", 0.0),
+    ),
+    "the mode of a part of a part": reads(
+        lambda self: float(self.mlp_shared[0].training),
+        lambda module: module.train(),
+        lambda module: module.mlp_shared[0].eval(),
+    ),
     "a part's mode": reads(
         lambda self: float(self.mlp_gamma.training),
         nothing,

@@ -177,12 +177,17 @@ def follows(module: nn.Module) -> bool:
 
 
 def parts_of(module: nn.Module) -> list[nn.Module]:
-    """A module's children except norms and SPADEs, which are checked when they are used."""
-    return [
-        child
-        for child in module._modules.values()
-        if child is not None and type(child) not in KINDS and not isinstance(child, HasParts)
-    ]
+    """A module's children, their children and so on, of all of which a forward may read attributes.
+    Without norms and SPADEs, which are checked when they are used.
+    """
+    parts: list[nn.Module] = []
+    for own in chain([module], parts):  # which goes on with the parts that it has found
+        parts += [
+            child
+            for child in own._modules.values()
+            if child is not None and type(child) not in KINDS and not isinstance(child, HasParts)
+        ]
+    return parts
 
 
 def is_same(one: Any, other: Any) -> bool:
