@@ -150,6 +150,7 @@ class _OnScenes:
         self.problem = None  # the variants', once they are made
         self.dy = None  # the gradients of the outputs: made of those that are computed first
         self.layouts = {}  # by the scene's number
+        self.converted = {}  # the segmaps, by dtype and memory format
 
     def variant(
         self,
@@ -176,10 +177,8 @@ class _OnScenes:
             for parameter in network.parameters():
                 parameter.data = _like(parameter.data, layout=layout)
         change = jitter if jitters else lambda tensor: tensor
-        segmaps, inputs = (
-            [_like(tensor, dtype=dtype, layout=layout) for tensor in tensors]
-            for tensors in (self.segmaps, map(change, self.inputs))
-        )
+        segmaps = self.segmaps_in(dtype, layout)
+        inputs = [_like(change(tensor), dtype=dtype, layout=layout) for tensor in self.inputs]
         wanted = dict(network.named_parameters()) | {
             f"input{i}": tensor for i, tensor in enumerate(inputs) if tensor.requires_grad
         }
@@ -232,6 +231,14 @@ class _OnScenes:
         if self.scene() not in self.layouts:
             self.layouts[self.scene()] = SemanticLayout.from_segmap(segmap)
         return self.layouts[self.scene()]
+
+    def segmaps_in(self, dtype, layout):
+        """The scenes' segmaps in a dtype, or their own, and a memory format; converted once."""
+        if (dtype, layout) not in self.converted:
+            self.converted[dtype, layout] = [
+                _like(tensor, dtype=dtype, layout=layout) for tensor in self.segmaps
+            ]
+        return self.converted[dtype, layout]
 
     def scene(self):
         """The number of this round's scene."""
